@@ -1,6 +1,6 @@
-"""The evaluate step: a version in, the comparison of base, champion and candidate out.
+"""The evaluate step: takes a version and returns the comparison of base, champion and candidate.
 
-The work is done by the Ray job that trained the version. Where that is gone, another takes the version as it is.
+The Ray job that trained the version does the work. If that job is gone, another one takes the version as it is.
 """
 
 from components.ray_cluster.submit import submit_step
@@ -12,11 +12,11 @@ from components.step.step import StepRun
 
 
 def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evaluation:
-    """Measure the version on held-out records and return what the job wrote down.
+    """Measure the version on held-out records and return the result that the job wrote.
 
     Raises:
-        FineloopError: what the job failed with.
-        JobError: it ended without success and without saying why, or without a result.
+        FineloopError: the error that the job failed with.
+        JobError: the job failed without saying why, or ended without a result.
     """
     submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, after=TRAINED)
     try:
@@ -31,7 +31,7 @@ def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evalua
 
 
 def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Every measured number by `<role>_<metric>`, as the Kubeflow UI compares runs."""
+    """All measured numbers by `<role>_<metric>`, the names by which the Kubeflow UI compares runs."""
     return {
         f"{role}_{key}": value
         for role in ROLES

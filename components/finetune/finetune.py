@@ -1,7 +1,7 @@
-"""The finetune step: a dataset in, a published version of the adapter out.
+"""The finetune step: takes a dataset and publishes a version of the adapter.
 
-The work is a Ray job that goes on to compare the version, which the evaluate step waits for: one job is admitted to the
-cluster once, and no other job runs in between.
+One Ray job trains the version and then compares it, and the evaluate step waits for that: the job is admitted to the
+cluster only once, and no other job runs in between.
 """
 
 from components.ray_cluster.base_size import require_disk
@@ -18,9 +18,10 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
     """Train on the dataset and return the URI of the version that the job published.
 
     Raises:
-        ConfigError: the config wants its rate tuned, and no step has done that; or no pod's disk holds the base.
-        FineloopError: what the job failed with.
-        JobError: it ended without success and without saying why, or without a result.
+        ConfigError: the config wants its rate tuned, and no step has done that; or no pod's disk is large enough for
+            the base.
+        FineloopError: the error that the job failed with.
+        JobError: the job failed without saying why, or ended without a result.
     """
     when = step_run.config.tune.when
     if when != "never" and runs.find(step_run.store, step_run.run_id, TunedRate) is None:

@@ -1,7 +1,7 @@
-"""The rule that compares the candidate with the champion: worse by no more than the margin; pure.
+"""The rule that the candidate is worse than the champion by no more than the margin; pure.
 
-Two things that the records do not show are allowed for: what of the champion's lead is luck, which is not asked of
-the candidate, and what losses cost that are rarer than those drawn, which is.
+It allows for two things that the records do not show. The candidate need not match the part of the champion's lead that
+is luck. It has to make up for the expected cost of losses that are rarer than those drawn.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from components.shared.paired import much_worse_unseen
 def not_worse_than_champion(
     policy: GateConfig, champion: Measured | None, compared: Compared, lead: Lead | None = None
 ) -> RuleResult:
-    """The candidate is sure to be worse than the champion by no more than the policy allows.
+    """Check that the candidate is sure to be worse than the champion by no more than the policy allows.
 
-    What of the champion's `lead` is taken for luck does not count against the candidate.
+    The part of the champion's `lead` that is taken for luck does not count against the candidate.
     """
     tolerance = policy.worse_than_champion_by
     words: dict[str, Any] = {
@@ -58,7 +58,7 @@ def not_worse_than_champion(
 
 
 def _luck(compared: Compared, lead: Lead | None) -> float:
-    """In the unit of the gain."""
+    """The part of the champion's lead that is luck, in the unit of the gain."""
     found, theirs = compared.bounds if lead else None, compared.theirs
     if found is None or not theirs:
         return 0.0
@@ -67,7 +67,7 @@ def _luck(compared: Compared, lead: Lead | None) -> float:
 
 
 def _unseen(policy: GateConfig, compared: Compared) -> float:
-    """What losses beyond those drawn are expected to cost, where the policy asks for rare ones to be seen."""
+    """The expected cost of losses beyond those drawn; 0 unless the policy asks for rare losses to be seen."""
     pairs = compared.pairs if compared.metric.column == METRICS["loss"].column else None
     if pairs is None or policy.much_worse_share == 1 or compared.bounds is None:
         return 0.0

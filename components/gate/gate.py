@@ -1,4 +1,4 @@
-"""The gate step: evaluation.json in, decision.json and, unless the candidate is promoted, an event out."""
+"""The gate step: reads evaluation.json, writes decision.json and, unless the candidate is promoted, an event."""
 
 import hashlib
 import logging
@@ -28,13 +28,13 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     """Decide by the config's policy, write runs/<run_id>/decision.json, and append an event to the adapter's log where
     the candidate is held, unless it is the champion itself.
 
-    `evaluation_uri` is where the evaluation lies; None means runs/<run_id>/evaluation.json. Running it again writes the
-    same decision and no second event; what was carried out is not decided anew.
+    `evaluation_uri` is the address of the evaluation; None means runs/<run_id>/evaluation.json. Running it again writes
+    the same decision and no second event; a decision that was carried out is not made again.
 
     Raises:
         ObjectMissing: there is no evaluation, or its records are gone.
-        IntegrityError: it is malformed, or its records are not those that it was made of.
-        DataError: it belongs to another run, or lacks the candidate or the base.
+        IntegrityError: the evaluation is malformed, or its records are not those that it was made from.
+        DataError: the evaluation belongs to another run, or lacks the candidate or the base.
     """
     key = store.key(evaluation_uri) if evaluation_uri else runs.run_key(run_id, runs.EVALUATION)
     body = store.get(key)
@@ -78,14 +78,14 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
 
 
 def _record(store: "Store", decision: Decision) -> None:
-    """Record what was refused, or waits for a person, who will name exactly this decision."""
+    """Record a candidate that was refused, or that waits for a person, who will name exactly this decision."""
     kind: EventKind = "proposed" if decision.waits else "refused"
     about = {"version", "champion", "alias", "run_id"}
     body = decision.model_dump(mode="json", include={*about, "verdict", "test_set", "reasons", "rules"})
     if decision.waits:
         body["decision_sha256"] = decision.sha256
         about |= {"decision_sha256"}
-    # Known by what it is about: a step that is repeated after an upgrade may word its reasons in another way.
+    # An event is recognized by what it is about: a step repeated after an upgrade may word its reasons differently.
     for event in events(store, decision.adapter):
         if event.kind == kind and all(event.body.get(key) == body[key] for key in about):
             return

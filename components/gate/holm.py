@@ -1,4 +1,4 @@
-"""Several comparisons with one error rate for all together; pure.
+"""Multiple comparisons with one error rate for all of them together; pure.
 
 Holm's procedure (Scandinavian Journal of Statistics 6, 1979): the more comparisons, the higher the confidence of each.
 """
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 
 def level(confidence: float, comparisons: int) -> float:
-    """How sure each of so many has to be."""
+    """The confidence that each of this many comparisons needs, for `confidence` in all of them together."""
     return 1 - (1 - confidence) / comparisons
 
 
 def found(comparisons: int, confidence: float, shows: Callable[[int, float], bool]) -> set[int]:
-    """The comparisons that are significant; `shows` says it of one at a level.
+    """The indices of the significant comparisons; `shows(index, level)` tells whether one is significant at a level.
 
-    First all of them share the error rate, then those that no earlier step has found.
+    First all comparisons share the error rate, then only those that no earlier step has found.
     """
     result: set[int] = set()
     while len(result) < comparisons:

@@ -1,10 +1,10 @@
-"""How much of the champion's lead is the luck of the records that chose it; pure.
+"""How much of the champion's lead is luck with the records that chose it; pure.
 
 A champion took its place because it did well on the very records that later candidates are compared on, so on these it
 looks better than it is, and an equal candidate looks worse: the winner's curse. Its measured score is shrunk towards
-what the recipe gave in all decisions on these records, by the share of their scatter that is the records' (empirical
-Bayes: Efron, Tweedie's formula and selection bias, JASA 106, 2011; the share as Morris, JASA 78, 1983, estimates it).
-To measure it anew on records that did not choose it would take half of them away from each decision.
+the recipe's scores in all decisions on these records, by the share of their scatter that is due to the records
+(empirical Bayes: Efron, Tweedie's formula and selection bias, JASA 106, 2011; the share is estimated as in Morris, JASA
+78, 1983). Measuring it again on records that did not choose it would take half of the records away from each decision.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from components.records.steps import Decision, Lead
 from components.shared.metrics import metric_of
 
 FEWEST = 8
-"""Decisions that a scatter is taken from."""
+"""The smallest number of decisions to estimate a scatter from."""
 
 
 def lead_of(champion: str | None, metric: str, earlier: Sequence[Decision]) -> Lead | None:
-    """How the champion stood among the candidates of `earlier` decisions on these records, in their order.
+    """The champion's lead over the candidates of `earlier` decisions on these records, given in their order.
 
-    None where they did not choose it, or are too few. It is the distance from a line through all, as a recipe whose
-    data grow gets better.
+    None if the champion is not among them, or they are fewer than FEWEST. The lead is the distance from a line fitted
+    to all gains, because a recipe whose data grows gets better.
     """
     found = [(each.version, gain) for each in earlier if (gain := _gain_over_base(metric, each)) is not None]
     place = max((index for index, (version, _) in enumerate(found) if version == champion), default=None)
@@ -35,9 +35,10 @@ def lead_of(champion: str | None, metric: str, earlier: Sequence[Decision]) -> L
 
 
 def luck_of(lead: Lead | None, error: float) -> float:
-    """What to expect of the lead to be luck, where the candidate's gain over the champion has this standard error.
+    """The part of the lead that is expected to be luck. `error` is the standard error of the candidate's gain over the
+    champion.
 
-    Half of its square is the records' part in the variance of one model's score, as two were measured.
+    Two models were measured, so half of its square is the records' part in the variance of one model's score.
     """
     if lead is None or lead.gain <= 0 or lead.variance <= 0:
         return 0.0
@@ -46,7 +47,7 @@ def luck_of(lead: Lead | None, error: float) -> float:
 
 
 def _gain_over_base(metric: str, decision: Decision) -> float | None:
-    """In the metric's own unit; the base was measured on the same records."""
+    """The candidate's gain over the base, in the metric's own unit; the base was measured on the same records."""
     rule = next((each for each in decision.rules if each.name == "better_than_base"), None)
     if rule is None or rule.metric != metric or rule.candidate is None or rule.other is None:
         return None

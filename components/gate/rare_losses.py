@@ -1,8 +1,8 @@
-"""The rule on what a mean over a few hundred records cannot know: a small share of records that gets much worse; pure.
+"""The rule on what a mean over a few hundred records cannot show: a small share of records that gets much worse; pure.
 
-Where one record in a hundred loses two nats a token, none of 240 is drawn in one case of eleven, and no bound of a mean
-knows of it. So there have to be as many records as show such a share: exact, by the binomial distribution. A share that
-was drawn weighs in the mean's own bounds; a limit of its own can be set.
+If one record in a hundred loses two nats a token, a draw of 240 contains none of them in one case of eleven, and no
+bound of the mean shows the loss. So there have to be enough records to show such a share, by the exact binomial
+distribution. A share that was drawn counts in the mean's own bounds; a separate limit can be set for it.
 """
 
 import math
@@ -21,8 +21,8 @@ from components.shared.paired import MANY_RECORDS, Pairs
 
 
 def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
-    """A share of records, or groups, that is much worse than with the champion would be seen, and is within
-    `gate.much_worse_share` where that is set; None where the policy asks for neither, or compares by no loss."""
+    """Check that a share of records, or groups, that gets much worse than with the champion would be seen, and is
+    within `gate.much_worse_share` if that is set. None if the policy asks for neither, or compares by no loss."""
     if metric_of(policy.metric).column != compared.metric.column or policy.much_worse_share == 1:
         return None
     words: dict[str, Any] = {
@@ -68,13 +68,13 @@ def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | N
 
 
 def much_worse(pairs: Pairs, by: float) -> int:
-    """How many records, or groups, lose more than this per token."""
+    """How many records, or groups, lose more than `by` per token."""
     beyond = pairs.ours - pairs.theirs - by * pairs.weights
     return int(((beyond if pairs.groups is None else np.bincount(pairs.groups, weights=beyond)) > 0).sum())
 
 
 def records_needed(seen: int, of: int, share: float, confidence: float) -> int | None:
-    """How many would show it if as large a part of them is much worse as here; None where that part is too large."""
+    """How many records would decide it if the same share of them gets much worse; None if that share is too large."""
     least = binomial.least_of(seen, share, confidence)
     if not seen:
         return least

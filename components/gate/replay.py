@@ -1,4 +1,4 @@
-"""Repeat a decision from what the run left: it takes neither Ray nor a model."""
+"""Repeats a decision from the files that the run left, without Ray and without a model."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What was decided, and what follows from the same evidence today."""
+    """The recorded decision, and the decision that the same evidence gives today."""
 
     recorded: Decision
     found: Decision
 
     @property
     def is_same(self) -> bool:
-        """Whether both come to the same verdict by the same. Release 0.1.0 recorded the outcome alone."""
+        """Whether both reach the same verdict on the same basis. Release 0.1.0 recorded only the outcome."""
         if not self.recorded.basis_sha256:
             return self.found.decision == self.recorded.decision
         return (self.found.verdict, self.found.basis_sha256) == (self.recorded.verdict, self.recorded.basis_sha256)
 
 
 def replay(store: "Store", run_id: str) -> Replayed:
-    """Decide again by the recorded policy, evaluation and records of a run; nothing is written.
+    """Decide again by the recorded policy, evaluation and records of a run, without writing anything.
 
     Raises:
         UnknownName: there is no such run.
-        ObjectMissing: the run has no decision, or what it was made of is gone.
-        IntegrityError: the decision is not the one that the log names, or what it was made of is not what it was.
+        ObjectMissing: the run has no decision, or the evidence for it is gone.
+        IntegrityError: the decision is not the one that the log names, or the evidence for it has changed.
         DataError: the run was skipped, so that nothing was evaluated.
     """
     if next(store.list(runs.run_key(run_id)), None) is None:

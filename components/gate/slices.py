@@ -1,4 +1,4 @@
-"""The held-out records part by part: an unchanged mean may hide that one kind of record got worse; pure."""
+"""The rule on slices of the held-out records: an unchanged mean may hide that one kind of record got worse; pure."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from components.shared.paired import Bounds, Pairs, bounds
 
 @dataclass(frozen=True)
 class Slice:
-    """Some of the records."""
+    """The compared records that one kind of slice puts under the same name."""
 
     kind: str
     name: str
@@ -23,7 +23,7 @@ class Slice:
 
 
 def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
-    """In no slice is the candidate shown to be worse than the champion by more than allowed; None without slices.
+    """Check that no slice shows the candidate worse than the champion by more than allowed; None without slices.
 
     A slice of fewer records than `gate.min_records` is not judged. All of them together have one error rate, by Holm's
     procedure (Scandinavian Journal of Statistics 6, 1979): the more slices, the more confidence each needs.
@@ -97,7 +97,7 @@ def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:
 
 
 def _finite(bound: float) -> float | None:
-    """None for the bound of a slice whose records are so few, or so alike, that some resamples have no spread."""
+    """The bound; None if the slice's records are so few, or so alike, that some resamples have no spread."""
     return bound if math.isfinite(bound) else None
 
 

@@ -1,4 +1,4 @@
-"""What the base can do outside the domain must not be unlearned; pure."""
+"""The rule that the candidate has not unlearned what the base can do outside the domain; pure."""
 
 from components.config.gate import GateConfig
 from components.gate import holm
@@ -10,11 +10,10 @@ FIELD = "gate.suite_worse_by"
 
 
 def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation) -> RuleResult:
-    """In no suite is the candidate shown to pass fewer items than the base, by more than the margin.
+    """Check that no suite shows the candidate passing fewer items than the base, by more than the margin.
 
-    A suite that was left out, and one of which the base passes so few items that not even their loss would show, is not
-    judged. Where none is left, the gate cannot tell. Those that are judged have
-    one error rate together (Holm).
+    A suite is not judged if it was left out, or if the base passes so few of its items that losing them all would not
+    show. If none is judged, the gate cannot tell. The judged suites share one error rate (Holm).
     """
     measured = [suite for suite in evaluation.suites if not suite.left_out]
     unknown = [suite.name for suite in measured if suite.won_and_lost("base") is None]
@@ -41,7 +40,7 @@ def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation)
 
 
 def _can_show(suite: Suite, margin: float, confidence: float) -> bool:
-    """Whether it would show if the candidate lost all that the base passes."""
+    """Whether it would show if the candidate failed every item that the base passes."""
     return shown_worse(0, suite.passed("base") or 0, suite.items, margin, confidence)
 
 

@@ -5,7 +5,7 @@ from components.shared.metrics import metric_of
 
 
 def as_markdown(decision: Decision) -> str:
-    """What was decided, why, and every rule with the numbers that it compared."""
+    """The decision as Markdown: the outcome, the reasons, and every rule with the numbers that it compared."""
     place = f"{decision.adapter}@{decision.alias}"
     headline = f"{place} takes {decision.version}" if decision.promoted else f"{place} stays as it is"
     lines = [

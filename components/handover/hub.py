@@ -1,4 +1,4 @@
-"""A folder of weights onto the Hugging Face hub, or another that speaks as it does (HF_ENDPOINT)."""
+"""Pushes a folder of weights to the Hugging Face hub, or to a compatible hub (HF_ENDPOINT)."""
 
 import json
 import re
@@ -10,20 +10,21 @@ from components.shared.errors import FineloopError, UserError
 TOKEN = "HF_TOKEN"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HARMLESS = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
-"""What ends the names of files that may go: nothing that runs where it is loaded."""
+"""Endings of the files that may be pushed: nothing that runs where it is loaded."""
 CARD = "README.md"
 
 
 def push(
     folder: Path, repository: str, *, message: str, tag: str, is_public: bool, environment: Mapping[str, str]
 ) -> str:
-    """Commit the folder's files to a repository of models, made private where there is none; gives the commit's URL.
+    """Commit the folder's files to a model repository, tag the commit, and return its URL.
 
-    The commit gets the tag, and a commit that has it already is left as it is.
+    A repository that does not exist is created, private unless `is_public`. A tag that exists is left as it is.
 
     Raises:
-        UserError: name, token or files are none that the hub takes, or the repository is public and shall not be.
-        FineloopError: the hub is away, or fails.
+        UserError: the hub does not take the name, token or files; or the repository has the tag already, or is public
+            without `is_public`.
+        FineloopError: the hub cannot be reached, or fails.
     """
     if not REPOSITORY.fullmatch(repository):
         raise UserError(f"{repository!r} is no repository: expected ORG/NAME")
@@ -36,7 +37,7 @@ def push(
     except ImportError as exc:
         raise UserError("huggingface_hub is not installed here: pip install 'fineloop[hub]'") from exc
     hub = HfApi(token=environment[TOKEN])
-    (no_answer,) = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # of httpx, or its heir
+    (no_answer,) = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # from httpx or its heir
     try:
         hub.create_repo(repository, private=not is_public, exist_ok=True)
         if not is_public and not hub.model_info(repository).private:
@@ -63,9 +64,9 @@ def push(
             f"the hub at {hub.endpoint} cannot be reached ({_first_line(exc)}): nothing is pushed; try again, or copy "
             f"{folder} to a machine that reaches it"
         ) from exc
-    except ValueError as exc:  # so the library says that the card is none
+    except ValueError as exc:  # raised by the library for an invalid card
         raise UserError(f"the hub does not take {CARD}: {' '.join(str(exc).split())}") from exc
-    except RuntimeError as exc:  # of an upload that was begun
+    except RuntimeError as exc:  # raised by an upload that had begun
         raise FineloopError(f"{_first_line(exc)} {exc.__cause__ or ''}: push again, which goes on with it") from exc
 
 
@@ -86,7 +87,7 @@ def _require_harmless(folder: Path) -> None:
 
 
 def _base_of(folder: Path) -> str:
-    """The base that an adapter names; empty where the folder is a whole model."""
+    """The base that an adapter names; empty if the folder holds a whole model."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return ""

@@ -1,7 +1,7 @@
 """Manifests for three servers of LoRA adapters.
 
-A version is served under its own id, never under an alias: vLLM answers from the prefixes that it cached of an earlier
-adapter of the same name (vllm-project/vllm#42125), so after an alias has moved, requests use another name.
+A version is served under its own id, never under an alias: vLLM answers from prefixes that it cached for an earlier
+adapter of the same name (vllm-project/vllm#42125). So requests use another name after an alias has moved.
 """
 
 import re
@@ -24,7 +24,7 @@ KSERVE_MAX_RANK = 64
 MOST_ADAPTERS = 16
 CONFIG = "adapter_config.json"
 HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
-"""Begins as no option does: the name comes from a version's files, and is written into a command."""
+"""A model id on a hub. It cannot begin like an option: it comes from a version's files and goes into a command."""
 FOLDER = re.compile(r"/[^\x00-\x1f]*")
 S3_FOLDER = re.compile(r"s3://[^\x00-\x1f]+")
 READ_BY: Mapping[Server, Sequence[re.Pattern[str]]] = {
@@ -33,12 +33,12 @@ READ_BY: Mapping[Server, Sequence[re.Pattern[str]]] = {
     "vllm": [HUB_ID, FOLDER],
     "vllm-resolver": [HUB_ID, FOLDER],
 }
-"""The names of bases that each server reads: vLLM, and Ray Serve LLM with it, a folder of its own machine too."""
+"""The forms of a base's name that each server reads. vLLM, and so Ray Serve LLM, also reads a folder on its machine."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What the manifests say of a version."""
+    """The facts about a version that go into the manifests."""
 
     name: str
     version: str
@@ -49,12 +49,12 @@ class Served:
 
 
 def served(store: Store, version: Version) -> Served:
-    """What serving the version takes: rank and base as its adapter_config.json has them, which is what servers read.
+    """The facts needed to serve a version. Rank and base come from its adapter_config.json, which servers read.
 
     Raises:
         UserError: it cannot be served as it is.
-        IntegrityError: it does not say what it stands on, its files are not those of its manifest, or no trusted key
-            has signed it: servers ask for no signature, they fetch what is written here.
+        IntegrityError: it does not name its base, its files are not those of its manifest, or no trusted key has signed
+            it. Servers check no signature: they fetch what the manifest names.
     """
     require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
     lineage, adapter = read_lineage(store, version), read_file(store, version, CONFIG)
@@ -80,10 +80,10 @@ def served(store: Store, version: Version) -> Served:
 
 
 def manifest(facts: Served, server: Server) -> Any:
-    """What to write for this server, as values of YAML; for vLLM its command line, a word each.
+    """The manifest for this server, as values to write as YAML; for vLLM the words of its command line.
 
     Raises:
-        UserError: the server does not read a base that is named so.
+        UserError: the server cannot read a base by that name.
     """
     if not any(pattern.fullmatch(facts.base) for pattern in READ_BY[server]):
         raise UserError(
@@ -94,11 +94,11 @@ def manifest(facts: Served, server: Server) -> Any:
 
 
 def _ray_serve(facts: Served) -> dict[str, Any]:
-    """Requests name any version of the adapter as model="BASE:VERSION"; it is loaded then.
+    """The Ray Serve config. Requests name any version of the adapter as model="BASE:VERSION", and it is loaded then.
 
-    The folder of all versions is Ray Serve LLM's dynamic_lora_loading_path: it takes the name of a folder below it for
-    the adapter's (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids). BASE ends at the first colon, so
-    that it is named without its scheme.
+    The folder of all versions is Ray Serve LLM's dynamic_lora_loading_path: the name of a folder below it is taken as
+    the adapter's name (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids). BASE ends at the first colon,
+    so it is written without its scheme.
     """
     model: dict[str, Any] = {"model_id": facts.base.rpartition("://")[2], "model_source": facts.base}
     engine: dict[str, Any] = {
@@ -122,9 +122,9 @@ def _ray_serve(facts: Served) -> dict[str, Any]:
 
 
 def _kserve(facts: Served) -> dict[str, Any]:
-    """KServe loads adapters when it starts: another version is another manifest, and a rollout.
+    """The KServe manifest. KServe loads adapters when it starts: another version needs another manifest, and a rollout.
 
-    Names are those of kserve/kserve, pkg/apis/serving/v1alpha1/llm_inference_service_types.go (LLMModelSpec, LoRASpec).
+    Field names: kserve/kserve, pkg/apis/serving/v1alpha1/llm_inference_service_types.go (LLMModelSpec, LoRASpec).
     """
     hub = f"hf://{facts.base}{f':{facts.revision}' if facts.revision else ''}"
     model = {
@@ -146,12 +146,12 @@ def _kserve(facts: Served) -> dict[str, Any]:
 
 
 def _vllm(facts: Served) -> list[str]:
-    """For a version that `fineloop adapters pull` has fetched to its default folder."""
+    """The vLLM command for a version that `fineloop adapters pull` has fetched to its default folder."""
     return [*_vllm_with_lora(facts), "--lora-modules", f"{facts.version}=./{facts.name}-{facts.version}"]
 
 
 def _vllm_resolver(facts: Served) -> list[str]:
-    """For a vLLM with Fineloop installed: requests name any version or alias as model="NAME@VERSION"."""
+    """The command for a vLLM with Fineloop installed: requests name any version or alias as model="NAME@VERSION"."""
     environment = {FOLDER_VARIABLE: f"./{facts.name}", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true"}
     return ["env", *[f"{name}={value}" for name, value in environment.items()], *_vllm_with_lora(facts)]
 

@@ -13,9 +13,9 @@ from components.config.methods import Method
 ServableAs = Literal["lora", "lora-export", "merged"]
 
 FOLDER_VARIABLE = "FINELOOP_LORA_FOLDER"
-"""Where the copies of a vLLM that asks the registry go: see vllm_resolver."""
+"""The environment variable with the folder for the copies of a vLLM that asks the registry: see vllm_resolver."""
 VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank may be: an adapter is served under the smallest that holds it."""
+"""The values that --max-lora-rank may take: an adapter is served with the smallest that is no less than its rank."""
 VLLM_MODULES = {
     # Llama, Mistral, Qwen, Gemma, SmolLM and most others
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -30,7 +30,7 @@ VLLM_MODULES = {
 
 @dataclass(frozen=True)
 class Serving:
-    """How one version can be served, and what there is to know about it."""
+    """How one version can be served, with notes for whoever serves it."""
 
     servable_as: ServableAs
     """lora: as published. lora-export: after `export --lora`. merged: only after `export --merged`, which any can."""
@@ -41,8 +41,8 @@ class Serving:
 def serving(method: Method, *, rank: int, target_modules: Sequence[str]) -> Serving:
     """How an adapter can be served; `target_modules` are the last parts of the adapted layers' names.
 
-    Experts that are adapted as one parameter are among them by two parts, such as experts.down_proj: how servers want
-    LoRA of those differs.
+    For experts that are adapted as one parameter they are the last two parts, such as experts.down_proj: servers differ
+    in how they want LoRA of those.
     """
     if obstacles := _obstacles(method, rank, target_modules):
         return Serving("merged", [*obstacles, "adapters export --merged makes a model that every server loads"])
@@ -56,7 +56,7 @@ def serving(method: Method, *, rank: int, target_modules: Sequence[str]) -> Serv
 
 
 def recorded(lineage: Mapping[str, Any]) -> Serving:
-    """What a version's lineage says of its serving; an older lineage still has the kind."""
+    """How a version can be served, as recorded in its lineage; an older lineage has only the kind of adapter."""
     recipe = lineage["recipe"]
     if "serving" in recipe:
         return Serving(**recipe["serving"])
@@ -69,7 +69,7 @@ def max_lora_rank(rank: int) -> int | None:
 
 
 def _obstacles(method: Method, rank: int, target_modules: Sequence[str]) -> list[str]:
-    """Why no LoRA of it can be served."""
+    """The reasons why it cannot be served as a LoRA adapter."""
     obstacles = []
     if method.adapter in ("dora", "dvora"):
         obstacles.append("its magnitudes make it no LoRA, and vLLM does not load DoRA")

@@ -3,8 +3,8 @@
 vLLM calls `register` when it starts, by the entry point group vllm.general_plugins, and asks a resolver for each
 adapter that it does not serve yet (vllm/entrypoints/openai/models/serving.py, OpenAIServingModels.resolve_lora). The
 adapter that it gets is named by its version: vLLM answers from the prefixes that it cached under an adapter's name
-(vllm-project/vllm#42125), and no two versions share one. It keeps what NAME@ALIAS was resolved to until POST
-/v1/unload_lora_adapter names that.
+(vllm-project/vllm#42125), and no two versions share a name. vLLM keeps the version that NAME@ALIAS was resolved to
+until POST /v1/unload_lora_adapter names NAME@ALIAS.
 """
 
 import asyncio
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = "FINELOOP_LORA_CONFIG"
-"""A config whose section `registry` names the registry and the keys that it trusts; without it, the default's."""
+"""The variable with the path of a config whose section `registry` applies; without it, that section's defaults."""
 ANY_VARIABLE = "FINELOOP_LORA_ANY_VERSION"
-"""1 serves what no alias points at and none ever held, such as a version that the gate refused."""
+"""The variable that, set to 1, also serves versions that no alias ever held, such as one that the gate refused."""
 NAME = "fineloop"
 COPIES = "copies"
-"""Below the folder, which may hold files of others."""
+"""The subfolder for copies; the folder itself may hold other files."""
 
 
 class RegistryResolver:
-    """What vLLM takes for one of its `LoRAResolver`s."""
+    """A resolver with the interface of vLLM's `LoRAResolver`."""
 
     def __init__(self, store: Store, folder: Path, *, any_version: bool = False) -> None:
         self._store, self._folder, self._any_version = store, folder / COPIES, any_version
@@ -49,7 +49,7 @@ class RegistryResolver:
         self._lock: int | None = None
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> "LoRARequest | None":
-        """The version that the name means, at its verified copy; None where the registry has none for this base.
+        """A request for a verified copy of the version that the name means; None if there is none for this base.
 
         Raises:
             IntegrityError: the version is damaged, or signed by no trusted key.
@@ -62,7 +62,7 @@ class RegistryResolver:
         if found is None:
             return None
         version, path = found
-        # vLLM puts a number of its own in the place of ours, which has to be positive.
+        # vLLM replaces our number, which has to be positive, by its own.
         return LoRARequest(lora_name=version, lora_int_id=1, lora_path=str(path))
 
     def _fetched(self, base_model_name: str, lora_name: str) -> tuple[str, Path] | None:
@@ -85,8 +85,8 @@ class RegistryResolver:
 
 
 def _held(store: Store, name: str) -> set[str]:
-    """Versions that an alias points at or held, by each alias's moves as the pointer knows them: not by the whole log,
-    to which every training may add.
+    """The versions that an alias points at or held. They are found by following each alias's moves back from its
+    pointer, and not from the whole log, to which every training may add.
 
     Raises:
         IntegrityError: one of the moves is damaged or gone.
@@ -102,7 +102,7 @@ def _held(store: Store, name: str) -> set[str]:
 
 
 def _taken(folder: Path) -> int:
-    """A lock on a folder for copies until this process ends: vLLM may read one again. Emptied where none holds it."""
+    """Lock the folder for copies until this process ends: vLLM may read one again. If no process holds it, empty it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     with contextlib.suppress(BlockingIOError):
@@ -114,7 +114,7 @@ def _taken(folder: Path) -> int:
 
 
 def register() -> None:
-    """Add the resolver to vLLM's, where FINELOOP_LORA_FOLDER names the folder for its copies.
+    """Add the resolver to vLLM's, if FINELOOP_LORA_FOLDER names the folder for its copies.
 
     Raises:
         ConfigError: the config that FINELOOP_LORA_CONFIG names does not exist or is not valid.

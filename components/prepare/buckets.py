@@ -1,4 +1,4 @@
-"""The S3 buckets that data lies in."""
+"""The S3 buckets that hold data."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 class Buckets:
-    """Buckets by their name, each opened once: a client costs a tenth of a second."""
+    """Buckets by their name. Each is opened once, because a client costs a tenth of a second."""
 
     def __init__(self) -> None:
         self._stores: dict[str, Store] = {}

@@ -1,4 +1,4 @@
-"""The prepare step where `data.engine` says: in this process, or by a Ray job that asks for no GPU."""
+"""Runs the prepare step where `data.engine` says: in this process, or in a Ray job that asks for no GPU."""
 
 from dataclasses import fields
 
@@ -11,11 +11,11 @@ from components.step.step import StepRun
 
 
 def prepared(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset | None:
-    """As `prepare_if_new`, wherever it is done.
+    """Run `prepare_if_new` here or in a Ray job, and return its result.
 
     Raises:
-        FineloopError: as for `prepare_if_new`; of a job, what it failed with.
-        JobError: it ended without success and without saying why, or without a result.
+        FineloopError: as for `prepare_if_new`; for a job, the error that it failed with.
+        JobError: the job failed without saying why, or ended without a result.
     """
     config = step_run.config
     if config.data.engine == "local":

@@ -1,4 +1,4 @@
-"""Files of rows by the ending of their name, packed or not, and their bytes."""
+"""The formats of data files by the ending of their name, and their bytes, unpacked."""
 
 import gzip
 import io
@@ -12,21 +12,21 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 PACKED = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 FIRST = (".jsonl", ".ndjson", ".parquet")
-"""Where a folder has files with one of these, the others lie beside its data and are none of it."""
+"""Endings that take precedence: if a folder has files with one of these, its other files are not data."""
 ENDINGS = f"a name ending in {', '.join(KINDS)}, each also with .gz or .zst"
 
 
 class Form(NamedTuple):
-    """What a file's name says of it."""
+    """The form of a data file, by its name."""
 
     kind: Kind
     ending: str
     packed: str
-    """gzip, zstd or nothing."""
+    """The compression: gzip, zstd or empty for none."""
 
 
 def form_of(name: str) -> Form | None:
-    """None where the name is no data file's."""
+    """The form of the file with this name; None if it is not a data file."""
     path = PurePosixPath(name.lower())
     packed = PACKED.get(path.suffix, "")
     ending = PurePosixPath(path.stem).suffix if packed else path.suffix

@@ -1,6 +1,6 @@
 """Data sets on the Hugging Face hub: hf://ORG/NAME, with a revision, a folder or a glob of files.
 
-Files are taken as they lie in the repository, at one commit; nothing that comes with them is run.
+Files are taken as they are in the repository, at one commit; no code that comes with them is run.
 """
 
 import re
@@ -17,7 +17,7 @@ from components.shared.errors import DataError
 SCHEME = "hf://"
 FORM = "hf://ORG/NAME[@REVISION][/FOLDER or /GLOB]"
 CONVERTED = "refs/convert/parquet"
-"""The branch on which the hub keeps any data set as Parquet."""
+"""The branch on which the hub keeps a copy of any data set as Parquet."""
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _ADDRESS = re.compile(
     r"hf://(?:datasets/)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
@@ -36,17 +36,17 @@ class HubFile:
 
 
 def is_address(entry: str) -> bool:
-    """Whether it names the hub."""
+    """Whether the entry is an address on the hub."""
     return entry.startswith(SCHEME)
 
 
 def is_id(entry: str) -> bool:
-    """Whether it looks like ORG/NAME, and like no file."""
+    """Whether the entry looks like ORG/NAME, and not like a file."""
     return _ID.fullmatch(entry) is not None and form_of(entry) is None
 
 
 def find(entry: str) -> list[HubFile]:
-    """The data files that an address names, sorted; where some are said to be for training, those alone.
+    """The data files that an address names, sorted; if some are named as training data, only those.
 
     Raises:
         DataError: there is no such data set, it has no data files or several kinds of them, or the hub is out of reach.
@@ -77,7 +77,7 @@ def find(entry: str) -> list[HubFile]:
 
 
 def fetched(address: str) -> Path:
-    """A file that `find` gave, in the hub's own cache.
+    """Fetch a file that `find` gave, and return its path in the hub's own cache.
 
     Raises:
         DataError: it cannot be fetched.
@@ -100,7 +100,7 @@ def _data_files(info: Any, within: str) -> list[Any]:
 
     visible = [each for each in info.siblings if not re.search(r"(^|/)[._]", each.rfilename)]
     found = [each for each in visible if form_of(each.rfilename) and is_meant(each.rfilename)]
-    # Beside data of another kind a .json is about the data.
+    # A .json beside data of another kind describes that data.
     return [each for each in found if not each.rfilename.endswith(".json")] or found
 
 
@@ -118,7 +118,7 @@ def _asked(entry: str, ask: Callable[[Any], Found]) -> Found:
     hub = _hub(entry)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    (no_answer,) = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # of httpx, or its heir
+    (no_answer,) = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # from httpx or its heir
     try:
         return ask(hub)
     except HFValidationError as exc:

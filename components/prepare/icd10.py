@@ -29,7 +29,7 @@ _MISSING = (
     "run pip install 'fineloop[local]'"
 )
 
-# Each of 1 to 3 tokens with SmolLM2's tokenizer, so that a small model learns the sorting and not the spelling.
+# Each name has 1 to 3 tokens with SmolLM2's tokenizer, so that a small model learns the sorting and not the spelling.
 CHAPTERS = {
     "1": "Infections",
     "2": "Neoplasms",
@@ -59,7 +59,7 @@ CHAPTERS = {
 def rows() -> Iterator[dict[str, Any]]:
     """Yield one row per inclusion term, in the order of the codes.
 
-    A term that stands under several chapters has no one answer and is left out.
+    A term that is listed under several chapters has no single answer and is left out.
 
     Raises:
         DataError: simple-icd-10-cm is not installed.
@@ -90,7 +90,7 @@ def release() -> str:
 
 
 def _terms() -> Iterator[tuple[str, str, str]]:
-    """Every inclusion term with the number of the chapter it stands under, and with its code."""
+    """Every inclusion term with the number of its chapter and with its code."""
     try:
         with warnings.catch_warnings(), garbage.importing():
             # The package reads its data through functions of importlib.resources that Python 3.11 deprecates.

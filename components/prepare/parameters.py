@@ -1,4 +1,4 @@
-"""The pipeline's parameters beside its config: what people change from run to run, a field each in the Kubeflow UI."""
+"""The pipeline's parameters beside its config: what people change from run to run, each a field in the Kubeflow UI."""
 
 import json
 
@@ -12,14 +12,14 @@ KEYS = {
     "epochs": "train.epochs",
     "num_workers": "ray.num_workers",
 }
-"""Parameter to the key that it replaces. Empty and 0 replace nothing: a pipeline's parameter cannot be absent."""
+"""The config key that each parameter replaces. Empty and 0 replace nothing: a pipeline's parameter cannot be absent."""
 
 ANYWAY = "train_without_new_data"
 
 
 def overrides(*, train_without_new_data: bool = False, **parameters: str | float) -> dict[str, str]:
-    """What the parameters that were given set, as `section.key=value` by the parameter's name."""
-    # Text as a quoted TOML string, which JSON's are.
+    """The overrides that the given parameters make, as `section.key=value` by the parameter's name."""
+    # Text becomes a quoted TOML string; JSON strings are valid TOML strings.
     given = {
         name: f"{KEYS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in parameters.items() if value
     }

@@ -1,9 +1,9 @@
 """Personal data and secrets in a text: e-mail addresses, phone and card numbers, IBANs, keys and tokens.
 
-Each kind is a pattern with a check that a random text seldom passes: a numbering plan for phone numbers (the library
-phonenumbers, which is Google's), Luhn's digit with an issuer's range for cards (ISO/IEC 7812), the remainder of 97 and
-the country's length for IBANs (ISO 13616), the prefix and alphabet of its issuer for a secret. Names of people have no
-such pattern: `screen` asks Presidio for them.
+Each kind is a pattern with a check that a random text seldom passes: a numbering plan for phone numbers (Google's
+library phonenumbers), Luhn's check digit with an issuer's range for cards (ISO/IEC 7812), the remainder modulo 97 and
+the country's length for IBANs (ISO 13616), the issuer's prefix and alphabet for secrets. Names of people have no such
+pattern: `screen` asks Presidio for them.
 """
 
 import base64
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 Kind = Literal["secret", "email", "iban", "card", "phone", "name"]
 KINDS: tuple[Kind, ...] = ("secret", "email", "iban", "card", "phone", "name")
-"""Where two overlap, the earlier kind counts."""
+"""The kinds by precedence: if two pieces overlap, the earlier kind counts."""
 
 
 class Span(NamedTuple):
-    """A piece of a text, and what it is."""
+    """A piece of personal data in a text, and its kind."""
 
     kind: Kind
     start: int
@@ -35,9 +35,9 @@ EMAIL = re.compile(
 )
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]){11,30}(?![a-z0-9])")
 DIGITS = re.compile(r"\d(?:\D{0,2}\d){6}")
-"""The fewest digits of a number, close to each other."""
+"""The seven digits close to each other that an IBAN, card or phone number has at least."""
 CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
-# What a secret begins with, and all of it.
+# The patterns of secrets, by what a secret begins with.
 SECRETS = {
     begin: re.compile(rf"(?<![A-Za-z0-9_-]){pattern}(?![A-Za-z0-9_-])")
     for begin, pattern in {
@@ -61,7 +61,7 @@ PRIVATE_KEY = re.compile(
     r"-----BEGIN ((?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END \1-----|\Z)", re.DOTALL
 )
 JSON_WEB_TOKEN = re.compile(r"(?<![\w-])(eyJ[\w-]{8,})\.[\w-]{4,}\.[\w-]*")
-# In RE2's dialect what no text with personal data is without: the beginning of a secret, an @ in a word, or digits.
+# In RE2's dialect, what every text with personal data has: the beginning of a secret, an @ before a word, or digits.
 _HINT = "|".join(
     [
         *(re.escape(begin) for begin in SECRETS if begin not in ("gh", "sk-")),
@@ -69,7 +69,7 @@ _HINT = "|".join(
         r"\p{Nd}(?:\P{Nd}{0,2}\p{Nd}){6}",
     ]
 )
-# Length by country, ISO 13616 as SWIFT's registry lists it.
+# Countries by the length of their IBANs (ISO 13616), as SWIFT's registry lists them.
 _IBAN_LENGTHS = {
     length: countries.split()
     for length, countries in {
@@ -94,7 +94,7 @@ _IBAN_LENGTHS = {
     }.items()
 }
 _IBAN_LENGTH = {country: length for length, countries in _IBAN_LENGTHS.items() for country in countries}
-# First digits and lengths of the issuers' ranges, ISO/IEC 7812.
+# First digits and lengths of the issuers' ranges (ISO/IEC 7812).
 _CARD_RANGES = (
     (r"4", {16, 19}),  # Visa; a number of 13 digits is an article's (EAN)
     (r"5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720", {16}),  # Mastercard
@@ -108,14 +108,14 @@ _CARD_RANGES = (
 
 
 def find(text: str, *, regions: Sequence[str] = ()) -> list[Span]:
-    """Every piece of personal data in a text but names, in order, none over another.
+    """All personal data in a text except names of people, in order and without overlap.
 
-    `regions` are the countries (ISO 3166, such as DE) whose phone numbers count without a leading + as well.
+    `regions` are the countries (ISO 3166, such as DE) whose phone numbers also count without a leading +.
     """
     found = [
         Span("secret", *match.span())
         for begin, pattern in SECRETS.items()
-        if begin in text  # which costs a hundredth of the pattern
+        if begin in text  # a hundredth of the pattern's cost
         for match in pattern.finditer(text)
     ]
     if "-----BEGIN" in text:
@@ -132,14 +132,14 @@ def find(text: str, *, regions: Sequence[str] = ()) -> list[Span]:
 
 
 def may_hold(texts: "pa.Array") -> "pa.BooleanArray":
-    """False for a text in which `find` finds nothing; all at once, in a fraction of the time."""
+    """Tell for each text whether `find` may find something in it, in a fraction of the time that `find` takes."""
     import pyarrow.compute as pc
 
     return pc.match_substring_regex(texts, _HINT)
 
 
 def mask(text: str, spans: Iterable[Span]) -> str:
-    """The text with the kind in capitals and brackets in place of each piece, such as [EMAIL]."""
+    """Replace each piece by its kind in capitals and brackets, such as [EMAIL]."""
     pieces, end = [], 0
     for span in spans:
         pieces += [text[end : span.start], f"[{span.kind.upper()}]"]
@@ -148,7 +148,7 @@ def mask(text: str, spans: Iterable[Span]) -> str:
 
 
 def apart(spans: Iterable[Span]) -> list[Span]:
-    """In order, and where two overlap the one whose kind counts."""
+    """The pieces in order, without overlap: of two that overlap, the one whose kind comes first in KINDS."""
     kept: list[Span] = []
     for span in sorted(spans, key=lambda each: (KINDS.index(each.kind), each.start - each.end, each.start)):
         if all(span.end <= other.start or other.end <= span.start for other in kept):
@@ -157,7 +157,7 @@ def apart(spans: Iterable[Span]) -> list[Span]:
 
 
 def _iban(match: re.Match[str]) -> Span | None:
-    """As much of the match as the country's IBANs are long, where its remainder is right."""
+    """The start of the match, as long as the country's IBANs are; None if it is no IBAN of that country."""
     length = _IBAN_LENGTH.get(match[0][:2])
     places = [place for place, char in enumerate(match[0]) if char != " "]
     if length is None or len(places) < length:

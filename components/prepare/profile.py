@@ -1,4 +1,4 @@
-"""What a person wants to see of a dataset before trusting it: profile.json."""
+"""The profile of a dataset, for a person to check before trusting it: profile.json."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -19,8 +19,8 @@ _MAX_SAMPLE_CHARS = 2000
 def build_profile(
     work: Workspace, intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit, *, used: Collection[str]
 ) -> dict[str, Any]:
-    """Account for every row: rows read = rejected + dropped + the records of both splits. `used` are the columns that
-    were read."""
+    """Build the profile, which accounts for every row: rows read = rejected + dropped + the records of both splits.
+    `used` are the columns that were read."""
     return {
         "format": FORMAT,
         "rows": {
@@ -64,7 +64,7 @@ def build_profile(
 
 
 def never_trained(work: Workspace, split: TrainEvalSplit) -> dict[str, int]:
-    """Held-out records by the label that no record to train on has; none where answers are no labels."""
+    """The number of held-out records of each label that no record to train on has; empty if answers are not labels."""
     (distinct, records) = work.row(
         f"SELECT count(DISTINCT answer), count(*) FROM {_read(split.train, split.evaluation)}"
     )
@@ -138,7 +138,7 @@ def _shared_system_message(work: Workspace, split: TrainEvalSplit) -> str | None
 
 
 def _read(*parts: Part) -> str:
-    """The records of both, as SQL reads them."""
+    """The SQL expression that reads the records of these parts."""
     paths = ", ".join(quoted(path) for part in parts for path in part.paths)
     return f"read_parquet([{paths}], file_row_number = true)"
 

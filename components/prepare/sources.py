@@ -31,22 +31,23 @@ class Source:
     """One file to read, or the example."""
 
     name: str
-    """As people know it: a path, an s3:// URI, or example://NAME."""
+    """The name for people: a path, an s3:// or hf:// address, or example://NAME."""
     size_bytes: int
     """0 for the example."""
     fingerprint: str
-    """Changes with the content: an object's ETag, a file's size and time, the version of the example's package."""
+    """A text that changes with the content: an object's ETag, a file's size and time, a hub file's hash, or the version
+    of the example's package."""
     modified_at: datetime | None
-    """None for the example."""
+    """None for the example and for files on the hub."""
     entry: str = ""
-    """The entry of data.source that names it, where there are several."""
+    """The entry of data.source that names the file; empty if there is only one entry."""
 
 
 def find_sources(source: str | list[str]) -> list[Source]:
-    """List the files, each once, in the order given; those of a glob or a folder sorted by name.
+    """List the files, each once, in the order given; files of a glob or a folder are sorted by name.
 
     Raises:
-        DataError: a source has no form we know, does not exist, or holds no data files.
+        DataError: a source has an unknown form, does not exist, or holds no data files.
         StoreError: an s3:// source cannot be reached.
     """
     buckets = Buckets()
@@ -95,11 +96,11 @@ def _find_local(entry: str) -> Iterator[Source]:
     if glob.has_magic(entry):
         root, pattern = _split_glob(path)
         try:
-            # Unlike glob.glob this follows no links below `**`, of which two may lead on for ever.
+            # Unlike glob.glob this follows no links below `**`: two of them could form an endless loop.
             files = [each for each in root.glob(str(pattern)) if each.is_file()]
         except ValueError as exc:
             raise DataError(f"data.source is {entry!r}, which is no glob: {exc}") from exc
-        if not any(part.startswith(".") for part in pattern.parts):  # as shells have it, a name with a dot is asked for
+        if not any(part.startswith(".") for part in pattern.parts):  # as in shells, a leading dot must be written out
             files = [each for each in files if not any(part.startswith(".") for part in each.relative_to(root).parts)]
         return _select(entry, root, files)
     missing = f"data.source is {entry!r}, which does not exist (looked in {Path.cwd()})"
@@ -121,7 +122,7 @@ def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
         raise DataError(f"data.source is {entry!r}, which holds no data files{others}: expected {ENDINGS}")
     within = root.resolve()
     for each in chosen:
-        # Whoever can put a link there would have any file of this machine read, and its lines shown as rejects.
+        # Else anyone who can put a link there could have any file of this machine read, and its lines shown as rejects.
         if not (leads_to := each.resolve()).is_relative_to(within):
             raise DataError(
                 f"data.source is {entry!r}, where {each} is a link to {leads_to}: one must not lead out of {root}; "
@@ -131,7 +132,7 @@ def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
 
 
 def _of_one_kind(entry: str, names: dict[T, str]) -> list[T]:
-    """The data files among these: JSONL and Parquet where there are any, for then others only lie beside them."""
+    """Choose the data files: if there are JSONL or Parquet files, only those, because others merely lie beside them."""
     found = {each: form for each, name in names.items() if (form := form_of(name))}
     first = [each for each, form in found.items() if form.ending in FIRST and not form.packed]
     if beside := [names[each] for each in found if first and each not in first]:
@@ -163,7 +164,7 @@ def _example(name: str) -> Source:
 
 
 def _is_visible(parts: tuple[str, ...]) -> bool:
-    """False for what tools leave beside data: .cache/, _SUCCESS, _temporary/."""
+    """Whether none of these parts of a path belongs to what tools leave beside data: .cache/, _SUCCESS, _temporary/."""
     return not any(part.startswith((".", "_")) for part in parts)
 
 

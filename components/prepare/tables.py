@@ -1,4 +1,4 @@
-"""Rows of files that are tables: CSV row by row, Parquet batch by batch. An empty cell reads like a missing column."""
+"""Reads the rows of tables: CSV row by row, Parquet batch by batch. An empty cell reads like a missing column."""
 
 import csv
 import io
@@ -13,7 +13,9 @@ _DELIMITERS = ",;\t|"
 
 
 def read_csv(file: BinaryIO, name: str, *, tabs: bool, max_cell: int) -> Iterator[SourceRow]:
-    """The first row names the columns. Every cell is text; of .csv the header shows what divides them.
+    """Read a CSV file whose first row names the columns. Every cell is text.
+
+    With `tabs` cells are divided by tabs, else by the delimiter that is most frequent in the header.
 
     Raises:
         DataError: the header names a column twice, or a quotation mark is never closed.
@@ -73,7 +75,7 @@ def read_parquet(path: Path, name: str, wanted: Wanted) -> Iterator[Rows]:
     """The rows of a Parquet file with the columns that are wanted.
 
     Raises:
-        DataError: it is no Parquet file.
+        DataError: it cannot be read as a Parquet file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -85,14 +87,14 @@ def read_parquet(path: Path, name: str, wanted: Wanted) -> Iterator[Rows]:
             known = [column for column in names if column in read]
             unread = tuple(column for column in names if column not in read)
             line = 1
-            # Without threads of Arrow's own: one that finds no memory ends the process, where ours raises.
+            # Without Arrow's own threads: one that runs out of memory ends the process, while ours raises.
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=known, use_threads=False):
                 size = max(1, len(batch) * BYTES_AT_ONCE // max(BYTES_AT_ONCE, batch.nbytes))
                 for start in range(0, len(batch), size):
                     values = list(_values(batch.slice(start, size)))
                     yield Rows(range(line, line + len(values)), values, None, unread)
                     line += len(values)
-    except MemoryError:  # Arrow's is one of its exceptions too
+    except MemoryError:  # Arrow's own MemoryError is an ArrowException too
         raise
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
@@ -102,7 +104,7 @@ def _values(batch: Any) -> Iterator[object]:
     """The batch as objects without their nulls, so that a null cell reads like a missing one."""
     try:
         rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, or a time that Python's do not reach
+    except (ValueError, OverflowError):  # text that is not UTF-8, or a time outside Python's range
         rows = [_value(batch.slice(index, 1)) for index in range(batch.num_rows)]
     for row in rows:
         yield row if isinstance(row, Unreadable) else {name: cell for name, cell in row.items() if cell is not None}

@@ -1,4 +1,4 @@
-"""Many texts in a file: in memory there are 24 bytes of each."""
+"""Keeps many texts in a file, with 24 bytes of memory for each."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,19 +9,19 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _AT_ONCE = 2**20
-"""Bytes."""
+"""The size of the blocks whose texts are read together, in bytes."""
 
 
 class Texts(Sequence[str]):
     """Some of the texts of a file, in order."""
 
     def __init__(self, path: Path, begins: "npt.NDArray[np.int64]", sizes: "npt.NDArray[np.int64]") -> None:
-        """Where each of them begins, and its bytes."""
+        """`begins` are the texts' places in the file, `sizes` their lengths, both in bytes."""
         self._path, self._begins, self._sizes = path, begins, sizes
 
     @classmethod
     def write(cls, path: Path, batches: Iterable[Sequence[str]]) -> "Texts":
-        """All of these texts, in a new file."""
+        """Write the texts to a new file."""
         import numpy as np
 
         parts = [np.zeros(0, np.int64)]
@@ -46,7 +46,7 @@ class Texts(Sequence[str]):
         return self._read(self._begins, self._sizes)
 
     def _read(self, begins: "npt.NDArray[np.int64]", sizes: "npt.NDArray[np.int64]") -> Iterator[str]:
-        """Texts that follow each other in the file are read at once, as long as they are few."""
+        """Read the texts; those that follow each other in the same block of the file are read at once."""
         import numpy as np
 
         ends = begins + sizes

@@ -1,7 +1,7 @@
 """Notify Kubeflow's Model Registry, MLflow and a webhook of a moved alias.
 
-The move has happened, and stands. A server that cannot be notified is named in a warning, with the command that
-notifies it again: each notification creates what is missing, and repeating it changes nothing.
+The move has happened, and a failed notification does not undo it. A warning names the server, and the command that
+notifies it again. Each notification creates what is missing, and repeating it changes nothing.
 """
 
 import logging
@@ -28,28 +28,28 @@ NOTIFIERS: dict[str, Notify] = {
     "mlflow": mlflow.notify,
     "webhook": webhook.notify,
 }
-"""By the key of the config that holds the address. Each takes address, announcement and the environment, where its
-secrets are."""
+"""The notifiers by the key of the config that holds the address. Each takes the address, the announcement, and the
+environment with its secrets."""
 
 
 def announce(
     config: AnnounceConfig, store: "Store", name: str, event: "Event", environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Notify the servers that the config names; returns for each key of it `NOTIFIED`, or why that failed."""
+    """Notify the servers that the config names; returns by their keys `NOTIFIED` or the reason for a failure."""
     addresses = {key: address for key, address in config if address}
     outcomes: dict[str, str] = {}
     for key, address in addresses.items():
         try:
             NOTIFIERS[key](address, announcement(store, name, event), environment)
             outcomes[key] = NOTIFIED
-        except (FineloopError, LookupError, TypeError) as exc:  # the last two: an answer that is not what the API's is
+        except (FineloopError, LookupError, TypeError) as exc:  # the last two: not an answer of the API
             outcomes[key] = str(exc) if isinstance(exc, FineloopError) else f"{address} answers strangely: {exc!r}"
             logger.warning("%s", warning(key, name, event.body["alias"], outcomes[key]))
     return outcomes
 
 
 def failed_notifications(steps: Iterable[StepRecord]) -> dict[str, str]:
-    """Notifications of a run's promotion that failed, by the key of the config, with the reason."""
+    """The reasons of the notifications of a run's promotion that failed, by the key of the config."""
     announced = {key: why for step in steps for key, why in step.result.get("announced", {}).items()}
     return {key: why for key, why in announced.items() if why != NOTIFIED}
 

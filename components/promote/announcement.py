@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Announcement:
-    """The content of a notification. Text that was not recorded is empty."""
+    """The content of a notification. A text that was not recorded is empty."""
 
     event_id: str
-    """The same whenever the notification is repeated."""
+    """The id of the event; the same whenever the notification is repeated."""
     kind: "EventKind"
     time: str
     """ISO 8601, in UTC."""
@@ -39,7 +39,7 @@ class Announcement:
     base: str
     dataset_uri: str
     metrics: Mapping[str, float]
-    """What its run measured of the version, without what is not finite."""
+    """The version's metrics as its run measured them, without those that are not finite."""
 
     def as_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

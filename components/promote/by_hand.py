@@ -25,10 +25,10 @@ class Person:
     """The name that they gave."""
     reason: str = ""
     otherwise: str = ""
-    """What the log calls one who gave no name."""
+    """The name to log if they gave none."""
 
     def cause(self, run_id: str, evidence: Mapping[str, Any] | None = None) -> aliases.Cause:
-        """For the log."""
+        """The cause of a move, for the log."""
         return aliases.Cause(run_id, self.by or self.otherwise, self.reason, evidence or {})
 
     def require_name_and_reason(self, what: str) -> None:
@@ -54,10 +54,10 @@ def promote_by_hand(
 ) -> "Event":
     """Point the alias at the version that the reference means, whatever the gate said.
 
-    The event is "overridden" when a gate holds the version back from this alias, which takes a name and a reason; else
-    it is "promoted". `run_id` is the run that the person started for it, if any, not the one that made the version:
-    a person may promote again what that run promoted and what was rolled back. From then on the gate holds later
-    candidates to this version as the best so far; the event names the one that was, as `anchor_before`.
+    The event is "overridden" if a gate holds the version back from this alias, which requires a name and a reason; else
+    it is "promoted". `run_id` is the run that the person started for the move, if any, not the run that made the
+    version: a person may promote again a version that its run promoted and that was rolled back. From then on the gate
+    holds later candidates to this version as the best so far; the event names the earlier best as `anchor_before`.
 
     Raises:
         UserError: the reference is malformed or ambiguous, or a gate is overridden without name or reason.
@@ -85,12 +85,12 @@ def promote_by_hand(
 
 
 def approve(store: "Store", reference: str, person: Person, *, alias: str = aliases.PRODUCTION) -> "Event":
-    """Carry out the decision that left the version to a person. Doing it again changes nothing.
+    """Approve a version, by carrying out the decision that left it to a person. Approving it again changes nothing.
 
     Raises:
         UserError: name or reason is missing, or the version does not wait for approval.
         ObjectMissing: there is no such version, or its run's decision is gone.
-        IntegrityError: the decision is another than the gate made, or the version is damaged.
+        IntegrityError: the decision is not the one that the gate made, or the version is damaged.
         AliasConflict: another version took the alias after this one was compared with its holder.
     """
     person.require_name_and_reason("an approval is a person's")
@@ -128,8 +128,8 @@ def roll_back_by_hand(
     expected: str | None = aliases.ANYONE,
     run_id: str = "",
 ) -> "Event":
-    """`aliases.rollback` by a person, who gives a name and a reason where that overrides a gate; of `to`, first digits
-    suffice.
+    """Run `aliases.rollback` for a person, who gives a name and a reason if that overrides a gate. `to` may be the
+    first digits of a version.
 
     Raises:
         UserError: `to` fits several versions, or is held back by a gate and never held the alias, and name or reason
@@ -148,24 +148,24 @@ ACTIONS = (PROMOTE, APPROVE, ROLL_BACK)
 
 @dataclass(frozen=True)
 class Request:
-    """What a person filled in."""
+    """A person's entries in the form of the pipeline that moves an alias."""
 
     name: str
     action: str
     version: str
-    """Empty: the newest one, or when rolling back the one that held the alias before."""
+    """The version; empty means the newest, or for a rollback the one that held the alias before."""
     alias: str
     reason: str
     person: str
     job_id: str
-    """The Kubeflow run: a step that is run again goes back no further."""
+    """The id of the Kubeflow run, so that a step that is run again does not roll back further."""
 
 
 def carry_out(store: "Store", request: Request) -> "Event":
-    """Promote, approve or roll back.
+    """Promote, approve or roll back, as the request says.
 
     Raises:
-        UserError: the action is none of them, the reference fits no version, or a name or reason is missing.
+        UserError: the action is none of these, the reference fits no version, or a name or reason is missing.
         ObjectMissing: there is no such version, or nothing to go back to.
         AliasConflict: the alias was moved at the same time.
     """
@@ -182,7 +182,7 @@ def carry_out(store: "Store", request: Request) -> "Event":
 
 
 def as_markdown(store: "Store", request: Request, event: "Event") -> str:
-    """What was moved and what both versions had measured, for the Kubeflow UI."""
+    """The move, with the metrics of both versions, as Markdown for the Kubeflow UI."""
     before, after = event.body["from"], event.body["to"]
     measured = {
         version: versions.evaluated(store, versions.resolve(store, f"{request.name}@{version}")).metrics

@@ -1,4 +1,4 @@
-"""JSON over HTTP for notifications: few tries, short waits, nothing that can hold a run up."""
+"""JSON over HTTP for notifications, with few tries and short waits, so that nothing holds up a run."""
 
 import time
 from collections.abc import Mapping
@@ -15,40 +15,40 @@ TRIES = 3
 PAUSE_S = 1
 BUSY = (429, 502, 503, 504)
 TIMEOUT_S = (5, 15)
-"""To connect, and between two pieces of an answer."""
+"""Limits in seconds: to connect, and between two pieces of an answer."""
 PATIENCE_S = 30
-"""For all requests to one server."""
+"""Limit in seconds for all requests to one server together."""
 MOST_BYTES, MOST_ERROR_BYTES, CHUNK_BYTES = 4 * 2**20, 64 * 2**10, 8 * 2**10
-"""Bytes kept of an answer and of an error, and read at a time."""
+"""The most bytes kept of an answer, and of an error; and the bytes read at a time."""
 SHOWN = 200
 
 
 class HttpApi:
-    """One server, which has PATIENCE_S for all requests together.
+    """A server, which gets PATIENCE_S for all requests together.
 
-    Requests to a server that is away or busy are repeated; redirects are not followed, which would forward the token.
+    Requests to a server that is away or busy are repeated. Redirects are not followed: that would forward the token.
     """
 
     def __init__(self, url: str, *, token: str = "", login: tuple[str, str] | None = None) -> None:
-        """`token` is a bearer's, `login` a user's name and password."""
+        """`token` is a bearer token, `login` a user's name and password."""
         from requests import Session
 
         self._url = url.rstrip("/")
         self._until = time.monotonic() + PATIENCE_S
         self._session = Session()
-        # As a header alone, an entry of ~/.netrc would replace it.
+        # If it were only a header, an entry of ~/.netrc would replace it.
         self._session.auth = _bearer(token) if token else login
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
-        """The answer, as an object.
+        """Get an object.
 
         Raises:
-            AnnounceError: it is no success, or no object.
+            AnnounceError: the answer is not a success, or not a JSON object.
         """
         return self._object(self._send("GET", path, query=query))
 
     def find(self, path: str, **query: str) -> dict[str, Any] | None:
-        """As `get`; None where there is no such thing (404)."""
+        """Get an object as `get` does; None if there is none (404)."""
         response = self._send("GET", path, query=query)
         return None if response.status_code == 404 else self._object(response)
 
@@ -60,7 +60,7 @@ class HttpApi:
         """Post bytes to the address itself; the answer is not read.
 
         Raises:
-            AnnounceError: it is no success.
+            AnnounceError: the answer is not a success.
         """
         self._successful(self._send("POST", "", data=body, headers=headers))
 
@@ -72,7 +72,7 @@ class HttpApi:
         def ask() -> None:
             try:
                 found.set_result(self._ask(verb, url, params=query, **sent))
-            except Exception as exc:  # for the thread that waits
+            except Exception as exc:  # passed to the thread that waits
                 found.set_exception(exc)
 
         Thread(target=ask, daemon=True).start()
@@ -80,7 +80,7 @@ class HttpApi:
             return found.result(max(0.0, self._until - time.monotonic()))
         except TimeoutError as exc:
             raise AnnounceError(f"{verb} {url}: no whole answer after {PATIENCE_S} s") from exc
-        except OSError as exc:  # as requests' errors are
+        except OSError as exc:  # the base of requests' errors
             raise AnnounceError(f"{verb} {url}: {exc}") from exc
 
     def _ask(self, verb: str, url: str, **sent: Any) -> "Response":
@@ -120,13 +120,13 @@ class HttpApi:
 
 
 def _read(response: "Response", most_bytes: int) -> None:
-    """Keep so much of the body as the whole of it; the rest is not read."""
+    """Read at most `most_bytes` of the body, and keep them as the whole body."""
     body = bytearray()
     for chunk in response.iter_content(CHUNK_BYTES):
         body += chunk
         if len(body) >= most_bytes:
             break
-    response._content = bytes(body[:most_bytes])  # what `text` and `json` read
+    response._content = bytes(body[:most_bytes])  # read by `text` and `json`
     response._content_consumed = True
 
 

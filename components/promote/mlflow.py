@@ -1,6 +1,6 @@
-"""Notifying an MLflow server of a moved alias, over its REST API (mlflow.org/docs/latest/rest-api.html, 2.0).
+"""Notifies an MLflow server of a moved alias, over its REST API (mlflow.org/docs/latest/rest-api.html, 2.0).
 
-MLflow's own client is a dozen packages, which the image of a step would carry for these few calls.
+MLflow's own client would add a dozen packages to the image of a step for these few calls.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from components.promote.http_api import HttpApi
 
 API = "/api/2.0/mlflow"
 VERSION = "fineloop.version"
-"""Tag by which a version's run is found again."""
+"""The tag by which a version's run is found again."""
 
 
 def notify(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
     """Record the version's run and the version, each once, and set the alias.
 
     Raises:
-        AnnounceError: the server is away, or refuses.
+        AnnounceError: the server cannot be reached, or refuses.
     """
     user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     token = environment.get("MLFLOW_TRACKING_TOKEN", "")
@@ -49,7 +49,8 @@ def _create_version(api: HttpApi, announcement: Announcement) -> str:
 
 
 def _run(api: HttpApi, announcement: Announcement) -> str:
-    """The run of the version, in the experiment of the adapter's name, whole; what is there of it stays."""
+    """The id of the version's run, in the experiment with the adapter's name. The run is created or completed; nothing
+    that it has is removed."""
     found = api.find("/experiments/get-by-name", experiment_name=announcement.adapter)
     experiment = (
         found["experiment"] if found else api.send("POST", "/experiments/create", {"name": announcement.adapter})

@@ -1,7 +1,7 @@
-"""Notifying a Kubeflow Model Registry of a moved alias, over its REST API (kubeflow/hub, api/openapi).
+"""Notifies a Kubeflow Model Registry of a moved alias, over its REST API (kubeflow/hub, api/openapi).
 
-Its Python client configures logging and patches asyncio for the whole process, and has no timeouts. The registry
-knows no aliases: each is a property of the registered model, whose value is the version.
+The registry's own Python client is not used: it configures logging and patches asyncio for the whole process, and has
+no timeouts. The registry has no aliases: each is a property of the registered model, with the version as its value.
 """
 
 from collections.abc import Mapping
@@ -13,15 +13,16 @@ from components.promote.http_api import HttpApi
 TOKEN = "FINELOOP_MODEL_REGISTRY_TOKEN"
 API = "/api/model_registry/{version}"
 NEWEST, OLDER = "v1", "v1alpha3"
-"""Servers of before 2026 know only the older one, which is to end with April 2027; requests are the same in both."""
+"""Versions of the API, with the same requests. Servers from before 2026 know only the older one, which is to end with
+April 2027."""
 AUTHOR = "fineloop"
 
 
 def notify(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
-    """Register adapter, version and its address, each once, and let the alias name the version.
+    """Register the adapter, the version and its address, each once, and point the alias at the version.
 
     Raises:
-        AnnounceError: the registry is away, or refuses.
+        AnnounceError: the registry cannot be reached, or refuses.
     """
     api = _newest_api(url.rstrip("/"), environment.get(TOKEN, ""))
     model = api.find("/registered_model", name=announcement.adapter) or api.send(
@@ -39,7 +40,7 @@ def notify(url: str, announcement: Announcement, environment: Mapping[str, str])
     )
     artifacts = f"/model_versions/{version['id']}/artifacts"
     if not api.get(artifacts).get("items"):
-        # Named as the model, for its own client looks for it so: get_model_artifact.
+        # Named like the model, because the registry's client looks for it by that name: get_model_artifact.
         artifact = {
             "artifactType": "model-artifact",
             "name": announcement.adapter,

@@ -1,6 +1,6 @@
 """The ends of a run: the candidate takes the alias, the alias stays where it is, or there was nothing new to train on.
 
-A run that has decided has consumed its data: the adapter's watermark moves with it.
+A run with a decision has consumed its data, so that it advances the adapter's watermark.
 """
 
 import os
@@ -18,13 +18,13 @@ from components.store.store import Store
 def promote(step_run: StepRun, decision_sha256: str) -> str:
     """Point the alias at the candidate and return the promotion's event as a URI. Running it again changes nothing.
 
-    `decision_sha256` is that of the record that the gate wrote; no other is obeyed. The version is signed for it where
-    the environment holds a key. Then the servers that the config names are notified.
+    `decision_sha256` is the hash of the decision that the gate wrote; no other is obeyed. The version is signed for the
+    decision if the environment holds a key. Then the servers that the config names are notified.
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
         ObjectMissing: the run has no decision, or the candidate is gone.
-        DataError: it decided otherwise than to promote, or about another run, adapter or alias than this one's.
+        DataError: the decision is not to promote, or is about another run, adapter or alias.
         IntegrityError: the decision is not the gate's, or the candidate's files are not those of its manifest.
     """
     run_id, adapter = step_run.run_id, step_run.config.adapter
@@ -39,7 +39,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
         )
     cause = "; ".join(decision.reasons)
     event = take_alias(step_run.store, decision, decision_sha256, actor=aliases.PIPELINE, reason=cause)
-    step_run.result.update(event.move())  # at once: whatever fails from here on, the alias has moved
+    step_run.result.update(event.move())  # at once: the alias has moved, whatever fails from here on
     step_run.say(f"{name}@{alias} is now {version}")
     watermark.advance(step_run.store, name, run_id)
     if outcomes := announce(step_run.config.announce, step_run.store, name, event, os.environ):
@@ -48,7 +48,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
 
 
 def take_alias(store: Store, decision: Decision, decision_sha256: str, *, actor: str, reason: str) -> Event:
-    """Carry a decision out: sign its version for it where the environment holds a key, and point its alias at it.
+    """Carry out a decision: sign its version if the environment holds a key, and point its alias at the version.
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
@@ -84,7 +84,7 @@ def hold(step_run: StepRun) -> str:
 
 
 def skip(step_run: StepRun) -> str:
-    """Leave everything alone and return the decision's URI; the watermark stays, so that what is new stays new."""
+    """Leave everything alone and return the decision's URI. The watermark stays, so that new rows stay new."""
     decision = runs.read(step_run.store, step_run.run_id, Decision)
     step_run.result.update(reasons=list(decision.reasons))
     step_run.say(f"{decision.adapter} is not trained: {'; '.join(decision.reasons)}")

@@ -1,4 +1,4 @@
-"""A move of an alias, posted as JSON and signed as GitHub signs its webhooks, so that receivers of those know how.
+"""Posts a move of an alias as JSON, signed as GitHub signs its webhooks, so that existing receivers can check it.
 
 https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries
 """
@@ -15,12 +15,12 @@ SECRET = "FINELOOP_WEBHOOK_SECRET"
 
 
 def notify(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
-    """Post it, signed where the environment holds a secret.
+    """Post the announcement, signed if the environment holds a secret.
 
     A receiver recognises a repeated notification by X-Fineloop-Delivery, the event's id.
 
     Raises:
-        AnnounceError: the receiver is away, or did not take it.
+        AnnounceError: the receiver cannot be reached, or did not accept it.
     """
     body = json.dumps(announcement.as_json(), sort_keys=True).encode()
     headers = {
@@ -34,5 +34,5 @@ def notify(url: str, announcement: Announcement, environment: Mapping[str, str])
 
 
 def signature(body: bytes, secret: str) -> str:
-    """HMAC-SHA256 of the body in hex, as the header has it."""
+    """The HMAC-SHA256 of the body in hex, in the header's form."""
     return f"sha256={hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}"

@@ -1,4 +1,4 @@
-"""The Kubernetes API for RayJobs: the way to it, what refusals mean, and a watch that outlives what breaks it."""
+"""The Kubernetes API for RayJobs: a client, explanations of its refusals, and a watch that resumes when it breaks."""
 
 import json
 import logging
@@ -21,14 +21,14 @@ GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
 RAYJOBS = (GROUP, VERSION, PLURAL)
 WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-"""What Kubernetes mounts into every pod that may talk to its API."""
+"""The folder that Kubernetes mounts into every pod that may talk to its API."""
 CALL_S = 10.0
 AWAY_S = 600.0
-"""How long the API server may be away from who follows a job, which goes on without it: one that is upgraded, alone in
-its control plane, is away for minutes."""
+"""How long the API server may be away while a job is followed, which goes on without it: during an upgrade, a server
+that is alone in its control plane is away for minutes."""
 _TRANSIENT = (0, 429, 500, 502, 503, 504)
 _STARTING = re.compile("is waiting to start: (ContainerCreating|PodInitializing)$")
-"""The kubelet's words for a container that is on its way; it has others for an image that cannot be pulled."""
+"""The kubelet's words for a container that is being started; those for an image that cannot be pulled differ."""
 _DENIED = re.compile(r'User "([^"]+)" cannot (\w+) resource "([^"]+)"')
 
 
@@ -42,12 +42,12 @@ class KubernetesApi:
             namespace: where the RayJobs live; empty means the pod's own, or the kubeconfig context's.
 
         Raises:
-            UserError: there is no way to an API server, or no namespace.
+            UserError: no API server is configured, or no namespace is known.
         """
         from kubernetes import client
 
         configured, context_namespace = configuration()
-        configured.retries = False  # `call` asks again, and knows for how long
+        configured.retries = False  # `call` repeats requests, and for how long
         self.namespace = namespace or own_namespace() or context_namespace
         if not self.namespace:
             raise UserError(
@@ -58,7 +58,7 @@ class KubernetesApi:
         self._where = (GROUP, VERSION, self.namespace, PLURAL)
 
     def create(self, body: Resource) -> bool:
-        """Create a RayJob; False when one of that name exists."""
+        """Create a RayJob; returns False if one of that name exists."""
 
         def create() -> bool:
             from kubernetes.client import ApiException
@@ -67,7 +67,7 @@ class KubernetesApi:
                 self._objects.create_namespaced_custom_object(
                     *self._where,
                     body,
-                    field_validation="Strict",  # else an older KubeRay drops what it does not know, without a word
+                    field_validation="Strict",  # else an older KubeRay silently drops unknown fields
                     _request_timeout=CALL_S,
                 )
             except ApiException as exc:
@@ -76,13 +76,13 @@ class KubernetesApi:
                 raise
             return True
 
-        # Asked again after an answer that got lost, it is refused as a duplicate: that is False as well.
+        # If an answer was lost, the repeated request is refused as a duplicate: that gives False as well.
         return self.call(f"create RayJob {body['metadata']['name']}", create, UNREACHABLE_S)
 
     def list(
         self, labels: dict[str, str], *, name: str = "", kind: tuple[str, str, str] = RAYJOBS
     ) -> tuple[list[Resource], str]:
-        """The objects with these labels, or of this name, and the version of the list."""
+        """List the objects with these labels, or of this name; also returns the resource version of the list."""
         group, version, plural = kind
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
         found = self.call(
@@ -98,7 +98,7 @@ class KubernetesApi:
         return found["items"], found["metadata"]["resourceVersion"]
 
     def events(self, name: str, since: str, seconds: int, *, kind: tuple[str, str, str] = RAYJOBS) -> Any:
-        """What happens to an object after a version, for at most `seconds`: raw events, bookmarks among them."""
+        """Watch an object from a resource version on, for at most `seconds`; gives raw events, bookmarks among them."""
         from kubernetes.watch import Watch
 
         group, version, plural = kind
@@ -120,7 +120,7 @@ class KubernetesApi:
         )
 
     def delete(self, name: str) -> bool:
-        """Have a RayJob, its cluster and its pods deleted; False when there is none of that name."""
+        """Delete a RayJob with its cluster and its pods; returns False if there is none of that name."""
 
         def delete() -> bool:
             from kubernetes.client import ApiException
@@ -149,7 +149,7 @@ class KubernetesApi:
         return [owner.to_dict() for pod in pods for owner in pod.metadata.owner_references or []]
 
     def workloads(self, job_uid: str) -> Sequence[Resource]:
-        """What Kueue has made of the job with this uid: one workload, or two for a moment."""
+        """The Workloads that Kueue has made for the job with this uid: one, or two for a moment."""
         found: dict[str, Any] = self.call(
             "list workloads",
             lambda: self._objects.list_namespaced_custom_object(
@@ -191,10 +191,10 @@ class KubernetesApi:
         return self.call(f"read the log of pod {name}", read)
 
     def call(self, what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
-        """Call the API server; a request whose failure may pass is repeated for `patience_s`.
+        """Call the API server; a request that failed for a passing reason is repeated for `patience_s`.
 
         Raises:
-            JobError: it did not answer, or refused: says what is missing.
+            JobError: the server did not answer, or refused; the message says what is missing.
         """
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
@@ -210,7 +210,7 @@ class KubernetesApi:
                 time.sleep(0.5)
 
     def refusal(self, what: str, error: Exception) -> JobError:
-        """Say what an answer of the API server means and what to do about it."""
+        """The error for an answer of the API server: what it means and what to do about it."""
         code, answer = getattr(error, "status", None), _status_of(error)
         denied = _DENIED.search(answer.get("message", ""))
         if denied:
@@ -221,7 +221,7 @@ class KubernetesApi:
             )
         if code == 401:
             return JobError(f"could not {what}: the Kubernetes API does not accept our credentials (401 Unauthorized)")
-        if code == 404 and not answer.get("details", {}).get("name"):  # with a name, it is the object that is missing
+        if code == 404 and not answer.get("details", {}).get("name"):  # with a name, the object itself is missing
             return JobError(f"could not {what}: KubeRay is not installed: the cluster knows no {PLURAL}.{GROUP}")
         causes = answer.get("details", {}).get("causes") or []
         fields = "; ".join(f"{cause.get('field')}: {cause.get('message')}" for cause in causes)
@@ -237,13 +237,13 @@ class Watched:
         self._version = ""
         self._reached, self._has_warned = time.monotonic(), False
         self.newest: Resource | None = None
-        """None until the first look, and when it is gone."""
+        """The state; None before the first look, and when the object is gone."""
 
     def wait(self, seconds: float) -> Resource | None:
-        """Its state after the next change, or after `seconds` (rounded up) without one; None when it is gone.
+        """Wait for the next change, or for `seconds` (rounded up), and return the state; None when the object is gone.
 
         Raises:
-            JobError: the API server refuses, or has been out of reach for longer than we are patient.
+            JobError: the API server refuses, or has been out of reach for longer than AWAY_S.
         """
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
@@ -272,7 +272,7 @@ class Watched:
         return self.newest
 
     def _broken(self, error: Exception) -> None:
-        """Make ready for the next try, or give up."""
+        """Prepare the next try, or give up."""
         status = getattr(error, "status", None)
         if status == 410:  # our version is older than what the server remembers
             self._version = ""
@@ -301,7 +301,7 @@ def configuration() -> tuple[Any, str]:
     """How to reach the API server, and the namespace of the kubeconfig's context.
 
     Raises:
-        UserError: there is no way to one.
+        UserError: no API server is configured, or this pod may not talk to it.
     """
     from kubernetes import client, config
 
@@ -312,7 +312,7 @@ def configuration() -> tuple[Any, str]:
         except config.ConfigException as exc:
             raise UserError(f"this pod may not talk to the Kubernetes API ({exc}): give it a service account") from exc
         return found, ""
-    path = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable at import alone
+    path = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable only at import
     try:
         config.load_kube_config(config_file=path, client_configuration=found)
         _, context = config.list_kube_config_contexts(config_file=path)
@@ -329,13 +329,13 @@ def _by_name(name: str) -> str:
 
 
 def _account(user: str) -> str:
-    """A service account as people write it; other users as they are."""
+    """The user in words: a service account as people write it, other users unchanged."""
     kind, _, name = user.rpartition("system:serviceaccount:")
     return f"service account {name.replace(':', '/')}" if not kind and name != user else f"user {user}"
 
 
 def _status_of(error: Exception) -> dict[str, Any]:
-    """The Status object that the API server answered with; empty when it was none."""
+    """The Status object that the API server answered with; empty if the answer was none."""
     try:
         status = json.loads(getattr(error, "body", None) or "{}")
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What a job in Kueue's queue waits for, in Kueue's own words: https://kueue.sigs.k8s.io/docs/concepts/workload/."""
+"""Tells what a job in Kueue's queue waits for, in Kueue's words: https://kueue.sigs.k8s.io/docs/concepts/workload/."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from components.shared.errors import JobError
 logger = logging.getLogger(__name__)
 
 QUOTA = "waiting for quota"
-"""Before Kueue has looked at it, or where it may not be asked."""
+"""The answer before Kueue has looked at the job, and when Kueue may not be asked."""
 NEVER_FITS = ("ExceedsMaxQuota", "NoMatchingFlavor")
 """Reasons of the condition QuotaReserved that no waiting ends (Kueue 0.19, apis/kueue/v1beta2/workload_types.go).
 Without the feature gate UnadmittedWorkloadsObservability, which is off by itself, the reason is always Pending."""
@@ -20,15 +20,15 @@ NEVER_WORDS = (
     "untolerated taint",
     "doesn't match node affinity",
 )
-"""Its message in such a case (pkg/scheduler/flavorassigner/flavorassigner.go)."""
+"""Parts of the condition's message in such a case (pkg/scheduler/flavorassigner/flavorassigner.go)."""
 MAY_FIT_WORDS = "insufficient unused quota"
-"""What the same message says of a flavor, one of several perhaps, that has room when others have ended."""
+"""The part of the same message about a flavor, perhaps one of several, that has room once other jobs have ended."""
 HOPELESS_S = 180.0
-"""How long one of them must stand: somebody may be raising the quota."""
+"""How long, in seconds, such a reason must last: somebody may be raising the quota."""
 
 
 class KueueQueue:
-    """Asks for the Workload that Kueue makes of a job; where that is refused, says so once and does not ask again."""
+    """Asks for the Workload that Kueue makes for a job. If that is refused, it warns once and does not ask again."""
 
     def __init__(self, api: KubernetesApi, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._api, self._clock = api, clock
@@ -36,7 +36,7 @@ class KueueQueue:
         self._never_since: float | None = None
 
     def why(self, job_uid: str) -> str:
-        """What the job waits for."""
+        """Return what the job waits for, in Kueue's words or as QUOTA."""
         if self._is_refused:
             return QUOTA
         try:
@@ -58,9 +58,10 @@ class KueueQueue:
 
 
 def waits_for(workloads: Sequence[Resource]) -> str:
-    """What the newest workload of a job says: why it was requeued, and why it is not admitted.
+    """The messages of a job's newest workload: why it was requeued, and why it is not admitted.
 
-    What never fits reads "insufficient quota for ... > maximum capacity"; what was preempted names what took its place.
+    A job that never fits reads "insufficient quota for ... > maximum capacity"; a preempted one names the workload that
+    took its place.
     """
     if not workloads:
         return QUOTA
@@ -77,7 +78,7 @@ def waits_for(workloads: Sequence[Resource]) -> str:
 
 
 def never_fits(workloads: Sequence[Resource]) -> bool:
-    """Whether Kueue has something against the newest workload that no waiting ends."""
+    """Whether Kueue refuses the newest workload for a reason that does not pass by waiting."""
     quota = _conditions(_newest(workloads)).get("QuotaReserved", {}) if workloads else {}
     if quota.get("status") != "False":
         return False

@@ -14,9 +14,9 @@ from components.shared.errors import JobError
 logger = logging.getLogger(__name__)
 
 DASHBOARD_S = (2.0, 10.0)
-"""How long a connection and an answer may take."""
+"""Limits in seconds on connecting to the dashboard and on its answer."""
 AGAIN_S = 30.0
-"""How long a source that does not answer is left alone."""
+"""Seconds until a source that did not answer is asked again."""
 
 
 class JobLog:
@@ -29,7 +29,7 @@ class JobLog:
         self._refused: dict[str, float] = {}
 
     def read(self, status: dict[str, Any], *, final: bool) -> None:
-        """Copy what is new, from whichever source answers; at the end every source is read once more."""
+        """Copy new output from the first source that answers; at the end also try those that did not answer before."""
         if final or self._turns.is_due:
             with self._turns.reading():
                 self._copy_new(status, final=final)
@@ -50,7 +50,7 @@ class JobLog:
                 return
 
     def restart(self) -> None:
-        """Another cluster runs the job from its beginning."""
+        """Start over, because another cluster runs the job from its beginning."""
         self._refused.clear()
         self._copy.restart()
 
@@ -75,7 +75,7 @@ class JobLog:
                 f"the dashboard {address} wants a token: set RAY_AUTH_TOKEN from Secret fineloop-ray; reading the "
                 "submitter's log instead"
             )
-        if not answer.ok:  # the job is not submitted yet
+        if not answer.ok:  # the job has not been submitted yet
             return None
         return str(answer.json().get("logs") or "")
 
@@ -84,6 +84,6 @@ class JobLog:
 
 
 def _token() -> str:
-    """Ray's own two ways to hand a token to a client."""
+    """The token from either of the two variables by which Ray gives one to a client; empty if neither is set."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
     return os.environ.get("RAY_AUTH_TOKEN", "") or (Path(path).read_text(encoding="utf-8").strip() if path else "")

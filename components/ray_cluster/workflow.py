@@ -1,16 +1,17 @@
 """The Argo workflow of the Kubeflow run that this step belongs to. It owns what the step starts.
 
-The step's pod does not: a drained node takes it away while the run goes on, and Argo runs the step again in another.
-So a stop must be known from a drain, and a signal does not say which it is: after SIGTERM a step's Python lives for 0.2
-to 1.0 s without a stdout (measured on Kubeflow 2.17 with Argo 4.0), too short to ask the API on a busy node. Nothing
-relies on that second. A stop is written into the workflow before any pod receives a signal, and has three answers:
+The step's pod does not own it: draining a node removes the pod while the run goes on, and Argo runs the step again in
+another pod. So a stop must be distinguished from a drain, and a signal does not say which it is. After SIGTERM a step's
+Python lives for 0.2 to 1.0 s without a stdout (measured on Kubeflow 2.17 with Argo 4.0), too short to ask the API on a
+busy node, so that nothing relies on that second. A stop is written into the workflow before any pod receives a signal,
+and three things react to it:
 
 - the step watches its workflow, and stops its job when that is being stopped;
 - `fineloop runs stop` stops the run's jobs itself, where it may;
 - `fineloop reap`, every minute, stops the jobs of a run that a person has stopped, at once.
 
-No lease in the job: one that ends it within a minute of its step's silence would end each training whose step waits for
-another node.
+The job has no lease: a lease that ends the job within a minute of its step's silence would end every training whose
+step waits for another node.
 """
 
 import contextlib
@@ -30,25 +31,25 @@ API_VERSION, KIND = "argoproj.io/v1alpha1", "Workflow"
 OVER = ("Succeeded", "Failed", "Error")
 SHUT_DOWN = ("Stop", "Terminate")
 WINDOW_S = 60.0
-"""How long one watch lasts."""
+"""How long one watch lasts, in seconds."""
 AGAIN_S = 15.0
-"""After an API server that was away, or refused."""
+"""Seconds to wait after the API server was away, or refused."""
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """One in this pod's namespace."""
+    """A workflow in this pod's namespace."""
 
     name: str
     uid: str
 
     def reference(self) -> dict[str, Any]:
-        """As an owner; Kubernetes takes but one that is the controller."""
+        """The owner reference, not as the controller: Kubernetes accepts only one controller."""
         return {"apiVersion": API_VERSION, "kind": KIND, "name": self.name, "uid": self.uid, "controller": False}
 
     @contextlib.contextmanager
     def watched(self, at_its_end: Callable[[], None]) -> Iterator[None]:
-        """Call once, from a thread of its own, when the workflow ends or is being stopped while this block runs."""
+        """Call `at_its_end` once, from its own thread, when the workflow ends or is being stopped during this block."""
         left = threading.Event()
         threading.Thread(target=self._watch, args=(at_its_end, left), daemon=True, name="workflow").start()
         try:
@@ -75,10 +76,10 @@ class Workflow:
 
 
 def is_ending(workflow: Resource | None) -> bool:
-    """Whether it is over, gone, being deleted or being stopped.
+    """Whether the workflow is over, gone, being deleted or being stopped.
 
-    Kubeflow stops a run by taking all its time away (2.17, apiserver/resource/resource_manager.go, TerminateWorkflow);
-    `argo stop` and `argo terminate` say so themselves.
+    Kubeflow stops a run by setting its deadline to 0 (2.17, apiserver/resource/resource_manager.go, TerminateWorkflow);
+    `argo stop` and `argo terminate` set spec.shutdown.
     """
     if workflow is None or workflow["metadata"].get("deletionTimestamp"):
         return True
@@ -87,7 +88,7 @@ def is_ending(workflow: Resource | None) -> bool:
 
 
 def own_workflow() -> Workflow | None:
-    """The workflow of the pod that this process runs in; None outside Kubeflow, or where Kubernetes does not say."""
+    """The workflow of the pod that this process runs in; None outside Kubeflow, or if Kubernetes does not tell it."""
     pod = os.environ.get("KFP_POD_NAME", "")
     if not pod or not own_namespace():
         return None

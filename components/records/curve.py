@@ -1,4 +1,4 @@
-"""Points of a training's curve, as charts name them."""
+"""The points of a training's curve, under the names that charts use."""
 
 import math
 from collections.abc import Mapping

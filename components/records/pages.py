@@ -1,4 +1,4 @@
-"""What the registry's pages keep beside them: the list of adapters, which each run writes its own entry of."""
+"""The list of adapters that is kept beside the registry's pages. Each run writes its own adapter's entry."""
 
 import contextlib
 
@@ -7,13 +7,13 @@ from components.shared.errors import FineloopError
 from components.store.store import Store
 
 LISTED = f"{PAGES}index.json"
-"""An entry for each adapter: read in one request, and no part of the registry."""
+"""The key of the list, with an entry for each adapter: it is read in one request, and is not part of the registry."""
 
 
 def forget(store: Store, name: str) -> None:
-    """Have the next run, of whichever adapter, read this one's entry anew: a person has moved its alias.
+    """Remove the adapter's entry, as a person has moved its alias: the next run of any adapter then reads it again.
 
-    The move stands, so what the store refuses here is no error.
+    The move stands, so that an error of the store is ignored here.
     """
     with contextlib.suppress(FineloopError):
         listed = store.get_json(LISTED)

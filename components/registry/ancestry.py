@@ -1,4 +1,4 @@
-"""What versions were made from, and what was made from a thing: lineage forward and back."""
+"""Lineage in both directions: what a version was made from, and which versions were made from a thing."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,15 +23,15 @@ class Ancestor:
 
     kind: Kind
     name: str
-    """A dataset's id, a source's name, a base as the config names it or the URI of the adapter's own, a commit, a
-    config's sha256, a version's URI."""
+    """The name, by the kind: a dataset's id, a source's name, a base as the config names it or the URI of the adapter's
+    own base, a commit, a config's sha256, a version's URI."""
 
 
 def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
     """Parse KIND=NAME terms, each kind once, for `descendants`.
 
     Raises:
-        UserError: one is not of that form, or of no such kind.
+        UserError: a term is not of that form, or of an unknown kind.
     """
     found: dict[Kind, str] = {}
     for term in terms:
@@ -43,7 +43,7 @@ def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
 
 
 def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
-    """What one lineage record names; a key that it lacks names nothing."""
+    """The ancestors that one lineage record names; a missing key names none."""
 
     def at(*path: str) -> Any:
         found: Any = lineage
@@ -67,7 +67,7 @@ def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
 def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancestor]]]:
     """The version and the versions that it grew from, nearest first, each with what it was made from.
 
-    A parent that is gone, or lies in another registry, ends its line.
+    A parent that is gone, or is in another registry, is not followed.
 
     Raises:
         IntegrityError: the version's own lineage is damaged.
@@ -87,7 +87,7 @@ def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancest
 def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Version]:
     """Versions of the adapter, newest first, whose lineage matches all terms.
 
-    A base, commit, config or dataset may be given by its beginning, a source and a parent whole.
+    A base, commit, config or dataset may be given by its beginning; a source or parent must be given in full.
     """
 
     def names(made_from: Iterable[Ancestor]) -> bool:
@@ -98,7 +98,7 @@ def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Vers
 
 
 def made_from(store: Store, name: str) -> dict[str, list[Ancestor]]:
-    """What each version of the adapter was made from, by its id; those whose lineage cannot be read are left out."""
+    """The ancestors of each version of the adapter, by its id; versions with unreadable lineage are left out."""
     ids = versions.version_ids(store, name)
     known = remembered(store, name, "ancestors", ids, lambda version: _entry(store, name, version), is_so=_is_entry)
     return {version: [Ancestor(*each) for each in entry] for version, entry in known.items()}
@@ -135,7 +135,7 @@ def _parent(store: Store, uri: str) -> Version | None:
 
 
 def tree(found: list[tuple[Version, list[Ancestor]]]) -> Iterator[str]:
-    """The ancestry drawn, a line each."""
+    """Yield the lines of the ancestry drawn as a tree."""
     for depth, (version, made_from) in enumerate(found):
         yield f"{'    ' * depth}{version.name} {version.version}"
         rows = [ancestor for ancestor in made_from if ancestor.kind != "parent"]

@@ -1,4 +1,4 @@
-"""A whole registry, read and compared with itself: files, ids, signatures, the log and what the aliases say.
+"""Reads a whole registry and checks that it agrees with itself: files, ids, signatures, the log and the aliases.
 
 No index is trusted, and one bad object does not hide another.
 """
@@ -25,16 +25,16 @@ BASES, CHOSEN, DATASETS = "bases/", "chosen.json", "datasets/"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as the registry writes it."""
+    """Something in the store that is not as the registry writes it."""
 
     where: str
-    """Address of the object or folder."""
+    """The address of the object or folder."""
     what: str
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was read of an adapter, and what is wrong with it."""
+    """The result for one adapter: how much was read, and what is wrong with it."""
 
     name: str
     versions: int
@@ -43,14 +43,14 @@ class Audit:
 
 
 def audit(store: Store, name: str) -> Audit:
-    """Read everything of the adapter, every byte of its versions included."""
+    """Read and check everything of the adapter, including every byte of its versions."""
     log, junk = read_log(store, name)
     findings = [Finding(store.uri(key), f"is not an event: {why}") for key, why in junk.items()]
     whole: dict[str, Manifest] = {}
     for version in versions.version_ids(store, name):
         try:
             whole[version] = verify_whole(store, version_key(name, version))
-        except ObjectMissing:  # a publication that has not ended
+        except ObjectMissing:  # a publication that is not complete
             continue
         except IntegrityError as exc:
             findings.append(Finding(store.uri(version_key(name, version)), str(exc)))
@@ -96,7 +96,7 @@ def _publications(
             if version not in collected and first.body.get("manifest_sha256") != event.body.get("manifest_sha256"):
                 yield Finding(event.uri, f"says of {version} another manifest than {first.uri} does")
             published[version] = event
-            collected.discard(version)  # the same training again publishes it anew
+            collected.discard(version)  # repeating the same training publishes it again
     for version, manifest in whole.items():
         uri = store.uri(version_key(name, version))
         if version not in published:
@@ -137,7 +137,7 @@ def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manife
 
 
 def _decisions(store: Store, log: list[Event]) -> Iterator[Finding]:
-    """What aliases moved on: each decision, the evaluation that it was made of, and that one's records."""
+    """Check each decision that moved an alias or waits for a person, its evaluation, and the evaluation's records."""
     for run_id, (sha256, event) in decisions(log).items():
         keys = [runs.run_key(run_id, file) for file in (runs.DECISION, runs.EVALUATION, runs.EVALUATION_RECORDS)]
         wanted, known_by = sha256, event.uri
@@ -154,14 +154,14 @@ def _decisions(store: Store, log: list[Event]) -> Iterator[Finding]:
             except IntegrityError as exc:
                 yield Finding(store.uri(key), str(exc))
                 break
-            # Release 0.1.0 noted neither of them.
+            # Release 0.1.0 recorded neither hash.
             wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
             wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
             known_by = store.uri(key)
 
 
 def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Finding]:
-    """The datasets, and the bases of Fineloop's own making, that the versions name."""
+    """Check the datasets that the versions name, and the bases that Fineloop made."""
     named: dict[str, tuple[str, str | None]] = {}
     for version in whole:
         uri = store.uri(version_key(name, version))
@@ -178,7 +178,7 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Fin
         try:
             manifest = verify(store, key, manifest_sha256=sha256, apart=[TOKENS] if key.startswith(DATASETS) else ())
             folder, _, content = key.rpartition("/")
-            if f"{folder}/".startswith(BASES) and folder != BASES.rstrip("/"):  # release 0.1.0 had one folder a base
+            if f"{folder}/".startswith(BASES) and folder != BASES.rstrip("/"):  # release 0.1.0 had one folder per base
                 _require_chosen_base(store, folder, content, manifest)
         except (IntegrityError, ObjectMissing) as exc:
             yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")
@@ -186,18 +186,18 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Fin
 
 
 def _tokens(store: Store, prefix: str) -> Iterator[Finding]:
-    """The tokens of a dataset, which trainings and evaluations read."""
+    """Check the tokens of a dataset, which trainings and evaluations read."""
     for name in store.folders(prefix):
         try:
             verify(store, f"{prefix}{name}")
-        except ObjectMissing:  # a publication that has not ended
+        except ObjectMissing:  # a publication that is not complete
             continue
         except IntegrityError as exc:
             yield Finding(store.uri(f"{prefix}{name}"), str(exc))
 
 
 def _watermark(store: Store, name: str) -> Iterator[Finding]:
-    """The note of what the last run that decided had read; it may be gone, as then everything counts as new."""
+    """Check the record of what the last run with a decision had read. It may be gone: then everything counts as new."""
     try:
         if consumed := watermark.read(store, name):
             watermark.contents(store, consumed)
@@ -206,7 +206,7 @@ def _watermark(store: Store, name: str) -> Iterator[Finding]:
 
 
 def _require_chosen_base(store: Store, folder: str, content: str, manifest: Manifest) -> None:
-    """Require that the base has the content that names it, and is the one that `chosen.json` names for all."""
+    """Require that the base has the content that names it, and is the one that `chosen.json` names for all runs."""
     digests = encode_json({path: digest["sha256"] for path, digest in manifest.files.items()})
     if not hashlib.sha256(digests).hexdigest().startswith(content):
         raise IntegrityError(f"{store.uri(f'{folder}/{content}')} holds another base than its name says")

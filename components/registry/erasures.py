@@ -1,8 +1,8 @@
 """Records that are never to be trained on again, whatever their source still holds.
 
-erased/<sha256>.json is one of them: it exists, or does not, and its name alone says which record it is, so that two
-erasures at once lose neither and a preparation reads a listing. Of the record nothing is kept but the hash of its id.
-Nothing here takes one back.
+Each has an object erased/<sha256>.json, whose name alone says which record it is: so two erasures at the same time
+cannot lose one another, and a preparation only needs a listing. Nothing of the record is kept but the hash of its id.
+Nothing here undoes an erasure.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ _NAME = re.compile(r"([0-9a-f]{64})\.json")
 
 @dataclass(frozen=True)
 class Erasure:
-    """One record, as it was first erased."""
+    """The first erasure of one record."""
 
     record: str
-    """sha256 of its id, in hex."""
+    """The sha256 of its id, in hex."""
     at: str
     by: str
     is_new: bool
-    """False where it was erased before."""
+    """False if the record had been erased before."""
 
 
 @dataclass(frozen=True)
 class Erased:
-    """All that were erased, by the hashes of their ids."""
+    """All erased records, by the hashes of their ids."""
 
     records: Set[str] = frozenset()
 
@@ -41,7 +41,7 @@ class Erased:
         return bool(self.records)
 
     def has(self, record_id: str) -> bool:
-        """Whether the record of this id was erased."""
+        """Whether the record with this id was erased."""
         return record_hash(record_id) in self.records
 
 
@@ -49,16 +49,16 @@ NONE_ERASED = Erased()
 
 
 def record_hash(record_id: str) -> str:
-    """What stands for the record in the store."""
+    """The hash that stands for the record in the store."""
     return hashlib.sha256(f"fineloop record {record_id}".encode(errors="surrogatepass")).hexdigest()
 
 
 def erase(store: Store, record_id: str, *, by: str) -> Erasure:
-    """Note that the record is never to be trained on again; the first note of it stands.
+    """Record that the record is never to be trained on again; if it was erased before, the first erasure stays.
 
     Raises:
         UserError: the id is empty.
-        IntegrityError: what was noted before is damaged.
+        IntegrityError: the earlier erasure is damaged.
     """
     if not record_id:
         raise UserError("a record's id is empty: give it as the dataset has it")
@@ -76,10 +76,10 @@ def erase(store: Store, record_id: str, *, by: str) -> Erasure:
 
 
 def erased(store: Store) -> Erased:
-    """Every record that was erased.
+    """All records that were erased.
 
     Raises:
-        IntegrityError: something else lies among them, so that nobody knows what was meant.
+        IntegrityError: there is another object among them, so that it is unknown which record was meant.
     """
     found: set[str] = set()
     for info in store.list(ERASED):

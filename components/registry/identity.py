@@ -23,10 +23,10 @@ def version_id(digests: Mapping[str, FileDigest]) -> str:
 
 
 def require_identity(store: Store, key: str, manifest: Manifest) -> Manifest:
-    """The manifest of the version's folder `key`, whose last part is its id.
+    """Check the manifest of the version's folder `key`, whose last part is its id, and return it.
 
     Raises:
-        IntegrityError: it lists other weights or another adapter config than the id says.
+        IntegrityError: the manifest lists other weights or another adapter config than the id says.
     """
     if not set(IDENTITY) <= manifest.files.keys() or version_id(manifest.files) != key.rpartition("/")[2]:
         raise IntegrityError(f"{store.uri(key)} holds another adapter than its id says")
@@ -34,7 +34,7 @@ def require_identity(store: Store, key: str, manifest: Manifest) -> Manifest:
 
 
 def verify_whole(store: Store, key: str, *, manifest_sha256: str | None = None) -> Manifest:
-    """Read every byte of the version's folder `key`, and check it against the manifest and that against the id.
+    """Read every byte of the version's folder `key`; check it against the manifest, and the manifest against the id.
 
     Raises:
         ObjectMissing: there is no such version.

@@ -1,4 +1,4 @@
-"""How adapters, versions and aliases are named, and where what belongs to an adapter lies."""
+"""The names of adapters, versions and aliases, and the keys of an adapter's objects."""
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -6,13 +6,13 @@ from components.config.schema import Name
 from components.shared.errors import UserError
 
 TOKENS = "tokens"
-"""In a dataset's folder, the folder of what was made of its records: folders of their own, not in its manifest."""
+"""The subfolder of a dataset for what was made from its records: separate folders, which its manifest does not list."""
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 def adapter_key(name: str, *parts: str) -> str:
-    """Key of an adapter's folder, or of something in it.
+    """The key of an adapter's folder, or of something in it.
 
     Raises:
         UserError: the name is not one that adapter.name allows.
@@ -21,15 +21,15 @@ def adapter_key(name: str, *parts: str) -> str:
 
 
 def version_key(name: str, version: str) -> str:
-    """Key of a version's folder."""
+    """The key of a version's folder."""
     return adapter_key(name, "versions", version)
 
 
 def checked_name(name: str, what: str) -> str:
-    """The name itself.
+    """Check a name and return it. `what` says what it names, for the error.
 
     Raises:
-        UserError: it holds anything but lower-case letters, digits, '.', '_' and '-', or is longer than 63 characters.
+        UserError: it has anything but lower-case letters, digits, '.', '_' and '-', or is longer than 63 characters.
     """
     try:
         return _NAME.validate_python(name)

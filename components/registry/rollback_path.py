@@ -1,4 +1,4 @@
-"""The moves that lie beneath the one that holds an alias: what a rollback returns to, and the next one after it."""
+"""The moves beneath an alias's current move: the one that a rollback returns to, then the one for the next rollback."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def moves_beneath(
     store: Store, name: str, move: Event, known: Mapping[str, Event] = MappingProxyType({})
 ) -> Iterator[Event]:
-    """The moves that rollbacks from `move` return to, one after the other; `known` are events by sha256.
+    """Yield the moves that successive rollbacks from `move` return to; `known` are events by sha256.
 
     Raises:
         IntegrityError: one of them is damaged or gone.
@@ -41,7 +41,7 @@ def moves_beneath(
 
 
 def move_beneath_to(store: Store, name: str, move: Event, to: str, log: Sequence[Event]) -> Event | None:
-    """The one of them that is to `to`; None where there is none, or the path is damaged before it."""
+    """The first move beneath `move` that points at `to`; None if there is none, or the path to it is damaged."""
     try:
         known = {event.sha256: event for event in log}
         return next((event for event in moves_beneath(store, name, move, known) if event.body["to"] == to), None)

@@ -1,4 +1,4 @@
-"""What a new key has to sign before an old one may go: all that aliases hold, and all that a rollback may return to."""
+"""Signs with a new key, before an old one may go, all versions that aliases hold or that a rollback may return to."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from components.store.store import Store
 
 
 class Signed(NamedTuple):
-    """A statement of the key, and the alias that the version may hold by it; none where it is revoked."""
+    """A statement signed by the key: the alias that the version may hold, or an empty one if it revokes the version."""
 
     version: str
     alias: str
@@ -17,11 +17,11 @@ class Signed(NamedTuple):
 
 
 def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
-    """Sign every version of the adapter that is needed, and revoke once more what is there and a trusted key revoked.
+    """Sign every version of the adapter that is needed, and repeat trusted keys' revocations of stored versions.
 
     Raises:
-        ObjectMissing: one of them is gone.
-        IntegrityError: one is damaged, or the log is; what comes before it is signed.
+        ObjectMissing: a version is gone.
+        IntegrityError: a version or the log is damaged; the versions before it are signed.
     """
     signed = []
     for version in sorted(store.folders(adapter_key(name, "signatures/"))):

@@ -9,7 +9,7 @@ from components.report.run_files import RunFiles
 from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of, metrics_of
 
 OTHERS: tuple[Role, ...] = ("champion", "base")
-"""What the candidate is compared with, what matters more first."""
+"""The roles that the candidate is compared with, the more important first."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Mark:
-    """A bound that the gate sets: a line over the bars and its meaning."""
+    """A bound that the gate sets: the position of a line over the bars, and its meaning."""
 
     position: float
     text: str
@@ -42,7 +42,7 @@ class Panel:
 
     @property
     def text(self) -> str:
-        """The panel for those who do not see it."""
+        """The panel in words, for readers who cannot see it."""
         return f"{self.metric.title}: " + "; ".join(f"{bar.name} {bar.text}" for bar in self.bars)
 
 
@@ -67,7 +67,7 @@ class MetricRow:
     metric: Metric
     values_by_role: Mapping[Role, str]
     gains: Mapping[Role, tuple[str, str]]
-    """Per other model: the words, and one of better, worse, same."""
+    """For each other model: the difference in words, and one of better, worse, same."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RuleRow:
 
 
 def names(run: RunFiles) -> dict[Role, str]:
-    """What the page calls each role; the champion goes by its alias."""
+    """The names of the roles on the page; the champion has the name of its alias."""
     return {"base": "Base model", "champion": run.alias.capitalize(), "candidate": "Candidate"}
 
 
@@ -93,7 +93,7 @@ def panels(run: RunFiles) -> list[Panel]:
     for metric in metrics_of(_measured(run)):
         values = {role: value for role in ROLES if (value := run.metric(role, metric.key)) is not None}
         bounds = _bounds(run, metric)
-        if not values or (metric.repeats and not bounds):  # without a bound of its own the same picture twice
+        if not values or (metric.repeats and not bounds):  # without its own bound it would show the same picture twice
             continue
         low = min(0.0, *values.values(), *(bound for bound, _, _ in bounds))
         high = max(0.0, *values.values(), *(bound for bound, _, _ in bounds))
@@ -114,7 +114,7 @@ def panels(run: RunFiles) -> list[Panel]:
 
 
 def intervals(run: RunFiles) -> list[Interval]:
-    """The gain between its bounds, for each comparison that the gate made; without a gate, those of the evaluation."""
+    """The gain between its bounds for each comparison of the gate; without a gate, for each of the evaluation."""
     compared = (rule for rule in _rules(run) if rule.against and is_metric(rule.metric))
     decided = [rule for rule in compared if rule.lower is not None and rule.upper is not None]
     return [_of_rule(rule) for rule in decided] if decided else list(_of_evaluation(run))
@@ -144,7 +144,7 @@ def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
         low, high = (metric.signed_text(end) for end in found.ci95)
         words = f"95 % interval {low} to {high}, {count(found.records)} records"
         name = f"Candidate against {called[role].lower() if role == 'base' else run.alias}"
-        # Decided on by an earlier release, which compared the gain itself.
+        # For decisions of an earlier release, which compared the gain itself.
         bound = _required_gain(run, role, metric)
         said = f"{metric.title}: {metric.gain_text(found.difference)}, {words}"
         yield interval(name, said, metric, found.difference, found.ci95, bound)
@@ -153,7 +153,7 @@ def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
 def interval(
     name: str, text: str, amounts: Metric, gain: float, ends: tuple[float, float], bound: float | None = None
 ) -> Interval:
-    """A gain between its ends, and the bound that it should reach, if any, on an axis that holds them all."""
+    """Place a gain, its ends, and the bound that it should reach, if any, on an axis that holds them all."""
     marks = [0.0, *ends, gain, *([bound] if bound is not None else [])]
     pad = (max(marks) - min(marks)) * 0.06 or 1.0
     start, span = min(marks) - pad, max(marks) - min(marks) + 2 * pad
@@ -170,7 +170,7 @@ def interval(
 
 
 def table(run: RunFiles) -> list[MetricRow]:
-    """Every metric of the three models with the candidate's differences."""
+    """All metrics of the three models, with the candidate's differences."""
     rows = []
     broken = {rule.metric for rule in _rules(run) if not rule.passed}
     for metric in metrics_of(_measured(run)):
@@ -185,7 +185,7 @@ def table(run: RunFiles) -> list[MetricRow]:
                 gains[role] = ("–", "same")  # noqa: RUF001 - a dash for a cell without a number
                 continue
             words = metric.gain_text(metric.gain(ours, theirs))
-            # Every training moves what lies outside the domain: that is bad news only where a rule says so.
+            # Every training changes metrics outside the domain: a change is bad only if a rule says so.
             shown_as = ("better", "worse") if not metric.probe or metric.key in broken else ()
             gains[role] = (words, next((way for way in shown_as if words.endswith(way)), "same"))
         shown = {role: "–" if value is None else metric.text(value) for role, value in values.items()}  # noqa: RUF001
@@ -194,7 +194,7 @@ def table(run: RunFiles) -> list[MetricRow]:
 
 
 def rules(run: RunFiles) -> list[RuleRow]:
-    """The gate's rules: those that failed, then those that do not decide or wait for a person, then those kept."""
+    """The gate's rules: first the failed ones, then those undecided or waiting for a person, then those passed."""
     order = ["failed", "cannot tell", "needs approval", "passed"]
     return [_rule_row(rule) for rule in sorted(_rules(run), key=lambda rule: order.index(rule.short))]
 
@@ -208,7 +208,7 @@ def _rule_row(rule: RuleResult) -> RuleRow:
 
 
 def _measured(run: RunFiles) -> set[str]:
-    """Keys of all that was measured of any model."""
+    """The keys of all metrics that were measured of any model."""
     return {key for role in ROLES if (model := run.model(role)) for key in model.metrics}
 
 
@@ -217,7 +217,7 @@ def _rules(run: RunFiles) -> tuple[RuleResult, ...]:
 
 
 def _bounds(run: RunFiles, metric: Metric) -> list[tuple[float, str, bool]]:
-    """Where the gate's rules draw a line on this metric's own axis: the value, its meaning, and whether it was kept."""
+    """The bounds of the gate's rules on this metric's axis: the value, its meaning, and whether it was kept."""
     return [
         (rule.line, rule.line_text, rule.passed)
         for rule in _rules(run)
@@ -226,7 +226,7 @@ def _bounds(run: RunFiles, metric: Metric) -> list[tuple[float, str, bool]]:
 
 
 def _required_gain(run: RunFiles, role: Role, metric: Metric) -> float | None:
-    """How much better than this model the gate asks the candidate to be."""
+    """The gain over this model that the gate requires of the candidate; None if it requires none."""
     for rule in _rules(run):
         if rule.against == role and rule.metric == metric.key and rule.line is not None and rule.other is not None:
             return metric.gain(rule.line, rule.other)

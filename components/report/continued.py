@@ -1,4 +1,4 @@
-"""What a run gained by going on from a version, beside one that started afresh on the same data."""
+"""What a run gained by going on from a version, compared with one that started afresh on the same data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from components.shared.metrics import METRICS
 
 
 def parent_of(lineage: Mapping[str, Any] | None) -> str | None:
-    """The version that the training went on from; None where it started afresh."""
+    """The version that the training went on from; None if it started afresh."""
     parents = [each.name for each in ancestry.of_record(lineage or {}) if each.kind == "parent"]
     return parents[0].rpartition("/")[2] if parents else None
 
 
 def find_afresh(files: AdapterFiles, run: RunFiles) -> Afresh | None:
-    """The newest version that the same config, but for where it starts, trained from the base on the same dataset.
+    """The newest version that was trained from the base on the same dataset, with the config otherwise the same.
 
-    None where there is none, or it was compared on other records.
+    None if there is none, or it was compared on other records.
     """
     if run.lineage is None or run.evaluation is None or parent_of(run.lineage) is None:
         return None
@@ -31,7 +31,7 @@ def find_afresh(files: AdapterFiles, run: RunFiles) -> Afresh | None:
 
 
 def sentence(run: RunFiles) -> str:
-    """Where the training began, and what that gained where both ways were run; empty where it started afresh."""
+    """Say where the training began, and what that gained if both ways were run; empty if it started afresh."""
     parent = parent_of(run.lineage)
     if parent is None:
         return ""

@@ -1,4 +1,4 @@
-"""The loss curves of several runs in one picture: an SVG that stands by itself, drawn as a sweep's rates are."""
+"""The loss curves of several runs in one picture: a self-contained SVG in the style of a sweep's rates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,10 @@ TICKS = 5
 
 
 def picture(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """Smoothed training losses, and held-out ones as circles, of runs by their names; None where none has any."""
+    """The SVG, with smoothed training losses as lines and held-out losses as circles; None if no run has any.
+
+    `runs` are the records of each run's metrics, by its name.
+    """
     trained = {name: smoothed(series(records, "train", "loss")) for name, records in runs.items()}
     held_out = {name: series(records, "eval", "loss") for name, records in runs.items()}
     points = [point for each in (*trained.values(), *held_out.values()) for point in each]

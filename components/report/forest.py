@@ -1,4 +1,4 @@
-"""Several gains between their bounds, one under the other, on one axis."""
+"""A forest plot: several gains between their bounds, one below the other, on one axis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from components.shared.metrics import Metric
 
 @dataclass(frozen=True)
 class Gain:
-    """One of them. A bound that is None is not finite."""
+    """A gain and its bounds. A bound that is None is not finite."""
 
     name: str
     about: str
@@ -20,7 +20,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Row:
-    """How it is drawn. Places are in per cent of the axis."""
+    """A gain as it is drawn. Positions are in per cent of the axis."""
 
     name: str
     about: str
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Picture:
-    """All of them, in the order given."""
+    """The whole plot, with the gains in the order given."""
 
     rows: tuple[Row, ...]
     zero: float
@@ -42,7 +42,7 @@ class Picture:
 
 
 def draw(gains: Sequence[Gain], *, bound: float, amounts: Metric, note: str) -> Picture:
-    """On an axis that holds every interval, zero, and the bound."""
+    """Place the gains on an axis that holds every interval, zero, and the bound."""
     ends = [end for each in gains for end in (each.gain, each.lower, each.upper) if end is not None]
     marks = [0.0, bound, *ends]
     pad = (max(marks) - min(marks)) * 0.03 or 1.0

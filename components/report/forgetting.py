@@ -6,11 +6,11 @@ from components.report.run_files import RunFiles
 from components.shared.metrics import metric_of
 
 _LEAST = 0.005
-"""A loss that moved by less is as it was."""
+"""The smallest rise of the loss that is reported as forgetting."""
 
 
 def sentence(run: RunFiles) -> str:
-    """In two sentences; empty where it was not measured."""
+    """The two sentences; empty if the loss on general text was not measured."""
     ours, base = run.metric("candidate", "general_loss"), run.metric("base", "general_loss")
     if ours is None or base is None:
         return ""

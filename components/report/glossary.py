@@ -1,4 +1,4 @@
-"""What the words of a report mean, for someone who did not train models: shown at a click."""
+"""Explains the terms of a report to readers who have not trained models; shown at a click."""
 
 _NAT = (
     "A nat is the unit of surprise: a loss of 0 means that the model was sure of each word, and each 0.7 more that it "
@@ -22,5 +22,5 @@ _EXPLAINED = {
 
 
 def explained(metric: str) -> str:
-    """The metric in plain words; empty of one whose name and meaning say it all."""
+    """The explanation of a metric in plain words; empty if its name says enough."""
     return _EXPLAINED.get(metric, "")

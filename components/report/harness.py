@@ -19,7 +19,7 @@ class HarnessRow:
 
 @dataclass(frozen=True)
 class HarnessTable:
-    """All of them, and where they are from."""
+    """The whole table, and how its numbers were measured."""
 
     rows: tuple[HarnessRow, ...]
     lm_eval: str
@@ -28,7 +28,7 @@ class HarnessTable:
 
 
 def harness(run: RunFiles) -> HarnessTable | None:
-    """What tasks of lm-evaluation-harness say; None where none were asked for."""
+    """The results of the tasks of lm-evaluation-harness; None if none were asked for."""
     found = run.evaluation.harness if run.evaluation else None
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""The templates of every page and picture: what is put into them is escaped, and what they miss is an error."""
+"""The templates of every page and picture. Values put into them are escaped, and a missing value is an error."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from components.shared.content_policy import script_source
 
 TEMPLATES = Path(__file__).parent / "templates"
 SEARCH = (TEMPLATES / "search.js").read_text(encoding="utf-8")
-"""The only script of a page: it narrows a table to the rows that have the words that are looked for."""
+"""The only script of a page: it narrows a table to the rows that contain the searched words."""
 
 
 def template(name: str) -> Template:
-    """A template of this folder."""
+    """Load a template from the folder beside this module."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -22,7 +22,7 @@ def template(name: str) -> Template:
         keep_trailing_newline=True,
     )
     environment.filters["tight"] = _tight
-    # A page that searches says so: {% set searches = true %}.
+    # A page with a search sets this: {% set searches = true %}.
     environment.globals |= {"searches": False, "search_script": SEARCH, "search_source": script_source(SEARCH)}
     return environment.get_template(name)
 

@@ -1,4 +1,4 @@
-"""What a reader of the report may want to do now, as commands."""
+"""Commands that a reader of the report may want to run next."""
 
 import shlex
 
@@ -7,7 +7,7 @@ from components.report.run_files import RunFiles
 
 
 def next_steps(run: RunFiles) -> list[tuple[str, str]]:
-    """Commands, each with what it is for."""
+    """The commands, each with its purpose."""
     version, decision = run.version, run.decision
     if version is None or (decision is not None and decision.decision == "skipped"):
         return []

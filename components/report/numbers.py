@@ -1,4 +1,4 @@
-"""How the report writes numbers, sizes and times; metrics write themselves."""
+"""Formats numbers, sizes and times for the report; metrics format their own values."""
 
 from datetime import UTC, datetime
 
@@ -21,7 +21,7 @@ def moment(value: datetime) -> str:
 
 
 def parse_moment(value: object) -> datetime | None:
-    """An ISO 8601 text or seconds since 1970 as a time in UTC, or None when it is neither."""
+    """An ISO 8601 text or seconds since 1970 as a time in UTC, or None if it is neither."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return datetime.fromtimestamp(value, UTC)
     try:

@@ -1,7 +1,8 @@
-"""A run as OpenLineage events (openlineage.io, spec 2-0-2): that it began and how it ended, from what and to what.
+"""Sends a run's start and end as OpenLineage events (openlineage.io, spec 2-0-2), with their inputs and outputs.
 
-OpenLineage's own client sends it, to where its variables say: OPENLINEAGE_URL and OPENLINEAGE_API_KEY, or the file that
-OPENLINEAGE_CONFIG names. Both events go when the run has ended: only then it is known what its version was made from.
+OpenLineage's own client sends them to the address in its variables: OPENLINEAGE_URL and OPENLINEAGE_API_KEY, or the
+file that OPENLINEAGE_CONFIG names. Both are sent when the run has ended, because only then its version's inputs are
+known.
 """
 
 import logging
@@ -30,13 +31,13 @@ PRODUCER = "urn:fineloop"
 
 
 def emit(config: RunConfig, store: Store, run: RunFiles) -> None:
-    """Send that the run began and how it ended, where a server is configured; a warning where that fails."""
+    """Send the events of the run, if a server is configured; log a warning if that fails."""
     if not any(os.environ.get(name) for name in CONFIGURED_BY):
         return
     try:
         from openlineage.client import OpenLineageClient
 
-        # It would add the remote of the folder that it runs in as git knows it, password included.
+        # Else the client would add the git remote of the folder that it runs in, password included.
         client = OpenLineageClient(config={"facets": {"source_code_location": {"disabled": True}}})
         for event in events_of(config, store, run):
             client.emit(event)
@@ -45,12 +46,13 @@ def emit(config: RunConfig, store: Store, run: RunFiles) -> None:
         logger.warning(
             "OpenLineage does not get the events of this run: install Fineloop with its extra openlineage (%s)", exc
         )
-    except (OSError, ValueError, TypeError) as exc:  # what requests raises are OSErrors
+    except (OSError, ValueError, TypeError) as exc:  # requests raises OSErrors
         logger.warning("OpenLineage did not get the events of this run: %s", exc)
 
 
 def events_of(config: RunConfig, store: Store, run: RunFiles) -> list["RunEvent"]:
-    """START with what the config names, and FAIL or COMPLETE with what the version was made from, as far as it got."""
+    """The START event with the inputs that the config names, and the FAIL or COMPLETE event with what the version was
+    made from, as far as the run got."""
     from openlineage.client.event_v2 import RunState
 
     began_at = min((step.started_at for step in run.steps), default=run.generated_at.isoformat())
@@ -101,7 +103,7 @@ def _event(
 
 
 def run_uuid(store: Store, run_id: str) -> str:
-    """The run's id where it is a UUID, as Kubeflow's are; else the one that its address gives."""
+    """The run's id if it is a UUID, as Kubeflow's are; else a UUID made from its address."""
     try:
         return str(uuid.UUID(run_id))
     except ValueError:
@@ -109,7 +111,7 @@ def run_uuid(store: Store, run_id: str) -> str:
 
 
 def _place(store: Store, ancestor: Ancestor) -> tuple[str, str] | None:
-    """Namespace and name of a dataset; None of what is none, such as a commit."""
+    """The namespace and name of a dataset; None for an ancestor that is no dataset, such as a commit."""
     match ancestor.kind:
         case "dataset":
             return _named(store.uri(f"datasets/{ancestor.name}"))
@@ -119,7 +121,7 @@ def _place(store: Store, ancestor: Ancestor) -> tuple[str, str] | None:
 
 
 def _named(reference: str) -> tuple[str, str]:
-    """As OpenLineage's naming has it (openlineage.io/docs/spec/naming); what it does not name lies in our namespace."""
+    """The namespace and name by OpenLineage's rules (openlineage.io/docs/spec/naming); other names go into ours."""
     parts = urlsplit(reference)
     if parts.scheme in ("s3", "gs"):
         return f"{parts.scheme}://{parts.netloc}", parts.path.strip("/") or "/"

@@ -1,5 +1,5 @@
-"""From what a run left behind to one HTML page that needs nothing else: no font, no request, and no script but the one
-that searches its own tables."""
+"""Renders a run's files as one self-contained HTML page: no font, no request, and no script but the one that searches
+its own tables."""
 
 from markupsafe import Markup
 
@@ -20,9 +20,9 @@ from components.shared.durations import duration
 
 
 def build_report(run: RunFiles, *, pages_at: str = "") -> str:
-    """The whole page. Every text that came with data or from a model is escaped.
+    """Render the whole page. Every text that comes from data or from a model is escaped.
 
-    `pages_at` is where the registry's pages lie, seen from this one; without it none is linked.
+    `pages_at` is the path from this page to the registry's pages; if it is empty, none is linked.
     """
     shown = sections.samples(run)
     wrong, rest = sections.wrong_answers(run)

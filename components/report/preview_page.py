@@ -1,4 +1,4 @@
-"""What a run would make of its data, as one HTML page that needs nothing else."""
+"""Renders a preview of what a run would make of its data, as one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from components.report.html import template
 
 
 def build_page(body: Mapping[str, Any], lines: Sequence[str]) -> str:
-    """The page; `body` is what `ray_jobs.preview` prints, `lines` what it means in sentences."""
+    """Render the page; `body` is the output of `ray_jobs.preview`, `lines` its meaning in sentences."""
     return template("preview.html").render(
         title=", ".join(each["source"] for each in body["profile"]["sources"]),
         lines=lines,

@@ -1,6 +1,6 @@
 """Validation loss against learning rate, for each method that was swept: the geometry of the picture, in its own units.
 
-The picture is an SVG that stands by itself: in the report's page, and as a file beside the sweep's record.
+The picture is a self-contained SVG: part of the report's page, and a file beside the sweep's record.
 """
 
 import math
@@ -19,12 +19,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9
 
 @dataclass(frozen=True)
 class Mark:
-    """One rate."""
+    """One point of a line, such as a learning rate with its loss."""
 
     x: float
     y: float
     low: float
-    """Where its interval ends below, on the page; equal to y where it has none."""
+    """The y of the interval's lower end; equal to `y` if there is no interval."""
     high: float
     is_best: bool
     text: str
@@ -32,14 +32,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """One method's rates."""
+    """One line of the picture, such as the rates of one method."""
 
     name: str
     colour: str
     path: str
     marks: tuple[Mark, ...]
     diverged: tuple[tuple[float, str], ...]
-    """Where on the x axis, and at which rate."""
+    """The rates that diverged: the place on the x axis, and the rate as text."""
     label_y: float
 
 

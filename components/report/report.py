@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MOST_DECISIONS = 20
 PAGES_FROM_RUN = f"../../{runs.PAGES}"
-"""From runs/<run_id>/report.html to the registry's pages."""
+"""The path from runs/<run_id>/report.html to the registry's pages."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
     """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
 
-    The registry's pages are written with it, where they can be: what is in production may have changed. OpenLineage
-    gets the events of the run.
+    The registry's pages are written as well, if that is possible, because the version in production may have changed.
+    OpenLineage gets the events of the run.
 
     Raises:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
@@ -52,20 +52,20 @@ def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
     try:
         pages = write_pages(store, config.adapter.name, generated_at=moment(datetime.now(UTC)), files=files)
         logger.info("the registry's pages at %s", pages)
-    except FineloopError as exc:  # a report that is there is no failure
+    except FineloopError as exc:  # the report itself is written, so the step does not fail
         logger.warning("the registry's pages are not written: %s", exc)
     open_lineage.emit(config, store, run)
     return store.uri(key)
 
 
 def read_run(config: RunConfig, store: "Store", run_id: str, files: AdapterFiles | None = None) -> RunFiles:
-    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist stays out.
+    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist is left out.
 
-    `files` is what has been read of its adapter so far; what is read here stays there.
+    `files` holds what has been read of the adapter so far; what is read here is added to it.
     """
     files = files or AdapterFiles(store, config.adapter.name)
     store = files.store
-    store.list(runs.run_key(run_id))  # says what is not there, so that it is not asked for
+    store.list(runs.run_key(run_id))  # the listing shows what is missing, so that it is not requested
     metrics_key = runs.run_key(run_id, runs.METRICS)
     run = RunFiles(
         run_id=run_id,
@@ -94,14 +94,14 @@ def read_run(config: RunConfig, store: "Store", run_id: str, files: AdapterFiles
 
 
 def decided_before(files: AdapterFiles, alias: str, run_id: str) -> list[Decision]:
-    """What the gate decided on the alias in earlier runs, as far as they are kept, the newest first."""
+    """The gate's decisions on the alias in earlier runs, as far as they are kept, newest first."""
     bodies = [event.body for event in reversed(files.log) if event.body.get("alias") == alias]
     run_ids = [each for each in dict.fromkeys(body.get("run_id") for body in bodies) if each not in (None, "", run_id)]
     return files.decisions(run_ids[:MOST_DECISIONS])
 
 
 def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl. A last line without its end, left by a job that was killed, is passed over.
+    """The records of metrics.jsonl. An incomplete last line, left by a job that was killed, is skipped.
 
     Raises:
         IntegrityError: another line is not JSON.

@@ -1,4 +1,4 @@
-"""Several runs side by side as one HTML page that needs nothing else."""
+"""Renders several runs side by side as one self-contained HTML page."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Beside:
-    """A run against the first one."""
+    """The comparison of a run with the first one."""
 
     name: str
     records: int
     confidence: float
     gains: Mapping[str, Bounds]
     turned: Sequence[Any]
-    """Records with id, prompt, reference, before, after and is_right."""
+    """The records that turned right or wrong, each with id, prompt, reference, before, after and is_right."""
 
 
 def build_page(
@@ -47,7 +47,7 @@ def build_page(
     *,
     generated_at: datetime,
 ) -> str:
-    """The page; `records` are those of each run's metrics.jsonl, by its name."""
+    """Render the page; `records` are those of each run's metrics.jsonl, by the run's name."""
     drawn = curves.picture(records)
     return template("side_by_side.html").render(
         title=" and ".join(each.name for each in columns),
@@ -62,7 +62,7 @@ def build_page(
 
 
 def metric_rows(of_each: Sequence[Mapping[str, float | None]]) -> list[tuple[str, list[str]]]:
-    """Each metric's name with its number in every run; a dash where one was not measured."""
+    """The rows of metrics: the name, and the value in every run, or a dash if it was not measured."""
     rows = []
     for metric in metrics_of({key for metrics in of_each for key in metrics}):
         values = [metrics.get(metric.key) for metrics in of_each]

@@ -1,4 +1,4 @@
-"""The gain on each kind of record."""
+"""Draws the gain on each kind of record."""
 
 from components.report import forest
 from components.report.numbers import count
@@ -8,7 +8,7 @@ from components.shared.metrics import RELATIVE, metric_of
 
 
 def slices(run: RunFiles) -> forest.Picture | None:
-    """What the gate's rule on slices has found, the worst first; None where it had none to judge."""
+    """The findings of the gate's rule on slices, worst first; None if it had no slice to judge."""
     rule = next((rule for rule in run.decision.rules if rule.slices), None) if run.decision else None
     if rule is None:
         return None

@@ -1,4 +1,4 @@
-"""The table of suites: who passes how many questions outside the domain, and what so few of them can show."""
+"""The table of suites: how many questions outside the domain each model passes, and what so few can show."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ class SuiteRow:
     left_out: str
     passed: Mapping[Role, str]
     against: Mapping[Role, tuple[str, str]]
-    """Per other model: the words, and one of better, worse, same."""
+    """For each other model: the difference in words, and one of better, worse, same."""
     least_loss: str
-    """The fewest lost items that show."""
+    """The smallest number of lost items that shows, as text."""
     lost: tuple[LostItem, ...]
 
 
 @dataclass(frozen=True)
 class SuiteTable:
-    """All of them, and what is said of them together."""
+    """The whole table, with the margin and the confidence of all rows."""
 
     rows: tuple[SuiteRow, ...]
     margin: str
-    """What the candidate may be worse by; empty for nothing."""
+    """How much worse the candidate may be; empty for not at all."""
     sure: str
 
 
 def suites(run: RunFiles) -> SuiteTable | None:
-    """What was asked outside the domain; None where nothing was."""
+    """The table of the suites that were asked; None if none were."""
     if run.evaluation is None or not run.evaluation.suites:
         return None
     policy = run.decision.policy if run.decision else {}

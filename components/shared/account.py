@@ -1,4 +1,4 @@
-"""Who works here, as the environment says it, or the machine."""
+"""The account that runs this process, from the environment or the machine."""
 
 import contextlib
 import os
@@ -9,8 +9,8 @@ VARIABLE = "FINELOOP_USER"
 
 
 def account(environment: Mapping[str, str]) -> str:
-    """The name of the person or service: FINELOOP_USER where a deployment sets it, else the login, which cron and
-    containers leave out of the environment; empty where the machine has no name for who runs this either."""
+    """The name of the person or service: FINELOOP_USER if a deployment sets it, else the login. Cron and containers
+    leave the login out of the environment, so the machine is asked for it; empty if it knows no name either."""
     if named := next((name for key in (VARIABLE, "USER", "LOGNAME") if (name := environment.get(key, ""))), ""):
         return named
     with contextlib.suppress(KeyError):

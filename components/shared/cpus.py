@@ -1,4 +1,4 @@
-"""The processor under this process, and what its instructions make of bfloat16."""
+"""The processor that this process runs on, and how fast its instructions are at bfloat16."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# The first that a processor has, by the flags of /proc/cpuinfo: the fastest at bfloat16 comes first.
+# Flags of /proc/cpuinfo and the kinds they show, fastest at bfloat16 first: a processor's first match counts.
 X86 = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
 ARM = (("bf16", "ARM with BF16"), ("asimd", "ARM"))
 FAST_AT_BFLOAT16 = {"AMX", "AVX-512 BF16", "ARM with BF16"}
@@ -15,18 +15,18 @@ FAST_AT_BFLOAT16 = {"AMX", "AVX-512 BF16", "ARM with BF16"}
 
 @dataclass(frozen=True)
 class Cpu:
-    """A processor as people know it."""
+    """A processor, described for people."""
 
     name: str
-    """The maker's name; the architecture where it gives none."""
+    """The maker's name for it; the architecture if there is none."""
     kind: str
-    """AMX, AVX-512 BF16, AVX-512, AVX2, ARM with BF16, ARM, or the architecture of one that is none of them."""
+    """AMX, AVX-512 BF16, AVX-512, AVX2, ARM with BF16, ARM, or else the architecture."""
     cores: int
-    """That this process may use."""
+    """The number of cores that this process may use."""
 
     @property
     def summary(self) -> str:
-        """For a person."""
+        """The description in one line."""
         return f"{self.cores} core{'s' * (self.cores != 1)} of {self.name}, {self.kind}"
 
 
@@ -54,5 +54,5 @@ def kind_of(flags: Set[str], *, machine: str) -> str:
 
 
 def usable_cores() -> int:
-    """Cores that the scheduler gives this process."""
+    """The number of cores that the scheduler gives this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""Lengths of time as people say them."""
+"""Formats lengths of time for people."""
 
 
 def duration(seconds: float) -> str:
-    """A measured one: below a minute to a tenth of a second, below an hour to the second, else to the minute."""
+    """A measured duration: below a minute to a tenth of a second, below an hour to the second, else to the minute."""
     if 0 < seconds < 1:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def estimated_duration(seconds: float) -> str:
-    """An estimated one, no finer than it is known: in whole seconds below 90, else in whole minutes."""
+    """An estimated duration, no finer than it is known: in whole seconds below 90, else in whole minutes."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""This process's environment variables, set for a while."""
+"""Sets environment variables of this process for a while."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 @contextlib.contextmanager
 def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set `variables` until the `with` ends, then put back what those names held before, or nothing."""
+    """Set `variables` until the `with` ends, then restore their earlier values, or unset them."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,16 +1,16 @@
-"""Every error that Fineloop raises on purpose, but for those that a module catches itself and names with an underscore.
+"""All errors that Fineloop raises on purpose, except those with an underscore, which their own module catches.
 
 FineloopError                    exit 1: something failed that the user's input did not cause
 ├── UserError                    exit 2: the user's input is wrong, said in one message
 │   ├── ConfigError              a config key, value or combination (ValueError)
-│   │   └── Diverged             the loss of a training is no number any more
+│   │   └── Diverged             the loss of a training is no longer a number
 │   ├── DataError                the data itself (ValueError)
 │   └── UnknownName              no adapter, version, alias or run of that name (ObjectMissing)
 ├── StoreError                   the object store refused, vanished or cannot be trusted (OSError)
 │   ├── ObjectMissing            no such object, or a folder without its manifest
 │   ├── IntegrityError           bytes differ from the manifest that vouches for them
 │   └── Conflict                 another process moved an alias or created an object first
-│       └── AliasConflict        an alias is held by another version than the move began from; names the holder
+│       └── AliasConflict        another version holds the alias than the move began from; names the holder
 ├── JobError                     a Ray job ended without success (RuntimeError)
 │   └── WorkersMissing           the workers of its own cluster did not come; another cluster may have them
 ├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
@@ -27,12 +27,12 @@ from typing import Any
 
 
 class FineloopError(Exception):
-    """Root of the tree. `exit_code` is what the command line ends with."""
+    """The root of the tree. `exit_code` is the exit status of the command line."""
 
     exit_code = 1
 
     def as_json(self) -> dict[str, Any]:
-        """What the command line prints of it with --json."""
+        """The error as the command line prints it with --json."""
         return {"error": {"kind": type(self).__name__, "message": str(self)}}
 
 
@@ -47,7 +47,7 @@ class ConfigError(UserError, ValueError):
 
 
 class Diverged(ConfigError):
-    """The loss of a training is no number any more, or above its start where a sweep asks for less."""
+    """The loss of a training is no longer a number, or is above its start where a sweep asks for less."""
 
 
 class DataError(UserError, ValueError):
@@ -55,7 +55,7 @@ class DataError(UserError, ValueError):
 
 
 class StoreError(FineloopError, OSError):
-    """The object store is unreachable, refuses the credentials, or lacks what the registry relies on."""
+    """The object store is unreachable, refuses the credentials, or lacks a feature that the registry relies on."""
 
 
 class ObjectMissing(StoreError):
@@ -63,7 +63,7 @@ class ObjectMissing(StoreError):
 
 
 class IntegrityError(StoreError):
-    """What was read is not what the manifest lists."""
+    """The content that was read is not what the manifest lists."""
 
 
 class UnknownName(UserError, ObjectMissing):
@@ -78,10 +78,10 @@ class AliasConflict(Conflict):
     """The alias is held by another version than the caller took as its start."""
 
     holder: Mapping[str, str] | None = None
-    """What holds it now: alias, version, since and run_id. None when no version does."""
+    """The current holder: alias, version, since and run_id. None if no version holds the alias."""
 
     def as_json(self) -> dict[str, Any]:
-        """The same, and under `conflict` the holder of the alias."""
+        """The error as JSON, with the holder of the alias under `conflict`."""
         return {**super().as_json(), "conflict": dict(self.holder or {})}
 
 
@@ -102,7 +102,7 @@ class KubeflowAway(KubeflowError):
 
 
 class AnnounceError(FineloopError, RuntimeError):
-    """A server to notify of a moved alias was away, or answered otherwise than with success."""
+    """A server to notify of a moved alias was away, or did not answer with success."""
 
 
 class GroundError(FineloopError, RuntimeError):

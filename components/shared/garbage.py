@@ -1,7 +1,7 @@
 """Keep Python's garbage collector from scanning what never becomes garbage: the modules of large libraries.
 
-torch, transformers and peft are hundreds of thousands of functions and classes. While they are imported, or as much is
-made of something else, the collector scans all of it again and again, for a quarter of the time and more; and when a
+torch, transformers and peft are hundreds of thousands of functions and classes. While they are imported, or as many
+other objects are made, the collector scans all of them again and again, for a quarter of the time and more. When the
 process ends it scans once more, for up to a second and a half.
 """
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Nothing is looked for within."""
+    """Pause the collector within the `with` block."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -26,7 +26,7 @@ def paused() -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Nothing is looked for within, and what is there at its end never, if anything has been imported."""
+    """Pause the collector within the block. If anything was imported, it never scans what exists at the block's end."""
     num_modules = len(sys.modules)
     with paused():
         try:
@@ -37,5 +37,5 @@ def importing() -> Iterator[None]:
 
 
 def leave_at_exit() -> None:
-    """Whatever is there when this process ends goes with its memory."""
+    """Skip the scan when this process ends: whatever exists then goes with its memory."""
     atexit.register(gc.freeze)

@@ -1,26 +1,26 @@
-"""What Ray says where it ended processes because their node had run out of memory, in a sentence; pure.
+"""Sums up Ray's message that it ended processes because their node ran out of memory; pure.
 
-Its own message has fifty lines, of which a person's eye falls on the last: a table of processes.
+The message has fifty lines, and a reader notices the last ones: a table of processes.
 """
 
 import re
 from pathlib import PurePosixPath
 
-# As the raylet of Ray 2.60 writes it.
+# The message of the raylet of Ray 2.60.
 _SAID = re.compile(
     r"killed due to the node running low on memory\. Memory on the node \(IP: ([^,\s]+)[^)]*\) was (\S+)GB used / "
     r"(\S+)GB limit"
 )
 _LARGEST = re.compile(r"Top \d+ memory users: PID\s+MEM\(GB\)\s+COMMAND\n((?:[ \t]*\d+\t[^\n]*\n?)+)")
 _ROW = re.compile(r"(\d+)\t([\d.]+)\t?([^\s]*)[^\n]*\n?")
-"""Process, memory, and the first word of its command, which is missing where the process has ended."""
+"""A process, its memory, and the first word of its command, which is missing if the process has ended."""
 LARGEST_SHOWN = 3
 
 
 def ran_low(text: str) -> str | None:
-    """Which node it was, what filled it, and the remedy; None where the text has no such message. The last counts.
+    """Say which node ran out of memory, what filled it, and the remedy, by the last such message; None without one.
 
-    Of other programs the names alone are shown: arguments may hold what is not for everyone who reads a report.
+    Only the names of programs are shown: their arguments may hold what not every reader of a report may see.
     """
     found = [*_SAID.finditer(text)]
     if not found:

@@ -1,4 +1,4 @@
-"""Parquet files that are small enough to lie in memory."""
+"""Reads Parquet files that are small enough to fit in memory."""
 
 from typing import TYPE_CHECKING
 
@@ -7,13 +7,13 @@ if TYPE_CHECKING:
 
 
 def table_of(body: bytes) -> "pa.Table":
-    """The table that the file's bytes hold, read by this thread alone.
+    """Read the table from the file's bytes, in this thread alone.
 
-    `pq.read_table` reads in threads of Arrow's, and one of them may let go of the bytes after it has returned. Where
-    the process ends just then, CPython before 3.14 ends that thread inside C++, and the command aborts: exit code 134.
+    `pq.read_table` reads in Arrow's threads, and one of them may release the bytes after it has returned. If the
+    process ends just then, CPython before 3.14 ends that thread inside C++, and the command aborts: exit code 134.
 
     Raises:
-        pa.ArrowInvalid: it is no Parquet file.
+        pa.ArrowInvalid: the bytes are not a Parquet file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -15,14 +15,14 @@ from components.shared.errors import FineloopError
 _LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
 _WORKER = re.compile(r"^\(\w+ pid=\d+[^()]*\) (?=\[[a-z][a-z0-9_-]*\] )")
 _SILENT = re.compile(r"^\(\w+ pid=\d+[^()]*\)\s*$")
-"""Ray breaks the line before each state of a bar, and puts the worker's name on the empty one."""
+"""An empty line of a worker: Ray breaks the line before each state of a bar, and puts the worker's name on it."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BAR = re.compile(r"\d+%\|.*\| *[\d.]+[kMGT]?/")
-"""tqdm's: "12%|####    | 3/25 [00:01<00:09, 2.1it/s]"."""
+"""A progress bar of tqdm: "12%|####    | 3/25 [00:01<00:09, 2.1it/s]"."""
 STARTED = "started"
 """The text of a step's first line."""
 TRAINED = "trained: comparing it"
-"""What a job that trains and compares prints in between."""
+"""The text that a job that trains and then compares prints in between."""
 _FINISHED = re.compile(r"^finished in ([0-9.]+) s$")
 
 
@@ -35,7 +35,7 @@ class Failure:
     exit_code: int
 
     def as_error(self) -> FineloopError:
-        """The error to raise on this side: of the same class where this side knows it."""
+        """The error to raise in this process, of the same class if this process knows it."""
         return errors.by_name(self.error, self.message)
 
 
@@ -48,7 +48,7 @@ class Line:
 
     @property
     def failure(self) -> Failure | None:
-        """What failed, when this line says so."""
+        """The failure that this line reports; None if it reports none."""
         word, _, body = self.text.partition(" ")
         if word != "failed" or not body.startswith("{"):
             return None
@@ -60,7 +60,7 @@ class Line:
 
     @property
     def seconds(self) -> float | None:
-        """How long the step took, when this line says that it finished."""
+        """How long the step took, in seconds; None unless this line says that it finished."""
         match = _FINISHED.match(self.text)
         return float(match[1]) if match else None
 
@@ -84,9 +84,9 @@ def parse_line(line: str) -> Line | None:
 
 
 def readable(log: str) -> str:
-    """Whole lines of a job's log for people: no colours, no progress bars, and before ours not which worker printed it.
+    """Whole lines of a job's log for people: no colours, no progress bars, and no worker's name before our own lines.
 
-    Of the workers rank 0 alone prints such lines; what a library prints keeps its worker's name.
+    Our own lines come from rank 0 alone; lines that a library prints keep their worker's name.
     """
     lines = [_COLOUR.sub("", line) for line in log.split("\n")]
     kept = [line.rpartition("\r")[2] for line in lines if not (_BAR.search(line) or _SILENT.match(line))]
@@ -95,7 +95,7 @@ def readable(log: str) -> str:
 
 
 def end_of(log: str, text: str) -> int | None:
-    """Where the first line ends that says this text, whichever step says it; None where none does."""
+    """The place where the first line with this text ends, whichever step printed it; None if there is none."""
     at = log.find(text)
     while at >= 0:
         end = log.find("\n", at) + 1 or len(log)
@@ -107,7 +107,7 @@ def end_of(log: str, text: str) -> int | None:
 
 
 def find_failure(log: str) -> Failure | None:
-    """The last failure in a log."""
+    """The last failure in a log; None if there is none."""
     for text in reversed(log.splitlines()):
         line = parse_line(text)
         if line is not None and line.failure is not None:

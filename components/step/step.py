@@ -1,7 +1,7 @@
-"""One step of a run: how it is opened, recorded and ended.
+"""Opens, records and ends one step of a run.
 
-The first step settles the config and writes it to the run's folder. Those after it are given where that folder is and
-the config's digest: a Ray job may write there too, and what a run was started with is not for it to change.
+The first step settles the config and writes it to the run's folder. Later steps get the address of that folder and the
+config's digest: a Ray job may write there too, and must not change the config that the run was started with.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from components.shared.protocol import STARTED, say, say_failure
 from components.store.store import Store, open_uri
 
 PARAMETER = "run parameter"
-"""As the form of the Kubeflow UI calls its fields."""
+"""The name that the form of the Kubeflow UI has for its fields."""
 CONFIG = f"{PARAMETER} config"
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -34,7 +34,7 @@ _RUN_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
 @dataclass
 class StepRun:
-    """A running step; what it puts in `result` is recorded with it."""
+    """A running step; the values it puts in `result` are recorded with it."""
 
     name: str
     run_id: str
@@ -48,7 +48,7 @@ class StepRun:
         return self.store.uri(runs.run_key(self.run_id))
 
     def say(self, text: str) -> None:
-        """Tell a person how it goes."""
+        """Print a line about the step's progress, for people."""
         say(self.name, text)
 
 
@@ -57,9 +57,9 @@ def first_step(
 ) -> contextlib.AbstractContextManager[StepRun]:
     """Begin a run: validate the config, and record it with `overrides` applied as runs/<run_id>/config.toml.
 
-    A run that is begun again may share out its work otherwise, such as among fewer workers: that is recorded instead.
-    `config` may be JSON of a protobuf Struct, as Kubeflow hands it over. Overrides are `section.key=value` by the run
-    parameter that a person filled in; errors about the key name it.
+    A run that is begun again may distribute its work differently, such as among fewer workers: the new config is then
+    recorded instead. `config` may be JSON of a protobuf Struct, as Kubeflow passes it. Overrides are
+    `section.key=value` by the run parameter that a person filled in; errors about the key name the parameter.
 
     Raises:
         ConfigError: the config is not valid, or the run began with another one.
@@ -79,9 +79,9 @@ def step(name: str, run_uri: str, config_digest: str) -> contextlib.AbstractCont
 
 
 def last_step(name: str, config: Mapping[str, Any], run_id: str) -> contextlib.AbstractContextManager[StepRun]:
-    """Run the step after which nothing comes, whether the run got as far as to record its config or not.
+    """Run the last step of a run, whether or not the run got as far as recording its config.
 
-    The recorded config is taken where it exists, and the given one only says where the store is.
+    If the config was recorded, that one is used, and the given one only says where the store is.
 
     Raises:
         ConfigError: the config is not valid.
@@ -102,7 +102,7 @@ def _step(name: str, opened: Callable[[], StepRun], overrides: Mapping[str, str]
                 step_run = opened()
                 yield step_run
             _record(step_run, "succeeded", started_at, time.monotonic() - began)
-        except Exception as exc:  # a step is a process entry point: whatever ends it crosses to another process
+        except Exception as exc:  # a step is a process entry point: its error crosses to another process
             if not isinstance(exc, FineloopError):
                 traceback.print_exc()
             say_failure(name, exc)
@@ -116,7 +116,7 @@ def _step(name: str, opened: Callable[[], StepRun], overrides: Mapping[str, str]
 
 @contextlib.contextmanager
 def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
-    """Head an error about a key by the run parameter that set it: who fills in the Kubeflow UI's form sees no keys."""
+    """Name in an error about a key the run parameter that set it: the form of the Kubeflow UI shows no keys."""
     try:
         yield
     except FineloopError as exc:
@@ -140,7 +140,7 @@ def _begun(name: str, given: Mapping[str, Any], run_id: str, overrides: Mapping[
         if first.training_digest != config.training_digest:
             uri = store.uri(runs.run_key(run_id, runs.CONFIG))
             raise ConfigError(f"run {run_id} began with another config ({uri}): take another run_id") from None
-        if first.digest != config.digest:  # it goes on with other workers
+        if first.digest != config.digest:  # the run goes on with other workers
             store.put(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
     return StepRun(name, run_id, config, store)
 
@@ -164,10 +164,10 @@ def _as_begun(name: str, given: Mapping[str, Any], run_id: str) -> StepRun:
 
 
 def require_run_id(run_id: str) -> None:
-    """Refuse what is no name of a run, and of its folder.
+    """Require that the id can name a run and its folder.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the id cannot.
     """
     if not _RUN_ID.match(run_id):
         raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
@@ -196,7 +196,7 @@ def _record(step_run: StepRun, status: Status, started_at: datetime, seconds: fl
 
 @contextlib.contextmanager
 def _components_log_as(name: str) -> Iterator[None]:
-    """Let what the components log at INFO and above reach people as lines of this step."""
+    """Print the components' log messages at INFO and above as lines of this step."""
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""Requests and bytes of this process's S3 clients, attempts that failed included."""
+"""Counts requests and bytes of this process's S3 clients, including failed attempts."""
 
 import threading
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Traffic:
-    """Bodies alone are counted, without headers."""
+    """The counts. Bytes are those of bodies, without headers."""
 
     requests: int = 0
     read_bytes: int = 0
@@ -19,13 +19,13 @@ _lock = threading.Lock()
 
 
 def so_far() -> Traffic:
-    """Since the process began."""
+    """The traffic since the process began."""
     with _lock:
         return replace(_so_far)
 
 
 def count(client: Any) -> None:
-    """Have a client's requests counted."""
+    """Count the requests of a client from now on."""
     client.meta.events.register("before-send.s3", _sent)
     client.meta.events.register("response-received.s3", _received)
 
@@ -33,13 +33,13 @@ def count(client: Any) -> None:
 def _sent(request: Any, **_: Any) -> None:
     with _lock:
         _so_far.requests += 1
-        # A body that is sent with its checksum behind it has its length in the second one.
+        # If a checksum follows the body, the second header has the body's length.
         lengths = (request.headers.get(name) for name in ("Content-Length", "X-Amz-Decoded-Content-Length"))
         _so_far.written_bytes += int(next(filter(None, lengths), 0))
 
 
 def _received(event_name: str, response_dict: Any = None, **_: Any) -> None:
-    if event_name.endswith(".HeadObject"):  # which says how long a body it does not send
+    if event_name.endswith(".HeadObject"):  # its length is that of a body that is not sent
         return
     with _lock:
         _so_far.read_bytes += int(((response_dict or {}).get("headers") or {}).get("content-length") or 0)

@@ -1,4 +1,4 @@
-"""Where the best rate may lie after rank, batch size or data have changed: advice, until a sweep measures it."""
+"""Estimates the best learning rate after rank, batch size or data have changed: advice, until a sweep measures it."""
 
 import math
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ from components.config.schema import RunConfig
 from components.registry.rates import FoundRate
 
 SOURCE = "arXiv:2602.04998"
-# LoRA's best rate there fell 5.6 times from rank 4 to 256, rose 5.6 times from batches of 16 to 128, and fell 3.1 times
-# from 5,000 records to 395,000: the slopes of straight lines on logarithmic axes.
+# In that paper LoRA's best rate fell 5.6 times from rank 4 to 256, rose 5.6 times from batches of 16 to 128, and fell
+# 3.1 times from 5,000 records to 395,000. These are the slopes of straight lines on logarithmic axes.
 PER_RANK = -math.log(5.6) / math.log(256 / 4)
 PER_BATCH_SIZE = math.log(5.6) / math.log(128 / 16)
 PER_RECORDS = -math.log(3.1) / math.log(395 / 5)
 LEAST = math.log(10) / 4
-"""A quarter decade, a sweep's finest step: less is not worth a word."""
+"""The smallest change of the rate's logarithm that is worth advice: a quarter decade, a sweep's finest step."""
 
 
 def advice(known: Sequence[FoundRate], config: RunConfig, train_records: int) -> str:
-    """Where the paper's slopes take the rate that was found in the most similar circumstances; empty where there is
-    none, or where that is hardly elsewhere."""
+    """Advice on the rate: the one found in the most similar circumstances, moved along the paper's slopes. Empty if no
+    rate is known, or it hardly moves."""
     moves = [(found, moved(found, config, train_records)) for found in known]
     found, move = min(moves, key=lambda each: sum(map(abs, each[1].values())), default=(None, {}))
     if found is None or abs(sum(move.values())) < LEAST:
@@ -31,7 +31,7 @@ def advice(known: Sequence[FoundRate], config: RunConfig, train_records: int) ->
 
 
 def moved(found: FoundRate, config: RunConfig, train_records: int) -> dict[str, float]:
-    """What has changed since a rate was found, in words, and what each makes of the logarithm of the best one."""
+    """The changes since a rate was found, in words, each with what it adds to the logarithm of the best rate."""
     circumstances = [
         ("rank", found.rank, config.method.r, PER_RANK),
         ("batches of", found.batch_size, config.train.batch_size, PER_BATCH_SIZE),

@@ -1,4 +1,4 @@
-"""The tune step: a dataset in, the learning rate to train at out. `tune.when` says whether that takes a sweep."""
+"""The tune step: takes a dataset and returns the learning rate to train at. `tune.when` says whether it sweeps."""
 
 from components.config.schema import RunConfig
 from components.config.tune import When
@@ -15,11 +15,11 @@ from components.tune import scaling
 
 
 def tune(step_run: StepRun, *, dataset_uri: str) -> float:
-    """Settle the run's learning rate, write where it comes from to runs/<run_id>/rate.json, and return it.
+    """Settle the run's learning rate, write it with its origin to runs/<run_id>/rate.json, and return it.
 
     Raises:
-        FineloopError: what the sweep failed with.
-        JobError: it ended without success and without saying why, or without a result.
+        FineloopError: the error that the sweep failed with.
+        JobError: the sweep failed without saying why, or ended without a result.
     """
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
     dataset = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about
@@ -45,7 +45,7 @@ def tune(step_run: StepRun, *, dataset_uri: str) -> float:
 
 
 def is_due(when: When, found: FoundRate | None, dataset_id: str) -> bool:
-    """Whether a run sweeps, given what is remembered and the dataset that it trains on."""
+    """Whether a run sweeps, given the remembered rate and the dataset that it trains on."""
     match when:
         case "never":
             return False
@@ -58,7 +58,7 @@ def is_due(when: When, found: FoundRate | None, dataset_id: str) -> bool:
 
 
 def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate | None:
-    """What the sweep found for the config's own method; None where it tried others alone. It is remembered."""
+    """Sweep, and return and remember the rate for the config's own method; None if only other methods were tried."""
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
     require_disk(config)
     submission_id = submit_step(step_run, "sweep", "--dataset", dataset_uri)

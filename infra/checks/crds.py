@@ -1,6 +1,6 @@
 """`make crds`: fetch the custom resource definitions of the versions that the runbook installs.
 
-They come from the projects' release tags and are checked by sha256, then lie outside the repository's files.
+They come from the projects' release tags and are checked by sha256, and are kept outside the repository's files.
 """
 
 import hashlib
@@ -37,15 +37,15 @@ FILES = {
         "a99047972c9dd7679ce2050b9968e8a08773492e671b3e17abd476d42aa78a32"
     ),
 }
-"""Where each definition lies, and its sha256."""
+"""The address of each definition, and its sha256."""
 
 
 def fetch(folder: Path, files: dict[str, str]) -> None:
-    """Download what is not there yet; nothing is kept whose sum is another.
+    """Download the files that are missing or changed; a file with another sha256 is not kept.
 
     Raises:
-        OSError: it cannot be downloaded.
-        ValueError: it is not the file that was released.
+        OSError: a file cannot be downloaded.
+        ValueError: a file is not the one that was released.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for url, sha256 in files.items():
@@ -63,7 +63,7 @@ def fetch(folder: Path, files: dict[str, str]) -> None:
 
 
 def main() -> int:
-    """Fetch, and print the line to paste into a shell."""
+    """Fetch the definitions, and print the line to paste into a shell."""
     try:
         fetch(FOLDER, FILES)
     except (OSError, ValueError) as exc:

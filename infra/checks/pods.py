@@ -1,4 +1,4 @@
-"""The pods of manifests, wherever their templates stand: inside RayJobs and RayClusters too."""
+"""The pods of manifests, wherever their templates are: also inside RayJobs and RayClusters."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -10,31 +10,31 @@ from infra.checks.manifests import Manifest, title
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod's template and where it stands."""
+    """A pod's template, and its place in the manifests."""
 
     where: str
     template: Mapping[str, Any]
 
     @property
     def spec(self) -> Mapping[str, Any]:
-        """Its specification."""
+        """The pod's specification."""
         spec: Mapping[str, Any] = self.template["spec"]
         return spec
 
     @property
     def containers(self) -> list[Mapping[str, Any]]:
-        """All of its containers."""
+        """All containers of the pod, including init containers."""
         return [*self.spec["containers"], *self.spec.get("initContainers", [])]
 
     def as_object(self) -> Manifest:
-        """A Pod on its own, for tools that look into no RayJob, and not into every initial container."""
+        """The pod as a separate object, for tools that do not look into RayJobs, nor into every init container."""
         metadata = {**self.template.get("metadata", {}), "name": self.where, "namespace": "fineloop"}
         spec = {**self.spec, "containers": self.containers, "initContainers": []}
         return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
 def pods(manifests: list[Manifest]) -> Iterator[Pod]:
-    """Every pod, as KubeRay makes it."""
+    """All pods of the manifests, as KubeRay makes them."""
     for manifest in manifests:
         yield from _templates(_with_autoscaler(manifest), title(manifest))
 
@@ -51,7 +51,7 @@ def _templates(value: Any, where: str) -> Iterator[Pod]:
 
 
 def _with_autoscaler(manifest: Manifest) -> Manifest:
-    """KubeRay adds a container of the head's image to the head (BuildAutoscalerContainer in common/pod.go)."""
+    """Add the container that KubeRay adds to the head, with its image (BuildAutoscalerContainer in common/pod.go)."""
     if manifest["kind"] != "RayCluster" or not manifest["spec"].get("enableInTreeAutoscaling"):
         return manifest
     whole = copy.deepcopy(manifest)

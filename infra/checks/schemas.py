@@ -1,5 +1,5 @@
-"""Validate a Kubernetes object strictly: a field that the API server would refuse or drop is an error, and so is a kind
-that nobody here knows.
+"""Validate a Kubernetes object strictly: a field that the API server would refuse or drop is an error, and so is an
+unknown kind.
 
 Built-in kinds are checked against Kubernetes' own schemas. Custom resources are checked against their projects' own
 definitions, where FINELOOP_CRDS names a folder with them: `make crds` fetches those.
@@ -26,11 +26,11 @@ CUSTOM_GROUPS = ("ray.io", "kueue.x-k8s.io", "monitoring.coreos.com")
 
 
 def errors(manifest: Manifest, crds: Path | None) -> list[str]:
-    """What is wrong with an object, each as "field: message"; empty when nothing is, or when it is not checked.
+    """The errors of an object, each as "field: message"; empty if there are none, or if it is not checked.
 
     Args:
         manifest: the object.
-        crds: folder with the custom resource definitions, if there is one.
+        crds: the folder with the custom resource definitions, if there is one.
     """
     if _group(manifest) not in CUSTOM_GROUPS:
         return _built_in_errors(manifest)
@@ -54,7 +54,7 @@ def crds_folder() -> Path | None:
     """The folder that FINELOOP_CRDS names, if it is set.
 
     Raises:
-        NotADirectoryError: it names none.
+        NotADirectoryError: it names no folder.
     """
     named = os.environ.get(VARIABLE)
     if not named:
@@ -98,7 +98,7 @@ def _validators(folder: Path | None) -> dict[tuple[str, str], Draft202012Validat
 
 
 def definitions(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every custom resource definition of a folder, compressed or not."""
+    """All custom resource definitions of a folder, compressed or not."""
     for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yaml.gz")]):
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What must hold for every pod beside checkov's rules (`make infra-lint`), which know neither Ray nor our objects."""
+"""Rules for every pod, in addition to checkov's (`make infra-lint`), which know neither Ray nor our objects."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,12 @@ _CREDENTIAL = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bhf_[A-Za-z0-9]{30,}|---
 
 
 def containers(manifests: list[Manifest]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every container, and where it stands."""
+    """All containers, each with its place in the manifests."""
     return ((f"{pod.where} {container['name']}", container) for pod in pods(manifests) for container in pod.containers)
 
 
 def volumes_spare_the_node(manifests: list[Manifest]) -> Iterator[str]:
-    """No folder of the node, and no volume that fills its disk: that evicts the neighbours too."""
+    """No pod mounts a folder of the node, or has a volume that fills its disk: that evicts the neighbours too."""
     for pod in pods(manifests):
         for volume in pod.spec.get("volumes", []):
             if not volume.keys() - {"name"} <= VOLUMES:
@@ -34,15 +34,17 @@ def volumes_spare_the_node(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def no_pod_takes_a_sidecar(manifests: list[Manifest]) -> Iterator[str]:
-    """Where Kubeflow serves several namespaces it labels them istio-injection=enabled. A pod with a sidecar that stays
-    never ends, Ray talks on ports of its own, and what sets a sidecar up asks for more than the namespace admits."""
+    """No pod gets an Istio sidecar. If Kubeflow serves several namespaces, it labels them istio-injection=enabled. A
+    pod never ends while its sidecar stays, Ray talks on its own ports, and setting up a sidecar asks for more than the
+    namespace admits."""
     for pod in pods(manifests):
         if pod.template.get("metadata", {}).get("labels", {}).get("sidecar.istio.io/inject") != "false":
             yield f'{pod.where}: no label sidecar.istio.io/inject: "false"'
 
 
 def ray_asks_for_what_it_takes(manifests: list[Manifest]) -> Iterator[str]:
-    """Ray counts limits, and a GPU cannot be shared: requests below the limits would promise more than there is."""
+    """Ray and GPU containers request their limits. Ray counts limits, and a GPU cannot be shared, so lower requests
+    would promise more than there is."""
     for where, container in containers(manifests):
         requests, limits = (container.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
         is_ray = where.startswith(("RayJob/", "RayCluster/"))
@@ -51,7 +53,7 @@ def ray_asks_for_what_it_takes(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def memory_volumes_fit_in_memory(manifests: list[Manifest]) -> Iterator[str]:
-    """What lies in a memory volume counts as its container's memory."""
+    """Memory volumes take at most half of the memory, because their content counts as their container's memory."""
     for pod in pods(manifests):
         memory = sum(_amount(c.get("resources", {}).get("limits", {}).get("memory", 0)) for c in pod.containers)
         for volume in pod.spec.get("volumes", []):
@@ -61,7 +63,7 @@ def memory_volumes_fit_in_memory(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def images_have_a_digest(manifests: list[Manifest]) -> Iterator[str]:
-    """Where a registry is in between, only a digest says what runs."""
+    """Every image has a digest: with a registry in between, only a digest says what runs."""
     for where, container in containers(manifests):
         image = container.get("image", "")
         if not _DIGEST.search(image):
@@ -69,7 +71,7 @@ def images_have_a_digest(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def nothing_secret_is_written_down(manifests: list[Manifest]) -> Iterator[str]:
-    """Secrets are made by hand and referred to by name."""
+    """No secret is in a manifest: secrets are made by hand and referred to by name."""
     for manifest in manifests:
         if manifest["kind"] == "Secret":
             yield f"{title(manifest)}: a Secret in a file is in every clone"
@@ -96,7 +98,7 @@ def what_pods_refer_to_exists(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def _references(pod: Pod) -> Iterator[tuple[str, str]]:
-    if not pod.where.endswith(".submitterPodTemplate"):  # it talks to Ray alone, and needs no account of ours
+    if not pod.where.endswith(".submitterPodTemplate"):  # it talks only to Ray, and needs no account of ours
         yield "ServiceAccount", pod.spec.get("serviceAccountName", "default")
     if "priorityClassName" in pod.spec:
         yield "PriorityClass", pod.spec["priorityClassName"]
