@@ -1,8 +1,8 @@
 """Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
 
-One job is admitted to a cluster once: no other job runs between training and comparison, and no cluster starts
-twice. The training's workers start while the data are read, and stay to compare, on the base that they hold, where each
-of them holds a whole one. A job that is run again takes the version that the run has published as it is.
+The cluster has to admit only one job: no other job runs between training and comparison, and the cluster starts only
+once. The training's workers start while the data are read. Where each of them holds a whole base, they stay and compare
+on the base that they hold. A job that is run again reuses the version that the run has already published.
 """
 
 from components.config.schema import RunConfig
@@ -35,7 +35,7 @@ def main() -> None:
 
     def train() -> None:
         config = entry.load_config(arguments.config, arguments.set)
-        marks.named(config.metrics)  # what cannot be measured is better said before the training
+        marks.named(config.metrics)  # metrics that cannot be measured are reported before the training
         for probe in PROBES.values():
             if probe.check:
                 probe.check(config)
@@ -43,7 +43,7 @@ def main() -> None:
         say(training.STEP, f"published {result.version} as {result.version_uri}")
 
     def compare() -> None:
-        with garbage.importing():  # seconds, in which the workers of the training can start already
+        with garbage.importing():  # takes seconds, in which the training's workers can already start
             from ray_jobs import evaluate as comparing
 
         config = entry.load_config(arguments.config, arguments.set)
@@ -57,17 +57,17 @@ def main() -> None:
 
 
 def trained(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standby | None = None) -> TrainResult:
-    """Train on the dataset, unless the run has published what it makes of it.
+    """Train on the dataset, unless the run has already published a version trained on it.
 
     Raises:
-        FineloopError: as `ray_jobs.finetune.finetune`.
+        FineloopError: as in `ray_jobs.finetune.finetune`.
     """
     store = Store.open(config.registry)
     found, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]
     if found is not None and found.dataset_uri in trained_on:
         return found
-    if standby is not None and config.data.replay_from == "records":  # else production answers first, on the same GPUs
+    if standby is not None and config.data.replay_from == "records":  # else production answers first, on these GPUs
         training.begin(config, run_id=run_id, standby=standby)
     return training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
 

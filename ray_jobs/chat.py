@@ -1,4 +1,4 @@
-"""Talk to an adapter: `fineloop chat NAME`. The adapter answers first, then what it is compared with."""
+"""Chat with an adapter: `fineloop chat NAME`. The adapter answers first, then the model that it is compared with."""
 
 import json
 import sys
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from ray_jobs.talking.speaker import Speaker
 
 INTERRUPTED = 130
-SHOWN = 8  # digits of a version
+SHOWN = 8  # digits of a version id
 HELP = """/reset   begin a new conversation
 /help    this list
 Ctrl-C ends an answer, Ctrl-D the chat"""
 
 
 def main() -> None:
-    """The entry point. Reads one prompt a line from stdin until it ends."""
+    """The entry point. Reads one prompt per line from stdin until it ends."""
     parser = entry.parser(
         "ray_jobs.chat",
         "Answer prompts from stdin with an adapter, and with its base or another version beside it.",
@@ -55,16 +55,16 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Answering:
-    """How long answers may be, and how they are decoded."""
+    """Maximum length and decoding of answers."""
 
     max_tokens: int | None = None
-    """None for evaluation's."""
+    """Maximum number of tokens in an answer; None means the same as in evaluation."""
     temperature: float = 0.0
 
 
 @dataclass
 class Conversation:
-    """What one speaker was asked and has answered."""
+    """The messages to and from one speaker."""
 
     speaker: "Speaker"
     turns: list[Message] = field(default_factory=list)
@@ -80,13 +80,13 @@ def chat(
     turns: str | None,
     transcript: Path | None,
 ) -> None:
-    """Answer until stdin ends. Base, context and format are those of the version's own run; what is left open of
-    `system` and `turns` is as in its training data.
+    """Answer prompts until stdin ends. Base, context and format are those of the version's own run; where `system` or
+    `turns` is None, it follows the version's training data.
 
     Raises:
         ObjectMissing: there is no such version.
-        ConfigError: its base comes with code that `config` does not allow to run.
-        IntegrityError: its base is not there any more as it was trained on.
+        ConfigError: the base has code of its own that `config` does not allow to run.
+        IntegrityError: the base no longer exists as it was during training.
     """
     with garbage.importing():
         from ray_jobs.talking import speaker
@@ -121,7 +121,7 @@ def converse(
     keeps_turns: bool,
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Each prompt with what every speaker says to it, each in a conversation of its own that starts as `begun`."""
+    """Yield each prompt with every speaker's answer; each speaker has its own conversation, which starts as `begun`."""
     talks = [Conversation(speaker, [*begun]) for speaker in speakers]
     for prompt in prompts:
         if prompt == "/help":
@@ -136,7 +136,7 @@ def converse(
 
 
 def _answer(talk: Conversation, prompt: str, answering: Answering, say: Callable[[str], None]) -> dict[str, Any]:
-    """Say an answer word by word, as it comes; an interrupt ends it where it is."""
+    """Stream an answer to the output; an interrupt ends the answer where it is."""
     from ray_jobs.text.chat_format import without_reasoning
 
     talk.turns.append(Message("user", prompt))
@@ -161,7 +161,7 @@ def _answer(talk: Conversation, prompt: str, answering: Answering, say: Callable
 
 
 def _prompts() -> Iterator[str]:
-    """Lines of stdin that are not empty. Two interrupts in a row end it as its end does."""
+    """The non-empty lines of stdin. Two interrupts in a row end them, as the end of stdin does."""
     asked = False
     while True:
         entry.print_err("> ", end="")

@@ -1,4 +1,4 @@
-"""What all entry points of Ray jobs share: arguments, config, logging, and errors as messages."""
+"""Shared code of all Ray job entry points: arguments, config, logging, and errors as messages."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ OURS = ("components", "ray_jobs")
 
 
 def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A parser with what every job takes."""
+    """An argument parser with the arguments that every job takes."""
     result = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -44,7 +44,7 @@ def parser(module: str, description: str, example: str) -> argparse.ArgumentPars
 
 
 def takes_data(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser of a job that goes on under its run's name, and prepares its data itself where it is given none."""
+    """Add the arguments of a job that resumes under its run's name, and that prepares its data itself if given none."""
     parser.add_argument("--run-id", help="name of the run in the store; one that was cut off goes on under its name")
     parser.add_argument(
         "--dataset", help="s3:// address of a prepared dataset; without it, data.source is prepared first"
@@ -53,7 +53,7 @@ def takes_data(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def load_config(location: str, overrides: list[str]) -> RunConfig:
-    """The config from a file or from the store.
+    """Load the config from a file or from the store.
 
     Raises:
         ConfigError: it does not exist or is not valid.
@@ -65,14 +65,14 @@ def load_config(location: str, overrides: list[str]) -> RunConfig:
 
 
 def new_run_id(adapter: str) -> str:
-    """A run id that sorts by time and says what it is for."""
+    """A new run id, which sorts by time and contains the adapter's name."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{adapter}-{uuid.uuid4().hex[:4]}"
 
 
 def started(environment: Mapping[str, str], ray_job_id: str) -> Started:
-    """As which job Ray runs this driver, and for which user.
+    """The ids of the Ray job that runs this driver, and the user who submitted it.
 
-    Ray's Jobs API hands an entry point the metadata of its submission (ray/dashboard/modules/job/job_supervisor.py);
+    Ray's Jobs API passes an entry point the metadata of its submission (ray/dashboard/modules/job/job_supervisor.py);
     a module that is run by hand has none.
     """
     about = json.loads(environment.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
@@ -85,7 +85,7 @@ def started(environment: Mapping[str, str], ray_job_id: str) -> Started:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and other people's deprecations out of a job's log, so that its own lines can be found."""
+    """Keep progress bars and libraries' deprecation warnings out of a job's log, so that its own lines stand out."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -96,14 +96,14 @@ def quiet_libraries() -> None:
 
 
 def print_err(text: str, end: str = "\n") -> None:
-    """For a person: stdout has answers alone."""
+    """Print a message for the user on stderr: stdout is for answers alone."""
     sys.stderr.write(text + end)
     sys.stderr.flush()
 
 
 @contextmanager
 def for_people() -> Iterator[None]:
-    """A job at a terminal: what takes long is announced, and an error of ours becomes a line and its exit code."""
+    """Run a job at a terminal: announce slow steps, and turn a FineloopError into one line and its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that copies of adapters are removed
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ray_jobs").setLevel(logging.INFO)
@@ -117,14 +117,14 @@ def for_people() -> Iterator[None]:
 
 
 def connect() -> None:
-    """Connect this driver to its Ray cluster, unless it is."""
+    """Connect this driver to its Ray cluster, unless it is connected already."""
     import ray
 
     ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
 
 
 def log_as(step: str) -> None:
-    """Let what our own modules log at INFO and above reach people as lines of this step."""
+    """Print what our own modules log at INFO and above as lines of this step."""
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -138,16 +138,16 @@ def log_as(step: str) -> None:
 
 
 def log_warnings() -> None:
-    """Let our own modules' warnings alone reach people: a second worker does what the first one has said.
+    """Print only the warnings of our own modules: a further worker would only repeat what the first one logs.
 
-    Ray Train's root logger in a worker lets everything through (ray/train/v2/_internal/logging/logging.py).
+    Ray Train's root logger in a worker passes on all records (ray/train/v2/_internal/logging/logging.py).
     """
     for name in OURS:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def run(step: str, job: Callable[[], None], *, uses_models: bool = True) -> None:
-    """Run a job to its exit code: an error of ours becomes one line that the submitter can read."""
+    """Run a job and end with its exit code: a FineloopError becomes one line that the submitter can read."""
     garbage.leave_at_exit()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     log_as(step)

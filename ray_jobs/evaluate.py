@@ -1,9 +1,8 @@
 """Compare base, champion and candidate on held-out records: `python -m ray_jobs.evaluate --config ... --version URI`.
 
-The records are shared out over the workers of a training that has just ended, or over Ray tasks. Each loads the base
-once and attaches the adapters to it one after the other, in the base's dtype, as they were trained: the published files
-are measured as the function that was trained. A base that no worker can hold is sharded over all of them, as for
-training.
+The records are distributed over the workers of a training that has just ended, or over Ray tasks. Each worker loads the
+base once and attaches the adapters to it one after the other, in the base's dtype, as in training: the published files
+are measured as the function that was trained. A base that no single worker can hold is sharded over all of them, as in
 """
 
 import hashlib
@@ -57,7 +56,7 @@ from ray_jobs.training.standby import Standby
 logger = logging.getLogger(__name__)
 NO_OUTCOMES: Mapping[str, Outcome] = {}
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
-"""Metrics that an evaluation has whether they were measured or not."""
+"""Metrics that every evaluation lists, with None where they were not measured."""
 
 
 def main() -> None:
@@ -83,11 +82,11 @@ def main() -> None:
 def evaluate(
     config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str, standby: Standby | None = None
 ) -> Evaluation:
-    """Measure the three models and write runs/<run_id>/evaluation.json, and evaluation_records.parquet beside it.
+    """Measure the three models and write runs/<run_id>/evaluation.json and evaluation_records.parquet.
 
-    What the run's decision was made of, and an alias moved on, is not measured anew.
+    If the alias has already moved to this candidate by the run's evaluation, that evaluation is returned as it is.
 
-    `standby` are the workers of the training, if they are still there; they are released.
+    `standby` holds the workers of the training, if they are still there; they are released.
 
     Raises:
         UserError: dataset, version or base do not exist, or no held-out record fits the context.
@@ -150,7 +149,7 @@ def _measured(
     run_id: str,
     standby: Standby | None,
 ) -> tuple[Found, dict[str, Outcome]]:
-    """Scores on as many held-out records as decide, and what each probe found; the training's workers are released."""
+    """Scores on enough held-out records to decide, and each probe's outcome; releases the training's workers."""
     import ray
 
     records = held_out[: config.evaluate.records]
@@ -188,7 +187,7 @@ def compared(
     *,
     run_id: str,
 ) -> Evaluation:
-    """What follows from the scores and from what probes came to; pure."""
+    """The evaluation that follows from the scores and the probes' outcomes; a pure function."""
     records_of = {key: outcome.record for key, outcome in outside.items()}
     versions = {c.role: c.version.version if c.version else None for c in contenders}
     shown, groups = range(min(config.evaluate.samples, len(records))), [record.group for record in records]
@@ -238,12 +237,12 @@ def compared(
 
 
 def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:
-    """Base, champion and anchor where there are any, candidate; each on the base and the method of its own run."""
+    """Base, champion and anchor where they exist, and candidate; each with the base and method of its own run."""
     name, identity = config.adapter.name, recorded.read(config, store, candidate).base_identity
     result = [Contender("base", config, None, identity)]
     if (pointer := read_alias(store, name, config.adapter.alias)) is not None:
         result.append(of_version("champion", config, store, pointer.version))
-        # A person who promotes means that version: its move names no other. A rollback's names that of the move before.
+        # A manual promotion names no anchor: its own version is meant. A rollback names the anchor of the move before.
         anchor = pointer.event.get("evidence", {}).get("anchor")
         if anchor and anchor not in (pointer.version, candidate.version):
             try:

@@ -4,8 +4,8 @@ merged   the adapter's update in the weights of its base: a transformers folder 
 gguf     the same as one file of llama.cpp's, with a Modelfile for Ollama
 lora     the same function as plain LoRA, where it is one
 
-Each is compared with the adapter on its base before anything appears at DIR: the merge before it is rounded to the
-dtype that is saved. The last line of stdout is what export.json there says.
+Each result is compared with the adapter on its base before anything appears at DIR; the merge is compared before it is
+rounded to the saved dtype. The last line of stdout is the content of DIR/export.json.
 """
 
 import json
@@ -55,58 +55,58 @@ STEP = "export"
 RECORD = "export.json"
 MAX_RECORDS = 64
 MAX_POSITIONS = 1024
-"""Compared on at least one record and at most about so many positions: their logits are held in memory."""
+"""Limits of the comparison: about this many positions, at least one record, as the logits are held in memory."""
 SHARD_SIZE = "5GB"
 
 Form = Literal["merged", "lora", "gguf"]
 BaseWeights = Literal["dequantised", "original"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 USUAL_DTYPE: dict[Form, Dtype] = {"gguf": "float16"}
-"""Ollama quantises no bfloat16 (ollama v0.17, server/create.go)."""
+"""Default dtypes that differ from bfloat16: Ollama does not quantise bfloat16 (ollama v0.17, server/create.go)."""
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the user asked for."""
+    """The export that the user asked for."""
 
     form: Form
     target: Path
     base: BaseWeights | None = None
-    """Not for LoRA: the weights merged into. None means those that the adapter was trained on."""
+    """Base weights to merge into; not for LoRA. None means those that the adapter was trained on."""
     dtype: Dtype = "bfloat16"
-    """Not for LoRA: what the weights are saved as."""
+    """Dtype to save the weights in; not for LoRA."""
     approximate: int = 0
-    """LoRA only: where it is none, the nearest one of this rank; 0 refuses."""
+    """LoRA only: rank of the nearest LoRA where no LoRA is exact; 0 refuses such adapters."""
     converter: Path | None = None
-    """GGUF only: llama.cpp's. None means the one on PATH."""
+    """GGUF only: path of llama.cpp's converter. None means the one on PATH."""
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A version on this machine: its adapter, the base of the adapter, and what it is compared on."""
+    """A version on this machine: its adapter, the adapter's base, and the records to compare on."""
 
     version: Version
     config: RunConfig
-    """With the base and the method of the version's own run."""
+    """The config, with the base and the method of the version's own run."""
     folder: Path
     """The adapter's files."""
     original: Base
     stands_on: Base
-    """The original, or a base of the adapter's own."""
+    """The base that the adapter was trained on: the original, or a base of the adapter's own."""
     chat: ChatFormat
     system: str
-    """The system message that all its training data began with, if one."""
+    """The system message that all of its training records begin with; empty if there is none."""
     rows: Sequence["torch.Tensor"]
     compared_on: str
     records: Sequence[Record]
-    """Held-out ones, which `rows` are; none where the data is gone, and rows are random."""
+    """Held-out records, whose tokens are `rows`; empty where the dataset is gone and the rows are random."""
     split: TokenizedSplit
-    """The records, tokenised."""
+    """The records' tokens."""
     max_new_tokens: int
     kernels: Kernels
-    """What takes its products on this machine."""
+    """Kernels for the products on this machine."""
     use_gpu: bool
-    """Whether the base is read with its GPUs."""
+    """Whether to load the base on this machine's GPUs."""
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--approximate", type=int, default=0, metavar="RANK", help="lora: the nearest where it is none")
     parser.add_argument("--converter", type=Path, help="gguf: llama.cpp's convert_hf_to_gguf.py")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that an unfinished folder is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cleanup of an unfinished folder runs
 
     def job() -> None:
         given = {name: getattr(arguments, name) for name in ("base", "approximate", "converter")}
@@ -137,14 +137,14 @@ def main() -> None:
 
 
 def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[str, Any]:
-    """Write `request.target` whole, or leave nothing there; returns what export.json in it says.
+    """Write the whole of `request.target`, or leave nothing there; returns the content of its export.json.
 
     Raises:
         ObjectMissing: there is no such version.
-        UserError: the target is not empty, the version cannot be had in this form, there is no converter, or its base
-            comes with code that `config` does not allow to run.
-        IntegrityError: its base is not there any more as it was trained on.
-        FineloopError: what came out does not say what the adapter on its base says.
+        UserError: the target is not empty, the version cannot be exported in this form, there is no converter, or
+            the base has code of its own that `config` does not allow to run.
+        IntegrityError: the base no longer exists as it was during training.
+        FineloopError: the exported model does not agree with the adapter on its base.
     """
     store = Store.open(config.registry)
     version = resolve(store, reference)
@@ -164,7 +164,7 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
 
 
 def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
-    """Merge in float32, compare, save, and compare what a plain load of the saved files gives."""
+    """Merge in float32, compare, save, and compare again after loading the saved files."""
     import torch
 
     row, rows = source.config.method.row, source.rows
@@ -201,7 +201,7 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     form: dict[str, Any] = {"warnings": []}
     if request.form == "gguf":
         form, load = _gguf(source, request, plain, folder, load)
-    if request.dtype != "float32":  # read back in float32, so that nothing but the weights is rounded
+    if request.dtype != "float32":  # read back in float32, so that only the weights are rounded
         parity["rounded"] = merge.agreement(before, merge.logits(load(dtype=torch.float32).eval(), rows))
     reloaded = load(dtype=dtype).eval()
     source.kernels.adopt(reloaded)
@@ -222,18 +222,18 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
 
 
 def _saved(source: ExportSource, request: ExportRequest, merged: "PreTrainedModel", folder: Path) -> Callable[..., Any]:
-    """Save the merged model as a transformers folder; gives what loads it in a dtype."""
+    """Save the merged model as a transformers folder; returns a function that loads it in a given dtype."""
     say(STEP, f"saving as {request.dtype}")
     if overflown := [name for name, weight in merged.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"{overflown[0]} does not fit into {request.dtype}, which ends at 65,504: use --dtype bfloat16")
-    merged.generation_config = source.chat.generation_config()  # it answers as it was measured
+    merged.generation_config = source.chat.generation_config()  # the exported model generates as it was evaluated
     merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     source.chat.tokenizer.save_pretrained(folder)
     return partial(architecture.auto_class(merged.config).from_pretrained, folder)
 
 
 def _say_found(parity: dict[str, Agreement], form: dict[str, Any], answers: dict[str, Any], num_records: int) -> None:
-    """What was found of the written files, on the screen."""
+    """Print the results for the written files."""
     lines = [f"{name}: {found.summary()}" for name, found in parity.items()]
     if found := form.get("tensors"):
         same = f"{found['compared']} tensors of the merged model, largest difference {found['max_abs_difference']:.2g}"
@@ -249,10 +249,10 @@ def _say_found(parity: dict[str, Agreement], form: dict[str, Any], answers: dict
 def _gguf(
     source: ExportSource, request: ExportRequest, plain: Path, folder: Path, load: Callable[..., Any]
 ) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """Write the merged folder `plain` as a GGUF with a Modelfile; what the record says of it, and what loads it."""
+    """Convert the merged folder `plain` to a GGUF with a Modelfile; returns entries of the record, and the loader."""
     version, model = source.version, source.config.model
     file = folder / f"{version.name}-{version.version}.gguf"
-    if (sentencepiece := source.original.path / "tokenizer.model").is_file():  # a converter may know no other form
+    if (sentencepiece := source.original.path / "tokenizer.model").is_file():  # some converters need it
         shutil.copy(sentencepiece, plain)
     say(STEP, f"converting it to {file.name}")
     title = f"{version.name} {version.version}"
@@ -270,7 +270,7 @@ def _gguf(
 
 
 def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[str, Any]:
-    """Convert on the dense weights, and compare in float32."""
+    """Convert the adapter on the dense base, and compare both in float32."""
     rows = source.rows
     adapted = build.load(_trained_on(source, _loaded(source)), source.folder).eval()
     reference = list(merge.logits(adapted, rows))
@@ -310,10 +310,10 @@ def _source(given: RunConfig, store: Store, version: Version, folder: Path) -> E
 
 
 def _held_out(store: Store, uri: str, chat: ChatFormat, max_length: int) -> tuple[list[Record], TokenizedSplit]:
-    """Held-out records and their tokens; none where the dataset is gone."""
+    """Held-out records and their tokens; empty where the dataset is gone."""
     try:
         records = load_split(store, uri, "eval")[:MAX_RECORDS]
-    except (ObjectMissing, UserError) as exc:  # deleted, or left behind when the registry moved
+    except (ObjectMissing, UserError) as exc:  # deleted, or not moved with the registry
         say(STEP, f"the data is gone ({exc})")
         records = []
     split = tokenize(records, chat, max_length)
@@ -323,7 +323,7 @@ def _held_out(store: Store, uri: str, chat: ChatFormat, max_length: int) -> tupl
 
 
 def _loaded(source: ExportSource) -> "PreTrainedModel":
-    """The base as it is trained on and evaluated."""
+    """The base as it is loaded for training and evaluation."""
     method, model = source.config.method, source.config.model
     return door.load_model(
         source.stands_on, model, method.row.base, source.kernels, use_gpu=source.use_gpu, across_gpus=True
@@ -331,7 +331,7 @@ def _loaded(source: ExportSource) -> "PreTrainedModel":
 
 
 def _dense(source: ExportSource) -> "PreTrainedModel":
-    """The original base in float32 on the CPU, rounded to bfloat16 as every use of it rounds it."""
+    """The original base in float32 on the CPU, with its weights rounded to bfloat16, as in all its uses."""
     model = source.config.model
     if stored := stored_format.stored_as(base_config.load(source.original.path, model)):
         return merge.unquantised(base_model.load_model(source.original, model, stored, use_gpu=False))
@@ -346,7 +346,7 @@ def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedM
 
 
 def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], dict[str, float], "PreTrainedModel"]:
-    """The logits and the answers of the adapter as evaluation runs it, and the base without it in float32."""
+    """Logits and answers of the adapter as evaluation runs it, and its base in float32, without the adapter."""
     adapted: PeftModel = source.kernels.adopt(build.load(_loaded(source), source.folder)).eval()
     evaluated = list(merge.logits(adapted, source.rows))
     answers = _answers(source, adapted)
@@ -354,7 +354,7 @@ def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], dict[str, fl
 
 
 def _answers(source: ExportSource, model: Any) -> dict[str, float]:
-    """What a model says to the held-out prompts, as a run's evaluation measures it; nothing where there are none."""
+    """Exact match and loss on the held-out records, measured as in evaluation; empty where there are no records."""
     from ray_jobs.scoring.scoring import score
 
     if not source.records:

@@ -1,6 +1,6 @@
 """Fine-tune one adapter on Ray: `python -m ray_jobs.finetune --config pipelines/configs/icd10.toml`.
 
-The driver checks everything that can be checked without a worker: the store, the dataset (prepared here when none is
+The driver checks everything that it can check without a worker: the store, the dataset (prepared here if none is
 named), the base, and that the records fit its context. Then Ray Train starts the workers; rank 0 publishes the version.
 """
 
@@ -62,10 +62,10 @@ def finetune(
 ) -> TrainResult:
     """Train and publish; the result is also written to runs/<run_id>/finetune.json.
 
-    With `standby` the workers stay, unless they hold the base in parts; they may have begun already.
+    With `standby` the workers stay after training, unless the base is sharded; they may have been started already.
 
     Raises:
-        UserError: config or data cannot work; said before any worker is started where possible.
+        UserError: config or data cannot work; raised before any worker is started where possible.
         JobError: the workers failed for another reason.
     """
     import ray
@@ -115,7 +115,7 @@ def finetune(
 
 
 def _prepared(config: RunConfig, store: Store) -> str:
-    """Address of the dataset that the config's data make."""
+    """Prepare the dataset from the config's data source; returns its address."""
     say(STEP, f"preparing {config.data.source}")
     prepared = prepare(config, store)
     say(STEP, prepared.summary)
@@ -123,14 +123,14 @@ def _prepared(config: RunConfig, store: Store) -> str:
 
 
 def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
-    """Without its weights; where an earlier attempt of the run has left a checkpoint, the base of that one.
+    """The base, without its weights; if an earlier attempt of the run left a checkpoint, the base of that checkpoint.
 
     Raises:
-        IntegrityError: what `model.base` names has changed since.
+        IntegrityError: the base that `model.base` names has changed since.
     """
     recorded = None
     if next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
-        from ray_jobs.training import checkpoint  # which imports DeepSpeed
+        from ray_jobs.training import checkpoint  # imports DeepSpeed
 
         found = checkpoint.newest(store, run_id)
         recorded = found.base or None if found else None
@@ -138,10 +138,10 @@ def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
 
 
 def _planned(config: RunConfig, base: base_model.Base, train_split: splits.PlannedSplit) -> "Outlook":
-    """What the training will take, of a cluster that has room for it.
+    """Wait until the cluster has room for the training, and estimate what the training will need.
 
     Raises:
-        ConfigError: it cannot work.
+        ConfigError: the training cannot work on this cluster.
     """
     import ray
 
@@ -151,7 +151,7 @@ def _planned(config: RunConfig, base: base_model.Base, train_split: splits.Plann
         from ray_jobs.training.train_loop import num_steps
 
     entry.connect()
-    # Before the memory is looked at: a cluster that grows from nothing has none.
+    # Wait before checking the memory: a cluster that scales up from zero nodes has none.
     wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
     outlook = before_training(config, base.path, train_split, ray.nodes())
     for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
@@ -164,7 +164,7 @@ def _or_more(config: RunConfig) -> str:
 
 
 def _at_tuned_rate(config: RunConfig, store: Store, run_id: str) -> RunConfig:
-    """The config at the rate that the run's own sweep has found, if it had one."""
+    """The config with the learning rate that the run's own sweep has found, if it had one."""
     tuned = runs.find(store, run_id, TunedRate)
     if tuned is None:
         return config
@@ -174,7 +174,7 @@ def _at_tuned_rate(config: RunConfig, store: Store, run_id: str) -> RunConfig:
 def _trained(
     what: Mapping[str, Any], config: RunConfig, store: Store, run_id: str, standby: Standby | None
 ) -> dict[str, Any]:
-    """What rank 0 returns, by workers that stay or by some that end with the training."""
+    """Rank 0's result, from workers that stay on standby, or from workers that end with the training."""
     if standby is None or not _stay(config):
         return _run(what, config, store, run_id)
     if not standby.is_there:
@@ -183,7 +183,7 @@ def _trained(
 
 
 def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:
-    """Have the workers of `finetune` start before it knows what they train, where that asks nothing of the cluster."""
+    """Start the workers of `finetune` before their task is known, if the cluster has room for them already."""
     from ray_jobs.training.room import has_room
 
     entry.connect()
@@ -192,12 +192,12 @@ def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:
 
 
 def _stay(config: RunConfig) -> bool:
-    """Whether workers can do more than train: each holds a whole base, and none is taken to start with another one."""
+    """Whether workers can do more than train: each holds a whole base, and their number is fixed."""
     return config.train.zero_stage < 3 and not config.ray.is_elastic
 
 
 def _begin(config: RunConfig, store: Store, run_id: str, standby: Standby) -> None:
-    # Here, before that thread would import torch beside what this one goes on to import: each might see it half made.
+    # Import here first: if both threads imported torch concurrently, each might see it half initialised.
     with garbage.importing():
         importlib.import_module("ray.train.torch")
 

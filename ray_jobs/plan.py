@@ -1,7 +1,7 @@
-"""Memory, speed and cost of a training before it is started: `python -m ray_jobs.plan --config FILE`.
+"""Estimate memory, speed and cost of a training before it is started: `python -m ray_jobs.plan --config FILE`.
 
-It touches no GPU and needs no weights: the base's configuration alone is read. One JSON object is the last line of
-stdout; `fineloop plan` lays it out for people.
+Uses no GPU and needs no weights: only the base's configuration is read. The last line of stdout is one JSON object;
+`fineloop plan` formats it for the terminal.
 """
 
 import json
@@ -75,9 +75,9 @@ def main() -> None:
 
 
 def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:
-    """The whole plan; memory in bytes for one worker, times in seconds, money in US dollars.
+    """The whole plan; memory in bytes per worker, times in seconds, money in US dollars.
 
-    Of elastic workers for the fewest, of which each has the most to hold.
+    With elastic workers, it is for the minimum number, where each worker holds the most.
     """
     rehearsal = Rehearsal.of(config, base)
     batch = worst_batch(config)
@@ -121,9 +121,9 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
 
 
 def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]]:
-    """Every method of the table with its default rank, everything else as the config has it, and the base as stored.
+    """The figures of every method at its default rank, with the base as it is stored and other keys as in the config.
 
-    A method that does not go with the base has the reason under `refused`, in place of its figures.
+    A method that is not compatible with the base has the reason under `refused`, instead of figures.
     """
     rows = []
     rehearsed: dict[tuple[str, int], Rehearsal] = {}
@@ -131,7 +131,7 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
     for name in names:
         method = MethodConfig(name=name, dropout=config.method.dropout, target_modules=config.method.target_modules)
         other = config.model_copy(update={"method": method})
-        # A stage that this method does not go with is left for the nearest one that it does.
+        # A ZeRO stage that this method does not support is replaced by the nearest one that it does.
         train = config.train.model_copy(update={"zero_stage": nearest_legal(other.cell).zero_stage})
         other = other.model_copy(update={"train": train})
         row: dict[str, Any] = {
@@ -145,7 +145,7 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         except ConfigError as exc:
             rows.append({**row, "refused": str(exc)})
             continue
-        # What a step keeps depends on the adapter alone, and not on how the base is stored or the update is scaled.
+        # The memory of a step depends on the adapter alone, not on how the base is stored or the update is scaled.
         alike = rehearsed.setdefault((method.row.adapter, method.r), rehearsal)
         batch = worst_batch(other)
         memory = chosen(other, rehearsal, batch, step_of(other, alike, batch)).parts.as_json()
@@ -154,7 +154,7 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
 
 
 def worst_batch(config: RunConfig) -> WorstBatch:
-    """Records as long as the context. How long their answers may be says evaluate.max_new_tokens, if anything."""
+    """Records as long as the context, with answers of evaluate.max_new_tokens, or as long if that is unset."""
     length = config.model.max_length
     return WorstBatch(length, min(config.evaluate.max_new_tokens or length, length))
 
@@ -182,7 +182,7 @@ def _advice(configured: Choice, better: Choice | None) -> dict[str, Any] | None:
 def _full_fine_tuning(
     config: RunConfig, base: "PretrainedConfig", batch: WorstBatch, adapter_parts: Parts
 ) -> dict[str, Any]:
-    """The same training with every weight of the base trained, in bfloat16 with float32 masters."""
+    """The same training with all weights of the base trained, in bfloat16 with float32 master weights."""
     train, records = config.train, records_at_once(config, batch.length)
     whole = Rehearsal(
         base, None, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
@@ -205,7 +205,7 @@ def _full_fine_tuning(
 
 
 def _estimated(config: RunConfig, base: "PretrainedConfig") -> dict[str, Any]:
-    """Speed and time on this machine's CPU, measured; its hours have no price."""
+    """Speed and time measured on this machine's CPU; CPU hours have no price."""
     found = estimate.estimated(config, base)
     speed, has_speed = found["tokens_per_s"], found["tokens_per_s"] is not None
     return {
@@ -220,7 +220,7 @@ def _estimated(config: RunConfig, base: "PretrainedConfig") -> dict[str, Any]:
 
 
 def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: Device) -> Mapping[str, Any]:
-    """Speed, time and cost; null where it cannot be known, with the reason."""
+    """Speed, time and cost; None where they cannot be known, with the reason."""
     tokens = _most_tokens(config)
     if device.gpu is None:
         unknown = (
@@ -265,12 +265,12 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
 
 
 def dtype_of(wanted: Dtype, gpu: Gpu) -> Dtype:
-    """What a training on this GPU is in."""
+    """The dtype of a training on this GPU."""
     return ("bfloat16" if gpu.has_bf16 else "float16") if wanted == "auto" else wanted
 
 
 def _most_tokens(config: RunConfig) -> int | None:
-    """A bound: every record as long as the context. None when nothing says how many records there are."""
+    """An upper bound, with every record as long as the context. None where the number of records is unknown."""
     train, limit = config.train, config.data.max_records
     steps = train.max_steps or None
     if limit:

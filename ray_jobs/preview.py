@@ -1,7 +1,7 @@
-"""What a run would make of its data: `python -m ray_jobs.preview --config FILE`.
+"""Preview what a run would make of its data: `python -m ray_jobs.preview --config FILE`.
 
-It reads the data as the prepare step does and writes nothing. Of the base it needs the tokenizer alone. One JSON object
-is the last line of stdout; `fineloop data` lays it out for people.
+Reads the data as the prepare step does and writes nothing. Of the base, only the tokenizer is needed. The last line of
+stdout is one JSON object; `fineloop data` formats it for the terminal.
 """
 
 import json
@@ -30,7 +30,7 @@ with garbage.importing():
 STEP = "data"
 SHOWN = 3
 SAMPLED = 2000
-"""Records that are tokenised, which are as good a sample as any: they lie in the order of a hash."""
+"""Number of records that are tokenised; they are a random sample, as records are in the order of a hash."""
 
 
 def main() -> None:
@@ -50,10 +50,10 @@ def main() -> None:
 
 
 def previewed(config: RunConfig) -> dict[str, Any]:
-    """The data's profile, what the gate could decide by, and what the base makes of some records.
+    """The data's profile, the records that the gate could decide by, and some records as the base reads them.
 
     Raises:
-        DataError: as for `prepare`: a run would stop there.
+        DataError: as in `prepare`: a run would stop there.
     """
     sources = find_sources(config.data.source)
     say(STEP, f"reading {', '.join(source.name for source in sources)}")
@@ -85,7 +85,7 @@ def previewed(config: RunConfig) -> dict[str, Any]:
 
 
 def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
-    """How many records the first decision would be made on, and what is lacking for it."""
+    """The number of records for the first decision, and what is lacking for it."""
     try:
         smallest = min(parts_of(held_out, config), key=lambda part: len(part.records))
         problem = lacking(smallest, config)
@@ -101,7 +101,7 @@ def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
 
 
 def _tokens(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> dict[str, Any]:
-    """Lengths in tokens of whole records, and what does not fit model.max_length."""
+    """Lengths of whole records in tokens, and how many do not fit model.max_length."""
     whole = tokenize(records, chat, sys.maxsize, config.data.loss_on)
     fits = whole.lengths.max(initial=0) <= config.model.max_length
     split = whole if fits else tokenize(records, chat, config.model.max_length, config.data.loss_on)
@@ -116,19 +116,19 @@ def _tokens(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> d
 
 
 def _shown(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> list[dict[str, Any]]:
-    """The first records as they are trained on, in pieces of text that are given and pieces that are learned."""
+    """The first records as training reads them, split into pieces of text with and without labels."""
     split = tokenize(records[:SHOWN], chat, config.model.max_length, config.data.loss_on)
     rows = zip(split.ids, pairwise(split.offsets.tolist()), strict=True)
     return [{"id": name, "pieces": list(_pieces(split, *bounds, chat))} for name, bounds in rows]
 
 
 def _pieces(split: TokenizedSplit, start: int, end: int, chat: ChatFormat) -> Iterator[dict[str, Any]]:
-    """A row's text, cut where its labels begin or end."""
+    """A row's text, split where its labels begin or end."""
     labelled = split.labelled[start:end].tolist()
     cuts = [0, *(place for place in range(1, len(labelled)) if labelled[place] != labelled[place - 1]), len(labelled)]
     before = ""
     for first, last in pairwise(cuts):
-        # All of it up to here: what a token is as text may depend on the tokens before it.
+        # Decode everything up to here: the text of a token may depend on the tokens before it.
         text = chat.tokenizer.decode(split.tokens[start : start + last].tolist())
         yield {"text": text[len(before) :], "trained": labelled[first]}
         before = text

@@ -1,4 +1,4 @@
-"""Try an adapter over HTTP on this machine: `fineloop serve NAME`. It is no production server."""
+"""Try an adapter over HTTP on this machine: `fineloop serve NAME`. Not a production server."""
 
 import contextlib
 from typing import TYPE_CHECKING
@@ -37,8 +37,8 @@ def opened(config: RunConfig, reference: str, against: str, port: int) -> "Serve
 
     Raises:
         UserError: there is no such version, or the port is taken.
-        ConfigError: a base comes with code that `config` does not allow to run.
-        IntegrityError: a base is not there any more as it was trained on.
+            ConfigError: a base has code of its own that `config` does not allow to run.
+            IntegrityError: a base no longer exists as it was during training.
     """
     with garbage.importing():
         from ray_jobs.talking import speaker

@@ -1,9 +1,9 @@
 """Sweep learning rates, and compare methods at their best: `python -m ray_jobs.sweep --config FILE`.
 
-Ray Tune runs the trials, as many at once as the cluster has workers for; each is a training as a run's own. Nothing is
-done twice: the dataset is prepared and tokenised once, a base that an adapter has of its own is made once, and a worker
-keeps its base from one trial to the next. A sweep that was cut off goes on under its run id, without the trials that
-have ended.
+Ray Tune runs the trials, as many at once as the cluster has workers for; each is trained like a run's own training.
+Nothing is done twice: the dataset is prepared and tokenised once, an adapter's own base is created once, and a worker
+keeps its base from one trial to the next. An interrupted sweep resumes under its run id, without the trials that have
+ended.
 """
 
 import logging
@@ -66,11 +66,11 @@ def main() -> None:
 
 
 def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> SweepResult:
-    """Run what is missing of the sweep; the result is also written to runs/<run_id>/sweep.json.
+    """Run the missing trials of the sweep; the result is also written to runs/<run_id>/sweep.json.
 
     Raises:
-        UserError: config or data cannot work; said before any trial is started where possible.
-        JobError: every trial failed, or at every rate the training diverged.
+        UserError: config or data cannot work; raised before any trial is started where possible.
+        JobError: every trial failed, or training diverged at every rate.
     """
 
     began = time.monotonic()
@@ -111,7 +111,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     identity = lineage.Base(config.model.base, base.identity)
     job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=identity, pad=chat.pad)
     _run_trials(config, plan, store, job, train_split, validation, passages)
-    # As the trials have read it.
+    # The base as the trials have read it.
     base = base_model.resolve(config.model, recorded=base.identity, weights=False, registry=store)
     identity = lineage.Base(config.model.base, base.identity)
     result = _result(config, plan, arms, memory, run_id, dataset, identity, len(validation), time.monotonic() - began)
@@ -120,7 +120,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
 
 
 def _ended(config: RunConfig, arms: Sequence[Arm], store: Store, run_id: str, num_records: int) -> list[Trial]:
-    """The trials of an earlier attempt that this config would train again in the same way."""
+    """Trials of an earlier attempt that this config would repeat identically."""
     by_arm = {(arm.method, arm.rank, arm.batch_size): arm for arm in arms}
     kept = []
     for trial in runs.trials(store, run_id):
@@ -134,7 +134,7 @@ def _ended(config: RunConfig, arms: Sequence[Arm], store: Store, run_id: str, nu
 
 
 def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: PlannedSplit) -> dict[Arm, int | None]:
-    """Bytes of one worker by arm, as planned; refuses what cannot fit before a trial is started."""
+    """Planned bytes of one worker for each arm; refuses what cannot fit before a trial is started."""
     import ray
 
     from ray_jobs.planning.before_training import before_training, planned_bytes
@@ -152,7 +152,7 @@ def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: Pl
 
 
 def _make_own_bases(config: RunConfig, arms: Sequence[Arm], num_records: int) -> None:
-    """On a worker, once, what trials that begin together would each make."""
+    """Create, once and on a worker, the bases that trials which start together would otherwise each create."""
     import ray
 
     from ray_jobs.sweeping.trial import make_own_base

@@ -1,4 +1,4 @@
-"""From a row of the table of methods to a peft model, and from there to the files that are published."""
+"""Building a peft model for a configured method, loading a saved adapter, and writing the files that are published."""
 
 import json
 import warnings
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-# Of VeRA's random matrices. Not the training's own: peft puts several adapters on one base only if their seeds agree.
+# Seed of VeRA's random matrices. Not the training seed: peft puts several adapters on one base only if their seeds
+# agree.
 PROJECTION_SEED = 0
 
 
 def peft_config(method: MethodConfig, targets: Targets) -> "PeftConfig":
-    """The peft configuration of a method, spelled as peft spells it."""
+    """The peft configuration of a method."""
     from peft import LoraConfig, VeraConfig
 
     from ray_jobs.adapters.dvora import DvoraConfig
@@ -32,7 +33,7 @@ def peft_config(method: MethodConfig, targets: Targets) -> "PeftConfig":
             r=method.r,
             vera_dropout=method.dropout,
             projection_prng_key=PROJECTION_SEED,
-            save_projection=True,  # the seed gives the same matrices on this PyTorch, which promises it of no other
+            save_projection=True,  # the seed reproduces the matrices only on the same PyTorch release
             target_modules=targets.modules,
             task_type="CAUSAL_LM",
         )
@@ -58,7 +59,7 @@ def attach(
     """Add a fresh adapter to a frozen base. The same seed gives the same initial weights on every worker.
 
     Raises:
-        ConfigError: `method.target_modules` matches no layer of this base, or one that cannot be adapted like this.
+        ConfigError: `method.target_modules` matches no layer of this base, or a layer that the method cannot adapt.
     """
     import torch
     from peft import get_peft_model
@@ -70,20 +71,23 @@ def attach(
     try:
         with _either_way_round():
             adapted = get_peft_model(model, peft_config(method, targets))
-    except (TypeError, ValueError) as exc:  # peft has either for a layer of the wrong kind
+    except (TypeError, ValueError) as exc:  # peft raises either for a layer of an unsupported type
         raise ConfigError(
             f"method.target_modules {method.target_modules!r} does not fit {base_reference}: {exc}"
         ) from exc
     dora.adopt(adapted)
     dora.start_at_the_norm(adapted)
     dvora.unify_dtype(adapted, model.dtype)
-    # What a reader of adapter_config.json can resolve, instead of a cache folder of this machine.
+    # A name that readers of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
     return adapted
 
 
 def above_full_rank(adapted: "PeftModel", rank: int) -> tuple[int, int]:
-    """In how many layers a LoRA matrix of this rank has more numbers than the update needs, and the least full rank."""
+    """The number of layers whose full rank is below `rank`, and the lowest full rank of these (`rank` if none).
+
+    There a LoRA has more parameters than the update needs.
+    """
     from peft.tuners.lora import LoraLayer
 
     full = [min(each.in_features, each.out_features) for each in adapted.modules() if isinstance(each, LoraLayer)]
@@ -92,9 +96,9 @@ def above_full_rank(adapted: "PeftModel", rank: int) -> tuple[int, int]:
 
 
 def to_training(adapted: "PeftModel", dtype: "torch.dtype") -> None:
-    """Turn a fresh adapter into what DeepSpeed trains: weights of 16 bits, and of magnitudes their change.
+    """Convert a fresh adapter for DeepSpeed: weights become 16-bit, and each magnitude its change from the start.
 
-    `dora.settle` turns magnitudes back.
+    `dora.settle` turns these changes back into magnitudes.
     """
     from ray_jobs.adapters import dora
 
@@ -105,14 +109,14 @@ def to_training(adapted: "PeftModel", dtype: "torch.dtype") -> None:
 
 
 def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """Put a saved adapter on its base, for inference; every method of the table.
+    """Load a saved adapter of any method onto its base, for inference.
 
-    It computes what was trained: on a base of 16 bits peft would widen what was trained, and published, in as many.
+    Except for magnitudes, its weights have the base's dtype, as in training: peft would upcast 16-bit ones to float32.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from ray_jobs.adapters import dora, dvora  # dvora makes its method known to peft
+    from ray_jobs.adapters import dora, dvora  # importing dvora registers its method with peft
 
     with _either_way_round():
         adapted = PeftModel.from_pretrained(base, folder)
@@ -128,11 +132,11 @@ def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
 def save(model: "PeftModel", directory: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
     with warnings.catch_warnings():
-        # peft looks the base up to see whether its vocabulary grew; ours never does.
+        # peft looks the base up to see whether its vocabulary grew; here it never does.
         warnings.simplefilter("ignore", UserWarning)
         model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
-    (directory / "README.md").unlink(missing_ok=True)  # peft's template; the published card is our own
-    # peft writes sets in the order of this process's hashes; a version is named after its files, so they are sorted.
+    (directory / "README.md").unlink(missing_ok=True)  # peft's template; we publish our own model card
+    # peft writes sets in hash order, which differs between processes; sorted, as a version is named after its files.
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "target_parameters"):
@@ -143,7 +147,7 @@ def save(model: "PeftModel", directory: Path) -> None:
 
 @contextmanager
 def _either_way_round() -> Iterator[None]:
-    """Without peft's warning that it mends fan_in_fan_out: GPT-2's weights are (in, out), and quantised (out, in)."""
+    """Silence peft's warning that it corrects fan_in_fan_out: GPT-2's weights are (in, out), quantised (out, in)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         yield

@@ -23,10 +23,10 @@ POWER_ITERATIONS = 4
 
 
 def as_lora(adapted: "PeftModel") -> "PeftModel":
-    """The same function as plain LoRA with the scaling alpha / r; takes the base out of `adapted`.
+    """Convert an adapter to a plain LoRA that computes the same function, with scaling alpha / r; unloads `adapted`.
 
     Raises:
-        UserError: it is no LoRA, whatever is done to it.
+        UserError: no LoRA computes the same function, as with DoRA and DVoRA.
     """
     config = adapted.peft_config["default"]
     if config.peft_type == "VERA":
@@ -42,7 +42,7 @@ def as_lora(adapted: "PeftModel") -> "PeftModel":
 def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
     """The LoRA of this rank nearest to each layer's update in the Frobenius norm; takes the base out of `adapted`.
 
-    By a randomised SVD (arXiv:0909.4061, algorithm 4.4) of what merging adds to the dense weight.
+    Computed with a randomised SVD (arXiv:0909.4061, algorithm 4.4) of the difference that merging makes to the weight.
     """
     import torch
 
@@ -52,7 +52,7 @@ def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
         layer.merge(safe_merge=True)
         update = layer.get_base_layer().weight.detach() - before
         update = update.T if layer.fan_in_fan_out else update  # GPT-2's weights are (in, out)
-        layer.get_base_layer().weight.data.copy_(before)  # to subtract the update again would leave a rounding error
+        layer.get_base_layer().weight.data.copy_(before)  # subtracting the update would leave a rounding error
         layer.merged_adapters.clear()
         num_values = min(rank, *update.shape)
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
 
 
 def _classic(adapted: "PeftModel") -> "PeftModel":
-    """LoRA's matrices as they are, of layers and of experts, each with an alpha for the scaling alpha / r."""
+    """A plain LoRA with the same matrices, of layers and of experts, and each alpha converted for scaling alpha / r."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = adapted.peft_config["default"]

@@ -1,11 +1,11 @@
-"""DoRA: LoRA's direction with a magnitude of each output (arXiv:2402.09353, equation 5), in float32 where it matters.
+"""DoRA: a LoRA update with a learned magnitude for each output (arXiv:2402.09353, equation 5), in float32 where needed.
 
     W' = m * (W + s B A) / ||W + s B A||_c
 
-Training moves m / norm away from one by a few thousandths, and near one bfloat16 has steps of 0.4 to 0.8 % only:
-stored or divided in it, most of what m learned would be lost. So norm and ratio are computed in float32. While m is
-trained, which DeepSpeed does in 16 bits with float32 masters, its parameter holds the difference from its start, a
-small number that 16 bits represent well enough; the start is kept beside it in float32. m itself is saved, in float32.
+Training moves m / norm away from one by a few thousandths, and bfloat16 has steps of 0.4 to 0.8 % near one: storing m
+or the ratio in it would lose most of what m learned. So norm and ratio are computed in float32. DeepSpeed trains m in
+16 bits with float32 master weights, so during training the parameter holds the difference from m's start value, a small
+number that 16 bits represent well enough; the start value is kept beside it in float32. m is saved in float32.
 
 Shapes: I input, O output, R rank, T tokens.
 """
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ray_jobs.base.gathered import gathered
 
 NAMES = ("lora_magnitude_vector", "vera_lambda_m")
-"""What peft calls a magnitude, of LoRA's kind and of VeRA's."""
+"""Names of the magnitude parameters in peft's DoRA layers and in this repository's DVoRA layers."""
 
 
 class DoraLinearLayer(dora.DoraLinearLayer):
-    """What DoRA adds beside LoRA's factors; takes the place of peft's class of the same name."""
+    """The DoRA part of a LoRA layer; replaces peft's class of the same name."""
 
     def forward(
         self,
@@ -38,8 +38,8 @@ class DoraLinearLayer(dora.DoraLinearLayer):
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
-        """What is added to the base's result: (..., I) to (..., O), in the wider type of `x` and the base's result."""
-        if base_result is None:  # dropout reaches both terms, as in DoRA's own code
+        """The term added to the base's result: (..., I) to (..., O), in the wider dtype of `x` and that result."""
+        if base_result is None:  # dropout applies to both terms, as in the DoRA authors' code
             base_result = base_layer(x)
         if base_layer.bias is not None:
             base_result = base_result - base_layer.bias
@@ -50,14 +50,14 @@ class DoraLinearLayer(dora.DoraLinearLayer):
 
     @torch.no_grad()
     def norm(self, base_layer: Any, lora_A: Any, lora_B: Any, scaling: float) -> Tensor:
-        """||W + s B A||_c, shape (O,), in float32 and outside the graph (section 4.3)."""
+        """||W + s B A||_c, shape (O,), in float32 and outside the autograd graph (section 4.3)."""
         weight = wide(dora.dequantize_module_weight(base_layer))
         weight_OI = weight.T if self.fan_in_fan_out else weight
         return row_norm(weight_OI, wide(lora_A.weight), scaling * wide(lora_B.weight))
 
 
 def adopt(model: nn.Module) -> None:
-    """Turn peft's DoRA layers into those above; what is one already stays."""
+    """Replace peft's DoRA layers in the model by `DoraLinearLayer`; those replaced already stay."""
     for module in model.modules():
         if type(module) is dora.DoraLinearLayer:
             module.__class__ = DoraLinearLayer
@@ -65,9 +65,9 @@ def adopt(model: nn.Module) -> None:
 
 @torch.no_grad()
 def start_at_the_norm(model: nn.Module) -> None:
-    """Give a fresh adapter's magnitudes the norm in float32, so that the model is the base to the last bit.
+    """Set the magnitudes of a fresh adapter to the float32 norm, so that the model equals the base to the last bit.
 
-    peft rounds it to the base's type. Under ZeRO-3 every worker must call it.
+    peft rounds the norm to the base's dtype. Under ZeRO-3 every worker must call this.
     """
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -80,14 +80,14 @@ def start_at_the_norm(model: nn.Module) -> None:
 
 
 def magnitudes(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The magnitudes of a model's adapters that are trained; none but with DoRA and DVoRA."""
+    """The trainable magnitudes of a model's adapters; empty unless the method is DoRA or DVoRA."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(known in name for known in NAMES):
             yield parameter
 
 
 def train_as_change(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let each magnitude's parameter hold, in `dtype`, the change from what it is now."""
+    """Replace each magnitude parameter by its change from the current value, zeros in `dtype`."""
     for parameter in magnitudes(model):
         parameter.start = wide(parameter.detach())
         parameter.data = torch.zeros_like(parameter, dtype=dtype)
@@ -95,25 +95,25 @@ def train_as_change(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
-    """Let each magnitude's parameter hold the magnitude itself again, in float32."""
+    """Turn each magnitude parameter back from the change to the magnitude itself, in float32."""
     for parameter in magnitudes(model):
         parameter.data = whole(parameter)
         parameter.start = None
 
 
 def whole(magnitude: Tensor) -> Tensor:
-    """m, shape (O,), at least in float32, of a parameter that holds it or its change."""
+    """m, shape (O,), in float32 or wider, from a parameter that holds either m or its change."""
     start = getattr(magnitude, "start", None)
     return wide(magnitude) if start is None else start.to(magnitude.device) + wide(magnitude)
 
 
 def ratio(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
-    """m / norm; of a row of zeros, whose m is zero too, nothing is divided by zero."""
+    """m / norm, without division by zero for a row of zeros, whose m is zero too."""
     return magnitude_O / norm_O.clamp_min(torch.finfo(norm_O.dtype).tiny)
 
 
 def row_norm(weight_OI: Tensor, lora_A_RI: Tensor | None = None, lora_B_OR: Tensor | None = None) -> Tensor:
-    """||W + B A||_c or ||W||_c, shape (O,), summed at least in float32; the product is in the wider of their types."""
+    """||W + B A||_c or ||W||_c, shape (O,), summed in float32 or wider; B A is added in the wider of the two dtypes."""
     if lora_A_RI is not None and lora_B_OR is not None:
         dtype = torch.promote_types(weight_OI.dtype, lora_A_RI.dtype)
         weight_OI = torch.addmm(weight_OI.to(dtype), lora_B_OR.to(dtype), lora_A_RI.to(dtype))
@@ -121,5 +121,5 @@ def row_norm(weight_OI: Tensor, lora_A_RI: Tensor | None = None, lora_B_OR: Tens
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor, at least in float32."""
+    """The tensor in float32 or wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -2,11 +2,12 @@
 
     W' = m * (W + L_b B L_d A) / ||W + L_b B L_d A||_c
 
-Trained are the vectors d, b (VeRA's) and the magnitude m (DoRA's); A and B are random, frozen and shared by all layers,
-each of which slices its part from one pair. The norm runs over the input dimension, one value for each output, and is a
-constant for the gradient (arXiv:2402.09353, section 4.3). At the start b is zero and m the norm of W, so W' is W.
+The vectors d, b (from VeRA) and the magnitude m (from DoRA) are trained; A and B are random, frozen and shared by all
+layers, each of which takes a slice of them. The norm is over the input dimension, one value per output, and is treated
+as a constant in the backward pass (arXiv:2402.09353, section 4.3). At the start b is zero and m the norm of W, so W'
+is W.
 
-Importing this module makes peft know the method: `PeftModel.from_pretrained` then reads it like peft's own.
+Importing this module registers the method with peft, so that `PeftModel.from_pretrained` loads it.
 
 Shapes: I input, O output, R rank, T tokens.
 """
@@ -34,7 +35,7 @@ PEFT_TYPE = "DVORA"
 
 @dataclass
 class DvoraConfig(VeraConfig):
-    """VeRA's settings, under another `peft_type`."""
+    """VeRA's configuration, under another `peft_type`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +71,7 @@ class DvoraLinear(VeraLinear):
         inference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Add an adapter that changes nothing yet."""
+        """Add an adapter whose initial weights change nothing."""
         super().update_layer(adapter_name, vera_A, vera_B, r, config, inference_mode, **kwargs)
         with gathered(self.get_base_layer().parameters()), torch.no_grad():
             norm = row_norm(self._frozen_weight())
@@ -78,7 +79,7 @@ class DvoraLinear(VeraLinear):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., I) to (..., O), in the type of `x`."""
+        """The layer's output with its active adapters: (..., I) to (..., O), in the dtype of `x`."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         base_result = self.base_layer(x, *args, **kwargs)
@@ -89,10 +90,10 @@ class DvoraLinear(VeraLinear):
         return result.to(x.dtype)
 
     def _change(self, adapter: str, x_TI: Tensor, base_result_TO: Tensor) -> Tensor:
-        """What an adapter adds to the base's result: (s - 1) W x + s L_b B L_d A x, where s = m / norm.
+        """The term that an adapter adds to the base's result: (s - 1) W x + s L_b B L_d A x, where s = m / norm.
 
-        Written as a difference, as peft's DoRA is, so that a fresh adapter adds an exact zero. Dropout reaches both
-        terms, as in DoRA's own code; the base is then multiplied a second time.
+        Written as a difference, as in peft's DoRA, so that a fresh adapter adds exactly zero. Dropout applies to both
+        terms, as in the DoRA authors' code; the base layer is then computed a second time.
         """
         if self.training and not isinstance(self.vera_dropout[adapter], nn.Identity):
             x_TI = self.vera_dropout[adapter](x_TI)
@@ -107,18 +108,19 @@ class DvoraLinear(VeraLinear):
         return (scale_O - 1).to(base_result_TO.dtype) * base_result_TO + (scale_O * b_O).to(b_O.dtype) * direction_TO
 
     def _scale(self, adapter: str) -> Tensor:
-        """s = m / norm, one for each output, at least in float32."""
+        """s = m / norm, one value per output, in float32 or wider."""
         return dora.ratio(dora.whole(self.vera_lambda_m[adapter]), self.weight_norm(adapter))
 
     @torch.no_grad()
     def weight_norm(self, adapter: str) -> Tensor:
-        """||W + L_b B L_d A||_c, shape (O,), outside the graph.
+        """||W + L_b B L_d A||_c, shape (O,), outside the autograd graph.
 
-        In evaluation it is computed once for each state of the vectors: generation would spend more on it than on the
-        base. By value, since DeepSpeed and checkpoints write to parameters behind autograd's version counter.
+        In evaluation it is cached for as long as the vectors keep their values: generation would spend more time on it
+        than on the base. The vectors are compared by value, since DeepSpeed and checkpoint loading write to parameters
+        without increasing autograd's version counter.
 
-        In bfloat16 the product's rounding moves a norm by a few 1e-4, where a training at this method's rates moves
-        m / norm by hundredths; at rank 256 a product in float32 would cost a CPU more than the base's own.
+        In bfloat16 the rounding of the product moves a norm by a few 1e-4, while training at this method's learning
+        rates moves m / norm by hundredths; at rank 256 a float32 product would cost more on a CPU than the base layer.
         """
         b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
         if not self.training and adapter in self.known_norms:
@@ -132,7 +134,7 @@ class DvoraLinear(VeraLinear):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """W' - W, in the layout of the base's weight and at least in float32: what merging adds."""
+        """W' - W, which merging adds to the weight: in the layout of the base's weight, in float32 or wider."""
         if adapter in self.merged_changes:
             return self.merged_changes[adapter]
         A_RI, B_OR = lora_factors(self, adapter)
@@ -141,12 +143,12 @@ class DvoraLinear(VeraLinear):
         return change_OI.T if self.fan_in_fan_out else change_OI
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the base's weight, each as `forward` adds it.
+        """Merge the adapters into the base's weight, with the same change that `forward` applies.
 
-        What was added is kept until it is unmerged: the norm cannot be recovered from the merged weight.
+        The change is kept until `unmerge`, as the norm cannot be recovered from the merged weight.
 
         Raises:
-            ValueError: with `safe_merge`, the merged weight holds numbers that are not finite.
+            ValueError: with `safe_merge`, the merged weight contains values that are not finite.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.vera_lambda_d:
@@ -160,13 +162,13 @@ class DvoraLinear(VeraLinear):
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Take the merged adapters away again, exactly but for rounding."""
+        """Subtract the merged adapters again; exact except for rounding."""
         super().unmerge()
         self.merged_changes.clear()
         self.known_norms.clear()
 
     def _frozen_weight(self) -> Tensor:
-        """The base's own weight, dequantised: (O, I)."""
+        """The base's weight without any merged adapter, dequantised: (O, I)."""
         weight = self.get_base_weight()
         for change in self.merged_changes.values():
             weight = weight - change
@@ -174,7 +176,7 @@ class DvoraLinear(VeraLinear):
 
 
 class DvoraModel(VeraModel):
-    """Puts `DvoraLinear` around the targeted layers."""
+    """Wraps the targeted layers in `DvoraLinear`."""
 
     @staticmethod
     def _create_new_module(
@@ -187,22 +189,22 @@ class DvoraModel(VeraModel):
 
 
 class LoraFactors(NamedTuple):
-    """A layer's update as LoRA spells it, with a scaling of one: B A."""
+    """A layer's update B A as LoRA factors, with a scaling of one."""
 
     lora_A_RI: Tensor
     lora_B_OR: Tensor
 
 
 def lora_factors(layer: VeraLayer, adapter: str) -> LoraFactors:
-    """VeRA's or DVoRA's update of one layer: A' = L_d A and B' = L_b B."""
+    """LoRA factors of one layer's VeRA or DVoRA update: A' = L_d A and B' = L_b B."""
     A_RI, B_OR = shared_matrices(layer, adapter)
     return LoraFactors(layer.vera_lambda_d[adapter][:, None] * A_RI, layer.vera_lambda_b[adapter][:, None] * B_OR)
 
 
 def unify_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Give the vectors and the shared matrices of VeRA or DVoRA one type; all else stays as it is.
+    """Convert the vectors and shared matrices of VeRA or DVoRA to `dtype`; magnitudes and all else keep theirs.
 
-    peft's layers need that. DeepSpeed converts parameters alone, and the matrices are buffers.
+    peft's layers need one dtype. DeepSpeed converts only parameters, and the matrices are buffers.
     """
     for layer in model.modules():
         if isinstance(layer, VeraLayer):
@@ -211,7 +213,7 @@ def unify_dtype(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def shared_matrices(layer: VeraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """This layer's part of A (R, I) and B (O, R)."""
+    """This layer's slices of the shared matrices, A (R, I) and B (O, R)."""
     device = layer.vera_lambda_d[adapter].device
     A_RI = layer.vera_A[adapter][:, : layer.in_features]
     B_OR = layer.vera_B[adapter][: layer.out_features]
@@ -222,7 +224,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
-# What peft's register_peft_method does, but for asking its closed enum of types; peft compares types as strings.
+# What peft's register_peft_method does, except that it requires a member of its closed enum; peft compares strings.
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DvoraConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DvoraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DvoraModel.prefix

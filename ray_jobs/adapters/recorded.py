@@ -1,6 +1,6 @@
-"""What is read of a version's lineage to run it: the base and method of its own run, and the device they were used on.
+"""Reading a version's lineage in order to run the version: the base, method and dataset of its training run.
 
-A lineage records and permits nothing: the caller's config decides whether a base's own code may run.
+A lineage only records, it permits nothing: the caller's config decides whether a base's own code may run.
 """
 
 from collections.abc import Mapping
@@ -16,24 +16,24 @@ from components.store.store import Store
 
 @dataclass(frozen=True)
 class Recorded:
-    """A version's own run, as far as it is needed to run the version."""
+    """The parts of a version's training run that are needed to run the version."""
 
     config: RunConfig
-    """The caller's, with the base and the method of the version's run."""
+    """The caller's config, with the base and the method of the version's run."""
     base_identity: Mapping[str, str]
-    """For `base_model.resolve`: what the version was trained on."""
+    """Identity of the base that the version was trained on, for `base_model.resolve`."""
     dataset_uri: str
     max_new_tokens: int | None
-    """The length of an answer that its run settled on."""
+    """Maximum number of tokens in an answer, as chosen by the version's run; None where the lineage has none."""
 
 
 def read(config: RunConfig, store: Store, version: Version) -> Recorded:
-    """Read it, verified against the version's manifest.
+    """Read the version's lineage, verified against its manifest.
 
     Raises:
-        ConfigError: the base or the method is none that this release can use, or the base has code of its own and
-            `config` does not allow that of this base.
-        IntegrityError: the lineage is not the one that was published, or lacks one of these.
+        ConfigError: this release does not support the base or the method, or the base has code of its own that
+            `config` does not allow.
+        IntegrityError: the lineage differs from the published one, or lacks one of these fields.
     """
     lineage: Any = read_lineage(store, version)
     origin = f"lineage of {version.uri}"

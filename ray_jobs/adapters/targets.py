@@ -1,8 +1,8 @@
-"""Which weights of a base an adapter goes to, and where none can go.
+"""Which weights of a base get an adapter, and which cannot.
 
-Only what reads and writes text is adapted: a vision tower never runs in a training on text. Of a mixture of experts
-transformers holds all experts of a layer in one parameter of three dimensions, which LoRA alone adapts (peft's
-target_parameters) and bitsandbytes does not quantise. The router that chooses among them is adapted where it is named.
+Only the text model is adapted: a vision tower never runs when training on text. In mixture-of-experts models
+transformers holds all experts of a layer in one three-dimensional parameter, which only LoRA can adapt (peft's
+target_parameters) and which bitsandbytes does not quantise. Routers are adapted only where the config names them.
 """
 
 import re
@@ -21,25 +21,26 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations call the number of experts in a layer."""
+"""Names that model configurations use for the number of experts in a layer."""
 ROUTERS = {"gate", "router", "shared_expert_gate"}
-"""What architectures with experts call what weighs them: a part of a layer's name."""
+"""Names that architectures use for their routers: one part of a layer's dotted name."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """As peft takes them."""
+    """The weights to adapt, as peft's configurations take them."""
 
     modules: str | list[str]
     parameters: list[str]
-    """Fused experts, by the last two parts of their names."""
+    """Fused expert parameters, by the last two parts of their names."""
 
 
 def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str) -> Targets:
-    """What `method` adapts of a base, which may lie on any device.
+    """Find the weights of a base, on any device, that `method` adapts.
 
     Raises:
-        ConfigError: an adapter there could not be merged, would be none of peft's, or leaves the base unquantised.
+        ConfigError: an adapter there could not be merged, peft does not support it, or the base would stay
+            unquantised.
     """
     if method.row.base != "bf16" and (dense := left_dense(model)):
         kinds = " and ".join(dense)
@@ -66,7 +67,7 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
         adapted = [name for name in matched if name in text]
         _require_mergeable(model, wanted, [layers[name] for name in adapted], base_reference)
         _require_plain(wanted, {name: layers[name] for name in adapted if name in routers}, base_reference)
-        # As the config has them, unless that would reach layers that never run.
+        # As in the config, unless that would also match layers that never run.
         modules = adapted if adapted != matched else wanted
         parameters = _short(_named(experts, wanted))
         targets = Targets(modules if matched or not parameters else [], parameters)
@@ -76,7 +77,7 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
 
 
 def experts_of(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
-    """The fused experts, each of shape (experts, ., .), by name."""
+    """The fused expert parameters, each of shape (experts, ., .), by name."""
     text = model.config.get_text_config()
     counts = {getattr(text, name, None) for name in NUM_EXPERTS} - {None}
     shapes = ((name, parameter, _shape(parameter)) for name, parameter in model.named_parameters())
@@ -84,9 +85,9 @@ def experts_of(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
 
 
 def left_dense(model: "PreTrainedModel") -> dict[str, dict[str, "nn.Parameter"]]:
-    """The weights that bitsandbytes would leave as they are for want of a form, by what people call their kind.
+    """The weights that bitsandbytes cannot quantise, grouped by kind.
 
-    transformers gives it layers of torch's own class alone (integrations/bitsandbytes.py, replace_with_bnb_linear).
+    transformers replaces only layers of torch's own class (integrations/bitsandbytes.py, replace_with_bnb_linear).
     """
     found = {"fused experts": experts_of(model)}
     for name, module in model.get_decoder().named_modules():
@@ -97,7 +98,7 @@ def left_dense(model: "PreTrainedModel") -> dict[str, dict[str, "nn.Parameter"]]
 
 
 def _is_linear(module: "nn.Module") -> bool:
-    """As peft's all-linear, which quantised layers are too."""
+    """Whether peft's all-linear would select the module; true for quantised layers too."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -105,10 +106,10 @@ def _is_linear(module: "nn.Module") -> bool:
 
 
 def _named(names: Iterable[str], wanted: str | list[str]) -> list[str]:
-    """As peft matches target_modules: a string is a pattern of the whole name, a list holds last parts of it.
+    """The names that peft would match: a string is a regular expression for the whole name, a list holds name endings.
 
     Raises:
-        ConfigError: the pattern goes back and forth over a name without end.
+        ConfigError: the expression backtracks for too long.
     """
     if not isinstance(wanted, str):
         return [name for name in names if any(name == each or name.endswith(f".{each}") for each in wanted)]
@@ -132,7 +133,7 @@ def _share(model: "PreTrainedModel", experts: dict[str, "nn.Parameter"]) -> floa
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # sharded by ZeRO-3, it has none of its own
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties sharded parameters
 
 
 def _require_mergeable(

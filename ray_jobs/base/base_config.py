@@ -1,4 +1,4 @@
-"""The shape of a base model without its weights: config.json, or the header of a GGUF, and nothing else is fetched."""
+"""The configuration of a base model without its weights: reads only config.json, or the header of a GGUF."""
 
 import tempfile
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def read(config: ModelConfig) -> "PretrainedConfig":
     """The base's transformers configuration.
 
     Raises:
-        ConfigError: `model.base` names nothing that exists, or nothing that transformers knows.
+            ConfigError: `model.base` does not exist, or transformers does not support it.
     """
     match parse(config.base):
         case PackagedGguf(path=path):
@@ -42,10 +42,10 @@ def read(config: ModelConfig) -> "PretrainedConfig":
 
 
 def locate(config: ModelConfig) -> Path:
-    """The folder, or the GGUF, that holds the base's configuration and tokenizer on this machine. Fetches no weights.
+    """The local folder or GGUF that holds the base's configuration and tokenizer. Downloads no weights.
 
     Raises:
-        ConfigError: `model.base` names nothing that exists, or lies in S3.
+        ConfigError: `model.base` does not exist, or lies in S3.
     """
     match parse(config.base):
         case PackagedGguf(path=path):
@@ -59,7 +59,7 @@ def locate(config: ModelConfig) -> Path:
 
 
 def load(path: Path, config: ModelConfig) -> "PretrainedConfig":
-    """The configuration that lies in a folder or in a GGUF on this machine."""
+    """Load the configuration from a local folder or GGUF."""
     from transformers import AutoConfig
 
     try:
@@ -71,10 +71,10 @@ def load(path: Path, config: ModelConfig) -> "PretrainedConfig":
 
 
 def positions(base: "PretrainedConfig") -> int | None:
-    """The longest text that the base has positions for, in tokens; None where nothing bounds it.
+    """The longest text that the base has positions for, in tokens; None where there is no limit.
 
-    Positions that are stretched reach further than `max_position_embeddings` says: by its factor a linear or dynamic
-    scaling, and YaRN's from the length before it (as vLLM counts, vllm/config/model.py, _get_and_verify_max_len).
+    RoPE scaling reaches further than `max_position_embeddings`: linear and dynamic scaling to `factor` times as many,
+    YaRN to `factor` times the original length (as in vLLM, vllm/config/model.py, _get_and_verify_max_len).
     """
     text = base.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
@@ -89,11 +89,11 @@ def positions(base: "PretrainedConfig") -> int | None:
 
 
 def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], None]) -> RunConfig:
-    """The config with `model.max_length` as it is in force on this base; `log` receives a line where it is lowered.
+    """The config with `model.max_length` limited to the base's positions; `log` receives a line where it is lowered.
 
     Raises:
-        ConfigError: the length was set, and is longer than any text that the base can read; or what it is lowered to
-            leaves no room for other keys.
+        ConfigError: the length was set explicitly and exceeds the base's positions; or the lowered value is too small
+            for other keys.
     """
     model, limit = config.model, positions(base)
     if limit is None or model.max_length <= limit:
@@ -110,7 +110,7 @@ def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], Non
 
 
 def _converted(gguf: Path) -> Path:
-    """Where `base_model` has put it, which is read in no time; the GGUF itself before that."""
+    """The folder that `base_model` converted the GGUF to, which loads much faster; the GGUF itself if there is none."""
     digest = remembered(gguf, cache_dir().with_name("digests"))
     converted = cache_dir() / f"gguf-{digest[:16]}"
     return converted if (converted / FILE).is_file() else gguf

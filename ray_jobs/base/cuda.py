@@ -1,7 +1,7 @@
-"""Whether the installed PyTorch can compute on a GPU at all.
+"""Whether the installed PyTorch has kernels for this GPU.
 
-Its wheels hold compiled kernels for some architectures, and code that a driver compiles for newer ones
-(docs.nvidia.com/cuda/blackwell-compatibility-guide): those of CUDA 13 begin with Turing.
+PyTorch's wheels hold compiled kernels for some architectures, and PTX code that the driver compiles for newer ones
+(docs.nvidia.com/cuda/blackwell-compatibility-guide); wheels for CUDA 13 support Turing and later.
 """
 
 import re
@@ -13,10 +13,10 @@ Capability = tuple[int, int]
 
 
 def require_kernels() -> None:
-    """Refuse this process's GPU where PyTorch has nothing to run on it.
+    """Check that PyTorch can run on this process's GPU.
 
     Raises:
-        ConfigError: it has no kernels for its architecture.
+        ConfigError: PyTorch has no kernels for the GPU's architecture.
     """
     import torch
 
@@ -30,10 +30,10 @@ def require_kernels() -> None:
 
 
 def has_kernels(capability: Capability, architectures: Sequence[str]) -> bool:
-    """Whether a GPU runs one of these, as `torch.cuda.get_arch_list` spells them.
+    """Whether a GPU can run kernels for one of these architectures, as `torch.cuda.get_arch_list` spells them.
 
-    Compiled code, sm_, runs on its own and later minor versions of one major version; code that the driver compiles,
-    compute_, on all later ones. A letter at the end, as in sm_90a, means that architecture alone.
+    Compiled code (sm_) runs on the same and later minor versions of one major version, PTX code (compute_) on all later
+    versions. A trailing letter, as in sm_90a, restricts it to that architecture.
     """
     for kind, major, minor, alone in re.findall(r"(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(architectures)):
         built = int(major), int(minor)

@@ -1,9 +1,9 @@
-"""Four-bit weights on processors, quantised to the bit as bitsandbytes does it, and more than ten times as fast.
+"""Four-bit quantisation on CPUs, bit-identical to that of bitsandbytes and more than ten times as fast.
 
-bitsandbytes 0.50 has a kernel for GPUs; on processors it looks for each weight by bisection among the midpoints of its
-16 numbers (backends/default/ops.py), 20 to 30 ns a weight: minutes for 7 billion of them, in every worker. Here all
-weights of a block that fits the cache are compared with one midpoint after the other, and a weight's place among the
-numbers is the count of midpoints below it.
+bitsandbytes 0.50 has a kernel for GPUs; on CPUs it finds each weight's code by bisection among the midpoints of the 16
+code values (backends/default/ops.py), 20 to 30 ns per weight: minutes for 7 billion weights, in every worker. Here all
+weights of a piece that fits the cache are compared with one midpoint after the other, and the number of midpoints
+below a weight gives its code.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ import torch
 
 OPERATION = "bitsandbytes::quantize_4bit"
 PIECE = 2**17
-"""Weights taken at a time, a multiple of every size of block: their float32 numbers fill half a MiB."""
+"""Weights processed at a time, a multiple of every block size: half a MiB in float32."""
 SMALLEST = 1e-38
-"""What a block's largest weight counts as where it is less."""
+"""Lower bound of a block's largest absolute value, against division by zero."""
 
 
 def register() -> None:
-    """Have bitsandbytes quantise this way on processors from now on, unless it has a kernel for them itself."""
+    """Register `quantize_4bit` as bitsandbytes' CPU kernel, unless bitsandbytes has one of its own."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATION, "CPU"):
         torch.library.register_kernel(OPERATION, "cpu", quantize_4bit)
 
@@ -29,11 +29,11 @@ def register() -> None:
 def quantize_4bit(
     A: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places among the numbers of `quant_type` ("nf4", "fp4"), two in a byte, the first in its upper half, and the
-    largest absolute value of each block, float32 (blocks,).
+    """Quantise to 4 bits; returns the packed codes of `quant_type` ("nf4", "fp4"), two per byte with the first in the
+    upper half, and the largest absolute value of each block, float32 (blocks,).
 
-    A is of 16 or 32 bits; the last of its blocks may be short. The first has shape (B, 1) with B as many elements of
-    `quant_storage` as its bytes fill.
+    A has 16-bit or 32-bit elements; its last block may be short. The codes have shape (B, 1), where B is their number
+    of bytes in elements of `quant_storage`.
     """
     flat = A.detach().reshape(-1)
     whole = len(flat) // blocksize * blocksize
@@ -45,18 +45,18 @@ def quantize_4bit(
         largest.append(blocks.abs().amax(dim=-1))
         scaled = (blocks * (1.0 / largest[-1].clamp(min=SMALLEST)).unsqueeze(-1)).clamp_(-1, 1)
         places[start : start + scaled.numel()] = places_of(scaled.view(-1).numpy())
-    if len(places) > whole:  # by division, and an odd number of them with a zero behind, as bitsandbytes has it
+    if len(places) > whole:  # as bitsandbytes: divided, not multiplied, and padded with a zero to an even number
         rest = flat[whole:].float()
         largest.append(rest.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST))
         scaled = torch.clamp(rest / largest[-1], -1, 1)
         places[whole:] = places_of(torch.nn.functional.pad(scaled, (0, len(places) - len(flat))).numpy())
-    pairs = places.view("<u2")  # the first place in the lower byte
+    pairs = places.view("<u2")  # little-endian, so the first code is in the lower byte
     packed = torch.from_numpy(((pairs << 4) | (pairs >> 8)).astype(np.uint8))
     return packed.view(quant_storage).unsqueeze(1), torch.cat(largest)
 
 
 def _places(quant_type: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.uint8]]:
-    """A function from float32 numbers to the places of those of `quant_type` next to them."""
+    """A function that maps float32 numbers to the codes of the nearest values of `quant_type`."""
     code = bitsandbytes.functional.get_4bit_type(quant_type, device="cpu")
     order = torch.argsort(code)
     midpoints = ((code[order[:-1]] + code[order[1:]]) / 2).numpy()

@@ -1,4 +1,4 @@
-"""Weights that ZeRO-3 shards, gathered whole for as long as they are read."""
+"""Gathering weights that ZeRO-3 shards, for as long as they are read."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +7,7 @@ import torch
 
 
 def gathered(parameters: Iterable[torch.nn.Parameter], *, changes: bool = False) -> AbstractContextManager[None]:
-    """Within, these weights are whole on every worker; all workers must enter. With `changes`, rank 0's are kept."""
+    """Gather the whole weights on every worker, all of which must enter. With `changes`, rank 0's changes are kept."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""What this machine keeps of the store, of the hub and of its own making, for all processes on it."""
+"""The local cache of bases and other files, downloaded or built, shared by all processes on a machine."""
 
 import os
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Where downloaded and converted bases are kept, beside what else is: $FINELOOP_CACHE, or ~/.cache/fineloop."""
+    """The folder of downloaded and converted bases, inside the cache: $FINELOOP_CACHE, or ~/.cache/fineloop."""
     return Path(os.environ.get("FINELOOP_CACHE") or Path.home() / ".cache" / "fineloop") / "bases"
 
 
 def once(path: Path, build: Callable[[Path], object]) -> None:
-    """Build a folder at `path` unless it is there: in a sibling first, so that a broken build is never seen.
+    """Build a folder at `path` unless it exists: first in a sibling folder, so that no incomplete build is ever seen.
 
-    What a killed process has left is removed: only the holder of the lock builds.
+    Leftovers of a killed process are removed, which is safe since only the holder of the lock builds.
     """
     from filelock import FileLock
 
@@ -35,9 +35,9 @@ def once(path: Path, build: Callable[[Path], object]) -> None:
 
 
 def forget_unused(folder: Path, seconds: float) -> None:
-    """Remove the folders in this one that nobody has asked for in so many seconds; see `touch`.
+    """Remove the subfolders that have not been used for this many seconds; see `touch`.
 
-    Who has mapped their files into memory keeps them.
+    Processes that have mapped files from them into memory keep those.
     """
     from filelock import FileLock, Timeout
 
@@ -48,11 +48,11 @@ def forget_unused(folder: Path, seconds: float) -> None:
 
     for path in [each for each in folder.iterdir() if each.is_dir() and is_unused(each)]:
         with suppress(Timeout), FileLock(f"{path}.lock", timeout=0):
-            if is_unused(path):  # still: who asks for it says so before it waits for the lock
+            if is_unused(path):  # checked again, as a process calls `touch` before it waits for the lock
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def touch(path: Path) -> None:
-    """Say that a folder is asked for, before `once` is."""
+    """Mark a folder as used; call it before `once`."""
     with suppress(FileNotFoundError):
         os.utime(path)

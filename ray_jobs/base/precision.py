@@ -1,6 +1,6 @@
-"""Which of the two 16-bit types weights, activations and gradients are in.
+"""The 16-bit dtype of weights, activations and gradients.
 
-bfloat16 wherever there is a choice: it has float32's range, and needs no loss scaling. GPUs before compute capability
+bfloat16 is preferred: it has float32's range and needs no loss scaling. GPUs before compute capability
 8.0 (T4, V100) have no matrix units for it: PyTorch emulates it there, many times slower than their float16.
 """
 
@@ -15,7 +15,7 @@ FIRST_WITH_BFLOAT16 = (8, 0)
 
 
 def dtype_on(wanted: Dtype, capability: tuple[int, int] | None) -> "torch.dtype":
-    """`wanted` is train.dtype; `capability` that of the GPU, None for a CPU."""
+    """The dtype for a GPU of this compute capability, or a CPU where that is None. `wanted` is train.dtype."""
     import torch
 
     if wanted == "auto":
@@ -24,14 +24,14 @@ def dtype_on(wanted: Dtype, capability: tuple[int, int] | None) -> "torch.dtype"
 
 
 def dtype_here(wanted: Dtype, *, use_gpu: bool) -> "torch.dtype":
-    """The same for this process's GPU, or its CPU."""
+    """The dtype for this process's GPU or CPU."""
     import torch
 
     return dtype_on(wanted, torch.cuda.get_device_capability() if use_gpu else None)
 
 
 def agree(dtype: "torch.dtype", device: "torch.device") -> "torch.dtype":
-    """The same for all workers of a group, each of which must call it: float16 where one of them needs that."""
+    """The dtype for all workers of a group: float16 where one of them needs it. Every worker must call this."""
     import torch
 
     needs = torch.tensor(int(dtype is torch.float16), device=device)

@@ -1,4 +1,4 @@
-"""What `model.base` names. Every reader of a reference asks here, so that all of them take the same ones.
+"""Parsing of `model.base`, in one place, so that all commands accept the same references.
 
 hub id               NAME or OWNER/NAME, with model.revision
 local folder         a path; ~ is the user's home
@@ -15,14 +15,14 @@ from components.shared.errors import ConfigError
 
 @dataclass(frozen=True)
 class HubId:
-    """A model of the hub."""
+    """A model on the hub."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder of this machine."""
+    """A folder on this machine."""
 
     path: Path
 
@@ -44,10 +44,10 @@ class PackagedGguf:
 
 
 def parse(reference: str) -> HubId | LocalFolder | S3Folder | PackagedGguf:
-    """Read a reference.
+    """Parse a reference.
 
     Raises:
-        ConfigError: it has no form that is known, or names a folder or a package file that is not there.
+        ConfigError: it has no known form, or names a folder or a package file that does not exist.
     """
     if reference.startswith("pkg://"):
         return _packaged(reference)

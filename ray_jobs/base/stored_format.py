@@ -1,8 +1,8 @@
-"""How a base's weights are stored, and how they come to be what `method.base` says.
+"""How a base's weights are stored, and how they are loaded in the format of `method.base`.
 
-A folder is 16 bits wide, quantised in one of our formats (NF4 or int8 of bitsandbytes), which is loaded as it is, or
-quantised in one that is only for storage: MXFP4, as gpt-oss, or FP8, which are widened to bfloat16. Any other
-format is refused: under a name that is not its own, plan, lineage and serving would be wrong.
+A base folder holds 16-bit weights; weights in one of our formats (bitsandbytes' NF4 or int8), which are loaded as they
+are; or weights in a format used for storage alone, MXFP4 (as in gpt-oss) or FP8, which are dequantised to bfloat16. Any
+other format is refused: treated as one of these, it would make plan, lineage and serving wrong.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 WIDENED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""What bfloat16 is made of, and transformers' configuration that does it."""
+"""Storage formats that are dequantised to bfloat16, with the transformers configuration class that does it."""
 
 
 def quantization(
     shape: "PretrainedConfig", base_format: BaseFormat, dtype: "torch.dtype", *, reference: str
 ) -> dict[str, Any]:
-    """What `from_pretrained` takes beside the folder, so that its weights come to be in `base_format`.
+    """Extra keyword arguments of `from_pretrained` that load the weights in `base_format`.
 
-    `dtype` is the 16-bit type that NF4 is multiplied in.
+    `dtype` is the 16-bit compute dtype of NF4.
 
     Raises:
-        ConfigError: they are quantised, and otherwise than that.
+        ConfigError: the weights are already quantised, in a format that cannot become `base_format`.
     """
     import transformers
 
@@ -42,11 +42,11 @@ def quantization(
         return {"quantization_config": _config_of(base_format, dtype, never=read_by_the_model(shape))}
     if base_format == "bf16":
         return {"quantization_config": getattr(transformers, WIDENED[stored["quant_method"]])(dequantize=True)}
-    return {}  # passed as None, a configuration would make the folder forget its own
+    return {}  # passing quantization_config=None would drop the folder's own configuration
 
 
 def formats(shape: "PretrainedConfig") -> tuple[BaseFormat, ...]:
-    """What `method.base` may be; none where the weights are quantised in a way that cannot be trained on."""
+    """The possible values of `method.base`; empty where the weights' quantisation cannot be trained on."""
     stored = _stored(shape)
     if not stored:
         return ("bf16", "nf4", "int8")
@@ -56,7 +56,7 @@ def formats(shape: "PretrainedConfig") -> tuple[BaseFormat, ...]:
 
 
 def stored_as(shape: "PretrainedConfig") -> BaseFormat | None:
-    """The format of ours that the weights are in; None for those of 16 bits and for any other."""
+    """The format of ours that the weights are stored in; None for 16-bit weights and for any other format."""
     stored = _stored(shape)
     if stored.get("load_in_8bit"):
         return "int8"
@@ -78,7 +78,7 @@ def _named(stored: dict[str, Any]) -> str:
 def _config_of(base_format: BaseFormat, dtype: "torch.dtype", *, never: tuple[str, ...]) -> Any:
     from transformers import BitsAndBytesConfig
 
-    skipped = ["lm_head", *never] if never else None  # by itself transformers leaves out the head alone
+    skipped = ["lm_head", *never] if never else None  # by default transformers skips the head alone
     if base_format == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -1,4 +1,4 @@
-"""A base whose layers come from disk when they run and go when they have: one layer's weights in memory at a time."""
+"""Running a base with its weights offloaded to disk: only one layer's weights are in memory at a time."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def streamed(
     base: Base, config: ModelConfig, base_format: BaseFormat, *, linear: Callable[..., torch.Tensor] = linear
 ) -> Iterator["PreTrainedModel"]:
-    """The base on the CPU in bfloat16; of nf4, each weight as it comes back from four bits. For forward passes alone.
+    """The base on the CPU in bfloat16, for forward passes only; for nf4, each weight is quantised and dequantised.
 
-    The folder must hold 16-bit weights. `linear` takes the products of its linear layers.
+    The folder must hold 16-bit weights. `linear` computes the products of the linear layers.
     """
     from accelerate.hooks import remove_hook_from_submodules
     from transformers import AutoConfig
@@ -37,23 +37,23 @@ def streamed(
             base.path,
             dtype=torch.bfloat16,
             attn_implementation=kernel,
-            device_map={"": "disk"},  # accelerate's: a layer's weights are there while it runs
+            device_map={"": "disk"},  # accelerate's disk offload: a layer's weights are in memory only while it runs
             offload_folder=scratch,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
         ).eval()
         if shape.get_text_config() is not shape:
-            _keep(model.get_input_embeddings())  # Gemma 4's whole model reads a row of them by itself
+            _keep(model.get_input_embeddings())  # Gemma 4's model also reads the weight directly
         head = model.get_output_embeddings()
         for module in model.modules():
-            if type(module) in (torch.nn.Linear, Conv1D):  # not their kin: Llama 4's router gives more than a product
+            if type(module) in (torch.nn.Linear, Conv1D):  # no subclasses: Llama 4's router returns more than a product
                 module._old_forward = _Product(module, linear, nf4=base_format == "nf4" and module is not head)
         yield model
         remove_hook_from_submodules(model)
 
 
 def _keep(module: torch.nn.Module) -> None:
-    """Read a layer's weights now, and for as long as the model is there."""
+    """Load a layer's weights now and keep them in memory as long as the model exists."""
     from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 
     hook = module._hf_hook
@@ -63,20 +63,20 @@ def _keep(module: torch.nn.Module) -> None:
 
 
 class _Product:
-    """What a layer computes while its weights are there: what accelerate calls between reading and dropping them."""
+    """The forward function that accelerate calls between loading a layer's weights and dropping them."""
 
     def __init__(self, layer: Any, multiply: Any, *, nf4: bool) -> None:
         self._layer, self._multiply, self._nf4 = layer, multiply, nf4
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         layer = self._layer
-        weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T  # Conv1D's lie transposed
+        weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T  # Conv1D's is transposed
         product: torch.Tensor = self._multiply(x, _there_and_back(weight) if self._nf4 else weight, layer.bias)
         return product
 
 
 def _there_and_back(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as NF4 with double quantisation has it (arXiv:2305.14314)."""
+    """The weight after a round trip through NF4 with double quantisation (arXiv:2305.14314)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     four_bits.register()

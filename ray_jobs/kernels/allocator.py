@@ -1,7 +1,7 @@
 """Keep freed memory in the process, so that the next training step reuses it.
 
-glibc returns large blocks to the system, which hands them out again page by page, each cleared: some 2,000 page faults
-for each layer of the example's base in each step, a tenth of its time.
+glibc returns large blocks to the system, which hands them out again as zeroed pages: about 2,000 page faults per layer
+of the example's base in each step, a tenth of the step's time.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ LARGEST_BLOCK = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Switch this on for the whole process; does nothing where the C library is not glibc. The peak does not change."""
+    """Enable this for the whole process; does nothing where the C library is not glibc. Peak memory does not change."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back() -> None:
-    """Return what this process has freed to the system, or to the GPU, so that it counts as free memory there."""
+    """Return memory that this process has freed to the system, and to the GPU, so that it counts as free there."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

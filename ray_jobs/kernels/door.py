@@ -1,9 +1,9 @@
 """The interface to the kernels: choose the dtype of products, adopt a model's layers, and restore them.
 
-Code that loads a base or attaches an adapter knows nothing of kernels. The caller that runs the model chooses once
+Code that loads a base or attaches an adapter does not depend on kernels. The caller that runs the model chooses once
 (`choose`, `agree`), loads with `load_model`, and calls `Kernels.adopt` again once an adapter is attached. `part` undoes
-what an adapter's training needs, before the base is reused for the next one. On a GPU, and on a processor with fast
-bfloat16 products, weights stay in the layers that transformers, bitsandbytes and peft made.
+what an adapter's training needs, before the base is reused for the next one. On a GPU, and on a CPU with fast bfloat16
+products, weights stay in the layers that transformers, bitsandbytes and peft made.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ Model = TypeVar("Model", bound="nn.Module")
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a process, or every process of a group, computes the products of a model on the CPU in.
+    """The dtype in which a process, or every process of a group, computes a model's products on the CPU.
 
-    Whatever it is, weights and activations are the same 16 bits.
+    In either case, weights and activations are the same 16-bit values.
     """
 
     dtype: MatmulDtype = "bfloat16"
 
     def adopt(self, model: Model) -> Model:
-        """Give a base, or a base with an adapter on it, the layers for these products, in place. Twice is as once."""
+        """Replace a base's layers, with or without an adapter, by those for these products, in place; idempotent."""
         from peft import PeftModel
 
         if self.dtype == "float32":
@@ -51,19 +51,19 @@ class Kernels:
         return model
 
     def hold_dense(self, model: "nn.Module") -> None:
-        """Hold the frozen weights of a model on the CPU once as products read them; see `widened.widen`."""
+        """Convert a model's frozen weights on the CPU to the dtype of its products, once; see `widened.widen`."""
         from ray_jobs.kernels import widened
 
         widened.widen(model, self.dtype)
 
     def hold_dense_if_room(self, model: "nn.Module", *, sharers: int = 1) -> bool:
-        """The same where memory allows, which `sharers` processes of this machine share; gives whether it did."""
+        """As `hold_dense`, if the memory that `sharers` processes share here allows it; returns whether it did."""
         from ray_jobs.kernels import widened
 
         return widened.widen_if_room(model, self.dtype, sharers=sharers)
 
     def has_room(self, num_weights: int, *, sharers: int = 1) -> bool:
-        """Whether so many weights may be held dense by each of `sharers` processes of this machine."""
+        """Whether there is memory for `num_weights` dense weights in each of `sharers` processes of this machine."""
         from ray_jobs.kernels import widened
 
         return widened.has_room(num_weights, self.dtype, sharers=sharers)
@@ -85,12 +85,12 @@ PLAIN = Kernels()
 def load_model(
     base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
 ) -> "PreTrainedModel":
-    """As `base_model.load_model`, with `kernels` adopted."""
+    """Load a base as `base_model.load_model` does, and adopt `kernels`."""
     return kernels.adopt(base_model.load_model(base, config, base_format, **how))
 
 
 def adopt_single_rows(model: Model) -> Model:
-    """Give a model that answers one prompt at a time the layers for a row alone, where those are faster here."""
+    """Replace layers of a model that answers one prompt at a time by single-row variants, where these are faster."""
     from ray_jobs.kernels import one_row
 
     one_row.adopt(model)
@@ -108,18 +108,18 @@ def part(model: "PreTrainedModel") -> None:
 
 
 def fixed(config: RunConfig) -> Kernels | None:
-    """What the config says; None where it leaves that to a measurement."""
+    """The kernels that the config sets; None where it leaves the choice to a measurement."""
     wanted = config.ray.cpu_matmul_dtype
     return None if wanted == "auto" else Kernels(wanted)
 
 
 def choose(config: RunConfig, base: "PretrainedConfig", *, on_gpu: bool = False) -> Kernels:
-    """What this process multiplies in, by itself. Of a worker with a GPU, only what it computes on its CPU is meant."""
+    """Choose this process's kernels, without other workers. For GPU workers they concern only what runs on the CPU."""
     if on_gpu:
         return PLAIN
     return fixed(config) or Kernels(processor.measure(processor.typical_shape(base)).faster)
 
 
 def agree(config: RunConfig, base: "PretrainedConfig") -> Kernels:
-    """The same for all workers of a gloo group, each of which must call it: of each dtype the slowest rate counts."""
+    """Choose kernels for all workers of a gloo group, by each dtype's slowest rate. Every worker must call this."""
     return fixed(config) or Kernels(processor.agreed(processor.typical_shape(base)).faster)

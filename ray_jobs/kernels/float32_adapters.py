@@ -1,4 +1,4 @@
-"""VeRA and DVoRA layers that multiply in float32; LoRA's factors are linear layers, as `float32_layers` has them.
+"""VeRA and DVoRA layers that multiply in float32; LoRA's factors are linear layers, see `float32_layers`.
 
 Shapes: I input, O output, R rank.
 """
@@ -14,10 +14,10 @@ from ray_jobs.kernels.float32_layers import linear
 
 
 class VeraLinear(peft.tuners.vera.layer.Linear):
-    """A linear layer with VeRA adapters around it."""
+    """A linear layer with VeRA adapters."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., I) to (..., O), in the type of `x`."""
+        """The layer's output with its active adapters: (..., I) to (..., O), in the dtype of `x`."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
@@ -31,12 +31,12 @@ class VeraLinear(peft.tuners.vera.layer.Linear):
 
 
 class DvoraLinear(dvora.DvoraLinear):
-    """A linear layer with DVoRA adapters around it."""
+    """A linear layer with DVoRA adapters."""
 
     linear = staticmethod(linear)
 
     def _frozen_weight(self) -> Tensor:
-        return super()._frozen_weight().float()  # and so the product that its norm is taken of
+        return super()._frozen_weight().float()  # float32, so the product that the norm is computed from is too
 
 
 LAYERS: dict[type, type] = {

@@ -1,12 +1,13 @@
-"""Layers that store few bits and multiply in float32, for processors that multiply bfloat16 slowly.
+"""Layers that store low-precision weights and multiply in float32, for CPUs that multiply bfloat16 slowly.
 
-Without AMX or AVX-512 BF16 a bfloat16 product takes two to forty times as long as one in float32 (torch 2.13). Here
-operands are converted to float32 for one product at a time, forward and backward, and the result is rounded once, to
-the dtype of the input: never less precise than bfloat16's own. What is stored, trained and published does not change.
+Without AMX or AVX-512 BF16 a bfloat16 product takes two to forty times as long as a float32 one (torch 2.13). Here the
+operands of each product are converted to float32, in the forward and the backward pass, and the result is rounded once
+to the dtype of the input: never less precise than a bfloat16 product. Storage, training and published files stay the
+same.
 
-Each class replaces the class of the same name of torch, transformers or bitsandbytes; peft reads that name.
-`multiply_in_float32` converts a model's layers in place; products of other modules stay as they are. The layers of
-other adapters are in `float32_adapters`.
+Each class replaces the class of the same name in torch, transformers or bitsandbytes; peft checks that name.
+`multiply_in_float32` converts a model's layers in place; other modules' products stay as they are. The layers of other
+adapters are in `float32_adapters`.
 
 Shapes: I input, O output, N tokens, K experts of a token.
 """
@@ -28,13 +29,13 @@ from transformers.integrations.moe import ExpertsInterface
 from ray_jobs.base.gathered import gathered
 from ray_jobs.kernels import float32_products
 
-# Elements of a weight that are widened at a time: 4 MiB in float32, about what the caches of one core hold.
+# Elements of a weight that are converted at a time: 4 MiB in float32, about what the caches of one core hold.
 BLOCK_ELEMENTS = 2**20
 EXPERTS = "float32"
-"""What transformers calls `experts`."""
+"""Name under which `experts` is registered with transformers."""
 
 Blocks = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
-"""From a weight to its rows in float32: which they are, and their values (rows, I)."""
+"""A function that yields a weight's rows in float32: their slice, and their values (rows, I)."""
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,13 +48,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """x W^T + b for a W of any storage. Between the passes it keeps `x` as it came, and of W nothing widened."""
+    """x W^T + b for a W in any storage format. Saves `x` in its own dtype for backward, and no float32 copy of W."""
 
     @staticmethod
     @float32_products.by_onednn()
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias_O: Tensor | None, num_outputs: int, blocks: Blocks) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.weight, ctx.blocks = weight, blocks  # the parameter itself: under ZeRO-3 its data come and go
+        ctx.weight, ctx.blocks = weight, blocks  # the parameter itself, as ZeRO-3 replaces its data
         ctx.num_inputs = x.shape[-1]
         wide_x = x.float()
         out = x.new_empty(*x.shape[:-1], num_outputs)
@@ -81,10 +82,10 @@ class Product(torch.autograd.Function):
 
 
 class Linear(torch.nn.Linear):
-    """A linear layer of a 16-bit base, its head, or a low-rank factor."""
+    """A linear layer of a 16-bit base, its head, or a LoRA factor."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
+        """The layer's output: (..., I) to (..., O)."""
         return linear(input, self.weight, self.bias)
 
 
@@ -92,30 +93,30 @@ class Conv1D(transformers.pytorch_utils.Conv1D):
     """GPT-2's linear layer, whose weight is (I, O)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
+        """The layer's output: (..., I) to (..., O)."""
         return linear(x, self.weight.T, self.bias)
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):
-    """NF4 or FP4, dequantised to float32 for each product."""
+    """A layer with NF4 or FP4 weights, dequantised to float32 for each product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
+        """The layer's output: (..., I) to (..., O)."""
         product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
         return product
 
 
 class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
-    """int8 weights, dequantised for each product; inputs are not rounded to int8, in evaluation either."""
+    """A layer with int8 weights, dequantised for each product; inputs are never rounded to int8, even in evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
+        """The layer's output: (..., I) to (..., O)."""
         product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
         return product
 
 
 def reader(layer: Any) -> Blocks | None:
-    """How one of the layers above reads its weight; None of one whose weight lies otherwise, as GPT-2's."""
+    """The function that reads the weight of a layer defined above; None for other layers, such as `Conv1D`."""
     if isinstance(layer, Linear4bit):
         fix_4bit_weight_quant_state_from_module(layer)
         return partial(_dequantized_4bit, quant_state=layer.weight.quant_state)
@@ -129,9 +130,9 @@ def reader(layer: Any) -> Blocks | None:
 def experts(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any, **__: Any
 ) -> Tensor:
-    """The stacked experts of any transformers model, one after the other, each on the tokens that chose it.
+    """Run the stacked experts of any transformers model, one after the other, each on the tokens routed to it.
 
-    `hidden_states` (N, I), `top_k_index` and `top_k_weights` (N, K); gives (N, I).
+    `hidden_states` is (N, I), `top_k_index` and `top_k_weights` are (N, K); returns (N, I).
     """
 
     def multiply(x: Tensor, name: str, expert: int) -> Tensor:
@@ -163,7 +164,7 @@ LAYERS: dict[type, type] = {
 
 
 def multiply_in_float32(model: torch.nn.Module, layers: Mapping[type, type] = LAYERS) -> None:
-    """Turn a model's layers into those that the table has in their place; what is one already stays."""
+    """Replace the classes of a model's layers as the table says; layers replaced already stay."""
     for module in model.modules():
         module.__class__ = layers.get(type(module), type(module))
     if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
@@ -172,18 +173,18 @@ def multiply_in_float32(model: torch.nn.Module, layers: Mapping[type, type] = LA
 
 
 def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for rows in _rows(weight_OI):  # of float32 too: the same sums as of the few bits that it was
+    for rows in _rows(weight_OI):  # float32 weights too, for the same sums as from 16 bits
         yield rows, weight_OI[rows].float()
 
 
 def _dequantized_4bit(weight: Tensor, *, quant_state: Any) -> Iterator[tuple[slice, Tensor]]:
-    # To 16 bits first: exactly the weights that an export dequantises and that other processors multiply with.
+    # To 16 bits first: exactly the weights that an export dequantises and that other devices multiply with.
     yield from _dense_blocks(bitsandbytes.functional.dequantize_4bit(weight.data, quant_state))
 
 
 def _dequantized_8bit(weight_OI: Tensor, *, scale_O: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for rows in _rows(weight_OI):
-        # As peft does for magnitudes and an export for its weights, to the bit.
+        # Bit-identical to how peft dequantises for magnitudes, and an export for its weights.
         yield rows, bitsandbytes.functional.int8_vectorwise_dequant(weight_OI[rows], scale_O[rows])
 
 

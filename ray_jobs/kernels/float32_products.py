@@ -1,8 +1,8 @@
-"""Float32 products by oneDNN in place of a BLAS, where that is faster and as exact.
+"""Float32 matrix products by oneDNN instead of a BLAS, where that is faster and as exact.
 
-PyTorch gives float32 products to MKL, which does not use the AVX-512 of AMD's processors. oneDNN does: 461 GFLOP/s in
-place of 205 on two cores of an EPYC (torch 2.13, 320 x 576 by 576 x 3072). PyTorch calls it where
-operands may be rounded to bfloat16, a permission that oneDNN uses with AMX alone.
+PyTorch uses MKL for float32 products, which does not use AVX-512 on AMD processors. oneDNN does: 461 GFLOP/s instead of
+205 on two cores of an EPYC (torch 2.13, 320 x 576 by 576 x 3072). PyTorch calls oneDNN only where operands may be
+rounded to bfloat16, a permission that oneDNN uses only with AMX.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from components.shared.cpus import this_cpu
 
 @contextmanager
 def by_onednn(*, may_round: bool = False) -> Iterator[None]:
-    """Within, oneDNN computes float32 products where that pays; where they `may_round` operands, wherever it can."""
+    """Within, use oneDNN for float32 products where it is faster; with `may_round`, wherever PyTorch can use it."""
     if not may_round and not pays():
         yield
         return
@@ -30,9 +30,9 @@ def by_onednn(*, may_round: bool = False) -> Iterator[None]:
 
 @cache
 def pays() -> bool:
-    """Whether oneDNN takes float32 products faster than what PyTorch has for them, and as exactly.
+    """Whether oneDNN computes float32 products faster than PyTorch's default, and as exactly.
 
-    Not measured, but known from the processor: a training that is resumed is to take the same sums as before.
+    Derived from the processor, not measured: a resumed training must compute the same sums as before.
     """
     cpu = this_cpu()
     return cpu.name.startswith("AMD") and cpu.kind != "AMX" and torch.backends.cpu.get_cpu_capability() == "AVX512"

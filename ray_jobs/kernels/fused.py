@@ -1,10 +1,10 @@
-"""LoRA on a frozen layer as one product with one backward pass: y = x W^T + b + s (x A^T) B^T.
+"""LoRA on a frozen layer as one product with a single backward pass: y = x W^T + b + s (x A^T) B^T.
 
 peft's layers compute the same product in eight steps, each of which reads or writes a whole activation, and round four
-times to 16 bits; here the update is added to the base's product in place, and rounded once with it. What is trained,
-stored and published is peft's own. peft's forward stays in use for DoRA and other variants, dropout, several adapters
-at once, weights that ZeRO-3 shards, and on GPUs wherever nothing is kept for a backward pass: there bitsandbytes
-multiplies the one token of an answer with the 4-bit weights as they are.
+times to 16 bits; here the update is added to the base's product in place, and both are rounded once. What is trained,
+stored and published is the same as with peft. peft's forward is still used for DoRA and other variants, dropout,
+several adapters at once, weights sharded by ZeRO-3, and on GPUs without gradients: there, during generation,
+bitsandbytes multiplies single tokens directly with the 4-bit weights.
 
 Shapes: I input, O output, R rank, T tokens.
 """
@@ -27,7 +27,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class LoraProduct(torch.autograd.Function):
-    """The product above for a frozen W of any storage, taken in `dtype`; between the passes it keeps x and x A^T."""
+    """The product above for a frozen W in any storage format, computed in `dtype`; saves x and x A^T for backward."""
 
     @staticmethod
     @float32_products.by_onednn()
@@ -43,7 +43,7 @@ class LoraProduct(torch.autograd.Function):
         blocks: Blocks,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-        y = x_TI.new_empty(*x.shape[:-1], len(B_OR))  # and no view of another: Llama 4 adds to it in place
+        y = x_TI.new_empty(*x.shape[:-1], len(B_OR))  # not a view: Llama 4 adds to it in place
         y_TO = y.view(-1, len(B_OR))
         for rows, weight_rows in blocks(weight):
             torch.mm(x_TI, weight_rows.T, out=y_TO[:, rows])
@@ -74,35 +74,35 @@ class LoraProduct(torch.autograd.Function):
 
 
 class Linear(peft.tuners.lora.layer.Linear):
-    """LoRA around a dense layer."""
+    """A dense layer with LoRA."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., I) to (..., O), in the type of `x`."""
+        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
         found = fused(self, x) if not args and not kwargs else None
         return super().forward(x, *args, **kwargs) if found is None else found
 
 
 class Linear4bit(peft.tuners.lora.bnb.Linear4bit):
-    """LoRA around a layer of four bits."""
+    """A 4-bit layer with LoRA."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., I) to (..., O), in the type of `x`."""
+        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
         found = fused(self, x) if not args and not kwargs else None
         return super().forward(x, *args, **kwargs) if found is None else found
 
 
 class Linear8bitLt(peft.tuners.lora.bnb.Linear8bitLt):
-    """LoRA around a layer of int8."""
+    """An int8 layer with LoRA."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., I) to (..., O), in the type of `x`."""
+        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
         found = fused(self, x) if not args and not kwargs else None
         return super().forward(x, *args, **kwargs) if found is None else found
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A frozen layer and the factors on it, as the product above takes them."""
+    """A frozen layer and its LoRA factors, as operands of the product above."""
 
     weight: Tensor
     bias: Tensor | None
@@ -111,7 +111,7 @@ class Adapted:
     B: Tensor
     scaling: float
     dtype: torch.dtype
-    """What its products are taken in."""
+    """Compute dtype of the products."""
 
 
 LAYERS: dict[type, type] = {
@@ -122,13 +122,13 @@ LAYERS: dict[type, type] = {
 
 
 def adopt(model: nn.Module) -> None:
-    """Turn peft's LoRA layers into those above; what is one already stays."""
+    """Replace peft's LoRA layers in the model by the classes above; those replaced already stay."""
     for module in model.modules():
         module.__class__ = LAYERS.get(type(module), type(module))
 
 
 def fused(layer: Any, x: Tensor) -> Tensor | None:
-    """The output of a peft layer, in one product; None where peft's own forward must compute it."""
+    """The output of a peft layer, computed as one product; None where peft's own forward must be used."""
     found = adapted(layer, x)
     if found is None:
         return None
@@ -139,7 +139,7 @@ def fused(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def adapted(layer: Any, x: Tensor) -> Adapted | None:
-    """The factors of a layer's product with such an input; None where peft's own forward must compute it."""
+    """The operands of a layer's product with such an input; None where peft's own forward must be used."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or x.dtype not in HALF:
         return None
     (name,) = layer.active_adapters
@@ -155,18 +155,18 @@ def adapted(layer: Any, x: Tensor) -> Adapted | None:
         return None
     if x.device.type != "cpu" and not torch.is_grad_enabled():
         return None
-    if "forward" in vars(base) or base._forward_pre_hooks or base._forward_hooks:  # hooks rely on its being called
+    if "forward" in vars(base) or base._forward_pre_hooks or base._forward_hooks:  # they rely on the call
         return None
     return Adapted(base.weight, base.bias, blocks, A_RI, B_OR, layer.scaling[name], dtype)
 
 
 def _reader(base: Any) -> Blocks | None:
-    """How the layers that multiply in float32 read their weights."""
+    """The function that reads the weight of a layer that multiplies in float32; None for other layers."""
     return float32_layers.reader(base) if type(base) in float32_layers.LAYERS.values() else None
 
 
 def _reader_in_half(base: Any) -> Blocks | None:
-    """How others do, as torch and bitsandbytes multiply them: int8 they do in a way of their own."""
+    """The function that reads a torch or bitsandbytes layer's weight; None for int8, which is multiplied otherwise."""
     if type(base) is nn.Linear:
         return lambda weight: iter([(slice(None), weight)])
     if type(base) is bitsandbytes.nn.Linear4bit:

@@ -1,10 +1,10 @@
-"""Attention forward and backward, as the fused layer calls it: of records in rows, or packed in one row.
+"""Attention forward and backward for the fused layer: of records in rows, or packed into one row.
 
-PyTorch's kernel computes each head of each record by itself: for short records products of 30 by 40 numbers, which take
-longer to start than to compute. Here the heads that share keys are rows of one product, and all records are computed at
-once; of long ones as many queries at a time as have scores that fit the caches. Everything is in float32. Queries, keys
-and values are kept for the backward pass, and the attention weights too where they take no more room than the output;
-otherwise they are recomputed.
+PyTorch's kernel computes each head of each record separately: for short records these are products of 30 by 40 numbers,
+which take longer to launch than to compute. Here the query heads that share keys are rows of one product, and all
+records are computed at once; for long records, as many queries at a time as have scores that fit the caches. Everything
+is in float32. Queries, keys and values are saved for the backward pass, and so are the attention weights where they
+take no more memory than the output; otherwise they are recomputed.
 
 Shapes: see `attention_layout`.
 """
@@ -20,12 +20,12 @@ from ray_jobs.kernels import attention_layout, float32_products
 from ray_jobs.kernels.attention_layout import Heads, Shape
 
 LONG = 512
-"""From this many tokens on the backward pass may round operands to bfloat16, as the products around it do: it is a
-third of a step by then, and transformers rounds forward and backward."""
+"""Length in tokens from which the backward pass may round operands to bfloat16, as the products around it do: attention
+is a third of a step by then, and transformers rounds in both passes."""
 BLOCK = 2**20
-"""Scores that a thread computes at a time: 4 MiB, about its cache."""
+"""Number of scores that a thread computes at a time: 4 MiB, about its cache."""
 TOKENS = 64
-"""Tokens whose queries are computed at a time, where not all are: fewer means fewer masked scores."""
+"""Number of tokens whose queries are computed at a time in blocks: fewer means fewer masked scores."""
 
 Block = tuple[slice, slice]
 ALL: Block = (slice(None), slice(None))
@@ -35,18 +35,21 @@ softmax_backward = torch.ops.aten._softmax_backward_data
 
 @dataclass(frozen=True)
 class Part:
-    """Queries of some tokens, and the keys and values that they attend to: their own, the last, and all before."""
+    """Queries of some tokens, and the keys and values that they attend to: all before, and last the tokens' own.
+
+    R is the number of query heads per key head.
+    """
 
     q: Tensor
-    """(batch, tokens R, D), a token's R one after the other."""
+    """Queries (batch, tokens R, D); the R queries of a token follow each other."""
     k: Tensor
-    """(batch, tokens looked at, D)."""
+    """Keys (batch, tokens attended to, D)."""
     v: Tensor
     per_key: int
-    """R."""
+    """R, the number of query heads per key head."""
 
     def attend(self, attended: Tensor, *, keeps: bool) -> list[Tensor]:
-        """softmax(q k^T) v, into `attended`, and the weights, if it `keeps` them."""
+        """Write softmax(q k^T) v into `attended`; returns the attention weights if `keeps`, else an empty list."""
         if keeps:
             weights = self._weights(ALL, ALL)
             torch.bmm(weights, self.v, out=attended)
@@ -56,7 +59,7 @@ class Part:
         return []
 
     def back(self, gradient: Tensor, kept: Tensor | None, to: "Part") -> None:
-        """The gradients of all three."""
+        """Compute the gradients of q, k and v and write them into `to`."""
         if kept is not None:
             of_scores = self._of_scores(kept, gradient, ALL)
             torch.bmm(of_scores, self.k, out=to.q)
@@ -84,7 +87,7 @@ class Part:
         return found
 
     def _blocks(self) -> Iterator[tuple[Block, Block]]:
-        """Where queries are that are taken at a time, and the keys that the last of them looks at."""
+        """Slices of the queries that are computed at a time, and of the keys up to the last one that they attend to."""
         R, looked_at = self.per_key, self.k.shape[1]
         num_tokens = self.q.shape[1] // R
         tokens = min(num_tokens, TOKENS)
@@ -97,7 +100,7 @@ class Part:
 
 
 def forward(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The attention output of each token, (N, S, K, D), and what `backward` needs. All are float32."""
+    """The attention output of each token, (N, S, K, D), and the tensors that `backward` needs. All are float32."""
     layout = attention_layout.of(qkv_NSXD, heads, packing)
     flat = layout.apart(qkv_NSXD)
     found = flat.new_empty(sum(batch * tokens for batch, tokens, _ in layout.shapes) * heads.per_key, flat.shape[-1])
@@ -115,7 +118,7 @@ def forward(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> tuple[Te
 def backward(
     gradient_NSKD: Tensor, saved: tuple[Tensor, ...], heads: Heads, packing: Packing | None, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient of queries, keys and values, as they went in; the products around it are in `dtype`."""
+    """The gradient of queries, keys and values, in the input's layout; `dtype` is that of the surrounding products."""
     layout, (flat, *weights) = attention_layout.of(gradient_NSKD, heads, packing), saved
     found = torch.empty_like(flat)
     parts, to = _parts(flat, layout.shapes, heads), _parts(found, layout.shapes, heads)
@@ -144,6 +147,6 @@ def _queries(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Tensor]:
 
 
 def _unseen(num_tokens: int, per_key: int) -> Tensor:
-    """The causal mask added to scores of tokens with themselves: minus infinity for later ones, (tokens R, tokens)."""
+    """The causal mask added to scores among the same tokens: minus infinity for later ones, (tokens R, tokens)."""
     later = torch.full((num_tokens, num_tokens), -torch.inf).triu(diagonal=1)
     return later.repeat_interleave(per_key, dim=0)

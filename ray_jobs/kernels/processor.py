@@ -1,8 +1,8 @@
-"""What CPU workers multiply bfloat16 operands in: bfloat16 or float32, whichever is faster on this processor.
+"""The compute dtype of CPU workers for bfloat16 operands: bfloat16 or float32, whichever is faster on this processor.
 
-Measured, in milliseconds, rather than looked up: the list of instruction sets never ends, and which of them PyTorch has
-kernels for changes. The ratios are far from the limit: FLOP/s in float32 over those in bfloat16, one thread, forward
-and backward, torch 2.13, are 0.5 with AVX-512 BF16, less with AMX, 2.4 with AVX-512 alone and 15 and more with AVX2.
+Measured in milliseconds rather than looked up: the list of instruction sets keeps growing, and PyTorch's kernels for
+them change. The ratios are far from the threshold: FLOP/s in float32 over those in bfloat16 (one thread, forward and
+backward, torch 2.13) are 0.5 with AVX-512 BF16, less with AMX, 2.4 with AVX-512 alone, and 15 or more with AVX2.
 """
 
 import logging
@@ -23,47 +23,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLEARLY = 1.2
-"""Float32 must be this many times as fast: far from every ratio above, so that no noise of a busy machine decides."""
+"""How many times as fast float32 must be to be chosen: far from all ratios above, so that noise does not decide."""
 ROWS = 128
-"""About a micro-batch of short records."""
+"""Rows of the measured product, about a micro-batch of short records."""
 SMALLEST, LARGEST = 512, 1024
-"""Bounds of the outputs and inputs that are measured: starting a smaller product takes most of its time, and for a
-larger one the slowest processors take seconds."""
+"""Bounds of the measured outputs and inputs: smaller products are dominated by launch overhead, and larger ones take
+seconds on the slowest processors."""
 REPEATS = 2, 6
 BUDGET_S = 0.3
-"""Fewest and most measurements of each dtype, alternating; beyond the fewest, only while the budget lasts."""
+"""Minimum and maximum number of measurements per dtype, alternating; beyond the minimum only within BUDGET_S."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of a linear layer, forward and backward, on the threads that this process has."""
+    """FLOP/s of a linear layer, forward and backward, on this process's threads."""
 
     bfloat16: float
     float32: float
 
     @property
     def faster(self) -> MatmulDtype:
-        """What to multiply in."""
+        """The dtype to multiply in."""
         return "float32" if self.float32 > CLEARLY * self.bfloat16 else "bfloat16"
 
 
 def agreed(shape: tuple[int, int]) -> Rates:
-    """What all workers of a gloo group can count on; each of them must call it. `shape` as `typical_shape` says."""
+    """The slowest worker's rates in a gloo group; every worker must call this. For `shape` see `typical_shape`."""
     measured: list[Rates] = [measure(shape)] * dist.get_world_size()
     dist.all_gather_object(measured, measured[0])
     return slowest(measured)
 
 
 def slowest(measured: Sequence[Rates]) -> Rates:
-    """The rates that a group of workers can count on."""
+    """The lowest rate of any worker, for each dtype."""
     return Rates(min(rates.bfloat16 for rates in measured), min(rates.float32 for rates in measured))
 
 
 def measure(shape: tuple[int, int]) -> Rates:
-    """Both rates here and now, for a layer of so many outputs and inputs: the best of a few alternating measurements.
+    """Measure both rates for a layer of this shape (outputs, inputs): the best of a few alternating measurements.
 
-    Of one thread its own processor time counts, so that what else runs on the machine does not decide. Takes some
-    20 ms, and on the slowest processors half a second.
+    With one thread, its own CPU time is measured, so that other load on the machine does not matter. Takes about 20 ms,
+    and half a second on the slowest processors.
     """
     from ray_jobs.kernels import float32_layers
 
@@ -88,6 +88,6 @@ def measure(shape: tuple[int, int]) -> Rates:
 
 
 def typical_shape(base: "PretrainedConfig") -> tuple[int, int]:
-    """Outputs and inputs of the layer that most of a base's time goes into: its feed-forward's first."""
-    text = base.get_text_config()  # of a model that also sees, what reads and writes
+    """Outputs and inputs of the layer that takes most of a base's time: the first of its feed-forward block."""
+    text = base.get_text_config()  # the text model of a multimodal one
     return getattr(text, "intermediate_size", None) or 4 * text.hidden_size, text.hidden_size

@@ -1,4 +1,4 @@
-"""What a pod's disk has to hold: its node evicts a pod that writes more than `ray.cluster.disk_gib`."""
+"""How much disk a pod needs: Kubernetes evicts a pod that writes more than `ray.cluster.disk_gib`."""
 
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 OPTIMIZER = 12
-"""Bytes of a trained weight in a checkpoint: float32 master and moments."""
+"""Bytes per trained parameter in a checkpoint: float32 master weight and moments."""
 FOUR_BITS = 0.6
-"""Bytes of a weight of a base that a method makes for itself, scales included, if all of it were quantised."""
+"""Bytes per parameter, scales included, of a base that the method creates (OWN_BASE), if all of it were quantised."""
 
 
 def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -> int | None:
-    """The larger of what home and /tmp hold: the base, and a checkpoint of a pod's workers.
+    """Disk that a pod needs, the larger of home (the base) and /tmp (a checkpoint of the pod's workers).
 
-    None where no pod is made, or the base is stored in few bits, so that nobody knows its size.
+    None where no pod is created, or where the base is stored quantised, so that its size is unknown.
     """
     cluster = config.ray.cluster
     if not isinstance(cluster, RayJobCluster) or getattr(base, "quantization_config", None):
@@ -31,10 +31,10 @@ def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -
 
 
 def require_disk(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -> None:
-    """Before any worker downloads; what a listing says of a base is asked before there are pods.
+    """Check a pod's disk before any worker downloads; sizes that a file listing gives are checked before pods start.
 
     Raises:
-        ConfigError: a pod's disk does not hold it.
+        ConfigError: a pod's disk is too small.
     """
     needed, cluster = disk_bytes(config, base, stats), config.ray.cluster
     if needed and isinstance(cluster, RayJobCluster):

@@ -1,4 +1,4 @@
-"""Memory that tensors take, counted on tensors that hold nothing too."""
+"""Counting the memory of live tensors, including fake and meta tensors that hold no data."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that are created within and still alive: `now`, and at most `peak`."""
+    """Counts the bytes of storages created within that are alive: currently in `now`, at most in `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -17,8 +17,8 @@ class LiveBytes(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made; a view of its input is nothing new."""
-        if function.namespace == "prim":  # a question, as for a tensor's device: two of three operations
+        """Run the operation, and count the storages that it creates; a view of its input creates none."""
+        if function.namespace == "prim":  # a query, such as a tensor's device: two of three operations
             return function(*args, **(kwargs or {}))
         inputs = {id(storage) for storage in _storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))

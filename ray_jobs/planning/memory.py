@@ -1,14 +1,14 @@
-"""How much memory one worker needs, by part: pure arithmetic over what a rehearsal counted.
+"""Memory of one worker, by part: pure arithmetic over the counts of a rehearsal.
 
 Names: n parameters, N workers. Everything is in bytes and for one worker.
 
 weights      the frozen base, as it is stored
 adapter      the adapter's own weights, bfloat16
-gradients    of what is trained, bfloat16
-optimizer    float32 masters and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1); in 8 bits 6 n
-activations  what the layers keep and use at the peak of a step
-logits       of the positions that carry a label, and their gradients: below ZeRO-3 of a chunk of them at once
-overhead     what is no tensor of the model: CUDA context, communication buffers, fragmentation
+gradients    of the trained parameters, bfloat16
+optimizer    float32 master weights and AdamW's two moments, 12 n (arXiv:1910.02054, section 3.1); 6 n with 8-bit AdamW
+activations  kept for the backward pass, and the layers' workspace, at the peak of a step
+logits       of the labelled positions, and their gradients: below ZeRO-3 only of one chunk of them at a time
+overhead     all else: CUDA context, communication buffers, fragmentation
 """
 
 import math
@@ -27,7 +27,7 @@ GIB = 2**30
 # Each layer also has both code books and an offset, float32 (functional.py, QuantState).
 NF4_BLOCK, NF4_OUTER_BLOCK, NF4_LAYER_BYTES = 64, 256, (16 + 256 + 1) * FLOAT32
 
-# AdamW's two moments, for each parameter; of 8 bits, a float32 scale for each block of 256 (bitsandbytes,
+# AdamW's two moments per parameter; in 8 bits, with a float32 scale for each block of 256 (bitsandbytes,
 # optim/optimizer.py).
 MOMENT_BYTES: dict[Optimizer, float] = {
     "adamw": 2 * FLOAT32,
@@ -35,38 +35,38 @@ MOMENT_BYTES: dict[Optimizer, float] = {
     "paged_adamw_8bit": 2 * (1 + FLOAT32 / 256),
 }
 
-# Each logit, at the peak of the loss: its float32 log-probability and that one's gradient, and bfloat16's own.
+# Bytes per logit at the peak of the loss: the float32 log-probability and its gradient, and one value in bfloat16.
 LOGIT_BYTES = 2 * FLOAT32 + BF16
 
 # A CUDA context with cuBLAS, cuDNN and NCCL loaded takes 0.5 to 1 GiB, by driver and GPU.
 CONTEXT_BYTES = int(0.7 * GIB)
-# Of what comes and goes, PyTorch's allocator holds a little more than is in use: blocks of 2 MiB, split and kept.
+# PyTorch's allocator reserves a little more than the temporary tensors use: blocks of 2 MiB, split and kept.
 FRAGMENTATION = 0.1
 # A Python process with PyTorch, transformers, peft, DeepSpeed and Ray imported, on a CPU worker; on a GPU worker CUDA's
 # libraries come on top.
 PROCESS_BYTES = int(0.6 * GIB)
 CUDA_PROCESS_BYTES = int(2.5 * GIB)
 
-# How far published figures lie above their plans: so much more is enough for nine in ten of tests/models/published.py.
+# How far published figures exceed their plans: this margin is enough for nine in ten of tests/models/published.py.
 MARGIN = 0.2
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How DeepSpeed spreads a training over its workers."""
+    """DeepSpeed's partitioning of a training over its workers."""
 
     num_workers: int
     zero_stage: int
     cpu_offload: bool = False
 
     def part(self, from_stage: int) -> float:
-        """What one worker holds of something that is partitioned from this ZeRO stage on."""
+        """The fraction that one worker holds of something that is partitioned from this ZeRO stage on."""
         return 1 / self.num_workers if self.zero_stage >= from_stage else 1.0
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one worker's device."""
+    """Memory of one worker's device, in bytes."""
 
     weights: int
     adapter: int
@@ -76,21 +76,21 @@ class Parts:
     logits: int
     overhead: int
     host: int = 0
-    """In host memory: the process, what train.cpu_offload and train.activation_offloading keep there, and where a paged
-    optimizer may leave its state; not in the total."""
+    """Host memory: the process, what train.cpu_offload and train.activation_offloading keep there, and the state that a
+    paged optimizer may move there; not in the total."""
 
     @property
     def total(self) -> int:
-        """All of it on the device."""
+        """The sum of all parts on the device."""
         return self.states + self.activations + self.logits + self.overhead
 
     @property
     def states(self) -> int:
-        """What is there between two steps, whatever the batch."""
+        """Memory in use between two steps, which does not depend on the batch."""
         return self.weights + self.adapter + self.gradients + self.optimizer
 
     def as_json(self) -> dict[str, int]:
-        """By part, and in total."""
+        """The parts by name, and their total."""
         parts = asdict(self)
         del parts["host"]
         return {**parts, "total": self.total}
@@ -110,10 +110,11 @@ def plan(
     dense_base: bool = False,
     activation_offloading: bool = False,
 ) -> Parts:
-    """One worker's memory. `answers`: labelled tokens of a micro-batch; B x T for a trainer that scores every token.
+    """Memory of one worker. `answers`: labelled tokens in a micro-batch; B x T for a trainer that scores all tokens.
 
-    `trains_base` is full fine-tuning: what is trained are the weights themselves, the head's too. `in_chunks` is off
-    for a trainer that holds the logits of all answers at once. `dense_base` and `activation_offloading` are train's.
+    `trains_base` means full fine-tuning: the base's own weights are trained, including the head. Set `in_chunks` to
+    False for a trainer that holds the logits of all answers at once. `dense_base` and `activation_offloading` are
+    train's keys.
     """
     weights = dense_bytes(stats) if dense_base else weight_bytes(stats, base, sharing)
     adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
@@ -124,45 +125,45 @@ def plan(
     in_chunks = in_chunks and not trains_base and sharing.zero_stage < 3
     at_once = chunk_positions(stats.vocabulary) if in_chunks else answers
     logits = logits_bytes(answers, stats, at_once)
-    # The loss and the backward pass through the layers have their peaks one after the other.
+    # The loss and the backward pass through the layers reach their peaks one after the other.
     activations = step.kept + max(0, step.workspace - logits)
     offloaded = 0
-    if activation_offloading:  # but for the layer whose turn it is
+    if activation_offloading:  # except for the current layer
         offloaded = step.inputs - math.ceil(step.inputs / stats.num_layers)
         activations -= offloaded
     overhead = buffer_bytes(stats, base, sharing, trains_base=trains_base)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (activations + logits)) if use_gpu else PROCESS_BYTES
-    host = offloaded + (CUDA_PROCESS_BYTES if use_gpu else 0)  # on a CPU it is the device
+    host = offloaded + (CUDA_PROCESS_BYTES if use_gpu else 0)  # on a CPU worker the host is the device
     if optimizer == "paged_adamw_8bit":
         host, moments = host + moments, 0
     if sharing.cpu_offload:
         host, masters, moments = host + masters + moments, 0, 0
         if sharing.zero_stage == 3:
             host += weights
-            # Of four bits, PEFT's guide to DeepSpeed has seen more GPU memory with offloading than without.
+            # For 4-bit weights, PEFT's DeepSpeed guide reports more GPU memory with offloading than without.
             weights = 0 if base == "bf16" else weights
     return Parts(weights, adapter, gradients, masters + moments, activations, logits, overhead, host)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Bytes on the device that a model is evaluated on: a whole one, whatever a training shared out."""
+    """Memory of a device that evaluates a model, in bytes: the whole model, even if training sharded it."""
 
     weights: int
     adapter: int
     cache: int
-    """Keys and values of all records of a batch."""
+    """KV cache of all records of a batch."""
     activations: int
     logits: int
     overhead: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
     def as_json(self) -> dict[str, int]:
-        """By part, and in total."""
+        """The parts by name, and their total."""
         return {**asdict(self), "total": self.total}
 
 
@@ -176,41 +177,41 @@ def reading(
     answers: int,
     use_gpu: bool = True,
 ) -> Reading:
-    """What evaluation takes for so many records of `length` tokens, the last `answers` of them the answer's.
+    """Memory to evaluate `records` records of `length` tokens, the last `answers` of which are the answer.
 
-    `workspace` is what a forward pass over them needs. Answers are scored first and generated then, with a cache.
+    `workspace` is the memory of a forward pass over them. Answers are scored first, and then generated with a KV cache.
     """
     cache = BF16 * stats.cached * records * length
     logits = logits_bytes(answers * records, stats, chunk_positions(stats.vocabulary))
     overhead = buffer_bytes(stats, base, Sharing(1, 0), trains_base=False)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (workspace + max(cache, logits))) if use_gpu else PROCESS_BYTES
-    # Of the two the larger counts: they are not there at the same time.
+    # Only the larger of the two counts, as they are not in memory at the same time.
     cache, logits = (cache, 0) if cache > logits else (0, logits)
     return Reading(weight_bytes(stats, base, Sharing(1, 0)), adapter_bytes(stats), cache, workspace, logits, overhead)
 
 
 def weight_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing) -> int:
-    """The base. Embeddings, head, norms and biases stay bfloat16 in every format."""
+    """Bytes of the base. Embeddings, head, norms and biases stay bfloat16 in every format."""
     packed = sum(stored_bytes(outputs * inputs, base) for outputs, inputs in stats.matrices)
     constants = sum(constant_bytes(outputs, inputs, base) for outputs, inputs in stats.matrices)
     rest = stats.parameters - sum(outputs * inputs for outputs, inputs in stats.matrices)
-    # ZeRO-3 shares out parameters; the constants of a quantised one are no parameters, and every worker has them all.
+    # ZeRO-3 shards only parameters; a quantised weight's constants are none, so every worker holds all of them.
     return math.ceil((packed + BF16 * rest) * sharing.part(3)) + constants
 
 
 def dense_bytes(stats: ModelStats) -> int:
-    """The base with its layers and its head in float32, which most processors multiply in; less with bfloat16."""
+    """Bytes of the base with its layers and head in float32, which most CPUs multiply in; fewer with bfloat16."""
     layers = sum(outputs * inputs for outputs, inputs in stats.matrices)
     return FLOAT32 * (layers + stats.vocabulary * stats.width) + BF16 * (stats.parameters - layers)
 
 
 def stored_bytes(numel: int, base: BaseFormat) -> int:
-    """One weight matrix."""
+    """Bytes of one weight matrix."""
     return {"nf4": math.ceil(numel / 2), "int8": numel, "bf16": BF16 * numel}[base]
 
 
 def constant_bytes(outputs: int, inputs: int, base: BaseFormat) -> int:
-    """What is needed to read one quantised matrix: arXiv:2305.14314, section 3, or one float32 a row."""
+    """Bytes of one matrix's quantisation constants: arXiv:2305.14314, section 3, or one float32 per row for int8."""
     if base == "bf16":
         return 0
     if base == "int8":
@@ -220,17 +221,17 @@ def constant_bytes(outputs: int, inputs: int, base: BaseFormat) -> int:
 
 
 def adapter_bytes(stats: ModelStats) -> int:
-    """What is trained and what is not."""
+    """Bytes of the adapter's trained and frozen parameters."""
     return BF16 * (stats.trainable + stats.frozen_adapter)
 
 
 def logits_bytes(answers: int, stats: ModelStats, at_once: int) -> int:
-    """Logits and gradients of as many positions as are computed at once, and the hidden states of all."""
+    """Bytes of logits and gradients of the positions computed at once, and of the hidden states of all answers."""
     return min(answers, at_once) * LOGIT_BYTES * stats.vocabulary + answers * 2 * BF16 * stats.width
 
 
 def buffer_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing, *, trains_base: bool) -> int:
-    """The largest quantised weight as it is multiplied, ZeRO's buckets, and what ZeRO-3 gathers."""
+    """Bytes of the largest weight when dequantised, ZeRO's buckets, and the parameters that ZeRO-3 gathers."""
     largest = max((outputs * inputs for outputs, inputs in stats.matrices), default=0)
     result = BF16 * largest if base != "bf16" else 0
     if sharing.zero_stage >= 1 and sharing.num_workers > 1:
@@ -243,6 +244,6 @@ def buffer_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing, *, train
 
 
 def parts_text(parts: Parts) -> str:
-    """The parts for a sentence, largest first, those below one in a hundred left out."""
+    """The parts in GiB for a sentence, largest first, without those below one per cent of the total."""
     named = {name: size for name, size in parts.as_json().items() if name != "total" and size >= parts.total / 100}
     return ", ".join(f"{name} {named[name] / GIB:.3g}" for name in sorted(named, key=named.__getitem__, reverse=True))

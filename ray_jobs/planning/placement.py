@@ -1,4 +1,4 @@
-"""What one process reads a base with: all GPUs of its machine together, or the CPU where they are too small for it."""
+"""Device placement of a base in one process: across all GPUs of the machine, or on the CPU if they are too small."""
 
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError, UserError
@@ -11,9 +11,9 @@ from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
 
 def on_gpus(config: RunConfig, base: Base) -> bool:
-    """Whether the machine's GPUs together hold a version's base, with room for what is read; not where there are none.
+    """Whether the machine's GPUs together hold a version's base, with room for activations; False without GPUs.
 
-    A base that cannot be planned for is tried on them.
+    For a base that cannot be planned for, the GPUs are tried.
     """
     import torch
 
@@ -25,7 +25,7 @@ def on_gpus(config: RunConfig, base: Base) -> bool:
 
 
 def require_float32(config: RunConfig, base: Base) -> None:
-    """Raises UserError where a version's base in float32 is larger than all of the machine's memory."""
+    """Raise UserError where a version's base in float32 needs more than the machine's memory."""
     stats, memory = _stats(config, base), machine_bytes()
     if stats and FLOAT32 * stats.parameters > memory:
         raise UserError(
@@ -36,7 +36,7 @@ def require_float32(config: RunConfig, base: Base) -> None:
 
 
 def _stats(config: RunConfig, base: Base) -> ModelStats | None:
-    """None for a base that cannot be planned for, or not as another release trained on it."""
+    """The base's statistics; None if it cannot be planned for, or not as another release trained on it."""
     try:
         shape = base_config.load(base.path, config.model)
         return Rehearsal(shape, config.method, reference=base.reference).stats

@@ -1,4 +1,4 @@
-"""What becomes of a model whose own code does not run in a rehearsal."""
+"""Handling of models whose own code does not run in a rehearsal."""
 
 import logging
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ logger = logging.getLogger(__name__)
 
 
 class CannotRehearse(Exception):
-    """The model's own code does not run on tensors without memory."""
+    """The model's own code does not run on fake tensors."""
 
 
 @contextmanager
 def rehearsing() -> Iterator[None]:
-    """Raise CannotRehearse for what a model stumbles over; the log has the traceback, should the fault be ours."""
+    """Turn errors in a model's code into CannotRehearse; the traceback is logged, in case the fault is ours."""
     try:
         yield
     except ConfigError:

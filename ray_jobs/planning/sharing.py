@@ -1,4 +1,4 @@
-"""Whether workers that measure models hold a base together, as training does under ZeRO-3."""
+"""Whether the workers of an evaluation shard the base, as training does under ZeRO-3."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from ray_jobs.base import base_config, base_model
 
 
 def is_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether one worker cannot hold the base. Where it cannot be planned for, it is held as it was trained on."""
+    """Whether one worker cannot hold the base. A base that cannot be planned for is sharded as in its training."""
     from ray_jobs.planning.capacity import cluster_device, must_be_shared
     from ray_jobs.planning.rehearsal import Rehearsal
     from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing

@@ -1,7 +1,7 @@
-"""What earlier runs have measured of this run's contenders, which then is not measured again.
+"""Reusing what earlier runs measured on this run's contenders, so that it is not measured again.
 
-A contender on another base than the first one is left out: its tokens differ, and it never had what that base can do
-and knows.
+A contender on another base than the first one is left out: its tokens differ, and it never had the abilities and the
+knowledge of that base.
 """
 
 import logging
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def on_the_first_base(contenders: Sequence[Contender]) -> list[Contender]:
-    """The contenders on the base of the first one."""
+    """The contenders that share the first one's base."""
     return [each for each in contenders if each.base_identity == contenders[0].base_identity]
 
 
 def evaluations(store: Store, contenders: Sequence[Contender]) -> Iterator[tuple[Role, Evaluation, bool]]:
-    """The role of each such contender, the evaluation of the run that made it, whose candidate it was, and whether
-    that run's base was this one's. Those without an evaluation that is whole are left out."""
+    """Yield each such contender's role, the evaluation of the run that trained it (as candidate), and whether that
+    run's base is the same as this one's. Contenders without a complete evaluation are left out."""
     for contender in on_the_first_base(contenders):
         if contender.version is None:
             continue
@@ -45,8 +45,8 @@ def known(
     contenders: Sequence[Contender],
     found: Callable[[Evaluation], tuple[str, Mapping[Any, T]] | None],
 ) -> dict[Role, T]:
-    """What earlier runs found in each role of this one. `found` gives the format that such a run's base was in, and
-    what it found by its own roles; None where it measured nothing of the kind."""
+    """Earlier runs' measurements, by the roles of this run. `found` returns the format of an earlier run's base and its
+    measurements by that run's roles, or None if the run did not measure this."""
     result: dict[Role, T] = {}
     for role, before, same_base in evaluations(store, contenders):
         if (theirs := found(before)) is None:

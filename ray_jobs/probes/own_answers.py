@@ -1,15 +1,15 @@
-"""How far a model has moved from its base outside the training data, measured on answers of the base itself.
+"""How far a model has moved from its base outside the training data, measured on the base's own answers.
 
-own_answers.json holds the prompts, ordered so that any prefix holds all kinds evenly. The base answers each once, in
-the run's chat template, at temperature 1 and from its whole distribution: to leave out tokens would bias the estimate.
-Then every model reads these answers, the base among them, and
+own_answers.json holds the prompts, ordered so that any prefix contains all kinds evenly. The base answers each once, in
+the run's chat template, by sampling at temperature 1 from the full distribution: truncated sampling would bias the
+estimate. Then every model, including the base, scores these answers, and
 
     KL(base || model) = E [log p_base(y | x) - log p_model(y | x)]   over answers y that the base draws
 
-is estimated by the mean of that difference over what was drawn. The estimate of an answer, whole or cut, has no bias;
-per token it is a ratio of two sums. It may come out below zero. To sum over all next tokens instead of the one that was
-drawn would vary less (Amini, Vieira and Cotterell, arXiv:2504.10637), but takes both models' distributions at every
-token, where this takes a number for each answer and model, which is kept: later runs need no base for it.
+is estimated by the mean of that difference over the samples. The estimate per answer, whole or cut, is unbiased; per
+token it is a ratio of two sums. It may be negative. Summing over all next tokens instead of the sampled one would have
+a lower variance (Amini, Vieira and Cotterell, arXiv:2504.10637), but needs both models' distributions at every token.
+This needs one number per answer and model, which is stored, so later runs do not need the base for it.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat
 
 NEW_TOKENS = 64
-"""Where an answer is cut: the beginning shows as much as the whole, in less time."""
+"""Maximum tokens of an answer: its beginning shows as much as the whole, in less time."""
 SEED = 0
-"""The same in every run, so that a later one finds the answers of an earlier."""
+"""Sampling seed, the same in every run, so that later runs can reuse the answers of earlier ones."""
 
 
 @dataclass(frozen=True)
 class OwnAnswers(texts.Texts):
-    """Answers to read; before they are drawn, `split` holds the prompts."""
+    """The base's answers for the models to score; before the answers are drawn, `split` holds the prompts."""
 
     new_tokens: int = 0
-    """How long the base's answers may be that have to be drawn first; 0 draws none."""
+    """Maximum tokens of the answers that the base has yet to draw; 0 if no answers need to be drawn."""
 
     METRIC, KIND = "kl_from_base", "own_answers"
 
@@ -50,7 +50,7 @@ class OwnAnswers(texts.Texts):
         return self.known.above_base(role)
 
     def run(self, subject: Subject, found: Findings) -> Read | None:
-        """Have a model read the answers, which the base gives before, unless that is known."""
+        """Have a model score the answers; the base draws them first, if that is still to be done."""
         from ray_jobs.probes.sampling import sample
 
         if not self.new_tokens:
@@ -63,14 +63,14 @@ class OwnAnswers(texts.Texts):
         return read and replace(read, answers=answers if subject.role == "base" else None)
 
     def read(self, shares: Sequence[Findings]) -> Self:
-        """With what was found in each share, the answers first."""
+        """This probe with the findings of all shares merged: the answers first, then the losses."""
         if not self.new_tokens:
             return super().read(shares)
         answers = texts.in_order([share["base"].answers for share in shares], len(self.split))
         return self.answered(answers).read(shares)
 
     def answered(self, answers: Sequence[Sequence[int]]) -> Self:
-        """With what the base has said to each prompt."""
+        """This probe with the base's answer to each prompt."""
         prompts = [self.split.prompt(row).tolist() for row in range(len(self.split))]
         split = texts.as_split(
             [prompt + list(answer) for prompt, answer in zip(prompts, answers, strict=True)],
@@ -83,7 +83,7 @@ class OwnAnswers(texts.Texts):
 
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> OwnAnswers:
-    """The answers, for those who have not read them yet; where no earlier run has drawn them, the prompts."""
+    """The answers, for the models that have not scored them yet; the prompts, if no earlier run has drawn answers."""
     ours = undrawn(chat, config)
     if not len(ours.split):
         return ours
@@ -98,11 +98,11 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
-    """The first `evaluate.own_answers` prompts, formatted with the base's chat template; not answered yet."""
+    """The first `evaluate.own_answers` prompts in the base's chat template, still without answers."""
     source = json.loads(resources.files(__package__).joinpath("own_answers.json").read_text(encoding="utf-8"))
     prompts = source["prompts"][: config.evaluate.own_answers]
     longest = min(NEW_TOKENS, config.model.max_length // 2)
-    # An answer is needed to make a record; its prompt alone is taken.
+    # A record needs an answer; only its prompt is used.
     records = [Record(str(index), _turns(prompt["turns"]), "-") for index, prompt in enumerate(prompts)]
     tokenized = tokenize(records, chat, config.model.max_length - longest)
     rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]

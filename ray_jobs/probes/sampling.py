@@ -1,4 +1,4 @@
-"""Answers that are drawn from a model at temperature 1, from its whole distribution."""
+"""Sampling answers from a model at temperature 1, from the full distribution."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -18,9 +18,9 @@ from ray_jobs.text.chat_format import ChatFormat
 def sample(
     model: Any, chat: ChatFormat, prompts: TokenizedSplit, batch_size: int, max_new_tokens: int, *, seed: int = 0
 ) -> list[list[int]]:
-    """An answer to each prompt, with the stop that ends it, or cut after `max_new_tokens`.
+    """Sample an answer to each prompt, ending with its stop token, or cut after `max_new_tokens`.
 
-    The random numbers depend on a prompt's id alone, which is a number: prompts may be shared out in any way.
+    The random numbers depend only on the prompt's id, which is a number, so workers may share the prompts in any way.
     """
     result: list[list[int]] = [[] for _ in range(len(prompts))]
 
@@ -38,19 +38,19 @@ def sample(
 
 def chances(prompt_id: str, count: int, seed: int = 0) -> Array:
     """A prompt's random numbers in [0, 1), one for each token of its answer."""
-    # Of numpy's streams of random numbers, this one stays as it is in every release (NEP 19).
+    # The only one of numpy's random streams that is the same in every release (NEP 19).
     return np.random.RandomState([seed, int(prompt_id)]).random_sample(count)
 
 
 def draw(logits_BV: torch.Tensor, chances_B: torch.Tensor) -> torch.Tensor:
-    """A token of each row's softmax: the first at which the distribution function exceeds the row's chance."""
+    """A token from each row's softmax: the first whose cumulative probability exceeds the row's random number."""
     cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
     reached_B1 = chances_B[:, None].to(cumulative_BV) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, reached_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
 
 
 class Drawing(LogitsProcessor):
-    """Leaves greedy decoding one token to choose: the one that was drawn.
+    """Restricts greedy decoding to a single token, the one that was sampled.
 
     `generate` has its own sampling, whose random numbers depend on the batch.
     """
@@ -60,7 +60,7 @@ class Drawing(LogitsProcessor):
         self._begun = begun
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Called by `generate` with all tokens so far, padding included, and the logits of the next."""
+        """Mask all logits but the sampled token's; `generate` passes all tokens so far, padding included."""
         chosen_B = draw(scores, self._chances_BN[:, input_ids.shape[1] - self._begun].to(scores.device))
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_B[:, None], 0.0)
 

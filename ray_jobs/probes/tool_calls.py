@@ -1,7 +1,7 @@
-"""Whether an answer calls the right tool, read in the format in which the base's own chat template writes calls.
+"""Whether an answer calls the right tool, parsed in the format in which the base's own chat template writes calls.
 
-Most templates write JSON with the function's name and its arguments under keys of their own; those are found by
-rendering a call of known parts. In any other format, an answer is right when it is what the template writes.
+Most templates write JSON with the function's name and arguments under certain keys, which are found by rendering a call
+with known contents. In any other format, an answer is right if it equals what the template writes.
 """
 
 import json
@@ -17,23 +17,23 @@ from ray_jobs.text.chat_format import ChatFormat
 
 NAME, KEY, VALUE = "probe_function", "probe_argument", "probe value"
 MOST_WRITTEN = 64
-"""Ways of writing one call, by the order of its arguments and by the values that are as good."""
+"""Limit of the ways of writing one call: the orders of its arguments, and the values that are right for each."""
 
 Json = Any
 
 
 @dataclass(frozen=True)
 class Calls:
-    """How a chat template writes calls."""
+    """The format in which a chat template writes calls."""
 
     chat: ChatFormat
     name_key: str = ""
-    """Under which key JSON holds the function's name; empty where calls are not written so."""
+    """JSON key of the function's name; empty where calls are not written as JSON."""
     arguments_key: str = ""
 
     @classmethod
     def of(cls, chat: ChatFormat, tools: Mapping[str, Json]) -> "Calls | None":
-        """The template's way; None where it takes no tools, or leaves an answer's calls out."""
+        """Find the template's format; None where it takes no tools, or leaves out an answer's calls."""
         probe = Record("probe", [Message("user", "?")], "", _as_call(NAME, {KEY: VALUE}), offered(tools, [*tools][:1]))
         try:
             text = chat.rows(probe)[-1][-1]
@@ -49,7 +49,7 @@ class Calls:
         return cls(chat)
 
     def is_right(self, answer: str, call: Mapping[str, Json]) -> bool:
-        """Whether the answer makes this call and no other. `call` lists the values that are right for each argument."""
+        """Whether the answer makes this call and no other. `call` lists the right values of each argument."""
         if not self.name_key:
             return any(_tight(answer) == _tight(text) for text in self._written(call))
         made = [each for each in _objects(answer) if self.name_key in each]
@@ -63,7 +63,7 @@ class Calls:
         )
 
     def _written(self, call: Mapping[str, Json]) -> Iterator[str]:
-        """What the template writes for it, as the text of an answer."""
+        """The texts that the template writes for this call, as text of an answer."""
         names = list(call["arguments"])
         ways = (
             (order, values) for order in permutations(names) for values in product(*map(call["arguments"].get, order))
@@ -77,7 +77,7 @@ class Calls:
 
 
 def offered(tools: Mapping[str, Json], names: Sequence[str]) -> str:
-    """The tools of these names, as a record has them."""
+    """The tools of these names, as the JSON of a record's tools."""
     return json.dumps([_tool(name, tools[name]) for name in names])
 
 
@@ -90,7 +90,7 @@ def _as_call(name: str, arguments: Mapping[str, Json]) -> str:
 
 
 def _objects(text: str) -> Iterator[dict[str, Json]]:
-    """The JSON objects of a text, one after the other, whatever stands around them."""
+    """The JSON objects in a text, one after the other, whatever surrounds them."""
     decoder, place = json.JSONDecoder(), 0
     while (start := text.find("{", place)) >= 0:
         try:
@@ -103,7 +103,7 @@ def _objects(text: str) -> Iterator[dict[str, Json]]:
 
 
 def _arguments(value: Json) -> Json:
-    """Arguments as an object, where a template writes them as a text that holds one."""
+    """Arguments as an object, parsed where a template writes them as a JSON string."""
     if isinstance(value, str):
         try:
             return json.loads(value)

@@ -1,4 +1,4 @@
-"""What a model's answers are worth together: pure functions over marks and log-likelihoods."""
+"""Statistics over a model's answers: pure functions of marks and log-likelihoods."""
 
 import math
 from collections import Counter
@@ -17,32 +17,32 @@ from components.shared.paired import Pairs, bounds
 MAX_CLASSES = 30
 OTHER = "(another answer)"
 LEAST_NEW_TOKENS = 8
-"""Room for the longest answer where the config leaves it to the references, at least."""
+"""Minimum of the answer length in tokens, where it is derived from the references."""
 USUAL_NEW_TOKENS = 256
-"""The same where no reference is known."""
+"""Answer length in tokens where no references are known."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one record."""
+    """The result of one model on one record."""
 
     nll: float
-    """-log p(answer | prompt) in nats, the end of the answer included."""
+    """-log p(answer | prompt) in nats, including the end of the answer."""
     other_prompt_nll: float | None
-    """The same given another record's prompt; None where it was not measured."""
+    """-log p(answer | another record's prompt) in nats; None where it was not measured."""
     text: str
     """The greedy answer, without reasoning before it."""
     marks: Mapping[str, float]
-    """What the answer is worth against the reference, by the keys of the metrics that are means of marks."""
+    """The answer's marks against the reference, by the keys of the metrics that are means of marks."""
 
 
 def longest_answer(num_answer_tokens: npt.NDArray[np.int64]) -> int:
-    """Tokens that an answer may have so that a model can give each reference back; they count what ends it."""
+    """The answer length in tokens that lets a model reproduce every reference; counts include the end of the answer."""
     return int(num_answer_tokens.max(initial=LEAST_NEW_TOKENS))
 
 
 def cut_short(num_reference_tokens: Sequence[int], max_new_tokens: int | None) -> str | None:
-    """What to say of references that no answer can reach."""
+    """A warning that some references are longer than any answer can be; None if there are none."""
     longer = 0 if max_new_tokens is None else sum(each > max_new_tokens for each in num_reference_tokens)
     if not longer:
         return None
@@ -53,7 +53,7 @@ def cut_short(num_reference_tokens: Sequence[int], max_new_tokens: int | None) -
 
 
 def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[str, float | None]:
-    """A model's metrics over all records. Losses are per answer token; every model is divided by the same counts."""
+    """A model's metrics over all records. Losses are per answer token, with the same token counts for every model."""
     tokens = sum(num_answer_tokens)
     loss = sum(score.nll for score in scores) / tokens
     others = [score.other_prompt_nll for score in scores if score.other_prompt_nll is not None]
@@ -70,15 +70,15 @@ def metrics(scores: Sequence[Score], num_answer_tokens: Sequence[int]) -> dict[s
 
 
 def changed_share(before: Sequence[Score], after: Sequence[Score]) -> float:
-    """Share of the records that are answered in other words, in 0..1."""
+    """Share of the records whose answers differ in wording, in 0..1."""
     return float(np.mean([normal(a.text) != normal(b.text) for a, b in zip(before, after, strict=True)]))
 
 
 def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, list[Any]] | None:
-    """How often each label was answered by which: labels, and counts[reference][answer].
+    """Confusion matrix of labels: the labels, and counts[reference][answer].
 
-    A label is shown as the references write it most often. None where the answers are no classes: more than
-    MAX_CLASSES distinct references, or hardly any said twice.
+    A label is shown in its most frequent spelling in the references. None where the answers are not classes: more than
+    MAX_CLASSES distinct references, or fewer than two records per class on average.
     """
     expected, given = [label(each) for each in references], [label(each) for each in answers]
     classes = [name for name, _ in Counter(expected).most_common()]
@@ -101,7 +101,7 @@ def pairs_of(
     *,
     relative: bool = False,
 ) -> Pairs:
-    """Two models on the same records, by one metric; `groups` names each record's, where they have one."""
+    """Paired results of two models on the same records in one metric; `groups` names each record's group, if any."""
     chosen = metric_of(metric)
     ours, theirs = (np.array([_of_record(each, chosen) for each in scores]) for scores in (candidate, other))
     weights = np.array(num_answer_tokens, dtype=np.float64) if chosen.per_token else np.ones(len(ours))
@@ -124,14 +124,14 @@ def paired_difference(
     if found is None:
         return None
     ends = (found.lower, found.upper)
-    is_bounded = all(map(math.isfinite, ends))  # not where the models differ on hardly any record
+    is_bounded = all(map(math.isfinite, ends))  # false where the models differ on hardly any record
     return PairedDifference(
         metric=metric, difference=found.gain, ci95=ends if is_bounded else None, records=found.records
     )
 
 
 def _of_record(score: Score, metric: Metric) -> float:
-    """What a record adds to the metric, as a column of evaluation_records.parquet has it."""
+    """A record's contribution to the metric, as in the columns of evaluation_records.parquet."""
     return score.nll if metric.column == "nll" else score.marks[metric.key]
 
 

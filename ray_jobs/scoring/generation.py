@@ -1,4 +1,4 @@
-"""What a model answers: greedy decoding in batches, the same for evaluation and chat; chat may draw its words too."""
+"""Generation of answers: batched greedy decoding, the same for evaluation and chat, and sampling for chat."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,11 +31,12 @@ def greedy(
     on_text: OnText | None = None,
     on_token: OnToken = lambda _: None,
 ) -> list[str]:
-    """The greedy answer to each prompt of `split`, without what ends it and outer white space.
+    """The greedy answer to each prompt of `split`, without its stop token and surrounding white space.
 
-    It ends at a stop, after `max_new_tokens`, or where the base has no more positions. At most `batch_size` are
-    answered at once, and fewer where their keys and values would not fit. `on_text` receives the answer to a single
-    prompt word by word as it comes: the pieces joined are the answer. `on_token` then gets its tokens, with the stop.
+    An answer ends at a stop token, after `max_new_tokens`, or where the base has no more positions. At most
+    `batch_size` prompts are answered at once, and fewer where their KV cache would not fit. For a single prompt,
+    `on_text` receives the answer word by word as it is generated: the joined pieces are the answer. `on_token` then
+    receives its tokens, including the stop token.
     """
     result = [""] * len(split)
     prompts = [split.prompt(row) for row in range(len(split))]
@@ -67,7 +68,7 @@ def sampled(
     on_text: OnText,
     on_token: OnToken,
 ) -> str:
-    """An answer to the single prompt of `split`, drawn from all tokens at `temperature`, which is above 0."""
+    """Sample an answer to the single prompt of `split` from all tokens at `temperature`, which is above 0."""
     with _decoding(model, chat):
         tokens = generated(
             model,
@@ -91,7 +92,7 @@ def answer_all(
     max_new_tokens: int,
     answer: Callable[[npt.NDArray[np.int64]], None],
 ) -> None:
-    """Have `answer` take the places of all prompts, as many at once as `batch_size` and memory allow."""
+    """Call `answer` with the indices of all prompts, in batches as large as `batch_size` and memory allow."""
     together = is_shared(model)
     lengths = split.num_prompt_tokens.astype(np.int64)
     longest = int(lengths.max(initial=1)) + max_new_tokens
@@ -108,11 +109,11 @@ def answers_to(
     max_new_tokens: int,
     words: "_Words | None" = None,
 ) -> list[str]:
-    """The same to prompts that were read."""
+    """The greedy answers to prompts that a `Reader` has read."""
     reach = base_config.positions(reader.model.config)
     most = [_most(max_new_tokens, reach, len(prompt)) for prompt in prompts]
     if words is not None:
-        words.put(torch.zeros(1))  # it passes over the first, which it takes for the prompt
+        words.put(torch.zeros(1))  # TextStreamer skips the first value, which it takes for the prompt
     found = reader.greedy(read, chat.stops, most, put=words.put if words is not None else lambda _: None)
     if words is not None:
         words.end()
@@ -120,9 +121,9 @@ def answers_to(
 
 
 def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, **given: Any) -> Any:
-    """The tokens behind each prompt by transformers' own `generate`, within `answer_all`; after a stop comes padding.
+    """The new tokens after each prompt, from transformers' own `generate`; padding follows a stop token.
 
-    `generate` is `given` the rest.
+    Call it within `answer_all`. `given` is passed to `generate`.
     """
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), chat.pad, dtype=torch.long)
@@ -151,10 +152,10 @@ def _texts(chat: ChatFormat, answers: Any) -> list[str]:
 
 @contextmanager
 def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
-    """Put the format's way of decoding in place of the model's own.
+    """Replace the model's generation config by the chat format's.
 
-    `generate` fills in what its argument leaves open from the model's own (transformers 5.24, generation/utils.py,
-    `_prepare_generation_config`), and a base may ship penalties and bans there.
+    `generate` takes what its own argument leaves open from the model's generation config (transformers 5.24,
+    generation/utils.py, `_prepare_generation_config`), where a base may ship penalties and banned tokens.
     """
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = owner.generation_config
@@ -166,7 +167,7 @@ def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
 
 
 class _Words(TextStreamer):
-    """Hands on an answer as transformers' streamer finds its words whole, without outer white space."""
+    """Streams an answer as transformers' streamer completes its words, without surrounding white space."""
 
     def __init__(self, chat: ChatFormat, on_text: OnText, on_token: OnToken = lambda _: None) -> None:
         super().__init__(chat.tokenizer, skip_prompt=True)
@@ -174,14 +175,14 @@ class _Words(TextStreamer):
         self._space: str | None = None  # white space, passed on if more follows; None before the first word
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with each token; the prompt comes first."""
+        """Receive each token from `generate`; the prompt comes first."""
         if not self.next_tokens_are_prompt:
             self._on_token(int(value))
         if self.next_tokens_are_prompt or int(value) not in self._ends:
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by `generate` with each piece."""
+        """Receive each completed piece of text."""
         if self._space is None:
             text = text.lstrip()
         words = text.rstrip()

@@ -1,4 +1,4 @@
-"""What one answer is worth against its reference, in 0..1; a metric is the mean of its marks over all records."""
+"""Marks of one answer against its reference, in 0..1; a metric is the mean of its marks over all records."""
 
 import importlib
 import json
@@ -18,15 +18,15 @@ from components.shared.errors import ConfigError, DataError
 Mark = Callable[[str, str], float]
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 UNSPACED = r"[\p{L}&&[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]\p{M}*"
-"""A letter with its marks, of the scripts that put no spaces between words: there it counts as a word."""
+"""A letter with its combining marks, in scripts without spaces between words: each such letter counts as a word."""
 EAST_ASIAN = r"[\p{P}&&[\u3000-\u303F\uFF00-\uFFEF]]"
-"""Punctuation of those scripts alone."""
+"""East Asian punctuation."""
 ROUGE_WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED})[\p{{L}}\p{{N}}]\p{{M}}*)+", regex.V1)
 SQUAD_WORD = regex.compile(rf"{UNSPACED}|(?:(?!{UNSPACED}|{EAST_ASIAN})\S)+", regex.V1)
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """Equal up to Unicode form and white space."""
+    """Whether both are equal up to Unicode normalisation and white space."""
     return float(normal(answer) == normal(reference))
 
 
@@ -37,10 +37,10 @@ def label_accuracy(answer: str, reference: str) -> float:
 
 def token_f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall over a bag of words, as SQuAD's evaluate-v2.0.py counts it
-    (arXiv:1806.03822): in lower case, ASCII punctuation taken out, English articles left out. Of scripts without
-    spaces each letter is a word, as MLQA's script (arXiv:1910.07475) has it of Chinese.
+    (arXiv:1806.03822): in lower case, without ASCII punctuation and English articles. In scripts without spaces each
+    letter is a word, as for Chinese in MLQA's script (arXiv:1910.07475).
 
-    Where either has no such word it is 1 if neither has, else 0.
+    Where either text has no words, it is 1 if neither has any, else 0.
     """
     ours, theirs = _squad_words(answer), _squad_words(reference)
     if not ours or not theirs:
@@ -51,17 +51,17 @@ def token_f1(answer: str, reference: str) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004, section 3.1), as rouge-score counts it without stemming.
 
-    Words are runs of letters and digits with their marks, in lower case: of every alphabet, where rouge-score knows a
-    to z alone. Of scripts without spaces each letter is a word.
+    Words are runs of letters and digits with their combining marks, in lower case: in any alphabet, while rouge-score
+    only handles a to z. In scripts without spaces each letter is a word.
     """
     ours, theirs = (ROUGE_WORD.findall(unicodedata.normalize("NFC", text.lower())) for text in (answer, reference))
     return _f1(_common_subsequence(ours, theirs), len(ours), len(theirs))
 
 
 def json_valid(answer: str, reference: str) -> float:
-    """Whether the answer is JSON by RFC 8259, and nothing beside it: an object or an array where the reference is one.
+    """Whether the answer is JSON by RFC 8259 and nothing else: an object or an array where the reference is one.
 
-    A number alone is JSON too, and no answer to who asked for an object.
+    A single number is JSON too, but no valid answer where an object is asked for.
     """
     try:
         found = json.loads(answer, parse_constant=_refuse)
@@ -80,10 +80,10 @@ MARKS: Mapping[str, Mark] = {
 
 
 def named(keys: Iterable[str]) -> dict[str, Mark]:
-    """The marks by their keys; `module:function` is imported, which runs its code.
+    """The marks by their keys; a key `module:function` imports the module, which runs its code.
 
     Raises:
-        ConfigError: there is no such function here.
+        ConfigError: there is no such function on this machine.
     """
     return {key: MARKS.get(key) or _own(key) for key in keys if key in MARKS or ":" in key}
 
@@ -120,8 +120,8 @@ def _f1(common: int, ours: int, theirs: int) -> float:
 
 
 def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
-    """Length of the longest one, a word of `theirs` at a time with all of `ours` in the bits of one number (Hyyrö 2004,
-    "Bit-parallel LCS-length computation revisited")."""
+    """Length of the longest common subsequence, bit-parallel over `ours` (Hyyrö 2004, "Bit-parallel LCS-length
+    computation revisited")."""
     places: dict[str, int] = {}
     for place, word in enumerate(ours):
         places[word] = places.get(word, 0) | 1 << place

@@ -1,4 +1,4 @@
-"""What is measured beside the held-out records: each kind is a probe, and measuring knows this protocol alone."""
+"""The protocol of probes, which measure something other than the held-out records; an evaluation knows only it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from components.records.steps import Role
 from ray_jobs.text.chat_format import ChatFormat
 
 Findings = dict[Role, Any]
-"""What a probe's share found in each model that it had to measure."""
+"""Results of a probe's share, for each model that it had to measure."""
 Rows = Callable[[int], Sequence[int]]
-"""A worker's rows of so many."""
+"""A function from a number of items to the indices of those that a worker measures."""
 
 
 @dataclass(frozen=True)
@@ -25,43 +25,46 @@ class Subject:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a probe came to."""
+    """The result of a probe."""
 
     record: Any
-    """Its part of the evaluation."""
+    """The probe's part of the evaluation record."""
     metrics: Mapping[Role, Mapping[str, float | None]] = field(default_factory=dict)
-    """What it adds to the metrics of each model, by the keys of METRICS."""
+    """Metrics that the probe adds to each model, by the keys of METRICS."""
     lines: Sequence[str] = ()
-    """For the log."""
+    """Lines for the log."""
 
     def metrics_of(self, role: Role) -> list[tuple[str, float | None]]:
-        """What it adds to those of a model."""
+        """The metrics that the probe adds to a model."""
         return list(self.metrics.get(role, {}).items())
 
 
 class Probe(Protocol):
-    """Items to measure, and the models that no earlier run has measured on them. Workers receive it by pickle."""
+    """Items to measure, and the models that no earlier run has measured on them. Probes are pickled for the workers."""
 
     def at(self, rows: Rows) -> "Probe":
-        """A worker's share: of `count` items those at `rows(count)`."""
+        """A worker's share: the items at `rows(count)`."""
 
     def held_together(self) -> "Probe":
-        """The probe for workers that hold the base together, where every forward pass is a collective operation."""
+        """The probe for workers that shard the base, where every forward pass is a collective operation."""
 
     def run(self, subject: Subject, found: Findings) -> Any | None:
-        """Measure a model on this share; None where that is known. `found` is of the models before, the base first."""
+        """Measure a model on this share; None if its result is known already.
+
+        `found` holds the results of the models measured before, the base first.
+        """
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        """What all shares found, in the order in which items were dealt out one by one, and what was known before."""
+        """The outcome over all shares, among which the items were dealt in turn, and over what was known before."""
 
 
 Probes = Mapping[str, Probe]
-"""By the key that each has in evaluation.json."""
+"""Probes by their keys in evaluation.json."""
 NO_PROBES: Probes = {}
 
 
 def run_all(probes: Probes, subject: Subject, found: Mapping[str, Findings]) -> None:
-    """Measure a model by each probe, and add what it says to `found`."""
+    """Measure a model with each probe, and add the results to `found`."""
     for key, probe in probes.items():
         if (said := probe.run(subject, found[key])) is not None:
             found[key][subject.role] = said

@@ -1,9 +1,9 @@
-"""Prompts that are read once, for the losses of answers and for the greedy answer.
+"""Reading each prompt once (prefill), both for the losses of answers and for greedy decoding.
 
-A prefix that all share, such as a system message and an instruction, is read once for all. That takes a model which
-keeps keys and values of every token and nothing else: no windows, chunks or recurrent states.
+A prefix that all prompts share, such as a system message and an instruction, is read only once. This needs a model that
+caches keys and values of every token and nothing else: no sliding windows, chunks or recurrent states.
 
-Shapes: B prompts, T places in the cache of each, S tokens that are read at once.
+Shapes: B prompts, T positions in the cache of each, S tokens that are read at once.
 """
 
 import copy
@@ -22,7 +22,7 @@ from ray_jobs.text.answer_loss import next_token_nll
 from ray_jobs.text.batching import IGNORED, common_beginning
 
 ATTENTION = (FLOAT32, RECORDS, "sdpa", "eager")
-"""Kernels that take a mask with holes."""
+"""Attention kernels that accept a mask with padding in the middle."""
 
 Tokens = npt.NDArray[np.int32]
 Put = Callable[[torch.Tensor], None]
@@ -30,16 +30,16 @@ Put = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Read:
-    """Prompts but for their last tokens, as a model has read them."""
+    """The KV cache of prompts that have been read except for their last tokens."""
 
     cache: DynamicCache
     is_token_BT: torch.Tensor
-    """0 where there is padding: before what is a shorter prompt's own, so that all go on at the same place."""
+    """0 for padding: placed before a shorter prompt's own tokens, so that all prompts continue at the same position."""
     last_B: torch.Tensor
-    """What is still to be read."""
+    """The last token of each prompt, which is still to be read."""
 
     def take(self, rows: Sequence[int]) -> "Read":
-        """The prompts at `rows`, in that order; one may stand there several times."""
+        """The prompts at `rows`, in that order; a row may be repeated."""
         chosen = torch.tensor(rows, dtype=torch.long, device=self.last_B.device)
         cache = _to_grow(self.cache)
         cache.batch_select_indices(chosen)
@@ -47,30 +47,30 @@ class Read:
 
 
 class Reader:
-    """A model, in evaluation mode, that has read what all prompts begin with."""
+    """A model in evaluation mode, with the common prefix of all prompts in its KV cache."""
 
     @staticmethod
     def takes(model: Any) -> bool:
-        """Whether this model goes on behind what it has read."""
+        """Whether this model can continue from a KV cache in this way."""
         base = model.config
         return not is_shared(model) and base._attn_implementation in ATTENTION and looks_at_all_before(base)
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], pad: int) -> None:
         self.model, self._pad = model, pad
-        self._body = getattr(model, "get_base_model", lambda: model)().get_decoder()  # reading takes no logits
-        self._num_common = common_beginning(prompts, min(map(len, prompts)) - 1)  # the last of each is its own
+        self._body = getattr(model, "get_base_model", lambda: model)().get_decoder()  # the decoder: no logits needed
+        self._num_common = common_beginning(prompts, min(map(len, prompts)) - 1)  # each prompt's last token is left out
         nothing = torch.zeros(1, 0, dtype=torch.long, device=model.device)
         begun = Read(DynamicCache(config=model.config), nothing, nothing.new_zeros(1))
         self._begun = self._read(begun, [prompts[0][: self._num_common]])
 
     def read(self, prompts: Sequence[Tokens]) -> Read:
-        """Some of the prompts, but for their last tokens."""
+        """Read some of the prompts, except for their last tokens."""
         last_B = torch.tensor([int(prompt[-1]) for prompt in prompts], device=self.model.device)
         begun = self._begun.take([0] * len(prompts))
         return replace(self._read(begun, [prompt[self._num_common : -1] for prompt in prompts]), last_B=last_B)
 
     def nll(self, read: Read, answers: Sequence[Tokens]) -> list[float]:
-        """-log p in nats of each answer behind its prompt."""
+        """-log p in nats of each answer after its prompt."""
         width = max(map(len, answers))
         inputs = np.full((len(answers), width), self._pad, dtype=np.int64)
         targets = np.full((len(answers), width), IGNORED, dtype=np.int64)
@@ -86,9 +86,9 @@ class Reader:
         return [values.double().sum().item() for values in nll.cpu().split([len(answer) for answer in answers])]
 
     def greedy(self, read: Read, stops: Collection[int], most: Sequence[int], put: Put) -> list[list[int]]:
-        """The likeliest tokens behind each prompt, until a stop, which is one of them, or as many as `most` says.
+        """Decode greedily after each prompt, up to and including a stop token, or up to its number of tokens in `most`.
 
-        `put` is given each token of all that still go on.
+        `put` receives each step's tokens, one for each prompt that is still being answered.
         """
         found: list[list[int]] = [[] for _ in most]
         rows = list(range(len(most)))
@@ -122,14 +122,14 @@ class Reader:
 
 
 def _behind(read: Read, is_token_BS: torch.Tensor) -> dict[str, Any]:
-    """What a model is given with S more tokens of each prompt, beside them; `read` stays as it is."""
+    """Model inputs, without the token ids, to read S more tokens of each prompt; `read` stays unchanged."""
     is_token = torch.cat([read.is_token_BT, is_token_BS], dim=1)
     positions = (is_token.cumsum(1) - 1).clamp(min=0)[:, read.is_token_BT.shape[1] :]
     return {"cache": _to_grow(read.cache), "attention_mask": is_token, "position_ids": positions, "use_cache": True}
 
 
 def _to_grow(cache: DynamicCache) -> DynamicCache:
-    """The same keys and values, to which others are added: that makes new tensors, so that nothing is copied here."""
+    """A copy of the cache that can grow: updates create new tensors, so keys and values need not be copied here."""
     found = copy.copy(cache)
     found.layers = [copy.copy(layer) for layer in cache.layers]
     return found

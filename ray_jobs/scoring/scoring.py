@@ -1,4 +1,4 @@
-"""Scoring one model on records: log-likelihood of the reference answer, and the greedy answer itself, both batched."""
+"""Scoring one model on records: log-likelihood of the reference answer, and the greedy answer, both batched."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def score(
     advance: Advance,
     marks: Mapping[str, Mark] = MARKS,
 ) -> list[Score]:
-    """Score `model`, in evaluation mode, on every record; `split` and `with_other_prompts` hold the same ones in order.
+    """Score `model`, in evaluation mode, on every record; `split` and `with_other_prompts` hold them in order.
 
     `advance` receives the number of records of each finished batch twice: once for its loss, once for its answers.
     """
@@ -65,7 +65,7 @@ def _reading_once(
     max_new_tokens: int,
     advance: Advance,
 ) -> tuple[list[list[float]], list[str]]:
-    """-log p of each part's answers, and the greedy answers to the first one's prompts, each prompt read once."""
+    """-log p of each part's answers, and the greedy answers to the first part's prompts; each prompt is read once."""
     of_key = {parts[0].prompt(row).tobytes(): parts[0].prompt(row) for row in range(len(parts[0]))}
     numbers, prompts = {key: number for number, key in enumerate(of_key)}, list(of_key.values())
     asked = [[numbers.get(part.prompt(row).tobytes()) for row in range(len(part))] for part in parts]
@@ -90,26 +90,26 @@ def _reading_once(
         advance(2 * len(own))
 
     lengths = np.array([len(prompt) for prompt in prompts])
-    # Twice: losses are taken behind a copy of what was read.
+    # Doubled: losses are computed on a copy of the KV cache.
     longest = int(lengths.max()) + max(max_new_tokens, int(max(part.num_answer_tokens.max() for part in parts)))
     at_once = with_room(batch_size, model.config, 2 * longest, free_bytes(model.device))
     in_batches(lengths, at_once, measure)
     for part, numbers_of, found in zip(parts, asked, nll, strict=True):
-        cut = [row for row, number in enumerate(numbers_of) if number is None]  # to make room for another's answer
+        cut = [row for row, number in enumerate(numbers_of) if number is None]  # to fit another's answer
         for row, loss in zip(cut, label_nll(model, part.take(cut), batch_size, chat.pad), strict=True):
             found[row] = loss
     return nll, texts
 
 
 def _reference(chat: ChatFormat, record: Record, split: TokenizedSplit, row: int) -> str:
-    """The text that the answer is compared with; of tool calls, what the chat template writes for them."""
+    """The text that the answer is compared with; for tool calls, the text that the chat template writes for them."""
     if not record.calls:
         return without_reasoning(record.answer)
     return without_reasoning(chat.text_of(split.answer(row)))
 
 
 def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
-    """Each answer behind the next record's prompt: a random one, as records lie in the order of a hash."""
+    """Pair each answer with the next record's prompt: a random one, as records are in the order of a hash."""
     rows, labels, num_prompt_tokens = [], [], []
     for index in range(len(split)):
         answer = split.answer(index)
@@ -132,7 +132,7 @@ def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
 def label_nll(
     model: Any, split: TokenizedSplit, batch_size: int, pad: int, advance: Advance = lambda _: None
 ) -> list[float]:
-    """-log p in nats of what is labelled in each row of `split`, given what stands before it."""
+    """-log p in nats of the labelled tokens in each row of `split`, given the tokens before them."""
     result = [0.0] * len(split)
 
     def measure(indices: npt.NDArray[np.int64]) -> None:

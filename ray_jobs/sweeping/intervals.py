@@ -1,8 +1,8 @@
-"""How sure a loss, or a difference of two, is: over the records that it was measured on, and over seeds.
+"""Confidence intervals of a loss, or of the difference of two, over the measured records and over seeds.
 
-The mean is that of answer tokens. Its variance is the sum of that of records (each seed meets the same ones) and that
-of seeds (each record meets the same ones), as for two crossed samples; what is left of chance lies in both, so that the
-interval errs on the wide side. Degrees of freedom are Satterthwaite's.
+The mean is per answer token. Its variance is the sum of the variance over records (every seed has the same records)
+and that over seeds (every record has the same seeds), as for two crossed samples; the residual
+variance is part of both, so that the interval tends to be too wide. Degrees of freedom are Satterthwaite's.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 def interval(nll_KN: npt.ArrayLike, tokens_N: npt.ArrayLike) -> tuple[float, float, float]:
     """Mean per token of K seeds on N records, and the two ends of its 95 % interval.
 
-    Of one seed it is over records alone: another training could have come out otherwise.
+    With one seed it covers only the variation over records: another seed could have given a different result.
     """
     from scipy import stats
 
@@ -24,7 +24,7 @@ def interval(nll_KN: npt.ArrayLike, tokens_N: npt.ArrayLike) -> tuple[float, flo
     num_seeds, num_records = nll.shape
     of_seeds = nll.sum(axis=1) / tokens.sum()
     mean = float(of_seeds.mean())
-    # A ratio of two sums, linearised.
+    # Variance of a ratio of two sums, linearised.
     residuals = (nll.mean(axis=0) - mean * tokens) / tokens.mean()
     parts = [(residuals.var(ddof=1) / num_records, num_records - 1)]
     if num_seeds > 1:
@@ -40,5 +40,5 @@ def interval(nll_KN: npt.ArrayLike, tokens_N: npt.ArrayLike) -> tuple[float, flo
 def paired_gain(
     ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], tokens: Sequence[int]
 ) -> tuple[float, float, float]:
-    """How much lower our loss is, seed by seed and record by record, with the ends of its interval."""
+    """How much lower our loss is, paired by seed and by record, and the ends of its 95 % interval."""
     return interval(np.asarray(theirs) - np.asarray(ours), tokens)

@@ -1,4 +1,4 @@
-"""Ray Tune as a sweep uses it: which trial is next, which is stopped early, and what is kept of those that ended."""
+"""Ray Tune integration of a sweep: choosing the next trial, stopping trials early, and recording those that ended."""
 
 import json
 import logging
@@ -28,18 +28,18 @@ KEEP_HALF = 2
 
 
 class PlanSearcher(Searcher):
-    """Hands the points of a plan to Tune."""
+    """A Tune searcher that suggests the points of a plan."""
 
     def __init__(self, plan: Plan, as_config: Callable[[Point], dict[str, Any]]) -> None:
         super().__init__(metric="loss", mode="min")
         self._plan, self._as_config = plan, as_config
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune would keep it, and a sweep goes on from the trials in the store."""
+        """Return no state for Tune to save: a sweep resumes from the trials in the store."""
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """A trial's config; None for none at present."""
+        """The next trial's config; None if there is none at present."""
         match self._plan.next():
             case "wait":
                 return None
@@ -49,17 +49,17 @@ class PlanSearcher(Searcher):
                 return self._as_config(point)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing: `Ledger` takes trials in, before Tune asks for the next."""
+        """Do nothing: `Ledger` records trials, before Tune asks for the next."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing, as above."""
+        """Do nothing, as there is no state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as above."""
+        """Do nothing, as there is no state."""
 
 
 class Ledger(tune.Callback):
-    """Writes every trial that has ended to the plan and wherever `keep` puts it.
+    """Adds every trial that has ended to the plan, and passes it to `keep`.
 
     `report` receives each measurement of a running trial.
     """
@@ -68,21 +68,21 @@ class Ledger(tune.Callback):
         self._plan, self._keep, self._report = plan, keep, report
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as of the searcher."""
+        """Return no state for Tune to save, as in `PlanSearcher`."""
         return {}
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:
-        """A measurement."""
+        """Report a measurement of a running trial."""
         if (record := _record(result["trial"])).status == "running":
             self._report(record)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """It ended by itself, or the scheduler stopped it."""
+        """Record a trial that ended by itself or that the scheduler stopped."""
         record = _record(trial.last_result["trial"])
         self._add(record.model_copy(update={"status": "stopped"}) if record.status == "running" else record)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """It failed, and the sweep goes on without it."""
+        """Record a trial that failed; the sweep continues without it."""
         known = (trial.last_result or {}).get("trial") or trial.config["trial"]
         self._add(
             _record(known).model_copy(
@@ -100,10 +100,10 @@ class Ledger(tune.Callback):
 
 
 class SchedulerPerArm(FIFOScheduler):
-    """Stops trials by comparing each with those of its own method, rank and batch size alone.
+    """Stops trials early, comparing each only with those of the same method, rank and batch size.
 
-    Methods learn at different paces, and what matters within one is the order of its rates. Trials by which methods are
-    compared all go on to their end.
+    Methods learn at different paces; within one, the order of the learning rates is what matters. Trials that compare
+    methods all run to their end.
     """
 
     def __init__(self, make: Callable[[], TrialScheduler]) -> None:
@@ -112,7 +112,7 @@ class SchedulerPerArm(FIFOScheduler):
         self._schedulers: dict[str, TrialScheduler] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as of the searcher."""
+        """Return no state for Tune to save, as in `PlanSearcher`."""
         return {}
 
     def _of(self, trial: Any) -> TrialScheduler | None:
@@ -124,17 +124,17 @@ class SchedulerPerArm(FIFOScheduler):
         return self._schedulers[arm]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial is queued."""
+        """Tell the arm's scheduler that a trial is queued."""
         if scheduler := self._of(trial):
             scheduler.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Whether it goes on."""
+        """Decide whether the trial continues."""
         scheduler = self._of(trial)
         return scheduler.on_trial_result(tune_controller, trial, result) if scheduler else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """It has ended by itself."""
+        """Tell the arm's scheduler that a trial has ended by itself."""
         if scheduler := self._of(trial):
             scheduler.on_trial_complete(tune_controller, trial, result)
 
@@ -148,14 +148,14 @@ def run(
     *,
     storage_path: str,
 ) -> None:
-    """Run the plan's trials to its end, as many at once as the cluster has room for; what one fails with is its own."""
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # trials are kept by the ledger
+    """Run all trials of the plan, as many at once as the cluster has room for; a failed trial does not stop others."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the ledger records trials
     tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=PlanSearcher(plan, as_config),
             scheduler=scheduler,
-            num_samples=-1,  # the plan says when it is done
+            num_samples=-1,  # unlimited: the plan ends the search
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -170,7 +170,7 @@ def _name(trial: Any) -> str:
 
 
 def scheduler(kind: Scheduler, num_steps: int) -> TrialScheduler:
-    """The config's scheduler. Its one cut is halfway: earlier a low rate has had no time to learn."""
+    """The config's scheduler. It stops trials only from halfway on: before, a low rate has not had time to learn."""
     halfway = max(1, num_steps // 2)
     match kind:
         case "none":
@@ -193,7 +193,7 @@ def scheduler(kind: Scheduler, num_steps: int) -> TrialScheduler:
 
 
 def as_config(config: RunConfig, point: Point, num_records: int) -> dict[str, Any]:
-    """What a trial is given: its config, and its record as it stands before it has begun."""
+    """A trial's Tune config: its own config, and its initial record."""
     whole = points.trial_config(config, point, num_records)
     record = Trial(
         name=point.name,

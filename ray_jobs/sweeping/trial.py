@@ -1,7 +1,7 @@
-"""One trial in its worker: a training as a run's own, on a base that the process keeps from one trial to the next.
+"""One trial in its worker: trained like a run's own training, on a base that the process keeps between trials.
 
-Ray Tune calls `run_trial` in a thread of an actor that it uses again for the next trial. Between measurements Tune
-decides whether it goes on; where it does not, `ray.tune.report` ends the thread, and the training with it.
+Ray Tune calls `run_trial` in a thread of an actor that it reuses for the next trial. After each measurement Tune
+decides whether the trial continues; if not, `ray.tune.report` ends the thread, and the training with it.
 """
 
 import functools
@@ -39,22 +39,22 @@ from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.worker import fit
 
 ENDING_S = 60
-"""How long a trial that is stopped may take to release what it holds, before its process is given up for another."""
+"""Seconds that a stopped trial may take to release its resources, before its process is replaced."""
 
 
 @dataclass
 class Course:
-    """How a trial goes: what its record says of it so far."""
+    """The progress of a trial, as kept in its record."""
 
     trial: Trial
     began: float = field(default_factory=time.monotonic)
     free_since: float | None = None
-    """When the trial before it in the same process had ended."""
+    """Time at which the previous trial in the same process ended, on the monotonic clock; None for the first."""
     ended_step: float | None = None
     step_seconds: list[float] = field(default_factory=list)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Note an optimizer step, as the training reports it."""
+        """Record an optimizer step that the training reports."""
         now = time.monotonic()
         if self.ended_step is None:
             seconds = record["elapsed_s"]
@@ -67,20 +67,20 @@ class Course:
         self.trial = self.trial.model_copy(update={"steps": record["step"]})
 
     def measured(self, step: int, loss: float) -> None:
-        """Note a measurement.
+        """Record a measurement.
 
         Raises:
-            Diverged: the loss is no number, or above what the base's own was.
+            Diverged: the loss is NaN, or higher than the base's own.
         """
         start = self.trial.start_loss
         assert start is not None, "measured before the base was"
-        self.ended_step = time.monotonic() if self.ended_step else None  # what it took is no part of the next step
+        self.ended_step = time.monotonic() if self.ended_step else None  # excludes the measurement from step times
         self.trial = self.trial.model_copy(update={"curve": [*self.trial.curve, (step, loss)], "loss": loss})
-        if not loss <= start:  # as no number is
+        if not loss <= start:  # also true for NaN
             raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, and {start:.4g} at its start")
 
     def read(self, role: Role, nll: list[float], *, text: TextLosses, seconds: float) -> None:
-        """Note what the base, before the training, or the candidate after it makes of each passage of general text."""
+        """Record the losses on the passages of general text, of the base before training or the candidate after it."""
         known = self.trial.general_text or text
         self.trial = self.trial.model_copy(
             update={
@@ -90,7 +90,7 @@ class Course:
         )
 
     def record(self, **changes: Any) -> Trial:
-        """The record, as of now."""
+        """The trial's record as of now."""
         known = {"seconds": round(time.monotonic() - self.began, 3)}
         if self.free_since is not None:
             known["waited_s"] = round(self.began - self.free_since, 3)
@@ -107,7 +107,7 @@ def run_trial(
     validation_tokens: StoredTokens,
     passages: Texts,
 ) -> None:
-    """The function of Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
+    """The trainable for Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
     from ray import tune
 
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(ENDING_S)
@@ -133,7 +133,7 @@ def run_trial(
 
 @functools.cache
 def _held() -> HeldBase:
-    """This process's."""
+    """The base that this process holds."""
     return HeldBase()
 
 
@@ -147,9 +147,9 @@ def train_trial(
     held: HeldBase,
     report: Callable[[Trial], None],
 ) -> Trial:
-    """Train to the end, or until it diverges; `report` gets the record at each measurement but the last.
+    """Train to the end, or until the loss diverges; `report` receives the record at each measurement but the last.
 
-    The passages are read where the trial compares methods.
+    The passages of general text are read only if the trial compares methods.
     """
     worker = alone(config)
     measure = functools.partial(
@@ -199,7 +199,7 @@ def train_trial(
 
 
 def make_own_base(config_toml: str) -> None:
-    """Make the base of the method's adapters, unless the store has it."""
+    """Create the base of the method's adapters, unless the store has it."""
     config = config_file.loads(config_toml)
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
@@ -208,7 +208,7 @@ def make_own_base(config_toml: str) -> None:
 
 
 def alone(config: RunConfig) -> Worker:
-    """This process as a group of one, which a training wants to be in."""
+    """Set up this process as a process group of one, which the training code needs."""
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)
     if not use_gpu:
@@ -223,7 +223,7 @@ def alone(config: RunConfig) -> Worker:
 def record_nll(
     model: Any, *, split: TokenizedSplit, batch_size: int, pad: int, device: torch.device
 ) -> npt.NDArray[np.float64]:
-    """Nats of each record's answer, shape (N,)."""
+    """Negative log-likelihood of each record's answer in nats, shape (N,)."""
     model.eval()
     sums = np.zeros(len(split))
     for indices in by_length(split.lengths, batch_size):

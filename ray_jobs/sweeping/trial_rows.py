@@ -1,4 +1,4 @@
-"""A trial as a person reads it: a row of a table, which the command line aligns, and why it failed."""
+"""A trial as text: a row of a table, which the command line aligns, and the reason why it failed."""
 
 import re
 
@@ -11,12 +11,12 @@ _ERROR = re.compile(r"^(?P<module>([a-z_]\w*\.)*)(?P<whole>[A-Z]\w+: (?P<text>.+
 
 
 def header() -> str:
-    """What stands above the rows."""
+    """The header of the table."""
     return " ".join(["|", *COLUMNS])
 
 
 def row(trial: Trial) -> str:
-    """One trial that has ended; none but the last of its columns holds a space."""
+    """The row of a trial that has ended; only its last column may contain spaces."""
     loss = f"{trial.loss:.4f}" if trial.loss is not None else "-"
     took = f" in {duration(trial.seconds)}" if trial.seconds is not None else ""
     why = f": {trial.why}" if trial.why else ""
@@ -31,7 +31,7 @@ def row(trial: Trial) -> str:
 
 
 def cause(message: str) -> str:
-    """What failed, in a line, from what Ray reports: a traceback, or that a process is gone."""
+    """The cause of a failure in one line, from Ray's report: a traceback, or a message that a process died."""
     _, *lines = [line for line in message.splitlines() if line.strip()] or [""]
     errors = [found for line in lines if (found := _ERROR.match(line))]
     if errors:

@@ -1,4 +1,4 @@
-"""What a sweep's losses say, in words: which rate, and whether another method is worth more than plain LoRA."""
+"""The conclusion from a sweep's losses, in words: the best rate, and whether a method is worth more than plain LoRA."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from components.records.sweep import Forgotten, MethodComparison, Trial, Tuned
 from ray_jobs.sweeping.intervals import paired_gain
 
 PLAIN = ("lora", "qlora")
-"""What is plain, in this order, and stays unless another method is clearly better."""
+"""Plain methods in order of preference, one of which is advised unless another method is clearly better."""
 
 
 def reference_of(methods: Sequence[str]) -> str:
@@ -20,14 +20,14 @@ SERVED = {
     "lora-export": "; servers load it after `adapters export --lora`",
     "merged": "; servers load it merged into its base alone",
 }
-"""What serving a method takes, by how it is servable."""
+"""What serving a method requires, by its kind of servability."""
 
 
 def compare(
     tuned: Tuned, ours: Sequence[Trial], plain: Tuned, theirs: Sequence[Trial], servable_as: ServableAs = "lora"
 ) -> MethodComparison | None:
-    """A method against the reference on the seeds that ended well in both; None where fewer than two did, or where
-    there is one record."""
+    """Compare a method with the reference on the seeds that finished with both; None with fewer than two such seeds, or
+    with a single record."""
     by_seed = {trial.seed: trial for trial in theirs}
     pairs = [(trial, by_seed[trial.seed]) for trial in ours if trial.seed in by_seed]
     if len(pairs) < 2 or len(tokens := pairs[0][0].record_tokens) < 2:
@@ -47,8 +47,8 @@ def compare(
 
 
 def advised(comparisons: Sequence[MethodComparison], reference: str, margin: float) -> str:
-    """The method to take: the reference, or of those whose whole interval lies above the margin the one that gains
-    the most."""
+    """The advised method: of those whose whole interval lies above the margin, the one with the largest gain; else the
+    reference."""
     clearly = [each for each in comparisons if each.ci95[0] > margin]
     return max(clearly, key=lambda each: each.gain).method if clearly else reference
 
@@ -83,7 +83,7 @@ def comparison_sentence(each: MethodComparison) -> str:
 
 
 def forgotten_sentence(tuned: Sequence[Tuned]) -> str:
-    """One sentence on what the methods forget; nothing where that was not measured."""
+    """One sentence on what the methods forget; empty where it was not measured."""
     known = [(each.method, each.forgotten) for each in tuned if each.forgotten]
     if not known:
         return ""
@@ -100,7 +100,7 @@ def _rise_text(method: str, forgotten: Forgotten) -> str:
 def verdict(
     best: Tuned, tuned: Sequence[Tuned], comparisons: Sequence[MethodComparison], reference: str, margin: float
 ) -> str:
-    """The whole answer."""
+    """The whole conclusion of the sweep."""
     if not comparisons:
         return f"{rate_sentence(best)}."
     chosen = advised(comparisons, reference, margin)

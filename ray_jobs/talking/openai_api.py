@@ -1,4 +1,4 @@
-"""Requests and answers in the format of OpenAI's chat completions, as far as they are served; pure."""
+"""The supported part of OpenAI's chat completions format, for requests and responses; pure functions."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from ray_jobs.talking.speaker import Said
 from ray_jobs.text.chat_format import without_reasoning
 
 UNSERVED = ("tools", "functions", "stop", "logprobs", "response_format", "logit_bias", "seed")
-"""What would change an answer and is not looked at."""
+"""Unsupported parameters, which are refused since they would change the answer."""
 NEUTRAL: Mapping[str, Any] = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
-"""What is taken at these values alone."""
+"""Parameters that are accepted only at these values."""
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked one."""
+    """A validated request."""
 
     model: str
     turns: Sequence[Message]
@@ -29,7 +29,7 @@ class Request:
 
 
 def request(body: Any) -> Request:
-    """Raises UserError where the body is none, or asks for what is not served."""
+    """Parse and validate the body; raises UserError where it is not a request or asks for something unsupported."""
     if not isinstance(body, dict):
         raise UserError("the body is not a JSON object")
     if unserved := [name for name in UNSERVED if body.get(name)]:
@@ -60,12 +60,12 @@ def _turn(message: Any) -> Message:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise UserError("messages: content: expected text, or parts of text")
-    # As a chat keeps its turns: what a model thought is no part of the conversation.
+    # Without reasoning, as in a chat: it is not part of the conversation.
     return Message(role, without_reasoning(content) if role == "assistant" else content)
 
 
 def models(names: Sequence[str], *, since: int) -> dict[str, Any]:
-    """The answer to GET /v1/models."""
+    """The response to GET /v1/models."""
     return {
         "object": "list",
         "data": [{"id": name, "object": "model", "created": since, "owned_by": "fineloop"} for name in names],
@@ -73,7 +73,7 @@ def models(names: Sequence[str], *, since: int) -> dict[str, Any]:
 
 
 def completion(name: str, said: Said, *, number: int) -> dict[str, Any]:
-    """The answer to a request that is no stream."""
+    """The response to a request without streaming."""
     message = {"role": "assistant", "content": said.text}
     usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens}
     return {
@@ -84,13 +84,13 @@ def completion(name: str, said: Said, *, number: int) -> dict[str, Any]:
 
 
 def chunk(name: str, delta: Mapping[str, str], *, number: int, said: Said | None = None) -> dict[str, Any]:
-    """A piece of a stream; the last one is given what was `said`."""
+    """A chunk of a streamed response; the last one receives `said`, the whole answer."""
     choice = {"index": 0, "delta": dict(delta), "finish_reason": _reason(said) if said else None}
     return {**_head(name, "chat.completion.chunk", number), "choices": [choice]}
 
 
 def error(message: str, *, kind: str) -> dict[str, Any]:
-    """What went wrong."""
+    """An error response."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 

@@ -1,4 +1,4 @@
-"""Bounds for what a config brings along to be run here, such as a pattern."""
+"""Limits of time and memory for code that a config brings along, such as a regular expression."""
 
 import contextlib
 import signal
@@ -9,20 +9,21 @@ from typing import Any
 from components.shared import memory
 
 SECONDS = 10.0
-"""A template writes a record in a thousandth of one."""
+"""Default time limit; a chat template renders a record in about a millisecond."""
 MORE_BYTES = 128 * 2**20
-"""Several times the longest text of a record. Numbers of so many digits take no longer to multiply than minutes."""
+"""Default memory limit, several times the longest text of a record. Multiplying numbers that fit it takes minutes at
+most."""
 
 
 @contextlib.contextmanager
 def bounded(seconds: float = SECONDS, more_bytes: int = MORE_BYTES) -> Iterator[None]:
-    """Give what is done here so much time, and so much memory beyond what the process has.
+    """Limit the time of the code within, and the memory it may use beyond what the process has already.
 
-    Time is taken in a process's main thread alone, where tokenising happens; others have no end to theirs.
+    Time is limited only in a process's main thread, where tokenisation runs; in other threads it is unlimited.
 
     Raises:
-        TimeoutError: it took longer.
-        MemoryError: it needs more.
+        TimeoutError: the code took longer.
+        MemoryError: the code needs more memory.
     """
     with memory.at_most(more_bytes):
         if threading.current_thread() is not threading.main_thread():

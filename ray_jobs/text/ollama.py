@@ -1,8 +1,8 @@
-"""A Modelfile for Ollama: the chat template as Ollama's Go templates write it, stops, context and decoding.
+"""Writing a Modelfile for Ollama: the chat template as a Go template, stop strings, context length and decoding.
 
-Ollama does not run the template inside a GGUF. It looks for a similar one among some twenty of its own, and where none
-is, it sends what was typed as it is (ollama v0.17: docs/template.mdx, template/template.go). So the template is found
-out here by what it writes between turns, and written for Ollama.
+Ollama does not run the template inside a GGUF. It looks for a similar one among about twenty of its own, and if there
+is none, sends the prompt without a template (ollama v0.17: docs/template.mdx, template/template.go). So this module
+determines the text that the template writes between turns, and writes a Go template with it.
 """
 
 import json
@@ -12,19 +12,19 @@ from itertools import pairwise
 
 Prompt = Callable[[Sequence[Mapping[str, str]]], str]
 Joints = Mapping[tuple[str, str], str]
-"""What a template writes between a turn of one role and the next; "" stands for the beginning, and for the end."""
+"""Text that a template writes between a turn of one role and a turn of the next; "" means the beginning or the end."""
 ALONE = (("user",), ("user", "assistant", "user"), ("user", "assistant", "user", "assistant", "user"))
 WITH_SYSTEM = (("system", "user"), ("system", "user", "assistant", "user"))
 USUAL_CONTEXT = 4096
-"""Tokens that Ollama keeps on small machines, where nothing says how many (docs/context-length.mdx)."""
+"""Ollama's default context in tokens on small machines (docs/context-length.mdx)."""
 QUOTES = '"""'
 
 
 def joints(prompt: Prompt, bos: str) -> Joints | None:
-    """What the template writes around turns, where `prompt` gives the text that a model is to go on with.
+    """Determine the text that the template writes around turns; `prompt` renders turns into the text to be continued.
 
-    `bos` is left out at the beginning, for whoever reads the file puts it there. None where the text around a turn
-    depends on more than its role and the role before it. Without system turns where it refuses or loses them.
+    `bos` is removed from the beginning, as the program that reads the GGUF adds it. None where the text around a turn
+    depends on more than its role and the previous role. Without system turns if the template refuses or drops them.
     """
     found = _joints(prompt, ALONE, bos)
     return None if found is None else _joints(prompt, ALONE + WITH_SYSTEM, bos) or found
@@ -46,7 +46,7 @@ def _joints(prompt: Prompt, conversations: Sequence[Sequence[str]], bos: str) ->
 
 
 def go_template(joints: Joints) -> str:
-    """The template in Go, over the messages as Ollama gives them: never two of one role in a row."""
+    """The template in Go, for messages as Ollama passes them: never two of the same role in a row."""
 
     def text(before: str, after: str) -> str:
         return f"{{{{ {json.dumps(joints[before, after], ensure_ascii=False)} }}}}"
@@ -72,7 +72,7 @@ def go_template(joints: Joints) -> str:
 
 
 def modelfile(gguf: str, *, title: str, template: str, system: str, stops: Sequence[str], context: int) -> str:
-    """The Modelfile beside the file `gguf`, for greedy answers, as evaluation's are. `context` is in tokens."""
+    """The Modelfile for the GGUF beside it, with greedy decoding as in evaluation. `context` is in tokens."""
     lines = [f"# {title}", f"FROM ./{gguf}"]
     lines += [f"TEMPLATE {QUOTES}{template}{QUOTES}"] if template else []
     lines += [f"SYSTEM {QUOTES}{system}{QUOTES}"] if system else []

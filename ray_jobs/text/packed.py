@@ -2,9 +2,9 @@
 
     [common] [rest of record 1] [rest of record 2] ... [rest of record N]
 
-A causal model computes the common prefix, a system message and an instruction, alike for every record; so it is
-computed once, and receives the gradients of all records. What a layer does to each token by itself takes fewer tokens;
-only attention knows of records: each token attends to the common prefix and to the earlier tokens of its own record.
+In a causal model the common prefix (a system message, an instruction) has the same activations in every record; so it
+is computed once, and receives the gradients of all records. Layers that process tokens separately handle fewer tokens.
+Only attention handles records: each token attends to the common prefix and to the earlier tokens of its own record.
 
 Shapes: N records, T tokens of the row, C of the common prefix, S of the longest rest, X heads of D.
 """
@@ -26,17 +26,17 @@ from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, common_begi
 
 CPU = torch.device("cpu")
 WORTH = 0.1
-"""Share of the padded tokens that packing must save: less does not pay for taking the row apart in every layer."""
+"""Share of the padded tokens that packing must save: below that, splitting the row in every layer costs more."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A micro-batch as a model takes it."""
+    """A packed micro-batch, as input of a model."""
 
     input_ids: Tensor
-    """int64 (1, T)."""
+    """Token ids, int64 (1, T)."""
     targets: Tensor
-    """What follows each token in its record, or IGNORED: int64 (1, T)."""
+    """The token that follows each token in its record, or IGNORED: int64 (1, T)."""
     packing: Packing
 
 
@@ -51,7 +51,7 @@ def records_nll(
 ) -> Tensor:
     """-log p in nats of each labelled token of the records at `indices`, float32 of shape (A,), record after record.
 
-    `model` may be a transformers model, a peft model or a DeepSpeed engine; its records go packed where they may.
+    `model` may be a transformers model, a peft model or a DeepSpeed engine; records are packed where possible.
     """
     row = pack(split, indices) if packs and takes(model, int(split.lengths[indices].max())) else None
     if row is None:
@@ -70,18 +70,18 @@ def records_nll(
 
 
 def takes(model: Any, longest: int) -> bool:
-    """Whether records of up to `longest` tokens may be packed for this model: its attention knows how."""
+    """Whether records of up to `longest` tokens may be packed for this model: its attention must support it."""
     base = getattr(model, "module", model).config
     return base._attn_implementation in (FLOAT32, RECORDS) and looks_at_all_before(base, longest)
 
 
 def wanted(config: RunConfig) -> bool:
-    """Whether a training's records may be. With dropout the common prefix would lose the same for all of them."""
+    """Whether a training's records may be packed. Dropout would be the same on the common prefix for all records."""
     return config.train.packing and not config.method.dropout
 
 
 def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) -> Row | None:
-    """The records in one row; None where that saves too little."""
+    """Pack the records into one row; None where that saves too little."""
     records = [split.tokens[split.offsets[i] : split.offsets[i + 1]].astype(np.int64) for i in indices]
     labelled = [split.labelled[split.offsets[i] : split.offsets[i + 1]] for i in indices]
     common = common_beginning(records, min(map(_before_labels, labelled)))
@@ -105,6 +105,6 @@ def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) 
 
 
 def _before_labels(flags: npt.NDArray[np.bool_]) -> int:
-    """Tokens that may be read for other records too: none that is to be learned, nor what its loss is taken at."""
+    """Tokens that other records may share: none that is labelled, nor the one whose logits predict the first label."""
     first = int(flags.argmax()) if flags.any() else len(flags)
     return max(0, first - 1)

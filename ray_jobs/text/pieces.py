@@ -1,4 +1,4 @@
-"""The tokens of texts in pieces: prompt and answer, alternating, each as generation will see it."""
+"""Tokenising texts in pieces, prompt and answer in turn, with each piece's tokens as generation will see them."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CHARACTERS_AT_ONCE = 2**20  # of rows that are encoded together: an encoding takes 100 B for each token
+CHARACTERS_AT_ONCE = 2**20  # of rows tokenised together: an encoding takes 100 B per token
 
 
 def read(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The tokens of each piece of each row, as the piece follows those before it: shapes [rows][pieces][tokens].
+    """Tokenise each piece of each row in its context, after the pieces before it: shapes [rows][pieces][tokens].
 
-    Alone a text may read otherwise: a SentencePiece tokenizer begins it with a space that is not there. Only where two
-    pieces merge over their border is the second read alone, since generation will see the first one's tokens.
+    A text alone may have other tokens: a SentencePiece tokenizer adds a space in front. Only where two pieces merge
+    across their border is the second tokenised alone, since generation will see the tokens of the first.
     """
     sizes = np.cumsum([sum(map(len, row)) for row in rows])
     parts = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(sizes // CHARACTERS_AT_ONCE)) + 1)
@@ -21,10 +21,10 @@ def read(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]
 
 
 def _read_whole(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The same of rows that are read together, each of them once where its borders allow that.
+    """Tokenise rows as whole texts in one call, and split the tokens where the borders allow that.
 
-    A tokenizer splits a text at its added tokens first, and reads what lies between by itself. So the beginning of a
-    row up to a border reads as in the whole row wherever its tail, from the last added token on, does.
+    A tokenizer first splits a text at its added tokens, and tokenises the parts in between separately. So the beginning
+    of a row up to a border has the same tokens as in the whole row if its tail, from the last added token on, has.
     """
     encodings = _encode(tokenizer, ["".join(row) for row in rows]).encodings or [] if rows else []
     added = frozenset(tokenizer.added_tokens_decoder)
@@ -41,22 +41,22 @@ def _read_whole(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list
 
 
 class _Border(NamedTuple):
-    """Where a piece of a row ends."""
+    """The end of a piece in a row."""
 
     start: int
-    """The last added token before it."""
+    """Index of the last added token before the border; 0 where there is none."""
     end: int
-    """The first token behind it."""
+    """Index of the first token after the border."""
     tail: str
-    """The text between the two."""
+    """Text from `start` up to the border."""
 
 
 def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[_Border] | None:
-    """None where they do not lie between two tokens."""
+    """The borders between a row's pieces; None where one does not lie between two tokens."""
     text, ids, found, end = "".join(row), encoding.ids, [], 0
     for piece in row[:-1]:
         end += len(piece)
-        # A tokenizer of bytes counts the spaces before a word to it, and leaves them out of where it says the word is.
+        # A byte-level tokenizer makes spaces before a word part of its token, but excludes them from its offsets.
         behind = encoding.char_to_token(len(text) - len(text[end:].lstrip(" ")))
         if not behind:
             return None
@@ -83,5 +83,5 @@ def _read_from_beginnings(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Any:
-    # The template has written every special token that belongs there, a beginning-of-sequence token included.
+    # The template has already written all special tokens, including a beginning-of-sequence token.
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)

@@ -1,10 +1,10 @@
 """Chat templates, rendered in a child process whose time and memory the kernel limits.
 
-A template is a program that comes with a base. jinja's sandbox keeps it from the machine but lets it take all time and
-memory, and no signal handler ends a power or a comparison that stays within one function of C. Any record may be the
-one that triggers this. So each process that renders has one child, which does what transformers'
-`render_jinja_template` does, call after call, with a limit of processor time for each message. `install` replaces that
-function by one that calls the child, for all callers of `apply_chat_template`, lm-eval among them.
+A template is a program that comes with a base. jinja's sandbox isolates it from the machine but does not limit its time
+and memory, and a signal handler cannot interrupt a power or a comparison inside a single C function. Any record may
+trigger this. So each process that renders has one child process, which runs transformers' `render_jinja_template`, call
+after call, with a limit of CPU time for each message. `install` replaces that function by one that calls the child, for
+all callers of `apply_chat_template`, including lm-eval.
 """
 
 import atexit
@@ -29,7 +29,7 @@ from components.shared.errors import ConfigError, JobError
 from ray_jobs.text.bounded import MORE_BYTES, SECONDS
 
 CALLS = 32
-"""In one message, so that waiting for another process does not cost more than the templates."""
+"""Number of calls in one message, so that communication does not cost more than rendering."""
 Call = dict[str, Any]
 """Arguments of transformers' `render_jinja_template`, by name."""
 _one_at_a_time, _local = threading.Lock(), threading.local()
@@ -37,11 +37,11 @@ _child: subprocess.Popen[bytes] | None = None
 
 
 class RefusedByTemplate(Exception):
-    """A template makes nothing of such turns: jinja's own error, or what the template's expressions raised."""
+    """The template does not accept these turns: jinja's own error, or one that the template's expressions raised."""
 
 
 def install() -> None:
-    """Let transformers render chat templates in the child from now on, in this process; does not wait for the child."""
+    """Have transformers render this process's chat templates in the child from now on; does not wait for the child."""
     from transformers import tokenization_utils_base
 
     tokenization_utils_base.render_jinja_template = _apart
@@ -50,10 +50,10 @@ def install() -> None:
 
 
 def together(tokenizer: Any, asked: Iterable[Mapping[str, Any]]) -> list[str | RefusedByTemplate]:
-    """What the tokenizer's `apply_chat_template` makes of each of these arguments, or why it makes nothing of them.
+    """The results of the tokenizer's `apply_chat_template` for each of these arguments, or the errors that it raised.
 
     Raises:
-        ConfigError: the template takes more time or memory than one needs.
+        ConfigError: the template takes too much time or memory.
     """
     install()
     calls: list[Call | RefusedByTemplate] = []
@@ -61,8 +61,8 @@ def together(tokenizer: Any, asked: Iterable[Mapping[str, Any]]) -> list[str | R
     try:
         for arguments in asked:
             try:
-                tokenizer.apply_chat_template(**arguments, tokenize=False)  # gets as far as `_apart`
-            except Exception as exc:  # of many kinds, for turns that it refuses; callers name the record
+                tokenizer.apply_chat_template(**arguments, tokenize=False)  # calls `_apart`
+            except Exception as exc:  # many types, for turns that the template refuses; callers name the record
                 calls.append(RefusedByTemplate(str(exc)))
     finally:
         _local.calls = None
@@ -72,7 +72,7 @@ def together(tokenizer: Any, asked: Iterable[Mapping[str, Any]]) -> list[str | R
 
 
 def _apart(**call: Any) -> Any:
-    """transformers' `render_jinja_template`: the texts of the conversations, and where the assistant speaks in each."""
+    """Replacement of transformers' `render_jinja_template`: the rendered texts, and the assistant's spans in each."""
     if (calls := getattr(_local, "calls", None)) is not None:
         calls.append(call)
         return [""], []
@@ -95,7 +95,7 @@ def _answer(calls: Sequence[Call]) -> list[Any]:
             child.stdin.flush()
             line = child.stdout.readline()
         finally:
-            if not line:  # it has ended, or the wait for it was interrupted
+            if not line:  # the child has ended, or waiting for it was interrupted
                 _end(child)
     if not line and child.returncode > 0:
         raise JobError(f"the process that renders chat templates ended with exit code {child.returncode}")
@@ -127,11 +127,11 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _serve() -> None:
-    """The child: answers each line of input by a line, until its input ends."""
+    """Run as the child process: answer each line of input with one line, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # other output goes to stderr
     render = _renderer()
     for line in sys.stdin.buffer:
         message = json.loads(line)
@@ -151,12 +151,12 @@ def _found(render: Any, call: Call) -> Any:
         return render(**call)
     except (MemoryError, RecursionError):
         raise
-    except Exception as exc:  # jinja's own, and whatever the template's expressions raise
+    except Exception as exc:  # jinja's errors, and any that the template's expressions raise
         return str(exc)
 
 
 def _renderer() -> Any:
-    """transformers' own, without what its packages import beside it: half a second for each process that renders."""
+    """transformers' function without its packages' other imports, which would take half a second in each process."""
     root = next(iter(getattr(find_spec("transformers"), "submodule_search_locations", [])))
     for name, path in (("transformers", root), ("transformers.utils", f"{root}/utils")):
         sys.modules[name] = ModuleType(name)

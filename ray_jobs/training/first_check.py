@@ -1,4 +1,4 @@
-"""The first check of a training: the loss of the model in one piece, then of the model as it is sharded."""
+"""The check before the first step of a training: comparing the loss of the unsharded and of the sharded model."""
 
 import math
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class FirstCheck:
-    """Whether the sharded model gives the loss of the unsharded one before its first step; see `step_zero`."""
+    """Checks that the sharded model has the loss of the unsharded one before its first step; see `step_zero`."""
 
     config: RunConfig
     base: base_model.Base
     probe: dict[str, torch.Tensor]
     start: Mapping[str, torch.Tensor] | None
     on_cpu: Kernels
-    """What takes the products of the whole model on a CPU."""
+    """Kernels for the products of the whole model on a CPU."""
     expected: float = math.nan
 
     @property
     def is_read_alone(self) -> bool:
-        """Whether the base's loss is read layer by layer from its files, without an adapter."""
+        """Whether the base's loss is computed layer by layer from its files, without an adapter."""
         return self.config.train.zero_stage == 3 and not base_model.is_quantised(self.base)
 
     def measure_whole(self, worker: Worker, store: Store) -> None:
-        """Under ZeRO-3, on rank 0, before anything is sharded."""
+        """Compute the expected loss under ZeRO-3, on rank 0, before anything is sharded."""
         if self.config.train.zero_stage < 3 or worker.rank > 0:
             return
         if self.is_read_alone:
@@ -46,13 +46,13 @@ class FirstCheck:
             self.expected = step_zero.probe_loss(whole, self.probe, torch.device("cpu"))
 
     def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
-        """Below ZeRO-3, where every worker holds the whole model."""
+        """Compute the expected loss below ZeRO-3, where every worker holds the whole model."""
         if self.config.train.zero_stage < 3:
             self.expected = step_zero.probe_loss(adapted, self.probe, worker.device)
 
     def require_same(self, engine: Any, worker: Worker) -> None:
-        """Compare; raises as `step_zero.require_same_loss`."""
-        # A fresh adapter changes nothing yet; what LoftQ or an earlier version begins with does.
+        """Compare the losses; raises as `step_zero.require_same_loss` does."""
+        # A fresh adapter does not change the loss; the initial weights of LoftQ or of an earlier version do.
         is_fresh = self.start is None and self.config.method.row.init == "default"
         with_adapter = is_fresh or not self.is_read_alone
         loss = step_zero.probe_loss(engine.module, self.probe, worker.device, with_adapter=with_adapter)

@@ -1,4 +1,4 @@
-"""A worker's place in its group."""
+"""A worker in its process group."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from ray_jobs.kernels.door import PLAIN, Kernels
 
 @dataclass(frozen=True)
 class Worker:
-    """Where this process stands in the group."""
+    """This process's rank, device and dtypes in its process group."""
 
     rank: int
     num_workers: int
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
-    """What weights, activations and gradients are in, the same for all of the group."""
+    """The dtype of weights, activations and gradients, the same for the whole group."""
     kernels: Kernels = PLAIN
-    """What takes its products, the same for all of the group."""
+    """The kernels of the worker's products, the same for the whole group."""

@@ -1,4 +1,4 @@
-"""The training function of Ray Train. Its controller imports this as well and waits for it, so it imports little."""
+"""The training function for Ray Train. Its controller imports this module and waits for it, so it imports little."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The training function of Ray Train: `ray_jobs.training.worker.train`, of what `arguments` refer to.
+    """Ray Train's training function: runs `ray_jobs.training.worker.train` with the objects `arguments` refer to.
 
-    With a `board` among them workers receive their job there, once the driver knows it, and stand by afterwards.
+    With a `board` in the arguments, workers receive their job from it, once the driver has one, and then stand by.
     """
     import ray
     import ray.train
@@ -35,7 +35,7 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     job: TrainJob = what["job"]
     job.watch.lap("workers start")
-    # References, as reading what they refer to imports more than the controller needs.
+    # Passed as references: deserialising these objects imports more than the controller needs.
     tokens = ray.get([what["train_tokens"], what["eval_tokens"]])
     if board is None:
         return worker.train(job, *tokens)
@@ -46,7 +46,7 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measuring(held: "HeldBase", rank: int) -> standby.Measure:
-    """How a worker measures on the base that it has trained on, once it has given back what only a training needs."""
+    """Release what only training needs, and return the function that measures on the base held since training."""
     from ray_jobs import entry
     from ray_jobs.kernels import allocator
     from ray_jobs.scoring import STEP

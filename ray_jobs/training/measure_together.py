@@ -1,6 +1,6 @@
-"""Measuring models on a base that no worker holds whole: its workers hold it together, as they do to train on it.
+"""Measuring models on a base that no single worker can hold: the workers shard it, as in training.
 
-All workers take the same steps: under ZeRO-3 every pass through a layer is a collective operation.
+All workers take the same steps: under ZeRO-3 every layer's forward pass is a collective operation.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The function of Ray Train. Returns, on rank 0, the result of all records."""
+    """The function for Ray Train. On rank 0, returns the results of all records."""
     import ray.train
 
     contenders: Sequence[Contender] = arguments["contenders"]
@@ -44,9 +44,9 @@ def measure_together(
     probes: Probes,
     worker: Worker,
 ) -> ShardResult:
-    """Measure every contender on all records and by all probes; the same on every worker of a process group.
+    """Measure every contender on all records and with all probes, which the workers share; the same result on each.
 
-    They share them out.
+    Call it on every worker of a process group.
 
     Raises:
         DataError: no record fits the context.
@@ -78,14 +78,14 @@ def measure_together(
 
 
 def _dealt(count: int, worker: Worker) -> list[int]:
-    """A worker's rows: as many for each, beginning again where there are too few, as all take part in every batch."""
+    """A worker's rows, as many for each worker, since all take part in every batch; rows repeat to fill up."""
     dealt = np.resize(np.arange(count), -(-count // worker.num_workers) * worker.num_workers)
     rows: list[int] = dealt[worker.rank :: worker.num_workers].tolist()
     return rows
 
 
 def _gathered(rows: Sequence[int], found: Sequence[T], worker: Worker) -> list[T]:
-    """What all workers have found, in the order of the rows."""
+    """All workers' results, in the order of the rows."""
     parts: list[dict[int, T]] = [{} for _ in range(worker.num_workers)]
     dist.all_gather_object(parts, dict(zip(rows, found, strict=True)))
     together = {row: value for part in parts for row, value in part.items()}

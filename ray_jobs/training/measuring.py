@@ -1,4 +1,4 @@
-"""The workers that measure an evaluation's models: each by itself, or all together on a base that none holds whole."""
+"""Distributing an evaluation's measurements: over workers that each hold the base, or a group that shards it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,13 +31,13 @@ def measured_apart(
     kernels: Kernels | None = None,
     standby: Standby | None = None,
 ) -> Found:
-    """A share of records and probes by each of several workers, which hold the base by themselves.
+    """Measure shares of records and probes on several workers, each of which holds the whole base.
 
-    They are the training's where those are still there, and Ray tasks where they are not.
+    These are the training's workers if they are still there, and Ray tasks otherwise.
     """
     import ray
 
-    # Two records at least in each: an answer is also read behind another record's prompt.
+    # At least two records in each: an answer is also scored after another record's prompt.
     num_shards = max(1, min(config.ray.max_workers, len(records) // 2))
     say(STEP, f"{counted(len(records), 'record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
     shards = [records[start::num_shards] for start in range(num_shards)]
@@ -79,7 +79,7 @@ def measured_together(
     kernels: Kernels | None = None,
     name: str = "ray-evaluate",
 ) -> Found:
-    """All records by a group of workers, which share the base out as they do to train on it."""
+    """Measure all records on a group of workers, which shard the base as in training."""
     from ray_jobs.training import measure_together, trainer
 
     workers = f"{config.ray.max_workers} workers that hold the base together"
@@ -97,12 +97,12 @@ def _names(contenders: Sequence[Contender]) -> str:
 
 
 def _dealt(index: int, of: int, count: int) -> range:
-    """A worker's rows of so many: every `of`-th from `index` on."""
+    """A worker's rows out of `count`: every `of`-th, starting at `index`."""
     return range(index, count, of)
 
 
 def _kernels(config: RunConfig, base: base_model.Base, num_workers: int, resources: Mapping[str, int]) -> Kernels:
-    """What every task multiplies in: measured where they run, the slowest of each dtype counts."""
+    """The kernels of every task: measured where the tasks run, with the slowest rate for each dtype."""
     import ray
 
     if config.ray.use_gpu:
@@ -116,7 +116,7 @@ def _kernels(config: RunConfig, base: base_model.Base, num_workers: int, resourc
 
 
 def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:
-    """What this worker multiplies at; runs as a Ray task, whose process the shard's own will find warm."""
+    """Measure this worker's rates; runs as a Ray task, whose warm process the measurement then reuses."""
     import torch
 
     entry.quiet_libraries()

@@ -22,7 +22,7 @@ MEASURED = {
 
 
 def model_card(config: RunConfig, lineage: Mapping[str, Any]) -> str:
-    """What the adapter is, its base, how it was made and how to load it. Markdown."""
+    """The model card: what the adapter is, its base, how it was trained and how to load it. Markdown."""
     training, dataset, recipe = lineage["training"], lineage["dataset"], lineage["recipe"]
     identity = ", ".join(f"{key} `{value}`" for key, value in lineage["base"]["identity"].items())
     eval_loss = training["eval_loss"]
@@ -90,7 +90,7 @@ def _serving(lineage: Mapping[str, Any]) -> str:
 
 
 def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
-    """The README.md of an exported folder: what it is, what it was made from and how far it is from that. Markdown."""
+    """The README.md of an exported folder: what it is, its source, and how far the two differ. Markdown."""
     base = record["base_model"]
     is_lora = record["form"] == "lora"
     read_by = {

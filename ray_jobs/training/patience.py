@@ -1,4 +1,4 @@
-"""Patience with a store that is away: a training of days does not end because of some minutes of it."""
+"""Retrying while the store is unreachable, so that a training of days survives some minutes without it."""
 
 import logging
 import time
@@ -14,22 +14,22 @@ AGAIN_S = 10.0
 
 
 def is_away(exc: StoreError) -> bool:
-    """Whether the store could not be reached, or refused; nothing that it holds was wrong."""
+    """Whether the store could not be reached, or refused the request; false where its content is wrong."""
     return type(exc) is StoreError
 
 
 class Patience:
-    """Counts how long a store has been away."""
+    """Tracks how long the store has been unreachable."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._since: float | None = None
 
     def lose(self, exc: StoreError, then: str) -> None:
-        """The store is away; `then` says what goes on meanwhile.
+        """Record that the store is unreachable; `then` says what continues meanwhile, for the log.
 
         Raises:
-            StoreError: `exc`, where that is no matter of patience, or there is none left.
+            StoreError: `exc`, where retrying would not help, or the time is up.
         """
         now = time.monotonic()
         self._since = now if self._since is None else self._since
@@ -39,15 +39,15 @@ class Patience:
         logger.warning("%s, for another %.0f s at most (train.store_patience_s): %s", then, left, exc)
 
     def regain(self) -> None:
-        """The store is there again."""
+        """Record that the store is reachable again."""
         self._since = None
 
 
 def patiently(seconds: float, act: Callable[[], T], then: str) -> T:
-    """What `act` gives, tried again while the store is away.
+    """Call `act`, and retry while the store is unreachable; returns its result.
 
     Raises:
-        StoreError: it was away for longer, or has something that is wrong.
+        StoreError: the store was unreachable for too long, or its content is wrong.
     """
     patience = Patience(seconds)
     while True:

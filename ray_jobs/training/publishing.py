@@ -1,4 +1,4 @@
-"""What a training publishes: the adapter, its tokenizer, its model card, and the lineage of how it was made."""
+"""Publishing the result of a training: the adapter, its tokenizer, its model card, and its lineage."""
 
 import os
 import tempfile
@@ -28,7 +28,7 @@ from ray_jobs.training.train_loop import TrainedAdapter
 def recipe_of(
     config: RunConfig, adapted: Any, original: base_model.Base, base: base_model.Base, worker: Worker
 ) -> dict[str, Any]:
-    """What was built, for the lineage. Counted before training: an NF4 layer holds two weights in each stored byte."""
+    """What was built, for the lineage. Counted before training: an NF4 layer stores two weights in each byte."""
     trainable, total = adapted.get_nb_trainable_parameters()
     modules = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
     parameters = sorted({".".join(name.split(".")[-2:]) for name in adapted.targeted_parameter_names})
@@ -62,7 +62,7 @@ def publish(
     started_at: datetime,
     usage: Usage | None = None,
 ) -> Version:
-    """Publish what was trained as a version, which nobody sees before it is complete; on rank 0 alone."""
+    """Publish the trained adapter as a version, which is not visible before it is complete; on rank 0 only."""
     progress = trained.progress
     base = base_model.resolve(config.model, recorded=job.base.identity)
     record = lineage.build_lineage(
@@ -105,7 +105,7 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
         folder = Path(scratch)
         build.save(adapted, folder)
-        # A server must prompt the adapter as it was trained: a base may have no chat template, or change its own.
+        # Servers must prompt the adapter as in training: a base may have no chat template, or change its own.
         chat_format.load(base, config.model).tokenizer.save_pretrained(folder)
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
         files["README.md"] = model_card(config, record).encode()

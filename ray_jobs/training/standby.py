@@ -5,10 +5,10 @@ New processes for the measurement would import everything again, and read and qu
 longer than many records.
 
 Ray Train's `fit` returns when the last worker has ended, so the driver waits for it in a thread. It communicates with
-the workers through an actor, the board: the driver puts there what to train and then what to measure, rank 0 puts the
-training's result, and each worker its measurements. Losing one worker loses all of them: Ray Train ends the group, or
-starts another, which trains again, or finds its training done and ends. The driver notices in its thread, and measures
-on other processes.
+the workers through an actor, the board: the driver puts the training job there and then the measurement tasks, rank 0
+the training's result, and each worker its measurements. Losing one worker loses all of them: Ray Train ends the group,
+or starts another, which trains again, or finds the training done and ends. The driver notices in its thread, and
+measures on other processes.
 
 Ray Train's controller and the board import this module, so it imports little. What passes through the board is an
 object reference in a list, which Ray does not resolve: to do so, the board would import all model code first.
@@ -29,13 +29,13 @@ Task = Mapping[str, Any]
 Measure = Callable[[Task], Any]
 
 POLL_S = 0.5
-"""How often the driver looks whether the workers are still there while it waits for them."""
+"""Seconds between checks whether the workers are still there, while the driver waits for them."""
 ENDING_S = 10.0
-"""How long workers may take to end that have nothing to do."""
+"""Seconds that idle workers may take to end."""
 
 
 class Board:
-    """What driver and workers leave for each other; an actor."""
+    """An actor through which the driver and the workers exchange tasks and results."""
 
     def __init__(self, num_workers: int) -> None:
         self._tasks: list[asyncio.Queue[list[Any] | None]] = [asyncio.Queue() for _ in range(num_workers)]
@@ -47,54 +47,54 @@ class Board:
         self._begun: set[int] = set()
 
     async def give(self, job: list[Any]) -> None:
-        """The driver says what is to be trained."""
+        """Called by the driver: set the training job."""
         self._job = job
         self._is_given.set()
 
     async def job(self) -> list[Any] | None:
-        """The same to a worker, as soon as it is there; None where there is nothing to train after all."""
+        """Called by a worker: wait for the training job; None where there is nothing to train after all."""
         await self._is_given.wait()
         return self._job
 
     async def report(self, answer: dict[str, Any]) -> None:
-        """Rank 0 says what the training gave."""
+        """Called by rank 0: set the training's result."""
         self._answer = answer
         self._is_trained.set()
 
     async def is_trained(self, rank: int) -> bool:
-        """Whether it has, to a worker that begins in the place of one that was lost."""
+        """Whether the training's result is set, for a worker that replaces a lost one; False on a rank's first call."""
         began_before = rank in self._begun
         self._begun.add(rank)
         return began_before and self._is_trained.is_set()
 
     async def answer(self) -> dict[str, Any]:
-        """The same, as soon as it is there."""
+        """Wait for the training's result."""
         await self._is_trained.wait()
         return self._answer
 
     async def measure(self, tasks: Sequence[list[Any]]) -> list[list[Any]]:
-        """Give the first ranks a task each, and return what they found."""
+        """Give the first ranks one task each, and return their results."""
         for queue, task in zip(self._tasks, tasks, strict=False):
             queue.put_nowait(task)
         return [await found.get() for found, _ in zip(self._found, tasks, strict=False)]
 
     async def end(self) -> None:
-        """There is nothing more to do."""
+        """Release all workers: there are no more tasks."""
         self._is_given.set()
         for queue in self._tasks:
             queue.put_nowait(None)
 
     async def task(self, rank: int) -> list[Any] | None:
-        """What a worker is to measure next; None when it may go."""
+        """Wait for a worker's next measurement; None when it may end."""
         return await self._tasks[rank].get()
 
     async def found(self, rank: int, result: list[Any]) -> None:
-        """What it found."""
+        """Called by a worker: set the result of its measurement."""
         self._found[rank].put_nowait(result)
 
 
 class Standby:
-    """The workers, as the driver has them; used as a context, which lets them go."""
+    """The driver's side of the standby workers; a context manager that releases them at its end."""
 
     def __init__(self) -> None:
         self._board: Any = None
@@ -102,7 +102,7 @@ class Standby:
         self._outcome: dict[str, Any] | BaseException = {}
 
     def begin(self, run: Callable[[Any], dict[str, Any]], *, num_workers: int) -> None:
-        """Have `run` start the workers; it receives the board, and returns when all of them have ended."""
+        """Start the workers with `run` in a thread; it receives the board, and returns when all workers have ended."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -112,7 +112,7 @@ class Standby:
         def run_to_the_end() -> None:
             try:
                 self._outcome = run(board)
-            except BaseException as exc:  # raised in the thread that waits
+            except BaseException as exc:  # raised again in the waiting thread
                 self._outcome = exc
 
         self._board = board
@@ -120,9 +120,9 @@ class Standby:
         self._thread.start()
 
     def train(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """What rank 0 reports of a training of `job`, as soon as it does.
+        """Train `job` and return rank 0's result as soon as it is reported.
 
-        Raises what starting the workers or the training raises.
+        Raises any error from starting the workers or from the training.
         """
         import ray
 
@@ -137,14 +137,14 @@ class Standby:
 
     @property
     def is_there(self) -> bool:
-        """Whether there are workers, as far as one knows."""
+        """Whether there are workers, as far as is known."""
         return self._board is not None
 
     def measure(self, tasks: Sequence[Task]) -> list[Any] | None:
-        """What a worker each finds of a task; None where there are no workers.
+        """Have each worker measure one task and return the results; None where there are no workers.
 
         Raises:
-            FineloopError: as the measurement.
+            FineloopError: as raised by the measurement.
         """
         import ray
 
@@ -176,27 +176,27 @@ class Standby:
             self._thread.join(ENDING_S)
 
     def _awaited(self, reference: Any) -> Any:
-        """What the board answers, opened; None once the workers have ended without an answer."""
+        """The board's answer, with its references resolved; None if the workers have ended without one."""
         import ray
 
         is_alive = True
         while is_alive:
-            is_alive = self._thread.is_alive()  # before the last look at what they may have left
+            is_alive = self._thread.is_alive()  # read before the last check for an answer
             if ray.wait([reference], timeout=POLL_S)[0]:
                 try:
                     found = ray.get(reference)
                     return ray.get([inner for (inner,) in found]) if isinstance(found, list) else found
-                except ray.exceptions.RayError:  # the board is lost, or who had found it: the workers end
+                except ray.exceptions.RayError:  # the board is lost, or the object's owner: the workers end
                     self._thread.join()
                     return None
         return None
 
 
 def given(board: Any) -> Mapping[str, Any] | None:
-    """What a worker is to train, once the driver knows; None where there is nothing after all.
+    """Wait for a worker's training job from the driver; None where there is nothing to train after all.
 
     Raises:
-        RayError: the board is lost, and with it what was to be trained.
+        RayError: the board is lost, and the training job with it.
     """
     import ray
 
@@ -206,7 +206,7 @@ def given(board: Any) -> Mapping[str, Any] | None:
 
 
 def is_trained(board: Any, rank: int) -> bool:
-    """Whether an earlier group of workers has done the training, and this one has nothing to do."""
+    """Whether an earlier group of workers has finished the training, so that this one has nothing to do."""
     import ray
 
     try:
@@ -216,9 +216,9 @@ def is_trained(board: Any, rank: int) -> bool:
 
 
 def stand_by(board: Any, rank: int, answer: dict[str, Any], prepare: Callable[[], Measure]) -> None:
-    """What each worker does once it has trained: report it, and measure what the driver asks for until it asks no more.
+    """Report the training's result, then measure whatever the driver asks for, until it releases the worker.
 
-    What `prepare` does passes while the driver gets ready.
+    `prepare` runs while the driver gets ready.
     """
     import ray
 
@@ -234,4 +234,4 @@ def stand_by(board: Any, rank: int, answer: dict[str, Any], prepare: Callable[[]
                 found = exc
             ray.get(board.found.remote(rank, [ray.put(found)]))
     except ray.exceptions.RayError:
-        return  # without the board there is no driver to serve; returning reports what was trained
+        return  # without the board there is no driver to serve; returning reports the training's result

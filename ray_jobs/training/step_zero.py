@@ -1,11 +1,11 @@
-"""The check before the first step: a sharded model must give the loss of the same model in one piece.
+"""The check before the first step: a sharded model must have the same loss as the unsharded one.
 
-A library that shards weights it does not understand trains on wrong ones without an error (bitsandbytes#1451: int8
-under ZeRO-3, loss 13 instead of 1). Rank 0 computes the loss of a few records by a plain forward pass, before DeepSpeed
-has touched anything; then every worker computes it through its engine.
+A library that shards weights it does not support trains on wrong ones without an error (bitsandbytes#1451: int8 under
+ZeRO-3, loss 13 instead of 1). Rank 0 computes the loss of a few records in a plain forward pass, before DeepSpeed has
+changed anything; then every worker computes it through its engine.
 
-So that no process has to hold the whole model, the plain pass of ZeRO-3 reads the base layer by layer and leaves out
-what the adapter begins with. Only a base that is stored in few bits is read whole.
+So that no process has to hold the whole model, the plain pass under ZeRO-3 reads the base layer by layer and leaves out
+the adapter's initial weights. Only a base that is stored quantised is read whole.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from ray_jobs.training.group import Worker
 logger = logging.getLogger(__name__)
 
 KNOWN = "bases/first-checks/"
-"""In the registry, losses of bases in one piece."""
+"""Prefix in the registry of the known losses of unsharded bases."""
 RECORDS = 4  # the shortest ones: under ZeRO-3 the plain pass runs on a CPU
-# What other kernels and another order of sums may move the loss by, in nats and as a share of it.
+# How far other kernels and another summation order may move the loss: in nats, and as a share of the loss.
 TOLERANCE = 0.02
 RELATIVE_TOLERANCE = 0.005
 
@@ -49,7 +49,7 @@ def probe(split: TokenizedSplit, pad: int) -> dict[str, torch.Tensor]:
 def probe_loss(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, *, with_adapter: bool = True
 ) -> float:
-    """Mean nats per answer token, without dropout. Under ZeRO-3 every worker must call it."""
+    """Mean loss in nats per answer token, without dropout. Under ZeRO-3 every worker must call it."""
     was_training = model.training
     model.eval()
     with nullcontext() if with_adapter else _adapter_off(model):
@@ -59,13 +59,13 @@ def probe_loss(
 
 
 def base_loss(config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels) -> float:
-    """The base's loss, unsharded and on the CPU; memory holds a layer at a time where that is possible."""
+    """The base's loss, unsharded and on the CPU; only one layer is in memory at a time where possible."""
     cpu, base_format = torch.device("cpu"), config.method.row.base
     try:
         with streamed(base, config.model, base_format, linear=kernels.linear) as model:
             return probe_loss(model, probe, cpu)
     except NotImplementedError as exc:
-        # Llama 4 sends its token ids to where its embedding lies, and that is nowhere.
+        # Llama 4 moves its token ids to the device of its embedding, which is the meta device.
         logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
     model = load_model(base, config.model, base_format, kernels, use_gpu=False)
     return probe_loss(model, probe, cpu)
@@ -74,7 +74,7 @@ def base_loss(config: RunConfig, base: Base, probe: dict[str, torch.Tensor], ker
 def known_base_loss(
     store: Store, config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels
 ) -> float:
-    """`base_loss`, which the store remembers: for a restart, or another run on the same records, no base is read."""
+    """`base_loss`, cached in the store: a restart, or another run on the same records, need not read the base."""
     of = {
         "base": base.identity,
         "format": config.method.row.base,
@@ -90,16 +90,16 @@ def known_base_loss(
             return float(found["loss"])
     loss = base_loss(config, base, probe, kernels)
     if math.isfinite(loss):
-        with suppress(StoreError):  # the next start measures it
+        with suppress(StoreError):  # otherwise the next start computes it again
             store.claim(key, encode_json({"of": of, "loss": loss}), content_type=JSON)
     return loss
 
 
 @contextmanager
 def _adapter_off(model: torch.nn.Module) -> Iterator[None]:
-    """Within, the adapter adds nothing.
+    """Within, the adapter is disabled.
 
-    peft's own way would take its weights' gradients away as well, which DeepSpeed has hooks on by then.
+    peft's own way would also set requires_grad of its weights to False, on whose gradients DeepSpeed has hooks by then.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
@@ -112,10 +112,10 @@ def _adapter_off(model: torch.nn.Module) -> Iterator[None]:
 
 
 def require_same_loss(found: float, expected: float, *, worker: Worker, zero_stage: int) -> None:
-    """Stop all workers if one's loss is not rank 0's plain one; `expected` is read on rank 0 alone.
+    """Stop all workers if the loss of one differs from rank 0's plain loss; `expected` is used on rank 0 only.
 
     Raises:
-        JobError: on every worker alike.
+        JobError: on every worker.
     """
     losses = torch.zeros(worker.num_workers + 1, dtype=torch.float64, device=worker.device)
     losses[worker.rank] = found
@@ -127,7 +127,7 @@ def require_same_loss(found: float, expected: float, *, worker: Worker, zero_sta
     rank = distances.index(max(distances))
     limit = TOLERANCE + RELATIVE_TOLERANCE * plain
     logger.info("loss before the first step: %.4f, unsharded %.4f", sharded[rank], plain)
-    if math.isfinite(plain) and distances[rank] > limit:  # a model that gives no number was not broken by sharding
+    if math.isfinite(plain) and distances[rank] > limit:  # a NaN in the plain loss is not due to sharding
         raise JobError(
             f"before the first step, rank {rank}'s loss with train.zero_stage={zero_stage} is {sharded[rank]:.4f} and "
             f"that of the same model unsharded is {plain:.4f}, more than {limit:.2f} apart: the weights were not "

@@ -1,7 +1,7 @@
-"""Which worker holds up the others, as all of them wait for the slowest in each step.
+"""Detecting a worker that slows down the others, since all of them wait for the slowest in each step.
 
-Compared is the time of forward passes, in which no worker waits for another: records are dealt out so that those of all
-workers are alike. Under ZeRO-3 all gather each layer together, and nothing is known of one of them.
+The times of forward passes are compared, in which no worker waits for another: records are distributed so that all
+workers have similar ones. Under ZeRO-3 all workers gather each layer together, so nothing is known of a single one.
 """
 
 import socket
@@ -18,11 +18,11 @@ from ray_jobs.training.group import Worker
 
 EVERY_STEPS = 50
 SLOWER = 1.25
-"""As long as the others, this many times."""
+"""Ratio to the other workers' time from which a worker is a straggler."""
 
 
 class Pace:
-    """Times a worker's forward passes, and compares them with the others' now and then."""
+    """Times a worker's forward passes, and compares them with the other workers' at intervals."""
 
     def __init__(self, worker: Worker, *, zero_stage: int) -> None:
         self._worker = worker
@@ -33,7 +33,7 @@ class Pace:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Within, this worker computes by itself."""
+        """Time a forward pass, in which this worker computes by itself."""
         if not self._is_known:
             yield
         elif self._worker.device.type == "cuda":
@@ -48,7 +48,7 @@ class Pace:
             self._seconds += time.perf_counter() - began
 
     def compare(self, step: int) -> None:
-        """Name the slowest worker after every so many steps, once; all workers call it after the same step."""
+        """Report the slowest worker every EVERY_STEPS steps, each rank once; all workers call it after a step."""
         if not self._is_known or step % EVERY_STEPS:
             return
         mine = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._on_gpu) / 1000
@@ -68,7 +68,7 @@ class Pace:
 
 
 def straggler(seconds: Sequence[float]) -> int | None:
-    """The rank that is slower by more than chance than the middle one of the others."""
+    """The rank that is more than SLOWER times as slow as the median of the others; None if there is none."""
     rank = max(range(len(seconds)), key=seconds.__getitem__)
     others = statistics.median_high([*seconds[:rank], *seconds[rank + 1 :]])
     return rank if seconds[rank] > SLOWER * others else None

@@ -1,4 +1,4 @@
-"""The model that a training trains: the base with its adapter, on the kernels that all workers agreed on."""
+"""The model to be trained: the base with its adapter, with the kernels that all workers agreed on."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LoadModel = Callable[..., "PreTrainedModel"]
-"""As `door.load_model`."""
+"""A function with the signature of `door.load_model`."""
 
 
 def assemble(
@@ -30,7 +30,7 @@ def assemble(
     load: LoadModel = door.load_model,
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> "PeftModel":
-    """The base with a fresh adapter, or one with the weights `start`, to train in `dtype`. The same on every worker."""
+    """The base with a fresh adapter, or with the weights `start`, to train in `dtype`. The same on every worker."""
     model = load(
         base,
         config.model,
@@ -48,7 +48,7 @@ def assemble(
     build.to_training(adapted, dtype)
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.activation_offloading)
-        # Of most models it has done that, and would forget its hooks, which someone takes off, for the next ones.
+        # For most models the call above has done this already; calling it again would lose the old hooks' handles.
         model.disable_input_require_grads()
         model.enable_input_require_grads()
     return adapted.train()

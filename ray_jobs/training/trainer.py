@@ -1,8 +1,8 @@
-"""Ray Train as Fineloop uses it: one function on every worker of a group, and what rank 0 returned.
+"""Running one function on every worker of a Ray Train group, and returning rank 0's result.
 
-A worker that raises while the others wait for it in a collective operation ends them all: Ray Train's controller sees
-it within a second and kills the group. Then it starts another, at most `max_failures` times, but for what
-`is_mistake` names.
+If a worker raises while the others wait for it in a collective operation, all of them end: Ray Train's controller
+notices within a second and kills the group. It then starts another group, at most `max_failures` times, except for
+errors for which `is_mistake` is true.
 """
 
 import logging
@@ -18,7 +18,7 @@ from components.shared.low_memory import ran_low
 from components.store.store import Store
 
 RESIZE_EVERY_S = 60.0
-"""How often an elastic training looks whether more workers have room. They begin at its newest checkpoint."""
+"""Seconds between checks for room for more workers in an elastic training. They start from its newest checkpoint."""
 
 
 def run(
@@ -31,12 +31,12 @@ def run(
     name: str,
     max_failures: int,
 ) -> dict[str, Any]:
-    """Start the workers, and again after at most `max_failures` failures, or where a node of theirs was taken.
+    """Run the function on all workers, restarting after at most `max_failures` failures, or when a node is preempted.
 
-    `name` is Ray's folder within the run's.
+    `name` is Ray's folder within the run's folder.
 
     Raises:
-        UserError: the user's mistake, as the first worker that met it raised it.
+        UserError: the user's mistake, as raised by the first worker that met it.
         JobError: the workers failed for another reason.
     """
     from ray.exceptions import OutOfMemoryError
@@ -45,7 +45,7 @@ def run(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-    # It prints and logs what a worker prints: every line would come twice.
+    # The patch prints and logs what a worker prints: every line would appear twice.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     trainer = TorchTrainer(
         partial(_saying_mistakes_once, function),
@@ -74,7 +74,7 @@ def run(
         if is_mistake(exc.controller_failure):
             raise exc.controller_failure from None
         raise _failed(str(exc.controller_failure)) from exc
-    except OutOfMemoryError as exc:  # of the controller itself
+    except OutOfMemoryError as exc:  # raised by the controller itself
         raise _failed(str(exc)) from exc
     except TrainingFailedError as exc:
         raise _failed(_root(exc)) from exc
@@ -82,14 +82,14 @@ def run(
 
 
 def is_mistake(exc: BaseException) -> bool:
-    """Whether starting the workers again could not mend it."""
+    """Whether restarting the workers cannot fix the error."""
     return isinstance(exc, (UserError, JobError))
 
 
 def _saying_mistakes_once(
     function: Callable[[dict[str, Any]], dict[str, Any]], arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """In each worker. Ray Train would log a mistake with its stack, and the driver says it in one sentence."""
+    """Run the function in a worker, without Ray Train's log of a mistake's stack: the driver reports it in one line."""
     try:
         return function(arguments)
     except Exception as exc:
@@ -103,15 +103,15 @@ def _quieten() -> None:
 
 
 def _ending_at_mistakes() -> Any:
-    """What Ray Train's controller calls for each failure; what it raises is not tried again."""
+    """A callback for Ray Train's controller, called at each failure; an error that it raises is not retried."""
     from ray.train import UserCallback
 
     class EndsAtMistake(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            # A worker that lost its connection to the one that made the mistake may have failed as well.
+            # A worker that lost its connection to the worker with the mistake may have failed as well.
             for _, found in sorted(worker_exceptions.items()):
                 if is_mistake(found):
-                    _quieten()  # the controller ends with this
+                    _quieten()  # the controller ends with this error
                     raise found
 
     return EndsAtMistake()

@@ -1,4 +1,4 @@
-"""What a training used, as the workers know it when it has ended."""
+"""Resource usage of a training, as measured by the workers when it has ended."""
 
 from datetime import datetime
 
@@ -23,7 +23,7 @@ def measured(
     metrics: MetricsLog | None,
     trained_at: datetime,
 ) -> Usage | None:
-    """On the worker that has the `metrics`, for all of them; every worker calls it."""
+    """The usage of all workers, on the worker that has `metrics`, None elsewhere; every worker must call this."""
     asked = traffic.so_far()
     total = torch.tensor([asked.requests, asked.read_bytes, asked.written_bytes], device=worker.device)
     dist.all_reduce(total)

@@ -1,4 +1,4 @@
-"""What each Ray Train worker does: load the base, attach the adapter, train, and, on rank 0, publish the version."""
+"""The steps of each Ray Train worker: load the base, attach the adapter, train, and on rank 0 publish the version."""
 
 import contextlib
 import logging
@@ -52,11 +52,11 @@ logger = logging.getLogger(__name__)
 def train(
     job: TrainJob, train_tokens: StoredTokens, eval_tokens: StoredTokens, *, load: LoadModel = door.load_model
 ) -> dict[str, Any]:
-    """Gives, on rank 0, the published version. `load` reads the base into memory.
+    """Train and publish a version; returns its TrainResult as a dict on rank 0. `load` reads the base into memory.
 
     Raises:
-        UserError: the user's mistake, which one worker alone may meet.
-        JobError: the model cannot be held or sharded as it must be.
+        UserError: the user's mistake, which may occur on one worker only.
+        JobError: the model cannot be held or sharded as required.
     """
     import ray.train
 
@@ -113,7 +113,7 @@ def train(
 
 
 def _metrics(config: RunConfig, job: TrainJob, store: Store) -> MetricsLog:
-    """What rank 0 writes the curve with."""
+    """The metrics log in which rank 0 writes the training curve."""
     return MetricsLog(
         store,
         job.run_id,
@@ -135,15 +135,15 @@ def fit(
     load: LoadModel = door.load_model,
     watch: preemption.Watch | None = None,
 ) -> tuple["PeftModel", TrainedAdapter, dict[str, Any]]:
-    """Train in an initialised process group: the model with its final weights, how it went, what was built.
+    """Train in an initialised process group; returns the model with its final weights, the outcome, and the recipe.
 
-    What `report` raises, on every worker at the same record, ends the training. `load` reads the base into memory;
-    `watch` says when a node is about to be taken.
+    Training ends if `report` raises, which it must do on every worker at the same record. `load` reads the base into
+    memory; `watch` detects that a node is about to be preempted.
     """
     _prepare_process(config)
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
-    # A branch of the hub may move meanwhile, and so may the objects of a folder.
+    # A hub branch may have moved since, and the objects of an S3 folder may have changed.
     original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
     base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
     on_cpu = _kernels(config, original, store, job.run_id)
@@ -184,7 +184,7 @@ def fit(
 
 
 def _prepare_process(config: RunConfig) -> None:
-    """Before PyTorch or DeepSpeed do anything in it."""
+    """Set up the process before PyTorch or DeepSpeed start any work in it."""
     zero.prepare_environment(use_gpu=config.ray.use_gpu)
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
@@ -192,16 +192,16 @@ def _prepare_process(config: RunConfig) -> None:
 
 
 def _take_whole(adapted: "PeftModel", trained: TrainedAdapter) -> None:
-    """The final weights, whole on every worker, whatever was sharded: what is published is read from here."""
+    """Put the final weights into the model, whole on every worker even if sharded: publishing reads them from there."""
     for name, parameter in checkpoint.trainable(adapted).items():
         parameter.data = trained.weights[name].to(parameter.device)
     dora.settle(adapted)
 
 
 def _engine(config: RunConfig, job: TrainJob, adapted: "PeftModel", worker: Worker) -> Any:
-    """DeepSpeed's, on a base that is dense where the config or the plan says so."""
+    """The DeepSpeed engine, with the base held dense where the config or the plan says so."""
     engine = zero.initialize(adapted, config, worker.dtype)
-    # DeepSpeed has by now brought what was wider than 16 bits into as many, and the recipe has counted the base.
+    # By now DeepSpeed has converted everything wider than 16 bits to 16 bits, and the recipe has counted the base.
     if config.train.dense_base:
         worker.kernels.hold_dense(adapted)
     elif job.dense_base:
@@ -210,10 +210,10 @@ def _engine(config: RunConfig, job: TrainJob, adapted: "PeftModel", worker: Work
 
 
 def _agreed(config: RunConfig, worker: Worker, base: base_model.Base, on_cpu: Kernels) -> Worker:
-    """The worker with the dtypes that all of them compute in.
+    """The worker with the dtypes that all workers agreed on.
 
     Raises:
-        ConfigError: the base is quantised for bfloat16, and some GPU has only float16.
+        ConfigError: the base is quantised for bfloat16, and some GPU supports only float16.
     """
     use_gpu = config.ray.use_gpu
     dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=use_gpu), worker.device)
@@ -232,9 +232,9 @@ def _how(worker: Worker) -> str:
 
 
 def _kernels(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> Kernels:
-    """What CPU workers multiply in: as the checkpoint that they go on from, or what all of them are fastest with.
+    """The kernels of CPU workers: those of the checkpoint that they resume from, else the fastest for the whole group.
 
-    Of GPU workers each asks for itself alone: only what it computes on its CPU is meant.
+    GPU workers choose separately, as the kernels only concern what runs on their CPUs.
     """
     shape = base_config.load(original.path, config.model)
     if config.ray.use_gpu:

@@ -1,4 +1,4 @@
-"""Making a LoftQ base: the layers shared out over the workers and split, what was gained, and the folder of files."""
+"""Creating a LoftQ base: splitting the layers on all workers, measuring the gain, and writing the model folder."""
 
 import gc
 import time
@@ -26,14 +26,14 @@ PROGRESS_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to split, and where its original weight lies."""
+    """A layer to split, and the location of its original weight."""
 
     size: int
     file: Path
     tensor: str
 
     def read(self, device: torch.device) -> torch.Tensor:
-        """The weight, and no other of its file."""
+        """Read this weight alone from its file."""
         from safetensors import safe_open
 
         with safe_open(self.file, framework="pt") as file:
@@ -44,12 +44,12 @@ class Layer:
 def split_together(
     config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
 ) -> dict[str, Split]:
-    """Split every layer that will have an adapter, each on one of the workers; all of them on rank 0, none elsewhere.
+    """Split every layer that gets an adapter, each on one of the workers; returns all splits on rank 0, none elsewhere.
 
-    The number of workers does not change a bit of the result.
+    The result is bit-identical for any number of workers.
 
     Raises:
-        ConfigError: on every worker, as `find_layers`.
+        ConfigError: on every worker, as in `find_layers`.
     """
     layers = find_layers(config, original)
     device = torch.device("cuda", torch.cuda.current_device()) if config.ray.use_gpu else torch.device("cpu")
@@ -69,10 +69,10 @@ def split_together(
 
 
 def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
-    """The layers that peft will adapt, by name, found without a weight in memory.
+    """The layers that peft will adapt, by name, found on the meta device without loading a weight.
 
     Raises:
-        ConfigError: the base is quantised already, or a layer is not one that training will have in NF4.
+        ConfigError: the base is quantised already, or training would not hold one of the layers in NF4.
     """
     from safetensors import safe_open
     from transformers import AutoConfig
@@ -110,7 +110,7 @@ def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
                 'for: leave it out of method.target_modules, or set method.init="default"'
             )
         tensor = f"{name}.weight"
-        if tensor not in files:  # a checkpoint of the model without its head
+        if tensor not in files:  # a checkpoint saved without the head has no such prefix
             tensor = tensor.removeprefix(prefix)
         if tensor not in files:
             raise ConfigError(
@@ -122,7 +122,7 @@ def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
 
 
 def shares(sizes: Mapping[str, int], num_workers: int) -> list[list[str]]:
-    """Share layers out: each, the largest first, to the worker that has least so far."""
+    """Distribute layers over workers: each layer, largest first, goes to the worker with the smallest load so far."""
     names: list[list[str]] = [[] for _ in range(num_workers)]
     loads = [0] * num_workers
     for name in sorted(sizes, key=lambda each: (-sizes[each], each)):
@@ -133,10 +133,10 @@ def shares(sizes: Mapping[str, int], num_workers: int) -> list[list[str]]:
 
 
 def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
-    """For each kind of layer, the share of the weights' Frobenius norm that is lost: by NF4 alone, and with LoftQ.
+    """The relative Frobenius error of the weights with NF4 alone and with LoftQ, for each kind of layer.
 
     Raises:
-        ConfigError: LoftQ loses no less for some kind.
+        ConfigError: for some kind LoftQ does not reduce the error.
     """
     kinds: dict[str, list[Split]] = {}
     for layer in sorted(splits):
@@ -157,7 +157,7 @@ def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
 
 
 def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path) -> None:
-    """The new model as files: the original in NF4, with the Q of each split in place of the layer's own.
+    """Write the new model: the original in NF4, with the Q of each split as that layer's weight.
 
     The same splits give the same bytes.
     """
@@ -175,7 +175,7 @@ def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder
         layer.weight = Params4bit.from_prequantized(data, statistics, device=device, module=layer)
     model.save_pretrained(folder)
     del model, layer
-    gc.collect()  # a 4-bit weight and its layer hold each other, and on a GPU the next model needs the room
+    gc.collect()  # a 4-bit weight and its layer reference each other, and on a GPU the next model needs the memory
     init = {f"{name}.lora_A": found.right_RN for name, found in splits.items()}
     init |= {f"{name}.lora_B": found.left_MR for name, found in splits.items()}
     save_file({name: init[name].contiguous() for name in sorted(init)}, init_path)
@@ -184,7 +184,7 @@ def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder
 def _gather(
     mine: dict[str, Split], parts: Sequence[Sequence[str]], rank: int, group: "ProcessGroup"
 ) -> dict[str, Split]:
-    """Every worker's splits, on rank 0; one layer at a time travels."""
+    """Gather every worker's splits on rank 0, one layer at a time."""
     import torch.distributed as dist
 
     gathered = dict(mine) if rank == 0 else {}

@@ -1,4 +1,4 @@
-"""LoftQ for one weight: W = Q + L R as nearly as alternating gets it, Q in NF4, L R of rank r (arXiv:2310.08659).
+"""LoftQ for one weight: W = Q + L R approximated by alternating, Q in NF4, L R of rank r (arXiv:2310.08659).
 
 Shapes: M rows and N columns of the weight, R rank, K columns of a trial basis. All arithmetic is float32.
 """
@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ray_jobs.base import four_bits
 
-# What quantises here must be what `base_model.load_model` quantises with.
+# Must match the settings that `base_model.load_model` quantises with.
 NF4: dict[str, Any] = {
     "quant_type": "nf4",
     "blocksize": 64,
@@ -26,24 +26,24 @@ MORE_POWERS = 1
 
 @dataclass(frozen=True)
 class Split:
-    """One weight, split. All tensors are on the CPU, so that they can travel between workers."""
+    """A weight that has been split. All tensors are on the CPU, so that they can be sent between workers."""
 
     packed: dict[str, torch.Tensor]
-    """Q as bitsandbytes serialises it: `weight`, and its statistics."""
+    """Q as bitsandbytes serialises it: `weight` and the quantisation statistics."""
     left_MR: torch.Tensor
     right_RN: torch.Tensor
-    """float32, of like norm, and free of the adapter's scaling."""
+    """L and R in float32, balanced to similar norms, without the adapter's scaling."""
     weight_norm2: float
     nf4_norm2: float
-    """Squared Frobenius norm of W - NF4(W): what QLoRA starts with."""
+    """Squared Frobenius norm of W - NF4(W), the error that QLoRA starts with."""
     loftq_norm2: float
-    """The same of W - Q - L R, with L and R in bfloat16 as training holds them."""
+    """Squared Frobenius norm of W - Q - L R, with L and R in bfloat16 as training holds them."""
 
 
 def split(weight_MN: torch.Tensor, *, rank: int, steps: int, name: str) -> Split:
     """Alternate `steps` times between Q = NF4(W - L R) and L R = the best rank-`rank` fit of W - Q; keep the best pair.
 
-    Runs on the weight's device. `name` seeds the random start: the same layer gives the same split on any worker.
+    Runs on the weight's device. `name` seeds the random start, so every worker splits a layer in the same way.
     """
     weight_MN = weight_MN.float()
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -68,12 +68,12 @@ def split(weight_MN: torch.Tensor, *, rank: int, steps: int, name: str) -> Split
 
 
 def quantize(weight_MN: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The weight in NF4, as `Split.packed` describes it, and the float32 values that a forward pass gets back."""
+    """The weight in NF4, as `Split.packed` describes it, and its dequantised float32 values."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Params4bit
 
     four_bits.register()
-    # bfloat16 first, as transformers loads a weight before it quantises: its dtype is what it is dequantised to.
+    # bfloat16 first, as transformers loads a weight before quantising it; dequantisation returns to that dtype.
     stored = Params4bit(weight_MN.bfloat16(), requires_grad=False, **NF4).to(weight_MN.device)
     packed = {"weight": stored.data, **stored.quant_state.as_dict(packed=True)}
     return {key: tensor.cpu() for key, tensor in packed.items()}, dequantize_4bit(
@@ -84,7 +84,7 @@ def quantize(weight_MN: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Te
 def low_rank(
     matrix_MN: torch.Tensor, rank: int, start_NK: torch.Tensor, *, powers: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Left and right factor of the best rank-`rank` fit, and the basis they came from: a good start for a like matrix.
+    """Left and right factor of the best rank-`rank` fit, and their basis: a good start for a similar matrix.
 
     Randomised subspace iteration, arXiv:0909.4061, algorithms 4.4 and 5.1.
     """
@@ -92,12 +92,12 @@ def low_rank(
     for _ in range(powers + 1):
         basis_MK = torch.linalg.qr(matrix_MN @ basis_NK).Q
         basis_NK, triangle_KK = torch.linalg.qr(matrix_MN.T @ basis_MK)
-    # matrix ~ basis_M triangle.T basis_N.T, so that the small matrix alone needs a decomposition
+    # matrix ~ basis_M triangle.T basis_N.T, so only the small triangular matrix needs an SVD
     u_KK, s_K, vh_KK = torch.linalg.svd(triangle_KK.T)
     roots_R = s_K[:rank].sqrt()
     left_MR = basis_MK @ (u_KK[:, :rank] * roots_R)
     right_RN = (roots_R[:, None] * vh_KK[:rank]) @ basis_NK.T
-    beyond = rank - len(roots_R)  # a rank above the matrix's own
+    beyond = rank - len(roots_R)  # the rank may exceed the matrix's own
     return pad(left_MR, (0, beyond)), pad(right_RN, (0, 0, 0, beyond)), basis_NK
 
 

@@ -1,7 +1,8 @@
-"""LoftQ: a base of the adapter's own, whose NF4 weights and starting A and B were chosen together (arXiv:2310.08659).
+"""LoftQ: a base whose NF4 weights are chosen together with the adapter's initial A and B (arXiv:2310.08659).
 
-With more than one step the NF4 weights are no longer those of the original. The first weights are, for each layer, R
-and L of W = Q + L R; what was found is what NF4 loses of each weight, before and after.
+With more than one step the NF4 weights differ from those of the quantised original. For each layer, the adapter's
+initial A and B are the R and L of W = Q + L R; the results include NF4's error in each kind of layer, with and without
+LoftQ.
 """
 
 from collections.abc import Mapping
@@ -17,16 +18,16 @@ from ray_jobs.base.base_model import Base
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-FORMAT = 1  # of the folder and of the arithmetic: another one is another base
+FORMAT = 1  # version of the folder's layout and of the arithmetic: part of the base's identity
 
 
 def check(config: RunConfig, original: Base) -> None:
-    """Raises ConfigError where a layer to adapt is not one that can be split."""
+    """Raise ConfigError where a layer to be adapted cannot be split."""
     make.find_layers(config, original)
 
 
 def made_from(method: MethodConfig, original: Base) -> dict[str, Any]:
-    """What Q, L and R depend on; scaling and alpha are not among it."""
+    """The inputs that determine Q, L and R; the adapter's scaling and alpha are not among them."""
     targets = method.target_modules
     return {
         "format": FORMAT,
@@ -41,10 +42,10 @@ def made_from(method: MethodConfig, original: Base) -> dict[str, Any]:
 def compute(
     config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
 ) -> dict[str, Split]:
-    """Split every layer that will have an adapter.
+    """Split every layer that gets an adapter.
 
     Raises:
-        ConfigError: on every worker: the layers cannot be split.
+        ConfigError: on every worker, if the layers cannot be split.
     """
     return make.split_together(config, original, rank=rank, num_workers=num_workers, group=group)
 
@@ -52,10 +53,10 @@ def compute(
 def write(
     config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path
 ) -> dict[str, Any]:
-    """Write the model and the first weights; gives the share of the weights' norm that is lost.
+    """Write the model and the adapter's initial weights; returns the relative error in the weights' norm.
 
     Raises:
-        ConfigError: splitting gains nothing.
+        ConfigError: LoftQ does not reduce the error.
     """
     lost = make.lost_shares(splits)
     changes = ", ".join(f"{kind} {each['nf4']:.4f} -> {each['loftq']:.4f}" for kind, each in lost.items())
