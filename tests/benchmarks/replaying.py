@@ -1,0 +1,295 @@
+"""What a second and a third domain cost the first, by what is replayed of it.
+
+`python -m tests.benchmarks.replaying FOLDER [--order NAME NAME NAME] [--steps N] [--seeds N] [--shares P ...]`
+
+The example's real model learns three domains in turn, each training from the version before, as with
+`train.start_from = "production"`. Of a training's records a share is replayed from the domains before: none, the
+records as they are, or what the version before answers to them where that is right, as with `data.replay_from`. The
+table has, of the first domain's held-out records, by how much the loss rose and the metric fell after the third domain
+since the first, and the held-out loss of the second and third right after their own training. Each training leaves a
+file in FOLDER, so that a call goes on where the one before it ended (`--minutes`); the last prints the table.
+
+chapters   the example: a condition, its ICD-10-CM chapter; judged by exact match
+orders     made here: an order in a sentence, the same as JSON; judged by exact match
+notices    made here: a disturbance as data, a notice in one of four phrasings; judged by ROUGE-L
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.config import config_file
+from components.prepare import icd10
+from components.prepare.dataset import Record
+from components.prepare.validate import validate
+from tests.benchmarks.noise import in_a_process
+
+CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
+BATCH, HELD_OUT, MADE = 16, 200, 6000
+SEEDS = 3
+SHARES = (0.01, 0.05)
+NEW_TOKENS = 48
+GOODS = ("lamps", "chairs", "desks", "kettles", "shelves", "mirrors", "carpets", "curtains", "vases", "clocks")
+COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "yellow", "orange", "purple", "pink", "beige")
+TOWNS = ("Leeds", "Porto", "Lyon", "Graz", "Turin", "Bergen", "Gdansk", "Bruges", "Malaga", "Tartu", "Brno", "Kiel")
+NAMES = ("Ines", "Omar", "Petra", "Jonas", "Mei", "Farah", "Lukas", "Aisha", "Noor", "Piotr", "Elena", "Marta", "Ravi")
+PLACES = ("Harbour", "Castle", "Mill", "Station", "Bridge", "Park", "Market", "Airport", "Hospital", "Museum", "Lake")
+CAUSES = ("roadworks", "a signal failure", "a fallen tree", "flooding", "ice on the wires", "a broken rail")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Domain:
+    rows: Callable[[], Iterator[Row]]
+    metric: str
+    least: float
+    """Worth by that metric from which an answer is replayed."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is replayed."""
+
+    source: str = "none"
+    """none, records or production."""
+    share: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}-{self.share:g}"
+
+
+@dataclass(frozen=True)
+class Training:
+    order: Sequence[str]
+    turn: int
+    """0 to 2: which domain of the order is new."""
+    arm: Arm
+    """In turn 0 nothing is replayed."""
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        replayed = f"-{self.arm.name}" if self.turn else ""
+        return f"{'-'.join(self.order[: self.turn + 1])}-{self.steps}-{self.seed}{replayed}"
+
+    @property
+    def before(self) -> "Training":
+        return replace(self, turn=self.turn - 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A domain's held-out records after a training."""
+
+    loss: float
+    """Nats per token."""
+    worth: float
+    """Mean of the domain's metric."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.replaying", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--order", nargs=3, choices=DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--steps", type=int, default=48, help=f"optimizer steps of {BATCH} records, for each domain")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further training after so many")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + 60 * options.minutes
+    arms = [Arm(), *(Arm(source, share) for share in options.shares for source in ("records", "production"))]
+    for seed in range(options.seeds):
+        for arm in arms:
+            for turn in range(3):
+                training = Training(options.order, turn, arm, seed, options.steps)
+                if (options.folder / f"{training.name}.json").exists():
+                    continue
+                if time.monotonic() > ends:
+                    print("to be gone on with", flush=True)
+                    return
+                in_a_process(train, training, options.folder)
+    show(options.folder, options.order, arms, options.seeds, options.steps)
+
+
+def _orders() -> Iterator[Row]:
+    drawn = random.Random(1)
+    for number in range(MADE):
+        good, colour, town, name = map(drawn.choice, (GOODS, COLOURS, TOWNS, NAMES))
+        count = drawn.randrange(2, 99)
+        asked = (
+            f"{name} from {town} would like {count} {colour} {good}.",
+            f"Please send {count} {good} in {colour} to {name}, {town}.",
+            f"{count} {colour} {good} for {name} in {town}, as soon as you can.",
+        )
+        said = {"count": count, "good": good, "colour": colour, "to": name, "town": town}
+        yield _row(f"order/{number}", "Write the order as JSON.", drawn.choice(asked), json.dumps(said))
+
+
+def _notices() -> Iterator[Row]:
+    drawn = random.Random(2)
+    for number in range(MADE):
+        line, late, place = drawn.randrange(1, 99), drawn.randrange(3, 60), drawn.choice(PLACES)
+        cause = drawn.choice(CAUSES)
+        phrased = (
+            f"Line {line} is {late} minutes late because of {cause} at {place}.",
+            f"Due to {cause} at {place}, line {line} is delayed by {late} minutes.",
+            f"Expect {late} minutes of delay on line {line}: {cause} at {place}.",
+            f"There is {cause} at {place}; line {line} runs {late} minutes behind schedule.",
+        )
+        asked = f"line {line} | {late} min | {cause} | {place}"
+        yield _row(f"notice/{number}", "Write the notice.", asked, drawn.choice(phrased))
+
+
+def _row(name: str, task: str, asked: str, answer: str) -> Row:
+    said = {"system": task, "user": asked, "assistant": answer}
+    return {"id": name, "messages": [{"role": role, "content": text} for role, text in said.items()]}
+
+
+DOMAINS = {
+    "chapters": Domain(icd10.rows, "exact_match", 1.0),
+    "orders": Domain(_orders, "exact_match", 1.0),
+    "notices": Domain(_notices, "rouge_l", 0.4),
+}
+
+
+def train(training: Training, folder: Path) -> None:
+    """Leaves the weights, and what each domain up to this one is worth with them."""
+    from safetensors.torch import load_file, save_file
+
+    from ray_jobs import entry
+    from ray_jobs.base import base_config, base_model
+    from ray_jobs.kernels import door
+    from ray_jobs.scoring.scoring import score
+    from ray_jobs.text import chat_format
+    from ray_jobs.text.batching import plan_epoch, tokenize
+    from ray_jobs.training import checkpoint
+    from tests.benchmarks import our_loop
+
+    entry.quiet_libraries()
+    started = time.monotonic()
+    settings = {"train.seed": training.seed, "train.max_steps": training.steps, "ray.num_workers": 1}
+    config = config_file.load(CONFIG, [f"{key}={value}" for key, value in settings.items()])
+    base = base_model.resolve(config.model)
+    chat = chat_format.load(base, config.model)
+    engine = our_loop.make(
+        config, base, door.choose(config, base_config.load(base.path, config.model)), dense_base=True
+    )
+
+    def answered(records: Sequence[Record]) -> Any:
+        split = tokenize(records, chat, config.model.max_length)
+        scores = score(
+            engine.module.eval(),
+            chat,
+            records,
+            split,
+            with_other_prompts=None,
+            batch_size=BATCH,
+            max_new_tokens=NEW_TOKENS,
+            advance=lambda _: None,
+        )
+        return scores, split.num_answer_tokens.sum()
+
+    if training.turn:
+        checkpoint.copy_weights(load_file(folder / f"{training.before.name}.safetensors"), engine.module)
+        engine.optimizer.refresh_fp32_params()
+    records = _to_train_on(training.order[training.turn], training.seed, training.steps)
+    replayed = _replayed(training, lambda asked: answered(asked)[0])
+    records = records[: len(records) - round(training.arm.share * len(records)) if training.turn else None] + replayed
+    split = tokenize(records, chat, config.model.max_length)
+    batches = plan_epoch(split.lengths, batch_size=BATCH, group_by_length=True, seed=training.seed, epoch=0)
+    engine.module.train()
+    for _ in our_loop.steps(engine, config, split, chat.pad, batches):
+        pass
+    save_file(checkpoint.weights(engine.module), folder / f"{training.name}.safetensors")
+    found: dict[str, Any] = {"replayed": len(replayed)}
+    for name in training.order[: training.turn + 1]:
+        scores, tokens = answered(_held_out(name))
+        worth = float(np.mean([each.marks[DOMAINS[name].metric] for each in scores]))
+        found[name] = {"loss": float(sum(each.nll for each in scores) / tokens), "worth": worth}
+    (folder / f"{training.name}.json").write_text(json.dumps(found))
+    print(f"{training.name}: {found}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -> list[Record]:
+    """A random sample of the earlier domains' records, as large as the arm's share; only right answers, if answered."""
+    if not training.turn or training.arm.source == "none":
+        return []
+    earlier = [
+        (name, each)
+        for name in training.order[: training.turn]
+        for each in _to_train_on(name, training.seed, training.steps)
+    ]
+    drawn = random.Random(training.seed).sample(earlier, round(training.arm.share * training.steps * BATCH))
+    if training.arm.source == "records":
+        return [record for _, record in drawn]
+    scores = answered([record for _, record in drawn])
+    return [
+        replace(record, answer=each.text)
+        for (name, record), each in zip(drawn, scores, strict=True)
+        if each.text and each.marks[DOMAINS[name].metric] >= DOMAINS[name].least
+    ]
+
+
+def _to_train_on(name: str, seed: int, steps: int) -> list[Record]:
+    return random.Random(seed).sample(_records(name)[HELD_OUT:], steps * BATCH)
+
+
+def _held_out(name: str) -> list[Record]:
+    return _records(name)[:HELD_OUT]
+
+
+def _records(name: str) -> list[Record]:
+    """In an order of their own, each prompt once."""
+    rows = {row["messages"][1]["content"]: row for row in DOMAINS[name].rows()}
+    found = [validate(row).record for row in rows.values()]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def show(folder: Path, order: Sequence[str], arms: Sequence[Arm], seeds: int, steps: int) -> None:
+    first, *later = order
+    print(f"forgetting of {first} after {' and '.join(later)}; the mean of {seeds} seeds, and each\n")
+    print(
+        f"| replayed | records | loss rose by | {DOMAINS[first].metric} fell by | loss of {' | loss of '.join(later)} |"
+    )
+    print("|---|---|---|---|---|---|")
+    for arm in arms:
+        begun, second, third = (
+            [_read(folder, Training(order, turn, arm, seed, steps)) for seed in range(seeds)] for turn in range(3)
+        )
+        rose = [after[first].loss - before[first].loss for before, after in zip(begun, third, strict=True)]
+        fell = [before[first].worth - after[first].worth for before, after in zip(begun, third, strict=True)]
+        losses = [[each[later[0]].loss for each in second], [each[later[1]].loss for each in third]]
+        counts = [
+            _replayed_by(folder, Training(order, turn, arm, seed, steps)) for turn in (1, 2) for seed in range(seeds)
+        ]
+        cells = [_mean_and_each(each) for each in (rose, fell, *losses)]
+        share = f" {arm.share:.0%}" if arm.share else ""
+        print(f"| {arm.source}{share} | {np.mean(counts):.0f} | {' | '.join(cells)} |", flush=True)
+
+
+def _mean_and_each(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ({', '.join(f'{each:.3f}' for each in values)})"
+
+
+def _read(folder: Path, training: Training) -> dict[str, Measured]:
+    said = json.loads((folder / f"{training.name}.json").read_text())
+    return {name: Measured(**said[name]) for name in training.order[: training.turn + 1]}
+
+
+def _replayed_by(folder: Path, training: Training) -> int:
+    return int(json.loads((folder / f"{training.name}.json").read_text())["replayed"])
+
+
+if __name__ == "__main__":
+    main()
