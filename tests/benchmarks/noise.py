@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ SEEDS = 6
 STARTS = ("base", "production")
 JOINED = (2, 3)
 HALF_WAY = "half way"
+UNFINISHED = "not finished: the same call continues"
 Weights = dict[str, torch.Tensor]
 
 
@@ -90,21 +91,33 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
-    for training in plan(options.steps, options.seeds, options.rates):
-        if not (options.folder / f"{training.name}.json").exists():
-            if time.monotonic() > ends:
-                print("to be gone on with", flush=True)
-                return
-            in_a_process(train, training, options.folder)
+    if not train_missing(train, plan(options.steps, options.seeds, options.rates), options.folder, ends=ends):
+        return
     for joined in [1, *(each for each in JOINED if each * 2 <= options.seeds)]:
         if time.monotonic() > ends:
-            print("to be gone on with", flush=True)
+            print(UNFINISHED, flush=True)
             return
         if not joined_file(
             options.folder, joined, *list(itertools.product(STARTS, options.rates))[-1], options.steps
         ).exists():
             in_a_process(join, joined, options.steps, options.seeds, options.rates, options.folder)
     show(options.folder, options.steps, options.seeds, options.rates)
+
+
+def train_missing(
+    function: Callable[..., None], trainings: Iterable[Any], folder: Path, *, ends: float = float("inf")
+) -> bool:
+    """Call `function` for each training without a file NAME.json in the folder, each in a process of its own.
+
+    False if the monotonic clock passed `ends` before all were begun.
+    """
+    for training in trainings:
+        if not (folder / f"{training.name}.json").exists():
+            if time.monotonic() > ends:
+                print(UNFINISHED, flush=True)
+                return False
+            in_a_process(function, training, folder)
+    return True
 
 
 def in_a_process(function: Callable[..., None], *arguments: Any) -> None:

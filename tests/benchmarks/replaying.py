@@ -29,7 +29,7 @@ from components.config import config_file
 from components.prepare import icd10
 from components.prepare.dataset import Record
 from components.prepare.validate import validate
-from tests.benchmarks.noise import in_a_process
+from tests.benchmarks.noise import train_missing
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 BATCH, HELD_OUT, MADE = 16, 200, 6000
@@ -86,16 +86,6 @@ class Training:
         return replace(self, turn=self.turn - 1)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A domain's held-out records after a training."""
-
-    loss: float
-    """Nats per token."""
-    worth: float
-    """Mean of the domain's metric."""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.replaying", description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -108,17 +98,14 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
     arms = [Arm(), *(Arm(source, share) for share in options.shares for source in ("records", "production"))]
-    for seed in range(options.seeds):
-        for arm in arms:
-            for turn in range(3):
-                training = Training(options.order, turn, arm, seed, options.steps)
-                if (options.folder / f"{training.name}.json").exists():
-                    continue
-                if time.monotonic() > ends:
-                    print("to be gone on with", flush=True)
-                    return
-                in_a_process(train, training, options.folder)
-    show(options.folder, options.order, arms, options.seeds, options.steps)
+    trainings = (
+        Training(options.order, turn, arm, seed, options.steps)
+        for seed in range(options.seeds)
+        for arm in arms
+        for turn in range(3)
+    )
+    if train_missing(train, trainings, options.folder, ends=ends):
+        show(options.folder, options.order, arms, options.seeds, options.steps)
 
 
 def _orders() -> Iterator[Row]:
@@ -233,11 +220,12 @@ def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -
     if training.arm.source == "records":
         return [record for _, record in drawn]
     scores = answered([record for _, record in drawn])
-    return [
+    right = [
         replace(record, answer=each.text)
         for (name, record), each in zip(drawn, scores, strict=True)
         if each.text and each.marks[DOMAINS[name].metric] >= DOMAINS[name].least
     ]
+    return right or [record for _, record in drawn]
 
 
 def _to_train_on(name: str, seed: int, steps: int) -> list[Record]:
@@ -257,38 +245,34 @@ def _records(name: str) -> list[Record]:
 
 
 def show(folder: Path, order: Sequence[str], arms: Sequence[Arm], seeds: int, steps: int) -> None:
+    """The table."""
     first, *later = order
+    of_later = " | ".join(f"loss of {name}" for name in later)
     print(f"forgetting of {first} after {' and '.join(later)}; the mean of {seeds} seeds, and each\n")
-    print(
-        f"| replayed | records | loss rose by | {DOMAINS[first].metric} fell by | loss of {' | loss of '.join(later)} |"
-    )
+    print(f"| replayed | records | loss rose by | {DOMAINS[first].metric} fell by | {of_later} |")
     print("|---|---|---|---|---|---|")
     for arm in arms:
         begun, second, third = (
             [_read(folder, Training(order, turn, arm, seed, steps)) for seed in range(seeds)] for turn in range(3)
         )
-        rose = [after[first].loss - before[first].loss for before, after in zip(begun, third, strict=True)]
-        fell = [before[first].worth - after[first].worth for before, after in zip(begun, third, strict=True)]
-        losses = [[each[later[0]].loss for each in second], [each[later[1]].loss for each in third]]
-        counts = [
-            _replayed_by(folder, Training(order, turn, arm, seed, steps)) for turn in (1, 2) for seed in range(seeds)
+        pairs = list(zip(begun, third, strict=True))
+        cells = [
+            [after[first]["loss"] - before[first]["loss"] for before, after in pairs],
+            [before[first]["worth"] - after[first]["worth"] for before, after in pairs],
+            [each[later[0]]["loss"] for each in second],
+            [each[later[1]]["loss"] for each in third],
         ]
-        cells = [_mean_and_each(each) for each in (rose, fell, *losses)]
         share = f" {arm.share:.0%}" if arm.share else ""
-        print(f"| {arm.source}{share} | {np.mean(counts):.0f} | {' | '.join(cells)} |", flush=True)
+        replayed = np.mean([each["replayed"] for each in second + third])
+        print(f"| {arm.source}{share} | {replayed:.0f} | {' | '.join(map(_mean_and_each, cells))} |", flush=True)
 
 
 def _mean_and_each(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ({', '.join(f'{each:.3f}' for each in values)})"
 
 
-def _read(folder: Path, training: Training) -> dict[str, Measured]:
-    said = json.loads((folder / f"{training.name}.json").read_text())
-    return {name: Measured(**said[name]) for name in training.order[: training.turn + 1]}
-
-
-def _replayed_by(folder: Path, training: Training) -> int:
-    return int(json.loads((folder / f"{training.name}.json").read_text())["replayed"])
+def _read(folder: Path, training: Training) -> Any:
+    return json.loads((folder / f"{training.name}.json").read_text())
 
 
 if __name__ == "__main__":

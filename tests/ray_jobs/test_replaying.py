@@ -80,12 +80,15 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
 
 
 def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_are(
-    config: RunConfig, store: Store
+    config: RunConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
     uri = with_answers(config, store, prepared.uri, print, run_id="first")
     assert load_split(store, uri, "train") == TRAIN + EARLIER
     assert uri == datasets.publish(store, train=TRAIN + EARLIER, evaluation=HELD_OUT).uri
+    assert "nothing is in production yet" in capsys.readouterr().out
+    assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
+    assert "replayed as they are, as in an earlier run" in capsys.readouterr().out
 
 
 def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_they_are(
