@@ -88,7 +88,7 @@ def validate(
 
 
 def with_stored(config: RunConfig, stored: Mapping[str, Any], *, origin: str, commit: str = "") -> RunConfig:
-    """The config, with the base and the method of a stored one: what running an adapter takes of its own run's.
+    """Return the config with the base and the method of a stored one, as needed to run an adapter of that run.
 
     Another release may have stored it. Nothing but those two sections is read, keys of theirs that this release does
     not know are passed over, and what could not be trained any more can still be run. A base's own Python code runs
@@ -135,9 +135,9 @@ def dumps(config: RunConfig) -> str:
 
 
 def as_table(config: RunConfig, *, given_only: bool = False) -> dict[str, Any]:
-    """The resolved config as `validate` takes it, or only the keys that somebody set.
+    """Return the resolved config as `validate` takes it, or only the keys that were set.
 
-    A `model.max_length` that nobody set is in neither: it fits itself to the base, which is not known here.
+    An unset `model.max_length` is in neither: it depends on the base, which is not known here.
     """
     table = config.model_dump(mode="json", exclude_none=True, exclude_unset=given_only)
     if "max_length" not in config.model.model_fields_set:

@@ -64,4 +64,4 @@ METHODS: dict[str, Method] = {
     "loftq": Method("lora", "classic", "loftq", "nf4", 16, 0.5, "arXiv:2310.08659"),
 }
 OWN_BASE = frozenset(row.init for row in METHODS.values()) - {"default"}
-"""The starts that leave an adapter with a base of its own: `ray_jobs/adapters/<init>/start.py` makes it."""
+"""Values of `init` that make a base for the adapter, in `ray_jobs/adapters/<init>/start.py`."""

@@ -221,7 +221,7 @@ class RayJobCluster(Section):
         return self
 
     def pods(self, num_workers: int) -> int:
-        """Worker pods that so many workers are shared out among."""
+        """Number of worker pods for this many workers."""
         return self.nodes or num_workers
 
     def for_data(self) -> "RayJobCluster":
@@ -321,7 +321,7 @@ class RayConfig(Section):
         return self
 
     def for_data(self, *, timeout_s: int) -> "RayConfig":
-        """How the job runs that prepares the data: no GPU, and a deadline of its own."""
+        """Settings of the job that prepares the data: no GPU, and its own deadline."""
         cluster = self.cluster.for_data()
         pods = cluster.nodes if isinstance(cluster, RayJobCluster) else self.num_workers
         changes = {"cluster": cluster, "num_workers": pods, "use_gpu": False, "gpu": None, "timeout_s": timeout_s}

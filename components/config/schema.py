@@ -314,7 +314,7 @@ class RunConfig(Section):
         return self.train.learning_rate if self.train.learning_rate is not None else self.method.row.learning_rate
 
     def on(self, num_workers: int) -> "RunConfig":
-        """The config where so many workers train: to compute with, as its digests are others."""
+        """A copy of the config with this many workers, to compute with: its digests differ from this config's."""
         return self.model_copy(update={"ray": self.ray.model_copy(update={"num_workers": num_workers})})
 
     @property

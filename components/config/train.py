@@ -114,10 +114,10 @@ class TrainConfig(Section):
         return self
 
     def require_even_shares(self, num_workers: int) -> None:
-        """Refuse a batch that so many workers cannot share out evenly.
+        """Refuse a batch that cannot be divided evenly over this many workers.
 
         Raises:
-            ValueError: it names what would do.
+            ValueError: the batch cannot be divided; the message names values that can.
         """
         step, factors = num_workers, f"ray.num_workers {num_workers}"
         if not self.max_tokens:

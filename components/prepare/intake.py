@@ -46,7 +46,7 @@ class SourceCount:
         return self.rows - self.rejected - self.withheld - self.erased
 
     def with_batch(self, rows: int, validated: Validated) -> "SourceCount":
-        """The counts with another batch of so many rows."""
+        """Return the counts with another batch of `rows` rows added."""
         return SourceCount(
             self.source,
             self.rows + rows,

@@ -61,7 +61,7 @@ class Signatures:
 
     @classmethod
     def joined(cls, parts: Iterable["Signatures"], *, texts: int) -> "Signatures":
-        """The texts of all parts, so many and at least one, in order; a part is not kept."""
+        """Join the parts, which hold `texts` texts (at least one) together, in order. No part is kept in memory."""
         arrays: list[npt.NDArray[Any]] = []
         filled = 0
         for part in parts:

@@ -68,10 +68,10 @@ def _init(options: argparse.Namespace) -> Answer:
 
 
 def _asked(what: str, flag: str, default: str) -> str:
-    """What a person types; `default` where they type nothing.
+    """Ask on the terminal; return `default` if nothing is typed.
 
     Raises:
-        UserError: nobody is there to ask, and there is no default, or nothing was typed.
+        UserError: nothing was typed, or there is no terminal, and there is no default.
     """
     from components.shared.errors import UserError
 

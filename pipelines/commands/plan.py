@@ -48,7 +48,7 @@ def _plan(options: argparse.Namespace) -> Answer:
 
 
 def _fits_on_disk(config: "RunConfig", body: dict[str, Any]) -> bool | None:
-    """None where no pod is made, or nobody knows what it writes."""
+    """Whether a pod's disk holds what it writes; None if no pod is created, or that is unknown."""
     from components.config.ray import RayJobCluster
 
     cluster = config.ray.cluster

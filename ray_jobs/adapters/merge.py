@@ -22,8 +22,7 @@ MIN_ARGMAX_AGREEMENT = 0.999
 MAX_MEAN_KL_NATS = 1e-6
 """Largest mean KL divergence that the summation order in float32 may cause; on SmolLM2-135M it is below 1e-9."""
 MOST_ROUNDED_AWAY = 0.1
-"""Ratio of two mean KL divergences, rounding's effect to the adapter's effect on its base: above it, users are warned.
-"""
+"""Ratio of two mean KL divergences, of rounding and of the adapter on its base, above which users are warned."""
 
 
 @dataclass(frozen=True)
