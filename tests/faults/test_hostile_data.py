@@ -82,7 +82,7 @@ def test_a_parquet_file_that_unpacks_to_more_than_memory_is_an_error_and_takes_n
 @pytest.mark.slow
 def test_rows_that_are_all_unusable_take_no_memory_each(tmp_path: Path) -> None:
     message, taken = prepared(many_empty_rows(), tmp_path)
-    assert "no usable row among 1000000:" in message
+    assert "no usable row among 1,000,000:" in message
     assert taken < 256 * 2**20
 
 
