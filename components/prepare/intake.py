@@ -181,7 +181,7 @@ def read(
 
 def _say_read(sources: Sequence[SourceCount]) -> None:
     for each in sources:
-        logger.info("%s: %s, %d of them unusable", each.source.name, counted(each.rows, "row"), each.rejected)
+        logger.info("%s: %s, %s unusable", each.source.name, counted(each.rows, "row"), f"{each.rejected:,}")
 
 
 def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:
@@ -208,13 +208,8 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
             f"data.max_reject_share = {max_reject_share:g} allows:{_reasons_text(intake)}\n"
             "Fix these rows or raise data.max_reject_share."
         )
-    logger.info(
-        "%s of %s rows are unusable (%.2f %%; data.max_reject_share is %g)",
-        f"{intake.rejected:,}",
-        f"{intake.num_rows:,}",
-        100 * share,
-        max_reject_share,
-    )
+    if intake.rejected:
+        logger.info("%.2f %% of rows are unusable; data.max_reject_share = %g allows it", 100 * share, max_reject_share)
 
 
 def _reasons_text(intake: Intake) -> str:

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ def test_rows_are_refused_only_above_the_limit(num_bad: int, stops: bool, write_
         return
     with pytest.raises(DataError, match=r"6\.0% .*\(6 of 100\).*data\.max_reject_share = 0\.05"):
         require_usable(intake, max_reject_share=0.05)
+
+
+@pytest.mark.parametrize(("num_bad", "share"), [(0, []), (2, ["2.00 % of rows are unusable"])])
+def test_the_log_counts_the_unusable_rows_of_a_source_once(
+    num_bad: int, share: list[str], write_rows: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    name = write_rows([*good(100 - num_bad), *["{}"] * num_bad])
+    require_usable(intake_of(name), max_reject_share=0.05)
+    lines = [each.message.partition(";")[0] for each in caplog.records if "unusable" in each.message]
+    assert lines == [f"{name}: 100 rows, {num_bad} unusable", *share]
 
 
 def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(
