@@ -2,14 +2,15 @@
 trained on.
 
 Training on a model's own words keeps the new model closer to it than training on another's words; wrong answers are
-worse than none. The answers form a new dataset, so that a version's lineage names what it was trained on.
+worse than none. As in the paper's code, it answers more prompts than are replayed, and its best answers are taken. They
+form a new dataset, so that a version's lineage names what it was trained on.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from components.config.schema import RunConfig
 from components.prepare import parts
 from components.prepare.arrow_records import batch_of, present
 from components.prepare.dataset import REJECTS, Record, load_split, read_split
+from components.prepare.news import replay_size
 from components.records import runs
 from components.records.replayed import Replayed
 from components.registry.aliases import read_alias
@@ -36,8 +38,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Log = Callable[[str], None]
-FORMAT = 1
+FORMAT = 2
 """Version number of the stored answers: increment it when the way that they are made changes."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A record with production's answer, which is right."""
+
+    record: Record
+    worth: float
+    """The answer's value of data.replay_metric."""
 
 
 def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *, run_id: str) -> str:
@@ -61,7 +72,9 @@ def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *,
 def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, log: Log) -> Replayed:
     pointer = read_alias(store, config.adapter.name, config.adapter.alias)
     version = pointer.version if pointer else None
-    key = _answers_key(config, store, dataset_uri, version)
+    num_train = folders.read_manifest(store, _key(store, dataset_uri)).about["train_records"]
+    wanted = replay_size(num_train, config.data.replay_share)
+    key = _answers_key(config, store, dataset_uri, version, wanted)
     if (known := store.read(key)) is not None:
         found = Replayed.from_json(known[0], store.uri(key))
         with suppress(ObjectMissing):  # garbage collection may have deleted the answers, but not this reference to them
@@ -73,17 +86,30 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
             )
             return found
     records = load_split(store, dataset_uri, "replay")
+    as_they_are = best([Answered(record, 0.0) for record in records], wanted, salt=dataset_uri)
+    kept: list[Record] = []
     if version is None:
-        kept = []
-        log(f"nothing is in production yet: {counted(len(records), 'earlier record')} replayed as they are")
+        log(f"nothing is in production yet: {counted(len(as_they_are), 'earlier record')} replayed as they are")
     else:
-        kept = _answered(config, store, version, records, run_id, log)
-        right = f"{version} answers {len(kept)} of {len(records)} earlier records rightly: they are replayed"
-        log(right if kept else _nothing_right(config, version))
-    uri = _published(store, dataset_uri, kept or records)
+        right = _answered(config, store, version, records, run_id, log)
+        kept = best(right, wanted, salt=dataset_uri)
+        said = f"{version} answers {len(right)} of {counted(len(records), 'earlier record')} rightly: "
+        log(f"{said}{len(kept)} of them are replayed" if kept else _nothing_right(config, version))
+    uri = _published(store, dataset_uri, kept or as_they_are)
     found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(kept))
     store.put(key, found.as_json(), content_type=JSON)
     return found
+
+
+def best(answered: Sequence[Answered], count: int, *, salt: str) -> list[Record]:
+    """The records of the `count` answers with the highest worth, in the order given. Among equal ones a hash of salt
+    and id chooses."""
+
+    def rank(place: int) -> tuple[float, bytes]:
+        found = answered[place]
+        return -found.worth, hashlib.sha256(f"{salt}:{found.record.id}".encode()).digest()
+
+    return [answered[place].record for place in sorted(sorted(range(len(answered)), key=rank)[:count])]
 
 
 def _nothing_right(config: RunConfig, version: str) -> str:
@@ -97,7 +123,7 @@ def _nothing_right(config: RunConfig, version: str) -> str:
 
 def _answered(
     config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str, log: Log
-) -> list[Record]:
+) -> list[Answered]:
     """The records that the version answers correctly, with its answers; records with tool calls keep their own."""
     import ray
 
@@ -120,7 +146,7 @@ def _answered(
         found = measured_apart(config, base, [champion], records)
     metric, least = config.data.replay_metric, config.data.replay_least
     return [
-        record if record.calls else replace(record, answer=score.text)
+        Answered(record if record.calls else replace(record, answer=score.text), score.marks[metric])
         for record, score in zip(found.records, found.scores["champion"], strict=True)
         if score.text and score.marks[metric] >= least
     ]
@@ -156,10 +182,10 @@ def _columns(store: Store, dataset_uri: str) -> set[str]:
     return found
 
 
-def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None) -> str:
+def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None, wanted: int) -> str:
     """Key in the store of the version's answers: inside the prepared dataset's folder, so it is deleted with it."""
     data, longest = config.data, config.evaluate.max_new_tokens
-    how = [FORMAT, version, data.replay_metric, data.replay_least, longest]
+    how = [FORMAT, version, data.replay_metric, data.replay_least, longest, wanted]
     digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
     return f"{_key(store, dataset_uri)}/{TOKENS}/replayed-{digest}.json"
 

@@ -20,13 +20,17 @@ Span = tuple[int, int]
 """A range of record numbers, in the order in which they were read: the first, and one more than the last."""
 
 
+CANDIDATES = 4
+"""Earlier records that production answers for each one that is replayed: enough where it is right on one of four."""
+
+
 @dataclass(frozen=True)
 class Narrowed:
     """How many records from before the window were left out, and how many were taken."""
 
     before_window: int
     """Left out because the window begins after them."""
-    replayed: int
+    earlier: int
     """Taken from before the window."""
 
 
@@ -64,9 +68,14 @@ def in_window(intake: Intake, *, days: float) -> list[Span]:
     ]
 
 
+def replay_size(num_recent: int, share: float) -> int:
+    """Number of earlier records that make up `share` of the training records when `num_recent` are from the window."""
+    return round(num_recent * share / (1 - share))
+
+
 def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: float, apart: bool = False) -> Narrowed:
     """Keep in the table `others` the records whose content is in the window, and enough earlier records to make up
-    `replay_share` of the result; with `apart` the earlier ones go to the table `replayed`.
+    `replay_share` of the result; with `apart` the earlier ones go to the table `earlier`, CANDIDATES times as many.
 
     A hash salted with the window's content chooses the earlier records: each refresh replays others, and the same data
     always gives the same choice. `window` None keeps everything.
@@ -80,21 +89,21 @@ def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: fl
     work.run(
         "CREATE TABLE recent AS FROM others WHERE content IN"
         "  (SELECT content FROM records JOIN spans ON number >= start AND number < stop);"
-        "CREATE TABLE earlier AS FROM others ANTI JOIN recent USING (number)"
+        "CREATE TABLE before AS FROM others ANTI JOIN recent USING (number)"
     )
-    num_recent, num_earlier = work.row("SELECT (SELECT count(*) FROM recent), (SELECT count(*) FROM earlier)")
-    wanted = min(num_earlier, round(num_recent * replay_share / (1 - replay_share)))
+    num_recent, num_before = work.row("SELECT (SELECT count(*) FROM recent), (SELECT count(*) FROM before)")
+    wanted = min(num_before, replay_size(num_recent, replay_share) * (CANDIDATES if apart else 1))
     salt = hashlib.sha256()
     for batch in work.batches("SELECT content FROM recent ORDER BY place, key, content"):
         salt.update(b"".join(batch["content"].to_pylist()))
     work.run(
-        f"CREATE TABLE passed AS SELECT number FROM earlier"
+        f"CREATE TABLE passed AS SELECT number FROM before"
         f"  ORDER BY sha256('{salt.hexdigest()}'.unhex() || content) OFFSET {wanted};"
         "DELETE FROM others WHERE number IN (FROM passed)"
     )
     if apart:
         work.run(
-            "CREATE TABLE replayed AS FROM others WHERE number IN (SELECT number FROM earlier);"
-            "DELETE FROM others WHERE number IN (SELECT number FROM replayed)"
+            "CREATE TABLE earlier AS FROM others WHERE number IN (SELECT number FROM before);"
+            "DELETE FROM others WHERE number IN (SELECT number FROM earlier)"
         )
-    return Narrowed(num_earlier - wanted, wanted)
+    return Narrowed(num_before - wanted, wanted)

@@ -53,7 +53,7 @@ def build_profile(
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},
-        "replayed": split.replayed,
+        "replayed": split.earlier,
         "never_trained": never_trained(work, split),
         "splits": {each.name: _describe(work, each) for each in split.parts.splits},
         "sources": [

@@ -175,10 +175,10 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
 
 def _replayed(found: Replayed) -> str:
     if found.version is None:
-        return f"{count(found.asked)} with their own answers: nothing was in production"
+        return "with their own answers: nothing was in production"
     if not found.kept:
-        return f"{count(found.asked)} with their own answers: {found.version} answered none rightly"
-    return f"{count(found.kept)} of {count(found.asked)}, which {found.version} answered rightly, in its words"
+        return f"with their own answers: {found.version} answered none of {count(found.asked)} rightly"
+    return f"{count(found.kept)} with right answers of {found.version}, which answered {count(found.asked)}"
 
 
 def _near(profile: Mapping[str, Any]) -> list[tuple[str, str]]:

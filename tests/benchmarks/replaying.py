@@ -4,7 +4,7 @@
 
 The example's real model learns three domains in turn, each training from the version before, as with
 `train.start_from = "production"`. Of a training's records a share is replayed from the domains before: none, the
-records as they are, or what the version before answers to them where that is right, as with `data.replay_from`. The
+records as they are, or what the version before answers rightly to them, as with `data.replay_from`. The
 table has, of the first domain's held-out records, by how much the loss rose and the metric fell after the third domain
 since the first, and the held-out loss of the second and third right after their own training. Each training leaves a
 file in FOLDER, so that a call goes on where the one before it ended (`--minutes`); the last prints the table.
@@ -36,6 +36,7 @@ BATCH, HELD_OUT, MADE = 16, 200, 6000
 SEEDS = 3
 SHARES = (0.01, 0.05)
 NEW_TOKENS = 48
+CANDIDATES = 4
 GOODS = ("lamps", "chairs", "desks", "kettles", "shelves", "mirrors", "carpets", "curtains", "vases", "clocks")
 COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "yellow", "orange", "purple", "pink", "beige")
 TOWNS = ("Leeds", "Porto", "Lyon", "Graz", "Turin", "Bergen", "Gdansk", "Bruges", "Malaga", "Tartu", "Brno", "Kiel")
@@ -208,7 +209,8 @@ def train(training: Training, folder: Path) -> None:
 
 
 def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -> list[Record]:
-    """A random sample of the earlier domains' records, as large as the arm's share; only right answers, if answered."""
+    """A random sample of the earlier domains' records, as large as the arm's share, or the best answers to a larger
+    one."""
     if not training.turn or training.arm.source == "none":
         return []
     earlier = [
@@ -216,16 +218,18 @@ def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -
         for name in training.order[: training.turn]
         for each in _to_train_on(name, training.seed, training.steps)
     ]
-    drawn = random.Random(training.seed).sample(earlier, round(training.arm.share * training.steps * BATCH))
+    random.Random(training.seed).shuffle(earlier)
+    wanted = round(training.arm.share * training.steps * BATCH)
     if training.arm.source == "records":
-        return [record for _, record in drawn]
-    scores = answered([record for _, record in drawn])
-    right = [
-        replace(record, answer=each.text)
-        for (name, record), each in zip(drawn, scores, strict=True)
+        return [record for _, record in earlier[:wanted]]
+    asked = earlier[: CANDIDATES * wanted]
+    answers = [
+        (each.marks[DOMAINS[name].metric], record, each.text)
+        for (name, record), each in zip(asked, answered([record for _, record in asked]), strict=True)
         if each.text and each.marks[DOMAINS[name].metric] >= DOMAINS[name].least
     ]
-    return right or [record for _, record in drawn]
+    best = sorted(answers, key=lambda each: -each[0])[:wanted]
+    return [replace(record, answer=text) for _, record, text in best] or [record for _, record in asked[:wanted]]
 
 
 def _to_train_on(name: str, seed: int, steps: int) -> list[Record]:

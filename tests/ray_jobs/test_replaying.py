@@ -23,6 +23,8 @@ from tests.ray_jobs.plain import plain_of, published
 ROWS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(40)]
 TRAIN, HELD_OUT, EARLIER = ROWS[:4], ROWS[4:8], ROWS[8:]
 MAX_NEW_TOKENS = 8
+WANTED = 16
+"""With data.replay_share = 0.8, four of five records are earlier ones, and TRAIN has four."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def config(config: RunConfig, store: Store) -> RunConfig:
         "registry.prefix": store.prefix,
         "evaluate.max_new_tokens": MAX_NEW_TOKENS,
         "data.window_days": 7,
-        "data.replay_share": 0.5,
+        "data.replay_share": 0.8,
         "data.replay_from": "production",
         "data.replay_metric": "token_f1",
         "ray.num_workers": 1,
@@ -79,13 +81,25 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
     assert with_answers(config, store, prepared.uri, print, run_id="first") == uri
 
 
+def test_the_best_answers_are_replayed_and_chance_chooses_among_equal_ones() -> None:
+    answered = [replaying.Answered(each, 1.0 if number % 3 else 0.5) for number, each in enumerate(EARLIER)]
+    perfect = [each.record for each in answered if each.worth == 1]
+    assert replaying.best(answered, len(perfect), salt="d1") == perfect
+    assert replaying.best(answered, 99, salt="d1") == EARLIER
+    few, others = (replaying.best(answered, 8, salt=salt) for salt in ("d1", "d2"))
+    assert len(few) == len(others) == 8
+    assert few == [each for each in perfect if each in few] != others
+
+
 def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_are(
     config: RunConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
     uri = with_answers(config, store, prepared.uri, print, run_id="first")
-    assert load_split(store, uri, "train") == TRAIN + EARLIER
-    assert uri == datasets.publish(store, train=TRAIN + EARLIER, evaluation=HELD_OUT).uri
+    replayed = load_split(store, uri, "train")[len(TRAIN) :]
+    assert len(replayed) == WANTED < len(EARLIER)
+    assert replayed == [each for each in EARLIER if each in replayed]
+    assert uri == datasets.publish(store, train=TRAIN + replayed, evaluation=HELD_OUT).uri
     assert "nothing is in production yet" in capsys.readouterr().out
     assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
     assert "replayed as they are, as in an earlier run" in capsys.readouterr().out
@@ -99,7 +113,8 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
     monkeypatch.setattr(replaying, "_answered", lambda *_: [])
     uri = with_answers(config, store, prepared.uri, print, run_id="first")
-    assert load_split(store, uri, "train") == TRAIN + EARLIER
+    trained_on = load_split(store, uri, "train")
+    assert (trained_on[: len(TRAIN)], len(trained_on)) == (TRAIN, len(TRAIN) + WANTED)
     assert "is worth data.replay_least 1 by data.replay_metric token_f1" in capsys.readouterr().out
     found = runs.read(store, "first", Replayed)
     assert (found.version, found.kept) == (version.version, 0)
