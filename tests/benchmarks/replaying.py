@@ -151,13 +151,14 @@ DOMAINS = {
 
 
 def train(training: Training, folder: Path) -> None:
-    """Leaves the weights, and what each domain up to this one is worth with them."""
+    """Leave the weights, the held-out loss of each domain up to this one with them, and the first's metric."""
+    import torch
     from safetensors.torch import load_file, save_file
 
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model
     from ray_jobs.kernels import door
-    from ray_jobs.scoring.scoring import score
+    from ray_jobs.scoring.scoring import label_nll, score
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import plan_epoch, tokenize
     from ray_jobs.training import checkpoint
@@ -174,24 +175,22 @@ def train(training: Training, folder: Path) -> None:
     )
 
     def answered(records: Sequence[Record]) -> Any:
-        split = tokenize(records, chat, config.model.max_length)
-        scores = score(
+        return score(
             engine.module.eval(),
             chat,
             records,
-            split,
+            tokenize(records, chat, config.model.max_length),
             with_other_prompts=None,
             batch_size=BATCH,
             max_new_tokens=NEW_TOKENS,
             advance=lambda _: None,
         )
-        return scores, split.num_answer_tokens.sum()
 
     if training.turn:
         checkpoint.copy_weights(load_file(folder / f"{training.before.name}.safetensors"), engine.module)
         engine.optimizer.refresh_fp32_params()
     records = _to_train_on(training.order[training.turn], training.seed, training.steps)
-    replayed = _replayed(training, lambda asked: answered(asked)[0])
+    replayed = _replayed(training, answered)
     records = records[: len(records) - round(training.arm.share * len(records)) if training.turn else None] + replayed
     split = tokenize(records, chat, config.model.max_length)
     batches = plan_epoch(split.lengths, batch_size=BATCH, group_by_length=True, seed=training.seed, epoch=0)
@@ -201,9 +200,13 @@ def train(training: Training, folder: Path) -> None:
     save_file(checkpoint.weights(engine.module), folder / f"{training.name}.safetensors")
     found: dict[str, Any] = {"replayed": len(replayed)}
     for name in training.order[: training.turn + 1]:
-        scores, tokens = answered(_held_out(name))
-        worth = float(np.mean([each.marks[DOMAINS[name].metric] for each in scores]))
-        found[name] = {"loss": float(sum(each.nll for each in scores) / tokens), "worth": worth}
+        held_out = tokenize(_held_out(name), chat, config.model.max_length)
+        with torch.inference_mode():
+            nll = label_nll(engine.module.eval(), held_out, BATCH, chat.pad)
+        found[name] = {"loss": float(sum(nll) / held_out.num_answer_tokens.sum())}
+    first = training.order[0]
+    scores = answered(_held_out(first))
+    found[first]["worth"] = float(np.mean([each.marks[DOMAINS[first].metric] for each in scores]))
     (folder / f"{training.name}.json").write_text(json.dumps(found))
     print(f"{training.name}: {found}, {time.monotonic() - started:.0f} s", flush=True)
 
