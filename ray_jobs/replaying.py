@@ -2,16 +2,18 @@
 trained on.
 
 Training on a model's own words keeps the new model closer to it than training on another's words; wrong answers are
-worse than none. As in the paper's code, it answers more prompts than are replayed, and its best answers are taken. They
-form a new dataset, so that a version's lineage names what it was trained on.
+worse than none. Where it gets some wrong, it is asked further prompts, so that as many are replayed as the config says.
+The answers form a new dataset, so that a version's lineage names what it was trained on.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +42,6 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 FORMAT = 2
 """Version number of the stored answers: increment it when the way that they are made changes."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A record with production's answer, which is right."""
-
-    record: Record
-    worth: float
-    """The answer's value of data.replay_metric."""
 
 
 def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *, run_id: str) -> str:
@@ -85,31 +78,43 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
                 else "these records are replayed as they are, as in an earlier run"
             )
             return found
-    records = load_split(store, dataset_uri, "replay")
-    as_they_are = best([Answered(record, 0.0) for record in records], wanted, salt=dataset_uri)
+    records = _in_random_order(load_split(store, dataset_uri, "replay"), salt=dataset_uri)
+    as_they_are = records[:wanted]
     kept: list[Record] = []
+    num_asked = 0
     if version is None:
         log(f"nothing is in production yet: {counted(len(as_they_are), 'earlier record')} replayed as they are")
     else:
-        right = _answered(config, store, version, records, run_id, log)
-        kept = best(right, wanted, salt=dataset_uri)
-        said = f"{version} answers {len(right)} of {counted(len(records), 'earlier record')} rightly: "
+        right, num_asked = enough_right(records, wanted, partial(_right, config, store, version, run_id, log))
+        kept = right[:wanted]
+        said = f"{version} answers {len(right)} of {counted(num_asked, 'earlier record')} rightly: "
         log(f"{said}{len(kept)} of them are replayed" if kept else _nothing_right(config, version))
     uri = _published(store, dataset_uri, kept or as_they_are)
-    found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(kept))
+    found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=num_asked, kept=len(kept))
     store.put(key, found.as_json(), content_type=JSON)
     return found
 
 
-def best(answered: Sequence[Answered], count: int, *, salt: str) -> list[Record]:
-    """The records of the `count` answers with the highest worth, in the order given. Among equal ones a hash of salt
-    and id chooses."""
+def enough_right(
+    records: Sequence[Record], wanted: int, right: Callable[[Sequence[Record], str], list[Record]]
+) -> tuple[list[Record], int]:
+    """Right answers to the first of `records`, at least `wanted` where that many can be found, and the number asked.
 
-    def rank(place: int) -> tuple[float, bytes]:
-        found = answered[place]
-        return -found.worth, hashlib.sha256(f"{salt}:{found.record.id}".encode()).digest()
+    `right` returns those of the records given that are answered rightly. It is called twice at most, as each call has
+    to load the model: with `wanted` records, and with as many as promise the rest at the rate of the first. It is also
+    given a name for the call.
+    """
+    found = right(records[:wanted], "replay")
+    num_asked = min(wanted, len(records))
+    if not found or len(found) == num_asked:
+        return found, num_asked
+    rate = len(found) / num_asked
+    more = records[num_asked : num_asked + ceil((wanted - len(found)) / rate)]
+    return found + (right(more, "replay-more") if more else []), num_asked + len(more)
 
-    return [answered[place].record for place in sorted(sorted(range(len(answered)), key=rank)[:count])]
+
+def _in_random_order(records: Sequence[Record], *, salt: str) -> list[Record]:
+    return sorted(records, key=lambda record: hashlib.sha256(f"{salt}:{record.id}".encode()).digest())
 
 
 def _nothing_right(config: RunConfig, version: str) -> str:
@@ -121,9 +126,9 @@ def _nothing_right(config: RunConfig, version: str) -> str:
     )
 
 
-def _answered(
-    config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str, log: Log
-) -> list[Answered]:
+def _right(
+    config: RunConfig, store: Store, version: str, run_id: str, log: Log, records: Sequence[Record], name: str
+) -> list[Record]:
     """The records that the version answers correctly, with its answers; records with tool calls keep their own."""
     import ray
 
@@ -141,12 +146,12 @@ def _answered(
         asked = tokens_of(records, chat, champion.config.model.max_length, store, "")
         champion = replace(champion, config=with_room_for_answers(champion.config, asked))
     if is_shared(config, base, ray.nodes()):
-        found = measured_together(config, base, [champion], records, store=store, run_id=run_id, name="ray-replay")
+        found = measured_together(config, base, [champion], records, store=store, run_id=run_id, name=f"ray-{name}")
     else:
         found = measured_apart(config, base, [champion], records)
     metric, least = config.data.replay_metric, config.data.replay_least
     return [
-        Answered(record if record.calls else replace(record, answer=score.text), score.marks[metric])
+        record if record.calls else replace(record, answer=score.text)
         for record, score in zip(found.records, found.scores["champion"], strict=True)
         if score.text and score.marks[metric] >= least
     ]

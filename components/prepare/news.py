@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 
 CANDIDATES = 4
-"""Earlier records that production answers for each one that is replayed: enough where it is right on one of four."""
+"""Earlier records that production may be asked for each one that is replayed, as some of its answers are wrong."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,6 @@ class Replayed(Record):
     version: str | None
     """The version that was asked; None if nothing was in production, so that the records' own answers were taken."""
     asked: int
-    """Number of records that were to be answered."""
+    """Number of records that it answered."""
     kept: int
     """Number of its answers that are trained on; if none was right, the records' own answers were taken."""

@@ -212,8 +212,7 @@ def train(training: Training, folder: Path) -> None:
 
 
 def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -> list[Record]:
-    """A random sample of the earlier domains' records, as large as the arm's share, or the best answers to a larger
-    one."""
+    """A random sample of the earlier domains' records, as large as the arm's share, or right answers to as many."""
     if not training.turn or training.arm.source == "none":
         return []
     earlier = [
@@ -226,13 +225,12 @@ def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -
     if training.arm.source == "records":
         return [record for _, record in earlier[:wanted]]
     asked = earlier[: CANDIDATES * wanted]
-    answers = [
-        (each.marks[DOMAINS[name].metric], record, each.text)
+    right = [
+        replace(record, answer=each.text)
         for (name, record), each in zip(asked, answered([record for _, record in asked]), strict=True)
         if each.text and each.marks[DOMAINS[name].metric] >= DOMAINS[name].least
     ]
-    best = sorted(answers, key=lambda each: -each[0])[:wanted]
-    return [replace(record, answer=text) for _, record, text in best] or [record for _, record in asked[:wanted]]
+    return right[:wanted] or [record for _, record in asked[:wanted]]
 
 
 def _to_train_on(name: str, seed: int, steps: int) -> list[Record]:

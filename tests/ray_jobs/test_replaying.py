@@ -1,6 +1,7 @@
 """Production answers earlier records, as plain transformers and peft have its version answer them."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -68,27 +69,47 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
         uri = driver.submit(on_ray, config, prepared.uri, "first").result()
 
     trained_on = load_split(store, uri, "train")
-    assert trained_on == [*TRAIN, *(dataclasses.replace(each, answer=answers[each.id][0]) for each in right)]
+    assert trained_on[: len(TRAIN)] == TRAIN
+    in_its_words = [dataclasses.replace(each, answer=answers[each.id][0]) for each in right]
+    assert sorted(trained_on[len(TRAIN) :], key=str) == sorted(in_its_words, key=str)
     assert load_split(store, uri, "eval") == HELD_OUT
     assert with_answers(config, store, uri, print, run_id="on its own") == uri
     found = runs.read(store, "first", Replayed)
     assert (found.version, found.asked, found.kept) == (version.version, len(right + wrong), len(right))
     folders.verify(store, store.key(uri))
 
-    monkeypatch.setattr(replaying, "_answered", refuse)
+    monkeypatch.setattr(replaying, "_right", refuse)
     assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
     promote(store, version.name, published(config, store, tmp_path, seed=2).version)
     assert with_answers(config, store, prepared.uri, print, run_id="first") == uri
 
 
-def test_the_best_answers_are_replayed_and_chance_chooses_among_equal_ones() -> None:
-    answered = [replaying.Answered(each, 1.0 if number % 3 else 0.5) for number, each in enumerate(EARLIER)]
-    perfect = [each.record for each in answered if each.worth == 1]
-    assert replaying.best(answered, len(perfect), salt="d1") == perfect
-    assert replaying.best(answered, 99, salt="d1") == EARLIER
-    few, others = (replaying.best(answered, 8, salt=salt) for salt in ("d1", "d2"))
-    assert len(few) == len(others) == 8
-    assert few == [each for each in perfect if each in few] != others
+@pytest.mark.parametrize(
+    ("rights", "asked", "found"),
+    [
+        ([4], 4, 4),  # all right: no more is asked
+        ([2, 3], 8, 5),  # half right: two are missing, of which four more promise two
+        ([1, 2], 16, 3),  # a quarter right: twelve more, though they give fewer than promised
+        ([0], 4, 0),  # none right: hopeless
+    ],
+)
+def test_further_records_are_asked_for_those_that_production_gets_wrong(
+    rights: list[int], asked: int, found: int
+) -> None:
+    calls: list[list[Record]] = []
+
+    def right(records: Sequence[Record], name: str) -> list[Record]:
+        calls.append([*records])
+        return [*records[: rights[len(calls) - 1]]]
+
+    answers, num_asked = replaying.enough_right(EARLIER, 4, right)
+    assert [each for call in calls for each in call] == EARLIER[:asked]
+    assert (len(calls), num_asked, len(answers)) == (len(rights), asked, found)
+
+
+def test_no_more_records_are_asked_than_there_are() -> None:
+    answers, num_asked = replaying.enough_right(EARLIER[:3], 4, lambda records, name: [*records[:2]])
+    assert (answers, num_asked) == (EARLIER[:2], 3)
 
 
 def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_are(
@@ -98,7 +119,7 @@ def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_a
     uri = with_answers(config, store, prepared.uri, print, run_id="first")
     replayed = load_split(store, uri, "train")[len(TRAIN) :]
     assert len(replayed) == WANTED < len(EARLIER)
-    assert replayed == [each for each in EARLIER if each in replayed]
+    assert all(each in EARLIER for each in replayed)
     assert uri == datasets.publish(store, train=TRAIN + replayed, evaluation=HELD_OUT).uri
     assert "nothing is in production yet" in capsys.readouterr().out
     assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
@@ -111,7 +132,7 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
     version = published(config, store, tmp_path, seed=1)
     promote(store, version.name, version.version)
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
-    monkeypatch.setattr(replaying, "_answered", lambda *_: [])
+    monkeypatch.setattr(replaying, "_right", lambda *_: [])
     uri = with_answers(config, store, prepared.uri, print, run_id="first")
     trained_on = load_split(store, uri, "train")
     assert (trained_on[: len(TRAIN)], len(trained_on)) == (TRAIN, len(TRAIN) + WANTED)
