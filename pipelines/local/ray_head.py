@@ -91,7 +91,12 @@ class RayHead:
         environment = head_environment(
             os.environ, token_path=self._token_path, dashboard_metrics_port=dashboard_metrics_port
         )
-        return command, {**environment, "TMPDIR": scratch}  # for jobs, which may be killed before they empty it
+        return command, {
+            **environment,
+            # Ray Train asks it for the state of actors, and cannot find it by itself beside another Ray.
+            "RAY_API_SERVER_ADDRESS": self.endpoint(ports)["url"],
+            "TMPDIR": scratch,  # for jobs, which may be killed before they empty it
+        }
 
     def endpoint(self, ports: Sequence[int]) -> dict[str, Any]:
         """Return the head's address, the path of its token, and the store that its jobs inherit."""
