@@ -57,16 +57,15 @@ def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *,
         return dataset_uri
     before = runs.find(store, run_id, Replayed)
     if before is None or before.prepared_uri != dataset_uri:
-        before = _replayed(config, store, dataset_uri, run_id, log)
+        wanted = replay_size(prepared.about["train_records"], config.data.replay_share)
+        before = _replayed(config, store, dataset_uri, wanted, run_id, log)
         runs.write(store, run_id, before)
     return before.dataset_uri
 
 
-def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, log: Log) -> Replayed:
+def _replayed(config: RunConfig, store: Store, dataset_uri: str, wanted: int, run_id: str, log: Log) -> Replayed:
     pointer = read_alias(store, config.adapter.name, config.adapter.alias)
     version = pointer.version if pointer else None
-    num_train = folders.read_manifest(store, _key(store, dataset_uri)).about["train_records"]
-    wanted = replay_size(num_train, config.data.replay_share)
     key = _answers_key(config, store, dataset_uri, version, wanted)
     if (known := store.read(key)) is not None:
         found = Replayed.from_json(known[0], store.uri(key))

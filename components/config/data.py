@@ -57,8 +57,8 @@ class DataConfig(Section):
     """Share of the training records to draw from before the window, against forgetting."""
     replay_from: Annotated[Literal["records", "production"], Added("0.2.0")] = "records"
     """Answers to train on for those earlier records: the records' own, or production's right ones (on-policy replay,
-    arXiv:2605.29495). For each record whose answer is wrong production is asked further ones, up to four. Without a
-    version in production, the records' own."""
+    arXiv:2605.29495). Where production answers wrongly it is asked further records, up to four for each one to be
+    replayed. Without a version in production, the records' own."""
     replay_metric: Annotated[AnswerMetric, Added("0.2.0")] = "exact_match"
     """Metric that decides whether an answer of production is right."""
     replay_least: Annotated[Annotated[float, Field(gt=0, le=1)], Added("0.2.0")] = 1

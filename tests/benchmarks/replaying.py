@@ -28,6 +28,7 @@ import numpy as np
 from components.config import config_file
 from components.prepare import icd10
 from components.prepare.dataset import Record
+from components.prepare.news import CANDIDATES
 from components.prepare.validate import validate
 from tests.benchmarks.noise import train_missing
 
@@ -36,7 +37,6 @@ BATCH, HELD_OUT, MADE = 16, 200, 6000
 SEEDS = 3
 SHARES = (0.01, 0.05)
 NEW_TOKENS = 48
-CANDIDATES = 4
 GOODS = ("lamps", "chairs", "desks", "kettles", "shelves", "mirrors", "carpets", "curtains", "vases", "clocks")
 COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "yellow", "orange", "purple", "pink", "beige")
 TOWNS = ("Leeds", "Porto", "Lyon", "Graz", "Turin", "Bergen", "Gdansk", "Bruges", "Malaga", "Tartu", "Brno", "Kiel")
