@@ -11,7 +11,7 @@ from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Reject
 from components.prepare.personal import Kind
 from components.prepare.reading import Reader, Rules, read_here
-from components.prepare.shapes import EXPECTED, advice, recognised
+from components.prepare.shapes import EXPECTED, advice, columns_read, recognised
 from components.prepare.sources import Source
 from components.prepare.validation import Validated
 from components.shared.counted import counted
@@ -84,6 +84,8 @@ class Intake:
     reasons: Reasons = field(default_factory=Reasons)
     columns: Counter[str] = field(default_factory=Counter)
     """Rows that have each column."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows in a shape that we know, of which nothing is read from this column."""
     personal: Counter[Kind] = field(default_factory=Counter)
     """Pieces of personal data in the records that are usable, by kind."""
     with_personal: int = 0
@@ -176,6 +178,8 @@ def read(
         if shape := recognised(names, rules.columns):
             intake.num_known_form += count
             intake.shapes[shape.name] += count
+            used = columns_read(names, rules.columns, group=rules.group)
+            intake.unread.update({column: count for column in names if column not in used})
     return intake
 
 

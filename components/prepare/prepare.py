@@ -11,7 +11,7 @@ from components.prepare import intake, news, parts, workspace
 from components.prepare.judges import require_enough, too_few_to_replace
 from components.prepare.profile import build_profile
 from components.prepare.reading import Reader, Rules, read_here
-from components.prepare.shapes import columns_read
+from components.prepare.shapes import unread_text
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
 from components.prepare.workspace import Workspace
@@ -122,7 +122,7 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
         with _in_memory():
             read, unique = _read(config, sources, work)
             found = _split(config, work, read)
-            profile = _profile(config, work, read, unique, found)
+            profile = build_profile(work, read, unique, found)
         yield profile, found
 
 
@@ -184,6 +184,8 @@ def _read(
 ) -> tuple[intake.Intake, Deduplicated]:
     read = intake.read(sources, work.accept, work.reject, rules=Rules.of(config.data, erased), reader=reader)
     intake.require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
+    if read.unread:
+        logger.info("%s", unread_text(read.unread, read.columns, config.data.columns))
     work.finish()
     return read, deduplicate(work)
 
@@ -202,18 +204,11 @@ def _split(config: RunConfig, work: Workspace, read: intake.Intake) -> TrainEval
     )
 
 
-def _profile(
-    config: RunConfig, work: Workspace, read: intake.Intake, unique: Deduplicated, found: TrainEvalSplit
-) -> dict[str, Any]:
-    used = columns_read(read.columns, config.data.columns, group=config.data.group)
-    return build_profile(work, read, unique, found, used=used)
-
-
 def _publish(
     config: RunConfig, store: "Store", work: Workspace, read: intake.Intake, unique: Deduplicated
 ) -> PreparedDataset:
     found = _split(config, work, read)
-    profile = _profile(config, work, read, unique, found)
+    profile = build_profile(work, read, unique, found)
     folder = parts.publish(store, found.parts, rejects=work.rejects, rejected=read.rejected, profile=profile)
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,

@@ -1,7 +1,7 @@
 """The profile of a dataset, for a person to check before trusting it: profile.json."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from components.prepare.dataset import FORMAT
@@ -16,11 +16,8 @@ _SAMPLES = 3
 _MAX_SAMPLE_CHARS = 2000
 
 
-def build_profile(
-    work: Workspace, intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit, *, used: Collection[str]
-) -> dict[str, Any]:
-    """Build the profile, which accounts for every row: rows read = rejected + dropped + the records of both splits.
-    `used` are the columns that were read."""
+def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit) -> dict[str, Any]:
+    """Build the profile, which accounts for every row: rows read = rejected + dropped + the records of both splits."""
     return {
         "format": FORMAT,
         "rows": {
@@ -52,7 +49,7 @@ def build_profile(
         "system_message": _shared_system_message(work, split),
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
-        "extra_columns": {name: rows for name, rows in intake.columns.most_common() if name not in used},
+        "extra_columns": dict(intake.unread.most_common()),
         "replayed": split.earlier,
         "never_trained": never_trained(work, split),
         "splits": {each.name: _describe(work, each) for each in split.parts.splits},

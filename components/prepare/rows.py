@@ -1,5 +1,6 @@
 """The rows of one file, streamed: line by line, element by element, or batch by batch."""
 
+import codecs
 import json
 import re
 import secrets
@@ -52,6 +53,8 @@ def read_rows(source: Source, path: Path | None, *, wanted: Wanted) -> Iterator[
 
 
 def _read_text(file: BinaryIO, name: str, form: Form) -> Iterator[Rows]:
+    if cast(Any, file).peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(f"data.source {name} is UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does")
     if form.kind == "csv":
         from components.prepare.tables import read_csv
 

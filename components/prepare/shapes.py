@@ -5,11 +5,12 @@ them; `validate` then judges whether they are valid.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from components.config.columns import ColumnsConfig
 from components.prepare.validate import KNOWN_COLUMNS, SPEAKERS, has_known_form, named_id
+from components.shared.counted import counted
 from components.shared.errors import DataError
 
 Row = Mapping[str, Any]
@@ -19,6 +20,10 @@ EXPECTED = (
     "instruction and output (Alpaca), conversations (ShareGPT), question and answer"
 )
 _PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem", "request", "text", "body", "sentence")
+_BESIDE = ("context", "input", "passage", "document", "background", "knowledge")
+"""Names of columns that belong to a prompt in another column."""
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_MOST_SHOWN = 10
 _ANSWERS = ("completion", "answer", "output", "response", "chosen", "solution", "reply", "target", "label", "summary")
 
 
@@ -30,6 +35,10 @@ class Shape(NamedTuple):
     """The columns that are read, beside those that every shape may have."""
     convert: Callable[[Row], dict[str, Any]]
     """The row's texts as prompt and completion, or as messages."""
+    prompts: tuple[str, ...] = ()
+    """The columns that the prompt is joined from; none in a conversation."""
+    answer: str = ""
+    """The column of the answer; none in a conversation."""
 
 
 def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
@@ -85,32 +94,66 @@ def advice(columns: Collection[str], named: ColumnsConfig) -> str:
         return f"No row has the columns that data.columns names: {named_columns}"
     if {"chosen", "rejected"} <= set(columns):
         return "Of preference pairs the better answer can be trained on: set data.columns.completion=chosen"
-    prompt, answer = (
-        next((each for name in names for each in columns if each.lower() == name), None)
-        for names in (_PROMPTS, _ANSWERS)
-    )
+    prompt, answer = (_first(columns, names) for names in (_PROMPTS, _ANSWERS))
     if answer is None and prompt in ("text", "body", "sentence") and len(columns) == 1:
         return f"A column {prompt!r} alone does not say which part is the answer: write prompt and completion apart"
-    return (
-        "Or say which column is which: "
-        f"--set data.columns.prompt={prompt or 'COLUMN'} --set data.columns.completion={answer or 'COLUMN'}"
-    )
+    prompts = [prompt, *(each for each in _beside(columns) if each != prompt)] if prompt else ["COLUMN"]
+    options = _options(prompts, answer or "COLUMN", _first(columns, _SYSTEMS))
+    return f"Or say which column is which: {options}"
+
+
+def unread_text(unread: Mapping[str, int], columns: Collection[str], named: ColumnsConfig) -> str:
+    """Name the columns that nothing is read from, and the options that would read those that look like part of the
+    prompt. `unread` has the number of rows with each such column, `columns` are all that the rows have."""
+    shown = [f"{name} ({counted(rows, 'row')})" for name, rows in unread.items()]
+    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+    text = f"columns not read: {', '.join(shown[:_MOST_SHOWN])}{more}"
+    shape = recognised(columns, named)
+    prompts, answer = (shape.prompts, shape.answer) if shape else ((), "")
+    beside = _beside(unread) if prompts else []
+    # Alpaca's own system column is no longer read once columns are named.
+    system = None if named.system else _first(columns if beside else unread, _SYSTEMS)
+    if not beside and not system:
+        return text
+    wanted = " and ".join([*beside, *([system] if system and system in unread else [])])
+    options = _options([*prompts, *beside], answer, system) if beside else _options([], "", system)
+    return f"{text}. To read {wanted} too: {options}"
+
+
+def _first(columns: Collection[str], names: Sequence[str]) -> str | None:
+    return next((each for name in names for each in columns if each.lower() == name), None)
+
+
+def _beside(columns: Collection[str]) -> list[str]:
+    return [each for each in columns if each.lower() in _BESIDE]
+
+
+def _options(prompts: Sequence[str], answer: str, system: str | None) -> str:
+    """The command-line options that name these columns."""
+    named = []
+    if len(prompts) == 1:
+        named.append(f"--set data.columns.prompt={prompts[0]}")
+    elif prompts:
+        named.append(f"--set 'data.columns.prompt={json.dumps(list(prompts), ensure_ascii=False)}'")
+    if answer:
+        named.append(f"--set data.columns.completion={answer}")
+    if system:
+        named.append(f"--set data.columns.system={system}")
+    return " ".join(named)
 
 
 def _as_named(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     if named.messages:
-        wanted: tuple[str, ...] = (named.messages,)
-        convert = _conversation(named.messages)
+        shape = Shape("data.columns", (named.messages,), _conversation(named.messages))
     else:
-        prompts = [named.prompt] if isinstance(named.prompt, str) else named.prompt
-        prompts = [each for each in prompts if each] or ["prompt"]
+        given = [named.prompt] if isinstance(named.prompt, str) else named.prompt
+        prompts = tuple(each for each in given if each) or ("prompt",)
         answer = named.completion or "completion"
-        wanted = (*prompts, answer)
-        convert = _joined(prompts, answer)
-    return Shape("data.columns", wanted, convert) if set(wanted) & set(columns) else None
+        shape = Shape("data.columns", (*prompts, answer), _joined(prompts, answer), prompts, answer)
+    return shape if set(shape.columns) & set(columns) else None
 
 
-def _joined(prompts: list[str], answer: str) -> Callable[[Row], dict[str, Any]]:
+def _joined(prompts: Sequence[str], answer: str) -> Callable[[Row], dict[str, Any]]:
     def convert(row: Row) -> dict[str, Any]:
         for needed in (prompts[0], answer):
             if row.get(needed) is None:
@@ -186,9 +229,13 @@ def _as_it_is(row: Row) -> dict[str, Any]:
     return dict(row)
 
 
-PLAIN = Shape("prompt and completion", ("prompt", "completion"), _as_it_is)
+PLAIN = Shape("prompt and completion", ("prompt", "completion"), _as_it_is, ("prompt",), "completion")
 MESSAGES = Shape("messages", ("messages",), _as_it_is)
-ALPACA = Shape("Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca)
+ALPACA = Shape(
+    "Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca, ("instruction", "input"), "output"
+)
 SHARE_GPT = Shape("ShareGPT", ("conversations", "system"), _conversation("conversations"))
-QUESTIONS = Shape("question and answer", ("question", "answer"), _joined(["question"], "answer"))
+QUESTIONS = Shape(
+    "question and answer", ("question", "answer"), _joined(["question"], "answer"), ("question",), "answer"
+)
 _WITH_SYSTEM = (ALPACA, SHARE_GPT)

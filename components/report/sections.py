@@ -135,6 +135,7 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
                 _in_groups(_with_share(splits["eval"].get("records", 0), num_records), splits["eval"]),
             ),
             ("Rejected rows", _with_share(rows.get("rejected", 0), rows.get("read", 0))),
+            *([("Columns not read", ", ".join(extra))] if (extra := profile.get("extra_columns")) else []),
             *([("Earlier records replayed", _replayed(replayed))] if replayed else []),
         ],
         "rejected": [

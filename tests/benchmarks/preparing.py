@@ -140,7 +140,7 @@ def _fineloop(source: str, scratch: Path, step: Any, options: argparse.Namespace
         with step("split"):
             found = split(work, eval_share=EVAL_SHARE, max_records=0, near_duplicates=options.near, max_near_share=1.0)
         with step("profile"):
-            build_profile(work, read, unique, found, used=())
+            build_profile(work, read, unique, found)
 
 
 def _duckdb(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:

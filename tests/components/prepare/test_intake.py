@@ -127,10 +127,9 @@ def test_unknown_columns_of_parquet_are_refused_by_name(tmp_path: Path) -> None:
         require_usable(intake, max_reject_share=1.0)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
-def test_a_file_in_another_encoding_is_refused(encoding: str, tmp_path: Path) -> None:
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_bytes('{"prompt": "caf\u00e9", "completion": "b"}\n'.encode(encoding) * 3)
+    path.write_bytes('{"prompt": "caf\u00e9", "completion": "b"}\n'.encode("latin-1") * 3)
     with pytest.raises(DataError, match=r"no usable row among \d.*\n.*not UTF-8 at byte N .*x\.jsonl:1"):
         require_usable(intake_of(str(path)), max_reject_share=1.0)
 

@@ -1,4 +1,5 @@
 import json
+import logging
 import random
 import subprocess
 import sys
@@ -82,7 +83,10 @@ def test_bad_rows_are_published_with_their_place_and_reason(
     ]
 
 
-def test_the_profile_accounts_for_every_row(store: Store, write_rows: Write, run_config: Config) -> None:
+def test_the_profile_accounts_for_every_row(
+    store: Store, write_rows: Write, run_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     changed = {"id": 5, "prompt": "question 5", "completion": "corrected"}
     copies = [{"id": f"copy {i}", "prompt": f"question {i}", "completion": "other"} for i in range(60)]
     source = write_rows([*rows(200), rows(1)[0], changed, *copies, "{}"])
@@ -99,6 +103,7 @@ def test_the_profile_accounts_for_every_row(store: Store, write_rows: Write, run
     assert kept == 180
     assert profile["rows"]["read"] == profile["rows"]["rejected"] + sum(dropped.values()) + kept
     assert profile["extra_columns"] == {"topic": 201}
+    assert "columns not read: topic (201 rows)" in caplog.messages
     assert profile["sources"] == [{"source": source, "bytes": Path(source).stat().st_size, "rows": 263, "rejected": 1}]
     assert profile["rejected"][0]["reason"] == "prompt is missing"
 

@@ -1,5 +1,7 @@
 import json
 import logging
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from components.config import config_file
 from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Record
 from components.prepare.intake import require_usable
+from components.prepare.shapes import unread_text
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError
 from tests.doubles.datasets import Read, read
 
 Write = Callable[..., str]
+EXAMPLE = Path(__file__).parents[3] / "pipelines" / "configs" / "icd10.toml"
 
 
 def read_rows(name: str, **columns: Any) -> Read:
@@ -120,6 +125,16 @@ def test_rows_of_a_csv_may_hold_a_conversation_as_json(tmp_path: Path) -> None:
         ({"Prompt": "a", "Completion": "b"}, "data.columns.prompt=Prompt --set data.columns.completion=Completion"),
         ({"body": "a", "y": "b"}, "data.columns.prompt=body --set data.columns.completion=COLUMN"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "set data.columns.completion=chosen"),
+        (
+            {"instruction": "a", "context": "c", "response": "b"},
+            re.escape(
+                '--set \'data.columns.prompt=["instruction", "context"]\' --set data.columns.completion=response'
+            ),
+        ),
+        (
+            {"system_prompt": "s", "question": "a", "response": "b"},
+            "prompt=question --set data.columns.completion=response --set data.columns.system=system_prompt",
+        ),
         ({"text": "a"}, "A column 'text' alone does not say which part is the answer"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, r"conversations\[N\].from is 'alien': expected human"),
     ],
@@ -129,6 +144,42 @@ def test_what_is_in_no_known_shape_is_refused_with_the_way_out(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read_rows(write_rows([row] * 2))
+
+
+@pytest.mark.parametrize(
+    ("row", "left", "prompt"),
+    [
+        ({"question": "a", "context": "c", "answer": "b", "t": "x"}, {"context", "t"}, [("user", "a\n\nc")]),
+        ({"prompt": "a", "Passage": "c", "completion": "b"}, {"Passage"}, [("user", "a\n\nc")]),
+        (
+            {"instruction": "a", "input": "", "context": "c", "output": "b", "system": "s"},
+            {"context"},
+            [("system", "s"), ("user", "a\n\nc")],
+        ),
+        ({"messages": TURNS, "system": "s", "context": "c"}, {"system", "context"}, [("system", "s"), ("user", "a")]),
+    ],
+)
+def test_columns_that_are_not_read_are_named_with_options_that_read_them(
+    row: dict[str, Any], left: set[str], prompt: list[tuple[str, str]], write_rows: Write
+) -> None:
+    name = write_rows([row])
+    counts = read_rows(name).counts
+    assert counts.unread == dict.fromkeys(left, 1)
+    text = unread_text(counts.unread, counts.columns, ColumnsConfig())
+    assert all(f"{each} (1 row)" in text for each in left)
+    options = text.partition("too: ")[2]
+    named = config_file.load(EXAMPLE, shlex.split(options)[1::2]).data.columns
+    assert the_record(name, **named.model_dump()) == (prompt, "b")
+
+
+def test_columns_that_are_like_no_part_of_a_prompt_come_without_options(write_rows: Write) -> None:
+    counts = read_rows(write_rows([{"prompt": "a", "completion": "b", "topic": "t"}] * 2)).counts
+    assert unread_text(counts.unread, counts.columns, ColumnsConfig()) == "columns not read: topic (2 rows)"
+
+
+def test_columns_of_each_rows_own_shape_are_read(write_rows: Write) -> None:
+    rows = [{"instruction": "a", "output": "b"}, {"question": "c", "answer": "d"}, {"prompt": "e", "completion": "f"}]
+    assert not read_rows(write_rows(rows)).counts.unread
 
 
 def test_a_column_that_no_row_has_is_named(write_rows: Write) -> None:

@@ -1,5 +1,6 @@
 """The files that people have: each is taken as it is, or the refusal names the way in which it would be."""
 
+import codecs
 import gzip
 import json
 from pathlib import Path
@@ -101,6 +102,12 @@ def test_the_advice_of_a_refusal_is_one_that_works(
         ("nulls.jsonl", lines(*[PLAIN] * 9, {**PLAIN, "completion": None}), "Fix these rows or raise data.max_reject"),
         ("text.jsonl", lines({"text": "q a"}), "write prompt and completion apart"),
         ("latin.jsonl", lines(PLAIN).replace(b'"q"', b'"\xe4"'), "Save the file as UTF-8: iconv"),
+        (
+            "utf16.jsonl",
+            lines(PLAIN).decode().encode("utf-16"),
+            "is UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8",
+        ),
+        ("utf16.csv", codecs.BOM_UTF16_BE + "prompt,completion\nq,a\n".encode("utf-16-be"), "is UTF-16"),
         ("rows.xlsx", b"PK", r"expected a name ending in \.jsonl"),
     ],
 )

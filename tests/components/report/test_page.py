@@ -187,6 +187,7 @@ def test_data_origin_and_times_are_told() -> None:
     for words in (
         "completion is empty",
         "exact duplicates 11",
+        "Columns not read source",
         "near “ICD-10 chapter: Pressure ulcer …” 6",
         "Neoplasms",
         "10.4 %",
@@ -254,6 +255,7 @@ def test_every_other_text_from_outside_is_escaped() -> None:
         {"decision": run.decision.model_copy(update={"rules": (evil_rule,)})},
         {"profile": {**run.profile, "rejected": [{"reason": EVIL, "rows": 1, "example": EVIL}]}},
         {"profile": {**run.profile, "sources": [{"source": EVIL, "rows": 1}]}},
+        {"profile": {**run.profile, "extra_columns": {EVIL: 1}}},
         {"profile": {**run.profile, "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}}}},
         {"lineage": {EVIL: EVIL, "recipe": {EVIL: [EVIL]}}},
         {"steps": [StepRecord(step=EVIL, status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)]},
