@@ -1,9 +1,10 @@
 """On-policy replay (arXiv:2605.29495): the production version answers earlier prompts, and its correct answers are
-trained on.
+trained on in place of the records' own.
 
-Training on a model's own words keeps the new model closer to it than training on another's words; wrong answers are
-worse than none. Where it gets some wrong, it is asked further prompts, so that as many are replayed as the config says.
-The answers form a new dataset, so that a version's lineage names what it was trained on.
+Training on a model's own words keeps the new model closer to it than training on another's words. Where it answers
+wrongly, the record's own answer stays: wrong answers would be learnt, and without these records only what is easy would
+be replayed (docs/data.md has figures). The answers form a new dataset, so that a version's lineage names what it was
+trained on.
 """
 
 import hashlib
@@ -11,9 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import chain
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ from components.config.schema import RunConfig
 from components.prepare import parts
 from components.prepare.arrow_records import batch_of, present
 from components.prepare.dataset import REJECTS, Record, load_split, read_split
-from components.prepare.news import replay_size
 from components.records import runs
 from components.records.replayed import Replayed
 from components.registry.aliases import read_alias
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Log = Callable[[str], None]
-FORMAT = 2
+FORMAT = 3
 """Version number of the stored answers: increment it when the way that they are made changes."""
 
 
@@ -57,16 +55,15 @@ def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *,
         return dataset_uri
     before = runs.find(store, run_id, Replayed)
     if before is None or before.prepared_uri != dataset_uri:
-        wanted = replay_size(prepared.about["train_records"], config.data.replay_share)
-        before = _replayed(config, store, dataset_uri, wanted, run_id, log)
+        before = _replayed(config, store, dataset_uri, run_id, log)
         runs.write(store, run_id, before)
     return before.dataset_uri
 
 
-def _replayed(config: RunConfig, store: Store, dataset_uri: str, wanted: int, run_id: str, log: Log) -> Replayed:
+def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, log: Log) -> Replayed:
     pointer = read_alias(store, config.adapter.name, config.adapter.alias)
     version = pointer.version if pointer else None
-    key = _answers_key(config, store, dataset_uri, version, wanted)
+    key = _answers_key(config, store, dataset_uri, version)
     if (known := store.read(key)) is not None:
         found = Replayed.from_json(known[0], store.uri(key))
         with suppress(ObjectMissing):  # garbage collection may have deleted the answers, but not this reference to them
@@ -77,43 +74,18 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, wanted: int, ru
                 else "these records are replayed as they are, as in an earlier run"
             )
             return found
-    records = _in_random_order(load_split(store, dataset_uri, "replay"), salt=dataset_uri)
-    as_they_are = records[:wanted]
-    kept: list[Record] = []
-    num_asked = 0
+    records = load_split(store, dataset_uri, "replay")
+    right: dict[str, Record] = {}
     if version is None:
-        log(f"nothing is in production yet: {counted(len(as_they_are), 'earlier record')} replayed as they are")
+        log(f"nothing is in production yet: {counted(len(records), 'earlier record')} replayed as they are")
     else:
-        right, num_asked = enough_right(records, wanted, partial(_right, config, store, version, run_id, log))
-        kept = right[:wanted]
-        said = f"{version} answers {len(right)} of {counted(num_asked, 'earlier record')} rightly: "
-        log(f"{said}{len(kept)} of them are replayed" if kept else _nothing_right(config, version))
-    uri = _published(store, dataset_uri, kept or as_they_are)
-    found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=num_asked, kept=len(kept))
+        right = _right(config, store, version, records, run_id, log)
+        said = f"{version} answers {len(right)} of {counted(len(records), 'earlier record')} rightly: "
+        log(f"{said}these are replayed in its words" if right else _nothing_right(config, version))
+    uri = _published(store, dataset_uri, [right.get(each.id, each) for each in records])
+    found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(right))
     store.put(key, found.as_json(), content_type=JSON)
     return found
-
-
-def enough_right(
-    records: Sequence[Record], wanted: int, right: Callable[[Sequence[Record], str], list[Record]]
-) -> tuple[list[Record], int]:
-    """Right answers to the first of `records`, at least `wanted` where that many can be found, and the number asked.
-
-    `right` returns those of the records given that are answered rightly. It is called twice at most, as each call has
-    to load the model: with `wanted` records, and with as many as promise the rest at the rate of the first. It is also
-    given a name for the call.
-    """
-    found = right(records[:wanted], "replay")
-    num_asked = min(wanted, len(records))
-    if not found or len(found) == num_asked:
-        return found, num_asked
-    rate = len(found) / num_asked
-    more = records[num_asked : num_asked + ceil((wanted - len(found)) / rate)]
-    return found + (right(more, "replay-more") if more else []), num_asked + len(more)
-
-
-def _in_random_order(records: Sequence[Record], *, salt: str) -> list[Record]:
-    return sorted(records, key=lambda record: hashlib.sha256(f"{salt}:{record.id}".encode()).digest())
 
 
 def _nothing_right(config: RunConfig, version: str) -> str:
@@ -126,9 +98,10 @@ def _nothing_right(config: RunConfig, version: str) -> str:
 
 
 def _right(
-    config: RunConfig, store: Store, version: str, run_id: str, log: Log, records: Sequence[Record], name: str
-) -> list[Record]:
-    """The records that the version answers correctly, with its answers; records with tool calls keep their own."""
+    config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str, log: Log
+) -> dict[str, Record]:
+    """The records that the version answers correctly, by id, with its answers; records with tool calls keep their
+    own."""
     import ray
 
     from ray_jobs.planning.sharing import is_shared
@@ -145,15 +118,15 @@ def _right(
         asked = tokens_of(records, chat, champion.config.model.max_length, store, "")
         champion = replace(champion, config=with_room_for_answers(champion.config, asked))
     if is_shared(config, base, ray.nodes()):
-        found = measured_together(config, base, [champion], records, store=store, run_id=run_id, name=f"ray-{name}")
+        found = measured_together(config, base, [champion], records, store=store, run_id=run_id, name="ray-replay")
     else:
         found = measured_apart(config, base, [champion], records)
     metric, least = config.data.replay_metric, config.data.replay_least
-    return [
-        record if record.calls else replace(record, answer=score.text)
+    return {
+        record.id: record if record.calls else replace(record, answer=score.text)
         for record, score in zip(found.records, found.scores["champion"], strict=True)
         if score.text and score.marks[metric] >= least
-    ]
+    }
 
 
 def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> str:
@@ -186,10 +159,10 @@ def _columns(store: Store, dataset_uri: str) -> set[str]:
     return found
 
 
-def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None, wanted: int) -> str:
+def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None) -> str:
     """Key in the store of the version's answers: inside the prepared dataset's folder, so it is deleted with it."""
     data, longest = config.data, config.evaluate.max_new_tokens
-    how = [FORMAT, version, data.replay_metric, data.replay_least, longest, wanted]
+    how = [FORMAT, version, data.replay_metric, data.replay_least, longest]
     digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
     return f"{_key(store, dataset_uri)}/{TOKENS}/replayed-{digest}.json"
 

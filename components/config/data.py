@@ -56,9 +56,8 @@ class DataConfig(Section):
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the training records to draw from before the window, against forgetting."""
     replay_from: Annotated[Literal["records", "production"], Added("0.2.0")] = "records"
-    """Answers to train on for those earlier records: the records' own, or production's right ones (on-policy replay,
-    arXiv:2605.29495). Where production answers wrongly it is asked further records, up to four for each one to be
-    replayed. Without a version in production, the records' own."""
+    """Answers to train on for those earlier records: the records' own, or production's where they are right (on-policy
+    replay, arXiv:2605.29495). Without a version in production, the records' own."""
     replay_metric: Annotated[AnswerMetric, Added("0.2.0")] = "exact_match"
     """Metric that decides whether an answer of production is right."""
     replay_least: Annotated[Annotated[float, Field(gt=0, le=1)], Added("0.2.0")] = 1

@@ -20,17 +20,13 @@ Span = tuple[int, int]
 """A range of record numbers, in the order in which they were read: the first, and one more than the last."""
 
 
-CANDIDATES = 4
-"""Earlier records that production may be asked for each one that is replayed, as some of its answers are wrong."""
-
-
 @dataclass(frozen=True)
 class Narrowed:
     """How many records from before the window were left out, and how many were taken."""
 
     before_window: int
     """Left out because the window begins after them."""
-    earlier: int
+    replayed: int
     """Taken from before the window."""
 
 
@@ -68,14 +64,9 @@ def in_window(intake: Intake, *, days: float) -> list[Span]:
     ]
 
 
-def replay_size(num_recent: int, share: float) -> int:
-    """Number of earlier records that make up `share` of the training records when `num_recent` are from the window."""
-    return round(num_recent * share / (1 - share))
-
-
 def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: float, apart: bool = False) -> Narrowed:
     """Keep in the table `others` the records whose content is in the window, and enough earlier records to make up
-    `replay_share` of the result; with `apart` the earlier ones go to the table `earlier`, CANDIDATES times as many.
+    `replay_share` of the result; with `apart` the earlier ones go to the table `replayed`.
 
     A hash salted with the window's content chooses the earlier records: each refresh replays others, and the same data
     always gives the same choice. `window` None keeps everything.
@@ -89,21 +80,21 @@ def narrow(work: "Workspace", window: Sequence[Span] | None, *, replay_share: fl
     work.run(
         "CREATE TABLE recent AS FROM others WHERE content IN"
         "  (SELECT content FROM records JOIN spans ON number >= start AND number < stop);"
-        "CREATE TABLE before AS FROM others ANTI JOIN recent USING (number)"
+        "CREATE TABLE earlier AS FROM others ANTI JOIN recent USING (number)"
     )
-    num_recent, num_before = work.row("SELECT (SELECT count(*) FROM recent), (SELECT count(*) FROM before)")
-    wanted = min(num_before, replay_size(num_recent, replay_share) * (CANDIDATES if apart else 1))
+    num_recent, num_earlier = work.row("SELECT (SELECT count(*) FROM recent), (SELECT count(*) FROM earlier)")
+    wanted = min(num_earlier, round(num_recent * replay_share / (1 - replay_share)))
     salt = hashlib.sha256()
     for batch in work.batches("SELECT content FROM recent ORDER BY place, key, content"):
         salt.update(b"".join(batch["content"].to_pylist()))
     work.run(
-        f"CREATE TABLE passed AS SELECT number FROM before"
+        f"CREATE TABLE passed AS SELECT number FROM earlier"
         f"  ORDER BY sha256('{salt.hexdigest()}'.unhex() || content) OFFSET {wanted};"
         "DELETE FROM others WHERE number IN (FROM passed)"
     )
     if apart:
         work.run(
-            "CREATE TABLE earlier AS FROM others WHERE number IN (SELECT number FROM before);"
-            "DELETE FROM others WHERE number IN (SELECT number FROM earlier)"
+            "CREATE TABLE replayed AS FROM others WHERE number IN (SELECT number FROM earlier);"
+            "DELETE FROM others WHERE number IN (SELECT number FROM replayed)"
         )
-    return Narrowed(num_before - wanted, wanted)
+    return Narrowed(num_earlier - wanted, wanted)

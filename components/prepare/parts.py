@@ -69,7 +69,7 @@ class Parts:
     train: Part
     evaluation: Part
     replay: Part | None = None
-    """Earlier records that production may be asked; None where the dataset has no such split."""
+    """Earlier records that production is to answer; None where the dataset has no such split."""
 
     @property
     def splits(self) -> list[Part]:

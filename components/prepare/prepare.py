@@ -48,7 +48,7 @@ class PreparedDataset:
     train_records: int
     eval_records: int
     replay_records: int
-    """Records beside train that production may be asked."""
+    """Records beside train, which production is to answer."""
     rejected: int
     """Unusable rows of this run's sources."""
     left_out: dict[str, int]
@@ -65,7 +65,7 @@ class PreparedDataset:
         """One line for people."""
         kept = f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
         if self.replay_records:
-            kept += f", {self.replay_records} earlier ones that production may be asked"
+            kept += f", {self.replay_records} earlier ones for production to answer"
         reasons = [f"{count:,} {reason}" for reason, count in self.left_out.items() if count]
         left_out = f"; left out: {', '.join(reasons)}" if reasons else ""
         alike = f"; {self.near_in_train:,} of those to train on are near another" if self.near_in_train else ""

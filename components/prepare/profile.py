@@ -50,7 +50,7 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": dict(intake.unread.most_common()),
-        "replayed": split.earlier,
+        "replayed": split.replayed,
         "never_trained": never_trained(work, split),
         "splits": {each.name: _describe(work, each) for each in split.parts.splits},
         "sources": [

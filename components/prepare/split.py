@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from components.prepare.arrow_records import asked
 from components.prepare.dataset import WHERE_ANY
-from components.prepare.news import CANDIDATES, Span, narrow, replay_size
+from components.prepare.news import Span, narrow
 from components.prepare.parts import Part, Parts, write
 from components.prepare.texts import Texts
 from components.prepare.workspace import Workspace
@@ -51,7 +51,7 @@ class TrainEvalSplit:
     """Left out of train because a prompt much like it stands in eval."""
     before_window: int
     """Left out of train by data.window_days."""
-    earlier: int
+    replayed: int
     """In train, or in the split `replay`, although they stand before the window."""
     over_max_records: int
     """Left out by data.max_records."""
@@ -140,8 +140,7 @@ def split(
         max_near_share: Share of the compared records that may be left out for that reason.
         window: Rows whose contents to train on, None for all; what is held out comes from all records.
         replay_share: Share of train to draw from outside the window.
-        replay_apart: Whether the records drawn from outside the window form a separate split, of CANDIDATES times as
-            many.
+        replay_apart: Whether the records drawn from outside the window form a separate split.
 
     Raises:
         DataError: a split is empty, or too much is near what is held out.
@@ -162,16 +161,16 @@ def split(
     num_train, num_eval = _sizes(found, num_held_out, eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
         raise _too_few(total, num_train, num_eval, eval_share=eval_share, max_records=max_records)
-    num_earlier = narrowed.earlier
+    num_replayed = narrowed.replayed
     if replay_apart:
-        num_earlier = min(num_earlier, CANDIDATES * replay_size(num_train, replay_share))
+        num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
     return TrainEvalSplit(
-        parts=_written(work, num_train, num_eval, num_earlier if replay_apart else None),
+        parts=_written(work, num_train, num_eval, num_replayed if replay_apart else None),
         prompt_in_eval=total - num_held_out - num_others,
         near_duplicate_of_eval=unlike.left_out,
         before_window=narrowed.before_window,
-        earlier=num_earlier,
-        over_max_records=found - num_train + num_held_out - num_eval + narrowed.earlier - num_earlier + unlike.unread,
+        replayed=num_replayed,
+        over_max_records=found - num_train + num_held_out - num_eval + narrowed.replayed - num_replayed + unlike.unread,
         near_share=unlike.share,
         near_clusters=unlike.clusters,
         near_in_train=unlike.repeats(work, num_train),
@@ -204,7 +203,7 @@ def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | No
             yield _with_ids(batch, numbers[start : start + len(batch)], renamed)
             start += len(batch)
 
-    replay = None if num_apart is None else first("earlier", num_apart)
+    replay = None if num_apart is None else first("replayed", num_apart)
     return write(work.folder, first("others", num_train), first("held_out", num_eval), replay, columns=work.columns)
 
 

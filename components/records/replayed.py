@@ -15,8 +15,8 @@ class Replayed(Record):
     dataset_uri: str
     """URI of the dataset that is trained on."""
     version: str | None
-    """The version that was asked; None if nothing was in production, so that the records' own answers were taken."""
+    """The version that was asked; None if nothing was in production."""
     asked: int
-    """Number of records that it answered."""
+    """Number of earlier records that are replayed."""
     kept: int
-    """Number of its answers that are trained on; if none was right, the records' own answers were taken."""
+    """Number of them that are trained on with the version's answers, as these were right; the others have their own."""

@@ -176,10 +176,11 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
 
 def _replayed(found: Replayed) -> str:
     if found.version is None:
-        return "with their own answers: nothing was in production"
+        return f"{count(found.asked)} with their own answers: nothing was in production"
     if not found.kept:
-        return f"with their own answers: {found.version} answered none of {count(found.asked)} rightly"
-    return f"{count(found.kept)} with right answers of {found.version}, which answered {count(found.asked)}"
+        return f"{count(found.asked)} with their own answers: {found.version} answered none rightly"
+    others = ", the others with their own" if found.kept < found.asked else ""
+    return f"{count(found.kept)} of {count(found.asked)} with right answers of {found.version}{others}"
 
 
 def _near(profile: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,17 +1,21 @@
 """What a second and a third domain cost the first, by what is replayed of it.
 
-`python -m tests.benchmarks.replaying FOLDER [--order NAME NAME NAME] [--steps N] [--seeds N] [--shares P ...]`
+`python -m tests.benchmarks.replaying FOLDER [--order NAME NAME NAME] [--replayed NAME ...] [--steps N] [--seeds N]
+[--shares P ...]`
 
 The example's real model learns three domains in turn, each training from the version before, as with
 `train.start_from = "production"`. Of a training's records a share is replayed from the domains before: none, the
-records as they are, or what the version before answers rightly to them, as with `data.replay_from`. The
-table has, of the first domain's held-out records, by how much the loss rose and the metric fell after the third domain
-since the first, and the held-out loss of the second and third right after their own training. Each training leaves a
-file in FOLDER, so that a call goes on where the one before it ended (`--minutes`); the last prints the table.
+records as they are, the same with the answers of the version before where these are right, as with `data.replay_from
+= "production"`, or right answers alone, to further records where some are wrong. The table has, of the first domain's
+held-out records, by how much the loss rose and the metric fell after the third domain since the first, and the
+held-out loss of the second and third right after their own training. Each training leaves a file in FOLDER, so that a
+call goes on where the one before it ended (`--minutes`); the last prints the table.
 
 chapters   the example: a condition, its ICD-10-CM chapter; judged by exact match
 orders     made here: an order in a sentence, the same as JSON; judged by exact match
-notices    made here: a disturbance as data, a notice in one of four phrasings; judged by ROUGE-L
+notices    made here: a disturbance as data, a notice in one of four phrasings; what is replayed is judged by ROUGE-L to
+           the record's own notice, as a run judges it, what is held out by that to the nearest of the four, which say
+           the same
 """
 
 import argparse
@@ -28,14 +32,17 @@ import numpy as np
 from components.config import config_file
 from components.prepare import icd10
 from components.prepare.dataset import Record
-from components.prepare.news import CANDIDATES
 from components.prepare.validate import validate
+from ray_jobs.scoring.marks import rouge_l
 from tests.benchmarks.noise import train_missing
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 BATCH, HELD_OUT, MADE = 16, 200, 6000
 SEEDS = 3
 SHARES = (0.01, 0.05)
+SOURCES = ("records", "production", "right")
+CANDIDATES = 4
+"""Earlier records that are answered for each right answer that is to be replayed alone."""
 NEW_TOKENS = 48
 GOODS = ("lamps", "chairs", "desks", "kettles", "shelves", "mirrors", "carpets", "curtains", "vases", "clocks")
 COLOURS = ("red", "blue", "green", "black", "white", "grey", "brown", "yellow", "orange", "purple", "pink", "beige")
@@ -52,6 +59,14 @@ class Domain:
     metric: str
     least: float
     """Worth by that metric from which an answer is replayed."""
+    right: Callable[[str], Sequence[str]] | None = None
+    """All right answers to what is asked, where the record's own is not the only one."""
+
+    def worth(self, record: Record, score: Any) -> float:
+        """The metric of a held-out record's answer."""
+        if self.right is None:
+            return float(score.marks[self.metric])
+        return max(rouge_l(score.text, each) for each in self.right(record.prompt[-1].content))
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Arm:
     """What is replayed."""
 
     source: str = "none"
-    """none, records or production."""
+    """none, or one of SOURCES."""
     share: float = 0.0
 
     @property
@@ -91,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.replaying", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--order", nargs=3, choices=DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--replayed", nargs="+", choices=SOURCES, default=SOURCES, help="besides none")
     parser.add_argument("--steps", type=int, default=48, help=f"optimizer steps of {BATCH} records, for each domain")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
@@ -98,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
-    arms = [Arm(), *(Arm(source, share) for share in options.shares for source in ("records", "production"))]
+    arms = [Arm(), *(Arm(source, share) for share in options.shares for source in options.replayed)]
     trainings = (
         Training(options.order, turn, arm, seed, options.steps)
         for seed in range(options.seeds)
@@ -127,15 +143,19 @@ def _notices() -> Iterator[Row]:
     drawn = random.Random(2)
     for number in range(MADE):
         line, late, place = drawn.randrange(1, 99), drawn.randrange(3, 60), drawn.choice(PLACES)
-        cause = drawn.choice(CAUSES)
-        phrased = (
-            f"Line {line} is {late} minutes late because of {cause} at {place}.",
-            f"Due to {cause} at {place}, line {line} is delayed by {late} minutes.",
-            f"Expect {late} minutes of delay on line {line}: {cause} at {place}.",
-            f"There is {cause} at {place}; line {line} runs {late} minutes behind schedule.",
-        )
-        asked = f"line {line} | {late} min | {cause} | {place}"
-        yield _row(f"notice/{number}", "Write the notice.", asked, drawn.choice(phrased))
+        asked = f"line {line} | {late} min | {drawn.choice(CAUSES)} | {place}"
+        yield _row(f"notice/{number}", "Write the notice.", asked, drawn.choice(_phrased(asked)))
+
+
+def _phrased(asked: str) -> tuple[str, ...]:
+    """The notices of a disturbance in all four phrasings."""
+    line, late, cause, place = asked.removeprefix("line ").replace(" min", "").split(" | ")
+    return (
+        f"Line {line} is {late} minutes late because of {cause} at {place}.",
+        f"Due to {cause} at {place}, line {line} is delayed by {late} minutes.",
+        f"Expect {late} minutes of delay on line {line}: {cause} at {place}.",
+        f"There is {cause} at {place}; line {line} runs {late} minutes behind schedule.",
+    )
 
 
 def _row(name: str, task: str, asked: str, answer: str) -> Row:
@@ -146,7 +166,7 @@ def _row(name: str, task: str, asked: str, answer: str) -> Row:
 DOMAINS = {
     "chapters": Domain(icd10.rows, "exact_match", 1.0),
     "orders": Domain(_orders, "exact_match", 1.0),
-    "notices": Domain(_notices, "rouge_l", 0.4),
+    "notices": Domain(_notices, "rouge_l", 0.4, _phrased),
 }
 
 
@@ -205,14 +225,14 @@ def train(training: Training, folder: Path) -> None:
             nll = label_nll(engine.module.eval(), held_out, BATCH, chat.pad)
         found[name] = {"loss": float(sum(nll) / held_out.num_answer_tokens.sum())}
     first = training.order[0]
-    scores = answered(_held_out(first))
-    found[first]["worth"] = float(np.mean([each.marks[DOMAINS[first].metric] for each in scores]))
+    asked = _held_out(first)
+    found[first]["worth"] = float(np.mean(list(map(DOMAINS[first].worth, asked, answered(asked)))))
     (folder / f"{training.name}.json").write_text(json.dumps(found))
     print(f"{training.name}: {found}, {time.monotonic() - started:.0f} s", flush=True)
 
 
 def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -> list[Record]:
-    """A random sample of the earlier domains' records, as large as the arm's share, or right answers to as many."""
+    """A random sample of the earlier domains' records, as large as the arm's share, with the arm's answers."""
     if not training.turn or training.arm.source == "none":
         return []
     earlier = [
@@ -224,12 +244,16 @@ def _replayed(training: Training, answered: Callable[[Sequence[Record]], Any]) -
     wanted = round(training.arm.share * training.steps * BATCH)
     if training.arm.source == "records":
         return [record for _, record in earlier[:wanted]]
-    asked = earlier[: CANDIDATES * wanted]
-    right = [
+    asked = earlier[: wanted * (CANDIDATES if training.arm.source == "right" else 1)]
+    answers = [
         replace(record, answer=each.text)
-        for (name, record), each in zip(asked, answered([record for _, record in asked]), strict=True)
         if each.text and each.marks[DOMAINS[name].metric] >= DOMAINS[name].least
+        else None
+        for (name, record), each in zip(asked, answered([record for _, record in asked]), strict=True)
     ]
+    if training.arm.source == "production":
+        return [answer or record for (_, record), answer in zip(asked, answers, strict=True)]
+    right = [answer for answer in answers if answer]
     return right[:wanted] or [record for _, record in asked[:wanted]]
 
 

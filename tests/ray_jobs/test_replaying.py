@@ -1,7 +1,6 @@
 """Production answers earlier records, as plain transformers and peft have its version answer them."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,6 @@ from tests.ray_jobs.plain import plain_of, published
 ROWS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(40)]
 TRAIN, HELD_OUT, EARLIER = ROWS[:4], ROWS[4:8], ROWS[8:]
 MAX_NEW_TOKENS = 8
-WANTED = 16
-"""With data.replay_share = 0.8, four of five records are earlier ones, and TRAIN has four."""
 
 
 @pytest.fixture
@@ -35,7 +32,7 @@ def config(config: RunConfig, store: Store) -> RunConfig:
         "registry.prefix": store.prefix,
         "evaluate.max_new_tokens": MAX_NEW_TOKENS,
         "data.window_days": 7,
-        "data.replay_share": 0.8,
+        "data.replay_share": 0.5,
         "data.replay_from": "production",
         "data.replay_metric": "token_f1",
         "ray.num_workers": 1,
@@ -47,11 +44,11 @@ def on_ray(config: RunConfig, dataset_uri: str, run_id: str) -> str:
     return with_answers(config, Store.open(config.registry), dataset_uri, print, run_id=run_id)
 
 
-def refuse(*_: object) -> list[Record]:
+def refuse(*_: object) -> dict[str, Record]:
     pytest.fail("asked again")
 
 
-def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
+def test_what_production_answers_rightly_is_trained_on_in_its_own_words_and_all_else_as_it_is(
     config: RunConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = published(config, store, tmp_path, seed=1)
@@ -71,7 +68,7 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
     trained_on = load_split(store, uri, "train")
     assert trained_on[: len(TRAIN)] == TRAIN
     in_its_words = [dataclasses.replace(each, answer=answers[each.id][0]) for each in right]
-    assert sorted(trained_on[len(TRAIN) :], key=str) == sorted(in_its_words, key=str)
+    assert trained_on[len(TRAIN) :] == in_its_words + wrong
     assert load_split(store, uri, "eval") == HELD_OUT
     assert with_answers(config, store, uri, print, run_id="on its own") == uri
     found = runs.read(store, "first", Replayed)
@@ -84,43 +81,13 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words(
     assert with_answers(config, store, prepared.uri, print, run_id="first") == uri
 
 
-@pytest.mark.parametrize(
-    ("rights", "asked", "found"),
-    [
-        ([4], 4, 4),  # all right: no more is asked
-        ([2, 3], 8, 5),  # half right: two are missing, of which four more promise two
-        ([1, 2], 16, 3),  # a quarter right: twelve more, though they give fewer than promised
-        ([0], 4, 0),  # none right: hopeless
-    ],
-)
-def test_further_records_are_asked_for_those_that_production_gets_wrong(
-    rights: list[int], asked: int, found: int
-) -> None:
-    calls: list[list[Record]] = []
-
-    def right(records: Sequence[Record], name: str) -> list[Record]:
-        calls.append([*records])
-        return [*records[: rights[len(calls) - 1]]]
-
-    answers, num_asked = replaying.enough_right(EARLIER, 4, right)
-    assert [each for call in calls for each in call] == EARLIER[:asked]
-    assert (len(calls), num_asked, len(answers)) == (len(rights), asked, found)
-
-
-def test_no_more_records_are_asked_than_there_are() -> None:
-    answers, num_asked = replaying.enough_right(EARLIER[:3], 4, lambda records, name: [*records[:2]])
-    assert (answers, num_asked) == (EARLIER[:2], 3)
-
-
 def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_are(
     config: RunConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
     uri = with_answers(config, store, prepared.uri, print, run_id="first")
-    replayed = load_split(store, uri, "train")[len(TRAIN) :]
-    assert len(replayed) == WANTED < len(EARLIER)
-    assert all(each in EARLIER for each in replayed)
-    assert uri == datasets.publish(store, train=TRAIN + replayed, evaluation=HELD_OUT).uri
+    assert load_split(store, uri, "train") == TRAIN + EARLIER
+    assert uri == datasets.publish(store, train=TRAIN + EARLIER, evaluation=HELD_OUT).uri
     assert "nothing is in production yet" in capsys.readouterr().out
     assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
     assert "replayed as they are, as in an earlier run" in capsys.readouterr().out
@@ -132,10 +99,9 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
     version = published(config, store, tmp_path, seed=1)
     promote(store, version.name, version.version)
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
-    monkeypatch.setattr(replaying, "_right", lambda *_: [])
+    monkeypatch.setattr(replaying, "_right", lambda *_: {})
     uri = with_answers(config, store, prepared.uri, print, run_id="first")
-    trained_on = load_split(store, uri, "train")
-    assert (trained_on[: len(TRAIN)], len(trained_on)) == (TRAIN, len(TRAIN) + WANTED)
+    assert load_split(store, uri, "train") == TRAIN + EARLIER
     assert "is worth data.replay_least 1 by data.replay_metric token_f1" in capsys.readouterr().out
     found = runs.read(store, "first", Replayed)
     assert (found.version, found.kept) == (version.version, 0)

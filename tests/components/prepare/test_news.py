@@ -88,7 +88,7 @@ def test_a_record_that_an_old_and_a_new_source_hold_is_in_the_window() -> None:
 def test_replay_makes_up_its_share_of_the_result(share: float, replayed: int) -> None:
     everything = records(0, 140)
     found, kept = narrowed(everything, [(100, 140)], share=share)
-    assert found == news.Narrowed(before_window=100 - replayed, earlier=replayed)
+    assert found == news.Narrowed(before_window=100 - replayed, replayed=replayed)
     assert len(kept) == 40 + replayed
     assert {each.record.id for each in everything[100:]} <= kept
 

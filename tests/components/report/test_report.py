@@ -49,9 +49,9 @@ def test_a_run_is_read_whole(store: Store) -> None:
 @pytest.mark.parametrize(
     ("version", "kept", "words"),
     [
-        ("v1", 20, "20 with right answers of v1, which answered 26"),
-        ("v1", 0, "with their own answers: v1 answered none of 26 rightly"),
-        (None, 0, "with their own answers: nothing was in production"),
+        ("v1", 20, "20 of 26 with right answers of v1, the others with their own"),
+        ("v1", 0, "26 with their own answers: v1 answered none rightly"),
+        (None, 0, "26 with their own answers: nothing was in production"),
     ],
 )
 def test_whose_answers_to_earlier_records_were_replayed_stands_with_the_data(
