@@ -1,10 +1,10 @@
 """On-policy replay (arXiv:2605.29495): the production version answers earlier prompts, and its correct answers are
 trained on in place of the records' own.
 
-Training on a model's own words keeps the new model closer to it than training on another's words. Where it answers
-wrongly, the record's own answer stays: wrong answers would be learnt, and without these records only what is easy would
-be replayed (docs/data.md has figures). The answers form a new dataset, so that a version's lineage names what it was
-trained on.
+Training on a model's own words keeps the new model closer to it than training on another's words. Where production
+answers wrongly, the record's own answer stays: wrong answers would be learnt, and without these records only what is
+easy would be replayed (docs/data.md has figures). The answers form a new dataset, so that a version's lineage names
+what it was trained on.
 """
 
 import hashlib

@@ -5,6 +5,7 @@ them; `validate` then judges whether they are valid.
 """
 
 import json
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,16 +131,12 @@ def _beside(columns: Collection[str]) -> list[str]:
 
 def _options(prompts: Sequence[str], answer: str, system: str | None) -> str:
     """The command-line options that name these columns."""
-    named = []
-    if len(prompts) == 1:
-        named.append(f"--set data.columns.prompt={prompts[0]}")
-    elif prompts:
-        named.append(f"--set 'data.columns.prompt={json.dumps(list(prompts), ensure_ascii=False)}'")
-    if answer:
-        named.append(f"--set data.columns.completion={answer}")
-    if system:
-        named.append(f"--set data.columns.system={system}")
-    return " ".join(named)
+    keys = {
+        "prompt": prompts[0] if len(prompts) == 1 else json.dumps(prompts, ensure_ascii=False) if prompts else "",
+        "completion": answer,
+        "system": system,
+    }
+    return " ".join(f"--set {shlex.quote(f'data.columns.{key}={value}')}" for key, value in keys.items() if value)
 
 
 def _as_named(columns: Collection[str], named: ColumnsConfig) -> Shape | None:

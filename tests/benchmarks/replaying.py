@@ -5,11 +5,11 @@
 
 The example's real model learns three domains in turn, each training from the version before, as with
 `train.start_from = "production"`. Of a training's records a share is replayed from the domains before: none, the
-records as they are, the same with the answers of the version before where these are right, as with `data.replay_from
-= "production"`, or right answers alone, to further records where some are wrong. The table has, of the first domain's
-held-out records, by how much the loss rose and the metric fell after the third domain since the first, and the
-held-out loss of the second and third right after their own training. Each training leaves a file in FOLDER, so that a
-call goes on where the one before it ended (`--minutes`); the last prints the table.
+records as they are, the same with the answers of the version before where these are right (production: what a run
+with that `data.replay_from` does), or right answers alone, to further records where some are wrong (right). The table
+has, of the first domain's held-out records, by how much the loss rose and the metric fell after the third domain
+since the first, and the held-out loss of the second and third right after their own training. Each training leaves a
+file in FOLDER, so that a call goes on where the one before it ended (`--minutes`); the last prints the table.
 
 chapters   the example: a condition, its ICD-10-CM chapter; judged by exact match
 orders     made here: an order in a sentence, the same as JSON; judged by exact match

@@ -172,6 +172,13 @@ def test_columns_that_are_not_read_are_named_with_options_that_read_them(
     assert the_record(name, **named.model_dump()) == (prompt, "b")
 
 
+def test_a_column_with_a_space_in_its_name_can_be_pasted_into_a_shell() -> None:
+    named = ColumnsConfig(prompt="q", completion="my answer")
+    text = unread_text({"context": 1}, ["q", "context", "my answer"], named)
+    _, prompt, _, completion = shlex.split(text.partition("too: ")[2])
+    assert (prompt, completion) == ('data.columns.prompt=["q", "context"]', "data.columns.completion=my answer")
+
+
 def test_columns_that_are_like_no_part_of_a_prompt_come_without_options(write_rows: Write) -> None:
     counts = read_rows(write_rows([{"prompt": "a", "completion": "b", "topic": "t"}] * 2)).counts
     assert unread_text(counts.unread, counts.columns, ColumnsConfig()) == "columns not read: topic (2 rows)"
