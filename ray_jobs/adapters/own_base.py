@@ -1,50 +1,32 @@
 """The base of an adapter: the original, or one of its own that was computed together with the adapter's first weights.
 
-`method.init` says which. A base of an adapter's own belongs to it and to no other. It is a folder of the store, made
-once by all workers and from then on only pulled:
+`method.init` says which. A base of an adapter's own belongs to it and to no other. All workers make it together, once;
+it lies in the store as `made_base` says, with two more files in its folder:
 
-bases/<id>/chosen.json   which folder beside it all adapters use: that of the first run to finish one
-bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it is
-     <init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
-     <init>.json               what it was made from, and what its making measured
-
-Other hardware may give other numbers, so each content has a folder: files of two builds never mix. Release 0.1.0 wrote
-the files to bases/<id>/ itself, which is still read.
+<init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
+<init>.json               what it was made from, and what its making measured
 
 `ray_jobs/adapters/<init>/start.py` says how one is made: a module with the four functions of `Start`, as LoftQ's is.
 No other code refers to a start by its name.
 """
 
-import contextlib
-import hashlib
 import importlib
 import json
-import logging
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.config.methods import OWN_BASE, Init
 from components.config.schema import MethodConfig, RunConfig
-from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
-from components.store import folders
-from components.store.store import JSON, Store, decode_json, encode_json
-from ray_jobs.base import base_model
+from components.shared.errors import ObjectMissing
+from components.store.store import Store
+from ray_jobs.base import made_base
 from ray_jobs.base.base_model import Base
-from ray_jobs.base.local_cache import cache_dir, once
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch.distributed import ProcessGroup
-
-logger = logging.getLogger(__name__)
-
-CHOSEN = "chosen.json"
-FORMAT = 1  # of chosen.json
-COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
-"""Suffixes of the files that are copied from the original base: tokenizer, chat template, and code if it has any."""
 
 
 class Start(Protocol):
@@ -106,19 +88,11 @@ def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, n
         return original
     start = start_of(config.method.row.init)
     key = folder_key(config.method, original)
-    with _gloo_group(num_workers) as group:
-        is_missing = rank == 0 and _chosen(store, key) is None
-        if _from_rank_0(is_missing, group):
+    with made_base.gloo_group(num_workers) as group:
+        is_missing = rank == 0 and made_base.find(store, key) is None
+        if made_base.from_rank_0(is_missing, group):
             computed = start.compute(config, original, rank=rank, num_workers=num_workers, group=group)
-            failure = None
-            try:
-                if rank == 0:
-                    _publish(start, config, original, store, computed)
-            except FineloopError as exc:  # every worker must end, and for the same reason
-                failure = exc
-            failure = _from_rank_0(failure, group)
-            if failure is not None:
-                raise failure
+            made_base.on_rank_0(lambda: _publish(start, config, original, store, computed), rank=rank, group=group)
     return find(config, original, store)
 
 
@@ -132,18 +106,11 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
     if init not in OWN_BASE:
         return original
     key = folder_key(config.method, original)
-    chosen = _chosen(store, key)
-    if chosen is None:
-        raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {CHOSEN}")
-    key, sha256 = chosen
-    path = cache_dir() / f"{init}-{sha256[:16]}"
-
-    def pull(target: Path) -> None:
-        folders.pull(store, key, target, manifest_sha256=sha256)
-
-    once(path, pull)
-    pull(path)  # what the cache held before is verified
-    return Base(store.uri(key), path, {"kind": init, "manifest_sha256": sha256})
+    made = made_base.find(store, key)
+    if made is None:
+        raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {made_base.CHOSEN}")
+    path = made_base.pull(store, made, init)
+    return Base(store.uri(made.key), path, {"kind": init, "manifest_sha256": made.manifest_sha256})
 
 
 def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
@@ -175,23 +142,7 @@ def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
 
 def folder_key(method: MethodConfig, original: Base) -> str:
     """Key in the store of this method's own base: a hash of exactly what the base depends on."""
-    made_from = start_of(method.row.init).made_from(method, original)
-    return f"bases/{hashlib.sha256(encode_json(made_from)).hexdigest()[:16]}"
-
-
-def _chosen(store: Store, key: str) -> tuple[str, str] | None:
-    """The folder in the store that all adapters use as the base, and its manifest's sha256; None where it was never
-    made."""
-    found = store.read(f"{key}/{CHOSEN}")
-    if found is None:
-        manifest = folders.find_manifest(store, key)
-        return (key, manifest.sha256) if manifest else None
-    uri = store.uri(f"{key}/{CHOSEN}")
-    chosen = decode_json(found[0], uri)
-    known = isinstance(chosen, dict) and chosen.get("format") == FORMAT
-    if not known or not {"folder", "manifest_sha256"} <= chosen.keys():
-        raise IntegrityError(f"{uri} names no base of format {FORMAT}")
-    return f"{key}/{chosen['folder']}", chosen["manifest_sha256"]
+    return made_base.key_of(start_of(method.row.init).made_from(method, original))
 
 
 def _init_path(folder: Path, init: Init) -> Path:
@@ -207,39 +158,6 @@ def _publish(start: Start, config: RunConfig, original: Base, store: Store, comp
     with tempfile.TemporaryDirectory(prefix="fineloop-base-") as scratch:
         folder = Path(scratch)
         found = start.write(config, original, computed, folder, _init_path(folder, init))
-        for path in original.path.iterdir():
-            if path.suffix in COPIED and path.name != base_model.DIGESTS and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
         about = {"original_reference": original.reference, **start.made_from(config.method, original), **found}
         _report_path(folder, init).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
-        content = {name: folders.digest_of(body)["sha256"] for name, body in files.items()}
-        name = hashlib.sha256(encode_json(content)).hexdigest()[:16]
-        manifest = folders.publish(store, f"{key}/{name}", files, about=about)
-    chosen = encode_json({"format": FORMAT, "folder": name, "manifest_sha256": manifest.sha256})
-    if store.claim(f"{key}/{CHOSEN}", chosen, content_type=JSON) != chosen:
-        logger.info("another run was faster, and its base at %s is the one to stand on", store.uri(key))
-
-
-def _from_rank_0(value: Any, group: "ProcessGroup | None") -> Any:
-    import torch.distributed as dist
-
-    box = [value]
-    if group is not None:
-        dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
-
-
-@contextlib.contextmanager
-def _gloo_group(num_workers: int) -> Iterator["ProcessGroup | None"]:
-    """A gloo process group of all workers, for broadcasting Python objects; None for a single worker."""
-    import torch.distributed as dist
-
-    if num_workers == 1:
-        yield None
-        return
-    group = dist.new_group(backend="gloo")
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+        made_base.publish(store, key, folder, original, about)

@@ -9,7 +9,7 @@ import pytest
 
 from components.config import config_file, methods
 from components.config.schema import RunConfig
-from components.shared.errors import ObjectMissing, UserError
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import own_base
@@ -91,7 +91,7 @@ def test_a_reader_never_makes_a_base(changed, store):
 def test_a_cached_base_that_was_changed_is_refused(changed, store):
     base = stood(changed(), store)
     (base.path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"loftq-.* is not .*bases/"):
+    with pytest.raises(IntegrityError, match=r"loftq-.* is not .*bases/.* delete it"):
         stood(changed(), store)
 
 
