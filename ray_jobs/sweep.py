@@ -106,7 +106,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         )
     entry.connect()
     memory = _planned(config, arms, base, train_split)
-    _make_own_bases(config, arms, len(train_split))
+    _make_bases(config, arms, len(train_split))
     dataset = splits.of_dataset(store, dataset_uri)
     identity = lineage.Base(config.model.base, base.identity)
     job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=identity, pad=chat.pad)
@@ -151,18 +151,18 @@ def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: Pl
     return found
 
 
-def _make_own_bases(config: RunConfig, arms: Sequence[Arm], num_records: int) -> None:
+def _make_bases(config: RunConfig, arms: Sequence[Arm], num_records: int) -> None:
     """Create, once and on a worker, the bases that trials which start together would otherwise each create."""
     import ray
 
-    from ray_jobs.sweeping.trial import make_own_base
+    from ray_jobs.sweeping.trial import make_base
 
     for arm in arms:
         trial = points.trial_config(config, Point(arm, points.prior(config, arm), config.train.seed), num_records)
-        if own_base.is_needed(trial.method):
+        if trial.keeps_nf4 or own_base.is_needed(trial.method):
             say(STEP, f"making the base of {arm.method}, or finding it made")
             each = trial.ray.per_worker
-            make = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))(make_own_base)
+            make = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))(make_base)
             ray.get(make.remote(config_file.dumps(trial)))
 
 

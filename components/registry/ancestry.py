@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["dataset", "source", "base", "commit", "config", "parent"]
 
+BASE_FIELDS = ("stands_on", "nf4_copy")
+"""Fields of a lineage's recipe that name a base: the one that the adapter was trained on, and its copy in NF4."""
+
 
 @dataclass(frozen=True)
 class Ancestor:
@@ -23,8 +26,8 @@ class Ancestor:
 
     kind: Kind
     name: str
-    """The name, by the kind: a dataset's id, a source's name, a base as the config names it or the URI of the adapter's
-    own base, a commit, a config's sha256, a version's URI."""
+    """The name, by the kind: a dataset's id, a source's name, a base as the config names it or the URI of one
+    that Fineloop made, a commit, a config's sha256, a version's URI."""
 
 
 def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
@@ -52,11 +55,12 @@ def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
         return found
 
     configured = at("config", "data", "source") or []
+    bases = dict.fromkeys([at("base", "reference"), *(at("recipe", field) for field in BASE_FIELDS)])
     sources = dict.fromkeys([*([configured] if isinstance(configured, str) else configured), *(at("sources") or ())])
     named: list[tuple[Kind, Any]] = [
         ("dataset", at("dataset", "dataset_id")),
         *[("source", source) for source in sources],
-        *[("base", base) for base in dict.fromkeys([at("base", "reference"), at("recipe", "stands_on")])],
+        *[("base", base) for base in bases],
         ("commit", at("environment", "code", "commit")),
         ("config", at("config_sha256")),
         *[("parent", parent) for parent in at("parents") or []],

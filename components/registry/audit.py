@@ -11,6 +11,7 @@ from components.records import runs
 from components.records.steps import Decision, Evaluation
 from components.registry import aliases, signing, versions, watermark
 from components.registry.aliases import Pointer, read_alias
+from components.registry.ancestry import BASE_FIELDS
 from components.registry.event import Event
 from components.registry.event_log import read_log
 from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
@@ -167,11 +168,12 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Fin
         uri = store.uri(version_key(name, version))
         try:
             lineage = store.get_json(f"{version_key(name, version)}/{versions.LINEAGE}")
-            dataset, base = lineage.get("dataset") or {}, str(lineage.get("recipe", {}).get("stands_on", ""))
+            dataset, recipe = lineage.get("dataset") or {}, lineage.get("recipe", {})
             if "dataset_id" in dataset:
                 named.setdefault(f"{DATASETS}{dataset['dataset_id']}", (version, dataset.get("manifest_sha256")))
-            if base.startswith(store.uri(BASES)):
-                named.setdefault(store.key(base), (version, None))
+            for field in BASE_FIELDS:
+                if (base := str(recipe.get(field, ""))).startswith(store.uri(BASES)):
+                    named.setdefault(store.key(base), (version, recipe.get(f"{field}_sha256")))
         except (IntegrityError, ObjectMissing, AttributeError, TypeError) as exc:
             yield Finding(uri, f"has no sound {versions.LINEAGE}: {exc}")
     for key, (version, sha256) in named.items():

@@ -243,10 +243,11 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
 
 
 def _makes_a_base(config: Mapping[str, Any]) -> bool:
-    """Whether a run's methods make bases; `config` may be too old for the current schema."""
+    """Whether a run makes or reads bases in the store; `config` may be too old for the current schema."""
     method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
     rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
-    return not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
+    has_own = not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
+    return has_own or bool(config.get("model", {}).get("keep_nf4"))
 
 
 def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:

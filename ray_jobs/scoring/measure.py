@@ -19,7 +19,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import base_model, precision
+from ray_jobs.base import nf4_copy, precision
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
@@ -67,7 +67,7 @@ class LocalContender:
     @property
     def dtype(self) -> "torch.dtype":
         """The dtype of its base on this worker."""
-        return precision.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
+        return _dtype(self.config)
 
     def load_base(
         self,
@@ -181,15 +181,19 @@ def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
 
 
 def _local(contender: Contender, records: Sequence[Record], folder: Path, registry: RegistryConfig) -> LocalContender:
-    config = contender.config
-    base, adapter = base_model.resolve(config.model, recorded=contender.base_identity), None
+    config, store, adapter = contender.config, Store.open(contender.config.registry), None
+    base = nf4_copy.resolve(config, store, recorded=contender.base_identity, dtype=_dtype(config))
     if contender.version is not None:
-        store, adapter = Store.open(config.registry), folder
+        adapter = folder
         base = own_base.find(config, base, store)
         pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
     chat = chat_format.load(base, config.model, adapter)
     split = tokens_of(records, chat, config.model.max_length, Store.open(registry), contender.dataset_uri)
     return LocalContender(contender.role, config, base, adapter, chat, split)
+
+
+def _dtype(config: RunConfig) -> "torch.dtype":
+    return precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu)
 
 
 def tokens_of(

@@ -26,7 +26,7 @@ from components.shared.errors import Diverged
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import own_base
-from ray_jobs.base import base_model
+from ray_jobs.base import nf4_copy, precision
 from ray_jobs.probes.texts import Texts
 from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.text import token_store
@@ -198,13 +198,14 @@ def train_trial(
     )
 
 
-def make_own_base(config_toml: str) -> None:
-    """Create the base of the method's adapters, unless the store has it."""
+def make_base(config_toml: str) -> None:
+    """Create the base that the method's trials read from the store, unless it is there."""
     config = config_file.loads(config_toml)
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
     store = Store.open(config.registry)
-    own_base.prepare(config, base_model.resolve(config.model, registry=store), store)
+    dtype = precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu)
+    own_base.prepare(config, nf4_copy.prepare(config, store, dtype=dtype), store)
 
 
 def alone(config: RunConfig) -> Worker:

@@ -17,7 +17,7 @@ from components.registry import lineage, watermark
 from components.registry.versions import Version, publish_version
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import architecture, base_model
+from ray_jobs.base import architecture, base_model, nf4_copy
 from ray_jobs.text import chat_format
 from ray_jobs.training.group import Worker
 from ray_jobs.training.model_card import model_card
@@ -47,6 +47,7 @@ def recipe_of(
         "dtype": str(worker.dtype).removeprefix("torch."),
         "matmul_dtype": worker.kernels.dtype,
         "chat": chat_format.load(original, config.model).recipe(),
+        **nf4_copy.recipe(base),
         **own_base.recipe(config, base),
     }
 
@@ -64,7 +65,7 @@ def publish(
 ) -> Version:
     """Publish the trained adapter as a version, which is not visible before it is complete; on rank 0 only."""
     progress = trained.progress
-    base = base_model.resolve(config.model, recorded=job.base.identity)
+    base = base_model.resolve(config.model, recorded=job.base.identity, weights=False, registry=store)
     record = lineage.build_lineage(
         config,
         run_id=job.run_id,

@@ -17,7 +17,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import dora, own_base
-from ray_jobs.base import base_config, base_model, precision
+from ray_jobs.base import base_config, base_model, nf4_copy, precision
 from ray_jobs.kernels import allocator, door
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text import token_store
@@ -144,10 +144,13 @@ def fit(
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
     # A hub branch may have moved since, and the objects of an S3 folder may have changed.
-    original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
-    base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
+    dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device)
+    together = {"rank": worker.rank, "num_workers": worker.num_workers}
+    original = nf4_copy.prepare(config, store, recorded=job.base.identity, dtype=dtype, **together)
+    base = own_base.prepare(config, original, store, **together)
+    _require_trainable(dtype, base)
     on_cpu = _kernels(config, original, store, job.run_id)
-    worker = _agreed(config, worker, base, on_cpu)
+    worker = replace(worker, dtype=dtype, kernels=worker.kernels if config.ray.use_gpu else on_cpu)
     start = starting.weights(store, job.start) if job.start else None
     check = FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
     check.measure_whole(worker, store)
@@ -209,20 +212,17 @@ def _engine(config: RunConfig, job: TrainJob, adapted: "PeftModel", worker: Work
     return engine
 
 
-def _agreed(config: RunConfig, worker: Worker, base: base_model.Base, on_cpu: Kernels) -> Worker:
-    """The worker with the dtypes that all workers agreed on.
+def _require_trainable(dtype: torch.dtype, base: base_model.Base) -> None:
+    """Require that the base can be trained on in this dtype.
 
     Raises:
-        ConfigError: the base is quantised for bfloat16, and some GPU supports only float16.
+        ConfigError: it is quantised for bfloat16, and some GPU supports only float16.
     """
-    use_gpu = config.ray.use_gpu
-    dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=use_gpu), worker.device)
-    if dtype is torch.float16 and base_model.is_quantised(base):
+    if dtype is torch.float16 and base_model.is_quantised(base) and not base.copy:
         raise ConfigError(
             f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
             "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
         )
-    return replace(worker, dtype=dtype, kernels=worker.kernels if use_gpu else on_cpu)
 
 
 def _how(worker: Worker) -> str:

@@ -11,7 +11,6 @@ from ray_jobs import plan
 from ray_jobs.planning import capacity
 from ray_jobs.planning.before_training import before_training
 from ray_jobs.planning.capacity import WorstBatch, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
-from ray_jobs.planning.disk import disk_bytes, require_disk
 from ray_jobs.planning.memory import GIB, MARGIN
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.text.batching import TokenizedSplit
@@ -70,18 +69,6 @@ def test_a_training_fits_a_gpu_when_a_margin_is_left_and_a_cpu_when_the_plan_doe
     assert cpu.holds(6 * GIB)
     assert cpu.holds(6 * GIB + 1) is False
     assert gpu_device(None).holds(1) is None
-
-
-def test_a_base_that_a_pods_disk_does_not_hold_is_refused_before_it_is_downloaded():
-    """Llama 2 70B has 68,976,648,192 parameters (Hugging Face's safetensors index): 128.5 GiB in 16 bits."""
-    rayjob = ["ray.cluster.kind=rayjob", "ray.use_gpu=true", "ray.gpu=H100"]
-    config = configured("llama-2-70b", *rayjob)
-    stats = Rehearsal.of(config, LLAMA_2_70B).stats
-    assert disk_bytes(config, LLAMA_2_70B, stats) == 2 * 68_976_648_192
-    with pytest.raises(ConfigError, match=r"writes 128 GiB .*disk_gib is 100, .* set ray\.cluster\.disk_gib=161"):
-        require_disk(config, LLAMA_2_70B, stats)
-    require_disk(configured("llama-2-70b", *rayjob, "ray.cluster.disk_gib=129"), LLAMA_2_70B, stats)
-    require_disk(configured("llama-2-70b"), LLAMA_2_70B, stats)
 
 
 @pytest.mark.full

@@ -1,5 +1,6 @@
 """An audit finds each thing that somebody changed behind the registry's back, and nothing where nobody did."""
 
+import hashlib
 import re
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from components.registry.audit import audit
 from components.registry.event_log import append_event, events, publication
 from components.registry.versions import publish_version
 from components.store.folders import find_manifest, publish
-from components.store.store import Store
+from components.store.store import Store, encode_json
 
 GONE = object()
 ALIAS = "adapters/icd/aliases/production.json"
@@ -189,3 +190,28 @@ def test_the_tokens_of_a_dataset_are_no_part_of_it_and_are_read_too(store: Store
     assert found.keys() == {store.uri("datasets/d1"), store.uri("datasets/d1/tokens/whole")}
     assert "train/part-00001.parquet is not in the manifest" in found[store.uri("datasets/d1")]
     assert "tokens.npy has sha256" in found[store.uri("datasets/d1/tokens/whole")]
+
+
+def make_base(store: Store, weights: bytes) -> tuple[str, str]:
+    """A base as the workers make it; returns its key and its manifest's sha256."""
+    content = {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+    name = hashlib.sha256(encode_json(content)).hexdigest()[:16]
+    manifest = publish(store, f"bases/b1/{name}", {"model.safetensors": weights})
+    store.put_json("bases/b1/chosen.json", {"format": 1, "folder": name, "manifest_sha256": manifest.sha256})
+    return f"bases/b1/{name}", manifest.sha256
+
+
+@pytest.mark.parametrize("field", ["stands_on", "nf4_copy"])
+def test_a_base_that_fineloop_made_is_read_too_and_is_the_one_that_the_version_names(store: Store, field: str) -> None:
+    key, sha256 = make_base(store, b"weights")
+    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
+    publish_version(store, "icd", files, lineage={"recipe": {field: store.uri(key), f"{field}_sha256": sha256}})
+    assert audit(store, "icd").findings == ()
+    manifest = store.get(f"{key}/manifest.json")
+    store.put(f"{key}/manifest.json", manifest.replace(b'"about":{}', b'"about":{"by":"another"}'))
+    (found,) = audit(store, "icd").findings
+    assert (found.where, f"but {sha256} was vouched for" in found.what) == (store.uri(key), True)
+    store.put(f"{key}/manifest.json", manifest)
+    store.put(f"{key}/model.safetensors", b"WEIGHTS")
+    (found,) = audit(store, "icd").findings
+    assert "model.safetensors has sha256" in found.what

@@ -222,6 +222,12 @@ def test_those_of_another_adapter_stay_and_so_does_what_is_new(aged: Aged) -> No
     assert collect.removals(aged, ["icd", "other"], Rules(), now=datetime.now(UTC)) == []
 
 
+def test_the_copy_of_a_base_that_a_kept_version_was_trained_on_stays(aged: Aged) -> None:
+    lineage = {**MADE_FROM, "recipe": {"stands_on": "org/base", "nf4_copy": aged.uri("bases/left/content")}}
+    publish_version(aged, "icd", {"adapter_model.safetensors": b"2", "adapter_config.json": b"{}"}, lineage=lineage)
+    assert shared(aged) == LEFT[:1]
+
+
 QLORA, LOFTQ = '[method]\nname = "qlora"', '[method]\nname = "loftq"'
 PREPARED = StepRecord(step="prepare", status="succeeded", started_at="2026", seconds=1, result={"dataset_id": "left"})
 
@@ -234,6 +240,7 @@ PREPARED = StepRecord(step="prepare", status="succeeded", started_at="2026", sec
         (LOFTQ, PREPARED, []),
         ('[method]\ninit = "loftq"', PREPARED, []),
         ('[tune]\nmethods = ["lora", "loftq"]', PREPARED, []),  # a sweep makes what it compares
+        (f"[model]\nkeep_nf4 = true\n{QLORA}", PREPARED, []),
         (LOFTQ, PREPARED.model_copy(update={"result": {"dataset_id": "another"}}), LEFT[:1]),
         (LOFTQ, Evaluation(run_id="r1", records=1, models={}), LEFT),  # it has ended
     ],
