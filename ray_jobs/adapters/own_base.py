@@ -101,6 +101,7 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
 
     Raises:
         ObjectMissing: it was never made.
+        IntegrityError: it is damaged, or comes with code that is not the original's and may run.
     """
     init = config.method.row.init
     if init not in OWN_BASE:
@@ -110,6 +111,8 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
     if made is None:
         raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {made_base.CHOSEN}")
     path = made_base.pull(store, made, init)
+    if config.model.trust_remote_code:
+        made_base.require_same_code(path, original)
     return Base(store.uri(made.key), path, {"kind": init, "manifest_sha256": made.manifest_sha256})
 
 

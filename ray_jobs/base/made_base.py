@@ -9,6 +9,7 @@ files of two builds never mix. Release 0.1.0 wrote the files to bases/<id>/ itse
 
 import contextlib
 import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -92,6 +93,32 @@ def _is_whole(path: Path, made: MadeBase) -> bool:
 
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         return all(pool.map(is_same, listed))
+
+
+def require_same_code(folder: Path, original: Base) -> None:
+    """Require that a model's folder comes with no code but the original's, to which alone a config consents.
+
+    transformers runs Python files of a folder, and of repositories that an `auto_map` in its JSON files names.
+
+    Raises:
+        IntegrityError: it has other code.
+    """
+    theirs = _code(original.path)
+    if other := sorted(name for name, code in _code(folder).items() if theirs.get(name) != code):
+        raise IntegrityError(
+            f"{folder} comes with code that is not that of {original.reference}, in {', '.join(other)}: "
+            "model.trust_remote_code does not allow it"
+        )
+
+
+def _code(folder: Path) -> dict[str, Any]:
+    """Python files with their bytes, and the entries of each `auto_map`, by file and key."""
+    found: dict[str, Any] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_bytes())
+        named = settings.get("auto_map") if isinstance(settings, dict) else None
+        found |= {f"{path.name} {key}": value for key, value in (named or {}).items()}
+    return found
 
 
 def publish(store: Store, key: str, folder: Path, original: Base, about: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A base of an adapter's own in the store: made once, found by everybody, never two makings mixed."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import own_base
 from ray_jobs.adapters.loftq import make, start
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, made_base
 from ray_jobs.base.base_model import Base
 
 Changed = Callable[..., RunConfig]
@@ -93,6 +94,61 @@ def test_a_cached_base_that_was_changed_is_refused(changed, store):
     (base.path / "config.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"loftq-.* is not .*bases/.* delete it"):
         stood(changed(), store)
+
+
+MODELING = """
+from pathlib import Path
+from transformers import LlamaForCausalLM
+class MarkedForCausalLM(LlamaForCausalLM):
+    Path({ran!r}).touch()
+"""
+
+
+@pytest.fixture
+def with_code(changed, tiny_base, tmp_path) -> tuple[RunConfig, Path]:
+    """LoftQ on a base that comes with code, which the config trusts; and the file that the code writes when it runs."""
+    base, ran = shutil.copytree(tiny_base, tmp_path / "marked"), tmp_path / "ran"
+    (base / "modeling_marked.py").write_text(MODELING.format(ran=str(ran)))
+    described = json.loads((base / "config.json").read_text())
+    described |= {"architectures": ["MarkedForCausalLM"]}
+    described |= {"auto_map": {"AutoModelForCausalLM": "modeling_marked.MarkedForCausalLM"}}
+    (base / "config.json").write_text(json.dumps(described))
+    return changed(f"model.base={base}", "model.trust_remote_code=true"), ran
+
+
+def replaced(store: Store, base: Base, changes: dict[str, bytes]) -> None:
+    """What someone who may write to the bucket does: another base in place of the chosen one, with sound digests."""
+    key = store.key(base.reference).rpartition("/")[0]
+    files = {path.name: path.read_bytes() for path in base.path.iterdir() if path.name != folders.MANIFEST}
+    manifest = folders.publish(store, f"{key}/another", {**files, **changes})
+    chosen = {"format": 1, "folder": "another", "manifest_sha256": manifest.sha256}
+    store.put_json(f"{key}/{made_base.CHOSEN}", chosen)
+
+
+def test_a_base_with_code_of_its_own_is_made_and_its_code_runs(with_code, store):
+    config, ran = with_code
+    base = stood(config, store)
+    assert ran.exists()
+    loaded = base_model.load_model(base, config.model, "nf4", use_gpu=False)
+    assert type(loaded).__name__ == "MarkedForCausalLM"
+
+
+def test_consent_to_a_bases_code_is_not_for_what_lies_in_the_bucket(with_code, store, tmp_path):
+    config, _ = with_code
+    base, evil = stood(config, store), tmp_path / "evil"
+    described = json.loads((base.path / "config.json").read_text())
+    elsewhere = {**described, "auto_map": {"AutoModelForCausalLM": "org/evil--modeling_marked.MarkedForCausalLM"}}
+    for changes, file in (
+        ({"modeling_marked.py": MODELING.format(ran=str(evil)).encode()}, "modeling_marked.py"),
+        ({"more.py": b""}, "more.py"),
+        ({"custom_generate/generate.py": b""}, "custom_generate/generate.py"),
+        ({"config.json": json.dumps(elsewhere).encode()}, "config.json AutoModelForCausalLM"),
+    ):
+        store.delete([info.key for info in store.list(store.key(base.reference).rpartition("/")[0] + "/another/")])
+        replaced(store, base, changes)
+        with pytest.raises(IntegrityError, match=f"comes with code that is not that of .*, in {file}: "):
+            own_base.find(config, base_model.resolve(config.model), store)
+    assert not evil.exists()
 
 
 def test_other_methods_stand_on_the_original(changed, store):
