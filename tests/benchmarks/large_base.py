@@ -5,7 +5,8 @@ safetensors have whole headers and holes in place of weights. A real S3 server s
 backend), behind a proxy that counts requests and bytes of each process by itself.
 
 whole     all 80 layers, 141 GB: what asks for a pod's disk, `plan` and a driver read, up to where workers would begin;
-          Ray is told of GPUs that are not there
+          Ray is told of GPUs that are not there. With --fetch also what two workers of a node read before they load
+          it, and both again after a restart: --caches then needs 141 GB, of which a zram device holds almost nothing
 cut       the same with N layers and fewer tokens, whose weights a CPU can hold: a training by two workers under ZeRO-3
           in bfloat16, one of which dies after its first step, so that both start again on the node; then one on another
           node, whose cache is empty. But for its size, what is read of the base does not depend on its layers
@@ -22,7 +23,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -157,16 +158,24 @@ def served(folder: Path, gateway: str) -> Iterator[str]:
         server.wait()
 
 
-def in_process(name: str, function: Any, *arguments: Any, **environment: str) -> None:
-    """Run it in a process of its own, that the proxy knows by this name."""
-    with pytest.MonkeyPatch.context() as patched:
-        for key, value in {APP_ID: name, **environment}.items():
-            patched.setenv(key, value)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(function, *arguments).result()
+def in_process(name: str, function: Any, *arguments: Any, **environment: str) -> Any:
+    """Run it in a process of its own, that the proxy knows by this name; returns what it returns."""
+    return at_once([name], function, *arguments, **environment)[0]
 
 
-def measure_whole(folder: Path) -> None:
+def at_once(names: Sequence[str], function: Any, *arguments: Any, **environment: str) -> list[Any]:
+    """Run it in a process for each name, all at the same time."""
+    with contextlib.ExitStack() as pools, pytest.MonkeyPatch.context() as patched:
+        begun = []
+        for name in names:
+            for key, value in {APP_ID: name, **environment}.items():
+                patched.setenv(key, value)
+            pool = pools.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            begun.append(pool.submit(function, *arguments))  # starts the process, with this environment
+        return [each.result() for each in begun]
+
+
+def measure_whole(folder: Path, caches: Path, *, fetch: bool) -> None:
     """What is read of the base before there are workers."""
     pods = 'cluster = { kind = "rayjob", image = "fineloop:0.2.0", disk_gib = 300 }\n'
     on_gpus = 'use_gpu = true\ngpu = "H100"\n'
@@ -176,11 +185,15 @@ def measure_whole(folder: Path) -> None:
     in_process("whole-disk-asked", processes.asked_for_disk, pods_toml)
     in_process("whole-plan", processes.planned, toml)
     for attempt in ("first", "again"):
-        cache = {"FINELOOP_CACHE": str(folder / "caches" / "driver")}
+        cache = {"FINELOOP_CACHE": str(caches / "driver")}
         in_process(f"whole-driver-{attempt}", processes.driven, toml, "whole", **cache)
+    identity = in_process("whole-known-to-driver", processes.identified, toml, **cache)
+    for attempt in ("first", "again") if fetch else ():
+        ranks = [f"whole-rank-{rank}-{attempt}" for rank in range(2)]
+        at_once(ranks, processes.fetched, toml, identity, FINELOOP_CACHE=str(caches / "node"))
 
 
-def measure_cut(folder: Path) -> None:
+def measure_cut(folder: Path, caches: Path) -> None:
     """What drivers and workers read in trainings."""
     about = {"base": "cut", "folder": folder, "workers": 2, "ray": "max_failures = 1"}
     sharded = CONFIG.format(**about, method="lora", zero_stage=3, keep_nf4="false")
@@ -193,7 +206,7 @@ def measure_cut(folder: Path) -> None:
         ("kept-1", kept, {}),
         ("kept-2", kept, {}),
     ):
-        cache = {"FINELOOP_CACHE": str(folder / "caches" / node)}
+        cache = {"FINELOOP_CACHE": str(caches / node)}
         in_process(f"{node}-driver", processes.trained, toml, f"cut-{node}", **cache, **what)
 
 
@@ -210,9 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="empty, or not there yet")
     parser.add_argument("--gateway", default="versitygw", help="github.com/versity/versitygw, 1.8")
+    parser.add_argument("--fetch", action="store_true", help="have workers download the whole base")
+    parser.add_argument("--caches", type=Path, help="folder of the nodes' caches; by default in FOLDER")
     parser.add_argument("--layers", type=int, default=1, help="of the base that is trained on; 0 trains none")
     options = parser.parse_args()
     folder = options.folder.absolute()
+    caches = (options.caches or folder / "caches").absolute()
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
     (folder / "buckets" / "registry").mkdir(parents=True)
@@ -223,9 +239,9 @@ def main() -> None:
     with served(folder / "buckets", options.gateway) as url, counting_proxy(url) as counts:
         os.environ["AWS_ENDPOINT_URL"] = counts.url
         try:
-            measure_whole(folder)
+            measure_whole(folder, caches, fetch=options.fetch)
             if options.layers:
-                measure_cut(folder)
+                measure_cut(folder, caches)
         finally:
             print(table(rows(counts)))
 

@@ -45,6 +45,24 @@ def planned(config_toml: str) -> None:
     plan.planned(config, base_config.read(config.model), named_device(config))
 
 
+def identified(config_toml: str) -> dict[str, str]:
+    """The base's identity as a driver knows it without its weights, which it gives to the workers."""
+    from components.store.store import Store
+    from ray_jobs.base import base_model
+
+    config = config_file.loads(config_toml)
+    return base_model.resolve(config.model, weights=False, registry=Store.open(config.registry)).identity
+
+
+def fetched(config_toml: str, identity: Mapping[str, str]) -> None:
+    """What a worker reads from the store of the base, before it loads it from its node's disk."""
+    from components.store.store import Store
+    from ray_jobs.base import base_model
+
+    config = config_file.loads(config_toml)
+    base_model.resolve(config.model, recorded=identity, registry=Store.open(config.registry))
+
+
 def driven(config_toml: str, run_id: str) -> None:
     """`ray_jobs.finetune`'s driver, until it would start workers."""
     from ray_jobs import finetune
