@@ -1,7 +1,7 @@
 """The base of an adapter: the original, or one of its own that was computed together with the adapter's first weights.
 
-`method.init` says which. A base of an adapter's own belongs to it and to no other. All workers make it together, once;
-it lies in the store as `made_base` says, with two more files in its folder:
+`method.init` says which. A base of an adapter's own belongs to it and to no other. All workers make it together, once.
+It is stored as `made_base` describes, with two more files in its folder:
 
 <init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
 <init>.json               what it was made from, and what its making measured

@@ -1,4 +1,4 @@
-"""Bases that Fineloop has made, in the store: each is made once and from then on only pulled.
+"""Bases that Fineloop makes and keeps in the store: each is made once, and only downloaded from then on.
 
 bases/<id>/chosen.json   which folder beside it everyone uses: that of the first run to finish one
 bases/<id>/<content>/    a transformers model: `from_pretrained` loads it as it is
@@ -136,7 +136,7 @@ def publish(store: Store, key: str, folder: Path, original: Base, about: Mapping
     manifest = folders.publish(store, f"{key}/{name}", files, about=about)
     chosen = encode_json({"format": FORMAT, "folder": name, "manifest_sha256": manifest.sha256})
     if store.claim(f"{key}/{CHOSEN}", chosen, content_type=JSON) != chosen:
-        logger.info("another run was faster, and its base at %s is the one to stand on", store.uri(key))
+        logger.info("another run was faster, and its base at %s is the one in use", store.uri(key))
 
 
 def on_rank_0(work: Callable[[], None], *, rank: int, group: "ProcessGroup | None") -> None:

@@ -1,9 +1,9 @@
 """A base's copy in NF4, kept in the store (`model.keep_nf4`): quantised once, and a quarter of the bytes to download.
 
-It changes where the weights of method.base nf4 are read, and nothing else: reference and identity stay the original's,
-and it loads as bit for bit the model that `load_model` makes of the original, which is checked before it is published.
-It lies as `made_base` says, one for each base and 16-bit dtype. Under ZeRO-3 training reads the original, whose weights
-are sharded while they are read; a quantised base would be read whole by each worker.
+It changes where the weights of method.base nf4 are read from, and nothing else. Reference and identity stay the
+original's, and it loads as the same model as the original, bit for bit; that is checked before it is published. It is
+stored as `made_base` describes, once for each base and 16-bit dtype. Under ZeRO-3 training reads the original, whose
+weights are sharded while they are read; each worker would read a quantised base whole.
 """
 
 import gc
