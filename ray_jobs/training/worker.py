@@ -143,9 +143,9 @@ def fit(
     _prepare_process(config)
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
-    # A hub branch may have moved since, and the objects of an S3 folder may have changed.
     dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device)
     together = {"rank": worker.rank, "num_workers": worker.num_workers}
+    # A hub branch may have moved since, and the objects of an S3 folder may have changed.
     original = nf4_copy.prepare(config, store, recorded=job.base.identity, dtype=dtype, **together)
     base = own_base.prepare(config, original, store, **together)
     _require_trainable(dtype, base)

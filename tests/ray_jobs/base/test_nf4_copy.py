@@ -4,14 +4,13 @@ The judge of the weights is transformers with bitsandbytes on the original, and 
 a copy.
 """
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from components.config import config_file
@@ -38,18 +37,12 @@ def uploaded(store: Store, tiny_base: Path) -> str:
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model-{number:05}-of-00002.safetensors"
         index |= dict.fromkeys(part, file)
-        store.put(f"bases/tiny/{file}", _saved({name: weights[name] for name in part}))
+        store.put(f"bases/tiny/{file}", save({name: weights[name] for name in part}, metadata={"format": "pt"}))
     store.put_json("bases/tiny/model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     for path in tiny_base.iterdir():
         if path.suffix != ".safetensors":
             store.put(f"bases/tiny/{path.name}", path)
     return store.uri("bases/tiny")
-
-
-def _saved(weights: dict[str, torch.Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save(weights, metadata={"format": "pt"})
 
 
 @pytest.fixture
@@ -162,16 +155,7 @@ def test_a_base_that_is_in_nf4_already_is_read_as_it_is(changed, store, tiny_bas
 
 
 def test_a_copy_that_loads_as_another_model_is_refused_and_not_kept(changed, store, monkeypatch):
-    save = PreTrainedModel.save_pretrained
-
-    def spoiled(self: PreTrainedModel, folder: Path, **how: Any) -> None:
-        save(self, folder, **how)
-        (file,) = Path(folder).glob("*.safetensors")
-        weights = load_file(file)
-        weights["model.norm.weight"] = -weights["model.norm.weight"]
-        save_file(weights, file, metadata={"format": "pt"})
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled)
+    spoil(monkeypatch)
     with pytest.raises(ConfigError, match=r"1 tensors, such as model\.norm\.weight\): set model\.keep_nf4=false"):
         nf4_copy.prepare(changed(), store, dtype=BF16)
     assert not any(made_base.CHOSEN in info.key for info in store.list("bases/"))
@@ -203,7 +187,7 @@ def trained(config_toml: str, rows: list[dict[str, str]]) -> tuple[dict[str, Any
 
 
 @pytest.fixture
-def trainings(changed, tmp_path, monkeypatch) -> Iterator[Callable[..., tuple[dict[str, Any], dict[str, Any]]]]:
+def trainings(changed, tmp_path, monkeypatch) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
     """A training of two workers on a machine of that name."""
 
     def train(machine: str, *changes: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -215,8 +199,7 @@ def trainings(changed, tmp_path, monkeypatch) -> Iterator[Callable[..., tuple[di
         weights, recipe = found[0]
         return weights, recipe
 
-    yield train
-    shutil.rmtree(tmp_path)
+    return train
 
 
 def test_two_workers_train_the_same_bits_on_the_copy_as_on_the_original(trainings):
@@ -231,19 +214,34 @@ def test_two_workers_train_the_same_bits_on_the_copy_as_on_the_original(training
         assert on_copy == recipe
 
 
-@pytest.mark.slow
-def test_all_workers_refuse_for_the_same_reason(changed, tmp_path):
-    """Pickled weights are refused on rank 0, which alone reads the original."""
-    folder = tmp_path / "pickled"
-    folder.mkdir()
-    shutil.copyfile(base_model.resolve(changed().model).path / "config.json", folder / "config.json")
-    (folder / "pytorch_model.bin").write_bytes(b"never read")
-    with pytest.raises(RuntimeError) as raised:
-        in_group(
-            trained,
-            config_file.dumps(changed(f"model.base={folder}")),
-            colour_rows(64),
-            directory=tmp_path / "log",
-            num_workers=2,
-        )
-    assert str(raised.value).count("pickled weights are not loaded") >= 2
+def spoil(patched: pytest.MonkeyPatch) -> None:
+    """Have transformers save a model with other weights than it has."""
+    saves = PreTrainedModel.save_pretrained
+
+    def spoiled(self: PreTrainedModel, folder: Path, **how: Any) -> None:
+        saves(self, folder, **how)
+        (file,) = Path(folder).glob("*.safetensors")
+        weights = load_file(file)
+        weights["model.norm.weight"] = -weights["model.norm.weight"]
+        save_file(weights, file, metadata={"format": "pt"})
+
+    patched.setattr(PreTrainedModel, "save_pretrained", spoiled)
+
+
+def refused(config_toml: str) -> str:
+    """What one rank does: fail to make the copy, which rank 0 alone tries; gives the error."""
+    import torch.distributed as dist
+
+    config = config_file.loads(config_toml)
+    together = {"rank": dist.get_rank(), "num_workers": dist.get_world_size()}
+    with pytest.MonkeyPatch.context() as patched:
+        spoil(patched)
+        with pytest.raises(ConfigError) as raised:
+            nf4_copy.prepare(config, Store.open(config.registry), dtype=BF16, **together)
+    return str(raised.value)
+
+
+def test_what_rank_0_fails_at_ends_all_workers_with_its_words(changed, tmp_path):
+    said = in_group(refused, config_file.dumps(changed()), directory=tmp_path / "log", num_workers=2)
+    assert said[0] == said[1]
+    assert "set model.keep_nf4=false" in said[0]
