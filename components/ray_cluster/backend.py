@@ -139,8 +139,12 @@ class LogCopy:
         return bool(self._upto) and end_of(self.text, self._upto) is not None
 
     def take(self, text: str, *, source: str = "", final: bool = False) -> None:
-        """Copy what is new in `text`, the log so far. Another source of the same log continues where the last ended."""
-        if source != self._source:
+        """Copy what is new in `text`, the log so far.
+
+        Another source of the same log continues where the last ended. A log that does not go on from what was copied
+        is another one: a cluster whose head was replaced runs the job anew, and its log starts at the first line.
+        """
+        if source != self._source or not text.startswith(self.text[: self._copied]):
             self._copied = _same_place(self.text[: self._copied], text)
             self._source = source
         end = len(text) if final else text.rfind("\n") + 1

@@ -103,6 +103,25 @@ def test_repeated_lines_are_placed_by_those_before_them() -> None:
     assert output.seen == "a\nb\nsame\nc\nsame\n"
 
 
+def test_a_log_that_does_not_go_on_from_what_was_copied_is_copied_from_its_beginning() -> None:
+    """The job runs anew on a new head of the same cluster."""
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("step 1\nstep 2\nstep 3\n", source="submitter")
+    log.take("resumes\n", source="submitter")
+    log.take("resumes\nstep 3\n", source="submitter")
+    assert output.seen == "step 1\nstep 2\nstep 3\nresumes\nstep 3\n"
+
+
+def test_a_log_that_lost_its_beginning_goes_on_after_what_was_copied() -> None:
+    """As the kubelet rotates it."""
+    output = Flushed()
+    log = LogCopy(output)
+    log.take("1\n2\n3\n4\n5\n6\n", source="submitter")
+    log.take("2\n3\n4\n5\n6\n7\n", source="submitter")
+    assert output.seen == "1\n2\n3\n4\n5\n6\n7\n"
+
+
 def test_a_job_that_begins_anew_is_copied_from_its_beginning() -> None:
     output = Flushed()
     log = LogCopy(output)

@@ -13,6 +13,7 @@ from components.ray_cluster.submit import connect
 from components.shared.errors import JobError, UserError
 from tests.components.ray_cluster.conftest import Cluster, config
 from tests.doubles.kubernetes.api import Refusal, Resource
+from tests.waiting import wait_until
 
 
 def deployment(found: Resource) -> str:
@@ -227,6 +228,34 @@ def test_the_submitters_log_serves_when_the_dashboard_is_closed_to_us(cluster: C
     output = io.StringIO()
     cluster.submit("print('from the pod')", output=output)
     assert "from the pod\n" in output.getvalue()
+
+
+@pytest.mark.parametrize("dashboard", ["open", "closed"])
+def test_the_log_of_a_job_whose_head_was_replaced_goes_on_with_the_second_submitters(
+    cluster: Cluster, tmp_path: Path, dashboard: str
+) -> None:
+    if dashboard == "closed":
+        cluster.operator.dashboard_url = "127.0.0.1:9"
+    code = f"""
+import pathlib, time
+began = pathlib.Path({str(tmp_path / "began")!r})
+if began.exists():
+    print("resumes")
+else:
+    print("step\\n" * 20, end="", flush=True)
+    began.touch()
+    time.sleep(60)
+"""
+    output = io.StringIO()
+
+    def lose_its_head(name: str) -> None:
+        wait_until(lambda: output.getvalue().count("step") == 20, output.getvalue)
+        cluster.operator.replace_head(name)
+
+    cluster.when(lambda rayjob: deployment(rayjob) == "Running", lose_its_head)
+    cluster.submit(code, output=output)
+    assert output.getvalue().splitlines()[-1] == "resumes"
+    assert output.getvalue().count("step") == 20
 
 
 def starting(message: str) -> Refusal:

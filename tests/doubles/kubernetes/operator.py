@@ -36,6 +36,7 @@ class Operator:
         """The last job of each cluster that is gone, by name."""
         self.error: BaseException | None = None
         self._started: dict[str, float] = {}
+        self._reconciling = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -53,7 +54,8 @@ class Operator:
                 with self.api.changed:
                     found = list(self.api.rayjobs.values())
                 for rayjob in found:
-                    self._reconcile(rayjob)
+                    with self._reconciling:
+                        self._reconcile(rayjob)
         except BaseException as exc:  # raised in the test by close
             self.error = exc
 
@@ -155,6 +157,13 @@ class Operator:
             "spec": {"containers": [{"name": "ray-job-submitter"}]},
             "status": {"phase": "Running"},
         }
+
+    def replace_head(self, name: str) -> None:
+        """What follows the loss of a head: a new one in the same cluster, on which a second submitter starts the job
+        anew under its id; the RayJob goes on as Running (KubeRay 1.6 and 1.7, on a real cluster)."""
+        with self._reconciling:
+            self._clear(name)
+            self._submit(name, self.api.rayjobs[name]["spec"])
 
     def _clear(self, name: str) -> None:
         """Delete the cluster, and with it the job."""
