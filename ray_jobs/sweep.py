@@ -159,7 +159,7 @@ def _make_bases(config: RunConfig, arms: Sequence[Arm], num_records: int) -> Non
 
     for arm in arms:
         trial = points.trial_config(config, Point(arm, points.prior(config, arm), config.train.seed), num_records)
-        if trial.keeps_nf4 or own_base.is_needed(trial.method):
+        if own_base.is_needed(trial.method):
             say(STEP, f"making the base of {arm.method}, or finding it made")
             each = trial.ray.per_worker
             make = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))(make_base)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from components.config.methods import OWN_BASE
 from components.config.schema import RunConfig
 
 FAR = 30.0
@@ -36,12 +35,6 @@ def cautions(config: RunConfig, num_steps: int | None = None) -> Iterator[str]:
     ):
         if value > bound if is_above else value < bound:
             yield f"{field} {value:g} is {'above' if is_above else 'below'} {bound:g}, which is hardly ever right"
-    if config.model.keep_nf4 and not config.keeps_nf4:
-        why = "model.trust_remote_code" if config.model.trust_remote_code else f"method.base {method.row.base}"
-        why = f"a base of its own under {name}" if method.row.init in OWN_BASE else why
-        yield f"model.keep_nf4 has no effect with {why}"
-    elif config.keeps_nf4 and train.zero_stage == 3:
-        yield "model.keep_nf4 has no effect on the training, which reads the original under train.zero_stage 3"
     if num_steps is not None and num_steps < FEW_STEPS:
         yield (
             f"{num_steps} optimizer steps are few: raise train.epochs, lower train.batch_size (now {train.batch_size}) "

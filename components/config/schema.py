@@ -16,7 +16,7 @@ from components.config.announce import AnnounceConfig as AnnounceConfig
 from components.config.data import DataConfig as DataConfig
 from components.config.gate import GateConfig, RequestedMetric
 from components.config.legality import Cell, nearest_legal, refusals
-from components.config.methods import METHODS, OWN_BASE, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
+from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
 from components.config.ray import IMAGE, RayConfig
 from components.config.registry import RegistryConfig as RegistryConfig
 from components.config.section import Added, Section, identity
@@ -60,13 +60,20 @@ class ModelConfig(Section):
     """How attention is computed, as transformers' attn_implementation: auto takes PyTorch's fused kernel (sdpa) where
     the base's architecture has it, else eager, whose memory grows with the square of the length. flash_attention_2
     wants GPUs and the package flash-attn."""
-    keep_nf4: Annotated[bool, Added("0.2.0")] = False
-    """Quantise the base once and keep it in the registry's bucket, for method.base nf4: from then on every machine
-    downloads that, about a quarter of the bytes. It pays where machines come and go and the base is large; the first
-    run takes longer. Weights, results and the base that servers need stay the same. ZeRO-3 trains from the original;
-    with trust_remote_code no copy is kept."""
     trust_remote_code: bool = False
     """Run Python code that the base model's repository ships. Only for a base whose code you have read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_no_copy(cls, given: Any) -> Any:
+        """Configs that were stored with every key hold `keep_nf4 = false`."""
+        if not isinstance(given, dict) or "keep_nf4" not in given:
+            return given
+        if given["keep_nf4"] is not False:
+            raise ValueError(
+                "keep_nf4 is gone, because whoever may write to the bucket chose the weights for everyone: remove it"
+            )
+        return {key: value for key, value in given.items() if key != "keep_nf4"}
 
 
 class MethodConfig(Section):
@@ -184,13 +191,6 @@ class RunConfig(Section):
     registry: RegistryConfig = RegistryConfig()
     announce: Annotated[AnnounceConfig, Added("0.2.0")] = AnnounceConfig()
     track: Annotated[TrackConfig, Added("0.2.0")] = TrackConfig()
-
-    @property
-    def keeps_nf4(self) -> bool:
-        """Whether the store keeps a copy of the base in NF4 for this run. LoftQ has a base of its own; and code that
-        the config trusts is read from `model.base` alone."""
-        is_plain = self.method.row.base == "nf4" and self.method.row.init not in OWN_BASE
-        return self.model.keep_nf4 and is_plain and not self.model.trust_remote_code
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

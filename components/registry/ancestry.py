@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 Kind = Literal["dataset", "source", "base", "commit", "config", "parent"]
 
 BASE_FIELDS = ("stands_on", "nf4_copy")
-"""Fields of a lineage's recipe that name a base: the one that the adapter was trained on, and its copy in NF4."""
+"""Fields of a lineage's recipe that name a base: the one that the adapter was trained on, and its copy in NF4, which is
+no longer made."""
 
 
 @dataclass(frozen=True)

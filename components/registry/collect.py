@@ -246,8 +246,7 @@ def _makes_a_base(config: Mapping[str, Any]) -> bool:
     """Whether a run makes or reads bases in the store; `config` may be too old for the current schema."""
     method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
     rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
-    has_own = not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
-    return has_own or bool(config.get("model", {}).get("keep_nf4"))
+    return not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
 
 
 def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:

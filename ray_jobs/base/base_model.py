@@ -46,14 +46,6 @@ DIGESTS = "sha256.json"  # beside a converted base: the sha256 of each of its fi
 
 
 @dataclass(frozen=True)
-class StoredCopy:
-    """A base's copy in NF4 in the store; see `nf4_copy`."""
-
-    uri: str
-    manifest_sha256: str
-
-
-@dataclass(frozen=True)
 class Base:
     """A base model on this machine's disk."""
 
@@ -63,8 +55,6 @@ class Base:
     identity: dict[str, str]
     """What identifies this base: its kind, and a commit or sha256. For a folder in S3 whose weights nobody has read,
     `listing` replaces sha256, and `resolve` then accepts only the same objects."""
-    copy: StoredCopy | None = None
-    """The copy in NF4 whose files are in `path`; None where they are the base's own."""
 
     @property
     def is_known(self) -> bool:

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 OPTIMIZER = 12
 """Bytes per trained parameter in a checkpoint: float32 master weight and moments."""
 FOUR_BITS = 0.6
-"""Bytes per parameter, scales included, of a base that the run makes (OWN_BASE, model.keep_nf4), if all of it were
-quantised."""
+"""Bytes per parameter, scales included, of a base that the run makes (OWN_BASE), if all of it were quantised."""
 
 
 def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -> int | None:
@@ -26,7 +25,7 @@ def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -
     cluster = config.ray.cluster
     if not isinstance(cluster, RayJobCluster) or getattr(base, "quantization_config", None):
         return None
-    each = getattr(base.dtype, "itemsize", BF16) + FOUR_BITS * (config.method.row.init in OWN_BASE or config.keeps_nf4)
+    each = getattr(base.dtype, "itemsize", BF16) + FOUR_BITS * (config.method.row.init in OWN_BASE)
     parts = 1 if config.train.zero_stage else config.ray.max_workers // cluster.pods(config.ray.max_workers)
     return max(round(each * stats.parameters), OPTIMIZER * stats.trainable * parts)
 

@@ -19,7 +19,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import nf4_copy, precision
+from ray_jobs.base import base_model, precision
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
@@ -182,7 +182,7 @@ def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
 
 def _local(contender: Contender, records: Sequence[Record], folder: Path, registry: RegistryConfig) -> LocalContender:
     config, store, adapter = contender.config, Store.open(contender.config.registry), None
-    base = nf4_copy.resolve(config, store, recorded=contender.base_identity, dtype=_dtype(config))
+    base = base_model.resolve(config.model, recorded=contender.base_identity, registry=store)
     if contender.version is not None:
         adapter = folder
         base = own_base.find(config, base, store)

@@ -26,7 +26,7 @@ from components.shared.errors import Diverged
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import own_base
-from ray_jobs.base import nf4_copy, precision
+from ray_jobs.base import base_model
 from ray_jobs.probes.texts import Texts
 from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.text import token_store
@@ -204,8 +204,7 @@ def make_base(config_toml: str) -> None:
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
     store = Store.open(config.registry)
-    dtype = precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu)
-    own_base.prepare(config, nf4_copy.prepare(config, store, dtype=dtype), store)
+    own_base.prepare(config, base_model.resolve(config.model, registry=store), store)
 
 
 def alone(config: RunConfig) -> Worker:

@@ -17,7 +17,7 @@ from components.registry.versions import Version, pull_version
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.adapters.recorded import Recorded
-from ray_jobs.base import base_config, base_model, nf4_copy, precision
+from ray_jobs.base import base_config, base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import Kernels
@@ -110,10 +110,8 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
     its_run = recorded.read(config, store, version)
     own = its_run.config
     logger.info("loading %s", own.model.base)
-    shape = base_model.resolve(own.model, recorded=its_run.base_identity, weights=False, registry=store)
-    use_gpu = placement.on_gpus(own, shape)
-    dtype = precision.dtype_here("auto", use_gpu=use_gpu)
-    base = nf4_copy.resolve(own, store, recorded=its_run.base_identity, dtype=dtype)
+    base = base_model.resolve(own.model, recorded=its_run.base_identity, registry=store)
+    use_gpu = placement.on_gpus(own, base)
     stands_on = own_base.find(own, base, store)
     kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
     model = _load(stands_on, own, kernels, use_gpu=use_gpu)

@@ -17,7 +17,7 @@ from components.registry import lineage, watermark
 from components.registry.versions import Version, publish_version
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
-from ray_jobs.base import architecture, base_model, nf4_copy
+from ray_jobs.base import architecture, base_model
 from ray_jobs.text import chat_format
 from ray_jobs.training.group import Worker
 from ray_jobs.training.model_card import model_card
@@ -47,7 +47,6 @@ def recipe_of(
         "dtype": str(worker.dtype).removeprefix("torch."),
         "matmul_dtype": worker.kernels.dtype,
         "chat": chat_format.load(original, config.model).recipe(),
-        **nf4_copy.recipe(base),
         **own_base.recipe(config, base),
     }
 

@@ -17,7 +17,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import dora, own_base
-from ray_jobs.base import base_config, base_model, nf4_copy, precision
+from ray_jobs.base import base_config, base_model, precision
 from ray_jobs.kernels import allocator, door
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text import token_store
@@ -144,10 +144,9 @@ def fit(
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
     dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device)
-    together = {"rank": worker.rank, "num_workers": worker.num_workers}
     # A hub branch may have moved since, and the objects of an S3 folder may have changed.
-    original = nf4_copy.prepare(config, store, recorded=job.base.identity, dtype=dtype, **together)
-    base = own_base.prepare(config, original, store, **together)
+    original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
+    base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
     _require_trainable(dtype, base)
     on_cpu = _kernels(config, original, store, job.run_id)
     worker = replace(worker, dtype=dtype, kernels=worker.kernels if config.ray.use_gpu else on_cpu)
@@ -218,7 +217,7 @@ def _require_trainable(dtype: torch.dtype, base: base_model.Base) -> None:
     Raises:
         ConfigError: it is quantised for bfloat16, and some GPU supports only float16.
     """
-    if dtype is torch.float16 and base_model.is_quantised(base) and not base.copy:
+    if dtype is torch.float16 and base_model.is_quantised(base):
         raise ConfigError(
             f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
             "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"

@@ -10,8 +10,6 @@ whole     all 80 layers, 141 GB: what asks for a pod's disk, `plan` and a driver
 cut       the same with N layers and fewer tokens, whose weights a CPU can hold: a training by two workers under ZeRO-3
           in bfloat16, one of which dies after its first step, so that both start again on the node; then one on another
           node, whose cache is empty. But for its size, what is read of the base does not depend on its layers
-kept      QLoRA on the cut base below ZeRO-3, on two nodes without `model.keep_nf4` and on two with it: the first of
-          these makes the copy in NF4, the second finds it
 """
 
 import argparse
@@ -46,7 +44,6 @@ name = "large"
 [model]
 base = "s3://bases/{base}"
 max_length = 64
-keep_nf4 = {keep_nf4}
 [data]
 source = "{folder}/colours.jsonl"
 [method]
@@ -179,7 +176,7 @@ def measure_whole(folder: Path, caches: Path, *, fetch: bool) -> None:
     """What is read of the base before there are workers."""
     pods = 'cluster = { kind = "rayjob", image = "fineloop:0.2.0", disk_gib = 300 }\n'
     on_gpus = 'use_gpu = true\ngpu = "H100"\n'
-    about = {"base": "whole", "folder": folder, "method": "qlora", "workers": 8, "zero_stage": 3, "keep_nf4": "false"}
+    about = {"base": "whole", "folder": folder, "method": "qlora", "workers": 8, "zero_stage": 3}
     pods_toml = CONFIG.format(**about, ray=on_gpus + pods)
     toml = CONFIG.format(**about, ray=on_gpus)
     in_process("whole-disk-asked", processes.asked_for_disk, pods_toml)
@@ -196,15 +193,10 @@ def measure_whole(folder: Path, caches: Path, *, fetch: bool) -> None:
 def measure_cut(folder: Path, caches: Path) -> None:
     """What drivers and workers read in trainings."""
     about = {"base": "cut", "folder": folder, "workers": 2, "ray": "max_failures = 1"}
-    sharded = CONFIG.format(**about, method="lora", zero_stage=3, keep_nf4="false")
-    original, kept = (CONFIG.format(**about, method="qlora", zero_stage=2, keep_nf4=keep) for keep in ("false", "true"))
+    sharded = CONFIG.format(**about, method="lora", zero_stage=3)
     for node, toml, what in (
         ("node-1", sharded, {processes.DIED: str(folder / "died")}),
         ("node-2", sharded, {}),
-        ("qlora-1", original, {}),
-        ("qlora-2", original, {}),
-        ("kept-1", kept, {}),
-        ("kept-2", kept, {}),
     ):
         cache = {"FINELOOP_CACHE": str(caches / node)}
         in_process(f"{node}-driver", processes.trained, toml, f"cut-{node}", **cache, **what)

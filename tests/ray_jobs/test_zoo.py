@@ -23,7 +23,7 @@ from components.shared.errors import ConfigError
 from components.store.store import Store
 from pipelines.local import seaweedfs
 from ray_jobs.adapters import build, convert, merge, own_base
-from ray_jobs.base import attention, base_config, base_model, nf4_copy
+from ray_jobs.base import attention, base_config, base_model
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.before_training import before_training
@@ -203,20 +203,6 @@ def test_padded_batches_read_and_answer_as_transformers_does_a_record_at_a_time(
                 break
         kept = [token for token in said[0, prompt:].tolist() if token not in {*chat.stops, chat.pad}]
         assert answers[index] == chat.tokenizer.decode(kept).strip()
-
-
-@pytest.mark.parametrize("name", ONE_IN_SIX)
-def test_a_copy_in_nf4_gives_the_logits_of_the_original(name, configured, folder):
-    config = configured(name, "qlora", "model.keep_nf4=true")
-    if not zoo.refusal(name, "qlora", folder(name)):
-        copied = nf4_copy.prepare(config, Store.open(config.registry), dtype=torch.bfloat16)
-        assert copied.copy
-        original = base_model.resolve(config.model)
-        found, expected = (
-            base_model.load_model(base, config.model, "nf4", use_gpu=False) for base in (copied, original)
-        )
-        tokens = torch.arange(16)[None]
-        assert torch.equal(logits(found, tokens), logits(expected, tokens))
 
 
 @pytest.mark.parametrize("name", zoo.KINDS)

@@ -49,19 +49,6 @@ def test_a_setting_that_is_far_from_any_in_use_is_named(changes, message):
     assert line.startswith(message)
 
 
-def test_a_copy_in_nf4_that_no_training_reads_is_named():
-    keep = "model.keep_nf4=true"
-    assert said(keep, "method.name=qlora", "train.zero_stage=2") == []
-    for changes, why in (
-        (["method.name=lora"], "with method.base bf16"),
-        (["method.name=loftq"], "with a base of its own under loftq"),
-        (["method.name=qlora", "model.trust_remote_code=true"], "with model.trust_remote_code"),
-        (["method.name=qlora", "train.zero_stage=3"], "on the training, which reads the original"),
-    ):
-        (line,) = said(keep, *changes)
-        assert line.startswith(f"model.keep_nf4 has no effect {why}")
-
-
 def test_few_steps_are_said():
     assert said(num_steps=7) == [
         "7 optimizer steps are few: raise train.epochs, lower train.batch_size (now 4) and train.micro_batch_size, or "

@@ -240,7 +240,6 @@ PREPARED = StepRecord(step="prepare", status="succeeded", started_at="2026", sec
         (LOFTQ, PREPARED, []),
         ('[method]\ninit = "loftq"', PREPARED, []),
         ('[tune]\nmethods = ["lora", "loftq"]', PREPARED, []),  # a sweep makes what it compares
-        (f"[model]\nkeep_nf4 = true\n{QLORA}", PREPARED, []),
         (LOFTQ, PREPARED.model_copy(update={"result": {"dataset_id": "another"}}), LEFT[:1]),
         (LOFTQ, Evaluation(run_id="r1", records=1, models={}), LEFT),  # it has ended
     ],

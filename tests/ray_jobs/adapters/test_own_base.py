@@ -4,19 +4,21 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from components.config import config_file, methods
 from components.config.schema import RunConfig
-from components.shared.errors import IntegrityError, ObjectMissing
+from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import own_base
 from ray_jobs.adapters.loftq import make, start
 from ray_jobs.base import base_model, made_base
 from ray_jobs.base.base_model import Base
+from ray_jobs.sweeping import trial
+from tests.models.train_group import in_group
 
 Changed = Callable[..., RunConfig]
 
@@ -87,6 +89,32 @@ def test_a_base_that_lies_as_release_0_1_0_left_it_is_found(changed, store):
 def test_a_reader_never_makes_a_base(changed, store):
     with pytest.raises(ObjectMissing, match="bases/"):
         own_base.find(changed(), base_model.resolve(changed().model), store)
+
+
+def test_a_sweep_makes_the_base_before_its_trials(changed, store):
+    trial.make_base(config_file.dumps(changed()))
+    assert own_base.find(changed(), base_model.resolve(changed().model), store)
+
+
+def refused(config_toml: str) -> str:
+    """What one rank does: fail to write the base, which rank 0 alone does; gives the error."""
+    import torch.distributed as dist
+
+    def fails(*_: Any) -> dict[str, Any]:
+        raise ConfigError("no better than the original")
+
+    config = config_file.loads(config_toml)
+    original, rank = base_model.resolve(config.model), dist.get_rank()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(start, "write", fails)
+        with pytest.raises(ConfigError) as raised:
+            own_base.prepare(config, original, Store.open(config.registry), rank=rank, num_workers=2)
+    return str(raised.value)
+
+
+def test_what_rank_0_fails_at_ends_all_workers_with_its_words(changed, tmp_path):
+    ended = in_group(refused, config_file.dumps(changed()), directory=tmp_path / "log", num_workers=2)
+    assert ended == ["no better than the original"] * 2
 
 
 def test_a_cached_base_that_was_changed_is_refused(changed, store):
