@@ -13,7 +13,7 @@ from infra.checks.manifests import ROOT
 from infra.checks.schemas import VARIABLE
 
 FOLDER = ROOT / ".fineloop" / "crds"
-KUBERAY = "https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases"
+KUBERAY = "https://raw.githubusercontent.com/kuberay-project/kuberay/v1.7.0/ray-operator/config/crd/bases"
 KUEUE = "https://raw.githubusercontent.com/kubernetes-sigs/kueue/v0.19.2/config/components/crd/bases"
 PROMETHEUS = (
     "https://raw.githubusercontent.com/prometheus-operator/prometheus-operator/v0.93.0/example/prometheus-operator-crd"

@@ -1,22 +1,25 @@
 import hashlib
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kfp import components
+from kfp import compiler, components
 
 from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from components.prepare.parameters import KEYS
 from components.shared.errors import UserError
+from pipelines import retrain
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_pipeline, compile_promotion, write_pipeline
+from pipelines.promotion import promotion
 from tests.doubles.kfp_server.resolving import unresolved
 
 STEPS = {"prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report"}
@@ -50,6 +53,15 @@ def tasks(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every task of every graph by its name."""
     graphs = [spec["root"]["dag"], *[c["dag"] for c in spec["components"].values() if "dag" in c]]
     return {name: task for graph in graphs for name, task in graph["tasks"].items()}
+
+
+def conditions(graph: dict[str, Any], inputs: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each condition below a graph, with the declared type of each value that it reads."""
+    for name, task in graph["tasks"].items():
+        condition = task.get("triggerPolicy", {}).get("condition", "")
+        for parameter in re.findall(r"parameter_values\['([^']+)'\]", condition):
+            yield condition, inputs[task["componentRef"]["name"]]["parameters"][parameter]["parameterType"]
+        assert not condition or "parameter_values" in condition, name
 
 
 def branches(spec: dict[str, Any], condition: str) -> dict[str, str]:
@@ -292,6 +304,29 @@ def test_between_the_steps_goes_the_runs_address_and_never_its_config(spec: dict
 def test_the_first_layer_of_the_graph_reads_as_the_pipeline(spec: dict[str, Any]) -> None:
     shown = [task["taskInfo"]["name"] for task in spec["root"]["dag"]["tasks"].values()]
     assert shown == ["Prepare, train, compare, decide", "Write the report"]
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        retrain.retrain,
+        retrain.build(tunes=True),
+        retrain.build_train(),
+        retrain.build_train_on("s3://b/d"),
+        retrain.sweep,
+        promotion,
+    ],
+    ids=["retrain", "retrain that tunes", "train", "reproduce", "sweep", "promotion"],
+)
+def test_no_condition_reads_anything_but_a_bool(pipeline: Any, tmp_path: Path) -> None:
+    """kfp 2.17 evaluates a condition's text as Python in the process of a local run, a string's own quotes included."""
+    compiler.Compiler().compile(pipeline, str(path := tmp_path / "pipeline.yaml"))
+    spec = yaml.safe_load(path.read_text(encoding="utf-8").partition("\n---\n")[0])
+    inputs = {name: component.get("inputDefinitions", {}) for name, component in spec["components"].items()}
+    graphs = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
+    read = [found for graph in graphs for found in conditions(graph, inputs)]
+    assert {kind for _, kind in read} <= {"BOOLEAN"}
+    assert len(read) == (4 if spec["pipelineInfo"]["name"] == "fineloop-retrain" else 0)
 
 
 @pytest.mark.parametrize("compiled", [compile_pipeline, compile_promotion])
