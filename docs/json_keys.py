@@ -7,6 +7,7 @@ _KUBEFLOW = (
     "run_id run_name state url adapter created finished recurring_run_id config_digest message decision version reasons"
     " metrics steps"
 )
+_PAST = "began outcome metric learning_rate note hours price"
 _SCHEDULE = (
     "name recurring_run_id enabled cron kfp_cron words next time_zone overlap max_concurrency catch_up start end"
     " adapter config_digest pipeline_version_id service_account url live_runs"
@@ -57,7 +58,7 @@ JSON_KEYS = {
     "schedule resume": _SCHEDULE,
     "schedule delete": "name deleted live_runs",
     "runs list": "runs",
-    "runs show": f"{_KUBEFLOW} store_run_id",
+    "runs show": f"{_KUBEFLOW} store_run_id {_PAST} report verdict next",
     "runs stop": "run_id state stopped jobs",
     "watch": "run_id decision error",
     "reap": "stopped kept dry_run failures",

@@ -5,10 +5,21 @@ import shlex
 from components.registry.aliases import PRODUCTION
 from components.report.run_files import RunFiles
 
+HOME = ".fineloop"
+"""The default of --home."""
 
-def next_steps(run: RunFiles) -> list[tuple[str, str]]:
-    """The commands, each with its purpose."""
+
+def next_steps(run: RunFiles, *, home: str = HOME, verb: str = "run") -> list[tuple[str, str]]:
+    """The commands, each with its purpose; `home` and `verb` are those of the command that began the run."""
+    option = "" if home == HOME else f" --home {shlex.quote(home)}"
+    return [(f"{command}{option}", why) for command, why in _steps(run, home, verb)]
+
+
+def _steps(run: RunFiles, home: str, verb: str) -> list[tuple[str, str]]:
     version, decision = run.version, run.decision
+    config = shlex.quote(f"{home}/runs/{run.run_id}/config.toml")
+    if decision is None and run.evaluation is None:
+        return [(f"fineloop {verb} -c {config} --run-id {run.run_id}", "go on from where it was")]
     if version is None or (decision is not None and decision.decision == "skipped"):
         return []
     reference = f"{run.adapter}@{version}"

@@ -1,4 +1,4 @@
-"""`fineloop runs`: what ran, here or on Kubeflow, and how to stop it there."""
+"""`fineloop runs`: what ran, here or on Kubeflow, what came of it, and how to stop it there."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     """Add the group."""
     group = commands.add_parser(
         "runs",
-        help="list runs; show and stop those on Kubeflow",
+        help="list and show runs; stop those on Kubeflow",
         description="What ran, on this machine or on Kubeflow, and what runs there now.",
         epilog="example:\n  fineloop runs list --state running\n\n" + EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,7 +46,9 @@ def add(commands: Any) -> None:
         verbs,
         "show",
         _show,
-        does="Show one run: its config's digest, and each step with its state and times.",
+        does="Show one run: what came of it, and each step with its state and times.",
+        more="If a Kubeflow Pipelines server is named, a run there; otherwise, and with --store, one in the registry's "
+        "store, with its report and what to do next.",
         example="fineloop runs show 3f2a",
     )
     stop = add_command(
@@ -61,9 +63,10 @@ def add(commands: Any) -> None:
     )
     for parser in (show, stop):
         parser.add_argument("run", metavar="RUN", help="id, the first digits of it, or name")
-    listing.add_argument("--store", action="store_true", help="the store's, even where a Kubeflow is named")
-    add_config(listing)
-    add_home(listing)
+    for parser in (listing, show):
+        parser.add_argument("--store", action="store_true", help="the store's, even where a Kubeflow is named")
+        add_config(parser)
+        add_home(parser)
     for parser in (listing, show, stop):
         add_kubeflow(parser)
 
@@ -96,7 +99,7 @@ def _kept(options: argparse.Namespace) -> Answer:
     from pipelines.local.past_runs import listed
 
     with opened_registry(options) as store:
-        found = listed(store, adapter=options.adapter, limit=options.limit)
+        found = listed(store, options.home, adapter=options.adapter, limit=options.limit)
     chosen = metrics_of({run.metric for run in found} - {LOSS})
     measured = [LOSS, *(each.label for each in chosen)]
     rows = [("run", "began", "adapter", "outcome", *measured, "rate", "steps", "hours", "price", "note")]
@@ -113,14 +116,18 @@ def _kept(options: argparse.Namespace) -> Answer:
             )
         )
     text = table(rows) if found else "no such runs yet: `fineloop run` starts one"
+    if reports := [run.report.replace(run.run_id, "RUN") for run in found if run.report]:
+        text += f"\nreports at {', '.join(dict.fromkeys(reports))}; fineloop runs show RUN says what came of one"
     return Answer({"runs": [vars(run) for run in found]}, text)
 
 
 def _show(options: argparse.Namespace) -> Answer:
     from components.records.runs import run_key
-    from pipelines.kubeflow import runs
+    from pipelines.kubeflow import client, runs
     from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines
 
+    if options.store or not client.is_named(os.environ, host=options.host):
+        return _show_kept(options)
     run = runs.find(connected(options), options.run)
     recorded = Recorded(run)
     tasks = run.task_runs()
@@ -144,6 +151,55 @@ def _show(options: argparse.Namespace) -> Answer:
         "steps": {task.name: task.as_json() for task in tasks},
     }
     lines = [table(rows), *([table(steps)] if steps else []), *outcome_lines(run, recorded)]
+    return Answer(body, "\n".join(lines))
+
+
+def _show_kept(options: argparse.Namespace) -> Answer:
+    """What the store keeps of one run, in the words of its report."""
+    from components.config import config_file
+    from components.records.runs import CONFIG, run_key
+    from components.report.headline import headline
+    from components.report.next_steps import next_steps
+    from components.report.report import read_run
+    from pipelines.local.past_runs import find, lock_of, one
+    from pipelines.local.run import LOG
+
+    with opened_registry(options) as store:
+        run_id = find(store, options.run)
+        kept = one(store, options.home, run_id)
+        key = run_key(run_id, CONFIG)
+        run = read_run(config_file.loads(store.get(key).decode(), origin=store.uri(key)), store, run_id)
+        where = store.uri(run_key(run_id))
+    folder = options.home / "runs" / run_id
+    started_by, is_running = lock_of(folder)
+    top = headline(run)
+    verb = started_by.replace("retrain", "run") or "run"
+    commands = [] if is_running else next_steps(run, home=str(options.home), verb=verb)
+    rows = [
+        ("run", run_id),
+        ("adapter", kept.adapter),
+        ("outcome", kept.outcome),
+        ("version", kept.version or "-"),
+        ("began", began(datetime.fromisoformat(kept.began))),
+        ("took", duration(sum(step.seconds for step in run.steps))),
+        ("report", kept.report or "-"),
+        ("log", str(folder / LOG) if (folder / LOG).is_file() else "-"),
+        ("in the store", where),
+        *([("note", kept.note)] if kept.note else []),
+    ]
+    steps = [(f"  {step.step}", step.status, duration(step.seconds)) for step in run.steps]
+    width = max((len(command) for command, _ in commands), default=0)
+    lines = [table(rows), *([table(steps)] if steps else []), "", *filter(None, [top.title, top.lead, top.consequence])]
+    lines += [f"  - {reason}" for reason in top.reasons]
+    lines += ["", *(f"  {command:<{width}}  {why}" for command, why in commands)] if commands else []
+    body = {
+        **vars(kept),
+        "decision": run.decision.decision if run.decision else None,
+        "verdict": run.decision.verdict if run.decision else None,
+        "reasons": list(top.reasons),
+        "steps": {step.step: {"state": step.status, "seconds": step.seconds} for step in run.steps},
+        "next": [command for command, _ in commands],
+    }
     return Answer(body, "\n".join(lines))
 
 

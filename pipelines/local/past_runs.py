@@ -1,10 +1,12 @@
 """The runs in a store, however they were started: one line for each."""
 
+import fcntl
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import METHODS
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 LOSS = "loss"
+ORDER = ("prepare", "tune", "finetune", "evaluate", "gate", "promote")
+"""Steps of a run that trains."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class PastRun:
     """Worker-hours, as the training recorded them: GPU-hours if it trained on GPUs."""
     price: float | None
     """US dollars for `hours`; None without GPUs."""
+    report: str | None
+    """Path of its report on this machine, or else its address in the store; None if it has none."""
 
     @property
     def loss(self) -> float | None:
@@ -52,14 +58,28 @@ class PastRun:
         return self.metrics.get(self.metric)
 
 
-def listed(store: "Store", *, adapter: str = "", limit: int) -> list[PastRun]:
-    """Return at most `limit` runs, the newest first; only those of `adapter`, if one is named."""
+def listed(store: "Store", home: Path, *, adapter: str = "", limit: int) -> list[PastRun]:
+    """Return at most `limit` runs, the newest first; only those of `adapter`, if one is named.
+
+    `home` is where runs of this machine keep their files.
+    """
+    infos = list(store.list("runs/"))
+    keys = {info.key for info in infos}
     began = sorted(
-        ((info.last_modified, info.key.split("/")[1]) for info in store.list("runs/") if _is_config(info.key)),
-        reverse=True,
+        ((info.last_modified, info.key.split("/")[1]) for info in infos if _is_config(info.key)), reverse=True
     )
-    found = (_read(store, run_id, moment) for moment, run_id in began)
+    found = (_read(store, run_id, moment, home, keys) for moment, run_id in began)
     return list(islice((run for run in found if adapter in ("", run.adapter)), limit))
+
+
+def one(store: "Store", home: Path, run_id: str) -> PastRun:
+    """Return the run with this id; its report is fetched from the store to this machine."""
+    infos = {info.key: info for info in store.list(runs.run_key(run_id))}
+    written = infos[runs.run_key(run_id, runs.CONFIG)].last_modified
+    folder = home / "runs" / run_id
+    if folder.is_dir() and (page := store.read(runs.run_key(run_id, runs.REPORT))):
+        (folder / runs.REPORT).write_bytes(page[0])
+    return _read(store, run_id, written, home, infos.keys())
 
 
 def find(store: "Store", wanted: str) -> str:
@@ -103,18 +123,28 @@ def _is_config(key: str) -> bool:
     return key.endswith(f"/{runs.CONFIG}") and key.count("/") == 2
 
 
-def _read(store: "Store", run_id: str, written: datetime) -> PastRun:
+def _read(store: "Store", run_id: str, written: datetime, home: Path, keys: Collection[str]) -> PastRun:
     config = config_of(store, run_id)
     steps = runs.steps(store, run_id)
     decision, evaluation = runs.find(store, run_id, Decision), runs.find(store, run_id, Evaluation)
     trained = runs.find(store, run_id, TrainResult)
     candidate = evaluation.model("candidate") if evaluation else None
     used = trained.usage if trained else None
+    page, here = runs.run_key(run_id, runs.REPORT), home / "runs" / run_id
+    if (here / runs.REPORT).is_file():
+        report: str | None = str(here / runs.REPORT)
+    else:
+        report = store.uri(page) if page in keys else None
+    if decision is not None:
+        outcome: str = decision.verdict or decision.decision
+    else:
+        tunes = config.get("tune", {}).get("when", "never") != "never"
+        outcome = _undecided(steps, here, tunes=tunes, evaluated=evaluation is not None)
     return PastRun(
         run_id=run_id,
         began=steps[0].started_at if steps else written.astimezone(UTC).isoformat(),
         adapter=config.get("adapter", {}).get("name", ""),
-        outcome=" ".join(_outcome(decision, evaluation, steps)),
+        outcome=outcome,
         version=trained.version if trained else None,
         metric=config.get("gate", {}).get("metric", LOSS),
         metrics=dict(candidate.metrics) if candidate else {},
@@ -123,16 +153,37 @@ def _read(store: "Store", run_id: str, written: datetime) -> PastRun:
         note=config.get("adapter", {}).get("note", ""),
         hours=used.hours if used else None,
         price=used.price if used else None,
+        report=report,
     )
 
 
-def _outcome(decision: Decision | None, evaluation: Evaluation | None, steps: list[StepRecord]) -> Iterator[str]:
-    failed = [step.step for step in steps if not step.succeeded]
-    if decision is not None:
-        yield decision.verdict or decision.decision
-    elif failed:
-        yield f"failed in {failed[-1]}"
-    elif evaluation is not None:
-        yield "trained"
-    else:
-        yield f"after {steps[-1].step}" if steps else "begun"
+def _undecided(steps: list[StepRecord], folder: Path, *, tunes: bool, evaluated: bool) -> str:
+    """What became of a run without a decision; `folder` is the run's on this machine, if it ran here."""
+    ended = [step for step in steps if step.step in ORDER]
+    place = ORDER.index(ended[-1].step) + 1 if ended else 0
+    at = next((step for step in ORDER[place:] if step != "tune" or tunes), ORDER[-1])
+    started_by, is_running = lock_of(folder)
+    if is_running:
+        return f"running: {at}"
+    if ended and not ended[-1].succeeded:
+        return f"failed in {ended[-1].step}"
+    if steps and steps[-1].step == "report":  # a pipeline's last step, which runs after an interruption as well
+        return f"interrupted in {at}"
+    if evaluated:
+        return "trained"
+    if started_by == "sweep" and place > ORDER.index("tune"):
+        return "swept"
+    return f"interrupted in {at}" if folder.is_dir() else f"not past {at}"
+
+
+def lock_of(folder: Path) -> tuple[str, bool]:
+    """What the command that began the run in this folder does: retrain, train or sweep; and whether it is under way."""
+    try:
+        with (folder / "lock").open() as lock:
+            started_by = lock.read()
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return "", False
+    except BlockingIOError:
+        return started_by, True
+    return started_by, False

@@ -101,7 +101,7 @@ def run_and_read(
     try:
         ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
         with contextlib.ExitStack() as while_it_runs:
-            while_it_runs.enter_context(_alone(folder))
+            while_it_runs.enter_context(_alone(folder, what))
             (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
             news: Callable[[], list[str]] = list
             if trains_here and what != "sweep":
@@ -135,19 +135,24 @@ def _require_runnable(config: RunConfig, place: Place) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, what: What) -> Iterator[None]:
     """Lock the run's folder against other commands; the lock ends with the context, or this process in any way.
+
+    Its file names what runs, for `fineloop runs`.
 
     Raises:
         UserError: another command holds the lock.
     """
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"run {folder.name} is under way in another process: wait for its end, or take another --run-id"
             ) from None
+        lock.truncate(0)
+        lock.write(what)
+        lock.flush()
         yield
 
 

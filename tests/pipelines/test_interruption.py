@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.doubles.jobs_api import JobsApi
-from tests.pipelines.command_line import ROOT, fineloop
+from tests.pipelines.command_line import ROOT, body, fineloop
 from tests.waiting import PATIENCE_S, wait_until
 
 
@@ -42,6 +43,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
     assert second.returncode == 2
     assert f"run {folder.name} is under way in another process" in second.stderr
+    assert outcome_of(folder.name, config_path, tmp_path)["outcome"] == "running: finetune"
 
     running.send_signal(number)
     out, err = running.communicate(timeout=PATIENCE_S)
@@ -50,7 +52,10 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert out == ""
     said, goes_on = err.splitlines()[-2:]
     assert said.startswith("interrupted")
-    assert goes_on.endswith(f"fineloop {command} -c .fineloop/runs/{folder.name}/config.toml --run-id {folder.name}")
+    resume = f"fineloop {command} -c .fineloop/runs/{folder.name}/config.toml --run-id {folder.name}"
+    assert goes_on.endswith(resume)
+    shown = outcome_of(folder.name, config_path, tmp_path)
+    assert (shown["outcome"], shown["next"]) == ("interrupted in finetune", [resume])
     assert "Traceback" not in err
     assert processes_with(mark) == []
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
@@ -95,6 +100,11 @@ def test_a_run_whose_pipeline_is_killed_says_so_and_how_it_goes_on(
     assert "no step said why: its process was ended by SIGKILL" in err
     assert "to go on from where it was: fineloop run -c .fineloop/runs/" in err
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def outcome_of(run_id: str, config_path: Path, cwd: Path) -> dict[str, Any]:
+    nowhere = {"KUBECONFIG": str(cwd / "none")}
+    return body(fineloop("runs", "show", run_id, "-c", config_path, "--json", cwd=cwd, **nowhere))
 
 
 def wait_for(path: Path) -> None:

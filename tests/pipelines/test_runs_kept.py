@@ -80,9 +80,64 @@ def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(
     assert " ".join(line.split()[1:]) == "2026-11-29 01:00 sums promote 1.250 0.25 40 6.00 $41.28 half the data"
 
 
-def test_one_adapters_runs_and_as_many_as_asked(three: list[str], store: Store) -> None:
-    assert {run.run_id for run in past_runs.listed(store, adapter="sums", limit=9)} == {"aa-one", "ab-two"}
-    assert len(past_runs.listed(store, limit=2)) == 2
+def test_one_adapters_runs_and_as_many_as_asked(three: list[str], store: Store, tmp_path: Path) -> None:
+    assert {run.run_id for run in past_runs.listed(store, tmp_path, adapter="sums", limit=9)} == {"aa-one", "ab-two"}
+    assert len(past_runs.listed(store, tmp_path, limit=2)) == 2
+
+
+def test_a_run_is_shown_with_what_came_of_it_its_report_and_what_to_do_next(
+    three: list[str], store: Store, config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    store.put(runs.run_key("aa-one", runs.REPORT), b"<p>its page</p>")
+    folder = tmp_path / ".fineloop" / "runs" / "aa-one"
+    folder.mkdir(parents=True)
+    done = fineloop("runs", "show", "aa", "-c", config_path, "--json", cwd=tmp_path)
+    shown = body(done)
+    assert (shown["run_id"], shown["outcome"], shown["verdict"]) == ("aa-one", "promote", "promote")
+    assert shown["report"] == ".fineloop/runs/aa-one/report.html"
+    assert (folder / "report.html").read_text() == "<p>its page</p>"
+    assert shown["steps"] == {"prepare": {"state": "succeeded", "seconds": 1.0}}
+    assert shown["next"] == ["fineloop chat sums@v1"]
+    for part in ("sums: a new version may go to production", shown["report"], shown["next"][0]):
+        assert part in done.stderr
+    listed = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
+    assert {run["run_id"]: run["report"] for run in body(listed)["runs"]} == {
+        "aa-one": ".fineloop/runs/aa-one/report.html",
+        "ab-two": None,
+        "b-three": None,
+    }
+    assert "reports at .fineloop/runs/RUN/report.html" in listed.stderr
+
+
+def test_a_report_that_no_folder_here_has_is_named_by_its_address(
+    three: list[str], store: Store, tmp_path: Path
+) -> None:
+    store.put(runs.run_key("ab-two", runs.REPORT), b"")
+    assert past_runs.one(store, tmp_path, "ab-two").report == store.uri("runs/ab-two/report.html")
+
+
+@pytest.mark.parametrize(
+    ("steps", "lock", "outcome"),
+    [
+        (["prepare", "report"], "", "interrupted in finetune"),
+        (["prepare", "finetune", "evaluate", "report"], "retrain", "interrupted in gate"),
+        (["report", "prepare"], "retrain", "interrupted in finetune"),
+        (["prepare", "tune"], "sweep", "swept"),
+        (["prepare"], None, "not past finetune"),
+    ],
+)
+def test_a_run_that_came_to_no_decision_says_where_it_ended(
+    steps: list[str], lock: str | None, outcome: str, store: Store, config_path: Path, tmp_path: Path
+) -> None:
+    keep(store, config_path, "r", "2026-11-29T01:00:00+00:00")
+    for second, step in enumerate(steps):
+        began = f"2026-11-29T01:00:0{second}+00:00"
+        runs.write(store, "r", StepRecord(step=step, status="succeeded", started_at=began, seconds=1.0))
+    if lock is not None:
+        (tmp_path / "runs" / "r").mkdir(parents=True)
+        (tmp_path / "runs" / "r" / "lock").write_text(lock)
+    assert past_runs.one(store, tmp_path, "r").outcome == outcome
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id_or_by_its_version(
