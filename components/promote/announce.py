@@ -6,9 +6,10 @@ notifies it again. Each notification creates what is missing, and repeating it c
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from components.config.announce import AnnounceConfig
+from components.config.track import SECRETS
 from components.promote import mlflow, model_registry, webhook
 from components.promote.announcement import Announcement, announcement
 from components.records.steps import StepRecord
@@ -22,14 +23,29 @@ logger = logging.getLogger(__name__)
 
 NOTIFIED = "told"
 """The outcome of a notification that arrived; any other outcome is the reason why it failed."""
-Notify = Callable[[str, Announcement, Mapping[str, str]], None]
-NOTIFIERS: dict[str, Notify] = {
-    "model_registry": model_registry.notify,
-    "mlflow": mlflow.notify,
-    "webhook": webhook.notify,
+
+
+class Notifier(NamedTuple):
+    """How one kind of server is notified."""
+
+    notify: Callable[[str, Announcement, Mapping[str, str]], None]
+    """Takes the address, the announcement, and those of `secrets` that are set."""
+    secrets: tuple[str, ...]
+    """Names of environment variables. Only what moves an alias is given them: the step, on a cluster and here, and
+    the commands."""
+
+
+NOTIFIERS: dict[str, Notifier] = {
+    "model_registry": Notifier(model_registry.notify, (model_registry.TOKEN,)),
+    "mlflow": Notifier(mlflow.notify, SECRETS["mlflow"]),
+    "webhook": Notifier(webhook.notify, (webhook.SECRET,)),
 }
-"""The notifiers by the key of the config that holds the address. Each takes the address, the announcement, and the
-environment with its secrets."""
+"""The notifiers by the key of the config that holds the address."""
+
+
+def secrets() -> tuple[str, ...]:
+    """The secrets of all notifiers."""
+    return tuple(name for notifier in NOTIFIERS.values() for name in notifier.secrets)
 
 
 def announce(
@@ -39,8 +55,13 @@ def announce(
     addresses = {key: address for key, address in config if address}
     outcomes: dict[str, str] = {}
     for key, address in addresses.items():
+        notify, names = NOTIFIERS[key]
         try:
-            NOTIFIERS[key](address, announcement(store, name, event), environment)
+            notify(
+                address,
+                announcement(store, name, event),
+                {each: environment[each] for each in names if each in environment},
+            )
             outcomes[key] = NOTIFIED
         except (FineloopError, LookupError, TypeError) as exc:  # the last two: not an answer of the API
             outcomes[key] = str(exc) if isinstance(exc, FineloopError) else f"{address} answers strangely: {exc!r}"

@@ -217,7 +217,7 @@ def _moved(options: argparse.Namespace, store: "Store", name: str, before: "Poin
 
 
 def _announce(options: argparse.Namespace) -> Answer:
-    from components.promote.announce import announce
+    from components.promote.announce import NOTIFIERS, announce
     from components.registry.aliases import last_move
     from components.shared.errors import UserError
     from pipelines.commands.registry_answers import announced_shown
@@ -225,7 +225,7 @@ def _announce(options: argparse.Namespace) -> Answer:
     config = load_config(options).announce
     if not any(dict(config).values()):
         raise UserError(
-            "the config names nothing to notify: set announce.model_registry, announce.mlflow or announce.webhook"
+            f"the config names nothing to notify: set one of {', '.join(f'announce.{key}' for key in NOTIFIERS)}"
         )
     name, _, alias = options.alias.partition("@")
     with opened_registry(options) as store:

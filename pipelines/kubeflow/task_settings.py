@@ -6,6 +6,7 @@ from collections.abc import Callable
 from kfp import dsl, kubernetes
 
 from components.config.schema import RunConfig
+from components.promote import announce
 from components.ray_cluster.rayjob_manifest import (
     CA_FOLDER,
     CA_VARIABLES,
@@ -14,6 +15,7 @@ from components.ray_cluster.rayjob_manifest import (
     STAYS,
     STORE_SECRET,
 )
+from components.registry import signing
 
 ENVIRONMENT = (
     *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE"),
@@ -21,23 +23,7 @@ ENVIRONMENT = (
 )
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 PROMOTE_SECRET = "fineloop-promote"
-PROMOTE_KEYS = (
-    *("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER"),
-    "FINELOOP_MODEL_REGISTRY_TOKEN",
-    "FINELOOP_WEBHOOK_SECRET",
-    *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
-)
-
 REPORT_SECRET = "fineloop-report"
-REPORT_KEYS = ("OPENLINEAGE_API_KEY",)
-
-OF_ITS_OWN = {
-    "promote": (PROMOTE_SECRET, PROMOTE_KEYS),
-    "move-by-hand": (PROMOTE_SECRET, PROMOTE_KEYS),
-    "report": (REPORT_SECRET, REPORT_KEYS),
-}
-"""Secrets of single steps: the secret's name and keys by step. A step that moves an alias signs and announces it, and
-the report sends events to an OpenLineage server."""
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, its time in a queue included. Their deadline is longer than the job's, so that the job
 can report why it ended. So does prepare if data.engine is ray."""
@@ -82,8 +68,11 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
             kubernetes.use_config_map_as_volume(task, bundle, CA_FOLDER)
             for variable, path in CA_VARIABLES.items():
                 task.set_env_variable(variable, path)
-        if name in OF_ITS_OWN:
-            secret, keys = OF_ITS_OWN[name]
-            kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
+        if name in ("promote", "move-by-hand"):  # they sign the move and announce it
+            keys = (signing.KEY_VARIABLE, signing.SIGNER_VARIABLE, *announce.secrets())
+            kubernetes.use_secret_as_env(task, PROMOTE_SECRET, {key: key for key in keys}, optional=True)
+        if name == "report":  # it sends events to an OpenLineage server
+            key = "OPENLINEAGE_API_KEY"
+            kubernetes.use_secret_as_env(task, REPORT_SECRET, {key: key}, optional=True)
 
     return configure

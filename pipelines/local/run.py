@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import shlex
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.config.track import SECRETS_FILE
 from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
@@ -25,7 +27,7 @@ from pipelines.local.gpus import lacking
 from pipelines.local.local_services import local_services, ray_configured
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
 from pipelines.local.private import private_folder
-from pipelines.local.service import python_path
+from pipelines.local.service import python_path, write_private
 from pipelines.local.watch import Ended, watch
 
 if TYPE_CHECKING:
@@ -202,6 +204,8 @@ def _execute(
     scratch = folder / "scratch"  # for steps, which may be killed before they empty it
     shutil.rmtree(scratch, ignore_errors=True)
     private_folder(scratch)
+    if tokens := {name: os.environ[name] for name in config.track.secrets if name in os.environ}:
+        write_private(folder / SECRETS_FILE, json.dumps(tokens))  # the worker that tracks is no child of ours
     variables = {"PYTHONPATH": python_path(os.environ), "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
     try:
         ended = watch(

@@ -5,20 +5,24 @@ Steps that train or compare may run the code of a base, a metric or a task, whic
 
 from collections.abc import Mapping
 
-OF_ITS_OWN = {
-    "promote": ("FINELOOP_SIGN", "FINELOOP_WEBHOOK_SECRET", "FINELOOP_MODEL_REGISTRY_TOKEN", "MLFLOW_TRACKING_"),
-    "report": ("OPENLINEAGE_",),
-}
-"""Prefixes of the variables that only one step is given, by the step's name: promote signs and announces the alias,
-report sends events to an OpenLineage server."""
-
 
 def of_step(name: str, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the secrets of this step."""
-    return {each: value for each, value in environment.items() if each.startswith(OF_ITS_OWN.get(name, ()))}
+    prefixes = _of_its_own().get(name, ())
+    return {each: value for each, value in environment.items() if each.startswith(prefixes)}
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without the secrets of any step."""
-    every = tuple(each for prefixes in OF_ITS_OWN.values() for each in prefixes)
+    """Return the environment without the secrets of any step or tracker."""
+    from components.config import track
+
+    every = tuple(each for names in (*_of_its_own().values(), *track.SECRETS.values()) for each in names)
     return {name: value for name, value in environment.items() if not name.startswith(every)}
+
+
+def _of_its_own() -> dict[str, tuple[str, ...]]:
+    """Prefixes of the variables that only one step is given, by the step's name: promote signs and announces the alias,
+    report sends events to an OpenLineage server."""
+    from components.promote import announce  # not at the top: `fineloop --help` imports this module's neighbours
+
+    return {"promote": ("FINELOOP_SIGN", *announce.secrets()), "report": ("OPENLINEAGE_",)}

@@ -16,7 +16,7 @@ import requests
 from components.config.config_file import loads
 from components.config.schema import AnnounceConfig
 from components.promote import http_api
-from components.promote.announce import announce
+from components.promote.announce import NOTIFIERS, Notifier, announce
 from components.promote.webhook import signature
 from components.records import runs
 from components.records.steps import Evaluation, Measured
@@ -125,6 +125,17 @@ def test_a_webhook_is_signed_as_github_signs() -> None:
     # The example of GitHub's own documentation, "Validating webhook deliveries".
     expected = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
     assert signature(b"Hello, World!", "It's a Secret to Everybody") == expected
+
+
+def test_a_notifier_is_given_its_own_secrets_and_no_others(
+    store: Store, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, str]] = []
+    notifier = Notifier(lambda _url, _announcement, environment: given.append(dict(environment)), ("A", "B"))
+    monkeypatch.setitem(NOTIFIERS, "webhook", notifier)
+    environment = {"A": "a", "FINELOOP_SIGNING_KEY": "pem", "MLFLOW_TRACKING_TOKEN": "m"}
+    announce(AnnounceConfig(webhook="http://127.0.0.1:9"), store, name, promoted(store, name), environment)
+    assert given == [{"A": "a"}]
 
 
 @pytest.mark.parametrize("environment", [{}, {"FINELOOP_WEBHOOK_SECRET": "hush"}])

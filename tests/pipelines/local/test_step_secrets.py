@@ -1,11 +1,15 @@
 """Which process is given which secret; the journey test_signed.py sees it of a whole run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipelines.kubeflow import task_settings
+from components.config.schema import RunConfig
+from components.promote.announce import NOTIFIERS, Notifier
+from pipelines.kubeflow.compile import compile_pipeline, compile_promotion
 from pipelines.local.job import Job, answer
 from pipelines.local.service import ROOT
 from pipelines.local.step_secrets import of_step, without_secrets
@@ -13,13 +17,43 @@ from pipelines.local.step_secrets import of_step, without_secrets
 TELLS = "import json, os; print(json.dumps(dict(os.environ)))"
 
 
-@pytest.mark.parametrize(("step", "keys"), [(step, keys) for step, (_, keys) in task_settings.OF_ITS_OWN.items()])
-def test_what_a_cluster_gives_to_one_step_alone_no_other_is_given_here(step: str, keys: tuple[str, ...]) -> None:
-    shell = dict.fromkeys([*keys, "AWS_ACCESS_KEY_ID"], "x")
-    assert without_secrets(shell) == {"AWS_ACCESS_KEY_ID": "x"}
-    if step != "move-by-hand":  # which is a command here
-        assert of_step(step, shell) == dict.fromkeys(keys, "x")
-    assert of_step("finetune", shell) == {}
+def on_a_cluster(config: RunConfig) -> dict[str, set[str]]:
+    """The variables that each step of the compiled pipelines takes from secrets."""
+    found: dict[str, set[str]] = {}
+    for text in (compile_pipeline(config), compile_promotion(config)):
+        platform = list(yaml.safe_load_all(text))[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        for name, each in platform.items():
+            keys = {pair["envVar"] for entry in each["secretAsEnv"] for pair in entry["keyToEnv"]}
+            found[name.removeprefix("exec-")] = keys
+    return found
+
+
+def test_what_a_cluster_gives_to_one_step_alone_no_other_is_given_here(make_config: Callable[..., RunConfig]) -> None:
+    steps = on_a_cluster(make_config())
+    for_all = set.intersection(*steps.values())
+    assert {name for name, keys in steps.items() if keys > for_all} == {"promote", "move-by-hand", "report"}
+    for step in ("promote", "report"):
+        shell = dict.fromkeys([*steps[step] - for_all, "AWS_ACCESS_KEY_ID"], "x")
+        assert without_secrets(shell) == {"AWS_ACCESS_KEY_ID": "x"}
+        assert of_step(step, shell) == dict.fromkeys(steps[step] - for_all, "x")
+        assert of_step("finetune", shell) == {}
+
+
+def test_the_secret_of_a_notifier_that_is_added_goes_to_what_moves_an_alias_alone(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NOTIFIERS, "slack", Notifier(lambda *_: None, ("FINELOOP_SLACK_TOKEN",)))
+    shell = {"FINELOOP_SLACK_TOKEN": "x"}
+    assert without_secrets(shell) == {}
+    steps = on_a_cluster(make_config())
+    assert [step for step in steps if of_step(step, shell)] == ["promote"]
+    assert {step for step, keys in steps.items() if "FINELOOP_SLACK_TOKEN" in keys} == {"promote", "move-by-hand"}
+
+
+def test_no_step_is_given_the_secret_of_a_tracker(make_config: Callable[..., RunConfig]) -> None:
+    shell = {"WANDB_API_KEY": "x", "WANDB_BASE_URL": "https://wandb.example"}
+    assert without_secrets(shell) == {"WANDB_BASE_URL": "https://wandb.example"}
+    assert not any(of_step(step, shell) for step in on_a_cluster(make_config()))
 
 
 def test_a_job_on_this_machine_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
