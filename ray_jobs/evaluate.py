@@ -24,6 +24,7 @@ from components.registry.event_log import events
 from components.registry.history import promotion
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
+from components.shared.answers import alike
 from components.shared.errors import ObjectMissing
 from components.shared.metrics import METRICS, metrics_of
 from components.shared.protocol import say
@@ -111,7 +112,10 @@ def evaluate(
         config = with_room_for_answers(config, tokens_of(judged, chat, config.model.max_length, store, dataset_uri))
     entry.connect()
     config = config.on(workers_with_room(config))
-    contenders = [replace(each, dataset_uri=dataset_uri) for each in _contenders(config, store, candidate, run_id)]
+    labels = alike(without_reasoning(record.answer_text) for record in judging.records)
+    contenders = [
+        replace(each, dataset_uri=dataset_uri, alike=labels) for each in _contenders(config, store, candidate, run_id)
+    ]
     found, outside = _measured(config, base, chat, contenders, judging.records, store, run_id, standby)
     kept, tokens, scores = found.records, found.tokens, found.scores
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(

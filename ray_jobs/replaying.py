@@ -24,6 +24,7 @@ from components.records import runs
 from components.records.replayed import Replayed
 from components.registry.aliases import read_alias
 from components.registry.names import TOKENS
+from components.shared.answers import alike
 from components.shared.counted import counted
 from components.shared.errors import ObjectMissing
 from components.store import folders
@@ -33,6 +34,7 @@ from ray_jobs.base import base_model
 from ray_jobs.scoring.contender import of_version
 from ray_jobs.scoring.measure import tokens_of, with_room_for_answers
 from ray_jobs.text import chat_format
+from ray_jobs.text.chat_format import without_reasoning
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,6 +115,7 @@ def _right(
     config = config.on(workers_with_room(config))
     champion = of_version("champion", config, store, version)
     base = base_model.resolve(champion.config.model, recorded=champion.base_identity, weights=False, registry=store)
+    champion = replace(champion, alike=alike(without_reasoning(record.answer_text) for record in records))
     if champion.config.evaluate.max_new_tokens is None:
         chat = chat_format.load(base, champion.config.model)
         asked = tokens_of(records, chat, champion.config.model.max_length, store, "")

@@ -142,7 +142,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "label_accuracy",
             "label accuracy",
-            "answers with the reference's label, however they are written",
+            "answers with the reference's label, but for case, quotes and a full stop",
             lower_is_better=False,
             is_share=True,
             on_request=True,

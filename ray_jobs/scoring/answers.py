@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.records.steps import PairedDifference
-from components.shared.answers import label, normal
+from components.shared.answers import alike, label, normal
 from components.shared.metrics import Metric, metric_of
 from components.shared.paired import Pairs, bounds
 
@@ -80,7 +80,8 @@ def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, li
     A label is shown in its most frequent spelling in the references. None where the answers are not classes: more than
     MAX_CLASSES distinct references, or fewer than two records per class on average.
     """
-    expected, given = [label(each) for each in references], [label(each) for each in answers]
+    shared = alike(references)
+    expected, given = ([label(each, shared) for each in texts] for texts in (references, answers))
     classes = [name for name, _ in Counter(expected).most_common()]
     if not 2 <= len(classes) <= min(MAX_CLASSES, len(expected) // 2):
         return None
@@ -88,7 +89,8 @@ def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, li
     counts = [[0] * (len(classes) + 1) for _ in range(len(classes) + 1)]
     for reference, answer in zip(expected, given, strict=True):
         counts[index[reference]][index.get(answer, len(classes))] += 1
-    written = {label(text): text for text, _ in reversed(Counter(normal(each) for each in references).most_common())}
+    spellings = Counter(map(normal, references)).most_common()
+    written = {label(text, shared): text for text, _ in reversed(spellings)}
     return {"labels": [*(written[name] for name in classes), OTHER], "counts": counts}
 
 

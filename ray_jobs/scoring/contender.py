@@ -26,6 +26,8 @@ class Contender:
     """
     dataset_uri: str = ""
     """URI of the dataset that it is measured on; a training may have stored the records' tokens beside it."""
+    alike: frozenset[str] = frozenset()
+    """Labels that only their writing tells apart in the records that it is measured on."""
 
 
 def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Contender:

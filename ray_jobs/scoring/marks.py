@@ -7,7 +7,8 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NoReturn
 
 import regex
@@ -30,9 +31,9 @@ def exact_match(answer: str, reference: str) -> float:
     return float(normal(answer) == normal(reference))
 
 
-def label_accuracy(answer: str, reference: str) -> float:
-    """Whether both are the same label."""
-    return float(label(answer) == label(reference))
+def label_accuracy(answer: str, reference: str, alike: Collection[str] = ()) -> float:
+    """Whether both are the same label; those in `alike` have to be written the same."""
+    return float(label(answer, alike) == label(reference, alike))
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -79,13 +80,15 @@ MARKS: Mapping[str, Mark] = {
 }
 
 
-def named(keys: Iterable[str]) -> dict[str, Mark]:
-    """The marks by their keys; a key `module:function` imports the module, which runs its code.
+def named(keys: Iterable[str], alike: Collection[str] = ()) -> dict[str, Mark]:
+    """The marks by their keys; a key `module:function` imports the module, which runs its code. `alike` are the labels
+    that only their writing tells apart.
 
     Raises:
         ConfigError: there is no such function on this machine.
     """
-    return {key: MARKS.get(key) or _own(key) for key in keys if key in MARKS or ":" in key}
+    marks: dict[str, Mark] = {**MARKS, label_accuracy.__name__: partial(label_accuracy, alike=alike)}
+    return {key: marks.get(key) or _own(key) for key in keys if key in marks or ":" in key}
 
 
 def _own(key: str) -> Mark:

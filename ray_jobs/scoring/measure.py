@@ -63,6 +63,7 @@ class LocalContender:
     """Folder of the adapter; None for the base alone."""
     chat: ChatFormat
     split: TokenizedSplit
+    alike: frozenset[str] = frozenset()
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -99,7 +100,7 @@ class LocalContender:
             [records[row] for row in rows],
             self.split.take(rows),
             with_other_prompts=others.take(rows) if others else None,
-            marks=marks.named(self.config.metrics),
+            marks=marks.named(self.config.metrics, self.alike),
             batch_size=self.config.evaluate.batch_size,
             max_new_tokens=self.config.evaluate.max_new_tokens or USUAL_NEW_TOKENS,
             advance=progress.advance,
@@ -189,7 +190,7 @@ def _local(contender: Contender, records: Sequence[Record], folder: Path, regist
         pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
     chat = chat_format.load(base, config.model, adapter)
     split = tokens_of(records, chat, config.model.max_length, Store.open(registry), contender.dataset_uri)
-    return LocalContender(contender.role, config, base, adapter, chat, split)
+    return LocalContender(contender.role, config, base, adapter, chat, split, contender.alike)
 
 
 def _dtype(config: RunConfig) -> "torch.dtype":

@@ -87,7 +87,7 @@ def test_every_metric_of_the_table_is_measured():
 
 
 def test_the_confusion_of_labels_sums_to_their_accuracy() -> None:
-    references = ["Skin", "skin", "Skin", "Blood", "Blood.", "Ear"] * 2
+    references = ["Skin", "Skin", "Skin", "Blood", "Blood", "Ear"] * 2
     answers = ["skin.", "Skin", "Ear", "BLOOD", "bones", '"Ear"'] * 2
     found = confusion(references, answers)
     assert found is not None
@@ -100,6 +100,13 @@ def test_the_confusion_of_labels_sums_to_their_accuracy() -> None:
 def test_answers_are_counted_by_what_was_expected() -> None:
     found = confusion(["a", "a", "b", "b "], ["a", "b", "b", "something else"])
     assert found == {"labels": ["a", "b", OTHER], "counts": [[1, 1, 0], [0, 1, 1], [0, 0, 0]]}
+
+
+def test_classes_that_only_their_writing_tells_apart_are_counted_apart() -> None:
+    found = confusion([">50K", "<=50K", "Mg", "mg"] * 2, ["<=50K", "<=50K.", "mg", "mg"] * 2)
+    assert found is not None
+    assert found["labels"] == [">50K", "<=50K", "Mg", "mg", OTHER]
+    assert [row[:-1] for row in found["counts"][:-1]] == [[0, 2, 0, 0], [0, 2, 0, 0], [0, 0, 0, 2], [0, 0, 0, 2]]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """What an answer is worth, against what the field's own programs say."""
 
+import itertools
 import random
 
 import pytest
 
+from components.shared.answers import alike
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.scoring import marks
-from ray_jobs.scoring.marks import exact_match, json_valid, label_accuracy, rouge_l, token_f1
+from ray_jobs.scoring.marks import exact_match, json_valid, label_accuracy, named, rouge_l, token_f1
 
 
 @pytest.mark.parametrize(
@@ -152,12 +154,40 @@ def test_json_is_what_its_standard_says(answer, expected):
         ("skin.", "Skin", 1),
         (' "Skin"', "Skin", 1),
         ("STRASSE", "straße", 1),
+        ("**Skin**", "Skin", 1),
+        ("\u201cSkin.\u201d", "(Skin)", 1),
+        ("\u76ae\u80a4\u3002", "\u76ae\u80a4", 1),
         ("Skin and hair", "Skin", 0),
         ("", "Skin", 0),
     ],
 )
 def test_a_label_is_the_same_however_it_is_written(answer, reference, expected):
     assert label_accuracy(answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        (">50K", "<=50K"),
+        ("A*", "A+", "A", "A-"),
+        ("C", "C#", "C++"),
+        ("-1", "1", "+1", ".1", "1 %"),
+        ("<", ">", "+", "-", "?", "!", ":)", ":("),
+        ("*", "**", "***"),
+    ],
+)
+def test_signs_that_tell_labels_apart_count(labels):
+    for answer, reference in itertools.product(labels, labels):
+        assert label_accuracy(answer, reference) == (answer == reference), (answer, reference)
+
+
+def test_labels_that_only_their_writing_tells_apart_have_to_be_written_the_same():
+    labels = ("US", "us", "Yes!", "Yes?", "Skin")
+    mark = named(["label_accuracy"], alike([*labels, "Skin "]))["label_accuracy"]
+    for answer, reference in itertools.product(labels, labels):
+        assert mark(answer, reference) == (answer == reference), (answer, reference)
+    assert mark("skin.", "Skin") == 1
+    assert mark("us.", "us") == 0
 
 
 OWN = """

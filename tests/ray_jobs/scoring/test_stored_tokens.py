@@ -9,6 +9,7 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
+from components.shared.answers import alike
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.scoring.contender import Contender
@@ -64,3 +65,19 @@ def test_a_record_that_does_not_fit_is_left_out_of_either(base, store):
     found = measure_shard([dataclasses.replace(base, dataset_uri=uri)], records, shard_index=0)
     assert list(found.tokens) == [RECORDS[0].id, RECORDS[1].id]
     assert found.tokens == measure_shard([base], records, shard_index=0).tokens
+
+
+def test_labels_that_only_their_writing_tells_apart_are_scored_as_such(base):
+    asked = base.config.model_copy(
+        update={"evaluate": base.config.evaluate.model_copy(update={"metrics": ["label_accuracy"]})}
+    )
+    base = dataclasses.replace(base, config=asked)
+    (answer,) = measure_shard([base], RECORDS[:1], shard_index=0).scores["base"]
+    assert answer.text.swapcase() != answer.text
+    other = dataclasses.replace(RECORDS[0], answer=answer.text.swapcase())
+
+    def marked(contender: Contender) -> float:
+        return measure_shard([contender], [other], shard_index=0).scores["base"][0].marks["label_accuracy"]
+
+    assert marked(base) == 1
+    assert marked(dataclasses.replace(base, alike=alike([answer.text, other.answer]))) == 0
