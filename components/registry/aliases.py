@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from components.registry.event import Body, Event, Reference, event_sha256
-from components.registry.event_log import ID_LENGTH, append_event, events, require_published
+from components.registry.event_log import ID_LENGTH, append_event, events, find_event, require_published
 from components.registry.history import is_override
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, checked_name, version_key
@@ -315,7 +315,8 @@ def _held(store: Store, name: str, pointer: Pointer) -> Event:
     Raises:
         ObjectMissing: the version was removed while the alias moved to it.
     """
-    event = _record(store, name, pointer)
+    event = event_of(pointer)
+    event = replace(event, uri=append_event(store, name, event.kind, event.body, at=event.time))
     manifest = find_manifest(store, version_key(name, pointer.version))
     if manifest is None or manifest.sha256 != pointer.manifest_sha256:
         raise ObjectMissing(
@@ -328,7 +329,8 @@ def _held(store: Store, name: str, pointer: Pointer) -> Event:
 def _record(store: Store, name: str, pointer: Pointer) -> Event:
     """Return the event that moved the alias to where `pointer` says, and write it if the log lacks it."""
     event = event_of(pointer)
-    return replace(event, uri=append_event(store, name, event.kind, event.body, at=event.time))
+    logged = find_event(store, name, event.reference)
+    return logged or replace(event, uri=append_event(store, name, event.kind, event.body, at=event.time))
 
 
 def event_of(pointer: Pointer) -> Event:

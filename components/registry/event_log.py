@@ -1,8 +1,11 @@
 """The event log of an adapter: append-only, one object per event, identified by its content."""
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -25,20 +28,25 @@ _EVENT = TypeAdapter(Event)
 def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, Any], *, at: str | None = None) -> str:
     """Add an event to the log and return its URI. If an event of equal kind and body exists, nothing is written.
 
-    `at` is the time to file it under, by default now; giving it makes a repetition cheap.
+    `at` is the time to file it under, by default now; giving it makes a repetition cheap. Its name follows from its
+    content: where somebody has put something else there, the event gets a further name, which nobody can foresee.
     """
     sha256 = event_sha256(kind, body)
     event_id = sha256[:ID_LENGTH]
     if at is None:
-        for info in store.list(adapter_key(name, "events/")):
-            if info.key.endswith(f"-{event_id}.json"):
-                return store.uri(info.key)
+        named = (info.key for info in store.list(events_key(name)) if f"-{event_id}" in info.key)
+        if logged := next(_events_at(store, name, named, sha256), None):
+            return logged.uri
         at = now()
-    key = _key(name, {"time": at, "sha256": sha256})
+    reference: Reference = {"time": at, "sha256": sha256}
+    key, record = _key(name, reference), encode_json(_record(name, kind, at, body, event_id))
     try:
-        store.create(key, encode_json(_record(name, kind, at, body, event_id)), content_type=JSON)
+        store.create(key, record, content_type=JSON)
     except Conflict:
-        logger.debug("%s is there already", store.uri(key))
+        if logged := find_event(store, name, reference):
+            return logged.uri
+        key = f"{key.removesuffix('.json')}-{secrets.token_hex(8)}.json"
+        store.create(key, record, content_type=JSON)
     return store.uri(key)
 
 
@@ -64,7 +72,7 @@ def require_published(store: Store, name: str, version: str, manifest: Manifest)
         IntegrityError: the log has no such event.
     """
     sha256 = event_sha256("published", publication(version, manifest))
-    if not store.exists(_key(name, {"time": manifest.created_at, "sha256": sha256})):
+    if find_event(store, name, {"time": manifest.created_at, "sha256": sha256}) is None:
         raise IntegrityError(
             f"no event says that {name} {version} was published with the manifest that it has: it was changed since, "
             "or its publication did not end, which running its run again would do"
@@ -77,7 +85,7 @@ def events(store: Store, name: str, *, always_indexed: bool = False, guesses: It
     `always_indexed` is the `always` of `index.remembered`. `guesses` are events that the caller expects in the log; one
     is not read if its object has exactly these bytes.
     """
-    folder = adapter_key(name, "events/")
+    folder = events_key(name)
     etags = {info.key.removeprefix(folder): info.etag for info in store.list(folder)}
     guessed = {
         _key(name, each.reference).removeprefix(folder): _record(name, each.kind, each.time, each.body, each.id)
@@ -97,9 +105,9 @@ def events(store: Store, name: str, *, always_indexed: bool = False, guesses: It
         is_so=lambda each, record: _is_of(record, etags[each]),
         always=always_indexed,
     )
-    found = [event for each, record in records.items() if (event := _parsed(store, name, f"{folder}{each}", record))]
-    first = {event.id: event for event in reversed(found)}  # two writers at once may have filed one event twice
-    return sorted(first.values(), key=lambda event: (event.time, event.id))
+    return _sorted(
+        event for each, record in records.items() if (event := _parsed(store, name, f"{folder}{each}", record))
+    )
 
 
 def read_event(store: Store, name: str, reference: Reference) -> Event:
@@ -108,13 +116,10 @@ def read_event(store: Store, name: str, reference: Reference) -> Event:
     Raises:
         IntegrityError: the event is gone, or has changed.
     """
-    key = _key(name, reference)
-    try:
-        event = _parsed(store, name, key, store.get_json(key))
-    except ObjectMissing as exc:
-        raise IntegrityError(f"{store.uri(key)} is gone from the log, though a later event names it") from exc
-    if event is None or event.sha256 != reference["sha256"]:
-        raise IntegrityError(f"{store.uri(key)} is not the event that a later one names")
+    event = find_event(store, name, reference)
+    if event is None:
+        uri = store.uri(_key(name, reference))
+        raise IntegrityError(f"{uri} is not the event that a later one names, or is gone from the log")
     return event
 
 
@@ -136,7 +141,30 @@ def parse_log(store: Store, name: str, objects: Iterable[tuple[str, bytes]]) -> 
             found.append(_event(store, name, key, decode_json(body, store.uri(key))))
         except (IntegrityError, ValueError, TypeError, KeyError) as exc:
             junk[key] = " ".join(str(exc).split())
-    return sorted(found, key=lambda event: (event.time, event.id)), junk
+    return _sorted(found), junk
+
+
+def _sorted(found: Iterable[Event]) -> list[Event]:
+    """The events, oldest first; two writers at once, or one that met junk, may have filed one of them twice."""
+    first = {event.sha256: event for event in sorted(found, key=lambda event: (event.time, event.uri), reverse=True)}
+    return sorted(first.values(), key=lambda event: (event.time, event.id))
+
+
+def find_event(store: Store, name: str, reference: Reference) -> Event | None:
+    """The event, under its own name or a further one; None if the log has neither."""
+    key = _key(name, reference)
+    further = (info.key for info in store.list(f"{key.removesuffix('.json')}-"))
+    return next(_events_at(store, name, chain([key], further), reference["sha256"]), None)
+
+
+def _events_at(store: Store, name: str, keys: Iterable[str], sha256: str) -> Iterator[Event]:
+    """The event with this hash, wherever it is among the objects."""
+    for key in keys:
+        with contextlib.suppress(ObjectMissing):
+            record = _read(store, key)
+            event = None if record is None else _parsed(store, name, key, record)
+            if event and event.sha256 == sha256:
+                yield event
 
 
 def _read(store: Store, key: str) -> Any | None:
@@ -168,7 +196,8 @@ def _event(store: Store, name: str, key: str, record: Any) -> Event:
     event = _EVENT.validate_python({**record, "uri": store.uri(key)})
     if event.id != event.sha256[:ID_LENGTH]:
         raise ValueError("its id is not that of its content")
-    if key != _key(name, event.reference):
+    own = _key(name, event.reference)
+    if key != own and not key.startswith(f"{own.removesuffix('.json')}-"):
         raise ValueError("it is filed under another name than its content has")
     Body.model_validate(event.body)
     if event.kind in MOVE_KINDS:

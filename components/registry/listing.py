@@ -66,7 +66,10 @@ class Listing:
         log, junk = parse_log(self.store, self.name, self._within(events_key(self.name)))
         if junk:
             key, why = next(iter(junk.items()))
-            raise IntegrityError(f"{self.store.uri(key)} is no event ({why}), so it is unknown what held an alias")
+            raise IntegrityError(
+                f"{self.store.uri(key)} is no event ({why}), so it is unknown what held an alias, "
+                "and nothing is removed: remove the object, if `fineloop adapters audit` says no more of the log"
+            )
         return log
 
     def holders(self) -> dict[str, str]:
