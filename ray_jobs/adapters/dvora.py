@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ray_jobs.adapters import dora
 from ray_jobs.adapters.dora import row_norm, wide
+from ray_jobs.base import four_bits
 from ray_jobs.base.gathered import gathered
 
 PEFT_TYPE = "DVORA"
@@ -169,6 +170,9 @@ class DvoraLinear(VeraLinear):
 
     def _frozen_weight(self) -> Tensor:
         """The base's weight without any merged adapter, dequantised: (O, I)."""
+        stored = self.get_base_layer().weight
+        if (state := getattr(stored, "quant_state", None)) is not None:
+            four_bits.require_one_device(stored, state)
         weight = self.get_base_weight()
         for change in self.merged_changes.values():
             weight = weight - change

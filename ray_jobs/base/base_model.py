@@ -210,8 +210,12 @@ def _never_replace() -> None:
     from peft.tuners.lora import dora
     from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 
+    from ray_jobs.base import four_bits
+
     def dequantised(module: Any) -> Any:
-        if type(module.weight).__name__ in ("Params4bit", "Int8Params"):
+        if type(module.weight).__name__ == "Params4bit":
+            return four_bits.dequantize_4bit(module.weight, module.weight.quant_state)
+        if type(module.weight).__name__ == "Int8Params":
             return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None))
         return dequantize_module_weight(module)
 

@@ -7,11 +7,14 @@ below a weight gives its code.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes.functional
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from components.shared.errors import JobError
 
 OPERATION = "bitsandbytes::quantize_4bit"
 PIECE = 2**17
@@ -53,6 +56,32 @@ def quantize_4bit(
     pairs = places.view("<u2")  # little-endian, so the first code is in the lower byte
     packed = torch.from_numpy(((pairs << 4) | (pairs >> 8)).astype(np.uint8))
     return packed.view(quant_storage).unsqueeze(1), torch.cat(largest)
+
+
+def dequantize_4bit(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
+    """The weight that these codes and their statistics stand for, as `bitsandbytes.functional.dequantize_4bit`.
+
+    Raises:
+        JobError: as in `require_one_device`.
+    """
+    require_one_device(weight, quant_state)
+    return bitsandbytes.functional.dequantize_4bit(weight.data, quant_state)
+
+
+def require_one_device(weight: torch.Tensor, quant_state: Any) -> None:
+    """Require that a 4-bit weight and its statistics lie on one device.
+
+    bitsandbytes picks its kernel by the weight alone, and one for GPUs would read the statistics' address in host
+    memory as one of the GPU's: an illegal memory access, which names no layer (0.50, backends/cuda/ops.py).
+
+    Raises:
+        JobError: they lie on different devices.
+    """
+    if weight.device != quant_state.absmax.device:
+        raise JobError(
+            f"a 4-bit weight of shape {tuple(quant_state.shape)} is on {weight.device} and its statistics are on "
+            f"{quant_state.absmax.device}: they must move together; use a lower train.zero_stage"
+        )
 
 
 def _places(quant_type: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.uint8]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
+from ray_jobs.base.four_bits import dequantize_4bit
 from ray_jobs.base.gathered import gathered
 from ray_jobs.kernels import float32_products
 
@@ -179,7 +180,7 @@ def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _dequantized_4bit(weight: Tensor, *, quant_state: Any) -> Iterator[tuple[slice, Tensor]]:
     # To 16 bits first: exactly the weights that an export dequantises and that other devices multiply with.
-    yield from _dense_blocks(bitsandbytes.functional.dequantize_4bit(weight.data, quant_state))
+    yield from _dense_blocks(dequantize_4bit(weight, quant_state))
 
 
 def _dequantized_8bit(weight_OI: Tensor, *, scale_O: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -17,9 +17,9 @@ import bitsandbytes
 import peft.tuners.lora.bnb
 import peft.tuners.lora.layer
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
+from ray_jobs.base.four_bits import dequantize_4bit
 from ray_jobs.kernels import float32_layers, float32_products
 from ray_jobs.kernels.float32_layers import Blocks
 
@@ -175,4 +175,4 @@ def _reader_in_half(base: Any) -> Blocks | None:
 
 
 def _whole_4bit(weight: Any, quant_state: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    yield slice(None), dequantize_4bit(weight.data, quant_state).to(dtype)
+    yield slice(None), dequantize_4bit(weight, quant_state).to(dtype)

@@ -10,10 +10,11 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.functional import int8_vectorwise_dequant
 
 from components.config.ray import MatmulDtype
 from components.shared.memory import available_bytes
+from ray_jobs.base.four_bits import dequantize_4bit
 from ray_jobs.kernels import float32_layers
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:
 def _weight(layer: Any) -> torch.Tensor:
     """The dequantised weight (O, I) that a product would read."""
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return dequantize_4bit(layer.weight, layer.weight.quant_state)
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         if layer.weight.CB is not None:
             layer.init_8bit_state()

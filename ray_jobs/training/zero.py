@@ -262,9 +262,14 @@ def _share_out(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = t
     for tensor in model.buffers():
         tensor.data = tensor.data.to(device)
     for parameter in model.parameters():
-        if state := getattr(parameter, "quant_state", None):
-            state.to(device)
+        _move_statistics(parameter, device)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings(config, dtype))
+
+
+def _move_statistics(parameter: torch.nn.Parameter, device: torch.device | str) -> None:
+    """Move what a 4-bit weight is dequantised with, in place, to where its codes are gathered."""
+    if state := getattr(parameter, "quant_state", None):
+        state.to(device)
 
 
 def _longest_vector(model: torch.nn.Module) -> int:
@@ -294,7 +299,8 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     def set_and_share_out(model: torch.nn.Module, name: str, *others: Any) -> None:
         set_param(model, name, *others)
         if isinstance(parameter := _at(model, name), torch.nn.Parameter):
-            init._convert_to_zero_parameters([parameter])
+            init._convert_to_zero_parameters([parameter])  # moves its data alone to the GPU
+            _move_statistics(parameter, init.local_device)
 
     set_param = core_model_loading.set_param_for_module
     gather = dora.gather_params_ctx
@@ -345,8 +351,8 @@ class _Product4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        from bitsandbytes.functional import dequantize_4bit
+        from ray_jobs.base import four_bits
 
         with gathered([ctx.weight] if not ctx.weight.numel() else []):
-            weight = dequantize_4bit(ctx.weight.data, ctx.quant_state)
+            weight = four_bits.dequantize_4bit(ctx.weight, ctx.quant_state)
         return gradient @ weight.to(gradient.dtype), None, None, None

@@ -6,9 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes.functional import get_4bit_type
 
 from components.config.schema import ModelConfig
+from components.shared.errors import JobError
 from ray_jobs.adapters.loftq import split
 from ray_jobs.base import base_model, four_bits, streamed
 
@@ -75,3 +77,10 @@ def test_whoever_quantises_on_processors_has_it(who, tiny_base, monkeypatch):
     else:
         streamed._there_and_back(weight)
     assert asked == [who]
+
+
+def test_a_weight_is_not_dequantised_with_statistics_on_another_device():
+    packed, state = functional.quantize_4bit(torch.randn(16, 64).bfloat16(), quant_type="nf4")
+    state.to("meta")
+    with pytest.raises(JobError, match=r"shape \(16, 64\) is on cpu and its statistics are on meta"):
+        four_bits.dequantize_4bit(packed, state)

@@ -116,6 +116,39 @@ def test_under_zero_3_no_rank_ever_holds_the_base_whole(config, wide_base, tmp_p
         assert held.between < 0.25 * whole
 
 
+def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
+    """Where the codes and the statistics of each 4-bit weight lie when it is dequantised, on a pretended GPU, from the
+    first weight of the base to a step's end."""
+    import bitsandbytes.functional
+
+    from ray_jobs.base import base_model
+    from ray_jobs.training import trained_model
+    from tests.models.pretended_gpu import PretendedGpu
+
+    zero.prepare_environment(use_gpu=False)
+    loaded = config_file.loads(config_toml)
+    base = base_model.resolve(loaded.model)
+    seen: list[tuple[str, str]] = []
+    dequantise = bitsandbytes.functional.dequantize_4bit
+
+    def seeing(weight: Any, quant_state: Any, *others: Any, **more: Any) -> Any:
+        seen.append((str(weight.device), str(quant_state.absmax.device)))
+        return dequantise(weight, quant_state, *others, **more)
+
+    bitsandbytes.functional.dequantize_4bit = seeing
+    with PretendedGpu(), zero.sharding(loaded):
+        trained_model.assemble(loaded, base, use_gpu=False)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["qdora", "dvora"])
+def test_under_zero_3_a_weight_and_its_statistics_move_to_the_gpu_together(config, tmp_path, method):
+    toml = changed(config, f"method.name={method}", "method.base=nf4", "train.zero_stage=3", "ray.num_workers=1")
+    (seen,) = in_group(devices_of_dequantisations, toml, directory=tmp_path, num_workers=1)
+    assert len(seen) >= 14  # each layer's norm is read while the adapter is attached
+    assert set(seen) == {("cuda:0", "cuda:0")}
+
+
 def test_int8_under_zero_3_would_be_held_whole_and_the_shards_with_it(config, wide_base, tmp_path):
     # Why it is refused.
     changes = [f"model.base={wide_base}", "method.base=int8"]
