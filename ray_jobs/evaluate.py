@@ -31,7 +31,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import attention, base_config, base_model
 from ray_jobs.planning.sharing import is_shared
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP, drawing
@@ -94,6 +94,7 @@ def evaluate(
         JobError: a Ray task failed.
     """
     started = time.monotonic()
+    attention.require_installed(config.model.attention)
     store = Store.open(config.registry)
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     carried_out = promotion(events(store, candidate.name), run_id, config.adapter.alias)

@@ -22,7 +22,7 @@ from components.shared.counted import counted
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import attention, base_config, base_model
 from ray_jobs.prepare import prepare
 from ray_jobs.replaying import with_answers
 from ray_jobs.text import chat_format
@@ -71,6 +71,7 @@ def finetune(
     import ray
 
     watch = Stopwatch()
+    attention.require_installed(config.model.attention)
     store = Store.open(config.registry)
     store.check()
     dataset_uri = dataset_uri or _prepared(config, store)

@@ -26,7 +26,7 @@ from components.store.store import Store
 with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.adapters import own_base
-    from ray_jobs.base import base_config, base_model
+    from ray_jobs.base import attention, base_config, base_model
     from ray_jobs.base.base_model import Base
     from ray_jobs.prepare import prepare
     from ray_jobs.probes import general_text
@@ -75,6 +75,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
 
     began = time.monotonic()
     arms = list(points.arms(config))
+    attention.require_installed(config.model.attention)
     store = Store.open(config.registry)
     store.check()
     if dataset_uri is None:

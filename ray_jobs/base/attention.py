@@ -40,7 +40,7 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
     `wanted` is model.attention. CPUs have no flash attention: there it means the same as auto.
 
     Raises:
-        ConfigError: the base does not support what is wanted, or flash-attn is not installed.
+        ConfigError: the base does not support what is wanted.
     """
     if wanted == "eager":
         return "eager"
@@ -57,6 +57,19 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
             "model.attention to eager, or to auto, which takes it"
         )
     return "eager"
+
+
+def require_installed(wanted: Attention) -> None:
+    """Check that what is wanted is installed in the image of this process. Workers have their driver's image.
+
+    Raises:
+        ConfigError: flash-attn is wanted, and is not installed.
+    """
+    if wanted == FLASH and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"model.attention {FLASH}: the package flash-attn is not installed where the workers run: build it into "
+            "their image, or set model.attention to auto"
+        )
 
 
 def for_text(base: "PretrainedConfig", chosen: str | None) -> str | dict[str, str] | None:
@@ -144,10 +157,5 @@ def _flash(model: "type[PreTrainedModel]") -> str:
         raise ConfigError(
             f"model.attention {FLASH}: {model.__name__} has no attention through flash-attn: set model.attention to "
             "auto, which takes the fastest that it has"
-        )
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(
-            f"model.attention {FLASH}: the package flash-attn is not installed where the workers run: build it into "
-            "their image, or set model.attention to auto"
         )
     return FLASH

@@ -9,6 +9,7 @@ from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
 from components.shared.errors import ConfigError, ObjectMissing
 from components.store.store import open_uri
+from ray_jobs.base import attention
 from ray_jobs.base.base_model import FILES
 from ray_jobs.base.digests import remembered
 from ray_jobs.base.hub import snapshot
@@ -93,9 +94,11 @@ def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], Non
 
     Raises:
         ConfigError: the length was set explicitly and exceeds the base's positions; or the lowered value is too small
-            for other keys.
+            for other keys; or the base does not support `model.attention`.
     """
     model, limit = config.model, positions(base)
+    if model.attention != "auto":
+        attention.choose(base, model.attention, use_gpu=config.ray.use_gpu)
     if limit is None or model.max_length <= limit:
         return config
     if "max_length" in model.model_fields_set:

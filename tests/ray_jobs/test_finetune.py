@@ -7,8 +7,10 @@ import pytest
 from components.config import config_file
 from components.shared.errors import ConfigError, DataError
 from ray_jobs import finetune
+from ray_jobs.base import base_config
 from ray_jobs.preview import previewed
 from ray_jobs.sweep import sweep
+from tests.models import zoo
 from tests.models.tiny import colour_rows
 
 
@@ -22,6 +24,21 @@ def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(confi
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"data.source={source}"]
     with pytest.raises(ConfigError, match=r"model\.max_length 513 is more than the 512 positions"):
         finetune.finetune(changed(config, *place, "model.max_length=513"), run_id="r0")
+
+
+@pytest.mark.parametrize("job", [finetune.finetune, sweep])
+def test_flash_attention_that_is_not_installed_is_refused_before_the_data_are_read(job, config, store):
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "data.source=nowhere.jsonl"]
+    on_gpus = changed(config, *place, "ray.use_gpu=true", "model.attention=flash_attention_2")
+    with pytest.raises(ConfigError, match=r"model\.attention flash_attention_2: .* is not installed .* to auto"):
+        job(on_gpus, run_id="r0")
+
+
+def test_flash_attention_that_the_base_does_not_have_is_refused_on_the_users_machine(config):
+    base = changed(config, "ray.use_gpu=true", "model.attention=flash_attention_2")
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM has no attention through flash-attn: .* to auto"):
+        base_config.fitted(base, zoo.KINDS["BLOOM"].config(), pytest.fail)
+    assert base_config.fitted(base, zoo.KINDS["Llama, tied"].config(), pytest.fail) == base
 
 
 @pytest.mark.parametrize("job", [finetune.finetune, sweep])

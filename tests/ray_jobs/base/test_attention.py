@@ -60,7 +60,6 @@ def test_a_choice_is_taken_where_the_base_has_it():
         ("Gemma 2", "sdpa", r"Gemma2ForCausalLM has no attention through PyTorch's fused kernel: .* eager"),
         ("BLOOM", "flash_attention_2", r"BloomForCausalLM has no attention through flash-attn: .* auto"),
         ("gpt-oss", "flash_attention_2", r"GptOssForCausalLM has no attention through flash-attn"),
-        ("Llama, tied", "flash_attention_2", r"the package flash-attn is not installed where the workers run"),
     ],
 )
 def test_a_choice_that_the_base_does_not_have_is_refused_by_the_plan(name, wanted, message):
@@ -69,8 +68,11 @@ def test_a_choice_that_the_base_does_not_have_is_refused_by_the_plan(name, wante
 
 
 def test_flash_attention_is_taken_where_its_package_is_installed_and_not_on_a_cpu(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"the package flash-attn is not installed where the workers run"):
+        attention.require_installed("flash_attention_2")
     (tmp_path / "flash_attn.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    attention.require_installed("flash_attention_2")
     llama = zoo.KINDS["Llama, tied"].config()
     assert attention.choose(llama, "flash_attention_2", use_gpu=True) == "flash_attention_2"
     assert attention.choose(llama, "flash_attention_2", use_gpu=False) == "sdpa_float32"
