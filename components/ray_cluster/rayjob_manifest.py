@@ -4,7 +4,8 @@ What Kubernetes, Kueue or KubeRay require beyond the schema:
 
 - Kueue admits head and workers together or not at all, for the sizes it reads here, and no RayJob whose sizes an
   autoscaler changes: replicas are as many pods as the most workers need. Elastic workers begin with all of them, go on
-  with fewer when a pod is lost, and with all again once KubeRay has it back. Its partial admission is for a batch Job.
+  with fewer when a pod is lost, and with all again once KubeRay has it back. Kueue admits a part of a RayJob only
+  under an alpha gate, by the autoscaler (ElasticJobsViaWorkloadSlices).
 - Kueue refuses a RayJob whose cluster would stay, and `deletionStrategy`: so shutdownAfterJobFinishes with a ttl.
 - The namespace admits restricted pods alone. KubeRay copies a worker's security context to its init container, but
   gives neither the sidecar of SidecarMode nor the default submitter of K8sJobMode one; only the latter can be replaced.

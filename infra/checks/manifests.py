@@ -22,6 +22,8 @@ PARTS = ("", "rayjob", "raycluster")
 """An overlay is applied once; its two others are created by people who want a run or a cluster of their own."""
 OBSERVABILITY = "- ../../observability"
 """A line of each overlay, as a comment until somebody has the Prometheus Operator."""
+TRACKER = "- ../../network/tracker"
+"""A line of each overlay, as a comment until somebody has an MLflow in the cluster."""
 PROFILE = "- ../../kubeflow/profile"
 """A line of the overlays of real clusters, as a comment unless their Kubeflow serves several namespaces."""
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # five times faster, where PyYAML was built with libyaml

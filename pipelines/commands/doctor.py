@@ -23,8 +23,8 @@ def add(commands: Any) -> None:
         "estimates how long a run of the config takes here by training a few layers of its base for a second or "
         "two. With --host it checks, in Kubeflow and by the kubeconfig in Kubernetes, all that a run of the config "
         "needs there: accounts, rights, secrets, nodes, KubeRay, Kueue's queue and quota, and that their "
-        "controllers run. What it may not see has a question mark. It changes nothing; with --image it starts one "
-        "pod that tries the store from inside the cluster, and deletes it.",
+        "controllers run. What it may not see has a question mark. It changes nothing; with --image it starts pods "
+        "that try the store, and each MLflow that the config names, from inside the cluster, and deletes them.",
         example="fineloop doctor --host http://localhost:8080 --namespace fineloop",
     )
     add_kubeflow(doctor)

@@ -1,7 +1,8 @@
 """Whether a cluster can run a config: `fineloop doctor --host URL`. It answers what a run would only find out late.
 
 It reads, and has the API server judge a RayJob and a step's pod without making them (dryRun). With an image it also
-starts one pod in the place of a step, which tries the store, and deletes it again.
+starts pods in the place of a step or a worker, one after the other, which try the store and each MLflow that the config
+names, and deletes them again.
 """
 
 from collections.abc import Iterator, Mapping
@@ -90,8 +91,8 @@ def cluster_checks(
         ("a step's pod", _dry_pod(cluster, service_account, image)),
     ):
         yield _asked(name, ask)
-    if image:
-        yield _asked("store, from a pod", _probed(cluster, config, service_account, image))
+    for question in probe.questions(config) if image else ():
+        yield _asked(question.title, _probed(cluster, question, service_account, image))
 
 
 def _asked(name: str, ask: Iterator[Check]) -> Check:
@@ -254,8 +255,8 @@ def _priority(cluster: Cluster, priority_class: str) -> Iterator[Check]:
     yield check(f"priority {priority_class}", found is not None, detail, "kubectl apply -k infra/kueue")
 
 
-def _probed(cluster: Cluster, config: RunConfig, account: str, image: str) -> Iterator[Check]:
-    yield probe.run(cluster, config.registry, account, image)
+def _probed(cluster: Cluster, question: probe.Question, account: str, image: str) -> Iterator[Check]:
+    yield probe.run(cluster, question, account, image)
 
 
 def _in(cluster: Cluster, what: str) -> str:

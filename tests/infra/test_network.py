@@ -2,7 +2,7 @@
 
 import pytest
 
-from infra.checks.manifests import OBSERVABILITY, OVERLAYS, Manifest, render_overlay
+from infra.checks.manifests import OBSERVABILITY, OVERLAYS, TRACKER, Manifest, render_overlay
 from infra.checks.pods import pods
 from tests.infra.changes import REMOVED, changed
 from tests.infra.created import CONFIGS, created
@@ -93,6 +93,16 @@ def test_watching_opens_the_workflow_controllers_metrics_to_prometheus_and_nothi
     manifests = render_overlay("aws", OBSERVABILITY)
     assert who_reaches(manifests, End({"app": "workflow-controller"}), 9090) == {"prometheus"}
     assert answers(manifests) == answers(render_overlay("aws"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_mlflow_in_the_cluster_is_reached_once_its_line_is_taken_in(overlay: str) -> None:
+    mlflow = End({"app": "mlflow"}, namespace="mlflow")
+    assert who_reaches(render_overlay(overlay), mlflow, 5000) == set()
+    manifests = render_overlay(overlay, TRACKER)
+    assert who_reaches(manifests, mlflow, 5000) == RAY_PODS | {"step"}
+    assert who_reaches(manifests, End({"app": "another"}, namespace="mlflow"), 5000) == set()
+    assert answers(manifests) == answers(render_overlay(overlay))
 
 
 def test_the_laptops_store_is_reached_by_steps_and_ray_pods_alone() -> None:

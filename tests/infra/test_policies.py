@@ -11,7 +11,7 @@ from components.config import config_file
 from components.ray_cluster.rayjob_manifest import rayjob
 from infra.checks import check
 from infra.checks.check import PLACEHOLDERS, POLICIES, Policy, placeholders, policies_of, violations
-from infra.checks.manifests import INFRA, OBSERVABILITY, OVERLAYS, PROFILE, Manifest, render_overlay
+from infra.checks.manifests import INFRA, OBSERVABILITY, OVERLAYS, PROFILE, TRACKER, Manifest, render_overlay
 from infra.checks.policies import access, pods, ray
 from infra.checks.schemas import VARIABLE
 from tests.infra.changes import CONTAINER, REAPER, REMOVED, WORKER, WORKERS, changed
@@ -25,7 +25,7 @@ HEAD = "RayJob spec rayClusterSpec headGroupSpec"
 ROLE_OF = "ServiceAccount={} metadata annotations " + access.ROLE_ARN
 GPU_OPERATORS = {"nvidia.com/gpu.present": "true"}
 PROMOTER = "arn:aws:iam::000000000000:role/fineloop-000000000000-pipeline"
-LINES = [*product(OVERLAYS, ("", OBSERVABILITY)), ("gpu", PROFILE), ("aws", PROFILE), ("team", "")]
+LINES = [*product(OVERLAYS, ("", OBSERVABILITY, TRACKER)), ("gpu", PROFILE), ("aws", PROFILE), ("team", "")]
 """A laptop's Kubeflow serves one namespace."""
 BREAKS: list[tuple[Policy, str, Any]] = [
     (pods.volumes_spare_the_node, f"{WORKER} volumes +", {"name": "docker", "hostPath": {"path": "/var/run"}}),

@@ -50,6 +50,8 @@ class AppliedCluster:
         self.pod_status: dict[str, Any] = {"phase": "Succeeded"}
         self.pod_log = "fineloop: the store is sound\n"
         self.made: list[str] = []
+        self.pods: list[Any] = []
+        """Each pod that was made, as it was asked for."""
         """Paths of what was created for good."""
         for name, data in (("fineloop-ray", {"auth_token": "eA=="}), ("fineloop-s3", {"AWS_ACCESS_KEY_ID": "eA=="})):
             self.put(f"/api/v1/namespaces/{NAMESPACE}/secrets/{name}", {"data": data})
@@ -126,6 +128,7 @@ class AppliedCluster:
         if query.get("dryRun") != "All":
             name = f"{path}/{body['metadata']['name']}"
             self.made.append(name)
+            self.pods.append(body)
             self.objects[name] = {**body, "status": self.pod_status}
         return body
 

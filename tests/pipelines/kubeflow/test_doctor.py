@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import yaml
 
+from components.config import config_file
 from components.config.ray import JobsApiCluster
 from components.store import client
 from infra.checks.manifests import INFRA, ROOT, Loader
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import doctor, probe
 from pipelines.local.seaweedfs import Endpoint
+from tests.doubles.http_server import serving
 from tests.doubles.kfp_server.server import KfpServer
 from tests.doubles.kubernetes.api import NAMESPACE, Refusal
 from tests.doubles.kubernetes.applied import AppliedCluster, applied
+from tests.doubles.mlflow_server import Mlflow
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 RUNBOOK = (INFRA / "README.md").read_text(encoding="utf-8")
@@ -65,6 +69,46 @@ def test_a_cluster_that_the_overlay_was_applied_to_is_sound(
     assert "honours conditional writes" in found["store, from a pod"]["detail"]
     assert len(cluster.made) == 1
     assert cluster.made[0] not in cluster.objects  # the probe is gone again
+
+
+def test_each_mlflow_of_the_config_is_tried_from_the_pods_that_send_to_it(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
+) -> None:
+    servers = ("--set", "track.mlflow=http://a:5000", "--set", "announce.mlflow=http://b:5000/")
+    cluster.pod_status, cluster.pod_log = {"phase": "Failed"}, "no way to it: connection timed out\n"
+    found = ask(*RAYJOB, *IMAGE, *servers)
+    for key in ("track", "announce"):
+        check = found[f"{key}.mlflow, from a pod"]
+        assert (check["ok"], check["detail"]) == (False, "no way to it: connection timed out")
+        assert "infra/network/tracker" in check["fix"]
+    labels = [pod["metadata"]["labels"] for pod in cluster.pods]
+    assert [("ray.io/is-ray-node" in each, "pipelines.kubeflow.org/v2_component" in each) for each in labels] == [
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
+    assert not set(cluster.made) & cluster.objects.keys()
+
+
+@pytest.mark.parametrize(
+    ("token", "given", "words"),
+    [("", "", ""), ("abc", "abc", ""), ("abc", "", "it wants a token (401)"), (None, "", "no way to it: ")],
+)
+def test_the_script_of_a_worker_finds_its_tracker_as_the_tracker_will(
+    token: str | None, given: str, words: str
+) -> None:
+    """In a process, as in a pod."""
+    with serving(Mlflow(token or "").handle) as served:
+        url = "http://127.0.0.1:9" if token is None else served
+        config = config_file.load(DEFAULT_CONFIG, [f"track.mlflow={url}"])
+        (_, question) = probe.questions(config)
+        script = question.script.replace("range(7)", "range(2)").replace("sleep(3)", "sleep(0)")
+        environment = {**os.environ, "MLFLOW_TRACKING_TOKEN": given}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == (1 if words else 0)
+    assert words in done.stderr
 
 
 def test_without_an_image_nothing_is_made(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:
