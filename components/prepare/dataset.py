@@ -1,5 +1,6 @@
 """What a dataset is, its records, and how they are read from its folder `datasets/<dataset_id>/` in the store."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ SplitName = Literal["train", "eval", "replay"]
 FORMAT = 1
 """Version of the files and of the id's recipe; part of the id."""
 REJECTS = "rejects.parquet"
+WEIGHT = "weight"
+"""Key of a turn of the assistant that is not to be learned; its value is 0."""
 RECORDS_AT_ONCE = 1000
 """Records per batch when a split is read in batches."""
 WHERE_ANY = ("calls", "tools", "group", "source")
@@ -31,11 +34,21 @@ class Message(NamedTuple):
     role: Role
     content: str
     more: str = ""
-    """The turn's other fields as a JSON object: tool_calls, tool_call_id, name; empty where it has none."""
+    """The turn's other fields as a JSON object: tool_calls, tool_call_id, name, weight; empty where it has none."""
 
     def as_json(self) -> list[str]:
         """Role, content and, unless empty, `more`; without it the list is the same as in releases without tools."""
         return [self.role, self.content, *([self.more] if self.more else [])]
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the turn may be trained on where its role is: not with weight 0."""
+        return not self.more or WEIGHT not in json.loads(self.more)
+
+    def without_weight(self) -> "Message":
+        """The turn as it is without its weight."""
+        more = {key: value for key, value in json.loads(self.more).items() if key != WEIGHT}
+        return self._replace(more=json.dumps(more, ensure_ascii=False, separators=(",", ":")) if more else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class Intake:
     columns: Counter[str] = field(default_factory=Counter)
     """Rows that have each column."""
     unread: Counter[str] = field(default_factory=Counter)
-    """Rows in a shape that we know, of which nothing is read from this column."""
+    """Rows in a shape that we know, of which nothing is read from this column, or from this key of a message."""
     personal: Counter[Kind] = field(default_factory=Counter)
     """Pieces of personal data in the records that are usable, by kind."""
     with_personal: int = 0
@@ -164,6 +164,7 @@ def read(
                 logger.info("%s", words)
             shown.add(name)
         found.update(validated.columns)
+        intake.unread.update(validated.unread)
         intake.personal.update(validated.personal)
         intake.with_personal += validated.with_personal
         accept(validated.batch)

@@ -10,8 +10,8 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.prepare.arrow_records import keyed_batch
-from components.prepare.dataset import Message
-from components.prepare.validate import ID_DIGITS, MAX_NAME_CHARS, MAX_TEXT_CHARS, canonical_turn, hashed
+from components.prepare.dataset import WEIGHT, Message
+from components.prepare.validate import ID_DIGITS, MAX_NAME_CHARS, MAX_TEXT_CHARS, ROLES, canonical_turn, hashed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ SPACES = "".join(chr(place) for place in range(0x3001) if chr(place).isspace())
 """All characters that `str.rstrip` strips."""
 MOST_CHARS = 2**28
 """Most characters of a batch: an Arrow string array holds less than 2**31 bytes."""
-_SPEAKERS = frozenset({"system", "user", "assistant"})
+_SPEAKERS = {name: role for name, role in ROLES.items() if role != "tool"}
 
 
 class Plain(NamedTuple):
@@ -117,14 +117,16 @@ def _turns(row: Mapping[str, Any]) -> Turns | None:
 def _listed(messages: object) -> list[tuple[str, str]] | None:
     if type(messages) is not list:
         return None
-    turns = []
+    turns: list[tuple[str, str]] = []
     for turn in messages:
         if type(turn) is not dict or turn.get("tool_calls") or turn.get("function_call"):
+            return None
+        if turn.get(WEIGHT) is not None and (type(turn[WEIGHT]) is bool or turn[WEIGHT] != 1):
             return None
         role, content = turn.get("role"), turn.get("content")  # type: Any, Any
         if type(role) is not str or role not in _SPEAKERS or type(content) is not str:
             return None
-        turns.append((role, content))
+        turns.append((_SPEAKERS[role], content))
     return turns
 
 

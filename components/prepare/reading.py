@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from components.config.columns import ColumnsConfig
-from components.config.data import DataConfig
+from components.config.data import DataConfig, LossOn
 from components.prepare.local_copies import local_copies
 from components.prepare.row import Rows
 from components.prepare.rows import read_rows
@@ -28,13 +28,14 @@ class Rules:
     personal: Action = "report"
     phone_regions: tuple[str, ...] = ()
     personal_names: bool = False
+    loss_on: LossOn = "last"
     erased: Erased = NONE_ERASED
 
     @classmethod
     def of(cls, data: DataConfig, erased: Erased = NONE_ERASED) -> "Rules":
         """The rules of a config, with the records that were erased."""
         regions = tuple(data.phone_regions)
-        return cls(data.group, data.columns, data.personal, regions, data.personal_names, erased)
+        return cls(data.group, data.columns, data.personal, regions, data.personal_names, data.loss_on, erased)
 
     def validation(self) -> Validation:
         """The validation that applies these rules to rows.
@@ -43,7 +44,8 @@ class Rules:
             DataError: names are looked for, and presidio-analyzer is not installed.
         """
         screen = Screen(self.personal, regions=self.phone_regions, names=self.personal_names)
-        return Validation(group=self.group, columns=self.columns, screen=screen, erased=self.erased)
+        erased, on = self.erased, self.loss_on
+        return Validation(group=self.group, columns=self.columns, screen=screen, erased=erased, loss_on=on)
 
 
 class Batch(NamedTuple):

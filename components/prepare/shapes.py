@@ -109,6 +109,8 @@ def unread_text(unread: Mapping[str, int], columns: Collection[str], named: Colu
     shown = [f"{name} ({counted(rows, 'row')})" for name, rows in unread.items()]
     more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
     text = f"columns not read: {', '.join(shown[:_MOST_SHOWN])}{more}"
+    if any(name.endswith("[].reasoning_content") for name in unread):
+        text += ". To train on reasoning, write it before the answer as <think>...</think>, and set model.thinking=true"
     shape = recognised(columns, named)
     prompts, answer = (shape.prompts, shape.answer) if shape else ((), "")
     beside = _beside(unread) if prompts else []
@@ -205,7 +207,8 @@ def _turn(turn: Any, field: str) -> Any:
     speaker = turn["from"]
     if speaker not in SPEAKERS:
         raise DataError(f"{field}.from is {str(speaker)[:40]!r}: expected {', '.join(SPEAKERS)}")
-    return {"role": SPEAKERS[speaker], "content": turn.get("value")}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {**others, "role": SPEAKERS[speaker], "content": turn.get("value")}
 
 
 def _with_system(record: dict[str, Any], system: Any) -> dict[str, Any]:

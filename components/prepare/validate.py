@@ -9,8 +9,10 @@ ignored:
 `prompt` may also be a list of messages and `completion` a list of one assistant message (TRL's conversational form).
 Beside either form `tools` may list the tools that can be called, as JSON Schemas of functions; an assistant's message
 may have tool_calls, and a tool's message a result, as chat templates read them. Lists may be JSON text, as in Parquet.
+An assistant's message with weight 0 (OpenAI's) is context, and not an answer to learn.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,14 +21,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from components.prepare.dataset import Message, Record, Role
+from components.config.data import LossOn
+from components.prepare.dataset import WEIGHT, Message, Record, Role
 from components.shared.errors import DataError
 
 KNOWN_COLUMNS = ("id", "prompt", "completion", "messages", "tools")
 EXPECTED = "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer)"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
-ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES: dict[str, Role] = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+}  # fmt: skip
+"""The roles of messages, of which OpenAI renamed one."""
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
@@ -34,6 +40,7 @@ SPEAKERS = {
 """The names of the roles in other formats."""
 # Fields of a tool's message beside its result.
 _OF_A_RESULT = ("tool_call_id", "name")
+_READ_OF_ALL = frozenset({"role", "content", "tool_calls", "function_call", WEIGHT})
 _MAX_VALUE_CHARS = 40
 MAX_TEXT_CHARS = 16 * 2**20
 """Bound on one text, the same as on a line of JSONL: a cell of Parquet may unpack to far more than its file holds."""
@@ -79,11 +86,17 @@ def has_known_form(columns: tuple[str, ...]) -> bool:
 
 
 def validate(
-    row: object, *, group: str = "", source: str = "", screen: Callable[[Message], Message] = lambda message: message
+    row: object,
+    *,
+    group: str = "",
+    source: str = "",
+    loss_on: LossOn = "last",
+    screen: Callable[[Message], Message] = lambda message: message,
 ) -> KeyedRecord:
     """Turn one row into a record in NFC without trailing whitespace; `group` is the column that names its group.
 
-    `screen` returns each message as it may be used.
+    `screen` returns each message as it may be used. With `loss_on` all, a conversation ends with the last answer that
+    is to be learned.
 
     Raises:
         DataError: the row is unusable; the message is the reason alone, without file and line.
@@ -96,14 +109,18 @@ def validate(
     if messages is not None:
         if prompt is not None or completion is not None:
             raise DataError("row has messages and also prompt or completion: keep one form")
-        turns = _messages(messages, "messages")
+        turns, field = _messages(messages, "messages"), "messages"
         if turns[-1].role != "assistant":
             raise DataError(f"the last message is from {turns[-1].role!r}: expected assistant, who gives the answer")
-        answer = turns.pop()
-        _require_user(turns, "messages")
     else:
-        turns = _prompt(prompt)
-        answer = _completion(completion)
+        turns, field = [*_prompt(prompt), _completion(completion)], "prompt"
+    learned = [place for place, turn in enumerate(turns) if turn.role == "assistant" and turn.is_learned]
+    if not learned or (loss_on == "last" and learned[-1] < len(turns) - 1):
+        advice = "; data.loss_on=all learns from the earlier ones" if learned else ""
+        raise DataError(f"the answer has weight 0, so that nothing of the row would be learned{advice}")
+    *turns, answer = turns[: learned[-1] + 1]
+    if not any(turn.role == "user" for turn in turns):
+        raise DataError(f"{field} has no user message before the answer")
     belongs_to = _name(row.get(group), group) if group else ""
     turns = [screen(turn) for turn in turns]
     return _keyed(row.get("id"), turns, screen(answer), _tools(row.get("tools")), belongs_to, source)
@@ -115,6 +132,21 @@ def named_id(value: object) -> str | None:
         return _name(value, "id")
     except DataError:
         return None
+
+
+def unread_keys(row: Mapping[str, Any]) -> set[str]:
+    """The keys with a value in the row's messages that nothing is read from, as `messages[].KEY`."""
+    found = set()
+    for field in ("messages", "prompt", "completion"):
+        turns = row.get(field)
+        if field == "messages" and isinstance(turns, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                turns = json.loads(turns)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, Mapping) and len(turn) > 2:
+                read = _READ_OF_ALL.union(_OF_A_RESULT if turn.get("role") == "tool" else ())
+                found |= {f"{field}[].{key}" for key in turn.keys() - read if turn[key] not in (None, "", [], {})}
+    return found
 
 
 def ids_of(row: KeyedRecord) -> tuple[str, ...]:
@@ -140,18 +172,22 @@ def hashed(
     groups: Iterable[str],
     calls: Iterable[str] = NOTHING,
     tools: Iterable[str] = NOTHING,
+    unlearned: Iterable[str] = NOTHING,
 ) -> Hashes:
     """The hashes of records with these canonical prompts; `ids` are those that their rows gave, or empty.
+
+    `unlearned` names the turns of weight 0: they are part of the content, while the prompt stays the same.
 
     Raises:
         UnicodeEncodeError: a text holds a lone surrogate.
     """
     found, sha256 = Hashes([], [], [], []), hashlib.sha256
-    for prompt, answer, name, group, call, tool in zip(prompts, answers, ids, groups, calls, tools, strict=False):
+    given = zip(prompts, answers, ids, groups, calls, tools, unlearned, strict=False)
+    for prompt, answer, name, group, call, tool, left in given:
         said = sha256(prompt.encode())
         found.asked.append(said.digest())
         more = f"tools:{len(tool)}:{tool}" if tool else ""
-        said.update((f"{more}answer:{answer}calls:{call}" if call else f"{more}answer:{answer}").encode())
+        said.update(f"{more}{left}answer:{answer}{f'calls:{call}' if call else ''}".encode())
         found.content.append(said.digest())
         key = sha256((f"id:{name}" if name else f"prompt:{prompt}{more}").encode()).digest()
         found.key.append(key)
@@ -165,8 +201,11 @@ def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, gr
     if row_id == "":
         raise DataError("id is empty: give it a value or leave it out")
     record_id = _name(row_id, "id") if named else ""
+    unlearned = [place for place, turn in enumerate(turns) if not turn.is_learned]
+    prompt = canonical_prompt([turn if turn.is_learned else turn.without_weight() for turn in turns])
+    left = f"unlearned:{unlearned}" if unlearned else ""
     try:
-        hashes = hashed([canonical_prompt(turns)], [answer.content], [record_id], [group], [calls], [tools])
+        hashes = hashed([prompt], [answer.content], [record_id], [group], [calls], [tools], [left])
     except UnicodeEncodeError as exc:
         raise DataError(f"text is not valid Unicode: lone surrogate {exc.object[exc.start]!r}") from exc
     record_id = record_id or hashes.content[0].hex()[:ID_DIGITS]
@@ -188,9 +227,7 @@ def _name(value: object, field: str) -> str:
 
 def _prompt(prompt: object) -> list[Message]:
     if isinstance(prompt, list):
-        turns = _messages(prompt, "prompt")
-        _require_user(turns, "prompt")
-        return turns
+        return _messages(prompt, "prompt")
     return [Message("user", _text(prompt, "prompt"))]
 
 
@@ -233,6 +270,11 @@ def _message(message: object, field: str) -> Message:
         more["tool_calls"] = _calls(message["tool_calls"], f"{field}.tool_calls")
     if role == "tool":
         more |= {name: _text(message[name], f"{field}.{name}") for name in _OF_A_RESULT if message.get(name)}
+    weight = message.get(WEIGHT)
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise DataError(f"{field}.weight is {weight!r:.40}: expected 0, which is not learned, or 1")
+    if weight == 0 and role == "assistant":
+        more[WEIGHT] = 0
     content = _content(message.get("content"), f"{field}.content")
     said_nothing = content is None or (isinstance(content, str) and not content.strip())
     text = "" if "tool_calls" in more and said_nothing else _text(content, f"{field}.content")
@@ -301,11 +343,6 @@ def _json(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as exc:
         raise DataError(f"tools and their calls must be JSON: {exc}") from exc
-
-
-def _require_user(turns: list[Message], field: str) -> None:
-    if not any(turn.role == "user" for turn in turns):
-        raise DataError(f"{field} has no user message before the answer")
 
 
 def _text(value: object, field: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from components.config.columns import ColumnsConfig
+from components.config.data import LossOn
 from components.prepare.arrow_records import keyed_batch_of
 from components.prepare.dataset import Reject
 from components.prepare.personal import Kind
@@ -14,7 +15,7 @@ from components.prepare.row import Rows, SourceRow, Unreadable
 from components.prepare.screen import Screen
 from components.prepare.shapes import Row, Shape, as_record, id_of, is_record, recognised
 from components.prepare.sources import Source
-from components.prepare.validate import KeyedRecord, ids_of, validate
+from components.prepare.validate import KeyedRecord, ids_of, unread_keys, validate
 from components.registry.erasures import Erased
 from components.shared.errors import DataError
 
@@ -37,6 +38,8 @@ class Validated(NamedTuple):
     """Number of rows of erased records, usable or not."""
     columns: Counter[tuple[str, ...]]
     """Number of rows by the names of all their columns."""
+    unread: Counter[str]
+    """Number of rows by the keys of their messages that nothing is read from, as `unread_keys` names them."""
     personal: Counter[Kind]
     """Number of pieces of personal data in the records, by kind."""
     with_personal: int
@@ -51,9 +54,10 @@ Judged = KeyedRecord | Reject | Literal["withheld", "erased"]
 class Validation:
     """Turns rows into records."""
 
-    def __init__(self, *, group: str, columns: ColumnsConfig, screen: Screen, erased: Erased) -> None:
-        """`group` is data.group, `columns` data.columns; `screen` sees each message, and `erased` rows are counted."""
+    def __init__(self, *, group: str, columns: ColumnsConfig, screen: Screen, erased: Erased, loss_on: LossOn) -> None:
+        """`group`, `columns` and `loss_on` are keys of data; `screen` sees each message; `erased` rows are counted."""
         self._group, self._columns, self._screen, self._erased = group, columns, screen, erased
+        self._loss_on, self._unread = loss_on, Counter[str]()
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
         self._shown: dict[str, str] = {}
         self._as_they_are: set[tuple[str, ...]] = set()
@@ -67,7 +71,7 @@ class Validation:
     def of(self, source: Source, rows: Rows) -> Validated:
         """Validate these rows, which all come from this source."""
         columns: Counter[tuple[str, ...]] = Counter()
-        known = len(self._shown)
+        known, self._unread = len(self._shown), Counter()
         judged: dict[int, Judged] = {}
         simple: dict[int, Row] = {}
         for place, value in enumerate(rows.values):
@@ -79,6 +83,8 @@ class Validation:
                     continue
             judged[place] = self._judged(source, rows.row(place))
         taken = self._plain(source, simple)
+        for place in taken.places if taken else ():
+            self._unread.update(unread_keys(simple[place]))
         for place in simple.keys() - (taken.places if taken else ()):
             judged[place] = self._judged(source, rows.row(place))
         in_order = [(place, judged[place]) for place in sorted(judged)]
@@ -88,6 +94,7 @@ class Validation:
             sum(each == "withheld" for each in judged.values()),
             sum(each == "erased" for each in judged.values()),
             columns,
+            self._unread,
             *self._screen.taken(),
             [*self._shown.items()][known:],
         )
@@ -131,7 +138,10 @@ class Validation:
             if isinstance(value, dict):
                 shape = self.shape_of(tuple(value) + row.unread_columns)
                 value = as_record(value, shape, self._columns, group=self._group)
-            record = validate(value, group=self._group, source=source.entry, screen=screen.message)
+                self._unread.update(unread_keys(value))
+            record = validate(
+                value, group=self._group, source=source.entry, loss_on=self._loss_on, screen=screen.message
+            )
         except DataError as exc:
             kept = screen.kept(_text_of(row)) if row_id is not None or not erased else _OF_NOBODY_KNOWN
             return Reject(source.name, row.line, str(exc), kept)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from components.config.data import LossOn
 from components.config.schema import ModelConfig
-from components.prepare.dataset import Message, Record
+from components.prepare.dataset import WEIGHT, Message, Record
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.base.base_model import Base
 from ray_jobs.text import rendering
@@ -95,8 +95,9 @@ class ChatFormat:
         """The record as rows of text, each in pieces: prompt and answer, alternating.
 
         A row ends with an answer and the text that ends it; before that comes its prompt, as generation will see it.
-        With `loss_on` all, every assistant turn after the first user's is an answer: all in one row where the template
-        only ever appends, in one row each where it rewrites earlier turns, as reasoning templates do.
+        With `loss_on` all, every assistant turn after the first user's is an answer, unless its weight is 0: all in one
+        row where the template only ever appends, in one row each where it rewrites earlier turns, as reasoning
+        templates do.
 
         Unless the model is asked to think, a block of reasoning is closed before the answer and not part of it.
 
@@ -129,15 +130,21 @@ class ChatFormat:
         """Whether a labelled answer contains a stop token in its text: what follows that would be lost."""
         added = self.tokenizer.added_tokens_decoder
         texts = [added[stop].content for stop in self.stops if stop in added]
-        earlier = [turn.content for turn in record.prompt if turn.role == "assistant"] if loss_on == "all" else []
-        return any(text in answer for answer in [*earlier, record.answer] for text in texts)
+        earlier = [turn for turn in record.prompt if turn.role == "assistant"] if loss_on == "all" else []
+        answers = [*(turn.content for turn in earlier if turn.is_learned), record.answer]
+        return any(text in answer for answer in answers for text in texts)
 
     def _answers(self, record: Record, loss_on: LossOn) -> list[tuple[list[Turn], Turn]]:
         """For each answer: the turns before it, and the answer."""
         self._require_tools_known(record)
         turns: list[Turn] = [*map(self._asked, record.prompt), _answer(record)]
         roles = [turn["role"] for turn in turns]
-        places = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
+        learned = [*(turn.is_learned for turn in record.prompt), True]
+        places = [
+            place
+            for place, role in enumerate(roles)
+            if role == "assistant" and learned[place] and "user" in roles[:place]
+        ]
         if loss_on == "last":
             places = places[-1:]
         return [(turns[:place], self._without_reasoning(record, turns[place])) for place in places]
@@ -278,7 +285,9 @@ def _opens(prompt: str) -> bool:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    return {"role": message.role, "content": message.content, **(json.loads(message.more) if message.more else {})}
+    more = json.loads(message.more) if message.more else {}
+    more.pop(WEIGHT, None)  # templates know none
+    return {"role": message.role, "content": message.content, **more}
 
 
 def _answer(record: Record) -> dict[str, Any]:

@@ -98,6 +98,22 @@ def test_what_a_run_would_be_held_for_is_said_in_advance(here):
     assert "gate.min_records asks for 30, so that this run would be held" in done.stdout
 
 
+def test_a_turn_of_weight_0_is_marked_as_context_and_keys_that_are_not_read_are_named(here):
+    with (here / "chat.jsonl").open("w") as file:
+        for number in range(400):
+            turns = [("user", f"{number} is"), ("assistant", "BAD"), ("user", "no"), ("assistant", f"right{number}")]
+            messages: list[dict] = [{"role": role, "content": text} for role, text in turns]
+            messages[1] |= {"weight": 0, "reasoning_content": "hm"}
+            file.write(json.dumps({"messages": messages}) + "\n")
+    done = fineloop("data", "chat.jsonl", "-c", "colours.toml", "--set", "data.loss_on=all", "--json", cwd=here)
+    assert done.returncode == 0, done.stderr
+    shown = [[(piece["text"], piece["trained"]) for piece in each["pieces"]] for each in body(done)["shown"]]
+    assert all("<|assistant|>BAD<|end|>" in context for (context, _), _ in shown)
+    assert all(answer.startswith("right") for _, (answer, _) in shown)
+    assert body(done)["profile"]["extra_columns"] == {"messages[].reasoning_content": 400}
+    assert "columns not read: messages[].reasoning_content (400 rows). To train on reasoning" in done.stderr
+
+
 def test_a_base_that_cannot_be_read_leaves_the_rest(here):
     done = fineloop("data", "rows.jsonl", "-c", "colours.toml", "--set", "model.base=s3://models/x", cwd=here)
     assert done.returncode == 0, done.stderr

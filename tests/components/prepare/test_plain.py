@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
@@ -13,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.config.columns import ColumnsConfig
+from components.config.data import LossOn
 from components.prepare import plain, row
 from components.prepare.personal import find, may_hold
 from components.prepare.screen import Action, Screen
 from components.prepare.shapes import as_record, recognised
 from components.prepare.sources import find_sources
-from components.prepare.validate import KeyedRecord, validate
+from components.prepare.validate import KeyedRecord, unread_keys, validate
 from components.registry.erasures import Erased, record_hash
 from components.shared.errors import DataError
 from tests.doubles.datasets import read
@@ -53,12 +55,18 @@ def content(rng: random.Random) -> Any:
 def turn(rng: random.Random, role: str) -> Any:
     role = rng.choice(("critic", "tool", "system")) if rng.random() < 0.03 else role
     more: dict[str, Any] = {"name": "f", "tool_calls": rng.choice([None, [], [{"name": "f"}], "x"])}
-    return {"role": role, "content": content(rng), **(more if rng.random() < 0.1 else {})}
+    if rng.random() < 0.5:
+        more = {
+            "weight": rng.choice([0, 0, 0, 0, 1, 1.0, None, True, 2]),
+            "reasoning_content": rng.choice([None, "hm"]),
+        }
+        role = "developer" if role == "system" else role
+    return {"role": role, "content": content(rng), **(more if rng.random() < 0.15 else {})}
 
 
 def conversation(rng: random.Random) -> list[Any]:
     turns = [turn(rng, "system")] if rng.random() < 0.3 else []
-    for _ in range(rng.randrange(3)):
+    for _ in range(rng.randrange(4)):
         turns += [turn(rng, "user"), turn(rng, "assistant")]
     return turns
 
@@ -85,23 +93,28 @@ def some_row(rng: random.Random) -> Any:
     return made if rng.random() < 0.98 else rng.choice([made and [made], "x", None, {}])
 
 
-def by_itself(value: Any, group: str, action: Action, source: str) -> KeyedRecord | str | None:
-    """What a row becomes: a record, the reason why not, or nothing where it is withheld."""
+def by_itself(
+    value: Any, group: str, action: Action, loss_on: LossOn, unread: Counter[str]
+) -> KeyedRecord | str | None:
+    """What a row becomes: a record, the reason why not, or nothing where it is withheld; `unread` counts its keys."""
     screen, columns = Screen(action), ColumnsConfig()
     screen.begin()
     try:
         if isinstance(value, dict):
             value = as_record(value, recognised(tuple(value), columns), columns, group=group)
-        record = validate(value, group=group, source=source, screen=screen.message)
+            unread.update(unread_keys(value))
+        record = validate(value, group=group, loss_on=loss_on, screen=screen.message)
     except DataError as exc:
         return str(exc)
     return record if screen.end() else None
 
 
-@pytest.mark.parametrize(("action", "group"), [("report", ""), ("mask", "g"), ("drop", "")])
+@pytest.mark.parametrize(
+    ("action", "group", "loss_on"), [("report", "", "all"), ("mask", "g", "last"), ("drop", "", "last")]
+)
 @pytest.mark.parametrize("seed", range(2))
 def test_rows_read_together_become_what_each_becomes_by_itself(
-    seed: int, action: Action, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, action: Action, group: str, loss_on: LossOn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("components.prepare.rows.BYTES_AT_ONCE", 5000)
     rng = random.Random(seed)
@@ -110,13 +123,17 @@ def test_rows_read_together_become_what_each_becomes_by_itself(
         rows = [{"g": rng.choice(["u", "v", 3, "é"]), **each} if isinstance(each, dict) else each for each in rows]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    expected = [by_itself(each, group, action, "") for each in rows]
-    found = read(find_sources(str(path)), group=group, personal=action)
+    unread: Counter[str] = Counter()
+    expected = [by_itself(each, group, action, loss_on, unread) for each in rows]
+    found = read(find_sources(str(path)), group=group, personal=action, loss_on=loss_on)
     records = [each for each in expected if isinstance(each, KeyedRecord)]
+    turns = [turn for each in records for turn in each.record.prompt]
     assert list(map(astuple, found.accepted)) == list(map(astuple, records))
     reasons = [(line, each) for line, each in enumerate(expected, start=1) if isinstance(each, str)]
     assert [(each.line, each.reason) for each in found.rejects] == reasons
     assert found.counts.withheld == expected.count(None)
+    assert {name: count for name, count in found.counts.unread.items() if "[]" in name} == unread
+    assert min(unread["messages[].reasoning_content"], sum(not turn.is_learned for turn in turns)) > 5
     assert found.counts.num_rows == len(rows)
     assert min(len(records), len(reasons)) > 500
 

@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 
 from components.prepare.dataset import Message
-from components.prepare.validate import MAX_NAME_CHARS, MAX_TEXT_CHARS, canonical_prompt, validate
+from components.prepare.validate import MAX_NAME_CHARS, MAX_TEXT_CHARS, canonical_prompt, unread_keys, validate
 from components.shared.errors import DataError
 from tests.doubles import datasets
 
@@ -32,6 +32,53 @@ def test_the_last_assistant_message_is_the_answer_and_the_turns_before_it_the_pr
     assert [turn.role for turn in record.prompt] == ["system", "user", "assistant", "user"]
     assert record.prompt[0].content == "Be brief."
     assert record.answer == "Eye"
+
+
+BAD = {"role": "assistant", "content": "Skin", "weight": 0}
+
+
+def test_a_turn_of_weight_0_stays_context_of_the_same_prompt_and_makes_another_content() -> None:
+    plain, marked, learned = (
+        validate({"messages": [USER, {**BAD, "weight": weight}, USER, {**ANSWER, "weight": 1}]})
+        for weight in (None, 0.0, 1)
+    )
+    assert learned == plain
+    assert [turn.is_learned for turn in marked.record.prompt] == [True, False, True]
+    assert [turn.without_weight() if turn.more else turn for turn in marked.record.prompt] == plain.record.prompt
+    assert (marked.key, marked.place, marked.asked) == (plain.key, plain.place, plain.asked)
+    assert marked.content != plain.content
+    called = validate({"messages": [USER, {**ASKS, "weight": 0}, RESULT, ANSWER]})
+    assert called.asked == validate({"messages": [USER, ASKS, RESULT, ANSWER]}).asked
+
+
+def test_a_row_ends_with_its_last_answer_that_is_learned_if_all_are_and_is_refused_otherwise() -> None:
+    row = {"messages": [USER, ANSWER, USER, BAD]}
+    assert validate(row, loss_on="all") == validate({"messages": [USER, ANSWER]})
+    with pytest.raises(DataError, match=r"the answer has weight 0.*data.loss_on=all learns from the earlier ones"):
+        validate(row)
+    for alone in ({"messages": [USER, BAD]}, {"prompt": "Which chapter?", "completion": [BAD]}):
+        for loss_on in ("last", "all"):
+            with pytest.raises(DataError, match=r"nothing of the row would be learned$"):
+                validate(alone, loss_on=loss_on)
+
+
+def test_the_developer_is_the_system() -> None:
+    assert validate({"messages": [{**SYSTEM, "role": "developer"}, USER, ANSWER]}) == validate(
+        {"messages": [SYSTEM, USER, ANSWER]}
+    )
+
+
+def test_keys_of_messages_that_nothing_is_read_from_are_named() -> None:
+    turns = [
+        {**USER, "name": "Ann", "refusal": None},
+        {**ASKS, "reasoning_content": "hm", "weight": 1},
+        RESULT,
+        {**ANSWER, "audio": {}, "function_call": None, "id": 0},
+    ]
+    unread = {"messages[].name", "messages[].reasoning_content", "messages[].id"}
+    assert unread_keys({"messages": turns}) == unread_keys({"messages": json.dumps(turns)}) == unread
+    assert unread_keys({"prompt": turns[:1], "completion": "a"}) == {"prompt[].name"}
+    assert not unread_keys({"messages": "[{", "prompt": "q", "completion": ["a", None]})
 
 
 def test_all_forms_of_the_same_example_are_the_same_record() -> None:
@@ -96,6 +143,12 @@ def test_prompts_that_only_look_alike_when_joined_differ() -> None:
         ({"prompt": "a", "completion": 3}, "completion is a number: expected text"),
         ({"prompt": b"a", "completion": "b"}, "prompt is bytes: expected text"),
         ({"prompt": True, "completion": "b"}, "prompt is true or false: expected text"),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0.5}]},
+            "messages[1].weight is 0.5: expected 0, which is not learned",
+        ),
+        ({"messages": [USER, {**ANSWER, "weight": True}]}, "messages[1].weight is True: expected 0"),
+        ({"messages": [{**USER, "weight": "0"}, ANSWER]}, "messages[0].weight is '0': expected 0"),
         ({"messages": []}, "messages is an empty list"),
         ({"messages": "hello"}, "messages is text: expected a list of {role, content}"),
         ({"messages": ["hello"]}, "messages[0] is text: expected {role, content}"),

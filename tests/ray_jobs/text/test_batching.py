@@ -316,6 +316,31 @@ def test_the_last_answer_alone_is_learned_unless_all_are_asked_for(chat):
     assert everything.num_prompt_tokens.tolist() == last.num_prompt_tokens.tolist()
 
 
+def unlearned(talk: Record, *places: int) -> Record:
+    turns = [turn._replace(more='{"weight":0}') if at in places else turn for at, turn in enumerate(talk.prompt)]
+    return dataclasses.replace(talk, prompt=turns)
+
+
+@pytest.mark.parametrize("family", ["chatml", "mistral", "qwen-3"])
+def test_a_turn_of_weight_0_is_read_and_not_learned(family, tmp_path):
+    """The judge is the same conversation without weights: the same tokens, of which that turn's labels are gone."""
+    folder = chat_families.build(tmp_path, FAMILIES[family])
+    chat = chat_format.load(base_model.Base(family, folder, {}), ModelConfig(base=str(folder)))
+    given = [unlearned(TALK, 4), unlearned(TALK, 2, 4)]
+    everything, marked = tokenize([TALK], chat, 256, "all"), tokenize(given, chat, 256, "all")
+    answers = [[text for row in learned(marked.take([place]), chat) for text in row] for place in range(len(marked))]
+    blue, green, black = [text for row in learned(everything, chat) for text in row]
+    assert [text for row in answers for text in row] == [blue, black, black]
+    assert green not in "".join(itertools.chain(*answers))
+    for loss_on in ("last", "all"):
+        rows = {tokenize([each], chat, 256, loss_on).take([-1]).tokens.tobytes() for each in (TALK, *given)}
+        assert len(rows) == 1
+    (last,) = {tuple(map(tuple, learned(tokenize([each], chat, 256), chat))) for each in (TALK, *given)}
+    assert last == ((black,),)
+    long = dataclasses.replace(TALK, prompt=[Message("user", "hello"), Message("assistant", "<|end|>"), *TALK.prompt])
+    assert not chat.ends_early(unlearned(long, 1), "all")
+
+
 BEFORE, COAL = "<|system|>Be brief.<|end|>\n", "<|user|>coal<|end|>\n<|assistant|>black<|end|>"
 
 
