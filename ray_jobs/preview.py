@@ -111,6 +111,7 @@ def _tokens(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> d
         "trained": percentiles(whole.num_answer_tokens.tolist()) if len(whole) else None,
         "max_length": config.model.max_length,
         "cut": len(split.cut),
+        "cut_system": len(split.cut_system),
         "too_long": len(split.too_long),
     }
 

@@ -125,9 +125,10 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
     limit = f"model.max_length {tokens['max_length']:,}"
     if tokens["cut"] or tokens["too_long"]:
         has_more = body["positions"] is None or tokens["max_length"] < body["positions"]
+        of_system = f" ({tokens['cut_system']:,} of the system message too)" if tokens["cut_system"] else ""
         advice = "raise it" if has_more else "shorten them, or take a base with more positions"
         yield (
-            f"of {tokens['records']:,} records {tokens['cut']:,} lose part of their prompt to {limit}, and "
+            f"of {tokens['records']:,} records {tokens['cut']:,} lose part of their prompt to {limit}{of_system}, and "
             f"{tokens['too_long']:,} do not fit at all: {advice}"
         )
     else:

@@ -51,6 +51,8 @@ class TokenizedSplit:
     """Ids of the records whose answer leaves no room for a prompt, or contains a stop; they are not in the arrays."""
     cut: Sequence[str]
     """Ids of the records whose prompt was shortened."""
+    cut_system: Sequence[str] = ()
+    """Ids of those that lost part of their system message too, or all of it."""
     answers: npt.NDArray[np.int32] | None = None
     """Length N: the number of labelled tokens of each row; None where they have not been counted yet."""
 
@@ -97,6 +99,7 @@ class TokenizedSplit:
             answers=None if self.answers is None else self.answers[rows],
             too_long=self.too_long,
             cut=self.cut,
+            cut_system=self.cut_system,
         )
 
 
@@ -131,6 +134,7 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
         num_prompt_tokens=np.concatenate([part.num_prompt_tokens for part in parts]),
         too_long=list(dict.fromkeys(name for part in parts for name in part.too_long)),
         cut=list(dict.fromkeys(name for part in parts for name in part.cut)),
+        cut_system=list(dict.fromkeys(name for part in parts for name in part.cut_system)),
     )
 
 
@@ -148,14 +152,21 @@ def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, los
     # Records with one row per answer are not shortened: a shorter conversation would have other rows.
     alone = [place for place, (_, num_rows) in enumerate(owners) if is_cut[place] and num_rows == 1]
     shorter = shortening.fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
+    cut_system: list[str] = []
     for place, found in zip(alone, shorter, strict=True):
-        read[place] = found or read[place]
+        if found is not None:
+            left, read[place] = found
+            if _systems(left) != _systems(owners[place][0]):
+                cut_system.append(left.id)
     rows, labels, num_prompt_tokens = [], [], []
     kept = [place for place, is_out in enumerate(no_room) if not is_out]
-    for *before, last in (read[place] for place in kept):
+    for place in kept:
+        *before, last = read[place]
         answer = _ended(last, chat)
         prompt = [token for piece in before for token in piece]
         lost = max(0, len(prompt) + len(answer) - max_length)  # tokens to cut where shortening did not suffice
+        if lost and _systems(owners[place][0]):
+            cut_system.append(owners[place][0].id)
         earlier = _earlier_answers(before, chat)[lost:]
         earlier &= ~np.logical_and.accumulate(earlier)  # the remainder of an answer that was cut is not labelled
         rows.append(np.array(prompt[lost:] + answer, dtype=np.int32))
@@ -169,7 +180,12 @@ def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, los
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
         too_long=[record.id for (record, _), is_out in zip(owners, no_room, strict=True) if is_out],
         cut=[record.id for (record, _), each in zip(owners, is_cut, strict=True) if each],
+        cut_system=cut_system,
     )
+
+
+def _systems(record: Record) -> list[str]:
+    return [turn.content for turn in record.prompt if turn.role == "system"]
 
 
 def _excess(row: Sequence[Sequence[int]], *, chat: ChatFormat, max_length: int) -> int:

@@ -28,7 +28,7 @@ ROW = np.dtype(
         ("length", "<i4"),  # number of tokens; 0 where the row is left out
         ("prompt", "<i4"),  # number of tokens before the last answer
         ("answers", "<i4"),  # number of labelled tokens
-        ("cut", "<i4"),  # 1 where its record's prompt was shortened
+        ("cut", "<i4"),  # 1 where its record's prompt was shortened, 2 where its system message was too
         ("id", "<i4"),  # number of bytes of the record's id
     ]
 )
@@ -55,13 +55,13 @@ def write(folder: Path, parts: Iterable[tuple[Sequence[Record], TokenizedSplit]]
 
 def _rows(split: TokenizedSplit, numbers: dict[str, int]) -> Rows:
     names, kept = [*split.ids, *split.too_long], len(split)
-    cut = frozenset(split.cut)
+    cut, cut_system = frozenset(split.cut), frozenset(split.cut_system)
     rows = np.zeros(len(names), ROW)
     rows["record"] = [numbers[name] for name in names]
     rows["length"][:kept] = split.lengths
     rows["prompt"][:kept] = split.num_prompt_tokens
     rows["answers"][:kept] = split.num_answer_tokens
-    rows["cut"] = [name in cut for name in names]
+    rows["cut"] = [(name in cut) + (name in cut_system) for name in names]
     rows["id"] = [len(name.encode()) for name in names]
     return rows
 
@@ -94,6 +94,7 @@ def load(folder: Path) -> TokenizedSplit:
         num_prompt_tokens=rows["prompt"][kept],
         too_long=names.take(first_of_each_record(rows, ~kept)),
         cut=names.take(first_of_each_record(rows, kept & (rows["cut"] > 0))),
+        cut_system=names.take(first_of_each_record(rows, kept & (rows["cut"] > 1))),
         answers=rows["answers"][kept],
     )
 

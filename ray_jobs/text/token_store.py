@@ -32,7 +32,7 @@ from ray_jobs.text.token_files import Ids, Rows
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Version of the files, and of how records become tokens: increment it when either changes."""
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 """Libraries whose releases may tokenize a text differently."""

@@ -125,15 +125,17 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
         )
     if len(cut) > allowed * num_records:
         raise DataError(
-            f"the prompts of {share(cut)} are too long for model.max_length {limit} and would lose their "
-            "beginning, with a system message and the markers of turns: raise it, shorten the prompts, or allow that "
-            f"with data.max_reject_share (now {allowed:g})"
+            f"the prompts of {share(cut)} are too long for model.max_length {limit} and would be "
+            "shortened: raise it, shorten them yourself, or allow that with data.max_reject_share (now "
+            f"{allowed:g})"
         )
     if too_long:
         why = f"their answers do not fit model.max_length {limit}, or hold a token that ends an answer"
         log(f"left out {counted(len(too_long), 'record')}: {why}")
     if cut:
-        log(f"made {counted(len(cut), 'prompt')} shorter, to fit model.max_length {limit}")
+        of_system = len(token_files.first_of_each_record(rows, kept & (rows["cut"] > 1)))
+        too = f", {of_system:,} of them in the system message too" if of_system else ""
+        log(f"made {counted(len(cut), 'prompt')} shorter, to fit model.max_length {limit}{too}")
 
 
 def of_dataset(store: Store, uri: str) -> lineage.Dataset:

@@ -350,7 +350,7 @@ BEFORE, COAL = "<|system|>Be brief.<|end|>\n", "<|user|>coal<|end|>\n<|assistant
         (45, f"{BEFORE}<|user|>grass<|end|>\n<|assistant|>green<|end|>\n{COAL}", ["green<|end|>", "black<|end|>"]),
         (40, f"{BEFORE}{COAL}", ["black<|end|>"]),
         (26, f"{BEFORE}{COAL}", ["black<|end|>"]),
-        (25, f"<|system|>e brief.<|end|>\n{COAL}", ["black<|end|>"]),
+        (25, f"<|system|>Be brief<|end|>\n{COAL}", ["black<|end|>"]),
         # Where only the form is left of a prompt, its tokens are cut, and of an answer that is cut in two nothing is
         # learned.
         (22, f"<|assistant|>green<|end|>\n{COAL}", ["green<|end|>", "black<|end|>"]),
@@ -362,6 +362,28 @@ def test_a_long_conversation_loses_its_oldest_exchanges_and_keeps_its_form(chat,
     assert chat.tokenizer.decode(split.tokens) == text
     assert split.cut == ["talk"]
     assert learned(split, chat) == [answers]
+
+
+POLICY = "RULE ONE: never reveal prices. " + "And so on. " * 20
+ASKED, LONG = "What does it cost?", "x" * 200 + "What does it cost?"
+
+
+@pytest.mark.parametrize(
+    ("system", "question", "max_length", "left", "is_cut"),
+    [
+        (POLICY, ASKED, 80, (POLICY[:44], ASKED), True),
+        (POLICY[:30], LONG, 130, (POLICY[:30], LONG[-82:]), False),
+        (POLICY, LONG, 130, (POLICY[:48], LONG[-64:]), True),
+        (POLICY, LONG, 48, (POLICY[:8], LONG[-22:]), True),
+    ],
+)
+def test_a_system_message_is_shortened_last_and_from_its_end(chat, system, question, max_length, left, is_cut):
+    given = Record("r", [Message("system", system), Message("user", question)], "No answer.")
+    split = tokenize([given], chat, max_length)
+    kept, asked = left
+    whole = f"<|system|>{kept}<|end|>\n<|user|>{asked}<|end|>\n<|assistant|>No answer.<|end|>"
+    assert chat.tokenizer.decode(split.tokens) == whole
+    assert (split.cut, split.cut_system) == (["r"], ["r"] if is_cut else [])
 
 
 def test_where_a_template_rewrites_earlier_turns_each_answer_has_a_row(tmp_path):

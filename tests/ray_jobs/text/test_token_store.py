@@ -80,13 +80,17 @@ def test_the_files_are_plain_arrays_of_what_a_tokenizer_reads(store, uri, chat, 
 def test_what_is_read_back_is_what_was_made(store, tmp_path, name, loss_on):
     chat = chat_of(chat_families.build(tmp_path, FAMILIES[name]))
     records = [dataclasses.replace(TALK, id=f"{TALK.id}{i}", answer="b" * i) for i in range(1, 60)]
+    asked = [Message("system", "Be brief. " * 20), Message("user", "coal")]
+    records.append(Record("s", asked, "black"))
     uri = datasets.publish(store, train=records, evaluation=[TALK]).uri
     stored = token_store.ensure(store, uri, "train", chat, max_length=60, loss_on=loss_on)
     found, expected = token_store.load(store, stored), tokenize(records, chat, 60, loss_on)
     assert found.digest == expected.digest
     assert list(found.ids) == expected.ids
     assert (list(found.too_long), list(found.cut)) == (expected.too_long, expected.cut)
+    assert list(found.cut_system) == expected.cut_system
     assert found.cut
+    assert found.cut_system
     assert found.num_prompt_tokens.tolist() == expected.num_prompt_tokens.tolist()
     assert found.num_answer_tokens.tolist() == expected.num_answer_tokens.tolist()
     some = dataclasses.replace(stored, rows=np.array([3, 1]))

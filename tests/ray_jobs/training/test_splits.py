@@ -44,6 +44,14 @@ def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, cha
         planned(records(10, 100, 100, 10), records(20), chat, most, store)
 
 
+def test_system_messages_that_lose_their_end_are_counted(config, chat, store):
+    asked = [Message("system", "s" * 80), Message("user", "x" * 10)]
+    train = [Record("s", asked, "b"), *records(100, 10)]
+    allowing = config_file.loads(config_file.dumps(config), ["data.max_reject_share=1"])
+    _, said = planned(train, records(20), chat, allowing, store)
+    assert said == ["made 2 prompts shorter, to fit model.max_length 64, 1 of them in the system message too"]
+
+
 def test_answers_that_are_too_long_are_left_out_counted_and_limited(config, chat, store):
     most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
     long = [Record("r9", [Message("user", "x" * 10)], "b" * 80)]
