@@ -6,9 +6,11 @@ TCP ports: the servers behind them require this certificate, a key or a token.
 
 import os
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 from components.shared.errors import UserError
+from pipelines.local.ports import LOOPBACK
 
 OWNER_ONLY = 0o700
 UMASK = 0o077
@@ -40,7 +42,8 @@ def private_folder(path: Path) -> Path:
 def write_certificate(directory: Path) -> tuple[Path, Path]:
     """Write a new self-signed certificate and its key; whoever can read the key may use the server.
 
-    Both ends of the connections belong to the same server and share the certificate: SeaweedFS compares no host name.
+    Both ends of the connections belong to the same server and share the certificate, which names the address that they
+    compare.
     """
     from cryptography import x509  # not at the top: `fineloop --help` imports this module's neighbours
     from cryptography.hazmat.primitives import hashes, serialization
@@ -59,6 +62,7 @@ def write_certificate(directory: Path) -> tuple[Path, Path]:
         .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + VALID_FOR)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(LOOPBACK))]), critical=False)
         .add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
         )

@@ -2,8 +2,8 @@
 
 The flags below close what is open by default: telemetry is on, the filer's HTTP port bypasses S3 authentication, all
 services bind to every interface, the first write to a misspelt bucket creates it, and without credentials in its
-environment the server is open to anyone. The services speak gRPC to each other on loopback, where any user of the
-machine could administer them; so they require a certificate from each other (security.toml).
+environment the server is open to anyone. The services speak gRPC and HTTP to each other on loopback, where any user of
+the machine could administer and fill them; so they require a certificate from each other (security.toml).
 """
 
 import contextlib
@@ -144,10 +144,16 @@ class SeaweedFS:
 
 
 def _security(certificate: Path, key: Path) -> str:
-    """Return security.toml, which `weed` reads from its working directory: services and shell share one certificate."""
-    sides = (*SERVICES, "client", "worker")
-    tables = [f'[grpc.{side}]\ncert = "{certificate.name}"\nkey = "{key.name}"\n' for side in sides]
-    return "\n".join([f'[grpc]\nca = "{certificate.name}"\n', *tables])
+    """Return security.toml, which `weed` reads from its working directory: services and shell share one certificate.
+
+    Without it the volume server's HTTP port would take blobs from any user of the machine, and the others tell what
+    they hold. S3's own port needs none: it asks for credentials.
+    """
+    own = f'cert = "{certificate.name}"\nkey = "{key.name}"\n'
+    authority = f'ca = "{certificate.name}"\n'
+    grpc = [f"[grpc.{side}]\n{own}" for side in (*SERVICES, "client", "worker")]
+    https = [f"[https.{side}]\n{own}{authority}" for side in ("master", "volume", "admin", "client")]
+    return "\n".join([f"[grpc]\n{authority}", *grpc, f"{https.pop()}enabled = true\n", *https])
 
 
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:

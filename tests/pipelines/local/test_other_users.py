@@ -3,7 +3,10 @@
 The gRPC services are called as SeaweedFS's own administration shell calls them (weed/pb/filer.proto, filer_pb).
 """
 
+import contextlib
+import http.client
 import json
+import ssl
 import tempfile
 from pathlib import Path
 
@@ -12,10 +15,13 @@ import pytest
 
 from components.shared.errors import UserError
 from pipelines.local import ray_head, seaweedfs
+from pipelines.local.ports import LOOPBACK
 from pipelines.local.private import CERTIFICATE, KEY, private_folder, write_certificate
+from pipelines.local.seaweedfs import SeaweedFS
 from pipelines.local.service import Service
 
 ANSWERS_IN_S = 10
+REFUSED = 999
 CONFIGURATION = "/filer_pb.SeaweedFiler/GetFilerConfiguration"
 
 
@@ -61,6 +67,39 @@ def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3
         assert _asked(address, _with_certificate(tmp_path, authority)) == grpc.StatusCode.UNAVAILABLE
 
 
+def test_the_store_takes_and_tells_nothing_over_http_without_its_certificate(
+    s3_server: SeaweedFS, s3_directory: Path
+) -> None:
+    """A blob that another user writes could take the place of the next one, and stop the owner's publications."""
+    ports = json.loads((s3_directory / "ports.json").read_text())[: len(seaweedfs.SERVICES)]
+    found = dict(zip(seaweedfs.SERVICES, ports, strict=True))
+    own, none = ssl.create_default_context(cafile=s3_directory / CERTIFICATE), ssl.create_default_context()
+    own.load_cert_chain(s3_directory / CERTIFICATE, s3_directory / KEY)
+    none.check_hostname, none.verify_mode = False, ssl.CERT_NONE
+    assert _status(http.client.HTTPSConnection(LOOPBACK, found["volume"], context=own), "GET", "/status") == 200
+    for service, port in found.items():
+        asked = [
+            ("POST", "/1,0100deadbeef"),
+            *(("GET", path) for path in ("/", "/status", "/metrics", "/ui/index.html")),
+        ]
+        for verb, path in asked:
+            if (service, path) != ("s3", "/status"):  # which says nothing
+                plain = _status(http.client.HTTPConnection(LOOPBACK, port, timeout=ANSWERS_IN_S), verb, path)
+                assert plain >= 400, (service, verb, path)
+                by_tls = http.client.HTTPSConnection(LOOPBACK, port, timeout=ANSWERS_IN_S, context=none)
+                assert _status(by_tls, verb, path) == REFUSED, (service, verb, path)
+
+
+def _status(connection: http.client.HTTPConnection, verb: str, path: str) -> int:
+    """The status that it answers, or `REFUSED` where the connection comes to nothing."""
+    with contextlib.closing(connection):
+        try:
+            connection.request(verb, path, b"junk" if verb == "POST" else None)
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            return REFUSED
+
+
 def _grpc_ports(directory: Path) -> list[int]:
     """The gRPC ports, the filer's first, which is the one that `_asked` can ask."""
     ports = json.loads((directory / "ports.json").read_text())[len(seaweedfs.SERVICES) :]
@@ -74,8 +113,7 @@ def _with_certificate(directory: Path, authority: bytes | None = None) -> grpc.C
 
 
 def _asked(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.StatusCode:
-    by_name = [("grpc.ssl_target_name_override", "fineloop")]
-    opened = grpc.secure_channel(address, credentials, by_name) if credentials else grpc.insecure_channel(address)
+    opened = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
     with opened as channel:
         try:
             channel.unary_unary(CONFIGURATION)(b"", timeout=ANSWERS_IN_S)
