@@ -15,6 +15,7 @@ from typing import Any
 
 from components.shared import garbage
 from components.shared.errors import FineloopError
+from components.shared.protocol import printable
 from pipelines.commands import (
     adapters,
     chat,
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     garbage.leave_at_exit()
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_escape)
     try:
         answer: Answer = options.command(options)
     except KeyboardInterrupt as exc:
@@ -113,11 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _finish(options, answer)
 
 
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
 def _finish(options: argparse.Namespace, answer: Answer) -> int:
     try:
         if answer.text:
             aside = options.json or answer.is_aside
-            print(answer.text, file=sys.stderr if aside else sys.stdout)
+            print(printable(answer.text), file=sys.stderr if aside else sys.stdout)
         if options.json:
             print(json.dumps(answer.body), flush=True)  # noqa: T201
         sys.stdout.flush()

@@ -19,7 +19,8 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
 """
 
 import hashlib
-from typing import TypeVar
+import tomllib
+from typing import Any, TypeVar
 
 from components.records.steps import Decision, Evaluation, Record, StepRecord, TrainResult
 from components.records.sweep import SweepResult, Trial
@@ -55,6 +56,23 @@ def run_key(run_id: str, file: str = "") -> str:
 def step_key(run_id: str, step: str) -> str:
     """Return the key of a step's record."""
     return run_key(run_id, f"{STEPS}{step}.json")
+
+
+def config_of(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
+    """Read the run's resolved config as its release wrote it, by sections; empty if it wrote none.
+
+    Raises:
+        IntegrityError: it is no such config. Whoever trains may write anything there.
+    """
+    key = run_key(run_id, CONFIG)
+    found = store.read(key)
+    try:
+        config = tomllib.loads(found[0].decode()) if found else {}
+    except (ValueError, RecursionError) as exc:
+        raise IntegrityError(f"{store.uri(key)} is no config: {exc}") from exc
+    if odd := [name for name, section in config.items() if not isinstance(section, dict)]:
+        raise IntegrityError(f"{store.uri(key)} is no config: {odd[0]} is no section")
+    return config
 
 
 def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None) -> R:

@@ -9,8 +9,6 @@ the age, at least a day. For a run that has decided, only its checkpoints are re
 No index is trusted: an entry counts only if it has the MD5 that the store gives for the object; see `documents`.
 """
 
-import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ from components.registry.listing import Listing, Needing
 from components.registry.names import version_key
 from components.shared.errors import IntegrityError
 from components.store.folders import MANIFEST
-from components.store.store import JSON, ObjectInfo, Store
+from components.store.store import JSON, ObjectInfo, Store, decode_json
 
 DATASETS, BASES, RUNS = "datasets/", "bases/", "runs/"
 A_RUN_RESTS = timedelta(days=1)
@@ -89,7 +87,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
         checkpoints = [info for info in objects if info.key.startswith(runs.run_key(run_id, runs.CHECKPOINTS))]
         if not checkpoints or _newest(checkpoints) > oldest:
             continue
-        decision = runs.find(store, run_id, Decision)
+        decision = runs.decision_of(store, run_id)
         if decision is not None and decision.adapter in names:
             found.append(_removal("checkpoints", run_id, f"the run decided to {decision.decision}", checkpoints))
     if set(everything) <= set(names):
@@ -218,25 +216,28 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
     Raises:
         IntegrityError: one of its records is damaged.
     """
-    decision = runs.find(store, run_id, Decision)
-    if decision is not None and not decision.promoted:
-        return None
-    trained = runs.find(store, run_id, TrainResult)
-    made = trained.version_uri if trained else ""
-    if decision or runs.find(store, run_id, Evaluation):  # what is left is its version taking the alias
-        return _UnderWay(run_id, made)
-    prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
-    if replayed := runs.find(store, run_id, Replayed):
-        prepared.add(replayed.dataset_uri.rpartition("/")[2])
-    chosen, body = store.read(runs.run_key(run_id, runs.START)), store.read(runs.run_key(run_id, runs.CONFIG))
     try:
-        config: dict[str, Any] = tomllib.loads(body[0].decode()) if body else {}
+        decision = runs.find(store, run_id, Decision)
+        if decision is not None and not decision.promoted:
+            return None
+        trained = runs.find(store, run_id, TrainResult)
+        made = trained.version_uri if trained else ""
+        if decision or runs.find(store, run_id, Evaluation):  # what is left is its version taking the alias
+            return _UnderWay(run_id, made)
+        prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
+        if replayed := runs.find(store, run_id, Replayed):
+            prepared.add(replayed.dataset_uri.rpartition("/")[2])
+        chosen, config = store.read(runs.run_key(run_id, runs.START)), runs.config_of(store, run_id)
         starts = [str(config.get("train", {}).get("start_from", ""))]
-        starts += [str(json.loads(chosen[0])["version"])] if chosen else []
-        needs_a_base = body is None or _makes_a_base(config)
-    except (ValueError, LookupError, TypeError, AttributeError) as exc:
-        where = store.uri(runs.run_key(run_id))
-        raise IntegrityError(f"{where} is damaged, so it is unknown what the run needs: {exc}") from exc
+        starts += (
+            [str(decode_json(chosen[0], store.uri(runs.run_key(run_id, runs.START)))["version"])] if chosen else []
+        )
+        needs_a_base = not config or _makes_a_base(config)
+    except (IntegrityError, LookupError, TypeError) as exc:
+        raise IntegrityError(
+            f"{store.uri(runs.run_key(run_id))} is damaged ({exc}), so it is unknown what the run needs, and nothing "
+            "is removed: remove that folder, unless the run still goes on"
+        ) from exc
     return _UnderWay(
         run_id, made, prepared, not prepared, needs_a_base, tuple(start for start in starts if "@" in start)
     )

@@ -17,6 +17,8 @@ _WORKER = re.compile(r"^\(\w+ pid=\d+[^()]*\) (?=\[[a-z][a-z0-9_-]*\] )")
 _SILENT = re.compile(r"^\(\w+ pid=\d+[^()]*\)\s*$")
 """An empty line of a worker: Ray breaks the line before each state of a bar, and puts the worker's name on it."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys: all control characters but tabs and line ends, and those that turn the direction of text."""
 _BAR = re.compile(r"\d+%\|.*\| *[\d.]+[kMGT]?/")
 """A progress bar of tqdm: "12%|####    | 3/25 [00:01<00:09, 2.1it/s]"."""
 STARTED = "started"
@@ -80,18 +82,24 @@ def say_failure(step: str, error: BaseException) -> None:
 def parse_line(line: str) -> Line | None:
     """Read a line of the protocol, however a runner has indented, coloured or prefixed it; None for any other line."""
     match = _LINE.match(_COLOUR.sub("", line))
-    return Line(match[1], match[2]) if match else None
+    return Line(match[1], printable(match[2])) if match else None
+
+
+def printable(text: str) -> str:
+    """Escape control characters: names and logs come from a store into which others may write."""
+    return _CONTROL.sub(lambda each: each[0].encode("unicode_escape").decode(), text)
 
 
 def readable(log: str) -> str:
-    """Whole lines of a job's log for people: no colours, no progress bars, and no worker's name before our own lines.
+    """Whole lines of a job's log for people: no colours, no progress bars, and no worker's name before our own lines;
+    other control characters are escaped.
 
     Our own lines come from rank 0 alone; lines that a library prints keep their worker's name.
     """
     lines = [_COLOUR.sub("", line) for line in log.split("\n")]
     kept = [line.rpartition("\r")[2] for line in lines if not (_BAR.search(line) or _SILENT.match(line))]
     shown = [_WORKER.sub("", line) for line in kept]
-    return "\n".join(shown)
+    return printable("\n".join(shown))
 
 
 def end_of(log: str, text: str) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from components.shared.protocol import printable
 from pipelines.configs import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
@@ -166,4 +167,4 @@ def home_option(options: argparse.Namespace) -> str:
 
 def print_err(text: str, end: str = "\n") -> None:
     """Print progress, a warning or an error on stderr; stdout is for the answer."""
-    print(text, file=sys.stderr, end=end, flush=True)  # noqa: T201 - the screen, beside the answer
+    print(printable(text), file=sys.stderr, end=end, flush=True)  # noqa: T201 - the screen, beside the answer

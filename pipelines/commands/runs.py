@@ -161,12 +161,15 @@ def _show_kept(options: argparse.Namespace) -> Answer:
     from components.report.headline import headline
     from components.report.next_steps import next_steps
     from components.report.report import read_run
+    from components.shared.errors import IntegrityError
     from pipelines.local.past_runs import find, lock_of, one
     from pipelines.local.run import LOG
 
     with opened_registry(options) as store:
         run_id = find(store, options.run)
         kept = one(store, options.home, run_id)
+        if kept.outcome.startswith("damaged"):
+            raise IntegrityError(f"run {run_id} is {kept.outcome}")
         key = run_key(run_id, CONFIG)
         run = read_run(config_file.loads(store.get(key).decode(), origin=store.uri(key)), store, run_id)
         where = store.uri(run_key(run_id))

@@ -1,19 +1,20 @@
 """The runs in a store, however they were started: one line for each."""
 
 import fcntl
-import tomllib
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
 from components.config.methods import METHODS
 from components.records import runs
 from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
 from components.records.sweep import TunedRate
-from components.shared.errors import UnknownName, UserError
+from components.shared.errors import IntegrityError, UnknownName, UserError
 
 if TYPE_CHECKING:
     from components.store.store import Store
@@ -23,7 +24,7 @@ ORDER = ("prepare", "tune", "finetune", "evaluate", "gate", "promote")
 """Steps of a run that trains."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class PastRun:
     """A run by what it left in the store, as far as it got."""
 
@@ -32,20 +33,20 @@ class PastRun:
     """Start time in ISO 8601, in UTC."""
     adapter: str
     outcome: str
-    """The gate's verdict; `trained` for a run without a gate; otherwise how far it got."""
-    version: str | None
-    metric: str
+    """The gate's verdict; `trained` for a run without a gate; otherwise how far it got, or `damaged` and why."""
+    version: str | None = None
+    metric: str = LOSS
     """Key of the metric by which the gate compares models."""
-    metrics: dict[str, float | None]
+    metrics: dict[str, float | None] = Field(default_factory=dict)
     """Metrics of the candidate, by key."""
-    learning_rate: float | None
-    steps: int | None
-    note: str
-    hours: float | None
+    learning_rate: float | None = None
+    steps: int | None = None
+    note: str = ""
+    hours: float | None = None
     """Worker-hours, as the training recorded them: GPU-hours if it trained on GPUs."""
-    price: float | None
+    price: float | None = None
     """US dollars for `hours`; None without GPUs."""
-    report: str | None
+    report: str | None = None
     """Path of its report on this machine, or else its address in the store; None if it has none."""
 
     @property
@@ -73,13 +74,19 @@ def listed(store: "Store", home: Path, *, adapter: str = "", limit: int) -> list
 
 
 def one(store: "Store", home: Path, run_id: str) -> PastRun:
-    """Return the run with this id; its report is fetched from the store to this machine."""
+    """Return the run with this id; its report is fetched from the store to this machine.
+
+    Raises:
+        UnknownName: the folder is not one of a run.
+    """
     infos = {info.key: info for info in store.list(runs.run_key(run_id))}
-    written = infos[runs.run_key(run_id, runs.CONFIG)].last_modified
+    began_with = infos.get(runs.run_key(run_id, runs.CONFIG))
+    if began_with is None:
+        raise UnknownName(f"{store.uri(runs.run_key(run_id))} has no {runs.CONFIG}, so it is no run")
     folder = home / "runs" / run_id
     if folder.is_dir() and (page := store.read(runs.run_key(run_id, runs.REPORT))):
         (folder / runs.REPORT).write_bytes(page[0])
-    return _read(store, run_id, written, home, infos.keys())
+    return _read(store, run_id, began_with.last_modified, home, infos.keys())
 
 
 def find(store: "Store", wanted: str) -> str:
@@ -104,13 +111,7 @@ def find(store: "Store", wanted: str) -> str:
     raise UnknownName(f"there is no run {wanted!r} in {store.uri('runs/')}: `fineloop runs list` shows those there are")
 
 
-def config_of(store: "Store", run_id: str) -> dict[str, Any]:
-    """Return the run's resolved config as it was written; empty if it wrote none."""
-    found = store.read(runs.run_key(run_id, runs.CONFIG))
-    return tomllib.loads(found[0].decode()) if found else {}
-
-
-def rate_of(config: dict[str, Any], tuned: TunedRate | None) -> float | None:
+def rate_of(config: Mapping[str, Any], tuned: TunedRate | None) -> float | None:
     """Return the learning rate that a run trained at."""
     if tuned is not None:
         return tuned.learning_rate
@@ -124,7 +125,22 @@ def _is_config(key: str) -> bool:
 
 
 def _read(store: "Store", run_id: str, written: datetime, home: Path, keys: Collection[str]) -> PastRun:
-    config = config_of(store, run_id)
+    """Read a run; what cannot be read of it is its outcome: whoever trains may write anything among the runs."""
+    adapter, began = "", written.astimezone(UTC).isoformat()
+    try:
+        config = runs.config_of(store, run_id)
+        adapter = str(config.get("adapter", {}).get("name", ""))
+        return _sound(store, run_id, began, home, keys, config)
+    except ValidationError as exc:
+        why = f"{exc.errors()[0]['loc'][0]}: {exc.errors()[0]['msg']}"
+    except (IntegrityError, TypeError) as exc:
+        why = str(exc)
+    return PastRun(run_id=run_id, began=began, adapter=adapter, outcome=f"damaged: {why}")
+
+
+def _sound(
+    store: "Store", run_id: str, written: str, home: Path, keys: Collection[str], config: Mapping[str, Any]
+) -> PastRun:
     steps = runs.steps(store, run_id)
     decision, evaluation = runs.find(store, run_id, Decision), runs.find(store, run_id, Evaluation)
     trained = runs.find(store, run_id, TrainResult)
@@ -142,7 +158,7 @@ def _read(store: "Store", run_id: str, written: datetime, home: Path, keys: Coll
         outcome = _undecided(steps, here, tunes=tunes, evaluated=evaluation is not None)
     return PastRun(
         run_id=run_id,
-        began=steps[0].started_at if steps else written.astimezone(UTC).isoformat(),
+        began=steps[0].started_at if steps else written,
         adapter=config.get("adapter", {}).get("name", ""),
         outcome=outcome,
         version=trained.version if trained else None,

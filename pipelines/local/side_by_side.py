@@ -91,7 +91,7 @@ def read(store: "Store", wanted: str) -> Side:
     evaluation = runs.find(store, run_id, Evaluation)
     if evaluation is None:
         raise UserError(f"run {run_id} evaluated nothing, so that there is nothing to compare: name one that did")
-    config = past_runs.config_of(store, run_id)
+    config = runs.config_of(store, run_id)
     curve = store.read(runs.run_key(run_id, runs.METRICS))
     body = store.get(runs.run_key(run_id, runs.EVALUATION_RECORDS))
     candidate = evaluation.model("candidate")

@@ -157,3 +157,54 @@ def test_a_note_on_the_command_line_is_a_key_of_the_config_and_stands_in_the_rep
     config = load_config(options)
     assert (config.adapter.note, config.train.epochs) == (said, 2)
     assert ("Note", said) in run_facts(RunFiles("r", "sums", note=config.adapter.note))
+
+
+JUNK = {
+    "not UTF-8": (runs.CONFIG, b"\xff\xfe"),
+    "not TOML": (runs.CONFIG, b"[" * 100_000),
+    "no section": (runs.CONFIG, b"adapter = 5"),
+    "a number for a name": (runs.CONFIG, b"[adapter]\nname = 5"),
+    "a text for a rate": (runs.CONFIG, b'[adapter]\nname = "sums"\n[train]\nlearning_rate = "high"'),
+    "a list for a method": (runs.CONFIG, b"[method]\nname = []"),
+    "a broken decision": (runs.DECISION, b"{"),
+    "a broken step": (f"{runs.STEPS}gate.json", b"[]"),
+    "nothing but junk": ("junk", b"x"),
+}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_one_damaged_run_hides_no_other(
+    three: list[str], store: Store, config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, junk: str
+) -> None:
+    keep(store, config_path, "odd", "2026-11-29T04:00:00+00:00")
+    file, content = JUNK[junk]
+    if file == "junk":
+        store.delete([runs.run_key("odd", runs.CONFIG)])
+    store.put(runs.run_key("odd", file), content)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    done = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = {run["run_id"]: run["outcome"] for run in body(done)["runs"]}
+    assert {run_id: listed.pop(run_id) for run_id in three} == dict(
+        zip(three, ["failed in finetune", "trained", "promote"], strict=True)
+    )
+    assert all(outcome.startswith("damaged: ") for outcome in listed.values())
+    assert len(listed) == (file != "junk")
+    shown = fineloop("runs", "show", "odd", "-c", config_path, cwd=tmp_path)
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (2 if file == "junk" else 1, 1), shown.stderr
+    if file == runs.CONFIG and junk != "a text for a rate":
+        gone = fineloop("adapters", "gc", "-c", config_path, cwd=tmp_path)
+        assert "Traceback" not in gone.stderr
+
+
+def test_what_a_terminal_obeys_is_shown_and_not_sent(
+    store: Store, config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    name = "\\u001b]0;pwn\\u0007\\u001b[2J\\u202e"
+    store.put("runs/odd\x1b[2J/config.toml", f'[adapter]\nname = "{name}"\nnote = "a\\u009bb"'.encode())
+    store.put("runs/bad/config.toml", b"\x1b[2J = 5")
+    done = fineloop("runs", "list", "-c", config_path, cwd=tmp_path)
+    shown = done.stdout + fineloop("runs", "show", "b", "-c", config_path, cwd=tmp_path).stderr
+    assert "\\x1b]0;pwn\\x07\\x1b[2J\\u202e" in shown
+    assert [each for each in shown if each != "\n" and not each.isprintable()] == []

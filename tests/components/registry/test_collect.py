@@ -320,8 +320,18 @@ def test_a_proposal_stays_while_it_can_be_approved(store: Store, published: list
     assert f"icd@{waits}" in removed(store, Rules(keep_last=0))
 
 
-@pytest.mark.parametrize(("file", "body"), [(runs.CONFIG, b"[model"), (runs.START, b"[]"), (runs.START, b"{}")])
+@pytest.mark.parametrize(
+    ("file", "body"),
+    [
+        *[(runs.CONFIG, body) for body in (b"[model", b"\xff", b"[" * 100_000, b"train = 5", b"[method]\nname = []")],
+        *[(runs.START, body) for body in (b"[]", b"{}", b"[" * 100_000)],
+        *[(file, b"{") for file in (runs.DECISION, runs.FINETUNE, runs.EVALUATION, f"{runs.STEPS}gate.json")],
+    ],
+)
 def test_nothing_goes_where_nobody_knows_what_a_run_needs(store: Store, file: str, body: bytes) -> None:
     store.put(runs.run_key("r1", file), body)
-    with pytest.raises(IntegrityError, match="runs/r1/ is damaged"):
+    with pytest.raises(
+        IntegrityError, match=r"runs/r1/ is damaged .*: remove that folder, unless the run still goes on$"
+    ):
         removed(store, Rules(), now=datetime.now(UTC))
+    assert removed(store, Rules()) == []  # of a run that has rested, nothing is asked
