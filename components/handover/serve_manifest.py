@@ -46,6 +46,8 @@ class Served:
     base: str
     revision: str
     max_lora_rank: int
+    signed_alone: bool = False
+    """Whether the registry serves only what a trusted key has signed."""
 
 
 def served(store: Store, version: Version) -> Served:
@@ -76,14 +78,14 @@ def served(store: Store, version: Version) -> Served:
         )
     max_rank = serving.max_lora_rank(rank)
     assert max_rank is not None  # else it is servable as merged only
-    return Served(version.name, version.version, version.uri, base, revision, max_rank)
+    return Served(version.name, version.version, version.uri, base, revision, max_rank, bool(store.trusted_keys))
 
 
 def manifest(facts: Served, server: Server) -> Any:
     """The manifest for this server, as values to write as YAML; for vLLM the words of its command line.
 
     Raises:
-        UserError: the server cannot read a base by that name.
+        UserError: the server cannot read a base by that name, or would load versions that nobody has signed.
     """
     if not any(pattern.fullmatch(facts.base) for pattern in READ_BY[server]):
         raise UserError(
@@ -99,7 +101,15 @@ def _ray_serve(facts: Served) -> dict[str, Any]:
     The folder of all versions is Ray Serve LLM's dynamic_lora_loading_path: the name of a folder below it is taken as
     the adapter's name (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids). BASE ends at the first colon,
     so it is written without its scheme.
+
+    Raises:
+        UserError: only signed versions are to be served: Ray Serve LLM loads any folder there, and checks no signature.
     """
+    if facts.signed_alone:
+        raise UserError(
+            "--for ray-serve lets requests name any version, refused and revoked ones too, and registry.trusted_keys "
+            "is set: use --for vllm-resolver, which checks signatures, or --for kserve or vllm for this version alone"
+        )
     model: dict[str, Any] = {"model_id": facts.base.rpartition("://")[2], "model_source": facts.base}
     engine: dict[str, Any] = {
         "enable_lora": True,

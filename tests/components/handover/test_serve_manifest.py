@@ -88,7 +88,14 @@ def test_where_keys_are_trusted_no_server_is_sent_to_what_none_of_them_signed(st
     with pytest.raises(IntegrityError, match="signed by none"):
         served(strict, version)
     signing.sign(store, "icd", version.version, key, alias="production")
-    assert served(strict, version).version == version.version
+    facts = served(strict, version)
+    assert facts.version == version.version
+    # Its manifest leads to the folder of all versions, and the server loads any that a request names.
+    with pytest.raises(UserError, match=r"registry\.trusted_keys is set: use --for vllm-resolver"):
+        manifest(facts, "ray-serve")
+    for server in ("kserve", "vllm", "vllm-resolver"):
+        assert manifest(facts, server) == manifest(served(store, version), server)
+    assert manifest(served(store, version), "ray-serve")
 
 
 @pytest.mark.parametrize(("rank", "pattern", "allowed"), [(4, {}, 8), (24, {}, 32), (4, {"layers.0.mlp": 48}, 64)])
