@@ -92,7 +92,8 @@ def publish(
             pool.map(lambda path: (path, _create(store, f"{key}/{path}", files[path])), digests.keys() - before)
         )
     stored = {path: digests[path] for path, is_own in created.items() if is_own}
-    for path in _sizes(store, key, apart).keys() - stored.keys() - {MANIFEST}:
+    # What was to be written is there, whether or not the store's listings show it yet.
+    for path in (_sizes(store, key, apart).keys() | digests.keys()) - stored.keys() - {MANIFEST}:
         stored[path] = _digest(store.chunks(f"{key}/{path}"))
     fixed = {*stored, *digests} if identity is None else identity
     if differing := _differing(stored, digests, fixed):

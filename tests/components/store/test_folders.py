@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from components.config.schema import RegistryConfig
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 from components.store import folders
 from components.store.folders import MANIFEST, Manifest, find_manifest, publish, pull, read_manifest, verify
-from components.store.store import JSON, Store, encode_json
+from components.store.store import JSON, ObjectInfo, Store, encode_json
 from pipelines.local.seaweedfs import Endpoint
 
 KEY = "datasets/d1"
@@ -20,6 +21,21 @@ FILES: dict[str, bytes | Path] = {"train/part-0.parquet": b"training", "eval/par
 
 def listing(store: Store) -> dict[str, object]:
     return {info.key: info.last_modified for info in store.list("")}
+
+
+class Lagging(Store):
+    """A store whose listings do not show yet what was just written, as Swift's and old Ceph's may not."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())
+
+
+def test_a_manifest_lists_what_was_written_where_listings_lag(store: Store) -> None:
+    lagging = Lagging(store._client, store.bucket, store.prefix)
+    store.create(f"{KEY}/lineage.json", b"claimed before")
+    manifest = publish(lagging, KEY, {**FILES, "lineage.json": b"claimed before"})
+    assert manifest.files.keys() == {*FILES, "lineage.json"}
+    assert verify(store, KEY) == manifest
 
 
 def test_a_published_folder_verifies_and_is_pulled_whole(store: Store, tmp_path: Path) -> None:
