@@ -16,6 +16,7 @@ from components.registry.aliases import PRODUCTION
 from components.shared.errors import FineloopError
 from components.shared.metrics import metrics_of
 from pipelines.local.local_services import store_configured
+from pipelines.local.private import private_folder
 
 if TYPE_CHECKING:
     from components.store.store import Store
@@ -67,8 +68,7 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
         raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
     report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
-    pages = report_path.parents[2] / PAGES
-    pages.mkdir(exist_ok=True)
+    pages = private_folder(report_path.parents[2] / PAGES)
     for info in store.list(PAGES):
         if not info.key.endswith(".html"):
             continue

@@ -48,7 +48,9 @@ def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store
     store.put("pages/sums.html", b"its versions")
     folder = tmp_path / "runs" / "r"
     folder.mkdir(parents=True)
+    (tmp_path / "pages").mkdir(mode=0o755)  # as an earlier release left it
     read_outcome(store, "r", ground_s=0, total_s=0, report_path=folder / "report.html")
     links = re.findall(r'href="(\.\./[^"]+)"', (folder / "report.html").read_text())
     assert [(folder / link).resolve().name for link in links] == ["sums.html", "index.html"]
     assert all((folder / link).is_file() for link in links)
+    assert (tmp_path / "pages").stat().st_mode & 0o777 == 0o700
