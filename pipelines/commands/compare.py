@@ -82,7 +82,10 @@ def _lines(sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequ
     yield table([("config", *names), *((key, *map(_shown, values)) for key, values in keys.items())])
     yield ""
     yield table([("metric", *names), *((name, *row) for name, row in metric_rows([each.metrics for each in sides]))])
-    for each in beside:
+    for each, side in zip(beside, sides[1:], strict=True):
+        if side.version and side.version == sides[0].version:
+            yield f"\n{each.name} and {names[0]} are the same version, {side.version}"
+            continue
         yield f"\n{each.name} against {names[0]}, on {each.records} records"
         for key, found in each.gains.items():
             yield f"  {metric_of(key).label}: {gain_text(key, found, each.confidence)}"

@@ -120,6 +120,15 @@ def test_screen_json_and_page_say_what_differs_and_what_turned(store: Store, con
     assert page.count("<script") == page.count(f"<script>{SEARCH}</script>") == 1
 
 
+def test_of_one_version_named_twice_it_is_said_that_both_are_the_same(
+    store: Store, config_path: Path, tmp_path: Path
+) -> None:
+    two_runs(store, config_path)
+    done = fineloop("compare", "run-two", "run-two", "run-one", "-c", config_path, cwd=tmp_path)
+    assert "run-two and run-two are the same version, v2\n" in done.stdout
+    assert done.stdout.count(" turned right, ") == 1
+
+
 def test_runs_without_a_common_record_or_an_evaluation_are_refused(store: Store, config_path: Path) -> None:
     two_runs(store, config_path)
     first, other = (side_by_side.read(store, run_id) for run_id in ("run-one", "run-two"))
