@@ -67,6 +67,7 @@ def move_by_hand(
     others = AnnounceConfig.model_validate(announce)
     request = Request(adapter_name, action, version, alias, reason, person, job_id)
     store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, trusted_keys=trusted_keys))
+    store.check()
     event = carry_out(store, request)
     Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")
     forget(store, adapter_name)

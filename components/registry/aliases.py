@@ -159,7 +159,9 @@ def promote(
     """
     holder = read_alias(store, name, alias)
     held = holder.version if holder else None
-    if expected != ANYONE and held not in (expected, version):
+    # Where the version is there already, a run may have met another one's move; a person only repeats their own.
+    is_there = holder is not None and held == version and (bool(cause.run_id) or holder.event["from"] == expected)
+    if expected not in (ANYONE, held) and not is_there:
         raise _conflict(store, name, alias, version, expected, holder)
     run_id = cause.run_id
     if run_id and held != version and (earlier := _promoted_before(store, name, alias, version, run_id)):
@@ -359,9 +361,10 @@ def _conflict(
     if holder and holder.version == expected and not since:
         message = f"{name}@{alias} was moved meanwhile, and is held by {by} again: run this again"
     else:
+        how = f"compare {version} with that one in another run, which then promotes it"
         message = (
             f"{name}@{alias} was expected to be held by {expected or 'no version'}{since and f' ({since})'}, but it is "
-            f"held by {by}: compare {version} with that one in another run, which then promotes it"
+            f"held by {by}: {'nothing is moved' if holder and holder.version == version else how}"
         )
     conflict = AliasConflict(message)
     conflict.holder = {key: getattr(holder, key) for key in ("alias", "version", "since", "run_id")} if holder else {}

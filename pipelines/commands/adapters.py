@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from pipelines.commands.opened_registry import opened_registry
 
 if TYPE_CHECKING:
     from components.promote.by_hand import Person
-    from components.registry.aliases import Pointer
     from components.registry.event import Event
     from components.registry.versions import Version
     from components.store.store import Store
@@ -168,51 +168,40 @@ def _show(options: argparse.Namespace) -> Answer:
 
 def _promote(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import promote_by_hand
-    from components.registry.aliases import read_alias
 
-    with opened_registry(options) as store:
-        before = read_alias(store, options.reference.partition("@")[0], options.alias)
-        event = promote_by_hand(
-            store, options.reference, _person(options), alias=options.alias, expected=_expected(options)
-        )
-        return _moved(options, store, options.reference.partition("@")[0], before, event)
+    wanted, name = {"alias": options.alias, "expected": _expected(options)}, options.reference.partition("@")[0]
+    return _moved(options, name, lambda store: promote_by_hand(store, options.reference, _person(options), **wanted))
 
 
 def _approve(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import approve
-    from components.registry.aliases import read_alias
 
-    with opened_registry(options) as store:
-        before = read_alias(store, options.reference.partition("@")[0], options.alias)
-        event = approve(store, options.reference, _person(options), alias=options.alias)
-        return _moved(options, store, options.reference.partition("@")[0], before, event)
+    name, alias = options.reference.partition("@")[0], options.alias
+    return _moved(options, name, lambda store: approve(store, options.reference, _person(options), alias=alias))
 
 
 def _rollback(options: argparse.Namespace) -> Answer:
     from components.promote.by_hand import roll_back_by_hand
-    from components.registry.aliases import read_alias
 
-    with opened_registry(options) as store:
-        before = read_alias(store, options.name, options.alias)
-        event = roll_back_by_hand(
-            store,
-            options.name,
-            _person(options),
-            alias=options.alias,
-            to=options.to,
-            expected=_expected(options),
-        )
-        return _moved(options, store, options.name, before, event)
+    wanted = {"alias": options.alias, "to": options.to, "expected": _expected(options)}
+    return _moved(
+        options, options.name, lambda store: roll_back_by_hand(store, options.name, _person(options), **wanted)
+    )
 
 
-def _moved(options: argparse.Namespace, store: "Store", name: str, before: "Pointer | None", event: "Event") -> Answer:
-    """Print the move, and notify the servers that the config names; not where the alias was there before."""
+def _moved(options: argparse.Namespace, name: str, move: "Callable[[Store], Event]") -> Answer:
+    """Move an alias and print it, and notify the servers that the config names; not where it was there before."""
     from components.promote.announce import announce
     from components.records.pages import forget
+    from components.registry.aliases import read_alias
     from pipelines.commands.registry_answers import move_shown
 
-    forget(store, name)
-    announced = announce(load_config(options).announce, store, name, event, os.environ)
+    with opened_registry(options) as store:
+        store.check()
+        before = read_alias(store, name, options.alias)
+        event = move(store)
+        forget(store, name)
+        announced = announce(load_config(options).announce, store, name, event, os.environ)
     return move_shown(name, event, announced, moved=before is None or before.since != event.time)
 
 

@@ -160,7 +160,8 @@ def test_a_move_that_changes_nothing_says_since_when_and_going_back_takes_first_
     pointer = read_alias(store, "sums", "production")
     assert pointer is not None
     since = f"{pointer.since[:10]} {pointer.since[11:16]} UTC"
-    for words in (["--expect", "vdead"], []):
+    assert "held by" in adapters("promote", f"sums@{one}", "--expect", "vdead", exit_code=1)["error"]["message"]
+    for words in (["--expect", one], []):
         assert main(["adapters", "promote", f"sums@{one}", "-c", str(config_path), *words]) == 0
         assert capsys.readouterr().out.strip() == f"sums@production: already {one} since {since}"
     assert adapters("promote", f"sums@{one}")["moved"] is False

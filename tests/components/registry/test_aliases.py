@@ -130,6 +130,20 @@ def test_a_finished_promotion_run_again_changes_nothing(store: Store, versions: 
     assert {info.key: info.last_modified for info in store.list("")} == before
 
 
+def test_a_version_that_holds_the_alias_already_is_as_expected_only_if_it_came_from_there(
+    store: Store, versions: list[str]
+) -> None:
+    one, two, three = versions
+    promote(store, "icd", one)
+    event = promote(store, "icd", two, expected=one)
+    for expected in (one, two):  # the same move again, and one that need not be made
+        assert promote(store, "icd", two, expected=expected) == event
+    for expected in (three, "vdead", None):
+        with pytest.raises(AliasConflict, match=f"is held by {two} .*: nothing is moved$"):
+            promote(store, "icd", two, expected=expected)
+    assert promote(store, "icd", two, expected=three, cause=Cause("r3")) == event  # of two runs of one training
+
+
 def test_a_promotion_killed_before_its_event_is_completed_by_running_it_again(
     store: Store, versions: list[str]
 ) -> None:

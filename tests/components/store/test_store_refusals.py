@@ -14,6 +14,7 @@ from components.config.schema import RegistryConfig
 from components.shared.errors import Conflict, FineloopError, StoreError
 from components.store import client
 from components.store.store import Store, open_uri
+from pipelines.cli import main
 from pipelines.local.seaweedfs import Endpoint
 
 
@@ -119,6 +120,16 @@ def test_a_store_that_ignores_a_condition_is_refused(lenient: type[Lenient], hea
     ):
         Store.open(RegistryConfig(bucket="bucket")).check()
     assert lenient.objects == {}
+
+
+@pytest.mark.parametrize(("verb", "named"), [("promote", "icd@v1"), ("approve", "icd@v1"), ("rollback", "icd")])
+def test_no_alias_moves_by_hand_in_a_store_that_ignores_a_condition(
+    lenient: type[Lenient], capsys: pytest.CaptureFixture[str], verb: str, named: str
+) -> None:
+    lenient.ignores.add("If-Match")
+    assert main(["adapters", verb, named, "--by", "ada", "--reason", "so"]) == 1
+    assert "does not honour If-Match" in capsys.readouterr().err
+    assert not any("/adapters/" in key for key in lenient.objects)
 
 
 def test_a_creation_whose_answer_was_lost_is_not_taken_for_a_conflict(lenient: type[Lenient]) -> None:
