@@ -14,7 +14,7 @@ _SCHEDULE = (
 )
 
 JSON_KEYS = {
-    "init": "path config plan",
+    "init": "path config plan refused",
     "run": f"{_RUN} decision verdict promoted reasons report untold",
     "train": _RUN,
     "sweep": "run_id adapter base dataset config_sha256 environment records start_loss margin best tuned comparisons"
@@ -23,7 +23,7 @@ JSON_KEYS = {
     " memory_bytes host_memory_bytes pod_memory_bytes disk_bytes evaluation zero_stage micro_batch_size"
     " gradient_checkpointing activation_offloading cpu_offload dense_base num_workers max_workers max_length"
     " answer_tokens device device_memory_bytes fits margin advice full_fine_tuning tokens_per_s time_s cost methods",
-    "data": "profile gate base tokens positions shown unread_because page",
+    "data": "profile gate base tokens positions shown unread_because refused page",
     "data erase": "erased datasets versions runs unread next",
     "adapters list": "adapters name versions",
     "adapters show": f"{_VERSION} servable_as serving",

@@ -6,7 +6,7 @@ stdout is one JSON object; `fineloop data` formats it for the terminal.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -66,7 +66,10 @@ def previewed(config: RunConfig) -> dict[str, Any]:
             "positions": None,
             "shown": [],
             "unread_because": "",
+            "refused": "",
         }
+        if body["gate"]["independent"] == 0 or config.gate.too_few_records != "hold":
+            body["refused"] = body["gate"]["lacking"]
         train = parts.train.head(SAMPLED)
     try:
         base = base_model.Base(config.model.base, base_config.locate(config.model), {})
@@ -76,10 +79,12 @@ def previewed(config: RunConfig) -> dict[str, Any]:
         return {**body, "unread_because": str(exc)}
     config = base_config.fitted(config, shape, lambda line: say(STEP, line))
     say(STEP, f"tokenising {len(train)} records as {config.model.base} reads them")
+    tokens = _tokens(config, train, chat)
     return {
         **body,
         "positions": base_config.positions(shape),
-        "tokens": _tokens(config, train, chat),
+        "tokens": tokens,
+        "refused": body["refused"] or _too_long(config, tokens),
         "shown": _shown(config, train, chat),
     }
 
@@ -114,6 +119,17 @@ def _tokens(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> d
         "cut_system": len(split.cut_system),
         "too_long": len(split.too_long),
     }
+
+
+def _too_long(config: RunConfig, tokens: Mapping[str, Any]) -> str:
+    """Why a training would stop at the records that do not fit, judging by these; empty where it would not."""
+    records, allowed, limit = tokens["records"], config.data.max_reject_share, config.model.max_length
+    if max(tokens["too_long"], tokens["cut"]) <= allowed * records:
+        return ""
+    return (
+        f"of {records:,} records {tokens['too_long']:,} do not fit model.max_length {limit:,}, and {tokens['cut']:,} "
+        f"would be shortened, which is more than data.max_reject_share = {allowed:g} allows: raise either"
+    )
 
 
 def _shown(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def require_enough(store: Store, dataset_uri: str, config: RunConfig, *, run_id:
     """
     judging = judges(store, dataset_uri, config, run_id=run_id)
     if config.gate.too_few_records != "hold" and (lack := lacking(judging, config)):
-        raise DataError(f"{lack}; gate.too_few_records=hold trains all the same")
+        raise DataError(lack)
 
 
 def lacking(judging: Judges, config: RunConfig) -> str:
@@ -95,9 +95,11 @@ def lacking(judging: Judges, config: RunConfig) -> str:
         return ""
     kind = "groups of records" if config.data.group else "records"
     raised = "evaluate.records" if judging.num_independent(len(judging.records)) >= wanted else "data.eval_share"
+    end = "would be held" if config.gate.too_few_records == "hold" else "is refused"
+    ways = f"raise {raised}, add data or lower gate.min_records"
     return (
         f"{found} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
-        f"would be held: raise {raised}, add data or lower gate.min_records"
+        f"{end}: {ways}{'' if end == 'would be held' else '; gate.too_few_records=hold trains all the same'}"
     )
 
 

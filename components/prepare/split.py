@@ -4,6 +4,7 @@ Hashes of the records themselves decide all of it, so that the order of files do
 rows never moves a record from eval to train.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -309,7 +310,7 @@ def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -
         f"allows:{lines}\n"
         "Where such records belong together, as questions on one document do, name the column that says so in "
         f"data.group. Where they do not, raise data.near_duplicates, which is {similarity:g}; 0 compares none. "
-        "Raise data.max_near_share to train without them."
+        f"data.max_near_share={math.ceil(100 * unlike.share) / 100:g} trains without them."
     )
 
 

@@ -12,7 +12,7 @@ def build_page(body: Mapping[str, Any], lines: Sequence[str]) -> str:
     return template("preview.html").render(
         title=", ".join(each["source"] for each in body["profile"]["sources"]),
         lines=lines,
-        problem=body["gate"]["lacking"],
+        problem=body["refused"] or body["gate"]["lacking"],
         data=sections.data_profile(body["profile"]),
         base=body["base"],
         shown=body["shown"],

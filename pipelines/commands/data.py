@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from math import sqrt
 from pathlib import Path
@@ -13,6 +14,7 @@ from components.shared.counted import counted
 from pipelines.commands import erase
 from pipelines.commands.arguments import Answer, add_command, add_config, load_config, print_err
 from pipelines.commands.table import table
+from pipelines.configs import DEFAULT_CONFIG
 
 ANSWERS_SHOWN = 5
 CHANGED = {0.1: "one answer in ten", 0.3: "three answers in ten"}
@@ -43,7 +45,12 @@ def add(commands: Any) -> None:
 def _data(options: argparse.Namespace) -> Answer:
     from pipelines.local.job import Job, answer
 
+    given = "".join(f" --set {shlex.quote(override)}" for override in options.overrides)
+    following = f"fineloop run -c {options.config}{given}"
     if options.source:
+        following += f" --set {shlex.quote(f'data.source={options.source}')}"
+        if options.config == DEFAULT_CONFIG:  # whose name and length are the example's
+            following = f"fineloop init {shlex.quote(options.source)}{given}"
         options.overrides = [*options.overrides, f"data.source={json.dumps(options.source, ensure_ascii=False)}"]
     load_config(options)  # a mistake in it is said before transformers is loaded
     job = Job("ray_jobs.preview", str(options.config.absolute()), overrides=options.overrides)
@@ -53,7 +60,8 @@ def _data(options: argparse.Namespace) -> Answer:
 
         options.html.write_text(build_page(body, list(_sentences(body))), encoding="utf-8")
         body["page"] = str(options.html)
-    return Answer(body, "\n".join(_lines(body)))
+    last = f"a run would stop here: {body['refused']}" if body["refused"] else f"next: {following}"
+    return Answer(body, "\n".join([*_lines(body), "", last]))
 
 
 def _lines(body: Mapping[str, Any]) -> Iterator[str]:
@@ -94,7 +102,8 @@ def _sentences(body: Mapping[str, Any]) -> Iterator[str]:
     if never_trained := body["profile"]["never_trained"]:
         yield never_trained_text(never_trained)
     if gate["lacking"]:
-        yield f"the gate: {gate['lacking']}"
+        if not body["refused"]:
+            yield f"the gate: {gate['lacking']}"
         return
     kind = "groups of records" if gate["independent"] < gate["records"] else "records"
     sure = NormalDist().inv_cdf(gate["confidence"])

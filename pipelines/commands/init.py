@@ -19,7 +19,8 @@ def add(commands: Any) -> None:
         "init",
         _init,
         does="Look at your data and write a first config for it, ten keys with a comment each, and plan it.",
-        more="On a terminal it asks for what the options leave open. Nothing is trained.",
+        more="On a terminal it asks for what the options leave open. Nothing is trained. If a run would refuse what it "
+        "wrote, it says so last, and its exit code is 2.",
         example="fineloop init rows.csv --base Qwen/Qwen3-0.6B --name colours",
     )
     init.add_argument("data", nargs="?", metavar="DATA", help="a file, a glob, a folder, s3:// or hf://")
@@ -34,7 +35,7 @@ def add(commands: Any) -> None:
 
 def _init(options: argparse.Namespace) -> Answer:
     from components.config import config_file
-    from components.shared.errors import UserError
+    from components.shared.errors import DataError, UserError
     from pipelines.local.gpus import num_gpus
     from pipelines.local.job import Job, answer
     from pipelines.local.proposed_config import Asked, draft, name_from, proposed
@@ -51,20 +52,34 @@ def _init(options: argparse.Namespace) -> Answer:
         raise UserError(f"{path} is there already: name another file with -o, or remove it")
     with tempfile.TemporaryDirectory() as folder:
         looked_with = Path(folder, "draft.toml")
-        looked_with.write_text(config_file.dumps(draft(asked)), encoding="utf-8")
-        seen = answer(Job("ray_jobs.preview", str(looked_with)), on_line=print_err, verbose=options.verbose)
-    text = proposed(asked, seen, num_gpus=num_gpus())
-    config = config_file.loads(text, origin=str(path))  # a mistake of ours is not written
+
+        def look(text: str) -> dict[str, Any]:
+            looked_with.write_text(text, encoding="utf-8")
+            return answer(Job("ray_jobs.preview", str(looked_with)), on_line=print_err, verbose=options.verbose)
+
+        seen, then, refused = look(config_file.dumps(draft(asked))), None, ""
+        text = proposed(asked, seen, num_gpus=num_gpus())
+        config = config_file.loads(text, origin=str(path))  # a mistake of ours is not written
+        try:
+            then = look(text)
+            refused = then["refused"]
+        except DataError as exc:
+            refused = str(exc)
+    text = proposed(asked, seen, num_gpus=num_gpus(), then=then)
     path.write_text(text, encoding="utf-8")
     said = [f"wrote {path}", "", text]
     planned: dict[str, Any] = {}
-    if not options.no_plan:
+    if not options.no_plan and not refused:
         job = Job("ray_jobs.plan", str(path.absolute()))
         planned = answer(job, on_line=print_err, verbose=options.verbose)
         said += [*plan.lines(config, planned), ""]
-    said += ["next:", f"  fineloop data -c {path}    what a run makes of the data", f"  fineloop run -c {path}"]
-    body = {"path": str(path), "config": config_file.as_table(config, given_only=True), "plan": planned}
-    return Answer(body, "\n".join(said))
+    if refused:
+        said += [f"a run of {path} would stop: {refused}"]
+    else:
+        said += ["next:", f"  fineloop data -c {path}    what a run makes of the data", f"  fineloop run -c {path}"]
+    table = config_file.as_table(config, given_only=True)
+    body = {"path": str(path), "config": table, "plan": planned, "refused": refused}
+    return Answer(body, "\n".join(said), exit_code=2 if refused else 0)
 
 
 def _asked(what: str, flag: str, default: str) -> str:

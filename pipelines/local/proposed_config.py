@@ -47,17 +47,18 @@ def draft(asked: Asked) -> RunConfig:
         "adapter": {"name": asked.name},
         "model": {"base": asked.base},
         "data": {"source": asked.source},
-        "gate": {"too_few_records": "hold"},
     }
     return config_file.validate(table, asked.overrides)
 
 
-def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
-    """Return the text of the file. `seen` is what `ray_jobs.preview` prints for the draft."""
+def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int, then: Mapping[str, Any] | None = None) -> str:
+    """Return the text of the file. `seen` is what `ray_jobs.preview` prints for the draft, which decides the values;
+    `then` what it prints for this text, whose numbers are named. None if it prints none."""
     splits = seen["profile"]["splits"]
-    records = splits["train"]["records"] + splits["eval"]["records"]
-    share = _held_out(records)
-    length, of_length = _max_length(seen)
+    share = _held_out(splits["train"]["records"] + splits["eval"]["records"])
+    length, of_length = _max_length(seen, then)
+    numbers = [then["profile"]["splits"][each]["records"] for each in ("eval", "train")] if then else []
+    held_out = "{:,} records are held out to judge by, {:,} are left to train on".format(*numbers) if numbers else ""
     metric, of_metric = _metric(splits["train"])
     answers = "a GPU each" if num_gpus else "this machine's processors"
     keys = [
@@ -65,12 +66,7 @@ def proposed(asked: Asked, seen: Mapping[str, Any], *, num_gpus: int) -> str:
         ("model", "base", asked.base, "hub id, folder, s3://BUCKET/FOLDER, or pkg://PACKAGE/FILE.gguf"),
         ("model", "max_length", length, of_length),
         ("data", "source", asked.source, f"{seen['profile']['rows']['read']:,} rows; a file, a glob, s3:// or hf://"),
-        (
-            "data",
-            "eval_share",
-            share,
-            f"about {round(share * records):,} of {records:,} records are held out to judge by",
-        ),
+        ("data", "eval_share", share, held_out or "of the records are held out to judge by"),
         ("method", "name", "lora", "docs/methods.md has seven others"),
         ("train", "epochs", 3, "passes over the data; `fineloop sweep --apply` finds the learning rate"),
         ("ray", "num_workers", max(num_gpus, 1), answers),
@@ -106,7 +102,7 @@ def _held_out(records: int) -> float:
     return round(min(MOST_HELD_OUT, max(usual, ENOUGH / max(records, 1))), 2)
 
 
-def _max_length(seen: Mapping[str, Any]) -> tuple[int, str]:
+def _max_length(seen: Mapping[str, Any], then: Mapping[str, Any] | None) -> tuple[int, str]:
     """Return the next power of two above the longest record, within the base's positions, and a comment on it."""
     tokens, positions = seen["tokens"], seen.get("positions")
     if not tokens or not tokens["length"]:
@@ -114,7 +110,8 @@ def _max_length(seen: Mapping[str, Any]) -> tuple[int, str]:
     else:
         longest = tokens["length"]["p100"]
         wanted = min(LONGEST, max(SHORTEST, 2 ** (max(longest, 1) - 1).bit_length()))
-        why = f"tokens; the longest of {tokens['records']:,} records has {longest:,}"
+        used = (then or seen)["tokens"] or tokens
+        why = f"tokens; the longest of {used['records']:,} records has {used['length']['p100']:,}"
     if positions and positions < wanted:
         return positions, f"{why}; the base has {positions:,} positions"
     return wanted, why

@@ -131,6 +131,7 @@ def previewed() -> str:
     body = {
         "profile": PROFILE,
         "gate": {"lacking": ""},
+        "refused": "",
         "base": "SmolLM2-135M-Instruct",
         "shown": [{"id": "icd-0001", "pieces": pieces}, {"id": "icd-0002", "pieces": pieces}],
         "unread_because": "",

@@ -102,7 +102,7 @@ def test_parts_without_records_are_refused(config, store, published):
         ),
         (
             ["gate.min_records=200", "evaluate.folds=3"],
-            "for 200, so that this run would be held: raise data.eval_share",
+            "for 200, so that this run is refused: raise data.eval_share",
         ),
     ],
     ids=str,
