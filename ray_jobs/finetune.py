@@ -17,6 +17,7 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
 from components.registry import lineage
+from components.registry.erasures import require_none_erased
 from components.shared import garbage
 from components.shared.counted import counted
 from components.shared.protocol import say
@@ -75,6 +76,7 @@ def finetune(
     store = Store.open(config.registry)
     store.check()
     dataset_uri = dataset_uri or _prepared(config, store)
+    require_none_erased(store, dataset_uri)
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
     config = _at_tuned_rate(config, store, run_id)
     dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)

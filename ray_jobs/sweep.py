@@ -18,6 +18,7 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.records.sweep import SweepResult, Trial, Tuned
 from components.registry import lineage
+from components.registry.erasures import require_none_erased
 from components.shared import garbage
 from components.shared.errors import JobError
 from components.shared.protocol import say
@@ -83,6 +84,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         prepared = prepare(config, store)
         say(STEP, prepared.summary)
         dataset_uri = prepared.uri
+    require_none_erased(store, dataset_uri)
     dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
     base = base_model.resolve(config.model, weights=False, registry=store)
     shape = base_config.load(base.path, config.model)

@@ -9,6 +9,7 @@ from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
+from components.registry.erasures import require_none_erased
 from components.shared.errors import ConfigError, JobError, ObjectMissing
 from components.shared.protocol import TRAINED
 from components.step.step import StepRun
@@ -20,6 +21,7 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
     Raises:
         ConfigError: the config wants its rate tuned, and no step has done that; or no pod's disk is large enough for
             the base.
+        DataError: a record of the dataset was erased.
         FineloopError: the error that the job failed with.
         JobError: the job failed without saying why, or ended without a result.
     """
@@ -29,6 +31,7 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
             f"tune.when is {when}, and this pipeline was made without the step that tunes: `fineloop submit` and "
             "`fineloop compile` make it for the config that they are given; else set tune.when=never"
         )
+    require_none_erased(step_run.store, dataset_uri)
     require_disk(step_run.config)
     submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, upto=TRAINED)
     try:

@@ -10,8 +10,10 @@ import re
 from collections.abc import Set
 from dataclasses import dataclass
 
-from components.shared.errors import Conflict, IntegrityError, UserError
+from components.shared.counted import counted
+from components.shared.errors import Conflict, DataError, IntegrityError, UserError
 from components.store import folders
+from components.store.ranges import ObjectFile
 from components.store.store import JSON, Store, decode_json, encode_json
 
 ERASED = "erased/"
@@ -88,6 +90,27 @@ def erased(store: Store) -> Erased:
             raise IntegrityError(f"{store.uri(info.key)} is not an erasure: remove it, or erase the record it means")
         found.add(named[1])
     return Erased(frozenset(found))
+
+
+def require_none_erased(store: Store, dataset_uri: str) -> None:
+    """Require of a dataset that none of its records was erased after it was made.
+
+    Raises:
+        DataError: some were.
+    """
+    import pyarrow.parquet as pq
+
+    known, root, found = erased(store), f"{store.key(dataset_uri).rstrip('/')}/", set[str]()
+    for info in store.list(root) if known else ():
+        if "/" in info.key.removeprefix(root) and info.key.endswith(".parquet"):  # of a split
+            with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
+                for batch in file.iter_batches(columns=["id"], use_threads=False):
+                    found.update(filter(known.has, batch["id"].to_pylist()))
+    if found:
+        raise DataError(
+            f"{dataset_uri} holds {counted(len(found), 'record')} that {'was' if len(found) == 1 else 'were'} erased "
+            "after it was made, and is not trained on again: prepare the data anew, as a new run does"
+        )
 
 
 def _key(record: str) -> str:

@@ -7,6 +7,7 @@ from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.sweep import SweepResult, TunedRate
 from components.registry import rates
+from components.registry.erasures import require_none_erased
 from components.registry.rates import FoundRate
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
@@ -18,10 +19,12 @@ def tune(step_run: StepRun, *, dataset_uri: str) -> float:
     """Settle the run's learning rate, write it with its origin to runs/<run_id>/rate.json, and return it.
 
     Raises:
+        DataError: a record of the dataset was erased.
         FineloopError: the error that the sweep failed with.
         JobError: the sweep failed without saying why, or ended without a result.
     """
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
+    require_none_erased(store, dataset_uri)
     dataset = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about
     found = rates.recall(store, config)
     advice = scaling.advice([found] if found else rates.similar(store, config), config, dataset["train_records"])

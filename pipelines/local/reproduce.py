@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.registry.erasures import require_none_erased
 from components.registry.versions import Version, read_lineage
-from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
+from components.shared.errors import ConfigError, DataError, IntegrityError, ObjectMissing
 from components.store import folders
 from pipelines.local.side_by_side import Compared, compare, read
 
@@ -54,6 +55,7 @@ def recipe(store: "Store", version: Version, config: RunConfig, overrides: Seque
     """Return what trains the version again: its run's config, in the registry of `config`, with `overrides`.
 
     Raises:
+        DataError: a record that it was trained on was erased.
         ConfigError: its base comes with code, or it was measured by a function, and `config` does not allow that.
         IntegrityError: the lineage is not the one that was published, or names no dataset.
         ObjectMissing: the dataset is gone.
@@ -66,6 +68,10 @@ def recipe(store: "Store", version: Version, config: RunConfig, overrides: Seque
         raise IntegrityError(f"{origin} does not say what the version was made from: {exc}") from exc
     if folders.find_manifest(store, store.key(dataset_uri).rstrip("/")) is None:
         raise ObjectMissing(f"{dataset_uri}, which {version.name} {version.version} was trained on, is gone")
+    try:
+        require_none_erased(store, dataset_uri)
+    except DataError as exc:
+        raise DataError(f"{version.name} {version.version} cannot be reproduced: {exc}") from exc
     own = config_file.validate(stored, overrides, origin=origin)
     permitted = config_file.with_stored(config, stored, origin=origin, commit=str(identity.get("commit", "")))
     if own.model.trust_remote_code and not permitted.model.trust_remote_code:

@@ -1,15 +1,19 @@
 """What the driver refuses before any worker is started."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from components.config import config_file
+from components.prepare.dataset import Message, Record
+from components.registry.erasures import erase
 from components.shared.errors import ConfigError, DataError
 from ray_jobs import finetune
 from ray_jobs.base import base_config
 from ray_jobs.preview import previewed
 from ray_jobs.sweep import sweep
+from tests.doubles import datasets
 from tests.models import zoo
 from tests.models.tiny import colour_rows
 
@@ -24,6 +28,16 @@ def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(confi
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"data.source={source}"]
     with pytest.raises(ConfigError, match=r"model\.max_length 513 is more than the 512 positions"):
         finetune.finetune(changed(config, *place, "model.max_length=513"), run_id="r0")
+
+
+@pytest.mark.parametrize("job", [finetune.finetune, sweep])
+def test_a_dataset_with_an_erased_record_is_refused_before_the_base_is_read(job, config, store):
+    record = Record("r", [Message("user", "q")], "a")
+    uri = datasets.publish(store, train=[record], evaluation=[replace(record, id="e")]).uri
+    erase(store, "e", by="ann")
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "model.base=nowhere/at-all"]
+    with pytest.raises(DataError, match="holds 1 record that was erased after it was made"):
+        job(changed(config, *place), run_id="r0", dataset_uri=uri)
 
 
 @pytest.mark.parametrize("job", [finetune.finetune, sweep])

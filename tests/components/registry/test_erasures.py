@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from components.prepare.dataset import Message, Record
 from components.registry import erasures
-from components.shared.errors import IntegrityError, UserError
+from components.shared.errors import DataError, IntegrityError, UserError
 from components.store.store import Store
+from tests.doubles import datasets
 
 
 def test_of_an_erased_record_the_store_keeps_a_hash_who_and_when(store: Store) -> None:
@@ -47,6 +49,21 @@ def test_something_else_among_them_stops_who_reads_them(store: Store) -> None:
     store.put("erased/4711.json", b"{}")
     with pytest.raises(IntegrityError, match=r"erased/4711\.json is not an erasure"):
         erasures.erased(store)
+
+
+def test_a_dataset_that_holds_a_record_erased_since_is_refused_whichever_split_it_is_in(store: Store) -> None:
+    rows = [Record(str(number), [Message("user", f"{number}?")], "a") for number in range(9)]
+    uri = datasets.publish(store, train=rows[:5], evaluation=rows[5:8], replay=rows[8:]).uri
+    store.put(f"{store.key(uri)}/tokens/1/ids.parquet.npy", b"not a split")
+    erasures.erase(store, "another", by="ada")
+    erasures.require_none_erased(store, uri)
+    for count, record in enumerate(("1", "6", "8"), start=1):
+        erasures.erase(store, record, by="ada")
+        were = (
+            f"{count} record{'s' if count > 1 else ''} that {'were' if count > 1 else 'was'} erased after it was made"
+        )
+        with pytest.raises(DataError, match=f"^{uri} holds {were}, .* prepare the data anew, as a new run does$"):
+            erasures.require_none_erased(store, uri)
 
 
 def test_an_empty_id_is_refused(store: Store) -> None:

@@ -1,19 +1,24 @@
 """When a run sweeps, and at what rate it then trains."""
 
+from dataclasses import replace
+
 import pytest
 
 from components.config import config_file
 from components.finetune.finetune import finetune
+from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
 from components.registry import rates
+from components.registry.erasures import erase
 from components.registry.rates import FoundRate
-from components.shared.errors import ConfigError
+from components.shared.errors import ConfigError, DataError
 from components.step.step import StepRun
 from components.store import folders
 from components.tune import scaling
 from components.tune import tune as step_file
 from components.tune.tune import is_due, tune
+from tests.doubles import datasets
 
 CONFIG = """
 [adapter]
@@ -153,3 +158,13 @@ def test_a_pipeline_without_the_step_does_not_train_at_an_untuned_rate_in_silenc
         ConfigError, match=r"tune\.when is always, and this pipeline was made without the step that tunes"
     ):
         finetune(step_run, dataset_uri=store.uri("datasets/d1"))
+
+
+@pytest.mark.parametrize("step", [finetune, tune])
+def test_a_dataset_with_an_erased_record_is_refused_before_the_cluster_is_asked(step, store):
+    record = Record("r", [Message("user", "q")], "a")
+    uri = datasets.publish(store, train=[record], evaluation=[replace(record, id="e")]).uri
+    erase(store, "r", by="ann")
+    step_run = StepRun("finetune", "first", config(), store)
+    with pytest.raises(DataError, match="holds 1 record that was erased after it was made"):
+        step(step_run, dataset_uri=uri)

@@ -10,8 +10,9 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.steps import TrainResult
+from components.registry.erasures import erase
 from components.registry.versions import publish_version, read_lineage, resolve
-from components.shared.errors import ConfigError, ObjectMissing
+from components.shared.errors import ConfigError, DataError, ObjectMissing
 from components.store.store import Store
 from pipelines.local.reproduce import recipe
 from pipelines.local.run import Place, run
@@ -71,6 +72,12 @@ def test_what_the_recipe_lacks_or_does_not_allow_is_said_before_anything_runs(
     assert made.train.start_from == "sums@v1"  # whatever is in production by now
     with pytest.raises(ConfigError, match=r"measured by my\.module:metric"):
         recipe(store, version, config, ['evaluate.metrics=["my.module:metric"]'], note="")
+    erase(store, "1", by="ann")
+    erase(store, "8", by="ann")
+    with pytest.raises(
+        DataError, match=rf"sums {version.version} cannot be reproduced: .* holds 2 records that were era"
+    ):
+        recipe(store, version, config, [], note="")
     store.delete([info.key for info in store.list(f"{store.key(dataset.uri).rstrip('/')}/")])
     with pytest.raises(ObjectMissing, match=f"which sums {version.version} was trained on, is gone"):
         recipe(store, version, config, [], note="")
