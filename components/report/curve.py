@@ -1,5 +1,6 @@
 """Geometry of the loss curve, in per cent of the plot: the plot scales with the page, its text does not."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,13 +95,18 @@ def loss_curve(records: Sequence[Mapping[str, Any]]) -> Curve | None:
 
 
 def smoothed(series: Sequence[Point]) -> list[Point]:
-    """Exponential moving average over a twentieth of the series, unbiased at its start (arXiv:1412.6980, section 3)."""
-    keep = 1 - 1 / max(len(series) / 20, 3.0)
-    result: list[Point] = []
-    average = 0.0
-    for index, (step, value) in enumerate(series, start=1):
-        average = keep * average + (1 - keep) * value
-        result.append((step, average / (1 - keep**index)))
+    """Means of the values around each, a twentieth of the series on either side; of their logarithms if all have one.
+
+    A mean of what came before lies above a falling loss, and one of the losses themselves above their middle on a
+    logarithmic axis. Near the start both sides are as short as the earlier one; at the end only the later one is.
+    """
+    is_log = all(value > 0 for _, value in series)
+    sums = [0.0, *itertools.accumulate(math.log(value) if is_log else value for _, value in series)]
+    reach, result = max(len(series) // 20, 3), []
+    for index, (step, _) in enumerate(series):
+        first, last = max(index - reach, 0), min(index + min(reach, index), len(series) - 1)
+        mean = (sums[last + 1] - sums[first]) / (last + 1 - first)
+        result.append((step, math.exp(mean) if is_log else mean))
     return result
 
 
