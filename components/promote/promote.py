@@ -37,7 +37,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
             f"the decision is about run {decision.run_id}, {name}@{alias}, and this is run {run_id}, "
             f"{adapter.name}@{adapter.alias}: run the gate again"
         )
-    cause = "; ".join(decision.reasons)
+    cause = " ".join(decision.reasons)
     event = take_alias(step_run.store, decision, decision_sha256, actor=aliases.PIPELINE, reason=cause)
     step_run.result.update(event.move())  # at once: the alias has moved, whatever fails from here on
     step_run.say(f"{name}@{alias} is now {version}")
@@ -79,7 +79,7 @@ def hold(step_run: StepRun) -> str:
     decision = runs.read(step_run.store, step_run.run_id, Decision)
     watermark.advance(step_run.store, decision.adapter, step_run.run_id)
     step_run.result.update(version=decision.version, reasons=list(decision.reasons))
-    step_run.say(f"{decision.adapter}@{decision.alias} stays where it is: {'; '.join(decision.reasons)}")
+    step_run.say(f"{decision.adapter}@{decision.alias} stays where it is: {' '.join(decision.reasons)}")
     return _decision_uri(step_run)
 
 
@@ -87,7 +87,7 @@ def skip(step_run: StepRun) -> str:
     """Leave everything alone and return the decision's URI. The watermark stays, so that new rows stay new."""
     decision = runs.read(step_run.store, step_run.run_id, Decision)
     step_run.result.update(reasons=list(decision.reasons))
-    step_run.say(f"{decision.adapter} is not trained: {'; '.join(decision.reasons)}")
+    step_run.say(f"{decision.adapter} is not trained: {' '.join(decision.reasons)}")
     return _decision_uri(step_run)
 
 

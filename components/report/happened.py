@@ -4,23 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.registry.aliases import PIPELINE
-from components.report.numbers import moment, parse_moment
+from components.report.numbers import moment, parse_moment, sure_once
 
 HAPPENED = {
-    "published": "published",
-    "promoted": "promoted",
-    "overridden": "promoted although the gate refused it",
-    "rolled_back": "gone back to",
-    "refused": "refused by the gate",
-    "proposed": "left to a person by the gate",
-    "collected": "removed, since nothing needed it",
+    "published": "{version} published",
+    "promoted": "{version} promoted to {alias}",
+    "overridden": "{version} promoted to {alias} although the gate refused it",
+    "rolled_back": "{alias} went back to {version}",
+    "refused": "{version} refused by the gate",
+    "proposed": "{version} left to a person by the gate",
+    "collected": "{version} removed, since nothing needed it",
 }
 
 
 def what(kind: str, body: Mapping[str, Any]) -> str:
     """What happened to which version, and under which alias: of an event."""
-    version, alias = body.get("to") or body.get("version") or "", body.get("alias")
-    return f"{version} {HAPPENED[kind]}{f' at {alias}' if alias else ''}".strip()
+    version, alias = body.get("to") or body.get("version") or "", body.get("alias") or "an alias"
+    return HAPPENED[kind].format(version=version, alias=alias).strip()
 
 
 def who(kind: str, body: Mapping[str, Any]) -> str:
@@ -31,8 +31,8 @@ def who(kind: str, body: Mapping[str, Any]) -> str:
 
 
 def why(body: Mapping[str, Any]) -> str:
-    """The reason that was given, or the gate's sentences."""
-    return str(body.get("reason") or " ".join(body.get("reasons") or []))
+    """The reason that was given, or the gate's sentences, which earlier releases joined by semicolons."""
+    return sure_once(str(body.get("reason") or " ".join(body.get("reasons") or [])).replace(".; ", ". "))
 
 
 def when(time: str) -> str:

@@ -1,5 +1,6 @@
 """Formats numbers, sizes and times for the report; metrics format their own values."""
 
+import re
 from datetime import UTC, datetime
 
 from components.shared.metrics import usual_decimals
@@ -18,6 +19,18 @@ def count(value: int | float | None) -> str:
 def moment(value: datetime) -> str:
     """A point in time, in UTC, to the minute."""
     return value.astimezone(UTC).strftime("%-d %B %Y, %H:%M UTC")
+
+
+def sure_once(text: str) -> str:
+    """Name the confidence of bounds where it is first said and where it changes, and not after each of them."""
+    before = ""
+
+    def said(match: re.Match[str]) -> str:
+        nonlocal before
+        is_new, before = match[1] != before, match[1]
+        return match[0] if is_new else ""
+
+    return re.sub(r", (?:each )?with ([\d.]+) % confidence", said, text)
 
 
 def parse_moment(value: object) -> datetime | None:

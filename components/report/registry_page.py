@@ -10,7 +10,7 @@ from components.records.pages import LISTED
 from components.records.runs import PAGES
 from components.records.steps import Evaluation
 from components.registry import versions
-from components.registry.aliases import PRODUCTION, read_alias
+from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
 from components.report.adapter_files import AdapterFiles
 from components.report.happened import what, when, who, why
 from components.report.html import template
@@ -72,9 +72,10 @@ class AdapterPage:
 
     @property
     def metrics(self) -> list[Metric]:
-        """All that was measured of any version."""
+        """What was measured of any version, without what says the same on another scale."""
         measured = [each.evaluation.model("candidate") for each in self.published if each.evaluation]
-        return metrics_of(key for model in measured if model for key in model.metrics)
+        keys = {key for model in measured if model for key, value in model.metrics.items() if value is not None}
+        return [metric for metric in metrics_of(keys) if metric.repeats not in keys]
 
 
 def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterFiles | None = None) -> str:
@@ -166,7 +167,7 @@ def sentence(page: AdapterPage) -> str:
         text += f", by {found.amounts.amount_text(found.gain)}"
     if not found.bounds_text:
         return f"{text}; no interval was measured."
-    sure = "which excludes no difference" if found.excludes_zero else "so that it may be chance"
+    sure = "so that it is hardly chance" if found.excludes_zero else "so that it may be chance"
     return f"{text}; {found.bounds_text}, {sure}."
 
 
@@ -217,7 +218,7 @@ def build_pages(
     """
     page_template = template("registry.html")
     common: dict[str, Any] = {"generated_at": generated_at, "address": address, "runs_at": runs_at}
-    common |= {"what": what, "who": who, "why": why, "when": when}
+    common |= {"pipeline": PIPELINE, "what": what, "who": who, "why": why, "when": when}
     built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
         content = {"sentence": sentence(page), "picture": picture(page), "metrics": page.metrics}

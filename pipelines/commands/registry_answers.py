@@ -174,7 +174,7 @@ def _event_text(event: Event) -> str:
         why = f": {body['reason']}" if body.get("reason") else ""
         text = f"{body['alias']}: {body['from'] or 'none'} -> {body['to']}{by}{why}"
     else:
-        reasons = "; ".join(body.get("reasons", []))
+        reasons = " ".join(body.get("reasons", []))
         text = f"{body.get('version', '')}{': ' + reasons if reasons else ''}"
     return text if len(text) <= LONGEST_EVENT else text[: LONGEST_EVENT - 3] + "..."
 

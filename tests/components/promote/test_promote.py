@@ -62,7 +62,7 @@ def test_the_first_candidate_takes_the_alias_and_the_event_says_why(
     assert holder(store) == published[0]
     event = event_log.events(store, "sums")[-1]
     assert (event.kind, event.uri) == ("promoted", event_uri)
-    assert (event.body["run_id"], event.body["reason"]) == ("r", "better; by far")
+    assert (event.body["run_id"], event.body["reason"]) == ("r", "better by far")
     uri, sha256 = store.uri("runs/r/decision.json"), hashlib.sha256(store.get("runs/r/decision.json")).hexdigest()
     assert event.body["evidence"] == {"decision": uri, "sha256": sha256, "anchor": None, "test_set": []}
     assert run.result == {"alias": "production", "from": None, "to": published[0], "event_uri": event_uri}
@@ -156,7 +156,7 @@ def test_holding_leaves_the_alias_and_tells_why(
     assert hold(decided(published[1], published[0], "hold")) == store.uri("runs/r/decision.json")
 
     assert holder(store) == published[0]
-    assert "better; by far" in capsys.readouterr().out
+    assert "better by far" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", [promoted, hold])
@@ -177,4 +177,4 @@ def test_a_skipped_run_leaves_alias_and_watermark(
 
     assert holder(store) is None
     assert watermark.read(store, "sums") is None
-    assert "sums is not trained: better; by far" in capsys.readouterr().out
+    assert "sums is not trained: better by far" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from components.records import runs
 from components.records.pages import forget
 from components.records.steps import Decision, Evaluation, Measured, PairedDifference, RuleResult
-from components.registry.aliases import Cause, promote, read_alias, rollback
+from components.registry.aliases import PIPELINE, Cause, promote, read_alias, rollback
 from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.report.comparison import intervals
@@ -64,7 +64,7 @@ def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decide
 ) -> None:
     page = read_adapter(store, "icd")
     assert "On 250 held-out records its loss was better" in sentence(page)
-    assert "interval of the gain is +0.010 to +0.090, which excludes no difference" in sentence(page)
+    assert "interval of the gain is +0.010 to +0.090, so that it is hardly chance" in sentence(page)
     drawn = picture(page)
     assert drawn is not None
     (dot,) = drawn.dots
@@ -79,7 +79,7 @@ def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decide
     assert "config.train.learning_rate 0.0001 0.0002" in text
     assert "measured.loss 0.300 0.250" in text
     assert "In run r1" in text
-    assert f"{ids[0]} promoted at production ann r0 first" in text
+    assert f"{ids[0]} promoted to production ann r0 first" in text
     assert ids[1] in Read(built["index.html"]).text
 
 
@@ -89,13 +89,33 @@ def test_each_event_names_a_person_or_the_pipeline_and_links_to_the_run_s_report
     write_pages(store, "icd", generated_at="now")
     page, index = (Read(store.get(f"pages/{name}.html").decode()) for name in ("icd", "index"))
     text = " ".join(page.text.split())
-    assert f"{ids[0]} promoted at staging the pipeline r7 better" in text
+    assert f"{ids[0]} promoted to staging the pipeline r7 better" in text
     assert f"{ids[1]} refused by the gate the pipeline r8 Too bad. Too few." in text
     links = {value for name, value in page.attributes if name == "href"}
     assert {"../runs/r1/report.html", "../runs/r7/report.html", "../runs/r8/report.html"} <= links
     assert f"{ids[1]} refused by the gate," in " ".join(index.text.split())
     elsewhere = Read(pages_of(store)["icd.html"])  # of a folder, beside which no runs lie
     assert not any("report.html" in str(value) for name, value in elsewhere.attributes if name == "href")
+
+
+def test_a_decision_of_the_pipeline_is_told_once_and_its_confidence_too(store: Store, ids: list[str]) -> None:
+    first = (
+        "The gain lies between +1 and +2, each with 95 % confidence.; "
+        "It helps, between 3 and 4, each with 95 % confidence."
+    )
+    promote(store, "icd", ids[0], cause=Cause("r7", PIPELINE, first))
+    text = " ".join(Read(pages_of(store)["icd.html"]).text.split())
+    said = "The gain lies between +1 and +2, each with 95 % confidence. It helps, between 3 and 4."
+    assert text.count(said) == 1
+    assert text.count("The gain lies") == 1
+    assert "Every rule of the gate was kept" in text
+
+
+def test_the_versions_table_leaves_out_what_says_the_same_on_another_scale(store: Store, ids: list[str]) -> None:
+    measured = {"loss": 0.25, "perplexity": 1.28, "prompt_gain": 1.7, "prompt_gain_of_answer": 5.7}
+    models = {"candidate": Measured(version=ids[1], metrics=measured)}
+    runs.write(store, "r1", Evaluation(run_id="r1", records=250, models=models))
+    assert [metric.key for metric in read_adapter(store, "icd").metrics] == ["loss", "prompt_gain"]
 
 
 def test_the_page_has_the_bounds_that_the_run_s_report_has(store: Store, ids: list[str]) -> None:
@@ -111,15 +131,15 @@ def test_the_page_has_the_bounds_that_the_run_s_report_has(store: Store, ids: li
     ]
     said = sentence(read_adapter(store, "icd"))
     assert shown.partition("better, ")[2] in said
-    assert "+0.029 and +0.071, each with 95 % confidence, which excludes no difference" in said
+    assert "+0.029 and +0.071, each with 95 % confidence, so that it is hardly chance" in said
 
 
 @pytest.mark.parametrize(
     ("bounds", "words"),
     [
-        ((0.01, None), "the gain lies above +0.010, with 95 % confidence, which excludes no difference."),
+        ((0.01, None), "the gain lies above +0.010, with 95 % confidence, so that it is hardly chance."),
         ((None, 0.09), "the gain lies below +0.090, with 95 % confidence, so that it may be chance."),
-        ((None, None), "the 95 % interval of the gain is +0.010 to +0.090, which excludes no difference."),
+        ((None, None), "the 95 % interval of the gain is +0.010 to +0.090, so that it is hardly chance."),
     ],
 )
 def test_one_bound_alone_is_shown(store: Store, ids: list[str], bounds, words) -> None:
@@ -208,7 +228,7 @@ def test_pages_in_the_store_are_the_adapter_s_own_the_list_and_of_others_what_wa
     found = {info.key: Read(store.get(info.key).decode()).text for info in store.list("pages/") if "html" in info.key}
     assert {key for key, text in found.items() if "this morning" in text} == {"pages/icd.html", "pages/index.html"}
     assert {key for key, text in found.items() if "a week ago" in text} == {"pages/other.html", "pages/broken.html"}
-    assert f"{ids[0]} gone back to" in " ".join(found["pages/icd.html"].split())
+    assert f"production went back to {ids[0]}" in " ".join(found["pages/icd.html"].split())
     assert "unknown: the alias is damaged" in found["pages/index.html"]
 
 
