@@ -242,7 +242,7 @@ def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
     others = [tag for tag, other in variants.items() if unknown in other.model_fields and other is not section]
     if others:
         return f'it belongs to {_path(where[:-2])}.kind = "{others[0]}", and this is kind = "{where[-2]}"'
-    meant = [path for path in _paths(RunConfig) if path.rpartition(".")[2] == unknown]
+    meant = [path for path in key_paths(RunConfig) if path.rpartition(".")[2] == unknown]
     meant = meant or [theirs for theirs in (SYNONYMS.get(unknown),) if theirs]
     if not meant:
         near = difflib.get_close_matches(unknown, section.model_fields, n=1)
@@ -309,7 +309,7 @@ def _required(section: type[BaseModel]) -> list[str]:
     return [name for name, field in section.model_fields.items() if field.is_required()]
 
 
-def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key below a section that is not inside a list, dotted; of a tagged union the keys of all members."""
     for name, field in section.model_fields.items():
         yield prefix + name
@@ -317,4 +317,4 @@ def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if field.annotation is (inner := _held(field)) and inner:
             held = [inner]
         for below in held:
-            yield from _paths(below, f"{prefix}{name}.")
+            yield from key_paths(below, f"{prefix}{name}.")

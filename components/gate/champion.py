@@ -32,6 +32,7 @@ def not_worse_than_champion(
             f"The alias {compared.called} points to no version yet, so there is none that the candidate could be worse "
             "than."
         )
+        words["title"] = f"No version in {compared.called} to be worse than"
         parts = {**words, **numbers(compared), "bound": tolerance, "bound_text": at_most(compared, tolerance)}
         return RuleResult(**parts, passed=True, text=text)
     luck, unseen = _luck(compared, lead), _unseen(policy, compared)

@@ -126,7 +126,7 @@ def _of_rule(rule: RuleResult) -> Interval:
     assert rule.gain is not None
     assert rule.lower is not None
     assert rule.upper is not None
-    words = amounts.range_text(rule.lower, rule.upper, confidence=rule.confidence or 0.0)
+    words = amounts.range_text(rule.lower, rule.upper)
     bound = None if rule.line is None or rule.other is None else metric.gain(rule.line, rule.other)
     if bound is not None and rule.relative:
         bound /= abs(rule.other or 1.0)

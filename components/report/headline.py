@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from components.records.steps import Role
+from components.records.steps import Role, StepRecord
 from components.registry.aliases import PRODUCTION
 from components.report import continued
 from components.report.numbers import count
@@ -15,7 +15,7 @@ Verdict = Literal["promote", "hold", "skipped", "failed", "open"]
 
 @dataclass(frozen=True)
 class Headline:
-    """Verdict, title, one sentence with numbers, and the reasons."""
+    """Verdict, title, one sentence with numbers (empty if a step failed before there were any), and the reasons."""
 
     verdict: Verdict
     badge: str
@@ -25,18 +25,16 @@ class Headline:
     reasons: tuple[str, ...]
 
 
+def failed_step(run: RunFiles) -> StepRecord | None:
+    """Return the step that the run failed in; a decision stands whatever fails after it, except for a promotion."""
+    failed = (step for step in run.steps if not step.succeeded)
+    of_interest = (step for step in failed if (step.step == "promote" if run.decision else step.step != "report"))
+    return next(of_interest, None)
+
+
 def headline(run: RunFiles) -> Headline:
     """Word the outcome of a run, however far it got."""
-    decision = run.decision
-    # A decision stands whatever failed after it, except that a promotion may have been lost.
-    failed = next(
-        (
-            step
-            for step in run.steps
-            if step.status == "failed" and (step.step == "promote" if decision is not None else step.step != "report")
-        ),
-        None,
-    )
+    decision, failed = run.decision, failed_step(run)
     if failed is not None:
         error = failed.result.get("error") or {}
         message = str(error.get("message") or "The step's log says why.")
@@ -47,7 +45,7 @@ def headline(run: RunFiles) -> Headline:
             else f"Nothing was promoted: the alias {run.alias} is as it was before this run."
         )
         title = f"{run.adapter}: the {failed.step} step failed"
-        return Headline("failed", "Failed", title, _lead(run), consequence, (message,))
+        return Headline("failed", "Failed", title, _lead(run) if run.evaluation else "", consequence, (message,))
     if decision is None:
         return Headline("open", "No decision", f"{run.adapter}: no decision was made", _lead(run), _undecided(run), ())
     if decision.decision == "skipped":

@@ -1,9 +1,14 @@
 """Commands that a reader of the report may want to run next."""
 
+import re
 import shlex
 
+from components.config.config_file import key_paths
+from components.config.schema import RunConfig
 from components.registry.aliases import PRODUCTION
+from components.report.headline import failed_step
 from components.report.run_files import RunFiles
+from components.shared.errors import UserError, by_name
 
 HOME = ".fineloop"
 """The default of --home."""
@@ -18,7 +23,14 @@ def next_steps(run: RunFiles, *, home: str = HOME, verb: str = "run") -> list[tu
 def _steps(run: RunFiles, home: str, verb: str) -> list[tuple[str, str]]:
     version, decision = run.version, run.decision
     config = shlex.quote(f"{home}/runs/{run.run_id}/config.toml")
-    if decision is None and run.evaluation is None:
+    failed = failed_step(run)
+    error = dict(failed.result.get("error") or {}) if failed else {}
+    if isinstance(by_name(error.get("kind", ""), ""), UserError):  # the same config would fail again
+        named = dict.fromkeys(re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", error.get("message", "")))
+        keys = [key for key in named if key in {*key_paths(RunConfig)}]
+        again = [(f"fineloop {verb} -c {config} --set {key}=VALUE", f"run it with another {key}") for key in keys]
+        return again or [(f"fineloop {verb} -c {config}", "run it again, once what the message names is mended")]
+    if failed or (decision is None and run.evaluation is None):
         return [(f"fineloop {verb} -c {config} --run-id {run.run_id}", "go on from where it was")]
     if version is None or (decision is not None and decision.decision == "skipped"):
         return []

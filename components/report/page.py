@@ -10,7 +10,7 @@ from components.report.harness import harness
 from components.report.headline import headline
 from components.report.html import template
 from components.report.next_steps import next_steps
-from components.report.numbers import count, moment
+from components.report.numbers import count, moment, sure_once
 from components.report.past_decisions import past_decisions
 from components.report.run_files import RunFiles
 from components.report.slices import slices
@@ -26,14 +26,18 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
     """
     shown = sections.samples(run)
     wrong, rest = sections.wrong_answers(run)
-    champion = run.model("champion")
+    champion, top, rules = run.model("champion"), headline(run), comparison.rules(run)
+    sentences = sure_once("\0".join([*top.reasons, *(row.rule.text for row in rules)])).split("\0")
     return template("report.html").render(
         run=run,
         pages_at=pages_at,
         explained=explained,
         forgotten=forgetting.sentence(run),
-        headline=headline(run),
+        headline=top,
+        reasons=sentences[: len(top.reasons)],
+        rule_texts=sentences[len(top.reasons) :],
         facts=sections.run_facts(run),
+        costs=sections.costs(run),
         names=comparison.names(run),
         champion=champion.version or "a version without a name" if champion is not None else None,
         num_evaluated=count(run.evaluation.records) if run.evaluation else None,
@@ -44,7 +48,7 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
         suites=suites(run),
         harness=harness(run),
         past_decisions=past_decisions(run),
-        rules=comparison.rules(run),
+        rules=rules,
         samples=shown,
         next_steps=next_steps(run),
         classes=errors.by_class(run.evaluation.confusion if run.evaluation else None),

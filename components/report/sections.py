@@ -222,17 +222,24 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("Note", run.note))
     if run.evaluation and run.evaluation.fold:
         facts.append(("Judged by", f"fold {run.evaluation.fold} of {run.evaluation.folds} of what is held out"))
-    if run.decision and run.decision.look:
+    if run.decision and (run.decision.look or 0) > 1:
         facts.append(("Decisions on these records", f"{run.decision.look}, this one included"))
     if starts:
-        facts.append(("Started", moment(min(starts))))
+        user = ((run.lineage or {}).get("started") or {}).get("user")
+        facts.append(("Started", moment(min(starts)) + (f", by {user}" if user else "")))
     if seconds:
         facts.append(("Time", duration(seconds)))
+    return facts
+
+
+def costs(run: RunFiles) -> list[tuple[str, str]]:
+    """What the training cost, and what a run took before its first step and its first comparison."""
+    facts = []
+    if cost_text := cost(run):
+        facts.append(("Training cost", cost_text))
     if parts := run.until_first_step:
         parts_text = ", ".join(f"{each.part} {duration(each.seconds)}" for each in parts)
         facts.append(("First training step", f"after {duration(sum(each.seconds for each in parts))}: {parts_text}"))
-    if cost_text := cost(run):
-        facts.append(("Training cost", cost_text))
     if run.until_compared_s is not None:
         facts.append(("First record compared", f"{duration(run.until_compared_s)} after training"))
     return facts

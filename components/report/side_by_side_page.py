@@ -50,7 +50,7 @@ def build_page(
     """Render the page; `records` are those of each run's metrics.jsonl, by the run's name."""
     drawn = curves.picture(records)
     return template("side_by_side.html").render(
-        title=" and ".join(each.name for each in columns),
+        title=" and ".join(f"“{each.note}”" if each.note else each.name for each in columns),
         columns=columns,
         metrics=metric_rows([each.metrics for each in columns]),
         differing=differing,

@@ -239,7 +239,7 @@ def test_a_set_cannot_reach_into_a_value_or_a_list() -> None:
 
 
 def test_what_other_tools_call_a_key_leads_to_ours() -> None:
-    ours = set(config_file._paths(RunConfig))
+    ours = set(config_file.key_paths(RunConfig))
     names = {path.rpartition(".")[2] for path in ours}
     for theirs, path in SYNONYMS.items():
         assert path in ours

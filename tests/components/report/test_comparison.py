@@ -131,7 +131,7 @@ def test_every_comparison_of_the_gate_is_drawn_between_its_bounds_and_against_it
     ]
     for each in shown:
         assert 0 <= each.low < each.position < each.high <= 100
-    assert shown[1].text == "Loss: 0.039 better, between +0.018 and +0.069, each with 95 % confidence"
+    assert shown[1].text == "Loss: 0.039 better, between +0.018 and +0.069"
     assert [each.bound_text for each in shown[1:]] == ["required: −0.020 or more", "required: −0.050 or more", ""]  # noqa: RUF001
     assert shown[1].bound is not None
     assert shown[1].bound < shown[1].zero < shown[1].low

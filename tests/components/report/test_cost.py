@@ -8,7 +8,7 @@ import pytest
 from components.config import config_file
 from components.report.cost import cost
 from components.report.run_files import RunFiles
-from components.report.sections import run_facts
+from components.report.sections import costs
 from tests.components.report import example_runs
 
 # Four workers for an hour and a half are 6 hours; 4,050 of 5,400 s are three quarters.
@@ -49,7 +49,7 @@ def run_on(gpu: str, *settings: str, **result: Any) -> RunFiles:
 def test_a_training_says_what_it_cost(gpu: str, settings: list[str], text: str) -> None:
     run = run_on(gpu, *settings)
     assert cost(run).endswith(text)
-    assert ("Training cost", cost(run)) in run_facts(run)
+    assert ("Training cost", cost(run)) in costs(run)
 
 
 def test_a_run_that_went_on_from_a_checkpoint_counts_its_own_job_alone() -> None:

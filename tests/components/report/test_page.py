@@ -6,10 +6,12 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from components.records.steps import RuleResult, StepRecord
 from components.report.glossary import explained
 from components.report.html import SEARCH, TEMPLATES
+from components.report.next_steps import next_steps
 from components.report.page import build_report
 from components.report.run_files import RunFiles
 from components.report.sections import samples
@@ -180,6 +182,74 @@ def test_failed_run_names_the_step_and_its_error_and_has_no_card_without_content
     assert "no lineage record" in text
     for words in ("How the candidate compares", "The gate's rules", "Sample answers", "Training", "Data "):
         assert words not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "commands"),
+    [
+        ("JobError", "worker 1 was lost", ["-c .fineloop/runs/r/config.toml --run-id r"]),
+        (
+            "DataError",
+            "much is near, more than data.max_near_share = 0.05 allows:\n  5 x near 'a b'\nName it in data.group.",
+            [f"-c .fineloop/runs/r/config.toml --set {key}=VALUE" for key in ("data.max_near_share", "data.group")],
+        ),
+        ("DataError", "no rows in s3.data.jsonl", ["-c .fineloop/runs/r/config.toml"]),
+    ],
+)
+def test_a_failed_run_keeps_the_lines_of_its_error_and_says_what_to_do_now(
+    kind: str, message: str, commands: list[str]
+) -> None:
+    failed = StepRecord(
+        step="prepare", status="failed", started_at="2026-11-26T02:00:00+00:00", seconds=1.0,
+        result={"error": {"kind": kind, "message": message}},
+    )  # fmt: skip
+    run = RunFiles(run_id="r", adapter="sums", steps=[failed])
+    html = build_report(run)
+    assert f"<li>{escape(message)}</li>" in html
+    assert "white-space: pre-line" in html.partition(".reasons li {")[2].partition("}")[0]
+    assert [command for command, _ in next_steps(run)] == [f"fineloop run {each}" for each in commands]
+    text = Page(html).text
+    assert "What to do now" in text
+    assert "no measurements" not in text
+
+
+def test_the_head_says_what_was_decided_and_the_engine_room_is_further_down() -> None:
+    run = replace(example_runs.promoted_run(), note="half the data")
+    finetune = {
+        "began_at": "2026-11-24T02:00:20+00:00",
+        "trained_at": "2026-11-24T02:03:40+00:00",
+        "train_seconds": 180.0,
+        "tokens": 58_750,
+        "until_first_step": [{"part": "data", "seconds": 7.3}],
+    }
+    steps = [
+        step.model_copy(update={"result": {**step.result, **finetune}}) if step.step == "finetune" else step
+        for step in run.steps
+    ]
+    head, _, rest = build_report(replace(run, steps=steps)).partition("</header>")
+    for words in ("Promoted", "What to do now", "fineloop chat", "Note", "24 November 2026, 02:00 UTC, by ann"):
+        assert words in head
+    for words in ("Training cost", "First training step"):
+        assert words not in head
+        assert words in rest.partition('id="time">Time and cost')[2]
+
+
+def test_the_confidence_of_bounds_is_named_once_and_again_where_it_changes() -> None:
+    texts = [
+        f"It lies between {n} and 9, each with {sure} % confidence." for n, sure in enumerate((95, 95, 99, 99, 95))
+    ]
+    run = example_runs.promoted_run()
+    assert run.decision is not None
+    rules = [
+        rule.model_copy(update={"text": text, "passed": True, "verdict": "passed"})
+        for rule, text in zip(run.decision.rules, texts[2:], strict=False)
+    ]
+    decision = run.decision.model_copy(update={"reasons": tuple(texts[:2]), "rules": tuple(rules)})
+    text = Page(build_report(replace(run, decision=decision))).text
+    assert "It lies between 0 and 9, each with 95 % confidence." in text
+    assert "It lies between 1 and 9." in text
+    assert "It lies between 2 and 9, each with 99 % confidence." in text
+    assert text.count("% confidence") == 3 - (len(rules) < 3)
 
 
 def test_data_origin_and_times_are_told() -> None:
