@@ -243,7 +243,8 @@ def compared(
 
 def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:
     """Base, champion and anchor where they exist, and candidate; each with the base and method of its own run."""
-    name, identity = config.adapter.name, recorded.read(config, store, candidate).base_identity
+    name, theirs = config.adapter.name, recorded.read(config, store, candidate)
+    identity, stands_on_sha256 = theirs.base_identity, theirs.stands_on_sha256
     result = [Contender("base", config, None, identity)]
     if (pointer := read_alias(store, name, config.adapter.alias)) is not None:
         result.append(of_version("champion", config, store, pointer.version))
@@ -258,7 +259,7 @@ def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str
                 say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
     trained = runs.find(store, run_id, TrainResult) if run_id else None
     own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""
-    return [*result, Contender("candidate", config, candidate, identity, own)]
+    return [*result, Contender("candidate", config, candidate, identity, stands_on_sha256, own)]
 
 
 def _write_records(

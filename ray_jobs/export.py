@@ -303,7 +303,7 @@ def _source(given: RunConfig, store: Store, version: Version, folder: Path) -> E
     placement.require_float32(config, original)
     use_gpu = placement.on_gpus(config, original)
     kernels = door.choose(given, base_config.load(original.path, config.model), on_gpu=use_gpu)
-    stands_on = own_base.find(config, original, store)
+    stands_on = own_base.find(config, original, store, sha256=its_run.stands_on_sha256)
     compared = (rows, compared_on, records, split, its_run.max_new_tokens or USUAL_NEW_TOKENS)
     system = speaker.as_trained(given, store, version).system if records else ""
     return ExportSource(version, config, folder, original, stands_on, chat, system, *compared, kernels, use_gpu)

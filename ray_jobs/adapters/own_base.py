@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from components.config.methods import OWN_BASE, Init
 from components.config.schema import MethodConfig, RunConfig
-from components.shared.errors import ObjectMissing
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.store.store import Store
 from ray_jobs.base import made_base
 from ray_jobs.base.base_model import Base
@@ -75,8 +75,10 @@ def check(config: RunConfig, original: Base) -> None:
         start_of(config.method.row.init).check(config, original)
 
 
-def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, num_workers: int = 1) -> Base:
-    """The base to train on.
+def prepare(
+    config: RunConfig, original: Base, store: Store, *, sha256: str = "", rank: int = 0, num_workers: int = 1
+) -> Base:
+    """The base to train on; `sha256` as for `find`, where the training starts from a version.
 
     Where the store does not have it yet, all workers make it together. With several workers, every one of them must
     call this in an initialised process group, and before anything, such as ZeRO-3, changes how models are loaded.
@@ -93,15 +95,18 @@ def prepare(config: RunConfig, original: Base, store: Store, *, rank: int = 0, n
         if made_base.from_rank_0(is_missing, group):
             computed = start.compute(config, original, rank=rank, num_workers=num_workers, group=group)
             made_base.on_rank_0(lambda: _publish(start, config, original, store, computed), rank=rank, group=group)
-    return find(config, original, store)
+    return find(config, original, store, sha256=sha256)
 
 
-def find(config: RunConfig, original: Base, store: Store) -> Base:
+def find(config: RunConfig, original: Base, store: Store, *, sha256: str) -> Base:
     """The base that an adapter of this config was trained on, pulled into the cache with every byte verified.
+
+    `sha256` is that of its manifest by the version's lineage. Empty accepts the base that the store has now.
 
     Raises:
         ObjectMissing: it was never made.
-        IntegrityError: it is damaged, or comes with code that is not the original's and may run.
+        IntegrityError: it is damaged, another than the lineage's, or comes with code that is not the original's and may
+            run.
     """
     init = config.method.row.init
     if init not in OWN_BASE:
@@ -110,6 +115,11 @@ def find(config: RunConfig, original: Base, store: Store) -> Base:
     made = made_base.find(store, key)
     if made is None:
         raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {made_base.CHOSEN}")
+    if sha256 not in ("", made.manifest_sha256):
+        raise IntegrityError(
+            f"the adapter was trained on the base in {store.uri(key)} whose manifest has sha256 {sha256}, and today "
+            f"that is {made.manifest_sha256}: put the one that it was trained on back there, or train it again"
+        )
     path = made_base.pull(store, made, init)
     if config.model.trust_remote_code:
         made_base.require_same_code(path, original)

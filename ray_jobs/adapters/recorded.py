@@ -22,6 +22,9 @@ class Recorded:
     """The caller's config, with the base and the method of the version's run."""
     base_identity: Mapping[str, str]
     """Identity of the base that the version was trained on, for `base_model.resolve`."""
+    stands_on_sha256: str
+    """sha256 of the manifest of the version's own base, for `own_base.find`; empty where it has none, and in lineages
+    of release 0.1.0."""
     dataset_uri: str
     max_new_tokens: int | None
     """Maximum number of tokens in an answer, as chosen by the version's run; None where the lineage has none."""
@@ -41,7 +44,8 @@ def read(config: RunConfig, store: Store, version: Version) -> Recorded:
         stored, identity, dataset_uri = lineage["config"], lineage["base"]["identity"], lineage["dataset"]["uri"]
         max_new_tokens = stored.get("evaluate", {}).get("max_new_tokens")
         identity = {str(key): str(value) for key, value in identity.items()}
+        stands_on_sha256 = str(lineage.get("recipe", {}).get("stands_on_sha256", ""))
     except (KeyError, TypeError, AttributeError) as exc:
         raise IntegrityError(f"{origin} does not say what the version was made from: {exc}") from exc
     own = config_file.with_stored(config, stored, origin=origin, commit=identity.get("commit", ""))
-    return Recorded(own, identity, str(dataset_uri), max_new_tokens)
+    return Recorded(own, identity, stands_on_sha256, str(dataset_uri), max_new_tokens)

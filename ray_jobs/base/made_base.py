@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 CHOSEN = "chosen.json"
 FORMAT = 1  # of chosen.json
+FIELDS = {"folder": "[0-9a-f]{16}", "manifest_sha256": "[0-9a-f]{64}"}
+"""Fields of chosen.json with their patterns: both become parts of paths."""
 COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
 """Suffixes of the files that are copied from the original base: tokenizer, chat template, and code if it has any."""
 INDEX = ".safetensors.index.json"
@@ -63,9 +66,9 @@ def find(store: Store, key: str) -> MadeBase | None:
     uri = store.uri(f"{key}/{CHOSEN}")
     chosen = decode_json(found[0], uri)
     known = isinstance(chosen, dict) and chosen.get("format") == FORMAT
-    if not known or not {"folder", "manifest_sha256"} <= chosen.keys():
+    if not known or not all(re.fullmatch(pattern, str(chosen.get(field))) for field, pattern in FIELDS.items()):
         raise IntegrityError(f"{uri} names no base of format {FORMAT}")
-    return MadeBase(f"{key}/{chosen['folder']}", chosen["manifest_sha256"])
+    return MadeBase(f"{key}/{chosen['folder']}", str(chosen["manifest_sha256"]))
 
 
 def pull(store: Store, made: MadeBase, kind: str) -> Path:

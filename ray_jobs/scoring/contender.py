@@ -21,6 +21,8 @@ class Contender:
     """The adapter's version; None for the base alone."""
     base_identity: Mapping[str, str]
     """Identity of the base that the adapter was trained on; for the base alone, of the candidate's base."""
+    stands_on_sha256: str = ""
+    """sha256 of the manifest of the adapter's own base, as `Recorded` has it."""
     published_sha256: str = ""
     """sha256 of the manifest that this run's own training published; a trusted key signs it once the gate lets it pass.
     """
@@ -40,4 +42,4 @@ def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Con
     """
     found = resolve(store, f"{config.adapter.name}@{version}")
     theirs = recorded.read(config, store, found)
-    return Contender(role, theirs.config, found, theirs.base_identity)
+    return Contender(role, theirs.config, found, theirs.base_identity, theirs.stands_on_sha256)

@@ -186,7 +186,7 @@ def _local(contender: Contender, records: Sequence[Record], folder: Path, regist
     base = base_model.resolve(config.model, recorded=contender.base_identity, registry=store)
     if contender.version is not None:
         adapter = folder
-        base = own_base.find(config, base, store)
+        base = own_base.find(config, base, store, sha256=contender.stands_on_sha256)
         pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
     chat = chat_format.load(base, config.model, adapter)
     split = tokens_of(records, chat, config.model.max_length, Store.open(registry), contender.dataset_uri)

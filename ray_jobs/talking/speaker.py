@@ -112,7 +112,7 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
     logger.info("loading %s", own.model.base)
     base = base_model.resolve(own.model, recorded=its_run.base_identity, registry=store)
     use_gpu = placement.on_gpus(own, base)
-    stands_on = own_base.find(own, base, store)
+    stands_on = own_base.find(own, base, store, sha256=its_run.stands_on_sha256)
     kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
     model = _load(stands_on, own, kernels, use_gpu=use_gpu)
     alone = _load(base, own, kernels, use_gpu=use_gpu) if with_base and stands_on != base else None

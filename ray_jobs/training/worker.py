@@ -21,7 +21,7 @@ from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.adapters import dora, own_base
+from ray_jobs.adapters import dora, own_base, recorded
 from ray_jobs.base import base_config, base_model, precision
 from ray_jobs.kernels import allocator, door
 from ray_jobs.kernels.door import Kernels
@@ -159,7 +159,11 @@ def fit(
     dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device)
     # A hub branch may have moved since, and the objects of an S3 folder may have changed.
     original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
-    base = own_base.prepare(config, original, store, rank=worker.rank, num_workers=worker.num_workers)
+    sha256 = ""
+    if job.start and own_base.is_needed(config.method):
+        sha256 = recorded.read(config, store, job.start).stands_on_sha256
+    together = {"rank": worker.rank, "num_workers": worker.num_workers}
+    base = own_base.prepare(config, original, store, sha256=sha256, **together)
     _require_trainable(dtype, base)
     on_cpu = _kernels(config, original, store, job.run_id)
     worker = replace(worker, dtype=dtype, kernels=worker.kernels if config.ray.use_gpu else on_cpu)

@@ -61,7 +61,7 @@ def publish(
         dataset=Dataset("d0", data_uri, "0" * 64, 4, len(RECORDS) - 4),
         environment=Environment("3.11", "Linux", {}),
         hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
-        recipe={"adapter": row.adapter, "base": row.base},
+        recipe={"adapter": row.adapter, "base": row.base, **own_base.recipe(config, base)},
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
     )
     return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
@@ -98,6 +98,6 @@ def on_its_base(config: RunConfig, store: Store, folder: Path, *, load: Callable
 
     original = base_model.resolve(config.model)
     dense = base_model.load_model(original, config.model, "bf16", use_gpu=False).float()
-    stands_on = own_base.find(config, original, store)
+    stands_on = own_base.find(config, original, store, sha256="")
     merge.dequantise_into(dense, base_model.load_model(stands_on, config.model, config.method.row.base, use_gpu=False))
     return (load or build.load)(dense, folder)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from safetensors.torch import load_file, save
 
 from components.config import config_file, methods
 from components.config.schema import RunConfig
+from components.registry.versions import Version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
@@ -17,10 +19,18 @@ from ray_jobs.adapters import own_base
 from ray_jobs.adapters.loftq import make, start
 from ray_jobs.base import base_model, made_base
 from ray_jobs.base.base_model import Base
+from ray_jobs.evaluate import _contenders
+from ray_jobs.export import ExportRequest, export
+from ray_jobs.scoring.contender import of_version
+from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.sweeping import trial
-from tests.models.train_group import in_group
+from ray_jobs.talking import speaker
+from tests.models import tiny_version
+from tests.models.tiny import colour_rows
+from tests.models.train_group import fit_in_rank, in_group
 
 Changed = Callable[..., RunConfig]
+ANOTHER = "0" * 16
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +67,7 @@ def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsy
     shutil.rmtree(cache)  # another machine
     second = stood(changed("method.alpha=5", "train.seed=3"), store)
     assert "splitting" not in capsys.readouterr().out
-    assert second == first == own_base.find(changed(), base_model.resolve(changed().model), store)
+    assert second == first == own_base.find(changed(), base_model.resolve(changed().model), store, sha256="")
     assert second.reference.startswith(store.uri("bases/"))
 
 
@@ -68,7 +78,7 @@ def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed
     key = own_base.folder_key(config.method, original)
     # As by a run on other hardware that began before the first one ended.
     own_base._publish(start, config, original, store, splits)
-    assert stood(config, store) == own_base.find(config, original, store) == first
+    assert stood(config, store) == own_base.find(config, original, store, sha256="") == first
     contents = list(store.folders(f"{key}/"))
     assert len(contents) == 2
     for content in contents:
@@ -88,12 +98,12 @@ def test_a_base_that_lies_as_release_0_1_0_left_it_is_found(changed, store):
 
 def test_a_reader_never_makes_a_base(changed, store):
     with pytest.raises(ObjectMissing, match="bases/"):
-        own_base.find(changed(), base_model.resolve(changed().model), store)
+        own_base.find(changed(), base_model.resolve(changed().model), store, sha256="")
 
 
 def test_a_sweep_makes_the_base_before_its_trials(changed, store):
     trial.make_base(config_file.dumps(changed()))
-    assert own_base.find(changed(), base_model.resolve(changed().model), store)
+    assert own_base.find(changed(), base_model.resolve(changed().model), store, sha256="")
 
 
 def refused(config_toml: str) -> str:
@@ -148,8 +158,8 @@ def replaced(store: Store, base: Base, changes: dict[str, bytes]) -> None:
     """What someone who may write to the bucket does: another base in place of the chosen one, with sound digests."""
     key = store.key(base.reference).rpartition("/")[0]
     files = {path.name: path.read_bytes() for path in base.path.iterdir() if path.name != folders.MANIFEST}
-    manifest = folders.publish(store, f"{key}/another", {**files, **changes})
-    chosen = {"format": 1, "folder": "another", "manifest_sha256": manifest.sha256}
+    manifest = folders.publish(store, f"{key}/{ANOTHER}", {**files, **changes})
+    chosen = {"format": 1, "folder": ANOTHER, "manifest_sha256": manifest.sha256}
     store.put_json(f"{key}/{made_base.CHOSEN}", chosen)
 
 
@@ -172,16 +182,68 @@ def test_consent_to_a_bases_code_is_not_for_what_lies_in_the_bucket(with_code, s
         ({"custom_generate/generate.py": b""}, "custom_generate/generate.py"),
         ({"config.json": json.dumps(elsewhere).encode()}, "config.json AutoModelForCausalLM"),
     ):
-        store.delete([info.key for info in store.list(store.key(base.reference).rpartition("/")[0] + "/another/")])
+        store.delete([info.key for info in store.list(store.key(base.reference).rpartition("/")[0] + f"/{ANOTHER}/")])
         replaced(store, base, changes)
         with pytest.raises(IntegrityError, match=f"comes with code that is not that of .*, in {file}: "):
-            own_base.find(config, base_model.resolve(config.model), store)
+            own_base.find(config, base_model.resolve(config.model), store, sha256="")
     assert not evil.exists()
+
+
+def chat(config: RunConfig, store: Store, version: Version, folder: Path) -> None:
+    speaker.load(config, store, version, "colours", with_base=False)
+
+
+def evaluate(config: RunConfig, store: Store, version: Version, folder: Path) -> None:
+    measure_shard(_contenders(config, store, version)[1:], tiny_version.RECORDS[:2], shard_index=0)
+
+
+def evaluate_production(config: RunConfig, store: Store, version: Version, folder: Path) -> None:
+    champion = of_version("champion", config, store, version.version)
+    measure_shard([champion], tiny_version.RECORDS[:2], shard_index=0)
+
+
+def goes_on(config_toml: str, version: Version) -> None:
+    """What one rank does: train from a version."""
+    fit_in_rank(config_file.loads(config_toml), colour_rows(16), run_id="r", start=version)
+
+
+def train_from(config: RunConfig, store: Store, version: Version, folder: Path) -> None:
+    in_group(goes_on, config_file.dumps(config), version, directory=folder / "log", num_workers=1)
+
+
+def export_merged(config: RunConfig, store: Store, version: Version, folder: Path) -> None:
+    export(config, version.name, ExportRequest("merged", folder / "out", dtype="float32"))
+
+
+@pytest.mark.parametrize("reader", [chat, evaluate, evaluate_production, export_merged, train_from])
+def test_a_version_is_run_on_the_base_that_it_was_trained_on_alone(changed, store, tmp_path, reader):
+    config = changed()
+    version = tiny_version.publish(config, store, tmp_path)
+    (sha256,) = {read_lineage(store, version)["recipe"]["stands_on_sha256"]}
+    base = own_base.find(config, base_model.resolve(config.model), store, sha256=sha256)
+    weights = load_file(base.path / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].flip(0)
+    replaced(store, base, {"model.safetensors": save(weights, {"format": "pt"})})
+    told = f"whose manifest has sha256 {sha256}, and today that is .* put the one"
+    with pytest.raises((IntegrityError, RuntimeError), match=told):  # a rank's own error is told by its group
+        reader(config, store, version, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["folder", "manifest_sha256"])
+@pytest.mark.parametrize("value", ["/../../../victim", "../" * 8, 7, None, "\0", "0" * 15 + "\n", "0" * 63 + "/"])
+def test_a_pointer_to_a_base_that_leads_elsewhere_is_refused(changed, store, tmp_path, field, value):
+    original = base_model.resolve(changed().model)
+    key = own_base.folder_key(changed().method, original)
+    chosen = {"format": 1, "folder": "0" * 16, "manifest_sha256": "0" * 64, field: value}
+    store.put_json(f"{key}/{made_base.CHOSEN}", chosen)
+    with pytest.raises(IntegrityError, match="names no base of format 1"):
+        stood(changed(), store)
+    assert [path.name for path in tmp_path.iterdir() if "cache" not in path.name] == []
 
 
 def test_other_methods_stand_on_the_original(changed, store):
     config = changed("method.name=qlora")
     original = base_model.resolve(config.model)
     assert stood(config, store) == original
-    assert own_base.find(config, original, store) is original
+    assert own_base.find(config, original, store, sha256="") is original
     assert own_base.recipe(config, original) == {}
