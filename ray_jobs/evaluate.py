@@ -46,9 +46,10 @@ from ray_jobs.scoring.answers import (
 )
 from ray_jobs.scoring.contender import Contender, of_version
 from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.measure import tokens_of, with_room_for_answers
+from ray_jobs.scoring.measure import with_room_for_answers
 from ray_jobs.scoring.probe import Outcome
 from ray_jobs.text import chat_format
+from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import measured_apart, measured_together
 from ray_jobs.training.room import workers_with_room
@@ -110,13 +111,11 @@ def evaluate(
     chat = chat_format.load(base, config.model)
     if config.evaluate.max_new_tokens is None:
         judged = judging.records[: config.evaluate.records]
-        config = with_room_for_answers(config, tokens_of(judged, chat, config.model.max_length, store, dataset_uri))
+        config = with_room_for_answers(config, tokenize(judged, chat, config.model.max_length))
     entry.connect()
     config = config.on(workers_with_room(config))
     labels = alike(without_reasoning(record.answer_text) for record in judging.records)
-    contenders = [
-        replace(each, dataset_uri=dataset_uri, alike=labels) for each in _contenders(config, store, candidate, run_id)
-    ]
+    contenders = [replace(each, alike=labels) for each in _contenders(config, store, candidate, run_id)]
     found, outside = _measured(config, base, chat, contenders, judging.records, store, run_id, standby)
     kept, tokens, scores = found.records, found.tokens, found.scores
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(

@@ -101,7 +101,7 @@ def finetune(
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
-        dataset=splits.of_dataset(store, dataset_uri),
+        dataset=splits.of_dataset(store, dataset_uri, train_split.stored, eval_split.stored),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
         dense_base=outlook.dense_base,

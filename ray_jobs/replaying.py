@@ -32,8 +32,9 @@ from components.store.store import JSON, Store, encode_json
 from ray_jobs import entry
 from ray_jobs.base import base_model
 from ray_jobs.scoring.contender import of_version
-from ray_jobs.scoring.measure import tokens_of, with_room_for_answers
+from ray_jobs.scoring.measure import with_room_for_answers
 from ray_jobs.text import chat_format
+from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import without_reasoning
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _right(
     champion = replace(champion, alike=alike(without_reasoning(record.answer_text) for record in records))
     if champion.config.evaluate.max_new_tokens is None:
         chat = chat_format.load(base, champion.config.model)
-        asked = tokens_of(records, chat, champion.config.model.max_length, store, "")
+        asked = tokenize(records, chat, champion.config.model.max_length)
         champion = replace(champion, config=with_room_for_answers(champion.config, asked))
     if is_shared(config, base, ray.nodes()):
         found = measured_together(config, base, [champion], records, store=store, run_id=run_id, name="ray-replay")

@@ -4,7 +4,7 @@ No index is trusted, and one bad object does not hide another.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from components.records import runs
@@ -19,7 +19,7 @@ from components.registry.identity import verify_whole
 from components.registry.names import TOKENS, adapter_key, version_key
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.folders import Manifest, verify
-from components.store.store import Store, encode_json
+from components.store.store import Store
 
 BASES, CHOSEN, DATASETS = "bases/", "chosen.json", "datasets/"
 
@@ -164,13 +164,17 @@ def _decisions(store: Store, log: list[Event]) -> Iterator[Finding]:
 def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Finding]:
     """Check the datasets that the versions name, and the bases that Fineloop made."""
     named: dict[str, tuple[str, str | None]] = {}
+    trained_on: dict[tuple[str, str], str] = {}
     for version in whole:
         uri = store.uri(version_key(name, version))
         try:
             lineage = store.get_json(f"{version_key(name, version)}/{versions.LINEAGE}")
             dataset, recipe = lineage.get("dataset") or {}, lineage.get("recipe", {})
             if "dataset_id" in dataset:
-                named.setdefault(f"{DATASETS}{dataset['dataset_id']}", (version, dataset.get("manifest_sha256")))
+                key = f"{DATASETS}{dataset['dataset_id']}"
+                named.setdefault(key, (version, dataset.get("manifest_sha256")))
+                for folder, sha256 in (dataset.get("tokens") or {}).items():
+                    trained_on[f"{key}/{TOKENS}/{folder}", str(sha256)] = version
             for field in BASE_FIELDS:
                 if (base := str(recipe.get(field, ""))).startswith(store.uri(BASES)):
                     named.setdefault(store.key(base), (version, recipe.get(f"{field}_sha256")))
@@ -184,14 +188,17 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Fin
                 _require_chosen_base(store, folder, content, manifest)
         except (IntegrityError, ObjectMissing) as exc:
             yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")
-        yield from _tokens(store, f"{key}/{TOKENS}/")
+        yield from _tokens(store, f"{key}/{TOKENS}/", trained_on)
 
 
-def _tokens(store: Store, prefix: str) -> Iterator[Finding]:
-    """Check the tokens of a dataset, which trainings and evaluations read."""
+def _tokens(store: Store, prefix: str, trained_on: Mapping[tuple[str, str], str]) -> Iterator[Finding]:
+    """Check the tokens of a dataset, which trainings read; `trained_on` has the version by their folder and sha256."""
     for name in store.folders(prefix):
         try:
-            verify(store, f"{prefix}{name}")
+            found = verify(store, f"{prefix}{name}").content_sha256
+            for (key, sha256), version in trained_on.items():
+                if key == f"{prefix}{name}" and sha256 != found:
+                    yield Finding(store.uri(key), f"has sha256 {found}, and {version} was trained on {sha256}")
         except ObjectMissing:  # a publication that is not complete
             continue
         except IntegrityError as exc:
@@ -209,8 +216,7 @@ def _watermark(store: Store, name: str) -> Iterator[Finding]:
 
 def _require_chosen_base(store: Store, folder: str, content: str, manifest: Manifest) -> None:
     """Require that the base has the content that names it, and is the one that `chosen.json` names for all runs."""
-    digests = encode_json({path: digest["sha256"] for path, digest in manifest.files.items()})
-    if not hashlib.sha256(digests).hexdigest().startswith(content):
+    if not manifest.content_sha256.startswith(content):
         raise IntegrityError(f"{store.uri(f'{folder}/{content}')} holds another base than its name says")
     chosen, wanted = store.get_json(f"{folder}/{CHOSEN}"), {"folder": content, "manifest_sha256": manifest.sha256}
     if not isinstance(chosen, dict) or not wanted.items() <= chosen.items():

@@ -40,6 +40,9 @@ class Dataset:
     manifest_sha256: str
     train_records: int
     eval_records: int
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the tokens that were read, by the name of their folder beside the dataset, for audits: see
+    `Manifest.content_sha256`."""
 
 
 @dataclass(frozen=True)

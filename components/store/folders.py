@@ -52,6 +52,11 @@ class Manifest:
     body: bytes
     """The bytes of manifest.json as stored."""
 
+    @property
+    def content_sha256(self) -> str:
+        """A sha256 of the files, in hex; unlike `sha256` the same whoever wrote them, and whenever."""
+        return hashlib.sha256(encode_json({path: each["sha256"] for path, each in self.files.items()})).hexdigest()
+
 
 def now() -> str:
     """Return the current time in the registry's format."""

@@ -26,8 +26,6 @@ class Contender:
     published_sha256: str = ""
     """sha256 of the manifest that this run's own training published; a trusted key signs it once the gate lets it pass.
     """
-    dataset_uri: str = ""
-    """URI of the dataset that it is measured on; a training may have stored the records' tokens beside it."""
     alike: frozenset[str] = frozenset()
     """Labels that only their writing tells apart in the records that it is measured on."""
 

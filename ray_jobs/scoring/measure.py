@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.config.registry import RegistryConfig
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Role
@@ -28,7 +27,7 @@ from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score, longest_answer
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.held_base import HeldBase
 from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
-from ray_jobs.text import chat_format, token_store
+from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
 
@@ -121,8 +120,7 @@ def local_contenders(
         DataError: no record fits.
     """
     with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
-        registry = contenders[-1].config.registry
-        found = [_local(contender, records, Path(scratch) / contender.role, registry) for contender in contenders]
+        found = [_local(contender, records, Path(scratch) / contender.role) for contender in contenders]
         fitting = set.intersection(*(set(each.split.ids) for each in found))
         kept = [record for record in records if record.id in fitting]
         if not kept:
@@ -181,7 +179,7 @@ def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
     return dict(zip(split.ids, split.num_answer_tokens.tolist(), strict=True))
 
 
-def _local(contender: Contender, records: Sequence[Record], folder: Path, registry: RegistryConfig) -> LocalContender:
+def _local(contender: Contender, records: Sequence[Record], folder: Path) -> LocalContender:
     config, store, adapter = contender.config, Store.open(contender.config.registry), None
     base = base_model.resolve(config.model, recorded=contender.base_identity, registry=store)
     if contender.version is not None:
@@ -189,21 +187,13 @@ def _local(contender: Contender, records: Sequence[Record], folder: Path, regist
         base = own_base.find(config, base, store, sha256=contender.stands_on_sha256)
         pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
     chat = chat_format.load(base, config.model, adapter)
-    split = tokens_of(records, chat, config.model.max_length, Store.open(registry), contender.dataset_uri)
+    # Tokens that lie beside the dataset are not read: whoever wrote them would decide what the gate measures.
+    split = tokenize(records, chat, config.model.max_length)
     return LocalContender(contender.role, config, base, adapter, chat, split, contender.alike)
 
 
 def _dtype(config: RunConfig) -> "torch.dtype":
     return precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu)
-
-
-def tokens_of(
-    records: Sequence[Record], chat: ChatFormat, max_length: int, store: Store, dataset_uri: str
-) -> TokenizedSplit:
-    """Held-out records as tokens: from the store, where a training with the same chat format has left them; otherwise
-    tokenized here."""
-    found = token_store.find_of_records(store, dataset_uri, records, chat, max_length) if dataset_uri else None
-    return tokenize(records, chat, max_length) if found is None else found
 
 
 def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:

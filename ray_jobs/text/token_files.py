@@ -5,7 +5,7 @@ labelled.npy   bool, one flag per token: whether it is labelled, that is, contri
 rows.npy       dtype ROW, one entry for each row, and one of length 0 for each row that is left out
 ids.npy        uint8, the ids of the rows' records in UTF-8, concatenated
 
-Planning, which needs only lengths, reads only rows.npy. The same rows give the same bytes.
+The same rows give the same bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -96,6 +96,26 @@ def load(folder: Path) -> TokenizedSplit:
         cut=names.take(first_of_each_record(rows, kept & (rows["cut"] > 0))),
         cut_system=names.take(first_of_each_record(rows, kept & (rows["cut"] > 1))),
         answers=rows["answers"][kept],
+    )
+
+
+def has(folder: Path, numbers: dict[str, int], expected: TokenizedSplit) -> bool:
+    """Whether the records with these numbers, which ascend, by id, have exactly the rows of `expected`, tokens and all.
+
+    In the file the rows that are left out follow the others of each part, so that rows are compared in the records'
+    order.
+    """
+    rows, wanted = load_rows(folder), _rows(expected, numbers)
+    places = np.flatnonzero(np.isin(rows["record"], [*numbers.values()]))
+    places, order = (
+        at[np.argsort(of["record"][at], kind="stable")] for of, at in ((rows, places), (wanted, np.arange(len(wanted))))
+    )
+    names = np.array([*expected.ids, *expected.too_long], object)[order]
+    kept = (np.cumsum(is_kept(rows)) - 1)[places[is_kept(rows)[places]]]
+    return (
+        np.array_equal(rows[places], wanted[order])
+        and [*load_ids(folder).take(places)] == names.tolist()
+        and load(folder).take(kept.tolist()).digest == expected.digest
     )
 
 

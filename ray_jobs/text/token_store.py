@@ -1,14 +1,14 @@
 """The tokens of a dataset's splits, created once and stored with it: `datasets/<dataset_id>/tokens/<digest>/`.
 
 The digest is a hash of `recipe`, that is, of everything besides the records that determines the tokens. Retries, the
-trials of a sweep and the evaluation reuse them. The workers of a machine read one shared copy there.
+trials of a sweep and later trainings reuse them. The workers of a machine read one shared copy there. Whoever may write
+to the store can write other tokens there, so that lineage names them, and an evaluation reads none.
 """
 
 import hashlib
 import json
-import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,6 @@ from components.prepare.dataset import Message, Record, SplitName, read_split
 from components.registry.names import TOKENS
 from components.shared.errors import Conflict, DataError, IntegrityError
 from components.store import folders
-from components.store.folders import Manifest
 from components.store.store import Store, encode_json
 from ray_jobs.base.local_cache import cache_dir, forget_unused, once, touch
 from ray_jobs.text import token_files
@@ -30,14 +29,15 @@ from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
 from ray_jobs.text.token_files import Ids, Rows
 
-logger = logging.getLogger(__name__)
-
 FORMAT = 5
 """Version of the files, and of how records become tokens: increment it when either changes."""
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 """Libraries whose releases may tokenize a text differently."""
 KEPT_S = 24 * 3600.0
 """Seconds for which a machine keeps tokens that no process uses."""
+SAMPLE = 256
+"""Number of records whose stored tokens are compared before each training: where 2 of 100 are not what the dataset
+gives, it is seen in 99 of 100 cases."""
 PROBE = Record("probe", [Message("user", "question")], "answer")
 
 
@@ -47,6 +47,8 @@ class StoredTokens:
 
     key: str
     manifest_sha256: str
+    content_sha256: str
+    """As `Manifest` has it: tokens that are made again have the same."""
     rows: npt.NDArray[np.int64] | None = None
     """Indices of the selected rows, in this order; None means all."""
 
@@ -82,47 +84,48 @@ def ensure(
     Raises:
         DataError: a record cannot be formatted with the base's chat template.
         ObjectMissing: there is no such dataset.
-        IntegrityError: a file of the dataset is not what its manifest lists.
+        IntegrityError: a file of the dataset is not what its manifest lists, or the stored tokens are others than a
+            sample of its records gives.
     """
     how = recipe(chat, split, max_length, loss_on)
-    key = _key(store, dataset_uri, how)
-    manifest = folders.find_manifest(store, key)
-    if manifest is None:
-        parts = ((some, tokenize(some, chat, max_length, loss_on)) for some in read_split(store, dataset_uri, split))
-        root = _root()
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
-            token_files.write(Path(scratch), parts)
-            manifest = _published(store, key, Path(scratch), how)
-    return StoredTokens(key, manifest.sha256)
+    key = f"{store.key(dataset_uri).rstrip('/')}/{TOKENS}/{hashlib.sha256(encode_json(how)).hexdigest()[:16]}"
+    others = IntegrityError(
+        f"{store.uri(key)} does not hold the tokens that this release makes of {dataset_uri}: somebody has written "
+        "others there; remove that folder, and the next training makes them anew"
+    )
+    if manifest := folders.find_manifest(store, key):
+        stored = StoredTokens(key, manifest.sha256, manifest.content_sha256)
+        folder, records = _pulled(store, stored), read_split(store, dataset_uri, split)
+        if not _has_sample(folder, records, lambda sample: tokenize(sample, chat, max_length, loss_on)):
+            raise others
+        return stored
+    parts = ((some, tokenize(some, chat, max_length, loss_on)) for some in read_split(store, dataset_uri, split))
+    root = _root()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
+        token_files.write(Path(scratch), parts)
+        files = {name: Path(scratch, name) for name in token_files.FILES}
+        try:
+            manifest = folders.publish(store, key, files, about={"kind": "tokens", **how})
+        except Conflict as exc:  # whoever makes them at the same time makes the same
+            raise others from exc
+    return StoredTokens(key, manifest.sha256, manifest.content_sha256)
 
 
-def _published(store: Store, key: str, folder: Path, how: dict[str, Any]) -> Manifest:
-    files = {name: folder / name for name in token_files.FILES}
-    try:
-        return folders.publish(store, key, files, about={"kind": "tokens", **how})
-    except Conflict:
-        manifest = folders.find_manifest(store, key)
-        if manifest is None:
-            raise
-        logger.info("%s was made by another run at the same time", store.uri(key))
-        return manifest
-
-
-def find_of_records(
-    store: Store, dataset_uri: str, records: Sequence[Record], chat: ChatFormat, max_length: int
-) -> TokenizedSplit | None:
-    """The tokens of some held-out records, one row each, with their last answers; None if they are not in the store.
-
-    Records whose answers leave no room for a prompt are left out.
-    """
-    key = _key(store, dataset_uri, recipe(chat, "eval", max_length, "last"))
-    manifest = folders.find_manifest(store, key)
-    if manifest is None:
-        return None
-    split = load(store, StoredTokens(key, manifest.sha256))
-    row_of = {name: row for row, name in enumerate(split.ids)}
-    return split.take([row_of[record.id] for record in records if record.id in row_of])
+def _has_sample(
+    folder: Path, parts: Iterable[list[Record]], tokenized: Callable[[list[Record]], TokenizedSplit]
+) -> bool:
+    """Whether the tokens in `folder` are of as many records as the split has, and those of SAMPLE records, drawn anew
+    each time, are what `tokenized` makes of them."""
+    count = len(np.unique(token_files.load_rows(folder)["record"]))
+    drawn = frozenset(np.random.default_rng().choice(count, min(SAMPLE, count), replace=False).tolist())
+    sample: dict[int, Record] = {}
+    total = 0
+    for some in parts:
+        sample |= {number: record for number, record in enumerate(some, total) if number in drawn}
+        total += len(some)
+    numbers = {record.id: number for number, record in sample.items()}
+    return total == count and token_files.has(folder, numbers, tokenized([*sample.values()]))
 
 
 def load(store: Store, stored: StoredTokens) -> TokenizedSplit:
@@ -132,33 +135,23 @@ def load(store: Store, stored: StoredTokens) -> TokenizedSplit:
         ObjectMissing: the tokens are gone from the store, and this machine has no copy.
         IntegrityError: they are not what their manifest lists.
     """
-    path = _root() / stored.manifest_sha256
-    touch(path)
-    once(path, lambda scratch: folders.pull(store, stored.key, scratch, manifest_sha256=stored.manifest_sha256))
-    forget_unused(path.parent, KEPT_S)
-    split = token_files.load(path)
+    split = token_files.load(_pulled(store, stored))
     return split if stored.rows is None else split.take(stored.rows.tolist())
 
 
 def load_rows(store: Store, stored: StoredTokens) -> tuple[Rows, Ids]:
-    """The entries of all rows without their tokens, including rows that are left out, and their records' ids.
-
-    Raises:
-        ObjectMissing: the tokens are gone from the store.
-        IntegrityError: they are not what their manifest lists.
-    """
-    manifest = folders.read_manifest(store, stored.key)
-    with tempfile.TemporaryDirectory(prefix="fineloop-tokens-") as scratch:
-        for name in (token_files.ROWS, token_files.IDS):
-            store.download(f"{stored.key}/{name}", Path(scratch, name))
-            if folders.digest_of(Path(scratch, name)) != manifest.files[name]:
-                raise IntegrityError(f"{store.uri(stored.key)}/{name} is not the one that its manifest lists")
-        # The files are deleted after this, but their memory maps stay valid.
-        return token_files.load_rows(Path(scratch)), token_files.load_ids(Path(scratch))
+    """The entries of all rows without their tokens, including rows that are left out, and their records' ids; raises as
+    `load`."""
+    folder = _pulled(store, stored)
+    return token_files.load_rows(folder), token_files.load_ids(folder)
 
 
-def _key(store: Store, dataset_uri: str, how: dict[str, Any]) -> str:
-    return f"{store.key(dataset_uri).rstrip('/')}/{TOKENS}/{hashlib.sha256(encode_json(how)).hexdigest()[:16]}"
+def _pulled(store: Store, stored: StoredTokens) -> Path:
+    path = _root() / stored.manifest_sha256
+    touch(path)
+    once(path, lambda scratch: folders.pull(store, stored.key, scratch, manifest_sha256=stored.manifest_sha256))
+    forget_unused(path.parent, KEPT_S)
+    return path
 
 
 def _root() -> Path:

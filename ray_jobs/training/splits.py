@@ -138,8 +138,10 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
         log(f"made {counted(len(cut), 'prompt')} shorter, to fit model.max_length {limit}{too}")
 
 
-def of_dataset(store: Store, uri: str) -> lineage.Dataset:
-    """The dataset as the lineage records it."""
+def of_dataset(store: Store, uri: str, *read: StoredTokens) -> lineage.Dataset:
+    """The dataset as the lineage records it, with the tokens that were `read`."""
     manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
     about = manifest.about
-    return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, about["train_records"], about["eval_records"])
+    tokens = {each.key.rpartition("/")[2]: each.content_sha256 for each in read}
+    counts = about["train_records"], about["eval_records"]
+    return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, *counts, tokens)

@@ -67,6 +67,8 @@ def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(
     went_on = lineage_of(again["version"])
     assert went_on["parents"] == [first["version_uri"]]
     assert began["parents"] == []
+    assert began["dataset"]["tokens"] == went_on["dataset"]["tokens"]
+    assert len(began["dataset"]["tokens"]) == 2  # of the training's records, and of those held out
     # Of the same records in another order: the base begins at the loss of guessing, the other at about the first's end.
     losses = [each["training"]["more"]["first_loss"] for each in (began, went_on)]
     assert losses[1] < began["training"]["eval_loss"] + 0.5 < losses[0]

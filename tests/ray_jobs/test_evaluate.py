@@ -20,6 +20,7 @@ from components.records.steps import TrainResult
 from components.registry import signing
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.versions import read_lineage
+from components.shared.answers import alike
 from components.shared.errors import ConfigError, DataError, IntegrityError
 from components.shared.metrics import METRICS
 from components.store.store import Store
@@ -304,6 +305,26 @@ def test_where_a_key_is_trusted_a_run_compares_its_own_candidate_unsigned_and_no
         measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0)
     signing.sign(store, config.adapter.name, old.version, key, alias="production")
     assert "champion" in measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores
+
+
+def test_a_record_that_does_not_fit_is_left_out(config, store):
+    long = Record("long", [Message("user", "sky")], "x" * 80)
+    base = Contender("base", config, None, base_model.resolve(config.model).identity)
+    assert list(measure_shard([base], [RECORDS[0], long, RECORDS[1]], shard_index=0).tokens) == ["0", "1"]
+
+
+def test_labels_that_only_their_writing_tells_apart_are_scored_as_such(config):
+    config = changed(config, 'evaluate.metrics=["label_accuracy"]')
+    base = Contender("base", config, None, base_model.resolve(config.model).identity)
+    (answer,) = measure_shard([base], RECORDS[:1], shard_index=0).scores["base"]
+    assert answer.text.swapcase() != answer.text
+    other = dataclasses.replace(RECORDS[0], answer=answer.text.swapcase())
+
+    def marked(contender: Contender) -> float:
+        return measure_shard([contender], [other], shard_index=0).scores["base"][0].marks["label_accuracy"]
+
+    assert marked(base) == 1
+    assert marked(dataclasses.replace(base, alike=alike([answer.text, other.answer]))) == 0
 
 
 def test_without_a_champion_its_place_is_empty(config, store, tmp_path):

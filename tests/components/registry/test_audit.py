@@ -11,10 +11,10 @@ from components.records import runs
 from components.records.steps import Decision
 from components.registry import signing
 from components.registry.aliases import promote, rollback
-from components.registry.audit import audit
+from components.registry.audit import Finding, audit
 from components.registry.event_log import append_event, events, publication
 from components.registry.versions import publish_version
-from components.store.folders import find_manifest, publish
+from components.store.folders import find_manifest, publish, read_manifest
 from components.store.store import Store, encode_json
 
 GONE = object()
@@ -190,6 +190,34 @@ def test_the_tokens_of_a_dataset_are_no_part_of_it_and_are_read_too(store: Store
     assert found.keys() == {store.uri("datasets/d1"), store.uri("datasets/d1/tokens/whole")}
     assert "train/part-00001.parquet is not in the manifest" in found[store.uri("datasets/d1")]
     assert "tokens.npy has sha256" in found[store.uri("datasets/d1/tokens/whole")]
+
+
+def test_tokens_that_are_not_those_that_a_version_was_trained_on_are_named(store: Store) -> None:
+    publish(store, "datasets/d1", {"train/part-00000.parquet": b"rows"})
+    key = "datasets/d1/tokens/a1"
+
+    def trained(weights: bytes) -> str:
+        tokens = {"a1": read_manifest(store, key).content_sha256, "gone": "0" * 64}
+        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+        lineage = {"run_id": "r9", "dataset": {"dataset_id": "d1", "tokens": tokens}}
+        return publish_version(store, "icd", files, lineage=lineage).version
+
+    def write(tokens: bytes) -> str:
+        store.delete([info.key for info in store.list(f"{key}/")])
+        return publish(store, key, {"tokens.npy": tokens}).content_sha256
+
+    honest = write(b"red")
+    before = trained(b"1")
+    assert write(b"red") == honest
+    assert audit(store, "icd").findings == ()  # whoever makes them again makes the same
+    planted = write(b"sad")
+    says = "has sha256 {}, and {} was trained on {}"
+    expected = (Finding(store.uri(key), says.format(planted, before, honest)),)
+    assert audit(store, "icd").findings == expected
+    after = trained(b"2")
+    assert audit(store, "icd").findings == expected
+    write(b"red")
+    assert audit(store, "icd").findings == (Finding(store.uri(key), says.format(honest, after, planted)),)
 
 
 def make_base(store: Store, weights: bytes) -> tuple[str, str]:

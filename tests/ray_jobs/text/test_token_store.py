@@ -1,6 +1,7 @@
 """Tokens that are made once: found again by whoever would make the same, by nobody who would make others."""
 
 import dataclasses
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_what_is_read_back_is_what_was_made(store, tmp_path, name, loss_on):
     assert token_store.load(store, some).digest == expected.take([3, 1]).digest
 
 
-def test_nobody_tokenises_what_somebody_has_tokenised(store, uri, tiny_base):
+def test_of_what_somebody_has_tokenised_a_sample_is_tokenised_again(store, uri, tiny_base):
     first, again = (dataclasses.replace(chat, tokenizer=Counting(chat.tokenizer)) for chat in [chat_of(tiny_base)] * 2)
     made = token_store.ensure(store, uri, "train", first, max_length=64)
     assert len(first.tokenizer.read) > len(TRAIN)
@@ -105,7 +106,7 @@ def test_nobody_tokenises_what_somebody_has_tokenised(store, uri, tiny_base):
     assert token_store.ensure(store, uri, "train", again, max_length=64) == made
     token_store.load(store, made)
     token_store.load_rows(store, made)
-    assert again.tokenizer.read == []
+    assert len(again.tokenizer.read) < len(first.tokenizer.read) / 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -175,10 +176,8 @@ def test_a_writer_that_dies_leaves_nothing_that_is_read_and_the_next_completes_i
     monkeypatch.setattr(Store, "create", killed)
     with pytest.raises(KeyboardInterrupt):
         token_store.ensure(store, uri, "eval", chat, max_length=64)
-    assert token_store.find_of_records(store, uri, [TALK], chat, 64) is None
     monkeypatch.undo()
-    token_store.ensure(store, uri, "eval", chat, max_length=64)
-    found = token_store.find_of_records(store, uri, [TALK], chat, 64)
+    found = token_store.load(store, token_store.ensure(store, uri, "eval", chat, max_length=64))
     assert found.digest == tokenize([TALK], chat, 64).digest
 
 
@@ -203,5 +202,95 @@ def test_tokens_that_are_not_what_was_written_are_not_read(store, uri, chat):
     body = bytearray(store.get(f"{stored.key}/{token_files.ROWS}"))
     body[-1] ^= 1
     store.put(f"{stored.key}/{token_files.ROWS}", bytes(body))
-    with pytest.raises(IntegrityError, match=r"rows\.npy is not the one that its manifest lists"):
+    with pytest.raises(IntegrityError, match=r"is damaged: .*rows\.npy has sha256"):
         token_store.load_rows(store, stored)
+
+
+def red_for_sad(tokens, ids):
+    """The honest tokens, with each answer "red" exchanged for "sad"."""
+    red, sad = ids
+    found = tokens.copy()
+    for place in range(len(found) - len(red)):
+        if found[place : place + len(red)].tolist() == red:
+            found[place : place + len(red)] = sad
+    return found
+
+
+def planted(store: Store, key: str, changes: dict[str, bytes]) -> None:
+    """What somebody who may write to the bucket does: other files, and a manifest that lists them."""
+    about = store.get_json(f"{key}/manifest.json")
+    for name, body in changes.items():
+        store.put(f"{key}/{name}", body)
+        about["files"][name] = folders.digest_of(body)
+    store.put_json(f"{key}/manifest.json", about)
+
+
+def as_npy(array) -> bytes:
+    body = io.BytesIO()
+    np.save(body, array)
+    return body.getvalue()
+
+
+@pytest.fixture
+def colours(store: Store) -> str:
+    """A dataset whose answers are "red", but for some that do not fit."""
+    records = [Record(f"r{i}", [Message("user", f"{i} blood")], "red" * (1 + 99 * (i % 40 == 7))) for i in range(2200)]
+    return datasets.publish(store, train=records, evaluation=[TALK]).uri
+
+
+def test_tokens_that_somebody_planted_are_refused_and_those_of_the_dataset_are_not(store, colours, chat):
+    honest = token_store.ensure(store, colours, "train", chat, max_length=64)
+    assert token_store.ensure(store, colours, "train", chat, max_length=64) == honest
+    split, tokens = token_store.load(store, honest), store.get(f"{honest.key}/{token_files.TOKENS}")
+    assert split.too_long
+    ids = [chat.tokenizer.encode(word, add_special_tokens=False) for word in ("red", "sad")]
+    planted(store, honest.key, {token_files.TOKENS: as_npy(red_for_sad(np.load(io.BytesIO(tokens)), ids))})
+    with pytest.raises(IntegrityError, match=rf"{honest.key} does not hold the tokens that .* of {colours}: somebody "):
+        token_store.ensure(store, colours, "train", chat, max_length=64)
+    store.delete([info.key for info in store.list(f"{honest.key}/")])
+    again = token_store.ensure(store, colours, "train", chat, max_length=64)
+    assert (again.content_sha256, token_store.load(store, again).digest) == (honest.content_sha256, split.digest)
+    assert again.manifest_sha256 != honest.manifest_sha256  # it says when it was written
+
+
+@pytest.mark.parametrize("file", [token_files.LABELLED, token_files.ROWS, token_files.IDS])
+def test_any_of_the_files_may_be_the_planted_one(store, colours, chat, file):
+    honest = token_store.ensure(store, colours, "train", chat, max_length=64)
+    array = np.load(io.BytesIO(store.get(f"{honest.key}/{file}")))
+    other = array[:-1] if file == token_files.ROWS else np.roll(array, 1)
+    planted(store, honest.key, {file: as_npy(other)})
+    with pytest.raises(IntegrityError, match="somebody has written others there"):
+        token_store.ensure(store, colours, "train", chat, max_length=64)
+
+
+def test_tokens_of_a_part_of_the_dataset_are_refused(store, uri, chat):
+    half = datasets.publish(store, train=TRAIN[: len(TRAIN) // 2], evaluation=[TALK]).uri
+    whole, part = (token_store.ensure(store, each, "train", chat, max_length=64).key for each in (uri, half))
+    planted(store, whole, {name: store.get(f"{part}/{name}") for name in token_files.FILES})
+    with pytest.raises(IntegrityError, match="somebody has written others there"):
+        token_store.ensure(store, uri, "train", chat, max_length=64)
+
+
+def test_tokens_that_somebody_plants_while_they_are_made_are_refused(store, colours, chat, monkeypatch):
+    honest = token_store.ensure(store, colours, "train", chat, max_length=64)
+    find = folders.find_manifest
+    monkeypatch.setattr(folders, "find_manifest", lambda store, key: monkeypatch.undo())
+    planted(store, honest.key, {token_files.IDS: b"others"})
+    assert find(store, honest.key)
+    with pytest.raises(IntegrityError, match="somebody has written others there"):
+        token_store.ensure(store, colours, "train", chat, max_length=64)
+
+
+def test_a_sample_is_another_each_time(store, chat):
+    uri = datasets.publish(store, train=TRAIN[: 2 * token_store.SAMPLE], evaluation=[TALK]).uri
+    honest = token_store.ensure(store, uri, "train", chat, max_length=64)
+    tokens = np.load(io.BytesIO(store.get(f"{honest.key}/{token_files.TOKENS}")))
+    tokens[token_store.load(store, honest).offsets[3]] += 1  # a single record, which every second sample has
+    planted(store, honest.key, {token_files.TOKENS: as_npy(tokens)})
+    refused = 0
+    for _ in range(30):
+        try:
+            token_store.ensure(store, uri, "train", chat, max_length=64)
+        except IntegrityError:
+            refused += 1
+    assert 0 < refused < 30

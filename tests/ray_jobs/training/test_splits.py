@@ -10,6 +10,7 @@ from components.prepare.dataset import Message, Record
 from components.prepare.held_out import validation_and_test
 from components.prepare.judges import judges
 from components.shared.errors import ConfigError, DataError
+from components.store import folders
 from ray_jobs.base import base_config, base_model
 from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import tokenize
@@ -97,6 +98,17 @@ def test_the_driver_knows_the_lengths_of_what_workers_read(config, chat, store):
         assert split.lengths.tolist() == plain.lengths.tolist()
         assert split.num_answer_tokens.tolist() == plain.num_answer_tokens.tolist() == read.num_answer_tokens.tolist()
         assert len(pickle.dumps(split.stored)) < 1000
+
+
+def test_a_dataset_is_recorded_with_the_tokens_that_were_read(config, chat, store):
+    uri = datasets.publish(store, train=records(10, 20), evaluation=records(20)).uri
+    assert splits.of_dataset(store, uri).tokens == {}
+    read = splits.read(store, uri, chat, config, print)
+    recorded = splits.of_dataset(store, uri, *(split.stored for split in read)).tokens
+    (train, held_out) = recorded.values()
+    assert train != held_out
+    for folder, sha256 in recorded.items():
+        assert folders.read_manifest(store, f"{store.key(uri)}/tokens/{folder}").content_sha256 == sha256
 
 
 def judges_of(held_out, config, store) -> set[str]:
