@@ -19,7 +19,7 @@ from components.shared.errors import ConfigError
 from components.shared.protocol import say
 
 with garbage.importing():
-    from ray_jobs import entry, estimate
+    from ray_jobs import entry
     from ray_jobs.base import base_config
     from ray_jobs.planning.before_training import counts
     from ray_jobs.planning.capacity import (
@@ -116,7 +116,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "margin": MARGIN if device.gpu else 0.0,
         "advice": _advice(choice, better),
         "full_fine_tuning": _full_fine_tuning(config, base, batch, choice.parts),
-        **(_progress(config, stats, batch, device) if config.ray.use_gpu else _estimated(choice.config, base)),
+        **_progress(config, stats, batch, device),
     }
 
 
@@ -204,21 +204,6 @@ def _full_fine_tuning(
     }
 
 
-def _estimated(config: RunConfig, base: "PretrainedConfig") -> dict[str, Any]:
-    """Speed and time measured on this machine's CPU; CPU hours have no price."""
-    found = estimate.estimated(config, base)
-    speed, has_speed = found["tokens_per_s"], found["tokens_per_s"] is not None
-    return {
-        "estimate": found,
-        "tokens_per_s": speed,
-        "time_s": found["train_s"],
-        "most_tokens": _most_tokens(config),
-        "s_per_million_tokens": MILLION / speed if has_speed else None,
-        **dict.fromkeys(("cost", "price_per_hour", "cost_per_million_tokens")),
-        "speed_unknown_because": found["unknown_because"],
-    }
-
-
 def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: Device) -> Mapping[str, Any]:
     """Speed, time and cost; None where they cannot be known, with the reason."""
     tokens = _most_tokens(config)
@@ -231,8 +216,9 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
             "s_per_million_tokens",
             "cost_per_million_tokens",
         )
-        reason = "name the GPU with ray.gpu"
-        return {**dict.fromkeys(unknown), "estimate": None, "most_tokens": tokens, "speed_unknown_because": reason}
+        named = "name the GPU with ray.gpu"
+        reason = named if config.ray.use_gpu else "without a GPU a run shows them from its first steps"
+        return {**dict.fromkeys(unknown), "most_tokens": tokens, "speed_unknown_because": reason}
     expected = speed(
         stats,
         device.gpu,
@@ -248,7 +234,6 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
     per_second = price * config.ray.min_workers / 3600
     time_s = tokens / expected.tokens_per_s if tokens else None
     return {
-        "estimate": None,
         "tokens_per_s": expected.tokens_per_s,
         "speed_is_rough": expected.is_rough or config.train.activation_offloading,
         "flops_per_token": expected.flops_per_token,

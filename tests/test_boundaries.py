@@ -34,7 +34,6 @@ JOBS = (
     "serve",
     "export",
     "plan",
-    "estimate",
     "preview",
 )
 IMPORT_ALL = """

@@ -10,7 +10,6 @@ CPUINFO = Path("/proc/cpuinfo")
 # Flags of /proc/cpuinfo and the kinds they show, fastest at bfloat16 first: a processor's first match counts.
 X86 = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
 ARM = (("bf16", "ARM with BF16"), ("asimd", "ARM"))
-FAST_AT_BFLOAT16 = {"AMX", "AVX-512 BF16", "ARM with BF16"}
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ def add(commands: Any) -> None:
         "doctor",
         _doctor,
         does="Check whether this machine, or with --host a cluster, can run Fineloop, and how to fix what cannot.",
-        more="It starts no server. It writes to a configured store, reads that back, and removes it again. It "
-        "estimates how long a run of the config takes here by training a few layers of its base for a second or "
-        "two. With --host it checks, in Kubeflow and by the kubeconfig in Kubernetes, all that a run of the config "
-        "needs there: accounts, rights, secrets, nodes, KubeRay, Kueue's queue and quota, and that their "
-        "controllers run. What it may not see has a question mark. It changes nothing; with --image it starts pods "
-        "that try the store, and each MLflow that the config names, from inside the cluster, and deletes them.",
+        more="It starts no server. It writes to a configured store, reads that back, and removes it again. With "
+        "--host it checks, in Kubeflow and by the kubeconfig in Kubernetes, all that a run of the config needs "
+        "there: accounts, rights, secrets, nodes, KubeRay, Kueue's queue and quota, and that their controllers run. "
+        "What it may not see has a question mark. It changes nothing; with --image it starts pods that try the "
+        "store, and each MLflow that the config names, from inside the cluster, and deletes them.",
         example="fineloop doctor --host http://localhost:8080 --namespace fineloop",
     )
     add_kubeflow(doctor)
@@ -61,9 +60,9 @@ def _mark(check: "Check") -> str:
 
 
 def _of_this_machine(config: "RunConfig", options: argparse.Namespace) -> "list[Check]":
-    from pipelines.local.doctor import checks, time_of_a_run
+    from pipelines.local.doctor import checks
 
-    return [*checks(options.home, config=config), time_of_a_run(config, options.home)]
+    return checks(options.home, config=config)
 
 
 def _of_cluster(config: "RunConfig", options: argparse.Namespace) -> "list[Check]":

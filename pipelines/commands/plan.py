@@ -60,10 +60,7 @@ def _fits_on_disk(config: "RunConfig", body: dict[str, Any]) -> bool | None:
 def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
     from components.config.ray import RayJobCluster
-    from pipelines.local.estimate import estimate_lines
 
-    if body["estimate"]:
-        yield body["estimate"]["processor_told"]
     yield (
         f"{body['method']} on {body['model']}: trains {body['trainable_parameters']:,} of "
         f"{body['parameters'] + body['trainable_parameters']:,} parameters ({_percent(body['trainable_share'])})"
@@ -78,7 +75,7 @@ def lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
         has = f"{config.ray.cluster.disk_gib} in ray.cluster.disk_gib"
         yield f"disk of a pod in GiB: {body['disk_bytes'] / GIB:.1f} for the base (or a checkpoint), {fits}: {has}"
     yield ""
-    yield from estimate_lines(config, body["estimate"]) if body["estimate"] else _speed_lines(body)
+    yield from _speed_lines(body)
     yield ""
     yield from _advice_lines(body)
     if "methods" in body:

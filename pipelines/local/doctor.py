@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.config import config_file
 from components.config.schema import RegistryConfig, RunConfig
 from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
@@ -18,7 +17,6 @@ from components.shared.errors import FineloopError, StoreError
 from components.shared.memory import available_bytes, machine_bytes
 from pipelines.check import Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
-from pipelines.local.estimate import estimate_here
 from pipelines.local.gpus import lacking
 from pipelines.local.ports import LOOPBACK
 
@@ -40,19 +38,6 @@ def checks(home: Path, *, config: RunConfig | None = None) -> list[Check]:
     """
     registry = config.registry if config else None
     return [*_machine(home), *_packages(), _weed(), _loopback(), _store(home, registry), _ray(home), _gpu(config)]
-
-
-def time_of_a_run(config: RunConfig, home: Path) -> Check:
-    """Estimate how long a run of this config takes here, by training a few layers of its base for a second or two."""
-    name = "time of a run"
-    if any(importlib.util.find_spec(package) is None for package in TRAIN_PACKAGES):
-        return Check(name, True, "unknown without the train packages", "")
-    if config.ray.use_gpu:
-        return Check(name, True, "on GPUs: see `fineloop plan`", "")
-    with tempfile.TemporaryDirectory(prefix="fineloop-doctor-") as scratch:
-        path = Path(scratch) / "config.toml"
-        path.write_text(config_file.dumps(config), encoding="utf-8")
-        return Check(name, True, "; ".join(estimate_here(config, path, home)), "")
 
 
 def _machine(home: Path) -> Iterator[Check]:

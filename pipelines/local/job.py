@@ -1,6 +1,6 @@
 """Runs the Ray jobs that need no cluster as processes of this machine, under a guard.
 
-plan, estimate and export answer with one JSON object in the last line of their standard output; chat is interactive.
+plan and export answer with one JSON object in the last line of their standard output; chat is interactive.
 """
 
 import json
@@ -49,11 +49,8 @@ def answer(
     *,
     on_line: Callable[[str], None] = lambda text: None,
     verbose: bool = False,
-    on_tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run the job and return its answer. `on_line` gets its lines of progress; its stderr is shown if `verbose`.
-
-    `on_tick` is called several times a second; an exception from it ends the job.
 
     Raises:
         FineloopError: the job failed; the exception has the class of the job's own error.
@@ -76,7 +73,6 @@ def answer(
             environment=job.whole_environment(),
             directory=Path.cwd(),
             on_text=hear,
-            on_tick=on_tick,
             stderr=None if verbose else log.fileno(),
         )
         log.seek(0)

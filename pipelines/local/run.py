@@ -22,7 +22,6 @@ from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
 from pipelines.local.display import Display, is_live
-from pipelines.local.estimate import estimate_in_background
 from pipelines.local.gpus import lacking
 from pipelines.local.local_services import local_services, ray_configured
 from pipelines.local.outcome import Outcome, read_outcome, read_trained
@@ -105,10 +104,8 @@ def run_and_read(
         with contextlib.ExitStack() as while_it_runs:
             while_it_runs.enter_context(_alone(folder, what))
             (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
-            news: Callable[[], list[str]] = list
             if trains_here and what != "sweep":
-                print(f"{this_cpu().summary}; trying a few layers of the base", file=place.terminal, flush=True)
-                news = while_it_runs.enter_context(estimate_in_background(config, folder / "config.toml", place.home))
+                print(this_cpu().summary, file=place.terminal, flush=True)
             ground_began = time.monotonic()
             display.start("servers")
             services = local_services(place.home, bucket=config.registry.bucket, ray=needs_head)
@@ -117,7 +114,7 @@ def run_and_read(
             display.finish(ground_s)
             environment = {**environment, **ray_address}
             with in_environment(environment), _goes_on(what, run_id, place), _followed(config, run_id, folder):
-                ended = _execute(what, run_id, config, folder, environment, place, display, news, dataset_uri)
+                ended = _execute(what, run_id, config, folder, environment, place, display, dataset_uri)
                 display.close()
                 return _read(read, config, run_id, folder, ended, ground_s=ground_s, began=began)
     except BaseException:
@@ -192,14 +189,8 @@ def _execute(
     environment: Mapping[str, str],
     place: Place,
     display: Display,
-    news: Callable[[], list[str]],
     dataset_uri: str,
 ) -> Ended:
-    def on_tick() -> None:
-        for text in news():
-            display.message(text)
-        display.tick()
-
     ended: Ended | None = None
     scratch = folder / "scratch"  # for steps, which may be killed before they empty it
     shutil.rmtree(scratch, ignore_errors=True)
@@ -218,7 +209,7 @@ def _execute(
             directory=folder,
             log_path=folder / LOG,
             on_line=display.line,
-            on_tick=on_tick,
+            on_tick=display.tick,
             on_text=(lambda text: print(text, file=place.terminal)) if place.verbose else None,
         )
     finally:

@@ -99,14 +99,11 @@ def test_a_base_that_no_pods_disk_holds_is_exit_1(
 
 
 @pytest.mark.slow
-def test_a_plan_for_this_machine_names_its_processor_and_measures_its_speed(here: Path) -> None:
+def test_a_plan_without_a_gpu_leaves_the_time_to_the_runs_first_steps(here: Path) -> None:
     done = fineloop("plan", "-c", "plan.toml", "--set", "ray.use_gpu=false", "--json", cwd=here)
     assert done.returncode == 0, done.stderr
-    estimate = json.loads(done.stdout)["estimate"]
-    assert estimate["tokens_per_s"] > 0
-    assert f"\n{estimate['processor_told']}\n" in done.stderr
-    assert "training at about" in done.stderr
-    assert "rows.jsonl', which does not exist" in done.stderr
+    assert json.loads(done.stdout)["tokens_per_s"] is None
+    assert "speed, time and cost: unknown; without a GPU a run shows them from its first steps" in done.stderr
 
 
 @pytest.mark.slow

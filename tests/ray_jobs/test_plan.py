@@ -119,17 +119,6 @@ def test_without_a_number_of_records_there_is_a_price_for_a_million_tokens(tmp_p
 
 
 @pytest.mark.full
-def test_on_a_cpu_the_speed_is_measured_and_the_time_is_known_where_the_data_are(tmp_path):
-    config = configured(tmp_path, "ray.use_gpu=false", "data.max_records=10")
-    body = plan.planned(config, small(), cpu_device("this machine", 8 * GIB, 1))
-    assert body["tokens_per_s"] == body["estimate"]["tokens_per_s"] > 0
-    assert body["s_per_million_tokens"] == pytest.approx(1e6 / body["tokens_per_s"])
-    assert (body["time_s"], body["cost"]) == (None, None)
-    assert "unused.jsonl" in body["speed_unknown_because"]
-    assert body["fits"] is True
-
-
-@pytest.mark.full
 def test_every_method_of_the_table_is_compared_at_its_own_rank(tmp_path):
     rows = {row["method"]: row for row in plan.compared(configured(tmp_path, "train.learning_rate=0.5"), small())}
     assert len(rows) == 8
