@@ -15,6 +15,20 @@ FIRST = (".jsonl", ".ndjson", ".parquet")
 """Endings that take precedence: if a folder has files with one of these, its other files are not data."""
 ENDINGS = f"a name ending in {', '.join(KINDS)}, each also with .gz or .zst"
 
+WAYS = {
+    ".xlsx": "save the sheet as CSV (UTF-8)", ".xls": "save the sheet as CSV (UTF-8)", ".ods": "save the sheet as CSV",
+    ".arrow": "write it as Parquet, as datasets.load_from_disk(FOLDER).to_parquet(FILE) does for each split",
+    ".feather": "write it as Parquet, as pandas.read_feather(FILE).to_parquet(FILE) does",
+    ".zip": "unpack it", ".bz2": "unpack it", ".xz": "unpack it", ".tar": "unpack it",
+}  # fmt: skip
+"""What to do with a file of another format, by its ending."""
+
+
+def expected(name: str) -> str:
+    """The endings that data files have, and what to do with a file of this name, which has another."""
+    way = WAYS.get(PurePosixPath(name.lower()).suffix)
+    return f"expected {ENDINGS}{f'; {way}' if way else ''}"
+
 
 class Form(NamedTuple):
     """The form of a data file, by its name."""

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from components.config.columns import ColumnsConfig
 from components.prepare.dataset import Reject
+from components.prepare.formats import form_of
 from components.prepare.personal import Kind
 from components.prepare.reading import Reader, Rules, read_here
+from components.prepare.rows import SAVE_AS_UTF_8
 from components.prepare.shapes import EXPECTED, advice, columns_read, recognised
 from components.prepare.sources import Source
 from components.prepare.validation import Validated
@@ -202,7 +204,7 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
         raise DataError(
             f"data.source has no row with the expected columns ({names}): "
             f"found {_listed([repr(column) for column, _ in intake.columns.most_common()])}; expected {EXPECTED}. "
-            f"{advice(list(intake.columns), columns or ColumnsConfig())}"
+            f"{advice(list(intake.columns), columns or ColumnsConfig())}{_header_text(intake)}"
         )
     share = intake.rejected_share
     if not intake.accepted:
@@ -217,6 +219,12 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
         logger.info("%.2f %% of rows are unusable; data.max_reject_share = %g allows it", 100 * share, max_reject_share)
 
 
+def _header_text(intake: Intake) -> str:
+    names = [each.source.name for each in intake.sources]
+    is_csv = all((form := form_of(name)) and form.kind == "csv" for name in names)
+    return ". Where the first row holds data, write one with the columns' names above it" if is_csv else ""
+
+
 def _reasons_text(intake: Intake) -> str:
     reasons = intake.reasons.most_common()
     lines = [
@@ -226,7 +234,7 @@ def _reasons_text(intake: Intake) -> str:
     if hidden := reasons[_REASONS_SHOWN:]:
         lines.append(f"\n  {sum(count for _, count, _ in hidden)} x {len(hidden)} other reasons")
     if any(reason.startswith(_NOT_UTF_8) for reason, _, _ in reasons):
-        lines.append("\nSave the file as UTF-8: iconv -f LATIN1 -t UTF-8 does so, where that is what it is in.")
+        lines.append(f"\n{SAVE_AS_UTF_8}.")
     return "".join(lines)
 
 

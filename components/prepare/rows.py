@@ -14,11 +14,15 @@ from typing import Any, BinaryIO, cast
 from components.prepare.formats import Form, form_of, opened
 from components.prepare.row import BYTES_AT_ONCE, Rows, SourceRow, Unreadable, Wanted, together
 from components.prepare.sources import EXAMPLES, Source
+from components.prepare.validate import has_known_form
 from components.shared.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BEGINNING_BYTES = 4096
+SAVE_AS_UTF_8 = (
+    "Save it as UTF-8: of a file from Windows or in Latin-1 iconv -f CP1252 -t UTF-8 does so, and Excel as CSV UTF-8"
+)
 _BETWEEN = secrets.token_hex(16)
 _BETWEEN_QUOTED = f',"{_BETWEEN}",'
 MAX_LINE_BYTES = 16 * 2**20
@@ -60,7 +64,7 @@ def _read_text(file: BinaryIO, name: str, form: Form) -> Iterator[Rows]:
 
         return together(read_csv(file, name, tabs=form.ending == ".tsv", max_cell=MAX_LINE_BYTES))
     beginning = cast(Any, file).peek(_BEGINNING_BYTES)[:_BEGINNING_BYTES].removeprefix(_BOM).lstrip()
-    if _is_array(beginning) or (form.kind == "json" and not _is_lines(beginning)):
+    if _is_array(beginning) or (form.kind == "json" and not _is_lines(file, beginning)):
         return together(_read_document(file, name))
     return _read_json_lines(file)
 
@@ -70,9 +74,14 @@ def _is_array(beginning: bytes) -> bool:
     return beginning.startswith(b"[") and beginning[1:].lstrip()[:1] in (b"{", b"]", b"")
 
 
-def _is_lines(beginning: bytes) -> bool:
+def _is_lines(file: BinaryIO, beginning: bytes) -> bool:
     """Whether the first line is a whole object and another line follows, or the line is too long to tell."""
     first, _, rest = beginning.partition(b"\n")
+    if not rest.strip() and file.seekable():
+        first = file.readline(MAX_LINE_BYTES).removeprefix(_BOM)
+        rest = file.read(1) if first.endswith(b"\n") else b""
+        file.seek(0)
+        return bool(rest) and isinstance(_parse(first), dict)
     return isinstance(_parse(first), dict) if rest.strip() else len(beginning) > _BEGINNING_BYTES // 2
 
 
@@ -127,6 +136,8 @@ def _parse(raw: bytes) -> object:
     except UnicodeDecodeError as exc:
         return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
     except json.JSONDecodeError as exc:
+        if exc.msg == "Extra data" and exc.doc.startswith("{", exc.pos):
+            return Unreadable(f"another object begins at column {exc.colno}: write each on a line of its own")
         return Unreadable(f"not JSON: {exc.msg} at column {exc.colno}")
     except ValueError as exc:  # a whole number with thousands of digits
         return Unreadable(f"not JSON: {exc}")
@@ -144,14 +155,32 @@ def _read_document(file: BinaryIO, name: str) -> Iterator[SourceRow]:
             return
         document = json.loads(text) if text.strip() else []
     except UnicodeDecodeError as exc:
-        raise DataError(f"data.source {name} is not UTF-8 at byte {exc.start + 1}: save it as UTF-8") from exc
+        raise DataError(f"data.source {name} is not UTF-8 at byte {exc.start + 1}. {SAVE_AS_UTF_8}") from exc
     except (ValueError, RecursionError) as exc:
-        raise DataError(f"data.source {name} is not JSON: {exc}") from exc
+        way = "; write each object on a line of its own" if "Extra data" in str(exc) else ""
+        raise DataError(f"data.source {name} is not JSON: {exc}{way}") from exc
     lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
     rows = [each for each in lists if each and all(isinstance(row, dict) for row in each)]
     is_record = isinstance(document, dict) and bool({"messages", "conversations"} & set(document))
+    if isinstance(document, dict) and _is_columns(list(document.values())):
+        raise DataError(
+            f"data.source {name} holds columns: write its rows as a list of objects, as pandas' to_json(FILE, "
+            'orient="records") does'
+        )
+    if len(rows) > 1 and len(rows) == len(document) and not is_record | has_known_form(tuple(document)):
+        raise DataError(
+            f"data.source {name} holds {len(rows)} lists of rows, {', '.join(map(repr, document))}: write the one to "
+            "train on as a file of its own; what is held out is chosen from it"
+        )
     found = rows[0] if len(rows) == 1 and not is_record else [document] if document else []
     yield from (SourceRow(line, row) for line, row in enumerate(found, start=1))
+
+
+def _is_columns(values: list[Any]) -> bool:
+    """Whether these are the columns of a table, each a list of cells or an object of them by row."""
+    is_list = all(isinstance(each, list) and each and not isinstance(each[0], dict) for each in values)
+    is_object = all(isinstance(each, dict) and next(iter(each), "") == "0" for each in values)
+    return len(values) > 1 and (is_list or is_object) and len(set(map(len, values))) == 1
 
 
 def _elements(text: str, place: int) -> Iterator[SourceRow]:

@@ -20,6 +20,11 @@ EXPECTED = (
     "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer), or "
     "instruction and output (Alpaca), conversations (ShareGPT), question and answer"
 )
+PAIRS = (
+    ("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("input", "output"),
+    ("query", "response"), ("user", "assistant"),
+)  # fmt: skip
+"""Columns of prompt and answer, in any case of letters. Of several pairs in a row only the first of these is read."""
 _PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem", "request", "text", "body", "sentence")
 _BESIDE = ("context", "input", "passage", "document", "background", "knowledge")
 """Names of columns that belong to a prompt in another column."""
@@ -52,8 +57,11 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
         return ALPACA
     if "conversations" in columns:
         return SHARE_GPT
-    if "question" in columns and "answer" in columns:
-        return QUESTIONS
+    pairs = [(_first(columns, [prompt]), _first(columns, [answer])) for prompt, answer in PAIRS]
+    known = [(prompt, answer) for prompt, answer in pairs if prompt and answer]
+    if known and (len(known) == 1 or known[0] == PAIRS[0]):
+        prompt, answer = known[0]
+        return Shape(f"{prompt} and {answer}", (prompt, answer), _joined([prompt], answer), (prompt,), answer)
     return None
 
 
@@ -95,6 +103,11 @@ def advice(columns: Collection[str], named: ColumnsConfig) -> str:
         return f"No row has the columns that data.columns names: {named_columns}"
     if {"chosen", "rejected"} <= set(columns):
         return "Of preference pairs the better answer can be trained on: set data.columns.completion=chosen"
+    if {"request", "response"} <= set(columns):
+        return (
+            "Of a trace write the request's messages and the response's as one list in a column messages; where both "
+            f"are texts: {_options(['request'], 'response', None)}"
+        )
     prompt, answer = (_first(columns, names) for names in (_PROMPTS, _ANSWERS))
     if answer is None and prompt in ("text", "body", "sentence") and len(columns) == 1:
         return f"A column {prompt!r} alone does not say which part is the answer: write prompt and completion apart"
@@ -235,7 +248,4 @@ ALPACA = Shape(
     "Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca, ("instruction", "input"), "output"
 )
 SHARE_GPT = Shape("ShareGPT", ("conversations", "system"), _conversation("conversations"))
-QUESTIONS = Shape(
-    "question and answer", ("question", "answer"), _joined(["question"], "answer"), ("question",), "answer"
-)
 _WITH_SYSTEM = (ALPACA, SHARE_GPT)

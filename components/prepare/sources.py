@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from components.prepare import hub
 from components.prepare.buckets import Buckets
-from components.prepare.formats import ENDINGS, FIRST, form_of
+from components.prepare.formats import FIRST, WAYS, expected, form_of
 from components.shared.counted import counted
 from components.shared.errors import DataError
 
@@ -89,7 +89,7 @@ def _find_local(entry: str) -> Iterator[Source]:
         return _select(entry, path, files)
     if path.exists():
         if form_of(path.name) is None:
-            raise DataError(f"data.source is {entry!r}: expected {ENDINGS}")
+            raise DataError(f"data.source is {entry!r}: {expected(path.name)}")
         if not path.is_file():
             raise DataError(f"data.source is {entry!r}, which is no file: expected {_FORMS}")
         return iter([_local(path)])
@@ -119,7 +119,8 @@ def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
     chosen = sorted(_of_one_kind(entry, {each: each.name for each in files}), key=str)
     if not chosen:
         others = f", only {len(files)} other files such as {min(files)}" if files else ""
-        raise DataError(f"data.source is {entry!r}, which holds no data files{others}: expected {ENDINGS}")
+        way = expected(min(files).name if files else "")
+        raise DataError(f"data.source is {entry!r}, which holds no data files{others}: {way}")
     within = root.resolve()
     for each in chosen:
         # Else anyone who can put a link there could have any file of this machine read, and its lines shown as rejects.
@@ -134,12 +135,18 @@ def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
 def _of_one_kind(entry: str, names: dict[T, str]) -> list[T]:
     """Choose the data files: if there are JSONL or Parquet files, only those, because others merely lie beside them."""
     found = {each: form for each, name in names.items() if (form := form_of(name))}
+    arrow = [name for name in names.values() if name.endswith(".arrow")]
+    if arrow and all(form.ending == ".json" for form in found.values()):  # which describe them
+        raise DataError(
+            f"data.source is {entry!r}, a folder of datasets.save_to_disk, of which {min(arrow)} is not read: "
+            f"{WAYS['.arrow']}"
+        )
     first = [each for each, form in found.items() if form.ending in FIRST and not form.packed]
     if beside := [names[each] for each in found if first and each not in first]:
         logger.warning(
-            "%s: of what lies beside JSONL and Parquet %s not read, such as %s: name in data.source what is data",
+            "%s: JSONL and Parquet are read, and %s beside them, such as %s, not: what is data, name in data.source",
             entry,
-            f"{counted(len(beside), 'file')} {'is' if len(beside) == 1 else 'are'}",
+            counted(len(beside), "file"),
             min(beside),
         )
     return first or list(found)
@@ -172,7 +179,7 @@ def _find_s3(entry: str, buckets: Buckets) -> Iterator[Source]:
     store, key = buckets.open(entry)
     if key and not key.endswith("/"):
         if form_of(key) is None:
-            raise DataError(f"data.source is {entry!r}: expected {ENDINGS}, or a folder with / at the end")
+            raise DataError(f"data.source is {entry!r}: {expected(key)}, or a folder with / at the end")
         found = next((info for info in store.list(key) if info.key == key), None)
         if found is None:
             raise DataError(
@@ -182,7 +189,7 @@ def _find_s3(entry: str, buckets: Buckets) -> Iterator[Source]:
     visible = [info for info in store.list(key) if _is_visible(PurePosixPath(info.key[len(key) :]).parts)]
     listed = _of_one_kind(entry, {info: info.key for info in visible})
     if not listed:
-        raise DataError(f"data.source is {entry!r}, which holds no data files: expected {ENDINGS}")
+        raise DataError(f"data.source is {entry!r}, which holds no data files: {expected('')}")
     return (_object(store, info) for info in sorted(listed, key=lambda info: info.key))
 
 

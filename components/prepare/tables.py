@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,12 +30,14 @@ def read_csv(file: BinaryIO, name: str, *, tabs: bool, max_cell: int) -> Iterato
 
 def _csv_rows(text: io.TextIOWrapper, name: str, *, tabs: bool, max_cell: int) -> Iterator[SourceRow]:
     csv.field_size_limit(max_cell)
-    first = text.readline()
+    first, before = text.readline(), 0
     delimiter = "\t" if tabs else max(_DELIMITERS, key=first.count)
+    if named := re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE):  # as Excel writes it
+        first, before, delimiter = text.readline(), 1, named[1]
     rows = csv.reader(_behind(first, text), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
-        line = rows.line_num + 1
+        line = rows.line_num + 1 + before
         try:
             cells = next(rows, None)
         except csv.Error as exc:

@@ -113,8 +113,8 @@ def test_empty_data_is_refused(content: list[str], write_rows: Callable[..., str
 
 
 def test_unknown_columns_are_refused_by_name_with_what_is_expected(write_rows: Callable[..., str]) -> None:
-    name = write_rows([{"prompt": "a", "response": "b"}] * 3)
-    with pytest.raises(DataError, match=r"found 'prompt', 'response'; expected prompt and completion, or messages"):
+    name = write_rows([{"prompt": "a", "reply": "b"}] * 3)
+    with pytest.raises(DataError, match=r"found 'prompt', 'reply'; expected prompt and completion, or messages"):
         require_usable(intake_of(name), max_reject_share=1.0)
 
 

@@ -121,8 +121,7 @@ def test_rows_of_a_csv_may_hold_a_conversation_as_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "response": "b"}, "data.columns.prompt=prompt --set data.columns.completion=response"),
-        ({"Prompt": "a", "Completion": "b"}, "data.columns.prompt=Prompt --set data.columns.completion=Completion"),
+        ({"Query": "a", "Output": "b"}, "data.columns.prompt=Query --set data.columns.completion=Output"),
         ({"body": "a", "y": "b"}, "data.columns.prompt=body --set data.columns.completion=COLUMN"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "set data.columns.completion=chosen"),
         (

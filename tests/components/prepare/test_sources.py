@@ -161,7 +161,7 @@ def test_other_formats_beside_jsonl_and_parquet_are_not_read_which_is_said(
         (folder / name).write_text("{}")
     caplog.set_level("WARNING")
     assert names(str(folder), folder) == ["a.jsonl", "b.jsonl", "d.NDJSON", "deep/c.parquet"]
-    assert "beside JSONL and Parquet 3 files are not read, such as dataset_info.json" in caplog.text
+    assert "JSONL and Parquet are read, and 3 files beside them, such as dataset_info.json, not" in caplog.text
     assert names([str(folder / "*.csv"), str(folder / "old.jsonl.gz")], folder) == ["stats.csv", "old.jsonl.gz"]
     for path in folder.rglob("*"):
         if path.suffix in (".jsonl", ".parquet", ".NDJSON"):
