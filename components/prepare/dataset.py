@@ -45,11 +45,6 @@ class Message(NamedTuple):
         """Whether the turn may be trained on where its role is: not with weight 0."""
         return not self.more or WEIGHT not in json.loads(self.more)
 
-    def without_weight(self) -> "Message":
-        """The turn as it is without its weight."""
-        more = {key: value for key, value in json.loads(self.more).items() if key != WEIGHT}
-        return self._replace(more=json.dumps(more, ensure_ascii=False, separators=(",", ":")) if more else "")
-
 
 @dataclass(frozen=True, slots=True)
 class Record:

@@ -201,10 +201,12 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
     if not intake.num_rows:
         raise DataError(f"data.source has no rows: {names} {'is' if len(intake.sources) == 1 else 'are'} empty")
     if intake.columns and not intake.num_known_form:
+        is_csv = all((form := form_of(each.source.name)) and form.kind == "csv" for each in intake.sources)
+        header = ". Where the first row holds data, write one with the columns' names above it" if is_csv else ""
         raise DataError(
             f"data.source has no row with the expected columns ({names}): "
             f"found {_listed([repr(column) for column, _ in intake.columns.most_common()])}; expected {EXPECTED}. "
-            f"{advice(list(intake.columns), columns or ColumnsConfig())}{_header_text(intake)}"
+            f"{advice(list(intake.columns), columns or ColumnsConfig())}{header}"
         )
     share = intake.rejected_share
     if not intake.accepted:
@@ -217,12 +219,6 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
         )
     if intake.rejected:
         logger.info("%.2f %% of rows are unusable; data.max_reject_share = %g allows it", 100 * share, max_reject_share)
-
-
-def _header_text(intake: Intake) -> str:
-    names = [each.source.name for each in intake.sources]
-    is_csv = all((form := form_of(name)) and form.kind == "csv" for name in names)
-    return ". Where the first row holds data, write one with the columns' names above it" if is_csv else ""
 
 
 def _reasons_text(intake: Intake) -> str:

@@ -238,12 +238,8 @@ def _with_system(record: dict[str, Any], system: Any) -> dict[str, Any]:
     }
 
 
-def _as_it_is(row: Row) -> dict[str, Any]:
-    return dict(row)
-
-
-PLAIN = Shape("prompt and completion", ("prompt", "completion"), _as_it_is, ("prompt",), "completion")
-MESSAGES = Shape("messages", ("messages",), _as_it_is)
+PLAIN = Shape("prompt and completion", ("prompt", "completion"), dict, ("prompt",), "completion")
+MESSAGES = Shape("messages", ("messages",), dict)
 ALPACA = Shape(
     "Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca, ("instruction", "input"), "output"
 )

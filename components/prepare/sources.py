@@ -68,16 +68,14 @@ def _find(entry: str, buckets: Buckets) -> Iterator[Source]:
     if scheme == "s3":
         return _find_s3(entry, buckets)
     if hub.is_address(entry):
-        return _find_on_hub(entry)
+        return (Source(each.address, each.size_bytes, each.fingerprint, None) for each in hub.find(entry))
     if entry in EXAMPLES:
-        return iter([_example(entry)])
+        from components.prepare import icd10
+
+        return iter([Source(entry, 0, icd10.release(), None)])
     if scheme == "file":
         raise DataError(f"data.source is {entry!r}: write the path alone, {entry.removeprefix('file://')!r}")
     raise DataError(f"data.source is {entry!r}: expected {_FORMS}; fetch what lies elsewhere, and name the file here")
-
-
-def _find_on_hub(entry: str) -> Iterator[Source]:
-    return (Source(each.address, each.size_bytes, each.fingerprint, None) for each in hub.find(entry))
 
 
 def _find_local(entry: str) -> Iterator[Source]:
@@ -162,12 +160,6 @@ def _local(path: Path) -> Source:
     found = path.stat()
     modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
     return Source(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", modified_at)
-
-
-def _example(name: str) -> Source:
-    from components.prepare import icd10
-
-    return Source(name, 0, icd10.release(), None)
 
 
 def _is_visible(parts: tuple[str, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def _csv_rows(text: io.TextIOWrapper, name: str, *, tabs: bool, max_cell: int) -
     delimiter = "\t" if tabs else max(_DELIMITERS, key=first.count)
     if named := re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE):  # as Excel writes it
         first, before, delimiter = text.readline(), 1, named[1]
-    rows = csv.reader(_behind(first, text), delimiter=delimiter, strict=True)
+    rows = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         line = rows.line_num + 1 + before
@@ -56,11 +57,6 @@ def _csv_rows(text: io.TextIOWrapper, name: str, *, tabs: bool, max_cell: int) -
                 raise DataError(f"data.source {name} has two columns {twice!r}: give each a name of its own")
         elif cells:
             yield _csv_row(line, cells, header, delimiter)
-
-
-def _behind(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _csv_row(line: int, cells: list[str], header: list[str], delimiter: str) -> SourceRow:

@@ -113,7 +113,8 @@ def validate(
         if turns[-1].role != "assistant":
             raise DataError(f"the last message is from {turns[-1].role!r}: expected assistant, who gives the answer")
     else:
-        turns, field = [*_prompt(prompt), _completion(completion)], "prompt"
+        asked = _messages(prompt, "prompt") if isinstance(prompt, list) else [Message("user", _text(prompt, "prompt"))]
+        turns, field = [*asked, _completion(completion)], "prompt"
     learned = [place for place, turn in enumerate(turns) if turn.role == "assistant" and turn.is_learned]
     if not learned or (loss_on == "last" and learned[-1] < len(turns) - 1):
         advice = "; data.loss_on=all learns from the earlier ones" if learned else ""
@@ -202,7 +203,7 @@ def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, gr
         raise DataError("id is empty: give it a value or leave it out")
     record_id = _name(row_id, "id") if named else ""
     unlearned = [place for place, turn in enumerate(turns) if not turn.is_learned]
-    prompt = canonical_prompt([turn if turn.is_learned else turn.without_weight() for turn in turns])
+    prompt = canonical_prompt([turn if turn.is_learned else _weightless(turn) for turn in turns])
     left = f"unlearned:{unlearned}" if unlearned else ""
     try:
         hashes = hashed([prompt], [answer.content], [record_id], [group], [calls], [tools], [left])
@@ -214,6 +215,11 @@ def _keyed(row_id: object, turns: list[Message], answer: Message, tools: str, gr
     return KeyedRecord(record, key, place, content, asked, named)
 
 
+def _weightless(turn: Message) -> Message:
+    more = {key: value for key, value in json.loads(turn.more).items() if key != WEIGHT}
+    return turn._replace(more=_json(more) if more else "")
+
+
 def _name(value: object, field: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f"{field} is {_kind(value)}{': expected text or a whole number' if value is not None else ''}")
@@ -223,12 +229,6 @@ def _name(value: object, field: str) -> str:
     if len(name) > MAX_NAME_CHARS:
         raise DataError(f"{field} has {len(name)} characters: expected at most {MAX_NAME_CHARS}")
     return name
-
-
-def _prompt(prompt: object) -> list[Message]:
-    if isinstance(prompt, list):
-        return _messages(prompt, "prompt")
-    return [Message("user", _text(prompt, "prompt"))]
 
 
 def _completion(completion: object) -> Message:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from components.config.columns import ColumnsConfig
@@ -57,7 +58,8 @@ class Validation:
     def __init__(self, *, group: str, columns: ColumnsConfig, screen: Screen, erased: Erased, loss_on: LossOn) -> None:
         """`group`, `columns` and `loss_on` are keys of data; `screen` sees each message; `erased` rows are counted."""
         self._group, self._columns, self._screen, self._erased = group, columns, screen, erased
-        self._loss_on, self._unread = loss_on, Counter[str]()
+        self._validated = partial(validate, group=group, loss_on=loss_on, screen=screen.message)
+        self._unread = Counter[str]()
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
         self._shown: dict[str, str] = {}
         self._as_they_are: set[tuple[str, ...]] = set()
@@ -139,9 +141,7 @@ class Validation:
                 shape = self.shape_of(tuple(value) + row.unread_columns)
                 value = as_record(value, shape, self._columns, group=self._group)
                 self._unread.update(unread_keys(value))
-            record = validate(
-                value, group=self._group, source=source.entry, loss_on=self._loss_on, screen=screen.message
-            )
+            record = self._validated(value, source=source.entry)
         except DataError as exc:
             kept = screen.kept(_text_of(row)) if row_id is not None or not erased else _OF_NOBODY_KNOWN
             return Reject(source.name, row.line, str(exc), kept)

@@ -64,8 +64,8 @@ def erase(store: Store, record_id: str, *, by: str) -> Erasure:
     """
     if not record_id:
         raise UserError("a record's id is empty: give it as the dataset has it")
-    record, key = record_hash(record_id), _key(record_hash(record_id))
-    at = folders.now()
+    record, at = record_hash(record_id), folders.now()
+    key = f"{ERASED}{record}.json"
     try:
         body = {"format": FORMAT, "record": record, "at": at, "by": by}
         store.create(key, encode_json(body), content_type=JSON)
@@ -111,7 +111,3 @@ def require_none_erased(store: Store, dataset_uri: str) -> None:
             f"{dataset_uri} holds {counted(len(found), 'record')} that {'was' if len(found) == 1 else 'were'} erased "
             "after it was made, and is not trained on again: prepare the data anew, as a new run does"
         )
-
-
-def _key(record: str) -> str:
-    return f"{ERASED}{record}.json"

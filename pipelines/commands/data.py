@@ -86,7 +86,7 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
     if top := train["most_frequent_answers"][:ANSWERS_SHOWN]:
         yield ""
         yield f"{train['distinct_answers']:,} different answers; the most frequent:"
-        yield from (f"  {each['share']:>6.1%}  {_one_line(each['answer'])}" for each in top)
+        yield from (f"  {each['share']:>6.1%}  {' '.join(each['answer'].split())[:80]}" for each in top)
     yield ""
     yield from _as_read(body)
     if "page" in body:
@@ -147,7 +147,3 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         text = "".join(f">>{piece['text']}<<" if piece["trained"] else piece["text"] for piece in each["pieces"])
         yield from (f"  {line}" for line in text.splitlines())
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:80]

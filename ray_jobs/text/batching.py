@@ -8,7 +8,7 @@ Rows are padded on the right, so a causal model needs no attention mask: no real
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,16 +90,14 @@ class TokenizedSplit:
         """The rows at `indices`, in that order."""
         rows = np.asarray(indices, dtype=np.int64)
         chosen = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
-        return TokenizedSplit(
+        return replace(
+            self,
             ids=[self.ids[i] for i in indices],
             tokens=np.concatenate([self.tokens[:0], *(self.tokens[each] for each in chosen)]),
             labelled=np.concatenate([self.labelled[:0], *(self.labelled[each] for each in chosen)]),
             offsets=_offsets([each.stop - each.start for each in chosen]),
             num_prompt_tokens=self.num_prompt_tokens[rows],
             answers=None if self.answers is None else self.answers[rows],
-            too_long=self.too_long,
-            cut=self.cut,
-            cut_system=self.cut_system,
         )
 
 

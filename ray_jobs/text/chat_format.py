@@ -138,13 +138,8 @@ class ChatFormat:
         """For each answer: the turns before it, and the answer."""
         self._require_tools_known(record)
         turns: list[Turn] = [*map(self._asked, record.prompt), _answer(record)]
-        roles = [turn["role"] for turn in turns]
-        learned = [*(turn.is_learned for turn in record.prompt), True]
-        places = [
-            place
-            for place, role in enumerate(roles)
-            if role == "assistant" and learned[place] and "user" in roles[:place]
-        ]
+        roles = [*(turn.role if turn.is_learned else "context" for turn in record.prompt), "assistant"]
+        places = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
         if loss_on == "last":
             places = places[-1:]
         return [(turns[:place], self._without_reasoning(record, turns[place])) for place in places]

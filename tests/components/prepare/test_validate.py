@@ -44,7 +44,7 @@ def test_a_turn_of_weight_0_stays_context_of_the_same_prompt_and_makes_another_c
     )
     assert learned == plain
     assert [turn.is_learned for turn in marked.record.prompt] == [True, False, True]
-    assert [turn.without_weight() if turn.more else turn for turn in marked.record.prompt] == plain.record.prompt
+    assert [turn.more for turn in marked.record.prompt] == ["", '{"weight":0}', ""]
     assert (marked.key, marked.place, marked.asked) == (plain.key, plain.place, plain.asked)
     assert marked.content != plain.content
     called = validate({"messages": [USER, {**ASKS, "weight": 0}, RESULT, ANSWER]})
