@@ -1,5 +1,6 @@
 """Try an adapter over HTTP on this machine: `fineloop serve NAME`. Not a production server."""
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt), entry.for_people():
         config = entry.load_config(arguments.config, arguments.set)
-        with opened(config, arguments.version, arguments.against, arguments.port) as server:
-            entry.print_err(f"serving {', '.join(server.speakers)} at {server.url}/v1, and a page at {server.url}")
-            entry.print_err("for trying out on this machine, no production server: Ctrl-C ends it")
-            server.serve_forever()
+        server = opened(config, arguments.version, arguments.against, arguments.port)
+        entry.print_err(f"serving {', '.join(server.speakers)} at {server.url}/v1, its API key {server.token}")
+        entry.print_err(f"and a page at {server.url}/?token={server.token}")
+        entry.print_err("for trying out on this machine, no production server: Ctrl-C ends it")
+        asyncio.run(server.serve())
 
 
 def opened(config: RunConfig, reference: str, against: str, port: int) -> "Server":

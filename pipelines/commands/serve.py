@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
         _serve,
         does="Serve an adapter in OpenAI's format on this machine, with a page that compares it with its base.",
         more="It answers chat/completions, streamed or whole, and /v1/models, one request at a time, on loopback "
-        "only and without authentication: it is not a production server, for which serve-manifest writes the "
-        "commands. Answers are greedy unless a request says otherwise. Ctrl-C ends it.",
+        "only, to who sends the token that it prints as API key: it is not a production server, for which "
+        "serve-manifest writes the commands. Answers are greedy unless a request says otherwise. Ctrl-C ends it.",
         example="fineloop serve icd10-chapters --port 8008",
     )
     serve.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)

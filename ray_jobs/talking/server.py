@@ -1,19 +1,26 @@
 """An OpenAI-compatible endpoint on this machine, for trying models out, and a web page for it. It is no production
-server: one answer at a time, no authentication, no batching.
+server: one answer at a time, no batching.
 
-It listens on the loopback interface only. Pages of other sites can neither read from it nor send requests to it: the
-Host header must name this machine, and the content type must be JSON, for which browsers send a CORS preflight first.
+It listens on the loopback interface only, and asks for the token that its address has. Pages of other sites can neither
+read from it nor send requests to it: the Host header must name this machine, and the content type must be JSON, for
+which browsers send a CORS preflight first.
 """
 
+import asyncio
 import json
 import re
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from components.shared.content_policy import script_source
 from components.shared.errors import FineloopError, UserError
@@ -24,131 +31,144 @@ LOOPBACK = "127.0.0.1"
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 MOST_BYTES = 2**20
 """Maximum size of a request's body, in bytes."""
+PATIENCE_S = 60.0
+"""Seconds that a client has to send a request, or to read what was sent to it."""
 
 
-class Server(ThreadingHTTPServer):
-    """HTTP server that answers with `speakers`, by their names, one request at a time; the page loads `about`."""
-
-    daemon_threads = True
+class Server:
+    """Answers with `speakers`, by their names, one request at a time; the page loads `about`."""
 
     def __init__(self, port: int, speakers: Mapping[str, Speaker], about: Mapping[str, Any]) -> None:
         """Raises UserError where something else listens at the port."""
-        self.speakers, self.about = speakers, about
-        self.since, self.numbers, self.turn = int(time.time()), count(1), threading.Lock()
+        self.speakers, self.about, self.token = speakers, about, secrets.token_urlsafe(24)
+        self._since, self._numbers, self._one = int(time.time()), count(1), ThreadPoolExecutor(1, "speaker")
         try:
-            super().__init__((LOOPBACK, port), _Handler)
+            self._socket = socket.create_server((LOOPBACK, port))
         except OSError as exc:
             raise UserError(f"--port {port} cannot be had on {LOOPBACK}: {exc.strerror}") from exc
+        self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
 
-    @property
-    def url(self) -> str:
-        """URL that the server listens at."""
-        return f"http://{LOOPBACK}:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_GET(self) -> None:
-        if not self._is_for_us():
-            return
-        match self.path:
-            case "/":
-                self._send(200, PAGE.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": _policy()})
-            case "/about":
-                self._json(200, dict(self.server.about))
-            case "/v1/models":
-                self._json(200, openai_api.models([*self.server.speakers], since=self.server.since))
-            case _:
-                self._wrong(404, f"there is no {self.path}: GET /v1/models, POST /v1/chat/completions")
-
-    def do_POST(self) -> None:
-        # An unread body would be parsed as the next request.
-        self.close_connection = True
-        if not self._is_for_us():
-            return
-        if self.path != "/v1/chat/completions":
-            return self._wrong(404, f"there is no {self.path}: POST /v1/chat/completions")
-        if self.headers.get_content_type() != "application/json":
-            return self._wrong(415, "expected Content-Type: application/json")
+    async def serve(self) -> None:
+        """Answer until the task is cancelled."""
+        app = web.Application(client_max_size=MOST_BYTES, middlewares=[self._guarded])
+        app.add_routes(web.get(path, self._get, allow_head=False) for path in ("/", "/health", "/about", "/v1/models"))
+        app.add_routes([web.post("/v1/chat/completions", self._completion)])
+        # No access log: requests contain prompts and addresses. A handler whose client hangs up is cancelled.
+        runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, keepalive_timeout=PATIENCE_S, shutdown_timeout=0.1
+        )
+        await runner.setup()
         try:
-            length = int(self.headers.get("Content-Length", ""))
-            if not 0 <= length <= MOST_BYTES:
-                return self._wrong(413, f"a request has at most {MOST_BYTES} bytes")
-            asked = openai_api.request(json.loads(self.rfile.read(length)))
-        except UserError as exc:
-            return self._wrong(400, str(exc))
-        except ValueError as exc:
-            return self._wrong(400, f"no JSON with its length: {exc}")
-        speaker = self.server.speakers.get(asked.model)
-        if speaker is None:
-            return self._wrong(404, f"there is no model {asked.model!r}: there is {', '.join(self.server.speakers)}")
+            await web.SockSite(runner, self._socket).start()
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse what does not name this machine, which protects against DNS rebinding, and what lacks the token."""
+        host = request.headers.get("Host", "").rpartition(":")[0]
+        given = request.query.get("token") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if host not in (LOOPBACK, "localhost") or not request.raw_path.startswith("/"):
+            return _wrong(403, f"Host {host!r}: expected {LOOPBACK} or localhost")
+        if request.path != "/health" and not secrets.compare_digest(
+            given.encode(errors="replace"), self.token.encode()
+        ):
+            return _wrong(401, "expected the token that `fineloop serve` printed: /?token=..., or as an API key")
         try:
-            with self.server.turn:
-                self._answer(speaker, asked)
-        except ConnectionError:  # the client has closed the connection
-            pass
-        return None
-
-    def _answer(self, speaker: Speaker, asked: openai_api.Request) -> None:
-        number = next(self.server.numbers)
-        how: dict[str, Any] = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
-        if not asked.stream:
-            try:
-                said = speaker.answer(asked.turns, on_text=lambda _: None, **how)
-            except FineloopError as exc:
-                return self._wrong(400, str(exc))
-            return self._json(200, openai_api.completion(asked.model, said, number=number))
-        self.send_response(200)
-        for name, value in {"Content-Type": "text/event-stream", "Connection": "close"}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-        def event(body: Mapping[str, Any]) -> None:
-            self.wfile.write(f"data: {json.dumps(body)}\n\n".encode())
-            self.wfile.flush()
-
-        event(openai_api.chunk(asked.model, {"role": "assistant", "content": ""}, number=number))
-        try:
-            said = speaker.answer(
-                asked.turns,
-                on_text=lambda text: event(openai_api.chunk(asked.model, {"content": text}, number=number)),
-                **how,
-            )
+            async with asyncio.timeout(PATIENCE_S):
+                await request.read()
+            return await handler(request)
+        except TimeoutError:
+            return _wrong(408, f"the request did not come within {PATIENCE_S:.0f} s")
         except FineloopError as exc:
-            return event(openai_api.error(str(exc), kind="invalid_request_error"))
-        event(openai_api.chunk(asked.model, {}, number=number, said=said))
-        self.wfile.write(b"data: [DONE]\n\n")
-        return None
+            return _wrong(400, str(exc))
+        except web.HTTPException as exc:
+            return _wrong(exc.status, f"{request.method} {request.path}: {exc.reason}")
 
-    def _is_for_us(self) -> bool:
-        """Whether the Host header names this machine; otherwise send an error. It protects against DNS rebinding."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
-        if host in (LOOPBACK, "localhost"):
-            return True
-        self._wrong(403, f"Host {host!r}: expected {LOOPBACK} or localhost")
-        return False
+    async def _get(self, request: web.Request) -> web.Response:
+        match request.path:
+            case "/":
+                headers = {"Content-Security-Policy": _policy(), "Referrer-Policy": "no-referrer", **NO_SNIFFING}
+                return web.Response(text=PAGE, content_type="text/html", headers=headers)
+            case "/health":
+                return _json(200, {"status": "ok"})
+            case "/about":
+                return _json(200, self.about)
+        return _json(200, openai_api.models([*self.speakers], since=self._since))
 
-    def _wrong(self, status: int, message: str) -> None:
-        kind = "invalid_request_error" if status != 404 else "not_found_error"
-        self._json(status, openai_api.error(message, kind=kind))
+    async def _completion(self, request: web.Request) -> web.StreamResponse:
+        if request.content_type != "application/json":
+            return _wrong(415, "expected Content-Type: application/json")
+        try:
+            body = json.loads(await request.read())
+            json.dumps(body, ensure_ascii=False).encode()  # no tokenizer takes half of a surrogate pair
+        except (ValueError, RecursionError) as exc:
+            return _wrong(400, f"not JSON that can be read: {exc}")
+        asked = openai_api.request(body)
+        speaker = self.speakers.get(asked.model)
+        if speaker is None:
+            return _wrong(404, f"there is no model {asked.model!r}: there is {', '.join(self.speakers)}")
+        number, gone, loop = next(self._numbers), threading.Event(), asyncio.get_running_loop()
+        words = asyncio.Queue[str | None]()
 
-    def _json(self, status: int, body: Mapping[str, Any]) -> None:
-        self._send(status, json.dumps(body).encode(), "application/json", {})
+        def on_text(text: str) -> None:
+            if gone.is_set():
+                raise asyncio.CancelledError
+            loop.call_soon_threadsafe(words.put_nowait, text)
 
-    def _send(self, status: int, body: bytes, content_type: str, more: Mapping[str, str]) -> None:
-        self.send_response(status)
-        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), "X-Content-Type-Options": "nosniff"}
-        for name, value in {**headers, **more}.items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
+        answer = loop.run_in_executor(
+            self._one,
+            lambda: speaker.answer(
+                asked.turns, on_text=on_text, max_tokens=asked.max_tokens, temperature=asked.temperature
+            ),
+        )
+        answer.add_done_callback(lambda _: words.put_nowait(None))
+        try:
+            if not asked.stream:
+                return _json(200, openai_api.completion(asked.model, await answer, number=number))
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **NO_SNIFFING})
+            await response.prepare(request)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing, since requests contain prompts and addresses."""
+            async def event(data: str) -> None:
+                async with asyncio.timeout(PATIENCE_S):
+                    await response.write(f"data: {data}\n\n".encode())
+
+            def chunk(delta: dict[str, str], **end: Any) -> str:
+                return json.dumps(openai_api.chunk(asked.model, delta, number=number, **end))
+
+            try:
+                await event(chunk({"role": "assistant", "content": ""}))
+                while (text := await words.get()) is not None:
+                    await event(chunk({"content": text}))
+                try:
+                    last = [chunk({}, said=await answer), "[DONE]"]
+                except FineloopError as exc:
+                    last = [json.dumps(openai_api.error(str(exc), kind="invalid_request_error"))]
+                for data in last:
+                    await event(data)
+            except (
+                ConnectionError,
+                TimeoutError,
+            ):  # it has hung up, or does not read, which the model did not wait for
+                if request.transport is not None:
+                    request.transport.abort()
+            return response
+        finally:  # also where the client has gone: an answer that waits is not begun, and one that goes on ends
+            gone.set()
+            answer.cancel()
+
+
+NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
+
+
+def _json(status: int, body: Mapping[str, Any]) -> web.Response:
+    return web.json_response(dict(body), status=status, headers=NO_SNIFFING)
+
+
+def _wrong(status: int, message: str) -> web.Response:
+    kind = "invalid_request_error" if status != 404 else "not_found_error"
+    return _json(status, openai_api.error(message, kind=kind))
 
 
 def _policy() -> str:

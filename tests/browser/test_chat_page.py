@@ -68,7 +68,7 @@ def test_two_columns_answer_a_conversation_of_two_turns_as_the_models_do(
     page: "Page", s3_server: Endpoint, tmp_path: Path
 ) -> None:
     with serving(build_base(tmp_path / "base"), s3_server.bucket, tmp_path) as server:
-        page.goto(server.url)
+        page.goto(f"{server.url}/?token={server.token}")
         page.get_by_label("keep the turns before").check()
         for prompt in ("the sky?", "and grass?"):
             send(page, prompt)
@@ -91,8 +91,8 @@ def scripted(*speakers: Scripted) -> Server:
 
 def test_stop_ends_an_answer_and_its_word_is_no_part_of_the_conversation(page: "Page") -> None:
     slow = Scripted(["one two three", "four"], waits=threading.Event())
-    with scripted(slow, Scripted(["a", "b"])) as server, listening(server):
-        page.goto(server.url)
+    with listening(scripted(slow, Scripted(["a", "b"]))) as server:
+        page.goto(f"{server.url}/?token={server.token}")
         send(page, "first")
         page.get_by_text("one", exact=True).wait_for()
         page.get_by_role("button", name="Stop this answer").click()
@@ -111,8 +111,8 @@ def test_stop_ends_an_answer_and_its_word_is_no_part_of_the_conversation(page: "
 @pytest.mark.parametrize(("text", "kept"), [("some words", ["user", "assistant", "user"]), ("", ["user"])])
 def test_an_error_is_shown_and_its_words_do_not_enter_the_next_prompt(text: str, kept: list[str], page: "Page") -> None:
     broken = Scripted([text, text], fails=True)
-    with scripted(broken) as server, listening(server):
-        page.goto(server.url)
+    with listening(scripted(broken)) as server:
+        page.goto(f"{server.url}/?token={server.token}")
         for prompt in ("first", "second"):
             send(page, prompt)
             answered(page)
@@ -123,8 +123,8 @@ def test_an_error_is_shown_and_its_words_do_not_enter_the_next_prompt(text: str,
 
 def test_a_new_conversation_begins_empty_even_while_an_answer_comes(page: "Page") -> None:
     slow = Scripted(["one two three", "four"], waits=threading.Event())
-    with scripted(slow) as server, listening(server):
-        page.goto(server.url)
+    with listening(scripted(slow)) as server:
+        page.goto(f"{server.url}/?token={server.token}")
         send(page, "first")
         page.get_by_text("one", exact=True).wait_for()
         page.get_by_role("button", name="New conversation").click()
@@ -148,11 +148,11 @@ def test_the_page_reads_well_on_every_screen(browser: "Browser", pictures: Path)
         speakers.update(
             zip(speakers, (Scripted(["Infections", "Endocrine"]), Scripted([ramble, shorter])), strict=True)
         )
-        page.goto(server.url)
+        page.goto(f"{server.url}/?token={server.token}")
         for prompt in ("ICD-10 chapter: Mpox", "ICD-10 chapter: Kwashiorkor"):
             send(page, prompt)
             answered(page)
 
     about = {"models": [*speakers], "system": "", "keeps_turns": True}
-    with Server(0, speakers, about) as server, listening(server):
+    with listening(Server(0, speakers, about)) as server:
         check(browser, lambda page: begin(page, server), pictures / "chat.png")

@@ -1,5 +1,7 @@
 """`fineloop serve`'s server, on a real version of the tiny base."""
 
+import asyncio
+import contextlib
 import threading
 import uuid
 from collections.abc import Iterator
@@ -30,7 +32,7 @@ def serving(base: Path, bucket: str, scratch: Path) -> "Iterator[Server]":
     registry = RegistryConfig(bucket=bucket, prefix=f"tests/{uuid.uuid4().hex}")
     config = config.model_copy(update={"registry": registry})
     version = publish(config, Store.open(registry), scratch)
-    with serve.opened(config, f"colours@{version.version}", "base", 0) as server, listening(server):
+    with listening(serve.opened(config, f"colours@{version.version}", "base", 0)) as server:
         yield server
     torch.set_num_threads(threads)
 
@@ -38,10 +40,18 @@ def serving(base: Path, bucket: str, scratch: Path) -> "Iterator[Server]":
 @contextmanager
 def listening(server: "Server") -> "Iterator[Server]":
     """The server, answering in a thread."""
-    thread = threading.Thread(target=server.serve_forever)
+    loop = asyncio.new_event_loop()
+    serving = loop.create_task(server.serve())
+
+    def answer() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(serving)
+        loop.close()
+
+    thread = threading.Thread(target=answer)
     thread.start()
     try:
         yield server
     finally:
-        server.shutdown()
+        loop.call_soon_threadsafe(serving.cancel)
         thread.join()

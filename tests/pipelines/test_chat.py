@@ -108,9 +108,10 @@ def test_it_is_served_over_http_until_an_interrupt(version: Version, tmp_path: P
         assert serving.stdout
         assert serving.stderr
         said = read_until(serving.stderr, b"Ctrl-C ends it")
-        (url,) = re.findall(r"serving \S+ at (\S+)/v1", said.decode())
+        ((url, key),) = re.findall(r"serving \S+ at (\S+)/v1, its API key (\S+)", said.decode())
         asked = {"model": f"colours@{version.version}", "messages": [{"role": "user", "content": "sky?"}]}
-        answered = requests.post(f"{url}/v1/chat/completions", json=asked, timeout=300)
+        bears = {"Authorization": f"Bearer {key}"}
+        answered = requests.post(f"{url}/v1/chat/completions", json=asked, headers=bears, timeout=300)
         assert answered.json()["choices"][0]["message"]["role"] == "assistant", answered.text
         serving.send_signal(signal.SIGINT)
         serving.stderr.read()

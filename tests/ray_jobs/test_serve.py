@@ -1,13 +1,19 @@
-"""`fineloop serve`'s server on a real version of the tiny base, asked over HTTP.
+"""`fineloop serve`'s server on a real version of the tiny base, asked over HTTP, and on speakers that wait or say much.
 
 The judge of answers is the speaker that test_chat.py holds to plain transformers, and of the format OpenAI's own words.
 """
 
+import contextlib
 import http.client
 import json
-from collections.abc import Iterator
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -15,8 +21,11 @@ from components.prepare.dataset import Message
 from components.shared.errors import UserError
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.talking import openai_api
+from ray_jobs.talking import server as serve
 from ray_jobs.talking.server import Server
-from tests.models.served import serving
+from ray_jobs.talking.speaker import Said
+from tests.models.served import listening, serving
+from tests.waiting import PATIENCE_S, wait_until
 
 TURNS = [{"role": "system", "content": "Name it."}, {"role": "user", "content": "the sky?"}]
 
@@ -27,14 +36,65 @@ def server(tiny_base: Path, s3_server: Endpoint, tmp_path_factory: pytest.TempPa
         yield server
 
 
+@dataclass
+class Scripted:
+    """A speaker that says `words`, and waits for `goes_on` before each; it notes what it was asked."""
+
+    words: list[str]
+    goes_on: threading.Event = field(default_factory=threading.Event)
+    heard: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    def answer(self, turns: Sequence[Message], *, on_text: Callable[[str], None], **_: Any) -> Said:
+        self.heard.append(turns[-1].content)
+        for word in self.words:
+            assert self.goes_on.wait(PATIENCE_S)
+            on_text(word)
+            self.said.append(word)
+        return Said("".join(self.words), 1, 1, ended=True)
+
+
+@contextlib.contextmanager
+def scripted(speaker: Scripted) -> Iterator[Server]:
+    named: Any = {"model": speaker}
+    with listening(Server(0, named, {})) as server:
+        yield server
+
+
+def port(server: Server) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
 def ask(server: Server, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
-    given = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    connection.request(method, path, None if body is None else json.dumps(body), given)
+    """What it answers to one who bears its token; `body` is sent as JSON unless it is bytes."""
+    connection = http.client.HTTPConnection("127.0.0.1", port(server), timeout=PATIENCE_S)
+    given = {
+        **{"Content-Type": "application/json", "Authorization": f"Bearer {server.token}"},
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    sent = body if body is None or isinstance(body, bytes) else json.dumps(body)
+    connection.request(method, path, sent, given)
     response = connection.getresponse()
     read = response.status, response.read().decode(), response.headers
     connection.close()
     return read
+
+
+def begin(server: Server, prompt: str, *, stream: bool) -> socket.socket:
+    """A client that has sent its request, and reads nothing."""
+    body = json.dumps({"model": "model", "messages": [{"role": "user", "content": prompt}], "stream": stream})
+    client = socket.create_connection(("127.0.0.1", port(server)))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port(server)}\r\n"
+    head += f"Authorization: Bearer {server.token}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    client.sendall(f"{head}\r\n\r\n{body}".encode())
+    return client
+
+
+def open_to(clients: Sequence[int]) -> list[str]:
+    """The server's ends of connections to these ports that it has not closed, as Linux lists them (proc_net_tcp(5))."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    established, close_wait = "01", "08"
+    return [far for _, _, far, state, *_ in rows if int(far[-4:], 16) in clients and state in (established, close_wait)]
 
 
 def test_both_models_are_listed_and_answer_as_in_chat(server: Server) -> None:
@@ -102,12 +162,99 @@ def test_what_a_model_thought_is_left_out_of_the_turns_that_follow() -> None:
 
 
 def test_other_sites_can_neither_name_the_server_nor_post_to_it(server: Server) -> None:
-    assert ask(server, "GET", "/v1/models", Host=f"evil.example:{server.server_port}")[0] == 403
+    for host in (
+        f"evil.example:{port(server)}",
+        "127.0.0.1",
+        "localhost",
+        f"127.0.0.1.evil.example:{port(server)}",
+        "",
+    ):
+        assert ask(server, "GET", "/v1/models", Host=host)[0] == 403
+    assert ask(server, "GET", f"http://evil.example:{port(server)}/v1/models")[0] == 403
+    assert ask(server, "GET", "/v1/models", Host=f"localhost:{port(server)}")[0] == 200
     asked = {"model": "base", "messages": TURNS}
-    assert ask(server, "POST", "/v1/chat/completions", asked, Content_Type="text/plain")[0] == 415
-    assert server.server_address[0] == "127.0.0.1"
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        assert ask(server, "POST", "/v1/chat/completions", asked, Content_Type=kind)[0] == 415
+    status, _, headers = ask(server, "OPTIONS", "/v1/chat/completions", Origin="http://evil.example")
+    assert status == 405
+    assert not [name for name in headers if name.startswith("Access-Control")]
+    assert urlsplit(server.url).hostname == "127.0.0.1"
     with pytest.raises(UserError, match="cannot be had on 127"):
-        Server(server.server_port, {}, {})
+        Server(port(server), {}, {})
+
+
+def test_another_user_of_the_machine_who_lacks_the_token_learns_that_it_is_up_alone(server: Server) -> None:
+    asked = {"model": "base", "messages": TURNS}
+    for given in ("", "Bearer ", f"Bearer {server.token}x", "Bearer \xe9", server.token[:-1]):
+        for verb, path, body in (
+            *(("GET", path, None) for path in ("/", "/about", "/v1/models", "/none")),
+            ("POST", "/v1/chat/completions", asked),
+        ):
+            status, text, _ = ask(server, verb, path, body, Authorization=given)
+            assert (status, "token" in json.loads(text)["error"]["message"]) == (401, True)
+    assert ask(server, "GET", "/health", Authorization="")[:2] == (200, '{"status": "ok"}')
+    assert ask(server, "GET", f"/?token={server.token}", Authorization="")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[" * 100_000, 400),
+        (b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+        (b'{"model": "base"', 400),
+        (b"\xff\xfe", 400),
+        (b"", 400),
+        (b"[]", 400),
+        (b" " * (2**20 + 1), 413),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_one_error_in_json(
+    body: bytes, status: int, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, text, headers = ask(server, "POST", "/v1/chat/completions", body)
+    assert (found, headers.get_content_type()) == (status, "application/json")
+    assert json.loads(text)["error"]["message"]
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+def test_a_client_that_does_not_read_stops_no_other_and_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serve, "PATIENCE_S", 0.5)
+    speaker = Scripted(["x" * 1_000_000] * 30)
+    speaker.goes_on.set()
+    with scripted(speaker) as server, contextlib.closing(begin(server, "first", stream=True)) as deaf:
+        asked = {"model": "model", "messages": [{"role": "user", "content": "second"}]}
+        assert ask(server, "POST", "/v1/chat/completions", asked)[0] == 200
+        wait_until(lambda: not open_to([deaf.getsockname()[1]]))
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := deaf.recv(1 << 20):
+                received += len(piece)
+    assert speaker.heard == ["first", "second"]
+    assert received < 30_000_000
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_is_answered_who_has_hung_up(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    speaker = Scripted(["a", "b"])
+    with scripted(speaker) as server:
+        first = begin(server, "first", stream=stream)
+        wait_until(lambda: speaker.heard == ["first"])
+        others = [begin(server, f"other {number}", stream=stream) for number in range(5)]
+        for _ in range(5):  # so that it has read the others
+            ask(server, "GET", "/health")
+        clients = [client.getsockname()[1] for client in (first, *others)]
+        for client in (first, *others):
+            client.close()
+        wait_until(lambda: not open_to(clients))
+        speaker.goes_on.set()
+        asked = {"model": "model", "messages": [{"role": "user", "content": "last"}]}
+        assert ask(server, "POST", "/v1/chat/completions", asked)[0] == 200
+    assert speaker.heard == ["first", "last"]
+    assert speaker.said == ["a", "b"], "the first answer ended before its first word"
+    assert caplog.records == []
 
 
 def test_the_page_runs_its_own_script_alone(server: Server) -> None:
