@@ -2,10 +2,10 @@
 
 merged   the adapter's update in the weights of its base: a transformers folder that needs no peft
 gguf     the same as one file of llama.cpp's, with a Modelfile for Ollama
-lora     the same function as plain LoRA, where it is one
+lora     the same function as plain LoRA, where it is one; what already is plain is copied
 
-Each result is compared with the adapter on its base before anything appears at DIR; the merge is compared before it is
-rounded to the saved dtype. The last line of stdout is the content of DIR/export.json.
+Each other result is compared with the adapter on its base before anything appears at DIR; the merge is compared before
+it is rounded to the saved dtype. The last line of stdout is the content of DIR/export.json.
 """
 
 import json
@@ -14,7 +14,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -57,6 +58,7 @@ MAX_RECORDS = 64
 MAX_POSITIONS = 1024
 """Limits of the comparison: about this many positions, at least one record, as the logits are held in memory."""
 SHARD_SIZE = "5GB"
+TELL_EVERY_S = 10.0
 
 Form = Literal["merged", "lora", "gguf"]
 BaseWeights = Literal["dequantised", "original"]
@@ -153,11 +155,25 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     if request.form == "gguf":
         gguf_file.converter(request.converter)  # before anything is loaded
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
-        source = _source(config, store, version, Path(scratch) / "adapter")
-        say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
-        record = _lora(source, request, folder) if request.form == "lora" else _merged(source, request, folder)
+        its_run = recorded.read(config, store, version)
+        adapter = Path(scratch) / "adapter"
+        pull_version(store, version, adapter)
+        adapter_config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        if request.form == "lora" and convert.is_plain(adapter_config):
+            say(STEP, "it is a plain LoRA already: its files are copied, as `fineloop adapters pull` gives them")
+            for file in ("adapter_model.safetensors", "adapter_config.json"):
+                shutil.copy(adapter / file, folder)
+            base = Base(its_run.config.model.base, adapter, dict(its_run.base_identity))
+            stands_on = adapter_config["base_model_name_or_path"]
+            parity = {"compared_on": "nothing: the files are the version's own"}
+            form = {"exact": True, "rank": adapter_config["r"]}
+            record = _record(version, its_run.config, request, base, stands_on, parity, **form)
+        else:
+            source = _source(config, store, version, its_run, adapter)
+            say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
+            record = _lora(source, request, folder) if request.form == "lora" else _merged(source, request, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card.export_card(source.config, record), encoding="utf-8")
+        (folder / "README.md").write_text(model_card.export_card(its_run.config, record), encoding="utf-8")
         folder.rename(request.target)
     say(STEP, f"{version.name} {version.version} is at {request.target}")
     return record
@@ -179,18 +195,18 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     say(STEP, "running the adapter in float32 on the weights that it was trained on")
     adapted = build.load(dense, source.folder).eval()
     del dense
-    reference = list(merge.logits(adapted, rows))
+    reference = list(_logits(adapted, rows))
     with adapted.disable_adapter():
-        effect = merge.agreement(reference, merge.logits(adapted, rows))
+        effect = merge.agreement(reference, _logits(adapted, rows))
     before = reference
     if not is_exact:
         say(STEP, "running it on the original weights")
         del adapted  # one base in memory at a time
         adapted = build.load(_dense(source), source.folder).eval()
-        before = list(merge.logits(adapted, rows))
+        before = list(_logits(adapted, rows))
     say(STEP, f"merging into the {weights} weights")
     merged = merge.merge(adapted)
-    parity = {"merge": merge.agreement(before, merge.logits(merged, rows))}
+    parity = {"merge": merge.agreement(before, _logits(merged, rows))}
     merge.require_same(parity["merge"], "the merged model")
     del adapted
 
@@ -202,10 +218,10 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     if request.form == "gguf":
         form, load = _gguf(source, request, plain, folder, load)
     if request.dtype != "float32":  # read back in float32, so that only the weights are rounded
-        parity["rounded"] = merge.agreement(before, merge.logits(load(dtype=torch.float32).eval(), rows))
+        parity["rounded"] = merge.agreement(before, _logits(load(dtype=torch.float32).eval(), rows))
     reloaded = load(dtype=dtype).eval()
     source.kernels.adopt(reloaded)
-    saved = list(merge.logits(reloaded, rows))
+    saved = list(_logits(reloaded, rows))
     parity |= {"saved": merge.agreement(reference, saved), "evaluated": merge.agreement(evaluated, saved)}
     if not math.isfinite(parity["saved"].mean_kl_nats):
         raise UserError(f"the saved model says nothing finite when it runs in {request.dtype}: use --dtype bfloat16")
@@ -218,7 +234,7 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     _say_found(parity, form, both, len(source.records))
     if plain != folder:
         shutil.rmtree(plain)
-    return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both, **form)
+    return _compared(source, request, parity, base=weights, dtype=request.dtype, answers=both, **form)
 
 
 def _saved(source: ExportSource, request: ExportRequest, merged: "PreTrainedModel", folder: Path) -> Callable[..., Any]:
@@ -273,24 +289,22 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
     """Convert the adapter on the dense base, and compare both in float32."""
     rows = source.rows
     adapted = build.load(_trained_on(source, _loaded(source)), source.folder).eval()
-    reference = list(merge.logits(adapted, rows))
+    reference = list(_logits(adapted, rows))
     exact = not (request.approximate and source.config.method.row.adapter in ("dora", "dvora"))
     say(STEP, "rewriting it as plain LoRA" if exact else f"looking for the nearest LoRA of rank {request.approximate}")
     plain = convert.as_lora(adapted) if exact else convert.nearest_lora(adapted, rank=request.approximate)
-    parity = {"converted": merge.agreement(reference, merge.logits(plain.eval(), rows))}
+    parity = {"converted": merge.agreement(reference, _logits(plain.eval(), rows))}
     if exact:
         merge.require_same(parity["converted"], "the converted adapter")
     build.save(plain, folder)
     say(STEP, f"converted: {parity['converted'].summary()}")
-    return _record(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
+    return _compared(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
 
 
-def _source(given: RunConfig, store: Store, version: Version, folder: Path) -> ExportSource:
+def _source(given: RunConfig, store: Store, version: Version, its_run: recorded.Recorded, folder: Path) -> ExportSource:
     import torch
 
-    its_run = recorded.read(given, store, version)
     config = its_run.config
-    pull_version(store, version, folder)
     say(STEP, f"loading {config.model.base}")
     original = base_model.resolve(config.model, recorded=its_run.base_identity)
     chat = chat_format.load(original, config.model, folder)
@@ -348,7 +362,7 @@ def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedM
 def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], dict[str, float], "PreTrainedModel"]:
     """Logits and answers of the adapter as evaluation runs it, and its base in float32, without the adapter."""
     adapted: PeftModel = source.kernels.adopt(build.load(_loaded(source), source.folder)).eval()
-    evaluated = list(merge.logits(adapted, source.rows))
+    evaluated = list(_logits(adapted, source.rows))
     answers = _answers(source, adapted)
     return evaluated, answers, _trained_on(source, adapted.unload())
 
@@ -374,8 +388,33 @@ def _answers(source: ExportSource, model: Any) -> dict[str, float]:
     return {"exact_match": right / len(scores), "loss": sum(each.nll for each in scores) / tokens}
 
 
-def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agreement], **form: Any) -> dict[str, Any]:
-    version, method = source.version, source.config.method
+def _logits(model: Any, rows: Sequence["torch.Tensor"]) -> Iterator["torch.Tensor"]:
+    """Those of `merge.logits`; says how far it is every ten seconds."""
+    told = time.monotonic()
+    for number, found in enumerate(merge.logits(model, rows), start=1):
+        if time.monotonic() - told > TELL_EVERY_S:
+            say(STEP, f"{number} of {len(rows)} records")
+            told = time.monotonic()
+        yield found
+
+
+def _compared(
+    source: ExportSource, request: ExportRequest, parity: dict[str, Agreement], **form: Any
+) -> dict[str, Any]:
+    figures = {"compared_on": source.compared_on, **{name: asdict(found) for name, found in parity.items()}}
+    stands_on = source.stands_on.reference
+    return _record(source.version, source.config, request, source.original, stands_on, figures, **form)
+
+
+def _record(
+    version: Version,
+    config: RunConfig,
+    request: ExportRequest,
+    original: Base,
+    stands_on: str,
+    parity: dict[str, Any],
+    **form: Any,
+) -> dict[str, Any]:
     return {
         "form": request.form,
         "adapter": version.name,
@@ -383,15 +422,15 @@ def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agre
         "version_uri": version.uri,
         "manifest_sha256": version.manifest_sha256,
         "run_id": version.run_id,
-        "method": method.name,
+        "method": config.method.name,
         "base_model": {
-            "reference": source.original.reference,
-            "identity": source.original.identity,
-            "stands_on": source.stands_on.reference,
-            "format": method.row.base,
+            "reference": original.reference,
+            "identity": original.identity,
+            "stands_on": stands_on,
+            "format": config.method.row.base,
         },
         **form,
-        "parity": {"compared_on": source.compared_on, **{name: asdict(found) for name, found in parity.items()}},
+        "parity": parity,
     }
 
 

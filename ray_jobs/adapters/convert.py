@@ -6,7 +6,7 @@ DoRA     m (W + s B A) / norm(W + s B A)    not a LoRA: the magnitude scales W t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import UserError
@@ -20,6 +20,11 @@ Factors = tuple["torch.Tensor", "torch.Tensor"]
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter with this adapter_config.json is a LoRA with scaling alpha / r as it is."""
+    return config["peft_type"] == "LORA" and not config.get("use_dora") and not config.get("use_rslora")
 
 
 def as_lora(adapted: "PeftModel") -> "PeftModel":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MIN_ARGMAX_AGREEMENT = 0.999
 MAX_MEAN_KL_NATS = 1e-6
 """Largest mean KL divergence that the summation order in float32 may cause; on SmolLM2-135M it is below 1e-9."""
+POSITIONS_AT_ONCE = 512
+"""Number of positions, padding included, that models compared with each other compute together."""
 MOST_ROUNDED_AWAY = 0.1
 """Ratio of two mean KL divergences, of rounding and of the adapter on its base, above which users are warned."""
 
@@ -49,14 +51,28 @@ class Agreement:
         )
 
 
-def logits(model: Any, rows: Iterable["torch.Tensor"]) -> Iterator["torch.Tensor"]:
-    """The logits (T, V) of each row of token ids (T,), on the CPU, in the dtype that the model gives them."""
-    import torch
+def logits(model: Any, rows: Sequence["torch.Tensor"]) -> Iterator["torch.Tensor"]:
+    """The logits (T, V) of each row of token ids (T,), on the CPU, in the dtype that the model gives them.
 
-    for row in rows:
+    Rows that follow each other run together, padded on the right, where a causal model sees nothing of it.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    done = 0
+    while done < len(rows):
+        batch = [rows[done]]
+        while done + len(batch) < len(rows):
+            longer = [*batch, rows[done + len(batch)]]
+            if len(longer) * max(map(len, longer)) > POSITIONS_AT_ONCE:
+                break
+            batch = longer
+        mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True).to(model.device)
+        ids = pad_sequence(batch, batch_first=True).to(model.device)
         with torch.inference_mode():
-            found = model(input_ids=row[None].to(model.device), use_cache=False).logits[0]
-        yield found.cpu()
+            found = model(input_ids=ids, attention_mask=None if mask.all() else mask, use_cache=False).logits
+        yield from (each[: len(row)].cpu() for each, row in zip(found, batch, strict=True))
+        done += len(batch)
 
 
 def agreement(reference: Iterable["torch.Tensor"], other: Iterable["torch.Tensor"]) -> Agreement:

@@ -120,3 +120,17 @@ def test_agreement_is_counted_and_the_divergence_is_that_of_the_definition():
     assert (found.positions, found.argmax_agreement, found.max_abs_logit_difference) == (2, 0.5, 1.5)
     assert found.mean_kl_nats == pytest.approx(float((p * (p / q).log()).sum() / 2), rel=1e-5)
     assert merge.agreement([reference], [reference]).is_same
+
+
+def test_rows_that_run_together_have_the_logits_that_they_have_alone(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(256, (length,), generator=generator) for length in (3, 40, 17, 400, 200, 64, 1)]
+    passes = []
+    model.register_forward_pre_hook(lambda _, __, given: passes.append(given["input_ids"].shape), with_kwargs=True)
+    together = list(merge.logits(model, rows))
+    assert passes == [(3, 40), (1, 400), (2, 200), (1, 1)]
+    for row, found in zip(rows, together, strict=True):
+        with torch.inference_mode():
+            alone = model(input_ids=row[None]).logits[0]
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
