@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.verbs: dict[str, Parser] = {}
+        self.words: list[str] = []
 
     def add_parser(self, name: str, *, help: str, **options: Any) -> "Parser":
         """Add a verb, as argparse's subparsers do: if it is the first argument, its parser reads the rest.
@@ -42,15 +43,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, or with the verb's parser if the first argument is a verb."""
+        self.words = sys.argv[1:] if args is None else [*args]
         if self.verbs and args and args[0] in self.verbs:
             return self.verbs[args[0]].parse_known_args(args[1:], namespace)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print the error, with a suggestion for a mistyped choice, and exit with code 2."""
+        """Print the error, with a suggestion for what is mistyped, on stdout as JSON with --json; exit with code 2."""
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)
             message += "".join(f": did you mean {each}?" for each in near)
+        elif unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message += "".join(f": did you mean {each}?" for each in near)
+        if "--json" in self.words:
+            print(json.dumps({"error": {"kind": "UserError", "message": message}, "exit_code": 2}), flush=True)  # noqa: T201 - the answer
         super().error(message)
 
 

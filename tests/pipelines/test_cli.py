@@ -125,6 +125,7 @@ def test_a_file_of_commands_bears_the_command_s_name() -> None:
         (["adapters", "shw"], "did you mean show?"),
         (["adapters"], "COMMAND"),
         (["run", "--sett", "x=1"], "usage: fineloop run"),
+        (["run", "--sett", "x=1"], "unrecognized arguments: --sett x=1: did you mean --set?"),
         (["init"], "your data is not named: give DATA"),
         (["sweep", "--apply"], "name a config of your own with -c"),
         (
@@ -143,6 +144,24 @@ def test_a_wrong_argument_is_exit_2_in_one_message(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--json", "--nope"], "unrecognized arguments: --nope"),
+        (["runs", "list", "--limit", "many", "--json"], "argument --limit: invalid int value: 'many'"),
+        (["adapters", "shw", "--json"], "did you mean show?"),
+        (["data", "erase", "--json"], "the following arguments are required: ID"),
+    ],
+)
+def test_an_error_of_the_arguments_is_one_object_with_json(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = fineloop(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stdout.splitlines()
+    error = json.loads(line)
+    assert (error["error"]["kind"], error["exit_code"]) == ("UserError", 2)
+    assert message in error["error"]["message"]
 
 
 @pytest.mark.parametrize(
