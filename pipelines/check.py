@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+IN_MESSAGE = "see the message"
+"""The `fix` of a check whose detail says it."""
+
 
 @dataclass(frozen=True)
 class Check:

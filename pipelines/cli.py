@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     garbage.leave_at_exit()
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.DEBUG if options.verbose else logging.ERROR)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_escape)
     try:

@@ -81,8 +81,8 @@ def _require_harmless(folder: Path) -> None:
     base = _base_of(folder)
     if base and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", base, re.ASCII):
         raise UserError(
-            f"the adapter stands on {base}, which nobody else can load: push what `fineloop adapters export --merged` "
-            "writes, with --from"
+            f"the adapter was trained on {base}, which nobody else can load: push what `fineloop adapters export "
+            "--merged` writes, with --from"
         )
 
 

@@ -87,10 +87,12 @@ def manifest(facts: Served, server: Server) -> Any:
     Raises:
         UserError: the server cannot read a base by that name, or would load versions that nobody has signed.
     """
+    packaged = facts.base.startswith("pkg://")  # which no server reads
     if not any(pattern.fullmatch(facts.base) for pattern in READ_BY[server]):
         raise UserError(
-            f"{facts.name} {facts.version} stands on {facts.base!r}, which --for {server} does not fetch by that name: "
-            "choose another server, publish the base on a hub, or `fineloop adapters export --merged`"
+            f"{facts.name} {facts.version} was trained on {facts.base!r}, which --for {server} cannot fetch: "
+            f"{'' if packaged else 'choose another server, publish the base on a hub, or '}"
+            f"`fineloop adapters export {facts.name}@{facts.version} --merged` writes a model of its own"
         )
     return MANIFESTS[server](facts)
 

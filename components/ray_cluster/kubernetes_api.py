@@ -318,8 +318,8 @@ def configuration() -> tuple[Any, str]:
         _, context = config.list_kube_config_contexts(config_file=path)
     except (config.ConfigException, OSError) as exc:
         raise UserError(
-            f'ray.cluster.kind = "rayjob" needs a Kubernetes API, and {path} names none ({exc}): run inside the '
-            "cluster, or set KUBECONFIG"
+            f"no Kubernetes API is named by {path} ({exc}): run inside the cluster, or set KUBECONFIG to one that you "
+            "may read"
         ) from exc
     return found, str((context or {}).get("context", {}).get("namespace") or "")
 

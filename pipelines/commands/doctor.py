@@ -41,12 +41,14 @@ def add(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> Answer:
+    from pipelines.check import IN_MESSAGE
+
     config = load_config(options)
     found = _of_cluster(config, options) if options.host else _of_this_machine(config, options)
     width = max(len(check.name) for check in found)
+    fixes = ["" if check.ok or check.fix == IN_MESSAGE else f": {check.fix}" for check in found]
     lines = [
-        f"{_mark(check)}  {check.name:<{width}}  {check.detail}{'' if check.ok else ': ' + check.fix}"
-        for check in found
+        f"{_mark(check)}  {check.name:<{width}}  {check.detail}{fix}" for check, fix in zip(found, fixes, strict=True)
     ]
     is_well = all(check.ok for check in found)
     if num_unseen := sum(not check.seen for check in found):

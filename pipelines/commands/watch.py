@@ -43,5 +43,5 @@ def _watch(options: argparse.Namespace) -> Answer:
         error = run.failed.result.get("error", {})
         said = f"{run_id} failed in {run.failed.step}: {error.get('message', 'its log says why')}"
         return Answer({**body, "error": error or None}, said, exit_code=1)
-    outcome = " ".join([decision.decision, *decision.reasons]) if decision else "trained"
-    return Answer(body, f"{run_id} is over: {outcome}")
+    why = f"; fineloop runs show {run_id} --store says why"
+    return Answer(body, f"{run_id} is over: {(decision.verdict or decision.decision) + why if decision else 'trained'}")

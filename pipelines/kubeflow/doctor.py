@@ -13,7 +13,7 @@ from components.ray_cluster.backend import Job
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STORE_SECRET, rayjob
 from components.shared.errors import FineloopError
 from components.step.kfp import IMAGE
-from pipelines.check import Check, check
+from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.kubeflow import probe, running
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.cluster import Cluster, NotSeen, Refused, Resource
@@ -64,7 +64,7 @@ def cluster_checks(
         cluster = Cluster(namespace or environment.get("KFP_NAMESPACE", ""))
         version = cluster.get("/version")
     except (FineloopError, NotSeen) as exc:
-        yield Check("kubernetes", False, str(exc), "set KUBECONFIG to a cluster that you may read")
+        yield Check("kubernetes", False, str(exc), IN_MESSAGE)
         return
     yield Check("kubernetes", True, f"{(version or {}).get('gitVersion', 'unknown version')} at {cluster.address}", "")
     try:
@@ -108,7 +108,7 @@ def _kubeflow(environment: Mapping[str, str], host: str, namespace: str) -> tupl
     try:
         kubeflow = connect(environment, host=host, namespace=namespace)
     except FineloopError as exc:
-        return Check("kubeflow pipelines", False, str(exc), "see the message"), False
+        return Check("kubeflow pipelines", False, str(exc), IN_MESSAGE), False
     users = f"many users, yours is {kubeflow.namespace}" if kubeflow.namespace else "one namespace for all"
     return Check("kubeflow pipelines", True, f"{kubeflow.host} answers: {users}", ""), bool(kubeflow.namespace)
 
@@ -215,7 +215,7 @@ def _dry(cluster: Cluster, name: str, path: str, body: Resource) -> Check:
     try:
         cluster.create(path, body)
     except Refused as exc:
-        fix = next((fix for words, fix in REFUSALS.items() if words in str(exc)), "see the message")
+        fix = next((fix for words, fix in REFUSALS.items() if words in str(exc)), IN_MESSAGE)
         return Check(name, False, f"refused: {exc}", fix)
     return Check(name, True, "the API server would take it", "")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from components.config.schema import RunConfig
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, NO_MESH, PART_OF, STORE_SECRET
-from pipelines.check import Check
+from pipelines.check import IN_MESSAGE, Check
 from pipelines.kubeflow.cluster import Cluster, Resource
 
 PATIENCE_S = 180.0
@@ -70,7 +70,7 @@ def questions(config: RunConfig) -> Iterator[Question]:
     registry = config.registry
     script = TRY.format(attempts=ATTEMPTS, bucket=registry.bucket, prefix=registry.prefix)
     yes = f"bucket {registry.bucket} honours conditional writes there"
-    yield Question("store, from a pod", script, STEP, yes, "see the message")
+    yield Question("store, from a pod", script, STEP, yes, IN_MESSAGE)
     for key, url, labels, refused in (
         ("track.mlflow", config.track.mlflow, RAY_POD, (401, 403)),
         ("announce.mlflow", config.announce.mlflow, STEP, ()),

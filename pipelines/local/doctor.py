@@ -15,7 +15,7 @@ from components.shared.cpus import this_cpu
 from components.shared.environment import in_environment
 from components.shared.errors import FineloopError, StoreError
 from components.shared.memory import available_bytes, machine_bytes
-from pipelines.check import Check, check
+from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
 from pipelines.local.gpus import lacking
 from pipelines.local.ports import LOOPBACK
@@ -109,7 +109,7 @@ def _store(home: Path, registry: RegistryConfig | None) -> Check:
         with in_environment({} if configured else local_services.store_environment(home)):
             Store.open(registry).check()
     except StoreError as exc:
-        return Check(name, False, f"{url}: {exc}", "see the message")
+        return Check(name, False, f"{url}: {exc}", IN_MESSAGE)
     return Check(name, True, f"{url}, bucket {registry.bucket}: reachable, honours conditional writes", "")
 
 

@@ -395,3 +395,13 @@ def test_a_users_mistake_in_a_ray_job_ends_the_run_with_2(
     assert "fineloop: data.source: every answer is empty" in done.stderr
     assert "log: " in done.stderr
     assert body(done)["error"]["kind"] == "DataError"
+
+
+def test_doctor_says_once_that_a_server_is_away_and_what_to_set(tmp_path: Path) -> None:
+    done = fineloop("doctor", "--host", "http://127.0.0.1:9", cwd=tmp_path, KUBECONFIG="/nowhere")
+    assert done.returncode == 1
+    assert done.stderr == ""  # urllib3 would name each of its retries
+    kubeflow, kubernetes = done.stdout.splitlines()
+    assert kubeflow.startswith("FAIL  kubeflow pipelines")
+    assert kubernetes.startswith("FAIL  kubernetes          no Kubernetes API is named by /nowhere")
+    assert kubernetes.endswith("run inside the cluster, or set KUBECONFIG to one that you may read")

@@ -111,7 +111,7 @@ def test_what_an_export_wrote_goes_in_place_of_the_version(
         ("", "acme/base", "acme/sums", "HF_TOKEN is not set"),
         (READER, "acme/base", "acme/sums", "HF_TOKEN must be a token that may write"),
         ("hf_wrong", "acme/base", "acme/sums", "refuses acme/sums (401)"),
-        (WRITER, "/home/me/base", "acme/sums", "stands on /home/me/base, which nobody else can load"),
+        (WRITER, "/home/me/base", "acme/sums", "was trained on /home/me/base, which nobody else can load"),
         (WRITER, "acme/base", "sums", "'sums' is no repository: expected ORG/NAME"),
     ],
 )

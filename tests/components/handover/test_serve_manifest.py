@@ -116,13 +116,13 @@ def test_a_server_gets_the_base_that_the_adapter_stands_on_by_a_name_that_it_rea
         (application,) = manifest(served(store, version), "ray-serve")["applications"]
         assert application["args"]["llm_configs"][0]["model_loading_config"]["model_source"] == uri
         for server in ("vllm", "vllm-resolver"):
-            with pytest.raises(UserError, match=rf"stands on '{uri}', which --for {server} does not fetch"):
+            with pytest.raises(UserError, match=rf"was trained on '{uri}', which --for {server} cannot fetch"):
                 manifest(served(store, version), server)
     made = written(base="models/base")
     made.lineage["base"]["identity"] = {"kind": "folder", "sha256": "0"}
     here = served(store, made.published(store))
     assert manifest(here, "vllm")[2] == str(Path.cwd() / "models/base")
-    with pytest.raises(UserError, match="--for kserve does not fetch"):
+    with pytest.raises(UserError, match="--for kserve cannot fetch"):
         manifest(here, "kserve")
 
 
@@ -133,7 +133,7 @@ def test_a_name_that_a_server_could_take_for_anything_else_is_refused(store: Sto
     made = written()
     version = dataclasses.replace(made, adapter={**made.adapter, "base_model_name_or_path": base}).published(store)
     for server in MANIFESTS:
-        with pytest.raises(UserError, match=r"stands on '.*does not fetch by that name"):
+        with pytest.raises(UserError, match=r"was trained on '.*cannot fetch"):
             manifest(served(store, version), server)
 
 
