@@ -25,7 +25,7 @@ help:
 	@echo "make slow    what takes longer: more runs with Ray, more of the matrix and of the zoo"
 	@echo "make full    every architecture with every method, and every cell of the matrix"
 	@echo "make browser the pages in Chromium, light and dark, wide and narrow, under axe-core; skipped where none is"
-	@echo "make screenshots   the same, with the documentation's pictures written anew"
+	@echo "make screenshots   the same, with the documentation's pictures written anew, of two runs of the example"
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make docs    write docs/config.md, docs/cli.md and the config's JSON Schema from the code"
 	@echo "make bench   speed and memory against peers, as ratios, and what got worse than tests/benchmarks/baselines.json"
@@ -86,7 +86,7 @@ browser: $(READY)
 	@$(BIN)/python -m pytest -m browser tests/browser
 
 screenshots: $(READY)
-	@FINELOOP_PICTURES=docs/images $(MAKE) --no-print-directory browser
+	@FINELOOP_PICTURES=docs/images FINELOOP_PICTURED=$(or $(PICTURED),.fineloop-pictured) $(MAKE) --no-print-directory browser
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .

@@ -31,7 +31,7 @@ def browser() -> "Iterator[Browser]":
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Where pictures go: `make screenshots` names docs/images."""
+    """Where pictures of real runs go: `make screenshots` names docs/images."""
     folder = Path(os.environ.get("FINELOOP_PICTURES", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

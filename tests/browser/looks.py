@@ -22,6 +22,13 @@ def patient(browser: "Browser", **how: Any) -> "BrowserContext":
     return context
 
 
+def take(page: "Page", picture: Path) -> None:
+    """The top of the page."""
+    box = page.locator("main").bounding_box()
+    assert box
+    page.screenshot(path=picture, clip={"x": 0, "y": 0, "width": WIDTHS[0], "height": min(box["height"], HEIGHT)})
+
+
 def check(browser: "Browser", begin: "Callable[[Page], object]", picture: Path | None = None) -> None:
     """`begin` brings a page to where it is judged. What folds may be closed or open; axe-core looks when it is open."""
     from axe_playwright_python.sync_playwright import Axe
@@ -33,9 +40,7 @@ def check(browser: "Browser", begin: "Callable[[Page], object]", picture: Path |
         page.on("pageerror", lambda error, to=complaints: to.append(str(error)))
         begin(page)
         if picture is not None and (scheme, width) == ("light", 1280):
-            box = page.locator("main").bounding_box()
-            assert box
-            page.screenshot(path=picture, clip={"x": 0, "y": 0, "width": width, "height": min(box["height"], HEIGHT)})
+            take(page, picture)
         wide = [page.evaluate(OVERFLOW)]
         page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
         wide.append(page.evaluate(OVERFLOW))

@@ -137,7 +137,7 @@ def test_a_new_conversation_begins_empty_even_while_an_answer_comes(page: "Page"
     assert [(each.role, each.content) for each in slow.heard[-1]] == [("user", "second")]
 
 
-def test_the_page_reads_well_on_every_screen(browser: "Browser", pictures: Path) -> None:
+def test_the_page_reads_well_on_every_screen(browser: "Browser") -> None:
     ramble = (
         "Mpox is a viral disease that is caused by the monkeypox virus. The ICD-10 chapter is a list of codes that "
     )
@@ -155,4 +155,4 @@ def test_the_page_reads_well_on_every_screen(browser: "Browser", pictures: Path)
 
     about = {"models": [*speakers], "system": "", "keeps_turns": True}
     with listening(Server(0, speakers, about)) as server:
-        check(browser, lambda page: begin(page, server), pictures / "chat.png")
+        check(browser, lambda page: begin(page, server))
