@@ -51,7 +51,12 @@ def add(commands: Any) -> None:
         choices=("keep", "alone"),
         help="whether a prompt follows those before it (default: as in the training data)",
     )
-    chat.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: that of its evaluation)")
+    chat.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: evaluate.max_new_tokens of its run, or else 256)",
+    )
     chat.add_argument(
         "--temperature",
         type=float,

@@ -29,7 +29,7 @@ from ray_jobs.text.chat_format import ChatFormat
 
 logger = logging.getLogger(__name__)
 
-LONGEST_ANSWER = 256  # tokens, where the run sets no maximum length
+LONGEST_ANSWER = 256  # tokens, where the run sets no evaluate.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Speaker:
     max_length: int
     """Maximum number of tokens of a conversation, as in training; a longer one loses its beginning."""
     longest: int
-    """Default maximum number of tokens of an answer: the one of the evaluation."""
+    """Default maximum number of tokens of an answer: the one that the run's config sets, or LONGEST_ANSWER."""
     model: Any
     is_base: bool = False
     """Whether the model answers without its adapter, where it has one."""

@@ -16,6 +16,7 @@ from components.prepare.dataset import Message, Record
 from components.prepare.prepare import prepare
 from components.registry.versions import Version, pull_version
 from components.store.store import Store
+from pipelines import cli
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.chat import Answering, converse
 from ray_jobs.scoring.scoring import score
@@ -214,3 +215,10 @@ def test_prompts_follow_one_another_where_the_data_are_conversations(
     config = long_config.model_copy(update={"data": data})
     version = publish(config, store, tmp_path, data_uri=prepare(config, store).uri)
     assert speaker.as_trained(config, store, version) == speaker.AsTrained("Be brief.", in_turns)
+
+
+def test_the_help_names_the_longest_answer_of_who_sets_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"(default: evaluate.max_new_tokens of its run, or else {speaker.LONGEST_ANSWER})" in words
