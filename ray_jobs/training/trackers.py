@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from components.config import config_file
@@ -24,17 +25,20 @@ Point = tuple[int, dict[str, float]]
 
 
 class Tracker(Protocol):
-    """One run at one tracker."""
+    """One run at one tracker, as the runs of wandb and trackio are."""
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, values: dict[str, float], *, step: int) -> None:
         """Add the values of a step."""
 
     def finish(self) -> None:
-        """End the run at the tracker."""
+        """End the run, after waiting for what has not been sent yet."""
 
 
 class Mlflow:
-    """A run in an MLflow experiment; a resumed training continues its run (mlflow.MlflowClient of 2.x and 3.x)."""
+    """A run in an MLflow experiment; a resumed training continues its run (mlflow.MlflowClient of 2.x and 3.x).
+
+    mlflow.start_run would send the user's name, the program and its commit along.
+    """
 
     def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
         mlflow, entities = importlib.import_module("mlflow"), importlib.import_module("mlflow.entities")
@@ -42,16 +46,15 @@ class Mlflow:
         name = config.adapter.name
         experiment = self._client.get_experiment_by_name(name)
         where = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        found = self._client.search_runs([where], filter_string=f"tags.`fineloop.run_id` = '{run_id}'")
-        run = found[0] if found else self._client.create_run(where, run_name=run_id, tags={"fineloop.run_id": run_id})
+        runs = self._client.search_runs([where], filter_string=f"tags.`fineloop.run_id` = '{run_id}'")
+        run = runs[0] if runs else self._client.create_run(where, run_name=run_id, tags={"fineloop.run_id": run_id})
         self._run_id = run.info.run_id
         self._client.update_run(self._run_id, status="RUNNING")
         about = {"method": config.method.name, "base": config.model.base, "learning_rate": config.learning_rate}
-        if not found:
-            params = [entities.Param(key, str(value)) for key, value in about.items()]
-            self._client.log_batch(self._run_id, params=params)
+        for key, value in about.items():
+            self._client.log_param(self._run_id, key, value)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, values: dict[str, float], *, step: int) -> None:
         """Send the values of a step in one request."""
         now_ms = int(time.time() * 1000)
         metrics = [self._metric(key, value, now_ms, step) for key, value in values.items()]
@@ -62,50 +65,36 @@ class Mlflow:
         self._client.set_terminated(self._run_id)
 
 
-class Wandb:
-    """A run at Weights & Biases with our run id (wandb.init)."""
-
-    def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
-        entity, _, project = target.rpartition("/")
-        self._run = importlib.import_module("wandb").init(
-            entity=entity or None,
-            project=project,
-            id=run_id,
-            name=run_id,
-            resume="allow",
-            config=config_file.as_table(config),
-        )
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Hand the values of a step to wandb's own process."""
-        self._run.log(values, step=step)
-
-    def finish(self) -> None:
-        """End the run, after waiting for what wandb's process has not sent yet."""
-        self._run.finish()
+def _wandb(target: str, config: RunConfig, run_id: str) -> Tracker:
+    """A run with our id (wandb.init). By default it would send console, command line, code and machine as well."""
+    wandb = importlib.import_module("wandb")
+    entity, _, project = target.rpartition("/")
+    off = ("disable_git", "disable_code", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
+    settings = wandb.Settings(console="off", x_save_requirements=False, **dict.fromkeys(off, True))
+    about = {"config": _about(config), "id": run_id, "name": run_id, "resume": "allow"}
+    run: Tracker = wandb.init(entity=entity or None, project=project, settings=settings, **about)
+    return run
 
 
-class Trackio:
-    """A run at trackio with our run id as its name (trackio.init)."""
-
-    def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
-        self._run = importlib.import_module("trackio").init(
-            project=target, name=run_id, resume="allow", config=config_file.as_table(config), embed=False
-        )
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Hand the values of a step to trackio's own thread."""
-        self._run.log(values, step=step)
-
-    def finish(self) -> None:
-        """End the run, after waiting for trackio's thread."""
-        self._run.finish()
+def _trackio(target: str, config: RunConfig, run_id: str) -> Tracker:
+    """A run with our id as its name (trackio.init)."""
+    trackio = importlib.import_module("trackio")
+    run: Tracker = trackio.init(project=target, name=run_id, resume="allow", config=_about(config), embed=False)
+    return run
 
 
+def _about(config: RunConfig) -> dict[str, Any]:
+    """What a curve depends on, without the sections that hold addresses of data, stores and servers."""
+    table = config_file.as_table(config)
+    return {section: table[section] for section in ("adapter", "model", "method", "train")}
+
+
+# accelerate.tracking has these and more, but logs through a PartialState, which sets a worker's number of threads and
+# its process group anew.
 TRACKERS: Mapping[str, Callable[[str, RunConfig, str], Tracker]] = {
     "mlflow": Mlflow,
-    "wandb": Wandb,
-    "trackio": Trackio,
+    "wandb": _wandb,
+    "trackio": _trackio,
 }
 
 
@@ -143,21 +132,22 @@ class Trackers:
             self._lost += 1
 
     def _send(self) -> None:
-        begun = {name: self._tried(name, self._begin, name) for name in self._named}
+        begun = {
+            name: self._tried(name, partial(TRACKERS[name], target, self._config, self._run_id))
+            for name, target in self._named.items()
+        }
         trackers = {name: tracker for name, tracker in begun.items() if tracker is not None}
         while (point := self._waiting.get()) is not None:
             for name, tracker in trackers.items():
-                self._tried(name, tracker.log, *point)
+                step, values = point
+                self._tried(name, partial(tracker.log, values, step=step))
         for name, tracker in trackers.items():
             self._tried(name, tracker.finish)
 
-    def _begin(self, name: str) -> Tracker:
-        return TRACKERS[name](self._named[name], self._config, self._run_id)
-
-    def _tried(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    def _tried(self, name: str, call: Callable[[], Any]) -> Any:
         """Call a tracker; if it fails, return None and log a warning the first time."""
         try:
-            return call(*arguments)
+            return call()
         except ModuleNotFoundError:
             logger.warning("track.%s is set, and %s is not installed beside the workers: pip install %s", *[name] * 3)
         except Exception as exc:  # each package has its own exceptions, and none may end a training

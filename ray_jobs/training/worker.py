@@ -78,7 +78,7 @@ def train(
     metrics = _metrics(config, job, store) if worker.rank == 0 else None
     started_at = datetime.now(UTC)
     train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
-    with in_environment(_tokens(config, job.run_id) if metrics else {}), metrics or contextlib.nullcontext():
+    with in_environment(tracker_secrets(config, job.run_id) if metrics else {}), metrics or contextlib.nullcontext():
         adapted, trained, recipe = fit(
             config.on(worker.num_workers),
             job,
@@ -128,7 +128,7 @@ def _metrics(config: RunConfig, job: TrainJob, store: Store) -> MetricsLog:
     )
 
 
-def _tokens(config: RunConfig, run_id: str) -> dict[str, str]:
+def tracker_secrets(config: RunConfig, run_id: str) -> dict[str, str]:
     """The secrets of the trackers where `fineloop run` keeps them in a file; elsewhere they are in the environment."""
     if config.track.secrets and (folder := os.environ.get(RUNS)):
         with contextlib.suppress(FileNotFoundError):  # it was started without any

@@ -1,4 +1,5 @@
-"""A double of MLflow's server: what `components/promote/mlflow.py` asks of its API, answered as MLflow 3.17 does."""
+"""A double of MLflow's server: what `components/promote/mlflow.py` and the client's package ask of its API, answered as
+MLflow 3.17 does."""
 
 import json
 import re
@@ -16,7 +17,7 @@ class Mlflow:
     def __init__(self, token: str = "") -> None:
         self._token = token
         self._experiments: list[str] = []
-        self._runs: list[dict[str, Any]] = []
+        self.runs: list[dict[str, Any]] = []
         self._models: dict[str, dict[str, Any]] = {}
 
     def handle(self, verb: str, path: str, query: Mapping[str, str], body: bytes, headers: Mapping[str, str]) -> Answer:
@@ -40,33 +41,44 @@ class Mlflow:
         self._experiments.append(name)
         return 200, {"experiment_id": str(len(self._experiments) - 1)}
 
-    def _post_runs_search(self, experiment_ids: list[str], filter: str) -> Answer:
+    def _post_runs_search(self, experiment_ids: list[str], filter: str, **_: Any) -> Answer:
         wanted = re.fullmatch(r"tags\.`([^`]+)` = '([^']+)'", filter)
         assert wanted
         found = [
             run
-            for run in self._runs
+            for run in self.runs
             if run["info"]["experiment_id"] in experiment_ids
             and {"key": wanted[1], "value": wanted[2]} in run["data"]["tags"]
         ]
         return 200, {"runs": found} if found else {}
 
-    def _post_runs_create(self, experiment_id: str, run_name: str, start_time: int, tags: list[Any]) -> Answer:
-        info = {"run_id": f"{len(self._runs):032x}", "experiment_id": experiment_id, "run_name": run_name}
+    def _post_runs_create(
+        self, experiment_id: str, run_name: str, start_time: int, tags: list[Any], **_: Any
+    ) -> Answer:
+        info = {"run_id": f"{len(self.runs):032x}", "experiment_id": experiment_id, "run_name": run_name}
+        info |= {"run_uuid": info["run_id"], "artifact_uri": "mlflow-artifacts:/none", "user_id": ""}
         run = {"info": {**info, "status": "RUNNING", "start_time": start_time}, "data": {"tags": tags}}
-        self._runs.append(run)
+        self.runs.append(run)
         return 200, {"run": run}
 
-    def _get_runs_get(self, run_id: str) -> Answer:
-        return 200, {"run": self._runs[int(run_id, 16)]}
+    def _get_runs_get(self, run_id: str, **_: Any) -> Answer:
+        return 200, {"run": self.runs[int(run_id, 16)]}
 
-    def _post_runs_log_batch(self, run_id: str, metrics: list[Any], params: list[Any]) -> Answer:
-        self._runs[int(run_id, 16)]["data"].update(metrics=metrics, params=params)
+    def _post_runs_log_batch(
+        self, run_id: str, metrics: list[Any] | None = None, params: list[Any] | None = None, **_: Any
+    ) -> Answer:
+        data = self.runs[int(run_id, 16)]["data"]
+        for field, given in (("metrics", metrics), ("params", params)):
+            newest = {each["key"]: each for each in [*data.get(field, []), *(given or [])]}
+            data[field] = list(newest.values())
         return 200, {}
 
-    def _post_runs_update(self, run_id: str, status: str, end_time: int) -> Answer:
-        self._runs[int(run_id, 16)]["info"].update(status=status, end_time=end_time)
-        return 200, {"run_info": self._runs[int(run_id, 16)]["info"]}
+    def _post_runs_log_parameter(self, run_id: str, key: str, value: str, **_: Any) -> Answer:
+        return self._post_runs_log_batch(run_id, params=[{"key": key, "value": value}])
+
+    def _post_runs_update(self, run_id: str, status: str, **_: Any) -> Answer:
+        self.runs[int(run_id, 16)]["info"].update(status=status)
+        return 200, {"run_info": self.runs[int(run_id, 16)]["info"]}
 
     def _get_registered_models_get(self, name: str) -> Answer:
         model = self._models.get(name)

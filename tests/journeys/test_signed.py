@@ -22,7 +22,9 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from tests.doubles import mlflow_client
 from tests.doubles.http_server import serving
+from tests.doubles.mlflow_server import Mlflow
 from tests.journeys.conftest import Person
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -33,7 +35,7 @@ ANNOUNCING = {
     *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 }
 REPORTING = {"OPENLINEAGE_API_KEY"}
-SECRETS = SIGNING | ANNOUNCING | REPORTING
+SECRETS = SIGNING | ANNOUNCING | REPORTING | {"WANDB_API_KEY"}
 SPY = """
 import json, os, pathlib
 
@@ -151,6 +153,8 @@ class First:
     answer: dict[str, Any]
     watch: Watch
     heard: list[tuple[bytes, str]]
+    tracked: list[dict[str, Any]]
+    """Runs of an MLflow that asks for the token."""
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +173,13 @@ def first(person: Person) -> First:
         heard.append((body, headers["X-Hub-Signature-256"]))
         return 200, {}
 
-    with serving(hear) as url, Watch(person.home) as watch:
-        run = signing.does(f"fineloop run -c colours.toml --set announce.webhook={url} --json")
-    return First(signing, public, run.answer, watch, heard)
+    mlflow = Mlflow("secret-of-mlflow_tracking_token")
+    person.has("mlflow.py", Path(mlflow_client.__file__).read_text())
+    with serving(hear) as url, serving(mlflow.handle) as tracker, Watch(person.home) as watch:
+        run = signing.does(
+            f"fineloop run -c colours.toml --set announce.webhook={url} --set track.mlflow={tracker} --json"
+        )
+    return First(signing, public, run.answer, watch, heard, mlflow.runs)
 
 
 def test_where_a_key_is_trusted_a_first_run_is_compared_promoted_and_signed(first: First) -> None:
@@ -208,6 +216,12 @@ def test_of_the_steps_each_holds_what_it_alone_needs(first: First) -> None:
     assert {"prepare", "finetune", "evaluate"} <= held.keys()
     may = {"promote": SIGNING | ANNOUNCING, "report": REPORTING}
     assert {step: names - may.get(step, set()) for step, names in held.items()} == {step: set() for step in held}
+
+
+def test_the_worker_that_trains_logs_in_at_the_tracker_and_sends_its_curve(first: First) -> None:
+    (run,) = first.tracked
+    assert (run["info"]["run_name"], run["info"]["status"]) == (first.answer["run_id"], "FINISHED")
+    assert {"train/loss", "eval/loss"} <= {each["key"] for each in run["data"]["metrics"]}
 
 
 def test_no_file_of_the_home_holds_a_secret(first: First) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RunConfig
+from components.config.track import SECRETS_FILE
 from components.registry import aliases, event_log, versions
 from components.shared.errors import ConfigError, DataError, JobError, UserError
 from components.store.store import Store
@@ -114,6 +115,31 @@ def test_training_alone_publishes_and_leaves_the_alias(
 
 
 @pytest.mark.slow
+def test_a_trackers_secret_lies_in_a_private_file_of_the_run_for_as_long_as_it_goes_on(
+    stub_cluster: JobsApi,
+    make_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, int, str]] = []
+
+    class Looking(io.StringIO):
+        """A terminal that looks for the file whenever it is written to."""
+
+        def write(self, text: str) -> int:
+            for path in (tmp_path / "home").rglob(SECRETS_FILE):
+                where = str(path.relative_to(tmp_path / "home/runs"))
+                seen.append((where, path.stat().st_mode & 0o777, path.read_text()))
+            return super().write(text)
+
+    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN"):
+        monkeypatch.setenv(name, f"secret of {name}")
+    tracking = make_config("track.wandb=team/sums")
+    run(tracking, Place(tmp_path / "home", Looking()), what="train", run_id="run-1")
+    assert set(seen) == {(f"run-1/{SECRETS_FILE}", 0o600, '{"WANDB_API_KEY": "secret of WANDB_API_KEY"}')}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret of" in path.read_bytes()]
+
+
 def test_an_explicit_address_wins_over_the_environments(
     stub_cluster: JobsApi,
     make_config: Callable[..., RunConfig],

@@ -1,8 +1,9 @@
-"""Trackers, on packages that take what wandb 0.31 and trackio take, and on a real MLflow where it is installed."""
+"""Trackers, on packages that take what wandb 0.31 and trackio take, and on the real ones where they are installed."""
 
-import importlib
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.config.track import RUNS, SECRETS_FILE
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from ray_jobs.training import trackers
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.trackers import Trackers
+from ray_jobs.training.worker import tracker_secrets
+from tests.doubles.http_server import serving
+from tests.doubles.mlflow_server import Mlflow
 
 STEPS = [
     {
@@ -66,8 +71,11 @@ class Run:
 def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
     runs: dict[str, Run] = {}
 
-    def wandb_init(*, entity: str | None, project: str, id: str, name: str, resume: str, config: dict[str, Any]) -> Run:
+    def wandb_init(
+        *, entity: str | None, project: str, id: str, name: str, resume: str, config: dict[str, Any], settings: Any
+    ) -> Run:
         assert not set(id) & set("/\\#?%:")
+        assert settings.console == "off"
         runs["wandb"] = Run(entity=entity, project=project, id=id, resume=resume, config=config)
         return runs["wandb"]
 
@@ -80,6 +88,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
         module = ModuleType(name)
         module.init = init  # type: ignore[attr-defined] - a module made here
         monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["wandb"].Settings = SimpleNamespace  # type: ignore[attr-defined] - a module made here
     return runs
 
 
@@ -96,6 +105,15 @@ def test_each_tracker_that_is_named_has_the_whole_curve(store: Store, packages: 
         assert run.about["config"]["method"]["name"] == "qlora"
     assert (packages["wandb"].about["entity"], packages["wandb"].about["project"]) == ("team", "sums")
     assert packages["wandb"].about["id"] == packages["trackio"].about["name"] == "run-1"
+
+
+def test_no_tracker_is_sent_an_address_of_data_a_store_or_a_server(packages: dict[str, Run]) -> None:
+    secret = 'announce.webhook="https://hooks.example/T0/secret"'
+    addresses = (secret, "track.mlflow=", 'data.source="s3://private/patients.jsonl"', "registry.bucket=our-bucket")
+    Trackers(config(*addresses, "track.wandb=sums", "track.trackio=sums"), "run-1").close()
+    for run in packages.values():
+        assert {*run.about["config"]} == {"adapter", "model", "method", "train"}
+        assert run.about["config"]["model"]["base"] == "acme/base"
 
 
 @pytest.mark.parametrize("when", ["init", "log", "finish"])
@@ -119,6 +137,20 @@ def test_a_tracker_that_fails_is_a_warning_and_the_others_are_told(
         "the training goes on without wandb: ConnectionError: no route to host"
     ]
     assert set(packages["trackio"].steps) == {1, 2}
+
+
+def test_the_worker_that_tracks_reads_its_secrets_where_the_machines_run_left_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUNS, str(tmp_path))
+    assert tracker_secrets(config("track.wandb=sums"), "run-1") == {}
+    path = tmp_path / "run-1" / SECRETS_FILE
+    path.parent.mkdir(parents=True)
+    path.write_text('{"WANDB_API_KEY": "x"}')
+    assert tracker_secrets(config("track.wandb=sums"), "run-1") == {"WANDB_API_KEY": "x"}
+    assert tracker_secrets(config(), "run-1") == {}
+    monkeypatch.delenv(RUNS)
+    assert tracker_secrets(config("track.wandb=sums"), "run-1") == {}
 
 
 def test_a_package_that_is_not_installed_is_named(
@@ -154,21 +186,45 @@ def test_a_target_that_is_none_or_holds_a_secret_is_refused(setting: str) -> Non
         config(setting)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed here")
+def test_a_real_wandb_keeps_the_curve_and_neither_console_nor_machine_nor_command_line(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom ray_jobs.training import trackers\nfrom tests.ray_jobs.training.test_trackers import *\n"
+        "trackers.LAST_S = 600\ntold = Trackers(config('track.wandb=sums'), 'run-1')\n"
+        "told.add(STEPS[0])\nwhile not told._waiting.empty(): pass\n"
+        "print('a prompt')\nprint('a warning', file=sys.stderr)\ntold.add(STEPS[2])\ntold.close()\n"
+    )
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(program), "--token=of-the-command-line"]
+    subprocess.run(command, env={**os.environ, **offline}, check=True, cwd=Path(__file__).parent)
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != program)
+    assert b"train/loss" in kept
+    for absent in ("a prompt", "a warning", "of-the-command-line", program.name, "requirements.txt"):
+        assert absent.encode() not in kept
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed here")
-def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("token", ["m", ""])
+def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on_if_the_token_is_there(
+    token: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger=trackers.__name__)
     monkeypatch.setattr(trackers, "LAST_S", 600)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    for part in (STEPS[:2], STEPS[2:]):
-        told = Trackers(config(f"track.mlflow={uri}"), "run-1")
-        for record in part:
-            told.add(record)
-        told.close()
-    client = importlib.import_module("mlflow").MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("sums").experiment_id])
-    assert run.info.status == "FINISHED"
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert sorted((each.step, each.value) for each in history) == [(1, 2.0), (2, 1.0)]
-    assert run.data.params["base"] == "acme/base"
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+    server = Mlflow("m")
+    with serving(server.handle) as uri:
+        for part in (STEPS[:2], STEPS[2:]):
+            told = Trackers(config(f"track.mlflow={uri}"), "run-1")
+            for record in part:
+                told.add(record)
+            told.close()
+    if not token:
+        assert "the training goes on without mlflow" in caplog.text
+        return
+    (run,) = server.runs
+    assert run["info"]["status"] == "FINISHED"
+    newest = {each["key"]: (each["step"], each["value"]) for each in run["data"]["metrics"]}
+    assert (newest["train/loss"], newest["eval/loss"]) == ((2, 1.0), (1, 1.5))
+    assert {"key": "base", "value": "acme/base"} in run["data"]["params"]
+    assert {each["key"] for each in run["data"]["tags"]} <= {"fineloop.run_id", "mlflow.runName"}
