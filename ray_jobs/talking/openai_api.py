@@ -14,7 +14,7 @@ UNSERVED = ("tools", "functions", "stop", "logprobs", "response_format", "logit_
 """Unsupported parameters, which are refused since they would change the answer."""
 NEUTRAL: Mapping[str, Any] = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
 """Parameters that are accepted only at these values."""
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def _turn(message: Any) -> Message:
     if not isinstance(content, str):
         raise UserError("messages: content: expected text, or parts of text")
     # Without reasoning, as in a chat: it is not part of the conversation.
-    return Message(role, without_reasoning(content) if role == "assistant" else content)
+    text = without_reasoning(content) if role == "assistant" else content
+    return Message("system" if role == "developer" else role, text)
 
 
 def models(names: Sequence[str], *, since: int) -> dict[str, Any]:

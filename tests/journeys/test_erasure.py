@@ -82,6 +82,10 @@ def test_an_erased_record_is_in_nothing_that_comes_later_and_all_that_saw_it_is_
     assert holding(keeper, "p4711", "erased/") == set()
     assert len(keeper.keys("erased/")) == 1
 
+    refused = keeper.types("fineloop reproduce sums@staging -c sums.toml --json")
+    assert refused.exit_code == 2
+    assert "holds 1 record that was erased after it was made" in refused.screen
+
     second = keeper.does(run.format(loss=1.4) + " --set data.min_new_records=0").answer
     assert second["version"] not in {first["version"], other["version"]}
     (fresh,) = set(keeper.store.folders("datasets/")) - before.keys()

@@ -267,3 +267,8 @@ def test_the_page_runs_its_own_script_alone(server: Server) -> None:
     about = json.loads(ask(server, "GET", "/about")[1])
     assert about == {"models": [*server.speakers], "system": "", "keeps_turns": False}
     assert ask(server, "GET", "/none")[0] == 404
+
+
+def test_the_developer_of_a_request_is_the_system() -> None:
+    asked = {"messages": [{**TURNS[0], "role": "developer"}, *TURNS[1:]]}
+    assert openai_api.request(asked).turns == openai_api.request({"messages": TURNS}).turns
