@@ -21,7 +21,7 @@ from components.config.methods import OWN_BASE, Init
 from components.config.schema import MethodConfig, RunConfig
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.store.store import Store
-from ray_jobs.base import made_base
+from ray_jobs.base import made_base, together
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ def prepare(
         return original
     start = start_of(config.method.row.init)
     key = folder_key(config.method, original)
-    with made_base.gloo_group(num_workers) as group:
+    with together.gloo_group(num_workers) as group:
         is_missing = rank == 0 and made_base.find(store, key) is None
-        if made_base.from_rank_0(is_missing, group):
+        if together.from_rank_0(is_missing, group):
             computed = start.compute(config, original, rank=rank, num_workers=num_workers, group=group)
-            made_base.on_rank_0(lambda: _publish(start, config, original, store, computed), rank=rank, group=group)
+            together.on_rank_0(lambda: _publish(start, config, original, store, computed), rank=rank, group=group)
     return find(config, original, store, sha256=sha256)
 
 

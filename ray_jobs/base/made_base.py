@@ -7,28 +7,23 @@ The id is a hash of all that the base depends on. Other hardware may give other 
 files of two builds never mix. Release 0.1.0 wrote the files to bases/<id>/ itself, which is still read.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from components.shared.errors import FineloopError, IntegrityError
+from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.base.base_model import DIGESTS, HASHED_AT_ONCE, Base
 from ray_jobs.base.digests import remembered
 from ray_jobs.base.local_cache import cache_dir, once
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +34,6 @@ FIELDS = {"folder": "[0-9a-f]{16}", "manifest_sha256": "[0-9a-f]{64}"}
 COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
 """Suffixes of the files that are copied from the original base: tokenizer, chat template, and code if it has any."""
 INDEX = ".safetensors.index.json"
-PATIENCE = timedelta(hours=6)
-"""How long the other workers wait for rank 0, which may download, quantise and upload a large base. The loss of its
-process ends their wait at once."""
 
 
 @dataclass(frozen=True)
@@ -140,45 +132,3 @@ def publish(store: Store, key: str, folder: Path, original: Base, about: Mapping
     chosen = encode_json({"format": FORMAT, "folder": name, "manifest_sha256": manifest.sha256})
     if store.claim(f"{key}/{CHOSEN}", chosen, content_type=JSON) != chosen:
         logger.info("another run was faster, and its base at %s is the one in use", store.uri(key))
-
-
-def on_rank_0(work: Callable[[], None], *, rank: int, group: "ProcessGroup | None") -> None:
-    """Do `work` on rank 0 while the other workers wait.
-
-    Raises:
-        FineloopError: on every worker, as `work` raised it.
-    """
-    failure = None
-    try:
-        if rank == 0:
-            work()
-    except FineloopError as exc:  # every worker must end, and for the same reason
-        failure = exc
-    failure = from_rank_0(failure, group)
-    if failure is not None:
-        raise failure
-
-
-def from_rank_0(value: Any, group: "ProcessGroup | None") -> Any:
-    """Rank 0's `value` on every worker; without a group, the value itself."""
-    import torch.distributed as dist
-
-    box = [value]
-    if group is not None:
-        dist.broadcast_object_list(box, src=0, group=group)
-    return box[0]
-
-
-@contextlib.contextmanager
-def gloo_group(num_workers: int) -> Iterator["ProcessGroup | None"]:
-    """A gloo process group of all workers, for broadcasting Python objects; None for a single worker."""
-    import torch.distributed as dist
-
-    if num_workers == 1:
-        yield None
-        return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)

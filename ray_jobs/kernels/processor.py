@@ -9,13 +9,13 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from components.config.ray import MatmulDtype
+from ray_jobs.base import together
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,9 +49,7 @@ class Rates:
 
 def agreed(shape: tuple[int, int]) -> Rates:
     """The slowest worker's rates in a gloo group; every worker must call this. For `shape` see `typical_shape`."""
-    measured: list[Rates] = [measure(shape)] * dist.get_world_size()
-    dist.all_gather_object(measured, measured[0])
-    return slowest(measured)
+    return slowest([Rates(**rates) for rates in together.all_gather(asdict(measure(shape)))])
 
 
 def slowest(measured: Sequence[Rates]) -> Rates:

@@ -4,16 +4,19 @@ All workers take the same steps: under ZeRO-3 every layer's forward pass is a co
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from components.prepare.dataset import Record
+from components.records.harness import TaskScore
 from components.records.steps import Role
 from ray_jobs import entry
 from ray_jobs.adapters import build
+from ray_jobs.base import together
+from ray_jobs.probes import texts
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.contender import Contender
 from ray_jobs.scoring.measure import Progress, ShardResult, answer_tokens, local_contenders
@@ -21,7 +24,8 @@ from ray_jobs.scoring.probe import Findings, Probes, run_all
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
 
-T = TypeVar("T")
+Finding = texts.Read | dict[str, list[str]] | tuple[TaskScore, ...]
+"""What the probes find of a model."""
 
 
 def run(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -71,9 +75,8 @@ def measure_together(
                 with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
                     found = each.scores(sharded, kept, mine, progress)
                     run_all(my_probes, each.subject(sharded), probed)
-            scores[each.role] = _gathered(mine, found, worker)
-        shares = [probed] * worker.num_workers
-        dist.all_gather_object(shares, probed)
+            scores[each.role] = _gathered(mine, found)
+        shares = _all_gather(dict[str, dict[Role, Finding]], probed)
         return ShardResult(answer_tokens(local), scores, shares, progress.first_scored_at)
 
 
@@ -84,9 +87,14 @@ def _dealt(count: int, worker: Worker) -> list[int]:
     return rows
 
 
-def _gathered(rows: Sequence[int], found: Sequence[T], worker: Worker) -> list[T]:
-    """All workers' results, in the order of the rows."""
-    parts: list[dict[int, T]] = [{} for _ in range(worker.num_workers)]
-    dist.all_gather_object(parts, dict(zip(rows, found, strict=True)))
-    together = {row: value for part in parts for row, value in part.items()}
-    return [together[row] for row in sorted(together)]
+def _gathered(rows: Sequence[int], found: Sequence[Score]) -> list[Score]:
+    """All workers' scores, in the order of the rows."""
+    parts = _all_gather(dict[int, Score], dict(zip(rows, found, strict=True)))
+    every = {row: value for part in parts for row, value in part.items()}
+    return [every[row] for row in sorted(every)]
+
+
+def _all_gather(kind: Any, value: Any) -> list[Any]:
+    """The value of each worker, of a type that pydantic knows."""
+    adapter = TypeAdapter(kind)
+    return [adapter.validate_python(each) for each in together.all_gather(adapter.dump_python(value))]

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from components.shared.protocol import say
+from ray_jobs.base import together
 from ray_jobs.training.group import Worker
 
 EVERY_STEPS = 50
@@ -53,8 +53,7 @@ class Pace:
             return
         mine = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._on_gpu) / 1000
         self._seconds, self._on_gpu = 0.0, []
-        found: list[tuple[float, str]] = [(0.0, "")] * self._worker.num_workers
-        dist.all_gather_object(found, (mine, socket.gethostname()))
+        found: list[tuple[float, str]] = together.all_gather((mine, socket.gethostname()))
         rank = straggler([seconds for seconds, _ in found])
         if self._worker.rank == 0 and rank is not None and rank not in self._named:
             self._named.add(rank)

@@ -7,6 +7,9 @@ errors for which `is_mistake` is true.
 
 import logging
 import os
+import shutil
+import socket
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -42,7 +45,7 @@ def run(
     from ray.exceptions import OutOfMemoryError
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     # The patch prints and logs what a worker prints: every line would appear twice.
@@ -50,7 +53,7 @@ def run(
     trainer = TorchTrainer(
         partial(_saying_mistakes_once, function),
         train_loop_config=dict(arguments),
-        torch_config=TorchConfig(
+        torch_config=_torch_config(
             backend="nccl" if config.ray.use_gpu else "gloo", timeout_s=config.ray.collective_timeout_s
         ),
         scaling_config=ScalingConfig(
@@ -79,6 +82,65 @@ def run(
     except TrainingFailedError as exc:
         raise _failed(_root(exc)) from exc
     return answer
+
+
+def _torch_config(**settings: Any) -> Any:
+    """Ray Train's own TorchConfig, but for workers that all run on one node.
+
+    torch's store, through which workers find each other, listens on every interface and asks for no password, even
+    where its address is 127.0.0.1. On one node they meet in a file that no other user may open, and connect by the
+    loopback interface alone.
+    """
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+
+    class Backend(_TorchBackend):
+        folder: str | None = None
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            nodes = worker_group.execute(lambda: ray.get_runtime_context().get_node_id())
+            if len({*nodes}) > 1:
+                super().on_start(worker_group, backend_config)
+                return
+            worker_group.execute(_stay_on_loopback)
+            worker_group.execute(_set_torch_distributed_env_vars)
+            self.folder = worker_group.execute_single(0, tempfile.mkdtemp, prefix="fineloop-group-")
+            group = {"init_method": f"file://{self.folder}/store", "timeout_s": backend_config.timeout_s}
+            ray.get(
+                [
+                    worker_group.execute_single_async(
+                        rank,
+                        _setup_torch_process_group,
+                        backend=backend_config.backend,
+                        world_rank=rank,
+                        world_size=len(nodes),
+                        **group,
+                    )
+                    for rank in range(len(nodes))
+                ]
+            )
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            try:
+                super().on_shutdown(worker_group, backend_config)
+            finally:
+                if self.folder:
+                    shutil.rmtree(self.folder, ignore_errors=True)  # where the controller runs on that node too
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
+
+    return Config(**settings)
+
+
+def _stay_on_loopback() -> None:
+    """Have gloo and NCCL connect this process by the loopback interface, unless the environment names another."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, loopback)
 
 
 def is_mistake(exc: BaseException) -> bool:

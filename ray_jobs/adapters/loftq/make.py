@@ -14,7 +14,7 @@ from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from ray_jobs.adapters import build
 from ray_jobs.adapters.loftq.split import NF4, Split, split
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, together
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
 
@@ -185,15 +185,11 @@ def _gather(
     mine: dict[str, Split], parts: Sequence[Sequence[str]], rank: int, group: "ProcessGroup"
 ) -> dict[str, Split]:
     """Gather every worker's splits on rank 0, one layer at a time."""
-    import torch.distributed as dist
-
     gathered = dict(mine) if rank == 0 else {}
     for owner in range(1, len(parts)):
         for name in parts[owner]:
             if rank == owner:
-                dist.send_object_list([mine.pop(name)], dst=0, group=group)
+                together.send(mine.pop(name).as_tensors(), 0, group)
             elif rank == 0:
-                box: list[Any] = [None]
-                dist.recv_object_list(box, src=owner, group=group)
-                gathered[name] = box[0]
+                gathered[name] = Split.of_tensors(together.receive(owner, group))
     return gathered

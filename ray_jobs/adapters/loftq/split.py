@@ -26,7 +26,7 @@ MORE_POWERS = 1
 
 @dataclass(frozen=True)
 class Split:
-    """A weight that has been split. All tensors are on the CPU, so that they can be sent between workers."""
+    """A weight that has been split. All tensors are on the CPU."""
 
     packed: dict[str, torch.Tensor]
     """Q as bitsandbytes serialises it: `weight` and the quantisation statistics."""
@@ -38,6 +38,18 @@ class Split:
     """Squared Frobenius norm of W - NF4(W), the error that QLoRA starts with."""
     loftq_norm2: float
     """Squared Frobenius norm of W - Q - L R, with L and R in bfloat16 as training holds them."""
+
+    def as_tensors(self) -> dict[str, torch.Tensor]:
+        """All of the split, to be sent between workers."""
+        norms = torch.tensor([self.weight_norm2, self.nf4_norm2, self.loftq_norm2], dtype=torch.float64)
+        factors = {"left_MR": self.left_MR.contiguous(), "right_RN": self.right_RN.contiguous()}
+        return self.packed | factors | {"norms": norms}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Split":
+        """The split that these tensors hold."""
+        left_MR, right_RN, norms = (tensors.pop(name) for name in ("left_MR", "right_RN", "norms"))
+        return cls(tensors, left_MR, right_RN, *norms.tolist())
 
 
 def split(weight_MN: torch.Tensor, *, rank: int, steps: int, name: str) -> Split:

@@ -1,6 +1,9 @@
 """A worker that fails alone, on a real Ray Train with real process groups; the others wait for it in an all_reduce."""
 
+import ipaddress
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -33,6 +36,36 @@ def one_raises(arguments: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def where_they_listen(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The addresses at which each worker accepts connections, in a group that has met and in another of gloo's."""
+    import torch
+    import torch.distributed as dist
+
+    from ray_jobs.base import together
+
+    with together.gloo_group(dist.get_world_size()) as group:
+        dist.all_reduce(torch.zeros(1), group=group)
+        return {"workers": together.all_gather(listening())}
+
+
+def listening() -> list[str]:
+    """The addresses at which this process accepts connections."""
+    import psutil
+
+    sockets = psutil.Process().net_connections(kind="inet")
+    return sorted(each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN)
+
+
+def compared(config: RunConfig) -> tuple[list[str], list[list[str]]]:
+    """The addresses of any process of this Ray, and those of each worker."""
+    import ray
+
+    store = Store.open(config.registry)
+    of_ray = ray.get(ray.remote(listening).remote())
+    found = trainer.run(where_they_listen, {}, config, store, run_id="r", name="ray", max_failures=0)
+    return of_ray, found["workers"]
+
+
 def run(error: Exception, folder: Path, config: RunConfig) -> tuple[str, str]:
     """In a driver's process: what `trainer.run` raises."""
     arguments = {"error": error, "folder": str(folder)}
@@ -48,6 +81,18 @@ def run(error: Exception, folder: Path, config: RunConfig) -> tuple[str, str]:
 def driver() -> Iterator[ProcessPoolExecutor]:
     with own_ray.driver(NUM_WORKERS) as pool:
         yield pool
+
+
+def test_workers_of_one_machine_meet_where_no_other_user_of_it_gets_in(driver, config, store):
+    config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
+    before = {*Path(tempfile.gettempdir()).glob("fineloop-group-*")}
+    of_ray, workers = driver.submit(compared, config).result(timeout=600)
+    assert len(workers) == NUM_WORKERS
+    for addresses in workers:
+        added = list((Counter(addresses) - Counter(of_ray)).elements())
+        assert added, "gloo listens somewhere"
+        assert all(ipaddress.ip_address(each).is_loopback for each in added), added
+    assert {*Path(tempfile.gettempdir()).glob("fineloop-group-*")} <= before
 
 
 @pytest.mark.parametrize(
