@@ -81,7 +81,7 @@ class Elsewhere:
             self._is_training = True
             self._display.start(TRAINING)
         steps = [record for record in records if record["kind"] == "train"]
-        measured = [record for record in records if record["kind"] == "eval"]
+        measured = [record for record in records if record["kind"] == "eval" and record["loss"] is not None]
         said = []
         if steps:
             said.append(f"step {steps[-1]['step']}/{steps[-1]['num_steps']}  loss {steps[-1]['loss']:.3f}")

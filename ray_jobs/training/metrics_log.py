@@ -162,7 +162,11 @@ def _restarts(store: Store, key: str) -> tuple[int, int]:
 
 
 def _point(record: Mapping[str, Any]) -> _Point:
-    return _Point(record["kind"], record["step"], json.dumps(record) + "\n")
+    # JSON has no infinity: in float16 it is the gradient norm of a step that is skipped.
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return _Point(record["kind"], record["step"], json.dumps(finite, allow_nan=False) + "\n")
 
 
 def progress_line(record: Mapping[str, Any]) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from components.records import runs
+from components.records.curve import scalars
+from components.report.curve import series
 from components.shared.errors import StoreError
 from components.store.store import Store
 from ray_jobs.training import metrics_log
@@ -134,3 +136,20 @@ def test_restarts_and_the_steps_that_they_take_twice_are_counted_over_all_of_the
     assert (log.restarts, log.steps_repeated) == (3, 10 + 0 + 5)
     again = MetricsLog(store, "often")
     assert (again.restarts, again.steps_repeated) == (3, 15), "no step was taken yet"
+
+
+def test_what_is_no_finite_number_is_null_in_the_curve(store: Store):
+    log = MetricsLog(store, "overflow")
+    log.add(record("train", 1, grad_norm=float("inf")))
+    log.add(record("eval", 1, loss=float("nan")))
+    log.upload()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = store.get(runs.run_key("overflow", runs.METRICS)).decode().splitlines()
+    step, measured = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert step["grad_norm"] is None
+    assert measured["loss"] is None
+    assert scalars(measured) == {"eval/records": 1}
+    assert series([step, measured], "eval", "loss") == []
