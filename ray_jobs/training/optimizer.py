@@ -25,9 +25,10 @@ def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """Create the optimizer of all trained parameters. The caller must set its learning rate before every step."""
     groups = _groups(model, train.weight_decay)
     if train.optimizer == "adamw":
-        # The fused kernel takes a third of the time on CPUs; on GPUs it would keep its step counts there.
+        # The fused kernel takes a third of the time on CPUs; on GPUs it would keep its step counts there. DeepSpeed's
+        # master weights are in host memory with train.cpu_offload, wherever the parameters are.
         is_on_cpu = all(each.device.type == "cpu" for group in groups for each in group["params"])
-        return torch.optim.AdamW(groups, lr=0.0, fused=is_on_cpu or None)
+        return torch.optim.AdamW(groups, lr=0.0, fused=is_on_cpu or train.cpu_offload or None)
     from bitsandbytes import optim
 
     kind = optim.AdamW8bit if train.optimizer == "adamw_8bit" else optim.PagedAdamW8bit
