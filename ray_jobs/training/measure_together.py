@@ -60,7 +60,8 @@ def measure_together(
     zero.prepare_environment(use_gpu=config.ray.use_gpu)
     if not config.ray.use_gpu:
         torch.set_num_threads(config.ray.cpus_per_worker)
-    with local_contenders(contenders, records) as (kept, local):
+    with together.gloo_group(worker.num_workers) as group, local_contenders(contenders, records) as (kept, local):
+        together.meet(group)  # bases and adapters are fetched, by each node at its own pace
         mine = _dealt(len(kept), worker)
         my_probes = {key: probe.at(lambda count: _dealt(count, worker)) for key, probe in probes.items()}
         probed: dict[str, Findings] = {key: {} for key in probes}

@@ -22,7 +22,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import dora, own_base, recorded
-from ray_jobs.base import base_config, base_model, precision
+from ray_jobs.base import base_config, base_model, precision, together
 from ray_jobs.kernels import allocator, door
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text import token_store
@@ -156,20 +156,23 @@ def fit(
     _prepare_process(config)
     if worker.rank == 0:
         say("finetune", f"loading {config.model.base}")
-    dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device)
-    # A hub branch may have moved since, and the objects of an S3 folder may have changed.
-    original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
-    sha256 = ""
-    if job.start and own_base.is_needed(config.method):
-        sha256 = recorded.read(config, store, job.start).stands_on_sha256
-    together = {"rank": worker.rank, "num_workers": worker.num_workers}
-    base = own_base.prepare(config, original, store, sha256=sha256, **together)
-    _require_trainable(dtype, base)
-    on_cpu = _kernels(config, original, store, job.run_id)
-    worker = replace(worker, dtype=dtype, kernels=worker.kernels if config.ray.use_gpu else on_cpu)
-    start = starting.weights(store, job.start) if job.start else None
-    check = FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
-    check.measure_whole(worker, store)
+    shared = {"rank": worker.rank, "num_workers": worker.num_workers}
+    with together.gloo_group(worker.num_workers) as group:  # each node fetches the base at its own pace
+        dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device)
+        # A hub branch may have moved since, and the objects of an S3 folder may have changed.
+        original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
+        sha256 = ""
+        if job.start and own_base.is_needed(config.method):
+            sha256 = recorded.read(config, store, job.start).stands_on_sha256
+        base = own_base.prepare(config, original, store, sha256=sha256, **shared)
+        _require_trainable(dtype, base)
+        start = starting.weights(store, job.start) if job.start else None
+        together.meet(group)
+        on_cpu = _kernels(config, original, store, job.run_id)
+        worker = replace(worker, dtype=dtype, kernels=worker.kernels if config.ray.use_gpu else on_cpu)
+        check = FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
+        check.measure_whole(worker, store)
+        together.meet(group)
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
         adapted = trained_model.assemble(
             config, base, use_gpu=config.ray.use_gpu, kernels=worker.kernels, dtype=worker.dtype, load=load, start=start
@@ -205,8 +208,8 @@ def fit(
 def _prepare_process(config: RunConfig) -> None:
     """Set up the process before PyTorch or DeepSpeed start any work in it."""
     zero.prepare_environment(use_gpu=config.ray.use_gpu)
+    torch.set_num_threads(config.ray.cpus_per_worker)  # of GPU workers for rank 0's pass over the whole base
     if not config.ray.use_gpu:
-        torch.set_num_threads(config.ray.cpus_per_worker)
         allocator.keep_freed_memory()
 
 

@@ -1,0 +1,52 @@
+"""A node that is slow to fetch the base must not end the others, which wait for it longer than for a step."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+
+from components.config import config_file
+from ray_jobs.base import base_model
+from ray_jobs.training.first_check import FirstCheck
+from tests.models.tiny import colour_rows
+from tests.models.train_group import fit_in_rank, in_group
+
+STEP_S, FETCH_S = 30.0, 40.0
+
+
+def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
+    """Rank 1 fetches the base, and rank 0 reads it for the first check, longer than a collective may take."""
+    rank, num_workers = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        timeout=timedelta(seconds=STEP_S),
+        rank=rank,
+        world_size=num_workers,
+    )
+    resolve, measure_whole, calls = base_model.resolve, FirstCheck.measure_whole, []
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if rank == 1 and len(calls) == 2:  # the first is the test's own
+            time.sleep(FETCH_S)
+        return resolve(*given, **more)
+
+    def reading(self: FirstCheck, *given: Any) -> None:
+        measure_whole(self, *given)
+        if rank == 0:
+            time.sleep(FETCH_S)
+
+    with mock.patch.object(base_model, "resolve", slowly), mock.patch.object(FirstCheck, "measure_whole", reading):
+        return fit_in_rank(config_file.loads(config_toml), colour_rows(32), run_id="slow").trained.progress.step
+
+
+def test_workers_wait_for_the_one_that_fetches_the_base_last(config, store, tmp_path: Path):
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, "train.epochs=1"]))
+    steps = in_group(fit_with_a_slow_node, toml, str(tmp_path / "meeting"), directory=tmp_path, num_workers=2)
+    assert steps[0] == steps[1] > 0
