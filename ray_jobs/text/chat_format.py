@@ -16,8 +16,6 @@ from components.config.schema import ModelConfig
 from components.prepare.dataset import WEIGHT, Message, Record
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.base.base_model import Base
-from ray_jobs.text import rendering
-from ray_jobs.text.rendering import RefusedByTemplate
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -38,6 +36,10 @@ SWITCHES = ("enable_thinking", "thinking")
 Turn = Mapping[str, Any]
 """A turn as a chat template takes it."""
 _TEXT = "0xTEXT"  # a placeholder, to find what the template writes around a text
+
+
+class RefusedByTemplate(Exception):
+    """The template does not accept these turns: jinja's own error, or one that the template's expressions raised."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,6 @@ def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFo
     """
     from transformers import AutoTokenizer
 
-    rendering.install()
     if base.path.suffix == ".gguf":
         tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
     else:
@@ -304,22 +305,25 @@ def _joined(rows: Sequence[tuple[str, str]]) -> list[list[str]]:
 def _rendered(
     tokenizer: Any, renderings: Sequence[_Rendering], *, thinking: bool, in_parts: bool
 ) -> list[str | RefusedByTemplate]:
-    """Render each conversation with the template; raises ConfigError where it takes too much time or memory."""
-    return rendering.together(
-        tokenizer,
-        (
-            {
-                "conversation": [
-                    {**turn, "content": [{"type": "text", "text": turn["content"]}]} if in_parts else turn
-                    for turn in each.turns
-                ],
-                "tools": json.loads(each.tools) if each.tools else None,
-                "add_generation_prompt": each.add_generation_prompt,
+    """Render each conversation with the template, in the sandbox of jinja that transformers renders in."""
+    texts: list[str | RefusedByTemplate] = []
+    for each in renderings:
+        turns = [
+            {**turn, "content": [{"type": "text", "text": turn["content"]}]} if in_parts else turn
+            for turn in each.turns
+        ]
+        try:
+            text = tokenizer.apply_chat_template(
+                turns,
+                tools=json.loads(each.tools) if each.tools else None,
+                add_generation_prompt=each.add_generation_prompt,
+                tokenize=False,
                 **dict.fromkeys(SWITCHES, thinking),
-            }
-            for each in renderings
-        ),
-    )
+            )
+        except Exception as exc:  # many types, for turns that the template refuses; callers name the record
+            text = RefusedByTemplate(str(exc))
+        texts.append(text)
+    return texts
 
 
 def _shown(

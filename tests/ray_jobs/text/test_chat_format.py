@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import resource
 import shutil
 
 import pytest
@@ -14,8 +13,7 @@ from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.base.base_model import Base
-from ray_jobs.text import chat_format, rendering
-from ray_jobs.text.bounded import MORE_BYTES
+from ray_jobs.text import chat_format
 from tests.models import chat_families
 from tests.models.chat_families import CHATML, FAMILIES
 
@@ -269,47 +267,6 @@ def test_a_template_that_refuses_a_bare_question_still_loads(tmp_path):
     chat = chat_of(chat_families.build(tmp_path, family))
     [[prompt, _]] = chat.rows(Record("r", [Message("system", "Be brief."), Message("user", "sky")], "blue"))
     assert prompt.endswith("<|im_start|>assistant\n")
-
-
-HOSTILE = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = b %}{% endfor %}{% endfor %}",
-    "writes": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
-    "repeats": "{{ 'a' * 10**10 }}",
-    "doubles": "{% set n = namespace(x='a') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "squares": "{% set n = namespace(x=10) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "pads": "{{ '%0999999999d'|format(1) }}",
-    "to the power of": "{{ 7 ** 9999999 ** 3 }}",
-    "to the power of, in a filter": "{{ 1.5|round(10**9, 'ceil') }}",
-    "compares": (
-        "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}"
-        "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}"
-    ),
-    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_template_that_does_not_come_to_an_end_is_an_error_in_bounded_time_and_memory(
-    tiny_base, tmp_path, monkeypatch, name
-):
-    monkeypatch.setattr(rendering, "SECONDS", 1.0)
-    folder = shutil.copytree(tiny_base, tmp_path / "hostile")
-    (folder / "chat_template.jinja").write_text(HOSTILE[name])
-    rendering.install()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigError, match=r"chat template of model\.base does not come to an end in 1 s and 128 MiB"):
-        chat_of(folder)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * MORE_BYTES / 1024
-
-
-def test_a_template_that_is_hostile_to_one_record_alone_names_the_base(tiny_base, tmp_path):
-    folder = shutil.copytree(tiny_base, tmp_path / "patient")
-    now = "{% if messages[0].content == 'now' %}{{ 'a' * 10**10 }}{% endif %}"
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}" + now)
-    chat = chat_of(folder)
-    assert chat.rows(Record("r1", [Message("user", "then")], "x")) == [["then", "x"]]
-    with pytest.raises(ConfigError, match="does not come to an end"):
-        chat.rows(Record("r2", [Message("user", "now")], "x"))
 
 
 def test_records_rendered_together_read_as_each_alone_and_as_the_tokenizer_writes_them(tiny_base):
