@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--against", default="base", help="base, none, or NAME@VERSION")
     parser.add_argument("--system", help="a system message before each conversation (default: that of the records)")
     parser.add_argument("--turns", choices=("keep", "alone"), help="whether a prompt follows those before it")
-    parser.add_argument("--max-tokens", type=int, help="longest answer (default: evaluation's)")
+    parser.add_argument("--max-tokens", type=int, help="longest answer (default: evaluate.max_new_tokens, or 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as evaluation decodes")
     parser.add_argument("--transcript", type=Path, help="file to add each turn to, a JSON object a line")
     arguments = parser.parse_args()
@@ -58,7 +58,7 @@ class Answering:
     """Maximum length and decoding of answers."""
 
     max_tokens: int | None = None
-    """Maximum number of tokens in an answer; None means the same as in evaluation."""
+    """Maximum number of tokens in an answer; None means evaluate.max_new_tokens, or 256."""
     temperature: float = 0.0
 
 

@@ -52,6 +52,7 @@ class Server:
         """Answer until the task is cancelled."""
         app = web.Application(client_max_size=MOST_BYTES, middlewares=[self._guarded])
         app.add_routes(web.get(path, self._get, allow_head=False) for path in ("/", "/health", "/about", "/v1/models"))
+        app.on_response_prepare.append(_unsniffed)
         app.add_routes([web.post("/v1/chat/completions", self._completion)])
         # No access log: requests contain prompts and addresses. A handler whose client hangs up is cancelled.
         runner = web.AppRunner(
@@ -89,13 +90,13 @@ class Server:
     async def _get(self, request: web.Request) -> web.Response:
         match request.path:
             case "/":
-                headers = {"Content-Security-Policy": _policy(), "Referrer-Policy": "no-referrer", **NO_SNIFFING}
+                headers = {"Content-Security-Policy": _policy(), "Referrer-Policy": "no-referrer"}
                 return web.Response(text=PAGE, content_type="text/html", headers=headers)
             case "/health":
-                return _json(200, {"status": "ok"})
+                return web.json_response({"status": "ok"})
             case "/about":
-                return _json(200, self.about)
-        return _json(200, openai_api.models([*self.speakers], since=self._since))
+                return web.json_response(dict(self.about))
+        return web.json_response(openai_api.models([*self.speakers], since=self._since))
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != "application/json":
@@ -126,8 +127,8 @@ class Server:
         answer.add_done_callback(lambda _: words.put_nowait(None))
         try:
             if not asked.stream:
-                return _json(200, openai_api.completion(asked.model, await answer, number=number))
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **NO_SNIFFING})
+                return web.json_response(openai_api.completion(asked.model, await answer, number=number))
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
 
             async def event(data: str) -> None:
@@ -159,16 +160,13 @@ class Server:
             answer.cancel()
 
 
-NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
-
-
-def _json(status: int, body: Mapping[str, Any]) -> web.Response:
-    return web.json_response(dict(body), status=status, headers=NO_SNIFFING)
+async def _unsniffed(_request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Content-Type-Options"] = "nosniff"
 
 
 def _wrong(status: int, message: str) -> web.Response:
     kind = "invalid_request_error" if status != 404 else "not_found_error"
-    return _json(status, openai_api.error(message, kind=kind))
+    return web.json_response(openai_api.error(message, kind=kind), status=status)
 
 
 def _policy() -> str:

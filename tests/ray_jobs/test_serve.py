@@ -213,6 +213,7 @@ def test_a_body_that_cannot_be_read_is_one_error_in_json(
 ) -> None:
     found, text, headers = ask(server, "POST", "/v1/chat/completions", body)
     assert (found, headers.get_content_type()) == (status, "application/json")
+    assert headers["X-Content-Type-Options"] == "nosniff"
     assert json.loads(text)["error"]["message"]
     assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
 
