@@ -51,10 +51,9 @@ def _create_version(api: HttpApi, announcement: Announcement) -> str:
 def _run(api: HttpApi, announcement: Announcement) -> str:
     """The id of the version's run, in the experiment with the adapter's name. The run is created or completed; nothing
     that it has is removed."""
-    found = api.find("/experiments/get-by-name", experiment_name=announcement.adapter)
-    experiment = (
-        found["experiment"] if found else api.send("POST", "/experiments/create", {"name": announcement.adapter})
-    )
+    name = announcement.adapter
+    found = api.find("/experiments/get-by-name", experiment_name=name)
+    experiment = found["experiment"] if found else api.send("POST", "/experiments/create", {"name": name})
     query = {"experiment_ids": [experiment["experiment_id"]], "filter": f"tags.`{VERSION}` = '{announcement.version}'"}
     runs = api.send("POST", "/runs/search", query).get("runs", [])
     time_ms = int(datetime.fromisoformat(announcement.time).timestamp() * 1000)
@@ -69,14 +68,7 @@ def _run(api: HttpApi, announcement: Announcement) -> str:
     metrics = [
         {"key": key, "value": value, "timestamp": time_ms, "step": 0} for key, value in announcement.metrics.items()
     ]
-    params = [
-        {"key": key, "value": value}
-        for key, value in {
-            "method": announcement.method,
-            "base": announcement.base,
-            "dataset_uri": announcement.dataset_uri,
-        }.items()
-    ]
+    params = [{"key": key, "value": getattr(announcement, key)} for key in ("method", "base", "dataset_uri")]
     api.send("POST", "/runs/log-batch", {"run_id": run_id, "metrics": metrics, "params": params})
     api.send("POST", "/runs/update", {"run_id": run_id, "status": "FINISHED", "end_time": time_ms})
     return run_id

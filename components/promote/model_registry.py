@@ -58,13 +58,8 @@ def _newest_api(url: str, token: str) -> HttpApi:
 
 
 def _properties(announcement: Announcement) -> dict[str, Any]:
-    texts = {
-        "manifest_sha256": announcement.manifest_sha256,
-        "run_id": announcement.trained_by,
-        "method": announcement.method,
-        "base": announcement.base,
-        "dataset_uri": announcement.dataset_uri,
-    }
+    same = ("manifest_sha256", "method", "base", "dataset_uri")
+    texts = {"run_id": announcement.trained_by, **{key: getattr(announcement, key) for key in same}}
     numbers = {
         key: {"metadataType": "MetadataDoubleValue", "double_value": value}
         for key, value in announcement.metrics.items()
