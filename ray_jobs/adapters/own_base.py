@@ -1,32 +1,55 @@
 """The base of an adapter: the original, or one of its own that was computed together with the adapter's first weights.
 
-`method.init` says which. A base of an adapter's own belongs to it and to no other. All workers make it together, once.
-It is stored as `made_base` describes, with two more files in its folder:
+`method.init` says which. A base of an adapter's own belongs to it and to no other. All workers make it together, once,
+and it is only downloaded from then on.
 
-<init>_init.safetensors   the adapter's first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
-<init>.json               what it was made from, and what its making measured
+bases/<id>/chosen.json                             which folder beside it everyone uses: that of the first run to finish
+bases/<id>/<content>/                              a transformers model: `from_pretrained` loads it as it is
+bases/<id>/<content>/<init>_init.safetensors       the first weights: LAYER.lora_A and LAYER.lora_B, as of scaling 1
+bases/<id>/<content>/<init>.json                   what it was made from, and what its making measured
+
+The id is a hash of all that the base depends on. Other hardware may give other numbers, so each content has a folder:
+files of two builds never mix. Release 0.1.0 wrote the files to bases/<id>/ itself, which is still read.
 
 `ray_jobs/adapters/<init>/start.py` says how one is made: a module with the four functions of `Start`, as LoftQ's is.
 No other code refers to a start by its name.
 """
 
+import hashlib
 import importlib
 import json
+import logging
+import re
+import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.config.methods import OWN_BASE, Init
 from components.config.schema import MethodConfig, RunConfig
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.store.store import Store
-from ray_jobs.base import made_base, together
-from ray_jobs.base.base_model import Base
+from components.store import folders
+from components.store.store import JSON, Store, decode_json, encode_json
+from ray_jobs.base import together
+from ray_jobs.base.base_model import DIGESTS, HASHED_AT_ONCE, Base
+from ray_jobs.base.digests import remembered
+from ray_jobs.base.local_cache import cache_dir, once
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
+
+CHOSEN = "chosen.json"
+FORMAT = 1  # of chosen.json
+FIELDS = {"folder": "[0-9a-f]{16}", "manifest_sha256": "[0-9a-f]{64}"}
+"""Fields of chosen.json with their patterns: both become parts of paths."""
+COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
+"""Suffixes of the files that are copied from the original base: tokenizer, chat template, and code if it has any."""
+INDEX = ".safetensors.index.json"
 
 
 class Start(Protocol):
@@ -91,7 +114,7 @@ def prepare(
     start = start_of(config.method.row.init)
     key = folder_key(config.method, original)
     with together.gloo_group(num_workers) as group:
-        is_missing = rank == 0 and made_base.find(store, key) is None
+        is_missing = rank == 0 and _chosen(store, key) is None
         if together.from_rank_0(is_missing, group):
             computed = start.compute(config, original, rank=rank, num_workers=num_workers, group=group)
             together.on_rank_0(lambda: _publish(start, config, original, store, computed), rank=rank, group=group)
@@ -112,18 +135,76 @@ def find(config: RunConfig, original: Base, store: Store, *, sha256: str) -> Bas
     if init not in OWN_BASE:
         return original
     key = folder_key(config.method, original)
-    made = made_base.find(store, key)
-    if made is None:
-        raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {made_base.CHOSEN}")
-    if sha256 not in ("", made.manifest_sha256):
+    chosen = _chosen(store, key)
+    if chosen is None:
+        raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {CHOSEN}")
+    folder, today = chosen
+    if sha256 not in ("", today):
         raise IntegrityError(
             f"the adapter was trained on the base in {store.uri(key)} whose manifest has sha256 {sha256}, and today "
-            f"that is {made.manifest_sha256}: put the one that it was trained on back there, or train it again"
+            f"that is {today}: put the one that it was trained on back there, or train it again"
         )
-    path = made_base.pull(store, made, init)
+    path = cache_dir() / f"{init}-{today[:16]}"
+    once(path, lambda target: folders.pull(store, folder, target, manifest_sha256=today))
+    if not _is_whole(path, today):
+        raise IntegrityError(f"{path} is not {store.uri(folder)} any more: delete it")
     if config.model.trust_remote_code:
-        made_base.require_same_code(path, original)
-    return Base(store.uri(made.key), path, {"kind": init, "manifest_sha256": made.manifest_sha256})
+        _require_same_code(path, original)
+    return Base(store.uri(folder), path, {"kind": init, "manifest_sha256": today})
+
+
+def _chosen(store: Store, key: str) -> tuple[str, str] | None:
+    """Folder, and sha256 of its manifest, of the base that everyone uses; None where it was never made."""
+    found = store.read(f"{key}/{CHOSEN}")
+    if found is None:
+        manifest = folders.find_manifest(store, key)
+        return (key, manifest.sha256) if manifest else None
+    uri = store.uri(f"{key}/{CHOSEN}")
+    chosen = decode_json(found[0], uri)
+    known = isinstance(chosen, dict) and chosen.get("format") == FORMAT
+    if not known or not all(re.fullmatch(pattern, str(chosen.get(field))) for field, pattern in FIELDS.items()):
+        raise IntegrityError(f"{uri} names no base of format {FORMAT}")
+    return f"{key}/{chosen['folder']}", str(chosen["manifest_sha256"])
+
+
+def _is_whole(path: Path, manifest_sha256: str) -> bool:
+    """Whether a cached folder is as it was downloaded. Its files are hashed once per machine, not in every process."""
+    body, known = (path / folders.MANIFEST).read_bytes(), cache_dir().with_name("digests")
+    if hashlib.sha256(body).hexdigest() != manifest_sha256:
+        return False
+    listed = folders.parse_manifest(body, str(path)).files
+
+    def is_same(name: str) -> bool:
+        return (path / name).is_file() and remembered(path / name, known) == listed[name]["sha256"]
+
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        return all(pool.map(is_same, listed))
+
+
+def _require_same_code(folder: Path, original: Base) -> None:
+    """Require that a model's folder comes with no code but the original's, to which alone a config consents.
+
+    transformers runs Python files of a folder, and of repositories that an `auto_map` in its JSON files names.
+
+    Raises:
+        IntegrityError: it has other code.
+    """
+    theirs = _code(original.path)
+    if other := sorted(name for name, code in _code(folder).items() if theirs.get(name) != code):
+        raise IntegrityError(
+            f"{folder} comes with code that is not that of {original.reference}, in {', '.join(other)}: "
+            "model.trust_remote_code does not allow it"
+        )
+
+
+def _code(folder: Path) -> dict[str, Any]:
+    """Python files with their bytes, and the entries of each `auto_map`, by file and key."""
+    found: dict[str, Any] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_bytes())
+        named = settings.get("auto_map") if isinstance(settings, dict) else None
+        found |= {f"{path.name} {key}": value for key, value in (named or {}).items()}
+    return found
 
 
 def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
@@ -155,7 +236,8 @@ def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
 
 def folder_key(method: MethodConfig, original: Base) -> str:
     """Key in the store of this method's own base: a hash of exactly what the base depends on."""
-    return made_base.key_of(start_of(method.row.init).made_from(method, original))
+    made_from = start_of(method.row.init).made_from(method, original)
+    return f"bases/{hashlib.sha256(encode_json(made_from)).hexdigest()[:16]}"
 
 
 def _init_path(folder: Path, init: Init) -> Path:
@@ -167,10 +249,22 @@ def _report_path(folder: Path, init: Init) -> Path:
 
 
 def _publish(start: Start, config: RunConfig, original: Base, store: Store, computed: Any) -> None:
+    """Write and publish the model, with the other files of the original's folder; the base that is published first is
+    the one that everyone uses."""
     init, key = config.method.row.init, folder_key(config.method, original)
     with tempfile.TemporaryDirectory(prefix="fineloop-base-") as scratch:
         folder = Path(scratch)
         found = start.write(config, original, computed, folder, _init_path(folder, init))
         about = {"original_reference": original.reference, **start.made_from(config.method, original), **found}
         _report_path(folder, init).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        made_base.publish(store, key, folder, original, about)
+        for path in original.path.iterdir():
+            is_other = path.suffix in COPIED and path.name != DIGESTS and not path.name.endswith(INDEX)
+            if is_other and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+        files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
+        content = {name: folders.digest_of(body)["sha256"] for name, body in files.items()}
+        name = hashlib.sha256(encode_json(content)).hexdigest()[:16]
+        manifest = folders.publish(store, f"{key}/{name}", files, about=about)
+    chosen = encode_json({"format": FORMAT, "folder": name, "manifest_sha256": manifest.sha256})
+    if store.claim(f"{key}/{CHOSEN}", chosen, content_type=JSON) != chosen:
+        logger.info("another run was faster, and its base at %s is the one in use", store.uri(key))

@@ -17,7 +17,7 @@ from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import own_base
 from ray_jobs.adapters.loftq import make, start
-from ray_jobs.base import base_model, made_base
+from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.evaluate import _contenders
 from ray_jobs.export import ExportRequest, export
@@ -160,7 +160,7 @@ def replaced(store: Store, base: Base, changes: dict[str, bytes]) -> None:
     files = {path.name: path.read_bytes() for path in base.path.iterdir() if path.name != folders.MANIFEST}
     manifest = folders.publish(store, f"{key}/{ANOTHER}", {**files, **changes})
     chosen = {"format": 1, "folder": ANOTHER, "manifest_sha256": manifest.sha256}
-    store.put_json(f"{key}/{made_base.CHOSEN}", chosen)
+    store.put_json(f"{key}/{own_base.CHOSEN}", chosen)
 
 
 def test_a_base_with_code_of_its_own_is_made_and_its_code_runs(with_code, store):
@@ -235,7 +235,7 @@ def test_a_pointer_to_a_base_that_leads_elsewhere_is_refused(changed, store, tmp
     original = base_model.resolve(changed().model)
     key = own_base.folder_key(changed().method, original)
     chosen = {"format": 1, "folder": "0" * 16, "manifest_sha256": "0" * 64, field: value}
-    store.put_json(f"{key}/{made_base.CHOSEN}", chosen)
+    store.put_json(f"{key}/{own_base.CHOSEN}", chosen)
     with pytest.raises(IntegrityError, match="names no base of format 1"):
         stood(changed(), store)
     assert [path.name for path in tmp_path.iterdir() if "cache" not in path.name] == []
