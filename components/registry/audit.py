@@ -5,7 +5,9 @@ No index is trusted, and one bad object does not hide another.
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation
@@ -16,10 +18,11 @@ from components.registry.event import Event
 from components.registry.event_log import read_log
 from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
 from components.registry.identity import verify_whole
+from components.registry.index import READS_AT_ONCE
 from components.registry.names import TOKENS, adapter_key, version_key
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.folders import Manifest, verify
-from components.store.store import Store
+from components.store.store import Store, decode_json
 
 BASES, CHOSEN, DATASETS = "bases/", "chosen.json", "datasets/"
 
@@ -44,22 +47,24 @@ class Audit:
 
 
 def audit(store: Store, name: str) -> Audit:
-    """Read and check everything of the adapter, including every byte of its versions."""
+    """Read and check everything of the adapter, including every byte of its versions, several side by side."""
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return _audit(store, name, pool)
+
+
+def _audit(store: Store, name: str, pool: Executor) -> Audit:
     log, junk = read_log(store, name)
     findings = [Finding(store.uri(key), f"is not an event: {why}") for key, why in junk.items()]
-    whole: dict[str, Manifest] = {}
-    for version in versions.version_ids(store, name):
-        try:
-            whole[version] = verify_whole(store, version_key(name, version))
-        except ObjectMissing:  # a publication that is not complete
-            continue
-        except IntegrityError as exc:
-            findings.append(Finding(store.uri(version_key(name, version)), str(exc)))
+    ids = versions.version_ids(store, name)
+    read = dict(zip(ids, pool.map(lambda version: _whole(store, version_key(name, version)), ids), strict=True))
+    whole = {version: found for version, found in read.items() if isinstance(found, Manifest)}
+    findings += [found for found in read.values() if isinstance(found, Finding)]
     damaged = {finding.where for finding in findings}
     findings += _publications(store, name, log, whole, damaged)
-    findings += _refusals(store, name, log, whole)
-    findings += _decisions(store, log)
-    findings += _inputs(store, name, whole)
+    findings += _refusals(store, name, log, whole, pool)
+    decided = [(run_id, *found) for run_id, found in decisions(log).items()]
+    findings += chain.from_iterable(pool.map(lambda each: [*_decision(store, *each)], decided))
+    findings += _inputs(store, name, whole, pool)
     pointers: dict[str, Pointer] = {}
     for info in store.list(adapter_key(name, "aliases/")):
         alias = info.key.rpartition("/")[2].removesuffix(".json")
@@ -78,9 +83,19 @@ def audit(store: Store, name: str) -> Audit:
         for event in log
         if event.kind in MOVE_KINDS and not store.exists(adapter_key(name, "aliases", f"{event.body['alias']}.json"))
     ]
-    findings += _signatures(store, name, whole, [*pointers.values()])
+    findings += _signatures(store, name, whole, [*pointers.values()], pool)
     findings += _watermark(store, name)
     return Audit(name, len(whole), len(log), tuple(findings))
+
+
+def _whole(store: Store, key: str) -> Manifest | Finding | None:
+    """The manifest of a version that is whole, or else what is wrong; None if its publication is not complete."""
+    try:
+        return verify_whole(store, key)
+    except ObjectMissing:
+        return None
+    except IntegrityError as exc:
+        return Finding(store.uri(key), str(exc))
 
 
 def _publications(
@@ -110,24 +125,25 @@ def _publications(
             yield Finding(uri, f"was published ({event.uri}), and is gone")
 
 
-def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manifest]) -> Iterator[Finding]:
+def _refusals(
+    store: Store, name: str, log: list[Event], whole: dict[str, Manifest], pool: Executor
+) -> Iterator[Finding]:
     held = [event for event in log if event.kind in ("refused", "proposed")]
     refused = {(event.body.get("version"), event.body.get("run_id")) for event in held}
     published = {event.body.get("version") for event in log if event.kind == "published"}
-    for event in held:
+    decided = pool.map(lambda event: runs.has_decided(store, str(event.body.get("run_id", ""))), held)
+    for event, has_decided in zip(held, decided, strict=True):
         version, run_id = event.body.get("version"), str(event.body.get("run_id", ""))
         if version not in published:
             yield Finding(event.uri, f"is about {version}, which was never published")
-        elif not runs.has_decided(store, run_id):
+        elif not has_decided:
             yield Finding(event.uri, f"is about a decision of run {run_id}, which made none")
-    for version, manifest in whole.items():
-        run_id = str(manifest.about.get("run_id", ""))
-        try:
-            decision = runs.find(store, run_id, Decision) if run_id else None
-        except IntegrityError as exc:
-            yield Finding(store.uri(runs.run_key(run_id, Decision.FILE)), str(exc))
-            continue
-        if (
+    by_version = {version: str(manifest.about.get("run_id", "")) for version, manifest in whole.items()}
+    found = pool.map(lambda run_id: _decided(store, run_id), by_version.values())
+    for (version, run_id), decision in zip(by_version.items(), found, strict=True):
+        if isinstance(decision, Finding):
+            yield decision
+        elif (
             decision
             and decision.version == version
             and decision.decision == "hold"
@@ -137,38 +153,45 @@ def _refusals(store: Store, name: str, log: list[Event], whole: dict[str, Manife
             yield Finding(store.uri(version_key(name, version)), f"was held by run {run_id}, and no event says so")
 
 
-def _decisions(store: Store, log: list[Event]) -> Iterator[Finding]:
-    """Check each decision that moved an alias or waits for a person, its evaluation, and the evaluation's records."""
-    for run_id, (sha256, event) in decisions(log).items():
-        keys = [runs.run_key(run_id, file) for file in (runs.DECISION, runs.EVALUATION, runs.EVALUATION_RECORDS)]
-        wanted, known_by = sha256, event.uri
-        for key, kind in zip(keys, (Decision, Evaluation, None), strict=True):
-            found = store.read(key)
-            if found is None:
-                yield Finding(store.uri(key), f"is gone, and {known_by} names it")
-                break
-            if wanted and hashlib.sha256(found[0]).hexdigest() != wanted:
-                yield Finding(store.uri(key), f"is another than {known_by} names")
-                break
-            try:
-                record = kind.from_json(found[0], store.uri(key)) if kind else None
-            except IntegrityError as exc:
-                yield Finding(store.uri(key), str(exc))
-                break
-            # Release 0.1.0 recorded neither hash.
-            wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
-            wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
-            known_by = store.uri(key)
+def _decided(store: Store, run_id: str) -> Decision | Finding | None:
+    try:
+        return runs.find(store, run_id, Decision) if run_id else None
+    except IntegrityError as exc:
+        return Finding(store.uri(runs.run_key(run_id, Decision.FILE)), str(exc))
 
 
-def _inputs(store: Store, name: str, whole: dict[str, Manifest]) -> Iterator[Finding]:
+def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[Finding]:
+    """Check a decision that moved an alias or waits for a person, its evaluation, and the evaluation's records."""
+    keys = [runs.run_key(run_id, file) for file in (runs.DECISION, runs.EVALUATION, runs.EVALUATION_RECORDS)]
+    known_by = event.uri
+    for key, kind in zip(keys, (Decision, Evaluation, None), strict=True):
+        found = store.read(key)
+        if found is None:
+            yield Finding(store.uri(key), f"is gone, and {known_by} names it")
+            break
+        if wanted and hashlib.sha256(found[0]).hexdigest() != wanted:
+            yield Finding(store.uri(key), f"is another than {known_by} names")
+            break
+        try:
+            record = kind.from_json(found[0], store.uri(key)) if kind else None
+        except IntegrityError as exc:
+            yield Finding(store.uri(key), str(exc))
+            break
+        # Release 0.1.0 recorded neither hash.
+        wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
+        wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
+        known_by = store.uri(key)
+
+
+def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor) -> Iterator[Finding]:
     """Check the datasets that the versions name, and the bases that Fineloop made."""
     named: dict[str, tuple[str, str | None]] = {}
     trained_on: dict[tuple[str, str], str] = {}
-    for version in whole:
+    bodies = pool.map(lambda version: store.read(f"{version_key(name, version)}/{versions.LINEAGE}"), whole)
+    for version, body in zip(whole, bodies, strict=True):
         uri = store.uri(version_key(name, version))
         try:
-            lineage = store.get_json(f"{version_key(name, version)}/{versions.LINEAGE}")
+            lineage = decode_json(body[0] if body else b"", f"{uri}/{versions.LINEAGE}")
             dataset, recipe = lineage.get("dataset") or {}, lineage.get("recipe", {})
             if "dataset_id" in dataset:
                 key = f"{DATASETS}{dataset['dataset_id']}"
@@ -239,8 +262,12 @@ def _alias(
         yield Finding(uri, "has events that do not lead from one to the next: one is missing, changed or was added")
 
 
-def _signatures(store: Store, name: str, whole: dict[str, Manifest], pointers: list[Pointer]) -> Iterator[Finding]:
-    said = {each: signing.said(store, name, each, whole[each].sha256, store.trusted_keys) for each in sorted(whole)}
+def _signatures(
+    store: Store, name: str, whole: dict[str, Manifest], pointers: list[Pointer], pool: Executor
+) -> Iterator[Finding]:
+    ids = sorted(whole)
+    signed = pool.map(lambda each: signing.said(store, name, each, whole[each].sha256, store.trusted_keys), ids)
+    said = dict(zip(ids, signed, strict=True))
     for found in said.values():
         yield from (Finding(uri, f"is no signature: {why}") for uri, why in found.junk.items())
     for pointer in pointers if store.trusted_keys else []:

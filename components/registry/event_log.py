@@ -1,10 +1,10 @@
 """The event log of an adapter: append-only, one object per event, identified by its content."""
 
-import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from components.registry.event import Body, Event, EventKind, Reference, event_sha256
 from components.registry.history import MOVE_KINDS
-from components.registry.index import remembered
+from components.registry.index import READS_AT_ONCE, remembered
 from components.registry.names import adapter_key
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store.folders import Manifest, now
@@ -34,9 +34,9 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
     sha256 = event_sha256(kind, body)
     event_id = sha256[:ID_LENGTH]
     if at is None:
-        named = (info.key for info in store.list(events_key(name)) if f"-{event_id}" in info.key)
-        if logged := next(_events_at(store, name, named, sha256), None):
-            return logged.uri
+        for info in store.list(events_key(name)):
+            if f"-{event_id}" in info.key and (logged := event_at(store, name, info.key)) and logged.sha256 == sha256:
+                return logged.uri
         at = now()
     reference: Reference = {"time": at, "sha256": sha256}
     key, record = _key(name, reference), encode_json(_record(name, kind, at, body, event_id))
@@ -125,7 +125,9 @@ def read_event(store: Store, name: str, reference: Reference) -> Event:
 
 def read_log(store: Store, name: str) -> tuple[list[Event], dict[str, str]]:
     """Read every object of the log: the events, oldest first, and key and reason for each object that is no event."""
-    return parse_log(store, name, ((info.key, store.get(info.key)) for info in store.list(events_key(name))))
+    keys = [info.key for info in store.list(events_key(name))]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return parse_log(store, name, zip(keys, pool.map(store.get, keys), strict=True))
 
 
 def events_key(name: str) -> str:
@@ -154,17 +156,17 @@ def find_event(store: Store, name: str, reference: Reference) -> Event | None:
     """The event, under its own name or a further one; None if the log has neither."""
     key = _key(name, reference)
     further = (info.key for info in store.list(f"{key.removesuffix('.json')}-"))
-    return next(_events_at(store, name, chain([key], further), reference["sha256"]), None)
+    found = (event_at(store, name, each) for each in chain([key], further))
+    return next((event for event in found if event and event.sha256 == reference["sha256"]), None)
 
 
-def _events_at(store: Store, name: str, keys: Iterable[str], sha256: str) -> Iterator[Event]:
-    """The event with this hash, wherever it is among the objects."""
-    for key in keys:
-        with contextlib.suppress(ObjectMissing):
-            record = _read(store, key)
-            event = None if record is None else _parsed(store, name, key, record)
-            if event and event.sha256 == sha256:
-                yield event
+def event_at(store: Store, name: str, key: str) -> Event | None:
+    """The event of this object; None if it is none, with a warning, or is not there."""
+    try:
+        record = _read(store, key)
+    except ObjectMissing:
+        return None
+    return None if record is None else _parsed(store, name, key, record)
 
 
 def _read(store: Store, key: str) -> Any | None:

@@ -53,7 +53,7 @@ def client_from_environment() -> Any:
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
-        max_pool_connections=32,
+        max_pool_connections=64,
     )
     try:
         session = botocore.session.get_session()  # one of its own: the default one is not thread-safe

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
+from threading import Barrier
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,6 +17,7 @@ from components.registry.event_log import append_event, events, publication
 from components.registry.versions import publish_version
 from components.store.folders import find_manifest, publish, read_manifest
 from components.store.store import Store, encode_json
+from tests.waiting import PATIENCE_S
 
 GONE = object()
 ALIAS = "adapters/icd/aliases/production.json"
@@ -243,3 +245,16 @@ def test_a_base_that_fineloop_made_is_read_too_and_is_the_one_that_the_version_n
     store.put(f"{key}/model.safetensors", b"WEIGHTS")
     (found,) = audit(store, "icd").findings
     assert "model.safetensors has sha256" in found.what
+
+
+def test_versions_are_read_side_by_side(store: Store, versions: list[str]) -> None:
+    together = Barrier(len(versions))
+
+    class Together(Store):
+        def read(self, key: str) -> tuple[bytes, str] | None:
+            if key.endswith("/manifest.json"):
+                together.wait(PATIENCE_S)  # for all the others, or it breaks
+            return super().read(key)
+
+    found = audit(Together(store._client, store.bucket, store.prefix), "icd")
+    assert (found.versions, found.findings) == (len(versions), ())
