@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from components.records.pages import changing
 from components.registry.event import Body, Event, Reference, event_sha256
 from components.registry.event_log import ID_LENGTH, append_event, events, find_event, require_published
 from components.registry.history import is_override
@@ -198,12 +199,14 @@ def rollback(
     is_ours = (bool(cause.run_id) and holder.run_id == cause.run_id) or holder.event["from"] == expected
     kind: MoveKind = "rolled_back"
     back_to: Event | None = None
+    logged: Event | None = None
     if is_there and is_ours:
         to = holder.version
     elif expected not in (ANYONE, holder.version):
         raise _conflict(store, name, alias, to or "the one before", expected, holder)
     elif to is None:
-        back_to = next(moves_beneath(store, name, _record(store, name, holder)), None)
+        logged = _record(store, name, holder)
+        back_to = next(moves_beneath(store, name, logged), None)
         if back_to is None:
             raise UnknownName(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
         to = str(back_to.body["to"])
@@ -211,8 +214,9 @@ def rollback(
         log = events(store, name)
         if is_override(log, to, alias):
             kind = "overridden"
-        back_to = move_beneath_to(store, name, _record(store, name, holder), to, log)
-    return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause, back_to=back_to)
+        logged = _record(store, name, holder)
+        back_to = move_beneath_to(store, name, logged, to, log)
+    return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause, back_to=back_to, logged=logged)
 
 
 def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
@@ -236,12 +240,13 @@ def move_alias(
     kind: MoveKind,
     cause: Cause,
     back_to: Event | None = None,
+    logged: Event | None = None,
 ) -> Event:
     """Move the alias from `expected` (None: it does not exist yet) to a version, after verifying every byte of it.
 
     An alias that points there already is left alone, and its event is written if the log lacks it. `back_to` is the
     earlier move to that version that this one returns to, and whose evidence counts again; None makes a new move on
-    top of the others.
+    top of the others. `logged` is the event that moved the alias to `expected`, where the caller has read it.
 
     Raises:
         ObjectMissing: there is no such version, or it was removed meanwhile. The alias is then moved back; a new alias
@@ -250,15 +255,14 @@ def move_alias(
             held the alias before, or signed by no trusted key.
         AliasConflict: the alias is no longer where `expected` says; carries who holds it now.
     """
-    holder = read_alias(store, name, alias)
-    if holder is not None and holder.version == version:
-        return _held(store, name, holder)
+    if expected is not None and expected.version == version:
+        return _held(store, name, expected)
     vouched = back_to.body["manifest_sha256"] if back_to else None
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=vouched)
     require_published(store, name, version, manifest)
     require_signed(store, name, version, manifest.sha256, alias=alias)
     # The log must be whole before the pointer that could complete it is replaced.
-    last = _record(store, name, expected).reference if expected else None
+    last = (logged or _record(store, name, expected)).reference if expected else None
     before = expected.version if expected else None
     body = {
         "alias": alias, "from": before, "to": version, "manifest_sha256": manifest.sha256, "run_id": cause.run_id,
@@ -269,10 +273,11 @@ def move_alias(
     pointer = encode_json({"format": FORMAT, **fields, "kind": kind, "event": body})
     key = _alias_key(name, alias)
     try:
-        if expected is None:
-            etag = store.create(key, pointer, content_type=JSON)
-        else:
-            etag = store.swap(key, pointer, expected.etag, content_type=JSON)
+        with changing(store, name):
+            if expected is None:
+                etag = store.create(key, pointer, content_type=JSON)
+            else:
+                etag = store.swap(key, pointer, expected.etag, content_type=JSON)
     except Conflict as exc:
         holder = read_alias(store, name, alias)
         if holder is not None and holder.version == version:  # another process made the same move

@@ -11,19 +11,21 @@ No index is trusted: an entry counts only if it has the MD5 that the store gives
 
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any, Literal
 
 from components.config.methods import METHODS, OWN_BASE
 from components.records import runs
+from components.records.pages import changing
 from components.records.replayed import Replayed
 from components.records.steps import Decision, Evaluation, TrainResult
 from components.registry import versions
 from components.registry.aliases import list_aliases
 from components.registry.ancestry import Ancestor
-from components.registry.event_log import append_event
+from components.registry.event_log import append_event, event_at, events_key
 from components.registry.history import MOVE_KINDS, waiting
 from components.registry.listing import Listing, Needing
 from components.registry.names import version_key
@@ -32,6 +34,8 @@ from components.store.folders import MANIFEST
 from components.store.store import JSON, ObjectInfo, Store, decode_json
 
 DATASETS, BASES, RUNS = "datasets/", "bases/", "runs/"
+ADAPTERS_AT_ONCE = 4
+"""Adapters that are looked at side by side; of each, several objects are read at once."""
 A_RUN_RESTS = timedelta(days=1)
 """How long a run that has not ended may write nothing, such as in a queue, and still count as under way."""
 
@@ -49,9 +53,9 @@ class Rules:
 class Removal:
     """Something that may be removed, and the objects that go with it."""
 
-    kind: Literal["version", "checkpoints", "dataset", "base"]
+    kind: Literal["version", "unfinished", "checkpoints", "dataset", "base"]
     name: str
-    """NAME@VERSION for a version, the run's id for checkpoints, otherwise the folder's name."""
+    """NAME@VERSION for a version or what is left of one, the run's id for checkpoints, otherwise the folder's name."""
     why: str
     keys: tuple[str, ...]
     size_bytes: int
@@ -59,6 +63,8 @@ class Removal:
     """SHA-256 of a version's manifest; empty for other kinds."""
     runs_seen: AbstractSet[str] = frozenset()
     """The runs that existed then; a newer run may have come to need it."""
+    log_seen: dict[str, str] = field(default_factory=dict)
+    """The keys of the events that have been seen: those of newer publications with the version, others with nothing."""
 
 
 def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime) -> list[Removal]:
@@ -77,12 +83,29 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     everything = versions.list_adapters(store)
     kept: dict[str, list[Needing]] = {}
     found = []
-    for name in [name for name in everything if name in names]:
+    all_trained = all(run.made for run in under_way)
+
+    def look(name: str) -> tuple[Sequence[Needing] | None, list[Removal]]:
         listing = Listing.of(store, name)
+        left = [
+            _removal(
+                "unfinished", f"{name}@{version}", "left by a killed publication or removal", objects, by_run.keys()
+            )
+            for version, objects in listing.by_version.items()
+            if all_trained and version not in listing.whole and _newest(objects) <= oldest
+        ]
         if not store.trusted_keys and len(listing.by_version) <= rules.keep_last:
-            continue  # all are new, and need not be read
-        kept[name], unneeded = _sorted_out(listing, rules, oldest, under_way)
-        found += [_of_version(version, listing.by_version[version.version], by_run.keys()) for version in unneeded]
+            return None, left  # all are new, and need not be read
+        needed, unneeded = _sorted_out(listing, rules, oldest, under_way)
+        log = {info.key: "" for info in listing.objects if info.key.startswith(events_key(name))}
+        return needed, [*(_of_version(each, listing, by_run.keys(), log) for each in unneeded), *left]
+
+    looked_at = [name for name in everything if name in names]
+    with ThreadPoolExecutor(ADAPTERS_AT_ONCE) as pool:
+        for name, (needed, removable) in zip(looked_at, pool.map(look, looked_at), strict=True):
+            found += removable
+            if needed is not None:
+                kept[name] = list(needed)
     for run_id, objects in by_run.items():
         checkpoints = [info for info in objects if info.key.startswith(runs.run_key(run_id, runs.CHECKPOINTS))]
         if not checkpoints or _newest(checkpoints) > oldest:
@@ -111,25 +134,31 @@ def remove(store: Store, removal: Removal) -> bool:
         return True
     if set(store.folders(RUNS)) - removal.runs_seen:
         return False
-    if removal.kind != "version":
+    if removal.kind in ("dataset", "base"):
         heads = [key for key in removal.keys if key.endswith((f"/{MANIFEST}", "/chosen.json"))]
         store.delete(heads)
         store.delete(key for key in removal.keys if key not in heads)
         return True
     name, _, version = removal.name.partition("@")
     manifest_key = f"{version_key(name, version)}/{MANIFEST}"
-    if _points_at(store, name, version):
+    if removal.kind == "unfinished":
+        if store.exists(manifest_key):
+            return False
+        store.delete(removal.keys)
+        return True
+    if _is_needed(store, removal, name, version):
         return False
     manifest = store.get(manifest_key)
     body = {"version": version, "manifest_sha256": removal.manifest_sha256, "reasons": [removal.why]}
-    append_event(store, name, "collected", body)
-    store.delete([manifest_key])
-    is_needed = True
-    try:
-        is_needed = _points_at(store, name, version)  # moved between the two looks, as `aliases.promote` may do
-    finally:  # also where the store no longer answers who points where
-        if is_needed:
-            store.claim(manifest_key, manifest, content_type=JSON)
+    with changing(store, name):
+        append_event(store, name, "collected", body)
+        store.delete([manifest_key])
+        is_needed = True
+        try:
+            is_needed = _is_needed(store, removal, name, version)  # to whoever came between, and looks after writing
+        finally:  # also where the store no longer answers who points where
+            if is_needed:
+                store.claim(manifest_key, manifest, content_type=JSON)
     if is_needed:
         return False
     store.delete(key for key in removal.keys if key != manifest_key)
@@ -144,6 +173,8 @@ def _sorted_out(
     held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
     held |= {*holders.values(), *waiting(log, holders)}
     made = {each for run in under_way for each in (run.run_id, run.made) if each}
+    young = oldest.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    held |= {str(event.body.get("version")) for event in log if event.kind == "published" and event.time > young}
     starts = tuple(start for run in under_way for start in run.starts)
     held -= {version.version for version in published if version.is_revoked} - set(holders.values())
     held |= {version.version for version in [each for each in published if not each.is_revoked][: rules.keep_last]}
@@ -151,7 +182,7 @@ def _sorted_out(
         version
         for version in published
         if version.version in held
-        or datetime.fromisoformat(version.created_at) > oldest
+        or version.created_at > young
         or not made.isdisjoint({version.run_id, version.uri})
         or f"{version.name}@{version.version}".startswith(starts)
     ]
@@ -268,22 +299,30 @@ def _newest(objects: Iterable[ObjectInfo]) -> datetime:
     return max(info.last_modified for info in objects)
 
 
-def _of_version(version: Needing, objects: Sequence[ObjectInfo], runs_seen: AbstractSet[str]) -> Removal:
+def _of_version(version: Needing, listing: Listing, runs_seen: AbstractSet[str], log_seen: dict[str, str]) -> Removal:
     why = f"published {version.created_at[:10]}, {'revoked' if version.is_revoked else 'never held an alias'}"
-    return _removal("version", f"{version.name}@{version.version}", why, objects, runs_seen, version.manifest_sha256)
+    objects = listing.by_version[version.version]
+    found = _removal("version", f"{version.name}@{version.version}", why, objects, runs_seen)
+    return replace(found, manifest_sha256=version.manifest_sha256, log_seen=log_seen)
 
 
 def _removal(
-    kind: Literal["version", "checkpoints", "dataset", "base"],
+    kind: Literal["version", "unfinished", "checkpoints", "dataset", "base"],
     name: str,
     why: str,
     objects: Sequence[ObjectInfo],
     runs_seen: AbstractSet[str] = frozenset(),
-    manifest_sha256: str = "",
 ) -> Removal:
     keys, size = tuple(info.key for info in objects), sum(info.size for info in objects)
-    return Removal(kind, name, why, keys, size, manifest_sha256, frozenset(runs_seen))
+    return Removal(kind, name, why, keys, size, runs_seen=frozenset(runs_seen))
 
 
-def _points_at(store: Store, name: str, version: str) -> bool:
-    return any(each.version == version for each in list_aliases(store, name, pass_over_damaged=False))
+def _is_needed(store: Store, removal: Removal, name: str, version: str) -> bool:
+    """Whether an alias points at the version, or a run has published it again since it was looked at."""
+    for info in store.list(events_key(name)):
+        if info.key not in removal.log_seen:
+            event = event_at(store, name, info.key)
+            published = event is not None and event.kind == "published"
+            removal.log_seen[info.key] = str(event.body.get("version")) if event and published else ""
+    pointers = list_aliases(store, name, pass_over_damaged=False)
+    return version in {*removal.log_seen.values(), *(each.version for each in pointers)}

@@ -7,10 +7,9 @@ keys (SSE-KMS). So gc may decide by them: write access to the index can slow gc 
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from components.registry.index import READS_AT_ONCE, remembered
+from components.registry.index import Index
 from components.registry.names import adapter_key
 from components.store.store import ObjectInfo, Store
 
@@ -23,26 +22,17 @@ TEXT = "latin-1"
 
 def documents(store: Store, name: str, objects: Iterable[ObjectInfo]) -> dict[str, bytes]:
     """Return the content of these objects of the adapter, by key; objects that are gone are left out."""
-    infos = {info.key: info for info in objects}
-
-    def read(key: str) -> bytes | None:
-        found = store.read(key)
-        return found[0] if found else None
-
-    if sum(info.size for info in infos.values()) > MOST_INDEXED_BYTES:
-        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            found = zip(infos, pool.map(read, infos), strict=True)
-            return {key: body for key, body in found if body is not None}
     folder = adapter_key(name, "")
+    infos = {info.key.removeprefix(folder): info for info in objects}
 
     def text(file: str) -> str | None:
-        body = read(f"{folder}{file}")
-        return None if body is None else body.decode(TEXT)
+        found = store.read(f"{folder}{file}")
+        return found[0].decode(TEXT) if found else None
 
-    files = [key.removeprefix(folder) for key in infos]
-    known = remembered(
-        store, name, WHAT, files, text, is_so=lambda file, each: _is_of(each, infos[f"{folder}{file}"]), always=True
-    )
+    is_small = sum(info.size for info in infos.values()) <= MOST_INDEXED_BYTES
+    index = Index(store, name, WHAT, worth=0 if is_small else len(infos))
+    known = index.of(infos, text, is_so=lambda file, each: _is_of(each, infos[file]))
+    index.keep()
     return {f"{folder}{file}": each.encode(TEXT) for file, each in known.items()}
 
 

@@ -1,25 +1,47 @@
-"""An adapter as one listing of it shows it: its versions with what they need, its log and its aliases.
+"""An adapter as one listing of it shows it: its versions with what they need, its log, its aliases; and all adapters.
 
 What is small is read through `documents`: of an adapter that has not changed, that is two requests in all.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 
-from components.registry import signing
+from pydantic import TypeAdapter, ValidationError
+
+from components.records import pages
+from components.registry import signing, versions
 from components.registry.aliases import aliases_key, parse_aliases
 from components.registry.ancestry import Ancestor, of_record
 from components.registry.documents import documents
 from components.registry.event import Event
-from components.registry.event_log import events_key, parse_log
+from components.registry.event_log import event_at, events_key, parse_log
 from components.registry.identity import VERSION_PATTERN
+from components.registry.index import READS_AT_ONCE
 from components.registry.names import adapter_key, version_key
 from components.registry.versions import LINEAGE, Version
 from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.folders import MANIFEST
 from components.store.store import ObjectInfo, Store, decode_json
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the list of all adapters says of one."""
+
+    newest: str | None
+    """The version that was published last."""
+    versions: int
+    aliases: dict[str, str]
+    """Version by alias."""
+    mark: str
+    """The adapter's mark before it was read; see `records.pages`."""
+
+
+_SUMMARY = TypeAdapter(Summary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +69,12 @@ class Listing:
     def by_version(self) -> dict[str, list[ObjectInfo]]:
         """The objects of each version, those included whose publication has not ended."""
         return self._grouped(version_key(self.name, ""))
+
+    @cached_property
+    def whole(self) -> set[str]:
+        """The versions whose publication has ended."""
+        keys = {info.key for info in self.objects}
+        return {version for version in self.by_version if _key(self.name, version, MANIFEST) in keys}
 
     def published(self) -> list[Needing]:
         """Every version, newest first.
@@ -148,3 +176,41 @@ class Listing:
 
 def _key(name: str, version: str, file: str) -> str:
     return f"{version_key(name, version)}/{file}"
+
+
+def all_adapters(store: Store) -> dict[str, Summary]:
+    """Every adapter by its name, to be shown. Read are those that have changed since the list of them was written."""
+    # The marks first, then the list, then the adapters: what changes meanwhile has another mark the next time.
+    marks = {info.key.removeprefix(pages.CHANGED): info for info in store.list(pages.CHANGED)}
+    was, now = pages.read_entries(store), datetime.now(UTC)
+    entries, _ = was
+
+    def one(name: str) -> Summary:
+        mark = marks[name].etag if name in marks else ""
+        try:
+            known = _SUMMARY.validate_python(entries.get(name, {}).get(pages.LISTING))
+        except ValidationError:
+            return summary(store, name, mark)
+        return known if known.mark == mark else summary(store, name, mark)
+
+    names = versions.list_adapters(store)
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = dict(zip(names, pool.map(one, names), strict=True))
+    settled = {name: asdict(each) for name, each in found.items() if pages.is_settled(marks.get(name), now)}
+    if any(entries.get(name, {}).get(pages.LISTING) != each for name, each in settled.items()):
+        changed = {name: {pages.LISTING: each} for name, each in settled.items()}
+        pages.write_entries(store, lambda old: old | {n: old.get(n, {}) | new for n, new in changed.items()}, was)
+    return found
+
+
+def summary(store: Store, name: str, mark: str) -> Summary:
+    """Read one adapter: a listing, its aliases, and its events from the newest back to a publication."""
+    listing = Listing.of(store, name)
+    keys = [info.key for info in listing.objects]
+    log = sorted((key for key in keys if key.startswith(events_key(name))), reverse=True)
+    bodies = (event.body for key in log if (event := event_at(store, name, key)) and event.kind == "published")
+    first = (body for body in bodies if not body.get("again"))  # not by a run that trained the same
+    newest = next((version for body in first if (version := body.get("version")) in listing.whole), None)
+    held = ((key, *found) for key in keys if key.startswith(aliases_key(name)) and (found := store.read(key)))
+    aliases = {each.alias: each.version for each in parse_aliases(store, name, held)}
+    return Summary(newest, len(listing.whole), aliases, mark)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.records import runs
+from components.records.pages import changing
 from components.records.steps import Evaluation
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases, read_alias
 from components.registry.event_log import append_event, events, publication, require_published
@@ -75,22 +76,30 @@ def publish_version(
     digests = {path: folders.digest_of(files[path]) for path in IDENTITY}
     version = version_id(digests)
     key = version_key(name, version)
-    manifest = folders.find_manifest(store, key)
-    if manifest is None:
-        own = encode_json({**lineage, FILES: sorted(files)})
-        first = store.claim(f"{key}/{LINEAGE}", own, content_type=JSON)
-        claimed = decode_json(first, store.uri(f"{key}/{LINEAGE}"))
-        agreed = {path: files.get(path, b"") for path in claimed.get(FILES, sorted(files))}
-        about = {"name": name, "version": version, "run_id": str(claimed.get("run_id", ""))}
-        try:
-            manifest = folders.publish(store, key, {**agreed, LINEAGE: first}, about=about, identity=IDENTITY)
-        except Conflict:  # another run published the same adapter at the same time, with another description
+    run_id = str(lineage.get("run_id", ""))
+    with changing(store, name):
+        manifest = folders.find_manifest(store, key)
+        if manifest is not None and run_id != manifest.about.get("run_id"):
+            # Then it is looked for again: either a garbage collection sees that this run needs the old version, or the
+            # run sees that it is gone.
+            again = {**publication(version, manifest), "run_id": run_id, "again": True}
+            append_event(store, name, "published", again)
             manifest = folders.find_manifest(store, key)
-            if manifest is None:
-                raise
-    if any(manifest.files.get(path) != digest for path, digest in digests.items()):
-        raise Conflict(f"{store.uri(key)} exists with another content of the same id")
-    append_event(store, name, "published", publication(version, manifest), at=manifest.created_at)
+        if manifest is None:
+            own = encode_json({**lineage, FILES: sorted(files)})
+            first = store.claim(f"{key}/{LINEAGE}", own, content_type=JSON)
+            claimed = decode_json(first, store.uri(f"{key}/{LINEAGE}"))
+            agreed = {path: files.get(path, b"") for path in claimed.get(FILES, sorted(files))}
+            about = {"name": name, "version": version, "run_id": str(claimed.get("run_id", ""))}
+            try:
+                manifest = folders.publish(store, key, {**agreed, LINEAGE: first}, about=about, identity=IDENTITY)
+            except Conflict:  # another run published the same adapter at the same time, with another description
+                manifest = folders.find_manifest(store, key)
+                if manifest is None:
+                    raise
+        if any(manifest.files.get(path) != digest for path, digest in digests.items()):
+            raise Conflict(f"{store.uri(key)} exists with another content of the same id")
+        append_event(store, name, "published", publication(version, manifest), at=manifest.created_at)
     return _version(store, name, version, manifest, list_aliases(store, name))
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.records import runs
+from components.records.pages import mark_of
 from components.records.steps import Decision, Evaluation, Record
 from components.registry import event_log, versions
 from components.registry.aliases import aliases_key, event_of, list_aliases
@@ -50,6 +51,8 @@ class AdapterFiles:
     def __init__(self, store: "Store", name: str) -> None:
         self.store, self.name = ReadOnce(store), name
         self._index = Index(self.store, name, "page")
+        self.mark = mark_of(self.store, name)
+        """The adapter's mark before anything else of it was read; None while others change it."""
 
     def keep(self) -> None:
         """Write the index of what was asked for, if some of it is new."""

@@ -1,22 +1,23 @@
 """The registry as static pages that need nothing else: what is in production, since when and why, and what was."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from components.records.pages import LISTED
+from components.records.pages import LISTING, Entries, read_entries, write_entries
 from components.records.runs import PAGES
 from components.records.steps import Evaluation
 from components.registry import versions
 from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
+from components.registry.listing import Summary
 from components.report.adapter_files import AdapterFiles
 from components.report.happened import what, when, who, why
 from components.report.html import template
 from components.report.published import Published
 from components.report.registry_index import Listed, list_adapter, listed
-from components.shared.errors import IntegrityError, ObjectMissing
 from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from components.registry.event import Event
     from components.store.store import Store
 
+_LISTED = TypeAdapter(Listed)
 MOST_VERSIONS = 60
 MOST_EVENTS = 200
 MOST_NAMED = 12
@@ -89,18 +91,21 @@ def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterF
     """
     files = files or AdapterFiles(store, name)
     own = _page_of(files)
-    entry = listed(name, own.events[::-1], own.num_versions, own.pointer, files.sound_decisions)
+    new: Entries = {name: asdict(listed(name, own.events[::-1], own.num_versions, own.pointer, files.sound_decisions))}
+    if files.mark is not None:
+        held = {each.alias: each.version for each in files.aliases}
+        new[name][LISTING] = asdict(Summary(next(iter(files.entries), None), own.num_versions, held, files.mark))
     files.keep()
-    names, known = versions.list_adapters(store), _known(store)
-    pages, new = [own], {name: entry}
+    names, was = versions.list_adapters(store), read_entries(store)
+    known = _sound(was[0])
+    pages = [own]
     if missing := [each for each in names if each != name and each not in known]:
         there = {info.key for info in store.list(PAGES)}
         pages += [read_adapter(store, each) for each in missing if f"{PAGES}{each}.html" not in there]
-        new |= {each: list_adapter(store, each) for each in missing}
-        known = _known(store)  # what others wrote meanwhile
-    known |= new
-    entries = [known[each] for each in names if each in known]
-    store.put_json(LISTED, {each.name: asdict(each) for each in entries})
+        new |= {each: asdict(list_adapter(store, each)) for each in missing}
+    # With what others wrote meanwhile.
+    written = write_entries(store, lambda old: {each: old.get(each, {}) | new.get(each, {}) for each in names}, was)
+    entries = [*_sound(written).values()]
     for file, page in build_pages(
         pages, entries, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
     ).items():
@@ -108,12 +113,13 @@ def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterF
     return store.uri(f"{PAGES}index.html")
 
 
-def _known(store: "Store") -> dict[str, Listed]:
-    """The entries that runs have written; none where they cannot be read, so that they are made anew."""
-    try:
-        return TypeAdapter(dict[str, Listed]).validate_python(store.get_json(LISTED))
-    except (ObjectMissing, IntegrityError, ValidationError):
-        return {}
+def _sound(entries: Entries) -> dict[str, Listed]:
+    """What the pages show of each adapter that a run has listed; an entry that cannot be read is made anew."""
+    found = {}
+    for name, entry in entries.items():
+        with contextlib.suppress(ValidationError):
+            found[name] = _LISTED.validate_python(entry)
+    return found
 
 
 def read_adapter(store: "Store", name: str) -> AdapterPage:

@@ -111,6 +111,7 @@ data "aws_iam_policy_document" "trainer" {
       "${local.root}bases/*",
       "${local.root}adapters/*/versions/*",
       "${local.root}adapters/*/events/*",
+      "${local.root}pages/changed/*",
       "${local.root}.check/*",
     ]
   }
@@ -167,6 +168,8 @@ data "aws_iam_policy_document" "admin" {
       "${local.root}adapters/*/events/*",
       "${local.root}adapters/*/signatures/*",
       "${local.root}adapters/*/index/*",
+      "${local.root}pages/changed/*",
+      "${local.root}pages/index.json",
       "${local.root}erased/*",
       "${local.root}.check/*",
     ]

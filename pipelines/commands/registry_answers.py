@@ -7,11 +7,12 @@ from typing import Any
 from components.handover import serving
 from components.promote.announce import NOTIFIED
 from components.records.steps import finite
-from components.registry import aliases, event_log, versions
+from components.registry import event_log, versions
 from components.registry.ancestry import Ancestor, tree
 from components.registry.audit import Audit
 from components.registry.collect import Removal
 from components.registry.event import Event
+from components.registry.listing import all_adapters
 from components.registry.versions import Version
 from components.shared.counted import counted
 from components.shared.metrics import metrics_of
@@ -25,14 +26,8 @@ LONGEST_EVENT = 100
 def adapters_shown(store: Store) -> Answer:
     """Every adapter with its newest version and its aliases."""
     adapters: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "newest": published[0].version if published else None,
-            "versions": len(published),
-            "aliases": {pointer.alias: pointer.version for pointer in aliases.list_aliases(store, name)},
-        }
-        for name in versions.list_adapters(store)
-        for published in [versions.list_versions(store, name)]
+        {"name": name, "newest": each.newest, "versions": each.versions, "aliases": each.aliases}
+        for name, each in all_adapters(store).items()
     ]
     rows = [
         (

@@ -28,6 +28,7 @@ from components.records.steps import Decision, Evaluation, Measured
 from components.registry import ancestry, collect
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.event_log import append_event, events
+from components.registry.listing import all_adapters
 from components.registry.versions import list_versions, publish_version, resolve, version_ids
 from components.report.registry_index import Listed
 from components.report.registry_page import write_pages
@@ -169,6 +170,8 @@ def measure_many(store: Store, names: list[str], versions: int) -> list[tuple[st
         "a run's report with its pages, the night after that": report,
         "the same, another night": report,
         "the same of a run with all 10 files": lambda: report(leave_files),
+        "list, before there is one": lambda: lambda: all_adapters(store),
+        "list": lambda: lambda: all_adapters(store),
         "gc": lambda: lambda: collect.removals(store, names, collect.Rules(), now=later),
         "gc, all but two versions of each": lambda: gc_of_all,
         "the same again": lambda: gc_of_all,

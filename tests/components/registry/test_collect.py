@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from components.registry.aliases import promote, rollback
 from components.registry.audit import audit
 from components.registry.collect import Rules
 from components.registry.event_log import append_event, events
+from components.registry.names import version_key
 from components.registry.rotation import sign_held
 from components.registry.versions import Version, list_versions, publish_version
 from components.shared.errors import IntegrityError, ObjectMissing
@@ -259,6 +260,74 @@ def test_what_a_run_that_began_after_the_look_may_need_stays(aged: Aged) -> None
     aged.put(runs.run_key("r9", runs.CONFIG), b"")
     assert [collect.remove(aged, each) for each in found] == [False, False]
     folders.verify(aged, "datasets/left", apart=["tokens"])
+
+
+def again(store: Store, number: int, run_id: str) -> Version:
+    files = {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
+    return publish_version(store, "icd", files, lineage={"run_id": run_id})
+
+
+@pytest.mark.parametrize("when", ["before the look", "after the look", "while it goes", "once it is gone"])
+def test_an_old_version_that_a_run_trains_again_stays(store: Store, published: list[Version], when: str) -> None:
+    """The run has begun, and has not told yet what it made."""
+    old = published[3]
+
+    class Meanwhile(Store):
+        """The run publishes right before, or right after, the manifest is deleted."""
+
+        def delete(self, keys: Iterable[str]) -> None:
+            wanted = [*keys]
+            is_manifest = wanted == [f"adapters/icd/versions/{old.version}/manifest.json"]
+            if is_manifest and when == "while it goes":
+                again(store, 3, "r9")
+            super().delete(wanted)
+            if is_manifest and when == "once it is gone":
+                again(store, 3, "r9")
+
+    aged = Aged(store._client, store.bucket, store.prefix)
+    aged.new = ("adapters/", "runs/")
+    store.put(runs.run_key("r9", runs.CONFIG), b"[train]")
+    rules, now = Rules(keep_last=2, older_than=timedelta(0)), datetime.now(UTC)
+    if when == "before the look":
+        again(store, 3, "r9")
+    found = collect.removals(store, ["icd"], rules, now=now)
+    assert [each.name for each in found] == ([] if when == "before the look" else [f"icd@{old.version}"])
+    if when == "after the look":
+        again(store, 3, "r9")
+    meanwhile = Meanwhile(store._client, store.bucket, store.prefix)
+    assert not any(collect.remove(meanwhile, each) for each in found)
+    assert old.version in {each.version for each in list_versions(store, "icd")}
+    assert audit(store, "icd").findings == ()
+    assert again(store, 3, "r9") == again(store, 3, "r3")
+    assert len([event for event in events(store, "icd") if event.body.get("version") == old.version]) <= 4
+
+
+def test_what_a_killed_publication_or_removal_left_goes_once_it_is_old(aged: Aged) -> None:
+    (held,) = list_versions(aged, "icd")
+    left = version_key("icd", "v" + "0" * 15)
+    aged.put(f"{left}/adapter_model.safetensors", b"half")
+    aged.put(f"{left}/lineage.json", b"{}")
+
+    def unfinished(store: Store = aged) -> list[collect.Removal]:
+        found = collect.removals(store, ["icd"], Rules(), now=datetime.now(UTC))
+        return [each for each in found if each.kind == "unfinished"]
+
+    aged.new = (left,)
+    assert unfinished() == []
+    aged.new = ()
+    (found,) = unfinished()
+    assert (found.name, found.size_bytes) == (f"icd@v{'0' * 15}", 6)
+    aged.put(runs.run_key("r9", runs.CONFIG), b"")
+    aged.new = ("runs/",)
+    assert unfinished() == []  # it may be what that run is about to publish
+    assert not collect.remove(aged, found)
+    runs.write(aged, "r9", Decision(decision="hold", adapter="icd", alias="production", run_id="r9", reasons=()))
+    (found,) = unfinished()
+    aged.put(f"{left}/manifest.json", b"{}")
+    assert not collect.remove(aged, found)  # it was completed meanwhile
+    aged.delete([f"{left}/manifest.json"])
+    assert collect.remove(aged, found)
+    assert {info.key.split("/")[3] for info in aged.list("adapters/icd/versions/")} == {held.version}
 
 
 @pytest.mark.parametrize("what", ["lineage.json", "manifest.json", "event"])

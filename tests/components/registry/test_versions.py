@@ -70,9 +70,17 @@ def test_a_version_holds_its_files_lineage_and_event(store: Store, tmp_path: Pat
 
 def test_the_same_content_again_is_the_same_version_and_changes_nothing(store: Store) -> None:
     first = published(store)
-    before = {info.key: info.last_modified for info in store.list("")}
-    assert published(store, run_id="r2") == first
-    assert {info.key: info.last_modified for info in store.list("")} == before
+    before = {info.key: info.last_modified for info in store.list("adapters/")}
+    assert published(store) == first
+    assert {info.key: info.last_modified for info in store.list("adapters/")} == before
+    for _ in range(2):
+        assert published(store, run_id="r2") == first
+    after = {info.key: info.last_modified for info in store.list("adapters/")}
+    assert before.items() <= after.items()
+    assert [(event.kind, event.body["run_id"]) for event in events(store, "icd")] == [
+        ("published", r) for r in ("r1", "r2")
+    ]
+    assert len(after) == len(before) + 1  # that the other run made it too
 
 
 def test_a_publication_interrupted_before_its_event_is_completed(store: Store) -> None:

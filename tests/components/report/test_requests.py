@@ -71,4 +71,4 @@ def test_each_file_of_the_run_is_read_once_and_none_is_asked_for_that_is_not_the
         run_report(OF_ICD, store, f"night-{number}")
     assert len(files) == 10
     assert Counter(each for each in sent if each.startswith(f"GET {folder}")) == Counter(f"GET {key}" for key in files)
-    assert len(sent) - len(files) == 17, "\n".join(sent)
+    assert len(sent) - len(files) == 18, "\n".join(sent)

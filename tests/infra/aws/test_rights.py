@@ -16,6 +16,9 @@ PLAIN = {
     "runs/r1/checkpoints/7/rank-0/optimizer.safetensors": "trainer pipeline",
     adapter_key("icd", "rates", "qlora.json"): "pipeline",
     adapter_key("icd", "index", "events.json.gz"): "pipeline admin",
+    "pages/changed/icd": "trainer pipeline admin",
+    "pages/index.json": "pipeline admin",
+    "pages/icd.html": "pipeline",
     ".check/probe": "trainer pipeline admin",
     "elsewhere/x": "",
 }
