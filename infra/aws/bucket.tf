@@ -213,7 +213,13 @@ data "aws_iam_policy_document" "bucket" {
       "s3:DeleteObjectVersion",
     ]
 
-    resources = ["${local.root}adapters/*", "${local.root}datasets/*", "${local.root}bases/*", "${local.root}erased/*"]
+    resources = [
+      "${local.root}adapters/*",
+      "${local.root}datasets/*",
+      "${local.root}bases/*",
+      "${local.root}evaluations/*",
+      "${local.root}erased/*",
+    ]
 
     principals {
       type        = "*"

@@ -2,6 +2,7 @@ output "role_arns" {
   description = "For the annotation eks.amazonaws.com/role-arn of each service account."
   value = {
     fineloop-pipeline    = aws_iam_role.pipeline.arn
+    fineloop-evaluator   = aws_iam_role.evaluator.arn
     fineloop-trainer     = aws_iam_role.trainer.arn
     fineloop-experiments = aws_iam_role.trainer.arn
   }

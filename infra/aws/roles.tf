@@ -4,7 +4,8 @@
 locals {
   # Who takes which role. In a shared cluster the head runs the jobs' own processes, as fineloop-experiments.
   subjects = {
-    fineloop-pipeline = ["system:serviceaccount:${var.namespace}:fineloop-pipeline"]
+    fineloop-pipeline  = ["system:serviceaccount:${var.namespace}:fineloop-pipeline"]
+    fineloop-evaluator = ["system:serviceaccount:${var.namespace}:fineloop-evaluator"]
     fineloop-trainer = [
       "system:serviceaccount:${var.namespace}:fineloop-trainer",
       "system:serviceaccount:${var.namespace}:fineloop-experiments",
@@ -96,7 +97,8 @@ data "aws_iam_policy_document" "reader" {
   }
 }
 
-# Ray pods: they publish versions, and cannot decide which one is in production.
+# Ray pods: they publish versions. Where registry.trusted_keys are set, they cannot decide which one is in production;
+# elsewhere what they write below runs/ is what the gate decides on.
 data "aws_iam_policy_document" "trainer" {
   source_policy_documents = [data.aws_iam_policy_document.reader.json]
 
@@ -123,6 +125,23 @@ data "aws_iam_policy_document" "trainer" {
   }
 }
 
+# Ray pods of the jobs that only evaluate: they write what the step then signs, and nothing else.
+data "aws_iam_policy_document" "evaluator" {
+  source_policy_documents = [data.aws_iam_policy_document.reader.json]
+
+  statement {
+    sid = "WriteWhatEvaluatingMeasures"
+
+    actions = ["s3:PutObject", "s3:AbortMultipartUpload"]
+
+    resources = [
+      "${local.root}evaluations/*/evaluation.json",
+      "${local.root}evaluations/*/evaluation_records.parquet",
+      "${local.root}evaluations/*/ray-evaluate*",
+    ]
+  }
+}
+
 # The steps, the promoter among them: they move aliases, and cannot make what an alias points at.
 data "aws_iam_policy_document" "pipeline" {
   source_policy_documents = [data.aws_iam_policy_document.reader.json]
@@ -135,6 +154,8 @@ data "aws_iam_policy_document" "pipeline" {
     resources = [
       "${local.root}datasets/*",
       "${local.root}runs/*",
+      "${local.root}evaluations/*/evaluation.dsse.json",
+      "${local.root}evaluations/*/decision.json",
       "${local.root}adapters/*/aliases/*",
       "${local.root}adapters/*/watermark.json",
       "${local.root}adapters/*/events/*",
@@ -185,6 +206,7 @@ data "aws_iam_policy_document" "admin" {
       "${local.root}datasets/*",
       "${local.root}bases/*",
       "${local.root}runs/*",
+      "${local.root}evaluations/*",
       "${local.root}.check/*",
     ]
   }
@@ -200,6 +222,18 @@ resource "aws_iam_role_policy" "trainer" {
   name   = "registry"
   role   = aws_iam_role.trainer.id
   policy = data.aws_iam_policy_document.trainer.json
+}
+
+resource "aws_iam_role" "evaluator" {
+  name               = "${var.bucket}-evaluator"
+  description        = "Fineloop's Ray pods that only evaluate: publish no version, move no alias."
+  assume_role_policy = data.aws_iam_policy_document.service_account["fineloop-evaluator"].json
+}
+
+resource "aws_iam_role_policy" "evaluator" {
+  name   = "registry"
+  role   = aws_iam_role.evaluator.id
+  policy = data.aws_iam_policy_document.evaluator.json
 }
 
 resource "aws_iam_role" "pipeline" {

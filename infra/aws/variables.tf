@@ -41,7 +41,7 @@ variable "oidc_provider_arn" {
 }
 
 variable "namespace" {
-  description = "Kubernetes namespace of the service accounts fineloop-pipeline, fineloop-trainer and fineloop-experiments."
+  description = "Kubernetes namespace of the service accounts fineloop-pipeline, -trainer, -evaluator and -experiments."
   type        = string
   default     = "fineloop"
 

@@ -17,6 +17,8 @@ OURS = {
     "head": End(RAY | {"ray.io/node-type": "head", "ray.io/cluster": "one"}),
     "worker": End(RAY | {"ray.io/node-type": "worker", "ray.io/cluster": "one"}),
     "experiments": End(RAY | {"ray.io/node-type": "head", "fineloop.dev/autoscaler": "true"}),
+    "evaluation": End(RAY | {"ray.io/node-type": "head", "ray.io/cluster": "two", "fineloop.dev/task": "evaluate"}),
+    "its submitter": End({"app.kubernetes.io/component": "ray-submitter", "fineloop.dev/task": "evaluate"}),
     "submitter": End({"app.kubernetes.io/component": "ray-submitter", "app.kubernetes.io/part-of": "fineloop"}),
     "step": End(STEP),
     "reap": End({"app.kubernetes.io/name": "fineloop-reap", "app.kubernetes.io/part-of": "fineloop"}),
@@ -42,14 +44,18 @@ OUTSIDE = {
     "private network": End(namespace="", address="192.168.7.7"),
 }
 STORE = End(namespace="", address="203.0.113.10")
-RAY_PODS = {"head", "worker", "experiments"}
-JOBS_API = RAY_PODS | {"step", "reap", "submitter", "operator"}
+TRAINING = {"head", "worker", "experiments"}
+RAY_PODS = TRAINING | {"evaluation"}
+JOBS_API = TRAINING | {"step", "reap", "submitter", "its submitter", "operator"}
 REACHED: dict[tuple[str, int], set[str]] = {
     ("head", 8265): JOBS_API,
-    ("head", 6379): RAY_PODS,
-    ("head", 8080): RAY_PODS | {"prometheus"},
+    ("head", 6379): TRAINING,
+    ("head", 8080): TRAINING | {"prometheus"},
     ("worker", 8265): JOBS_API,
-    ("worker", 10002): RAY_PODS,
+    ("worker", 10002): TRAINING,
+    ("evaluation", 8265): {"step", "reap", "its submitter", "operator"},
+    ("evaluation", 6379): set(),
+    ("evaluation", 8080): {"prometheus"},
     ("experiments", 8265): JOBS_API,
     ("kubeflow", 8888): {"step", "reap"},
     ("kubeflow", 8887): {"step"},
@@ -139,6 +145,8 @@ def test_every_pod_of_ours_can_look_up_names(overlay: str) -> None:
         ("NetworkPolicy=ray spec ingress +", {}),
         ("NetworkPolicy=ray spec podSelector matchLabels ray.io/node-type", "head"),
         ("NetworkPolicy=ray spec egress 1 to 0 ipBlock except", REMOVED),
+        ("NetworkPolicy=ray spec podSelector matchExpressions", REMOVED),
+        ("NetworkPolicy=ray-evaluation spec ingress 1 from 1 podSelector matchLabels fineloop.dev/task", REMOVED),
     ],
 )
 def test_a_hole_changes_an_answer(where: str, value: object) -> None:

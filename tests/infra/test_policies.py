@@ -25,6 +25,7 @@ HEAD = "RayJob spec rayClusterSpec headGroupSpec"
 ROLE_OF = "ServiceAccount={} metadata annotations " + access.ROLE_ARN
 GPU_OPERATORS = {"nvidia.com/gpu.present": "true"}
 PROMOTER = "arn:aws:iam::000000000000:role/fineloop-000000000000-pipeline"
+EVALUATOR = "arn:aws:iam::000000000000:role/fineloop-000000000000-evaluator"
 LINES = [*product(OVERLAYS, ("", OBSERVABILITY, TRACKER)), ("gpu", PROFILE), ("aws", PROFILE), ("team", "")]
 """A laptop's Kubeflow serves one namespace."""
 BREAKS: list[tuple[Policy, str, Any]] = [
@@ -87,6 +88,8 @@ BREAKS: list[tuple[Policy, str, Any]] = [
     (access.services_stay_inside, "ConfigMap kind", "Ingress"),
     (access.promoting_takes_another_role_than_training, ROLE_OF.format("fineloop-trainer"), PROMOTER),
     (access.promoting_takes_another_role_than_training, ROLE_OF.format("fineloop-experiments"), PROMOTER),
+    (access.promoting_takes_another_role_than_training, ROLE_OF.format("fineloop-evaluator"), PROMOTER),
+    (access.promoting_takes_another_role_than_training, ROLE_OF.format("fineloop-trainer"), EVALUATOR),
 ]
 
 

@@ -27,6 +27,7 @@ RIGHTS = {
     },
     "fineloop-reaper": {("list", "ray.io/rayjobs"), ("delete", "ray.io/rayjobs")},
     "fineloop-trainer": set(),
+    "fineloop-evaluator": set(),
 }
 """All that each account may do: (verb, group/resource), with =NAME where it is for one object."""
 HARMLESS = {"get", "list", "watch"}
@@ -146,14 +147,15 @@ def services_stay_inside(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def promoting_takes_another_role_than_training(manifests: list[Manifest]) -> Iterator[str]:
-    """On AWS: the trainer's role cannot write an alias, so no account may hold both, and no key lies in the cluster."""
+    """On AWS: the trainer's role can write neither an alias nor an evaluation, so no account may hold that and another,
+    and no key lies in the cluster."""
     roles = {
         account["metadata"]["name"]: account["metadata"].get("annotations", {}).get(ROLE_ARN)
         for account in of_kind(manifests, "ServiceAccount")
     }
     if not any(roles.values()):
         return
-    for account in ("fineloop-pipeline", "fineloop-trainer", "fineloop-experiments"):
+    for account in ("fineloop-pipeline", "fineloop-evaluator", "fineloop-trainer", "fineloop-experiments"):
         if not roles.get(account):
             yield f"{account}: has no role"
     if roles.get("fineloop-pipeline") == roles.get("fineloop-trainer"):
@@ -161,3 +163,6 @@ def promoting_takes_another_role_than_training(manifests: list[Manifest]) -> Ite
     for account in roles.keys() - {"fineloop-pipeline", "fineloop-trainer"}:
         if roles[account] == roles.get("fineloop-pipeline"):
             yield f"{account}: has the promoter's role"
+    for account in roles.keys() - {"fineloop-evaluator"}:
+        if roles[account] and roles[account] == roles.get("fineloop-evaluator"):
+            yield f"{account}: has the evaluator's role"

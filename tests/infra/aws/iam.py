@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tests.infra.aws.terraform import ACCOUNT, Configuration, Statement
 
-ROLES = ("trainer", "pipeline", "admin")
+ROLES = ("trainer", "evaluator", "pipeline", "admin")
 STRANGER = "stranger"
 """Another role of the account, to which somebody gave everything on S3."""
 EVERYTHING = Statement("Allow", ["s3:*"], ["*"], [])

@@ -37,7 +37,11 @@ def test_large_files_of_runs_expire_and_nothing_else_that_is_current_does() -> N
 
 @pytest.mark.parametrize(
     ("role", "subjects"),
-    [("fineloop-pipeline", [f"{SYSTEM}pipeline"]), ("fineloop-trainer", [f"{SYSTEM}trainer", f"{SYSTEM}experiments"])],
+    [
+        ("fineloop-pipeline", [f"{SYSTEM}pipeline"]),
+        ("fineloop-evaluator", [f"{SYSTEM}evaluator"]),
+        ("fineloop-trainer", [f"{SYSTEM}trainer", f"{SYSTEM}experiments"]),
+    ],
 )
 def test_a_role_is_taken_by_its_service_accounts_of_one_namespace(role: str, subjects: list[str]) -> None:
     configuration = Configuration()
@@ -50,7 +54,7 @@ def test_a_role_is_taken_by_its_service_accounts_of_one_namespace(role: str, sub
 
 
 def test_each_role_has_its_own_trust_and_its_own_policy() -> None:
-    trust = 'service_account["fineloop-trainer"]', 'service_account["fineloop-pipeline"]', "people"
+    trust = [f'service_account["fineloop-{each}"]' for each in ("trainer", "evaluator", "pipeline")] + ["people"]
     for name, who in zip(ROLES, trust, strict=True):
         policy = CONFIGURATION.named("resource", "aws_iam_role_policy", name)
         assert policy["role"] == f"${{aws_iam_role.{name}.id}}"
@@ -59,7 +63,8 @@ def test_each_role_has_its_own_trust_and_its_own_policy() -> None:
         assert role["assume_role_policy"] == f"${{data.aws_iam_policy_document.{who}.json}}"
     assert len(re.findall(r'resource "aws_iam_role" ', SOURCE)) == len(ROLES)  # the reaper reads no object
     (output,) = (block["role_arns"] for block in CONFIGURATION.blocks["output"] if "role_arns" in block)
-    roles = {"fineloop-pipeline": "pipeline", "fineloop-trainer": "trainer", "fineloop-experiments": "trainer"}
+    roles = {f"fineloop-{each}": each for each in ("pipeline", "evaluator", "trainer")}
+    roles["fineloop-experiments"] = "trainer"
     assert output["value"] == {account: f"${{aws_iam_role.{role}.arn}}" for account, role in roles.items()}
 
 
