@@ -46,7 +46,7 @@ JSON_KEYS = {
     "chat": "name version against turns",
     "serve": "name version against",
     "compare": "runs config against_first page",
-    "replay": "run_id adapter version same verdict basis_sha256 recorded reasons",
+    "replay": "run_id adapter version same verdict basis_sha256 recorded reasons unsigned",
     "reproduce": "name version run_id reproduced_as same agrees differs compared",
     "compile": "path sha256 pipeline image",
     "submit": f"{_KUBEFLOW} interrupted",

@@ -22,6 +22,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
         bucket: str = "fineloop",
         prefix: str = "",
         trusted_keys: list[str] = [],  # noqa: B006 - kfp reads it as the field's default
+        evaluation_keys: list[str] = [],  # noqa: B006 - likewise
         announce: dict[str, str] = {},  # noqa: B006 - likewise
     ) -> None:
         """Move an alias by hand; the event log keeps who and why.
@@ -36,6 +37,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             bucket: the registry's bucket.
             prefix: its folder in the bucket.
             trusted_keys: public keys; where there are any, one of them must have signed the version.
+            evaluation_keys: public keys; where keys are trusted, one of them must have signed what is approved.
             announce: the config's section announce: servers to notify.
         """
         moved = move_by_hand(
@@ -48,6 +50,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
             bucket=bucket,
             prefix=prefix,
             trusted_keys=trusted_keys,
+            evaluation_keys=evaluation_keys,
             announce=announce,
             job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )

@@ -30,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--run-id", required=True, help="name of the run in the store")
     parser.add_argument("--dataset", required=True, help="s3:// address of the prepared dataset")
+    parser.add_argument("--train-only", action="store_true", help="another job compares it, with an account of its own")
     arguments = parser.parse_args()
     run_id, dataset_uri = arguments.run_id, arguments.dataset
 
@@ -39,7 +40,7 @@ def main() -> None:
         for probe in PROBES.values():
             if probe.check:
                 probe.check(config)
-        result = trained(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
+        result = trained(config, run_id=run_id, dataset_uri=dataset_uri, standby=stays)
         say(training.STEP, f"published {result.version} as {result.version_uri}")
 
     def compare() -> None:
@@ -51,7 +52,10 @@ def main() -> None:
         comparing.evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, standby=standby)
 
     with Standby() as standby:
+        stays = None if arguments.train_only else standby
         entry.run(training.STEP, train)
+        if arguments.train_only:
+            return
         say(training.STEP, TRAINED)
         entry.run(COMPARING, compare)
 

@@ -25,7 +25,7 @@ from components.registry.history import promotion
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
 from components.shared.answers import alike
-from components.shared.errors import ObjectMissing
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.shared.metrics import METRICS, metrics_of
 from components.shared.protocol import say
 from components.store.store import Store
@@ -72,10 +72,13 @@ def main() -> None:
     parser.add_argument("--run-id", required=True, help="name of the run in the store")
     parser.add_argument("--dataset", required=True, help="s3:// address of the prepared dataset")
     parser.add_argument("--version", required=True, help="s3:// address of the candidate's version")
+    parser.add_argument("--config-digest", default="", help="refuse another config than the one with this digest")
     arguments = parser.parse_args()
 
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
+        if arguments.config_digest not in ("", config.digest):
+            raise IntegrityError(f"{arguments.config} was changed: its digest is not {arguments.config_digest}")
         evaluate(config, run_id=arguments.run_id, dataset_uri=arguments.dataset, version_uri=arguments.version)
 
     entry.run(STEP, job)
@@ -84,7 +87,7 @@ def main() -> None:
 def evaluate(
     config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str, standby: Standby | None = None
 ) -> Evaluation:
-    """Measure the three models and write runs/<run_id>/evaluation.json and evaluation_records.parquet.
+    """Measure the three models and write the run's evaluation.json and evaluation_records.parquet.
 
     If the alias has already moved to this candidate by the run's evaluation, that evaluation is returned as it is.
 
@@ -282,7 +285,7 @@ def _write_records(
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     body = sink.getvalue().to_pybytes()
-    store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), body)
+    store.put(runs.key_of(store, run_id, runs.EVALUATION_RECORDS), body)
     return hashlib.sha256(body).hexdigest()
 
 

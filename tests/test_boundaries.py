@@ -150,7 +150,7 @@ def test_every_entry_point_that_a_component_starts_is_a_module() -> None:
     ]
     spelled = {name for text in code for name in re.findall(r"(?:-m |\")(ray_jobs\.\w+)", text)}
     by_task = {f"ray_jobs.{task}" for text in code for task in re.findall(r"submit_step\(\s*\w+, \"(\w+)\"", text)}
-    assert by_task == {"ray_jobs.prepare", "ray_jobs.sweep", "ray_jobs.candidate"}
+    assert by_task == {"ray_jobs.prepare", "ray_jobs.sweep", "ray_jobs.candidate", "ray_jobs.evaluate"}
     started = spelled | by_task
     assert started <= module_names("ray_jobs")
 

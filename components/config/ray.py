@@ -125,6 +125,8 @@ class RayJobCluster(Section):
     """Namespace of the RayJob; empty means the namespace of the pod that submits it."""
     service_account: DnsName = "fineloop-trainer"
     """ServiceAccount of the Ray pods."""
+    evaluation_service_account: Annotated[DnsName, Added("0.2.0")] = "fineloop-evaluator"
+    """ServiceAccount of the Ray pods that only evaluate, where registry.trusted_keys are set."""
     queue: OptionalName = "fineloop"
     """Kueue's LocalQueue; empty runs without Kueue."""
     queue_timeout_s: Annotated[int, Field(ge=60)] = 86_400
@@ -326,6 +328,13 @@ class RayConfig(Section):
         pods = cluster.nodes if isinstance(cluster, RayJobCluster) else self.num_workers
         changes = {"cluster": cluster, "num_workers": pods, "use_gpu": False, "gpu": None, "timeout_s": timeout_s}
         return self.model_copy(update=changes)
+
+    def for_evaluation(self) -> "RayConfig":
+        """Settings of a job that only evaluates: its pods have an account of their own."""
+        if not isinstance(self.cluster, RayJobCluster):
+            return self
+        account = {"service_account": self.cluster.evaluation_service_account}
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update=account)})
 
     @property
     def min_workers(self) -> int:

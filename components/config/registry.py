@@ -3,7 +3,7 @@
 import base64
 from typing import Annotated
 
-from pydantic import AfterValidator, StringConstraints
+from pydantic import AfterValidator, StringConstraints, model_validator
 
 from components.config.section import Added, Section
 
@@ -31,3 +31,12 @@ class RegistryConfig(Section):
     trusted_keys: Annotated[list[PublicKey], Added("0.2.0")] = []
     """Public keys, as `fineloop adapters sign` prints them. When set, an alias moves only to versions that one of
     them has signed for it, and only signed versions that none has revoked are fetched."""
+    evaluation_keys: Annotated[list[PublicKey], Added("0.2.0")] = []
+    """Public keys of the step evaluate, other ones than trusted_keys. Where trusted_keys are set, the gate decides on
+    evaluations that one of these has signed, and on no other."""
+
+    @model_validator(mode="after")
+    def _keys_are_apart(self) -> "RegistryConfig":
+        if self.evaluation_keys and (not self.trusted_keys or set(self.evaluation_keys) & set(self.trusted_keys)):
+            raise ValueError("evaluation_keys go with trusted_keys, and no key is in both: evaluating signs no version")
+        return self

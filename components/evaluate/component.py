@@ -26,5 +26,5 @@ def evaluate(
         metrics.metadata.update(flat_metrics(evaluation))
         if matrix := evaluation.confusion:
             confusion.log_confusion_matrix(matrix["labels"], matrix["counts"])
-        uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.EVALUATION))
+        uri = step_run.store.uri(runs.key_of(step_run.store, step_run.run_id, runs.EVALUATION))
     return uri

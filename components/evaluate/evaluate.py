@@ -1,11 +1,17 @@
 """The evaluate step: takes a version and returns the comparison of base, champion and candidate.
 
 The Ray job that trained the version does the work. If that job is gone, another one takes the version as it is.
+
+Where the registry trusts keys, whoever trains must not decide what is promoted: a job of its own measures, with an
+account of its own that writes where a training's may not, and this step signs what it has written.
 """
+
+import os
 
 from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.steps import ROLES, Evaluation
+from components.registry import signing
 from components.shared.errors import JobError, ObjectMissing
 from components.shared.protocol import TRAINED
 from components.step.step import StepRun
@@ -18,7 +24,13 @@ def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evalua
         FineloopError: the error that the job failed with.
         JobError: the job failed without saying why, or ended without a result.
     """
-    submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, after=TRAINED)
+    apart, key = bool(step_run.store.trusted_keys), signing.signer_from(os.environ, signing.OF_EVALUATIONS)
+    if apart:
+        # The job reads the config from the run's folder, where a training may write.
+        about = ("--dataset", dataset_uri, "--version", version_uri, "--config-digest", step_run.config.digest)
+        submission_id = submit_step(step_run, "evaluate", *about, ray=step_run.config.ray.for_evaluation())
+    else:
+        submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, after=TRAINED)
     try:
         evaluation = runs.read(step_run.store, step_run.run_id, Evaluation)
     except ObjectMissing as exc:
@@ -26,6 +38,10 @@ def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evalua
     compared, wanted = evaluation.model("candidate"), version_uri.rstrip("/").rpartition("/")[2]
     if compared is None or compared.version != wanted:
         raise JobError(f"Ray job {submission_id} did not compare {wanted}, which this run has published")
+    if apart and key:
+        signing.sign_evaluation(step_run.store, step_run.config.adapter.name, step_run.run_id, key)
+    elif apart:
+        step_run.say(f"not signed, so that no gate decides on it: there is no key in {signing.OF_EVALUATIONS[0]}")
     step_run.result.update(records=evaluation.records)
     return evaluation
 

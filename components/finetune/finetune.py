@@ -1,7 +1,7 @@
 """The finetune step: takes a dataset and publishes a version of the adapter.
 
 One Ray job trains the version and then compares it, and the evaluate step waits for that: the job is admitted to the
-cluster only once, and no other job runs in between.
+cluster only once, and no other job runs in between. Where the registry trusts keys, the job only trains.
 """
 
 from components.ray_cluster.base_size import require_disk
@@ -33,7 +33,9 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
         )
     require_none_erased(step_run.store, dataset_uri)
     require_disk(step_run.config)
-    submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, upto=TRAINED)
+    only = ["--train-only"] if step_run.store.trusted_keys else []
+    upto = "" if only else TRAINED
+    submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, *only, upto=upto)
     try:
         result = runs.read(step_run.store, step_run.run_id, TrainResult)
     except ObjectMissing as exc:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from components.records import runs
 from components.records.steps import Evaluation, Role, TextLosses
 from components.shared.answers import are_labels
-from components.shared.errors import IntegrityError
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.shared.metrics import METRICS, Metric
 from components.shared.paired import Array, Pairs
 from components.shared.parquet import table_of
@@ -71,8 +71,12 @@ def read(store: "Store", evaluation: Evaluation) -> Evidence:
         ObjectMissing: they are not there.
         IntegrityError: they are not what the evaluation was made of.
     """
-    key = runs.run_key(evaluation.run_id, runs.EVALUATION_RECORDS)
-    body, uri = store.get(key), store.uri(key)
+    lying = runs.lying(store, evaluation.run_id, runs.EVALUATION_RECORDS)
+    if lying is None:
+        raise ObjectMissing(
+            f"{store.uri(runs.key_of(store, evaluation.run_id, runs.EVALUATION_RECORDS))} does not exist"
+        )
+    body, uri = lying[0], store.uri(lying[1])
     found = hashlib.sha256(body).hexdigest()
     # An evaluation by release 0.1.0 does not say what it was made of.
     if evaluation.records_sha256 and found != evaluation.records_sha256:

@@ -11,12 +11,14 @@ from components.gate.luck import lead_of
 from components.gate.policy import decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation, RuleResult
+from components.registry import signing
 from components.registry.event import EventKind
 from components.registry.event_log import append_event, events
 from components.registry.history import promotion
-from components.registry.looks import looks, passes, runs_before
+from components.registry.looks import decided_before, passes
 from components.registry.names import version_key
 from components.shared.errors import DataError
+from components.store.once import ReadOnce
 
 if TYPE_CHECKING:
     from components.store.store import Store
@@ -25,47 +27,50 @@ logger = logging.getLogger(__name__)
 
 
 def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> Decision:
-    """Decide by the config's policy, write runs/<run_id>/decision.json, and append an event to the adapter's log where
-    the candidate is held, unless it is the champion itself.
+    """Decide by the config's policy, write the run's decision.json, and append an event to the adapter's log where the
+    candidate is held, unless it is the champion itself.
 
-    `evaluation_uri` is the address of the evaluation; None means runs/<run_id>/evaluation.json. Running it again writes
-    the same decision and no second event; a decision that was carried out is not made again.
+    `evaluation_uri` is the address of the evaluation; None means the run's own. Running it again writes the same
+    decision and no second event; a decision that was carried out is not made again. Where the registry trusts keys,
+    only evaluations that are signed count, this one and those of earlier decisions.
 
     Raises:
         ObjectMissing: there is no evaluation, or its records are gone.
-        IntegrityError: the evaluation is malformed, or its records are not those that it was made from.
+        IntegrityError: the evaluation is malformed, its records are not those that it was made from, or it is not
+            signed.
+        ConfigError: the config trusts keys, and none for evaluations.
         DataError: the evaluation belongs to another run, or lacks the candidate or the base.
     """
-    key = store.key(evaluation_uri) if evaluation_uri else runs.run_key(run_id, runs.EVALUATION)
+    key = store.key(evaluation_uri) if evaluation_uri else runs.key_of(store, run_id, runs.EVALUATION)
     body = store.get(key)
     evaluation = Evaluation.from_json(body, store.uri(key))
     if evaluation.run_id != run_id:
         other = evaluation.run_id
         raise DataError(f"the evaluation belongs to run {other}, not to {run_id}: evaluate {run_id} first")
-    adapter = config.adapter
-    has_decided = partial(runs.has_decided, store)
+    adapter, sha256 = config.adapter, hashlib.sha256(body).hexdigest()
     log = events(store, adapter.name)
     if carried_out := promotion(log, run_id, adapter.alias):
         return runs.read(store, run_id, Decision, sha256=carried_out.body["evidence"]["sha256"])
-    look = looks(log, adapter.alias, evaluation.test_set, run_id=run_id, has_decided=has_decided)
-    passed = passes(
-        log, adapter.alias, evaluation.test_set, run_id=run_id, has_promoted=partial(runs.has_promoted, store)
-    )
-    before = runs_before(log, adapter.alias, evaluation.test_set, run_id=run_id)
-    earlier = [each for each in (runs.decision_of(store, run) for run in before) if each is not None]
+    if candidate := evaluation.model("candidate"):
+        signing.require_evaluated(store, adapter.name, candidate.version, run_id, sha256)
+    earlier = ReadOnce(store)  # a decision is asked for more than once
+    behind = partial(signing.decision_behind, earlier, adapter.name)
+    on_these, counts = (log, adapter.alias, evaluation.test_set), partial(signing.counts, earlier, adapter.name)
+    before = decided_before(*on_these, run_id=run_id, counts=counts)
+    passed = passes(*on_these, run_id=run_id, counts=lambda event: behind(event) is not None)
+    decisions = [decision for event in before if (decision := behind(event))]
     champion = evaluation.model("champion")
     decided = decide(
         evaluation,
         evidence.read(store, evaluation),
         config.gate,
         adapter,
-        look=look,
+        look=len(before) + 1,
         passed_before=passed,
-        lead=lead_of(champion.version, config.gate.metric, earlier) if champion else None,
+        lead=lead_of(champion.version, config.gate.metric, decisions) if champion else None,
     )
     assert decided.version is not None  # a candidate without one is refused
     uri = store.uri(version_key(decided.adapter, decided.version))
-    sha256 = hashlib.sha256(body).hexdigest()
     decision = decided.model_copy(update={"version_uri": uri, "evaluation_sha256": sha256})
     for rule in decision.rules:
         _log(rule)

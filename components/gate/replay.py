@@ -9,9 +9,10 @@ from components.gate import evidence
 from components.gate.policy import BEFORE, decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation
+from components.registry import signing
 from components.registry.event_log import events
 from components.registry.history import decisions
-from components.shared.errors import DataError, UnknownName
+from components.shared.errors import ConfigError, DataError, IntegrityError, UnknownName
 
 if TYPE_CHECKING:
     from components.store.store import Store
@@ -23,6 +24,8 @@ class Replayed:
 
     recorded: Decision
     found: Decision
+    unsigned: str = ""
+    """Where the registry trusts keys: why the evidence counts no more; empty if it is signed."""
 
     @property
     def is_same(self) -> bool:
@@ -43,12 +46,18 @@ def replay(store: "Store", run_id: str) -> Replayed:
     """
     if next(store.list(runs.run_key(run_id)), None) is None:
         raise UnknownName(f"there is no run {run_id!r} in {store.uri('runs/')}: give the id that its report names")
-    recorded = runs.read(store, run_id, Decision)
+    recorded = runs.read(store, run_id, Decision, to_show=True)
     if recorded.decision == "skipped":
         raise DataError(f"run {run_id} was skipped: it evaluated nothing that could be decided on again")
     if (logged := decisions(events(store, recorded.adapter)).get(run_id)) is not None:
-        runs.read(store, run_id, Decision, sha256=logged[0])
-    evaluation = runs.read(store, run_id, Evaluation, sha256=recorded.evaluation_sha256 or None)
+        runs.read(store, run_id, Decision, sha256=logged[0], to_show=True)
+    evaluation = runs.read(store, run_id, Evaluation, sha256=recorded.evaluation_sha256 or None, to_show=True)
+    unsigned = ""
+    try:
+        about = recorded.adapter, recorded.version, run_id, recorded.evaluation_sha256
+        signing.require_evaluated(store, *about)
+    except (IntegrityError, ConfigError) as exc:
+        unsigned = str(exc)
     found = decide(
         evaluation,
         evidence.read(store, evaluation),
@@ -58,4 +67,4 @@ def replay(store: "Store", run_id: str) -> Replayed:
         passed_before=recorded.passed_before,
         lead=recorded.lead,
     )
-    return Replayed(recorded, found)
+    return Replayed(recorded, found, unsigned)

@@ -6,6 +6,7 @@ from components.prepare.prepare import PreparedDataset, prepare_if_new
 from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.steps import Prepared
+from components.registry.signing import require_evaluation_keys
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
 
@@ -15,8 +16,11 @@ def prepared(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset 
 
     Raises:
         FineloopError: as for `prepare_if_new`; for a job, the error that it failed with.
+        ConfigError: a gate decides at the end, and could believe no evaluation.
         JobError: the job failed without saying why, or ended without a result.
     """
+    if is_decided:
+        require_evaluation_keys(step_run.store)
     config = step_run.config
     if config.data.engine == "local":
         return prepare_if_new(step_run, is_decided=is_decided)

@@ -67,7 +67,8 @@ class Exposure:
 def find(store: Store, record_ids: Collection[str]) -> Exposure:
     """Search the whole registry. Only the ids are read from Parquet files, and only the text from rejected rows."""
     files = [info for info in store.list(DATASETS) if info.key.endswith(".parquet")]
-    files += [info for info in store.list(RUNS) if info.key.endswith(f"/{runs.EVALUATION_RECORDS}")]
+    compared = [info for folder in (RUNS, runs.EVALUATIONS) for info in store.list(folder)]
+    files += [info for info in compared if info.key.endswith(f"/{runs.EVALUATION_RECORDS}")]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = dict(zip(files, pool.map(lambda info: _held(store, info, record_ids), files), strict=True))
     holders = _holders(store, {info: ids for info, ids in found.items() if ids and info.key.startswith(DATASETS)})
@@ -75,7 +76,9 @@ def find(store: Store, record_ids: Collection[str]) -> Exposure:
     return Exposure(
         tuple(holders),
         tuple(_exposed(store, trained_on)),
-        tuple(sorted(info.key.split("/")[1] for info, ids in found.items() if ids and info.key.startswith(RUNS))),
+        tuple(
+            sorted(info.key.split("/")[1] for info, ids in found.items() if ids and not info.key.startswith(DATASETS))
+        ),
         tuple(store.uri(info.key) for info, ids in found.items() if ids is None),
     )
 

@@ -9,10 +9,10 @@ from functools import partial
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record, load_split
 from components.prepare.held_out import folds, validation_and_test
-from components.records import runs
+from components.registry import signing
 from components.registry.aliases import read_alias
 from components.registry.event_log import events
-from components.registry.looks import looks, next_part
+from components.registry.looks import decided_before, next_part
 from components.shared import binomial
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import metric_of
@@ -52,8 +52,9 @@ def judges(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) ->
     if len(parts) == 1:
         return parts[0]
     log, adapter = events(store, config.adapter.name), config.adapter
-    has_decided = partial(runs.has_decided, store)
-    decided = [looks(log, adapter.alias, each.sample, run_id=run_id, has_decided=has_decided) - 1 for each in parts]
+    counts = partial(signing.counts, store, adapter.name)
+    before = [decided_before(log, adapter.alias, each.sample, run_id=run_id, counts=counts) for each in parts]
+    decided = [len(each) for each in before]
     return parts[next_part(decided, enough=config.evaluate.decisions_per_fold)]
 
 

@@ -50,6 +50,7 @@ def move_by_hand(
     bucket: str,
     prefix: str,
     trusted_keys: list[str],
+    evaluation_keys: list[str],
     announce: dict[str, str],
     job_id: str,
     summary: Output[Markdown],
@@ -66,7 +67,8 @@ def move_by_hand(
 
     others = AnnounceConfig.model_validate(announce)
     request = Request(adapter_name, action, version, alias, reason, person, job_id)
-    store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, trusted_keys=trusted_keys))
+    keys = {"trusted_keys": trusted_keys, "evaluation_keys": evaluation_keys}
+    store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, **keys))
     store.check()
     event = carry_out(store, request)
     Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")

@@ -53,21 +53,24 @@ def take_alias(store: Store, decision: Decision, decision_sha256: str, *, actor:
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
         ObjectMissing: the candidate is gone.
-        IntegrityError: the candidate's files are not those of its manifest.
+        IntegrityError: the candidate's files are not those of its manifest; or the registry trusts keys, and none of
+            those for evaluations has signed what the decision rests on.
     """
     assert decision.version is not None
+    name, version = decision.adapter, decision.version
+    measured = signing.require_evaluated(store, name, version, decision.run_id, decision.evaluation_sha256)
     if key := signing.signer_from(os.environ):
-        signing.sign(store, decision.adapter, decision.version, key, alias=decision.alias, decision=decision)
+        signing.sign(store, name, version, key, alias=decision.alias, decision=decision, manifest_sha256=measured)
     evidence = {
-        "decision": store.uri(runs.run_key(decision.run_id, runs.DECISION)),
+        "decision": store.uri(runs.key_of(store, decision.run_id, runs.DECISION)),
         "sha256": decision_sha256,
         "anchor": decision.anchor,
         "test_set": list(decision.test_set),
     }
     return aliases.promote(
         store,
-        decision.adapter,
-        decision.version,
+        name,
+        version,
         decision.alias,
         expected=decision.champion,
         cause=aliases.Cause(decision.run_id, actor, reason, evidence),
@@ -80,16 +83,12 @@ def hold(step_run: StepRun) -> str:
     watermark.advance(step_run.store, decision.adapter, step_run.run_id)
     step_run.result.update(version=decision.version, reasons=list(decision.reasons))
     step_run.say(f"{decision.adapter}@{decision.alias} stays where it is: {' '.join(decision.reasons)}")
-    return _decision_uri(step_run)
+    return step_run.store.uri(runs.key_of(step_run.store, step_run.run_id, runs.DECISION))
 
 
 def skip(step_run: StepRun) -> str:
     """Leave everything alone and return the decision's URI. The watermark stays, so that new rows stay new."""
-    decision = runs.read(step_run.store, step_run.run_id, Decision)
+    decision = runs.read(step_run.store, step_run.run_id, Decision, to_show=True)
     step_run.result.update(reasons=list(decision.reasons))
     step_run.say(f"{decision.adapter} is not trained: {' '.join(decision.reasons)}")
-    return _decision_uri(step_run)
-
-
-def _decision_uri(step_run: StepRun) -> str:
     return step_run.store.uri(runs.run_key(step_run.run_id, runs.DECISION))

@@ -16,6 +16,9 @@ runs/<run_id>/config.toml                  the resolved config, overrides applie
               evaluation.json              the models compared, and evaluation_records.parquet record by record
               decision.json                promote, hold or skipped, with reasons
               report.html
+
+Where the registry trusts keys, evaluation.json, evaluation_records.parquet and decision.json lie where a training may
+not write, in evaluations/<run_id>/, beside evaluation.dsse.json, the signature of the step that evaluated.
 """
 
 import hashlib
@@ -24,7 +27,7 @@ from typing import Any, TypeVar
 
 from components.records.steps import Decision, Evaluation, Record, StepRecord, TrainResult
 from components.records.sweep import SweepResult, Trial
-from components.shared.errors import IntegrityError
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.store.store import JSON, Store
 
 CONFIG = "config.toml"
@@ -44,6 +47,10 @@ SWEEP = SweepResult.FILE
 TRIALS = "trials/"
 STEPS = "steps/"
 CHECKPOINTS = "checkpoints/"
+EVALUATIONS = "evaluations/"
+EVALUATION_SIGNATURE = "evaluation.dsse.json"
+RAY_EVALUATE = "ray-evaluate"
+APART = (EVALUATION, EVALUATION_RECORDS, DECISION, EVALUATION_SIGNATURE, RAY_EVALUATE, f"{RAY_EVALUATE}-more")
 
 R = TypeVar("R", bound=Record)
 
@@ -51,6 +58,11 @@ R = TypeVar("R", bound=Record)
 def run_key(run_id: str, file: str = "") -> str:
     """Return the key of a file of the run in the store; without `file`, the run's folder with a trailing slash."""
     return f"runs/{run_id}/{file}"
+
+
+def key_of(store: Store, run_id: str, file: str) -> str:
+    """Return the key of a file of the run: apart if the registry trusts keys and a decision rests on the file."""
+    return f"{EVALUATIONS}{run_id}/{file}" if store.trusted_keys and file in APART else run_key(run_id, file)
 
 
 def step_key(run_id: str, step: str) -> str:
@@ -75,15 +87,17 @@ def config_of(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
     return config
 
 
-def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None) -> R:
-    """Read the run's record of this kind.
+def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None, to_show: bool = False) -> R:
+    """Read the run's record of this kind; one that is only `to_show`, not to decide on, also from before
+    the registry trusted keys.
 
     Raises:
         ObjectMissing: the run has no such record.
         IntegrityError: the record is malformed, or its SHA-256 is not `sha256`.
     """
-    key = run_key(run_id, kind.FILE)
-    body = store.get(key)
+    if (found_at := lying(store, run_id, kind.FILE, to_show=to_show)) is None:
+        raise ObjectMissing(f"{store.uri(key_of(store, run_id, kind.FILE))} does not exist")
+    body, key = found_at
     if sha256 is not None and (found := hashlib.sha256(body).hexdigest()) != sha256:
         raise IntegrityError(
             f"{store.uri(key)} has sha256 {found}, but {sha256} was written: it was changed since, so run the step "
@@ -92,39 +106,40 @@ def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None)
     return kind.from_json(body, store.uri(key))
 
 
-def find(store: Store, run_id: str, kind: type[R]) -> R | None:
-    """Read the run's record of this kind; None if the run did not get that far.
+def find(store: Store, run_id: str, kind: type[R], *, to_show: bool = False) -> R | None:
+    """Read the run's record of this kind; None if the run did not get that far. `to_show` is as in `read`.
 
     Raises:
         IntegrityError: the record is malformed.
     """
-    key = run_key(run_id, kind.FILE)
-    found = store.read(key)
-    return kind.from_json(found[0], store.uri(key)) if found else None
+    found = lying(store, run_id, kind.FILE, to_show=to_show)
+    return kind.from_json(found[0], store.uri(found[1])) if found else None
+
+
+def lying(store: Store, run_id: str, file: str, *, to_show: bool = True) -> tuple[bytes, str] | None:
+    """Return the content and the key of a run's file; `to_show` also of one from before the registry trusted keys."""
+    for key in dict.fromkeys((key_of(store, run_id, file), *([run_key(run_id, file)] if to_show else []))):
+        if found := store.read(key):
+            return found[0], key
+    return None
 
 
 def has_decided(store: Store, run_id: str) -> bool:
     """Whether the run's gate left a decision; a damaged one counts, `skipped` does not."""
     try:
-        decision = find(store, run_id, Decision) if run_id else None
+        decision = find(store, run_id, Decision, to_show=True) if run_id else None
     except IntegrityError:
         return True
     return decision is not None and decision.decision != "skipped"
 
 
-def decision_of(store: Store, run_id: str) -> Decision | None:
+def decision_of(store: Store, run_id: str, *, to_show: bool = False) -> Decision | None:
     """Return the decision of the run's gate; None if it decided nothing, or the decision is damaged."""
     try:
-        found = find(store, run_id, Decision) if run_id else None
+        found = find(store, run_id, Decision, to_show=to_show) if run_id else None
     except IntegrityError:
         return None
     return None if found is None or found.decision == "skipped" else found
-
-
-def has_promoted(store: Store, run_id: str) -> bool:
-    """Whether the run's gate passed its version, or left it waiting for approval; False if the decision is damaged."""
-    decision = decision_of(store, run_id)
-    return decision is not None and (decision.promoted or decision.waits)
 
 
 def write(store: Store, run_id: str, record: Record) -> None:
@@ -134,8 +149,10 @@ def write(store: Store, run_id: str, record: Record) -> None:
             key = step_key(run_id, record.step)
         case Trial():
             key = run_key(run_id, f"{TRIALS}{record.name}.json")
-        case _:
+        case Decision(decision="skipped"):  # nothing rests on it, and the job that prepares the data may write it
             key = run_key(run_id, record.FILE)
+        case _:
+            key = key_of(store, run_id, record.FILE)
     store.put(key, record.as_json(), content_type=JSON)
 
 

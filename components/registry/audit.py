@@ -15,7 +15,7 @@ from components.registry import aliases, signing, versions, watermark
 from components.registry.aliases import Pointer, read_alias
 from components.registry.ancestry import BASE_FIELDS
 from components.registry.event import Event
-from components.registry.event_log import read_log
+from components.registry.event_log import events_key, read_log
 from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
 from components.registry.identity import verify_whole
 from components.registry.index import READS_AT_ONCE
@@ -64,6 +64,7 @@ def _audit(store: Store, name: str, pool: Executor) -> Audit:
     findings += _refusals(store, name, log, whole, pool)
     decided = [(run_id, *found) for run_id, found in decisions(log).items()]
     findings += chain.from_iterable(pool.map(lambda each: [*_decision(store, *each)], decided))
+    findings += _unsigned(store, name, log, pool)
     findings += _inputs(store, name, whole, pool)
     pointers: dict[str, Pointer] = {}
     for info in store.list(adapter_key(name, "aliases/")):
@@ -155,20 +156,21 @@ def _refusals(
 
 def _decided(store: Store, run_id: str) -> Decision | Finding | None:
     try:
-        return runs.find(store, run_id, Decision) if run_id else None
+        return runs.find(store, run_id, Decision, to_show=True) if run_id else None
     except IntegrityError as exc:
         return Finding(store.uri(runs.run_key(run_id, Decision.FILE)), str(exc))
 
 
 def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[Finding]:
     """Check a decision that moved an alias or waits for a person, its evaluation, and the evaluation's records."""
-    keys = [runs.run_key(run_id, file) for file in (runs.DECISION, runs.EVALUATION, runs.EVALUATION_RECORDS)]
+    files = {runs.DECISION: Decision, runs.EVALUATION: Evaluation, runs.EVALUATION_RECORDS: None}
     known_by = event.uri
-    for key, kind in zip(keys, (Decision, Evaluation, None), strict=True):
-        found = store.read(key)
+    for file, kind in files.items():
+        found, key = runs.lying(store, run_id, file), runs.key_of(store, run_id, file)
         if found is None:
             yield Finding(store.uri(key), f"is gone, and {known_by} names it")
             break
+        key = found[1]
         if wanted and hashlib.sha256(found[0]).hexdigest() != wanted:
             yield Finding(store.uri(key), f"is another than {known_by} names")
             break
@@ -181,6 +183,24 @@ def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[
         wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
         wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
         known_by = store.uri(key)
+
+
+def _unsigned(store: Store, name: str, log: list[Event], pool: Executor) -> Iterator[Finding]:
+    """Name decisions that rest on nothing signed, if they were written after one that does: by the store's clock."""
+    of_gates = [each for each in log if each.kind in ("refused", "proposed", "promoted") and not _by_hand(each)]
+    if not store.evaluation_keys or not of_gates:
+        return
+    behind = [*pool.map(lambda event: signing.decision_behind(store, name, event), of_gates)]
+    written = {store.uri(info.key): info.last_modified for info in store.list(events_key(name))}
+    since = [written[event.uri] for event, decision in zip(of_gates, behind, strict=True) if decision]
+    for event, decision in zip(of_gates, behind, strict=True):
+        if since and decision is None and written[event.uri] >= min(since):
+            why = "which no evaluation signed by one of registry.evaluation_keys is behind: it counts for nothing"
+            yield Finding(event.uri, f"is about a decision of run {event.body.get('run_id')}, {why}")
+
+
+def _by_hand(event: Event) -> bool:
+    return event.kind == "promoted" and "sha256" not in event.body.get("evidence", {})
 
 
 def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor) -> Iterator[Finding]:

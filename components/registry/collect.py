@@ -248,12 +248,14 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
         IntegrityError: one of its records is damaged.
     """
     try:
-        decision = runs.find(store, run_id, Decision)
+        decision = runs.find(store, run_id, Decision, to_show=True)
         if decision is not None and not decision.promoted:
             return None
         trained = runs.find(store, run_id, TrainResult)
         made = trained.version_uri if trained else ""
-        if decision or runs.find(store, run_id, Evaluation):  # what is left is its version taking the alias
+        if decision or runs.find(
+            store, run_id, Evaluation, to_show=True
+        ):  # what is left is its version taking the alias
             return _UnderWay(run_id, made)
         prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
         if replayed := runs.find(store, run_id, Replayed):

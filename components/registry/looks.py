@@ -12,25 +12,20 @@ SAME = 0.5
 """Share of its sample that a test set has in common with itself after a refresh, at least."""
 
 
-def looks(
+def decided_before(
     log: Sequence["Event"],
     alias: str,
     test_set: Sequence[str],
     *,
     run_id: str,
-    has_decided: Callable[[str], bool] = lambda run_id: True,
-) -> int:
-    """Return how often the alias was decided on by this test set, including the decision of `run_id`; 1 is the first.
+    counts: Callable[["Event"], bool] = lambda event: True,
+) -> list["Event"]:
+    """Return the event about the outcome of each run other than `run_id` on this test set, oldest first.
 
-    `test_set` is the sample of the test set that an evaluation names; without it, earlier looks are unknown.
-    `has_decided` tells whether a run that an event names made a decision: a training may write events too.
+    `test_set` is the sample of the test set that an evaluation names; without it, earlier decisions are unknown.
+    `counts` tells whether there is a decision behind an event: a training may write events too.
     """
-    return sum(map(has_decided, runs_before(log, alias, test_set, run_id=run_id))) + 1
-
-
-def runs_before(log: Sequence["Event"], alias: str, test_set: Sequence[str], *, run_id: str) -> list[str]:
-    """Return the runs other than `run_id` for which an event records an outcome on this test set, oldest first."""
-    return [each for each in _runs(_about(log, alias, test_set)) if each != run_id]
+    return _of_other_runs(_about(log, alias, test_set), run_id, counts)
 
 
 def passes(
@@ -39,11 +34,11 @@ def passes(
     test_set: Sequence[str],
     *,
     run_id: str,
-    has_promoted: Callable[[str], bool] = lambda run_id: True,
+    counts: Callable[["Event"], bool] = lambda event: True,
 ) -> int:
     """Return how many of the earlier decisions replaced one version by another, by the gate's own rules."""
     moved = [each for each in _about(log, alias, test_set) if each.kind == "promoted" and each.body.get("from")]
-    return sum(has_promoted(each) for each in _runs(moved) if each != run_id)
+    return len(_of_other_runs(moved, run_id, counts))
 
 
 def next_part(decided: Sequence[int], *, enough: int) -> int:
@@ -79,8 +74,14 @@ def _about(log: Sequence["Event"], alias: str, test_set: Sequence[str]) -> list[
     ]
 
 
-def _runs(events: Sequence["Event"]) -> list[str]:
-    return list(dict.fromkeys(str(event.body.get("run_id", "")) for event in events))
+def _of_other_runs(events: Sequence["Event"], run_id: str, counts: Callable[["Event"], bool]) -> list["Event"]:
+    """Return the first event of each other run that counts; one that does not must not hide one that does."""
+    by_run: dict[str, Event] = {}
+    for event in events:
+        other = str(event.body.get("run_id", ""))
+        if other != run_id and other not in by_run and counts(event):
+            by_run[other] = event
+    return list(by_run.values())
 
 
 def _sample(body: Mapping[str, Any]) -> set[str]:

@@ -6,6 +6,9 @@ with FAILED, that it is revoked, which takes precedence. It holds no time, so th
 in adapters/<name>/signatures/<version>/<first digits of the key's id>-<those of the envelope's sha256>.dsse.json: a
 name that only the holder of the key can predict, and so occupy. The private key comes from the signer's environment and
 is stored nowhere else; or a KMS keeps it.
+
+Another key, which signs no version, signs evaluations: the step evaluate signs what its own job has measured, where no
+training may write, and gate and promotion decide on nothing else.
 """
 
 import base64
@@ -21,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation
+from components.registry.event import Event
 from components.registry.event_log import require_published
 from components.registry.identity import verify_whole
 from components.registry.names import adapter_key, version_key
-from components.shared.errors import IntegrityError, UserError
+from components.shared.errors import ConfigError, IntegrityError, UserError
 from components.store import folders
 from components.store.store import JSON, ObjectInfo, Store, encode_json
 
@@ -35,9 +39,12 @@ logger = logging.getLogger(__name__)
 
 KEY_VARIABLE, KEY_FILE_VARIABLE = "FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE"
 SIGNER_VARIABLE = "FINELOOP_SIGNER"
+OF_VERSIONS = (KEY_VARIABLE, KEY_FILE_VARIABLE, SIGNER_VARIABLE)
+OF_EVALUATIONS = ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_KEY_FILE", "FINELOOP_EVALUATION_SIGNER")
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/verification_summary/v1"
+EVALUATION_TYPE = "urn:fineloop:evaluation:v1"
 LINEAGE = "lineage.json"
 SCHEME = "ed25519:"
 DIGITS = 12
@@ -76,11 +83,11 @@ def pre_authentication(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def signer_from(environment: Mapping[str, str]) -> Signer | None:
+def signer_from(environment: Mapping[str, str], variables: tuple[str, str, str] = OF_VERSIONS) -> Signer | None:
     """Return the key to sign with, or None if none is set.
 
-    It comes from the function that FINELOOP_SIGNER names as PACKAGE.MODULE:FUNCTION, or else from PEM text in
-    FINELOOP_SIGNING_KEY or in the file that FINELOOP_SIGNING_KEY_FILE names.
+    It comes from the function that the last of the variables names as PACKAGE.MODULE:FUNCTION, or else from PEM text in
+    the first or in the file that the second names.
 
     Raises:
         UserError: there is no such function, it fails or gives no key; or the key cannot be read, or is no unencrypted
@@ -88,7 +95,8 @@ def signer_from(environment: Mapping[str, str]) -> Signer | None:
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    if named := environment.get(SIGNER_VARIABLE, ""):
+    in_text, in_file, by_function = variables
+    if named := environment.get(by_function, ""):
         module, _, function = named.partition(":")
         try:
             signer: Signer = getattr(importlib.import_module(module), function)()
@@ -96,21 +104,18 @@ def signer_from(environment: Mapping[str, str]) -> Signer | None:
                 raise TypeError(f"it gives a {type(public).__name__}")
         except Exception as exc:  # what the user's code raises
             raise UserError(
-                f"{SIGNER_VARIABLE} is {named!r}, and has to be PACKAGE.MODULE:FUNCTION, of a function that takes "
+                f"{by_function} is {named!r}, and has to be PACKAGE.MODULE:FUNCTION, of a function that takes "
                 f"nothing and gives an Ed25519 key: {exc}"
             ) from exc
         return signer
-    return _key_from(environment)
+    path, text = environment.get(in_file, ""), environment.get(in_text, "")
+    return _key_from(path, text, in_text if text else in_file) if path or text else None
 
 
-def _key_from(environment: Mapping[str, str]) -> Signer | None:
+def _key_from(path: str, text: str, variable: str) -> Signer:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    path, text = environment.get(KEY_FILE_VARIABLE, ""), environment.get(KEY_VARIABLE, "")
-    if not path and not text:
-        return None
-    variable = KEY_VARIABLE if text else KEY_FILE_VARIABLE
     try:
         key = load_pem_private_key(text.encode() if text else Path(path).read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as exc:
@@ -170,7 +175,108 @@ def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -
     return _write(store, name, version, key, _statement(store, name, version, manifest, predicate))
 
 
+def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
+    """Sign the run's evaluation of a version of this adapter, as it is stored, and return the signature's URI.
+
+    Raises:
+        ObjectMissing: there is no evaluation, or the version is gone.
+        IntegrityError: the evaluation is malformed, or what the key signed is not what its public key verifies.
+    """
+    where = runs.key_of(store, run_id, runs.EVALUATION)
+    body = store.get(where)
+    candidate = Evaluation.from_json(body, store.uri(where)).model("candidate")
+    version = str(candidate and candidate.version)
+    manifest = folders.read_manifest(store, version_key(name, version)).sha256
+    # The evaluation names the hash of its records, the dataset, and the version that it compared this one with.
+    measured = _measured(store, name, version, run_id, hashlib.sha256(body).hexdigest())
+    statement = {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": f"{name}/{version}", "digest": {"sha256": manifest}}],
+        "predicateType": EVALUATION_TYPE,
+        "predicate": {"manifest_sha256": manifest, **measured},
+    }
+    signature = runs.key_of(store, run_id, runs.EVALUATION_SIGNATURE)
+    store.put(signature, _envelope(key, statement), content_type=JSON)
+    return store.uri(signature)
+
+
+def require_evaluated(store: Store, name: str, version: str | None, run_id: str, evaluation_sha256: str) -> str | None:
+    """Require that a key of registry.evaluation_keys signed this evaluation of the version by this run; return the
+    sha256 of the manifest that the version had. None, and nothing required, where the registry trusts no key.
+
+    Raises:
+        ConfigError: the registry trusts keys, and none for evaluations.
+        IntegrityError: none of them signed it.
+    """
+    if not store.trusted_keys:
+        return None
+    require_evaluation_keys(store)
+    key = runs.key_of(store, run_id, runs.EVALUATION_SIGNATURE)
+    found = store.read(key)
+    statement = opened(found[0], store.uri(key), store.evaluation_keys) if found else None
+    predicate = (statement or {}).get("predicate", {})
+    if _measured(store, name, str(version), run_id, evaluation_sha256).items() <= predicate.items():
+        return str(predicate["manifest_sha256"])
+    raise IntegrityError(
+        f"what run {run_id} measured of {name} {version} is signed by none of registry.evaluation_keys, so nothing is "
+        f"decided on it: only the step evaluate signs, with the key in {OF_EVALUATIONS[0]}; run that step again"
+    )
+
+
+def _measured(store: Store, name: str, version: str, run_id: str, evaluation_sha256: str) -> dict[str, str]:
+    uri = store.uri(version_key(name, version))
+    return {"resourceUri": uri, "run_id": run_id, "evaluation_sha256": evaluation_sha256}
+
+
+def require_evaluation_keys(store: Store) -> None:
+    """Raise a ConfigError where the registry trusts keys, and none for evaluations."""
+    if store.trusted_keys and not store.evaluation_keys:
+        raise ConfigError(
+            "registry.trusted_keys are set and registry.evaluation_keys are not, so no evaluation could be believed: "
+            f"make a key for the step evaluate, which reads it from {OF_EVALUATIONS[0]}, and name its public key there"
+        )
+
+
+def decision_behind(store: Store, name: str, event: Event) -> Decision | None:
+    """Return the decision behind an event; None if there is none, or it did not let pass what the event promotes.
+
+    Where the registry trusts keys, only one that says the same and whose evaluation is signed: a training, which may
+    write events, can neither add to the decisions on a test set nor hide one.
+    """
+    body, run_id = event.body, str(event.body.get("run_id", ""))
+    decision = runs.decision_of(store, run_id)
+    if decision is None or (event.kind == "promoted" and not (decision.promoted or decision.waits)):
+        return None
+    if not store.trusted_keys:
+        return decision
+    test_set = body.get("test_set") or body.get("evidence", {}).get("test_set") or ()
+    event_is_about = (name, body.get("version", body.get("to")), body.get("alias"), run_id, tuple(test_set))
+    if event_is_about != (decision.adapter, decision.version, decision.alias, decision.run_id, decision.test_set):
+        return None
+    try:
+        require_evaluated(store, name, decision.version, run_id, decision.evaluation_sha256)
+    except IntegrityError:
+        return None
+    return decision
+
+
+def counts(store: Store, name: str, event: Event) -> bool:
+    """Whether there is a decision behind an event of the log: a training may write events too."""
+    if store.trusted_keys:
+        return decision_behind(store, name, event) is not None
+    return runs.has_decided(store, str(event.body.get("run_id", "")))
+
+
 def _write(store: Store, name: str, version: str, key: Signer, statement: Mapping[str, Any]) -> str:
+    envelope = _envelope(key, statement)
+    file = f"{key_id(public_text(key))[:DIGITS]}-{hashlib.sha256(envelope).hexdigest()[:DIGITS]}.dsse.json"
+    where = f"{_folder(name, version)}{file}"
+    if store.claim(where, envelope, content_type=JSON) != envelope:
+        raise IntegrityError(f"{store.uri(where)} is another's, where this signature belongs: remove it and sign again")
+    return store.uri(where)
+
+
+def _envelope(key: Signer, statement: Mapping[str, Any]) -> bytes:
     from cryptography.exceptions import InvalidSignature
 
     payload, public = encode_json(statement), public_text(key)
@@ -179,18 +285,13 @@ def _write(store: Store, name: str, version: str, key: Signer, statement: Mappin
         key.public_key().verify(signature, pre_authentication(PAYLOAD_TYPE, payload))
     except InvalidSignature as exc:
         raise IntegrityError(f"the signer does not sign with the key that it names, {public}") from exc
-    envelope = encode_json(
+    return encode_json(
         {
             "payloadType": PAYLOAD_TYPE,
             "payload": base64.b64encode(payload).decode(),
             "signatures": [{"keyid": key_id(public), "sig": base64.b64encode(signature).decode()}],
         }
     )
-    file = f"{key_id(public)[:DIGITS]}-{hashlib.sha256(envelope).hexdigest()[:DIGITS]}.dsse.json"
-    where = f"{_folder(name, version)}{file}"
-    if store.claim(where, envelope, content_type=JSON) != envelope:
-        raise IntegrityError(f"{store.uri(where)} is another's, where this signature belongs: remove it and sign again")
-    return store.uri(where)
 
 
 def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] | None:
@@ -321,10 +422,10 @@ def _statement(
     looked_at = [{"uri": store.uri(f"{key}/{LINEAGE}"), "digest": {"sha256": manifest.files[LINEAGE]["sha256"]}}]
     policy: dict[str, Any] = {"uri": "urn:fineloop:a-person"}
     if decision is not None:
-        evaluation = runs.run_key(decision.run_id, Evaluation.FILE)
+        evaluation = runs.key_of(store, decision.run_id, Evaluation.FILE)
         digest = hashlib.sha256(store.get(evaluation)).hexdigest()
         looked_at.append({"uri": store.uri(evaluation), "digest": {"sha256": digest}})
-        decided = runs.run_key(decision.run_id, Decision.FILE)
+        decided = runs.key_of(store, decision.run_id, Decision.FILE)
         policy |= {"uri": store.uri(decided), "digest": {"sha256": decision.sha256}}
     return {
         "_type": STATEMENT_TYPE,

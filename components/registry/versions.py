@@ -206,18 +206,19 @@ def evaluated(store: Store, version: Version) -> Version:
 
     A version is published before it is compared, and never rewritten: the comparison lies with the run.
     """
-    found = evaluation(store, version)
+    found = evaluation(store, version, to_show=True)
     candidate = found.model("candidate") if found else None
     return replace(version, metrics=candidate.metrics) if candidate else version
 
 
-def evaluation(store: Store, version: Version) -> Evaluation | None:
-    """What the version's run measured of it; None where it did not, or the evaluation is gone.
+def evaluation(store: Store, version: Version, *, to_show: bool = False) -> Evaluation | None:
+    """What the version's run measured of it; None where it did not, or the evaluation is gone. Where the registry
+    trusts keys, one from before is only `to_show`.
 
     Raises:
         IntegrityError: the evaluation is not what it should be.
     """
-    found = runs.find(store, version.run_id, Evaluation) if version.run_id else None
+    found = runs.find(store, version.run_id, Evaluation, to_show=to_show) if version.run_id else None
     candidate = found.model("candidate") if found else None
     return found if candidate and candidate.version == version.version else None
 

@@ -20,7 +20,6 @@ from components.registry.names import adapter_key, version_key
 from components.registry.versions import Version
 from components.report.numbers import parse_moment
 from components.report.published import Published
-from components.report.registry_index import decision_of
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.store.once import ReadOnce
 from components.store.store import encode_json
@@ -124,11 +123,11 @@ class AdapterFiles:
         Raises:
             IntegrityError: a decision is damaged.
         """
-        return self._decisions(run_ids, lambda run_id: runs.find(self.store, run_id, Decision))
+        return self._decisions(run_ids, lambda run_id: runs.find(self.store, run_id, Decision, to_show=True))
 
     def sound_decisions(self, run_ids: Iterable[str]) -> list[Decision]:
         """Return the same as `decisions`, without damaged ones, which an audit reports."""
-        return self._decisions(run_ids, lambda run_id: decision_of(self.store, run_id))
+        return self._decisions(run_ids, lambda run_id: runs.decision_of(self.store, run_id, to_show=True))
 
     def _decisions(self, run_ids: Iterable[str], find: Callable[[str], Decision | None]) -> list[Decision]:
         of_versions = {each["run_id"]: each[Decision.FILE] for each in self.entries.values()}
@@ -211,11 +210,11 @@ def _are_texts(_key: str, found: Any) -> bool:
 def _of_run(store: "Store", run_id: str, version: str) -> tuple[Evaluation | None, Decision | None]:
     """Return a run's evaluation and decision, as far as they exist and are about this version."""
     try:
-        found = runs.find(store, run_id, Evaluation) if run_id else None
+        found = runs.find(store, run_id, Evaluation, to_show=True) if run_id else None
         candidate = found.model("candidate") if found else None
         if candidate is None or candidate.version != version:
             return None, None
-        decision = runs.find(store, run_id, Decision)
+        decision = runs.find(store, run_id, Decision, to_show=True)
     except IntegrityError:  # an audit reports it; the page shows what there is
         return None, None
     return found, decision if decision and decision.version == version else None

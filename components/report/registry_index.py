@@ -69,7 +69,11 @@ def list_adapter(store: "Store", name: str) -> Listed:
 
     def decisions(run_ids: Sequence[str]) -> list[Decision]:
         with ThreadPoolExecutor(MOST_DECISIONS) as pool:
-            return [found for found in pool.map(lambda run_id: decision_of(store, run_id), run_ids) if found]
+            return [
+                found
+                for found in pool.map(lambda run_id: runs.decision_of(store, run_id, to_show=True), run_ids)
+                if found
+            ]
 
     found = listed(name, log, num_versions, pointer, decisions)
     return replace(found, in_production="unknown: the alias is damaged") if is_damaged else found
@@ -95,14 +99,6 @@ def listed(
         run_id=decisions[-1].run_id if decisions else "",
         sparkline=sparkline(decisions),
     )
-
-
-def decision_of(store: "Store", run_id: str) -> Decision | None:
-    """Return a run's decision; None if it is missing, or damaged, which an audit reports."""
-    try:
-        return runs.find(store, run_id, Decision)
-    except IntegrityError:
-        return None
 
 
 def age(since: str, now: datetime) -> str:

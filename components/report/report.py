@@ -75,9 +75,9 @@ def read_run(config: RunConfig, store: "Store", run_id: str, files: AdapterFiles
         config_toml=_text(store, runs.run_key(run_id, runs.CONFIG)) or config_file.dumps(config),
         config_digest=config.digest,
         metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
-        evaluation=runs.find(store, run_id, Evaluation),
+        evaluation=runs.find(store, run_id, Evaluation, to_show=True),
         wrong=_wrong(store, run_id),
-        decision=runs.find(store, run_id, Decision),
+        decision=runs.find(store, run_id, Decision, to_show=True),
         sweep=runs.find(store, run_id, SweepResult),
         replayed=runs.find(store, run_id, Replayed),
         rate=runs.find(store, run_id, TunedRate),
@@ -122,7 +122,7 @@ def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
 
 
 def _wrong(store: "Store", run_id: str) -> list[Wrong]:
-    found = store.read(runs.run_key(run_id, runs.EVALUATION_RECORDS))
+    found = runs.lying(store, run_id, runs.EVALUATION_RECORDS)
     return wrong_answers(found[0]) if found is not None else []
 
 

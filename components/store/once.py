@@ -16,7 +16,8 @@ class ReadOnce(Store):
 
     def __init__(self, store: Store) -> None:
         """Wrap a store, with an empty cache."""
-        super().__init__(store._client, store.bucket, store.prefix, field=store._field, trusted_keys=store.trusted_keys)
+        super().__init__(store._client, store.bucket, store.prefix, field=store._field)
+        self.trusted_keys, self.evaluation_keys = store.trusted_keys, store.evaluation_keys
         self._objects: dict[str, tuple[bytes, str] | None] = {}
         self._listed: dict[str, dict[str, ObjectInfo]] = {}
         self._folders: dict[str, list[str]] = {}

@@ -60,10 +60,13 @@ class Store:
         *,
         field: str = "registry.bucket",
         trusted_keys: Sequence[str] = (),
+        evaluation_keys: Sequence[str] = (),
     ) -> None:
         """`field` is the config key that an error message names when the bucket does not exist."""
         self.trusted_keys = tuple(trusted_keys)
         """Public keys one of which must have signed a version before an alias moves to it or it is fetched."""
+        self.evaluation_keys = tuple(evaluation_keys)
+        """Public keys one of which must have signed what a decision rests on, where there are trusted keys."""
         self.bucket = bucket
         self.prefix = prefix
         self.endpoint: str = client.meta.endpoint_url
@@ -77,7 +80,9 @@ class Store:
         Raises:
             StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
         """
-        return cls(client_from_environment(), registry.bucket, registry.prefix, trusted_keys=registry.trusted_keys)
+        trusted, evaluating = registry.trusted_keys, registry.evaluation_keys
+        where = client_from_environment(), registry.bucket, registry.prefix
+        return cls(*where, trusted_keys=trusted, evaluation_keys=evaluating)
 
     def uri(self, key: str) -> str:
         """The object's full address; the empty key gives the registry's own folder."""

@@ -80,7 +80,7 @@ def _next(found: "Exposure", *, revocable: bool) -> Iterator[tuple[str, str]]:
         gone = "the versions that are revoked or never held an alias, then the datasets that none needs"
         yield "fineloop adapters gc --delete", f"removes, when they are as old as --older-than-days says, {gone}"
     for run_id in found.runs:
-        yield "", f"delete runs/{run_id}/ in the store by hand: its evaluation shows the text of them"
+        yield "", f"delete {run_id}/ from runs/ and evaluations/ in the store by hand: it shows the text of them"
     for uri in found.unread:
         yield "", f"look into {uri} yourself: it cannot be read"
 

@@ -37,6 +37,7 @@ def _replay(options: argparse.Namespace) -> Answer:
         "basis_sha256": found.basis_sha256,
         "recorded": {"verdict": recorded.verdict or recorded.decision, "basis_sha256": recorded.basis_sha256},
         "reasons": list(found.reasons),
+        "unsigned": replayed.unsigned,
     }
     how = (
         "again, by the same evidence"
@@ -44,7 +45,7 @@ def _replay(options: argparse.Namespace) -> Answer:
         else f"today, and {recorded.verdict or recorded.decision} then"
     )
     lines = [f"{found.adapter} {found.version}: {found.verdict} {how}", *(f"  - {reason}" for reason in found.reasons)]
-    lines += [f"  basis sha256 {found.basis_sha256}"]
+    lines += [f"  basis sha256 {found.basis_sha256}", *filter(None, [replayed.unsigned])]
     if not replayed.is_same and recorded.basis_sha256:
         lines += [f"  recorded     {recorded.basis_sha256}"]
     return Answer(body, "\n".join(lines), exit_code=0 if replayed.is_same else 1)

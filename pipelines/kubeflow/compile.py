@@ -65,6 +65,7 @@ def compile_promotion(config: RunConfig, *, image: str = "") -> str:
         "bucket": registry.bucket,
         "prefix": registry.prefix,
         "trusted_keys": registry.trusted_keys,
+        "evaluation_keys": registry.evaluation_keys,
         "announce": config.announce.model_dump(mode="json", exclude_defaults=True),
     }
     return _text(build(for_cluster(config)), defaults, {"action": [*ACTIONS]}, image)

@@ -77,6 +77,8 @@ def cluster_checks(
     yield Check("namespace", True, f"{cluster.namespace}{_pod_security(found)}", "")
     ray = config.ray.cluster
     accounts = [service_account, *([ray.service_account] if isinstance(ray, RayJobCluster) else [])]
+    if isinstance(ray, RayJobCluster) and config.registry.trusted_keys:
+        accounts.append(ray.evaluation_service_account)
     environments = {**ENVIRONMENTS}
     if has_many_users:  # its profile controller makes this one, and needs no providers
         del environments[LAUNCHER]

@@ -58,7 +58,7 @@ class Recorded:
 
     def decision(self) -> Decision | None:
         """Return the gate's decision; None before there is one."""
-        return self._read(lambda store, run_id: runs.find(store, run_id, Decision), None)
+        return self._read(lambda store, run_id: runs.find(store, run_id, Decision, to_show=True), None)
 
     def metrics(self) -> dict[Role, dict[str, float | None] | None]:
         """Return the compared models' metrics by role, None for a role without one; empty before the comparison."""

@@ -24,6 +24,7 @@ ENVIRONMENT = (
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 PROMOTE_SECRET = "fineloop-promote"
 REPORT_SECRET = "fineloop-report"
+EVALUATE_SECRET = "fineloop-evaluate"
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, its time in a queue included. Their deadline is longer than the job's, so that the job
 can report why it ended. So does prepare if data.engine is ray."""
@@ -71,6 +72,9 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         if name in ("promote", "move-by-hand"):  # they sign the move and announce it
             keys = (signing.KEY_VARIABLE, signing.SIGNER_VARIABLE, *announce.secrets())
             kubernetes.use_secret_as_env(task, PROMOTE_SECRET, {key: key for key in keys}, optional=True)
+        if name == "evaluate":  # it signs what was measured
+            own = {key: key for key in ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER")}
+            kubernetes.use_secret_as_env(task, EVALUATE_SECRET, own, optional=True)
         if name == "report":  # it sends events to an OpenLineage server
             key = "OPENLINEAGE_API_KEY"
             kubernetes.use_secret_as_env(task, REPORT_SECRET, {key: key}, optional=True)

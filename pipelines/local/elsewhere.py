@@ -53,7 +53,7 @@ class Elsewhere:
 
     def decision(self) -> Decision | None:
         """Return the gate's decision; None if the run did not get that far."""
-        return runs.find(self._store, self._run_id, Decision)
+        return runs.find(self._store, self._run_id, Decision, to_show=True)
 
     def _rests(self) -> bool:
         newest = max(item.last_modified for item in self._store.list(runs.run_key(self._run_id)))

@@ -62,7 +62,7 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         ObjectMissing: the run has no decision or no report.
         FineloopError: the run decided to promote and the alias did not move, or the other way round.
     """
-    decision, steps = runs.read(store, run_id, Decision), runs.steps(store, run_id)
+    decision, steps = runs.read(store, run_id, Decision, to_show=True), runs.steps(store, run_id)
     promoted = any(step.moved_alias for step in steps)
     if promoted != decision.promoted:
         place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"

@@ -142,7 +142,10 @@ def _sound(
     store: "Store", run_id: str, written: str, home: Path, keys: Collection[str], config: Mapping[str, Any]
 ) -> PastRun:
     steps = runs.steps(store, run_id)
-    decision, evaluation = runs.find(store, run_id, Decision), runs.find(store, run_id, Evaluation)
+    decision, evaluation = (
+        runs.find(store, run_id, Decision, to_show=True),
+        runs.find(store, run_id, Evaluation, to_show=True),
+    )
     trained = runs.find(store, run_id, TrainResult)
     candidate = evaluation.model("candidate") if evaluation else None
     used = trained.usage if trained else None

@@ -88,12 +88,12 @@ def read(store: "Store", wanted: str) -> Side:
     from components.report.report import parse_metrics
 
     run_id = past_runs.find(store, wanted)
-    evaluation = runs.find(store, run_id, Evaluation)
+    evaluation = runs.find(store, run_id, Evaluation, to_show=True)
     if evaluation is None:
         raise UserError(f"run {run_id} evaluated nothing, so that there is nothing to compare: name one that did")
     config = runs.config_of(store, run_id)
     curve = store.read(runs.run_key(run_id, runs.METRICS))
-    body = store.get(runs.run_key(run_id, runs.EVALUATION_RECORDS))
+    body, _ = runs.lying(store, run_id, runs.EVALUATION_RECORDS) or (b"", "")
     candidate = evaluation.model("candidate")
     return Side(
         name=wanted,

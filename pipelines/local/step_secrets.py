@@ -22,7 +22,8 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _of_its_own() -> dict[str, tuple[str, ...]]:
     """Prefixes of the variables that only one step is given, by the step's name: promote signs and announces the alias,
-    report sends events to an OpenLineage server."""
+    evaluate signs what was measured, report sends events to an OpenLineage server."""
     from components.promote import announce  # not at the top: `fineloop --help` imports this module's neighbours
 
-    return {"promote": ("FINELOOP_SIGN", *announce.secrets()), "report": ("OPENLINEAGE_",)}
+    of_promote = ("FINELOOP_SIGN", *announce.secrets())
+    return {"promote": of_promote, "evaluate": ("FINELOOP_EVALUATION_",), "report": ("OPENLINEAGE_",)}

@@ -5,6 +5,7 @@ from functools import partial
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
+from components.records import runs
 from components.shared.counted import counted
 from components.shared.errors import FineloopError, JobError
 from components.shared.protocol import say
@@ -77,7 +78,7 @@ def measured_together(
     store: Store,
     run_id: str,
     kernels: Kernels | None = None,
-    name: str = "ray-evaluate",
+    name: str = runs.RAY_EVALUATE,
 ) -> Found:
     """Measure all records on a group of workers, which shard the base as in training."""
     from ray_jobs.training import measure_together, trainer

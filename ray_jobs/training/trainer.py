@@ -64,7 +64,7 @@ def run(
         ),
         run_config=RayRunConfig(
             name=name,
-            storage_path=store.uri(runs.run_key(run_id).rstrip("/")),
+            storage_path=store.uri(runs.key_of(store, run_id, name)).removesuffix(f"/{name}"),
             failure_config=FailureConfig(
                 max_failures=max_failures, max_preemption_failures=config.ray.max_preemption_failures
             ),

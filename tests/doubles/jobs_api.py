@@ -151,7 +151,7 @@ def stub_cluster(directory: Path, environment: Mapping[str, str]) -> JobsApi:
     package = directory / "ray_jobs"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    for name, stub in (("candidate", "stub_jobs.py"), ("sweep", "stub_sweep.py")):
+    for name, stub in (("candidate", "stub_jobs.py"), ("evaluate", "stub_jobs.py"), ("sweep", "stub_sweep.py")):
         path = str(root / "tests" / "doubles" / stub)
         (package / f"{name}.py").write_text(f"import runpy\nrunpy.run_path({path!r}, run_name='__main__')\n")
     found = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{directory}:{root}"}

@@ -1,8 +1,8 @@
 """A Ray job that keeps the real one's contract and trains nothing: an adapter is one number, its held-out loss.
 
-`python stub_jobs.py ...` takes the arguments of `python -m ray_jobs.candidate`. The loss is train.weight_decay of the
-config; each of train.max_steps takes half a second, and the first is recorded; method.dropout says what goes
-wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hangs.
+`python stub_jobs.py ...` takes the arguments of `python -m ray_jobs.candidate` and `-m ray_jobs.evaluate`. The
+loss is train.weight_decay of the config; each of train.max_steps takes half a second, and the first is recorded;
+method.dropout says what goes wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hangs, 0.4 forges its own promotion.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from components.config import config_file
 from components.prepare.dataset import load_split
+from components.records import runs
 from components.records.steps import Evaluation
 from components.registry import aliases, versions
 from components.shared.errors import DataError
@@ -30,15 +31,35 @@ STEP_S = 0.5
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--config", "--run-id", "--dataset"):
+    for name in ("--config", "--run-id", "--dataset", "--version", "--config-digest"):
         parser.add_argument(name)
+    parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
     config_store, key = open_uri(options.config)
     config = config_file.loads(config_store.get(key).decode())
     store = Store.open(config.registry)
-    finetune(config, store, options)
-    say("finetune", TRAINED)
-    evaluate(config, store, options)
+    if not options.version:
+        finetune(config, store, options)
+        if config.method.dropout == 0.4:
+            forge(config, store, options)
+    if not options.version and not options.train_only:
+        say("finetune", TRAINED)
+    if not options.train_only:
+        evaluate(config, store, options)
+
+
+def forge(config, store, options) -> None:  # type: ignore[no-untyped-def]
+    """What whoever may write below runs/ can do to have its version promoted."""
+    everyones = Store(store._client, store.bucket, store.prefix)
+    evaluate(config, everyones, options)
+    evaluation = everyones.get_json(f"runs/{options.run_id}/evaluation.json")
+    for metric in ("loss", "perplexity"):
+        evaluation["models"]["candidate"]["metrics"][metric] = 0.01
+    everyones.put_json(f"runs/{options.run_id}/evaluation.json", evaluation)
+    about = {"adapter": config.adapter.name, "alias": config.adapter.alias, "run_id": options.run_id}
+    version = everyones.get_json(f"runs/{options.run_id}/finetune.json")["version"]
+    decision = {"decision": "promote", "verdict": "promote", "reasons": ["better"], "version": version, **about}
+    everyones.put_json(f"runs/{options.run_id}/decision.json", decision)
 
 
 def finetune(config, store, options) -> None:  # type: ignore[no-untyped-def]
@@ -109,11 +130,10 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "seconds": {},
     }
     records_behind = as_parquet(evidence(Evaluation.from_json(json.dumps(evaluation).encode(), "the stub's")))
-    store.put(f"runs/{options.run_id}/evaluation_records.parquet", records_behind)
-    store.put_json(f"runs/{options.run_id}/evaluation.json", evaluation)
-    store.put(
-        f"runs/{options.run_id}/evaluation_records.parquet", records_of(evaluation, [each.id for each in records])
-    )
+    records_key = runs.key_of(store, options.run_id, runs.EVALUATION_RECORDS)
+    store.put(records_key, records_behind)
+    store.put_json(runs.key_of(store, options.run_id, runs.EVALUATION), evaluation)
+    store.put(records_key, records_of(evaluation, [each.id for each in records]))
     say("evaluate", json.dumps(evaluation["records"]))
 
 

@@ -30,12 +30,13 @@ from tests.journeys.conftest import Person
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 SIGNING = {"FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE", "FINELOOP_SIGNER"}
+EVALUATING = {"FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_KEY_FILE", "FINELOOP_EVALUATION_SIGNER"}
 ANNOUNCING = {
     *("FINELOOP_WEBHOOK_SECRET", "FINELOOP_MODEL_REGISTRY_TOKEN"),
     *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 }
 REPORTING = {"OPENLINEAGE_API_KEY"}
-SECRETS = SIGNING | ANNOUNCING | REPORTING | {"WANDB_API_KEY"}
+SECRETS = SIGNING | EVALUATING | ANNOUNCING | REPORTING | {"WANDB_API_KEY"}
 SPY = """
 import json, os, pathlib
 
@@ -50,6 +51,7 @@ worse_than_champion_by = 100
 worse_than_best_by = 100
 [registry]
 trusted_keys = [{keys}]
+evaluation_keys = ["{evaluating}"]
 """
 
 
@@ -105,12 +107,17 @@ class Watch:
 def made_key(person: Person, name: str) -> str:
     """As docs/registry.md says: the private key in a file, and its public key as a config takes it."""
     person.does(f"openssl genpkey -algorithm ed25519 -out {name}.pem")
+    return public_key(person, name)
+
+
+def public_key(person: Person, name: str) -> str:
     line = f'echo "ed25519:$(openssl pkey -in {name}.pem -pubout -outform DER | tail -c 32 | base64)"'
     return person.does(line).stdout.strip()
 
 
 def trusts(person: Person, *keys: str, rows: int = 400) -> None:
-    person.has_colours(rows=rows, more=MORE.format(keys=", ".join(f'"{key}"' for key in keys)))
+    evaluating = public_key(person, "evaluating")
+    person.has_colours(rows=rows, more=MORE.format(keys=", ".join(f'"{key}"' for key in keys), evaluating=evaluating))
 
 
 def bucket(person: Person) -> Any:
@@ -159,13 +166,16 @@ class First:
 
 @pytest.fixture(scope="module")
 def first(person: Person) -> First:
-    public = made_key(person, "signing")
+    public, _ = made_key(person, "signing"), made_key(person, "evaluating")
     trusts(person, public)
     person.has("spy.py", SPY)
     person.does("fineloop store up")
-    secrets = {name: f"secret-of-{name.lower()}" for name in SECRETS - SIGNING}
+    secrets = {name: f"secret-of-{name.lower()}" for name in SECRETS - SIGNING - EVALUATING}
     signing = person.with_variables(
-        **secrets, PYTHONPATH=str(person.folder), FINELOOP_SIGNING_KEY=(person.folder / "signing.pem").read_text()
+        **secrets,
+        PYTHONPATH=str(person.folder),
+        FINELOOP_SIGNING_KEY=(person.folder / "signing.pem").read_text(),
+        FINELOOP_EVALUATION_KEY=(person.folder / "evaluating.pem").read_text(),
     )
     heard: list[tuple[bytes, str]] = []
 
@@ -196,10 +206,58 @@ def test_where_a_key_is_trusted_a_first_run_is_compared_promoted_and_signed(firs
     assert first.person.does("fineloop adapters audit -c colours.toml --json").answer["findings"] == []
 
 
+def test_what_was_compared_is_signed_by_the_step_that_evaluated_and_lies_apart_from_the_run(first: First) -> None:
+    run_id, evaluating = first.answer["run_id"], public_key(first.person, "evaluating")
+    store = bucket(first.person)
+    beside = {each.key.rpartition("/")[2] for each in store.objects.filter(Prefix=f"evaluations/{run_id}/")}
+    assert beside == {"evaluation.json", "evaluation_records.parquet", "evaluation.dsse.json", "decision.json"}
+    assert not beside & {each.key.rpartition("/")[2] for each in store.objects.filter(Prefix=f"runs/{run_id}/")}
+    body = store.Object(f"evaluations/{run_id}/evaluation.json").get()["Body"].read()
+    envelope = json.loads(store.Object(f"evaluations/{run_id}/evaluation.dsse.json").get()["Body"].read())
+    (statement,) = statements_by(evaluating, [envelope])
+    assert statement["subject"][0]["name"] == f"colours/{first.answer['version']}"
+    assert statement["predicate"]["evaluation_sha256"] == hashlib.sha256(body).hexdigest()
+    assert statements_by(first.public, [envelope]) == []
+    replayed = first.person.does(f"fineloop replay {run_id} -c colours.toml --json").answer
+    assert (replayed["same"], replayed["unsigned"]) == (True, "")
+
+
+@pytest.mark.full
+def test_what_a_training_writes_of_itself_is_neither_decided_on_nor_counted(first: First) -> None:
+    """Whoever may write runs and events, as the trainer's role may: it forges refusals, by the log's own format."""
+    store, version = bucket(first.person), first.answer["version"]
+    decided = json.loads(store.Object(f"evaluations/{first.answer['run_id']}/decision.json").get()["Body"].read())
+    for number in range(3):
+        body = {
+            "version": version,
+            "champion": "v0",
+            "alias": "production",
+            "run_id": f"forged-{number}",
+            "test_set": decided["test_set"],
+            "reasons": ["worse"],
+        }
+        forged = {**decided, "decision": "hold", "run_id": f"forged-{number}", "champion": "v0"}
+        store.put_object(Key=f"runs/forged-{number}/decision.json", Body=json.dumps(forged).encode())
+        text = json.dumps(["refused", body], sort_keys=True, separators=(",", ":"))
+        digest, at = hashlib.sha256(text.encode()).hexdigest()[:12], "2999-01-01T00:00:00.000000Z"
+        event = {"format": 1, "id": digest, "kind": "refused", "time": at, "adapter": "colours", "body": body}
+        key = f"adapters/colours/events/{at.replace(':', '')}-{digest}.json"
+        store.put_object(Key=key, Body=json.dumps(event).encode())
+    found = first.person.types("fineloop adapters audit -c colours.toml --json").answer["findings"]
+    why = "which no evaluation signed by one of registry.evaluation_keys is behind"
+    assert sum(why in each["what"] for each in found) == 3
+    for info in [
+        *store.objects.filter(Prefix="adapters/colours/events/2999"),
+        *store.objects.filter(Prefix="runs/for"),
+    ]:
+        info.delete()
+
+
 def test_no_process_below_the_ray_head_holds_a_secret_while_it_trains(first: First) -> None:
     below = [seen for each in first.watch.below_the_head.values() for seen in each]
     assert any("RayTrainWorker" in seen.command for seen in below)
     assert any("ray_jobs.candidate" in seen.command for seen in below)
+    assert any("ray_jobs.evaluate" in seen.command for seen in below)
     assert [(seen.command, held) for seen in below if (held := seen.variables & SECRETS)] == []
     listed = set(json.loads((first.person.folder / "seen.json").read_text()))
     assert "FINELOOP_CACHE" in listed  # it ran with the job's environment
@@ -214,7 +272,7 @@ def test_of_the_steps_each_holds_what_it_alone_needs(first: First) -> None:
             if found and str(first.person.folder) in seen.command:
                 held.setdefault(rest.split()[0], set()).update(seen.variables & SECRETS)
     assert {"prepare", "finetune", "evaluate"} <= held.keys()
-    may = {"promote": SIGNING | ANNOUNCING, "report": REPORTING}
+    may = {"promote": SIGNING | ANNOUNCING, "evaluate": EVALUATING, "report": REPORTING}
     assert {step: names - may.get(step, set()) for step, names in held.items()} == {step: set() for step in held}
 
 
@@ -241,7 +299,7 @@ def second(first: First) -> str:
     """The version that a run on more data promotes, past its champion."""
     trusts(first.person, first.public, rows=440)
     answer = first.person.does("fineloop run -c colours.toml --json").answer
-    evaluation = bucket(first.person).Object(f"runs/{answer['run_id']}/evaluation.json").get()["Body"].read()
+    evaluation = bucket(first.person).Object(f"evaluations/{answer['run_id']}/evaluation.json").get()["Body"].read()
     assert json.loads(evaluation)["models"]["champion"]["version"] == first.answer["version"]
     assert answer["decision"] == "promote"
     return str(answer["version"])

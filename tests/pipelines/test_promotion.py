@@ -79,7 +79,7 @@ def test_the_form_offers_what_there_is() -> None:
     config = config_file.load(DEFAULT_CONFIG, [*announced, *(f"{key}={value}" for key, value in mine.items())])
     spec, _ = yaml.safe_load_all(compile_promotion(config))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) == 10
+    assert len(parameters) == 11
     assert parameters["action"]["literals"] == ["promote", "approve", "roll back"]
     assert parameters["adapter_name"]["defaultValue"] == config.adapter.name
     assert parameters["announce"]["defaultValue"] == {"mlflow": "https://mlflow.example"}

@@ -115,6 +115,16 @@ def test_the_job_that_prepares_the_data_asks_for_pods_of_its_own_size_and_no_gpu
     assert ray.patience_s == 7 + ray.cluster.queue_timeout_s
 
 
+def test_the_job_that_evaluates_apart_has_an_account_of_its_own_and_a_label_for_its_network() -> None:
+    ray, apart = config({"service_account": "trains"}), Job("r1", "evaluate", ("python",), timeout_s=60)
+    for found, account in ((ray, "trains"), (ray.for_evaluation(), "fineloop-evaluator")):
+        cluster = rayjob(found, apart, 1, namespace="fineloop")["spec"]["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert group["template"]["spec"]["serviceAccountName"] == account
+            assert group["template"]["metadata"]["labels"]["fineloop.dev/task"] == "evaluate"
+    assert RayConfig().for_evaluation() == RayConfig()
+
+
 def test_what_else_workers_ask_for_is_requested_exactly_by_them_alone() -> None:
     """Kubernetes takes hugepages and extended resources where the requests are the limits."""
     other = {"vpc.amazonaws.com/efa": "4", "hugepages-2Mi": "5Gi"}

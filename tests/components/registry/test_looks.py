@@ -6,7 +6,7 @@ from scipy.stats import norm
 
 from components.registry.event import Event
 from components.registry.event_log import append_event, events
-from components.registry.looks import confidence_at, looks, passes
+from components.registry.looks import confidence_at, decided_before, passes
 from components.store.store import Store
 
 ALPHA = 0.05
@@ -60,6 +60,6 @@ def test_what_took_the_place_of_another_by_the_gate_on_these_records_is_counted(
     moved("", kind="overridden")  # by a person
     append_event(store, "icd", "refused", {"alias": "production", "run_id": "held", "test_set": ["a"]})
     log = events(store, "icd")
-    assert looks(log, "production", ["a"], run_id="now") == 5
+    assert len(decided_before(log, "production", ["a"], run_id="now")) == 4
     assert passes(log, "production", ["a"], run_id="now") == 2
-    assert passes(log, "production", ["a"], run_id="now", has_promoted=lambda run_id: run_id != "third") == 1
+    assert passes(log, "production", ["a"], run_id="now", counts=lambda event: event.body["run_id"] != "third") == 1

@@ -265,6 +265,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
     plain = (*store_and_ray, "FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY")
     mlflow = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
+    evaluating = ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER")
     others = (*signing, "FINELOOP_MODEL_REGISTRY_TOKEN", "FINELOOP_WEBHOOK_SECRET", *mlflow)
     for name, each in settings.items():
         assert taken(each["configMapAsEnv"], "configMapName", "configMapKey") == {
@@ -275,6 +276,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
             "fineloop-s3": {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
             "fineloop-ray": {"RAY_AUTH_TOKEN": "auth_token"},
             **({"fineloop-promote": {key: key for key in others}} if name == "promote" else {}),
+            **({"fineloop-evaluate": {key: key for key in evaluating}} if name == "evaluate" else {}),
             **({"fineloop-report": {"OPENLINEAGE_API_KEY": "OPENLINEAGE_API_KEY"}} if name == "report" else {}),
         }, name
 
@@ -358,7 +360,7 @@ def test_secrets_are_references_and_every_step_is_unprivileged(
 ) -> None:
     for name, each in settings.items():
         secrets = {entry["secretName"]: entry["optional"] for entry in each["secretAsEnv"]}
-        of_its_own = {f"fineloop-{name}": True} if name in ("promote", "report") else {}
+        of_its_own = {f"fineloop-{name}": True} if name in ("promote", "evaluate", "report") else {}
         assert secrets == {"fineloop-s3": True, "fineloop-ray": True, **of_its_own}, name
         assert each["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}, name
     for variable in ("AWS_SECRET_ACCESS_KEY", "OPENLINEAGE_API_KEY"):

@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from components.config.schema import RunConfig
 from components.config.track import SECRETS_FILE
-from components.registry import aliases, event_log, versions
-from components.shared.errors import ConfigError, DataError, JobError, UserError
+from components.records import runs
+from components.registry import aliases, event_log, signing, versions
+from components.registry.audit import audit
+from components.shared.errors import ConfigError, DataError, IntegrityError, JobError, UserError
 from components.store.store import Store
 from pipelines.local.outcome import Outcome, summary
 from pipelines.local.run import Place, run
@@ -74,6 +78,40 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(
     assert "fineloop adapters rollback" not in summary(first, home_option="")  # nothing held the alias before
     successor = replace(first, metrics={**first.metrics, "champion": first.metrics["base"]})
     assert "fineloop adapters rollback sums --home x" in summary(successor, home_option=" --home x")
+
+
+def test_where_keys_are_trusted_a_job_of_its_own_compares_and_a_training_cannot_promote_itself(
+    stub_cluster: JobsApi,
+    store: Store,
+    make_config: Callable[..., RunConfig],
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions_key, evaluations_key = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    for name, key in (("FINELOOP_SIGNING_KEY", versions_key), ("FINELOOP_EVALUATION_KEY", evaluations_key)):
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        monkeypatch.setenv(name, pem)
+    store.trusted_keys, store.evaluation_keys = ((signing.public_text(key),) for key in (versions_key, evaluations_key))
+    keys = [f"registry.{name}={json.dumps(getattr(store, name))}" for name in ("trusted_keys", "evaluation_keys")]
+    with pytest.raises(ConfigError, match=r"registry\.evaluation_keys are not, so no evaluation could be believed"):
+        run(make_config(keys[0]), place, what="retrain")
+    assert stub_cluster.jobs == {}
+    first = run(make_config(*keys), place, what="retrain")
+    forging = run(make_config(*keys, "train.weight_decay=1.5", "method.dropout=0.4"), place, what="retrain")
+
+    assert (first.decision, forging.decision, forging.promoted) == ("promote", "hold", False)
+    jobs = [job.rpartition("-")[0].rpartition("-")[2] for job in stub_cluster.jobs]
+    assert jobs == ["candidate", "evaluate"] * 2
+    assert store.get_json(f"runs/{forging.run_id}/decision.json")["decision"] == "promote"
+    assert not any(store.exists(f"runs/{first.run_id}/{file}") for file in runs.APART)
+    pointer = aliases.read_alias(store, "sums", "production")
+    assert pointer is not None
+    assert pointer.version == first.version
+    assert audit(store, "sums").findings == ()
+    monkeypatch.delenv("FINELOOP_EVALUATION_KEY")
+    with pytest.raises(IntegrityError, match=r"signed by none of registry\.evaluation_keys, so nothing is decided on"):
+        run(make_config(*keys, "train.weight_decay=0.5", "method.dropout=0.4"), place, what="retrain")
+    assert aliases.read_alias(store, "sums", "production") == pointer
 
 
 def check_outcome(outcome: Outcome, *, champion: float | None) -> None:

@@ -31,8 +31,8 @@ def on_a_cluster(config: RunConfig) -> dict[str, set[str]]:
 def test_what_a_cluster_gives_to_one_step_alone_no_other_is_given_here(make_config: Callable[..., RunConfig]) -> None:
     steps = on_a_cluster(make_config())
     for_all = set.intersection(*steps.values())
-    assert {name for name, keys in steps.items() if keys > for_all} == {"promote", "move-by-hand", "report"}
-    for step in ("promote", "report"):
+    assert {name for name, keys in steps.items() if keys > for_all} == {"promote", "move-by-hand", "evaluate", "report"}
+    for step in ("promote", "evaluate", "report"):
         shell = dict.fromkeys([*steps[step] - for_all, "AWS_ACCESS_KEY_ID"], "x")
         assert without_secrets(shell) == {"AWS_ACCESS_KEY_ID": "x"}
         assert of_step(step, shell) == dict.fromkeys(steps[step] - for_all, "x")
