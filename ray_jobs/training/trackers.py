@@ -3,18 +3,24 @@
 A thread sends them from a bounded queue: no step waits for a tracker, and a slow or unavailable one only loses points.
 """
 
+import contextlib
 import importlib
+import json
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.config.track import RUNS, SECRETS_FILE
 from components.records.curve import scalars
+from components.shared.environment import in_environment
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +104,14 @@ TRACKERS: Mapping[str, Callable[[str, RunConfig, str], Tracker]] = {
 }
 
 
+def secrets(config: RunConfig, run_id: str) -> dict[str, str]:
+    """What the trackers log in with, where `fineloop run` keeps it in a file; elsewhere the environment has it."""
+    if config.track.secrets and (folder := os.environ.get(RUNS)):
+        with contextlib.suppress(FileNotFoundError):  # it was started without any
+            return dict(json.loads((Path(folder) / run_id / SECRETS_FILE).read_text(encoding="utf-8")))
+    return {}
+
+
 class Trackers:
     """The trackers that the config names, for one training."""
 
@@ -132,17 +146,18 @@ class Trackers:
             self._lost += 1
 
     def _send(self) -> None:
-        begun = {
-            name: self._tried(name, partial(TRACKERS[name], target, self._config, self._run_id))
-            for name, target in self._named.items()
-        }
-        trackers = {name: tracker for name, tracker in begun.items() if tracker is not None}
-        while (point := self._waiting.get()) is not None:
+        with in_environment(secrets(self._config, self._run_id)):
+            begun = {
+                name: self._tried(name, partial(TRACKERS[name], target, self._config, self._run_id))
+                for name, target in self._named.items()
+            }
+            trackers = {name: tracker for name, tracker in begun.items() if tracker is not None}
+            while (point := self._waiting.get()) is not None:
+                for name, tracker in trackers.items():
+                    step, values = point
+                    self._tried(name, partial(tracker.log, values, step=step))
             for name, tracker in trackers.items():
-                step, values = point
-                self._tried(name, partial(tracker.log, values, step=step))
-        for name, tracker in trackers.items():
-            self._tried(name, tracker.finish)
+                self._tried(name, tracker.finish)
 
     def _tried(self, name: str, call: Callable[[], Any]) -> Any:
         """Call a tracker; if it fails, return None and log a warning the first time."""

@@ -1,22 +1,17 @@
 """The steps of each Ray Train worker: load the base, attach the adapter, train, and on rank 0 publish the version."""
 
 import contextlib
-import json
 import logging
-import os
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.config.track import RUNS, SECRETS_FILE
 from components.records.steps import TrainResult
 from components.shared.counted import counted
-from components.shared.environment import in_environment
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from components.store.store import Store
@@ -78,7 +73,7 @@ def train(
     metrics = _metrics(config, job, store) if worker.rank == 0 else None
     started_at = datetime.now(UTC)
     train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
-    with in_environment(tracker_secrets(config, job.run_id) if metrics else {}), metrics or contextlib.nullcontext():
+    with metrics or contextlib.nullcontext():
         adapted, trained, recipe = fit(
             config.on(worker.num_workers),
             job,
@@ -126,14 +121,6 @@ def _metrics(config: RunConfig, job: TrainJob, store: Store) -> MetricsLog:
         patience_s=config.train.store_patience_s,
         trackers=Trackers(config, job.run_id),
     )
-
-
-def tracker_secrets(config: RunConfig, run_id: str) -> dict[str, str]:
-    """The secrets of the trackers where `fineloop run` keeps them in a file; elsewhere they are in the environment."""
-    if config.track.secrets and (folder := os.environ.get(RUNS)):
-        with contextlib.suppress(FileNotFoundError):  # it was started without any
-            return dict(json.loads((Path(folder) / run_id / SECRETS_FILE).read_text(encoding="utf-8")))
-    return {}
 
 
 def fit(

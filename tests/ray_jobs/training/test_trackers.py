@@ -20,7 +20,6 @@ from components.store.store import Store
 from ray_jobs.training import trackers
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.trackers import Trackers
-from ray_jobs.training.worker import tracker_secrets
 from tests.doubles.http_server import serving
 from tests.doubles.mlflow_server import Mlflow
 
@@ -139,18 +138,37 @@ def test_a_tracker_that_fails_is_a_warning_and_the_others_are_told(
     assert set(packages["trackio"].steps) == {1, 2}
 
 
-def test_the_worker_that_tracks_reads_its_secrets_where_the_machines_run_left_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_run_of_this_machine_left_in_its_file_is_there_for_as_long_as_its_trackers_send(
+    packages: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(RUNS, str(tmp_path))
-    assert tracker_secrets(config("track.wandb=sums"), "run-1") == {}
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    had: list[str | None] = []
+
+    def noting(call: Any) -> Any:
+        def noted(*given: Any, **named: Any) -> Any:
+            had.append(os.environ.get("WANDB_API_KEY"))
+            return call(*given, **named)
+
+        return noted
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", noting(sys.modules["wandb"].init))
+    monkeypatch.setattr(Run, "log", noting(Run.log))
+    monkeypatch.setattr(Run, "finish", noting(Run.finish))
     path = tmp_path / "run-1" / SECRETS_FILE
     path.parent.mkdir(parents=True)
     path.write_text('{"WANDB_API_KEY": "x"}')
-    assert tracker_secrets(config("track.wandb=sums"), "run-1") == {"WANDB_API_KEY": "x"}
-    assert tracker_secrets(config(), "run-1") == {}
-    monkeypatch.delenv(RUNS)
-    assert tracker_secrets(config("track.wandb=sums"), "run-1") == {}
+    for runs, settings, expected in (
+        (str(tmp_path), ["track.wandb=sums"], "x"),
+        (str(tmp_path / "none"), ["track.wandb=sums"], None),
+        (str(tmp_path), ["track.trackio=sums"], None),
+    ):
+        monkeypatch.setenv(RUNS, runs)
+        told = Trackers(config(*settings), "run-1")
+        told.add(STEPS[0])
+        told.close()
+        assert set(had) == {expected}
+        assert "WANDB_API_KEY" not in os.environ
+        had.clear()
 
 
 def test_a_package_that_is_not_installed_is_named(
