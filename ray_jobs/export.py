@@ -155,25 +155,18 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     if request.form == "gguf":
         gguf_file.converter(request.converter)  # before anything is loaded
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
-        its_run = recorded.read(config, store, version)
-        adapter = Path(scratch) / "adapter"
+        its_run, adapter = recorded.read(config, store, version), Path(scratch) / "adapter"
         pull_version(store, version, adapter)
-        adapter_config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        if request.form == "lora" and convert.is_plain(adapter_config):
+        if request.form == "lora" and convert.is_plain(adapter):
             say(STEP, "it is a plain LoRA already: its files are copied, as `fineloop adapters pull` gives them")
-            for file in ("adapter_model.safetensors", "adapter_config.json"):
-                shutil.copy(adapter / file, folder)
-            base = Base(its_run.config.model.base, adapter, dict(its_run.base_identity))
-            stands_on = adapter_config["base_model_name_or_path"]
-            parity = {"compared_on": "nothing: the files are the version's own"}
-            form = {"exact": True, "rank": adapter_config["r"]}
-            record = _record(version, its_run.config, request, base, stands_on, parity, **form)
+            shutil.copytree(adapter, folder, dirs_exist_ok=True)
+            record: dict[str, Any] = {"form": "lora", "version": version.version, "exact": True}
         else:
             source = _source(config, store, version, its_run, adapter)
             say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
             record = _lora(source, request, folder) if request.form == "lora" else _merged(source, request, folder)
+            (folder / "README.md").write_text(model_card.export_card(source.config, record), encoding="utf-8")
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card.export_card(its_run.config, record), encoding="utf-8")
         folder.rename(request.target)
     say(STEP, f"{version.name} {version.version} is at {request.target}")
     return record
@@ -234,7 +227,7 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     _say_found(parity, form, both, len(source.records))
     if plain != folder:
         shutil.rmtree(plain)
-    return _compared(source, request, parity, base=weights, dtype=request.dtype, answers=both, **form)
+    return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both, **form)
 
 
 def _saved(source: ExportSource, request: ExportRequest, merged: "PreTrainedModel", folder: Path) -> Callable[..., Any]:
@@ -298,7 +291,7 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
         merge.require_same(parity["converted"], "the converted adapter")
     build.save(plain, folder)
     say(STEP, f"converted: {parity['converted'].summary()}")
-    return _compared(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
+    return _record(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
 
 
 def _source(given: RunConfig, store: Store, version: Version, its_run: recorded.Recorded, folder: Path) -> ExportSource:
@@ -398,23 +391,8 @@ def _logits(model: Any, rows: Sequence["torch.Tensor"]) -> Iterator["torch.Tenso
         yield found
 
 
-def _compared(
-    source: ExportSource, request: ExportRequest, parity: dict[str, Agreement], **form: Any
-) -> dict[str, Any]:
-    figures = {"compared_on": source.compared_on, **{name: asdict(found) for name, found in parity.items()}}
-    stands_on = source.stands_on.reference
-    return _record(source.version, source.config, request, source.original, stands_on, figures, **form)
-
-
-def _record(
-    version: Version,
-    config: RunConfig,
-    request: ExportRequest,
-    original: Base,
-    stands_on: str,
-    parity: dict[str, Any],
-    **form: Any,
-) -> dict[str, Any]:
+def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agreement], **form: Any) -> dict[str, Any]:
+    version, method = source.version, source.config.method
     return {
         "form": request.form,
         "adapter": version.name,
@@ -422,15 +400,15 @@ def _record(
         "version_uri": version.uri,
         "manifest_sha256": version.manifest_sha256,
         "run_id": version.run_id,
-        "method": config.method.name,
+        "method": method.name,
         "base_model": {
-            "reference": original.reference,
-            "identity": original.identity,
-            "stands_on": stands_on,
-            "format": config.method.row.base,
+            "reference": source.original.reference,
+            "identity": source.original.identity,
+            "stands_on": source.stands_on.reference,
+            "format": method.row.base,
         },
         **form,
-        "parity": parity,
+        "parity": {"compared_on": source.compared_on, **{name: asdict(found) for name, found in parity.items()}},
     }
 
 

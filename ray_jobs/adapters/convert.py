@@ -5,8 +5,10 @@ VeRA     W + diag(b) B diag(d) A            A' = diag(d) A, B' = diag(b) B, scal
 DoRA     m (W + s B A) / norm(W + s B A)    not a LoRA: the magnitude scales W too; `nearest_lora` is the closest
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import UserError
@@ -22,8 +24,9 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 
 
-def is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter with this adapter_config.json is a LoRA with scaling alpha / r as it is."""
+def is_plain(folder: Path) -> bool:
+    """Whether the adapter in the folder is a LoRA with scaling alpha / r as it is."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return config["peft_type"] == "LORA" and not config.get("use_dora") and not config.get("use_rslora")
 
 

@@ -125,10 +125,11 @@ def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
             f"{what} Made from version `{record['version']}` ({config.method.name}, base trained on as "
             f"{base['format']}), manifest sha256 `{record['manifest_sha256']}`; `export.json` holds the record.",
             "",
-            f"Compared on {parity['compared_on']}{':' if figures else '.'}",
+            f"Compared on {parity['compared_on']}:",
             "",
-            *(["| | same token | largest logit difference | mean KL, nats |", "|---|---|---|---|"] if figures else []),
+            "| | same token | largest logit difference | mean KL, nats |",
+            "|---|---|---|---|",
             *figures,
-            *([""] if figures else []),
+            "",
         ]
     )
