@@ -53,11 +53,6 @@ class PastRun:
     def loss(self) -> float | None:
         return self.metrics.get(LOSS)
 
-    @property
-    def value(self) -> float | None:
-        """The candidate's value of the metric by which the gate compares."""
-        return self.metrics.get(self.metric)
-
 
 def listed(store: "Store", home: Path, *, adapter: str = "", limit: int) -> list[PastRun]:
     """Return at most `limit` runs, the newest first; only those of `adapter`, if one is named.
