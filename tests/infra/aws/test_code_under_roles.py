@@ -1,5 +1,6 @@
 """The real code, on the real S3 server, each of its requests judged by the policies first: what it needs, it has."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,8 +9,12 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 from botocore.model import OperationModel
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.prepare.dataset import Message, Record
+from components.records import runs
+from components.records.steps import Decision, Evaluation, Measured
+from components.registry import signing
 from components.registry.aliases import Cause, promote, read_alias, rollback
 from components.registry.versions import Version, list_versions, publish_version
 from components.report.registry_page import write_pages
@@ -95,6 +100,30 @@ def test_the_pipeline_promotes_and_people_roll_back(store: Store) -> None:
     pointer = read_alias(store, "icd", "production")
     assert pointer
     assert pointer.version == first.version
+
+
+def test_who_evaluates_measures_the_step_signs_and_decides_and_who_trains_does_neither(store: Store) -> None:
+    version, (versions_key, evaluations_key) = publish(store), (Ed25519PrivateKey.generate() for _ in range(2))
+    store.trusted_keys, store.evaluation_keys = ((signing.public_text(key),) for key in (versions_key, evaluations_key))
+    candidate = Measured(version=version.version, metrics={"loss": 1.0})
+    evaluation = Evaluation(run_id="r1", records=1, models={"candidate": candidate})
+    decision = Decision(decision="hold", adapter="icd", alias="production", run_id="r1", reasons=("worse",))
+    with acting_as("evaluator", store):
+        runs.write(store, "r1", evaluation)
+    for role, record in (("trainer", evaluation), ("trainer", decision), ("evaluator", decision)):
+        with acting_as(role, store), pytest.raises(StoreError, match="AccessDenied"):
+            runs.write(store, "r1", record)
+    with acting_as("pipeline", store), pytest.raises(StoreError, match="AccessDenied"):
+        runs.write(store, "r1", evaluation)
+    for role in ("trainer", "evaluator"):
+        with acting_as(role, store), pytest.raises(StoreError, match="AccessDenied"):
+            signing.sign_evaluation(store, "icd", "r1", evaluations_key)
+    with acting_as("pipeline", store):
+        signing.sign_evaluation(store, "icd", "r1", evaluations_key)
+        runs.write(store, "r1", decision)
+    sha256 = hashlib.sha256(store.get("evaluations/r1/evaluation.json")).hexdigest()
+    measured = signing.require_evaluated(store, "icd", version.version, "r1", sha256)
+    assert measured == version.manifest_sha256
 
 
 def test_what_is_not_a_roles_to_do_is_refused(store: Store) -> None:
