@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def streamed(
-    base: Base, config: ModelConfig, base_format: BaseFormat, *, linear: Callable[..., torch.Tensor] = linear
+    base: Base,
+    config: ModelConfig,
+    base_format: BaseFormat,
+    *,
+    linear: Callable[..., torch.Tensor] = linear,
+    like_gpu: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator["PreTrainedModel"]:
-    """The base on the CPU in bfloat16, for forward passes only; for nf4, each weight is quantised and dequantised.
+    """The base on the CPU in `dtype`, for forward passes only; for nf4, each weight is quantised and dequantised.
 
-    The folder must hold 16-bit weights. `linear` computes the products of the linear layers.
+    The folder must hold 16-bit weights. `linear` computes the products of the linear layers; with `like_gpu`, attention
+    is that of GPU workers, except for flash attention, of which CPUs have PyTorch's own.
     """
     from accelerate.hooks import remove_hook_from_submodules
     from transformers import AutoConfig
@@ -31,11 +38,12 @@ def streamed(
 
     shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
     load = architecture.auto_class(shape).from_pretrained
-    kernel = attention.for_text(shape, attention.choose(shape, config.attention, use_gpu=False))
+    wanted = "auto" if config.attention == attention.FLASH else config.attention
+    kernel = attention.for_text(shape, attention.choose(shape, wanted, use_gpu=like_gpu))
     with tempfile.TemporaryDirectory(prefix="fineloop-streamed-") as scratch:
         model: PreTrainedModel = load(
             base.path,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             attn_implementation=kernel,
             device_map={"": "disk"},  # accelerate's disk offload: a layer's weights are in memory only while it runs
             offload_folder=scratch,

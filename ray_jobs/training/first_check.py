@@ -1,6 +1,5 @@
 """The check before the first step of a training: comparing the loss of the unsharded and of the sharded model."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,8 @@ class FirstCheck:
     start: Mapping[str, torch.Tensor] | None
     on_cpu: Kernels
     """Kernels for the products of the whole model on a CPU."""
-    expected: float = math.nan
+    expected: torch.Tensor | None = None
+    """The losses of the unsharded model's answer tokens, on rank 0."""
 
     @property
     def is_read_alone(self) -> bool:
@@ -40,22 +40,26 @@ class FirstCheck:
         if self.config.train.zero_stage < 3 or worker.rank > 0:
             return
         if self.is_read_alone:
-            self.expected = step_zero.known_base_loss(store, self.config, self.base, self.probe, self.on_cpu)
+            self.expected = step_zero.known_base_nll(
+                store, self.config, self.base, self.probe, self.on_cpu, worker.dtype
+            )
         else:
-            whole = trained_model.assemble(self.config, self.base, use_gpu=False, kernels=self.on_cpu, start=self.start)
-            self.expected = step_zero.probe_loss(whole, self.probe, torch.device("cpu"))
+            whole = trained_model.assemble(
+                self.config, self.base, use_gpu=False, kernels=self.on_cpu, dtype=worker.dtype, start=self.start
+            )
+            self.expected = step_zero.probe_nll(whole, self.probe, torch.device("cpu"))
 
     def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
         """Compute the expected loss below ZeRO-3, where every worker holds the whole model."""
         if self.config.train.zero_stage < 3:
-            self.expected = step_zero.probe_loss(adapted, self.probe, worker.device)
+            self.expected = step_zero.probe_nll(adapted, self.probe, worker.device)
 
     def require_same(self, engine: Any, worker: Worker) -> None:
-        """Compare the losses; raises as `step_zero.require_same_loss` does."""
+        """Compare the losses; raises as `step_zero.require_same` does."""
         # A fresh adapter does not change the loss; the initial weights of LoftQ or of an earlier version do.
         is_fresh = self.start is None and self.config.method.row.init == "default"
         with_adapter = is_fresh or not self.is_read_alone
-        loss = step_zero.probe_loss(engine.module, self.probe, worker.device, with_adapter=with_adapter)
+        losses = step_zero.probe_nll(engine.module, self.probe, worker.device, with_adapter=with_adapter)
         zero.finish_forward(engine)
-        expected = self.expected if worker.rank == 0 else math.nan
-        step_zero.require_same_loss(loss, expected, worker=worker, zero_stage=self.config.train.zero_stage)
+        expected = self.expected if worker.rank == 0 else None
+        step_zero.require_same(losses, expected, worker=worker, zero_stage=self.config.train.zero_stage)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -26,59 +27,76 @@ from ray_jobs.base.base_model import Base
 from ray_jobs.base.streamed import streamed
 from ray_jobs.kernels.door import Kernels, load_model
 from ray_jobs.text.answer_loss import answer_nll
-from ray_jobs.text.batching import TokenizedSplit, by_length, collate
+from ray_jobs.text.batching import TokenizedSplit, collate
 from ray_jobs.training.group import Worker
 
 logger = logging.getLogger(__name__)
 
 KNOWN = "bases/first-checks/"
 """Prefix in the registry of the known losses of unsharded bases."""
-RECORDS = 4  # the shortest ones: under ZeRO-3 the plain pass runs on a CPU
-# How far other kernels and another summation order may move the loss: in nats, and as a share of the loss.
-TOLERANCE = 0.02
-RELATIVE_TOLERANCE = 0.005
+# The shortest records, as under ZeRO-3 the plain pass runs on a CPU: enough for ANSWER_TOKENS, but no more TOKENS in
+# all, and at least RECORDS.
+RECORDS = 4
+TOKENS = 512
+ANSWER_TOKENS = 200
+# How far other kernels, which round otherwise and sum in another order, may move an answer token's loss on average: in
+# nats, and as a share of the mean loss.
+TOLERANCE = 0.2
+RELATIVE_TOLERANCE = 0.02
 
 
 def probe(split: TokenizedSplit, pad: int) -> dict[str, torch.Tensor]:
     """The records that are compared: `input_ids` and `labels`, both (B, T)."""
-    shortest = list(by_length(split.lengths, 1))[-RECORDS:]
-    return collate(split, [int(index) for (index,) in shortest], pad)
+    shortest = np.argsort(split.lengths, kind="stable")
+    answers, tokens = (np.cumsum(each[shortest]) for each in (split.num_answer_tokens, split.lengths))
+    enough, most = np.searchsorted(answers, ANSWER_TOKENS) + 1, np.searchsorted(tokens, TOKENS, side="right")
+    return collate(split, shortest[: max(RECORDS, min(enough, most))].tolist(), pad)
 
 
 @torch.no_grad()
-def probe_loss(
+def probe_nll(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device, *, with_adapter: bool = True
-) -> float:
-    """Mean loss in nats per answer token, without dropout. Under ZeRO-3 every worker must call it."""
+) -> torch.Tensor:
+    """The loss of each answer token in nats, float64 (A,), without dropout. Under ZeRO-3 every worker must call it."""
     was_training = model.training
     model.eval()
     with nullcontext() if with_adapter else _adapter_off(model):
-        loss = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double().mean().item()
+        nll = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double()
     model.train(was_training)
-    return loss
+    return nll
 
 
-def base_loss(config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels) -> float:
-    """The base's loss, unsharded and on the CPU; only one layer is in memory at a time where possible."""
+def base_nll(
+    config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels, dtype: torch.dtype
+) -> torch.Tensor:
+    """`probe_nll` of the base in the training's dtype and attention, unsharded and on the CPU; only one layer is in
+    memory at a time where possible."""
     cpu, base_format = torch.device("cpu"), config.method.row.base
+    here = {"linear": kernels.linear, "like_gpu": config.ray.use_gpu, "dtype": dtype}
     try:
-        with streamed(base, config.model, base_format, linear=kernels.linear) as model:
-            return probe_loss(model, probe, cpu)
+        with streamed(base, config.model, base_format, **here) as model:
+            return probe_nll(model, probe, cpu)
     except NotImplementedError as exc:
         # Llama 4 moves its token ids to the device of its embedding, which is the meta device.
         logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
-    model = load_model(base, config.model, base_format, kernels, use_gpu=False)
-    return probe_loss(model, probe, cpu)
+    model = load_model(base, config.model, base_format, kernels, use_gpu=False, dtype=dtype)
+    return probe_nll(model, probe, cpu)
 
 
-def known_base_loss(
-    store: Store, config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels
-) -> float:
-    """`base_loss`, cached in the store: a restart, or another run on the same records, need not read the base."""
+def known_base_nll(
+    store: Store,
+    config: RunConfig,
+    base: Base,
+    probe: dict[str, torch.Tensor],
+    kernels: Kernels,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """`base_nll`, cached in the store: a restart, or another run on the same records, need not read the base."""
     of = {
         "base": base.identity,
         "format": config.method.row.base,
-        "attention": config.model.attention,
+        "attention": [config.model.attention, config.ray.use_gpu],
+        "dtype": str(dtype),
         "products": kernels.dtype,
         "probe": {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in probe.items()},
         "packages": [torch.__version__, transformers.__version__],
@@ -87,12 +105,12 @@ def known_base_loss(
     with suppress(ObjectMissing, IntegrityError, TypeError, LookupError, ValueError):
         found = store.get_json(key)
         if found["of"] == of:
-            return float(found["loss"])
-    loss = base_loss(config, base, probe, kernels)
-    if math.isfinite(loss):
+            return torch.tensor(found["losses"], dtype=torch.float64)
+    losses = base_nll(config, base, probe, kernels, dtype)
+    if losses.isfinite().all():
         with suppress(StoreError):  # otherwise the next start computes it again
-            store.claim(key, encode_json({"of": of, "loss": loss}), content_type=JSON)
-    return loss
+            store.claim(key, encode_json({"of": of, "losses": losses.tolist()}), content_type=JSON)
+    return losses
 
 
 @contextmanager
@@ -111,25 +129,34 @@ def _adapter_off(model: torch.nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def require_same_loss(found: float, expected: float, *, worker: Worker, zero_stage: int) -> None:
-    """Stop all workers if the loss of one differs from rank 0's plain loss; `expected` is used on rank 0 only.
+def require_same(losses: torch.Tensor, expected: torch.Tensor | None, *, worker: Worker, zero_stage: int) -> None:
+    """Stop all workers if the tokens' losses of one differ from rank 0's plain ones; rank 0 alone has `expected`.
+
+    Tokens are compared one by one: in the mean loss their differences cancel, and a wrong matrix may move it no further
+    than rounding does.
 
     Raises:
         JobError: on every worker.
     """
-    losses = torch.zeros(worker.num_workers + 1, dtype=torch.float64, device=worker.device)
-    losses[worker.rank] = found
-    if worker.rank == 0:
-        losses[-1] = expected
-    dist.all_reduce(losses)
-    *sharded, plain = losses.tolist()
-    distances = [math.inf if math.isnan(loss) else abs(loss - plain) for loss in sharded]
+    table = torch.zeros(worker.num_workers + 1, len(losses), dtype=torch.float64, device=worker.device)
+    table[worker.rank] = losses
+    if expected is not None:
+        table[-1] = expected
+    dist.all_reduce(table)
+    *sharded, plain = table.mean(dim=1).tolist()
+    distances = (table[:-1] - table[-1]).abs().mean(dim=1).nan_to_num(math.inf).tolist()
     rank = distances.index(max(distances))
-    limit = TOLERANCE + RELATIVE_TOLERANCE * plain
+    most = limit(plain)
     logger.info("loss before the first step: %.4f, unsharded %.4f", sharded[rank], plain)
-    if math.isfinite(plain) and distances[rank] > limit:  # a NaN in the plain loss is not due to sharding
+    if math.isfinite(plain) and distances[rank] > most:  # a NaN in the plain loss is not due to sharding
         raise JobError(
             f"before the first step, rank {rank}'s loss with train.zero_stage={zero_stage} is {sharded[rank]:.4f} and "
-            f"that of the same model unsharded is {plain:.4f}, more than {limit:.2f} apart: the weights were not "
-            "sharded right, and training would go on wrong ones; use a lower train.zero_stage"
+            f"that of the same model unsharded is {plain:.4f}. Of {len(losses)} answer tokens the losses are "
+            f"{distances[rank]:.3f} apart on average, and rounding explains up to {most:.3f}: training would go on "
+            "other weights than the base's. Use a lower train.zero_stage"
         )
+
+
+def limit(plain: float) -> float:
+    """How far the losses of tokens may be apart on average, where the plain loss is this."""
+    return TOLERANCE + RELATIVE_TOLERANCE * plain

@@ -60,3 +60,16 @@ def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path):
     with streamed(base, config, "bf16", linear=look_and_multiply) as model, torch.inference_mode():
         model(input_ids=IDS)
     assert 0 < most < 0.3 * whole
+
+
+@pytest.mark.parametrize("wanted", ["auto", "flash_attention_2"])
+def test_a_base_is_streamed_in_the_attention_and_dtype_of_gpu_workers(wanted, tiny_base: Path):
+    config = ModelConfig(base=str(tiny_base), attention=wanted)
+    base = base_model.resolve(config)
+    with torch.inference_mode(), streamed(base, config, "bf16") as model:
+        expected = model(input_ids=IDS).logits
+    with torch.inference_mode(), streamed(base, config, "bf16", like_gpu=True, dtype=torch.float16) as model:
+        found = model(input_ids=IDS).logits
+    assert model.config._attn_implementation == "sdpa_records"
+    assert found.dtype is torch.float16
+    assert (found.float() - expected.float()).abs().max() < 0.02 * expected.float().abs().max()

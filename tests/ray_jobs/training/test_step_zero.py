@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from components.config.schema import RunConfig
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.kernels.door import PLAIN, Kernels
+from ray_jobs.text.batching import IGNORED, TokenizedSplit
 from ray_jobs.training import step_zero, zero
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group, train_in_rank
@@ -53,12 +55,14 @@ def test_one_broken_part_stops_the_training_with_both_losses(
         in_group(train_with_a_broken_shard, toml, directory=tmp_path, num_workers=2)
     found = re.search(
         rf"JobError: before the first step, rank (\d)'s loss with train\.zero_stage={zero_stage} is (\S+) and that of "
-        r"the same model unsharded is (\S+), more than (\S+) apart",
+        r"the same model unsharded is (\S+)\. Of \d+ answer tokens the losses are (\S+) apart on average, and rounding "
+        r"explains up to (\S+):",
         str(raised.value),
     )
     assert found, str(raised.value)
-    rank, sharded, plain, limit = int(found[1]), *map(float, found.groups()[1:])
-    assert abs(sharded - plain) > limit > 0
+    rank, sharded, plain, apart, limit = int(found[1]), *map(float, found.groups()[1:])
+    assert sharded != plain
+    assert apart > limit > 0
     if zero_stage == 2:  # every worker has weights of its own; under ZeRO-3 all see the broken part
         assert rank == 1
 
@@ -67,12 +71,12 @@ def test_the_loss_of_a_base_is_read_from_its_files_once_for_the_same_records(con
     base = base_model.resolve(config.model)
     ids = torch.arange(24).reshape(2, 12)
     probe = {"input_ids": ids, "labels": ids}
-    plain = step_zero.base_loss(config, base, probe, PLAIN)
-    assert step_zero.known_base_loss(store, config, base, probe, PLAIN) == plain
+    plain = step_zero.base_nll(config, base, probe, PLAIN, torch.bfloat16)
+    assert step_zero.known_base_nll(store, config, base, probe, PLAIN).equal(plain)
 
-    measured: list[str] = []
-    monkeypatch.setattr(step_zero, "base_loss", lambda config, *_: measured.append(config.method.row.base) or 1.5)
-    assert step_zero.known_base_loss(store, config, base, probe, PLAIN) == plain
+    measured, other = list[str](), torch.tensor([1.5])
+    monkeypatch.setattr(step_zero, "base_nll", lambda config, *_: measured.append(config.method.row.base) or other)
+    assert step_zero.known_base_nll(store, config, base, probe, PLAIN).equal(plain)
     assert measured == []
     nf4 = config.model_copy(update={"method": config.method.model_copy(update={"base": "nf4"})})
     other_base = replace(base, identity={"kind": "folder", "sha256": "0"})
@@ -83,9 +87,37 @@ def test_the_loss_of_a_base_is_read_from_its_files_once_for_the_same_records(con
         (config, base, other_probe, PLAIN),
         (config, base, probe, Kernels("float32")),
     ):
-        assert step_zero.known_base_loss(store, *changed) == 1.5
+        assert step_zero.known_base_nll(store, *changed).tolist() == [1.5]
     assert measured == ["nf4", "bf16", "bf16", "bf16"]
 
     for info in list(store.list(step_zero.KNOWN)):
         store.put(info.key, b"{}")
-    assert step_zero.known_base_loss(store, config, base, probe, PLAIN) == 1.5
+    assert step_zero.known_base_nll(store, config, base, probe, PLAIN).tolist() == [1.5]
+
+
+def split_of(lengths: list[int], answers: int) -> TokenizedSplit:
+    labelled = np.concatenate([np.arange(length) >= length - answers for length in lengths])
+    return TokenizedSplit(
+        ids=[f"r{i}" for i in range(len(lengths))],
+        tokens=np.ones(sum(lengths), dtype=np.int32),
+        labelled=labelled,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        num_prompt_tokens=np.array(lengths, dtype=np.int32) - answers,
+        too_long=[],
+        cut=[],
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "answers", "taken"),
+    [
+        ([*range(30, 60)], 25, 8),  # 200 answer tokens
+        ([*range(30, 60)], 2, 14),  # 512 tokens in all
+        ([300] * 30, 2, 4),
+        ([300] * 3, 2, 3),
+    ],
+)
+def test_the_shortest_records_are_compared_that_have_enough_answer_tokens(lengths, answers, taken):
+    batch = step_zero.probe(split_of(lengths[::-1], answers), pad=0)
+    assert batch["input_ids"].shape == (taken, sorted(lengths)[taken - 1])
+    assert int((batch["labels"] != IGNORED).sum()) == taken * answers
