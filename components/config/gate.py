@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from components.config.section import Added, Section
+from components.shared import binomial
 from components.shared.metrics import COMPARED, MARKS, METRICS, OWN, metric_of
 
 LARGE_LOSS = 2.0
@@ -107,9 +108,9 @@ class GateConfig(Section):
     """A record is much worse where its loss is above the champion's by more than this, in nats per answer token."""
     much_worse_share: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Added("0.2.0")] = None
     """At most this share of records, or groups, may be much worse than with the champion, shown with confidence
-    (Clopper-Pearson); 1 sets no limit. Unset: no limit; but if the metric is a loss, there must be enough records to
-    contain a share of 0.01 at least once (299), or with wider margins the share that would use up
-    worse_than_champion_by at 2 nats per token each."""
+    (Clopper-Pearson); 1 sets no limit. Unset: no limit; but there must be enough records to contain a share of 0.01 at
+    least once (299 of equal length), or with wider margins the share that would use up worse_than_champion_by at 2 nats
+    per token each, or at 1 each of a metric from 0 to 1. Where every record is right or wrong, the bound sees to it."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes about once in twenty times,
     and more often where losses are strongly skewed (docs/gate.md)."""
@@ -145,11 +146,25 @@ class GateConfig(Section):
 
     def rare_share(self, champion_loss: float) -> float:
         """The `much_worse_share` in force against a champion with this loss per token."""
-        if self.much_worse_share is not None:
-            return self.much_worse_share
+        return self._rare_share(champion_loss) if self.much_worse_share is None else self.much_worse_share
+
+    def rare_loss(self, champion_loss: float) -> float:
+        """The loss of a record that is allowed for although it is rare, in the unit of `worse_than_champion_by`."""
+        return self.worse_than_champion_by / self._rare_share(champion_loss)
+
+    def records_to_replace(self, champion_loss: float = 1.0) -> int:
+        """The fewest records that can replace a champion with this loss per token: of equal length, else of such an
+        effective number (`Pairs.num_effective`). Where every record is right or wrong, fewer may do."""
+        return binomial.least_of(0, self.rare_share(champion_loss), self.confidence)
+
+    def _rare_share(self, champion_loss: float) -> float:
+        """The share of records that uses up the margin if each loses all that it can, but RARE_SHARE at least."""
+        metric, margin = metric_of(self.metric), self.worse_than_champion_by
+        if metric.is_share:
+            return min(1.0, max(RARE_SHARE, margin))
         if self.metric != "loss":
             return RARE_SHARE
-        margin = self.worse_than_champion_by * (champion_loss if self.margins == "relative" else 1.0)
+        margin *= champion_loss if self.margins == "relative" else 1.0
         return min(1.0, max(RARE_SHARE, margin / LARGE_LOSS))
 
     @property

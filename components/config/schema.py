@@ -136,7 +136,7 @@ class MethodConfig(Section):
 class EvaluateConfig(Section):
     """How base, champion and candidate are compared on held-out records."""
 
-    records: Annotated[int, Field(ge=1)] = 300
+    records: Annotated[int, Field(ge=1)] = 400
     """Held-out records to evaluate on, the same for all three models, in order of their key's hash and without those of
     data.validation_share."""
     max_records: Annotated[int, Field(ge=0), Added("0.2.0")] = 1000
@@ -347,8 +347,10 @@ class RunConfig(Section):
     def _identity(self) -> dict[str, Any]:
         values = identity(self)
         values["adapter"].pop("note", None)
+        if self.evaluate.records == EvaluateConfig().records:
+            values["evaluate"]["records"] = 300  # release 0.1.0's default
         if self.gate.limits == GateConfig().limits:
-            values["gate"]["limits"] = [{"metric": "prompt_gain", "min": 0.1, "max": None}]  # release 0.1.0's default
+            values["gate"]["limits"] = [{"metric": "prompt_gain", "min": 0.1, "max": None}]  # likewise
         if values["ray"]["cluster"].get("image") == IMAGE:
             values["ray"]["cluster"]["image"] = "fineloop/train:0.1.0"  # likewise
         if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:

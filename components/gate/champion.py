@@ -10,8 +10,7 @@ from components.config.gate import GateConfig
 from components.gate.comparisons import ROUNDING, Compared, at_most, not_worse, numbers
 from components.gate.luck import luck_of
 from components.records.steps import Lead, Measured, RuleResult
-from components.shared.metrics import METRICS
-from components.shared.paired import much_worse_unseen
+from components.shared.paired import few_unseen, much_worse_unseen
 
 
 def not_worse_than_champion(
@@ -52,8 +51,8 @@ def not_worse_than_champion(
         )
     if found.undecided and found.lower is not None and found.lower >= -tolerance - luck - ROUNDING:
         text += (
-            f" The tail of what records lose is heavy: beyond those drawn it is expected to cost "
-            f"{_share(compared, unseen)}, and the bound holds only without that."
+            f" Large losses are rare: beyond those drawn they are expected to cost {_share(compared, unseen)}, and the "
+            "bound holds only without that."
         )
     return found.model_copy(update={"luck": luck or None, "unseen": unseen or None, "text": text})
 
@@ -69,10 +68,13 @@ def _luck(compared: Compared, lead: Lead | None) -> float:
 
 def _unseen(policy: GateConfig, compared: Compared) -> float:
     """The expected cost of losses beyond those drawn; 0 unless the policy asks for rare losses to be seen."""
-    pairs = compared.pairs if compared.metric.column == METRICS["loss"].column else None
-    if pairs is None or policy.much_worse_share == 1 or compared.bounds is None:
+    pairs, found, theirs = compared.pairs, compared.bounds, compared.theirs
+    if pairs is None or found is None or theirs is None or policy.much_worse_share == 1 or not compared.allows_for_rare:
         return 0.0
-    return much_worse_unseen(pairs)
+    of_the_tail = much_worse_unseen(pairs)
+    if compared.revision == 0:
+        return of_the_tail
+    return max(of_the_tail, few_unseen(pairs, found, policy.rare_loss(theirs), compared.confidence))
 
 
 def _share(compared: Compared, amount: float) -> str:

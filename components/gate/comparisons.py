@@ -15,9 +15,11 @@ from components.config.gate import GateConfig, Guard
 from components.config.schema import EvaluateConfig
 from components.gate.evidence import Evidence
 from components.records.steps import Evaluation, Measured, Role, RuleResult, finite
-from components.shared.metrics import RELATIVE, Metric
+from components.shared.metrics import METRICS, RELATIVE, Metric
 from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, wins_and_losses
 
+REVISION = 1
+"""Number of the rules on rare losses. Those of 0 count records whatever their length, and compare losses alone."""
 # Bounds are inclusive in decimal numbers: 0.30 - 0.25 counts as 0.05, although it is less in binary floating point.
 ROUNDING = 1e-9
 TEXTS: dict[str, tuple[str, str]] = {
@@ -40,6 +42,14 @@ class Compared:
     confidence: float
     relative: bool = False
     """Whether the required gain is a share of the other model's metric."""
+    revision: int = REVISION
+
+    @property
+    def allows_for_rare(self) -> bool:
+        """Whether its bounds need rules of their own on rare losses; the score bounds of right and wrong do not."""
+        if self.revision == 0:
+            return self.metric.column == METRICS["loss"].column
+        return self.pairs is None or not self.pairs.are_binary
 
     @property
     def amounts(self) -> Metric:

@@ -37,10 +37,12 @@ def decide(
     look: int = 1,
     passed_before: int = 0,
     lead: Lead | None = None,
+    revision: int = comparisons.REVISION,
 ) -> Decision:
     """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set.
 
     `passed_before` is how many earlier decisions replaced a version; `lead` is the champion's lead among them.
+    `revision` is that of the rules on rare losses.
 
     Raises:
         DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
@@ -54,7 +56,7 @@ def decide(
     _, best = _best(evaluation)
     best_confidence = confidence_at(look, policy.confidence, passed_before)
     rules = [
-        *_compared(evaluation, evidence, policy, adapter, look, best_confidence, lead),
+        *_compared(evaluation, evidence, policy, adapter, look, best_confidence, lead, revision),
         *_limited(candidate, evidence, policy),
     ]
     rules += _broken_numbers(candidate, {rule.metric for rule in rules})
@@ -76,6 +78,7 @@ def decide(
         lead=lead,
         test_set=evaluation.test_set,
         policy=policy.model_dump(mode="json"),
+        revision=revision,
     )
     return decision.model_copy(update={"basis_sha256": _basis_sha256(evaluation, policy, decision)})
 
@@ -94,6 +97,7 @@ def _compared(
     look: int,
     best_confidence: float,
     lead: Lead | None,
+    revision: int,
 ) -> list[RuleResult]:
     """The rules that compare the candidate with other models."""
     candidate, champion = _required(evaluation, "candidate"), evaluation.model("champion")
@@ -101,7 +105,7 @@ def _compared(
     def against(role: Role, metric: str, confidence: float = policy.confidence) -> Compared:
         called = {"base": "the base model", "anchor": "the best version"}.get(role, adapter.alias)
         relative = policy.margins == "relative" and metric == policy.metric
-        return Compared(evaluation, evidence, metric_of(metric), role, called, confidence, relative)
+        return Compared(evaluation, evidence, metric_of(metric), role, called, confidence, relative, revision)
 
     rules: list[RuleResult] = []
     if champion is not None and champion.version is not None and candidate.version is not None:
@@ -115,7 +119,8 @@ def _compared(
         compared = against(best_role, policy.metric, best_confidence)
         rules.append(comparisons.not_worse_than_best(policy, compared, version=best.version, look=look))
     if champion is not None:
-        if (rare := few_get_much_worse(policy, against("champion", "loss"))) is not None:
+        of_rare = policy.metric if policy.much_worse_share is None else "loss"
+        if (rare := few_get_much_worse(policy, against("champion", of_rare))) is not None:
             rules.append(rare)
         rules.extend(
             comparisons.guarded(guard, index, against("champion", guard.metric))
@@ -168,6 +173,7 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
     basis = {
         "adapter": [decision.adapter, decision.alias],
         "policy": _asked(policy),
+        **({"revision": decision.revision} if decision.revision else {}),
         "dataset": evaluation.dataset_id,
         "records_sha256": evaluation.records_sha256,
         "look": decision.look,

@@ -66,5 +66,6 @@ def replay(store: "Store", run_id: str) -> Replayed:
         look=recorded.look or 1,
         passed_before=recorded.passed_before,
         lead=recorded.lead,
+        revision=recorded.revision,
     )
     return Replayed(recorded, found, unsigned)

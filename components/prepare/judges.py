@@ -13,7 +13,6 @@ from components.registry import signing
 from components.registry.aliases import read_alias
 from components.registry.event_log import events
 from components.registry.looks import decided_before, next_part
-from components.shared import binomial
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import metric_of
 from components.store.store import Store
@@ -113,14 +112,15 @@ def too_few_to_replace(store: Store, dataset_uri: str, config: RunConfig, *, run
         held = read_alias(store, adapter.name, adapter.alias)
     if held is None or gate.margins == "relative" or metric_of(gate.metric).column != metric_of("loss").column:
         return ""
-    wanted = binomial.least_of(0, gate.rare_share(1.0), gate.confidence)
+    wanted = gate.records_to_replace()
     judging = judges(store, dataset_uri, config, run_id=run_id)
     found = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
     if found >= wanted:
         return ""
     kind = "groups of records" if config.data.group else "records"
     return (
-        f"{found} {kind} judge this run, and only {wanted} would show a rare large loss: whatever it trains, the gate "
-        f"cannot tell whether it may replace {held.version}. Raise data.eval_share or evaluate.max_records, add data, "
+        f"{found} {kind} judge this run, and only {wanted} of equal length would show a rare large loss: whatever it "
+        f"trains, the gate cannot tell whether it may replace {held.version}. Raise data.eval_share or "
+        "evaluate.max_records, add data, "
         "allow more with gate.worse_than_champion_by, or set gate.much_worse_share=1"
     )

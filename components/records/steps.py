@@ -347,6 +347,8 @@ class Decision(Record):
     """SHA-256 of the evaluation that was decided on, as it was written; empty for a skipped run."""
     policy: dict[str, Any] = {}
     """Section `gate` of the config."""
+    revision: int = 0
+    """Number of the gate's rules on rare losses; 0 in decisions made before this was counted."""
     basis_sha256: str = ""
     """SHA-256 of the verdict and everything that it follows from; repeating a decision gives the same value."""
     since_run: str | None = None

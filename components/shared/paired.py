@@ -27,6 +27,10 @@ COUNTS_IN_CACHE = 2**16
 """Number of counts that are converted to floats, half a megabyte, before they are multiplied."""
 MAX_LOG = 700.0
 POWER = 0.8
+FEW = 5
+"""Fewer losses than this are too few for a normal distribution of their number (Cochran, Biometrics 10, 1954)."""
+LARGE_PART, LARGE_OF_COARSE = 0.75, 0.5
+"""The part of a loss from which on it is one of them; the second for marks, of which short answers have few values."""
 MANY_RECORDS = 1_000_000
 
 
@@ -49,6 +53,12 @@ class Pairs:
     def num_independent(self) -> int:
         """Number of groups; without groups, of records."""
         return len(self.ours) if self.groups is None else int(self.groups.max(initial=-1)) + 1
+
+    @property
+    def num_effective(self) -> float:
+        """Number of records, or groups, of one weight that tell as much as these (Kish, Survey Sampling, 1965)."""
+        weights = self.weights if self.groups is None else np.bincount(self.groups, weights=self.weights)
+        return float(weights.sum() ** 2 / (weights**2).sum())
 
     def where(self, kept: npt.NDArray[np.bool_]) -> "Pairs":
         """Return the pairs of the records in `kept`."""
@@ -92,7 +102,7 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
         return None
     if pairs.relative and not pairs.theirs.any():
         return None  # a share of nothing
-    sums = numbers if pairs.groups is None else _summed(numbers, pairs.groups)
+    sums = _summed(pairs)
     once = np.ones((1, len(sums)), np.uint8)
     gain, error = (float(value[0]) for value in _gain_and_error(pairs, sums, once))
     if pairs.are_binary:
@@ -117,10 +127,30 @@ def much_worse_unseen(pairs: Pairs) -> float:
 
     In the unit of the gain, and never below 0; see `tails`.
     """
-    numbers = np.stack([pairs.ours, pairs.theirs, pairs.weights], axis=1)
-    sums = numbers if pairs.groups is None else _summed(numbers, pairs.groups)
-    lost = _residuals(pairs, sums) * (1.0 if pairs.lower_is_better else -1.0)
+    lost = _residuals(pairs, _summed(pairs)) * (1.0 if pairs.lower_is_better else -1.0)
     return tails.unseen(lost) / float(pairs.weights.sum())
+
+
+def few_unseen(pairs: Pairs, found: Bounds, loss: float, confidence: float) -> float:
+    """Return how much lower than in `found` the gain's bound is as if one more record lost `loss`, where a few do; 0
+    where none or many do. In the unit of the gain, as `loss` is.
+
+    A bootstrap repeats these few as often and as long as they were drawn. So the sum of all records is weighted at
+    random, with one more whose length is that of a token's record on average: Gaffke's bound of a mean (Mathematical
+    Methods of Statistics 14, 2005), which is Clopper and Pearson's if all others lose nothing.
+    """
+    sums = _summed(pairs)
+    weights, gains = sums[:, 2], _residuals(pairs, sums) * (-1.0 if pairs.lower_is_better else 1.0)
+    large = (LARGE_PART if pairs.lower_is_better else LARGE_OF_COARSE) * loss - 1e-9
+    if not 1 <= (-gains >= (found.gain + large) * weights).sum() < FEW:
+        return 0.0
+    low, high = min(-loss, found.gain), found.gain
+    for _ in range(40):
+        middle = (low + high) / 2
+        more = -float((weights**2).sum() / weights.sum()) * (loss + middle)
+        chance = tails.chance_below_zero(np.append(gains + weights * (found.gain - middle), more))
+        low, high = (low, middle) if chance > 1 - confidence else (middle, high)
+    return max(0.0, found.lower - low)
 
 
 def wins_and_losses(pairs: Pairs) -> tuple[int, int]:
@@ -216,8 +246,12 @@ def _residuals(pairs: Pairs, sums: Array) -> Array:
     return found
 
 
-def _summed(numbers: Array, groups: npt.NDArray[np.int64]) -> Array:
-    return np.stack([np.bincount(groups, weights=column) for column in numbers.T], axis=1)
+def _summed(pairs: Pairs) -> Array:
+    """Return our value, theirs and the weight, a row for each group, or for each record where there are no groups."""
+    columns = (pairs.ours, pairs.theirs, pairs.weights)
+    return np.stack(
+        columns if pairs.groups is None else [np.bincount(pairs.groups, weights=each) for each in columns], axis=1
+    )
 
 
 def _resampled(pairs: Pairs, sums: Array, confidence: float) -> tuple[Array, Array]:

@@ -5,6 +5,8 @@ that no bound from the sample itself knows of them. The largest values are taken
 distribution, as extreme value theory has it, whose mean is known.
 """
 
+from statistics import NormalDist
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,6 +44,25 @@ def unseen(values: Array) -> float:
         return 0.0
     heavier = max(shape, min(shape + HEAVIER * (1 + shape) / np.sqrt(number), HEAVIEST))
     return max(0.0, len(over) * float(scale / (1 - heavier) - over.mean()))
+
+
+def chance_below_zero(values: Array) -> float:
+    """Return the probability that the values, each times an exponential random number of its own, sum to less than 0.
+
+    By the approximation of Lugannani and Rice (Advances in Applied Probability 12, 1980).
+    """
+    if values.max() <= 0 or values.min() >= 0:
+        return float(values.max() <= 0)
+    low, high = 1 / values.min(), 1 / values.max()
+    for _ in range(50):
+        point = (low + high) / 2
+        slopes = values / (1 - point * values)
+        low, high = (low, point) if slopes.sum() > 0 else (point, high)
+    distance = float(np.sign(point) * np.sqrt(max(0.0, 2 * np.log1p(-point * values).sum())))
+    scaled, normal = float(point * np.sqrt((slopes**2).sum())), NormalDist()
+    if abs(distance) < 1e-4:
+        return 0.5
+    return normal.cdf(distance) + normal.pdf(distance) * (1 / distance - 1 / scaled)
 
 
 def _beyond(values: Array, number: int) -> Array:

@@ -1,5 +1,6 @@
 """The results on held-out records, and how many more records a decision needs; pure functions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,8 +8,6 @@ from components.config.gate import GateConfig
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Role
-from components.shared import binomial
-from components.shared.metrics import metric_of
 from components.shared.paired import Pairs, bounds, records_to_decide
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.scoring.answers import Score, pairs_of
@@ -34,10 +33,10 @@ def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
         found = bounds(pairs, CLEAR) if pairs and margin else None
         if found is None or found.upper < -margin:
             continue
-        if role == "champion" and pairs is not None and metric_of(policy.metric).column == metric_of("loss").column:
-            share = policy.rare_share(float(pairs.theirs.sum() / pairs.weights.sum()))
-            least = binomial.least_of(0, share, policy.confidence)
-            wanted = max(wanted, least if found.groups < least else 0)
+        if role == "champion" and pairs is not None and not pairs.are_binary:
+            least = policy.records_to_replace(float(pairs.theirs.sum() / pairs.weights.sum()))
+            lacking = least / pairs.num_effective
+            wanted = max(wanted, math.ceil(found.records * lacking) if lacking > 1 else 0)
         if found.lower >= -margin:
             continue
         wanted = max(wanted, records_to_decide(replace(found, gain=0.0), -margin, policy.confidence) or 0)

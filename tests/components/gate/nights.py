@@ -22,7 +22,7 @@ MEASURED = read("icd10")
 TOKENS = MEASURED.tokens
 SEEDS = ("seed0", "seed1")
 FIRST, SECOND = (MEASURED.columns[f"{seed}_nll"] for seed in SEEDS)
-NIGHTS, RECORDS = 100, 300
+NIGHTS, RECORDS = 100, 400
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
         "champion": "v1",
         "run_id": RUN,
         "policy": config().gate.model_dump(mode="json"),
+        "revision": 1,
         "since_run": None,
     }
     assert set(written["rules"][0]) == RuleResult.model_fields.keys()

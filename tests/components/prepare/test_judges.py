@@ -127,7 +127,7 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
     ("number", "keys", "message"),
     [
         (400, [], None),
-        (320, [], "records judge this run, and only 299 would show"),
+        (320, [], "records judge this run, and only 299 of equal length would show"),
         (320, ["data.validation_share=0.01"], None),
         (320, ["gate.worse_than_champion_by=0.1"], None),
         (320, ["gate.much_worse_share=1"], None),
@@ -136,7 +136,7 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
         (
             400,
             ["evaluate.records=20", "evaluate.max_records=100"],
-            "^100 records judge this run, and only 299 would show",
+            "^100 records judge this run, and only 299 of equal length would show",
         ),
     ],
     ids=str,

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -5,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, score_bounds
+from components.shared.paired import (
+    Bounds,
+    Pairs,
+    bounds,
+    few_unseen,
+    mcnemar,
+    records_to_decide,
+    score_bounds,
+)
 
 
 # What R's contingencytables 3.1 prints for its examples (bentur_2009, cavo_2012), from Fagerland, Lydersen and Laake,
@@ -117,3 +126,40 @@ def test_so_many_records_are_needed_as_make_the_distance_two_and_a_half_errors()
     needed = records_to_decide(found, -0.02, 0.95)
     assert needed == pytest.approx(250 * (2.486 * 0.0125 / 0.02) ** 2, abs=10)
     assert records_to_decide(found, -1e-6, 0.95) is None
+
+
+def lower_if_one_more(pairs: Pairs) -> float:
+    found = bounds(pairs, 0.95)
+    return found.gain - few_unseen(pairs, dataclasses.replace(found, lower=found.gain), 2.0, 0.95)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 4])
+def test_of_a_few_equal_losses_one_more_gives_clopper_and_pearson_s_bound(lost):
+    values = np.where(np.arange(300) < lost, 2.0, 0.0)
+    pairs = Pairs(values, np.zeros(300), np.ones(300), lower_is_better=True)
+    share = stats.beta.ppf(0.95, lost + 1, 300 - lost)
+    assert lower_if_one_more(pairs) == pytest.approx(-2 * share, rel=0.01)
+
+
+@pytest.mark.parametrize(("lost", "of"), [(0, 2.0), (5, 2.0), (3, 1.4)])
+def test_no_loss_and_many_and_small_ones_are_left_to_the_bootstrap(lost, of):
+    values = np.where(np.arange(300) < lost, of, 0.01 * np.arange(300) / 300)
+    pairs = Pairs(values, np.zeros(300), np.ones(300), lower_is_better=True)
+    assert few_unseen(pairs, bounds(pairs, 0.95), 2.0, 0.95) == 0
+
+
+def test_a_loss_on_a_short_answer_counts_as_one_that_may_fall_on_a_long_one():
+    tokens = np.arange(400) % 9 + 2.0
+    at = np.array([np.flatnonzero(tokens == length)[0] for length in (2, 10)])
+    bound = []
+    for place in at:
+        values = np.where(np.arange(400) == place, 2.0, 0.0) * tokens
+        pairs = Pairs(values, np.zeros(400), tokens, lower_is_better=True)
+        bound.append(lower_if_one_more(pairs))
+    weights = np.random.default_rng(0).exponential(size=(20_000, 401))
+    usual = (tokens**2).sum() / tokens.sum()
+    for place, found in zip(at, bound, strict=True):
+        lost = np.zeros(401)
+        lost[place], lost[-1] = 2 * tokens[place], 2 * usual
+        simulated = (weights @ lost) / (weights @ np.append(tokens, usual))
+        assert found == pytest.approx(-np.quantile(simulated, 0.95), rel=0.03)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.stats import genpareto
+from scipy.stats import gamma, genpareto
 
 from components.shared.paired import Pairs, much_worse_unseen
-from components.shared.tails import generalised_pareto, unseen
+from components.shared.tails import chance_below_zero, generalised_pareto, unseen
 
 
 @pytest.mark.parametrize("shape", [-0.3, 0.0, 0.3, 0.7])
@@ -65,3 +65,12 @@ def test_it_is_in_the_unit_of_the_gain(kind: str) -> None:
     # Derivatives of exp(2 + mean) - exp(2), and of (2 + mean) / 2 - 1, by the mean.
     slope = {"exponential": np.exp(2 + mean), "relative": 1 / 2}.get(kind, 1.0)
     assert much_worse_unseen(pairs) == pytest.approx(slope * plain, rel=0.02)
+
+
+@pytest.mark.parametrize(("gains", "losses"), [(300, 1), (20, 4), (1, 1)])
+def test_the_chance_of_a_weighted_sum_is_that_of_two_gamma_numbers(gains: int, losses: int) -> None:
+    values = np.append(np.full(gains, 0.01), np.full(losses, -1.0))
+    points = (np.arange(20_000) + 0.5) / 20_000
+    expected = gamma.cdf(gamma.ppf(points, losses) / 0.01, gains).mean()
+    assert chance_below_zero(values) == pytest.approx(expected, abs=0.01)
+    assert (chance_below_zero(-values[-losses:]), chance_below_zero(values[-losses:])) == (0.0, 1.0)
