@@ -115,9 +115,10 @@ def test_whichever_of_removal_and_promotion_is_answered_late_no_alias_points_at_
     one, two = keeper.publishes("1"), keeper.publishes("2")
     keeper.does(f"fineloop adapters promote sums@{one} -c sums.toml")
     swap, removal = Hold("PUT", "aliases/production"), Hold("POST", "delete", is_answered=True)
-    proxy.holds += [swap, removal]
+    proxy.holds.append(swap)
     promoter = keeper.begins(f"fineloop adapters promote sums@{two} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
     assert swap.reached.wait(PATIENCE_S)
+    proxy.holds.append(removal)  # not before: the promotion tries the store first, and deletes what it wrote for that
     collector = keeper.begins(GC, AWS_ENDPOINT_URL=proxy.url)
     assert removal.reached.wait(PATIENCE_S)  # the manifest is gone, and gc has not looked at the aliases again
     swap.let_go.set()

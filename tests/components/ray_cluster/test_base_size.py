@@ -96,4 +96,4 @@ def test_a_finetune_step_refuses_before_it_asks_for_pods(store, monkeypatch):
     monkeypatch.setattr(base_size, "base_bytes", lambda _: 101 * GIB)
     run = StepRun("finetune", "night-1", configured("s3://bases/one"), store)
     with pytest.raises(ConfigError, match=r"writes 101 GiB .* set ray\.cluster\.disk_gib=127"):
-        finetune(run, dataset_uri="s3://data/set")
+        finetune(run, dataset_uri=store.uri("datasets/set"))
