@@ -7,7 +7,7 @@ on the base that they hold. A job that is run again reuses the version that the 
 
 from components.config.schema import RunConfig
 from components.records import runs
-from components.records.replayed import Replayed
+from components.records.runs import Replayed
 from components.records.steps import TrainResult
 from components.shared import garbage
 from components.shared.protocol import TRAINED, say
@@ -16,7 +16,7 @@ from ray_jobs import entry
 from ray_jobs import finetune as training
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP as COMPARING
-from ray_jobs.scoring import marks
+from ray_jobs.scoring import answers
 from ray_jobs.training.standby import Standby
 
 
@@ -36,7 +36,7 @@ def main() -> None:
 
     def train() -> None:
         config = entry.load_config(arguments.config, arguments.set)
-        marks.named(config.metrics)  # metrics that cannot be measured are reported before the training
+        answers.named(config.metrics)  # metrics that cannot be measured are reported before the training
         for probe in PROBES.values():
             if probe.check:
                 probe.check(config)

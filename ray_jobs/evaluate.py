@@ -16,25 +16,23 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.prepare.judges import judges
+from components.prepare.split import judges
 from components.records import runs
 from components.records.steps import ROLES, Evaluation, Measured, Role, TrainResult
 from components.registry.aliases import read_alias
-from components.registry.event_log import events
-from components.registry.history import promotion
+from components.registry.event_log import events, promotion
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
-from components.shared.answers import alike
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.shared.metrics import METRICS, metrics_of
+from components.shared.metrics import METRICS, alike, metrics_of
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
 from ray_jobs.base import attention, base_config, base_model
-from ray_jobs.planning.sharing import is_shared
+from ray_jobs.planning.capacity import is_shared
 from ray_jobs.probes import PROBES
-from ray_jobs.scoring import STEP, drawing
+from ray_jobs.scoring import STEP, measure
 from ray_jobs.scoring.answers import (
     Score,
     as_columns,
@@ -44,9 +42,7 @@ from ray_jobs.scoring.answers import (
     metrics,
     paired_difference,
 )
-from ray_jobs.scoring.contender import Contender, of_version
-from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.measure import with_room_for_answers
+from ray_jobs.scoring.measure import Contender, Found, of_version, with_room_for_answers
 from ray_jobs.scoring.probe import Outcome
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
@@ -168,7 +164,7 @@ def _measured(
         measured = partial(measured_apart, config, base, contenders, standby=standby)
     found = measured(records, probes)
     outside = {key: probe.outcome([share[key] for share in found.shares], chat) for key, probe in probes.items()}
-    if further := drawing.further(config, held_out[len(records) :], found):
+    if further := measure.further(config, held_out[len(records) :], found):
         say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
         found = found.and_then(measured(further, kernels=found.kernels))
     if standby is not None:

@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
-from components.config.cautions import cautions
-from components.config.schema import RunConfig
+from components.config.schema import RunConfig, cautions
 from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
 from components.registry import lineage
 from components.registry.erasures import require_none_erased
 from components.shared import garbage
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
@@ -33,7 +32,7 @@ from ray_jobs.training.standby import Standby
 from ray_jobs.training.train_job import Stopwatch, TrainJob
 
 if TYPE_CHECKING:
-    from ray_jobs.planning.before_training import Outlook
+    from ray_jobs.planning.capacity import Outlook
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ def _planned(config: RunConfig, base: base_model.Base, train_split: splits.Plann
     import ray
 
     with garbage.importing():
-        from ray_jobs.planning.before_training import before_training
+        from ray_jobs.planning.capacity import before_training
         from ray_jobs.training.room import wait_for_room
         from ray_jobs.training.train_loop import num_steps
 

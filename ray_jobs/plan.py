@@ -8,11 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from components.config.cautions import cautions
 from components.config.gpus import PRICED, Gpu
-from components.config.legality import nearest_legal
-from components.config.methods import METHODS, MethodName
-from components.config.schema import MethodConfig, RunConfig
+from components.config.methods import METHODS, MethodName, nearest_legal
+from components.config.schema import MethodConfig, RunConfig, cautions
 from components.config.train import Dtype
 from components.shared import garbage
 from components.shared.errors import ConfigError
@@ -21,13 +19,14 @@ from components.shared.protocol import say
 with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.base import base_config
-    from ray_jobs.planning.before_training import counts
     from ray_jobs.planning.capacity import (
         Choice,
         Device,
         WorstBatch,
         advised,
         chosen,
+        counts,
+        disk_bytes,
         evaluated,
         named_device,
         pod_memory,
@@ -36,7 +35,6 @@ with garbage.importing():
         settled,
         step_of,
     )
-    from ray_jobs.planning.disk import disk_bytes
     from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan
     from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
     from ray_jobs.planning.speed import speed

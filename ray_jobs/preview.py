@@ -12,10 +12,10 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.prepare.judges import Judges, lacking, parts_of
 from components.prepare.prepare import preview
 from components.prepare.profile import percentiles
 from components.prepare.sources import find_sources
+from components.prepare.split import Judges, lacking, parts_of
 from components.shared import garbage
 from components.shared.errors import DataError, UserError
 from components.shared.protocol import say

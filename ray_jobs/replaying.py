@@ -21,18 +21,17 @@ from components.prepare import parts
 from components.prepare.arrow_records import batch_of, present
 from components.prepare.dataset import REJECTS, Record, load_split, read_split
 from components.records import runs
-from components.records.replayed import Replayed
+from components.records.runs import Replayed
 from components.registry.aliases import read_alias
-from components.registry.names import TOKENS
-from components.shared.answers import alike
-from components.shared.counted import counted
+from components.registry.identity import TOKENS
+from components.shared.durations import counted
 from components.shared.errors import ObjectMissing
+from components.shared.metrics import alike
 from components.store import folders
 from components.store.store import JSON, Store, encode_json
 from ray_jobs import entry
 from ray_jobs.base import base_model
-from ray_jobs.scoring.contender import of_version
-from ray_jobs.scoring.measure import with_room_for_answers
+from ray_jobs.scoring.measure import of_version, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import without_reasoning
@@ -107,7 +106,7 @@ def _right(
     own."""
     import ray
 
-    from ray_jobs.planning.sharing import is_shared
+    from ray_jobs.planning.capacity import is_shared
     from ray_jobs.training.measuring import measured_apart, measured_together
     from ray_jobs.training.room import wait_for_room, workers_with_room
 

@@ -36,7 +36,7 @@ with garbage.importing():
     from ray_jobs.sweeping import points, verdict
     from ray_jobs.sweeping.plan import Plan
     from ray_jobs.sweeping.points import Arm, Point
-    from ray_jobs.sweeping.progress import Progress
+    from ray_jobs.sweeping.trial import Progress
     from ray_jobs.sweeping.trial_rows import header, row
     from ray_jobs.text import chat_format
     from ray_jobs.training import splits, train_loop
@@ -140,7 +140,7 @@ def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: Pl
     """Planned bytes of one worker for each arm; refuses what cannot fit before a trial is started."""
     import ray
 
-    from ray_jobs.planning.before_training import before_training, planned_bytes
+    from ray_jobs.planning.capacity import before_training, planned_bytes
     from ray_jobs.training.room import wait_for_room
 
     found: dict[Arm, int | None] = {}

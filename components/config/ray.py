@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from components.config.gpus import GpuName
+from components.config.gpus import GPUS, PRICED, GpuName
 from components.config.section import Added, Section
 from components.shared.errors import ConfigError
 
@@ -360,3 +360,17 @@ class RayConfig(Section):
     def patience_s(self) -> int:
         """The longest that a step waits for one job, queue included: what its own timeout must exceed."""
         return self.timeout_s + self.cluster.queue_timeout_s
+
+
+# What an hour of a GPU costs.
+
+
+def price_per_hour(ray: RayConfig, gpu: str) -> tuple[float, str] | None:
+    """US dollars and where they are from: the config's price, or the list's for the product that a worker names."""
+    if not gpu:
+        return None
+    if ray.gpu_price_per_hour is not None:
+        return ray.gpu_price_per_hour, "ray.gpu_price_per_hour"
+    listed = next((each for each in GPUS.values() if each.product.replace("-", " ") == gpu), None)
+    listed = listed or (GPUS[ray.gpu] if ray.gpu else None)
+    return (listed.price_per_hour, f"{listed.price_source}, {PRICED}") if listed else None

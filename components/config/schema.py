@@ -4,26 +4,111 @@ A config is validated whole before any cluster, network or GPU is touched; a mis
 field. Secrets are never in it: they come from the environment or from mounted files.
 """
 
+import base64
+import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from components.config import digests
-from components.config.announce import AnnounceConfig as AnnounceConfig
 from components.config.data import DataConfig as DataConfig
 from components.config.gate import GateConfig, RequestedMetric
-from components.config.legality import Cell, nearest_legal, refusals
-from components.config.methods import METHODS, AdapterKind, BaseFormat, Init, Method, MethodName, Scaling
-from components.config.ray import IMAGE, RayConfig
-from components.config.registry import RegistryConfig as RegistryConfig
+from components.config.methods import (
+    METHODS,
+    AdapterKind,
+    BaseFormat,
+    Cell,
+    Init,
+    Method,
+    MethodName,
+    Scaling,
+    nearest_legal,
+    refusals,
+)
+from components.config.ray import IMAGE, OF_EVERY_STEP, RayConfig
 from components.config.section import Added, Section, identity
 from components.config.track import TrackConfig
+from components.config.train import SHARING
 from components.config.train import TrainConfig as TrainConfig
 from components.config.tune import TuneConfig
 from components.shared.metrics import METRICS
+
+# Where the registry lies, and which keys it trusts.
+
+PRIME, OF_ORDER_8 = 2**255 - 19, 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+OF_SMALL_ORDER = {0, 1, PRIME - 1, PRIME, PRIME + 1, OF_ORDER_8, PRIME - OF_ORDER_8}
+"""The y of points whose order divides 8 (RFC 8032, section 5.1)."""
+
+
+def _of_a_pair(key: str) -> str:
+    if int.from_bytes(base64.b64decode(key.removeprefix("ed25519:")), "little") % 2**255 in OF_SMALL_ORDER:
+        raise ValueError(f"{key} is a point of small order, for which anybody can sign: name the key of a key pair")
+    return key
+
+
+PublicKey = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$"), AfterValidator(_of_a_pair)]
+
+
+class RegistryConfig(Section):
+    """Where the registry lies. Endpoint and credentials come from the environment (AWS_ENDPOINT_URL and so on)."""
+
+    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "fineloop"
+    """S3 bucket: 3 to 63 lower-case letters, digits, '.' and '-'."""
+    prefix: Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$")] = ""
+    """Folder inside the bucket, without slashes at either end; empty means the bucket itself."""
+    trusted_keys: Annotated[list[PublicKey], Added("0.2.0")] = []
+    """Public keys, as `fineloop adapters sign` prints them. When set, an alias moves only to versions that one of
+    them has signed for it, and only signed versions that none has revoked are fetched."""
+    evaluation_keys: Annotated[list[PublicKey], Added("0.2.0")] = []
+    """Public keys of the step evaluate, other ones than trusted_keys. Where trusted_keys are set, the gate decides on
+    evaluations that one of these has signed, and on no other."""
+
+    @model_validator(mode="after")
+    def _keys_are_apart(self) -> "RegistryConfig":
+        if self.evaluation_keys and (not self.trusted_keys or set(self.evaluation_keys) & set(self.trusted_keys)):
+            raise ValueError("evaluation_keys go with trusted_keys, and no key is in both: evaluating signs no version")
+        return self
+
+
+# sha256 of a resolved config as canonical JSON, in hex; `values` are its sections.
+
+
+def of_all(values: Mapping[str, Any]) -> str:
+    """The digest of all keys and values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def of_training(values: Mapping[str, Any]) -> str:
+    """The digest without the keys that only say how the work of a step is shared out."""
+    ray = {key: value for key, value in values["ray"].items() if key in OF_EVERY_STEP}
+    train = {key: value for key, value in values["train"].items() if key not in SHARING}
+    return of_all({**values, "ray": ray, "train": train})
+
+
+# Notifications of a moved alias, beside the registry's own event log.
+
+Url = Annotated[str, StringConstraints(pattern=r"^(https?://[^\s/?#@]+(/\S*)?)?$")]
+
+
+class AnnounceConfig(Section):
+    """Servers that are notified when an alias moves; none by default. A failed notification does not undo the move.
+
+    Tokens come from the environment. Do not put an address here that is itself a secret: every run stores its config.
+    """
+
+    model_registry: Url = ""
+    """Address of a Kubeflow Model Registry, such as http://model-registry-service.kubeflow.svc:8080, whose token is
+    FINELOOP_MODEL_REGISTRY_TOKEN: the version is registered, and the alias is a property of the model."""
+    mlflow: Url = ""
+    """Tracking URI of an MLflow server, with MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_USERNAME and _PASSWORD: a run
+    with the version's metrics, a version of the registered model, and the alias."""
+    webhook: Url = ""
+    """URL that receives each move as JSON, signed with FINELOOP_WEBHOOK_SECRET as GitHub signs
+    (X-Hub-Signature-256)."""
+
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -337,12 +422,12 @@ class RunConfig(Section):
         changed: in release 0.1.0 an absent alpha was twice the rank with every scaling. What the gate asks for by
         default, which release's image is the default, and a note have no part in a training.
         """
-        return digests.of_all(self._identity())
+        return of_all(self._identity())
 
     @property
     def training_digest(self) -> str:
         """`digest` without how a step's work is shared out: other workers take the same steps, up to rounding."""
-        return digests.of_training(self._identity())
+        return of_training(self._identity())
 
     def _identity(self) -> dict[str, Any]:
         values = identity(self)
@@ -356,3 +441,43 @@ class RunConfig(Section):
         if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:
             values["method"]["alpha"] = self.method.lora_alpha
         return values
+
+
+# Cautions about settings that are allowed and hardly ever meant: shown before a training, never an error.
+
+FAR = 30.0
+"""A setting this many times above or below the method's own value gets a caution: VeRA's rate is 30 times LoRA's."""
+MOST_DECAY = 1.0
+"""The largest train.weight_decay without a caution; publications use 0.1 and less."""
+LEAST_NORM = 0.03
+"""The smallest train.max_grad_norm without a caution; 1 is usual."""
+MOST_SHARE = 0.5
+"""The largest method.dropout, and train.warmup_share, without a caution."""
+FEW_STEPS = 20
+
+
+def cautions(config: RunConfig, num_steps: int | None = None) -> Iterator[str]:
+    """Yield one line per caution. `num_steps` is the training's number of optimizer steps; None where it is unknown."""
+    method, train, name = config.method, config.train, config.method.name
+    for field, value, usual in (
+        ("train.learning_rate", config.learning_rate, method.row.learning_rate),
+        ("method.alpha", method.lora_alpha, method.row.alpha(method.r)),
+    ):
+        if field == "method.alpha" and not method.row.has_alpha:
+            continue
+        if not usual / FAR <= value <= usual * FAR:
+            how = f"{value / usual:.3g} times" if value > usual else f"a {usual / value:.3g}th of"
+            yield f"{field} {value:g} is {how} the {usual:g} of {name} at rank {method.r}"
+    for field, value, bound, is_above in (
+        ("train.weight_decay", train.weight_decay, MOST_DECAY, True),
+        ("train.max_grad_norm", train.max_grad_norm, LEAST_NORM, False),
+        ("method.dropout", method.dropout, MOST_SHARE, True),
+        ("train.warmup_share", train.warmup_share, MOST_SHARE, True),
+    ):
+        if value > bound if is_above else value < bound:
+            yield f"{field} {value:g} is {'above' if is_above else 'below'} {bound:g}, which is hardly ever right"
+    if num_steps is not None and num_steps < FEW_STEPS:
+        yield (
+            f"{num_steps} optimizer steps are few: raise train.epochs, lower train.batch_size (now {train.batch_size}) "
+            "and train.micro_batch_size, or add data"
+        )

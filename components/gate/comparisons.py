@@ -5,18 +5,81 @@ in between. Where a number is missing or not finite, it fails: nothing is promot
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from annotated_types import Le
 
 from components.config.gate import GateConfig, Guard
 from components.config.schema import EvaluateConfig
 from components.gate.evidence import Evidence
-from components.records.steps import Evaluation, Measured, Role, RuleResult, finite
-from components.shared.metrics import METRICS, RELATIVE, Metric
-from components.shared.paired import Bounds, Pairs, bounds, mcnemar, records_to_decide, wins_and_losses
+from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, finite
+from components.shared import binomial
+from components.shared.durations import counted
+from components.shared.metrics import METRICS, RELATIVE, Metric, metric_of
+from components.shared.paired import (
+    Bounds,
+    Pairs,
+    bounds,
+    few_unseen,
+    mcnemar,
+    much_worse_unseen,
+    records_to_decide,
+    wins_and_losses,
+)
+
+# How much of the champion's lead is luck with the records that chose it; pure.
+#
+# A champion took its place because it did well on the very records that later candidates are compared on, so on these
+# it looks better than it is, and an equal candidate looks worse: the winner's curse. Its measured score is shrunk
+# towards the recipe's scores in all decisions on these records, by the share of their scatter that is due to the
+# records (empirical Bayes: Efron, Tweedie's formula and selection bias, JASA 106, 2011; the share is estimated as in
+# Morris, JASA 78, 1983). Measuring it again on records that did not choose it would take half of the records away from
+# each decision.
+
+FEWEST = 8
+"""The smallest number of decisions to estimate a scatter from."""
+
+
+def lead_of(champion: str | None, metric: str, earlier: Sequence[Decision]) -> Lead | None:
+    """The champion's lead over the candidates of `earlier` decisions on these records, given in their order.
+
+    None if the champion is not among them, or they are fewer than FEWEST. The lead is the distance from a line fitted
+    to all gains, because a recipe whose data grows gets better.
+    """
+    found = [(each.version, gain) for each in earlier if (gain := _gain_over_base(metric, each)) is not None]
+    place = max((index for index, (version, _) in enumerate(found) if version == champion), default=None)
+    if place is None or len(found) < FEWEST:
+        return None
+    nights, gains = np.arange(len(found)), np.array([gain for _, gain in found])
+    above = gains - np.polyval(np.polyfit(nights, gains, 1), nights)
+    free = len(found) - 2
+    return Lead(gain=float(above[place]), variance=float(above @ above) / free, decisions=len(found))
+
+
+def luck_of(lead: Lead | None, error: float) -> float:
+    """The part of the lead that is expected to be luck. `error` is the standard error of the candidate's gain over the
+    champion.
+
+    Two models were measured, so half of its square is the records' part in the variance of one model's score.
+    """
+    if lead is None or lead.gain <= 0 or lead.variance <= 0:
+        return 0.0
+    free = lead.decisions - 2
+    return lead.gain * min(1.0, (free - 2) / free * error**2 / 2 / lead.variance)
+
+
+def _gain_over_base(metric: str, decision: Decision) -> float | None:
+    """The candidate's gain over the base, in the metric's own unit; the base was measured on the same records."""
+    rule = next((each for each in decision.rules if each.name == "better_than_base"), None)
+    if rule is None or rule.metric != metric or rule.candidate is None or rule.other is None:
+        return None
+    sign = -1.0 if metric_of(metric).lower_is_better else 1.0
+    return sign * (rule.candidate - rule.other)
+
 
 REVISION = 1
 """Number of the rules on rare losses. Those of 0 count records whatever their length, and compare losses alone."""
@@ -354,3 +417,140 @@ def _not_enough(compared: Compared, needed: int | None) -> str:
 def _most(field: str) -> str:
     """The upper bound of a number in `evaluate`: as many texts as come with Fineloop."""
     return next(str(rule.le) for rule in EvaluateConfig.model_fields[field].metadata if isinstance(rule, Le))
+
+
+# The rule that the candidate is worse than the champion by no more than the margin; pure.
+#
+# It allows for two things that the records do not show. The candidate need not match the part of the champion's lead
+# that is luck. It has to make up for the expected cost of losses that are rarer than those drawn.
+
+
+def not_worse_than_champion(
+    policy: GateConfig, champion: Measured | None, compared: Compared, lead: Lead | None = None
+) -> RuleResult:
+    """Check that the candidate is sure to be worse than the champion by no more than the policy allows.
+
+    The part of the champion's `lead` that is taken for luck does not count against the candidate.
+    """
+    tolerance = policy.worse_than_champion_by
+    words: dict[str, Any] = {
+        "name": "not_worse_than_champion",
+        "field": "gate.worse_than_champion_by",
+        "title": f"{compared.metric.title} not worse than {compared.called}'s",
+    }
+    if champion is None:
+        text = (
+            f"The alias {compared.called} points to no version yet, so there is none that the candidate could be worse "
+            "than."
+        )
+        words["title"] = f"No version in {compared.called} to be worse than"
+        parts = {**words, **numbers(compared), "bound": tolerance, "bound_text": at_most(compared, tolerance)}
+        return RuleResult(**parts, passed=True, text=text)
+    luck, unseen = _luck(compared, lead), _unseen(policy, compared)
+    found = not_worse(
+        compared,
+        tolerance,
+        luck=luck,
+        unseen=unseen,
+        **words,
+        line_words=f", not to fall behind {compared.called}",
+    )
+    text = found.text
+    if luck and lead is not None:
+        text += (
+            f" {compared.called.capitalize()} was chosen on these records: beside the {lead.decisions} candidates that "
+            f"they judged, {_share(compared, luck)} of its lead is luck, which is not asked of this one."
+        )
+    if found.undecided and found.lower is not None and found.lower >= -tolerance - luck - ROUNDING:
+        text += (
+            f" Large losses are rare: beyond those drawn they are expected to cost {_share(compared, unseen)}, and the "
+            "bound holds only without that."
+        )
+    return found.model_copy(update={"luck": luck or None, "unseen": unseen or None, "text": text})
+
+
+def _luck(compared: Compared, lead: Lead | None) -> float:
+    """The part of the champion's lead that is luck, in the unit of the gain."""
+    found, theirs = compared.bounds if lead else None, compared.theirs
+    if found is None or not theirs:
+        return 0.0
+    unit = abs(theirs) if compared.relative else 1.0
+    return luck_of(lead, found.error * unit) / unit
+
+
+def _unseen(policy: GateConfig, compared: Compared) -> float:
+    """The expected cost of losses beyond those drawn; 0 unless the policy asks for rare losses to be seen."""
+    pairs, found, theirs = compared.pairs, compared.bounds, compared.theirs
+    if pairs is None or found is None or theirs is None or policy.much_worse_share == 1 or not compared.allows_for_rare:
+        return 0.0
+    of_the_tail = much_worse_unseen(pairs)
+    if compared.revision == 0:
+        return of_the_tail
+    return max(of_the_tail, few_unseen(pairs, found, policy.rare_loss(theirs), compared.confidence))
+
+
+def _share(compared: Compared, amount: float) -> str:
+    return f"{compared.amounts.margin_text(amount)}{compared.of_theirs}"
+
+
+# The rule on what a mean over a few hundred records cannot show: a small share of records that gets much worse; pure.
+#
+# If one record in a hundred loses two nats a token, a draw of 240 contains none of them in one case of eleven, and no
+# bound of the mean shows the loss. So there have to be enough records to show such a share, by the exact binomial
+# distribution of their effective number: the longer an answer, the likelier it is to go wrong, and the more it weighs.
+# A share that was drawn counts in the mean's own bounds; a separate limit can be set for it.
+
+
+def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
+    """Check that a share of records, or groups, that gets much worse than with the champion would be seen, and is
+    within `gate.much_worse_share` if that is set, which limits losses alone. None if the policy asks for neither."""
+    is_other = metric_of(policy.metric).column != compared.metric.column
+    if is_other or policy.much_worse_share == 1 or not compared.allows_for_rare:
+        return None
+    words: dict[str, Any] = {
+        "name": "much_worse",
+        "field": "gate.much_worse_share",
+        "title": "Few records get much worse",
+        "metric": compared.metric.key,
+        "against": compared.against,
+        "confidence": compared.confidence,
+    }
+    pairs, theirs, confidence = compared.pairs, compared.theirs, compared.confidence
+    if pairs is None or theirs is None or not np.isfinite([pairs.ours, pairs.theirs]).all():
+        return RuleResult(**words, passed=False, text=unmeasured(compared))
+    share, is_limit = policy.rare_share(theirs), policy.much_worse_share is not None
+    independent, kind = pairs.num_independent, "record" if pairs.groups is None else "group"
+    beyond = pairs.ours - pairs.theirs - policy.much_worse_by * pairs.weights
+    of_each = beyond if pairs.groups is None else np.bincount(pairs.groups, weights=beyond)
+    seen = int((of_each > 0).sum()) if is_limit else 0
+    of = independent if is_limit or compared.revision == 0 else int(pairs.num_effective + ROUNDING)
+    most, least = binomial.upper(seen, of, confidence), binomial.lower(seen, of, confidence)
+    passed, failed = most <= share, least > share
+    per_cent, sure = 100 * share, f"{confidence * 100:.6g} %"
+    size = counted(independent, kind) + ("" if of == independent else f", which weigh as {of:,} of one length")
+    if is_limit:
+        text = (
+            f"{seen} of {size} lose more than {policy.much_worse_by:.10g} nats per answer token against "
+            f"{compared.called}'s. At least {100 * least:.3g} % and at most {100 * most:.3g} % of all {kind}s do, each "
+            f"with {sure} confidence; {per_cent:.3g} % may."
+        )
+    elif passed:
+        text = f"If {per_cent:.3g} % of all {kind}s got much worse, {size} would show some, with {sure} confidence."
+    else:
+        text = (
+            f"Even if up to {100 * most:.3g} % of all {kind}s got much worse, {size} may show none, at {sure} "
+            f"confidence; {per_cent:.3g} % may."
+        )
+    needed = None
+    if not (passed or failed or seen):
+        needed = math.ceil(binomial.least_of(0, share, confidence) * independent / of)
+        text += f" {needed} {kind}s would tell (evaluate.records gave {compared.evaluation.records})."
+    return RuleResult(
+        **words,
+        bound=share,
+        bound_text=f"at most {per_cent:.3g} % of {kind}s{'' if is_limit else ' unseen'}",
+        passed=passed,
+        undecided=not (passed or failed),
+        records_needed=needed,
+        text=text,
+    )

@@ -18,8 +18,7 @@ def gate(
     """Write the decision; returns the record's sha256 and as Output whether to promote. A refusal is no failure."""
     from pathlib import Path
 
-    from components.gate.gate import run_gate
-    from components.gate.summary import as_markdown
+    from components.gate.gate import as_markdown, run_gate
     from components.step.step import step
 
     with step("gate", run_uri, config_digest) as step_run:

@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from components.records import runs
 from components.records.steps import Evaluation, Role, TextLosses
-from components.shared.answers import are_labels
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.shared.metrics import METRICS, Metric
+from components.shared.metrics import METRICS, Metric, are_labels
 from components.shared.paired import Array, Pairs
 from components.shared.parquet import table_of
 

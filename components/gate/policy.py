@@ -14,10 +14,15 @@ from components.config.gate import ApprovalConfig, GateConfig, Limit
 from components.config.schema import AdapterConfig
 from components.config.section import identity
 from components.gate import comparisons, slices, suites
-from components.gate.champion import not_worse_than_champion
-from components.gate.comparisons import ROUNDING, Compared, number, unmeasured_number
+from components.gate.comparisons import (
+    ROUNDING,
+    Compared,
+    few_get_much_worse,
+    not_worse_than_champion,
+    number,
+    unmeasured_number,
+)
 from components.gate.evidence import Evidence
-from components.gate.rare_losses import few_get_much_worse
 from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, Verdict, finite
 from components.registry.looks import confidence_at
 from components.shared.errors import DataError

@@ -28,7 +28,7 @@ def prepare(
     Output: whether the data is new. A condition reads it, and kfp.local knows the outputs of that name alone there.
     """
     from components.prepare.by_engine import prepared
-    from components.prepare.parameters import overrides
+    from components.prepare.prepare import overrides
     from components.step.step import first_step
 
     changes = overrides(

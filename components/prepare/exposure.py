@@ -15,11 +15,10 @@ from components.registry import ancestry, signing, versions
 from components.registry.aliases import list_aliases
 from components.registry.ancestry import Ancestor
 from components.registry.collect import DATASETS, RUNS
+from components.registry.identity import version_key
 from components.registry.index import READS_AT_ONCE
-from components.registry.names import version_key
 from components.shared.errors import ObjectMissing
-from components.store.ranges import ObjectFile
-from components.store.store import ObjectInfo, Store
+from components.store.store import ObjectFile, ObjectInfo, Store
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from components.config.columns import ColumnsConfig
+from components.config.data import ColumnsConfig
 from components.prepare.dataset import Reject
 from components.prepare.formats import form_of
 from components.prepare.personal import Kind
-from components.prepare.reading import Reader, Rules, read_here
 from components.prepare.rows import SAVE_AS_UTF_8
 from components.prepare.shapes import EXPECTED, advice, columns_read, recognised
 from components.prepare.sources import Source
-from components.prepare.validation import Validated
-from components.shared.counted import counted
+from components.prepare.validation import Reader, Rules, Validated, read_here
+from components.shared.durations import counted
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.prepare.arrow_records import NOT_ALWAYS, identities, records_of, sizes, with_columns
 from components.prepare.dataset import FORMAT, REJECTS, Record, SplitName
-from components.registry.names import TOKENS
+from components.registry.identity import TOKENS
 from components.shared.errors import Conflict
 from components.store import folders
 

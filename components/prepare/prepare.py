@@ -1,6 +1,7 @@
 """The prepare step: `data.source` in, `datasets/<dataset_id>/` out, unless there is too little new to train on."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,21 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.prepare import intake, news, parts, workspace
-from components.prepare.judges import require_enough, too_few_to_replace
 from components.prepare.profile import build_profile
-from components.prepare.reading import Reader, Rules, read_here
 from components.prepare.shapes import unread_text
 from components.prepare.sources import Source, find_sources
-from components.prepare.split import Deduplicated, TrainEvalSplit, deduplicate, split
+from components.prepare.split import (
+    Deduplicated,
+    TrainEvalSplit,
+    deduplicate,
+    require_enough,
+    split,
+    too_few_to_replace,
+)
+from components.prepare.validation import Reader, Rules, read_here
 from components.prepare.workspace import Workspace
 from components.records import runs
 from components.records.steps import Decision
 from components.registry import erasures
 from components.registry.erasures import NONE_ERASED, Erased
 from components.shared import memory
-from components.shared.answers import never_trained_text
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.errors import DataError
+from components.shared.metrics import never_trained_text
 from components.step.step import StepRun
 
 if TYPE_CHECKING:
@@ -260,3 +267,31 @@ def _skip(step_run: StepRun, consumed: "Consumed", reason: str) -> None:
 
 def _are_new(number: int) -> str:
     return f"{counted(number, 'record')} {'is' if number == 1 else 'are'} new"
+
+
+# The pipeline's parameters beside its config: what people change from run to run, each a field in the Kubeflow UI.
+
+KEYS = {
+    "adapter_name": "adapter.name",
+    "base_model": "model.base",
+    "data_source": "data.source",
+    "method_name": "method.name",
+    "rank": "method.rank",
+    "learning_rate": "train.learning_rate",
+    "epochs": "train.epochs",
+    "num_workers": "ray.num_workers",
+}
+"""The config key that each parameter replaces. Empty and 0 replace nothing: a pipeline's parameter cannot be absent."""
+
+ANYWAY = "train_without_new_data"
+
+
+def overrides(*, train_without_new_data: bool = False, **parameters: str | float) -> dict[str, str]:
+    """The overrides that the given parameters make, as `section.key=value` by the parameter's name."""
+    # Text becomes a quoted TOML string; JSON strings are valid TOML strings.
+    given = {
+        name: f"{KEYS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in parameters.items() if value
+    }
+    if train_without_new_data:
+        given[ANYWAY] = "data.min_new_records=0"
+    return given

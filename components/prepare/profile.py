@@ -9,7 +9,7 @@ from components.prepare.intake import Intake
 from components.prepare.parts import Part
 from components.prepare.split import Deduplicated, TrainEvalSplit
 from components.prepare.workspace import Workspace, quoted
-from components.shared.answers import are_labels
+from components.shared.metrics import are_labels
 
 _TOP_ANSWERS = 20
 _SAMPLES = 3

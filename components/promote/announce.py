@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from components.config.announce import AnnounceConfig
+from components.config.schema import AnnounceConfig
 from components.config.track import SECRETS
 from components.promote import mlflow, model_registry, webhook
 from components.promote.announcement import Announcement, announcement
@@ -16,7 +16,7 @@ from components.records.steps import StepRecord
 from components.shared.errors import FineloopError
 
 if TYPE_CHECKING:
-    from components.registry.event import Event
+    from components.registry.event_log import Event
     from components.store.store import Store
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from components.records.steps import finite
 from components.registry import versions
 
 if TYPE_CHECKING:
-    from components.registry.event import Event, EventKind
+    from components.registry.event_log import Event, EventKind
     from components.store.store import Store
 
 

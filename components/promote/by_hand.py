@@ -8,12 +8,12 @@ from components.promote.promote import take_alias
 from components.records import runs
 from components.records.steps import Decision, finite
 from components.registry import aliases, event_log, versions
-from components.registry.history import is_held, is_override
+from components.registry.event_log import is_held, is_override
 from components.shared.errors import IntegrityError, UserError
 from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
-    from components.registry.event import Event
+    from components.registry.event_log import Event
     from components.store.store import Store
 
 

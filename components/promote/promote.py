@@ -9,7 +9,7 @@ from components.promote.announce import announce
 from components.records import runs
 from components.records.steps import Decision
 from components.registry import aliases, signing, watermark
-from components.registry.event import Event
+from components.registry.event_log import Event
 from components.shared.errors import DataError
 from components.step.step import StepRun
 from components.store.store import Store

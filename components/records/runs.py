@@ -23,7 +23,7 @@ not write, in evaluations/<run_id>/, beside evaluation.dsse.json, the signature 
 
 import hashlib
 import tomllib
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from components.records.steps import Decision, Evaluation, Record, StepRecord, TrainResult
 from components.records.sweep import SweepResult, Trial
@@ -175,3 +175,23 @@ def trials(store: Store, run_id: str) -> list[Trial]:
     """
     keys = [entry.key for entry in store.list(run_key(run_id, TRIALS)) if entry.key.endswith(".json")]
     return [Trial.from_json(store.get(key), store.uri(key)) for key in keys]
+
+
+# Record of a replay: the production version's answers to earlier records of a dataset.
+
+
+class Replayed(Record):
+    """Where a training finds the dataset that holds production's answers beside the prepared records."""
+
+    FILE: ClassVar[str] = "replayed.json"
+
+    prepared_uri: str
+    """URI of the dataset with the records to be answered."""
+    dataset_uri: str
+    """URI of the dataset that is trained on."""
+    version: str | None
+    """The version that was asked; None if nothing was in production."""
+    asked: int
+    """Number of earlier records that are replayed."""
+    kept: int
+    """Number of them that are trained on with the version's answers, as these were right; the others have their own."""

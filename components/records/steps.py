@@ -6,6 +6,7 @@ would misunderstand a record, which it then refuses; release 0.1.0 wrote no form
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationError
@@ -374,3 +375,15 @@ def finite(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
+
+
+# The points of a training's curve, under the names that charts use.
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record of metrics.jsonl, such as train/loss and eval/loss."""
+    return {
+        f"{record['kind']}/{name}": value
+        for name, value in record.items()
+        if name not in ("kind", "step") and isinstance(value, (int, float)) and math.isfinite(value)
+    }

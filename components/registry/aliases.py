@@ -8,24 +8,78 @@ that a rollback returns to. So the pointer, which only a compare-and-swap change
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
 from components.records.pages import changing
-from components.registry.event import Body, Event, Reference, event_sha256
-from components.registry.event_log import ID_LENGTH, append_event, events, find_event, require_published
-from components.registry.history import is_override
-from components.registry.identity import verify_whole
-from components.registry.names import adapter_key, checked_name, version_key
-from components.registry.rollback_path import move_beneath_to, moves_beneath
+from components.registry import signing
+from components.registry.event_log import (
+    ID_LENGTH,
+    Body,
+    Event,
+    Reference,
+    append_event,
+    event_sha256,
+    events,
+    find_event,
+    is_chain,
+    is_override,
+    moves,
+    read_event,
+    require_published,
+    standing,
+)
+from components.registry.identity import adapter_key, checked_name, verify_whole, version_key
 from components.registry.signing import require_signed
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
+from components.store import folders
 from components.store.folders import find_manifest, now
 from components.store.store import JSON, Store, decode_json, encode_json
+
+# The moves beneath an alias's current move: the one that a rollback returns to, then the one for the next rollback.
+
+
+def moves_beneath(
+    store: Store, name: str, move: Event, known: Mapping[str, Event] = MappingProxyType({})
+) -> Iterator[Event]:
+    """Yield the moves that successive rollbacks from `move` return to; `known` are events by sha256.
+
+    Raises:
+        IntegrityError: one of them is damaged or gone.
+    """
+    while "beneath" in move.body:
+        beneath = move.body["beneath"]
+        if beneath is None:
+            return
+        try:
+            move = known.get(beneath["sha256"]) or read_event(store, name, beneath)
+        except IntegrityError as exc:
+            raise IntegrityError(f"{exc}: name the version to go back to with --to") from exc
+        yield move
+    log = moves(events(store, name), move.body["alias"])
+    chain = [event for event in log if event.time <= move.time]
+    if not is_chain(chain) or chain[-1].id != move.id:
+        raise IntegrityError(
+            f"the events of {name}@{move.body['alias']} are not the whole path to {move.body['to']}: one is missing, "
+            "damaged or was added, so name the version to go back to with --to"
+        )
+    yield from reversed(standing(chain)[:-1])
+
+
+def move_beneath_to(store: Store, name: str, move: Event, to: str, log: Sequence[Event]) -> Event | None:
+    """The first move beneath `move` that points at `to`; None if there is none, or the path to it is damaged."""
+    try:
+        known = {event.sha256: event for event in log}
+        return next((event for event in moves_beneath(store, name, move, known) if event.body["to"] == to), None)
+    except IntegrityError as exc:
+        logger.warning("%s", exc)
+        return None
+
 
 logger = logging.getLogger(__name__)
 
@@ -386,3 +440,37 @@ def _after(time: str) -> str:
 
 def _alias_key(name: str, alias: str) -> str:
     return adapter_key(name, "aliases", f"{checked_name(alias, 'alias')}.json")
+
+
+# Signs with a new key, before an old one may go, all versions that aliases hold or that a rollback may return to.
+
+
+class Signed(NamedTuple):
+    """A statement signed by the key: the alias that the version may hold, or an empty one if it revokes the version."""
+
+    version: str
+    alias: str
+    signature_uri: str
+
+
+def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
+    """Sign every version of the adapter that is needed, and repeat trusted keys' revocations of stored versions.
+
+    Raises:
+        ObjectMissing: a version is gone.
+        IntegrityError: a version or the log is damaged; the versions before it are signed.
+    """
+    signed = []
+    for version in sorted(store.folders(adapter_key(name, "signatures/"))):
+        manifest = folders.find_manifest(store, version_key(name, version))
+        said = manifest and signing.said(store, name, version, manifest.sha256, store.trusted_keys)
+        if said and said.revoked_by:
+            signed.append(Signed(version, "", signing.revoke(store, name, version, key, reason=said.reason)))
+    revoked = {each.version for each in signed}
+    for pointer in list_aliases(store, name):
+        for version, sha256 in needed(store, name, pointer).items():
+            gone_since = signing.said(store, name, version, sha256, store.trusted_keys).revoked_by
+            if version not in revoked and not gone_since:
+                uri = signing.sign(store, name, version, key, alias=pointer.alias, manifest_sha256=sha256)
+                signed.append(Signed(version, pointer.alias, uri))
+    return signed

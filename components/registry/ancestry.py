@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from components.registry import versions
+from components.registry.identity import version_key
 from components.registry.index import remembered
-from components.registry.names import version_key
 from components.registry.versions import LINEAGE, Version, read_lineage
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.store import Store

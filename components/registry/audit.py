@@ -14,12 +14,9 @@ from components.records.steps import Decision, Evaluation
 from components.registry import aliases, signing, versions, watermark
 from components.registry.aliases import Pointer, read_alias
 from components.registry.ancestry import BASE_FIELDS
-from components.registry.event import Event
-from components.registry.event_log import events_key, read_log
-from components.registry.history import MOVE_KINDS, decisions, is_chain, moves
-from components.registry.identity import verify_whole
+from components.registry.event_log import MOVE_KINDS, Event, decisions, events_key, is_chain, moves, read_log
+from components.registry.identity import TOKENS, adapter_key, verify_whole, version_key
 from components.registry.index import READS_AT_ONCE
-from components.registry.names import TOKENS, adapter_key, version_key
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.folders import Manifest, verify
 from components.store.store import Store, decode_json

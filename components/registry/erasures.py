@@ -10,11 +10,10 @@ import re
 from collections.abc import Set
 from dataclasses import dataclass
 
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.errors import Conflict, DataError, IntegrityError, UserError
 from components.store import folders
-from components.store.ranges import ObjectFile
-from components.store.store import JSON, Store, decode_json, encode_json
+from components.store.store import JSON, ObjectFile, Store, decode_json, encode_json
 
 ERASED = "erased/"
 FORMAT = 1

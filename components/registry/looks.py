@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from components.registry.history import changed_nothing
+from components.registry.event_log import changed_nothing
 
 if TYPE_CHECKING:
-    from components.registry.event import Event
+    from components.registry.event_log import Event
 
 SAME = 0.5
 """Share of its sample that a test set has in common with itself after a refresh, at least."""

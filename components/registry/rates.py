@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from components.config.schema import RunConfig
 from components.records.steps import Record
-from components.registry.names import adapter_key
+from components.registry.identity import adapter_key
 from components.store.store import JSON, Store, encode_json
 
 

@@ -24,10 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation
-from components.registry.event import Event
-from components.registry.event_log import require_published
-from components.registry.identity import verify_whole
-from components.registry.names import adapter_key, version_key
+from components.registry.event_log import Event, require_published
+from components.registry.identity import adapter_key, verify_whole, version_key
 from components.shared.errors import ConfigError, IntegrityError, UserError
 from components.store import folders
 from components.store.store import JSON, ObjectInfo, Store, encode_json

@@ -15,12 +15,14 @@ from components.registry.identity import (
     ID_DIGITS,
     IDENTITY,
     VERSION_PATTERN,
+    adapter_key,
+    checked_name,
     require_identity,
     verify_whole,
     version_id,
+    version_key,
 )
 from components.registry.index import remembered
-from components.registry.names import adapter_key, checked_name, version_key
 from components.registry.signing import require_signed
 from components.shared.errors import Conflict, IntegrityError, UnknownName, UserError
 from components.store import folders

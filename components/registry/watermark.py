@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from components.records import runs
-from components.registry.names import adapter_key
+from components.registry.identity import adapter_key
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.shared.parquet import table_of
 from components.store.store import JSON, Store, decode_json, encode_json

@@ -15,18 +15,17 @@ from components.records.pages import mark_of
 from components.records.steps import Decision, Evaluation, Record
 from components.registry import event_log, versions
 from components.registry.aliases import aliases_key, event_of, list_aliases
+from components.registry.identity import adapter_key, version_key
 from components.registry.index import Index
-from components.registry.names import adapter_key, version_key
 from components.registry.versions import Version
-from components.report.numbers import parse_moment
+from components.report.html import parse_moment
 from components.report.published import Published
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.store.once import ReadOnce
-from components.store.store import encode_json
+from components.store.store import ReadOnce, encode_json
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
-    from components.registry.event import Event
+    from components.registry.event_log import Event
     from components.store.store import Store
 
 R = TypeVar("R", bound=Record)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from components.records.steps import ROLES, Role, RuleResult
-from components.report.numbers import count
+from components.report.html import count
 from components.report.run_files import RunFiles
 from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of, metrics_of
 

@@ -3,10 +3,24 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.report.curve import Point, loss_axis, nice_ticks, series, smoothed, thinned
-from components.report.html import template
-from components.report.numbers import count, number
-from components.report.rates import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, Mark
+from components.report.forest import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Line,
+    Mark,
+    Point,
+    loss_axis,
+    nice_ticks,
+    series,
+    smoothed,
+    thinned,
+)
+from components.report.html import count, number, template
 
 TICKS = 5
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.report.numbers import count
+from components.report.html import count
 from components.shared.parquet import table_of
 
 _ANSWER, _RIGHT = "candidate_answer", "candidate_exact_match"

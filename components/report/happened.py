@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.registry.aliases import PIPELINE
-from components.report.numbers import moment, parse_moment, sure_once
+from components.report.html import moment, parse_moment, sure_once
 
 HAPPENED = {
     "published": "{version} published",

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from components.config.schema import RunConfig
 from components.records import runs
 from components.registry.ancestry import Ancestor, of_record
-from components.registry.names import version_key
+from components.registry.identity import version_key
 from components.report.run_files import RunFiles
 from components.store.store import Store
 

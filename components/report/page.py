@@ -3,20 +3,14 @@ its own tables."""
 
 from markupsafe import Markup
 
-from components.report import comparison, errors, forgetting, rates, sections
-from components.report.curve import loss_curve
-from components.report.glossary import explained
-from components.report.harness import harness
-from components.report.headline import headline
-from components.report.html import template
-from components.report.next_steps import next_steps
-from components.report.numbers import count, moment, sure_once
+from components.report import comparison, errors, forest, sections
+from components.report.forest import loss_curve
+from components.report.html import count, moment, sure_once, template
 from components.report.past_decisions import past_decisions
 from components.report.run_files import RunFiles
-from components.report.slices import slices
-from components.report.suites import suites
-from components.shared.counted import counted
-from components.shared.durations import duration
+from components.report.sections import explained, headline, next_steps, slices
+from components.report.suites import harness, suites
+from components.shared.durations import counted, duration
 
 
 def build_report(run: RunFiles, *, pages_at: str = "") -> str:
@@ -32,7 +26,7 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
         run=run,
         pages_at=pages_at,
         explained=explained,
-        forgotten=forgetting.sentence(run),
+        forgotten=sections.sentence(run),
         headline=top,
         reasons=sentences[: len(top.reasons)],
         rule_texts=sentences[len(top.reasons) :],
@@ -58,7 +52,7 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
         counted=counted,
         right_counts=sections.right_counts(shown),
         curve=loss_curve(run.metrics),
-        rates=Markup(rates.picture(run.sweep)) if run.sweep else None,
+        rates=Markup(forest.picture(run.sweep)) if run.sweep else None,
         data=sections.data_profile(run.profile, run.replayed),
         steps=sections.step_times(run),
         total_time=duration(sum(step.seconds for step in run.steps)),

@@ -11,13 +11,13 @@ from components.records.steps import Decision, RuleResult
 from components.registry import event_log, versions
 from components.registry.aliases import PRODUCTION, read_alias
 from components.report.happened import what, when
-from components.report.numbers import parse_moment
+from components.report.html import parse_moment
 from components.shared.errors import IntegrityError
 from components.shared.metrics import is_metric, metric_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
-    from components.registry.event import Event
+    from components.registry.event_log import Event
     from components.store.store import Store
 
 MOST_DECISIONS = 12

@@ -12,7 +12,7 @@ from components.records.runs import PAGES
 from components.records.steps import Evaluation
 from components.registry import versions
 from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
-from components.registry.listing import Summary
+from components.registry.collect import Summary
 from components.report.adapter_files import AdapterFiles
 from components.report.happened import what, when, who, why
 from components.report.html import template
@@ -22,7 +22,7 @@ from components.shared.metrics import Metric, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
-    from components.registry.event import Event
+    from components.registry.event_log import Event
     from components.store.store import Store
 
 _LISTED = TypeAdapter(Listed)

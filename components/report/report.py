@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.records import runs
-from components.records.replayed import Replayed
+from components.records.runs import Replayed
 from components.records.steps import Decision, Evaluation
 from components.records.sweep import SweepResult, TunedRate
-from components.registry.names import version_key
+from components.registry.identity import version_key
 from components.registry.versions import LINEAGE
 from components.report import open_lineage
 from components.report.adapter_files import AdapterFiles
 from components.report.continued import find_afresh
 from components.report.errors import Wrong, wrong_answers
-from components.report.numbers import moment
+from components.report.html import moment
 from components.report.page import build_report
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from components.records.replayed import Replayed
+from components.records.runs import Replayed
 from components.records.steps import Decision, Evaluation, Measured, Role, StepRecord, Took
 from components.records.sweep import SweepResult, TunedRate
 from components.report.errors import Wrong
-from components.report.numbers import parse_moment
+from components.report.html import parse_moment
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,86 @@
 """The lower parts of the page: sample answers, data, time, and origin."""
 
+import math
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from components.records.replayed import Replayed
-from components.records.steps import ROLES
+from components.config import config_file
+from components.config.config_file import key_paths
+from components.config.ray import price_per_hour
+from components.config.schema import RunConfig
+from components.records.runs import Replayed
+from components.records.steps import ROLES, Role, StepRecord
+from components.records.usage import Usage
+from components.registry.aliases import PRODUCTION
+from components.report import continued, forest
 from components.report.comparison import names
-from components.report.cost import cost
-from components.report.numbers import count, moment, parse_moment
+from components.report.html import count, moment, parse_moment
 from components.report.run_files import RunFiles
-from components.shared.answers import normal
-from components.shared.durations import duration
+from components.shared.durations import counted, duration
+from components.shared.errors import UserError, by_name
+from components.shared.metrics import RELATIVE, is_metric, metric_of, normal
+
+# What a training cost: the time that its workers were held, how much of it went into steps, and the price of that.
+
+MB = 10**6
+
+
+def cost(run: RunFiles) -> str:
+    """Return the cost of a training in one line; empty if the run does not record its duration and hardware.
+
+    Workers are held from the start of the job to the last step; time outside steps goes into startup and checks. If a
+    run resumed from a checkpoint, an earlier job may have taken some steps, so that shares would compare two jobs.
+    """
+    step = run.step("finetune")
+    result = step.result if step else {}
+    hardware = (run.lineage or {}).get("hardware") or {}
+    began, ended = parse_moment(result.get("began_at")), parse_moment(result.get("trained_at"))
+    workers, seconds, tokens = hardware.get("workers"), result.get("train_seconds"), result.get("tokens")
+    if not (began and ended and workers and seconds and tokens):
+        return ""
+    held_s = (ended - began).total_seconds()
+    hours = workers * held_s / 3600
+    unit = "GPU-hour" if hardware.get("gpu") else "worker-hour"
+    if result.get("resumed_from_step"):
+        text = f"{hours:.2f} {unit}s of the job that took the last step"
+    else:
+        text = f"{hours:.2f} {unit}s until the last step, {seconds / held_s:.0%} of them in steps"
+        text += f"; {count(round(tokens / hours))} tokens a {unit}"
+    return text + _used(result.get("usage")) + _price(run, str(hardware.get("gpu", "")), hours)
+
+
+def _used(recorded: Any) -> str:
+    """Return the recorded usage as text; empty if an earlier release recorded none."""
+    if not recorded:
+        return ""
+    used = Usage.model_validate(recorded)
+    parts = []
+    if used.restarts:
+        parts.append(f"{counted(used.restarts, 'restart')}, {counted(used.steps_repeated, 'step')} taken twice")
+    if used.flops is not None:
+        before = used.flops_with_parents != used.flops and used.flops_with_parents
+        parts.append(f"{used.flops:.2g} FLOPs{f', {before:.2g} with what it went on from' if before else ''}")
+    parts.append(
+        f"{counted(used.s3_requests, 'S3 request')} of the workers, "
+        f"{used.s3_read_bytes / MB:,.1f} MB read, {used.s3_written_bytes / MB:,.1f} MB written"
+    )
+    return "".join(f"; {part}" for part in parts)
+
+
+def _price(run: RunFiles, gpu: str, hours: float) -> str:
+    """Return the price of the GPU hours as text, by the config's price or the list price for the workers' GPU model."""
+    found = price_per_hour(config_file.loads(run.config_toml).ray, gpu) if run.config_toml else None
+    if found is None:
+        return ""
+    price, source = found
+    return f"; ${hours * price:,.2f} at " + (f"${price:g} ({source})" if " " in source else source)
+
 
 MAX_TEXT_CHARS = 900
 DRAWN = 100
@@ -326,3 +392,238 @@ def _in_groups(counted: str, split: Mapping[str, Any]) -> str:
 
 def _lengths(percentiles: Mapping[str, int]) -> list[str]:
     return [count(percentiles.get(key)) for key in ("p0", "p50", "p90", "p99", "p100")]
+
+
+# Whether the candidate has forgotten what its base knows of text outside the domain, in words.
+
+_LEAST = 0.005
+"""The smallest rise of the loss that is reported as forgetting."""
+
+
+def sentence(run: RunFiles) -> str:
+    """The two sentences; empty if the loss on general text was not measured."""
+    ours, base = run.metric("candidate", "general_loss"), run.metric("base", "general_loss")
+    if ours is None or base is None:
+        return ""
+    metric = metric_of("general_loss")
+    rise = ours - base
+    if rise < _LEAST:
+        found = f"Nothing shows as forgotten: on general text the candidate's loss is {metric.text(ours)}, "
+        found += f"and the base's {metric.text(base)}."
+    else:
+        found = "The candidate has forgotten some of what the base knows: on general text its loss is "
+        found += f"{metric.amount_text(rise)} higher, so that it gives the right token "
+        found += f"{100 * (1 - math.exp(-rise)):.0f} % less chance."
+    rule = next((each for each in (run.decision.rules if run.decision else ()) if each.metric == metric.key), None)
+    if rule is None:
+        return f"{found} No rule limits this; gate.worse_on_general_text_by would."
+    kept = {"passed": "kept", "cannot tell": "neither shown to be kept nor to be broken"}.get(rule.short, "not kept")
+    return f"{found} The gate's limit ({rule.bound_text}) is {kept}."
+
+
+# Explains the terms of a report to readers who have not trained models; shown at a click.
+
+_NAT = (
+    "A nat is the unit of surprise: a loss of 0 means that the model was sure of each word, and each 0.7 more that it "
+    "gave the right one half the chance."
+)
+_EXPLAINED = {
+    "exact_match": "The share of answers that equal the reference, but for white space and how accents are coded.",
+    "token_f1": "How many words an answer shares with its reference, from none to all: half right counts as half.",
+    "loss": f"How surprised the model is by the right answer, on average over its tokens (pieces of words). {_NAT}",
+    "perplexity": "e to the power of the loss: among so many equally likely tokens the model seems to choose.",
+    "answer_loss": f"How surprised the model is by a whole right answer. {_NAT}",
+    "prompt_gain": "How much less the model is surprised by an answer behind its own prompt than behind another "
+    "record's. Near 0 it does not look at the question: it has learned answers, or the data pairs them wrongly. "
+    f"{_NAT}",
+    "answer_prompt_gain": f"The prompt gain of a whole answer, not of a token. {_NAT}",
+    "general_loss": "The loss on text that has nothing to do with the training. Where it rises, the model forgets. "
+    f"{_NAT}",
+    "kl_from_base": "How far the answers to prompts of no domain have moved from the base's own: 0 where nothing has "
+    f"changed. {_NAT}",
+}
+
+
+def explained(metric: str) -> str:
+    """The explanation of a metric in plain words; empty if its name says enough."""
+    return _EXPLAINED.get(metric, "")
+
+
+# The top of the page: what was decided, what it changed, and why, in words for someone who reads nothing else.
+
+Verdict = Literal["promote", "hold", "skipped", "failed", "open"]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Verdict, title, one sentence with numbers (empty if a step failed before there were any), and the reasons."""
+
+    verdict: Verdict
+    badge: str
+    title: str
+    lead: str
+    consequence: str
+    reasons: tuple[str, ...]
+
+
+def failed_step(run: RunFiles) -> StepRecord | None:
+    """Return the step that the run failed in; a decision stands whatever fails after it, except for a promotion."""
+    failed = (step for step in run.steps if not step.succeeded)
+    of_interest = (step for step in failed if (step.step == "promote" if run.decision else step.step != "report"))
+    return next(of_interest, None)
+
+
+def headline(run: RunFiles) -> Headline:
+    """Word the outcome of a run, however far it got."""
+    decision, failed = run.decision, failed_step(run)
+    if failed is not None:
+        error = failed.result.get("error") or {}
+        message = str(error.get("message") or "The step's log says why.")
+        consequence = (
+            f"The alias {run.alias} did move: it points to {decision.version} now. Only what follows a promotion is "
+            "missing, so run the step again."
+            if failed.moved_alias and decision is not None
+            else f"Nothing was promoted: the alias {run.alias} is as it was before this run."
+        )
+        title = f"{run.adapter}: the {failed.step} step failed"
+        return Headline("failed", "Failed", title, _lead(run) if run.evaluation else "", consequence, (message,))
+    if decision is None:
+        return Headline("open", "No decision", f"{run.adapter}: no decision was made", _lead(run), _undecided(run), ())
+    if decision.decision == "skipped":
+        title = f"{run.adapter}: there is too little new to train on"
+        consequence = f"The alias {run.alias} is as it was. What is new counts again next time."
+        return Headline("skipped", "Skipped", title, "Nothing was trained.", consequence, decision.reasons)
+    version, champion = decision.version, decision.champion
+    if decision.promoted:
+        promotion = run.step("promote")
+        moved = promotion is not None and promotion.succeeded
+        before = f"{champion} before it" if champion else "nothing before it"
+        consequence = (
+            f"The alias {run.alias} points to {version} now, and pointed to {before}."
+            if moved
+            else f"The alias {run.alias} has not been moved by this run; {version} may take it."
+        )
+        title = f"{run.adapter}: a new version {'is in' if moved else 'may go to'} {run.alias}"
+        return Headline("promote", "Promoted" if moved else "Promote", title, _lead(run), consequence, decision.reasons)
+    title = f"{run.adapter}: {run.alias} stays {'as it is' if champion else 'empty'}"
+    consequence = (
+        f"{run.alias.capitalize()} keeps {champion}. " if champion else ""
+    ) + f"The candidate {version} stays in the registry without an alias, so that it can be looked at."
+    if champion and champion == version:
+        consequence = f"This run made the same version again, so there was nothing to move {run.alias} to."
+    if decision.waits:
+        consequence = (
+            f"{run.alias.capitalize()} {f'keeps {champion}' if champion else 'stays empty'} until a person approves "
+            f"{version}: fineloop adapters approve {run.adapter}@{version} --by NAME --reason TEXT"
+            f"{'' if run.alias == PRODUCTION else f' --alias {run.alias}'}"
+        )
+    badge = "Held" if decision.verdict in (None, "hold") else f"Held: {decision.verdict}"
+    return Headline("hold", badge, title, _lead(run), consequence, decision.reasons)
+
+
+def _undecided(run: RunFiles) -> str:
+    if run.evaluation is None:
+        return f"The run ended before an evaluation; the alias {run.alias} is as it was."
+    return f"The candidate was evaluated, but no gate was asked to decide; the alias {run.alias} is as it was."
+
+
+def _lead(run: RunFiles) -> str:
+    """What changed, candidate against champion and base, in at most two sentences; and where the training began."""
+    if run.evaluation is None:
+        return "There are no measurements of the candidate."
+    sentences = []
+    ours = run.metric("candidate", "exact_match")
+    if ours is not None:
+        sentences.append(
+            f"On {count(run.evaluation.records)} held-out records the candidate gives the exact answer "
+            f"{metric_of('exact_match').text(ours)} of the time{_others(run, 'exact_match')}."
+        )
+    key = (run.decision.policy if run.decision else {}).get("metric", "loss")
+    value = run.metric("candidate", key)
+    if value is not None and is_metric(key) and key != "exact_match":
+        metric = metric_of(key)
+        better = "lower" if metric.lower_is_better else "higher"
+        sentences.append(f"Its {metric.label} ({better} is better) is {metric.text(value)}{_others(run, key)}.")
+    text = " ".join(sentences) or "The candidate's metrics were not measured."
+    return f"{text} {continued.sentence(run)}".strip()
+
+
+def _others(run: RunFiles, key: str) -> str:
+    called: dict[Role, str] = {"champion": f"{run.alias}'s version so far", "base": "the base model"}
+    values = {name: run.metric(role, key) for role, name in called.items()}
+    others = [f"{metric_of(key).text(value)} for {name}" for name, value in values.items() if value is not None]
+    return f", against {' and '.join(others)}" if others else ""
+
+
+# Commands that a reader of the report may want to run next.
+
+HOME = ".fineloop"
+"""The default of --home."""
+
+
+def next_steps(run: RunFiles, *, home: str = HOME, verb: str = "run") -> list[tuple[str, str]]:
+    """The commands, each with its purpose; `home` and `verb` are those of the command that began the run."""
+    option = "" if home == HOME else f" --home {shlex.quote(home)}"
+    return [(f"{command}{option}", why) for command, why in _steps(run, home, verb)]
+
+
+def _steps(run: RunFiles, home: str, verb: str) -> list[tuple[str, str]]:
+    version, decision = run.version, run.decision
+    config = shlex.quote(f"{home}/runs/{run.run_id}/config.toml")
+    failed = failed_step(run)
+    error = dict(failed.result.get("error") or {}) if failed else {}
+    if isinstance(by_name(error.get("kind", ""), ""), UserError):  # the same config would fail again
+        named = dict.fromkeys(re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+", error.get("message", "")))
+        keys = [key for key in named if key in {*key_paths(RunConfig)}]
+        again = [(f"fineloop {verb} -c {config} --set {key}=VALUE", f"run it with another {key}") for key in keys]
+        return again or [(f"fineloop {verb} -c {config}", "run it again, once what the message names is mended")]
+    if failed or (decision is None and run.evaluation is None):
+        return [(f"fineloop {verb} -c {config} --run-id {run.run_id}", "go on from where it was")]
+    if version is None or (decision is not None and decision.decision == "skipped"):
+        return []
+    reference = f"{run.adapter}@{version}"
+    on_alias = "" if run.alias == PRODUCTION else f" --alias {shlex.quote(run.alias)}"
+    steps = [(f"fineloop chat {reference}", "talk to the candidate, beside its base")]
+    champion = run.model("champion")
+    if champion is not None and champion.version and champion.version != version:
+        compared = f"{run.adapter}@{champion.version} {reference}"
+        steps.append((f"fineloop compare {compared} --html side-by-side.html", "lay it beside the version before it"))
+    if decision is None:
+        steps.append((f"fineloop adapters promote {reference}{on_alias}", f"put it into {run.alias}"))
+    elif decision.waits:
+        approve = f"fineloop adapters approve {reference} --by NAME --reason TEXT{on_alias}"
+        steps.append((approve, f"put it into {run.alias}"))
+    elif decision.promoted and decision.champion:
+        steps.append((f"fineloop adapters rollback {run.adapter}{on_alias}", "go back to the version before it"))
+    elif not decision.promoted:
+        steps.append((f"fineloop replay {run.run_id}", "decide again by the same records"))
+    return steps
+
+
+# Draws the gain on each kind of record.
+
+
+def slices(run: RunFiles) -> forest.Picture | None:
+    """The findings of the gate's rule on slices, worst first; None if it had no slice to judge."""
+    rule = next((rule for rule in run.decision.rules if rule.slices), None) if run.decision else None
+    if rule is None:
+        return None
+    metric, bound = metric_of(rule.metric or ""), -(rule.bound or 0.0)
+    amounts = RELATIVE if rule.relative else metric
+    gains = [
+        forest.Gain(
+            f"{each.kind}: {clipped(each.name)}",
+            f"{count(each.records)} records",
+            each.gain,
+            each.lower,
+            each.upper,
+            bad=each.worse,
+        )
+        for each in rule.slices
+    ]
+    note = (
+        f"{metric.title}, candidate against champion on each kind of record, each bound with "
+        f"{(rule.confidence or 0) * 100:.4g} % confidence, so that all of them hold together. Solid: no difference. "
+        f"Dashed: {amounts.signed_text(bound)}, below which a slice must not be shown to lie."
+    )
+    return forest.draw(gains, bound=bound, amounts=amounts, note=note)

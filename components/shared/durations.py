@@ -19,3 +19,11 @@ def estimated_duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# Formats numbers with the noun that they count.
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun, as in `1 record` and `1,200 records`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -10,12 +10,55 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from components.shared.errors import Conflict, FineloopError, ObjectMissing, StoreError
-from components.store import traffic
+
+# Counts requests and bytes of this process's S3 clients, including failed attempts.
+
+
+@dataclass
+class Traffic:
+    """The counts. Bytes are those of bodies, without headers."""
+
+    requests: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+_so_far = Traffic()
+_lock = threading.Lock()
+
+
+def so_far() -> Traffic:
+    """The traffic since the process began."""
+    with _lock:
+        return replace(_so_far)
+
+
+def count(client: Any) -> None:
+    """Count the requests of a client from now on."""
+    client.meta.events.register("before-send.s3", _sent)
+    client.meta.events.register("response-received.s3", _received)
+
+
+def _sent(request: Any, **_: Any) -> None:
+    with _lock:
+        _so_far.requests += 1
+        # If a checksum follows the body, the second header has the body's length.
+        lengths = (request.headers.get(name) for name in ("Content-Length", "X-Amz-Decoded-Content-Length"))
+        _so_far.written_bytes += int(next(filter(None, lengths), 0))
+
+
+def _received(event_name: str, response_dict: Any = None, **_: Any) -> None:
+    if event_name.endswith(".HeadObject"):  # its length is that of a body that is not sent
+        return
+    with _lock:
+        _so_far.read_bytes += int(((response_dict or {}).get("headers") or {}).get("content-length") or 0)
+
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +109,7 @@ def client_from_environment() -> Any:
     except BotoCoreError as exc:
         raise StoreError(f"no S3 client can be made from the environment: {exc}") from exc
     client.meta.events.register("needs-retry.s3", _pause_where_away)
-    traffic.count(client)
+    count(client)
     return client
 
 

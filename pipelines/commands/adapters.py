@@ -16,7 +16,7 @@ from pipelines.commands.opened_registry import opened_registry
 
 if TYPE_CHECKING:
     from components.promote.by_hand import Person
-    from components.registry.event import Event
+    from components.registry.event_log import Event
     from components.registry.versions import Version
     from components.store.store import Store
 
@@ -310,7 +310,7 @@ def _serve_manifest(options: argparse.Namespace) -> Answer:
 
 
 def _page(options: argparse.Namespace) -> Answer:
-    from components.report.numbers import moment
+    from components.report.html import moment
     from components.report.registry_index import list_adapter
     from components.report.registry_page import build_pages, read_adapter
     from components.shared.errors import UserError

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from components.shared.answers import never_trained_text
-from components.shared.counted import counted
+from components.shared.durations import counted
+from components.shared.metrics import never_trained_text
 from pipelines.commands import erase
 from pipelines.commands.arguments import Answer, add_command, add_config, load_config, print_err
 from pipelines.commands.table import table

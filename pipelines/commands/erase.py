@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from components.shared.account import account
-from components.shared.counted import counted
+from components.shared.durations import counted
 from pipelines.commands.arguments import Answer, add_command, add_config, add_home
 from pipelines.commands.opened_registry import opened_registry
 from pipelines.commands.table import table

@@ -178,7 +178,7 @@ def _speed_lines(body: dict[str, Any]) -> Iterator[str]:
 
 
 def _advice_lines(body: dict[str, Any]) -> Iterator[str]:
-    from components.config.legality import setting
+    from components.config.methods import setting
 
     advice = body["advice"]
     if advice is not None and advice["changes"]:

@@ -10,11 +10,10 @@ from components.records.steps import finite
 from components.registry import event_log, versions
 from components.registry.ancestry import Ancestor, tree
 from components.registry.audit import Audit
-from components.registry.collect import Removal
-from components.registry.event import Event
-from components.registry.listing import all_adapters
+from components.registry.collect import Removal, all_adapters
+from components.registry.event_log import Event
 from components.registry.versions import Version
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.metrics import metrics_of
 from components.store.store import Store
 from pipelines.commands.arguments import Answer

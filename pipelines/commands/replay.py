@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def _replay(options: argparse.Namespace) -> Answer:
-    from components.gate.replay import replay
+    from components.gate.gate import replay
 
     with opened_registry(options) as store:
         replayed = replay(store, options.run)

@@ -158,9 +158,8 @@ def _show_kept(options: argparse.Namespace) -> Answer:
     """What the store keeps of one run, in the words of its report."""
     from components.config import config_file
     from components.records.runs import CONFIG, run_key
-    from components.report.headline import headline
-    from components.report.next_steps import next_steps
     from components.report.report import read_run
+    from components.report.sections import headline, next_steps
     from components.shared.errors import IntegrityError
     from pipelines.local.past_runs import find, lock_of, one
     from pipelines.local.run import LOG

@@ -47,8 +47,7 @@ def add(verbs: Any, *, reference: str) -> None:
 
 def _sign(options: argparse.Namespace) -> Answer:
     from components.registry import signing
-    from components.registry.aliases import PRODUCTION
-    from components.registry.rotation import sign_held
+    from components.registry.aliases import PRODUCTION, sign_held
     from components.registry.versions import resolve
 
     key = _key()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.config import config_file
-from components.prepare.parameters import ANYWAY, KEYS, overrides
+from components.prepare.prepare import ANYWAY, KEYS, overrides
 from components.shared.errors import ConfigError
 from pipelines.kubeflow.parameters import CONFIG, defined
 

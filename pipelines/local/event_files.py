@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.records import runs
-from components.records.curve import scalars
+from components.records.steps import scalars
 from components.report.report import parse_metrics
 from components.shared.errors import FineloopError
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import config_file
-from components.config.legality import setting
+from components.config.methods import setting
 from components.config.schema import RunConfig
 from components.records import runs
 from components.records.sweep import SweepResult, Tuned
-from components.report.rates import picture
-from components.shared.counted import counted
+from components.report.forest import picture
+from components.shared.durations import counted
 from components.shared.errors import ConfigError
 from pipelines.local.run import Place, run_and_read
 

@@ -1,20 +1,193 @@
 """Building a peft model for a configured method, loading a saved adapter, and writing the files that are published."""
 
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
-from ray_jobs.adapters.targets import Targets, find
+from ray_jobs.base.architecture import read_by_the_model
+from ray_jobs.text.bounded import SECONDS, bounded
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
+
+
+# Which weights of a base get an adapter, and which cannot.
+#
+# Only the text model is adapted: a vision tower never runs when training on text. In mixture-of-experts models
+# transformers holds all experts of a layer in one three-dimensional parameter, which only LoRA can adapt (peft's
+# target_parameters) and which bitsandbytes does not quantise. Routers are adapted only where the config names them.
+
+ALL_LINEAR = "all-linear"
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names that model configurations use for the number of experts in a layer."""
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""Names that architectures use for their routers: one part of a layer's dotted name."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The weights to adapt, as peft's configurations take them."""
+
+    modules: str | list[str]
+    parameters: list[str]
+    """Fused expert parameters, by the last two parts of their names."""
+
+
+def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str) -> Targets:
+    """Find the weights of a base, on any device, that `method` adapts.
+
+    Raises:
+        ConfigError: an adapter there could not be merged, peft does not support it, or the base would stay
+            unquantised.
+    """
+    if method.row.base != "bf16" and (dense := left_dense(model)):
+        kinds = " and ".join(dense)
+        share = _share(model, {name: each for weights in dense.values() for name, each in weights.items()})
+        raise ConfigError(
+            f"method.base {method.row.base} quantises no {kinds}, and of {base_reference} they are {share:.0%}, which "
+            "would stay in bfloat16: set method.base=bf16"
+        )
+    experts = experts_of(model)
+    head = model.get_output_embeddings()
+    reading_text = {id(module) for module in (head, *model.get_decoder().modules())}
+    layers = {name: module for name, module in model.named_modules() if name}
+    text = {name: module for name, module in layers.items() if id(module) in reading_text}
+    linear = {name: module for name, module in text.items() if _is_linear(module) and module is not head}
+    linear = {name: module for name, module in linear.items() if not name.endswith(read_by_the_model(model.config))}
+    routers = {name for name in text if experts and not ROUTERS.isdisjoint(name.split("."))}
+    wanted = method.target_modules
+    if wanted == ALL_LINEAR:
+        targets = Targets([name for name in linear if name not in routers], _short(experts))
+    else:
+        matched = _named(layers, wanted)
+        if isinstance(wanted, list):
+            _require_found(wanted, [*layers, *experts], base_reference)
+        adapted = [name for name in matched if name in text]
+        _require_mergeable(model, wanted, [layers[name] for name in adapted], base_reference)
+        _require_plain(wanted, {name: layers[name] for name in adapted if name in routers}, base_reference)
+        # As in the config, unless that would also match layers that never run.
+        modules = adapted if adapted != matched else wanted
+        parameters = _short(_named(experts, wanted))
+        targets = Targets(modules if matched or not parameters else [], parameters)
+    if targets.parameters:
+        _require_lora(method, sorted({name.rpartition(".")[2] for name in linear.keys() - routers}), base_reference)
+    return targets
+
+
+def experts_of(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
+    """The fused expert parameters, each of shape (experts, ., .), by name."""
+    text = model.config.get_text_config()
+    counts = {getattr(text, name, None) for name in NUM_EXPERTS} - {None}
+    shapes = ((name, parameter, _shape(parameter)) for name, parameter in model.named_parameters())
+    return {name: parameter for name, parameter, shape in shapes if len(shape) == 3 and shape[0] in counts}
+
+
+def left_dense(model: "PreTrainedModel") -> dict[str, dict[str, "nn.Parameter"]]:
+    """The weights that bitsandbytes cannot quantise, grouped by kind.
+
+    transformers replaces only layers of torch's own class (integrations/bitsandbytes.py, replace_with_bnb_linear).
+    """
+    found = {"fused experts": experts_of(model)}
+    for name, module in model.get_decoder().named_modules():
+        kind = type(module)
+        if _is_linear(module) and kind.__module__ == type(model).__module__ and ROUTERS.isdisjoint(name.split(".")):
+            found.setdefault(kind.__name__, {})[name] = module.weight
+    return {kind: weights for kind, weights in found.items() if weights}
+
+
+def _is_linear(module: "nn.Module") -> bool:
+    """Whether peft's all-linear would select the module; true for quantised layers too."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _named(names: Iterable[str], wanted: str | list[str]) -> list[str]:
+    """The names that peft would match: a string is a regular expression for the whole name, a list holds name endings.
+
+    Raises:
+        ConfigError: the expression backtracks for too long.
+    """
+    if not isinstance(wanted, str):
+        return [name for name in names if any(name == each or name.endswith(f".{each}") for each in wanted)]
+    pattern = re.compile(wanted)
+    try:
+        with bounded():
+            return [name for name in names if pattern.fullmatch(name)]
+    except (TimeoutError, MemoryError, RecursionError) as exc:
+        raise ConfigError(
+            f"method.target_modules {wanted!r} does not come to an end in {SECONDS:.0f} s: write it without a "
+            "repetition within a repetition"
+        ) from exc
+
+
+def _short(names: Iterable[str]) -> list[str]:
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
+
+
+def _share(model: "PreTrainedModel", experts: dict[str, "nn.Parameter"]) -> float:
+    return sum(each.numel() for each in experts.values()) / sum(each.numel() for each in model.parameters())
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties sharded parameters
+
+
+def _require_mergeable(
+    model: "PreTrainedModel", wanted: str | list[str], adapted: list["nn.Module"], base_reference: str
+) -> None:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embeddings.weight and any(module is head or module is embeddings for module in adapted):
+        raise ConfigError(
+            f"method.target_modules {wanted!r} reaches the output head or the input embeddings, which are one weight "
+            f"in {base_reference}: an adapter of one of them could never be merged. Leave both out"
+        )
+
+
+def _require_found(wanted: list[str], names: list[str], base_reference: str) -> None:
+    if missing := [each for each in wanted if not _named(names, [each])]:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}))
+        raise ConfigError(
+            f"method.target_modules {missing!r} fits no layer of {base_reference}, whose layers are called {there}"
+        )
+
+
+def _require_plain(wanted: str | list[str], routers: dict[str, "nn.Module"], base_reference: str) -> None:
+    from torch import nn
+
+    for name, module in routers.items():
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            raise ConfigError(
+                f"method.target_modules {wanted!r} names {name} of {base_reference}, a {type(module).__name__}, which "
+                "gives more than a layer's output: no adapter fits around it. Leave it out"
+            )
+
+
+def _require_lora(method: MethodConfig, others: list[str], base_reference: str) -> None:
+    if method.row.adapter != "lora":
+        raise ConfigError(
+            f"method.adapter {method.row.adapter} has no form for the experts of {base_reference}, each layer's one "
+            f"parameter of three dimensions: set method.adapter=lora, or adapt the other layers alone with "
+            f"method.target_modules={others}"
+        )
+    if method.dropout:
+        raise ConfigError(
+            f"method.dropout {method.dropout:g} cannot be applied to the experts of {base_reference}, whose adapter is "
+            f"added to their weights before the input is seen: set method.dropout=0, or adapt the other layers alone "
+            f"with method.target_modules={others}"
+        )
+
 
 # Seed of VeRA's random matrices. Not the training seed: peft puts several adapters on one base only if their seeds
 # agree.

@@ -18,7 +18,7 @@ from peft.tuners.lora import dora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ray_jobs.base.gathered import gathered
+from ray_jobs.base.four_bits import gathered
 
 NAMES = ("lora_magnitude_vector", "vera_lambda_m")
 """Names of the magnitude parameters in peft's DoRA layers and in this repository's DVoRA layers."""

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ray_jobs.adapters import dora
 from ray_jobs.adapters.dora import row_norm, wide
 from ray_jobs.base import four_bits
-from ray_jobs.base.gathered import gathered
+from ray_jobs.base.four_bits import gathered
 
 PEFT_TYPE = "DVORA"
 

@@ -6,7 +6,8 @@ weights of a piece that fits the cache are compared with one midpoint after the 
 below a weight gives its code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import bitsandbytes.functional
@@ -100,3 +101,19 @@ def _places(quant_type: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[
         return found if is_sorted else in_code[found]
 
     return places
+
+
+# Gathering weights that ZeRO-3 shards, for as long as they are read.
+
+
+def gathered(parameters: Iterable[torch.nn.Parameter], *, changes: bool = False) -> AbstractContextManager[None]:
+    """Gather the whole weights on every worker, all of which must enter. With `changes`, rank 0's changes are kept."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+        sharded, modifier_rank=0 if changes else None
+    )
+    return context

@@ -26,8 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from ray_jobs.base.four_bits import dequantize_4bit
-from ray_jobs.base.gathered import gathered
+from ray_jobs.base.four_bits import dequantize_4bit, gathered
 from ray_jobs.kernels import float32_products
 
 # Elements of a weight that are converted at a time: 4 MiB in float32, about what the caches of one core hold.

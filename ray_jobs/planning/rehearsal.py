@@ -8,6 +8,7 @@ Shapes: B records of a micro-batch, T tokens of each.
 """
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,20 +17,74 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from components.config.schema import Attention, MethodConfig, RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
-from ray_jobs.adapters.targets import experts_of, left_dense
+from ray_jobs.adapters.build import experts_of, left_dense
 from ray_jobs.base import stored_format
 from ray_jobs.base.architecture import from_config, require_causal
 from ray_jobs.base.attention import FLASH, REHEARSED, choose, for_text, takes_kernels
 from ray_jobs.kernels.door import PLAIN
-from ray_jobs.planning.live_bytes import LiveBytes
-from ray_jobs.planning.rehearsing import CannotRehearse, rehearsing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+# Handling of models whose own code does not run in a rehearsal.
+
+
+class CannotRehearse(Exception):
+    """The model's own code does not run on fake tensors."""
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Turn errors in a model's code into CannotRehearse; the traceback is logged, in case the fault is ours."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError) as exc:
+        logger.info("this architecture cannot be rehearsed", exc_info=True)
+        raise CannotRehearse(str(exc)) from exc
+
+
+# Counting the memory of live tensors, including fake and meta tensors that hold no data.
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages created within that are alive: currently in `now`, at most in `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count the storages that it creates; a view of its input creates none."""
+        if function.namespace == "prim":  # a query, such as a tensor's device: two of three operations
+            return function(*args, **(kwargs or {}))
+        inputs = {id(storage) for storage in _storages((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if id(storage) not in self._alive and id(storage) not in inputs:
+                self._alive.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _gone(self, key: int, num_bytes: int) -> None:
+        self._alive.discard(key)
+        self.now -= num_bytes
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from components.config.schema import RunConfig
 from components.store.store import Store
 from ray_jobs.probes import general_text, harness, own_answers, suites
-from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.measure import Contender
 from ray_jobs.scoring.probe import Probe
 from ray_jobs.text.chat_format import ChatFormat
 

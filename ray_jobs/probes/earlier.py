@@ -13,7 +13,7 @@ from components.records.steps import Evaluation, Role
 from components.registry.versions import evaluation
 from components.shared.errors import IntegrityError
 from components.store.store import Store
-from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.measure import Contender
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from components.config.schema import RunConfig
 from components.records.steps import Role, TextLosses
 from components.store.store import Store
 from ray_jobs.probes import texts
-from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.measure import Contender
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat
 

@@ -26,7 +26,7 @@ from components.shared.errors import ConfigError, JobError
 from components.shared.memory import available_bytes
 from components.store.store import Store
 from ray_jobs.probes import earlier
-from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.measure import Contender
 from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
 from ray_jobs.text.chat_format import ChatFormat
 
@@ -214,7 +214,7 @@ def _quietly() -> Iterator[None]:
 
 def _with_room(batch_size: int, model: Any) -> int:
     """The largest batch size, up to `batch_size`, whose logits fit into memory; at least 1."""
-    from ray_jobs.scoring.batches import free_bytes
+    from ray_jobs.scoring.generation import free_bytes
 
     free = free_bytes(model.device)
     text = model.config.get_text_config()

@@ -25,7 +25,7 @@ from components.records.steps import Role, TextLosses
 from components.store.store import Store
 from ray_jobs.probes import earlier, texts
 from ray_jobs.probes.texts import Read
-from ray_jobs.scoring.contender import Contender
+from ray_jobs.scoring.measure import Contender
 from ray_jobs.scoring.probe import Findings, Subject
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat
@@ -51,7 +51,7 @@ class OwnAnswers(texts.Texts):
 
     def run(self, subject: Subject, found: Findings) -> Read | None:
         """Have a model score the answers; the base draws them first, if that is still to be done."""
-        from ray_jobs.probes.sampling import sample
+        from ray_jobs.probes.texts import sample
 
         if not self.new_tokens:
             return super().run(subject, found)

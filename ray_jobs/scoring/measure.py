@@ -1,31 +1,34 @@
 """Measuring base, champion and candidate on the same records: their files, the tokenized records, and their scores."""
 
+import gc
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.config.schema import RunConfig
+from components.config.gate import GateConfig
+from components.config.methods import BaseFormat
+from components.config.schema import ModelConfig, RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Role
-from components.registry.versions import pull_version
+from components.registry.versions import Version, pull_version, resolve
 from components.shared.errors import DataError
+from components.shared.paired import Pairs, bounds, records_to_decide
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.adapters import build, own_base
+from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.base import base_model, precision
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
-from ray_jobs.scoring import STEP, marks
-from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score, longest_answer
-from ray_jobs.scoring.contender import Contender
-from ray_jobs.scoring.held_base import HeldBase
+from ray_jobs.scoring import STEP, answers
+from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score, longest_answer, pairs_of
 from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
@@ -33,6 +36,121 @@ from ray_jobs.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+
+# One frozen base per process, reused by successive trainings: what a training adds to it is removed again.
+#
+# Reading and quantising a base takes longer than many trials' training, and as long as scoring many records.
+
+
+class HeldBase:
+    """Loads as `door.load_model` does, and returns the same model again for the same arguments.
+
+    One model at a time: the previous one is released before another is read.
+    """
+
+    def __init__(self) -> None:
+        self.num_loaded = 0
+        self.start_loss: float | None = None
+        """Validation loss per answer token of the held base, without an adapter; None until it is measured."""
+        self.general_nll: list[float] | None = None
+        """Negative log-likelihood of the held base on each passage of general text; None until it is measured."""
+        self.free_since: float | None = None
+        """Time at which its last use ended, on the monotonic clock."""
+        self.kernels: Kernels | None = None
+        """The kernels of its matrix products."""
+        self._key: tuple[Any, ...] = ()
+        self._model: PreTrainedModel | None = None
+        self._wide: dict[str, torch.Tensor] = {}
+
+    def load(
+        self, base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
+    ) -> "PreTrainedModel":
+        """Load the base, or return the held one without any adapter; its previous use must have ended."""
+        key = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
+        if self._model is None or key != self._key:
+            self._model = self.start_loss = self.general_nll = None
+            self._wide = {}
+            gc.collect()  # reference cycles: an adapted model and its engine, 4-bit weights and their layers
+            self._model = door.load_model(base, config, base_format, kernels, **how)
+            self._wide = _wider_than_16_bits(self._model)
+            self._key, self.kernels = key, kernels
+            self.num_loaded += 1
+        else:
+            self.strip()
+        return self._model
+
+    def strip(self) -> None:
+        """Restore the model to its state when loaded, except that weights that were made dense stay dense."""
+        if self._model is not None and strip(self._model):
+            for name, weight in self._wide.items():
+                self._model.get_parameter(name).data = weight
+            gc.collect()
+
+
+def _wider_than_16_bits(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
+    """The weights that transformers keeps in float32, such as routers, and that DeepSpeed would cast to 16 bits."""
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.dtype.itemsize > 2}
+
+
+def strip(model: "PreTrainedModel") -> bool:
+    """Remove what peft and a training have added to a base: layers, hooks, and peft's attributes.
+
+    Returns whether there were any adapter layers.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name in wrapped:
+        if not any(name.startswith(f"{outer}.") for outer in wrapped):  # a wrapper may wrap another
+            model.set_submodule(name, model.get_submodule(name).get_base_layer())
+    for note in ("peft_config", "_hf_peft_config_loaded"):
+        if note in vars(model):
+            delattr(model, note)
+    door.part(model)
+    model.disable_input_require_grads()
+    if model.is_activation_checkpointing:
+        model.activation_checkpointing_disable()
+    model.requires_grad_(False)
+    return bool(wrapped)
+
+
+# The models that an evaluation compares.
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to measure: the base alone, or an adapter on the base that it was trained on."""
+
+    role: Role
+    config: RunConfig
+    """The run's config, with the base and the method that this model was trained with."""
+    version: Version | None
+    """The adapter's version; None for the base alone."""
+    base_identity: Mapping[str, str]
+    """Identity of the base that the adapter was trained on; for the base alone, of the candidate's base."""
+    stands_on_sha256: str = ""
+    """sha256 of the manifest of the adapter's own base, as `Recorded` has it."""
+    published_sha256: str = ""
+    """sha256 of the manifest that this run's own training published; a trusted key signs it once the gate lets it pass.
+    """
+    alike: frozenset[str] = frozenset()
+    """Labels that only their writing tells apart in the records that it is measured on."""
+
+
+def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Contender:
+    """The contender for a version of the config's adapter, with the base and the method of its own run.
+
+    Raises:
+        ObjectMissing: there is no such version.
+        IntegrityError: its lineage is damaged.
+        ConfigError: this release cannot run it.
+    """
+    found = resolve(store, f"{config.adapter.name}@{version}")
+    theirs = recorded.read(config, store, found)
+    return Contender(role, theirs.config, found, theirs.base_identity, theirs.stands_on_sha256)
+
 
 PROGRESS_EVERY_S = 2.0
 
@@ -99,7 +217,7 @@ class LocalContender:
             [records[row] for row in rows],
             self.split.take(rows),
             with_other_prompts=others.take(rows) if others else None,
-            marks=marks.named(self.config.metrics, self.alike),
+            marks=answers.named(self.config.metrics, self.alike),
             batch_size=self.config.evaluate.batch_size,
             max_new_tokens=self.config.evaluate.max_new_tokens or USUAL_NEW_TOKENS,
             advance=progress.advance,
@@ -231,3 +349,89 @@ class Progress:
         if self._prints and now - self._said_at >= PROGRESS_EVERY_S:
             self._said_at = now
             say(STEP, f"{self.role}: {self._done / self._total:.0%} of all answers")
+
+
+# The results on held-out records, and how many more records a decision needs; pure functions.
+
+CLEAR = 0.999
+"""Confidence at which an interim result needs no more records: a single look at such a high level hardly changes the
+error rate (the Haybittle-Peto boundary, British Journal of Cancer 34, 1976)."""
+
+
+def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
+    """Number of records at which a candidate as good as champion and anchor (the best version) passes the gate with a
+    power of 80 %; 0 where the records at hand decide.
+
+    It depends on how much the models differ from record to record, not on which is ahead, so that looking before
+    drawing more favours no verdict (Wittes and Brittain, Statistics in Medicine 9, 1990: an internal pilot).
+    """
+    margins: dict[Role, float] = {"champion": policy.worse_than_champion_by, "anchor": policy.total_budget}
+    wanted = 0
+    for role, margin in margins.items():
+        pairs = compared.get(role)
+        found = bounds(pairs, CLEAR) if pairs and margin else None
+        if found is None or found.upper < -margin:
+            continue
+        if role == "champion" and pairs is not None and not pairs.are_binary:
+            least = policy.records_to_replace(float(pairs.theirs.sum() / pairs.weights.sum()))
+            lacking = least / pairs.num_effective
+            wanted = max(wanted, math.ceil(found.records * lacking) if lacking > 1 else 0)
+        if found.lower >= -margin:
+            continue
+        wanted = max(wanted, records_to_decide(replace(found, gain=0.0), -margin, policy.confidence) or 0)
+    return wanted
+
+
+@dataclass(frozen=True)
+class Found:
+    """The results on the records that fit every contender's context."""
+
+    kernels: Kernels
+    records: list[Record]
+    tokens: list[int]
+    scores: dict[Role, list[Score]]
+    shares: list[dict[str, Findings]]
+    """The probes' findings on each share, by the probes' keys."""
+    first_scored_at: str
+    """Time at which the first batch was scored, ISO 8601 in UTC."""
+
+    @classmethod
+    def of(cls, kernels: Kernels, shards: Sequence[Sequence[Record]], results: Sequence[ShardResult]) -> "Found":
+        """Join the results of the workers, one for each shard of records."""
+        return cls(
+            kernels,
+            [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],
+            [count for result in results for count in result.tokens.values()],
+            {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},
+            [share for result in results for share in result.shares],
+            min(result.first_scored_at for result in results),
+        )
+
+    def and_then(self, more: "Found") -> "Found":
+        """These results with the records and scores of `more` appended; its probes are not."""
+        return replace(
+            self,
+            records=self.records + more.records,
+            tokens=self.tokens + more.tokens,
+            scores={role: scores + more.scores[role] for role, scores in self.scores.items()},
+        )
+
+
+def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence[Record]:
+    """The remaining records to measure as well: as many as a decision needs, up to `evaluate.max_records` in all."""
+    policy, groups = config.gate, [record.group for record in found.records]
+    compared = {
+        role: pairs_of(
+            found.scores["candidate"],
+            found.scores[role],
+            found.tokens,
+            policy.metric,
+            groups,
+            relative=policy.margins == "relative",
+        )
+        for role in found.scores
+        if role not in ("candidate", "base")
+    }
+    wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.records)
+    # A single record is not enough: its answer is also scored behind another record's prompt.
+    return left[:wanted] if min(wanted, len(left)) > 1 else ()

@@ -8,11 +8,17 @@ import numpy.typing as npt
 import torch
 
 from components.prepare.dataset import Record
-from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.batches import free_bytes, in_batches, is_shared, with_room
-from ray_jobs.scoring.generation import Advance, answers_to, greedy
-from ray_jobs.scoring.marks import MARKS, Mark
-from ray_jobs.scoring.reading import Reader
+from ray_jobs.scoring.answers import MARKS, Mark, Score
+from ray_jobs.scoring.generation import (
+    Advance,
+    Reader,
+    answers_to,
+    free_bytes,
+    greedy,
+    in_batches,
+    is_shared,
+    with_room,
+)
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.text.packed import records_nll

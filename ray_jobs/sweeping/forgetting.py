@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from components.records.sweep import Forgotten, Trial
-from ray_jobs.sweeping.intervals import interval
+from ray_jobs.sweeping.verdict import interval
 
 
 def forgotten(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from components.config.data import LossOn
 from components.prepare.dataset import Message, Record, SplitName, read_split
-from components.registry.names import TOKENS
+from components.registry.identity import TOKENS
 from components.shared.errors import Conflict, DataError, IntegrityError
 from components.store import folders
 from components.store.store import Store, encode_json

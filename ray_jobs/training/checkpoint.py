@@ -12,20 +12,36 @@ does: a partial upload is never resumed from. Release 0.1.0 has the best weights
 """
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from components.config.ray import MatmulDtype
+from components.config.schema import RunConfig
 from components.records import runs
-from components.shared.errors import IntegrityError, ObjectMissing
+from components.shared.durations import counted
+from components.shared.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
 from components.store import folders
 from components.store.store import Store
-from ray_jobs.base.gathered import gathered
-from ray_jobs.training import optimizer, zero
+from ray_jobs.adapters import dora
+from ray_jobs.base.four_bits import gathered
+from ray_jobs.training import optimizer, partitions, zero
+from ray_jobs.training.partitions import Part, Piece
+from ray_jobs.training.patience import Patience, is_away
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
 PIECES = "pieces"
@@ -176,3 +192,298 @@ def _delete(store: Store, key: str) -> None:
     # The manifest first: without it the checkpoint does not exist, even if the deletion is interrupted.
     store.delete([f"{key}/shared/{folders.MANIFEST}", f"{key}/{folders.MANIFEST}"])
     store.delete(item.key for item in list(store.list(f"{key}/")))
+
+
+# Asynchronous checkpoints: training waits only while the state is copied to host memory.
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """This worker's part of a checkpoint: a copy in host memory that further steps do not change."""
+
+    progress: TrainingProgress
+    pieces: list[Piece]
+    optimizer: dict[str, torch.Tensor]
+    adapter: dict[str, torch.Tensor]
+    best: Mapping[str, torch.Tensor]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time, in a thread on each worker; every worker calls it at the same steps.
+
+    As a context manager it waits at the end for the checkpoint that is being written, except after an error.
+    """
+
+    def __init__(self, store: Store, run_id: str, config: RunConfig, *, rank: int) -> None:
+        self._store, self._run_id, self._rank = store, run_id, rank
+        self._keep = config.train.keep_checkpoints
+        self._patience = Patience(config.train.store_patience_s)
+        self._timeout = timedelta(seconds=config.ray.collective_timeout_s)
+        self._group: dist.ProcessGroup | None = None
+        """Process group of the writer threads alone: the collectives of one group must come in the same order on all
+        workers."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: tuple[int, Future[None]] | None = None
+        self._best_step = 0
+        """Step of the best weights that are already written; 0 for none."""
+
+    def write(self, engine: Any, progress: TrainingProgress, best: Mapping[str, torch.Tensor]) -> None:
+        """Start to write a checkpoint of the current state, after waiting for the previous one.
+
+        Raises:
+            StoreError: as `finish`.
+        """
+        self.finish()
+        self._group = self._group or dist.new_group(backend="gloo", timeout=self._timeout)
+        progress.loss_scale = zero.loss_scale(engine)
+        snapshot = _Snapshot(
+            dataclasses.replace(progress),
+            partitions.here(engine, trainable(engine.module)),
+            optimizer_tensors(engine),
+            weights(engine.module),
+            best,
+        )
+        self._writing = progress.step, self._thread.submit(self._write, snapshot)
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint that is being written; returns False, on every worker, if the store is unavailable.
+
+        Raises:
+            StoreError: it has been unavailable for too long.
+        """
+        if self._writing is None:
+            return True
+        (step, writing), self._writing = self._writing, None
+        try:
+            writing.result()
+        except StoreError as exc:
+            self._patience.lose(exc, f"training goes on without a checkpoint of step {step}")
+            return False
+        self._patience.regain()
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self.finish()
+            except StoreError as exc:  # the weights are in memory, and publishing them waits for the store by itself
+                logger.warning("the training ends without its newest checkpoint: %s", exc)
+        self._thread.shutdown(wait=error is None)
+        if self._group is not None and self._writing is None:
+            dist.destroy_process_group(self._group)
+
+    def _write(self, taken: _Snapshot) -> None:
+        """Write the checkpoint; returns once it is complete on every worker.
+
+        Raises:
+            StoreError: the store was unavailable to one of the workers; raised on all of them.
+        """
+        key = key_of(self._run_id, taken.progress.step)
+        self._together(key, lambda: self._write_part(key, taken))
+        self._best_step = taken.progress.best_step
+        self._together(key, lambda: self._write_shared(key, taken))
+        if self._rank == 0:
+            try:
+                keep_newest(self._store, self._run_id, self._keep)
+            except StoreError as exc:
+                logger.warning("older checkpoints are deleted later: %s", exc)
+
+    def _write_part(self, key: str, taken: _Snapshot) -> None:
+        with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+            path = Path(scratch) / OPTIMIZER
+            save_file(taken.optimizer, path, metadata={PIECES: json.dumps(taken.pieces)})
+            self._publish(f"{key}/rank-{self._rank}", path)
+            if self._rank == 0 and taken.progress.best_step != self._best_step:
+                path = Path(scratch) / BEST
+                save_file(dict(taken.best), path)
+                self._publish(key_of(self._run_id, taken.progress.best_step, "best"), path)
+
+    def _write_shared(self, key: str, taken: _Snapshot) -> None:
+        if self._rank > 0:
+            return
+        with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+            adapter, state = Path(scratch) / ADAPTER, Path(scratch) / STATE
+            save_file(taken.adapter, adapter)
+            state.write_text(json.dumps(asdict(taken.progress)), encoding="utf-8")
+            self._publish(f"{key}/shared", adapter, state)
+
+    def _publish(self, key: str, *paths: Path) -> None:
+        folders.publish(self._store, key, {path.name: path for path in paths}, about={"kind": "checkpoint"})
+
+    def _together(self, key: str, act: Callable[[], None]) -> None:
+        """Call `act`, and return when all workers have.
+
+        Raises:
+            StoreError: the store is unavailable to this worker or to another.
+        """
+        failure: StoreError | None = None
+        try:
+            act()
+        except StoreError as exc:
+            if not is_away(exc):
+                raise
+            failure = exc
+        has_failed = torch.tensor([int(failure is not None)])
+        dist.all_reduce(has_failed, group=self._group)
+        if has_failed.item():
+            raise failure or StoreError(f"another worker could not write its part of {self._store.uri(key)}")
+
+
+# Resuming from a run's newest intact checkpoint, whatever number of workers wrote it.
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The verified contents of a checkpoint that this worker needs."""
+
+    progress: TrainingProgress
+    adapter: Mapping[str, torch.Tensor]
+    best: dict[str, torch.Tensor] | None
+    """The best weights; None where none were better than the initial ones."""
+    states: list[dict[str, torch.Tensor]]
+    """For each of this worker's partitions: its master weights and its optimizer state."""
+
+
+_Written = tuple[list[Piece] | None, list[dict[str, torch.Tensor]]]
+"""The part of a checkpoint that one worker wrote: its pieces (None in checkpoints of release 0.1.0), and the state of
+each partition."""
+
+
+def resume(
+    store: Store, run_id: str, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int
+) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
+    """Load the newest intact checkpoint into the engine; returns the progress and the best weights.
+
+    Without a checkpoint these are `fresh` and the current weights. Every worker must call it, and reads its own part;
+    if another number of workers or another ZeRO stage wrote the checkpoint, it reads as many parts as it takes to cover
+    its pieces. A checkpoint that is damaged for any worker is logged, and the one before it is used. Later checkpoints,
+    which a lost worker group left, are deleted.
+
+    A new release may hold out other records of a dataset than the one that wrote the checkpoint: then the best loss is
+    reset, so that later losses are compared only with each other.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another config, or to release 0.1.0, whose checkpoints need the same
+            number of workers, and which trained DoRA magnitudes in another form.
+    """
+    steps = complete(store, run_id) if rank == 0 else []
+    found = None
+    while step := _sum(steps.pop(0) if steps else 0, engine.device):
+        try:
+            found = _read(store, run_id, step, engine, fresh, config, rank=rank)
+        except (IntegrityError, ObjectMissing) as exc:
+            logger.warning("going on from a checkpoint before step %d, which cannot be resumed from: %s", step, exc)
+        if not _sum(int(found is None), engine.device):
+            break
+        found = None
+    if rank == 0:
+        discard_after(store, run_id, step)
+    dist.barrier()
+    if found is None:
+        return fresh, weights(engine.module)
+    best = found.best or weights(engine.module)
+    _restore(engine, found)
+    progress = found.progress
+    by = f" of {counted(progress.num_workers, 'worker')}" if progress.num_workers != fresh.num_workers else ""
+    logger.info("resumed from step %d%s", step, by)
+    progress.config_digest, progress.num_workers, progress.base = fresh.config_digest, fresh.num_workers, fresh.base
+    if progress.held_out != fresh.held_out:
+        logger.info("step %d was judged on other held-out records: the best weights are sought from here on", step)
+        progress.best_loss, progress.evals_without_gain = float("inf"), 0
+        progress.held_out = fresh.held_out
+    return progress, best
+
+
+def _sum(number: int, device: torch.device) -> int:
+    """Sum a number over all workers (an all-reduce)."""
+    total = torch.tensor([number], device=device)
+    dist.all_reduce(total)
+    return int(total.item())
+
+
+def _read(
+    store: Store, run_id: str, step: int, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int
+) -> _Found:
+    key = key_of(run_id, step)
+    with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
+        shared = Path(scratch) / "shared"
+        folders.pull(store, f"{key}/shared", shared)
+        progress = parse_progress((shared / STATE).read_bytes(), store.uri(key))
+        uri = store.uri(key)
+        if progress.config_digest not in (config.training_digest, config.digest):
+            raise ConfigError(f"{uri} was written with another config: start a new run, or use the config of that one")
+        if progress.magnitudes != fresh.magnitudes and any(True for _ in dora.magnitudes(engine.module)):
+            raise ConfigError(f"{uri} was written by a release that trained magnitudes whole: start a new run")
+        parts = _parts(store, key, Path(scratch), progress.num_workers, first=rank)
+        return _Found(
+            progress,
+            load_file(shared / ADAPTER),
+            _best(store, run_id, shared, progress),
+            _states(engine, parts, progress, fresh, uri),
+        )
+
+
+def _best(store: Store, run_id: str, shared: Path, progress: TrainingProgress) -> dict[str, torch.Tensor] | None:
+    path = shared / BEST
+    if not path.exists():  # only release 0.1.0 stores it there
+        if not progress.best_step:
+            return None
+        path = shared.parent / "best" / BEST
+        folders.pull(store, key_of(run_id, progress.best_step, "best"), path.parent)
+    return dict(load_file(path))
+
+
+def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: int) -> Iterator[_Written]:
+    """Yield what each worker wrote, starting with rank `first`."""
+    for number in range(num_workers):
+        folder = scratch / f"rank-{(first + number) % num_workers}"
+        folders.pull(store, f"{key}/{folder.name}", folder)
+        with safe_open(folder / OPTIMIZER, "pt") as file:
+            pieces = (file.metadata() or {}).get(PIECES)
+            states: dict[int, dict[str, torch.Tensor]] = {}
+            for stored in file.keys():  # noqa: SIM118 - the file is no dict, and has no other way
+                index, _, name = stored.partition(".")
+                states.setdefault(int(index), {})[name] = file.get_tensor(stored)
+        yield (
+            None if pieces is None else [Piece(*each) for each in json.loads(pieces)],
+            [states[index] for index in sorted(states)],
+        )
+
+
+def _states(
+    engine: Any,
+    parts: Iterator[_Written],
+    progress: TrainingProgress,
+    fresh: TrainingProgress,
+    uri: str,
+) -> list[dict[str, torch.Tensor]]:
+    """The state of each of this worker's partitions: as stored, if its pieces are the same, otherwise redistributed."""
+    wanted = partitions.here(engine, trainable(engine.module))
+    pieces, states = next(parts)
+    is_same_number = progress.num_workers == fresh.num_workers
+    if pieces is None and not is_same_number:
+        raise ConfigError(
+            f"{uri} was written by {counted(progress.num_workers, 'worker')} of release 0.1.0 and ray.num_workers is "
+            f"{fresh.num_workers}: resume with ray.num_workers={progress.num_workers}, or start a new run"
+        )
+    if pieces is None or (is_same_number and pieces == wanted):
+        return states
+    sizes = [master.numel() for master, _ in zero.master_partitions(engine)]
+    held = (Part(p or [], [optimizer.in_float32(each) for each in s]) for p, s in chain([(pieces, states)], parts))
+    return partitions.deal(held, wanted, sizes)
+
+
+def _restore(engine: Any, found: _Found) -> None:
+    copy_weights(found.adapter, engine.module)
+    for (master, _), state in zip(zero.master_partitions(engine), found.states, strict=True):
+        held = dict(state)
+        master.data.copy_(held.pop("master").view_as(master))
+        optimizer.restore(engine.optimizer.optimizer, master, held)
+    zero.set_loss_scale(engine, found.progress.loss_scale)

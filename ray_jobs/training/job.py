@@ -11,7 +11,7 @@ from ray_jobs.training.train_job import TrainJob
 
 if TYPE_CHECKING:
     from ray_jobs.kernels.door import Kernels
-    from ray_jobs.scoring.held_base import HeldBase
+    from ray_jobs.scoring.measure import HeldBase
 
 
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if board is not None and standby.is_trained(board, rank):
         return {}
     with garbage.importing():
-        from ray_jobs.scoring.held_base import HeldBase
+        from ray_jobs.scoring.measure import HeldBase
         from ray_jobs.training import worker
 
     what = arguments if board is None else standby.given(board)

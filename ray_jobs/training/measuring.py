@@ -6,7 +6,7 @@ from functools import partial
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records import runs
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.errors import FineloopError, JobError
 from components.shared.protocol import say
 from components.store.store import Store
@@ -15,9 +15,7 @@ from ray_jobs.base import base_config, base_model
 from ray_jobs.kernels import door, processor
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP
-from ray_jobs.scoring.contender import Contender
-from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.scoring.measure import Contender, Found, measure_shard
 from ray_jobs.scoring.probe import NO_PROBES, Probes
 from ray_jobs.training.standby import Standby
 

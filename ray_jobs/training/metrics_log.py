@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from components.records import runs
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.errors import IntegrityError, ObjectMissing, StoreError
 from components.shared.protocol import say
 from components.store.store import JSON, Store, encode_json

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import read_split
-from components.prepare.held_out import is_validation
+from components.prepare.split import is_validation
 from components.registry import lineage
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.errors import ConfigError, DataError
 from components.store import folders
 from components.store.store import Store

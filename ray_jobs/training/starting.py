@@ -8,8 +8,7 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.registry.aliases import read_alias
 from components.registry.event_log import require_published
-from components.registry.identity import WEIGHTS, require_identity
-from components.registry.names import version_key
+from components.registry.identity import WEIGHTS, require_identity, version_key
 from components.registry.signing import require_signed
 from components.registry.versions import Version, read_lineage, resolve
 from components.shared.errors import ConfigError, IntegrityError

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.config.track import RUNS, SECRETS_FILE
-from components.records.curve import scalars
+from components.records.steps import scalars
 from components.shared.environment import in_environment
 
 logger = logging.getLogger(__name__)

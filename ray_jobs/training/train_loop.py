@@ -5,11 +5,14 @@ step and rank, so a resumed training takes exactly the steps of an uninterrupted
 """
 
 import math
+import socket
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +21,118 @@ import torch.distributed as dist
 
 from components.config.schema import RunConfig, TrainConfig
 from components.shared.errors import Diverged
+from components.shared.protocol import say
 from components.store.store import Store
+from ray_jobs.base import together
 from ray_jobs.text import packed
 from ray_jobs.text.batching import NO_RECORD, TokenizedSplit, by_length, plan_epoch, share
-from ray_jobs.training import checkpoint, preemption, resuming, zero
-from ray_jobs.training.checkpoint import TrainingProgress
-from ray_jobs.training.checkpoint_writer import CheckpointWriter
+from ray_jobs.training import checkpoint, zero
+from ray_jobs.training.checkpoint import CheckpointWriter, TrainingProgress
 from ray_jobs.training.group import Worker
-from ray_jobs.training.straggler import Pace
+
+# Preemption of a node of the group: by its cloud provider, by Kubernetes, or by `ray drain-node`.
+#
+# A watcher in Ray Train asks the cluster every five seconds which nodes are being drained. At the end of a step the
+# workers query it, save a checkpoint and exit: Ray Train restarts them at once on other nodes, and no step is lost.
+# This counts against `ray.max_preemption_failures`, not against `ray.max_failures`.
+
+ASK_EVERY_S = 2.0
+"""Minimum seconds between queries: each calls another process, while all workers wait for each other."""
+
+
+class Watch:
+    """Queries preemption on behalf of a worker, at intervals."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._asked_at = time.monotonic()
+
+    def is_preempted(self) -> bool:
+        """Whether a node of the group is about to be preempted. All workers must call this after the same step."""
+        import ray.train
+
+        is_due = torch.tensor([int(time.monotonic() - self._asked_at >= ASK_EVERY_S)], device=self._worker.device)
+        dist.broadcast(is_due, src=0)  # rank 0's clock decides
+        if not is_due.item():
+            return False
+        self._asked_at = time.monotonic()
+        return ray.train.get_preemption_info() is not None
+
+
+def leave(step: int) -> Never:
+    """End this worker, as all workers of the group do; the checkpoint of `step` is complete.
+
+    Raises:
+        RayActorError: always; Ray Train takes it for a worker whose node was preempted.
+    """
+    from ray.exceptions import RayActorError
+
+    raise RayActorError(
+        error_msg=f"a node of the workers is about to be taken: they go on from step {step} elsewhere", preempted=True
+    )
+
+
+# Detecting a worker that slows down the others, since all of them wait for the slowest in each step.
+#
+# The times of forward passes are compared, in which no worker waits for another: records are distributed so that all
+# workers have similar ones. Under ZeRO-3 all workers gather each layer together, so nothing is known of a single one.
+
+EVERY_STEPS = 50
+SLOWER = 1.25
+"""Ratio to the other workers' time from which a worker is a straggler."""
+
+
+class Pace:
+    """Times a worker's forward passes, and compares them with the other workers' at intervals."""
+
+    def __init__(self, worker: Worker, *, zero_stage: int) -> None:
+        self._worker = worker
+        self._is_known = zero_stage < 3 and worker.num_workers > 1
+        self._seconds = 0.0
+        self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._named: set[int] = set()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Time a forward pass, in which this worker computes by itself."""
+        if not self._is_known:
+            yield
+        elif self._worker.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._on_gpu.append((begin, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def compare(self, step: int) -> None:
+        """Report the slowest worker every EVERY_STEPS steps, each rank once; all workers call it after a step."""
+        if not self._is_known or step % EVERY_STEPS:
+            return
+        mine = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._on_gpu) / 1000
+        self._seconds, self._on_gpu = 0.0, []
+        found: list[tuple[float, str]] = together.all_gather((mine, socket.gethostname()))
+        rank = straggler([seconds for seconds, _ in found])
+        if self._worker.rank == 0 and rank is not None and rank not in self._named:
+            self._named.add(rank)
+            seconds, host = found[rank]
+            others = statistics.median_high(each for i, (each, _) in enumerate(found) if i != rank)
+            say(
+                "finetune",
+                f"worker {rank} on {host} holds up the others: its forward passes took {seconds:.1f} s and theirs "
+                f"{others:.1f} s, up to step {step}",
+            )
+
+
+def straggler(seconds: Sequence[float]) -> int | None:
+    """The rank that is more than SLOWER times as slow as the median of the others; None if there is none."""
+    rank = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median_high([*seconds[:rank], *seconds[rank + 1 :]])
+    return rank if seconds[rank] > SLOWER * others else None
+
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -89,7 +196,7 @@ def run(
     pad: int,
     base: Mapping[str, str],
     report: Report,
-    watch: preemption.Watch | None = None,
+    watch: Watch | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainedAdapter:
     """Train to the end, from the newest complete checkpoint of this run if there is one. The result is interpolated
@@ -106,7 +213,7 @@ def run(
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
     measure = partial(held_out_loss, engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
     fresh = _fresh(config, worker, eval_split, base)
-    progress, best = resuming.resume(store, run_id, engine, fresh, config, rank=worker.rank)
+    progress, best = checkpoint.resume(store, run_id, engine, fresh, config, rank=worker.rank)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
     started, pace = time.monotonic() - progress.elapsed_s, Pace(worker, zero_stage=train.zero_stage)
     with CheckpointWriter(store, run_id, config, rank=worker.rank) as checkpoints:
@@ -134,7 +241,7 @@ def run(
             if is_preempted or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
                 checkpoints.write(engine, progress, best)
                 if is_preempted and checkpoints.finish():
-                    preemption.leave(progress.step)
+                    leave(progress.step)
 
     _settle(trained, engine, train, best, start, measure)
     return trained

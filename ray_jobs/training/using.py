@@ -5,10 +5,10 @@ from datetime import datetime
 import torch
 import torch.distributed as dist
 
-from components.config.prices import price_per_hour
+from components.config.ray import price_per_hour
 from components.config.schema import RunConfig
 from components.records.usage import Usage
-from components.store import traffic
+from components.store import client
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
@@ -24,7 +24,7 @@ def measured(
     trained_at: datetime,
 ) -> Usage | None:
     """The usage of all workers, on the worker that has `metrics`, None elsewhere; every worker must call this."""
-    asked = traffic.so_far()
+    asked = client.so_far()
     total = torch.tensor([asked.requests, asked.read_bytes, asked.written_bytes], device=worker.device)
     dist.all_reduce(total)
     if metrics is None:

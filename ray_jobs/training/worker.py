@@ -11,7 +11,7 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.records.steps import TrainResult
-from components.shared.counted import counted
+from components.shared.durations import counted
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from components.store.store import Store
@@ -23,17 +23,7 @@ from ray_jobs.kernels.door import Kernels
 from ray_jobs.text import token_store
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.token_store import StoredTokens
-from ray_jobs.training import (
-    checkpoint,
-    preemption,
-    publishing,
-    starting,
-    step_zero,
-    train_loop,
-    trained_model,
-    using,
-    zero,
-)
+from ray_jobs.training import checkpoint, publishing, starting, step_zero, train_loop, trained_model, using, zero
 from ray_jobs.training.first_check import FirstCheck
 from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
@@ -83,7 +73,7 @@ def train(
             eval_split,
             report=metrics.add if metrics else lambda _: None,
             load=load,
-            watch=preemption.Watch(worker),
+            watch=train_loop.Watch(worker),
         )
         trained_at = datetime.now(UTC)
         usage = using.measured(job, config, worker, trained.progress, metrics, trained_at)
@@ -133,7 +123,7 @@ def fit(
     *,
     report: Report,
     load: LoadModel = door.load_model,
-    watch: preemption.Watch | None = None,
+    watch: train_loop.Watch | None = None,
 ) -> tuple["PeftModel", TrainedAdapter, dict[str, Any]]:
     """Train in an initialised process group; returns the model with its final weights, the outcome, and the recipe.
 

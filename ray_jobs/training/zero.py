@@ -17,7 +17,7 @@ from components.config.schema import RunConfig
 from components.shared.environment import in_environment
 from components.shared.errors import JobError
 from ray_jobs.base import cuda
-from ray_jobs.base.gathered import gathered
+from ray_jobs.base.four_bits import gathered
 from ray_jobs.training import optimizer
 
 # Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.

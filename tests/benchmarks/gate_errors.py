@@ -15,10 +15,8 @@ import numpy as np
 
 from components.config.gate import LARGE_LOSS, GateConfig
 from components.gate import slices
-from components.gate.champion import not_worse_than_champion
-from components.gate.comparisons import Compared
+from components.gate.comparisons import Compared, few_get_much_worse, not_worse_than_champion
 from components.gate.evidence import Evidence
-from components.gate.rare_losses import few_get_much_worse
 from components.records.steps import Evaluation, Measured
 from components.shared.metrics import METRICS, metric_of
 from tests.components.gate.measured_losses import read

@@ -180,7 +180,7 @@ def _held_out(options: argparse.Namespace, records: Sequence[Any]) -> Sequence[A
 def _evaluated(
     seconds: float, split: Any, records: Sequence[Any], nll: Sequence[float], answers: Sequence[str]
 ) -> dict[str, Any]:
-    from ray_jobs.scoring.marks import exact_match
+    from ray_jobs.scoring.answers import exact_match
 
     right = [exact_match(answer, record.answer) for answer, record in zip(answers, records, strict=True)]
     return {

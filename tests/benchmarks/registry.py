@@ -27,8 +27,8 @@ from components.records.pages import LISTED
 from components.records.steps import Decision, Evaluation, Measured
 from components.registry import ancestry, collect
 from components.registry.aliases import Cause, promote, rollback
+from components.registry.collect import all_adapters
 from components.registry.event_log import append_event, events
-from components.registry.listing import all_adapters
 from components.registry.versions import list_versions, publish_version, resolve, version_ids
 from components.report.registry_index import Listed
 from components.report.registry_page import write_pages

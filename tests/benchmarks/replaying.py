@@ -33,7 +33,7 @@ from components.config import config_file
 from components.prepare import icd10
 from components.prepare.dataset import Record
 from components.prepare.validate import validate
-from ray_jobs.scoring.marks import rouge_l
+from ray_jobs.scoring.answers import rouge_l
 from tests.benchmarks.noise import train_missing
 
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"

@@ -17,9 +17,9 @@ from components.prepare.arrow_records import batch_of, keyed_batch_of, records_o
 from components.prepare.dataset import Record, Reject
 from components.prepare.intake import Intake
 from components.prepare.parts import DatasetFolder
-from components.prepare.reading import Rules
 from components.prepare.sources import Source
 from components.prepare.validate import Hashes, KeyedRecord
+from components.prepare.validation import Rules
 from components.store.store import Store
 
 SMALL = 2**29

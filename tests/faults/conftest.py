@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from components.registry.aliases import PRODUCTION, read_alias
-from components.registry.event import Event
-from components.registry.event_log import events
-from components.registry.history import is_chain, moves
+from components.registry.event_log import Event, events, is_chain, moves
 from components.registry.versions import Version, publish_version, resolve, verify_version
 from components.store.store import Store
 

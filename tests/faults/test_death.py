@@ -15,8 +15,7 @@ import pytest
 from components.config.schema import RegistryConfig
 from components.registry.aliases import Cause, promote, read_alias
 from components.registry.event_log import events
-from components.registry.identity import verify_whole
-from components.registry.names import version_key
+from components.registry.identity import verify_whole, version_key
 from components.registry.versions import Version, list_versions, resolve, verify_version
 from components.shared.errors import IntegrityError, StoreError
 from components.store.store import Store

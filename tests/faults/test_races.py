@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from components.registry.aliases import Cause, promote, read_alias, rollback
-from components.registry.event import Event
-from components.registry.event_log import events
-from components.registry.history import moves
+from components.registry.event_log import Event, events, moves
 from components.registry.versions import publish_version, resolve, verify_version
 from components.shared.errors import AliasConflict
 from components.store.store import Store

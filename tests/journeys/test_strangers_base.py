@@ -34,7 +34,7 @@ from components.config import config_file
 from components.config.schema import ModelConfig
 from components.store import folders
 from components.registry import versions
-from components.registry.names import version_key
+from components.registry.identity import version_key
 from components.store.store import Store
 from ray_jobs.base import base_model
 strangers = sys.argv[1]

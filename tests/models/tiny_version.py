@@ -15,7 +15,7 @@ from tests.doubles import datasets
 from tests.models.tiny import colour_rows
 
 if TYPE_CHECKING:
-    from ray_jobs.scoring.contender import Contender
+    from ray_jobs.scoring.measure import Contender
 
 RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(60)]
 
@@ -84,7 +84,7 @@ def remember(store: Store, config: RunConfig, version: Version, **found: Any) ->
 def contenders(config: RunConfig, *versions: Version) -> "list[Contender]":
     """The base, and the versions in their roles: the last is the candidate, one before it the champion."""
     from ray_jobs.base import base_model
-    from ray_jobs.scoring.contender import Contender
+    from ray_jobs.scoring.measure import Contender
 
     identity = base_model.resolve(config.model).identity
     roles = ["base", *["champion", "candidate"][-len(versions) :]]

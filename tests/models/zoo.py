@@ -244,7 +244,7 @@ def refusal(name: str, method: str, base: Path) -> str | None:
     It is what a training looks at before any worker starts, without the plan of its memory.
     """
     from ray_jobs.adapters import own_base
-    from ray_jobs.adapters.targets import find
+    from ray_jobs.adapters.build import find
     from ray_jobs.base.base_model import Base
 
     config = RunConfig(
@@ -263,7 +263,7 @@ def refusal(name: str, method: str, base: Path) -> str | None:
 
 def page(folder: Callable[[str], Path]) -> str:
     """What goes with what, as Markdown; `folder` gives where an architecture's model lies."""
-    from ray_jobs.adapters.targets import experts_of
+    from ray_jobs.adapters.build import experts_of
     from ray_jobs.base import attention
 
     head = ["architecture", "attention", "packed", *METHOD_CONFIGS]

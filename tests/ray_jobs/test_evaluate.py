@@ -20,17 +20,14 @@ from components.records.steps import TrainResult
 from components.registry import signing
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.versions import read_lineage
-from components.shared.answers import alike
 from components.shared.errors import ConfigError, DataError, IntegrityError
-from components.shared.metrics import METRICS
+from components.shared.metrics import METRICS, alike
 from components.store.store import Store
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import _contenders, _write_records, compared, evaluate
-from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.contender import Contender
-from ray_jobs.scoring.marks import MARKS
-from ray_jobs.scoring.measure import measure_shard, with_room_for_answers
+from ray_jobs.scoring.answers import MARKS, Score
+from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from tests.models.tiny import build_base, colour_rows

@@ -9,8 +9,16 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs import plan
 from ray_jobs.planning import capacity
-from ray_jobs.planning.before_training import before_training
-from ray_jobs.planning.capacity import WorstBatch, advised, chosen, cluster_device, cpu_device, gpu_device, require_fit
+from ray_jobs.planning.capacity import (
+    WorstBatch,
+    advised,
+    before_training,
+    chosen,
+    cluster_device,
+    cpu_device,
+    gpu_device,
+    require_fit,
+)
 from ray_jobs.planning.memory import GIB, MARGIN
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.text.batching import TokenizedSplit

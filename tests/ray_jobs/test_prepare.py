@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.prepare import intake, workspace
-from components.prepare.reading import Batch, Reader, Rules, read_here
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import deduplicate, split
+from components.prepare.validation import Batch, Reader, Rules, read_here
 from components.registry.erasures import Erased
 from components.shared.errors import DataError
 from ray_jobs import prepare as job

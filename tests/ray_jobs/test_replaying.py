@@ -9,7 +9,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record, load_split
 from components.records import runs
-from components.records.replayed import Replayed
+from components.records.runs import Replayed
 from components.registry.aliases import promote
 from components.store import folders
 from components.store.store import Store

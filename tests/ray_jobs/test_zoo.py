@@ -26,7 +26,7 @@ from ray_jobs.adapters import build, convert, merge, own_base
 from ray_jobs.base import attention, base_config, base_model
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
-from ray_jobs.planning.before_training import before_training
+from ray_jobs.planning.capacity import before_training
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.scoring.generation import greedy
 from ray_jobs.scoring.scoring import score

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import MethodConfig, RunConfig
 from components.shared.protocol import say
 from ray_jobs.adapters.loftq import make
-from ray_jobs.adapters.loftq.split import NF4, Split
+from ray_jobs.adapters.loftq.make import NF4, Split
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:

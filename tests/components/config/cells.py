@@ -2,7 +2,7 @@
 
 from typing import Any, get_args, get_type_hints
 
-from components.config.legality import Cell
+from components.config.methods import Cell
 
 AXES: dict[str, tuple[Any, ...]] = {
     name: get_args(kind) or {int: range(4), bool: (False, True)}[kind] for name, kind in get_type_hints(Cell).items()

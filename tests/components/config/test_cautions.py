@@ -3,8 +3,8 @@
 import pytest
 
 from components.config import config_file
-from components.config.cautions import cautions
 from components.config.methods import METHODS
+from components.config.schema import cautions
 
 CONFIG = """
 [adapter]

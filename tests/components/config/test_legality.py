@@ -6,8 +6,7 @@ from itertools import product
 import pytest
 
 from components.config import config_file
-from components.config.legality import FIELDS, Cell, nearest_legal, refusals
-from components.config.methods import METHODS
+from components.config.methods import FIELDS, METHODS, Cell, nearest_legal, refusals
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from tests.components.config.cells import AXES

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from components.config import config_file
+from components.config.config_file import SYNONYMS
 from components.config.schema import RunConfig
-from components.config.synonyms import SYNONYMS
 from components.shared.errors import ConfigError
 from tests.components.config.loading import GOOD, message_of, set_in
 from tests.frozen.config_to_come import to_come

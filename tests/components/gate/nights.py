@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from components.config.gate import GateConfig
-from components.gate.luck import lead_of
+from components.gate.comparisons import lead_of
 from components.records.steps import Decision
 from components.shared.paired import Array
 from tests.components.gate.evidenced import decide

@@ -3,8 +3,7 @@ import json
 
 import pytest
 
-from components.gate.gate import run_gate
-from components.gate.replay import replay
+from components.gate.gate import replay, run_gate
 from components.promote.promote import take_alias
 from components.records import runs
 from components.records.steps import Decision, RuleResult

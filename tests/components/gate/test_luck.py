@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from components.config.gate import GateConfig
+from components.gate.comparisons import lead_of, luck_of
 from components.gate.evidence import Evidence
-from components.gate.gate import run_gate
-from components.gate.luck import lead_of, luck_of
-from components.gate.replay import replay
+from components.gate.gate import replay, run_gate
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Lead, Measured, RuleResult
 from components.registry.event_log import append_event

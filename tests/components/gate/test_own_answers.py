@@ -7,8 +7,7 @@ import pytest
 
 from components.config import config_file
 from components.config.gate import GateConfig
-from components.gate.gate import run_gate
-from components.gate.replay import replay
+from components.gate.gate import replay, run_gate
 from components.records import runs
 from components.records.steps import Decision, Evaluation, TextLosses
 from components.shared.errors import ConfigError, IntegrityError

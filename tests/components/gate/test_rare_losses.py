@@ -7,11 +7,9 @@ import pytest
 from scipy.stats import binom
 
 from components.config.gate import GateConfig
-from components.gate.champion import not_worse_than_champion
-from components.gate.comparisons import Compared
+from components.gate.comparisons import Compared, few_get_much_worse, not_worse_than_champion
 from components.gate.evidence import Evidence
 from components.gate.policy import BEFORE
-from components.gate.rare_losses import few_get_much_worse
 from components.records.steps import Decision, RuleResult
 from components.shared.metrics import METRICS
 from tests.components.gate.evidenced import TOKENS, decide, evaluation, evidence, model, rule

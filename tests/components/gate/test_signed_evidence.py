@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from components.gate.gate import run_gate
-from components.gate.replay import replay
+from components.gate.gate import replay, run_gate
 from components.promote import promote as promoting
 from components.promote.by_hand import Person, approve
 from components.records import runs

@@ -1,4 +1,4 @@
-from components.gate.summary import as_markdown
+from components.gate.gate import as_markdown
 from tests.components.report import example_runs
 
 

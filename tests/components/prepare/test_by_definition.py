@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from components.prepare.dataset import Message, Record
-from components.prepare.ordering import BUCKET_BYTES
 from components.prepare.parts import write
 from components.prepare.split import deduplicate as deduplicate_in
 from components.prepare.split import split as split_in
 from components.prepare.validate import KeyedRecord, validate
+from components.prepare.workspace import BUCKET_BYTES
 from tests.doubles.datasets import deduplicate, holding, split
 
 LITTLE = 2**27

@@ -9,7 +9,7 @@ import pytest
 from components.config.schema import RunConfig
 from components.prepare import by_engine
 from components.prepare.by_engine import prepared
-from components.prepare.reading import read_here
+from components.prepare.validation import read_here
 from components.registry import watermark
 from components.shared.errors import DataError, JobError
 from components.step.step import StepRun

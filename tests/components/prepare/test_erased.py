@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.columns import ColumnsConfig
+from components.config.data import ColumnsConfig
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare, prepare_if_new

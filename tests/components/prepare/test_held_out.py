@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from components.prepare.dataset import Message, Record
-from components.prepare.held_out import validation_and_test
+from components.prepare.split import validation_and_test
 
 
 def records(*numbers: int) -> list[Record]:

@@ -9,7 +9,7 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.prepare.judges import judges, require_enough, too_few_to_replace
+from components.prepare.split import judges, require_enough, too_few_to_replace
 from components.records import runs
 from components.records.steps import Decision
 from components.registry.aliases import promote

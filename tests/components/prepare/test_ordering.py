@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare import ordering
+from components.prepare import workspace
 
 
 @pytest.mark.parametrize(
@@ -16,9 +16,9 @@ from components.prepare import ordering
 def test_rows_come_in_the_order_asked_for_however_little_is_held(
     bucket: int, most: int, pending: int, chosen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ordering, "BUCKET_BYTES", bucket)
-    monkeypatch.setattr(ordering, "MOST_BUCKETS", most)
-    monkeypatch.setattr(ordering, "PENDING_BYTES", pending)
+    monkeypatch.setattr(workspace, "BUCKET_BYTES", bucket)
+    monkeypatch.setattr(workspace, "MOST_BUCKETS", most)
+    monkeypatch.setattr(workspace, "PENDING_BYTES", pending)
     rng = random.Random(0)
     texts = ["x" * rng.choice((0, 1, 10, 500)) + str(number) for number in range(1000)]
     lists = [[text] * (number % 3) for number, text in enumerate(texts)]
@@ -27,7 +27,7 @@ def test_rows_come_in_the_order_asked_for_however_little_is_held(
     )
     numbers = rng.sample(range(1000), chosen)
     sizes = np.array(list(map(len, texts)))
-    batches = list(ordering.in_order(tmp_path / "rows.parquet", np.array(numbers, np.int64), sizes, ["text", "list"]))
+    batches = list(workspace.in_order(tmp_path / "rows.parquet", np.array(numbers, np.int64), sizes, ["text", "list"]))
     found = [row for batch in batches for row in batch.to_pylist()]
     assert found == [{"text": texts[number], "list": lists[number]} for number in numbers]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]

@@ -8,7 +8,7 @@ import pytest
 
 from components.config import config_file
 from components.prepare.component import prepare
-from components.prepare.parameters import KEYS, overrides
+from components.prepare.prepare import KEYS, overrides
 from components.shared.errors import ConfigError, FineloopError
 from components.store.store import Store
 

@@ -13,11 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.columns import ColumnsConfig
-from components.config.data import LossOn
+from components.config.data import ColumnsConfig, LossOn
 from components.prepare import plain, row
-from components.prepare.personal import find, may_hold
-from components.prepare.screen import Action, Screen
+from components.prepare.personal import Action, Screen, find, may_hold
 from components.prepare.shapes import as_record, recognised
 from components.prepare.sources import find_sources
 from components.prepare.validate import KeyedRecord, unread_keys, validate

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.columns import ColumnsConfig
+from components.config.data import ColumnsConfig
 from components.prepare import rows
-from components.prepare.local_copies import local_copies
 from components.prepare.row import SourceRow, Unreadable
 from components.prepare.shapes import columns_read
-from components.prepare.sources import find_sources
+from components.prepare.sources import find_sources, local_copies
 from components.shared.errors import DataError
 from components.store.store import Store
 
@@ -226,7 +225,7 @@ def test_rows_of_csv_are_bad_one_by_one_and_their_header_shows_what_divides_them
 def test_s3_objects_are_read_like_local_files(
     store: Store, tmp_path: Path, name: str, one_request_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("components.prepare.local_copies.ONE_REQUEST_BYTES", one_request_bytes)
+    monkeypatch.setattr("components.prepare.sources.ONE_REQUEST_BYTES", one_request_bytes)
     write(ROWS, tmp_path / name)
     store.put(f"incoming/{name}", tmp_path / name)
     assert [value for _, value in read(store.uri(f"incoming/{name}"))] == ROWS

@@ -9,8 +9,8 @@ import pytest
 
 from components.config import config_file
 from components.prepare.dataset import Message
+from components.prepare.personal import Screen
 from components.prepare.prepare import prepare
-from components.prepare.screen import Screen
 from components.shared.errors import DataError
 
 EMAIL, CARD, IBAN = "jane.doe@example.org", "4539 1488 0343 6467", "DE89 3704 0044 0532 0130 00"

@@ -21,7 +21,7 @@ from components.promote.webhook import signature
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry import aliases, versions
-from components.registry.event import Event
+from components.registry.event_log import Event
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from tests.doubles.http_server import Answer, serving

@@ -12,7 +12,7 @@ from components.promote.by_hand import (
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Measured
 from components.registry import aliases, event_log, versions
-from components.registry.event import EventKind
+from components.registry.event_log import EventKind
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
 from components.store.store import Store
 from pipelines.commands.registry_answers import move_shown

@@ -6,8 +6,7 @@ import pytest
 
 from components.registry.aliases import Cause, list_aliases, move_alias, promote, read_alias, rollback
 from components.registry.audit import audit
-from components.registry.event import Event
-from components.registry.event_log import append_event, events
+from components.registry.event_log import Event, append_event, events
 from components.registry.versions import resolve
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
 from components.store.store import Store

@@ -13,12 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from components.records import runs
 from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
 from components.registry import collect, signing
-from components.registry.aliases import promote, rollback
+from components.registry.aliases import promote, rollback, sign_held
 from components.registry.audit import audit
 from components.registry.collect import Rules
 from components.registry.event_log import append_event, events
-from components.registry.names import version_key
-from components.registry.rotation import sign_held
+from components.registry.identity import version_key
 from components.registry.versions import Version, list_versions, publish_version
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders

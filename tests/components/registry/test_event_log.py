@@ -11,11 +11,17 @@ import pytest
 
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.audit import audit
-from components.registry.event import EventKind
-from components.registry.event_log import append_event, events, publication, require_published
-from components.registry.history import is_chain, moves
+from components.registry.event_log import (
+    EventKind,
+    append_event,
+    events,
+    is_chain,
+    moves,
+    publication,
+    require_published,
+)
+from components.registry.identity import version_key
 from components.registry.looks import decided_before
-from components.registry.names import version_key
 from components.shared.errors import IntegrityError
 from components.store.folders import read_manifest
 from components.store.store import BINARY, Store

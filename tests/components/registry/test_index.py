@@ -13,7 +13,7 @@ import pytest
 
 from components.promote import by_hand
 from components.registry import aliases, ancestry, event_log, versions
-from components.registry.history import is_held
+from components.registry.event_log import is_held
 from components.registry.looks import decided_before
 from components.registry.versions import publish_version
 from components.shared.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from components.records import pages
 from components.registry import collect
 from components.registry.aliases import list_aliases, promote, rollback
-from components.registry.listing import all_adapters
+from components.registry.collect import all_adapters
 from components.registry.versions import list_adapters, list_versions, publish_version
 from components.report.registry_page import write_pages
 from components.shared.errors import ObjectMissing, StoreError

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from components.registry.aliases import Cause, promote, read_alias, rollback
-from components.registry.event_log import append_event, events, publication
-from components.registry.history import is_chain
+from components.registry.event_log import append_event, events, is_chain, publication
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing
 from components.store.folders import find_manifest
 from components.store.store import Store

@@ -14,13 +14,12 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import ValidationError
 
-from components.config.registry import RegistryConfig
+from components.config.schema import RegistryConfig
 from components.records import runs
 from components.records.steps import Decision, Evaluation
 from components.registry import signing
-from components.registry.aliases import promote, rollback
+from components.registry.aliases import promote, rollback, sign_held
 from components.registry.audit import audit
-from components.registry.rotation import sign_held
 from components.registry.versions import publish_version, pull_version, resolve
 from components.shared.errors import IntegrityError, UserError
 from components.store.store import Store

@@ -9,7 +9,7 @@ import pytest
 
 from components.registry.aliases import promote, read_alias, rollback
 from components.registry.audit import audit
-from components.registry.names import version_key
+from components.registry.identity import version_key
 from components.registry.versions import Version, publish_version, pull_version, resolve, verify_version
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 from components.store.store import Store

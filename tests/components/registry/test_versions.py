@@ -10,7 +10,7 @@ from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry.aliases import promote, read_alias, rollback
 from components.registry.event_log import events
-from components.registry.names import version_key
+from components.registry.identity import version_key
 from components.registry.versions import (
     Version,
     all_evaluated,

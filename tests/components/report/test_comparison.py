@@ -8,8 +8,8 @@ from components.records.steps import RuleResult, SliceResult
 from components.report import forest
 from components.report.comparison import intervals, panels, rules
 from components.report.run_files import RunFiles
+from components.report.sections import slices
 from components.report.side_by_side_page import gain_text
-from components.report.slices import slices
 from components.shared.metrics import METRICS, metric_of
 from components.shared.paired import Bounds
 from tests.components.report import example_runs

@@ -9,8 +9,8 @@ from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry.versions import Version, publish_version
 from components.report.continued import sentence
-from components.report.headline import headline
 from components.report.report import read_run
+from components.report.sections import headline
 from components.store.store import Store
 from tests.components.report.example_runs import CONFIG
 

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from components.config import config_file
-from components.report.cost import cost
 from components.report.run_files import RunFiles
-from components.report.sections import costs
+from components.report.sections import cost, costs
 from tests.components.report import example_runs
 
 # Four workers for an hour and a half are 6 hours; 4,050 of 5,400 s are three quarters.

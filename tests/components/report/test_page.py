@@ -9,14 +9,12 @@ import pytest
 from markupsafe import escape
 
 from components.records.steps import RuleResult, StepRecord
-from components.report.glossary import explained
 from components.report.html import SEARCH, TEMPLATES
-from components.report.next_steps import next_steps
 from components.report.page import build_report
 from components.report.run_files import RunFiles
-from components.report.sections import samples
+from components.report.sections import explained, next_steps, samples
 from components.shared.metrics import METRICS
-from ray_jobs.scoring.marks import exact_match
+from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
 from tests.components.report.example_runs import CANDIDATE, CHAMPION
 

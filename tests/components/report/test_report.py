@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from components.records import runs
-from components.records.replayed import Replayed
+from components.records.runs import Replayed
 from components.registry.event_log import append_event
 from components.report.page import build_report
 from components.report.past_decisions import past_decisions

@@ -2,8 +2,7 @@
 
 import pytest
 
-from components.store.once import ReadOnce
-from components.store.store import Store
+from components.store.store import ReadOnce, Store
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.shared.errors import ObjectMissing
-from components.store.ranges import ObjectFile
-from components.store.store import Store
+from components.store.store import ObjectFile, Store
 
 
 def test_an_object_reads_like_the_file_that_holds_the_same_bytes(store: Store) -> None:

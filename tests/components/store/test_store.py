@@ -11,7 +11,7 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
-from components.store import traffic
+from components.store import client
 from components.store.client import PART_BYTES, client_from_environment
 from components.store.store import Store, open_uri
 from pipelines.local.seaweedfs import Endpoint
@@ -225,13 +225,13 @@ def test_folder_markers_are_not_listed(store: Store) -> None:
 
 
 def test_requests_and_bytes_of_bodies_are_counted(store: Store, tmp_path: Path) -> None:
-    before = traffic.so_far()
+    before = client.so_far()
     (tmp_path / "body").write_bytes(bytes(1000))
     store.put("counted", bytes(100))
     store.put("counted-file", tmp_path / "body")
     store.get("counted")
     store.exists("counted")
-    after = traffic.so_far()
+    after = client.so_far()
     assert after.requests - before.requests == 4
     assert after.written_bytes - before.written_bytes == 1100
     assert after.read_bytes - before.read_bytes == 100

@@ -14,7 +14,7 @@ from kfp import compiler, components
 from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
-from components.prepare.parameters import KEYS
+from components.prepare.prepare import KEYS
 from components.shared.errors import UserError
 from pipelines import retrain
 from pipelines.configs import DEFAULT_CONFIG

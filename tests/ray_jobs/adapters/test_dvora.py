@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from components.config.methods import BaseFormat
 from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs.adapters import build, dvora
+from ray_jobs.adapters.build import Targets
 from ray_jobs.adapters.dvora import DvoraConfig, DvoraLinear
-from ray_jobs.adapters.targets import Targets
 from ray_jobs.base import base_model
 
 IDS = torch.arange(12)[None]

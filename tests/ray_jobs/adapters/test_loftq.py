@@ -21,12 +21,11 @@ from components.shared.errors import ConfigError
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
-from ray_jobs.adapters.loftq.make import find_layers
-from ray_jobs.adapters.loftq.split import NF4, split
+from ray_jobs.adapters.loftq.make import NF4, find_layers, split
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.evaluate import _contenders
-from ray_jobs.planning.before_training import before_training
+from ray_jobs.planning.capacity import before_training
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll

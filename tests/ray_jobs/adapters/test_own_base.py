@@ -21,8 +21,7 @@ from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.evaluate import _contenders
 from ray_jobs.export import ExportRequest, export
-from ray_jobs.scoring.contender import of_version
-from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.scoring.measure import measure_shard, of_version
 from ray_jobs.sweeping import trial
 from ray_jobs.talking import speaker
 from tests.models import tiny_version

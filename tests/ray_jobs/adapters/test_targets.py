@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
-from ray_jobs.adapters import build, targets
-from ray_jobs.adapters.targets import find, left_dense
+from ray_jobs.adapters import build
+from ray_jobs.adapters.build import find, left_dense
 from ray_jobs.base import base_model
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.text.bounded import bounded
@@ -49,7 +49,7 @@ def test_layers_are_written_as_the_config_has_them_where_that_reaches_no_other()
 
 
 def test_a_pattern_that_goes_back_and_forth_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr(targets, "bounded", functools.partial(bounded, 0.5))
+    monkeypatch.setattr(build, "bounded", functools.partial(bounded, 0.5))
     with pytest.raises(
         ConfigError, match=r"method\.target_modules '\(\[a-z_0-9\.\]\+\)\+!' does not come to an end in 10 s"
     ):
@@ -138,10 +138,10 @@ def test_a_base_with_layers_of_its_own_class_is_refused_where_they_would_be_quan
 
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", r".*(lm_head|q_proj)"])
 def test_a_head_that_is_the_embeddings_too_is_not_adapted(layer):
-    targets = layer if "*" in layer else ["q_proj", layer]
+    build = layer if "*" in layer else ["q_proj", layer]
     with pytest.raises(ConfigError, match=r"are one weight in Llama, tied: .* Leave both out"):
-        attached("Llama, tied", target_modules=targets)
-    assert len(attached("Llama, untied", target_modules=targets).targeted_module_names) == 3
+        attached("Llama, tied", target_modules=build)
+    assert len(attached("Llama, untied", target_modules=build).targeted_module_names) == 3
 
 
 def test_an_experts_adapter_is_written_in_the_same_order_and_read_by_plain_peft(tmp_path):

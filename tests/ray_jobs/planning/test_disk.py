@@ -5,7 +5,7 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
-from ray_jobs.planning.disk import disk_bytes, require_disk
+from ray_jobs.planning.capacity import disk_bytes, require_disk
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models.shapes import LLAMA_2_70B
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from ray_jobs.probes.checks import CHECKS, complies, constraints_kept, fits_schema, refuses
-from ray_jobs.probes.suites import shipped
+from ray_jobs.probes.suites import CHECKS, complies, constraints_kept, fits_schema, refuses, shipped
 
 
 def ids(value: object) -> str | None:

@@ -20,8 +20,7 @@ from components.shared.errors import ConfigError
 from components.store.store import Store
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.probes import harness
-from ray_jobs.scoring.drawing import Found
-from ray_jobs.scoring.measure import measure_shard
+from ray_jobs.scoring.measure import Found, measure_shard
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, remember
 

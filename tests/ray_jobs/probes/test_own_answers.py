@@ -25,7 +25,7 @@ from components.store.store import Store
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
-from ray_jobs.probes import sampling, texts
+from ray_jobs.probes import texts
 from ray_jobs.probes.own_answers import OwnAnswers, prepare, undrawn
 from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.scoring.probe import Findings
@@ -114,7 +114,7 @@ def test_every_prompt_is_our_own_and_any_beginning_holds_all_kinds() -> None:
 def test_the_first_token_follows_the_whole_softmax(base_and_model) -> None:
     base, _, chat = base_and_model
     prompts = of_one_prompt(chat, MANY)
-    answers = sampling.sample(base, chat, prompts, 1000, 1)
+    answers = texts.sample(base, chat, prompts, 1000, 1)
     assert {len(answer) for answer in answers} == {1}
     expected = MANY * np.exp(next_token(base, prompts.prompt(0).tolist())[0])
     counted = np.bincount([answer[0] for answer in answers], minlength=len(expected))
@@ -137,7 +137,7 @@ def test_the_estimate_is_the_divergence_over_the_whole_vocabulary(base_and_model
     divergence, length = exactly(base, model, prompts.prompt(0).tolist(), chat.stops)
     known = TextLosses(text_sha256="", tokens=[], nll={}, asked_sha256="0")
     asked = OwnAnswers(prompts, frozenset({"base", "candidate"}), known, new_tokens=2)
-    answered = asked.answered(sampling.sample(base, chat, prompts, 1000, 2))
+    answered = asked.answered(texts.sample(base, chat, prompts, 1000, 2))
     nll = {
         role: label_nll(each, answered.split, 1000, chat.pad) for role, each in (("base", base), ("candidate", model))
     }
@@ -156,8 +156,8 @@ def test_the_estimate_is_the_divergence_over_the_whole_vocabulary(base_and_model
 def test_nothing_of_a_base_or_a_config_but_the_seed_decides_what_is_drawn(base_and_model) -> None:
     base, _, chat = base_and_model
     prompts = of_one_prompt(chat, 12)
-    whole = sampling.sample(base, chat, prompts, 12, 16)
-    parts = [sampling.sample(base, chat, prompts.take(range(start, 12, 3)), 2, 16) for start in range(3)]
+    whole = texts.sample(base, chat, prompts, 12, 16)
+    parts = [texts.sample(base, chat, prompts.take(range(start, 12, 3)), 2, 16) for start in range(3)]
     assert [parts[row % 3][row // 3] for row in range(12)] == whole
     assert len({tuple(answer) for answer in whole}) == 12
     assert base.generation_config is not None
@@ -193,7 +193,7 @@ def test_the_base_is_asked_once_and_later_runs_take_its_answers_from_the_record(
     assert losses.above_base("base") == 0
     assert losses.above_base("candidate") > 0.5  # an update drawn at random is far from it
 
-    monkeypatch.setattr(sampling, "sample", None)
+    monkeypatch.setattr(texts, "sample", None)
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
     remember(store, config, champion, own_answers=losses)
     later = asked(config, store, champion, candidate)

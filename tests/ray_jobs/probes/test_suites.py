@@ -143,7 +143,7 @@ def test_other_questions_answers_or_checks_are_asked_anew(config, store, version
     elif changes == "max_new_tokens":
         suite["max_new_tokens"] += 1
     else:
-        monkeypatch.setattr(suites.checks, "VERSION", 2)
+        monkeypatch.setattr(suites, "VERSION", 2)
     assert roles_of(asked(config, store, champion, candidate))["refusal"] == {"base", "champion", "candidate"}
 
 

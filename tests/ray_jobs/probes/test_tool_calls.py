@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from ray_jobs.probes.suites import shipped
-from ray_jobs.probes.tool_calls import Calls
+from ray_jobs.probes.suites import Calls, shipped
 from ray_jobs.text.chat_format import ChatFormat
 from tests.models.chat_families import CHATML, TOOLS
 from tests.models.tiny import write_tokenizer

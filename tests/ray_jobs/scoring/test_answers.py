@@ -5,6 +5,7 @@ import pytest
 from components.records.steps import PairedDifference
 from components.shared.metrics import METRICS
 from ray_jobs.scoring.answers import (
+    MARKS,
     MAX_CLASSES,
     OTHER,
     Score,
@@ -12,10 +13,10 @@ from ray_jobs.scoring.answers import (
     changed_share,
     confusion,
     cut_short,
+    label_accuracy,
     metrics,
     paired_difference,
 )
-from ray_jobs.scoring.marks import MARKS, label_accuracy
 
 
 def score(nll: float, other: float | None = None, match: bool = False, f1: float = 0.0) -> Score:

@@ -8,8 +8,7 @@ from components.config.gate import GateConfig
 from components.prepare.dataset import Message, Record
 from components.shared.paired import Pairs
 from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.drawing import Found, further, records_wanted
-from ray_jobs.scoring.measure import ShardResult
+from ray_jobs.scoring.measure import Found, ShardResult, further, records_wanted
 
 Z = 1.6449 + 0.8416
 """Normal quantiles of 95 % and of 80 %."""

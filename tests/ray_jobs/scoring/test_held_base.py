@@ -11,7 +11,7 @@ from components.config.schema import RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.kernels.door import PLAIN, Kernels
-from ray_jobs.scoring.held_base import HeldBase
+from ray_jobs.scoring.measure import HeldBase
 from ray_jobs.training import publishing, trained_model
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import RECORDS

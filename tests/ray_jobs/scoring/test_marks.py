@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from components.shared.answers import alike
 from components.shared.errors import ConfigError, DataError
-from ray_jobs.scoring import marks
-from ray_jobs.scoring.marks import exact_match, json_valid, label_accuracy, named, rouge_l, token_f1
+from components.shared.metrics import alike
+from ray_jobs.scoring import answers
+from ray_jobs.scoring.answers import exact_match, json_valid, label_accuracy, named, rouge_l, token_f1
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_function_of_the_configs_is_a_mark_like_the_others(own):
-    found = marks.named(["loss", "exact_match", "my_own_marks:brevity"])
+    found = answers.named(["loss", "exact_match", "my_own_marks:brevity"])
     assert found.keys() == {"exact_match", "my_own_marks:brevity"}
     assert found["my_own_marks:brevity"]("ab", "abc") == 1.0
     assert found["my_own_marks:brevity"]("abcd", "abc") == 0.0
@@ -227,7 +227,7 @@ def test_a_function_of_the_configs_is_a_mark_like_the_others(own):
 )
 def test_a_function_that_is_not_there_is_said_by_its_name(own, key, message):
     with pytest.raises(ConfigError, match=rf"names the metric {key}, .*{message}"):
-        marks.named([key])
+        answers.named([key])
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_function_that_is_not_there_is_said_by_its_name(own, key, message):
     ],
 )
 def test_a_function_that_gives_no_mark_stops_the_evaluation_with_the_answer(own, key, message):
-    mark = marks.named([key])[key]
+    mark = answers.named([key])[key]
     with pytest.raises(DataError, match=rf"{key}\('ab', 'abc'\) {message}"):
         mark("ab", "abc")
 

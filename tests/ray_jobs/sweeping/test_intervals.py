@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-from ray_jobs.sweeping.intervals import interval, paired_gain
+from ray_jobs.sweeping.verdict import interval, paired_gain
 
 
 def test_one_seed_with_a_token_each_is_the_students_interval_of_the_records():

@@ -13,9 +13,8 @@ from components.shared.errors import ConfigError
 from ray_jobs import sweep
 from ray_jobs.sweeping import points, trial_rows, verdict
 from ray_jobs.sweeping.forgetting import forgotten
-from ray_jobs.sweeping.grid import Grid
-from ray_jobs.sweeping.plan import Plan
-from ray_jobs.sweeping.progress import Progress
+from ray_jobs.sweeping.plan import Grid, Plan
+from ray_jobs.sweeping.trial import Progress
 
 TOKENS = [2, 3, 1, 4]
 

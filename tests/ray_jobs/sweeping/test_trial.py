@@ -30,7 +30,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from components.registry import lineage
     from ray_jobs.base import base_model
     from ray_jobs.probes import general_text
-    from ray_jobs.scoring.held_base import HeldBase
+    from ray_jobs.scoring.measure import HeldBase
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize

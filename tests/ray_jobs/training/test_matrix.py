@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from components.config import config_file
-from components.config.legality import FIELDS, Cell, refusals
+from components.config.methods import FIELDS, Cell, refusals
 from components.config.schema import RunConfig
 from pipelines.local import seaweedfs
 from tests.components.config.cells import AXES

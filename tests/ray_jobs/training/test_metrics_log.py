@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from components.records import runs
-from components.records.curve import scalars
-from components.report.curve import series
+from components.records.steps import scalars
+from components.report.forest import series
 from components.shared.errors import StoreError
 from components.store.store import Store
 from ray_jobs.training import metrics_log

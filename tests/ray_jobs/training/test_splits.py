@@ -7,8 +7,7 @@ import pytest
 
 from components.config import config_file
 from components.prepare.dataset import Message, Record
-from components.prepare.held_out import validation_and_test
-from components.prepare.judges import judges
+from components.prepare.split import judges, validation_and_test
 from components.shared.errors import ConfigError, DataError
 from components.store import folders
 from ray_jobs.base import base_config, base_model

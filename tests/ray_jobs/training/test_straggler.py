@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.training import straggler
+from ray_jobs.training import train_loop
 from tests.models.train_group import in_group
 
 
@@ -20,7 +20,7 @@ from tests.models.train_group import in_group
     ],
 )
 def test_the_straggler_is_who_is_slower_than_most(seconds, rank):
-    assert straggler.straggler(seconds) == rank
+    assert train_loop.straggler(seconds) == rank
 
 
 def paced(zero_stage: int) -> None:
@@ -35,9 +35,9 @@ def paced(zero_stage: int) -> None:
 
     rank = dist.get_rank()
     ticks = itertools.count(0.0, 1.0 + rank)
-    straggler.time = SimpleNamespace(perf_counter=lambda: next(ticks))  # type: ignore[attr-defined]
-    pace = straggler.Pace(Worker(rank, 2, torch.device("cpu")), zero_stage=zero_stage)
-    for step in range(1, 2 * straggler.EVERY_STEPS + 1):
+    train_loop.time = SimpleNamespace(perf_counter=lambda: next(ticks))  # type: ignore[attr-defined]
+    pace = train_loop.Pace(Worker(rank, 2, torch.device("cpu")), zero_stage=zero_stage)
+    for step in range(1, 2 * train_loop.EVERY_STEPS + 1):
         with pace.forward():
             pass
         pace.compare(step)

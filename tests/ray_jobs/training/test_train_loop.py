@@ -25,7 +25,7 @@ from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format, packed
 from ray_jobs.text.batching import tokenize
-from ray_jobs.training import checkpoint, checkpoint_writer, train_loop
+from ray_jobs.training import checkpoint, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
@@ -210,14 +210,14 @@ def train_while_the_store_is_away(config_toml: str, rows: list[dict[str, str]], 
     """In each rank: rank 1 cannot reach the store up to a step."""
     import torch.distributed as dist
 
-    publish = checkpoint_writer.folders.publish
+    publish = checkpoint.folders.publish
 
     def refused(store: Store, key: str, *arguments: Any, **others: Any) -> Any:
         if dist.get_rank() == 1 and int(key.split("step-")[1][:6]) <= until_step:
             raise StoreError("the store cannot be reached")
         return publish(store, key, *arguments, **others)
 
-    with mock.patch.object(checkpoint_writer.folders, "publish", refused):
+    with mock.patch.object(checkpoint.folders, "publish", refused):
         return train_in_rank({"away": config_toml}, rows)["away"]
 
 

@@ -12,7 +12,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.records.usage import Usage
 from components.registry import lineage
-from components.store import traffic
+from components.store import client
 from components.store.store import Store
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker
@@ -52,7 +52,7 @@ def test_hours_are_of_all_workers_and_operations_of_all_tokens(
     progress = TrainingProgress("", 4, step=10, tokens=1000, elapsed_s=1350.0)
     ended = datetime.fromtimestamp(BEGAN + 1800, UTC)
     metrics = MetricsLog(store, "used")
-    asked = traffic.so_far().requests
+    asked = client.so_far().requests
     used = measured(job, config, four, progress, metrics, ended)
     assert used is not None
     assert used == Usage.model_validate_json(used.model_dump_json())  # as finetune.json and lineage.json hold it
