@@ -53,13 +53,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a cluster its tests are skipped, and without Kubeflow those that need it. One that starts servers is
-    tried once more, as any process may take a port between the choice and the bind; the closing lines name it. Of
-    processes that share the files, none takes a long one at the end: first come those that start Ray, then files of a
-    test or two, which have no more because they are long.
+    """Without a cluster its tests are skipped, and without Kubeflow those that need it. One that starts servers, or
+    ranks that meet on ports, is tried once more, as any process may take a port between the choice and the bind; the
+    closing lines name it. Of processes that share the files, none takes a long one at the end: first come those that
+    start Ray, then files of a test or two, which have no more because they are long.
     """
     for item in items:
-        if item.get_closest_marker("e2e") or STARTS_SERVERS & set(getattr(item, "fixturenames", ())):
+        meets_on_ports = "tests.models.train_group" in {
+            getattr(each, "__module__", "") for each in vars(item.module).values()
+        }
+        if meets_on_ports or item.get_closest_marker("e2e") or STARTS_SERVERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.flaky(reruns=1))
     for item in items:
         if item.get_closest_marker("cluster"):
