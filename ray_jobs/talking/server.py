@@ -25,7 +25,7 @@ from aiohttp.typedefs import Handler
 from components.shared.content_policy import script_source
 from components.shared.errors import FineloopError, UserError
 from ray_jobs.talking import openai_api
-from ray_jobs.talking.speaker import Speaker
+from ray_jobs.talking.speaker import Said, Speaker
 
 LOOPBACK = "127.0.0.1"
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -110,20 +110,25 @@ class Server:
         speaker = self.speakers.get(asked.model)
         if speaker is None:
             return _wrong(404, f"there is no model {asked.model!r}: there is {', '.join(self.speakers)}")
-        number, gone, loop = next(self._numbers), threading.Event(), asyncio.get_running_loop()
+        number, ended, loop = next(self._numbers), threading.Event(), asyncio.get_running_loop()
         words = asyncio.Queue[str | None]()
 
-        def on_text(text: str) -> None:
-            if gone.is_set():
+        def require_reader() -> None:
+            # The connection itself: this handler is cancelled only when the event loop next has its turn.
+            if ended.is_set() or request.transport is None:
                 raise asyncio.CancelledError
+
+        def on_text(text: str) -> None:
+            require_reader()
             loop.call_soon_threadsafe(words.put_nowait, text)
 
-        answer = loop.run_in_executor(
-            self._one,
-            lambda: speaker.answer(
+        def spoken() -> Said:
+            require_reader()
+            return speaker.answer(
                 asked.turns, on_text=on_text, max_tokens=asked.max_tokens, temperature=asked.temperature
-            ),
-        )
+            )
+
+        answer = loop.run_in_executor(self._one, spoken)
         answer.add_done_callback(lambda _: words.put_nowait(None))
         try:
             if not asked.stream:
@@ -156,7 +161,7 @@ class Server:
                     request.transport.abort()
             return response
         finally:  # also where the client has gone: an answer that waits is not begun, and one that goes on ends
-            gone.set()
+            ended.set()
             answer.cancel()
 
 

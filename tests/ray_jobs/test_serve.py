@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp.web_protocol import RequestHandler
 
 from components.prepare.dataset import Message
 from components.shared.errors import UserError
@@ -90,11 +91,18 @@ def begin(server: Server, prompt: str, *, stream: bool) -> socket.socket:
     return client
 
 
-def open_to(clients: Sequence[int]) -> list[str]:
-    """The server's ends of connections to these ports that it has not closed, as Linux lists them (proc_net_tcp(5))."""
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    established, close_wait = "01", "08"
-    return [far for _, _, far, state, *_ in rows if int(far[-4:], 16) in clients and state in (established, close_wait)]
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The connections that the server has seen end, which it learns later than the kernel does."""
+    ended: list[object] = []
+    connection_lost = RequestHandler.connection_lost
+
+    def noted(self: RequestHandler, exc: BaseException | None) -> None:
+        connection_lost(self, exc)
+        ended.append(self)
+
+    monkeypatch.setattr(RequestHandler, "connection_lost", noted)
+    return ended
 
 
 def test_both_models_are_listed_and_answer_as_in_chat(server: Server) -> None:
@@ -219,7 +227,7 @@ def test_a_body_that_cannot_be_read_is_one_error_in_json(
 
 
 def test_a_client_that_does_not_read_stops_no_other_and_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, lost: list[object], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(serve, "PATIENCE_S", 0.5)
     speaker = Scripted(["x" * 1_000_000] * 30)
@@ -227,7 +235,7 @@ def test_a_client_that_does_not_read_stops_no_other_and_is_dropped(
     with scripted(speaker) as server, contextlib.closing(begin(server, "first", stream=True)) as deaf:
         asked = {"model": "model", "messages": [{"role": "user", "content": "second"}]}
         assert ask(server, "POST", "/v1/chat/completions", asked)[0] == 200
-        wait_until(lambda: not open_to([deaf.getsockname()[1]]))
+        wait_until(lambda: len(lost) == 2)
         received = 0
         with contextlib.suppress(ConnectionError):
             while piece := deaf.recv(1 << 20):
@@ -238,7 +246,7 @@ def test_a_client_that_does_not_read_stops_no_other_and_is_dropped(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nobody_is_answered_who_has_hung_up(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_nobody_is_answered_who_has_hung_up(stream: bool, lost: list[object], caplog: pytest.LogCaptureFixture) -> None:
     speaker = Scripted(["a", "b"])
     with scripted(speaker) as server:
         first = begin(server, "first", stream=stream)
@@ -246,10 +254,9 @@ def test_nobody_is_answered_who_has_hung_up(stream: bool, caplog: pytest.LogCapt
         others = [begin(server, f"other {number}", stream=stream) for number in range(5)]
         for _ in range(5):  # so that it has read the others
             ask(server, "GET", "/health")
-        clients = [client.getsockname()[1] for client in (first, *others)]
         for client in (first, *others):
             client.close()
-        wait_until(lambda: not open_to(clients))
+        wait_until(lambda: len(lost) == 6 + 5)
         speaker.goes_on.set()
         asked = {"model": "model", "messages": [{"role": "user", "content": "last"}]}
         assert ask(server, "POST", "/v1/chat/completions", asked)[0] == 200
