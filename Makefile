@@ -28,7 +28,7 @@ help:
 	@echo "make screenshots   the same, with the documentation's pictures written anew, of two runs of the example"
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make docs    write docs/config.md, docs/cli.md and the config's JSON Schema from the code"
-	@echo "make bench   speed and memory against peers, as ratios, and what got worse than tests/benchmarks/baselines.json"
+	@echo "make bench   speed and memory against peers, as ratios, and what got worse than benchmarks/baselines.json"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
 	@echo "make infra-lint   hadolint and checkov on the images, checkov on infra/aws and on the pods of infra/overlays"
@@ -98,18 +98,18 @@ docs: $(READY)
 	@$(BIN)/python -m docs.generate
 
 bench: $(READY)
-	@$(BIN)/python -m tests.benchmarks.training
-	@$(BIN)/python -m tests.benchmarks.training --processor avx2
-	@$(BIN)/python -m tests.benchmarks.training --workers 1 2
-	@$(BIN)/python -m tests.benchmarks.inference
-	@$(BIN)/python -m tests.benchmarks.loftq
-	@$(BIN)/python -m tests.benchmarks.quantising
-	@$(BIN)/python -m tests.benchmarks.memory
-	@$(BIN)/python -m tests.benchmarks.growth
-	@$(BIN)/python -m tests.benchmarks.preparing
-	@$(BIN)/python -m tests.benchmarks.overhead
+	@$(BIN)/python -m benchmarks.training
+	@$(BIN)/python -m benchmarks.training --processor avx2
+	@$(BIN)/python -m benchmarks.training --workers 1 2
+	@$(BIN)/python -m benchmarks.inference
+	@$(BIN)/python -m benchmarks.loftq
+	@$(BIN)/python -m benchmarks.quantising
+	@$(BIN)/python -m benchmarks.memory
+	@$(BIN)/python -m benchmarks.growth
+	@$(BIN)/python -m benchmarks.preparing
+	@$(BIN)/python -m benchmarks.overhead
 	@# Last, as it exits with 1 where a peer could not be measured.
-	@$(BIN)/python -m tests.benchmarks.peers
+	@$(BIN)/python -m benchmarks.peers
 
 lock: $(READY)
 	@$(LOCK) infra/images/build.in --output-file $(LOCKS)/build.lock

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.benchmarks import baselines
+from benchmarks import baselines
 
 
 def test_what_is_five_percent_below_its_baseline_is_marked(tmp_path: Path) -> None:

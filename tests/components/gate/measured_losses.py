@@ -1,4 +1,4 @@
-"""What `python -m tests.benchmarks.gate` measured of the real model, record by record."""
+"""What `python -m benchmarks.gate` measured of the real model, record by record."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A hundred nights of training and deciding, on losses that were measured on the real model.
 
 Every night's model costs, on each of the 1,000 held-out records, what the example's first seed costs, give or take what
-its second one differs there by (`python -m tests.benchmarks.gate`). Its true loss is that over all of these records, of
+its second one differs there by (`python -m benchmarks.gate`). Its true loss is that over all of these records, of
 which the gate sees a sample, the same every night, as a test set is.
 """
 

@@ -1,7 +1,7 @@
 """How often the gate's bound errs, and how often it tells, on losses that were measured on the real model.
 
 `measured/icd10.parquet` holds what two trainings of the example, which differ in their seed alone, lose on each of
-1,000 held-out records (`python -m tests.benchmarks.gate`). From record to record they lie 0.22 nats per token apart.
+1,000 held-out records (`python -m benchmarks.gate`). From record to record they lie 0.22 nats per token apart.
 The second is the candidate and the first the champion, the candidate shifted so that it is as good as the test says.
 """
 

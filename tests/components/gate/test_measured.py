@@ -1,6 +1,6 @@
 """One policy for answers of three tokens and of two hundred, on losses that were measured on the real model.
 
-`python -m tests.benchmarks.gate` has trained it on the example and on docstrings, and kept what every held-out record
+`python -m benchmarks.gate` has trained it on the example and on docstrings, and kept what every held-out record
 costs the base and the trained model. What is judged here is the trained one, as it is or made worse.
 """
 

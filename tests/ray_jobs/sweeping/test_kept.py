@@ -2,8 +2,8 @@
 
 import pytest
 
+from benchmarks import sweeps
 from ray_jobs.sweeping import verdict
-from tests.benchmarks import sweeps
 
 KEPT = sweeps.kept()
 

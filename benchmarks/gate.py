@@ -1,0 +1,174 @@
+"""The losses that the gate's tests resample, measured on the real model: `python -m benchmarks.gate`.
+
+Trains and evaluates each row of MODELS as `fineloop train` does, and writes what every held-out record of it cost into
+tests/components/gate/measured/<task>.parquet. A model that is in the file is not measured again; the three take
+twenty minutes on two cores.
+"""
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.config import config_file
+from components.prepare import icd10
+from components.store.store import Store
+from pipelines.local import seaweedfs, server
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "pipelines" / "configs" / "icd10.toml"
+MEASURED = ROOT / "tests" / "components" / "gate" / "measured"
+BUCKET = "gate"
+OF_A_RECORD = ("nll", "other_prompt_nll", "exact_match")
+DOCSTRING_CHARS = range(600, 1001)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Records, and the settings of every model of them."""
+
+    rows: Callable[[], Iterator[Row]]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One training, by what sets it apart."""
+
+    task: str
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return f"{self.task}/{self.name}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=[model.path for model in MODELS], help="only these")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fineloop-gate-") as scratch:
+        running = server.start(seaweedfs.SeaweedFS(Path(scratch) / "store", BUCKET))
+        os.environ.update(seaweedfs.Endpoint.read(running.endpoint).environment())
+        try:
+            for model in MODELS:
+                file = MEASURED / f"{model.task}.parquet"
+                known = pq.read_schema(file).names if file.exists() else []
+                if model.path in (options.models or [model.path]) and f"{model.name}_nll" not in known:
+                    _write(file, model.name, _measure(model, Path(scratch)))
+        finally:
+            running.stop()
+
+
+def _measure(model: Model, scratch: Path) -> pa.Table:
+    """The run's evaluation_records.parquet."""
+    task, run_id, source = TASKS[model.task], f"{model.task}-{model.name}", scratch / f"{model.name}.jsonl"
+    settings = {**task.settings, **model.settings, "data.source": str(source), "registry.bucket": BUCKET}
+    settings["adapter.name"] = model.task
+    chosen = [f"{key}={value}" for key, value in settings.items()]
+    config = config_file.load(CONFIG, chosen)
+    source.write_text("".join(json.dumps(row) + "\n" for row in task.rows()))
+    command = [sys.executable, "-m", "pipelines.cli", "train", "--json", "--home", str(scratch / "home")]
+    command += ["--run-id", run_id, *(part for each in chosen for part in ("--set", each))]
+    answer = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    for role, metrics in answer["metrics"].items():
+        print(run_id, role, metrics, flush=True)
+    store = Store.open(config.registry)
+    return pq.read_table(io.BytesIO(store.get(f"runs/{run_id}/evaluation_records.parquet")))
+
+
+def _write(file: Path, name: str, found: pa.Table) -> None:
+    """Add a model's columns, and those of the records and the base where the file is new.
+
+    Raises:
+        RuntimeError: it was measured on other records than those before it.
+    """
+    columns: dict[str, Any] = {"id": [_short(each) for each in found["id"].to_pylist()]}
+    if file.exists():
+        table = pq.read_table(file)
+        if table["id"].to_pylist() != columns["id"]:
+            raise RuntimeError(f"{name} was measured on other records than those of {file}: remove it, measure all")
+    else:
+        references = found["reference"].to_pylist()
+        if len(set(references)) < len(references) / 2:
+            columns["reference"] = references
+        columns["answer_tokens"] = found["answer_tokens"].to_pylist()
+        table = pa.table(columns)
+        table = _with(table, "base", found, "base")
+    table = _with(table, name, found, "candidate")
+    file.parent.mkdir(exist_ok=True)
+    pq.write_table(table, file, compression="zstd", use_dictionary=["reference"])
+
+
+def _with(table: pa.Table, name: str, found: pa.Table, role: str) -> pa.Table:
+    for kept in OF_A_RECORD:
+        if f"{role}_{kept}" in found.column_names:
+            table = table.append_column(f"{name}_{kept}", found[f"{role}_{kept}"].cast(pa.float32()))
+    return table
+
+
+def _short(record_id: str) -> str:
+    return hashlib.sha256(record_id.encode()).hexdigest()[:8]
+
+
+def docstrings() -> Iterator[Row]:
+    """Python's own functions and torch's, each with its docstring of about two hundred tokens."""
+    import torch
+
+    for root in (Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            place = path.relative_to(root)
+            if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(place.parts):
+                continue
+            try:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError):
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef):
+                    said = ast.get_docstring(node) or ""
+                    if len(said) in DOCSTRING_CHARS:
+                        asked = f"{place}: def {node.name}({ast.unparse(node.args)})"
+                        turns = (("user", asked), ("assistant", said))
+                        messages = [{"role": role, "content": content} for role, content in turns]
+                        yield {"id": f"{root.name}/{place}/{node.name}", "messages": messages}
+
+
+TASKS = {
+    "icd10": Task(
+        icd10.rows,
+        {"data.max_records": 3250, "data.eval_share": 0.385, "evaluate.records": 1000, "data.validation_share": 0.2},
+    ),
+    "docstrings": Task(
+        docstrings,
+        {
+            "data.max_records": 540,
+            "data.eval_share": 0.4,
+            "evaluate.records": 170,
+            "evaluate.max_new_tokens": 1,
+            "model.max_length": 512,
+            "train.evals_per_epoch": 1,
+        },
+    ),
+}
+MODELS = (Model("icd10", "seed0"), Model("icd10", "seed1", {"train.seed": 1}), Model("docstrings", "seed0"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What large_base.py has others do: each function is the whole of one process."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.counting_proxy import APP_ID
+from components.config import config_file
+from tests.ray_jobs import own_ray
+
+DIED = "LARGE_BASE_DIED"
+"""In the environment, a file whose being there says that a worker has died; without one, none does."""
+
+
+def start_ray(cpus: int, gpus: int) -> None:
+    """In a driver's process, whose jobs then find it: there may be others on this machine."""
+    own_ray.start(cpus, gpus)
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+class Reached(Exception):
+    """Workers would begin now."""
+
+
+def asked_for_disk(config_toml: str) -> None:
+    """What `submit` and the Kubeflow step ask before a queue is asked for pods."""
+    from components.ray_cluster import base_size
+
+    base_size.require_disk(config_file.loads(config_toml))
+
+
+def planned(config_toml: str) -> None:
+    """`fineloop plan`'s own part that reads the base."""
+    from ray_jobs import plan
+    from ray_jobs.base import base_config
+    from ray_jobs.planning.capacity import named_device
+
+    config = config_file.loads(config_toml)
+    plan.planned(config, base_config.read(config.model), named_device(config))
+
+
+def identified(config_toml: str) -> dict[str, str]:
+    """The base's identity as a driver knows it without its weights, which it gives to the workers."""
+    from components.store.store import Store
+    from ray_jobs.base import base_model
+
+    config = config_file.loads(config_toml)
+    return base_model.resolve(config.model, weights=False, registry=Store.open(config.registry)).identity
+
+
+def fetched(config_toml: str, identity: Mapping[str, str]) -> None:
+    """What a worker reads from the store of the base, before it loads it from its node's disk."""
+    from components.store.store import Store
+    from ray_jobs.base import base_model
+
+    config = config_file.loads(config_toml)
+    base_model.resolve(config.model, recorded=identity, registry=Store.open(config.registry))
+
+
+def driven(config_toml: str, run_id: str) -> None:
+    """`ray_jobs.finetune`'s driver, until it would start workers."""
+    from ray_jobs import finetune
+
+    def stop(*_: Any) -> dict[str, Any]:
+        raise Reached
+
+    start_ray(16, 8)
+    with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Reached):
+        patched.setattr(finetune, "_trained", stop)
+        finetune.finetune(config_file.loads(config_toml), run_id=run_id)
+
+
+def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """In each worker: Fineloop's own training function, under the worker's name; the first of rank 1 dies."""
+    import ray.train
+
+    from ray_jobs.training import job, train_loop
+
+    rank, take_step = ray.train.get_context().get_world_rank(), train_loop.take_step
+    died = Path(os.environ[DIED]) if DIED in os.environ else None
+    driver, is_again = os.environ[APP_ID].removesuffix("-driver"), died is not None and died.exists()
+    os.environ[APP_ID] = f"{driver}-rank-{rank}{'-again' if is_again else ''}"
+
+    def dying(*given: Any, step: int, **how: Any) -> Any:
+        if rank == 1 and step == 1 and died is not None and not is_again:
+            died.touch()
+            os._exit(1)
+        return take_step(*given, step=step, **how)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_loop, "take_step", dying)
+        return job.train(arguments)
+
+
+def trained(config_toml: str, run_id: str) -> None:
+    """`ray_jobs.finetune`, with its workers."""
+    from ray_jobs import finetune
+
+    start_ray(2, 0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(finetune, "train", train)
+        finetune.finetune(config_file.loads(config_toml), run_id=run_id)
