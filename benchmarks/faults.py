@@ -42,7 +42,7 @@ from components.config import config_file
 from components.config.schema import RegistryConfig
 from components.records import runs
 from components.store.store import Store
-from pipelines.commands.table import table
+from pipelines.commands.arguments import table
 from pipelines.local import seaweedfs, server
 from tests.models.tiny import build_base
 from tests.ray_jobs import own_cluster

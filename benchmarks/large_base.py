@@ -31,7 +31,7 @@ import pytest
 
 from benchmarks import processes_of_a_large_base as processes
 from benchmarks.counting_proxy import APP_ID, Counts, counting_proxy
-from pipelines.commands.table import table
+from pipelines.commands.arguments import table
 from tests.models.tiny import colour_rows, write_tokenizer
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 80, 8192, 28672, 64, 8, 128256

@@ -34,7 +34,7 @@ from components.report.registry_index import Listed
 from components.report.registry_page import write_pages
 from components.report.report import run_report
 from components.store.store import Store, encode_json
-from pipelines.commands.table import table
+from pipelines.commands.arguments import table
 from pipelines.local import seaweedfs, server
 from tests.components.report.example_runs import leave_files
 

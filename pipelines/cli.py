@@ -16,32 +16,7 @@ from typing import Any
 from components.shared import garbage
 from components.shared.errors import FineloopError
 from components.shared.protocol import printable
-from pipelines.commands import (
-    adapters,
-    chat,
-    compare,
-    compile,
-    completion,
-    data,
-    doctor,
-    init,
-    plan,
-    push,
-    ray,
-    reap,
-    replay,
-    reproduce,
-    run,
-    runs,
-    schedule,
-    schema,
-    serve,
-    store,
-    submit,
-    sweep,
-    train,
-    watch,
-)
+from pipelines.commands import adapters, chat, completion, data, doctor, init, run, runs, schedule, servers
 from pipelines.commands.arguments import EXIT_CODES, Answer, Parser, print_err
 
 INTERRUPTED = 130
@@ -60,27 +35,33 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="store_true", help="say which release this is")
     root.set_defaults(command=_alone, root=root, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(metavar="COMMAND")
-    for command in (
-        *(
-            init,
-            run,
-            train,
-            sweep,
-            plan,
-            data,
-            adapters,
-            push,
-            chat,
-            serve,
-            compare,
-            replay,
-            reproduce,
-            compile,
-            schema,
-        ),
-        *(submit, schedule, runs, watch, reap, store, ray, doctor, completion),
+    for add in (
+        init.add_init,
+        run.add_run,
+        run.add_train,
+        run.add_sweep,
+        run.add_plan,
+        data.add_data,
+        adapters.add_adapters,
+        adapters.add_push,
+        chat.add_chat,
+        chat.add_serve,
+        runs.add_compare,
+        runs.add_replay,
+        runs.add_reproduce,
+        run.add_compile,
+        data.add_schema,
+        run.add_submit,
+        schedule.add_schedules,
+        runs.add_runs,
+        runs.add_watch,
+        servers.add_reap,
+        servers.add_store,
+        servers.add_ray,
+        doctor.add_doctor,
+        completion.add_completion,
     ):
-        command.add(commands)
+        add(commands)
     return root
 
 

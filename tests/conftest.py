@@ -29,7 +29,7 @@ importlib.import_module("ray")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 if not shutil.which("nvidia-smi"):
-    # As the product's own jobs are without a GPU, where nothing is compiled: pipelines/local/service.py.
+    # As the product's own jobs are without a GPU, where nothing is compiled: pipelines/local/server.py.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:

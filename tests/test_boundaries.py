@@ -18,7 +18,7 @@ from components.config import config_file
 from docs.generate import commands
 from pipelines import cli
 from pipelines.configs import DEFAULT_CONFIG
-from pipelines.local.service import job_environment
+from pipelines.local.server import job_environment
 from tests.documents import DOCUMENTS, commands_in
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import tempfile
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -10,21 +11,205 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.shared.account import account
-from pipelines.commands import export, signatures
-from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, add_home, load_config
-from pipelines.commands.opened_registry import opened_registry
+from pipelines.commands.arguments import (
+    EXIT_CODES,
+    Answer,
+    Command,
+    add_command,
+    add_config,
+    add_home,
+    load_config,
+    opened_registry,
+    print_err,
+)
 
 if TYPE_CHECKING:
     from components.promote.by_hand import Person
     from components.registry.event_log import Event
+    from components.registry.signing import Signer
     from components.registry.versions import Version
     from components.store.store import Store
+
+
+# `fineloop adapters export`.
+
+FORMS_OF = {"base": ("merged", "gguf"), "dtype": ("merged", "gguf"), "approximate": ("lora",), "converter": ("gguf",)}
+"""The options that not every form has."""
+
+
+def add_export(verbs: Any, *, reference: str) -> None:
+    """Add the command to the group; `reference` says how a version is named."""
+    export = add_command(
+        verbs,
+        "export",
+        _export,
+        does="Write a version merged into its base, as a folder or a GGUF, or as plain LoRA.",
+        more="Before it is rounded to --dtype, the merged model must predict the same in float32 as the adapter on "
+        "its base; otherwise nothing is written. The cost of rounding is measured on the folder: its exact match "
+        "and loss on held-out records beside the adapter's, with a warning if it is more than a tenth of the "
+        "adapter's effect. --gguf writes one file for llama.cpp with llama.cpp's converter, compares its tensors "
+        "with the merged model's, and writes a Modelfile for Ollama beside it.",
+        example="fineloop adapters export icd10-chapters@production --merged",
+    )
+    export.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=reference)
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--merged", action="store_const", dest="form", const="merged", help="a model that needs no peft")
+    form.add_argument("--lora", action="store_const", dest="form", const="lora", help="plain LoRA, where it is one")
+    form.add_argument("--gguf", action="store_const", dest="form", const="gguf", help="for llama.cpp and Ollama")
+    export.add_argument("--to", type=Path, metavar="DIR", help="default: ./NAME-VERSION-merged, -lora or -gguf")
+    export.add_argument(
+        "--base",
+        choices=("dequantised", "original"),
+        help="with --merged or --gguf: into the weights that it was trained on, exactly (default), or into those from "
+        "before quantising, with the error measured",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="with --merged or --gguf: how the weights are saved (default: bfloat16, in a GGUF float16); float16 "
+        "rounds eight times finer",
+    )
+    export.add_argument(
+        "--approximate",
+        type=_rank,
+        metavar="RANK",
+        help="with --lora: if it is not a LoRA, the nearest one of this rank, with the error measured",
+    )
+    export.add_argument(
+        "--converter",
+        type=Path,
+        metavar="FILE",
+        help="with --gguf: llama.cpp's convert_hf_to_gguf.py (default: the one on PATH)",
+    )
+    add_config(export)
+    add_home(export)
+
+
+def _export(options: argparse.Namespace) -> Answer:
+    from components.registry.versions import resolve
+    from pipelines.local.job import Job, answer
+
+    chosen = _chosen(options)
+    with opened_registry(options) as store:
+        version = resolve(store, options.reference)
+        target = (options.to or Path(f"{version.name}-{version.version}-{options.form}")).absolute()
+        arguments = ["--version", f"{version.name}@{version.version}", "--form", options.form, "--to", str(target)]
+        job = Job("ray_jobs.export", str(options.config.absolute()), [*arguments, *chosen], options.overrides)
+        record = answer(job, on_line=print_err, verbose=options.verbose)
+    keys = ("version", "form", "base", "dtype", "exact", "parity", "answers", "tensors", "warnings")
+    return Answer({"path": str(target), **{key: record.get(key) for key in keys}})
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    """The options that were given, as the job takes them.
+
+    Raises:
+        UserError: one of them belongs to the other form.
+    """
+    from components.shared.errors import UserError
+
+    given = {name: getattr(options, name) for name in FORMS_OF if getattr(options, name) is not None}
+    for name in given:
+        if options.form not in FORMS_OF[name]:
+            forms = " or ".join(f"--{form}" for form in FORMS_OF[name])
+            raise UserError(f"--{name} goes with {forms}, not with --{options.form}: remove one of the two")
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def _rank(text: str) -> int:
+    rank = int(text)
+    if rank < 1:
+        raise argparse.ArgumentTypeError(f"a rank is at least 1, not {rank}")
+    return rank
+
+
+# `fineloop adapters sign` and `fineloop adapters revoke`.
+
+
+def add_signatures(verbs: Any, *, reference: str) -> None:
+    """Add both to the group; `reference` says how a version is named."""
+    key = "with the Ed25519 key in FINELOOP_SIGNING_KEY or the file in FINELOOP_SIGNING_KEY_FILE"
+    sign = add_command(
+        verbs,
+        "sign",
+        _sign,
+        does=f"Sign that a version may hold an alias, {key}.",
+        more="With --held, sign everything that an alias of the adapter holds or a rollback may need; use it "
+        "before you remove a key.",
+        example="fineloop adapters sign icd10-chapters@v3f2",
+    )
+    which = sign.add_mutually_exclusive_group(required=True)
+    which.add_argument("reference", nargs="?", metavar="NAME[@ALIAS|@VERSION]", help=reference)
+    which.add_argument("--held", metavar="NAME", help="all that is needed of this adapter, each for its alias")
+    sign.add_argument("--alias", default="", metavar="ALIAS", help="default: that of the reference, else production")
+    revoke = add_command(
+        verbs,
+        "revoke",
+        _revoke,
+        does=f"Sign, {key}, that a version must not be used any more.",
+        more="Registries that trust the key no longer fetch it or move an alias to it, whoever else signed it. An "
+        "alias that points at it stays, for a rollback.",
+        example="fineloop adapters revoke icd10-chapters@v3f2 --reason 'it was trained on the wrong data'",
+    )
+    revoke.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=reference)
+    revoke.add_argument("--reason", required=True, metavar="TEXT", help="signed with it")
+    for parser in (sign, revoke):
+        add_config(parser)
+        add_home(parser)
+
+
+def _sign(options: argparse.Namespace) -> Answer:
+    from components.registry import signing
+    from components.registry.aliases import PRODUCTION, sign_held
+    from components.registry.versions import resolve
+
+    key = _key()
+    public = signing.public_text(key)
+    with opened_registry(options) as store:
+        if options.held:
+            signed = sign_held(store, options.held, key)
+            lines = [f"{each.version} {f'for {each.alias}' if each.alias else 'as revoked'}" for each in signed]
+            body = {"name": options.held, "signed": [each._asdict() for each in signed], "public_key": public}
+            return Answer(body, "\n  ".join([f"of {options.held}, {len(lines)} signed by {public}", *lines]))
+        version = resolve(store, options.reference)
+        alias = options.alias or version.asked_as or PRODUCTION
+        uri = signing.sign(store, version.name, version.version, key, alias=alias)
+    one = {"name": version.name, "version": version.version, "alias": alias, "signature_uri": uri, "public_key": public}
+    return Answer(one, f"{version.name} {version.version} is signed for {alias} by {public}")
+
+
+def _revoke(options: argparse.Namespace) -> Answer:
+    from components.registry import signing
+    from components.registry.versions import resolve
+    from components.shared.errors import UserError
+
+    key = _key()
+    public = signing.public_text(key)
+    with opened_registry(options) as store:
+        if public not in store.trusted_keys:
+            raise UserError(f"registry.trusted_keys lacks {public}, so its revocations would be ignored: add it there")
+        version = resolve(store, options.reference)
+        uri = signing.revoke(store, version.name, version.version, key, reason=options.reason)
+    body = {"name": version.name, "version": version.version, "statement_uri": uri, "public_key": public}
+    held = f"; {', '.join(version.aliases)} still at it, so roll back" if version.aliases else ""
+    return Answer({**body, "aliases": list(version.aliases)}, f"{version.name} {version.version} is revoked{held}")
+
+
+def _key() -> "Signer":
+    from components.registry import signing
+    from components.shared.errors import UserError
+
+    key = signing.signer_from(os.environ)
+    if key is None:
+        raise UserError(f"no key to sign with: set {signing.KEY_FILE_VARIABLE} to a file with a private key in PEM")
+    return key
+
 
 SERVERS = ("ray-serve", "kserve", "vllm", "vllm-resolver")
 REFERENCE = "NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice"
 
 
-def add(commands: Any) -> None:
+def add_adapters(commands: Any) -> None:
     """Add the group."""
     group = commands.add_parser(
         "adapters",
@@ -101,7 +286,7 @@ def add(commands: Any) -> None:
     verify = "Read every byte of a version and check it against its manifest."
     _reference(_add(verbs, "verify", _verify, verify, "fineloop adapters verify icd10-chapters@v3f2"))
 
-    signatures.add(verbs, reference=REFERENCE)
+    add_signatures(verbs, reference=REFERENCE)
 
     audit = "Read everything, and compare files, ids, signatures, the event log and the aliases with each other."
     audited = _add(verbs, "audit", _audit, audit, "fineloop adapters audit")
@@ -137,7 +322,7 @@ def add(commands: Any) -> None:
     page.add_argument("name", nargs="?", default="", metavar="NAME", help="default: every adapter")
     page.add_argument("--to", type=Path, default=Path("registry-page"), metavar="DIR", help="default: ./registry-page")
 
-    export.add(verbs, reference=REFERENCE)
+    add_export(verbs, reference=REFERENCE)
 
 
 def _add(verbs: Any, name: str, command: Command, does: str, example: str) -> argparse.ArgumentParser:
@@ -369,3 +554,70 @@ def _person(options: argparse.Namespace) -> "Person":
     from components.promote.by_hand import Person
 
     return Person(options.by, options.reason, otherwise=account(os.environ))
+
+
+# `fineloop push`.
+
+
+def add_push(commands: Any) -> None:
+    """Add the command."""
+    push = add_command(
+        commands,
+        "push",
+        _push,
+        does="Push a version, or an exported folder of it, to a model hub.",
+        more="A missing repository is created, private unless --public is given. The commit is tagged with the "
+        "version. The token is read from HF_TOKEN only. A version is pushed with its lineage.json and "
+        "manifest.json, which name the data, the store and the user who started the run.",
+        example="fineloop push icd10-chapters@production acme/icd10-chapters",
+    )
+    push.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
+    push.add_argument("repository", metavar="ORG/NAME", help="repository of models on the hub")
+    push.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        metavar="DIR",
+        help="push this folder, written by `adapters export`, instead",
+    )
+    push.add_argument("--public", action="store_true", help="make a repository that anyone may read")
+    add_config(push)
+    add_home(push)
+
+
+def _push(options: argparse.Namespace) -> Answer:
+    from components.handover import hub
+    from components.registry.versions import pull_version, resolve
+
+    with opened_registry(options) as store, tempfile.TemporaryDirectory(prefix="fineloop-push-") as scratch:
+        version = resolve(store, options.reference)
+        if options.folder:
+            folder, tag = _exported(options.folder, version.version)
+        else:
+            folder, tag = Path(scratch) / "version", version.version
+            pull_version(store, version, folder)
+        url = hub.push(
+            folder,
+            options.repository,
+            message=f"{version.name} {version.version}",
+            tag=tag,
+            is_public=options.public,
+            environment=os.environ,
+        )
+    body = {"name": version.name, "version": version.version, "repository": options.repository, "tag": tag, "url": url}
+    return Answer(body, f"{version.name} {version.version} is at {url}")
+
+
+def _exported(folder: Path, version: str) -> tuple[Path, str]:
+    """The folder and its commit's tag, where an export of this version has written it."""
+    import json
+
+    from components.shared.errors import UserError
+
+    record = folder / "export.json"
+    if not record.is_file():
+        raise UserError(f"{folder} has no export.json: name a folder that `fineloop adapters export` has written")
+    found = json.loads(record.read_text(encoding="utf-8"))
+    if found["version"] != version:
+        raise UserError(f"{folder} was made of {found['version']}, not of {version}")
+    return folder, f"{version}-{found['form']}"

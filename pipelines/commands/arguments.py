@@ -1,22 +1,29 @@
 """Arguments that many commands share, the values parsed from them, and what commands print."""
 
 import argparse
+import contextlib
 import difflib
 import json
+import os
 import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from components.shared.environment import in_environment
+from components.shared.errors import UserError
 from components.shared.protocol import printable
 from pipelines.configs import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
     from components.config.schema import RunConfig
+    from components.store.store import Store
+    from pipelines.kubeflow.client import Kubeflow
+    from pipelines.kubeflow.package import Package
 
 HELP_WIDTH = 88
 EXIT_CODES = """exit codes:
@@ -175,3 +182,111 @@ def home_option(options: argparse.Namespace) -> str:
 def print_err(text: str, end: str = "\n") -> None:
     """Print progress, a warning or an error on stderr; stdout is for the answer."""
     print(printable(text), file=sys.stderr, end=end, flush=True)  # noqa: T201 - the screen, beside the answer
+
+
+# Format rows as a text table.
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Align the rows in columns, each as wide as its widest cell; the last column is not padded."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
+        for row in rows
+    )
+
+
+# Arguments that the commands for Kubeflow share, and the values parsed from them.
+
+SERVICE_ACCOUNT = "fineloop-pipeline"
+EXPERIMENT = "fineloop"
+
+
+def add_kubeflow(parser: argparse.ArgumentParser) -> None:
+    """Add the server's address and the user's namespace on it."""
+    parser.add_argument(
+        "--host",
+        default="",
+        metavar="URL",
+        help="Kubeflow Pipelines (default: KFP_ENDPOINT, the pod's, the kubeconfig's)",
+    )
+    parser.add_argument(
+        "--namespace",
+        default="",
+        metavar="NAME",
+        help="your namespace on a multi-user Kubeflow (default: KFP_NAMESPACE)",
+    )
+
+
+def add_pipeline(parser: argparse.ArgumentParser, *, keeps: bool = False) -> None:
+    """Add the pipeline's image, parameters and service account. With `keeps`, those omitted stay as they are."""
+    parser.add_argument("--image", default="", metavar="IMAGE", help="image of every step, pinned by digest")
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        dest="parameters",
+        metavar="NAME=VALUE",
+        help="another parameter of the pipeline; may be repeated",
+    )
+    default = "as it is" if keeps else SERVICE_ACCOUNT
+    parser.add_argument(
+        "--service-account",
+        default=None if keeps else SERVICE_ACCOUNT,
+        metavar="NAME",
+        help=f"Kubernetes account of the steps (default: {default}; '' means the server's)",
+    )
+
+
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    """Add --experiment, the group in which Kubeflow shows the runs."""
+    parser.add_argument(
+        "--experiment", default=EXPERIMENT, metavar="NAME", help=f"group of runs in the UI (default: {EXPERIMENT})"
+    )
+
+
+def connected(options: argparse.Namespace) -> "Kubeflow":
+    """Connect to the server that the options or the environment name."""
+    from pipelines.kubeflow.client import connect
+
+    return connect(os.environ, host=options.host, namespace=options.namespace)
+
+
+def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
+    """Compile the pipeline and resolve its parameters; both are checked before any request to Kubeflow."""
+    from components.ray_cluster.base_size import require_disk
+    from pipelines.kubeflow import package, parameters
+    from pipelines.kubeflow.reach import check_reach
+
+    built = package.build(load_config(options), image=options.image)
+    resolved = parameters.resolve(built.spec, built.config, options.parameters)
+    check_reach(built.config, resolved)
+    if not resolved.get("base_model"):
+        require_disk(built.config)
+    return built, resolved
+
+
+# The registry, opened for one command.
+
+
+@contextlib.contextmanager
+def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
+    """Open the registry that the config names, in the configured store or in the home's own.
+
+    Raises:
+        UserError: the home has no store, and none is configured.
+        GroundError: the home's store does not start.
+    """
+    from components.store.store import Store
+    from pipelines.local.local_services import local_services, store_configured
+
+    config = load_config(options)
+    if not store_configured() and not (options.home / "store").is_dir():
+        raise UserError(
+            f"there is no store under {options.home}: give the --home of an earlier `fineloop run`, or set "
+            "AWS_ENDPOINT_URL to where your registry lies"
+        )
+    services = local_services(options.home, bucket=config.registry.bucket, ray=False)
+    with services as environment, in_environment(environment):
+        yield Store.open(config.registry)

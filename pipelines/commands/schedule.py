@@ -7,9 +7,20 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import UserError
-from pipelines.commands.arguments import EXIT_CODES, Answer, Command, add_command, add_config, load_config
-from pipelines.commands.kubeflow_arguments import add_experiment, add_kubeflow, add_pipeline, connected, prepared
-from pipelines.commands.table import table
+from pipelines.commands.arguments import (
+    EXIT_CODES,
+    Answer,
+    Command,
+    add_command,
+    add_config,
+    add_experiment,
+    add_kubeflow,
+    add_pipeline,
+    connected,
+    load_config,
+    prepared,
+    table,
+)
 
 if TYPE_CHECKING:
     from pipelines.kubeflow.schedule import Schedule
@@ -20,7 +31,7 @@ OVERLAP = "when a run is under way at the next time: skip waits for its end and 
 CRON = "minute, hour, day of month, month, day of week, in UTC: '0 2 * * *', '30 6 * * MON-FRI', or @daily"
 
 
-def add(commands: Any) -> None:
+def add_schedules(commands: Any) -> None:
     """Add the group."""
     group = commands.add_parser(
         "schedule",

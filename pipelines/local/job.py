@@ -3,9 +3,13 @@
 plan and export answer with one JSON object in the last line of their standard output; chat is interactive.
 """
 
+import codecs
+import contextlib
 import json
 import os
+import select
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +18,125 @@ from pathlib import Path
 from typing import Any
 
 from components.shared.errors import FineloopError, JobError
-from components.shared.protocol import Failure, parse_line
+from components.shared.protocol import STARTED, Failure, Line, parse_line
 from pipelines.local import guard
-from pipelines.local.service import job_environment
-from pipelines.local.step_secrets import without_secrets
-from pipelines.local.watch import run_heard
+from pipelines.local.server import job_environment, without_secrets
+
+# Runs a command under a guard, so that it leaves no process behind, and reads its output.
+#
+# kfp.local prints a lot, leaves a step running when it is killed, and reports success if a branch was skipped silently.
+# So the pipeline runs in its own process. All of its output goes to a log; only the lines of steps that have said that
+# they started are passed on.
+
+TICK_S = 0.25
+DRAIN_S = 1.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the process ended, and the first failure that it reported; a later one, of the report, follows from it."""
+
+    exit_code: int
+    failure: Failure | None
+    failed_step: str
+    finished: frozenset[str] = frozenset()
+    """Names of the steps that reported that they finished."""
+
+    @property
+    def killed_by(self) -> str:
+        """Name of the signal that ended the process, or its guard; empty if none did."""
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-self.exit_code if self.exit_code < 0 else self.exit_code - guard.SIGNALLED).name
+        return ""
+
+
+def watch(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: Path,
+    log_path: Path,
+    on_line: Callable[[Line], None],
+    on_tick: Callable[[], None],
+    on_text: Callable[[str], None] | None = None,
+) -> Ended:
+    """Run the command to its end. If an exception such as KeyboardInterrupt leaves this call, the command is stopped.
+
+    `on_text` gets each line that the process prints, `on_line` only those for people.
+    """
+    found: list[tuple[str, Failure]] = []
+    begun: set[str] = set()
+    finished: set[str] = set()
+    last: Line | None = None
+    with log_path.open("a", encoding="utf-8", buffering=1) as log:
+
+        def hear(text: str) -> None:
+            nonlocal last
+            log.write(text + "\n")
+            if on_text is not None:
+                on_text(text)
+            line = parse_line(text)
+            if line is None:
+                return
+            if line.text == STARTED:
+                begun.add(line.step)
+            if line.step not in begun or line == last:  # Ray Train copies a worker's lines
+                return
+            last = line
+            if line.seconds is not None:
+                finished.add(line.step)
+            if line.failure is not None:
+                found.append((line.step, line.failure))
+            on_line(line)
+
+        exit_code = run_heard(command, environment=environment, directory=directory, on_text=hear, on_tick=on_tick)
+    failed_step, failure = found[0] if found else ("", None)
+    return Ended(exit_code, failure, failed_step, frozenset(finished))
+
+
+def run_heard(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: Path,
+    on_text: Callable[[str], None],
+    on_tick: Callable[[], None] = lambda: None,
+    stderr: int | None = subprocess.STDOUT,
+) -> int:
+    """Run the command under a guard to its end and return its exit code; `on_text` gets each line of its output.
+
+    `stderr` is as for subprocess.Popen. If an exception leaves this call, the command is stopped.
+    """
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "rb", buffering=0) as output:
+        process = guard.start(
+            list(command),
+            orphan_signal=signal.SIGTERM,
+            environment=dict(environment),
+            directory=directory,
+            stdout=write_end,
+            stderr=stderr,
+        )
+        os.close(write_end)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        pending = ""
+        try:
+            while True:
+                ended = process.poll() is not None
+                readable, _, _ = select.select([output], [], [], DRAIN_S if ended else TICK_S)
+                chunk = output.read(1 << 16) if readable else b""
+                if not chunk and (readable or ended):
+                    break
+                *lines, pending = (pending + decoder.decode(chunk)).split("\n")
+                for text in lines:
+                    on_text(text)
+                on_tick()
+            if pending:
+                on_text(pending)
+        finally:
+            guard.stop(process)
+    return process.returncode
+
 
 LOG_TAIL = 20  # lines of stderr to show if a process failed without reporting an error
 

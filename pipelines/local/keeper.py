@@ -18,8 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from components.shared.errors import FineloopError, GroundError
-from pipelines.local.server import Server, start
-from pipelines.local.service import Service, write_private
+from pipelines.local.server import Server, Service, start, write_private
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,9 @@ from pathlib import Path
 
 from components.shared.errors import FineloopError, GroundError, UserError
 from pipelines.local import ray_head, seaweedfs
-from pipelines.local.private import private_folder
 from pipelines.local.ray_head import RayHead
 from pipelines.local.seaweedfs import Endpoint, SeaweedFS
-from pipelines.local.server import ATTEMPTS
-from pipelines.local.service import Service
+from pipelines.local.server import ATTEMPTS, Service, private_folder
 
 PASSED_ON = ("AWS_", "RAY_")
 FULL_BYTES, FULL_SHARE = 64e6, 0.01

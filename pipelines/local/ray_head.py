@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipelines.local.ports import LOOPBACK
-from pipelines.local.service import ROOT, job_environment, write_private
+from pipelines.local.server import LOOPBACK, ROOT, job_environment, write_private
 
 OBJECT_STORE_BYTES = 300_000_000
 AGENT = "--dashboard-agent-listen-port"

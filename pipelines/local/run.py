@@ -2,35 +2,216 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
 import sys
+import textwrap
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from components.config import config_file
+from components.config.methods import setting
 from components.config.schema import RunConfig
 from components.config.track import SECRETS_FILE
+from components.promote.announce import failed_notifications, warning
+from components.records import runs
+from components.records.runs import PAGES
+from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult, scalars
+from components.records.sweep import SweepResult, Tuned
+from components.registry.aliases import PRODUCTION
+from components.report.forest import picture
+from components.report.report import parse_metrics
 from components.shared.cpus import this_cpu
+from components.shared.durations import counted
 from components.shared.environment import in_environment
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
+from components.shared.metrics import metrics_of
 from pipelines.local.display import Display, is_live
-from pipelines.local.gpus import lacking
-from pipelines.local.local_services import local_services, ray_configured
-from pipelines.local.outcome import Outcome, read_outcome, read_trained
-from pipelines.local.private import private_folder
-from pipelines.local.service import python_path, write_private
-from pipelines.local.watch import Ended, watch
+from pipelines.local.doctor import lacking
+from pipelines.local.job import Ended, watch
+from pipelines.local.local_services import local_services, ray_configured, store_configured
+from pipelines.local.server import private_folder, python_path, write_private
 
 if TYPE_CHECKING:
     from components.store.store import Store
+
+
+# Outcome of a finished run, read from the store, as the command line reports it.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The object that `fineloop run --json` prints; `train` leaves the decision out. A skipped run has no version."""
+
+    run_id: str
+    adapter: str
+    alias: str
+    version: str | None
+    version_uri: str | None
+    decision: str | None
+    verdict: str | None
+    promoted: bool
+    reasons: list[str]
+    metrics: dict[Role, dict[str, float | None] | None]
+    report: str | None
+    store: dict[str, str]
+    timings_s: dict[str, float]
+    untold: dict[str, str] = field(default_factory=dict)
+    """Notifications of the promotion that failed, and why."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object with the keys that scripts rely on."""
+        fields = dict(vars(self))
+        del fields["alias"]
+        if not self.untold:
+            del fields["untold"]
+        if self.decision is None:
+            for key in ("decision", "verdict", "promoted", "reasons", "report"):
+                del fields[key]
+        return fields
+
+
+def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float, report_path: Path) -> Outcome:
+    """Read the outcome of a run of the whole pipeline. Copy its report to `report_path`, HOME/runs/RUN/report.html, and
+    the registry's pages to HOME/pages/, where the report's links lead.
+
+    Raises:
+        ObjectMissing: the run has no decision or no report.
+        FineloopError: the run decided to promote and the alias did not move, or the other way round.
+    """
+    decision, steps = runs.read(store, run_id, Decision, to_show=True), runs.steps(store, run_id)
+    promoted = any(step.moved_alias for step in steps)
+    if promoted != decision.promoted:
+        place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
+        raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
+    report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
+    pages = private_folder(report_path.parents[2] / PAGES)
+    for info in store.list(PAGES):
+        if not info.key.endswith(".html"):
+            continue
+        (pages / Path(info.key).name).write_bytes(store.get(info.key))
+    return Outcome(
+        run_id=run_id,
+        adapter=decision.adapter,
+        alias=decision.alias,
+        version=decision.version,
+        version_uri=decision.version_uri,
+        decision=decision.decision,
+        verdict=decision.verdict,
+        promoted=promoted,
+        reasons=list(decision.reasons),
+        metrics=_metrics(store, run_id) if decision.version else dict.fromkeys(ROLES),
+        report=str(report_path),
+        store=_where(store),
+        timings_s={"ground": ground_s, **_seconds(steps), "total": total_s},
+        untold=failed_notifications(steps),
+    )
+
+
+def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: float, total_s: float) -> Outcome:
+    """Read the outcome of `fineloop train`.
+
+    Raises:
+        ObjectMissing: the run published no version, or compared none.
+    """
+    result = runs.read(store, run_id, TrainResult)
+    return Outcome(
+        run_id=run_id,
+        adapter=config.adapter.name,
+        alias=config.adapter.alias,
+        version=result.version,
+        version_uri=result.version_uri,
+        decision=None,
+        verdict=None,
+        promoted=False,
+        reasons=[],
+        metrics=_metrics(store, run_id),
+        report=None,
+        store=_where(store),
+        timings_s={"ground": ground_s, **_seconds(runs.steps(store, run_id)), "total": total_s},
+    )
+
+
+def _seconds(steps: Sequence[StepRecord]) -> dict[str, float]:
+    return {step.step: step.seconds for step in steps}
+
+
+def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
+    """Format the outcome for people.
+
+    `home_option` is the --home option that the suggested commands need, `program` the name of `fineloop` in this shell.
+    """
+    reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
+    headline = {
+        "skipped": f"skipped: {outcome.adapter}@{outcome.alias} stays as it is, and nothing was trained",
+        "promote": f"promoted: {outcome.adapter}@{outcome.alias} is now {outcome.version}",
+        "hold": f"held: {outcome.version} is published, and {outcome.adapter}@{outcome.alias} stays where it was",
+        None: f"published {outcome.adapter} {outcome.version}, without an alias",
+    }[outcome.decision]
+    waits = outcome.verdict == "needs approval"
+    if waits:
+        headline = f"waits for approval: {outcome.version}, and {outcome.adapter}@{outcome.alias} stays where it was"
+    reasons = [
+        textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
+    ]
+    table = [*_table(outcome.metrics), ""] if outcome.version else []
+    warnings = [warning(key, outcome.adapter, outcome.alias, why) for key, why in outcome.untold.items()]
+    lines = ["", headline, *reasons, *warnings, "", *table]
+    where = {"version": outcome.version_uri, "report": outcome.report}
+    where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
+    lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
+    parts = {"servers" if step == "ground" else step: seconds for step, seconds in outcome.timings_s.items()}
+    took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in parts.items() if step != "total")
+    lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
+    commands = {}
+    if outcome.version:
+        commands[f"{program} chat {shlex.quote(reference)}{home_option}"] = "talk to it, beside its base"
+    if outcome.promoted and outcome.metrics["champion"]:
+        commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
+    elif waits:
+        on_alias = "" if outcome.alias == PRODUCTION else f" --alias {outcome.alias}"
+        approve = f"{program} adapters approve {shlex.quote(reference)} --by NAME --reason TEXT{on_alias}{home_option}"
+        commands[approve] = "put it into production"
+    elif outcome.decision == "skipped":
+        commands[f"{program} run --set data.min_new_records=0{home_option}"] = "train all the same"
+    elif outcome.decision is None:
+        commands[f"{program} adapters promote {reference}{home_option}"] = "put it into production"
+    if not store_configured():
+        commands[f"{program} store up{home_option}"] = "open the store to other S3 clients; it sleeps between runs"
+    width = max(map(len, commands))
+    return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
+
+
+def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[str]:
+    roles = [role for role in ROLES if metrics.get(role)]
+    lines = [["", *roles]]
+    for metric in metrics_of({key for role in roles for key in metrics[role] or ()}):
+        values = [(metrics[role] or {}).get(metric.key) for role in roles]
+        if any(value is not None for value in values):
+            lines.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
+    width = max(len(line[0]) for line in lines)
+    return [f"  {line[0]:<{width}}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
+
+
+def _metrics(store: "Store", run_id: str) -> dict[Role, dict[str, float | None] | None]:
+    evaluation = runs.read(store, run_id, Evaluation)
+    return {role: dict(model.metrics) if (model := evaluation.model(role)) else None for role in ROLES}
+
+
+def _where(store: "Store") -> dict[str, str]:
+    return {"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix}
+
 
 LOG = "pipeline.log"
 What = Literal["retrain", "train", "sweep"]
@@ -175,9 +356,8 @@ def _goes_on(what: What, run_id: str, place: Place) -> Iterator[None]:
 def _followed(config: RunConfig, run_id: str, folder: Path) -> Iterator[None]:
     """Write event files of the run's curve while it runs."""
     from components.store.store import Store
-    from pipelines.local.event_files import beside
 
-    with beside(Store.open(config.registry), run_id, folder):
+    with event_files_beside(Store.open(config.registry), run_id, folder):
         yield
 
 
@@ -258,3 +438,173 @@ def _stop_jobs(config: RunConfig, run_id: str) -> None:
 
     with contextlib.suppress(FineloopError):
         stop_run(run_id, config.ray)
+
+
+# Writes a run's curve as TensorBoard event files to its folder while it runs, if tensorboardX is installed.
+
+EVENTS_FOLDER = "tensorboard"
+EVENTS_EVERY_S = 15.0
+"""Seconds between reads of the curve; a training uploads it as often."""
+EVENTS_LAST_S = 10.0
+"""Seconds that the end of a run waits at most for the rest of the curve, such as when the store is unavailable."""
+
+
+@contextlib.contextmanager
+def event_files_beside(store: "Store", run_id: str, folder: Path) -> Iterator[None]:
+    """Write a run's event files in a thread; only the end of the context waits for it."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        yield
+        return
+    files, is_over = EventFiles(store, run_id, folder), threading.Event()
+
+    def follow() -> None:
+        while not is_over.wait(EVENTS_EVERY_S):
+            files.follow()
+        files.follow()
+        files.close()
+
+    thread = threading.Thread(target=follow, name="event files", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(EVENTS_LAST_S)
+
+
+class EventFiles:
+    """Event files of one run, with what has been written of its runs/<run_id>/metrics.jsonl so far."""
+
+    def __init__(self, store: "Store", run_id: str, folder: Path) -> None:
+        self._store, self._key, self._folder = store, runs.run_key(run_id, runs.METRICS), folder / EVENTS_FOLDER
+        self._written: set[tuple[str, float]] = set()
+        self._writer: Any = None
+
+    def follow(self) -> None:
+        """Add new records; errors of the store are ignored, since it is read again later."""
+        with contextlib.suppress(FineloopError):
+            found = self._store.read(self._key)
+            self._add(parse_metrics(found[0].decode(), origin=self._key) if found else [])
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _add(self, records: list[dict[str, Any]]) -> None:
+        new = [each for each in records if (each["kind"], each["step"]) not in self._written]
+        if new and self._writer is None:
+            with warnings.catch_warnings():
+                # tensorboardX imports Google's storage client if it is installed, and that lacks one of its packages.
+                warnings.simplefilter("ignore", ImportWarning)
+                from tensorboardX import SummaryWriter
+            self._writer = SummaryWriter(str(self._folder))
+        for record in new:
+            self._written.add((record["kind"], record["step"]))
+            for name, value in scalars(record).items():
+                self._writer.add_scalar(name, value, int(record["step"]))
+        if self._writer is not None:
+            self._writer.flush()  # writes what its thread has taken so far; the newest may wait for the next call
+
+
+# `fineloop sweep`: runs a sweep on this machine, describes its result, and writes it to a config.
+
+BAR = 24  # length of the longest bar, in characters
+
+
+def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
+    """Run a sweep to its end, or resume the sweep with this id where it was interrupted.
+
+    Raises:
+        FineloopError: as `run_and_read`.
+    """
+    sweeping = config.model_copy(update={"tune": config.tune.model_copy(update={"when": "always"})})
+
+    def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> SweepResult:
+        result = runs.read(store, run_id, SweepResult)
+        (folder / runs.SWEEP).write_bytes(result.as_json())
+        picture_path(place, run_id).write_text(picture(result), encoding="utf-8")
+        return result
+
+    return run_and_read(sweeping, place, read, what="sweep", run_id=run_id)
+
+
+def picture_path(place: Place, run_id: str) -> Path:
+    """Return the path of a sweep's picture on this machine."""
+    return place.home.absolute() / "runs" / run_id / "sweep.svg"
+
+
+def sweep_lines(result: SweepResult) -> Iterator[str]:
+    """Yield the result as lines of text."""
+    for tuned in result.tuned:
+        yield f"{tuned.method}, rank {tuned.rank}, {counted(tuned.batch_size, 'record')} a step"
+        yield from _rate_lines(tuned)
+        yield ""
+    yield result.verdict
+
+
+def _rate_lines(tuned: Tuned) -> Iterator[str]:
+    known = [rate.loss for rate in tuned.rates if rate.loss is not None]
+    least, span = min(known), (max(known) - min(known)) or 1.0
+    for rate in tuned.rates:
+        mark = "*" if rate.learning_rate == tuned.learning_rate else " "
+        if rate.loss is None:
+            yield f"  {mark} {rate.learning_rate:>8.3g}         -  {', '.join(sorted(set(rate.statuses)))}"
+            continue
+        bar = "#" * max(1, round(BAR * (rate.loss - least) / span))
+        stopped = "  stopped early" if "stopped" in rate.statuses else ""
+        yield f"  {mark} {rate.learning_rate:>8.3g}  {rate.loss:8.4f}  {bar}{stopped}"
+
+
+def changes(config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
+    """Return the keys to change so that a config trains as the best of a sweep did, with their values."""
+    found: dict[str, str | int | float] = {}
+    if best.method != config.method.name:
+        found["method.name"] = best.method
+    if best.rank != config.method.model_copy(update={"name": best.method}).r:
+        found["method.rank"] = best.rank
+    if best.batch_size != config.train.batch_size:
+        found["train.batch_size"] = best.batch_size
+    if best.learning_rate != config.train.learning_rate:
+        found["train.learning_rate"] = best.learning_rate
+    return found
+
+
+def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
+    """Write the sweep's result to a config file, leaving the rest of its text as it is; return the keys that changed.
+
+    Raises:
+        ConfigError: the changed file could not be read, or would not have the learning rate that was found.
+    """
+    found = changes(config, best)
+    text = path.read_text(encoding="utf-8")
+    for key, value in found.items():
+        text = with_key(text, key, value)
+    try:
+        written = config_file.loads(text, origin=str(path))
+    except ConfigError as exc:
+        raise ConfigError(f"--apply would spoil {path}, which is left as it is; set {_settings(found)}: {exc}") from exc
+    if written.learning_rate != best.learning_rate:
+        raise ConfigError(f"--apply does not find its way in {path}, which is left as it is: set {_settings(found)}")
+    path.write_text(text, encoding="utf-8")
+    return found
+
+
+def with_key(text: str, key: str, value: str | int | float) -> str:
+    """Set one key of a section in TOML text: in the key's line if it has one, else as the section's first key."""
+    section, _, name = key.partition(".")
+    line = f"{name} = " + (f'"{value}"' if isinstance(value, str) else f"{value:g}")
+    head = re.search(rf"^\[{re.escape(section)}\][ \t]*(#.*)?$", text, flags=re.MULTILINE)
+    if head is None:
+        return f"{text.rstrip()}\n\n[{section}]\n{line}\n"
+    following = re.compile(r"^\[", flags=re.MULTILINE).search(text, head.end())
+    end = following.start() if following else len(text)
+    body = text[head.end() : end]
+    held, count = re.subn(
+        rf"^{name}[ \t]*=[^#\n]*?([ \t]*#.*)?$", lambda found: line + (found[1] or ""), body, flags=re.MULTILINE
+    )
+    return text[: head.end()] + (held if count else f"\n{line}{body}") + text[end:]
+
+
+def _settings(found: dict[str, str | int | float]) -> str:
+    return " ".join(setting(key, value) for key, value in found.items())

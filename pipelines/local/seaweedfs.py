@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from components.shared.errors import GroundError
-from pipelines.local.ports import LOOPBACK
-from pipelines.local.private import write_certificate
+from pipelines.local.server import LOOPBACK, write_certificate
 
 SERVICES = ("s3", "master", "filer", "volume", "admin")
 PROBE_KEY = ".fineloop-starting"

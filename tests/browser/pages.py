@@ -18,7 +18,7 @@ from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles
 from components.shared.paired import Bounds
 from components.store.store import Store
-from pipelines.local.side_by_side import Turned
+from pipelines.local.past_runs import Turned
 from tests.components.report import example_runs
 from tests.components.report.example_runs import (
     CANDIDATE,

@@ -19,7 +19,7 @@ from typing import Any
 
 from infra.checks.manifests import render
 from pipelines.local import guard
-from pipelines.local.ports import choose_ports
+from pipelines.local.server import choose_ports
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 PORT_FLAGS = ("--port", "--object-manager-port", "--node-manager-port", "--ray-client-server-port")

@@ -15,8 +15,8 @@ from components.store.store import Store
 from infra.checks.manifests import of_kind, render
 from infra.checks.pods import pods
 from pipelines.local import guard
-from pipelines.local.ports import choose_ports
 from pipelines.local.seaweedfs import SERVICES, Endpoint, find_binary
+from pipelines.local.server import choose_ports
 from tests.waiting import wait_until
 
 HOST = "127.0.0.2"  # only a server that listens on every interface answers here, as in a pod

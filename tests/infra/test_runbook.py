@@ -17,7 +17,7 @@ from infra.checks.manifests import INFRA, KUBECTL, ROOT, render
 from infra.checks.policies.access import RIGHTS
 from infra.checks.schemas import KUBERNETES
 from pipelines import cli
-from pipelines.commands.kubeflow_arguments import SERVICE_ACCOUNT
+from pipelines.commands.arguments import SERVICE_ACCOUNT
 from tests.infra.retries import Ended, is_run_again
 from tests.infra.runbook import RUNBOOK, Command, after, commands
 

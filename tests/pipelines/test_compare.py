@@ -20,7 +20,7 @@ from components.records.steps import Evaluation, Measured
 from components.report.html import SEARCH
 from components.shared.errors import DataError, UserError
 from components.store.store import Store
-from pipelines.local import side_by_side
+from pipelines.local import past_runs
 from tests.pipelines.command_line import body, fineloop
 
 RECORDS = 80
@@ -89,8 +89,8 @@ def test_the_bounds_are_those_that_the_gate_decided_by(
     metric: str, grouped: bool, store: Store, config_path: Path
 ) -> None:
     evaluation = two_runs(store, config_path, grouped=grouped)
-    sides = [side_by_side.read(store, run_id) for run_id in ("run-one", "run-two")]
-    found = side_by_side.compare(*sides)
+    sides = [past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two")]
+    found = past_runs.compare(*sides)
     asked = GateConfig(metric=metric, better_than_base_by=0, worse_than_champion_by=0.1, min_records=2)
     decision = policy.decide(evaluation, evidence.read(store, evaluation), asked, AdapterConfig(name="sums"))
     (rule,) = [each for each in decision.rules if each.name == "not_worse_than_champion"]
@@ -131,21 +131,21 @@ def test_of_one_version_named_twice_it_is_said_that_both_are_the_same(
 
 def test_runs_without_a_common_record_or_an_evaluation_are_refused(store: Store, config_path: Path) -> None:
     two_runs(store, config_path)
-    first, other = (side_by_side.read(store, run_id) for run_id in ("run-one", "run-two"))
+    first, other = (past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two"))
     ids = pa.array([f"x{place}" for place in range(RECORDS)])
     elsewhere = other.records.set_column(0, "id", ids)
     with pytest.raises(DataError, match="run-one and run-two were measured on no common record"):
-        side_by_side.compare(first, replace(other, records=elsewhere))
+        past_runs.compare(first, replace(other, records=elsewhere))
     store.put(runs.run_key("bare", runs.CONFIG), b"")
     with pytest.raises(UserError, match="run bare evaluated nothing"):
-        side_by_side.read(store, "bare")
+        past_runs.read_side(store, "bare")
 
 
 def test_losses_of_other_tokens_are_not_compared(store: Store, config_path: Path) -> None:
     two_runs(store, config_path)
-    first, other = (side_by_side.read(store, run_id) for run_id in ("run-one", "run-two"))
+    first, other = (past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two"))
     twice = pa.array([2 * count for count in other.records.column("answer_tokens").to_pylist()])
     place = other.records.column_names.index("answer_tokens")
     longer = other.records.set_column(place, "answer_tokens", twice)
-    found = side_by_side.compare(first, replace(other, records=longer))
+    found = past_runs.compare(first, replace(other, records=longer))
     assert set(found.gains) == {"exact_match"}

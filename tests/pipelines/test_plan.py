@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from pipelines.commands import plan
-from pipelines.commands.plan import _method_lines
+from pipelines.commands import run
+from pipelines.commands.run import _method_lines
 from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -93,9 +93,9 @@ def test_a_base_that_no_pods_disk_holds_is_exit_1(
     here: Path, monkeypatch: pytest.MonkeyPatch, kind: str, gib: int, exit_code: int
 ) -> None:
     monkeypatch.setattr("pipelines.local.job.answer", lambda *_, **__: {"fits": True, "disk_bytes": gib * 2**30})
-    monkeypatch.setattr(plan, "lines", lambda *_: [])
+    monkeypatch.setattr(run, "lines", lambda *_: [])
     arguments = ["plan", "-c", str(here / "plan.toml"), "--set", f"ray.cluster.kind={kind}"]
-    assert plan._plan(cli.parser().parse_args(arguments)).exit_code == exit_code
+    assert run._plan(cli.parser().parse_args(arguments)).exit_code == exit_code
 
 
 @pytest.mark.slow

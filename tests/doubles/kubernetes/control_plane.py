@@ -18,7 +18,7 @@ from kubernetes import client, config
 
 from infra.checks.manifests import KUBECTL, ROOT, Loader
 from infra.checks.schemas import crds_folder, definitions
-from pipelines.local.ports import choose_ports
+from pipelines.local.server import choose_ports
 
 Resource = dict[str, Any]
 FOLDER = ROOT / ".fineloop" / "kube"

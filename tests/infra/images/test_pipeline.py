@@ -15,8 +15,8 @@ from components.registry.lineage import Code
 from components.registry.versions import read_lineage, resolve, verify_version
 from components.store.store import Store
 from pipelines.local import seaweedfs
-from pipelines.local.ports import choose_ports
 from pipelines.local.ray_head import PORT_FLAGS, answers
+from pipelines.local.server import choose_ports
 from tests.infra.images.containers import LIMITS, LOCKED, podman, podman_tier
 from tests.models.tiny import build_base, colour_rows
 from tests.waiting import wait_until

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.local import guard
-from pipelines.local.service import ROOT, Service
+from pipelines.local.server import ROOT, Service
 from tests.waiting import PATIENCE_S, wait_until
 
 USER = """

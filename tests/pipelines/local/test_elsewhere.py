@@ -12,9 +12,8 @@ from components.records.steps import Evaluation, Measured, StepRecord
 from components.shared.errors import StoreError
 from components.store.store import Store
 from pipelines.cli import main
-from pipelines.local import elsewhere
-from pipelines.local.display import Display
-from pipelines.local.elsewhere import Elsewhere, follow
+from pipelines.local import display
+from pipelines.local.display import Display, Elsewhere, follow
 
 
 def step(store: Store, name: str, minute: int, status: str = "succeeded", **result: object) -> None:
@@ -86,7 +85,7 @@ def test_a_training_without_a_gate_is_over_when_nothing_follows(store: Store, mo
         store, "r1", Evaluation(run_id="r1", records=9, models={"candidate": Measured(version="v1", metrics={})})
     )
     assert not run.look()
-    monkeypatch.setattr(elsewhere, "QUIET_S", -60.0)
+    monkeypatch.setattr(display, "QUIET_S", -60.0)
     assert run.look()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from components.records import runs
 from components.store.store import Store
-from pipelines.local.event_files import EventFiles, beside
+from pipelines.local.run import EventFiles, event_files_beside
 from tests.waiting import wait_until
 
 
@@ -39,7 +39,7 @@ def test_each_record_of_the_curve_is_written_once_as_it_comes(store: Store, tmp_
     assert scalars(tmp_path) == [("train/loss", 1, 2.0), ("train/num_steps", 1, 3.0), ("eval/loss", 1, 1.5)]
     lines += ['{"kind": "train", "step": 2, "loss": 1.0}\n', '{"kind": "train", "step": 3, "loss": null}\n']
     store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
-    with beside(store, "r", tmp_path / "again"):
+    with event_files_beside(store, "r", tmp_path / "again"):
         files.follow()
     files.close()
     assert scalars(tmp_path)[3:] == [("train/loss", 2, 1.0)]

@@ -12,7 +12,7 @@ import pytest
 
 from components.shared.errors import DataError, JobError
 from pipelines.local.job import Job, answer
-from pipelines.local.service import ROOT, job_environment
+from pipelines.local.server import ROOT, job_environment
 from tests.waiting import wait_until
 
 JOB = """

@@ -15,10 +15,8 @@ import pytest
 
 from components.shared.errors import UserError
 from pipelines.local import ray_head, seaweedfs
-from pipelines.local.ports import LOOPBACK
-from pipelines.local.private import CERTIFICATE, KEY, private_folder, write_certificate
 from pipelines.local.seaweedfs import SeaweedFS
-from pipelines.local.service import Service
+from pipelines.local.server import CERTIFICATE, KEY, LOOPBACK, Service, private_folder, write_certificate
 
 ANSWERS_IN_S = 10
 REFUSED = 999

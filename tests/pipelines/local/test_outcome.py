@@ -11,7 +11,7 @@ from components.report.report import PAGES_FROM_RUN
 from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS
 from components.store.store import Store
-from pipelines.local.outcome import Outcome, read_outcome, summary
+from pipelines.local.run import Outcome, read_outcome, summary
 
 
 def test_the_numbers_of_all_metrics_stand_in_columns() -> None:

@@ -1,6 +1,6 @@
 import socket
 
-from pipelines.local.ports import choose_ports
+from pipelines.local.server import choose_ports
 
 
 def test_ports_differ_and_earlier_free_ones_come_back_in_order():

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import grpc
 import pytest
 
-from pipelines.local.ports import choose_ports
 from pipelines.local.ray_head import AGENT, PORT_FLAGS, RayHead
+from pipelines.local.server import choose_ports
 from tests.doubles.http_server import serving
 
 

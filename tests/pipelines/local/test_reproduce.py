@@ -14,7 +14,7 @@ from components.registry.erasures import erase
 from components.registry.versions import publish_version, read_lineage, resolve
 from components.shared.errors import ConfigError, DataError, ObjectMissing
 from components.store.store import Store
-from pipelines.local.reproduce import recipe
+from pipelines.local.past_runs import recipe_of
 from pipelines.local.run import Place, run
 from tests.doubles import datasets
 from tests.doubles.jobs_api import JobsApi
@@ -67,17 +67,17 @@ def test_what_the_recipe_lacks_or_does_not_allow_is_said_before_anything_runs(
     }
     files = {"adapter_model.safetensors": b"one", "adapter_config.json": b"{}"}
     version = publish_version(store, "sums", files, lineage=lineage)
-    made = recipe(store, version, config, [], note="again").config
+    made = recipe_of(store, version, config, [], note="again").config
     assert (made.adapter.note, made.tune.when, made.model.revision) == ("again", "never", "c" * 40)
     assert made.train.start_from == "sums@v1"  # whatever is in production by now
     with pytest.raises(ConfigError, match=r"measured by my\.module:metric"):
-        recipe(store, version, config, ['evaluate.metrics=["my.module:metric"]'], note="")
+        recipe_of(store, version, config, ['evaluate.metrics=["my.module:metric"]'], note="")
     erase(store, "1", by="ann")
     erase(store, "8", by="ann")
     with pytest.raises(
         DataError, match=rf"sums {version.version} cannot be reproduced: .* holds 2 records that were era"
     ):
-        recipe(store, version, config, [], note="")
+        recipe_of(store, version, config, [], note="")
     store.delete([info.key for info in store.list(f"{store.key(dataset.uri).rstrip('/')}/")])
     with pytest.raises(ObjectMissing, match=f"which sums {version.version} was trained on, is gone"):
-        recipe(store, version, config, [], note="")
+        recipe_of(store, version, config, [], note="")

@@ -17,8 +17,7 @@ from components.registry import aliases, event_log, signing, versions
 from components.registry.audit import audit
 from components.shared.errors import ConfigError, DataError, IntegrityError, JobError, UserError
 from components.store.store import Store
-from pipelines.local.outcome import Outcome, summary
-from pipelines.local.run import Place, run
+from pipelines.local.run import Outcome, Place, run, summary
 from tests.doubles.jobs_api import JobsApi
 
 RUN_KEYS = {

@@ -23,7 +23,7 @@ from pipelines.local.local_services import (
     store_environment,
     store_service,
 )
-from pipelines.local.service import ROOT
+from pipelines.local.server import ROOT
 from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.e2e

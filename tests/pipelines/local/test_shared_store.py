@@ -18,7 +18,7 @@ from botocore.config import Config
 
 from components.shared.errors import GroundError, StoreError
 from pipelines.local.local_services import local_services, store_down, store_environment, store_service, store_up
-from pipelines.local.service import ROOT
+from pipelines.local.server import ROOT
 from tests.waiting import PATIENCE_S, wait_until
 
 

@@ -11,8 +11,7 @@ from components.config.schema import RunConfig
 from components.promote.announce import NOTIFIERS, Notifier
 from pipelines.kubeflow.compile import compile_pipeline, compile_promotion
 from pipelines.local.job import Job, answer
-from pipelines.local.service import ROOT
-from pipelines.local.step_secrets import of_step, without_secrets
+from pipelines.local.server import ROOT, of_step, without_secrets
 
 TELLS = "import json, os; print(json.dumps(dict(os.environ)))"
 

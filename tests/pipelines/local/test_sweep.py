@@ -16,8 +16,7 @@ from components.shared.protocol import Line
 from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.display import Display
-from pipelines.local.run import Place, run
-from pipelines.local.sweep import apply, changes, sweep, sweep_lines, with_key
+from pipelines.local.run import Place, apply, changes, run, sweep, sweep_lines, with_key
 from tests.doubles.jobs_api import JobsApi
 
 BEST = Tuned(

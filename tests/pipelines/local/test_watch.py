@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from components.shared.protocol import Line
-from pipelines.local.service import ROOT
-from pipelines.local.watch import watch
+from pipelines.local.job import watch
+from pipelines.local.server import ROOT
 
 PIPELINE = """
 import sys
