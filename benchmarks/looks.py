@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import norm
 
 from components.config.gate import GateConfig
-from components.registry.looks import confidence_at
+from components.registry.event_log import confidence_at
 
 SPREAD = 0.22
 """Nats per token from record to record, of two seeds of the example."""

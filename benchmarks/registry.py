@@ -23,12 +23,13 @@ from components.config import config_file
 from components.config.schema import RegistryConfig
 from components.promote.by_hand import Person, promote_by_hand
 from components.records import runs
-from components.records.pages import LISTED
 from components.records.steps import Decision, Evaluation, Measured
-from components.registry import ancestry, collect
+from components.registry import collect
 from components.registry.aliases import Cause, promote, rollback
+from components.registry.cache import LISTED
 from components.registry.collect import all_adapters
 from components.registry.event_log import append_event, events
+from components.registry.lineage import ancestors, descendants
 from components.registry.versions import list_versions, publish_version, resolve, version_ids
 from components.report.registry_index import Listed
 from components.report.registry_page import write_pages
@@ -96,8 +97,8 @@ def measure(store: Store, versions: int) -> list[tuple[str, ...]]:
         "history": lambda: events(store, NAME),
         "promote": lambda: promote_by_hand(store, f"{NAME}@{made[1]}", Person()),
         "rollback": lambda: rollback(store, NAME),
-        "lineage NAME": lambda: ancestry.ancestors(store, resolve(store, f"{NAME}@{made[0]}")),
-        "lineage --of dataset": lambda: ancestry.descendants(store, NAME, {"dataset": "d7"}),
+        "lineage NAME": lambda: ancestors(store, resolve(store, f"{NAME}@{made[0]}")),
+        "lineage --of dataset": lambda: descendants(store, NAME, {"dataset": "d7"}),
     }
     rows: list[tuple[str, ...]] = [("command", "requests", "seconds", "again: requests", "seconds")]
     for name, command in commands.items():

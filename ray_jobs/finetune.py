@@ -16,7 +16,7 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
 from components.registry import lineage
-from components.registry.erasures import require_none_erased
+from components.registry.between_runs import require_none_erased
 from components.shared import garbage
 from components.shared.durations import counted
 from components.shared.protocol import say

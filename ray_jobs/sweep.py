@@ -18,7 +18,7 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.records.sweep import SweepResult, Trial, Tuned
 from components.registry import lineage
-from components.registry.erasures import require_none_erased
+from components.registry.between_runs import require_none_erased
 from components.shared import garbage
 from components.shared.errors import JobError
 from components.shared.protocol import say

@@ -9,7 +9,7 @@ from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
-from components.registry.erasures import require_none_erased
+from components.registry.between_runs import require_none_erased
 from components.shared.errors import ConfigError, JobError, ObjectMissing
 from components.shared.protocol import TRAINED
 from components.step.step import StepRun

@@ -14,9 +14,8 @@ from components.gate.policy import BEFORE, decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry import signing
-from components.registry.event_log import EventKind, append_event, decisions, events, promotion
+from components.registry.event_log import EventKind, append_event, decided_before, decisions, events, passes, promotion
 from components.registry.identity import version_key
-from components.registry.looks import decided_before, passes
 from components.shared.errors import ConfigError, DataError, IntegrityError, UnknownName
 from components.shared.metrics import metric_of
 from components.store.store import ReadOnce

@@ -24,7 +24,7 @@ from components.gate.comparisons import (
 )
 from components.gate.evidence import Evidence
 from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, Verdict, finite
-from components.registry.looks import confidence_at
+from components.registry.event_log import confidence_at
 from components.shared.errors import DataError
 from components.shared.metrics import Metric, metric_of, metrics_of
 from components.store.store import decode_json, encode_json

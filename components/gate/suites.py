@@ -2,8 +2,7 @@
 
 from components.config.gate import GateConfig
 from components.gate import holm
-from components.records.steps import Evaluation, RuleResult
-from components.records.suites import Suite
+from components.records.steps import Evaluation, RuleResult, Suite
 from components.shared.paired import least_loss, mcnemar, shown_worse
 
 FIELD = "gate.suite_worse_by"

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from components.config import config_file
 from components.config.schema import RegistryConfig
-from components.handover.serve_manifest import served
-from components.handover.serving import FOLDER_VARIABLE
+from components.handover.serve_manifest import FOLDER_VARIABLE, served
 from components.registry.aliases import list_aliases
 from components.registry.event_log import read_event
 from components.registry.versions import pull_version, resolve

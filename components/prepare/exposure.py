@@ -11,12 +11,12 @@ from typing import Literal, cast
 
 from components.prepare.dataset import REJECTS, SplitName
 from components.records import runs
-from components.registry import ancestry, signing, versions
+from components.registry import signing, versions
 from components.registry.aliases import list_aliases
-from components.registry.ancestry import Ancestor
+from components.registry.cache import READS_AT_ONCE
 from components.registry.collect import DATASETS, RUNS
 from components.registry.identity import version_key
-from components.registry.index import READS_AT_ONCE
+from components.registry.lineage import Ancestor, made_from
 from components.shared.errors import ObjectMissing
 from components.store.store import ObjectFile, ObjectInfo, Store
 
@@ -97,14 +97,14 @@ def _holders(store: Store, held: dict[ObjectInfo, set[str]]) -> list[Holder]:
 
 def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
     """The versions that were trained on one of the datasets, their descendants, and those of unknown lineage."""
-    made_from: dict[tuple[str, str], list[Ancestor]] = {}
+    made_of: dict[tuple[str, str], list[Ancestor]] = {}
     unknown: set[tuple[str, str]] = set()
     for name in versions.list_adapters(store):
-        known = ancestry.made_from(store, name)
-        made_from |= {(name, version): ancestors for version, ancestors in known.items()}
+        known = made_from(store, name)
+        made_of |= {(name, version): ancestors for version, ancestors in known.items()}
         unknown |= {(name, version) for version in versions.version_ids(store, name) if version not in known}
     why: dict[tuple[str, str], tuple[Literal["dataset", "parent", "unknown"], str]] = {}
-    for key, ancestors in made_from.items():
+    for key, ancestors in made_of.items():
         if own := next((each.name for each in ancestors if each.kind == "dataset" and each.name in datasets), ""):
             why[key] = ("dataset", own)
     if datasets:
@@ -114,7 +114,7 @@ def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
         uris = {store.uri(version_key(*key)) for key in why}
         children = {
             key: ("parent", "")
-            for key, ancestors in made_from.items()
+            for key, ancestors in made_of.items()
             if key not in why and any(each.kind == "parent" and each.name in uris for each in ancestors)
         }
         why |= cast(dict[tuple[str, str], tuple[Literal["parent"], str]], children)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from components.prepare.workspace import Workspace
-    from components.registry.watermark import Consumed
+    from components.registry.between_runs import Consumed
 
 
 Span = tuple[int, int]

@@ -24,8 +24,8 @@ from components.prepare.validation import Reader, Rules, read_here
 from components.prepare.workspace import Workspace
 from components.records import runs
 from components.records.steps import Decision
-from components.registry import erasures
-from components.registry.erasures import NONE_ERASED, Erased
+from components.registry import between_runs
+from components.registry.between_runs import NONE_ERASED, Erased
 from components.shared import memory
 from components.shared.durations import counted
 from components.shared.errors import DataError
@@ -33,7 +33,7 @@ from components.shared.metrics import never_trained_text
 from components.step.step import StepRun
 
 if TYPE_CHECKING:
-    from components.registry.watermark import Consumed
+    from components.registry.between_runs import Consumed
     from components.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) ->
     """
     with _in_memory(), _opened(config) as work:
         sources = find_sources(config.data.source)
-        return _publish(config, store, work, *_read(config, sources, work, erasures.erased(store), reader))
+        return _publish(config, store, work, *_read(config, sources, work, between_runs.erased(store), reader))
 
 
 @contextlib.contextmanager
@@ -144,11 +144,11 @@ def prepare_if_new(
     Raises:
         FineloopError: as for `prepare`.
     """
-    from components.registry import watermark
+    from components.registry import between_runs
     from components.store import folders
 
     minimum, as_of = step_run.config.data.min_new_records, folders.now()
-    consumed = watermark.read(step_run.store, step_run.config.adapter.name)
+    consumed = between_runs.read_watermark(step_run.store, step_run.config.adapter.name)
     if consumed is not None and consumed.run_id == step_run.run_id:
         consumed = None  # this very run has ended before: a repetition has nothing new, and should give the same result
     sources = find_sources(step_run.config.data.source)
@@ -157,9 +157,13 @@ def prepare_if_new(
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
     with _in_memory(), _opened(step_run.config) as work:
-        read, unique = _read(step_run.config, sources, work, erasures.erased(step_run.store), reader)
-        contents = watermark.content_ids(news.contents(work))
-        num_new = news.count_new(contents, watermark.contents(step_run.store, consumed)) if consumed else len(contents)
+        read, unique = _read(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
+        contents = between_runs.content_ids(news.contents(work))
+        num_new = (
+            news.count_new(contents, between_runs.consumed_contents(step_run.store, consumed))
+            if consumed
+            else len(contents)
+        )
         step_run.result.update(new_records=num_new)
         if consumed and num_new < minimum:
             few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
@@ -171,7 +175,7 @@ def prepare_if_new(
             if line := too_few_to_replace(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id):
                 step_run.say(line)
     fingerprints = {source.name: source.fingerprint for source in sources}
-    watermark.note(step_run.store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
+    between_runs.note_consumed(step_run.store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     step_run.result.update(vars(prepared))
     since = f"; {_are_new(num_new)} since run {consumed.run_id}" if consumed else ""
     step_run.say(prepared.summary + since)

@@ -23,8 +23,7 @@ from components.prepare.texts import Texts
 from components.prepare.workspace import Workspace
 from components.registry import signing
 from components.registry.aliases import read_alias
-from components.registry.event_log import events
-from components.registry.looks import decided_before, next_part
+from components.registry.event_log import decided_before, events, next_part
 from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import metric_of
 from components.store.store import Store

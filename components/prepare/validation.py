@@ -19,7 +19,7 @@ from components.prepare.rows import read_rows
 from components.prepare.shapes import Row, Shape, as_record, columns_read, id_of, is_record, recognised
 from components.prepare.sources import Source, local_copies
 from components.prepare.validate import KeyedRecord, ids_of, unread_keys, validate
-from components.registry.erasures import NONE_ERASED, Erased
+from components.registry.between_runs import NONE_ERASED, Erased
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:

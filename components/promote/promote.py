@@ -8,7 +8,7 @@ import os
 from components.promote.announce import announce
 from components.records import runs
 from components.records.steps import Decision
-from components.registry import aliases, signing, watermark
+from components.registry import aliases, between_runs, signing
 from components.registry.event_log import Event
 from components.shared.errors import DataError
 from components.step.step import StepRun
@@ -41,7 +41,7 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
     event = take_alias(step_run.store, decision, decision_sha256, actor=aliases.PIPELINE, reason=cause)
     step_run.result.update(event.move())  # at once: the alias has moved, whatever fails from here on
     step_run.say(f"{name}@{alias} is now {version}")
-    watermark.advance(step_run.store, name, run_id)
+    between_runs.advance_watermark(step_run.store, name, run_id)
     if outcomes := announce(step_run.config.announce, step_run.store, name, event, os.environ):
         step_run.result["announced"] = outcomes
     return event.uri
@@ -80,7 +80,7 @@ def take_alias(store: Store, decision: Decision, decision_sha256: str, *, actor:
 def hold(step_run: StepRun) -> str:
     """Leave the alias alone and return the decision's URI; the gate has recorded the refusal."""
     decision = runs.read(step_run.store, step_run.run_id, Decision)
-    watermark.advance(step_run.store, decision.adapter, step_run.run_id)
+    between_runs.advance_watermark(step_run.store, decision.adapter, step_run.run_id)
     step_run.result.update(version=decision.version, reasons=list(decision.reasons))
     step_run.say(f"{decision.adapter}@{decision.alias} stays where it is: {' '.join(decision.reasons)}")
     return step_run.store.uri(runs.key_of(step_run.store, step_run.run_id, runs.DECISION))

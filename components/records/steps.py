@@ -6,17 +6,20 @@ would misunderstand a record, which it then refuses; release 0.1.0 wrote no form
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.records.harness import HarnessScores
-from components.records.part import Part
-from components.records.suites import Suite
-from components.records.usage import Usage
 from components.shared.errors import IntegrityError
 from components.store.store import decode_json, encode_json
+
+
+class Part(BaseModel):
+    """A part of a record: frozen, and open to keys that later releases add."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, ser_json_inf_nan="null")
+
 
 Role = Literal["base", "champion", "candidate", "anchor"]
 ROLES: tuple[Role, ...] = ("base", "champion", "candidate")
@@ -62,6 +65,181 @@ class Record(Part):
     def sha256(self) -> str:
         """SHA-256 of the record as it is written, in hex."""
         return hashlib.sha256(self.as_json()).hexdigest()
+
+
+# Resources that a training used.
+
+
+class Usage(Part):
+    """Resources used by the job that took the last step, unless a field says otherwise; None means unknown."""
+
+    workers: int
+    """Number of workers at the last step."""
+    gpu: str
+    """GPU model of each worker; empty if they had no GPU."""
+    held_s: float
+    """Seconds from the start of the job to the last step, summed over the workers."""
+    in_steps_s: float
+    """Seconds spent in the whole training's steps, summed over the workers, without steps that were lost."""
+    tokens: int
+    restarts: int
+    """How often workers restarted after steps had been taken; like `steps_repeated`, over the whole training."""
+    steps_repeated: int
+    """Number of steps taken again after restarts. Only recorded steps count; they are recorded every few seconds."""
+    flops: float | None
+    """Operations of forward and backward passes, including recomputed ones, by the plan's count per token."""
+    flops_with_parents: float | None
+    """`flops` plus the operations of the versions that the training went on from."""
+    s3_requests: int
+    """S3 requests of the workers that took the last step, without the driver's; the same holds for the bytes below."""
+    s3_read_bytes: int
+    s3_written_bytes: int
+    price: float | None
+    """US dollars for `held_s`; None without GPUs, or if the GPUs have no price."""
+    price_source: str
+
+    @property
+    def hours(self) -> float:
+        """Worker-hours: `held_s` in hours."""
+        return self.held_s / 3600
+
+
+# Results of an evaluation outside the domain: suites of questions, whose answers pass or fail.
+
+MOST_LOST, MOST_CHARS = 3, 300
+
+
+class LostItem(Part):
+    """A question to which the base's answer passes and the candidate's does not."""
+
+    prompt: str
+    answer: str
+    """The candidate's answer, or its beginning."""
+
+
+class Suite(Part):
+    """Which questions of a suite each model passes."""
+
+    name: str
+    title: str
+    meaning: str
+    """What counts as a pass, in a few words."""
+    sha256: str
+    """SHA-256 of the questions as the base tokenizes them, the criteria for answers, and their maximum length."""
+    base_format: str = ""
+    """Number format of the base's weights: bf16, nf4 or int8."""
+    items: int
+    left_out: str = ""
+    """Why no model was asked; empty if one was."""
+    passes: dict[str, list[bool]]
+    """Whether each item passes, by role; roles on another base than the candidate's are left out."""
+    lost: tuple[LostItem, ...] = ()
+    """A few of the items that the base passes and the candidate does not."""
+
+    def passed(self, role: str) -> int | None:
+        """Return the number of items that a role passes; None if it was not asked."""
+        return sum(self.passes[role]) if role in self.passes else None
+
+    @property
+    def summary(self) -> str:
+        """Number of items that each role passes, in one line."""
+        if self.left_out:
+            return f"suite {self.name}: left out, {self.left_out}"
+        counts = ", ".join(f"{role} {sum(passes)}" for role, passes in self.passes.items())
+        return f"suite {self.name}: of {self.items} items {counts}"
+
+    def won_and_lost(self, against: str) -> tuple[int, int] | None:
+        """Count the items that only the candidate passes, and only the other; None if either was not asked."""
+        if "candidate" not in self.passes or against not in self.passes:
+            return None
+        pairs = list(zip(self.passes["candidate"], self.passes[against], strict=True))
+        return pairs.count((True, False)), pairs.count((False, True))
+
+    def with_answers(
+        self, passes: Mapping[str, list[bool]], said: Sequence[str] | None, prompts: Sequence[str]
+    ) -> "Suite":
+        """Return a copy with the passes, and a few of the candidate's lost items if it was asked."""
+        lost: list[LostItem] = []
+        if said is not None and "base" in passes:
+            items = zip(prompts, said, passes["base"], passes["candidate"], strict=True)
+            lost = [
+                LostItem(prompt=prompt, answer=answer[:MOST_CHARS])
+                for prompt, answer, before, after in items
+                if before and not after
+            ]
+        return self.model_copy(update={"passes": dict(passes), "lost": tuple(lost[:MOST_LOST])})
+
+
+# Scores of the compared models on lm-evaluation-harness tasks. No rule of the gate reads them.
+
+
+class TaskScore(Part):
+    """One metric of one task, or of a group of tasks, for one model."""
+
+    task: str
+    metric: str
+    """The metric's name in the task; if a filter processed the answers, with the filter's name."""
+    value: float | None
+    """The metric's value; None if it is not a finite number."""
+    stderr: float | None = None
+    """Standard error of `value` over the task's documents; None if the task reports none."""
+
+
+class HarnessScores(Part):
+    """Scores of all tasks that a run asked for."""
+
+    lm_eval: str
+    """Version of lm-evaluation-harness that ran; it also fixes the tasks that it ships, and their versions."""
+    tasks: tuple[str, ...]
+    """Names of tasks, groups or tags, as in the config."""
+    limit: int | None = None
+    """Maximum number of documents per task; None means all."""
+    include_sha256: str = ""
+    """SHA-256 of the folder of custom tasks (`evaluate.lm_eval_include`); empty if there is none."""
+    base_format: str = ""
+    """Number format of the base's weights: bf16, nf4 or int8."""
+    left_out: str = ""
+    """Why no model was measured; empty if one was."""
+    scores: dict[str, tuple[TaskScore, ...]] = {}
+    """Scores by role; roles on another base than the candidate's are left out."""
+
+    def same_tasks(self, other: "HarnessScores") -> bool:
+        """Whether these scores and the other's are comparable: same harness version, tasks, limit and custom tasks."""
+        return all(
+            getattr(self, name) == getattr(other, name) for name in ("lm_eval", "tasks", "limit", "include_sha256")
+        )
+
+    def score(self, role: str, task: str, metric: str) -> TaskScore | None:
+        """Return one model's score for one metric of one task; None if it was not measured."""
+        return next((each for each in self.scores.get(role, ()) if (each.task, each.metric) == (task, metric)), None)
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """The (task, metric) pairs that were measured, in the order of the tasks."""
+        return list(dict.fromkeys((each.task, each.metric) for scores in self.scores.values() for each in scores))
+
+    @property
+    def summary(self) -> list[str]:
+        """One line for each task or group in the config, or for everything measured if the config names tags."""
+        if self.left_out:
+            return [f"lm-eval: left out, {self.left_out}"]
+        measured = list(dict.fromkeys(task for task, _ in self.rows))
+        shown = self.tasks if set(self.tasks) <= set(measured) else measured
+        return [f"lm-eval {task}: {', '.join(self._scores_of(task))}" for task in shown]
+
+    def _scores_of(self, task: str) -> Sequence[str]:
+        result = []
+        for metric in (metric for name, metric in self.rows if name == task):
+            found: Mapping[str, TaskScore | None] = {role: self.score(role, task, metric) for role in self.scores}
+            result.append(f"{metric} {', '.join(f'{role} {score_text(each)}' for role, each in found.items())}")
+        return result
+
+
+def score_text(score: TaskScore | None) -> str:
+    """Format a score with its standard error; a dash if there is no value."""
+    if score is None or score.value is None:
+        return "–"  # noqa: RUF001 - a dash for a number that is not there
+    return f"{score.value:.4g}" + (f" ± {score.stderr:.2g}" if score.stderr is not None else "")
 
 
 class Prepared(Record):

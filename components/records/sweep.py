@@ -2,8 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from components.records.part import Part
-from components.records.steps import Record, TextLosses
+from components.records.steps import Part, Record, TextLosses
 
 TrialStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
 

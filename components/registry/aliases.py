@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from components.records.pages import changing
 from components.registry import signing
+from components.registry.cache import changing
 from components.registry.event_log import (
     ID_LENGTH,
     Body,

@@ -11,12 +11,12 @@ from itertools import chain
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation
-from components.registry import aliases, signing, versions, watermark
+from components.registry import aliases, between_runs, signing, versions
 from components.registry.aliases import Pointer, read_alias
-from components.registry.ancestry import BASE_FIELDS
+from components.registry.cache import READS_AT_ONCE
 from components.registry.event_log import MOVE_KINDS, Event, decisions, events_key, is_chain, moves, read_log
 from components.registry.identity import TOKENS, adapter_key, verify_whole, version_key
-from components.registry.index import READS_AT_ONCE
+from components.registry.lineage import BASE_FIELDS
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.folders import Manifest, verify
 from components.store.store import Store, decode_json
@@ -248,8 +248,8 @@ def _tokens(store: Store, prefix: str, trained_on: Mapping[tuple[str, str], str]
 def _watermark(store: Store, name: str) -> Iterator[Finding]:
     """Check the record of what the last run with a decision had read. It may be gone: then everything counts as new."""
     try:
-        if consumed := watermark.read(store, name):
-            watermark.contents(store, consumed)
+        if consumed := between_runs.read_watermark(store, name):
+            between_runs.consumed_contents(store, consumed)
     except IntegrityError as exc:
         yield Finding(store.uri(adapter_key(name, "watermark.json")), f"leads to what cannot be read: {exc}")
 

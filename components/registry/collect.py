@@ -21,16 +21,15 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from components.config.methods import METHODS, OWN_BASE
-from components.records import pages, runs
-from components.records.pages import changing
+from components.records import runs
 from components.records.runs import Replayed
 from components.records.steps import Decision, Evaluation, TrainResult
-from components.registry import signing, versions
+from components.registry import cache, signing, versions
 from components.registry.aliases import aliases_key, list_aliases, parse_aliases
-from components.registry.ancestry import Ancestor, of_record
+from components.registry.cache import READS_AT_ONCE, changing, documents
 from components.registry.event_log import MOVE_KINDS, Event, append_event, event_at, events_key, parse_log, waiting
 from components.registry.identity import VERSION_PATTERN, adapter_key, version_key
-from components.registry.index import READS_AT_ONCE, documents
+from components.registry.lineage import Ancestor, of_record
 from components.registry.versions import LINEAGE, Version
 from components.shared.errors import IntegrityError
 from components.store import folders
@@ -195,14 +194,14 @@ def _key(name: str, version: str, file: str) -> str:
 def all_adapters(store: Store) -> dict[str, Summary]:
     """Every adapter by its name, to be shown. Read are those that have changed since the list of them was written."""
     # The marks first, then the list, then the adapters: what changes meanwhile has another mark the next time.
-    marks = {info.key.removeprefix(pages.CHANGED): info for info in store.list(pages.CHANGED)}
-    was, now = pages.read_entries(store), datetime.now(UTC)
+    marks = {info.key.removeprefix(cache.CHANGED): info for info in store.list(cache.CHANGED)}
+    was, now = cache.read_entries(store), datetime.now(UTC)
     entries, _ = was
 
     def one(name: str) -> Summary:
         mark = marks[name].etag if name in marks else ""
         try:
-            known = _SUMMARY.validate_python(entries.get(name, {}).get(pages.LISTING))
+            known = _SUMMARY.validate_python(entries.get(name, {}).get(cache.LISTING))
         except ValidationError:
             return summary(store, name, mark)
         return known if known.mark == mark else summary(store, name, mark)
@@ -210,10 +209,10 @@ def all_adapters(store: Store) -> dict[str, Summary]:
     names = versions.list_adapters(store)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = dict(zip(names, pool.map(one, names), strict=True))
-    settled = {name: asdict(each) for name, each in found.items() if pages.is_settled(marks.get(name), now)}
-    if any(entries.get(name, {}).get(pages.LISTING) != each for name, each in settled.items()):
-        changed = {name: {pages.LISTING: each} for name, each in settled.items()}
-        pages.write_entries(store, lambda old: old | {n: old.get(n, {}) | new for n, new in changed.items()}, was)
+    settled = {name: asdict(each) for name, each in found.items() if cache.is_settled(marks.get(name), now)}
+    if any(entries.get(name, {}).get(cache.LISTING) != each for name, each in settled.items()):
+        changed = {name: {cache.LISTING: each} for name, each in settled.items()}
+        cache.write_entries(store, lambda old: old | {n: old.get(n, {}) | new for n, new in changed.items()}, was)
     return found
 
 

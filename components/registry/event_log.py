@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -12,102 +12,12 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import Field, TypeAdapter
 
-from components.records.part import Part
+from components.records.steps import Part
+from components.registry.cache import READS_AT_ONCE, remembered
 from components.registry.identity import adapter_key
-from components.registry.index import READS_AT_ONCE, remembered
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store.folders import Manifest, now
 from components.store.store import JSON, Store, decode_json, encode_json
-
-# Reads an adapter's history from its event log; pure.
-
-MOVE_KINDS = ("promoted", "overridden", "rolled_back")
-
-
-def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
-    """Whether a gate refused the version for this alias, or left it to a person who has not approved it yet."""
-    about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
-    about = [event for event in about if not changed_nothing(event)]
-    if any(event.kind == "refused" for event in about):
-        return True
-    approved = any(event.kind == "promoted" and event.body["to"] == version for event in moves(log, alias))
-    return not approved and any(event.kind == "proposed" for event in about)
-
-
-def promotion(log: Sequence["Event"], run_id: str, alias: str) -> "Event | None":
-    """The move that carried out the run's decision; None if none did."""
-    carried_out = [event for event in moves(log, alias) if event.body.get("run_id") == run_id]
-    return next((event for event in carried_out if event.body.get("evidence", {}).get("sha256")), None)
-
-
-def decisions(log: Sequence["Event"]) -> dict[str, tuple[str, "Event"]]:
-    """The decision of each run that a move carried out, or else that waits for a person: its sha256, and the event."""
-    proposed = {
-        str(event.body.get("run_id")): (str(event.body.get("decision_sha256")), event)
-        for event in log
-        if event.kind == "proposed"
-    }
-    moved = [(event.body.get("evidence", {}), event) for event in log if event.kind in MOVE_KINDS]
-    return proposed | {
-        PurePosixPath(evidence["decision"]).parent.name: (evidence["sha256"], event)
-        for evidence, event in moved
-        if {"decision", "sha256"} <= evidence.keys()
-    }
-
-
-def changed_nothing(event: "Event") -> bool:
-    """Whether the candidate already held the alias: up to release 0.1.0 a gate recorded that as a refusal."""
-    version = event.body.get("version")
-    return event.kind == "refused" and version is not None and version == event.body.get("champion")
-
-
-def is_override(log: Sequence["Event"], version: str, alias: str) -> bool:
-    """Whether going back to the version overrides a gate: the gate holds it back, and it never held the alias."""
-    return is_held(log, version, alias) and all(event.body["to"] != version for event in moves(log, alias))
-
-
-def waiting(log: Sequence["Event"], holders: Mapping[str, str]) -> set[str]:
-    """The versions that a gate left to a person, who may still approve them, because the version that they were
-    compared with still holds the alias. `holders` are versions by alias."""
-    proposed = [event.body for event in log if event.kind == "proposed"]
-    return {
-        str(body.get("version")) for body in proposed if body.get("champion") == holders.get(str(body.get("alias")))
-    }
-
-
-def moves(log: Sequence["Event"], alias: str) -> list["Event"]:
-    """The events that moved the alias, in the order of the log, oldest first."""
-    return [event for event in log if event.kind in MOVE_KINDS and event.body["alias"] == alias]
-
-
-def is_chain(moves: Sequence["Event"]) -> bool:
-    """Whether each move begins where the one before it ended and names it, and the first began without an alias.
-
-    The moves of release 0.1.0 do not name the one before; after a move that does, all do.
-    """
-    if not moves or moves[0].body["from"] is not None or moves[0].body.get("previous") is not None:
-        return False
-    return all(
-        later.body["from"] == earlier.body["to"]
-        and (
-            later.body["previous"] == earlier.reference if "previous" in later.body else "previous" not in earlier.body
-        )
-        for earlier, later in pairwise(moves)
-    )
-
-
-def standing(moves: Sequence["Event"]) -> list["Event"]:
-    """The moves that are not rolled back, oldest first; a rollback drops the moves after the one that it returns to."""
-    held: list[Event] = []
-    for event in moves:
-        version = event.body["to"]
-        if event.kind == "rolled_back" and any(earlier.body["to"] == version for earlier in held):
-            while held[-1].body["to"] != version:
-                held.pop()
-        else:
-            held.append(event)
-    return held
-
 
 # One entry of an adapter's event log.
 
@@ -197,6 +107,7 @@ def event_sha256(kind: str, body: Mapping[str, Any]) -> str:
 
 
 logger = logging.getLogger(__name__)
+
 
 FORMAT = 1
 ID_LENGTH = 12
@@ -392,3 +303,176 @@ def _record(name: str, kind: EventKind, at: str, body: Mapping[str, Any], event_
 def _key(name: str, reference: Reference) -> str:
     file = f"{reference['time'].replace(':', '')}-{reference['sha256'][:ID_LENGTH]}.json"
     return adapter_key(name, "events", file)
+
+
+# Reads an adapter's history from its event log; pure.
+
+MOVE_KINDS = ("promoted", "overridden", "rolled_back")
+
+
+def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
+    """Whether a gate refused the version for this alias, or left it to a person who has not approved it yet."""
+    about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
+    about = [event for event in about if not changed_nothing(event)]
+    if any(event.kind == "refused" for event in about):
+        return True
+    approved = any(event.kind == "promoted" and event.body["to"] == version for event in moves(log, alias))
+    return not approved and any(event.kind == "proposed" for event in about)
+
+
+def promotion(log: Sequence["Event"], run_id: str, alias: str) -> "Event | None":
+    """The move that carried out the run's decision; None if none did."""
+    carried_out = [event for event in moves(log, alias) if event.body.get("run_id") == run_id]
+    return next((event for event in carried_out if event.body.get("evidence", {}).get("sha256")), None)
+
+
+def decisions(log: Sequence["Event"]) -> dict[str, tuple[str, "Event"]]:
+    """The decision of each run that a move carried out, or else that waits for a person: its sha256, and the event."""
+    proposed = {
+        str(event.body.get("run_id")): (str(event.body.get("decision_sha256")), event)
+        for event in log
+        if event.kind == "proposed"
+    }
+    moved = [(event.body.get("evidence", {}), event) for event in log if event.kind in MOVE_KINDS]
+    return proposed | {
+        PurePosixPath(evidence["decision"]).parent.name: (evidence["sha256"], event)
+        for evidence, event in moved
+        if {"decision", "sha256"} <= evidence.keys()
+    }
+
+
+def changed_nothing(event: "Event") -> bool:
+    """Whether the candidate already held the alias: up to release 0.1.0 a gate recorded that as a refusal."""
+    version = event.body.get("version")
+    return event.kind == "refused" and version is not None and version == event.body.get("champion")
+
+
+def is_override(log: Sequence["Event"], version: str, alias: str) -> bool:
+    """Whether going back to the version overrides a gate: the gate holds it back, and it never held the alias."""
+    return is_held(log, version, alias) and all(event.body["to"] != version for event in moves(log, alias))
+
+
+def waiting(log: Sequence["Event"], holders: Mapping[str, str]) -> set[str]:
+    """The versions that a gate left to a person, who may still approve them, because the version that they were
+    compared with still holds the alias. `holders` are versions by alias."""
+    proposed = [event.body for event in log if event.kind == "proposed"]
+    return {
+        str(body.get("version")) for body in proposed if body.get("champion") == holders.get(str(body.get("alias")))
+    }
+
+
+def moves(log: Sequence["Event"], alias: str) -> list["Event"]:
+    """The events that moved the alias, in the order of the log, oldest first."""
+    return [event for event in log if event.kind in MOVE_KINDS and event.body["alias"] == alias]
+
+
+def is_chain(moves: Sequence["Event"]) -> bool:
+    """Whether each move begins where the one before it ended and names it, and the first began without an alias.
+
+    The moves of release 0.1.0 do not name the one before; after a move that does, all do.
+    """
+    if not moves or moves[0].body["from"] is not None or moves[0].body.get("previous") is not None:
+        return False
+    return all(
+        later.body["from"] == earlier.body["to"]
+        and (
+            later.body["previous"] == earlier.reference if "previous" in later.body else "previous" not in earlier.body
+        )
+        for earlier, later in pairwise(moves)
+    )
+
+
+def standing(moves: Sequence["Event"]) -> list["Event"]:
+    """The moves that are not rolled back, oldest first; a rollback drops the moves after the one that it returns to."""
+    held: list[Event] = []
+    for event in moves:
+        version = event.body["to"]
+        if event.kind == "rolled_back" and any(earlier.body["to"] == version for earlier in held):
+            while held[-1].body["to"] != version:
+                held.pop()
+        else:
+            held.append(event)
+    return held
+
+
+# Counts of the decisions made on a test set, and the confidence and the fold for the next decision; pure.
+
+SAME = 0.5
+"""Share of its sample that a test set has in common with itself after a refresh, at least."""
+
+
+def decided_before(
+    log: Sequence["Event"],
+    alias: str,
+    test_set: Sequence[str],
+    *,
+    run_id: str,
+    counts: Callable[["Event"], bool] = lambda event: True,
+) -> list["Event"]:
+    """Return the event about the outcome of each run other than `run_id` on this test set, oldest first.
+
+    `test_set` is the sample of the test set that an evaluation names; without it, earlier decisions are unknown.
+    `counts` tells whether there is a decision behind an event: a training may write events too.
+    """
+    return _of_other_runs(_about(log, alias, test_set), run_id, counts)
+
+
+def passes(
+    log: Sequence["Event"],
+    alias: str,
+    test_set: Sequence[str],
+    *,
+    run_id: str,
+    counts: Callable[["Event"], bool] = lambda event: True,
+) -> int:
+    """Return how many of the earlier decisions replaced one version by another, by the gate's own rules."""
+    moved = [each for each in _about(log, alias, test_set) if each.kind == "promoted" and each.body.get("from")]
+    return len(_of_other_runs(moved, run_id, counts))
+
+
+def next_part(decided: Sequence[int], *, enough: int) -> int:
+    """Return the fold of a test set to use next; `decided` counts the decisions made on each fold.
+
+    It is the first fold with fewer than `enough` decisions, so that the folds after it stay in reserve, or else the
+    one with the fewest.
+    """
+    return min(range(len(decided)), key=lambda part: (max(decided[part], enough - 1), part))
+
+
+def confidence_at(look: int, confidence: float, passed: int = 0) -> float:
+    """Return the confidence required of the k-th look, after `passed` passes: LOND, with 1 / (k (k + 1)) as sequence.
+
+    The false discovery rate, the expected share of wrong passes among all passes on a test set, is at most the error
+    rate of one look, however many looks there will be (Javanmard and Montanari, arXiv:1502.06197; for looks that depend
+    on each other positively, as those at the same records do, Zrnic, Ramdas and Jordan, arXiv:1812.05068). While at
+    most one look has passed, all looks together have that error rate.
+    """
+    return 1 - (1 - confidence) * max(passed, 1) / (look * (look + 1))
+
+
+def _about(log: Sequence["Event"], alias: str, test_set: Sequence[str]) -> list["Event"]:
+    """Return the events about decisions on the alias by this test set."""
+    ours = set(test_set)
+    return [
+        event
+        for event in log
+        if event.body.get("alias") == alias
+        and not changed_nothing(event)
+        and ours
+        and len(ours & _sample(event.body)) >= SAME * len(ours)
+    ]
+
+
+def _of_other_runs(candidates: Sequence["Event"], run_id: str, counts: Callable[["Event"], bool]) -> list["Event"]:
+    """Return the first event of each other run that counts; one that does not must not hide one that does."""
+    by_run: dict[str, Event] = {}
+    for event in candidates:
+        other = str(event.body.get("run_id", ""))
+        if other != run_id and other not in by_run and counts(event):
+            by_run[other] = event
+    return list(by_run.values())
+
+
+def _sample(body: Mapping[str, Any]) -> set[str]:
+    """Return the sample of the test set: it is in the body of a refusal, and in the evidence of a promotion."""
+    return set(body.get("test_set") or body.get("evidence", {}).get("test_set") or ())

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from components.records import runs
-from components.records.pages import changing
 from components.records.steps import Evaluation
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases, read_alias
+from components.registry.cache import changing, remembered
 from components.registry.event_log import append_event, events, publication, require_published
 from components.registry.identity import (
     ID_DIGITS,
@@ -22,7 +22,6 @@ from components.registry.identity import (
     version_id,
     version_key,
 )
-from components.registry.index import remembered
 from components.registry.signing import require_signed
 from components.shared.errors import Conflict, IntegrityError, UnknownName, UserError
 from components.store import folders

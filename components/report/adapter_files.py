@@ -11,12 +11,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.records import runs
-from components.records.pages import mark_of
 from components.records.steps import Decision, Evaluation, Record
 from components.registry import event_log, versions
 from components.registry.aliases import aliases_key, event_of, list_aliases
+from components.registry.cache import Index, mark_of
 from components.registry.identity import adapter_key, version_key
-from components.registry.index import Index
 from components.registry.versions import Version
 from components.report.html import parse_moment
 from components.report.published import Published

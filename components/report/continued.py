@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from components.registry import ancestry
+from components.registry.lineage import of_record
 from components.report.adapter_files import AdapterFiles, trained
 from components.report.run_files import Afresh, RunFiles
 from components.shared.metrics import METRICS
@@ -11,7 +11,7 @@ from components.shared.metrics import METRICS
 
 def parent_of(lineage: Mapping[str, Any] | None) -> str | None:
     """The version that the training went on from; None if it started afresh."""
-    parents = [each.name for each in ancestry.of_record(lineage or {}) if each.kind == "parent"]
+    parents = [each.name for each in of_record(lineage or {}) if each.kind == "parent"]
     return parents[0].rpartition("/")[2] if parents else None
 
 

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from components.config.schema import RunConfig
 from components.records import runs
-from components.registry.ancestry import Ancestor, of_record
 from components.registry.identity import version_key
+from components.registry.lineage import Ancestor, of_record
 from components.report.run_files import RunFiles
 from components.store.store import Store
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from components.records.pages import LISTING, Entries, read_entries, write_entries
 from components.records.runs import PAGES
 from components.records.steps import Evaluation
 from components.registry import versions
 from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
+from components.registry.cache import LISTING, Entries, read_entries, write_entries
 from components.registry.collect import Summary
 from components.report.adapter_files import AdapterFiles
 from components.report.happened import what, when, who, why

@@ -15,8 +15,7 @@ from components.config.config_file import key_paths
 from components.config.ray import price_per_hour
 from components.config.schema import RunConfig
 from components.records.runs import Replayed
-from components.records.steps import ROLES, Role, StepRecord
-from components.records.usage import Usage
+from components.records.steps import ROLES, Role, StepRecord, Usage
 from components.registry.aliases import PRODUCTION
 from components.report import continued, forest
 from components.report.comparison import names

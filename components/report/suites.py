@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.config.gate import GateConfig
-from components.records.harness import score_text
-from components.records.steps import ROLES, Role
-from components.records.suites import LostItem, Suite
+from components.records.steps import ROLES, LostItem, Role, Suite, score_text
 from components.report.run_files import RunFiles
 from components.report.sections import clipped
 from components.shared.paired import least_loss, mcnemar

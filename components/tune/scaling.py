@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from components.config.schema import RunConfig
-from components.registry.rates import FoundRate
+from components.registry.between_runs import FoundRate
 
 SOURCE = "arXiv:2602.04998"
 # In that paper LoRA's best rate fell 5.6 times from rank 4 to 256, rose 5.6 times from batches of 16 to 128, and fell

@@ -6,9 +6,8 @@ from components.ray_cluster.base_size import require_disk
 from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.sweep import SweepResult, TunedRate
-from components.registry import rates
-from components.registry.erasures import require_none_erased
-from components.registry.rates import FoundRate
+from components.registry import between_runs
+from components.registry.between_runs import FoundRate, require_none_erased
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
 from components.store import folders
@@ -26,8 +25,10 @@ def tune(step_run: StepRun, *, dataset_uri: str) -> float:
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
     require_none_erased(store, dataset_uri)
     dataset = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about
-    found = rates.recall(store, config)
-    advice = scaling.advice([found] if found else rates.similar(store, config), config, dataset["train_records"])
+    found = between_runs.recall_rate(store, config)
+    advice = scaling.advice(
+        [found] if found else between_runs.similar_rates(store, config), config, dataset["train_records"]
+    )
     if advice:
         step_run.say(advice)
     if is_due(config.tune.when, found, dataset["dataset_id"]) and (
@@ -71,7 +72,7 @@ def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
     own = _of_config(result, config, train_records)
     if own is not None:
-        rates.remember(store, config, own)
+        between_runs.remember_rate(store, config, own)
     return own
 
 

@@ -377,8 +377,8 @@ def _rollback(options: argparse.Namespace) -> Answer:
 def _moved(options: argparse.Namespace, name: str, move: "Callable[[Store], Event]") -> Answer:
     """Move an alias and print it, and notify the servers that the config names; not where it was there before."""
     from components.promote.announce import announce
-    from components.records.pages import forget
     from components.registry.aliases import read_alias
+    from components.registry.cache import forget
     from pipelines.commands.registry_answers import move_shown
 
     with opened_registry(options) as store:
@@ -421,18 +421,18 @@ def _history(options: argparse.Namespace) -> Answer:
 
 
 def _lineage(options: argparse.Namespace) -> Answer:
-    from components.registry import ancestry
+    from components.registry.lineage import ancestors, descendants, parse_terms
     from components.registry.versions import read_lineage, require_adapter, resolve
     from pipelines.commands.registry_answers import ancestry_shown, descendants_shown
 
-    terms = ancestry.parse_terms(options.of)
+    terms = parse_terms(options.of)
     with opened_registry(options) as store:
         if terms:
             require_adapter(store, options.reference)
-            return descendants_shown(options.reference, ancestry.descendants(store, options.reference, terms))
+            return descendants_shown(options.reference, descendants(store, options.reference, terms))
         version = resolve(store, options.reference)
         if options.tree:
-            return ancestry_shown(ancestry.ancestors(store, version))
+            return ancestry_shown(ancestors(store, version))
         lineage = read_lineage(store, version)
     return Answer(lineage, json.dumps(lineage, indent=2))
 

@@ -28,7 +28,7 @@ from pipelines.configs import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
     from components.prepare.exposure import Exposed, Exposure
-    from components.registry.erasures import Erasure
+    from components.registry.between_runs import Erasure
 
 
 # `fineloop data erase`.
@@ -57,7 +57,7 @@ def add_erase(verbs: Any) -> None:
 
 def _erase(options: argparse.Namespace) -> Answer:
     from components.prepare.exposure import find
-    from components.registry.erasures import erase
+    from components.registry.between_runs import erase
 
     ids = list(dict.fromkeys(options.ids))
     with opened_registry(options) as store:

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from components.handover import serving
+from components.handover.serve_manifest import recorded
 from components.promote.announce import NOTIFIED
 from components.records.steps import finite
 from components.registry import event_log, versions
-from components.registry.ancestry import Ancestor, tree
 from components.registry.audit import Audit
 from components.registry.collect import Removal, all_adapters
 from components.registry.event_log import Event
+from components.registry.lineage import Ancestor, tree
 from components.registry.versions import Version
 from components.shared.durations import counted
 from components.shared.metrics import metrics_of
@@ -59,7 +59,7 @@ def versions_shown(store: Store, name: str) -> Answer:
 
 def version_shown(store: Store, version: Version) -> Answer:
     """One version."""
-    served = serving.recorded(versions.read_lineage(store, version))
+    served = recorded(versions.read_lineage(store, version))
     body = {**_described(version), "servable_as": served.servable_as, "serving": served.notes}
     metrics = ", ".join(
         f"{metric.label} {metric.text(value)}"

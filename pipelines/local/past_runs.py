@@ -19,7 +19,7 @@ from components.gate import evidence
 from components.records import runs
 from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
 from components.records.sweep import TunedRate
-from components.registry.erasures import require_none_erased
+from components.registry.between_runs import require_none_erased
 from components.registry.versions import Version, read_lineage
 from components.report.errors import last_turn
 from components.shared.errors import ConfigError, DataError, IntegrityError, ObjectMissing, UnknownName, UserError

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config.schema import EvaluateConfig, RunConfig
-from components.records.harness import HarnessScores, TaskScore
-from components.records.steps import ROLES, Evaluation, Role
+from components.records.steps import ROLES, Evaluation, HarnessScores, Role, TaskScore
 from components.shared.errors import ConfigError, JobError
 from components.shared.memory import available_bytes
 from components.store.store import Store

@@ -16,8 +16,7 @@ from typing import Any
 
 from components.config.schema import RunConfig, SuiteName
 from components.prepare.dataset import Message, Record
-from components.records.steps import ROLES, Evaluation, Role
-from components.records.suites import Suite
+from components.records.steps import ROLES, Evaluation, Role, Suite
 from components.shared.errors import DataError
 from components.shared.metrics import normal
 from components.store.store import Store

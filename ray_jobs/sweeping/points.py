@@ -8,7 +8,7 @@ from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig, RunConfig
 from components.config.tune import TuneConfig
-from components.handover.serving import ServableAs, serving
+from components.handover.serve_manifest import ServableAs, serving
 from components.shared.errors import ConfigError
 from ray_jobs.training import train_loop
 

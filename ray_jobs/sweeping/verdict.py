@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from components.handover.serving import ServableAs
+from components.handover.serve_manifest import ServableAs
 from components.records.sweep import Forgotten, MethodComparison, Trial, Tuned
 
 # Confidence intervals of a loss, or of the difference of two, over the measured records and over seeds.

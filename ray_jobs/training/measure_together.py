@@ -11,8 +11,7 @@ import torch
 from pydantic import TypeAdapter
 
 from components.prepare.dataset import Record
-from components.records.harness import TaskScore
-from components.records.steps import Role
+from components.records.steps import Role, TaskScore
 from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.base import together

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from components.config.schema import RunConfig
-from components.handover.serving import recorded
+from components.handover.serve_manifest import recorded
 
 HOW_SERVED = {
     "lora": "Servers of LoRA adapters load it as it is.",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from components.config.schema import RunConfig
-from components.handover.serving import serving
-from components.records.usage import Usage
-from components.registry import lineage, watermark
+from components.handover.serve_manifest import serving
+from components.records.steps import Usage
+from components.registry import between_runs, lineage
 from components.registry.versions import Version, publish_version
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
@@ -84,7 +84,7 @@ def publish(
         started=job.started,
         recipe=recipe,
         parents=[job.start.uri] if job.start else [],
-        sources=read.sources if (read := watermark.noted(store, job.run_id)) else {},
+        sources=read.sources if (read := between_runs.consumed_by(store, job.run_id)) else {},
         training=lineage.Training(
             steps=progress.step,
             tokens=progress.tokens,

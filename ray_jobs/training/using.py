@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from components.config.ray import price_per_hour
 from components.config.schema import RunConfig
-from components.records.usage import Usage
+from components.records.steps import Usage
 from components.store import client
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.group import Worker

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Set
 from dataclasses import dataclass
 
-from components.registry.erasures import Erased
+from components.registry.between_runs import Erased
 
 
 @dataclass(frozen=True)

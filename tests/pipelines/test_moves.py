@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from components.records import runs
-from components.records.pages import LISTED
 from components.records.steps import Decision
 from components.registry import aliases, event_log
+from components.registry.cache import LISTED
 from components.store.store import Store
 from tests.pipelines.command_line import body, fineloop
 

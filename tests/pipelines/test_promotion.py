@@ -11,8 +11,8 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config import config_file
-from components.records.pages import LISTED
 from components.registry import aliases, event_log, signing, versions
+from components.registry.cache import LISTED
 from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import compile_promotion

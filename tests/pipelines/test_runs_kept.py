@@ -6,9 +6,8 @@ import pytest
 
 from components.config import config_file
 from components.records import runs
-from components.records.steps import Decision, Evaluation, Measured, StepRecord, TrainResult
+from components.records.steps import Decision, Evaluation, Measured, StepRecord, TrainResult, Usage
 from components.records.sweep import TunedRate
-from components.records.usage import Usage
 from components.report.run_files import RunFiles
 from components.report.sections import run_facts
 from components.shared.errors import UnknownName, UserError

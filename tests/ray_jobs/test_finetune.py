@@ -7,7 +7,7 @@ import pytest
 
 from components.config import config_file
 from components.prepare.dataset import Message, Record
-from components.registry.erasures import erase
+from components.registry.between_runs import erase
 from components.shared.errors import ConfigError, DataError
 from ray_jobs import finetune
 from ray_jobs.base import base_config

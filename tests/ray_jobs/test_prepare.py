@@ -15,7 +15,7 @@ from components.prepare import intake, workspace
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import deduplicate, split
 from components.prepare.validation import Batch, Reader, Rules, read_here
-from components.registry.erasures import Erased
+from components.registry.between_runs import Erased
 from components.shared.errors import DataError
 from ray_jobs import prepare as job
 from tests.doubles.dying import DiesAtItsRecord

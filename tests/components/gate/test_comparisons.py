@@ -11,7 +11,7 @@ from components.config.gate import GateConfig, Guard
 from components.config.section import Added
 from components.gate.evidence import Evidence
 from components.records.steps import Decision, Evaluation
-from components.registry.looks import confidence_at
+from components.registry.event_log import confidence_at
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule
 
 

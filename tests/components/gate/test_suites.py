@@ -6,8 +6,7 @@ from scipy.stats import binom, binomtest
 
 from components.config.gate import GateConfig
 from components.gate import holm
-from components.records.steps import Decision, Evaluation
-from components.records.suites import Suite
+from components.records.steps import Decision, Evaluation, Suite
 from components.shared.paired import least_loss, mcnemar, shown_worse
 from tests.components.gate.evidenced import decide, evaluation, model, rule
 

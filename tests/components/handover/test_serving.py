@@ -2,7 +2,7 @@ import pytest
 
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig
-from components.handover.serving import Serving, max_lora_rank, recorded, serving
+from components.handover.serve_manifest import Serving, max_lora_rank, recorded, serving
 
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

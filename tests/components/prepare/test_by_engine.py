@@ -10,7 +10,7 @@ from components.config.schema import RunConfig
 from components.prepare import by_engine
 from components.prepare.by_engine import prepared
 from components.prepare.validation import read_here
-from components.registry import watermark
+from components.registry import between_runs
 from components.shared.errors import DataError, JobError
 from components.step.step import StepRun
 from components.store.store import Store
@@ -63,7 +63,10 @@ def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(
     assert found is not None
     assert (found.dataset_id, found.summary, found.rejected) == (expected.dataset_id, expected.summary, 1)
     assert there.result == {**here.result, "created": False}
-    ids = [watermark.contents(store, watermark.noted(store, run_id)).to_pylist() for run_id in ("here", "there")]
+    ids = [
+        between_runs.consumed_contents(store, between_runs.consumed_by(store, run_id)).to_pylist()
+        for run_id in ("here", "there")
+    ]
     assert sorted(ids[0]) == sorted(ids[1])
 
 
@@ -80,7 +83,7 @@ def test_a_job_in_which_too_little_is_new_skips_the_run(
     run: Prepare, submitted: list[dict[str, Any]], store: Store
 ) -> None:
     prepared(run("local", "first"))
-    watermark.advance(store, "test", "first")
+    between_runs.advance_watermark(store, "test", "first")
     later = run("ray", "second", min_new_records=1)
     assert prepared(later) is None
     assert later.result["skipped"].startswith("nothing new since run first")

@@ -15,7 +15,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare, prepare_if_new
 from components.prepare.sources import find_sources
-from components.registry.erasures import Erased, erase, record_hash
+from components.registry.between_runs import Erased, erase, record_hash
 from components.step.step import StepRun
 from components.store.store import Store
 from tests.doubles import datasets

@@ -8,7 +8,7 @@ from components.prepare.intake import Intake, SourceCount
 from components.prepare.sources import Source
 from components.prepare.split import deduplicate
 from components.prepare.validate import KeyedRecord, validate
-from components.registry.watermark import Consumed, content_ids
+from components.registry.between_runs import Consumed, content_ids
 from tests.doubles.datasets import holding
 
 NEWEST = datetime(2026, 3, 31, tzinfo=UTC)

@@ -19,7 +19,7 @@ from components.prepare.personal import Action, Screen, find, may_hold
 from components.prepare.shapes import as_record, recognised
 from components.prepare.sources import find_sources
 from components.prepare.validate import KeyedRecord, unread_keys, validate
-from components.registry.erasures import Erased, record_hash
+from components.registry.between_runs import Erased, record_hash
 from components.shared.errors import DataError
 from tests.doubles.datasets import read
 

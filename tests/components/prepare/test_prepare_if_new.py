@@ -12,7 +12,7 @@ from components.config.schema import RunConfig
 from components.prepare import intake
 from components.prepare.dataset import load_split
 from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new
-from components.registry import watermark
+from components.registry import between_runs
 from components.shared.errors import DataError
 from components.step.step import StepRun
 from components.store.store import Store
@@ -36,7 +36,7 @@ def prepare_run(store: Store, tmp_path: Path, run_config: Callable[..., RunConfi
         step = StepRun("prepare", run_id, config, store)
         prepared = prepare_if_new(step)
         if decided:
-            watermark.advance(store, "test", run_id)
+            between_runs.advance_watermark(store, "test", run_id)
         return prepared, step
 
     return run
@@ -64,7 +64,7 @@ def test_known_sources_are_skipped_without_being_opened(
     assert (decision["decision"], decision["since_run"]) == ("skipped", "first")
     assert decision["reasons"] == [f"nothing new since run first, which read {path}"]
     assert step.result["skipped"] == decision["reasons"][0]
-    assert watermark.noted(store, "second") is None
+    assert between_runs.consumed_by(store, "second") is None
 
 
 def test_new_records_are_trained_on_with_the_earlier_ones(write_rows: Write, prepare_run: Prepare) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from components.config.schema import RunConfig
 from components.promote.promote import hold, promote, skip
-from components.registry import aliases, event_log, versions, watermark
+from components.registry import aliases, between_runs, event_log, versions
 from components.shared.errors import AliasConflict, DataError, IntegrityError, ObjectMissing
 from components.step.step import StepRun
 from components.store.store import Store
@@ -31,8 +31,8 @@ def decided(store: Store) -> Decide:
     ) -> StepRun:
         record = {"adapter": "sums", "alias": alias, "version": version, "champion": champion, "run_id": "r"}
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
-        contents = watermark.content_ids([hashlib.sha256(b"a").digest()])
-        watermark.note(store, "r", as_of="2026-01-01T00:00:00Z", sources={"data": "1"}, contents=contents)
+        contents = between_runs.content_ids([hashlib.sha256(b"a").digest()])
+        between_runs.note_consumed(store, "r", as_of="2026-01-01T00:00:00Z", sources={"data": "1"}, contents=contents)
         adapter = {"name": "sums", "alias": alias}
         config = RunConfig.model_validate(
             {"adapter": adapter, "model": {"base": "x"}, "data": {"source": "x"}, **sections}
@@ -165,7 +165,7 @@ def test_a_decided_run_has_consumed_its_data(
 ) -> None:
     end(decided(published[0], None))
 
-    consumed = watermark.read(store, "sums")
+    consumed = between_runs.read_watermark(store, "sums")
     assert consumed is not None
     assert (consumed.run_id, consumed.sources, consumed.num_records) == ("r", {"data": "1"}, 1)
 
@@ -176,5 +176,5 @@ def test_a_skipped_run_leaves_alias_and_watermark(
     assert skip(decided(published[0], None, "skipped")) == store.uri("runs/r/decision.json")
 
     assert holder(store) is None
-    assert watermark.read(store, "sums") is None
+    assert between_runs.read_watermark(store, "sums") is None
     assert "sums is not trained: better by far" in capsys.readouterr().out

@@ -4,7 +4,8 @@ import gzip
 
 import pytest
 
-from components.registry import ancestry, index
+from components.registry import cache
+from components.registry.lineage import ancestors, descendants, parse_terms, tree
 from components.registry.versions import Version, publish_version
 from components.shared.errors import UserError
 from components.store.store import Store
@@ -28,14 +29,14 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
     zero = published(store, 0)
     one = published(store, 1, parents=(zero.uri, "s3://elsewhere/adapters/x/versions/v1"))
     published(store, 2)
-    found = ancestry.ancestors(store, one)
+    found = ancestors(store, one)
     assert [each.version for each, _ in found] == [one.version, zero.version]
-    drawn = "\n".join(ancestry.tree(found))
+    drawn = "\n".join(tree(found))
     assert f"icd {zero.version}" in drawn
     assert "dataset d1" in drawn
 
     def made_of(*terms: str) -> list[str]:
-        return [each.run_id for each in ancestry.descendants(store, "icd", ancestry.parse_terms(terms))]
+        return [each.run_id for each in descendants(store, "icd", parse_terms(terms))]
 
     assert made_of("dataset=d0") == ["r2", "r0"]
     assert made_of("source=s3://data/a/") == ["r2", "r1", "r0"]
@@ -45,13 +46,13 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
     assert made_of("base=org/b", "dataset=d") == ["r2", "r1", "r0"]
     assert made_of("commit=1234") == []
     with pytest.raises(UserError, match="--of data=d0: write KIND=NAME, where KIND is one of dataset, source"):
-        ancestry.parse_terms(["data=d0"])
+        parse_terms(["data=d0"])
 
 
 def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_is_junk(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "WORTH_AN_INDEX", 1)
+    monkeypatch.setattr(cache, "WORTH_AN_INDEX", 1)
     asked: list[str] = []
 
     def read(each: str) -> str | None:
@@ -60,7 +61,7 @@ def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_i
 
     def remembered(*ids: str) -> tuple[dict[str, str], list[str]]:
         asked.clear()
-        return index.remembered(store, "icd", "tests", ids, read, is_so=lambda _id, value: value is not None), sorted(
+        return cache.remembered(store, "icd", "tests", ids, read, is_so=lambda _id, value: value is not None), sorted(
             asked
         )
 
@@ -70,6 +71,6 @@ def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_i
     store.put("adapters/icd/index/tests.json.gz", b"junk")
     assert remembered("a", "b") == ({"a": "said of a", "b": "said of b"}, ["a", "b"])
     assert remembered("a", "b")[1] == []
-    monkeypatch.setattr(index, "MAX_BYTES", 1000)
+    monkeypatch.setattr(cache, "MAX_BYTES", 1000)
     store.put("adapters/icd/index/tests.json.gz", gzip.compress(b'{"a": "' + b"x" * 1000 + b'"}'))
     assert remembered("a", "b") == ({"a": "said of a", "b": "said of b"}, ["a", "b"])

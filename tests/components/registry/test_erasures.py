@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from components.prepare.dataset import Message, Record
-from components.registry import erasures
+from components.registry import between_runs
 from components.shared.errors import DataError, IntegrityError, UserError
 from components.store.store import Store
 from tests.doubles import datasets
 
 
 def test_of_an_erased_record_the_store_keeps_a_hash_who_and_when(store: Store) -> None:
-    made = erasures.erase(store, "patient/4711", by="ada")
+    made = between_runs.erase(store, "patient/4711", by="ada")
     (info,) = store.list("erased/")
     body = store.get(info.key)
     assert b"4711" not in body + info.key.encode()
@@ -24,8 +24,8 @@ def test_of_an_erased_record_the_store_keeps_a_hash_who_and_when(store: Store) -
 
 
 def test_erased_twice_is_erased_once_and_the_first_says_when(store: Store) -> None:
-    first = erasures.erase(store, "4711", by="ada")
-    again = erasures.erase(store, "4711", by="bob")
+    first = between_runs.erase(store, "4711", by="ada")
+    again = between_runs.erase(store, "4711", by="bob")
     assert (first.is_new, again.is_new) == (True, False)
     assert (again.by, again.at) == ("ada", first.at)
 
@@ -33,39 +33,39 @@ def test_erased_twice_is_erased_once_and_the_first_says_when(store: Store) -> No
 def test_of_many_at_once_none_is_lost(store: Store) -> None:
     ids = [str(number) for number in range(40)]
     with ThreadPoolExecutor(16) as pool:
-        made = list(pool.map(lambda each: erasures.erase(store, each, by="ada"), ids * 2))
+        made = list(pool.map(lambda each: between_runs.erase(store, each, by="ada"), ids * 2))
     assert sum(each.is_new for each in made) == 40
-    found = erasures.erased(store)
+    found = between_runs.erased(store)
     assert [each for each in ids if not found.has(each)] == []
     assert not found.has("40")
 
 
 def test_a_store_of_which_nothing_was_erased_has_no_erased_record(store: Store) -> None:
-    assert not erasures.erased(store)
-    assert not erasures.erased(store).has("")
+    assert not between_runs.erased(store)
+    assert not between_runs.erased(store).has("")
 
 
 def test_something_else_among_them_stops_who_reads_them(store: Store) -> None:
     store.put("erased/4711.json", b"{}")
     with pytest.raises(IntegrityError, match=r"erased/4711\.json is not an erasure"):
-        erasures.erased(store)
+        between_runs.erased(store)
 
 
 def test_a_dataset_that_holds_a_record_erased_since_is_refused_whichever_split_it_is_in(store: Store) -> None:
     rows = [Record(str(number), [Message("user", f"{number}?")], "a") for number in range(9)]
     uri = datasets.publish(store, train=rows[:5], evaluation=rows[5:8], replay=rows[8:]).uri
     store.put(f"{store.key(uri)}/tokens/1/ids.parquet.npy", b"not a split")
-    erasures.erase(store, "another", by="ada")
-    erasures.require_none_erased(store, uri)
+    between_runs.erase(store, "another", by="ada")
+    between_runs.require_none_erased(store, uri)
     for count, record in enumerate(("1", "6", "8"), start=1):
-        erasures.erase(store, record, by="ada")
+        between_runs.erase(store, record, by="ada")
         were = (
             f"{count} record{'s' if count > 1 else ''} that {'were' if count > 1 else 'was'} erased after it was made"
         )
         with pytest.raises(DataError, match=f"^{uri} holds {were}, .* prepare the data anew, as a new run does$"):
-            erasures.require_none_erased(store, uri)
+            between_runs.require_none_erased(store, uri)
 
 
 def test_an_empty_id_is_refused(store: Store) -> None:
     with pytest.raises(UserError, match="id is empty"):
-        erasures.erase(store, "", by="ada")
+        between_runs.erase(store, "", by="ada")

@@ -14,6 +14,7 @@ from components.registry.audit import audit
 from components.registry.event_log import (
     EventKind,
     append_event,
+    decided_before,
     events,
     is_chain,
     moves,
@@ -21,7 +22,6 @@ from components.registry.event_log import (
     require_published,
 )
 from components.registry.identity import version_key
-from components.registry.looks import decided_before
 from components.shared.errors import IntegrityError
 from components.store.folders import read_manifest
 from components.store.store import BINARY, Store

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from components.promote import by_hand
-from components.registry import aliases, ancestry, event_log, versions
-from components.registry.event_log import is_held
-from components.registry.looks import decided_before
+from components.registry import aliases, event_log, versions
+from components.registry.event_log import decided_before, is_held
+from components.registry.lineage import made_from
 from components.registry.versions import publish_version
 from components.shared.errors import UserError
 from components.store.store import Store
@@ -103,7 +103,7 @@ def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
         for number in range(NUMBER)
     ]
     versions.list_versions(store, "icd")
-    ancestry.made_from(store, "icd")
+    made_from(store, "icd")
     later = {"created_at": "2030-01-01T00:00:00.000000Z"}
     forge(store, "versions", lambda name, entry: {**entry, **(later if name == made[0] else {})})
     assert versions.list_versions(store, "icd")[0].version == made[0]  # shown, and no more than that
@@ -113,5 +113,5 @@ def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
     forge(store, "versions", lambda _name, _entry: 5)
     forge(store, "ancestors", lambda _name, _entry: {"a": 1})
     assert [each.version for each in versions.list_versions(store, "icd")] == made[::-1]
-    assert ancestry.made_from(store, "icd") == {version: [] for version in sorted(made)}
+    assert made_from(store, "icd") == {version: [] for version in sorted(made)}
     assert aliases.read_alias(store, "icd", "production") is not None

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.records import pages
-from components.registry import collect
+from components.registry import cache, collect
 from components.registry.aliases import list_aliases, promote, rollback
 from components.registry.collect import all_adapters
 from components.registry.versions import list_adapters, list_versions, publish_version
@@ -105,8 +104,8 @@ def test_the_report_of_a_run_writes_its_adapters_line_and_a_list_after_it_reads_
     found = listed(store)
     assert len(sent) == 3
     assert found == judged(store)
-    entry = store.get_json(pages.LISTED)["icd"]
-    assert (entry["in_production"], entry[pages.LISTING]["aliases"]) == (
+    entry = store.get_json(cache.LISTED)["icd"]
+    assert (entry["in_production"], entry[cache.LISTING]["aliases"]) == (
         three["icd"][2],
         {"production": three["icd"][2]},
     )
@@ -140,7 +139,7 @@ class Killed(Store):
         return super().swap(key, body, etag, content_type=content_type)
 
 
-@pytest.mark.parametrize("at", [f"{pages.CHANGED}icd", "adapters/icd/events/", "adapters/icd/aliases/"])
+@pytest.mark.parametrize("at", [f"{cache.CHANGED}icd", "adapters/icd/events/", "adapters/icd/aliases/"])
 def test_a_writer_that_dies_leaves_no_wrong_list_though_another_lists_meanwhile(
     store: Store, three: dict[str, list[str]], at: str
 ) -> None:
@@ -162,7 +161,7 @@ def test_a_reader_that_was_overtaken_keeps_nothing_old(store: Store, three: dict
         moves = True
 
         def swap(self, key: str, body: bytes, etag: str, *, content_type: str = BINARY) -> str:
-            if key == pages.LISTED and self.moves:
+            if key == cache.LISTED and self.moves:
                 self.moves = False
                 promote(store, "icd", three["icd"][2])
                 write_pages(store, "icd", generated_at="now")
@@ -181,15 +180,15 @@ def test_a_reader_that_was_overtaken_keeps_nothing_old(store: Store, three: dict
 
 @pytest.mark.parametrize(
     "entry",
-    [None, [], {}, {"icd": 5}, {"icd": {}}, {"icd": {pages.LISTING: {"newest": 5}}}, {"icd": {pages.LISTING: []}}],
+    [None, [], {}, {"icd": 5}, {"icd": {}}, {"icd": {cache.LISTING: {"newest": 5}}}, {"icd": {cache.LISTING: []}}],
     ids=str,
 )
 def test_a_list_that_is_damaged_is_made_anew(store: Store, three: dict[str, list[str]], entry: Any) -> None:
     assert listed(store) == judged(store)
-    store.put_json(pages.LISTED, entry)
+    store.put_json(cache.LISTED, entry)
     assert listed(store) == judged(store)
-    assert store.get_json(pages.LISTED).keys() == {*NAMES}
-    store.put(pages.LISTED, b"[" * 100_000)
+    assert store.get_json(cache.LISTED).keys() == {*NAMES}
+    store.put(cache.LISTED, b"[" * 100_000)
     assert listed(store) == judged(store)
 
 
@@ -204,10 +203,10 @@ def test_who_may_write_neither_mark_nor_list_still_moves_aliases_and_reads_a_tru
 
     reader = Reader(store._client, store.bucket, store.prefix)
     assert listed(reader) == judged(store)
-    with pages.changing(reader, "icd"):
+    with cache.changing(reader, "icd"):
         pass
     with pytest.raises(ObjectMissing):
-        store.get(pages.LISTED)
+        store.get(cache.LISTED)
 
 
 def test_the_newest_is_read_beneath_what_is_no_publication(store: Store, three: dict[str, list[str]]) -> None:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from components.registry.event_log import Event, append_event, events
-from components.registry.looks import confidence_at, decided_before, passes
+from components.registry.event_log import Event, append_event, confidence_at, decided_before, events, passes
 from components.store.store import Store
 
 ALPHA = 0.05

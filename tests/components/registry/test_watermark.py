@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from components.registry import watermark
+from components.registry import between_runs
 from components.registry.audit import audit
-from components.registry.watermark import Consumed
+from components.registry.between_runs import Consumed
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store.store import Store
 
@@ -16,63 +16,63 @@ def hashes(start: int, end: int) -> list[bytes]:
 
 
 def noted(store: Store, run_id: str, hour: int, *, records: int = 2) -> Consumed:
-    return watermark.note(
+    return between_runs.note_consumed(
         store,
         run_id,
         as_of=f"2026-01-01T{hour:02}:00:00.000000Z",
         sources={"s3://b/a.jsonl": "etag"},
-        contents=watermark.content_ids(hashes(0, records)),
+        contents=between_runs.content_ids(hashes(0, records)),
     )
 
 
 def test_an_adapter_begins_without_a_mark(store: Store) -> None:
-    assert watermark.read(store, "sums") is None
+    assert between_runs.read_watermark(store, "sums") is None
 
 
 def test_the_mark_moves_to_what_a_run_noted(store: Store) -> None:
     first = noted(store, "first", 1)
-    assert watermark.read(store, "sums") is None  # noted is not yet consumed
+    assert between_runs.read_watermark(store, "sums") is None  # noted is not yet consumed
 
-    assert watermark.advance(store, "sums", "first")
+    assert between_runs.advance_watermark(store, "sums", "first")
 
-    assert watermark.read(store, "sums") == first
+    assert between_runs.read_watermark(store, "sums") == first
     assert (first.run_id, first.sources, first.num_records) == ("first", {"s3://b/a.jsonl": "etag"}, 2)
-    assert watermark.read(store, "others") is None
+    assert between_runs.read_watermark(store, "others") is None
 
 
 def test_the_mark_never_goes_back(store: Store) -> None:
     late, _ = [noted(store, run_id, hour) for run_id, hour in (("late", 9), ("early", 3))]
-    assert watermark.advance(store, "sums", "late")
-    assert not watermark.advance(store, "sums", "early")
-    assert watermark.advance(store, "sums", "late")  # a step that is run again
-    assert watermark.read(store, "sums") == late
+    assert between_runs.advance_watermark(store, "sums", "late")
+    assert not between_runs.advance_watermark(store, "sums", "early")
+    assert between_runs.advance_watermark(store, "sums", "late")  # a step that is run again
+    assert between_runs.read_watermark(store, "sums") == late
 
 
 def test_a_run_without_a_note_moves_nothing(store: Store) -> None:
     with pytest.raises(ObjectMissing, match=r"runs/none/consumed/header\.json"):
-        watermark.advance(store, "sums", "none")
+        between_runs.advance_watermark(store, "sums", "none")
 
 
 def test_a_note_that_is_gone_makes_everything_new(store: Store) -> None:
     noted(store, "first", 1)
-    watermark.advance(store, "sums", "first")
+    between_runs.advance_watermark(store, "sums", "first")
     store.delete(["runs/first/consumed/header.json"])
-    assert watermark.read(store, "sums") is None
+    assert between_runs.read_watermark(store, "sums") is None
 
 
 def test_two_runs_that_end_together_leave_the_later_look(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, third = [noted(store, run_id, hour) for run_id, hour in (("first", 1), ("second", 2), ("third", 3))]
-    watermark.advance(store, "sums", "first")
+    between_runs.advance_watermark(store, "sums", "first")
     real_swap = Store.swap
 
     def swap_after_another(self: Store, *arguments: object, **options: object) -> str:
         monkeypatch.setattr(Store, "swap", real_swap)
-        watermark.advance(store, "sums", "third")
+        between_runs.advance_watermark(store, "sums", "third")
         return real_swap(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Store, "swap", swap_after_another)
-    assert not watermark.advance(store, "sums", "second")
-    assert watermark.read(store, "sums") == third
+    assert not between_runs.advance_watermark(store, "sums", "second")
+    assert between_runs.read_watermark(store, "sums") == third
 
 
 def test_a_mark_that_always_moves_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,23 +82,23 @@ def test_a_mark_that_always_moves_is_given_up(store: Store, monkeypatch: pytest.
     noted(store, "first", 1)
     monkeypatch.setattr(Store, "create", lose)
     with pytest.raises(Conflict, match="5 times in a row"):
-        watermark.advance(store, "sums", "first")
+        between_runs.advance_watermark(store, "sums", "first")
 
 
 @pytest.mark.parametrize("body", [[], {"format": 2, "run_id": "r", "as_of": "t"}, {"format": 1}])
 def test_something_else_in_its_place_is_said(store: Store, body: object) -> None:
     store.put_json("adapters/sums/watermark.json", body)
     with pytest.raises(IntegrityError, match="not a watermark of format 1"):
-        watermark.read(store, "sums")
+        between_runs.read_watermark(store, "sums")
 
 
 def test_the_contents_are_the_first_64_bits_of_their_sha256(store: Store) -> None:
     """The judge is a set of Python's own integers."""
     given = hashes(0, 10_000)
     random.Random(0).shuffle(given)
-    consumed = watermark.note(store, "r", as_of="t", sources={}, contents=watermark.content_ids(given))
+    consumed = between_runs.note_consumed(store, "r", as_of="t", sources={}, contents=between_runs.content_ids(given))
     wanted = {int(content.hex()[:16], 16) for content in given}
-    found = watermark.contents(store, consumed).to_pylist()
+    found = between_runs.consumed_contents(store, consumed).to_pylist()
     assert found == sorted(wanted)
     assert consumed.num_records == len(found) == 10_000
 
@@ -115,9 +115,9 @@ def test_what_moves_the_mark_and_what_names_the_sources_opens_no_contents(
 ) -> None:
     consumed = noted(store, "r", 1)
     store.delete([f"runs/r/{consumed.file}"])
-    assert watermark.advance(store, "sums", "r")
-    assert watermark.noted(store, "r") == consumed == watermark.read(store, "sums")
-    assert len(watermark.contents(store, consumed)) == 0  # gone: everything counts as new
+    assert between_runs.advance_watermark(store, "sums", "r")
+    assert between_runs.consumed_by(store, "r") == consumed == between_runs.read_watermark(store, "sums")
+    assert len(between_runs.consumed_contents(store, consumed)) == 0  # gone: everything counts as new
 
 
 def test_a_step_that_breaks_off_leaves_the_note_before_it_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,18 +130,18 @@ def test_a_step_that_breaks_off_leaves_the_note_before_it_whole(store: Store, mo
         context.setattr(Store, "put_json", fail)
         with pytest.raises(ConnectionError):
             noted(store, "r", 2, records=4)
-    found = watermark.noted(store, "r")
+    found = between_runs.consumed_by(store, "r")
     assert found == first
-    assert len(watermark.contents(store, first)) == 3
+    assert len(between_runs.consumed_contents(store, first)) == 3
 
 
 def test_contents_that_were_changed_are_refused_and_found_by_an_audit(store: Store) -> None:
     consumed = noted(store, "r", 1)
-    watermark.advance(store, "sums", "r")
+    between_runs.advance_watermark(store, "sums", "r")
     assert audit(store, "sums").findings == ()
     store.put(f"runs/r/{consumed.file}", b"PAR1")
     with pytest.raises(IntegrityError, match="another content than its name says"):
-        watermark.contents(store, consumed)
+        between_runs.consumed_contents(store, consumed)
     (finding,) = audit(store, "sums").findings
     assert finding.where == store.uri("adapters/sums/watermark.json")
 
@@ -150,15 +150,15 @@ def test_a_note_of_release_0_1_0_is_read(store: Store) -> None:
     records = [content.hex()[:16] for content in hashes(0, 5)]
     body = {"format": 1, "run_id": "r", "as_of": "2026", "sources": {"a": "1"}, "records": sorted(records)}
     store.put("runs/r/consumed.json", json.dumps(body).encode())
-    watermark.advance(store, "sums", "r")
-    consumed = watermark.read(store, "sums")
+    between_runs.advance_watermark(store, "sums", "r")
+    consumed = between_runs.read_watermark(store, "sums")
     assert consumed is not None
     assert (consumed.sources, consumed.num_records) == ({"a": "1"}, 5)
-    assert watermark.contents(store, consumed).equals(watermark.content_ids(hashes(0, 5)))
+    assert between_runs.consumed_contents(store, consumed).equals(between_runs.content_ids(hashes(0, 5)))
 
 
 @pytest.mark.parametrize("key", ["consumed.json", "consumed/header.json"])
 def test_a_note_of_a_format_to_come_is_refused(store: Store, key: str) -> None:
     store.put_json(f"runs/r/{key}", {"format": 2})
     with pytest.raises(IntegrityError, match=r"not a note of format 1"):
-        watermark.noted(store, "r")
+        between_runs.consumed_by(store, "r")

@@ -14,13 +14,14 @@ from components.records import runs
 from components.records.steps import (
     Decision,
     Evaluation,
+    LostItem,
     Measured,
     PairedDifference,
     RuleResult,
     StepRecord,
+    Suite,
     TextLosses,
 )
-from components.records.suites import LostItem, Suite
 from components.registry.aliases import Cause, promote
 from components.registry.event_log import append_event
 from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage

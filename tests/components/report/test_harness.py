@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from components.records.harness import HarnessScores, TaskScore
-from components.records.steps import Evaluation
+from components.records.steps import Evaluation, HarnessScores, TaskScore
 from components.report.page import build_report
 from components.report.run_files import RunFiles
 from components.report.suites import harness

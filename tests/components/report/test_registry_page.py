@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 import pytest
 
 from components.records import runs
-from components.records.pages import forget
 from components.records.steps import Decision, Evaluation, Measured, PairedDifference, RuleResult
 from components.registry.aliases import PIPELINE, Cause, promote, read_alias, rollback
+from components.registry.cache import forget
 from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.report.comparison import intervals

@@ -9,9 +9,8 @@ from components.finetune.finetune import finetune
 from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
-from components.registry import rates
-from components.registry.erasures import erase
-from components.registry.rates import FoundRate
+from components.registry import between_runs
+from components.registry.between_runs import FoundRate, erase
 from components.shared.errors import ConfigError, DataError
 from components.step.step import StepRun
 from components.store import folders
@@ -54,16 +53,16 @@ def test_a_sweep_is_due_when_the_config_says_so(when, found, dataset_id, due):
 
 
 def test_a_rate_is_remembered_for_the_recipe_and_the_data_source_and_for_no_other(store):
-    rates.remember(store, config(), FOUND)
-    assert rates.recall(store, config()) == FOUND
+    between_runs.remember_rate(store, config(), FOUND)
+    assert between_runs.recall_rate(store, config()) == FOUND
     # The rate itself, the night's number of records and the gate change nothing that it depends on.
     same = ("train.learning_rate=1e-4", "data.max_records=100", "gate.better_than_base_by=0.1", "tune.when=always")
-    assert rates.recall(store, config(*same)) == FOUND
+    assert between_runs.recall_rate(store, config(*same)) == FOUND
     for other in (
         *("adapter.name=shapes", "model.base=org/other", "data.source=s3://data/shapes/", "method.name=lora"),
         *("method.rank=8", "train.batch_size=32", "method.target_modules=['q_proj']"),
     ):
-        assert rates.recall(store, config(other)) is None, other
+        assert between_runs.recall_rate(store, config(other)) is None, other
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.steps import TrainResult
-from components.registry.erasures import erase
+from components.registry.between_runs import erase
 from components.registry.versions import publish_version, read_lineage, resolve
 from components.shared.errors import ConfigError, DataError, ObjectMissing
 from components.store.store import Store

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.records.harness import HarnessScores, TaskScore
+from components.records.steps import HarnessScores, TaskScore
 from components.registry.versions import Version
 from components.shared.errors import ConfigError
 from components.store.store import Store

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.records.usage import Usage
+from components.records.steps import Usage
 from components.registry import lineage
 from components.store import client
 from components.store.store import Store
