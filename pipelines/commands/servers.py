@@ -123,7 +123,7 @@ def add_ray(commands: Any) -> None:
 def _ray_up(options: argparse.Namespace) -> Answer:
     from pipelines.local.local_services import ray_up
 
-    environment = ray_up(options.home, bucket=load_config(options).registry.bucket)
+    environment = ray_up(options.home, load_config(options).registry.bucket)
     body = {"address": environment["RAY_ADDRESS"]}
     return Answer(body, is_up(RAY_TITLE, body["address"], "ray", options))
 

@@ -1,8 +1,8 @@
 """The process that keeps one shared server up while any process uses it: `python -m pipelines.local.keeper store|ray`.
 
-service.py starts it and says what the locks mean. It belongs to no user's session, so that Ctrl-C at a terminal ends
+server.py starts it and says what the locks mean. It belongs to no user's session, so that Ctrl-C at a terminal ends
 the user and not the server under other users. Killed with SIGKILL it leaves nothing: the server runs under guard.py,
-whose standard input ends with this process.
+whose standard input ends with this process. Where it fails, failed.txt says why.
 """
 
 import argparse
@@ -13,9 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from components.shared.errors import FineloopError, GroundError
 from pipelines.local.server import Server, Service, start, write_private
@@ -25,75 +23,51 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.25
 
 
-def keep(service: Service, server: Server) -> None:
+def keep(service: Service, server: Server, endpoint: int) -> None:
     """Keep the server until it has no user and is not pinned, a signal asks to stop, or it ends.
+
+    `endpoint` is the descriptor of its endpoint.json, which this process has locked.
 
     Raises:
         GroundError: it did not start, or ended by itself.
     """
-    stopping: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        stopping.append(number)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: signals.append(number))
     users = os.open(service.path("users.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    running = start(server, unwanted=lambda: bool(stopping) or _unused(service, users))
+
+    def is_unused() -> bool:
+        """Whether no process uses the server; then none can until this process has ended."""
+        with contextlib.suppress(BlockingIOError):
+            if not service.pinned:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not service.pinned:
+                    return True
+                fcntl.flock(users, fcntl.LOCK_UN)  # pinned by a user that came and went between the two looks
+        return False
+
+    running = start(server, unwanted=lambda: bool(signals) or is_unused())
     try:
-        endpoint = {**running.endpoint, "keeper_pid": os.getpid()}
-        write_private(service.path("endpoint.json"), json.dumps(endpoint))
-        logger.info("%s is up at %s", service.title, endpoint["url"])
-        while not stopping and not _unused(service, users):
+        os.pwrite(endpoint, json.dumps({**running.endpoint, "keeper_pid": os.getpid()}).encode(), 0)
+        logger.info("%s is up at %s", service.title, running.endpoint["url"])
+        while not signals and not is_unused():
             if running.ended():
                 raise GroundError(f"{service.title} ended by itself: see the logs in {service.directory}")
             time.sleep(LOOK_S)
-        logger.info("stopping %s: %s", service.title, f"signal {stopping[0]}" if stopping else "it is not used")
+        logger.info("stopping %s: %s", service.title, f"signal {signals[0]}" if signals else "it is not used")
     finally:
-        with contextlib.suppress(FileNotFoundError):  # before the server goes; and the home may be gone
-            (service.directory / "endpoint.json").unlink()
+        os.ftruncate(endpoint, 0)  # before the server goes
         running.stop()
-
-
-def _unused(service: Service, users: int) -> bool:
-    """Whether no process uses the server; then none can until this process has ended."""
-    if service.pinned:
-        return False
-    try:
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    if service.pinned:  # by a user that came and went between the two looks
-        fcntl.flock(users, fcntl.LOCK_UN)
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _user_of(service: Service | None) -> Iterator[None]:
-    """Count as a user of `service` for as long as this process lives."""
-    if service is not None:
-        held = os.open(service.path("users.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GroundError(f"{service.title} is stopping") from None
-    yield
-
-
-def _detach() -> None:
-    """Go on in a child of init: the caller is not kept waiting and gets no zombie."""
-    if os.fork() > 0:
-        os._exit(0)
 
 
 def main() -> int:
     """Entry point."""
-    _detach()  # first, before anything starts a thread
+    if os.fork() > 0:  # first, before anything starts a thread: the caller is not kept waiting, and gets no zombie
+        os._exit(0)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("service", choices=("store", "ray"))
     parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--lock", type=int, required=True, help="descriptor of keeper.lock, held")
+    parser.add_argument("--lock", type=int, required=True, help="descriptor of endpoint.json, held")
     parser.add_argument("--bucket", help="store: the bucket to create")
     parser.add_argument("--with-store", action="store_true", help="ray: it uses the store of the same home")
     arguments = parser.parse_args()
@@ -109,13 +83,14 @@ def main() -> int:
     server: Server = (
         SeaweedFS(service.directory, arguments.bucket) if arguments.service == "store" else RayHead(service.directory)
     )
+    # It uses the store for as long as this process lives.
+    users = store.locked("users.lock", fcntl.LOCK_SH, wait_s=0) if arguments.with_store else contextlib.nullcontext()
     try:
-        with _user_of(store if arguments.with_store else None):
-            keep(service, server)
+        with users:
+            keep(service, server, arguments.lock)
     except FineloopError as exc:
         logger.error("%s", exc)
-        with contextlib.suppress(FileNotFoundError):
-            write_private(service.path("failed.txt"), str(exc))
+        write_private(service.path("failed.txt"), str(exc))
         return exc.exit_code
     except Exception as exc:  # a process entry point: who waits for the server must learn why it will not come
         logger.exception("keeping %s failed", service.title)

@@ -15,7 +15,6 @@ from pipelines.local.ray_head import RayHead
 from pipelines.local.seaweedfs import Endpoint, SeaweedFS
 from pipelines.local.server import ATTEMPTS, Service, private_folder
 
-PASSED_ON = ("AWS_", "RAY_")
 FULL_BYTES, FULL_SHARE = 64e6, 0.01
 """Free disk space, in bytes and as a share, below which SeaweedFS stops to write (its `minFreeSpacePercent`), or soon
 will."""
@@ -53,12 +52,15 @@ def local_services(home: Path, *, bucket: str, ray: bool = True) -> Iterator[dic
         GroundError: the store or the head did not start, or the head that is up uses another store.
     """
     home = home.absolute()
-    environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAY_"))}
     environment["FINELOOP_CACHE"] = os.environ.get("FINELOOP_CACHE") or str(home / "cache")
     uses_store, uses_ray = not store_configured(), ray and not ray_configured()
     if uses_store or uses_ray:
-        environment |= _without_proxy()
         private_folder(home / "cache")
+        if any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
+            for name in ("no_proxy", "NO_PROXY"):
+                hosts = [*filter(None, os.environ.get(name, "").split(",")), "127.0.0.1", "localhost"]
+                environment[name] = ",".join(dict.fromkeys(hosts))
     with contextlib.ExitStack() as stack:
         if uses_store:
             environment |= stack.enter_context(_using_store(home, bucket))
@@ -88,9 +90,9 @@ def _using_store(home: Path, bucket: str) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def _using_ray(home: Path, environment: Mapping[str, str], *, with_store: bool) -> Iterator[dict[str, str]]:
-    """Yield the variables of a client of the Ray head, which is started if it is not up.
+    """Yield the variables of a client of the Ray head, whose jobs inherit `environment` if it is not up yet.
 
-    The head's jobs inherit `environment`. `with_store` keeps the embedded store up as long as the head.
+    `with_store` keeps the embedded store up as long as the head.
     """
     arguments = ["--with-store"] if with_store else []
     with ray_service(home).use(arguments=arguments, environment=environment) as endpoint:
@@ -114,7 +116,7 @@ def store_up(home: Path, bucket: str) -> dict[str, str]:
     return environment
 
 
-def ray_up(home: Path, *, bucket: str) -> dict[str, str]:
+def ray_up(home: Path, bucket: str) -> dict[str, str]:
     """Start the local Ray head, with the embedded store unless one is configured; both stay up until `ray_down`.
 
     Returns the variables that clients of both need.
@@ -135,7 +137,7 @@ def store_down(home: Path) -> bool:
         GroundError: a process uses it.
     """
     head = ray_service(home)
-    if head.directory.is_dir() and not head.pinned and not head.in_use():
+    if head.directory.is_dir() and not head.pinned and not head.users():
         ray_down(home)  # a run has just ended, and its head uses the store until it has stopped
     return store_service(home).down(stop_with="end that run, or the local Ray head with `fineloop ray down`")
 
@@ -155,8 +157,7 @@ def store_environment(home: Path) -> dict[str, str]:
     Raises:
         GroundError: none is up.
     """
-    record = store_service(home).endpoint()
-    if record is None:
+    if (record := store_service(home).endpoint()) is None:
         raise GroundError(f"no local S3 server is up under {home}: start one with `fineloop store up`")
     return Endpoint.read(record).environment()
 
@@ -167,18 +168,6 @@ def ray_environment(home: Path) -> dict[str, str]:
     Raises:
         GroundError: none is up.
     """
-    endpoint = ray_service(home).endpoint()
-    if endpoint is None:
+    if (endpoint := ray_service(home).endpoint()) is None:
         raise GroundError(f"no local Ray head is up under {home}: start one with `fineloop ray up`")
     return ray_head.client_environment(endpoint)
-
-
-def _without_proxy() -> dict[str, str]:
-    """Return variables that exempt the servers on loopback from a configured proxy; empty without a proxy."""
-    if not any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
-        return {}
-    direct = {}
-    for name in ("no_proxy", "NO_PROXY"):
-        hosts = [*filter(None, os.environ.get(name, "").split(",")), "127.0.0.1", "localhost"]
-        direct[name] = ",".join(dict.fromkeys(hosts))
-    return direct

@@ -12,14 +12,17 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, ClassVar
 
 from components.shared.errors import GroundError
-from pipelines.local.server import LOOPBACK, write_certificate
+from pipelines.local.server import LOOPBACK, write_private
 
+CERTIFICATE, KEY = "grpc.crt", "grpc.key"
 SERVICES = ("s3", "master", "filer", "volume", "admin")
 PROBE_KEY = ".fineloop-starting"
 
@@ -117,18 +120,14 @@ class SeaweedFS:
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
-        client = _client(self._endpoint(ports))
         try:
-            _ensure_bucket(client, self.bucket)
-            _write_and_read(client, self.bucket)
-        except BotoCoreError:
-            return False
-        except ClientError as exc:
-            if exc.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
-                raise _refused(self.bucket, exc) from exc
+            with _bucket(self._endpoint(ports), self.bucket) as client:
+                # Its volumes join a moment after it knows buckets.
+                client.put_object(Bucket=self.bucket, Key=PROBE_KEY, Body=b"up")
+                client.get_object(Bucket=self.bucket, Key=PROBE_KEY)["Body"].read()
+                client.delete_object(Bucket=self.bucket, Key=PROBE_KEY)
+        except (BotoCoreError, ClientError):
             return False  # it listens before all of its services are up
-        finally:
-            client.close()
         return True
 
     def clear(self, ports: Iterable[int]) -> None:
@@ -155,6 +154,36 @@ def _security(certificate: Path, key: Path) -> str:
     return "\n".join([f"[grpc]\n{authority}", *grpc, f"{https.pop()}enabled = true\n", *https])
 
 
+def write_certificate(directory: Path) -> tuple[Path, Path]:
+    """Write a new self-signed certificate and its key; whoever can read the key may use the server.
+
+    Both ends of the connections belong to the same server and share the certificate, which names the address that they
+    compare.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fineloop")])
+    both_ends = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))  # for clocks that differ
+        .not_valid_after(now + timedelta(days=3650))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(LOOPBACK))]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(both_ends), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain).decode()
+    write_private(directory / KEY, private)
+    (directory / CERTIFICATE).write_bytes(certificate.public_bytes(pem))
+    return directory / CERTIFICATE, directory / KEY
+
+
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:
     """Create `bucket` on the server unless it exists.
 
@@ -163,47 +192,25 @@ def create_bucket(endpoint: Endpoint, bucket: str) -> None:
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = _client(endpoint)
     try:
-        _ensure_bucket(client, bucket)
-    except ClientError as exc:
-        raise _refused(bucket, exc) from exc
-    except BotoCoreError as exc:
+        with _bucket(endpoint, bucket):
+            pass
+    except (BotoCoreError, ClientError) as exc:
         raise GroundError(f"the local S3 server at {endpoint.url} does not answer ({exc})") from exc
-    finally:
-        client.close()
 
 
-def _ensure_bucket(client: Any, bucket: str) -> None:
-    from botocore.exceptions import ClientError
+@contextlib.contextmanager
+def _bucket(endpoint: Endpoint, bucket: str) -> Iterator[Any]:
+    """Yield a client of the server, where the bucket exists, or is created.
 
-    try:
-        client.head_bucket(Bucket=bucket)
-    except ClientError as exc:
-        if exc.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
-            raise
-        client.create_bucket(Bucket=bucket)
-
-
-def _write_and_read(client: Any, bucket: str) -> None:
-    """Raise an error while the server cannot store objects yet: its volumes join a moment after it knows buckets."""
-    client.put_object(Bucket=bucket, Key=PROBE_KEY, Body=b"up")
-    client.get_object(Bucket=bucket, Key=PROBE_KEY)["Body"].read()
-    client.delete_object(Bucket=bucket, Key=PROBE_KEY)
-
-
-def _refused(bucket: str, reason: Exception) -> GroundError:
-    return GroundError(
-        f"the local S3 server refuses the bucket {bucket!r} ({reason}): registry.bucket takes 3 to 63 lower-case "
-        "letters, digits and hyphens"
-    )
-
-
-def _client(endpoint: Endpoint) -> Any:
+    Raises:
+        GroundError: the server refuses a request, as it does with a bucket's name.
+    """
     import boto3  # not at the top: `fineloop --help` imports this module's neighbours
     from botocore.config import Config
+    from botocore.exceptions import ClientError
 
-    return boto3.client(
+    client = boto3.client(
         "s3",
         endpoint_url=endpoint.url,
         aws_access_key_id=endpoint.access_key,
@@ -219,6 +226,22 @@ def _client(endpoint: Endpoint) -> Any:
             proxies={},  # loopback never goes through a proxy
         ),
     )
+    with contextlib.closing(client):
+        try:
+            try:
+                client.head_bucket(Bucket=bucket)
+            except ClientError as exc:
+                if exc.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                    raise
+                client.create_bucket(Bucket=bucket)
+            yield client
+        except ClientError as exc:
+            if exc.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
+                raise
+            raise GroundError(
+                f"the local S3 server refuses the bucket {bucket!r} ({exc}): registry.bucket takes 3 to 63 lower-case "
+                "letters, digits and hyphens"
+            ) from exc
 
 
 def find_binary() -> str:
@@ -240,9 +263,6 @@ def find_binary() -> str:
 def _credentials(directory: Path) -> tuple[str, str]:
     path = directory / "credentials"
     if not path.exists():
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.touch(mode=0o600)
-        unfinished.write_text(f"AK{secrets.token_hex(9).upper()}\n{secrets.token_urlsafe(30)}\n", encoding="ascii")
-        unfinished.rename(path)
+        write_private(path, f"AK{secrets.token_hex(9).upper()}\n{secrets.token_urlsafe(30)}\n")
     access_key, secret_key = path.read_text(encoding="ascii").split()
     return access_key, secret_key

@@ -134,8 +134,7 @@ def _stopped(home: Path, name: str) -> bool:
     service = Service(name, name, home, start_timeout_s=1.0)
     if not (home / name).is_dir():
         return True
-    with service._keeper_lock() as free:
-        return free is not None
+    return not service.is_kept()
 
 
 def _start_time(pid: int) -> str | None:

@@ -15,8 +15,8 @@ import pytest
 
 from components.shared.errors import UserError
 from pipelines.local import ray_head, seaweedfs
-from pipelines.local.seaweedfs import SeaweedFS
-from pipelines.local.server import CERTIFICATE, KEY, LOOPBACK, Service, private_folder, write_certificate
+from pipelines.local.seaweedfs import CERTIFICATE, KEY, SeaweedFS, write_certificate
+from pipelines.local.server import LOOPBACK, Service, private_folder
 
 ANSWERS_IN_S = 10
 REFUSED = 999

@@ -142,7 +142,7 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
 
 @pytest.mark.full
 def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_down(machine, monkeypatch):
-    environment = ray_up(machine.home, bucket="bucket-one")
+    environment = ray_up(machine.home, "bucket-one")
     head = ray_service(machine.home)
     processes, of_store = machine.processes(head), machine.processes(store_service(machine.home))
     time.sleep(1.0)
