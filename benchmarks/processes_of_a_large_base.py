@@ -30,9 +30,9 @@ class Reached(Exception):
 
 def asked_for_disk(config_toml: str) -> None:
     """What `submit` and the Kubeflow step ask before a queue is asked for pods."""
-    from components.ray_cluster import base_size
+    from components.ray_cluster.submit import require_disk
 
-    base_size.require_disk(config_file.loads(config_toml))
+    require_disk(config_file.loads(config_toml))
 
 
 def planned(config_toml: str) -> None:

@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from components.config.gpus import PRICED, Gpu
 from components.config.methods import METHODS, MethodName, nearest_legal
+from components.config.ray import PRICED, Gpu
 from components.config.schema import MethodConfig, RunConfig, cautions
 from components.config.train import Dtype
 from components.shared import garbage

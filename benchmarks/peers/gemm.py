@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from components.config.gpus import GPUS
+from components.config.ray import GPUS
 
 ROUNDS = 5
 

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from components.config.data import DataConfig as DataConfig
 from components.config.gate import GateConfig, RequestedMetric
 from components.config.methods import (
     METHODS,
@@ -32,6 +31,7 @@ from components.config.ray import IMAGE, OF_EVERY_STEP, RayConfig
 from components.config.section import Added, Section, identity
 from components.config.track import TrackConfig
 from components.config.train import SHARING
+from components.config.train import DataConfig as DataConfig
 from components.config.train import TrainConfig as TrainConfig
 from components.config.tune import TuneConfig
 from components.shared.metrics import METRICS

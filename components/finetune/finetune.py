@@ -4,8 +4,7 @@ One Ray job trains the version and then compares it, and the evaluate step waits
 cluster only once, and no other job runs in between. Where the registry trusts keys, the job only trains.
 """
 
-from components.ray_cluster.base_size import require_disk
-from components.ray_cluster.submit import submit_step
+from components.ray_cluster.submit import require_disk, submit_step
 from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate

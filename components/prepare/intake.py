@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from components.config.data import ColumnsConfig
+from components.config.train import ColumnsConfig
 from components.prepare.dataset import Reject
 from components.prepare.formats import form_of
 from components.prepare.personal import Kind

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from components.config.data import ColumnsConfig
+from components.config.train import ColumnsConfig
 from components.prepare.validate import KNOWN_COLUMNS, SPEAKERS, has_known_form, named_id
 from components.shared.durations import counted
 from components.shared.errors import DataError

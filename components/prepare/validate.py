@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from components.config.data import LossOn
+from components.config.train import LossOn
 from components.prepare.dataset import WEIGHT, Message, Record, Role
 from components.shared.errors import DataError
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from components.config.data import ColumnsConfig, DataConfig, LossOn
+from components.config.train import ColumnsConfig, DataConfig, LossOn
 from components.prepare.arrow_records import keyed_batch_of
 from components.prepare.dataset import Reject
 from components.prepare.personal import Action, Kind, Screen

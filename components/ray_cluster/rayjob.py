@@ -5,20 +5,26 @@ stopped by deleting it: suspended, Kueue would start it again.
 """
 
 import logging
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster import rayjob_manifest as manifest
-from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State
-from components.ray_cluster.kubernetes_api import KubernetesApi, Resource, Watched, own_namespace
-from components.ray_cluster.kueue import QUOTA, KueueQueue
-from components.ray_cluster.rayjob_log import JobLog
-from components.ray_cluster.workflow import Workflow, own_workflow
+from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State, Turns
+from components.ray_cluster.kubernetes_api import (
+    KubernetesApi,
+    Resource,
+    Watched,
+    Workflow,
+    own_namespace,
+    own_workflow,
+)
 from components.shared.errors import JobError, WorkersMissing
 from components.shared.protocol import find_failure
 
@@ -29,6 +35,8 @@ IDLE_WINDOW_S = 20.0
 KEPT_S = 86_400.0
 """How long a job that has ended keeps its submitter's log, and its place in the namespace's quota of RayJobs."""
 ENDED = ("Complete", "Failed", "ValidationFailed")
+QUOTA = "waiting for quota"
+"""The answer before Kueue has looked at the job, and when Kueue may not be asked."""
 _EXIT_CODE = re.compile(r"exit code (-?\d+)")
 
 
@@ -275,3 +283,167 @@ def _live(found: Resource) -> LiveJob:
 
 def _age_s(time_of: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(time_of)).total_seconds()
+
+
+# What a job in Kueue's queue waits for, in Kueue's words: https://kueue.sigs.k8s.io/docs/concepts/workload/.
+
+NEVER_FITS = ("ExceedsMaxQuota", "NoMatchingFlavor")
+"""Reasons of the condition QuotaReserved that no waiting ends (Kueue 0.19, apis/kueue/v1beta2/workload_types.go).
+Without the feature gate UnadmittedWorkloadsObservability, which is off by itself, the reason is always Pending."""
+NEVER_WORDS = (
+    "> maximum capacity (",
+    "unavailable in ClusterQueue",
+    "untolerated taint",
+    "doesn't match node affinity",
+)
+"""Parts of the condition's message in such a case (pkg/scheduler/flavorassigner/flavorassigner.go)."""
+MAY_FIT_WORDS = "insufficient unused quota"
+"""The part of the same message about a flavor, perhaps one of several, that has room once other jobs have ended."""
+HOPELESS_S = 180.0
+"""How long, in seconds, such a reason must last: somebody may be raising the quota."""
+
+
+class KueueQueue:
+    """Asks for the Workload that Kueue makes for a job. If that is refused, it warns once and does not ask again."""
+
+    def __init__(self, api: KubernetesApi, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._api, self._clock = api, clock
+        self._is_refused = False
+        self._never_since: float | None = None
+
+    def why(self, job_uid: str) -> str:
+        """Return what the job waits for, in Kueue's words or as QUOTA."""
+        if self._is_refused:
+            return QUOTA
+        try:
+            workloads = self._api.workloads(job_uid)
+        except JobError as exc:
+            self._is_refused = True
+            logger.warning("what the job waits for is not known: %s", exc)
+            return QUOTA
+        if not never_fits(workloads):
+            self._never_since = None
+        elif self._never_since is None:
+            self._never_since = self._clock()
+        return reason_to_wait(workloads)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether Kueue has said for minutes that the job never fits."""
+        return self._never_since is not None and self._clock() - self._never_since > HOPELESS_S
+
+
+def reason_to_wait(workloads: Sequence[Resource]) -> str:
+    """The messages of a job's newest workload: why it was requeued, and why it is not admitted.
+
+    A job that never fits reads "insufficient quota for ... > maximum capacity"; a preempted one names the workload that
+    took its place.
+    """
+    if not workloads:
+        return QUOTA
+    newest = _newest(workloads)
+    if newest["spec"].get("active") is False:
+        return "Kueue gave it up: set spec.active of its workload to true, or stop the run"
+    conditions = _conditions(newest)
+    evicted, quota = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})
+    reasons = [
+        *([evicted["message"]] if evicted.get("status") == "True" and evicted.get("message") else []),
+        *([quota["message"]] if quota.get("status") == "False" and quota.get("message") else []),
+    ]
+    return "; ".join(dict.fromkeys(reasons)) or QUOTA
+
+
+def never_fits(workloads: Sequence[Resource]) -> bool:
+    """Whether Kueue refuses the newest workload for a reason that does not pass by waiting."""
+    quota = _conditions(_newest(workloads)).get("QuotaReserved", {}) if workloads else {}
+    if quota.get("status") != "False":
+        return False
+    said = quota.get("message") or ""
+    by_words = any(words in said for words in NEVER_WORDS) and MAY_FIT_WORDS not in said
+    return quota.get("reason") in NEVER_FITS or (quota.get("reason") == "Pending" and by_words)
+
+
+def _newest(workloads: Sequence[Resource]) -> Resource:
+    return max(workloads, key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
+
+
+def _conditions(workload: Resource) -> dict[str, Resource]:
+    return {each["type"]: each for each in (workload.get("status") or {}).get("conditions") or []}
+
+
+# A RayJob's log: from its dashboard while that answers, else from the pod that submitted it.
+
+DASHBOARD_S = (2.0, 10.0)
+"""Limits in seconds on connecting to the dashboard and on its answer."""
+AGAIN_S = 30.0
+"""Seconds until a source that did not answer is asked again."""
+
+
+class JobLog:
+    """Reads the log of one RayJob for a `LogCopy`. A log that cannot be read never fails the job."""
+
+    def __init__(
+        self, api: KubernetesApi, name: str, copy: LogCopy, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._api, self._name, self._copy, self._turns = api, name, copy, Turns(clock)
+        self._refused: dict[str, float] = {}
+
+    def read(self, status: dict[str, Any], *, final: bool) -> None:
+        """Copy new output from the first source that answers; at the end also try those that did not answer before."""
+        if final or self._turns.is_due:
+            with self._turns.reading():
+                self._copy_new(status, final=final)
+
+    def _copy_new(self, status: dict[str, Any], *, final: bool) -> None:
+        for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):
+            if not final and time.monotonic() < self._refused.get(source, 0.0):
+                continue
+            try:
+                text = ask(status)
+            except JobError as exc:
+                if source not in self._refused:
+                    logger.warning("%s", exc)
+                self._refused[source] = time.monotonic() + AGAIN_S
+                continue
+            if text is not None:
+                self._copy.take(text, source=source, final=final)
+                return
+
+    def restart(self) -> None:
+        """Start over, because another cluster runs the job from its beginning."""
+        self._refused.clear()
+        self._copy.restart()
+
+    def _dashboard(self, status: dict[str, Any]) -> str | None:
+        import requests
+
+        address = status["dashboardURL"]
+        url = address if "://" in address else f"http://{address}"  # KubeRay writes HOST:PORT
+        token = _token()
+        try:
+            answer = requests.get(
+                f"{url}/api/jobs/{status.get('jobId') or self._name}/logs",
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                timeout=DASHBOARD_S,
+            )
+        except requests.RequestException as exc:
+            raise JobError(
+                f"the dashboard {address} does not answer; reading the submitter's log instead ({exc})"
+            ) from exc
+        if answer.status_code in (401, 403):
+            raise JobError(
+                f"the dashboard {address} wants a token: set RAY_AUTH_TOKEN from Secret fineloop-ray; reading the "
+                "submitter's log instead"
+            )
+        if not answer.ok:  # the job has not been submitted yet
+            return None
+        return str(answer.json().get("logs") or "")
+
+    def _submitter(self, _status: dict[str, Any]) -> str | None:
+        return self._api.pod_log({"job-name": self._name})
+
+
+def _token() -> str:
+    """The token from either of the two variables by which Ray gives one to a client; empty if neither is set."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    return os.environ.get("RAY_AUTH_TOKEN", "") or (Path(path).read_text(encoding="utf-8").strip() if path else "")

@@ -20,11 +20,9 @@ import re
 import shlex
 from typing import Any
 
-from components.config.gpus import GPUS
-from components.config.ray import NVIDIA_GPU, RayConfig, RayJobCluster, Toleration
+from components.config.ray import GPUS, NVIDIA_GPU, RayConfig, RayJobCluster, Toleration
 from components.ray_cluster.backend import Job
-from components.ray_cluster.kubernetes_api import GROUP, VERSION
-from components.ray_cluster.workflow import Workflow
+from components.ray_cluster.kubernetes_api import GROUP, VERSION, Workflow
 
 MAX_NAME = 47
 """KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)."""

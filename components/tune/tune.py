@@ -2,8 +2,7 @@
 
 from components.config.schema import RunConfig
 from components.config.tune import When
-from components.ray_cluster.base_size import require_disk
-from components.ray_cluster.submit import submit_step
+from components.ray_cluster.submit import require_disk, submit_step
 from components.records import runs
 from components.records.sweep import SweepResult, TunedRate
 from components.registry import between_runs

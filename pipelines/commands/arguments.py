@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from components.config.schema import RunConfig
     from components.store.store import Store
     from pipelines.kubeflow.client import Kubeflow
-    from pipelines.kubeflow.package import Package
+    from pipelines.kubeflow.compile import Package
 
 HELP_WIDTH = 88
 EXIT_CODES = """exit codes:
@@ -255,12 +255,11 @@ def connected(options: argparse.Namespace) -> "Kubeflow":
 
 def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
     """Compile the pipeline and resolve its parameters; both are checked before any request to Kubeflow."""
-    from components.ray_cluster.base_size import require_disk
-    from pipelines.kubeflow import package, parameters
-    from pipelines.kubeflow.reach import check_reach
+    from components.ray_cluster.submit import require_disk
+    from pipelines.kubeflow.compile import check_reach, make_package, resolve_parameters
 
-    built = package.build(load_config(options), image=options.image)
-    resolved = parameters.resolve(built.spec, built.config, options.parameters)
+    built = make_package(load_config(options), image=options.image)
+    resolved = resolve_parameters(built.spec, built.config, options.parameters)
     check_reach(built.config, resolved)
     if not resolved.get("base_model"):
         require_disk(built.config)

@@ -29,7 +29,7 @@ from pipelines.configs import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
     from components.config.schema import RunConfig
-    from pipelines.kubeflow.run import Run
+    from pipelines.kubeflow.runs import Run
 
 
 def add_run(commands: Any) -> None:
@@ -386,8 +386,7 @@ def add_submit(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> Answer:
-    from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines
-    from pipelines.kubeflow.submit import follow, start
+    from pipelines.kubeflow.runs import Recorded, as_json, follow, outcome_lines, start
 
     built, parameters = prepared(options)
     kubeflow = connected(options)

@@ -25,7 +25,7 @@ from pipelines.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.kubeflow.run import Run, TaskRun
+    from pipelines.kubeflow.runs import Run, TaskRun
     from pipelines.local.past_runs import Compared, Reproduced, Side
 
 STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
@@ -138,7 +138,7 @@ def _kept(options: argparse.Namespace) -> Answer:
 def _show(options: argparse.Namespace) -> Answer:
     from components.records.runs import run_key
     from pipelines.kubeflow import client, runs
-    from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines
+    from pipelines.kubeflow.runs import Recorded, as_json, outcome_lines
 
     if options.store or not client.is_named(os.environ, host=options.host):
         return _show_kept(options)
@@ -221,7 +221,7 @@ def _show_kept(options: argparse.Namespace) -> Answer:
 
 def _stop(options: argparse.Namespace) -> Answer:
     from pipelines.kubeflow import runs
-    from pipelines.kubeflow.run_jobs import RunJobs
+    from pipelines.kubeflow.runs import RunJobs
 
     kubeflow = connected(options)
     run = runs.find(kubeflow, options.run)

@@ -23,8 +23,7 @@ from pipelines.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.kubeflow.schedule import Schedule
-    from pipelines.kubeflow.timing import Timing
+    from pipelines.kubeflow.schedule import Schedule, Timing
 
 ALLOWED = 3
 OVERLAP = "when a run is under way at the next time: skip waits for its end and then runs once; allow runs beside it"
@@ -103,8 +102,7 @@ def _add(verbs: Any, verb: str, command: Command, does: str, example: str, more:
 
 def _create(options: argparse.Namespace) -> Answer:
     from pipelines.kubeflow import schedule
-    from pipelines.kubeflow.cron import parse
-    from pipelines.kubeflow.timing import Timing
+    from pipelines.kubeflow.schedule import Timing, parse
 
     timing = _timed(options, Timing(parse(options.cron)))
     built, parameters = prepared(options)
@@ -122,9 +120,9 @@ def _create(options: argparse.Namespace) -> Answer:
 
 def _update(options: argparse.Namespace) -> Answer:
     from components.config import config_file
-    from pipelines.kubeflow import package, parameters, schedule
-    from pipelines.kubeflow.cron import parse
-    from pipelines.kubeflow.reach import check_reach
+    from pipelines.kubeflow import schedule
+    from pipelines.kubeflow.compile import check_reach, make_package, resolve_parameters
+    from pipelines.kubeflow.schedule import parse
 
     cron = parse(options.cron) if options.cron else ""
     given = load_config(options) if options.config else None
@@ -132,8 +130,8 @@ def _update(options: argparse.Namespace) -> Answer:
     timing = _timed(options, replace(old.timing, cron=cron or old.cron))
     origin = f"the config of schedule {old.name}"
     config = given or config_file.validate(schedule.config_of(old), options.overrides, origin=origin)
-    built = package.build(config, image=options.image or schedule.image_of(old))
-    resolved = parameters.resolve(built.spec, config, options.parameters, kept=old.parameters)
+    built = make_package(config, image=options.image or schedule.image_of(old))
+    resolved = resolve_parameters(built.spec, config, options.parameters, kept=old.parameters)
     check_reach(config, resolved)
     new = schedule.update(old, built, timing, parameters=resolved, service_account=options.service_account)
     beside = "" if timing.max_concurrency > 1 else ", and the next time does not wait for its end"

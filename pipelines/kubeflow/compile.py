@@ -1,18 +1,42 @@
-"""Compiles the pipelines to YAML for Kubeflow Pipelines, with one config as their default."""
+"""Compiles the pipelines to YAML for Kubeflow Pipelines, checks what goes into a run of one, and uploads it."""
 
+import difflib
 import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, get_args
 
+import kfp_server_api
 import yaml
+from kfp import dsl, kubernetes
 
 from components.config import config_file
 from components.config.methods import MethodName
 from components.config.schema import RunConfig
+from components.prepare.prepare import ANYWAY, KEYS, overrides
+from components.promote import announce
 from components.promote.by_hand import ACTIONS
-from components.shared.errors import UserError
+from components.ray_cluster.rayjob_manifest import (
+    CA_FOLDER,
+    CA_VARIABLES,
+    CONFIG_MAP,
+    RAY_SECRET,
+    STAYS,
+    STORE_SECRET,
+)
+from components.registry import signing
+from components.shared.errors import ConfigError, KubeflowError, UserError
+from pipelines.configs import DEFAULT_CONFIG
+from pipelines.kubeflow.client import Kubeflow
 
 METHOD_NAMES = ["", *get_args(MethodName)]
 """Choices of the parameter `method_name` in the UI; the empty one keeps the config's method."""
@@ -42,7 +66,6 @@ def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig |
     parameter `config` is `default`, or `config` itself if `default` is None. The same arguments give the same text. An
     empty image means the project's own.
     """
-    from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.retrain import build
 
     return _text(
@@ -55,7 +78,6 @@ def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig |
 
 def compile_promotion(config: RunConfig, *, image: str = "") -> str:
     """Compile the pipeline that promotes by hand, with the config's adapter, registry and servers as its defaults."""
-    from pipelines.kubeflow.task_settings import for_cluster
     from pipelines.promotion import build
 
     adapter, registry = config.adapter, config.registry
@@ -113,3 +135,346 @@ def _scalar(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _scalar)
+
+
+# Settings of a step that apply only on a cluster: deadline, memory, retries, labels, environment by reference.
+
+ENVIRONMENT = (
+    *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE"),
+    *("FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY"),
+)
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+PROMOTE_SECRET = "fineloop-promote"
+REPORT_SECRET = "fineloop-report"
+EVALUATE_SECRET = "fineloop-evaluate"
+ON_RAY = frozenset({"tune", "finetune", "evaluate"})
+"""Steps that wait for a Ray job, its time in a queue included. Their deadline is longer than the job's, so that the job
+can report why it ended. So does prepare if data.engine is ray."""
+STEP_S = 3600
+GRACE_S = 900
+DATA_HEADROOM = 4
+"""Memory limit of the step that reads the data, in multiples of data.memory_gib, which excludes what a record adds."""
+RETRIES = 2
+"""Retries of each step. A retry finds what the first attempt left: a Ray job, a folder, an alias."""
+
+
+def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
+    """Return a function that configures each task of a pipeline for this config."""
+
+    def configure(task: dsl.PipelineTask) -> None:
+        name = task.component_spec.name
+        reads_here = name == "prepare" and config.data.engine == "local"
+        on_ray = name in ON_RAY or (name == "prepare" and not reads_here)
+        deadline_s = config.data.timeout_s if reads_here else STEP_S
+        if on_ray:
+            ray = config.ray.for_data(timeout_s=config.data.timeout_s) if name == "prepare" else config.ray
+            deadline_s = ray.patience_s + GRACE_S
+        kubernetes.set_timeout(task, deadline_s)
+        if on_ray:
+            for annotation, value in STAYS.items():
+                kubernetes.add_pod_annotation(task, annotation, value)
+        # Argo counts backoff_max_duration from the start of the first attempt, and when it is over ends even an attempt
+        # that is running. kfp's default of an hour would end a training.
+        at_most_s = (RETRIES + 1) * (deadline_s + GRACE_S)
+        task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2, backoff_max_duration=f"{at_most_s}s")
+        # The first step reads the data; the others hold a few JSON objects.
+        task.set_cpu_request("500m").set_cpu_limit("2")
+        limit_gib = math.ceil(DATA_HEADROOM * config.data.memory_gib) if reads_here else 2
+        task.set_memory_request("1Gi").set_memory_limit(f"{limit_gib}Gi")
+        kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
+        kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
+        kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
+        kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
+        for label, value in config.ray.cluster.labels.items():
+            kubernetes.add_pod_label(task, label, value)
+        if bundle := config.ray.cluster.ca_bundle:
+            kubernetes.use_config_map_as_volume(task, bundle, CA_FOLDER)
+            for variable, path in CA_VARIABLES.items():
+                task.set_env_variable(variable, path)
+        if name in ("promote", "move-by-hand"):  # they sign the move and announce it
+            keys = (signing.KEY_VARIABLE, signing.SIGNER_VARIABLE, *announce.secrets())
+            kubernetes.use_secret_as_env(task, PROMOTE_SECRET, {key: key for key in keys}, optional=True)
+        if name == "evaluate":  # it signs what was measured
+            own = {key: key for key in ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER")}
+            kubernetes.use_secret_as_env(task, EVALUATE_SECRET, own, optional=True)
+        if name == "report":  # it sends events to an OpenLineage server
+            key = "OPENLINEAGE_API_KEY"
+            kubernetes.use_secret_as_env(task, REPORT_SECRET, {key: key}, optional=True)
+
+    return configure
+
+
+# The parameters of a run, checked against the compiled pipeline before anything is sent.
+
+CONFIG = "config"
+KINDS: dict[str, tuple[str, type | tuple[type, ...]]] = {
+    "NUMBER_INTEGER": ("a whole number", int),
+    "NUMBER_DOUBLE": ("a number", (int, float)),
+    "BOOLEAN": ("true or false", bool),
+    "LIST": ("a JSON list", list),
+    "STRUCT": ("a JSON object", dict),
+}
+
+
+def defined(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the pipeline's parameters by name, as its spec defines them."""
+    found: dict[str, dict[str, Any]] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    return found
+
+
+def resolve_parameters(
+    spec: Mapping[str, Any], config: RunConfig, given: Sequence[str], *, kept: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the parameters to send: the config, and each NAME=VALUE of `given` in the type that the pipeline wants.
+
+    `kept` has earlier values, which stay unless the pipeline has no such parameter any more, or `config` or `given`
+    replaces them.
+
+    Raises:
+        UserError: a name is unknown or missing, or a value does not have the parameter's type.
+    """
+    known = defined(spec)
+    values = {name: value for name, value in (kept or {}).items() if name in known}
+    if CONFIG in known:
+        values[CONFIG] = config_file.as_table(config)
+    for argument in given:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise UserError(f"--param {argument}: expected NAME=VALUE")
+        if name == CONFIG:
+            raise UserError("--param config: the config comes from -c FILE and --set KEY=VALUE")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            others = ", ".join(sorted(set(known) - {CONFIG})) or "none"
+            raise UserError(
+                f"--param {name}: the pipeline has no such parameter; "
+                + (f"did you mean {near[0]}?" if near else f"it takes {others}")
+            )
+        values[name] = _typed(name, text, known[name])
+    missing = [
+        name
+        for name, parameter in known.items()
+        if name not in values and not parameter.get("isOptional") and "defaultValue" not in parameter
+    ]
+    if missing:
+        raise UserError(f"the pipeline needs --param {missing[0]}=VALUE")
+    return values
+
+
+def _typed(name: str, text: str, parameter: Mapping[str, Any]) -> Any:
+    kind = parameter["parameterType"]
+    value: Any = text
+    if kind != "STRING":
+        wanted, types = KINDS[kind]
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, types) or (isinstance(value, bool) and kind != "BOOLEAN"):
+            raise UserError(f"--param {name}={text}: expected {wanted}")
+    literals = parameter.get("literals")
+    if literals and value not in literals:
+        raise UserError(f"--param {name}={text}: expected one of {', '.join(map(str, literals))}")
+    return value
+
+
+# The pods of a run must be able to read its data and base, which must not be on the submitter's disk.
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
+    """Refuse a config that names a local path, or a parameter that replaces a key by one.
+
+    Raises:
+        UserError: `data.source`, `model.base`, or the parameter that replaces it is a local path.
+    """
+    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    named = [("data.source", source) for source in sources]
+    if replaced := parameters.get("data_source"):
+        named = [("--param data_source", str(replaced))]
+    for name, source in named:
+        if _scheme(source) in ("", "file"):
+            raise UserError(
+                f"{name} is {source!r}, a path, and no pod reads this machine's disk: put the data in S3 and give "
+                "s3://BUCKET/FOLDER/, or take the built-in example://icd10"
+            )
+    field, base = "model.base", config.model.base
+    if replaced := parameters.get("base_model"):
+        field, base = "--param base_model", str(replaced)
+    if _scheme(base) == "file" or (not _scheme(base) and _is_path(base)):
+        raise UserError(
+            f"{field} is {base!r}, a path, and no pod reads this machine's disk: put the folder in S3 and give "
+            "s3://BUCKET/FOLDER, or name a hub id or pkg://PACKAGE/FILE.gguf. What is a hub id and also a folder here "
+            "means the folder, as it does for transformers: run the command elsewhere if you mean the hub's"
+        )
+
+
+def _scheme(place: str) -> str:
+    scheme, separator, _ = place.partition("://")
+    return scheme if separator else ""
+
+
+def _is_path(base: str) -> bool:
+    """Whether `base` cannot be a hub id, or looks like one but exists here as a path."""
+    return not _HUB_ID.fullmatch(base) or Path(base).exists()
+
+
+# The config of a run, or of each run of a schedule, as read from kfp's record of it.
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """A config, and the parameters that replace keys of it. `table` is empty for a run of another pipeline."""
+
+    table: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, detail: Any, spec: Mapping[str, Any]) -> "GivenConfig":
+        """Read the config that was sent, or else the default in the pipeline's spec; an empty spec has no default."""
+        default = defined(spec).get(CONFIG, {}).get("defaultValue") if spec else None
+        given = sent(detail)
+        fields = {name: given[name] for name in (*KEYS, ANYWAY) if name in given}
+        return cls(_table(given.get(CONFIG) or default), fields)
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter to retrain; empty if the config has none."""
+        section = self.table.get("adapter")
+        if not isinstance(section, Mapping):
+            return ""
+        return str(self.fields.get("adapter_name") or section.get("name", ""))
+
+    @property
+    def digest(self) -> str:
+        """The config's digest, as in lineage; empty if this version of Fineloop cannot read the config."""
+        if not self.table:
+            return ""
+        try:
+            return config_file.validate(self.table, [*overrides(**self.fields).values()]).digest
+        except ConfigError:
+            return ""
+
+
+def sent(detail: Any) -> dict[str, Any]:
+    """Return the parameters of a run, or of each run of a recurring run, as they were sent."""
+    return dict(detail.runtime_config.parameters or {}) if detail.runtime_config else {}
+
+
+def _table(given: Any) -> dict[str, Any]:
+    """Return a sent config as a table; release 0.1.0 sent it as TOML. Empty if it cannot be read."""
+    try:
+        read = tomllib.loads(given) if isinstance(given, str) else config_file.whole_numbers(given)
+    except tomllib.TOMLDecodeError:
+        return {}
+    return dict(read) if isinstance(read, Mapping) else {}
+
+
+# A compiled pipeline, and its versions on the server: one version for each content. Of the config it holds only the
+# steps' time limits, labels and certificates. So versions change when the pipeline does; they are named by release and
+# day.
+
+PIPELINE = "fineloop-retrain"
+ATTEMPTS = 3
+"""How often a version name is tried, as another client may just have taken it."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """The pipeline as YAML, and the config to run it with."""
+
+    config: RunConfig
+    text: str
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The pipeline's part of the YAML; the platform's, if any, is a second document."""
+        spec: dict[str, Any] = next(iter(yaml.safe_load_all(self.text)))
+        return spec
+
+    @property
+    def content(self) -> str:
+        """Identifies the content: the description of its version on the server."""
+        return f"sha256 {hashlib.sha256(self.text.encode()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version of the pipeline on the server."""
+
+    pipeline_id: str
+    version_id: str
+
+
+def make_package(config: RunConfig, *, image: str = "") -> Package:
+    """Compile the pipeline, with the example config as its default; an empty image means the project's image."""
+    return Package(config, compile_pipeline(config, image=image, default=config_file.load(DEFAULT_CONFIG)))
+
+
+def publish(kubeflow: Kubeflow, package: Package, *, today: date | None = None) -> Published:
+    """Upload the package unless the server has the same content already."""
+    pipeline_id = find_pipeline(kubeflow, PIPELINE) or _create_pipeline(kubeflow, package)
+    day = f"{importlib.metadata.version('fineloop')}-{today or datetime.now(UTC).date()}"
+    name = day
+    for _ in range(ATTEMPTS):
+        versions = _versions(kubeflow, pipeline_id)
+        for version in versions:
+            if version.description == package.content:
+                return Published(pipeline_id, version.pipeline_version_id)
+        taken = {version.display_name for version in versions}
+        name = next(name for name in _names(day) if name not in taken)
+        if made := _upload(kubeflow, pipeline_id, package, name):
+            return Published(pipeline_id, made.pipeline_version_id)
+    raise KubeflowError(f"{kubeflow.host} has version {name} of {PIPELINE} and does not list it")
+
+
+def find_pipeline(kubeflow: Kubeflow, name: str) -> str:
+    """Return the id of the pipeline of this name, or an empty string."""
+    namespace = kubeflow.namespace or None
+    return kubeflow.id_of("pipelines", name, kubeflow.client.list_pipelines, "pipeline_id", namespace=namespace)
+
+
+def _create_pipeline(kubeflow: Kubeflow, package: Package) -> str:
+    """Create the pipeline without a version: an upload would name the first one after the pipeline, not its content."""
+    described = kfp_server_api.V2beta1Pipeline(
+        display_name=PIPELINE,
+        name=PIPELINE,
+        description=package.spec["pipelineInfo"].get("description", ""),
+        namespace=kubeflow.namespace or None,
+    )
+    with kubeflow.asking("create the pipeline"):
+        made = _or_none_if_exists(lambda: kubeflow.client.pipelines.pipeline_service_create_pipeline(described))
+    return made.pipeline_id if made else find_pipeline(kubeflow, PIPELINE)
+
+
+def _versions(kubeflow: Kubeflow, pipeline_id: str) -> list[Any]:
+    listed = kubeflow.client.list_pipeline_versions
+    return [*kubeflow.listed("pipeline versions", listed, "pipeline_versions", pipeline_id=pipeline_id)]
+
+
+def _names(day: str) -> Iterator[str]:
+    """Yield version names for one day; they are valid names of Kubernetes objects, as which Kubeflow may store them."""
+    yield day
+    yield from (f"{day}.{number}" for number in itertools.count(2))
+
+
+def _upload(kubeflow: Kubeflow, pipeline_id: str, package: Package, name: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        path.write_text(package.text, encoding="utf-8")
+        upload = kubeflow.client.upload_pipeline_version
+        with kubeflow.asking("upload the pipeline"):
+            return _or_none_if_exists(
+                lambda: upload(str(path), name, pipeline_id=pipeline_id, description=package.content)
+            )
+
+
+def _or_none_if_exists(create: Any) -> Any:
+    """Return what `create` returns; None if another client has just created the same."""
+    try:
+        return create()
+    except kfp_server_api.ApiException as exc:
+        if exc.status == 409:
+            return None
+        raise

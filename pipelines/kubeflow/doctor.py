@@ -5,72 +5,25 @@ starts pods in the place of a step or a worker, one after the other, which try t
 names, and deletes them again.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.config.schema import RunConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.rayjob_manifest import CONFIG_MAP, RAY_SECRET, STORE_SECRET, rayjob
-from components.shared.errors import FineloopError
+from components.ray_cluster.kubernetes_api import CALL_S, configuration
+from components.ray_cluster.rayjob_manifest import CONFIG_MAP, NO_MESH, PART_OF, RAY_SECRET, STORE_SECRET, rayjob
+from components.shared.errors import FineloopError, UserError
 from components.step.kfp import IMAGE
 from pipelines.check import IN_MESSAGE, Check, check
-from pipelines.kubeflow import probe, running
 from pipelines.kubeflow.client import connect
-from pipelines.kubeflow.cluster import Cluster, NotSeen, Refused, Resource
-from pipelines.kubeflow.task_settings import REPORT_SECRET
-
-# Resources that a config's Ray job requests from Kueue, and whether a ClusterQueue can ever grant them.
-
-Resources = Mapping[str, Decimal]
-
-
-def demand(ray: RayConfig) -> Resources:
-    """Return the sum of the requests of head, workers and submitter, which Kueue admits together."""
-    from kubernetes.utils.quantity import parse_quantity
-
-    spec = rayjob(ray, Job("quota", "finetune", ("true",), 60.0), 1, namespace="any")["spec"]
-    cluster = spec["rayClusterSpec"]
-    pods = [(1, cluster["headGroupSpec"]["template"]), (1, spec["submitterPodTemplate"])]
-    pods += [(group["replicas"], group["template"]) for group in cluster["workerGroupSpecs"]]
-    total: dict[str, Decimal] = {}
-    for count, template in pods:
-        for container in template["spec"]["containers"]:
-            for name, quantity in container["resources"]["requests"].items():
-                total[name] = total.get(name, Decimal(0)) + count * parse_quantity(quantity)
-    return total
-
-
-def lacking(wanted: Resources, cluster_queue: Mapping[str, Any]) -> list[str]:
-    """Return why the queue can never grant this, in words: resources that it does not cover, or too small a quota."""
-    from kubernetes.utils.quantity import parse_quantity
-
-    room: dict[str, Decimal] = {}
-    for name, quota, borrowed in _quotas(cluster_queue):
-        room[name] = max(room.get(name, Decimal(0)), parse_quantity(quota) + parse_quantity(borrowed))
-    return [
-        f"{name}: {_formatted(need)} asked for, at most {_formatted(room[name])} given"
-        if name in room
-        else f"{name}: not covered by the queue"
-        for name, need in wanted.items()
-        if need > room.get(name, Decimal(-1))
-    ]
-
-
-def _quotas(cluster_queue: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    in_cohort = bool(cluster_queue["spec"].get("cohortName"))
-    for group in cluster_queue["spec"].get("resourceGroups", []):
-        for flavor in group["flavors"]:
-            for resource in flavor["resources"]:
-                unlimited = "1Ei" if in_cohort else "0"  # without a limit it may borrow all that its cohort has
-                yield resource["name"], str(resource["nominalQuota"]), str(resource.get("borrowingLimit", unlimited))
-
-
-def _formatted(quantity: Decimal) -> str:
-    gib = quantity / 2**30
-    return f"{gib:.0f} GiB" if gib >= 1 else f"{quantity.normalize():f}"
-
+from pipelines.kubeflow.compile import REPORT_SECRET
 
 RIGHTS = {
     ("ray.io", "rayjobs"): ("create", "get", "list", "watch", "patch", "delete"),
@@ -98,6 +51,121 @@ REFUSALS = {
 """What mends a refusal, by words of it."""
 KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
 KUBERAY = "/apis/ray.io/v1"
+KUBEFLOW_CONTROLLERS = ("workflow-controller", "ml-pipeline-persistenceagent", "ml-pipeline-scheduledworkflow")
+"""Kubeflow's deployments: the first starts steps, the second reports that runs have ended, the third starts schedules'
+runs."""
+KUBERAY_OPERATOR, KUEUE_MANAGER = "kuberay-operator", "kueue-controller-manager"
+
+
+# Access to a Kubernetes cluster: objects, kinds and rights, as plain JSON.
+
+Resource = dict[str, Any]
+_NO_RIGHT = re.compile(r"cannot \w+ resource")
+"""Wording of RBAC's refusals, to tell them from those of pod security and quotas, which are 403 too."""
+
+
+class NotSeen(Exception):
+    """The API server does not permit the request, or cannot be reached; the text says which."""
+
+
+class Refused(NotSeen):
+    """The API server rejected the object that it was asked to create."""
+
+
+class Cluster:
+    """Client of the API server that the pod's service account or the kubeconfig names."""
+
+    def __init__(self, namespace: str = "") -> None:
+        """Connect; an empty `namespace` means the kubeconfig context's.
+
+        Raises:
+            UserError: no API server is configured, or no namespace.
+        """
+        from kubernetes import client
+
+        configured, context_namespace = configuration()
+        configured.retries = False
+        self.address = configured.host
+        self.namespace = namespace or context_namespace
+        if not self.namespace:
+            raise UserError("the kubeconfig's context has no namespace: name the one of your runs with --namespace")
+        self._api = client.ApiClient(configured)
+
+    def get(self, path: str) -> Resource | None:
+        """Return the object at a path of the API; None if there is none.
+
+        Raises:
+            NotSeen: we may not read it, or the server does not answer.
+        """
+        return self._ask("GET", path)
+
+    def create(self, path: str, body: Resource) -> Resource:
+        """Create an object and return the API server's response, such as the result of an access review.
+
+        Raises:
+            Refused: the server, or an admission webhook, rejects the object.
+            NotSeen: we may not create it, or the server does not answer.
+        """
+        return self._ask("POST", path, body) or {}
+
+    def delete(self, path: str) -> None:
+        """Delete an object if it exists.
+
+        Raises:
+            NotSeen: we may not delete it, or the server does not answer.
+        """
+        self._ask("DELETE", path)
+
+    def log(self, pod: str) -> str:
+        """Return the log of a pod's container."""
+        found = self._ask("GET", f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log", raw=True)
+        return str(found or "")
+
+    def _ask(self, method: str, path: str, body: Resource | None = None, *, raw: bool = False) -> Any:
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        headers = {"Accept": "*/*" if raw else "application/json", "Content-Type": "application/json"}
+        try:
+            response = self._api.call_api(
+                path,
+                method,
+                header_params=headers,
+                body=body,
+                auth_settings=["BearerToken"],
+                _preload_content=False,
+                _return_http_data_only=True,
+                _request_timeout=CALL_S,
+            )
+        except ApiException as exc:
+            if exc.status == 404:
+                return None
+            reason = _reason(exc)
+            is_ours = exc.status in (401, 403) and (exc.status == 401 or _NO_RIGHT.search(reason))
+            raise (Refused if method == "POST" and not is_ours else NotSeen)(reason) from exc
+        except (HTTPError, OSError) as exc:
+            raise NotSeen(f"{self.address} does not answer: {exc}") from exc
+        text = response.data.decode("utf-8", errors="replace")
+        return text if raw else json.loads(text)
+
+
+def _reason(error: Any) -> str:
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return f"refused with {error.status}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one pod tries, and how the answer is told."""
+
+    title: str
+    script: str
+    labels: Mapping[str, str]
+    """Labels of the pods that it stands for."""
+    yes: str
+    fix: str
 
 
 def cluster_checks(
@@ -135,8 +203,8 @@ def cluster_checks(
     if has_many_users:  # its profile controller makes this one, and needs no providers
         del environments[LAUNCHER]
     for name, ask in (
-        ("kubeflow's controllers", running.deployments(cluster, "kubeflow's controllers", running.KUBEFLOW)),
-        ("nodes", running.nodes(cluster)),
+        ("kubeflow's controllers", deployments(cluster, "kubeflow's controllers", KUBEFLOW_CONTROLLERS)),
+        ("nodes", nodes(cluster)),
         *((f"account {account}", _account(cluster, account)) for account in accounts if account),
         ("rights of the steps", _rights(cluster, service_account)),
         *((name, _environment(cluster, name, key)) for name, key in environments.items()),
@@ -145,7 +213,7 @@ def cluster_checks(
         ("a step's pod", _dry_pod(cluster, service_account, image)),
     ):
         yield _asked(name, ask)
-    for question in probe.questions(config) if image else ():
+    for question in probe_questions(config) if image else ():
         yield _asked(question.title, _probed(cluster, question, service_account, image))
 
 
@@ -230,11 +298,11 @@ def _ray(cluster: Cluster, config: RunConfig) -> Iterator[tuple[str, Iterator[Ch
     if not isinstance(ray, RayJobCluster):
         return
     yield "kuberay", _kind(cluster, "kuberay", KUBERAY, "rayjobs", "install KubeRay: infra/README.md")
-    yield "kuberay's operator", running.deployments(cluster, "kuberay's operator", [running.KUBERAY])
+    yield "kuberay's operator", deployments(cluster, "kuberay's operator", [KUBERAY_OPERATOR])
     yield "a RayJob of this config", _dry_rayjob(cluster, config)
     if ray.queue:
         yield "kueue", _kind(cluster, "kueue", KUEUE, "localqueues", "install Kueue, or leave ray.cluster.queue empty")
-        yield "kueue's manager", running.deployments(cluster, "kueue's manager", [running.KUEUE])
+        yield "kueue's manager", deployments(cluster, "kueue's manager", [KUEUE_MANAGER])
         yield "queue", _queue(cluster, config, ray.queue)
         if ray.priority_class:
             yield "priority", _priority(cluster, ray.priority_class)
@@ -254,6 +322,66 @@ def _kind(cluster: Cluster, name: str, path: str, resource: str, fix: str) -> It
     yield check(name, is_there, f"{served} is {'' if is_there else 'not '}served", fix)
 
 
+def deployments(cluster: Cluster, title: str, names: Sequence[str]) -> Iterator[Check]:
+    """Check that each deployment has a ready pod, in any namespace.
+
+    Raises:
+        NotSeen: we may not list deployments in the cluster, and cannot list them, or find none, in our namespace.
+    """
+    wrong, fixes, absent = list[str](), list[str](), list[str]()
+    for name in names:
+        found = _named(cluster, name)
+        if not found:
+            absent.append(name)
+        elif not any((each.get("status") or {}).get("availableReplicas") for each in found):
+            wrong.append(f"{name} has no pod that is ready")
+            fixes.append(_fix(found[0]))
+    if wrong:
+        yield Check(title, False, "; ".join(wrong), "; ".join(fixes))
+    elif absent:
+        yield Check(title, True, f"there is no deployment of the name {', '.join(absent)}", "", seen=False)
+    else:
+        yield Check(title, True, f"{', '.join(names)} run" if len(names) > 1 else f"{names[0]} runs", "")
+
+
+def nodes(cluster: Cluster) -> Iterator[Check]:
+    """Check that at least one node is ready and accepts pods.
+
+    Raises:
+        NotSeen: we may not list nodes.
+    """
+    found = (cluster.get("/api/v1/nodes") or {}).get("items", [])
+    cordoned = [each["metadata"]["name"] for each in found if each["spec"].get("unschedulable")]
+    ready = [each for each in found if _is_ready(each)]
+    free = [each for each in ready if not each["spec"].get("unschedulable")]
+    detail = f"{len(free)} of {len(found)} are ready and take pods"
+    fix = f"kubectl uncordon {cordoned[0]}" if cordoned else "kubectl describe nodes"
+    yield check("nodes", bool(free), detail, fix)
+
+
+def _named(cluster: Cluster, name: str) -> list[Resource]:
+    by_name = f"?fieldSelector=metadata.name%3D{name}"
+    try:
+        found = cluster.get(f"/apis/apps/v1/deployments{by_name}")
+    except NotSeen:
+        found = cluster.get(f"/apis/apps/v1/namespaces/{cluster.namespace}/deployments{by_name}")
+        if not (found or {}).get("items"):
+            raise
+    return list((found or {}).get("items", []))
+
+
+def _fix(deployment: Resource) -> str:
+    name, namespace = deployment["metadata"]["name"], deployment["metadata"]["namespace"]
+    if deployment["spec"].get("replicas") == 0:
+        return f"kubectl -n {namespace} scale deployment {name} --replicas 1"
+    return f"kubectl -n {namespace} describe deployment {name}"
+
+
+def _is_ready(node: Resource) -> bool:
+    conditions = (node.get("status") or {}).get("conditions") or []
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+
 def _dry_rayjob(cluster: Cluster, config: RunConfig) -> Iterator[Check]:
     wanted = rayjob(config.ray, Job("doctor", "finetune", ("true",), 60.0), 1, namespace=cluster.namespace)
     path = f"{KUBERAY}/namespaces/{cluster.namespace}/rayjobs?dryRun=All&fieldValidation=Strict"
@@ -261,8 +389,8 @@ def _dry_rayjob(cluster: Cluster, config: RunConfig) -> Iterator[Check]:
 
 
 def _dry_pod(cluster: Cluster, account: str, image: str) -> Iterator[Check]:
-    pod = probe.pod(cluster.namespace, account, image or IMAGE, "")
-    yield _dry(cluster, "a step's pod", f"{_in(cluster, 'pods')}?dryRun=All", pod)
+    body = probe_pod(cluster.namespace, account, image or IMAGE, "")
+    yield _dry(cluster, "a step's pod", f"{_in(cluster, 'pods')}?dryRun=All", body)
 
 
 def _dry(cluster: Cluster, name: str, path: str, body: Resource) -> Check:
@@ -272,6 +400,12 @@ def _dry(cluster: Cluster, name: str, path: str, body: Resource) -> Check:
         fix = next((fix for words, fix in REFUSALS.items() if words in str(exc)), IN_MESSAGE)
         return Check(name, False, f"refused: {exc}", fix)
     return Check(name, True, "the API server would take it", "")
+
+
+def _priority(cluster: Cluster, priority_class: str) -> Iterator[Check]:
+    found = cluster.get(f"{KUEUE}/workloadpriorityclasses/{priority_class}")
+    detail = "is there" if found else "the cluster has none of that name"
+    yield check(f"priority {priority_class}", found is not None, detail, "kubectl apply -k infra/kueue")
 
 
 def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Iterator[Check]:
@@ -303,15 +437,235 @@ def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Iterator[Check]:
     yield check("queue", not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix)
 
 
-def _priority(cluster: Cluster, priority_class: str) -> Iterator[Check]:
-    found = cluster.get(f"{KUEUE}/workloadpriorityclasses/{priority_class}")
-    detail = "is there" if found else "the cluster has none of that name"
-    yield check(f"priority {priority_class}", found is not None, detail, "kubectl apply -k infra/kueue")
+# Resources that a config's Ray job requests from Kueue, and whether a ClusterQueue can ever grant them.
+
+Resources = Mapping[str, Decimal]
 
 
-def _probed(cluster: Cluster, question: probe.Question, account: str, image: str) -> Iterator[Check]:
-    yield probe.run(cluster, question, account, image)
+def demand(ray: RayConfig) -> Resources:
+    """Return the sum of the requests of head, workers and submitter, which Kueue admits together."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    spec = rayjob(ray, Job("quota", "finetune", ("true",), 60.0), 1, namespace="any")["spec"]
+    cluster = spec["rayClusterSpec"]
+    pods = [(1, cluster["headGroupSpec"]["template"]), (1, spec["submitterPodTemplate"])]
+    pods += [(group["replicas"], group["template"]) for group in cluster["workerGroupSpecs"]]
+    total: dict[str, Decimal] = {}
+    for count, template in pods:
+        for container in template["spec"]["containers"]:
+            for name, quantity in container["resources"]["requests"].items():
+                total[name] = total.get(name, Decimal(0)) + count * parse_quantity(quantity)
+    return total
+
+
+def lacking(wanted: Resources, cluster_queue: Mapping[str, Any]) -> list[str]:
+    """Return why the queue can never grant this, in words: resources that it does not cover, or too small a quota."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    room: dict[str, Decimal] = {}
+    for name, quota, borrowed in _quotas(cluster_queue):
+        room[name] = max(room.get(name, Decimal(0)), parse_quantity(quota) + parse_quantity(borrowed))
+    return [
+        f"{name}: {_formatted(need)} asked for, at most {_formatted(room[name])} given"
+        if name in room
+        else f"{name}: not covered by the queue"
+        for name, need in wanted.items()
+        if need > room.get(name, Decimal(-1))
+    ]
+
+
+def _quotas(cluster_queue: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    in_cohort = bool(cluster_queue["spec"].get("cohortName"))
+    for group in cluster_queue["spec"].get("resourceGroups", []):
+        for flavor in group["flavors"]:
+            for resource in flavor["resources"]:
+                unlimited = "1Ei" if in_cohort else "0"  # without a limit it may borrow all that its cohort has
+                yield resource["name"], str(resource["nominalQuota"]), str(resource.get("borrowingLimit", unlimited))
+
+
+def _formatted(quantity: Decimal) -> str:
+    gib = quantity / 2**30
+    return f"{gib:.0f} GiB" if gib >= 1 else f"{quantity.normalize():f}"
+
+
+def _probed(cluster: Cluster, question: Question, account: str, image: str) -> Iterator[Check]:
+    yield run_probe(cluster, question, account, image)
 
 
 def _in(cluster: Cluster, what: str) -> str:
     return f"/api/v1/namespaces/{cluster.namespace}/{what}"
+
+
+# Probe pods that try what a run will reach, under the same conditions as its step or its worker in the namespace.
+
+PROBE_S = 180.0
+"""Seconds to schedule the pod, pull the image and try the store."""
+POLL_S = 2.0
+STEP_POD = {"pipelines.kubeflow.org/v2_component": "true"}
+RAY_POD = {"ray.io/is-ray-node": "yes"}
+"""Labels by which the network policies select the pods of steps, and those of Ray."""
+UNPLACED_S = 30.0
+"""Seconds that the pod may stay unschedulable before the check fails."""
+PROBE_ATTEMPTS = 7
+"""Attempts at each request, 45 seconds in all: network policies take effect for a new pod only after it has started."""
+TRY = """
+from components.config.schema import RegistryConfig
+from components.store import client
+from components.store.store import Store
+client.ATTEMPTS_WHERE_BUSY = {attempts}
+Store.open(RegistryConfig(bucket={bucket!r}, prefix={prefix!r})).check()
+print('fineloop: the store is sound')
+"""
+REACH = """
+import os, sys, time
+import requests
+token, user = os.environ.get('MLFLOW_TRACKING_TOKEN'), os.environ.get('MLFLOW_TRACKING_USERNAME')
+headers = {{'Authorization': f'Bearer {{token}}'}} if token else {{}}
+auth = (user, os.environ.get('MLFLOW_TRACKING_PASSWORD', '')) if user else None
+for attempt in range({attempts}):
+    try:
+        answer = requests.get({url!r}, timeout=4, headers=headers, auth=auth, allow_redirects=False)
+        break
+    except requests.RequestException as exc:
+        why = exc
+        time.sleep(3)
+else:
+    sys.exit(f'no way to it: {{why}}')
+if answer.status_code in {refused!r}:
+    sys.exit(f'it wants a token ({{answer.status_code}})')
+"""
+MLFLOW_PROBE = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=fineloop-doctor"
+
+
+def probe_questions(config: RunConfig) -> Iterator[Question]:
+    """The store from a step, and each MLflow that the config names, from the pods that will send to it.
+
+    A worker finds a tracker's token in the secret of the store. That of announce.mlflow is the promoting step's alone,
+    so there 401 and 403 are an answer as well.
+    """
+    registry = config.registry
+    script = TRY.format(attempts=PROBE_ATTEMPTS, bucket=registry.bucket, prefix=registry.prefix)
+    yes = f"bucket {registry.bucket} honours conditional writes there"
+    yield Question("store, from a pod", script, STEP_POD, yes, IN_MESSAGE)
+    for key, url, labels, refused in (
+        ("track.mlflow", config.track.mlflow, RAY_POD, (401, 403)),
+        ("announce.mlflow", config.announce.mlflow, STEP_POD, ()),
+    ):
+        if url.startswith("http"):
+            script = REACH.format(attempts=PROBE_ATTEMPTS, url=url.rstrip("/") + MLFLOW_PROBE, refused=refused)
+            fix = "open the way (infra/network/tracker), and put its token into the secret: infra/README.md, step 6"
+            yield Question(f"{key}, from a pod", script, labels, f"{url} answers", fix)
+
+
+def probe_pod(
+    namespace: str,
+    account: str,
+    image: str,
+    script: str,
+    name: str = "fineloop-doctor",
+    labels: Mapping[str, str] = STEP_POD,
+) -> Resource:
+    """Return a pod with one container that runs a Python script, with a step's security context and environment."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": {PART_OF: "fineloop", **labels, **NO_MESH},
+        },
+        "spec": {
+            "restartPolicy": "Never",
+            "activeDeadlineSeconds": int(PROBE_S),
+            **({"serviceAccountName": account} if account else {}),
+            "automountServiceAccountToken": False,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": 1000,
+                "runAsGroup": 1000,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [
+                {
+                    "name": "probe",
+                    "image": image,
+                    "command": ["python", "-c", script],
+                    "env": [{"name": "HOME", "value": "/tmp"}],
+                    "envFrom": [
+                        {"configMapRef": {"name": CONFIG_MAP, "optional": True}},
+                        {"secretRef": {"name": STORE_SECRET, "optional": True}},
+                    ],
+                    "resources": {
+                        "requests": {"cpu": "500m", "memory": "1Gi"},
+                        "limits": {"cpu": "2", "memory": "2Gi"},
+                    },
+                    "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+                    "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+                }
+            ],
+            "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}],
+        },
+    }
+
+
+def run_probe(cluster: Cluster, question: Question, account: str, image: str) -> Check:
+    """Start the probe, wait until it ends, and delete it in any case.
+
+    Raises:
+        NotSeen: we may not create pods, or the API server does not answer.
+    """
+    name = f"fineloop-doctor-{secrets.token_hex(4)}"
+    pods = f"/api/v1/namespaces/{cluster.namespace}/pods"
+    cluster.create(pods, probe_pod(cluster.namespace, account, image, question.script, name, question.labels))
+    try:
+        return _followed(cluster, f"{pods}/{name}", name, question, image)
+    finally:
+        cluster.delete(f"{pods}/{name}")
+
+
+def _followed(cluster: Cluster, path: str, name: str, question: Question, image: str) -> Check:
+    title, began = question.title, time.monotonic()
+    found: Resource = {}
+    while (waited := time.monotonic() - began) < PROBE_S:
+        found = cluster.get(path) or {}
+        phase = found.get("status", {}).get("phase", "Pending")
+        if phase == "Succeeded":
+            return Check(title, True, f"{image} runs, and {question.yes}", "")
+        if phase == "Failed":
+            said = cluster.log(name).strip().splitlines()
+            return Check(title, False, said[-1] if said else _why(found), question.fix)
+        if stuck := _stuck(found):
+            return Check(title, False, stuck, "give an image that the nodes may pull: --image, imagePullSecrets")
+        if waited > UNPLACED_S and (nowhere := _unplaced(found)):
+            fix = "kubectl get nodes; where nodes have to be made first, ask again in some minutes"
+            return Check(title, False, f"no node takes the pod: {nowhere}", fix)
+        time.sleep(POLL_S)
+    why = f"the pod did not end within {PROBE_S:.0f} s: {_why(found)}"
+    return Check(title, False, why, f"kubectl -n {cluster.namespace} get events")
+
+
+def _stuck(found: Resource) -> str:
+    """Return why a container cannot start without a change, such as an image that cannot be pulled; else empty."""
+    for status in found.get("status", {}).get("containerStatuses") or []:
+        waiting = status.get("state", {}).get("waiting") or {}
+        if waiting.get("reason") in (
+            "ErrImagePull",
+            "ImagePullBackOff",
+            "InvalidImageName",
+            "CreateContainerConfigError",
+        ):
+            return f"{waiting['reason']}: {waiting.get('message', status.get('image', ''))}"
+    return ""
+
+
+def _unplaced(found: Resource) -> str:
+    """Return why the scheduler has no node for the pod; empty if it has one."""
+    conditions = found.get("status", {}).get("conditions") or []
+    reasons = [each for each in conditions if each["type"] == "PodScheduled" and each.get("reason") == "Unschedulable"]
+    return str(reasons[0].get("message") or "Unschedulable") if reasons else ""
+
+
+def _why(found: Resource) -> str:
+    conditions = found.get("status", {}).get("conditions") or []
+    messages = [each["message"] for each in conditions if each.get("status") != "True" and each.get("message")]
+    return "; ".join(messages) or found.get("status", {}).get("phase", "it was never made")

@@ -7,7 +7,7 @@ from typing import Any
 from components.ray_cluster.backend import Backend, LiveJob
 from components.shared.errors import FineloopError, KubeflowError
 from pipelines.kubeflow.client import Kubeflow
-from pipelines.kubeflow.run import OVER, STOPPED, state_of
+from pipelines.kubeflow.runs import OVER, STOPPED, state_of
 
 GRACE_S = 120.0
 """A run that ended by itself leaves its job to its step, which stops it a little before."""

@@ -6,22 +6,59 @@ workflows that it started; deleting it would end them, so it is deleted with the
 the runs that it has started continue.
 """
 
+import contextlib
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from cronsim import CronSim, CronSimError
+
 from components.shared.errors import ConfigError, UserError
 from components.step.kfp import IMAGE
-from pipelines.kubeflow import cron, runs
+from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import Kubeflow, one_of
-from pipelines.kubeflow.given_config import GivenConfig, sent
-from pipelines.kubeflow.package import PIPELINE, Package, find_pipeline, publish
-from pipelines.kubeflow.run import Specs, stamp
-from pipelines.kubeflow.timing import Timing
+from pipelines.kubeflow.compile import PIPELINE, GivenConfig, Package, find_pipeline, publish, sent
+from pipelines.kubeflow.runs import Specs, stamp
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+MAX_CONCURRENCY = 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When a schedule starts runs. `cron` has five parsed fields, in UTC.
+
+    If `max_concurrency` is 1 and several times pass during a run, only the last of them starts a run, when that run
+    ends. Runs that were started before an update of the schedule do not count: Kubeflow counts those of one
+    ScheduledWorkflow, and an update makes another (kubeflow/pipelines 2.16, scheduled_workflow.go,
+    GetNextScheduledEpoch).
+    """
+
+    cron: str
+    max_concurrency: int = 1
+    start: datetime | None = None
+    end: datetime | None = None
+
+    def next_times(self, now: datetime) -> list[datetime]:
+        """Return the next five times, or fewer if `end` comes first."""
+        return next_times(self.cron, now=now, start=self.start, end=self.end)
+
+    def checked(self, now: datetime) -> "Timing":
+        """Return this timing, after a check that it will start a run.
+
+        Raises:
+            UserError: it will not start a run, or Kubeflow does not accept it.
+        """
+        if not 1 <= self.max_concurrency <= MAX_CONCURRENCY:
+            raise UserError(f"--max-concurrency {self.max_concurrency}: Kubeflow takes 1 to {MAX_CONCURRENCY}")
+        if not self.cron:
+            raise UserError("this schedule was made elsewhere and has no cron of five fields: give one with --cron")
+        if not self.next_times(now):
+            raise UserError(f"--end {stamp(self.end)}: no time of {self.cron!r} comes before it")
+        return self
 
 
 @dataclass(frozen=True)
@@ -56,7 +93,7 @@ class Schedule:
     @property
     def cron(self) -> str:
         """Cron expression of five fields; empty for a schedule made elsewhere that has no such equivalent."""
-        return cron.from_kfp(self.kfp_cron)
+        return from_kfp(self.kfp_cron)
 
     @property
     def timing(self) -> Timing:
@@ -98,7 +135,7 @@ class Schedule:
             "enabled": self.is_enabled,
             "cron": timing.cron,
             "kfp_cron": self.kfp_cron,
-            "words": cron.words(timing.cron) if timing.cron else "",
+            "words": words(timing.cron) if timing.cron else "",
             "next": [stamp(time) for time in timing.next_times(datetime.now(UTC))]
             if timing.cron and self.is_enabled
             else [],
@@ -252,10 +289,10 @@ def _create(
         detail = kubeflow.client.create_recurring_run(
             experiment_id,
             name,
-            description=f"Retrains {package.config.adapter.name} {cron.words(timing.cron)} (UTC).",
+            description=f"Retrains {package.config.adapter.name} {words(timing.cron)} (UTC).",
             start_time=stamp(timing.start),
             end_time=stamp(timing.end),
-            cron_expression=cron.to_kfp(timing.cron),
+            cron_expression=to_kfp(timing.cron),
             max_concurrency=timing.max_concurrency,
             no_catchup=True,
             params=parameters,
@@ -290,3 +327,108 @@ def _recurring_runs(kubeflow: Kubeflow, name: str) -> Any:
 def _newest_first(details: list[Any]) -> tuple[Any, list[Any]]:
     newest, *others = sorted(details, key=lambda detail: (detail.created_at, detail.status == "ENABLED"), reverse=True)
     return newest, others
+
+
+# Cron expressions of five fields, as in crontab. Kubeflow Pipelines parses cron with robfig/cron v1: SECONDS come
+# first, and five fields are accepted but mean something else (`0 2 * * *` is the second minute of every hour). Sunday
+# is only 0, and L, W and # are not supported.
+
+NICKNAMES = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+RANGES = {
+    "minute": "0-59",
+    "hour": "0-23",
+    "day-of-month": "1-31",
+    "month": "1-12 or JAN-DEC",
+    "day-of-week": "0-7 or SUN-SAT",
+}
+NUM_NEXT = 5
+NEVER = "there is no such day in these months"
+
+
+def parse(text: str) -> str:
+    """Check a cron expression and return its five fields, with nicknames such as @daily replaced.
+
+    Raises:
+        UserError: it is not valid, never matches a time, or uses what Kubeflow's scheduler does not support.
+    """
+    expression = " ".join(NICKNAMES.get(text.strip().lower(), text).upper().split())
+    if expression.startswith("@"):
+        raise UserError(f"--cron {text!r}: expected five fields, or one of {', '.join(NICKNAMES)}")
+    fields = expression.split()
+    if len(fields) != len(RANGES):
+        seconds = f"; without seconds it is {' '.join(fields[1:])!r}" if len(fields) == len(RANGES) + 1 else ""
+        raise UserError(
+            f"--cron {text!r}: expected five fields (minute, hour, day of month, month, day of week), "
+            f"got {len(fields)}{seconds}"
+        )
+    try:
+        cron = CronSim(expression, datetime.now(UTC))
+    except CronSimError as exc:
+        raise UserError(f"--cron {text!r}: {_mistake(fields, str(exc).removeprefix('Bad '))}") from exc
+    if any(not isinstance(item, int) or item < 0 for item in cron.days | cron.weekdays):
+        raise UserError(f"--cron {text!r}: Kubeflow's scheduler knows neither L nor #")
+    return expression
+
+
+def to_kfp(expression: str) -> str:
+    """Convert five parsed fields to Kubeflow's six, in numbers; the first is seconds."""
+    cron = CronSim(expression, datetime.now(UTC))
+    weekdays = {day % 7 for day in cron.weekdays if isinstance(day, int)}
+    sets: list[set[int]] = [cron.minutes, cron.hours, cron.days, cron.months, weekdays]
+    # Keep a leading star: it decides whether day of month and day of week must both match.
+    fields = [
+        field if field.startswith("*") else _spans(values)
+        for field, values in zip(expression.split(), sets, strict=True)
+    ]
+    return " ".join(["0", *fields])
+
+
+def from_kfp(cron: str) -> str:
+    """Convert Kubeflow's six fields to crontab's five; empty if there is no equivalent, so that the six are shown."""
+    fields = cron.split()
+    if len(fields) != len(RANGES) + 1 or fields[0] != "0":
+        return ""
+    try:
+        return parse(" ".join(fields[1:]))
+    except UserError:
+        return ""
+
+
+def words(expression: str) -> str:
+    """Return five parsed fields in English."""
+    text = CronSim(expression, datetime.now(UTC)).explain()
+    return text[:1].lower() + text[1:]
+
+
+def next_times(
+    expression: str, *, now: datetime, start: datetime | None = None, end: datetime | None = None
+) -> list[datetime]:
+    """Return the next five times, or fewer if `end` comes first."""
+    times = CronSim(expression, max(now, start or now).astimezone(UTC))
+    return list(itertools.takewhile(lambda time: end is None or time <= end, itertools.islice(times, NUM_NEXT)))
+
+
+def _mistake(fields: Sequence[str], field: str) -> str:
+    """Say what is wrong with a field, or that the months have no such day, such as a 31st."""
+    any_month = " ".join([*fields[:3], "*", fields[4]])
+    if field == "day-of-month":
+        with contextlib.suppress(CronSimError):
+            CronSim(any_month, datetime.now(UTC))
+            return NEVER
+    return f"{field} takes {RANGES[field]}, *, lists, ranges and /steps"
+
+
+def _spans(values: Iterable[int]) -> str:
+    """Format numbers as a cron list of numbers and ranges."""
+    ordered = sorted(values)
+    groups = itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

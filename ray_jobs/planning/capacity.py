@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.config.gpus import GPUS, Gpu
 from components.config.methods import OWN_BASE, BaseFormat, refusals, setting
-from components.config.ray import RayJobCluster
+from components.config.ray import GPUS, Gpu, RayJobCluster
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from components.shared.memory import machine_bytes

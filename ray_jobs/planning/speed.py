@@ -7,8 +7,8 @@ forward pass.
 
 from dataclasses import dataclass
 
-from components.config.gpus import Gpu
 from components.config.methods import AdapterKind, BaseFormat
+from components.config.ray import Gpu
 from ray_jobs.planning.rehearsal import ModelStats
 
 # Share of the data sheet's dense rate that a training achieves, counting all operations above, also recomputed ones.

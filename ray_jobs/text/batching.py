@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from components.config.data import LossOn
+from components.config.train import LossOn
 from components.prepare.dataset import Record
 from ray_jobs.text import pieces, shortening
 from ray_jobs.text.chat_format import ChatFormat

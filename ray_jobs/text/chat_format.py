@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from components.config.data import LossOn
 from components.config.schema import ModelConfig
+from components.config.train import LossOn
 from components.prepare.dataset import WEIGHT, Message, Record
 from components.shared.errors import ConfigError, DataError
 from ray_jobs.base.base_model import Base

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from components.config.data import LossOn
+from components.config.train import LossOn
 from components.prepare.dataset import Record
 from ray_jobs.text.chat_format import ChatFormat
 from ray_jobs.text.pieces import read

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from components.config.data import LossOn
+from components.config.train import LossOn
 from components.prepare.dataset import Message, Record, SplitName, read_split
 from components.registry.identity import TOKENS
 from components.shared.errors import Conflict, DataError, IntegrityError

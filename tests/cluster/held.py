@@ -9,7 +9,7 @@ from kfp import compiler, dsl, kubernetes
 from components.config.schema import RunConfig
 from components.step.kfp import COMPONENT
 from pipelines.kubeflow.client import connect
-from pipelines.kubeflow.task_settings import for_cluster
+from pipelines.kubeflow.compile import for_cluster
 from tests.cluster.kube import Kube, until
 from tests.cluster.live import OVER
 

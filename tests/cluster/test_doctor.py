@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from components.step.kfp import IMAGE
-from pipelines.kubeflow.running import KUBEFLOW
+from pipelines.kubeflow.doctor import KUBEFLOW_CONTROLLERS
 from tests.cluster.kube import ROOT, Kube
 from tests.cluster.pods import pod
 from tests.doubles.kfp_server.server import serving
@@ -32,7 +32,7 @@ def controllers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     image = request.config.getoption("--step-image") or IMAGE
     kube = Kube(request.config.getoption("--namespace"), [], "kubeflow", tmp_path_factory.mktemp("kubeflow"))
     made = []
-    for name in KUBEFLOW:
+    for name in KUBEFLOW_CONTROLLERS:
         if not kube.get("deployment", name):
             standing_in = pod(name, {"app": name}, image, "sleep", "100000")
             template = {key: standing_in[key] for key in ("metadata", "spec")}
@@ -45,7 +45,7 @@ def controllers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         kube.kubectl("create", "-f", "-", body=LAUNCHER)
         made.append("configmap/kfp-launcher")
     try:
-        for name in KUBEFLOW:
+        for name in KUBEFLOW_CONTROLLERS:
             kube.kubectl("rollout", "status", "deployment", name, "--timeout", "300s")
         yield
     finally:

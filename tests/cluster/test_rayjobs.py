@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from components.ray_cluster.kueue import HOPELESS_S
+from components.ray_cluster.rayjob import HOPELESS_S
 from tests.cluster.away import Proxy
 from tests.cluster.kube import SOON_S, Followed, Kube, until
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
+from components.ray_cluster.kubernetes_api import Workflow
 from components.ray_cluster.rayjob_manifest import rayjob
-from components.ray_cluster.workflow import Workflow
 from infra.checks.manifests import Manifest
 
 JOB = Job(run_id="night-7", task="finetune", command=("python", "-m", "ray_jobs.finetune"), timeout_s=3600)

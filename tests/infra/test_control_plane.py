@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from kubernetes import client
 
-from components.ray_cluster.workflow import Workflow
+from components.ray_cluster.kubernetes_api import Workflow
 from infra.checks.manifests import Manifest, of_kind, overlay_folders, render
 from infra.checks.policies.access import NAMESPACE, RIGHTS
 from tests.doubles.kubernetes.control_plane import ControlPlane, needs_control_plane

@@ -7,7 +7,7 @@ import yaml
 
 from infra.checks import schemas
 from infra.checks.manifests import INFRA, OVERLAYS, Loader, overlay_folders, render, render_overlay, title
-from pipelines.kubeflow.task_settings import CONFIG_MAP, ENVIRONMENT
+from pipelines.kubeflow.compile import CONFIG_MAP, ENVIRONMENT
 from tests.infra.changes import CONTAINER, REAPER, changed
 from tests.infra.created import COMPANY, CONFIGS, created
 

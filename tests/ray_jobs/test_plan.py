@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from components.config import config_file
-from components.config.gpus import GPUS
+from components.config.ray import GPUS
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs import plan

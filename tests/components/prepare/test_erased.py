@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.data import ColumnsConfig
 from components.config.schema import RunConfig
+from components.config.train import ColumnsConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare, prepare_if_new
 from components.prepare.sources import find_sources

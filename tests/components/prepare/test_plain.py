@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.data import ColumnsConfig, LossOn
+from components.config.train import ColumnsConfig, LossOn
 from components.prepare import plain, row
 from components.prepare.personal import Action, Screen, find, may_hold
 from components.prepare.shapes import as_record, recognised

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.data import ColumnsConfig
+from components.config.train import ColumnsConfig
 from components.prepare import rows
 from components.prepare.row import SourceRow, Unreadable
 from components.prepare.shapes import columns_read

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.config import config_file
-from components.config.data import ColumnsConfig
+from components.config.train import ColumnsConfig
 from components.prepare.dataset import Record
 from components.prepare.intake import require_usable
 from components.prepare.shapes import unread_text

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from components.config.data import ColumnsConfig
+from components.config.train import ColumnsConfig
 from components.prepare.intake import require_usable
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.finetune.finetune import finetune
-from components.ray_cluster import base_size
+from components.ray_cluster import submit
 from components.shared.errors import ConfigError
 from components.step.step import StepRun
 from components.store.store import Store
@@ -33,7 +33,7 @@ ASK = """
 import sys
 from pathlib import Path
 from components.config import config_file
-from components.ray_cluster.base_size import require_disk
+from components.ray_cluster.submit import require_disk
 from components.shared.errors import ConfigError
 try:
     require_disk(config_file.load(Path(sys.argv[1]), sys.argv[2:]))
@@ -87,13 +87,13 @@ def test_a_base_in_s3_has_the_size_of_all_that_a_pod_downloads(store: Store):
     for name, size in {"config.json": 3, "model.safetensors": 1000, "more/tokens.txt": 20}.items():
         store.put(f"bases/one/{name}", bytes(size))
     store.put("bases/one-more/model.safetensors", bytes(7))
-    assert base_size.base_bytes(configured(store.uri("bases/one")).model) == 1023
-    assert base_size.base_bytes(configured(store.uri("bases/none")).model) is None
+    assert submit.base_bytes(configured(store.uri("bases/one")).model) == 1023
+    assert submit.base_bytes(configured(store.uri("bases/none")).model) is None
 
 
 def test_a_finetune_step_refuses_before_it_asks_for_pods(store, monkeypatch):
     """A request for pods would fail here, as no Kubernetes is there, and with another error."""
-    monkeypatch.setattr(base_size, "base_bytes", lambda _: 101 * GIB)
+    monkeypatch.setattr(submit, "base_bytes", lambda _: 101 * GIB)
     run = StepRun("finetune", "night-1", configured("s3://bases/one"), store)
     with pytest.raises(ConfigError, match=r"writes 101 GiB .* set ray\.cluster\.disk_gib=127"):
         finetune(run, dataset_uri=store.uri("datasets/set"))

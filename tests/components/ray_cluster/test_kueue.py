@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from components.ray_cluster.kueue import HOPELESS_S, QUOTA, KueueQueue, waits_for
+from components.ray_cluster.rayjob import HOPELESS_S, QUOTA, KueueQueue, reason_to_wait
 
 NEVER_FITS = (
     "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, previously "
@@ -45,12 +45,12 @@ def workload(*conditions: tuple[str, str, str], at: str = "2026-11-26T02:00:00Z"
     ],
 )
 def test_what_a_job_waits_for_is_said_in_kueues_words(found: list[dict[str, Any]], expected: str) -> None:
-    assert waits_for(found) == expected
+    assert reason_to_wait(found) == expected
 
 
 def test_a_job_that_kueue_gave_up_says_how_it_goes_on() -> None:
     """spec.active is false after too many times without pods, or because a person wants it so (workload_types.go)."""
-    assert "spec.active" in waits_for([workload(active=False)])
+    assert "spec.active" in reason_to_wait([workload(active=False)])
 
 
 def waited(*reasons: str, message: str = NEVER_FITS) -> list[bool]:

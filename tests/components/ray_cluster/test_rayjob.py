@@ -153,7 +153,7 @@ def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_what_to_do(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
-    monkeypatch.setattr("components.ray_cluster.kueue.HOPELESS_S", 0.0)
+    monkeypatch.setattr("components.ray_cluster.rayjob.HOPELESS_S", 0.0)
     quota = {"type": "QuotaReserved", "status": "False", "reason": "ExceedsMaxQuota", "message": "16 > 8"}
     held(cluster, status={"conditions": [quota]})
     with pytest.raises(
@@ -306,7 +306,7 @@ def in_a_step_of(cluster: Cluster, workflow: str, monkeypatch: pytest.MonkeyPatc
     metadata = {"name": workflow, "uid": f"uid-{workflow}"}
     cluster.api.workflows[workflow] = {"metadata": metadata, "spec": spec, "status": {"phase": "Running"}}
     monkeypatch.setenv("KFP_POD_NAME", pod)
-    for module in ("rayjob", "workflow"):
+    for module in ("rayjob", "kubernetes_api"):
         monkeypatch.setattr(f"components.ray_cluster.{module}.own_namespace", lambda: "fineloop")
     return pod
 

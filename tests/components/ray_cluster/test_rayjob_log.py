@@ -1,7 +1,7 @@
 import io
 
 from components.ray_cluster.backend import LogCopy
-from components.ray_cluster.rayjob_log import JobLog
+from components.ray_cluster.rayjob import JobLog
 
 
 class Log(JobLog):

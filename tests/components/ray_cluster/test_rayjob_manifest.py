@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
+from components.ray_cluster.kubernetes_api import Workflow
 from components.ray_cluster.rayjob_manifest import (
     DRAIN_S,
     HEAD_DRAIN_S,
@@ -21,7 +22,6 @@ from components.ray_cluster.rayjob_manifest import (
     rayjob,
     rayjob_name,
 )
-from components.ray_cluster.workflow import Workflow
 
 
 def job(run_id: str = "night-7", **fields: Any) -> Job:

@@ -62,7 +62,7 @@ def server(no_kubeflow: None, s3_server: Endpoint, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands send the small pipeline."""
-    monkeypatch.setattr("pipelines.kubeflow.package.compile_pipeline", compile_small)
+    monkeypatch.setattr("pipelines.kubeflow.compile.compile_pipeline", compile_small)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.compile import compile_pipeline
-from pipelines.kubeflow.run import Run
+from pipelines.kubeflow.runs import Run
 from tests.doubles.kfp_server.server import KfpServer
 
 ANSWERS = Path(__file__).parent / "answers"

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from components.shared.errors import UserError
-from pipelines.kubeflow import cron
+from pipelines.kubeflow import schedule
 from tests.doubles.kfp_server.cron import Cron
 
 NOW = datetime(2026, 11, 25, 10, 30, tzinfo=UTC)
@@ -36,8 +36,8 @@ NOW = datetime(2026, 11, 25, 10, 30, tzinfo=UTC)
     ],
 )
 def test_cron_is_read_told_and_put_as_kubeflow_wants_it(given: str, expression: str, kfp: str, words: str) -> None:
-    parsed = cron.parse(given)
-    assert (parsed, cron.to_kfp(parsed), cron.words(parsed)) == (expression, kfp, words)
+    parsed = schedule.parse(given)
+    assert (parsed, schedule.to_kfp(parsed), schedule.words(parsed)) == (expression, kfp, words)
 
 
 @pytest.mark.parametrize(
@@ -54,17 +54,17 @@ def test_cron_is_read_told_and_put_as_kubeflow_wants_it(given: str, expression: 
     ],
 )
 def test_kubeflow_would_start_runs_at_the_times_that_are_told(given: str) -> None:
-    expression = cron.parse(given)
-    times = cron.next_times(expression, now=NOW)
+    expression = schedule.parse(given)
+    times = schedule.next_times(expression, now=NOW)
     assert len(times) == 5
-    assert times == list(itertools.islice(Cron(cron.to_kfp(expression)).after(NOW), 5))
-    back = cron.from_kfp(cron.to_kfp(expression))
-    assert cron.next_times(back, now=NOW) == times
+    assert times == list(itertools.islice(Cron(schedule.to_kfp(expression)).after(NOW), 5))
+    back = schedule.from_kfp(schedule.to_kfp(expression))
+    assert schedule.next_times(back, now=NOW) == times
 
 
 def test_the_next_five_times_lie_between_start_and_end() -> None:
     start, end = datetime(2026, 12, 1, 2, tzinfo=UTC), datetime(2026, 12, 3, 2, tzinfo=UTC)
-    assert cron.next_times("0 2 * * *", now=NOW, start=start, end=end) == [
+    assert schedule.next_times("0 2 * * *", now=NOW, start=start, end=end) == [
         datetime(2026, 12, 2, 2, tzinfo=UTC),
         datetime(2026, 12, 3, 2, tzinfo=UTC),
     ]
@@ -91,9 +91,9 @@ def test_the_next_five_times_lie_between_start_and_end() -> None:
 )
 def test_what_is_no_cron_or_not_kubeflows_is_refused_with_the_fix(given: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        cron.parse(given)
+        schedule.parse(given)
 
 
 @pytest.mark.parametrize("kfp", ["30 0 2 * * *", "0 2 * * *", "@every 1h", "", "0 61 * * * *", "0 0 2 L * *"])
 def test_what_five_fields_cannot_say_is_not_said(kfp: str) -> None:
-    assert cron.from_kfp(kfp) == ""
+    assert schedule.from_kfp(kfp) == ""

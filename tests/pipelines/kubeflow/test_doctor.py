@@ -16,7 +16,7 @@ from components.config.ray import JobsApiCluster
 from components.store import client
 from infra.checks.manifests import INFRA, ROOT, Loader
 from pipelines.configs import DEFAULT_CONFIG
-from pipelines.kubeflow import doctor, probe
+from pipelines.kubeflow import doctor
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.http_server import serving
 from tests.doubles.kfp_server.server import KfpServer
@@ -39,7 +39,7 @@ def cluster(tmp_path: Path, server: KfpServer, monkeypatch: pytest.MonkeyPatch) 
     path = tmp_path / "kubeconfig"
     monkeypatch.setenv("KUBECONFIG", str(path))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    monkeypatch.setattr(probe, "POLL_S", 0.01)
+    monkeypatch.setattr(doctor, "POLL_S", 0.01)
     with applied("kind", path) as found:
         yield found
 
@@ -101,7 +101,7 @@ def test_the_script_of_a_worker_finds_its_tracker_as_the_tracker_will(
     with serving(Mlflow(token or "").handle) as served:
         url = "http://127.0.0.1:9" if token is None else served
         config = config_file.load(DEFAULT_CONFIG, [f"track.mlflow={url}"])
-        (_, question) = probe.questions(config)
+        (_, question) = doctor.probe_questions(config)
         script = question.script.replace("range(7)", "range(2)").replace("sleep(3)", "sleep(0)")
         environment = {**os.environ, "MLFLOW_TRACKING_TOKEN": given}
         done = subprocess.run(
@@ -328,7 +328,7 @@ def test_a_store_or_an_image_that_pods_cannot_reach_is_told(
     log: str,
     detail: str,
 ) -> None:
-    monkeypatch.setattr(probe, "UNPLACED_S", 0.0)
+    monkeypatch.setattr(doctor, "UNPLACED_S", 0.0)
     cluster.pod_status, cluster.pod_log = status, log
     found = ask(*RAYJOB, *IMAGE)["store, from a pod"]
     assert not found["ok"]
@@ -377,7 +377,7 @@ def test_the_script_of_the_probe_tries_the_store_and_asks_again_for_what_its_pol
     s3_server: Endpoint,
 ) -> None:
     """In a process, as in a pod."""
-    script = probe.TRY.format(attempts=client.ATTEMPTS + 1, bucket=s3_server.bucket, prefix="probe")
+    script = doctor.TRY.format(attempts=client.ATTEMPTS + 1, bucket=s3_server.bucket, prefix="probe")
     script = script.replace("client.ATTEMPTS_", "client.BUSY_PAUSE_S = 0.01; client.ATTEMPTS_")
     for endpoint, words in ((s3_server.url, "the store is sound"), ("http://127.0.0.1:9", "cannot be reached")):
         pod = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "PYTHONPATH": str(ROOT), "AWS_ENDPOINT_URL": endpoint}

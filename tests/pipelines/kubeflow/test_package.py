@@ -11,7 +11,7 @@ from components.config import config_file
 from components.shared.errors import KubeflowError
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow, connect
-from pipelines.kubeflow.package import PIPELINE, Package, Published, build, find_pipeline, publish
+from pipelines.kubeflow.compile import PIPELINE, Package, Published, find_pipeline, make_package, publish
 from tests.doubles.kfp_server.errors import ApiError, exists
 from tests.doubles.kfp_server.server import KfpServer
 
@@ -25,7 +25,7 @@ def kubeflow(server: KfpServer) -> Kubeflow:
 
 @pytest.fixture
 def package() -> Package:
-    return build(config_file.load(DEFAULT_CONFIG))
+    return make_package(config_file.load(DEFAULT_CONFIG))
 
 
 def somebody_is_first(create: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,12 +80,12 @@ def test_versions_are_named_by_release_and_day_and_change_when_the_pipeline_does
     kubeflow: Kubeflow, server: KfpServer, package: Package
 ) -> None:
     release = importlib.metadata.version("fineloop")
-    other = build(config_file.load(DEFAULT_CONFIG, ["train.seed=9", "adapter.name=other"]))
+    other = make_package(config_file.load(DEFAULT_CONFIG, ["train.seed=9", "adapter.name=other"]))
     assert other.text == package.text
     first = publish(kubeflow, package, today=date(2026, 11, 26))
     assert publish(kubeflow, other, today=date(2026, 11, 27)) == first
     for image, day in (("r/step:1", 26), ("r/step:2", 26), ("r/step:3", 27)):
-        publish(kubeflow, build(package.config, image=image), today=date(2026, 11, day))
+        publish(kubeflow, make_package(package.config, image=image), today=date(2026, 11, day))
     assert [version["display_name"] for version in server.state.versions.values()] == [
         f"{release}-2026-11-26",
         f"{release}-2026-11-26.2",
@@ -98,7 +98,7 @@ def test_a_name_that_somebody_took_for_another_content_is_left_to_them(
     kubeflow: Kubeflow, server: KfpServer, package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between this client's look at the list and its upload."""
-    upload, text = server.state.upload_version, build(package.config, image="r/step:1").text
+    upload, text = server.state.upload_version, make_package(package.config, image="r/step:1").text
 
     def after_somebody(given: str, query: Mapping[str, str]) -> Any:
         monkeypatch.setattr(server.state, "upload_version", upload)

@@ -7,7 +7,7 @@ import pytest
 from components.config import config_file
 from components.shared.errors import UserError
 from pipelines.configs import DEFAULT_CONFIG
-from pipelines.kubeflow.parameters import resolve
+from pipelines.kubeflow.compile import resolve_parameters
 
 CONFIG = config_file.load(DEFAULT_CONFIG)
 SPEC = {
@@ -29,7 +29,7 @@ SPEC = {
 
 
 def test_the_resolved_config_alone_is_sent_when_nothing_else_is_given() -> None:
-    (sent,) = resolve(SPEC, CONFIG, []).values()
+    (sent,) = resolve_parameters(SPEC, CONFIG, []).values()
     assert config_file.validate(json.loads(json.dumps(sent))) == CONFIG
     assert sent["train"]["epochs"] == 1  # a default: what it is may change with the release that runs it
 
@@ -50,7 +50,7 @@ def test_the_resolved_config_alone_is_sent_when_nothing_else_is_given() -> None:
     ],
 )
 def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None:
-    sent = resolve(SPEC, CONFIG, [given])[given.partition("=")[0]]
+    sent = resolve_parameters(SPEC, CONFIG, [given])[given.partition("=")[0]]
     assert sent == value
     assert type(sent) is type(value)
 
@@ -75,21 +75,21 @@ def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None
 )
 def test_a_value_that_does_not_fit_is_refused(given: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--param {given.partition('=')[0]}.*{re.escape(message)}"):
-        resolve(SPEC, CONFIG, [given])
+        resolve_parameters(SPEC, CONFIG, [given])
 
 
 def test_a_parameter_without_default_must_be_given() -> None:
     spec = {"root": {"inputDefinitions": {"parameters": {"key": {"parameterType": "STRING"}}}}}
     with pytest.raises(UserError, match="--param key=VALUE"):
-        resolve(spec, CONFIG, [])
-    assert resolve(spec, CONFIG, ["key=a"]) == {"key": "a"}
+        resolve_parameters(spec, CONFIG, [])
+    assert resolve_parameters(spec, CONFIG, ["key=a"]) == {"key": "a"}
 
 
 def test_a_pipeline_may_take_nothing() -> None:
-    assert resolve({"root": {}}, CONFIG, []) == {}
+    assert resolve_parameters({"root": {}}, CONFIG, []) == {}
 
 
 def test_values_of_before_stay_unless_the_pipeline_has_lost_them_or_others_are_given() -> None:
     kept = {"config": {}, "rows": 5, "name": "before", "gone": 1}
     config = config_file.as_table(CONFIG)
-    assert resolve(SPEC, CONFIG, ["name=now"], kept=kept) == {"config": config, "rows": 5, "name": "now"}
+    assert resolve_parameters(SPEC, CONFIG, ["name=now"], kept=kept) == {"config": config, "rows": 5, "name": "now"}

@@ -7,7 +7,7 @@ import pytest
 from components.config.config_file import loads
 from components.config.schema import RunConfig
 from components.shared.errors import UserError
-from pipelines.kubeflow.reach import check_reach
+from pipelines.kubeflow.compile import check_reach
 from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
 

@@ -10,10 +10,9 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.records import runs as run_files
 from components.store.store import Store
-from pipelines.kubeflow import package, submit
+from pipelines.kubeflow import compile, runs
 from pipelines.kubeflow.client import connect
-from pipelines.kubeflow.recorded import Recorded, as_json, outcome_lines
-from pipelines.kubeflow.run import Run
+from pipelines.kubeflow.runs import Recorded, Run, as_json, outcome_lines
 from tests.doubles.kfp_server.server import KfpServer
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -25,10 +24,10 @@ def start(server: KfpServer, make_config: Callable[..., RunConfig]) -> Start:
     """Start a run of a config whose registry is the store."""
 
     def started(**parameters: Any) -> Run:
-        built = package.build(make_config())
+        built = compile.make_package(make_config())
         given = {"config": config_file.as_table(built.config), **parameters}
         kubeflow = connect({}, host=server.url)
-        return submit.start(kubeflow, built, parameters=given, experiment="tries", run_name="one")
+        return runs.start(kubeflow, built, parameters=given, experiment="tries", run_name="one")
 
     return started
 
@@ -54,7 +53,7 @@ def test_the_training_is_told_while_it_goes_on(start: Start, store: Store) -> No
 def test_progress_is_asked_for_twice_a_minute_and_told_when_it_is_new(start: Start) -> None:
     run, lines, asked = start(seconds=2.0), [], iter(["step 1", "step 1", "step 2", "step 2"])
     clock = iter(range(0, 100_000, 20))
-    submit.follow(
+    runs.follow(
         run,
         lines.append,
         progress=lambda: next(asked, ""),
@@ -67,14 +66,14 @@ def test_progress_is_asked_for_twice_a_minute_and_told_when_it_is_new(start: Sta
 def test_a_step_that_was_killed_before_it_could_say_why_is_found_by_its_log(start: Start, server: KfpServer) -> None:
     run = start(fails=True)
     server.run(run.run_id).wait()
-    run = submit.follow(run, lambda _: None)
+    run = runs.follow(run, lambda _: None)
     (line,) = outcome_lines(run, Recorded(run))
     assert line.startswith("[prepare] see the log")
     assert line.endswith(f"kubectl -n fineloop logs -l pipeline/runid={run.run_id} -c main --tail 50")
 
 
 def test_whoever_a_promotion_could_not_be_announced_to_is_told_with_it(start: Start, store: Store) -> None:
-    run = submit.follow(start(), lambda _: None)
+    run = runs.follow(start(), lambda _: None)
     about = {"adapter": "sums", "alias": "production", "run_id": run.run_id, "version": "v1"}
     store.put_json(f"runs/{run.run_id}/decision.json", {**about, "decision": "promote", "reasons": ["better"]})
     step = {"step": "promote", "status": "succeeded", "started_at": "2026-01-01T00:00:00+00:00", "seconds": 1.0}
@@ -91,7 +90,7 @@ def test_whoever_a_promotion_could_not_be_announced_to_is_told_with_it(start: St
 def test_a_store_that_cannot_be_read_from_here_is_said_and_asked_once(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = submit.follow(start(), lambda _: None)
+    run = runs.follow(start(), lambda _: None)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     recorded, opened = Recorded(run), []
     open_store = Store.open

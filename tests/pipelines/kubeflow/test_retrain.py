@@ -139,7 +139,7 @@ def test_stopping_a_run_stops_its_ray_job(
 def test_a_run_that_fails_has_its_report(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.kubeflow.task_settings.RETRIES", 0)  # they wait for half a minute
+    monkeypatch.setattr("pipelines.kubeflow.compile.RETRIES", 0)  # they wait for half a minute
     answered = fineloop("submit", *options, "--set", "method.dropout=0.1")
     assert answered.exit_code == 1
     assert answered.body["message"] == "[Fine-tune the adapter] data.source: every answer is empty"

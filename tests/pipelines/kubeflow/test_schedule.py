@@ -9,7 +9,7 @@ import pytest
 from components.config import config_file
 from components.step.kfp import IMAGE
 from pipelines.configs import DEFAULT_CONFIG
-from pipelines.kubeflow import package, schedule
+from pipelines.kubeflow import compile, schedule
 from pipelines.kubeflow.client import connect
 from tests.doubles.kfp_server.execution import Execution
 from tests.doubles.kfp_server.server import KfpServer
@@ -319,7 +319,7 @@ def test_a_deleted_schedule_is_gone_and_its_run_goes_on(
 
 def _update(server: KfpServer, cron: str) -> None:
     old = schedule.find(connect({}, host=server.url), "nightly")
-    built = package.build(config_file.load(DEFAULT_CONFIG))
+    built = compile.make_package(config_file.load(DEFAULT_CONFIG))
     parameters = {**old.parameters, "config": config_file.as_table(built.config)}
     schedule.update(old, built, replace(old.timing, cron=cron), parameters=parameters)
 

@@ -16,7 +16,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.errors import KubeflowAway, KubeflowError
 from pipelines.configs import DEFAULT_CONFIG
-from pipelines.kubeflow import package, runs, submit
+from pipelines.kubeflow import compile, runs
 from pipelines.kubeflow.client import connect
 from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Fineloop
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[3]
 SUBMIT_SMALL = """
 import sys
 from pipelines import cli
-from pipelines.kubeflow import package
+from pipelines.kubeflow import compile
 from tests.pipelines.kubeflow.small_pipeline import compile_small
-package.compile_pipeline = compile_small
+compile.compile_pipeline = compile_small
 sys.exit(cli.main(["submit", *sys.argv[1:]]))
 """
 
@@ -161,7 +161,7 @@ def test_a_server_that_is_away_for_a_while_is_asked_again(
 ) -> None:
     run, lines = _start(server, make_config()), []
     server.num_outages = 2
-    ended = submit.follow(run, lines.append, sleep=lambda _: time.sleep(0.05))
+    ended = runs.follow(run, lines.append, sleep=lambda _: time.sleep(0.05))
     assert ended.state == "SUCCEEDED"
     assert [line for line in lines if "asking again" in line] == [lines[0]]
 
@@ -174,7 +174,7 @@ def test_a_server_that_stays_away_ends_the_wait_and_says_that_the_run_goes_on(
     server.num_outages = 1000
     clock = iter(range(0, 100_000, 60))
     with pytest.raises(KubeflowAway) as caught:
-        submit.follow(run, lambda _: None, sleep=lambda _: None, clock=lambda: float(next(clock)))
+        runs.follow(run, lambda _: None, sleep=lambda _: None, clock=lambda: float(next(clock)))
     assert f"fineloop runs show {run.run_id}" in caught.value.__notes__[0]
 
 
@@ -191,10 +191,10 @@ def test_what_only_the_server_can_know_is_told_in_its_words(
 
 
 def _start(server: KfpServer, config: RunConfig, **parameters: Any) -> runs.Run:
-    built = package.build(config)
+    built = compile.make_package(config)
     given = {"config": config_file.as_table(built.config), **parameters}
     kubeflow = connect({}, host=server.url)
-    return submit.start(kubeflow, built, parameters=given, experiment="tries", run_name="one")
+    return runs.start(kubeflow, built, parameters=given, experiment="tries", run_name="one")
 
 
 def _submit_small(*arguments: str) -> subprocess.Popen[str]:

@@ -2,7 +2,7 @@ from functools import cache
 
 import pytest
 
-from components.config.gpus import GPUS
+from components.config.ray import GPUS
 from components.config.schema import MethodConfig
 from ray_jobs.planning.memory import MARGIN, Sharing, plan
 from ray_jobs.planning.rehearsal import Rehearsal
