@@ -22,8 +22,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import build
 from ray_jobs.base import base_config, base_model
 from ray_jobs.kernels import door
-from ray_jobs.probes import general_text, own_answers
-from ray_jobs.probes.texts import sample
+from ray_jobs.probes.texts import passages_split, sample, undrawn
 from ray_jobs.scoring.scoring import label_nll
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit
@@ -50,11 +49,11 @@ def main() -> None:
     config = config_file.load(CONFIG, chosen)
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
-    passages = general_text.read(chat, config)
+    passages = passages_split(chat, config)
     kernels = door.choose(config, base_config.load(base.path, config.model))
     model = door.load_model(base, config.model, config.method.row.base, kernels, use_gpu=False)
     kernels.hold_dense_if_room(model)
-    asked = own_answers.undrawn(chat, config)
+    asked = undrawn(chat, config)
     started = time.perf_counter()
     drawn = sample(model.eval(), chat, asked.split, BATCH, asked.new_tokens)
     print(f"{len(drawn)} answers of the base's own, drawn in {time.perf_counter() - started:.1f} s")

@@ -42,8 +42,7 @@ from ray_jobs.scoring.answers import (
     metrics,
     paired_difference,
 )
-from ray_jobs.scoring.measure import Contender, Found, of_version, with_room_for_answers
-from ray_jobs.scoring.probe import Outcome
+from ray_jobs.scoring.measure import Contender, Found, Outcome, of_version, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning

@@ -39,7 +39,7 @@ with garbage.importing():
     from ray_jobs.base.base_model import Base
     from ray_jobs.kernels import door
     from ray_jobs.kernels.door import Kernels
-    from ray_jobs.planning import placement
+    from ray_jobs.planning.capacity import on_gpus, require_float32
     from ray_jobs.scoring.answers import USUAL_NEW_TOKENS
     from ray_jobs.talking import speaker
     from ray_jobs.text import chat_format, ollama
@@ -307,8 +307,8 @@ def _source(given: RunConfig, store: Store, version: Version, its_run: recorded.
     if not rows:
         length = min(64, config.model.max_length)
         rows, compared_on = list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=length)), "random tokens"
-    placement.require_float32(config, original)
-    use_gpu = placement.on_gpus(config, original)
+    require_float32(config, original)
+    use_gpu = on_gpus(config, original)
     kernels = door.choose(given, base_config.load(original.path, config.model), on_gpu=use_gpu)
     stands_on = own_base.find(config, original, store, sha256=its_run.stands_on_sha256)
     compared = (rows, compared_on, records, split, its_run.max_new_tokens or USUAL_NEW_TOKENS)

@@ -35,9 +35,8 @@ with garbage.importing():
         settled,
         step_of,
     )
-    from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan
+    from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan, speed
     from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
-    from ray_jobs.planning.speed import speed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

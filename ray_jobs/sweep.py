@@ -30,14 +30,12 @@ with garbage.importing():
     from ray_jobs.base import attention, base_config, base_model
     from ray_jobs.base.base_model import Base
     from ray_jobs.prepare import prepare
-    from ray_jobs.probes import general_text
-    from ray_jobs.probes.texts import Texts
+    from ray_jobs.probes.texts import Texts, unread_passages
     from ray_jobs.replaying import with_answers
-    from ray_jobs.sweeping import points, verdict
-    from ray_jobs.sweeping.plan import Plan
-    from ray_jobs.sweeping.points import Arm, Point
+    from ray_jobs.sweeping import verdict
+    from ray_jobs.sweeping.plan import Arm, Plan, Point, prior_rate, servable_as, swept_arms, trial_config
     from ray_jobs.sweeping.trial import Progress
-    from ray_jobs.sweeping.trial_rows import header, row
+    from ray_jobs.sweeping.verdict import header, row
     from ray_jobs.text import chat_format
     from ray_jobs.training import splits, train_loop
     from ray_jobs.training.splits import PlannedSplit
@@ -75,7 +73,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     """
 
     began = time.monotonic()
-    arms = list(points.arms(config))
+    arms = list(swept_arms(config))
     attention.require_installed(config.model.attention)
     store = Store.open(config.registry)
     store.check()
@@ -100,7 +98,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         f"sweeping {', '.join(dict.fromkeys(arm.method for arm in arms))} on {len(train_split):,} records, judged on "
         f"{len(validation)} that no trial trains on",
     )
-    passages = general_text.unread(chat, config)
+    passages = unread_passages(chat, config)
     if plan.compares and len(passages.split):
         say(
             STEP,
@@ -131,7 +129,7 @@ def _ended(config: RunConfig, arms: Sequence[Arm], store: Store, run_id: str, nu
         if arm is None:
             continue
         point = Point(arm, trial.learning_rate, trial.seed, trial.compares)
-        if points.trial_config(config, point, num_records).digest == trial.config_digest:
+        if trial_config(config, point, num_records).digest == trial.config_digest:
             kept.append(trial)
     return kept
 
@@ -145,8 +143,8 @@ def _planned(config: RunConfig, arms: Sequence[Arm], base: Base, train_split: Pl
 
     found: dict[Arm, int | None] = {}
     for arm in arms:
-        point = Point(arm, points.prior(config, arm), config.train.seed)
-        trial = points.trial_config(config, point, len(train_split))
+        point = Point(arm, prior_rate(config, arm), config.train.seed)
+        trial = trial_config(config, point, len(train_split))
         if not found:
             wait_for_room(trial.ray.cluster, trial.ray.per_worker, 1, lambda line: say(STEP, line))
         before_training(trial, base.path, train_split, ray.nodes())
@@ -161,7 +159,7 @@ def _make_bases(config: RunConfig, arms: Sequence[Arm], num_records: int) -> Non
     from ray_jobs.sweeping.trial import make_base
 
     for arm in arms:
-        trial = points.trial_config(config, Point(arm, points.prior(config, arm), config.train.seed), num_records)
+        trial = trial_config(config, Point(arm, prior_rate(config, arm), config.train.seed), num_records)
         if own_base.is_needed(trial.method):
             say(STEP, f"making the base of {arm.method}, or finding it made")
             each = trial.ray.per_worker
@@ -180,8 +178,7 @@ def _run_trials(
 ) -> None:
     from ray import tune
 
-    from ray_jobs.sweeping import search
-    from ray_jobs.sweeping.trial import run_trial
+    from ray_jobs.sweeping.trial import Ledger, as_config, run, run_trial, scheduler
 
     given = {
         "job": job, "train_tokens": train_split.stored, "validation_tokens": validation.stored, "passages": passages,
@@ -194,14 +191,12 @@ def _run_trials(
 
     progress = Progress(plan)
     say(STEP, header())
-    search.run(
+    run(
         trainable,
         plan,
-        lambda point: search.as_config(config, point, len(train_split)),
-        search.scheduler(
-            config.tune.scheduler, config.tune.max_steps or train_loop.num_steps(config.train, len(train_split))
-        ),
-        search.Ledger(plan, keep, lambda trial: say(STEP, progress.line(trial))),
+        lambda point: as_config(config, point, len(train_split)),
+        scheduler(config.tune.scheduler, config.tune.max_steps or train_loop.num_steps(config.train, len(train_split))),
+        Ledger(plan, keep, lambda trial: say(STEP, progress.line(trial))),
         storage_path=store.uri(runs.run_key(job.run_id).rstrip("/")),
     )
 
@@ -224,9 +219,7 @@ def _result(
     reference = verdict.reference_of([arm.method for arm in contenders])
     (plain,) = (arm for arm in contenders if arm.method == reference)
     compared = [
-        verdict.compare(
-            tuned[arm], plan.seeds_of(arm), tuned[plain], plan.seeds_of(plain), points.servable_as(config, arm)
-        )
+        verdict.compare(tuned[arm], plan.seeds_of(arm), tuned[plain], plan.seeds_of(plain), servable_as(config, arm))
         for arm in contenders
         if plan.compares and arm != plain
     ]

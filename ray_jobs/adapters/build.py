@@ -1,7 +1,10 @@
 """Building a peft model for a configured method, loading a saved adapter, and writing the files that are published."""
 
+import contextlib
 import json
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,15 +13,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import MethodConfig
+from components.shared import memory
 from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import read_by_the_model
-from ray_jobs.text.bounded import SECONDS, bounded
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
+
+
+# Limits of time and memory for code that a config brings along, such as a regular expression.
+
+SECONDS = 10.0
+"""Default time limit; a chat template renders a record in about a millisecond."""
+MORE_BYTES = 128 * 2**20
+"""Default memory limit, several times the longest text of a record. Multiplying numbers that fit it takes minutes at
+most."""
+
+
+@contextlib.contextmanager
+def bounded(seconds: float = SECONDS, more_bytes: int = MORE_BYTES) -> Iterator[None]:
+    """Limit the time of the code within, and the memory it may use beyond what the process has already.
+
+    Time is limited only in a process's main thread, where tokenisation runs; in other threads it is unlimited.
+
+    Raises:
+        TimeoutError: the code took longer.
+        MemoryError: the code needs more memory.
+    """
+    with memory.at_most(more_bytes):
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, _time_is_up)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _time_is_up(*_: Any) -> None:
+    raise TimeoutError
 
 
 # Which weights of a base get an adapter, and which cannot.

@@ -1,6 +1,6 @@
 """Where the records of a packed row lie, and which of its tokens attend to which.
 
-Shapes: see `ray_jobs.text.packed`.
+Shapes: see `ray_jobs.text.answer_loss`.
 """
 
 from dataclasses import dataclass, field, replace

@@ -6,21 +6,104 @@ what an adapter's training needs, before the base is reused for the next one. On
 products, weights stay in the layers that transformers, bitsandbytes and peft made.
 """
 
-from dataclasses import dataclass
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from components.config.methods import BaseFormat
 from components.config.ray import MatmulDtype
 from components.config.schema import ModelConfig, RunConfig
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, together
 from ray_jobs.base.base_model import Base
-from ray_jobs.kernels import processor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+# The compute dtype of CPU workers for bfloat16 operands: bfloat16 or float32, whichever is faster on this processor.
+#
+# Measured in milliseconds rather than looked up: the list of instruction sets keeps growing, and PyTorch's kernels for
+# them change. The ratios are far from the threshold: FLOP/s in float32 over those in bfloat16 (one thread, forward and
+# backward, torch 2.13) are 0.5 with AVX-512 BF16, less with AMX, 2.4 with AVX-512 alone, and 15 or more with AVX2.
+
+logger = logging.getLogger(__name__)
+
+CLEARLY = 1.2
+"""How many times as fast float32 must be to be chosen: far from all ratios above, so that noise does not decide."""
+ROWS = 128
+"""Rows of the measured product, about a micro-batch of short records."""
+SMALLEST, LARGEST = 512, 1024
+"""Bounds of the measured outputs and inputs: smaller products are dominated by launch overhead, and larger ones take
+seconds on the slowest processors."""
+REPEATS = 2, 6
+BUDGET_S = 0.3
+"""Minimum and maximum number of measurements per dtype, alternating; beyond the minimum only within BUDGET_S."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of a linear layer, forward and backward, on this process's threads."""
+
+    bfloat16: float
+    float32: float
+
+    @property
+    def faster(self) -> MatmulDtype:
+        """The dtype to multiply in."""
+        return "float32" if self.float32 > CLEARLY * self.bfloat16 else "bfloat16"
+
+
+def agreed(shape: tuple[int, int]) -> Rates:
+    """The slowest worker's rates in a gloo group; every worker must call this. For `shape` see `typical_shape`."""
+    return slowest([Rates(**rates) for rates in together.all_gather(asdict(measure(shape)))])
+
+
+def slowest(measured: Sequence[Rates]) -> Rates:
+    """The lowest rate of any worker, for each dtype."""
+    return Rates(min(rates.bfloat16 for rates in measured), min(rates.float32 for rates in measured))
+
+
+def measure(shape: tuple[int, int]) -> Rates:
+    """Measure both rates for a layer of this shape (outputs, inputs): the best of a few alternating measurements.
+
+    With one thread, its own CPU time is measured, so that other load on the machine does not matter. Takes about 20 ms,
+    and half a second on the slowest processors.
+    """
+    from ray_jobs.kernels import float32_layers
+
+    outputs, inputs = (min(max(size, SMALLEST), LARGEST) for size in shape)
+    x = torch.randn(ROWS, inputs).bfloat16().requires_grad_()
+    weight = torch.randn(outputs, inputs).bfloat16()
+    gradient = torch.randn(ROWS, outputs).bfloat16()
+    best = [math.inf, math.inf]
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = time.perf_counter()
+    for repeat in range(REPEATS[1]):
+        for index, linear in enumerate((torch.nn.functional.linear, float32_layers.linear)):
+            started = clock()
+            linear(x, weight).backward(gradient)
+            best[index] = min(best[index], clock() - started)
+        if repeat + 1 >= REPEATS[0] and time.perf_counter() - began > BUDGET_S:
+            break
+    operations = 2 * 2 * ROWS * outputs * inputs
+    rates = Rates(bfloat16=operations / best[0], float32=operations / best[1])
+    logger.debug("products here: %.3g FLOP/s in bfloat16, %.3g in float32", rates.bfloat16, rates.float32)
+    return rates
+
+
+def typical_shape(base: "PretrainedConfig") -> tuple[int, int]:
+    """Outputs and inputs of the layer that takes most of a base's time: the first of its feed-forward block."""
+    text = base.get_text_config()  # the text model of a multimodal one
+    return getattr(text, "intermediate_size", None) or 4 * text.hidden_size, text.hidden_size
+
 
 Model = TypeVar("Model", bound="nn.Module")
 
@@ -39,10 +122,9 @@ class Kernels:
         from peft import PeftModel
 
         if self.dtype == "float32":
-            from ray_jobs.kernels.float32_adapters import LAYERS
-            from ray_jobs.kernels.float32_layers import multiply_in_float32
+            from ray_jobs.kernels.float32_layers import ADAPTER_LAYERS, multiply_in_float32
 
-            multiply_in_float32(model, LAYERS)
+            multiply_in_float32(model, ADAPTER_LAYERS)
         if isinstance(model, PeftModel):
             from ray_jobs.kernels import fused, fused_layer
 
@@ -51,22 +133,22 @@ class Kernels:
         return model
 
     def hold_dense(self, model: "nn.Module") -> None:
-        """Convert a model's frozen weights on the CPU to the dtype of its products, once; see `widened.widen`."""
-        from ray_jobs.kernels import widened
+        """Convert a model's frozen weights on the CPU to the dtype of its products, once."""
+        from ray_jobs.kernels import float32_layers
 
-        widened.widen(model, self.dtype)
+        float32_layers.widen(model, self.dtype)
 
     def hold_dense_if_room(self, model: "nn.Module", *, sharers: int = 1) -> bool:
         """As `hold_dense`, if the memory that `sharers` processes share here allows it; returns whether it did."""
-        from ray_jobs.kernels import widened
+        from ray_jobs.kernels import float32_layers
 
-        return widened.widen_if_room(model, self.dtype, sharers=sharers)
+        return float32_layers.widen_if_room(model, self.dtype, sharers=sharers)
 
     def has_room(self, num_weights: int, *, sharers: int = 1) -> bool:
         """Whether there is memory for `num_weights` dense weights in each of `sharers` processes of this machine."""
-        from ray_jobs.kernels import widened
+        from ray_jobs.kernels import float32_layers
 
-        return widened.has_room(num_weights, self.dtype, sharers=sharers)
+        return float32_layers.has_room(num_weights, self.dtype, sharers=sharers)
 
     @property
     def linear(self) -> "Callable[..., Tensor]":
@@ -117,9 +199,9 @@ def choose(config: RunConfig, base: "PretrainedConfig", *, on_gpu: bool = False)
     """Choose this process's kernels, without other workers. For GPU workers they concern only what runs on the CPU."""
     if on_gpu:
         return PLAIN
-    return fixed(config) or Kernels(processor.measure(processor.typical_shape(base)).faster)
+    return fixed(config) or Kernels(measure(typical_shape(base)).faster)
 
 
 def agree(config: RunConfig, base: "PretrainedConfig") -> Kernels:
     """Choose kernels for all workers of a gloo group, by each dtype's slowest rate. Every worker must call this."""
-    return fixed(config) or Kernels(processor.agreed(processor.typical_shape(base)).faster)
+    return fixed(config) or Kernels(agreed(typical_shape(base)).faster)

@@ -12,22 +12,59 @@ adapters are in `float32_adapters`.
 Shapes: I input, O output, N tokens, K experts of a token.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import bitsandbytes
-import bitsandbytes.functional
+import peft.tuners.vera.layer
 import torch
 import torch.nn.functional as F
 import transformers.pytorch_utils
+from bitsandbytes.functional import int8_vectorwise_dequant
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
+from components.config.ray import MatmulDtype
+from components.shared.cpus import this_cpu
+from components.shared.memory import available_bytes
+from ray_jobs.adapters import dvora
 from ray_jobs.base.four_bits import dequantize_4bit, gathered
-from ray_jobs.kernels import float32_products
+
+# Float32 matrix products by oneDNN instead of a BLAS, where that is faster and as exact.
+#
+# PyTorch uses MKL for float32 products, which does not use AVX-512 on AMD processors. oneDNN does: 461 GFLOP/s instead
+# of 205 on two cores of an EPYC (torch 2.13, 320 x 576 by 576 x 3072). PyTorch calls oneDNN only where operands may be
+# rounded to bfloat16, a permission that oneDNN uses only with AMX.
+
+
+@contextmanager
+def by_onednn(*, may_round: bool = False) -> Iterator[None]:
+    """Within, use oneDNN for float32 products where it is faster; with `may_round`, wherever PyTorch can use it."""
+    if not may_round and not pays():
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@cache
+def pays() -> bool:
+    """Whether oneDNN computes float32 products faster than PyTorch's default, and as exactly.
+
+    Derived from the processor, not measured: a resumed training must compute the same sums as before.
+    """
+    cpu = this_cpu()
+    return cpu.name.startswith("AMD") and cpu.kind != "AMX" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
 
 # Elements of a weight that are converted at a time: 4 MiB in float32, about what the caches of one core hold.
 BLOCK_ELEMENTS = 2**20
@@ -51,7 +88,7 @@ class Product(torch.autograd.Function):
     """x W^T + b for a W in any storage format. Saves `x` in its own dtype for backward, and no float32 copy of W."""
 
     @staticmethod
-    @float32_products.by_onednn()
+    @by_onednn()
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias_O: Tensor | None, num_outputs: int, blocks: Blocks) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.blocks = weight, blocks  # the parameter itself, as ZeRO-3 replaces its data
@@ -63,7 +100,7 @@ class Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    @float32_products.by_onednn()
+    @by_onednn()
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weight = ctx.saved_tensors, ctx.weight
         wide_gradient = gradient.float().reshape(-1, gradient.shape[-1])
@@ -185,7 +222,7 @@ def _dequantized_4bit(weight: Tensor, *, quant_state: Any) -> Iterator[tuple[sli
 def _dequantized_8bit(weight_OI: Tensor, *, scale_O: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for rows in _rows(weight_OI):
         # Bit-identical to how peft dequantises for magnitudes, and an export for its weights.
-        yield rows, bitsandbytes.functional.int8_vectorwise_dequant(weight_OI[rows], scale_O[rows])
+        yield rows, int8_vectorwise_dequant(weight_OI[rows], scale_O[rows])
 
 
 def _rows(weight_OI: Tensor) -> Iterator[slice]:
@@ -193,3 +230,111 @@ def _rows(weight_OI: Tensor) -> Iterator[slice]:
     step = max(1, BLOCK_ELEMENTS // num_inputs)
     for start in range(0, num_outputs, step):
         yield slice(start, start + step)
+
+
+# VeRA and DVoRA layers that multiply in float32; LoRA's factors are linear layers, see `float32_layers`.
+#
+# Shapes: I input, O output, R rank.
+
+
+class VeraLinear(peft.tuners.vera.layer.Linear):
+    """A linear layer with VeRA adapters."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with its active adapters: (..., I) to (..., O), in the dtype of `x`."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self.vera_lambda_d:
+                b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
+                A_RI, B_OR = dvora.shared_matrices(self, adapter)
+                x_R = linear(self.vera_dropout[adapter](self._cast_input_dtype(x, d_R.dtype)), A_RI)
+                result = result + b_O * linear(d_R * x_R, B_OR)
+        return result.to(x.dtype)
+
+
+class DvoraLinear(dvora.DvoraLinear):
+    """A linear layer with DVoRA adapters."""
+
+    linear = staticmethod(linear)
+
+    def _frozen_weight(self) -> Tensor:
+        return super()._frozen_weight().float()  # float32, so the product that the norm is computed from is too
+
+
+ADAPTER_LAYERS: dict[type, type] = {
+    **LAYERS,
+    peft.tuners.vera.layer.Linear: VeraLinear,
+    dvora.DvoraLinear: DvoraLinear,
+}
+
+
+# Converting a frozen base's weights once to the dtype of its matrix products, instead of before each product.
+#
+# Generation takes a forward pass per token, and dequantising 4-bit weights is most of such a pass; in a training step
+# it is a fifth. The converted weights are exactly those that each pass would compute.
+
+logger = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that dense weights may take; the rest is for the KV cache and activations."""
+
+
+def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
+    """Turn the frozen layers of a model on the CPU into dense ones, in place; an adapter's trained layers stay.
+
+    `products` is the dtype of the matrix products. Outputs are the same up to the order of summation. An int8 base with
+    products in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
+    """
+    dtype = _dtype(products)
+    for layer in _layers(model, dtype):
+        weight = torch.nn.Parameter(_weight(layer).to(dtype), requires_grad=False)
+        layer.__class__ = Linear if dtype is torch.float32 else torch.nn.Linear
+        layer.weight = weight
+
+
+def widen_if_room(model: torch.nn.Module, products: MatmulDtype, *, sharers: int = 1) -> bool:
+    """Call `widen` if the free memory, shared by `sharers` processes of this machine, allows it; returns whether any
+    layer was converted."""
+    dtype = _dtype(products)
+    num_weights = sum(layer.in_features * layer.out_features for layer in _layers(model, dtype))
+    if not has_room(num_weights, products, sharers=sharers):
+        logger.info("the base is read as it is stored: free memory has no room for %d dense weights", num_weights)
+        return False
+    widen(model, products)
+    return num_weights > 0
+
+
+def has_room(num_weights: int, products: MatmulDtype, *, sharers: int = 1) -> bool:
+    """Whether free memory allows each of `sharers` processes of this machine to hold `num_weights` dense weights."""
+    return num_weights * _dtype(products).itemsize <= MEMORY_SHARE * available_bytes() / sharers
+
+
+def _dtype(products: MatmulDtype) -> torch.dtype:
+    return torch.float32 if products == "float32" else torch.bfloat16
+
+
+def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:
+    kinds: tuple[type, ...] = (bitsandbytes.nn.Linear4bit,)
+    if dtype is torch.float32:
+        kinds = (*kinds, bitsandbytes.nn.Linear8bitLt, Linear)
+    for module in model.modules():
+        layer: Any = module
+        is_dense = isinstance(layer, Linear) and layer.weight.dtype is dtype
+        if not issubclass(type(layer), kinds) or is_dense:
+            continue
+        if layer.weight.device.type == "cpu" and not layer.weight.requires_grad:
+            yield layer
+
+
+@torch.no_grad()
+def _weight(layer: Any) -> torch.Tensor:
+    """The dequantised weight (O, I) that a product would read."""
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return dequantize_4bit(layer.weight, layer.weight.quant_state)
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        return int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
+    return layer.weight.data

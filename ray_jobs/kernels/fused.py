@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_jobs.base.four_bits import dequantize_4bit
-from ray_jobs.kernels import float32_layers, float32_products
+from ray_jobs.kernels import float32_layers
 from ray_jobs.kernels.float32_layers import Blocks
 
 HALF = (torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ class LoraProduct(torch.autograd.Function):
     """The product above for a frozen W in any storage format, computed in `dtype`; saves x and x A^T for backward."""
 
     @staticmethod
-    @float32_products.by_onednn()
+    @float32_layers.by_onednn()
     def forward(
         ctx: Any,
         x: Tensor,
@@ -56,7 +56,7 @@ class LoraProduct(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @float32_products.by_onednn()
+    @float32_layers.by_onednn()
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, A_RI, B_OR, h_TR = ctx.saved_tensors
         dtype = h_TR.dtype

@@ -34,9 +34,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from ray_jobs.base import attention
 from ray_jobs.base.packing import Packing
-from ray_jobs.kernels import float32_products, fused, fused_attention
-from ray_jobs.kernels.attention_layout import Heads
+from ray_jobs.kernels import float32_layers, fused, fused_attention
 from ray_jobs.kernels.fused import Adapted
+from ray_jobs.kernels.fused_attention import Heads
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 """Decoder layer classes whose forward pass is the formula above."""
@@ -192,7 +192,7 @@ class Layer(torch.autograd.Function):
     """The formula above."""
 
     @staticmethod
-    @float32_products.by_onednn()
+    @float32_layers.by_onednn()
     def forward(ctx: Any, hidden_NSH: Tensor, cos: Tensor, sin: Tensor, form: Form, *weights: Tensor) -> Tensor:
         N, S, H = hidden_NSH.shape
         cos, sin = cos.float().unsqueeze(2), sin.float().unsqueeze(2)
@@ -221,7 +221,7 @@ class Layer(torch.autograd.Function):
         return _spread(z[:U].to(hidden_NSH.dtype), form.read, N * S).view(N, S, H)
 
     @staticmethod
-    @float32_products.by_onednn()
+    @float32_layers.by_onednn()
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NSH,), form = gradients, ctx.form
         cos, sin, x, n, inverse_n, a, y, m, inverse_m, gate, up, i, *others = ctx.saved_tensors

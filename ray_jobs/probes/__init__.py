@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from components.config.schema import RunConfig
 from components.store.store import Store
-from ray_jobs.probes import general_text, harness, own_answers, suites
-from ray_jobs.scoring.measure import Contender
-from ray_jobs.scoring.probe import Probe
+from ray_jobs.probes import harness, suites
+from ray_jobs.probes.texts import prepare_own_answers, prepare_passages
+from ray_jobs.scoring.measure import Contender, Probe
 from ray_jobs.text.chat_format import ChatFormat
 
 
@@ -22,8 +22,8 @@ class Kind(NamedTuple):
 
 
 PROBES = {
-    "general_text": Kind(general_text.prepare),
-    "own_answers": Kind(own_answers.prepare),
+    "general_text": Kind(prepare_passages),
+    "own_answers": Kind(prepare_own_answers),
     "suites": Kind(suites.prepare),
     "harness": Kind(harness.prepare, harness.check),
 }

@@ -24,9 +24,15 @@ from components.records.steps import ROLES, Evaluation, HarnessScores, Role, Tas
 from components.shared.errors import ConfigError, JobError
 from components.shared.memory import available_bytes
 from components.store.store import Store
-from ray_jobs.probes import earlier
-from ray_jobs.scoring.measure import Contender
-from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+from ray_jobs.scoring.measure import (
+    Contender,
+    Findings,
+    Outcome,
+    Rows,
+    Subject,
+    earlier_measurements,
+    on_the_first_base,
+)
 from ray_jobs.text.chat_format import ChatFormat
 
 SEED = 1234
@@ -115,8 +121,8 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
         same = before.harness is not None and before.harness.same_tasks(known)
         return (before.harness.base_format, before.harness.scores) if before.harness and same else None
 
-    scores = earlier.known(store, config, contenders, found)
-    ours = {each.role for each in earlier.on_the_first_base(contenders) if each.role in ROLES}
+    scores = earlier_measurements(store, config, contenders, found)
+    ours = {each.role for each in on_the_first_base(contenders) if each.role in ROLES}
     return Tasks(evaluate.lm_eval_include, frozenset(ours - scores.keys()), known.model_copy(update={"scores": scores}))
 
 

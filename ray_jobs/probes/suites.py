@@ -21,10 +21,16 @@ from components.shared.errors import DataError
 from components.shared.metrics import normal
 from components.store.store import Store
 from ray_jobs.base import base_config, base_model
-from ray_jobs.probes import earlier
 from ray_jobs.probes.texts import in_order
-from ray_jobs.scoring.measure import Contender
-from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+from ray_jobs.scoring.measure import (
+    Contender,
+    Findings,
+    Outcome,
+    Rows,
+    Subject,
+    earlier_measurements,
+    on_the_first_base,
+)
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 
@@ -382,11 +388,11 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
     if not config.evaluate.suites:
         return Questions(())
     base_format, reach = config.method.row.base, _reach(config, contenders[0], store)
-    roles = {each.role for each in earlier.on_the_first_base(contenders) if each.role in ROLES}
+    roles = {each.role for each in on_the_first_base(contenders) if each.role in ROLES}
     suites = []
     for name in dict.fromkeys(config.evaluate.suites):
         suite = _pending(name, chat, base_format, reach)
-        passes = earlier.known(store, config, contenders, partial(_passes, suite.known.sha256))
+        passes = earlier_measurements(store, config, contenders, partial(_passes, suite.known.sha256))
         passes = {role: found for role, found in passes.items() if role in ROLES}
         left = roles - passes.keys() if len(suite.split) else ()
         known = suite.known.model_copy(update={"passes": passes})

@@ -1,9 +1,11 @@
 """The loss of each model on texts outside the domain: general text, and the base's own answers."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from itertools import zip_longest
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -13,14 +15,22 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from components.config.schema import RunConfig
+from components.prepare.dataset import Message, Record
 from components.records.steps import Evaluation, Role, TextLosses
 from components.shared.paired import Array
 from components.store.store import Store
-from ray_jobs.probes import earlier
 from ray_jobs.scoring.generation import answer_all, generated
-from ray_jobs.scoring.measure import Contender
-from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
-from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.scoring.measure import (
+    Contender,
+    Findings,
+    Outcome,
+    Rows,
+    Subject,
+    earlier_evaluations,
+    earlier_measurements,
+    on_the_first_base,
+)
+from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
 
 T = TypeVar("T")
@@ -92,8 +102,8 @@ class Texts(ABC):
                 return None
             return losses.base_format, losses.nll
 
-        nll = earlier.known(store, config, contenders, found)
-        roles = frozenset({each.role for each in earlier.on_the_first_base(contenders)} - nll.keys())
+        nll = earlier_measurements(store, config, contenders, found)
+        roles = frozenset({each.role for each in on_the_first_base(contenders)} - nll.keys())
         return replace(self, roles=roles, known=self.known.model_copy(update={"nll": nll}))
 
 
@@ -182,3 +192,154 @@ class Drawing(LogitsProcessor):
 def _until_stop(tokens: Sequence[int], stops: Collection[int]) -> list[int]:
     end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
     return list(tokens[: end + 1])
+
+
+# General-domain text, which shows whether an adapter forgets what its base knows.
+#
+# general_text.json holds the passages and their sources: modern encyclopaedic and technical prose, fiction and old
+# science, ordered so that any prefix contains all kinds evenly. A passage is read as plain text, without a chat
+# template, and the loss is taken over all its tokens but the first.
+
+MAX_TOKENS = 128
+"""Maximum number of tokens read per passage: the beginning shows as much as the whole, in less time."""
+
+
+class Passages(Texts):
+    """The passages of general text, as texts to read."""
+
+    METRIC, KIND = "general_loss", "general_text"
+
+    def value(self, role: Role) -> float | None:
+        """The mean loss per token, in nats."""
+        return self.known.loss(role)
+
+
+def prepare_passages(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Passages:
+    """The passages, for the contenders that no earlier run has measured on them."""
+    return unread_passages(chat, config).without_known(store, config, contenders)
+
+
+def unread_passages(chat: ChatFormat, config: RunConfig) -> Passages:
+    """The passages, which no model has read yet."""
+    split = passages_split(chat, config)
+    known = TextLosses(
+        text_sha256=sha256(split),
+        base_format=config.method.row.base,
+        tokens=split.num_answer_tokens.tolist(),
+        nll={},
+    )
+    return Passages(split, frozenset(), known)
+
+
+def passages_split(chat: ChatFormat, config: RunConfig) -> TokenizedSplit:
+    """The first `evaluate.general_passages` passages as tokens, with the special tokens that the tokenizer adds."""
+    source = json.loads(resources.files(__package__).joinpath("general_text.json").read_text(encoding="utf-8"))
+    passages = [passage["text"] for passage in source["passages"][: config.evaluate.general_passages]]
+    longest = min(MAX_TOKENS, config.model.max_length)
+    rows = [row[:longest] for row in chat.tokenizer(passages)["input_ids"]] if passages else []
+    return as_split(rows, [1] * len(rows))
+
+
+# How far a model has moved from its base outside the training data, measured on the base's own answers.
+#
+# own_answers.json holds the prompts, ordered so that any prefix contains all kinds evenly. The base answers each once,
+# in the run's chat template, by sampling at temperature 1 from the full distribution: truncated sampling would bias the
+# estimate. Then every model, including the base, scores these answers, and
+#
+#     KL(base || model) = E [log p_base(y | x) - log p_model(y | x)]   over answers y that the base draws
+#
+# is estimated by the mean of that difference over the samples. The estimate per answer, whole or cut, is unbiased; per
+# token it is a ratio of two sums. It may be negative. Summing over all next tokens instead of the sampled one would
+# have a lower variance (Amini, Vieira and Cotterell, arXiv:2504.10637), but needs both models' distributions at every
+# token. This needs one number per answer and model, which is stored, so later runs do not need the base for it.
+
+NEW_TOKENS = 64
+"""Maximum tokens of an answer: its beginning shows as much as the whole, in less time."""
+SEED = 0
+"""Sampling seed, the same in every run, so that later runs can reuse the answers of earlier ones."""
+
+
+@dataclass(frozen=True)
+class OwnAnswers(Texts):
+    """The base's answers for the models to score; before the answers are drawn, `split` holds the prompts."""
+
+    new_tokens: int = 0
+    """Maximum tokens of the answers that the base has yet to draw; 0 if no answers need to be drawn."""
+
+    METRIC, KIND = "kl_from_base", "own_answers"
+
+    def value(self, role: Role) -> float | None:
+        """The KL divergence from the base, per token."""
+        return self.known.above_base(role)
+
+    def run(self, subject: Subject, found: Findings) -> Read | None:
+        """Have a model score the answers; the base draws them first, if that is still to be done."""
+        if not self.new_tokens:
+            return super().run(subject, found)
+        if subject.role == "base":
+            answers = sample(subject.model, subject.chat, self.split, subject.batch_size, self.new_tokens, seed=SEED)
+        else:
+            answers = found["base"].answers
+        read = self.answered(answers).run(subject, found)
+        return read and replace(read, answers=answers if subject.role == "base" else None)
+
+    def read(self, shares: Sequence[Findings]) -> Self:
+        """This probe with the findings of all shares merged: the answers first, then the losses."""
+        if not self.new_tokens:
+            return super().read(shares)
+        answers = in_order([share["base"].answers for share in shares], len(self.split))
+        return self.answered(answers).read(shares)
+
+    def answered(self, answers: Sequence[Sequence[int]]) -> Self:
+        """This probe with the base's answer to each prompt."""
+        prompts = [self.split.prompt(row).tolist() for row in range(len(self.split))]
+        split = as_split(
+            [prompt + list(answer) for prompt, answer in zip(prompts, answers, strict=True)],
+            [len(prompt) for prompt in prompts],
+            ids=self.split.ids,
+        )
+        update = {"answers": [list(answer) for answer in answers], "tokens": split.num_answer_tokens.tolist()}
+        known = self.known.model_copy(update={**update, "text_sha256": sha256(split)})
+        return replace(self, split=split, known=known, new_tokens=0)
+
+
+def prepare_own_answers(
+    store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]
+) -> OwnAnswers:
+    """The answers, for the models that have not scored them yet; the prompts, if no earlier run has drawn answers."""
+    ours = undrawn(chat, config)
+    if not len(ours.split):
+        return ours
+    for _, before, same_base in earlier_evaluations(store, contenders):
+        theirs = before.own_answers
+        if theirs is None or not same_base or theirs.base_format != ours.known.base_format:
+            continue
+        if theirs.asked_sha256 == ours.known.asked_sha256 and theirs.answers and "base" in theirs.nll:
+            ours = ours.answered(theirs.answers)
+            break
+    return ours.without_known(store, config, contenders)
+
+
+def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
+    """The first `evaluate.own_answers` prompts in the base's chat template, still without answers."""
+    source = json.loads(resources.files(__package__).joinpath("own_answers.json").read_text(encoding="utf-8"))
+    prompts = source["prompts"][: config.evaluate.own_answers]
+    longest = min(NEW_TOKENS, config.model.max_length // 2)
+    # A record needs an answer; only its prompt is used.
+    records = [Record(str(index), _turns(prompt["turns"]), "-") for index, prompt in enumerate(prompts)]
+    tokenized = tokenize(records, chat, config.model.max_length - longest)
+    rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]
+    split = as_split(rows, [len(row) for row in rows], ids=tokenized.ids)
+    how = json.dumps([sha256(split), split.ids, sorted(chat.stops), longest, SEED])
+    known = TextLosses(
+        text_sha256="",
+        base_format=config.method.row.base,
+        tokens=[],
+        nll={},
+        asked_sha256=hashlib.sha256(how.encode()).hexdigest(),
+    )
+    return OwnAnswers(split, frozenset(), known, new_tokens=longest if prompts else 0)
+
+
+def _turns(said: Sequence[str]) -> list[Message]:
+    return [Message("assistant" if index % 2 else "user", text) for index, text in enumerate(said)]

@@ -1,6 +1,7 @@
 """Measuring base, champion and candidate on the same records: their files, the tokenized records, and their scores."""
 
 import gc
+import logging
 import math
 import tempfile
 import time
@@ -9,15 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from components.config.gate import GateConfig
 from components.config.methods import BaseFormat
 from components.config.schema import ModelConfig, RunConfig
 from components.prepare.dataset import Record
-from components.records.steps import Role
-from components.registry.versions import Version, pull_version, resolve
-from components.shared.errors import DataError
+from components.records.steps import Evaluation, Role
+from components.registry.versions import Version, evaluation, pull_version, resolve
+from components.shared.errors import DataError, IntegrityError
 from components.shared.paired import Pairs, bounds, records_to_decide
 from components.shared.protocol import say
 from components.store.store import Store
@@ -29,7 +30,6 @@ from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP, answers
 from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score, longest_answer, pairs_of
-from ray_jobs.scoring.probe import NO_PROBES, Findings, Probes, Subject, run_all
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
@@ -37,6 +37,71 @@ from ray_jobs.text.chat_format import ChatFormat
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+# The protocol of probes, which measure something other than the held-out records; an evaluation knows only it.
+
+Findings = dict[Role, Any]
+"""Results of a probe's share, for each model that it had to measure."""
+Rows = Callable[[int], Sequence[int]]
+"""A function from a number of items to the indices of those that a worker measures."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, with its adapter on it and in evaluation mode."""
+
+    role: Role
+    model: Any
+    chat: ChatFormat
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a probe."""
+
+    record: Any
+    """The probe's part of the evaluation record."""
+    metrics: Mapping[Role, Mapping[str, float | None]] = field(default_factory=dict)
+    """Metrics that the probe adds to each model, by the keys of METRICS."""
+    lines: Sequence[str] = ()
+    """Lines for the log."""
+
+    def metrics_of(self, role: Role) -> list[tuple[str, float | None]]:
+        """The metrics that the probe adds to a model."""
+        return list(self.metrics.get(role, {}).items())
+
+
+class Probe(Protocol):
+    """Items to measure, and the models that no earlier run has measured on them. Probes are pickled for the workers."""
+
+    def at(self, rows: Rows) -> "Probe":
+        """A worker's share: the items at `rows(count)`."""
+
+    def held_together(self) -> "Probe":
+        """The probe for workers that shard the base, where every forward pass is a collective operation."""
+
+    def run(self, subject: Subject, found: Findings) -> Any | None:
+        """Measure a model on this share; None if its result is known already.
+
+        `found` holds the results of the models measured before, the base first.
+        """
+
+    def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
+        """The outcome over all shares, among which the items were dealt in turn, and over what was known before."""
+
+
+Probes = Mapping[str, Probe]
+"""Probes by their keys in evaluation.json."""
+NO_PROBES: Probes = {}
+
+
+def run_all(probes: Probes, subject: Subject, found: Mapping[str, Findings]) -> None:
+    """Measure a model with each probe, and add the results to `found`."""
+    for key, probe in probes.items():
+        if (said := probe.run(subject, found[key])) is not None:
+            found[key][subject.role] = said
 
 
 # One frozen base per process, reused by successive trainings: what a training adds to it is removed again.
@@ -435,3 +500,52 @@ def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence
     wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.records)
     # A single record is not enough: its answer is also scored behind another record's prompt.
     return left[:wanted] if min(wanted, len(left)) > 1 else ()
+
+
+# Reusing what earlier runs measured on this run's contenders, so that it is not measured again.
+#
+# A contender on another base than the first one is left out: its tokens differ, and it never had the abilities and the
+# knowledge of that base.
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def on_the_first_base(contenders: Sequence[Contender]) -> list[Contender]:
+    """The contenders that share the first one's base."""
+    return [each for each in contenders if each.base_identity == contenders[0].base_identity]
+
+
+def earlier_evaluations(store: Store, contenders: Sequence[Contender]) -> Iterator[tuple[Role, Evaluation, bool]]:
+    """Yield each such contender's role, the evaluation of the run that trained it (as candidate), and whether that
+    run's base is the same as this one's. Contenders without a complete evaluation are left out."""
+    for contender in on_the_first_base(contenders):
+        if contender.version is None:
+            continue
+        try:
+            before = evaluation(store, contender.version)
+        except IntegrityError as exc:
+            logger.info("%s: what it found is measured again", exc)
+            continue
+        if before is not None:
+            yield contender.role, before, before.base.get("identity") == contenders[0].base_identity
+
+
+def earlier_measurements(
+    store: Store,
+    config: RunConfig,
+    contenders: Sequence[Contender],
+    found: Callable[[Evaluation], tuple[str, Mapping[Any, T]] | None],
+) -> dict[Role, T]:
+    """Earlier runs' measurements, by the roles of this run. `found` returns the format of an earlier run's base and its
+    measurements by that run's roles, or None if the run did not measure this."""
+    result: dict[Role, T] = {}
+    for role, before, same_base in earlier_evaluations(store, contenders):
+        if (theirs := found(before)) is None:
+            continue
+        base_format, by_role = theirs
+        if "candidate" in by_role:
+            result[role] = by_role["candidate"]
+        if "base" in by_role and same_base and base_format == config.method.row.base:
+            result["base"] = by_role["base"]
+    return result

@@ -19,9 +19,9 @@ from ray_jobs.scoring.generation import (
     is_shared,
     with_room,
 )
+from ray_jobs.text.answer_loss import records_nll
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
-from ray_jobs.text.packed import records_nll
 
 
 @torch.inference_mode()

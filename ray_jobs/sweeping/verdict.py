@@ -1,12 +1,15 @@
 """The conclusion from a sweep's losses, in words: the best rate, and whether a method is worth more than plain LoRA."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from components.handover.serve_manifest import ServableAs
 from components.records.sweep import Forgotten, MethodComparison, Trial, Tuned
+from components.shared.durations import duration
+from components.shared.errors import FineloopError
 
 # Confidence intervals of a loss, or of the difference of two, over the measured records and over seeds.
 #
@@ -154,4 +157,67 @@ def verdict(
     return (
         f"Take {chosen}: its gain over {reference} is at least {gained.ci95[0]:.4f} nats per answer token, more than "
         f"the margin of {margin:g} (tune.margin). {others}"
+    )
+
+
+# A trial as text: a row of a table, which the command line aligns, and the reason why it failed.
+
+COLUMNS = ("method", "rank", "batch", "rate", "seed", "loss", "steps", "outcome")
+_ERROR = re.compile(r"^(?P<module>([a-z_]\w*\.)*)(?P<whole>[A-Z]\w+: (?P<text>.+))$")
+
+
+def header() -> str:
+    """The header of the table."""
+    return " ".join(["|", *COLUMNS])
+
+
+def row(trial: Trial) -> str:
+    """The row of a trial that has ended; only its last column may contain spaces."""
+    loss = f"{trial.loss:.4f}" if trial.loss is not None else "-"
+    took = f" in {duration(trial.seconds)}" if trial.seconds is not None else ""
+    why = f": {trial.why}" if trial.why else ""
+    text = trial.general_text
+    if text and (after := text.loss("candidate")) is not None:
+        before = text.loss("base")
+        why += f", general text {after:.4f}" + (f" (its base {before:.4f})" if before is not None else "")
+    return (
+        f"| {trial.method} {trial.rank} {trial.batch_size} {trial.learning_rate:.3g} {trial.seed} {loss} "
+        f"{trial.steps}/{trial.num_steps} {trial.status}{took}{why}"
+    )
+
+
+def cause(message: str) -> str:
+    """The cause of a failure in one line, from Ray's report: a traceback, or a message that a process died."""
+    _, *lines = [line for line in message.splitlines() if line.strip()] or [""]
+    errors = [found for line in lines if (found := _ERROR.match(line))]
+    if errors:
+        return errors[-1]["text"] if errors[-1]["module"] == f"{FineloopError.__module__}." else errors[-1]["whole"]
+    return lines[0] if lines else "it said nothing"
+
+
+# How much a method forgets: the rise of the loss on general text from the base to the method's trained models.
+
+
+def forgotten_by(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | None:
+    """The forgetting of one method's trainings `ours`, paired by passage and seed; None with fewer than two passages.
+
+    The base's loss may come from any of the sweep's `trials`. A method's own base (LoftQ's) is no reference for
+    forgetting, so the original base in the same format is used; where no trial used that, the original in another
+    format.
+    """
+    after = [trial.general_text for trial in ours if trial.general_text]
+    before = [trial.general_text for trial in trials if trial.general_text and "base" in trial.general_text.nll]
+    if not after or not before or len(after[0].tokens) < 2:
+        return None
+    base = min(before, key=lambda each: each.base_format != after[0].base_format)
+    tokens, base_nll_N = base.tokens, np.asarray(base.nll["base"])
+    nll_KN = np.asarray([each.nll["candidate"] for each in after])
+    rise, *ends = interval(nll_KN - base_nll_N, tokens)
+    return Forgotten(
+        base_format=base.base_format,
+        base_loss=float(base_nll_N.sum() / sum(tokens)),
+        losses=(nll_KN.sum(axis=1) / sum(tokens)).tolist(),
+        rise=rise,
+        ci95=(ends[0], ends[1]),
+        passages=len(tokens),
     )

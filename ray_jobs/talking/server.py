@@ -13,8 +13,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,106 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from components.prepare.dataset import Message
 from components.shared.content_policy import script_source
 from components.shared.errors import FineloopError, UserError
-from ray_jobs.talking import openai_api
 from ray_jobs.talking.speaker import Said, Speaker
+from ray_jobs.text.chat_format import without_reasoning
+
+# The supported part of OpenAI's chat completions format, for requests and responses; pure functions.
+
+UNSERVED = ("tools", "functions", "stop", "logprobs", "response_format", "logit_bias", "seed")
+"""Unsupported parameters, which are refused since they would change the answer."""
+NEUTRAL: Mapping[str, Any] = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
+"""Parameters that are accepted only at these values."""
+ROLES = ("system", "developer", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A validated request."""
+
+    model: str
+    turns: Sequence[Message]
+    max_tokens: int | None
+    temperature: float
+    stream: bool
+
+
+def parsed_request(body: Any) -> Request:
+    """Parse and validate the body; raises UserError where it is not a request or asks for something unsupported."""
+    if not isinstance(body, dict):
+        raise UserError("the body is not a JSON object")
+    if unserved := [name for name in UNSERVED if body.get(name)]:
+        raise UserError(f"{unserved[0]} is not served here")
+    if other := [name for name, value in NEUTRAL.items() if body.get(name) not in (None, value)]:
+        raise UserError(f"{other[0]} is served at {NEUTRAL[other[0]]} alone")
+    most = body.get("max_completion_tokens") or body.get("max_tokens")
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise UserError(f"max_tokens {most!r}: expected a whole number above 0")
+    temperature = body.get("temperature") or 0.0
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature <= 2:
+        raise UserError(f"temperature {temperature!r}: expected a number from 0 to 2")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages: expected a list with at least one message")
+    turns = [_turn(message) for message in messages]
+    if turns[-1].role != "user":
+        raise UserError(f"messages: the last one is of the {turns[-1].role}, and should be of the user")
+    return Request(str(body.get("model", "")), turns, most, float(temperature), bool(body.get("stream")))
+
+
+def _turn(message: Any) -> Message:
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ROLES:
+        raise UserError(f"messages: role {role!r}: expected {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise UserError("messages: content: expected text, or parts of text")
+    # Without reasoning, as in a chat: it is not part of the conversation.
+    text = without_reasoning(content) if role == "assistant" else content
+    return Message("system" if role == "developer" else role, text)
+
+
+def models_body(names: Sequence[str], *, since: int) -> dict[str, Any]:
+    """The response to GET /v1/models."""
+    return {
+        "object": "list",
+        "data": [{"id": name, "object": "model", "created": since, "owned_by": "fineloop"} for name in names],
+    }
+
+
+def completion_body(name: str, said: Said, *, number: int) -> dict[str, Any]:
+    """The response to a request without streaming."""
+    message = {"role": "assistant", "content": said.text}
+    usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens}
+    return {
+        **_head(name, "chat.completion", number),
+        "choices": [{"index": 0, "message": message, "finish_reason": _reason(said), "logprobs": None}],
+        "usage": {**usage, "total_tokens": said.prompt_tokens + said.tokens},
+    }
+
+
+def chunk_body(name: str, delta: Mapping[str, str], *, number: int, said: Said | None = None) -> dict[str, Any]:
+    """A chunk of a streamed response; the last one receives `said`, the whole answer."""
+    choice = {"index": 0, "delta": dict(delta), "finish_reason": _reason(said) if said else None}
+    return {**_head(name, "chat.completion.chunk", number), "choices": [choice]}
+
+
+def error_body(message: str, *, kind: str) -> dict[str, Any]:
+    """An error response."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def _head(name: str, kind: str, number: int) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{number}", "object": kind, "created": int(time.time()), "model": name}
+
+
+def _reason(said: Said) -> str:
+    return "stop" if said.ended else "length"
+
 
 LOOPBACK = "127.0.0.1"
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -96,7 +193,7 @@ class Server:
                 return web.json_response({"status": "ok"})
             case "/about":
                 return web.json_response(dict(self.about))
-        return web.json_response(openai_api.models([*self.speakers], since=self._since))
+        return web.json_response(models_body([*self.speakers], since=self._since))
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != "application/json":
@@ -106,7 +203,7 @@ class Server:
             json.dumps(body, ensure_ascii=False).encode()  # no tokenizer takes half of a surrogate pair
         except (ValueError, RecursionError) as exc:
             return _wrong(400, f"not JSON that can be read: {exc}")
-        asked = openai_api.request(body)
+        asked = parsed_request(body)
         speaker = self.speakers.get(asked.model)
         if speaker is None:
             return _wrong(404, f"there is no model {asked.model!r}: there is {', '.join(self.speakers)}")
@@ -132,7 +229,7 @@ class Server:
         answer.add_done_callback(lambda _: words.put_nowait(None))
         try:
             if not asked.stream:
-                return web.json_response(openai_api.completion(asked.model, await answer, number=number))
+                return web.json_response(completion_body(asked.model, await answer, number=number))
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
 
@@ -141,7 +238,7 @@ class Server:
                     await response.write(f"data: {data}\n\n".encode())
 
             def chunk(delta: dict[str, str], **end: Any) -> str:
-                return json.dumps(openai_api.chunk(asked.model, delta, number=number, **end))
+                return json.dumps(chunk_body(asked.model, delta, number=number, **end))
 
             try:
                 await event(chunk({"role": "assistant", "content": ""}))
@@ -150,7 +247,7 @@ class Server:
                 try:
                     last = [chunk({}, said=await answer), "[DONE]"]
                 except FineloopError as exc:
-                    last = [json.dumps(openai_api.error(str(exc), kind="invalid_request_error"))]
+                    last = [json.dumps(error_body(str(exc), kind="invalid_request_error"))]
                 for data in last:
                     await event(data)
             except (
@@ -171,7 +268,7 @@ async def _unsniffed(_request: web.Request, response: web.StreamResponse) -> Non
 
 def _wrong(status: int, message: str) -> web.Response:
     kind = "invalid_request_error" if status != 404 else "not_found_error"
-    return web.json_response(openai_api.error(message, kind=kind), status=status)
+    return web.json_response(error_body(message, kind=kind), status=status)
 
 
 def _policy() -> str:

@@ -21,7 +21,7 @@ from ray_jobs.base import base_config, base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import Kernels
-from ray_jobs.planning import placement
+from ray_jobs.planning import capacity
 from ray_jobs.scoring.generation import OnText, greedy, sampled
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
@@ -111,7 +111,7 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
     own = its_run.config
     logger.info("loading %s", own.model.base)
     base = base_model.resolve(own.model, recorded=its_run.base_identity, registry=store)
-    use_gpu = placement.on_gpus(own, base)
+    use_gpu = capacity.on_gpus(own, base)
     stands_on = own_base.find(own, base, store, sha256=its_run.stands_on_sha256)
     kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
     model = _load(stands_on, own, kernels, use_gpu=use_gpu)

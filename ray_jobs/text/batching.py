@@ -7,21 +7,173 @@ Rows are padded on the right, so a causal model needs no attention mask: no real
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from components.config.train import LossOn
 from components.prepare.dataset import Record
-from ray_jobs.text import pieces, shortening
 from ray_jobs.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     import torch
+
+
+# Tokenising texts in pieces, prompt and answer in turn, with each piece's tokens as generation will see them.
+
+CHARACTERS_AT_ONCE = 2**20  # of rows tokenised together: an encoding takes 100 B per token
+
+
+def read_pieces(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Tokenise each piece of each row in its context, after the pieces before it: shapes [rows][pieces][tokens].
+
+    A text alone may have other tokens: a SentencePiece tokenizer adds a space in front. Only where two pieces merge
+    across their border is the second tokenised alone, since generation will see the tokens of the first.
+    """
+    sizes = np.cumsum([sum(map(len, row)) for row in rows])
+    parts = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(sizes // CHARACTERS_AT_ONCE)) + 1)
+    return [pieces for part in parts for pieces in _read_whole(tokenizer, [rows[row] for row in part])]
+
+
+def _read_whole(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Tokenise rows as whole texts in one call, and split the tokens where the borders allow that.
+
+    A tokenizer first splits a text at its added tokens, and tokenises the parts in between separately. So the beginning
+    of a row up to a border has the same tokens as in the whole row if its tail, from the last added token on, has.
+    """
+    encodings = _encode(tokenizer, ["".join(row) for row in rows]).encodings or [] if rows else []
+    added = frozenset(tokenizer.added_tokens_decoder)
+    found = [_borders(row, encoding, added) for row, encoding in zip(rows, encodings, strict=False)]
+    tails = list(dict.fromkeys(border.tail for borders in found for border in borders or ()))
+    reads = dict(zip(tails, _encode(tokenizer, tails)["input_ids"], strict=True)) if tails else {}
+    result: list[list[list[int]] | None] = [None] * len(rows)
+    for place, borders in enumerate(found):
+        ids = encodings[place].ids
+        if borders is not None and all(ids[each.start : each.end] == reads[each.tail] for each in borders):
+            result[place] = [ids[a:b] for a, b in pairwise([0, *(each.end for each in borders), len(ids)])]
+    rest = iter(_read_from_beginnings(tokenizer, [row for row, pieces in zip(rows, result, strict=True) if not pieces]))
+    return [pieces or next(rest) for pieces in result]
+
+
+class _Border(NamedTuple):
+    """The end of a piece in a row."""
+
+    start: int
+    """Index of the last added token before the border; 0 where there is none."""
+    end: int
+    """Index of the first token after the border."""
+    tail: str
+    """Text from `start` up to the border."""
+
+
+def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[_Border] | None:
+    """The borders between a row's pieces; None where one does not lie between two tokens."""
+    text, ids, found, end = "".join(row), encoding.ids, [], 0
+    for piece in row[:-1]:
+        end += len(piece)
+        # A byte-level tokenizer makes spaces before a word part of its token, but excludes them from its offsets.
+        behind = encoding.char_to_token(len(text) - len(text[end:].lstrip(" ")))
+        if not behind:
+            return None
+        start = next((place for place in range(behind - 1, 0, -1) if ids[place] in added), 0)
+        found.append(_Border(start, behind, text[encoding.token_to_chars(start)[0] if start else 0 : end]))
+    return found
+
+
+def _read_from_beginnings(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    beginnings = ["".join(row[: end + 1]) for row in rows for end in range(len(row))]
+    read = iter(_encode(tokenizer, beginnings)["input_ids"] if beginnings else [])
+    result = []
+    for row in rows:
+        pieces: list[list[int]] = []
+        known: list[int] = []
+        for piece in row:
+            whole = next(read)
+            is_known = whole[: len(known)] == known
+            tokens = whole[len(known) :] if is_known else _encode(tokenizer, [piece])["input_ids"][0]
+            pieces.append(tokens)
+            known = known + tokens
+        result.append(pieces)
+    return result
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> Any:
+    # The template has already written all special tokens, including a beginning-of-sequence token.
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+
+
+# Shortening prompts that do not fit, while keeping their form, which is the template's own text.
+#
+# The oldest exchanges are removed first, each from one user's turn to the next. In the last exchange the longest text
+# that is no answer loses its beginning, since a question usually follows the text that it is about. The system message
+# comes last, and loses its end, since its rules come first.
+
+Pieces = list[list[int]]
+MOST_TRIES = 16
+"""Maximum number of rounds. Each removes as many exchanges, or characters of one text, as on average hold the excess
+tokens."""
+KEPT_CHARS = 8
+"""Minimum number of characters that are kept of a text that is cut."""
+QUESTION_CHARS = 64
+"""Number of characters of the other texts, enough for a question, that are kept while the system message has an end to
+lose."""
+
+
+def fitted(
+    too_long: Sequence[tuple[Record, Pieces]], chat: ChatFormat, loss_on: LossOn, excess: Callable[[Pieces], int]
+) -> list[tuple[Record, Pieces] | None]:
+    """Each record, which has a single row, and its tokens after shortening its prompt until `excess` is at most 0.
+
+    `excess` returns by how many tokens a row is too long. None for a record that cannot be shortened enough.
+    """
+    found: list[tuple[Record, Pieces] | None] = [None] * len(too_long)
+    pending = dict(enumerate(too_long))
+    for _ in range(MOST_TRIES):
+        shorter = {place: each for place, row in pending.items() if (each := _shorter(*row, chat, excess)) is not None}
+        rows = list(chat.rows_of(list(shorter.values()), loss_on))
+        shorter = {place: each for (place, each), row in zip(shorter.items(), rows, strict=True) if len(row) == 1}
+        texts = [row[0] for row in rows if len(row) == 1]
+        if not texts:
+            break
+        pending = {}
+        for (place, record), pieces in zip(shorter.items(), read_pieces(chat.tokenizer, texts), strict=True):
+            if excess(pieces) > 0:
+                pending[place] = record, pieces
+            else:
+                found[place] = record, pieces
+    return found
+
+
+def _shorter(record: Record, pieces: Pieces, chat: ChatFormat, excess: Callable[[Pieces], int]) -> Record | None:
+    """The record without its oldest exchanges, or with one text shortened; None where neither is possible."""
+    turns = record.prompt
+    asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    if len(asked) > 1:
+        of_a_token = sum(len(turn.content) for turn in turns) / sum(map(len, pieces[:-1]))
+        ends = itertools.accumulate(len(turn.content) for turn in turns[asked[0] :])
+        before = dict(zip(range(asked[0] + 1, len(turns) + 1), ends, strict=True))
+        enough = (place for place in asked[1:] if before[place] >= of_a_token * excess(pieces))
+        return replace(record, prompt=[*turns[: asked[0]], *turns[next(enough, asked[-1]) :]])
+    longest = sorted(range(len(turns)), key=lambda place: len(turns[place].content), reverse=True)
+    systems = [(place, KEPT_CHARS) for place in longest if turns[place].role == "system"]
+    others = [place for place in longest if turns[place].role not in ("system", "assistant")]
+    ways = [*((place, QUESTION_CHARS) for place in others), *systems, *((place, KEPT_CHARS) for place in others)]
+    way = next((way for way in ways if len(turns[way[0]].content) > way[1]), None)
+    if way is None:
+        return None
+    (place, kept), text = way, turns[way[0]].content
+    num_tokens = len(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+    cut = min(len(text) - kept, math.ceil(len(text) * excess(pieces) / max(1, num_tokens)))
+    left = text[:-cut] if turns[place].role == "system" else text[cut:]
+    return replace(record, prompt=[*turns[:place], turns[place]._replace(content=left), *turns[place + 1 :]])
+
 
 IGNORED = -100  # the label that cross_entropy ignores
 NO_RECORD = -1  # an empty place in a worker's share of a batch
@@ -139,7 +291,7 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
 def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn) -> TokenizedSplit:
     rows_of = list(zip(records, chat.rows_of(records, loss_on), strict=True))
     owners = [(record, len(rows)) for record, rows in rows_of for _ in rows]
-    read = pieces.read(chat.tokenizer, [row for _, rows in rows_of for row in rows])
+    read = read_pieces(chat.tokenizer, [row for _, rows in rows_of for row in rows])
     excess = partial(_excess, chat=chat, max_length=max_length)
     no_room = [
         max_length - len(_ended(row[-1], chat)) < min(MIN_PROMPT_TOKENS, sum(map(len, row[:-1])))
@@ -149,7 +301,7 @@ def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, los
     is_cut = [not is_out and excess(row) > 0 for is_out, row in zip(no_room, read, strict=True)]
     # Records with one row per answer are not shortened: a shorter conversation would have other rows.
     alone = [place for place, (_, num_rows) in enumerate(owners) if is_cut[place] and num_rows == 1]
-    shorter = shortening.fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
+    shorter = fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
     cut_system: list[str] = []
     for place, found in zip(alone, shorter, strict=True):
         if found is not None:

@@ -17,8 +17,16 @@ from ray_jobs.adapters import build
 from ray_jobs.base import together
 from ray_jobs.probes import texts
 from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.measure import Contender, Progress, ShardResult, answer_tokens, local_contenders
-from ray_jobs.scoring.probe import Findings, Probes, run_all
+from ray_jobs.scoring.measure import (
+    Contender,
+    Findings,
+    Probes,
+    Progress,
+    ShardResult,
+    answer_tokens,
+    local_contenders,
+    run_all,
+)
 from ray_jobs.training import zero
 from ray_jobs.training.group import Worker
 

@@ -12,11 +12,10 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model
-from ray_jobs.kernels import door, processor
+from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP
-from ray_jobs.scoring.measure import Contender, Found, measure_shard
-from ray_jobs.scoring.probe import NO_PROBES, Probes
+from ray_jobs.scoring.measure import NO_PROBES, Contender, Found, Probes, measure_shard
 from ray_jobs.training.standby import Standby
 
 
@@ -108,16 +107,16 @@ def _kernels(config: RunConfig, base: base_model.Base, num_workers: int, resourc
         return PLAIN
     if fixed := door.fixed(config):
         return fixed
-    shape = processor.typical_shape(base_config.load(base.path, config.model))
+    shape = door.typical_shape(base_config.load(base.path, config.model))
     measure = ray.remote(max_retries=1, **resources)(_rates)
     measured = [measure.remote(shape, num_threads=config.ray.cpus_per_worker) for _ in range(num_workers)]
-    return Kernels(processor.slowest(ray.get(measured)).faster)
+    return Kernels(door.slowest(ray.get(measured)).faster)
 
 
-def _rates(shape: tuple[int, int], *, num_threads: int) -> processor.Rates:
+def _rates(shape: tuple[int, int], *, num_threads: int) -> door.Rates:
     """Measure this worker's rates; runs as a Ray task, whose warm process the measurement then reuses."""
     import torch
 
     entry.quiet_libraries()
     torch.set_num_threads(num_threads)
-    return processor.measure(shape)
+    return door.measure(shape)

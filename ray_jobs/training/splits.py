@@ -15,10 +15,9 @@ from components.shared.durations import counted
 from components.shared.errors import ConfigError, DataError
 from components.store import folders
 from components.store.store import Store
-from ray_jobs.text import token_files, token_store
+from ray_jobs.text import token_store
 from ray_jobs.text.chat_format import ChatFormat
-from ray_jobs.text.token_files import Ids, Rows
-from ray_jobs.text.token_store import StoredTokens
+from ray_jobs.text.token_store import Ids, Rows, StoredTokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,13 +52,13 @@ def read(
     train = token_store.ensure(store, dataset_uri, "train", chat, **how)
     rows, ids = token_store.load_rows(store, train)
     _check(rows, ids, config, log)
-    train_split = _planned(train, rows, token_files.is_kept(rows))
+    train_split = _planned(train, rows, token_store.is_kept(rows))
     held_out = token_store.ensure(store, dataset_uri, "eval", chat, **how)
     rows, ids = token_store.load_rows(store, held_out)
     chosen = _validation(store, dataset_uri, config)[rows["record"]]
     _check(rows[chosen], ids.take(np.flatnonzero(chosen)), config, log)
-    places = np.flatnonzero(token_files.is_kept(rows) & chosen)[: config.train.eval_records]
-    kept = np.cumsum(token_files.is_kept(rows)) - 1
+    places = np.flatnonzero(token_store.is_kept(rows) & chosen)[: config.train.eval_records]
+    kept = np.cumsum(token_store.is_kept(rows)) - 1
     eval_split = _planned(replace(held_out, rows=kept[places]), rows, places)
     return train_split, eval_split
 
@@ -110,9 +109,9 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
         DataError: there are more of them than `data.max_reject_share` allows.
     """
     limit, allowed = config.model.max_length, config.data.max_reject_share
-    kept, num_records = token_files.is_kept(rows), len(np.unique(rows["record"]))
-    too_long = ids.take(token_files.first_of_each_record(rows, ~kept))
-    cut = ids.take(token_files.first_of_each_record(rows, kept & (rows["cut"] > 0)))
+    kept, num_records = token_store.is_kept(rows), len(np.unique(rows["record"]))
+    too_long = ids.take(token_store.first_of_each_record(rows, ~kept))
+    cut = ids.take(token_store.first_of_each_record(rows, kept & (rows["cut"] > 0)))
 
     def share(ids: Ids) -> str:
         return f"{len(ids)} of {num_records} records ({len(ids) / num_records:.0%}; as {ids[0]!r})"
@@ -133,7 +132,7 @@ def _check(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
         why = f"their answers do not fit model.max_length {limit}, or hold a token that ends an answer"
         log(f"left out {counted(len(too_long), 'record')}: {why}")
     if cut:
-        of_system = len(token_files.first_of_each_record(rows, kept & (rows["cut"] > 1)))
+        of_system = len(token_store.first_of_each_record(rows, kept & (rows["cut"] > 1)))
         too = f", {of_system:,} of them in the system message too" if of_system else ""
         log(f"made {counted(len(cut), 'prompt')} shorter, to fit model.max_length {limit}{too}")
 

@@ -24,7 +24,7 @@ from components.shared.errors import Diverged
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs.base import together
-from ray_jobs.text import packed
+from ray_jobs.text import answer_loss
 from ray_jobs.text.batching import NO_RECORD, TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, zero
 from ray_jobs.training.checkpoint import CheckpointWriter, TrainingProgress
@@ -305,7 +305,7 @@ def held_out_loss(engine: Any, split: TokenizedSplit, *, worker: Worker, batch_s
     # Under ZeRO-3 a forward pass is collective: a worker without further records repeats a record, without counting it.
     idle = math.ceil(math.ceil(len(split) / worker.num_workers) / batch_size) - len(rounds)
     for number, indices in enumerate([*rounds, *[np.array([0])] * idle]):
-        nll = packed.records_nll(engine.module, split, indices, pad, device=worker.device)
+        nll = answer_loss.records_nll(engine.module, split, indices, pad, device=worker.device)
         if number < len(rounds):
             total += torch.tensor([nll.double().sum().item(), nll.numel()], dtype=torch.float64)
     engine.module.train()
@@ -362,7 +362,7 @@ def take_step(
     )
     # DeepSpeed averages over rounds and workers, but the loss is a mean over tokens, which are not spread evenly.
     scale = zero.accumulation(config) * worker.num_workers / answer_tokens
-    packs = packed.wanted(config)
+    packs = answer_loss.may_pack(config)
     nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
     for number, indices in enumerate(rounds, start=1):
         if train.max_tokens:
@@ -370,7 +370,7 @@ def take_step(
         mine = indices[worker.rank]
         records = mine[mine != NO_RECORD]
         with pace.forward():  # all workers join each pass: one without records repeats a record, which is not counted
-            nll = packed.records_nll(
+            nll = answer_loss.records_nll(
                 engine, split, records if len(records) else batch[:1], pad, device=worker.device, packs=packs
             ).sum() * bool(len(records))
         engine.backward(nll * scale)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ray_jobs.base import attention
 from ray_jobs.kernels import fused
-from ray_jobs.text import packed
+from ray_jobs.text import answer_loss
 from tests.models import zoo
 
 NAME = "absent"
@@ -38,7 +38,7 @@ def move(model: nn.Module, device: torch.device) -> None:
 def gradients() -> dict[str, str]:
     """The device of each factor's gradient."""
     _setup_privateuseone_for_python_backend(NAME)
-    device, packing = torch.device(NAME, 0), packed.Packing(common=12, rests=(9, 5, 14, 6))
+    device, packing = torch.device(NAME, 0), answer_loss.Packing(common=12, rests=(9, 5, 14, 6))
     mask = packing.mask()
     attention.register(attention.RECORDS)
     with torch.device("meta"):

@@ -21,9 +21,8 @@ from aiohttp.web_protocol import RequestHandler
 from components.prepare.dataset import Message
 from components.shared.errors import UserError
 from pipelines.local.seaweedfs import Endpoint
-from ray_jobs.talking import openai_api
 from ray_jobs.talking import server as serve
-from ray_jobs.talking.server import Server
+from ray_jobs.talking.server import Server, parsed_request
 from ray_jobs.talking.speaker import Said
 from tests.models.served import listening, serving
 from tests.waiting import PATIENCE_S, wait_until
@@ -165,7 +164,7 @@ def test_what_is_not_served_is_refused_in_openais_words(
 
 def test_what_a_model_thought_is_left_out_of_the_turns_that_follow() -> None:
     thought = {"role": "assistant", "content": "<think>blue?</think>\n\nblue"}
-    turns = openai_api.request({"messages": [*TURNS, thought, TURNS[1]]}).turns
+    turns = parsed_request({"messages": [*TURNS, thought, TURNS[1]]}).turns
     assert [each.content for each in turns] == ["Name it.", "the sky?", "blue", "the sky?"]
 
 
@@ -279,4 +278,4 @@ def test_the_page_runs_its_own_script_alone(server: Server) -> None:
 
 def test_the_developer_of_a_request_is_the_system() -> None:
     asked = {"messages": [{**TURNS[0], "role": "developer"}, *TURNS[1:]]}
-    assert openai_api.request(asked).turns == openai_api.request({"messages": TURNS}).turns
+    assert parsed_request(asked).turns == parsed_request({"messages": TURNS}).turns

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
-from ray_jobs.adapters.build import find, left_dense
+from ray_jobs.adapters.build import bounded, find, left_dense
 from ray_jobs.base import base_model
 from ray_jobs.base.architecture import auto_class
-from ray_jobs.text.bounded import bounded
 from tests.models import zoo
 from tests.models.zoo import on_no_device
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from components.shared.cpus import Cpu
-from ray_jobs.kernels import float32_products
+from ray_jobs.kernels import float32_layers
 
 settings = torch.backends.mkldnn.matmul
 
@@ -16,7 +16,7 @@ settings = torch.backends.mkldnn.matmul
 def test_they_are_as_exact_as_float32_is(batch, rows, inner, columns):
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(batch, rows, inner, generator=draw), torch.randn(batch, inner, columns, generator=draw)
-    with float32_products.by_onednn():
+    with float32_layers.by_onednn():
         found = torch.bmm(x, y).numpy()
     exact = x.numpy().astype(np.float64) @ y.numpy().astype(np.float64)
     terms = np.abs(x.numpy()).astype(np.float64) @ np.abs(y.numpy())
@@ -25,11 +25,11 @@ def test_they_are_as_exact_as_float32_is(batch, rows, inner, columns):
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_the_setting_is_given_where_it_pays_and_taken_back(pays, monkeypatch):
-    monkeypatch.setattr(float32_products, "pays", lambda: pays)
+    monkeypatch.setattr(float32_layers, "pays", lambda: pays)
     before, within = settings.fp32_precision, []
 
     def fail():
-        with float32_products.by_onednn():
+        with float32_layers.by_onednn():
             within.append(settings.fp32_precision)
             raise KeyError
 
@@ -37,7 +37,7 @@ def test_the_setting_is_given_where_it_pays_and_taken_back(pays, monkeypatch):
         fail()
     assert within == ["bf16" if pays else before]
     assert settings.fp32_precision == before
-    with float32_products.by_onednn(may_round=True):
+    with float32_layers.by_onednn(may_round=True):
         assert settings.fp32_precision == "bf16"
     assert settings.fp32_precision == before
 
@@ -53,6 +53,6 @@ def test_the_setting_is_given_where_it_pays_and_taken_back(pays, monkeypatch):
     ],
 )
 def test_it_pays_on_amds_processors_with_avx_512(name, kind, capability, pays, monkeypatch):
-    monkeypatch.setattr(float32_products, "this_cpu", lambda: Cpu(name, kind, 2))
+    monkeypatch.setattr(float32_layers, "this_cpu", lambda: Cpu(name, kind, 2))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert float32_products.pays.__wrapped__() is pays
+    assert float32_layers.pays.__wrapped__() is pays

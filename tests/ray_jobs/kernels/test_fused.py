@@ -10,7 +10,7 @@ from peft import LoraConfig
 from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.base import base_model
-from ray_jobs.kernels import float32_layers, fused, widened
+from ray_jobs.kernels import float32_layers, fused
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.training import trained_model
@@ -85,7 +85,7 @@ def fresh(folder, base_format, matmul_dtype, *, dense_base=False):
         config, base_model.resolve(config.model), use_gpu=False, kernels=Kernels(matmul_dtype)
     )
     if dense_base:
-        widened.widen(adapted, matmul_dtype)
+        float32_layers.widen(adapted, matmul_dtype)
     return adapted
 
 

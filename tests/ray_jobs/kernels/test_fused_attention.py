@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ray_jobs.base.packing import Packing
 from ray_jobs.kernels import fused_attention
-from ray_jobs.kernels.attention_layout import Heads
+from ray_jobs.kernels.fused_attention import Heads
 
 HEADS = Heads(queries=6, keys=2, scaling=0.3)
 PACKINGS = {

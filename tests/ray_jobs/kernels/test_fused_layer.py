@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from ray_jobs.base import attention
-from ray_jobs.kernels import float32_layers, float32_products, fused, fused_attention, fused_layer
-from ray_jobs.text import packed
+from ray_jobs.kernels import float32_layers, fused, fused_attention, fused_layer
+from ray_jobs.text import answer_loss
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit
 
@@ -145,8 +145,8 @@ def test_of_long_records_gradients_are_as_near_as_by_transformers_attention_in_1
         taken.append(may_round)
         return by_onednn(may_round=may_round)
 
-    by_onednn = float32_products.by_onednn
-    monkeypatch.setattr(float32_products, "by_onednn", asked)
+    by_onednn = float32_layers.by_onednn
+    monkeypatch.setattr(float32_layers, "by_onednn", asked)
     monkeypatch.setattr(fused_attention, "LONG", IDS.shape[1])
     exact = gradients(adapted("Qwen2", torch.float64))
     plain = adapted("Qwen2", torch.bfloat16, matmul_dtype=matmul_dtype)
@@ -163,13 +163,13 @@ def test_packed_records_have_gradients_as_near(base, matmul_dtype):
     split = beginning_alike(prompt=11)
 
     def found(model, *, packs: bool) -> dict[str, torch.Tensor]:
-        packed.records_nll(model, split, range(3), 0, device=torch.device("cpu"), packs=packs).mean().backward()
+        answer_loss.records_nll(model, split, range(3), 0, device=torch.device("cpu"), packs=packs).mean().backward()
         return {name: each.grad.double() for name, each in model.named_parameters() if each.requires_grad}
 
     exact = found(adapted("Llama, biased", torch.float64, base=base), packs=False)
     pefts = found(adapted("Llama, biased", torch.bfloat16, base=base, matmul_dtype=matmul_dtype), packs=False)
     model = adopt(adapted("Llama, biased", torch.bfloat16, base=base, matmul_dtype=matmul_dtype))
-    row = packed.pack(split, range(3))
+    row = answer_loss.pack(split, range(3))
     given = {"position_ids": row.packing.positions, "attention_mask": row.packing.mask(), "packing": row.packing}
     assert row.packing.common == 9
     assert goes_fused(model, input_ids=row.input_ids, **given)
@@ -191,7 +191,7 @@ def test_of_the_last_layer_no_more_is_computed_than_is_read(prompt, read, monkey
     forward = fused_layer.Products.forward
     monkeypatch.setattr(fused_layer.Products, "forward", count)
     model = adopt(adapted("Qwen2", torch.bfloat16, matmul_dtype="float32"))
-    found = packed.records_nll(model, beginning_alike(prompt=prompt), range(3), 0, device=torch.device("cpu"))
+    found = answer_loss.records_nll(model, beginning_alike(prompt=prompt), range(3), 0, device=torch.device("cpu"))
     found.sum().backward()
     row = 9 + 12 + 5 + 8
     assert multiplied == [row] * 4 + [row, read, read, read]  # the last layer's keys and values are of all tokens

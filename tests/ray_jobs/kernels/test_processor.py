@@ -17,8 +17,8 @@ from transformers import AutoConfig, GPT2Config
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from ray_jobs.kernels import door, processor
-from ray_jobs.kernels.processor import Rates
+from ray_jobs.kernels import door
+from ray_jobs.kernels.door import Rates
 from tests.models.train_group import in_group
 
 FAST, SLOW = Rates(bfloat16=160e9, float32=80e9), Rates(bfloat16=4.7e9, float32=75e9)
@@ -53,16 +53,16 @@ def test_what_else_the_machine_does_decides_nothing():
 
     torch.set_num_threads(1)
     try:
-        alone = processor.measure(SHAPE)
+        alone = door.measure(SHAPE)
         with mock.patch.object(torch.nn.functional, "linear", interrupted):
-            found = processor.measure(SHAPE)
+            found = door.measure(SHAPE)
     finally:
         torch.set_num_threads(threads)
     assert found.bfloat16 > alone.bfloat16 / 5
 
 
 def test_of_a_group_the_slowest_of_each_dtype_counts():
-    assert processor.slowest([FAST, SLOW]) == Rates(bfloat16=4.7e9, float32=75e9)
+    assert door.slowest([FAST, SLOW]) == Rates(bfloat16=4.7e9, float32=75e9)
 
 
 def test_the_config_decides_without_a_measurement(config: RunConfig):
@@ -72,11 +72,11 @@ def test_the_config_decides_without_a_measurement(config: RunConfig):
         asked = config_file.loads(config_file.dumps(config), [f"ray.cpu_matmul_dtype={wanted}"])
         return door.choose(asked, shape, on_gpu=on_gpu).dtype
 
-    with mock.patch.object(processor, "measure", side_effect=AssertionError("measured")):
+    with mock.patch.object(door, "measure", side_effect=AssertionError("measured")):
         assert chosen("bfloat16") == "bfloat16"
         assert chosen("float32") == "float32"
         assert chosen("auto", on_gpu=True) == "bfloat16"
-    with mock.patch.object(processor, "measure", return_value=SLOW):
+    with mock.patch.object(door, "measure", return_value=SLOW):
         assert chosen("auto") == "float32"
 
 
@@ -89,7 +89,7 @@ def test_the_config_decides_without_a_measurement(config: RunConfig):
     ],
 )
 def test_a_processor_without_bfloat16_is_recognised_by_measuring(taken_away: dict[str, str]):
-    script = f"from ray_jobs.kernels.processor import measure; print(measure({SHAPE}).faster)"
+    script = f"from ray_jobs.kernels.door import measure; print(measure({SHAPE}).faster)"
     environment = {**os.environ, **taken_away, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["float32"]
@@ -99,8 +99,8 @@ def agreed(groups: list[list[Rates]]) -> list[str]:
     """In a rank: what each group agrees on when this one measures its own."""
     found = []
     for rates in groups:
-        with mock.patch.object(processor, "measure", return_value=rates[dist.get_rank()]):
-            found.append(processor.agreed(SHAPE).faster)
+        with mock.patch.object(door, "measure", return_value=rates[dist.get_rank()]):
+            found.append(door.agreed(SHAPE).faster)
     return found
 
 
@@ -113,5 +113,5 @@ def test_workers_on_unlike_processors_agree(tmp_path: Path):
 
 def test_the_layer_that_is_measured_is_the_feed_forwards_of_any_architecture(tiny_base: Path):
     written = json.loads((tiny_base / "config.json").read_text())
-    assert processor.typical_shape(AutoConfig.from_pretrained(tiny_base)) == (written["intermediate_size"], 64)
-    assert processor.typical_shape(GPT2Config(n_embd=96)) == (384, 96)
+    assert door.typical_shape(AutoConfig.from_pretrained(tiny_base)) == (written["intermediate_size"], 64)
+    assert door.typical_shape(GPT2Config(n_embd=96)) == (384, 96)

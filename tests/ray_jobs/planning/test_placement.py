@@ -8,7 +8,7 @@ from components.config.schema import ModelConfig
 from components.shared.errors import UserError
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
-from ray_jobs.planning import placement
+from ray_jobs.planning import capacity
 from tests.models.shapes import LLAMA_2_7B
 from tests.ray_jobs.conftest import CONFIG
 
@@ -31,18 +31,18 @@ def test_gpus_are_taken_where_together_they_hold_the_base(free, method, expected
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index] * GIB, 80 * GIB))
     LLAMA_2_7B.save_pretrained(tmp_path)
     config = config_file.loads(CONFIG.format(base=tmp_path), [f"method.name={method}"])
-    assert placement.on_gpus(config, Base("llama", tmp_path, {})) is expected
+    assert capacity.on_gpus(config, Base("llama", tmp_path, {})) is expected
 
 
 @pytest.mark.slow
 def test_a_base_that_no_memory_here_holds_in_float32_is_refused_with_what_it_takes(tmp_path, monkeypatch):
     LLAMA_2_7B.save_pretrained(tmp_path)
     config, base = config_file.loads(CONFIG.format(base=tmp_path)), Base("llama", tmp_path, {})
-    monkeypatch.setattr(placement, "machine_bytes", lambda: 26 * GIB)
-    placement.require_float32(config, base)  # 6.74 billion weights of 4 bytes are 25.1 GiB
-    monkeypatch.setattr(placement, "machine_bytes", lambda: 25 * GIB)
+    monkeypatch.setattr(capacity, "machine_bytes", lambda: 26 * GIB)
+    capacity.require_float32(config, base)  # 6.74 billion weights of 4 bytes are 25.1 GiB
+    monkeypatch.setattr(capacity, "machine_bytes", lambda: 25 * GIB)
     with pytest.raises(UserError, match="llama takes 25 GiB, and this machine has 25: do it on one with more memory"):
-        placement.require_float32(config, base)
+        capacity.require_float32(config, base)
 
 
 @pytest.mark.gpu

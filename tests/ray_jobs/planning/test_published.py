@@ -4,9 +4,8 @@ import pytest
 
 from components.config.ray import GPUS
 from components.config.schema import MethodConfig
-from ray_jobs.planning.memory import MARGIN, Sharing, plan
+from ray_jobs.planning.memory import MARGIN, Sharing, plan, speed
 from ray_jobs.planning.rehearsal import Rehearsal
-from ray_jobs.planning.speed import speed
 from tests.models import shapes
 from tests.models.published import KEPT_BACK, MEMORY, QLORA_65B, ROUGH_SPEED, SPEED, Memory
 

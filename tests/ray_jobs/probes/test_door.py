@@ -9,8 +9,7 @@ from components.shared.metrics import METRICS, Metric
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
 from ray_jobs.probes.texts import in_order
-from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.probe import Findings, Outcome, Rows, Subject
+from ray_jobs.scoring.measure import Findings, Outcome, Rows, Subject, measure_shard
 from ray_jobs.text import chat_format
 from tests.components.gate.evidenced import evidence
 from tests.models.tiny_version import RECORDS, contenders, publish

@@ -17,9 +17,8 @@ from components.registry.versions import Version, resolve
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
-from ray_jobs.probes.general_text import Passages, prepare
-from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.probe import Findings
+from ray_jobs.probes.texts import Passages, prepare_passages
+from ray_jobs.scoring.measure import Findings, measure_shard
 from ray_jobs.text import chat_format
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, remember
@@ -41,7 +40,7 @@ def version(config: RunConfig, store: Store, tmp_path) -> Version:
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> Passages:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    return prepare(store, chat, config, contenders(config, *versions))
+    return prepare_passages(store, chat, config, contenders(config, *versions))
 
 
 def test_every_passage_says_where_it_is_from_and_any_beginning_is_a_mixture() -> None:
@@ -127,7 +126,7 @@ def test_who_stands_on_another_base_is_left_out(config, store, version) -> None:
     ours = contenders(config, version, replace(version, version="0" * 12))
     other = [ours[0], replace(ours[1], base_identity={"kind": "folder", "sha256": "0"}), ours[2]]
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    assert prepare(store, chat, config, other).roles == {"base", "candidate"}
+    assert prepare_passages(store, chat, config, other).roles == {"base", "candidate"}
 
 
 def test_no_passages_are_nothing_prepare(config, store, version) -> None:

@@ -26,9 +26,8 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
 from ray_jobs.probes import texts
-from ray_jobs.probes.own_answers import OwnAnswers, prepare, undrawn
-from ray_jobs.scoring.measure import measure_shard
-from ray_jobs.scoring.probe import Findings
+from ray_jobs.probes.texts import OwnAnswers, prepare_own_answers, undrawn
+from ray_jobs.scoring.measure import Findings, measure_shard
 from ray_jobs.scoring.scoring import label_nll
 from ray_jobs.text import chat_format
 from tests.models.tiny import colour_rows
@@ -168,7 +167,7 @@ def test_nothing_of_a_base_or_a_config_but_the_seed_decides_what_is_drawn(base_a
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> OwnAnswers:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
-    return prepare(store, chat, config, contenders(config, *versions))
+    return prepare_own_answers(store, chat, config, contenders(config, *versions))
 
 
 def measured(config: RunConfig, version: Version, to_measure: OwnAnswers) -> TextLosses:
@@ -222,7 +221,7 @@ def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, stor
             replace(each, base_identity={"kind": "folder", "sha256": "0"}) for each in contenders(config, champion)
         ]
         chat = chat_format.load(base_model.resolve(config.model), config.model)
-        anew = prepare(store, chat, config, other)
+        anew = prepare_own_answers(store, chat, config, other)
     else:
         anew = asked(config_file.loads(config_file.dumps(config), [change]), store, champion, candidate)
     assert anew.new_tokens > 0

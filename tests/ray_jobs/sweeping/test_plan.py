@@ -11,10 +11,10 @@ from components.records.steps import TextLosses
 from components.records.sweep import MethodComparison, Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
-from ray_jobs.sweeping import points, trial_rows, verdict
-from ray_jobs.sweeping.forgetting import forgotten
-from ray_jobs.sweeping.plan import Grid, Plan
+from ray_jobs.sweeping import verdict
+from ray_jobs.sweeping.plan import Grid, Plan, Point, prior_rate, servable_as, swept_arms, trial_config
 from ray_jobs.sweeping.trial import Progress
+from ray_jobs.sweeping.verdict import forgotten_by
 
 TOKENS = [2, 3, 1, 4]
 
@@ -28,7 +28,7 @@ def ended(point, config, loss, *, status="finished", noise=0.0):
     finite = loss if math.isfinite(loss) else None
     nll = [tokens * (loss + noise * sign) for tokens, sign in zip(TOKENS, (1, -1, 1, -1), strict=True)]
     return Trial(
-        name=point.name, config_digest=points.trial_config(config, point, 160).digest, method=point.arm.method,
+        name=point.name, config_digest=trial_config(config, point, 160).digest, method=point.arm.method,
         learning_rate=point.learning_rate, rank=point.arm.rank, batch_size=point.arm.batch_size, seed=point.seed,
         compares=point.compares, status=status if finite is not None else "diverged", loss=finite, step_s=1.0,
         record_nll=nll if finite is not None and status == "finished" else [],
@@ -38,7 +38,7 @@ def ended(point, config, loss, *, status="finished", noise=0.0):
 
 def swept(config, loss_of, ended_before=()):
     """Run a plan to its end; gives it and the names of the points in the order in which they were begun."""
-    plan, begun = Plan(config, list(points.arms(config)), ended_before), []
+    plan, begun = Plan(config, list(swept_arms(config)), ended_before), []
     while (point := plan.next()) != "done":
         assert point != "wait"  # one at a time: there is always something to do
         begun.append(point.name)
@@ -76,7 +76,7 @@ def test_the_grid_widens_at_its_ends_and_narrows_at_its_peak(losses, wanted):
 def test_a_peak_beyond_the_first_grid_is_found_and_told_with_its_neighbours(config):
     start = changed(config, "train.learning_rate=1e-4")
     plan, begun = swept(start, bowl(6e-3))
-    found = plan.found(*points.arms(start))
+    found = plan.found(*swept_arms(start))
     assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (5.62e-3, 3.16e-3, 1e-2)
     assert found.is_inside
     assert found.gain_over_prior == pytest.approx(math.log10(60) ** 2 - math.log10(6 / 5.62) ** 2, abs=1e-3)
@@ -91,7 +91,7 @@ def test_a_plan_made_from_the_trials_that_have_ended_begins_none_of_them_again(c
         before = [whole.trials[name] for name in begun[:cut]]
         resumed, rest = swept(config, bowl(1e-2), before)
         assert rest == begun[cut:]
-        assert resumed.found(*points.arms(config)) == whole.found(*points.arms(config))
+        assert resumed.found(*swept_arms(config)) == whole.found(*swept_arms(config))
 
 
 def test_a_failed_trial_is_left_out_and_tried_again_by_a_sweep_that_goes_on(config):
@@ -99,7 +99,7 @@ def test_a_failed_trial_is_left_out_and_tried_again_by_a_sweep_that_goes_on(conf
     failed = plan.trials[begun[0]].model_copy(update={"status": "failed", "loss": None})
     resumed, rest = swept(config, bowl(1e-2), [failed])
     assert begun[0] in rest
-    assert resumed.found(*points.arms(config)).learning_rate == 1e-2
+    assert resumed.found(*swept_arms(config)).learning_rate == 1e-2
 
 
 def test_of_one_validation_record_a_rate_is_found_without_an_interval(config):
@@ -108,7 +108,7 @@ def test_of_one_validation_record_a_rate_is_found_without_an_interval(config):
         trial.model_copy(update={"record_nll": trial.record_nll[:1], "record_tokens": trial.record_tokens[:1]})
         for trial in plan.trials.values()
     ]
-    found = swept(config, bowl(1e-2), alone)[0].found(*points.arms(config))
+    found = swept(config, bowl(1e-2), alone)[0].found(*swept_arms(config))
     assert found.learning_rate == 1e-2
     assert {rate.ci95 for rate in found.rates} == {None}
     assert Tuned.model_validate_json(found.model_dump_json()) == found
@@ -123,7 +123,7 @@ def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_
         return bowl(9e-3)(point) + (0.5 if point.seed else 0.0)
 
     plan, begun = swept(many, loss_of)
-    found = plan.found(*points.arms(many))
+    found = plan.found(*swept_arms(many))
     assert len(begun) == 10
     assert found.learning_rate == 3.16e-3
     assert found.loss == pytest.approx(bowl(9e-3)(_at(many, 3.16e-3)) + 0.25)
@@ -131,7 +131,7 @@ def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_
 
 
 def _at(config, rate):
-    return points.Point(next(points.arms(config)), rate, 0)
+    return Point(next(swept_arms(config)), rate, 0)
 
 
 def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_not_seen(config):
@@ -142,14 +142,14 @@ def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_no
         return bowl(best[point.arm.method])(point) - (0.1 if point.arm.method == "vera" else 0.0) + 0.01 * point.seed
 
     plan, _ = swept(both, loss_of)
-    lora, vera = (next(arm for arm in points.arms(both) if arm.method == name) for name in ("lora", "vera"))
+    lora, vera = (next(arm for arm in swept_arms(both) if arm.method == name) for name in ("lora", "vera"))
     assert (lora.rank, vera.rank) == (8, 256)
     tuned = {arm: plan.found(arm) for arm in (lora, vera)}
     assert (tuned[lora].learning_rate, tuned[vera].learning_rate) == (1e-2, 0.316)
     assert [trial.seed for trial in plan.seeds_of(vera)] == [1, 2, 3]
     found = verdict.compare(tuned[vera], plan.seeds_of(vera), tuned[lora], plan.seeds_of(lora))
     assert found.gain == pytest.approx(0.1)
-    assert {arm.method: points.servable_as(both, arm) for arm in tuned} == {"lora": "lora", "vera": "lora-export"}
+    assert {arm.method: servable_as(both, arm) for arm in tuned} == {"lora": "lora", "vera": "lora-export"}
     assert verdict.comparison_sentence(found.model_copy(update={"servable_as": "merged"})).endswith(
         "it takes 1.00 times the time of a step; servers load it merged into its base alone"
     )
@@ -179,7 +179,7 @@ def read(base_format, seeds_NLL, base=(20.0, 60.0)):
 
 def test_what_a_method_forgets_is_the_rise_of_its_seeds_losses_on_general_text_above_the_base():
     trials = read("bf16", [(25.0, 75.0), (27.0, 81.0), (29.0, 87.0)])
-    found = forgotten(trials, trials)
+    found = forgotten_by(trials, trials)
     assert (found.base_loss, found.losses, found.passages) == (2.0, pytest.approx([2.5, 2.7, 2.9]), 2)
     assert found.rise == pytest.approx(0.7)
     # Both passages rise alike by token, so that all of the interval is the seeds': a t-test of their three rises.
@@ -191,18 +191,18 @@ def test_a_base_of_the_method_s_own_is_no_model_to_forget_of():
     """The original in the same format is, where the sweep has read as that."""
     loftq = read("nf4", [(30.0, 90.0), (31.0, 92.0)], base=None)
     lora, qlora = read("bf16", [(25.0, 75.0)]), read("nf4", [(26.0, 80.0)], base=(22.0, 66.0))
-    alike, other = forgotten(loftq, [*lora, *loftq, *qlora]), forgotten(loftq, [*lora, *loftq])
+    alike, other = forgotten_by(loftq, [*lora, *loftq, *qlora]), forgotten_by(loftq, [*lora, *loftq])
     assert (alike.base_format, alike.base_loss) == ("nf4", 2.2)
     assert (other.base_format, other.base_loss) == ("bf16", 2.0)
-    assert forgotten(loftq, loftq) is None
-    assert forgotten([], lora) is None
+    assert forgotten_by(loftq, loftq) is None
+    assert forgotten_by([], lora) is None
 
 
 def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
     trials = read("bf16", [(25.0, 75.0), (27.0, 81.0)])
     plain = Tuned(
         method="lora", rank=8, batch_size=16, prior=1e-3, learning_rate=1e-3, loss=1.0, is_inside=True, rates=[],
-        forgotten=forgotten(trials, trials),
+        forgotten=forgotten_by(trials, trials),
     )  # fmt: skip
     other = plain.model_copy(update={"method": "vera", "forgotten": None})
     compared = MethodComparison(method="vera", reference="lora", gain=0.1, ci95=(-0.1, 0.3), seeds=2, records=4)
@@ -211,7 +211,7 @@ def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
         ". What is forgotten: on 2 passages of general text, the loss less the base's is +0.6000 with lora "
         f"(95 % interval {low:+.4f} to {high:+.4f})."
     )
-    assert trial_rows.row(trials[0]).endswith("finished, general text 2.5000 (its base 2.0000)")
+    assert verdict.row(trials[0]).endswith("finished, general text 2.5000 (its base 2.0000)")
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
 )
 def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_no_grid_widens(config, overrides):
     named = changed(config, *overrides)
-    centers = {arm.method: points.prior(named, arm) for arm in points.arms(named)}
+    centers = {arm.method: prior_rate(named, arm) for arm in swept_arms(named)}
     _, begun = swept(named, lambda point: bowl(centers[point.arm.method])(point))
-    plan, left = Plan(named, list(points.arms(named))), []
+    plan, left = Plan(named, list(swept_arms(named))), []
     while (point := plan.next()) != "done":
         left.append(plan.num_to_come)
         plan.add(ended(point, named, bowl(centers[point.arm.method])(point)))
@@ -238,7 +238,7 @@ def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_no_grid
 def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(config):
     three = changed(config, "tune.space.learning_rates=[1e-3, 3e-3, 1e-2]")
     clock = iter([100.0, 220.0])
-    plan = Plan(three, list(points.arms(three)))
+    plan = Plan(three, list(swept_arms(three)))
     progress = Progress(plan, clock=lambda: next(clock))
     first, second = (ended(_at(three, rate), three, 1.5) for rate in (1e-3, 3e-3))
     half = {"status": "running", "steps": 4, "num_steps": 8, "seconds": 70.0, "ready_s": 40.0}
@@ -253,12 +253,12 @@ def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(confi
 
 def test_an_arm_that_is_no_legal_config_is_refused_by_its_method(config):
     with pytest.raises(ConfigError, match=r"^sweeping lora: .*train\.batch_size 12 is not a multiple"):
-        list(points.arms(changed(config, "tune.space.batch_sizes=[12]")))
+        list(swept_arms(changed(config, "tune.space.batch_sizes=[12]")))
 
 
 def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(config):
     run = changed(config, "train.zero_stage=3", "tune.max_steps=20", "train.evals_per_epoch=1")
-    trial = points.trial_config(run, _at(run, 3e-3), num_records=1600)
+    trial = trial_config(run, _at(run, 3e-3), num_records=1600)
     assert (trial.ray.num_workers, trial.train.zero_stage, trial.train.checkpoint_every_steps) == (1, 2, 0)
     assert (trial.learning_rate, trial.train.max_steps, trial.train.evals_per_epoch) == (3e-3, 20, 20)
 
@@ -266,16 +266,16 @@ def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(conf
 def test_of_rates_that_the_config_names_none_is_added_and_the_one_in_force_is_known(config):
     named = changed(config, "train.learning_rate=1e-3", "tune.space.learning_rates=[3e-3, 1e-3, 1e-2]")
     plan, begun = swept(named, bowl(3e-3))
-    found = plan.found(*points.arms(named))
+    found = plan.found(*swept_arms(named))
     assert len(begun) == 3
     assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (3e-3, 1e-3, 1e-2)
     assert found.gain_over_prior == pytest.approx(math.log10(3) ** 2)
 
 
 def test_a_sweep_goes_on_from_the_stored_trials_of_its_own_config_alone(config, store):
-    (arm,) = arms = list(points.arms(config))
+    (arm,) = arms = list(swept_arms(config))
     rates = [1e-3, 3.16e-3]
-    mine, older = (ended(points.Point(arm, rate, config.train.seed), config, 2.0) for rate in rates)
+    mine, older = (ended(Point(arm, rate, config.train.seed), config, 2.0) for rate in rates)
     for trial in (mine, older.model_copy(update={"config_digest": "0" * 64})):
         runs.write(store, "sweep", trial)
     assert sweep._ended(config, arms, store, "sweep", 160) == [mine]

@@ -6,8 +6,8 @@ import pytest
 
 from components.config import config_file
 from components.shared.errors import DataError
-from ray_jobs.sweeping import points, trial_rows
-from ray_jobs.sweeping.plan import Plan
+from ray_jobs.sweeping import verdict
+from ray_jobs.sweeping.plan import Plan, swept_arms
 from tests.ray_jobs import own_ray
 
 LOSSES = {1e-4: 4.0, 3.16e-4: 3.0, 1e-3: 1.0, 3.16e-3: 2.0, 1e-2: 5.0}
@@ -29,23 +29,23 @@ def pretend(given: dict) -> None:
         tune.report({"loss": known["loss"], "step": step, "trial": known})
 
 
-def swept(config_toml, storage_path, failing, scheduler):
+def swept(config_toml, storage_path, failing, kind):
     """Sweep with room for one trial at a time, so that they come in order; the best rate, and the trials as kept."""
     from ray import tune
 
-    from ray_jobs.sweeping import search
+    from ray_jobs.sweeping.trial import Ledger, as_config, run, scheduler
 
     config = config_file.loads(config_toml)
-    plan = Plan(config, list(points.arms(config)))
+    plan = Plan(config, list(swept_arms(config)))
     kept = []
 
-    def as_config(point):
-        return {**search.as_config(config, point, 256), "failing": failing, "losses": LOSSES}
+    def with_losses(point):
+        return {**as_config(config, point, 256), "failing": failing, "losses": LOSSES}
 
-    ledger = search.Ledger(plan, kept.append, lambda trial: None)
-    how = search.scheduler(scheduler, 16)
-    search.run(tune.with_resources(pretend, {"CPU": 1}), plan, as_config, how, ledger, storage_path=storage_path)
-    return plan.found(*points.arms(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
+    ledger = Ledger(plan, kept.append, lambda trial: None)
+    how = scheduler(kind, 16)
+    run(tune.with_resources(pretend, {"CPU": 1}), plan, with_losses, how, ledger, storage_path=storage_path)
+    return plan.found(*swept_arms(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
 
 
 def swept_elsewhere(config, tmp_path, failing, scheduler):
@@ -94,4 +94,4 @@ def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path):
     ],
 )
 def test_of_what_ray_tells_of_a_failure_the_line_that_says_why_is_kept(text, why):
-    assert trial_rows.cause(text) == why
+    assert verdict.cause(text) == why

@@ -29,7 +29,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from components.prepare.validate import validate
     from components.registry import lineage
     from ray_jobs.base import base_model
-    from ray_jobs.probes import general_text
+    from ray_jobs.probes.texts import unread_passages
     from ray_jobs.scoring.measure import HeldBase
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.text import chat_format
@@ -53,7 +53,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
             rank=config.method.r, batch_size=16, seed=0, status="running", compares=compares,
         )  # fmt: skip
         reports: list[Trial] = []
-        passages = general_text.unread(chat, config)
+        passages = unread_passages(chat, config)
         trial = train_trial(config, job, Course(trial), train_split, validation, passages, held, reports.append)
         found.append({**trial.model_dump(), "reports": [each.steps for each in reports]})
     return found

@@ -16,7 +16,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.base import attention
 from ray_jobs.base.architecture import auto_class
-from ray_jobs.text import packed
+from ray_jobs.text import answer_loss
 from ray_jobs.text.batching import IGNORED, TokenizedSplit
 from tests.models import zoo
 
@@ -94,8 +94,8 @@ def alone(model, split: TokenizedSplit) -> torch.Tensor:
 def test_losses_and_gradients_are_those_of_each_record_alone(kernel, kind, name):
     split, model = split_of(*SPLITS[name]), adapted(kind, kernel)
     rows = range(len(split))
-    assert packed.pack(split, rows) is not None
-    found = packed.records_nll(model, split, rows, 0, device=CPU)
+    assert answer_loss.pack(split, rows) is not None
+    found = answer_loss.records_nll(model, split, rows, 0, device=CPU)
     found.sum().backward()
     ours = gradients(model)
     expected = alone(model, split)
@@ -109,16 +109,16 @@ def test_losses_and_gradients_are_those_of_each_record_alone(kernel, kind, name)
 
 def test_no_record_sees_another():
     split, model = split_of(12, [9, 5, 14, 6]), adapted("Llama, tied")
-    before = packed.records_nll(model, split, range(4), 0, device=CPU).split(ANSWER)
+    before = answer_loss.records_nll(model, split, range(4), 0, device=CPU).split(ANSWER)
     split.tokens[split.offsets[1] + 13] += 1  # in the prompt of the second
-    after = packed.records_nll(model, split, range(4), 0, device=CPU).split(ANSWER)
+    after = answer_loss.records_nll(model, split, range(4), 0, device=CPU).split(ANSWER)
     assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True, True]
 
 
 def test_a_kernel_that_knows_nothing_of_records_gets_the_same_from_the_mask():
     split, model = split_of(12, [9, 5, 14, 6]), adapted("Llama, tied")
-    expected = packed.records_nll(model, split, range(4), 0, device=CPU)
-    row = packed.pack(split, range(4))
+    expected = answer_loss.records_nll(model, split, range(4), 0, device=CPU)
+    row = answer_loss.pack(split, range(4))
     model.config._attn_implementation = "sdpa"
     logits = model(
         input_ids=row.input_ids, position_ids=row.packing.positions, attention_mask=row.packing.mask(), use_cache=False
@@ -130,7 +130,7 @@ def test_a_kernel_that_knows_nothing_of_records_gets_the_same_from_the_mask():
 def test_what_is_to_be_learned_is_no_common_beginning():
     split = split_of(12, [9, 5])
     split.labelled[split.offsets[1] + 7] = True  # an earlier answer, which begins with the second record's 8th token
-    row = packed.pack(split, range(2))
+    row = answer_loss.pack(split, range(2))
     assert row.packing.common == 6
     assert int((row.targets != IGNORED).sum()) == int(split.labelled.sum())
 
@@ -139,17 +139,17 @@ def test_what_is_to_be_learned_is_no_common_beginning():
     "split",
     [
         pytest.param(split_of(0, [20, 20, 19]), id="hardly anything is saved"),
-        pytest.param(split_of(0, [packed.MOST_TOKENS, 5]), id="a row too long for a mask"),
+        pytest.param(split_of(0, [answer_loss.MOST_TOKENS, 5]), id="a row too long for a mask"),
         pytest.param(split_of(9, [7]), id="a record alone"),
     ],
 )
 def test_records_are_padded_where_packing_does_not_pay(split):
-    assert packed.pack(split, range(len(split))) is None
+    assert answer_loss.pack(split, range(len(split))) is None
 
 
 def test_dropout_and_the_config_keep_records_apart(config: RunConfig):
     def wanted(*changes: str) -> bool:
-        return packed.wanted(config_file.loads(config_file.dumps(config), changes))
+        return answer_loss.may_pack(config_file.loads(config_file.dumps(config), changes))
 
     assert wanted()
     assert not wanted("train.packing=false")
@@ -161,9 +161,9 @@ def assert_each_has_what_it_has_alone(base: "PretrainedConfig", *, is_packed: bo
     chosen = attention.choose(base, "auto", use_gpu=False)
     model = auto_class(base).from_config(base, attn_implementation=attention.for_text(base, chosen))
     split = split_of(12, [9, 5, 14, 6])
-    assert packed.takes(model, int(split.lengths.max())) == is_packed
+    assert answer_loss.can_pack(model, int(split.lengths.max())) == is_packed
     with torch.no_grad():
-        found, expected = packed.records_nll(model.eval(), split, range(4), 0, device=CPU), alone(model, split)
+        found, expected = answer_loss.records_nll(model.eval(), split, range(4), 0, device=CPU), alone(model, split)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

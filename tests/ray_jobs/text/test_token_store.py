@@ -15,7 +15,7 @@ from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.base import base_model
-from ray_jobs.text import chat_format, token_files, token_store
+from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import tokenize
 from tests.doubles import datasets
 from tests.models import chat_families
@@ -194,14 +194,14 @@ def test_a_machine_fetches_them_once(store, uri, chat, cache):
 
 def test_tokens_that_are_not_what_was_written_are_not_read(store, uri, chat):
     stored = token_store.ensure(store, uri, "eval", chat, max_length=64)
-    body = bytearray(store.get(f"{stored.key}/{token_files.TOKENS}"))
+    body = bytearray(store.get(f"{stored.key}/{token_store.TOKENS_FILE}"))
     body[-1] ^= 1
-    store.put(f"{stored.key}/{token_files.TOKENS}", bytes(body))
+    store.put(f"{stored.key}/{token_store.TOKENS_FILE}", bytes(body))
     with pytest.raises(IntegrityError, match=r"is damaged: tokens\.npy has sha256"):
         token_store.load(store, stored)
-    body = bytearray(store.get(f"{stored.key}/{token_files.ROWS}"))
+    body = bytearray(store.get(f"{stored.key}/{token_store.ROWS}"))
     body[-1] ^= 1
-    store.put(f"{stored.key}/{token_files.ROWS}", bytes(body))
+    store.put(f"{stored.key}/{token_store.ROWS}", bytes(body))
     with pytest.raises(IntegrityError, match=r"is damaged: .*rows\.npy has sha256"):
         token_store.load_rows(store, stored)
 
@@ -241,10 +241,10 @@ def colours(store: Store) -> str:
 def test_tokens_that_somebody_planted_are_refused_and_those_of_the_dataset_are_not(store, colours, chat):
     honest = token_store.ensure(store, colours, "train", chat, max_length=64)
     assert token_store.ensure(store, colours, "train", chat, max_length=64) == honest
-    split, tokens = token_store.load(store, honest), store.get(f"{honest.key}/{token_files.TOKENS}")
+    split, tokens = token_store.load(store, honest), store.get(f"{honest.key}/{token_store.TOKENS_FILE}")
     assert split.too_long
     ids = [chat.tokenizer.encode(word, add_special_tokens=False) for word in ("red", "sad")]
-    planted(store, honest.key, {token_files.TOKENS: as_npy(red_for_sad(np.load(io.BytesIO(tokens)), ids))})
+    planted(store, honest.key, {token_store.TOKENS_FILE: as_npy(red_for_sad(np.load(io.BytesIO(tokens)), ids))})
     with pytest.raises(IntegrityError, match=rf"{honest.key} does not hold the tokens that .* of {colours}: somebody "):
         token_store.ensure(store, colours, "train", chat, max_length=64)
     store.delete([info.key for info in store.list(f"{honest.key}/")])
@@ -253,11 +253,11 @@ def test_tokens_that_somebody_planted_are_refused_and_those_of_the_dataset_are_n
     assert again.manifest_sha256 != honest.manifest_sha256  # it says when it was written
 
 
-@pytest.mark.parametrize("file", [token_files.LABELLED, token_files.ROWS, token_files.IDS])
+@pytest.mark.parametrize("file", [token_store.LABELLED, token_store.ROWS, token_store.IDS])
 def test_any_of_the_files_may_be_the_planted_one(store, colours, chat, file):
     honest = token_store.ensure(store, colours, "train", chat, max_length=64)
     array = np.load(io.BytesIO(store.get(f"{honest.key}/{file}")))
-    other = array[:-1] if file == token_files.ROWS else np.roll(array, 1)
+    other = array[:-1] if file == token_store.ROWS else np.roll(array, 1)
     planted(store, honest.key, {file: as_npy(other)})
     with pytest.raises(IntegrityError, match="somebody has written others there"):
         token_store.ensure(store, colours, "train", chat, max_length=64)
@@ -266,7 +266,7 @@ def test_any_of_the_files_may_be_the_planted_one(store, colours, chat, file):
 def test_tokens_of_a_part_of_the_dataset_are_refused(store, uri, chat):
     half = datasets.publish(store, train=TRAIN[: len(TRAIN) // 2], evaluation=[TALK]).uri
     whole, part = (token_store.ensure(store, each, "train", chat, max_length=64).key for each in (uri, half))
-    planted(store, whole, {name: store.get(f"{part}/{name}") for name in token_files.FILES})
+    planted(store, whole, {name: store.get(f"{part}/{name}") for name in token_store.FILES})
     with pytest.raises(IntegrityError, match="somebody has written others there"):
         token_store.ensure(store, uri, "train", chat, max_length=64)
 
@@ -275,7 +275,7 @@ def test_tokens_that_somebody_plants_while_they_are_made_are_refused(store, colo
     honest = token_store.ensure(store, colours, "train", chat, max_length=64)
     find = folders.find_manifest
     monkeypatch.setattr(folders, "find_manifest", lambda store, key: monkeypatch.undo())
-    planted(store, honest.key, {token_files.IDS: b"others"})
+    planted(store, honest.key, {token_store.IDS: b"others"})
     assert find(store, honest.key)
     with pytest.raises(IntegrityError, match="somebody has written others there"):
         token_store.ensure(store, colours, "train", chat, max_length=64)
@@ -284,9 +284,9 @@ def test_tokens_that_somebody_plants_while_they_are_made_are_refused(store, colo
 def test_a_sample_is_another_each_time(store, chat):
     uri = datasets.publish(store, train=TRAIN[: 2 * token_store.SAMPLE], evaluation=[TALK]).uri
     honest = token_store.ensure(store, uri, "train", chat, max_length=64)
-    tokens = np.load(io.BytesIO(store.get(f"{honest.key}/{token_files.TOKENS}")))
+    tokens = np.load(io.BytesIO(store.get(f"{honest.key}/{token_store.TOKENS_FILE}")))
     tokens[token_store.load(store, honest).offsets[3]] += 1  # a single record, which every second sample has
-    planted(store, honest.key, {token_files.TOKENS: as_npy(tokens)})
+    planted(store, honest.key, {token_store.TOKENS_FILE: as_npy(tokens)})
     refused = 0
     for _ in range(30):
         try:

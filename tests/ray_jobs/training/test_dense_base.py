@@ -11,7 +11,7 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
-from ray_jobs.kernels import widened
+from ray_jobs.kernels import float32_layers
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 
@@ -22,8 +22,8 @@ STEPS = 4
 def train_and_save(config_toml: str, folder: str, dense_base: bool, free_bytes: int | None) -> dict[str, Any]:
     """Train with what the plan says and with so much free memory, and save the adapter as it is published."""
     config = config_file.loads(config_toml)
-    free = widened.available_bytes() if free_bytes is None else free_bytes
-    with mock.patch.object(widened, "available_bytes", return_value=free):
+    free = float32_layers.available_bytes() if free_bytes is None else free_bytes
+    with mock.patch.object(float32_layers, "available_bytes", return_value=free):
         fitted = fit_in_rank(config, colour_rows(80), run_id=Path(folder).name, dense_base=dense_base)
     if fitted.worker.rank == 0:
         build.save(fitted.adapted, Path(folder))

@@ -23,7 +23,7 @@ from components.prepare.validate import validate
 from components.shared.errors import ConfigError, StoreError
 from components.store.store import Store
 from ray_jobs.base import base_model
-from ray_jobs.text import chat_format, packed
+from ray_jobs.text import answer_loss, chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.training import checkpoint, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
@@ -87,7 +87,7 @@ def test_reading_once_what_records_begin_with_does_not_change_the_steps(run, con
     rows = [{**row, "prompt": f"What colour is it? {row['prompt']}"} for row in ROWS[:64]]
     chat = chat_format.load(base_model.resolve(config.model), config.model)
     split = tokenize([validate(row).record for row in rows[:8]], chat, config.model.max_length)
-    assert packed.pack(split, range(8)).packing.common > len("What colour is it? ")  # its tokens are bytes
+    assert answer_loss.pack(split, range(8)).packing.common > len("What colour is it? ")  # its tokens are bytes
     changes = [f"train.zero_stage={stage}", "train.gradient_checkpointing=true"]
     found, apart = (run(*changes, f"train.packing={each}", rows=rows) for each in ("true", "false"))
     np.testing.assert_allclose(found.losses, plain_training(config_file.dumps(config), rows).losses, atol=NOISE)
