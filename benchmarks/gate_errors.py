@@ -14,9 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from components.config.gate import LARGE_LOSS, GateConfig
-from components.gate import slices
-from components.gate.comparisons import Compared, few_get_much_worse, not_worse_than_champion
-from components.gate.evidence import Evidence
+from components.gate.comparisons import Compared, Evidence, few_get_much_worse, not_worse_than_champion
+from components.gate.policy import no_slice_is_worse
 from components.records.steps import Evaluation, Measured
 from components.shared.metrics import METRICS, metric_of
 from tests.components.gate.measured_losses import read
@@ -138,7 +137,7 @@ def held_by_a_label(labels: int, records: int, worse_by: float, repetitions: int
         evidence = Evidence(tokens, {f"{role}_nll": of for role, of in nll.items()}, slices={"label": names})
         measured = Evaluation(run_id="r", records=records, models=models)
         compared = Compared(measured, evidence, METRICS["loss"], "champion", "production", POLICY.confidence)
-        found = slices.no_slice_is_worse(POLICY, compared)
+        found = no_slice_is_worse(POLICY, compared)
         held.append(found is not None and not found.passed)
     return float(np.mean(held))
 

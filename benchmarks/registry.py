@@ -21,7 +21,7 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RegistryConfig
-from components.promote.by_hand import Person, promote_by_hand
+from components.promote.promote import Person, promote_by_hand
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Measured
 from components.registry import collect

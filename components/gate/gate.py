@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig, RunConfig
-from components.gate import evidence
-from components.gate.comparisons import lead_of
+from components.gate.comparisons import lead_of, read_evidence
 from components.gate.policy import BEFORE, decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation, RuleResult
@@ -62,7 +61,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     champion = evaluation.model("champion")
     decided = decide(
         evaluation,
-        evidence.read(store, evaluation),
+        read_evidence(store, evaluation),
         config.gate,
         adapter,
         look=len(before) + 1,
@@ -148,7 +147,7 @@ def replay(store: "Store", run_id: str) -> Replayed:
         unsigned = str(exc)
     found = decide(
         evaluation,
-        evidence.read(store, evaluation),
+        read_evidence(store, evaluation),
         GateConfig.model_validate({**BEFORE, **recorded.policy}),
         AdapterConfig(name=recorded.adapter, alias=recorded.alias),
         look=recorded.look or 1,

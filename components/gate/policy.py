@@ -7,26 +7,43 @@ that writes its own text, called in `decide`; its bound is a key of `GateConfig`
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from components.config.gate import ApprovalConfig, GateConfig, Limit
 from components.config.schema import AdapterConfig
 from components.config.section import identity
-from components.gate import comparisons, slices, suites
+from components.gate import comparisons
 from components.gate.comparisons import (
     ROUNDING,
     Compared,
+    Evidence,
     few_get_much_worse,
     not_worse_than_champion,
     number,
+    unmeasured,
     unmeasured_number,
 )
-from components.gate.evidence import Evidence
-from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, Verdict, finite
+from components.records.steps import (
+    Decision,
+    Evaluation,
+    Lead,
+    Measured,
+    Role,
+    RuleResult,
+    SliceResult,
+    Suite,
+    Verdict,
+    finite,
+)
 from components.registry.event_log import confidence_at
 from components.shared.errors import DataError
 from components.shared.metrics import Metric, metric_of, metrics_of
+from components.shared.paired import Bounds, Pairs, bounds, least_loss, mcnemar, shown_worse
 from components.store.store import decode_json, encode_json
 
 BEFORE: Mapping[str, Any] = {"much_worse_share": 1.0}
@@ -132,12 +149,12 @@ def _compared(
             for index, guard in enumerate(policy.guards)
             if guard.metric != policy.metric
         )
-        if (sliced := slices.no_slice_is_worse(policy, against("champion", policy.metric))) is not None:
+        if (sliced := no_slice_is_worse(policy, against("champion", policy.metric))) is not None:
             rules.append(sliced)
     if policy.worse_on_general_text_by is not None:
         rules.append(comparisons.remembers(policy.worse_on_general_text_by, against("base", "general_loss")))
     if policy.suite_worse_by is not None:
-        rules.append(suites.no_suite_is_worse(policy.suite_worse_by, policy, evaluation))
+        rules.append(no_suite_is_worse(policy.suite_worse_by, policy, evaluation))
     if policy.kl_from_base_at_most is not None:
         rules.append(comparisons.stays_near_base(policy.kl_from_base_at_most, against("base", "kl_from_base")))
     return rules
@@ -332,3 +349,221 @@ def _limit_text(metric: Metric, side: str, ours: float, bound: float, *, passed:
         f"Answers do not depend on their prompts: seeing its own prompt instead of another record's helps by {shown}; "
         f"{demand}. Are prompts and answers shuffled or mislabelled in the data?"
     )
+
+
+# Multiple comparisons with one error rate for all of them together; pure.
+#
+# Holm's procedure (Scandinavian Journal of Statistics 6, 1979): the more comparisons, the higher the confidence of
+# each.
+
+
+def holm_level(confidence: float, comparisons: int) -> float:
+    """The confidence that each of this many comparisons needs, for `confidence` in all of them together."""
+    return 1 - (1 - confidence) / comparisons
+
+
+def significant(comparisons: int, confidence: float, shows: Callable[[int, float], bool]) -> set[int]:
+    """The indices of the significant comparisons; `shows(index, level)` tells whether one is significant at a level.
+
+    First all comparisons share the error rate, then only those that no earlier step has found.
+    """
+    result: set[int] = set()
+    while len(result) < comparisons:
+        at = holm_level(confidence, comparisons - len(result))
+        more = {index for index in range(comparisons) if index not in result and shows(index, at)}
+        if not more:
+            break
+        result |= more
+    return result
+
+
+# The rule on slices of the held-out records: an unchanged mean may hide that one kind of record got worse; pure.
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The compared records that one kind of slice puts under the same name."""
+
+    kind: str
+    name: str
+    pairs: Pairs
+
+
+def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
+    """Check that no slice shows the candidate worse than the champion by more than allowed; None without slices.
+
+    A slice of fewer records than `gate.min_records` is not judged. All of them together have one error rate, by Holm's
+    procedure (Scandinavian Journal of Statistics 6, 1979): the more slices, the more confidence each needs.
+    """
+    found = list(_slices(policy, compared))
+    if not found:
+        return None
+    margin, metric = policy.slice_budget, compared.metric
+    allowed = f"{compared.amounts.margin_text(margin)}{compared.of_theirs}"
+    level = holm_level(policy.confidence, len(found))
+    at_once = [bounds(each.pairs, level) for each in found]
+    worse = _shown_worse(found, at_once, margin, policy.confidence)
+    results = [
+        _result(part, between, worse=index in worse)
+        for index, (part, between) in enumerate(zip(found, at_once, strict=True))
+        if between is not None
+    ]
+    results.sort(key=lambda each: each.gain)
+    measured = len(results) == len(found)
+    return RuleResult(
+        name="slices",
+        field="gate.slices",
+        title="No kind of record gets worse",
+        metric=metric.key,
+        against=compared.against,
+        bound=margin,
+        bound_text=f"in no slice shown to be worse by more than {allowed}",
+        confidence=level,
+        relative=compared.relative,
+        slices=tuple(results),
+        passed=measured and not worse,
+        text=_slices_text(results, compared, allowed) if measured else unmeasured(compared),
+    )
+
+
+def _slices(policy: GateConfig, compared: Compared) -> Iterator[Slice]:
+    pairs = compared.pairs
+    if pairs is None:
+        return
+    for kind in policy.slices:
+        of_records = compared.evidence.slices.get(kind)
+        names = () if of_records is None else np.unique(of_records)
+        for name in names if len(names) > 1 else ():
+            part = pairs.where(of_records == name)
+            if part.num_independent >= policy.min_records:
+                yield Slice(kind, str(name), part)
+
+
+def _shown_worse(
+    parts: Sequence[Slice], at_once: Sequence[Bounds | None], margin: float, confidence: float
+) -> set[int]:
+    first = holm_level(confidence, len(parts))
+
+    def shows(index: int, level: float) -> bool:
+        between = at_once[index] if level == first else bounds(parts[index].pairs, level)
+        return between is not None and between.upper < -margin - ROUNDING
+
+    return significant(len(parts), confidence, shows)
+
+
+def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:
+    return SliceResult(
+        kind=part.kind,
+        name=part.name,
+        records=found.records,
+        gain=found.gain,
+        lower=_finite(found.lower),
+        upper=_finite(found.upper),
+        worse=worse,
+    )
+
+
+def _finite(bound: float) -> float | None:
+    """The bound; None if the slice's records are so few, or so alike, that some resamples have no spread."""
+    return bound if math.isfinite(bound) else None
+
+
+def _slices_text(results: Sequence[SliceResult], compared: Compared, allowed: str) -> str:
+    metric, called, worse = compared.metric, compared.called, [each for each in results if each.worse]
+
+    def described(each: SliceResult) -> str:
+        lies = compared.amounts.range_text(each.lower, each.upper)
+        return f"{each.kind} {each.name!r} ({each.records} records, gain {lies})"
+
+    if worse:
+        return (
+            f"The candidate's {metric.label} is worse than {called}'s by more than {allowed} in {len(worse)} of "
+            f"{len(results)} slices of the records: {'; '.join(map(described, worse))}."
+        )
+    return (
+        f"In none of {len(results)} slices of the records is the candidate's {metric.label} shown to be worse than "
+        f"{called}'s by more than {allowed}; lowest is {described(results[0])}."
+    )
+
+
+# The rule that the candidate has not unlearned what the base can do outside the domain; pure.
+
+FIELD = "gate.suite_worse_by"
+
+
+def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation) -> RuleResult:
+    """Check that no suite shows the candidate passing fewer items than the base, by more than the margin.
+
+    A suite is not judged if it was left out, or if the base passes so few of its items that losing them all would not
+    show. If none is judged, the gate cannot tell. The judged suites share one error rate (Holm).
+    """
+    measured = [suite for suite in evaluation.suites if not suite.left_out]
+    unknown = [suite.name for suite in measured if suite.won_and_lost("base") is None]
+    judged = [suite for suite in measured if not unknown and _can_show(suite, margin, policy.confidence)]
+
+    def shows(index: int, level: float) -> bool:
+        return shown_worse(*_counts(judged[index]), judged[index].items, margin, level)
+
+    worse = [judged[index] for index in sorted(significant(len(judged), policy.confidence, shows))]
+    level = holm_level(policy.confidence, max(1, len(judged)))
+    allowed = f"by more than {margin * 100:.10g} points" if margin else "at all"
+    return RuleResult(
+        name="suites",
+        field=FIELD,
+        title="Can still do what the base can",
+        against="base",
+        bound=margin,
+        bound_text=f"in no suite shown to be worse {allowed}",
+        confidence=level,
+        passed=bool(judged) and not worse,
+        undecided=not judged and not unknown and bool(evaluation.suites),
+        text=_text(evaluation.suites, judged, worse, unknown, margin, level),
+    )
+
+
+def _can_show(suite: Suite, margin: float, confidence: float) -> bool:
+    """Whether it would show if the candidate failed every item that the base passes."""
+    return shown_worse(0, suite.passed("base") or 0, suite.items, margin, confidence)
+
+
+def _counts(suite: Suite) -> tuple[int, int]:
+    counts = suite.won_and_lost("base")
+    assert counts is not None
+    return counts
+
+
+def _summary(suite: Suite) -> str:
+    won, lost = _counts(suite)
+    return (
+        f"{suite.title} ({suite.passed('candidate')} of {suite.items} items against {suite.passed('base')}; {lost} "
+        f"lost and {won} won, which by chance happens with probability {mcnemar(won, lost):.2g} if they are equally "
+        "good, by McNemar's exact test)"
+    )
+
+
+def _text(
+    suites: tuple[Suite, ...], judged: list[Suite], worse: list[Suite], unknown: list[str], margin: float, level: float
+) -> str:
+    if not suites:
+        return "No suite was asked, so this rule cannot be checked and counts as failed."
+    if unknown:
+        return f"Of {', '.join(unknown)} it is not known what base and candidate pass, so this rule counts as failed."
+    unjudged = "".join(f" {each.title} is not judged: {_why(each)}." for each in suites if each not in judged)
+    if not judged:
+        return f"No suite can tell whether the candidate unlearned anything.{unjudged}"
+    than = f" by more than {margin * 100:.10g} points" if margin else ""
+    floors = {each.title: least_loss(each.items, margin, level) for each in judged}
+    floor = ", ".join(f"{title} {'more than it has' if least is None else least}" for title, least in floors.items())
+    sure = f"The fewest lost items that show, with {level * 100:.4g} % confidence in each: {floor}."
+    if worse:
+        how = f"The candidate passes fewer items than the base model{than} in {len(worse)} of {len(judged)} suites"
+        return f"{how}: {'; '.join(map(_summary, worse))}. {sure}{unjudged}"
+    lowest = min(judged, key=lambda each: _counts(each)[0] - _counts(each)[1])
+    how = f"In none of {len(judged)} suites is the candidate shown to pass fewer items than the base model{than}"
+    return f"{how}; lowest is {_summary(lowest)}. {sure}{unjudged}"
+
+
+def _why(suite: Suite) -> str:
+    if suite.left_out:
+        return suite.left_out
+    return f"the base passes {suite.passed('base')} of {suite.items} items, and the loss of all of them would not show"

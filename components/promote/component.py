@@ -61,7 +61,7 @@ def move_by_hand(
 
     from components.config.schema import AnnounceConfig, RegistryConfig
     from components.promote.announce import announce as notify
-    from components.promote.by_hand import Request, as_markdown, carry_out
+    from components.promote.promote import Request, as_markdown, carry_out
     from components.registry.cache import forget
     from components.store.store import Store
 

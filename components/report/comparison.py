@@ -3,10 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from components.records.steps import ROLES, Role, RuleResult
-from components.report.html import count
+from components.config.gate import GateConfig
+from components.records.steps import ROLES, LostItem, Role, RuleResult, Suite, score_text
+from components.report import forest
+from components.report.html import clipped, count
+from components.report.published import against_champion
 from components.report.run_files import RunFiles
 from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of, metrics_of
+from components.shared.paired import least_loss, mcnemar
 
 OTHERS: tuple[Role, ...] = ("champion", "base")
 """The roles that the candidate is compared with, the more important first."""
@@ -231,3 +235,167 @@ def _required_gain(run: RunFiles, role: Role, metric: Metric) -> float | None:
         if rule.against == role and rule.metric == metric.key and rule.line is not None and rule.other is not None:
             return metric.gain(rule.line, rule.other)
     return None
+
+
+# The table of suites: how many questions outside the domain each model passes, and what so few can show.
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """One line of the table."""
+
+    title: str
+    meaning: str
+    items: int
+    left_out: str
+    passed: Mapping[Role, str]
+    against: Mapping[Role, tuple[str, str]]
+    """For each other model: the difference in words, and one of better, worse, same."""
+    least_loss: str
+    """The smallest number of lost items that shows, as text."""
+    lost: tuple[LostItem, ...]
+
+
+@dataclass(frozen=True)
+class SuiteTable:
+    """The whole table, with the margin and the confidence of all rows."""
+
+    rows: tuple[SuiteRow, ...]
+    margin: str
+    """How much worse the candidate may be; empty for not at all."""
+    sure: str
+
+
+def suites(run: RunFiles) -> SuiteTable | None:
+    """The table of the suites that were asked; None if none were."""
+    if run.evaluation is None or not run.evaluation.suites:
+        return None
+    policy = run.decision.policy if run.decision else {}
+    confidence = policy.get("confidence", GateConfig().confidence)
+    margin = policy.get("suite_worse_by") or 0.0
+    rows = tuple(_row(suite, margin, confidence) for suite in run.evaluation.suites)
+    return SuiteTable(rows, margin=f"{margin * 100:.10g} points" if margin else "", sure=f"{confidence * 100:.6g} %")
+
+
+def _row(suite: Suite, margin: float, confidence: float) -> SuiteRow:
+    least = least_loss(suite.items, margin, confidence)
+    return SuiteRow(
+        title=suite.title,
+        meaning=suite.meaning,
+        items=suite.items,
+        left_out=suite.left_out,
+        passed={role: _count(suite.passed(role)) for role in ROLES},
+        against={role: _difference(suite, role) for role in ROLES if role != "candidate"},
+        least_loss="none" if least is None else str(least),
+        lost=tuple(LostItem(prompt=each.prompt, answer=clipped(each.answer)) for each in suite.lost),
+    )
+
+
+def _count(passed: int | None) -> str:
+    return "–" if passed is None else str(passed)  # noqa: RUF001 - a dash for a cell without a number
+
+
+def _difference(suite: Suite, against: Role) -> tuple[str, str]:
+    counts = suite.won_and_lost(against)
+    if counts is None:
+        return "–", "same"  # noqa: RUF001 - a dash for a cell without a number
+    won, lost = counts
+    if won == lost == 0:
+        return "the same", "same"
+    way = "better" if won > lost else "worse" if lost > won else "same"
+    amount = f"{abs(won - lost)} {way}" if won != lost else "the same"
+    return f"{amount} ({won} won, {lost} lost; {mcnemar(won, lost):.2g})", way
+
+
+# The table of tasks of lm-evaluation-harness: each model's numbers with their standard errors.
+
+
+@dataclass(frozen=True)
+class HarnessRow:
+    """One line of the table."""
+
+    task: str
+    metric: str
+    texts: Mapping[Role, str]
+
+
+@dataclass(frozen=True)
+class HarnessTable:
+    """The whole table, and how its numbers were measured."""
+
+    rows: tuple[HarnessRow, ...]
+    lm_eval: str
+    limit: int | None
+    left_out: str
+
+
+def harness(run: RunFiles) -> HarnessTable | None:
+    """The results of the tasks of lm-evaluation-harness; None if none were asked for."""
+    found = run.evaluation.harness if run.evaluation else None
+    if found is None:
+        return None
+    rows = tuple(
+        HarnessRow(task, metric, {role: score_text(found.score(role, task, metric)) for role in ROLES})
+        for task, metric in found.rows
+    )
+    return HarnessTable(rows, found.lm_eval, found.limit, found.left_out)
+
+
+# Draws the gain on each kind of record.
+
+
+def slices(run: RunFiles) -> forest.Picture | None:
+    """The findings of the gate's rule on slices, worst first; None if it had no slice to judge."""
+    rule = next((rule for rule in run.decision.rules if rule.slices), None) if run.decision else None
+    if rule is None:
+        return None
+    metric, bound = metric_of(rule.metric or ""), -(rule.bound or 0.0)
+    amounts = RELATIVE if rule.relative else metric
+    gains = [
+        forest.Gain(
+            f"{each.kind}: {clipped(each.name)}",
+            f"{count(each.records)} records",
+            each.gain,
+            each.lower,
+            each.upper,
+            bad=each.worse,
+        )
+        for each in rule.slices
+    ]
+    note = (
+        f"{metric.title}, candidate against champion on each kind of record, each bound with "
+        f"{(rule.confidence or 0) * 100:.4g} % confidence, so that all of them hold together. Solid: no difference. "
+        f"Dashed: {amounts.signed_text(bound)}, below which a slice must not be shown to lie."
+    )
+    return forest.draw(gains, bound=bound, amounts=amounts, note=note)
+
+
+# What the gate decided on this alias before, each time on the gain over the champion of that day.
+
+
+def past_decisions(run: RunFiles) -> forest.Picture | None:
+    """Decisions that compared by the same metric as this run's, the newest first; None where this is the only one."""
+    rule = against_champion(run.decision) if run.decision else None
+    if run.decision is None or rule is None or not rule.metric:
+        return None
+    amounts = RELATIVE if rule.relative else metric_of(rule.metric)
+    gains = [
+        forest.Gain(
+            each.run_id,
+            each.verdict or each.decision,
+            found.gain or 0.0,
+            found.lower,
+            found.upper,
+            bad=not each.promoted,
+        )
+        for each in (run.decision, *run.decided_before)
+        if (found := against_champion(each)) and (found.metric, found.relative) == (rule.metric, rule.relative)
+    ]
+    if len(gains) < 2:
+        return None
+    bound = -(rule.bound or 0.0)
+    note = (
+        f"{metric_of(rule.metric).title}, each run's candidate against the champion of its day, between its bounds. "
+        f"Solid: no difference. Dashed: {amounts.signed_text(bound)}, what this run's candidate had to stay above."
+    )
+    return forest.draw(gains, bound=bound, amounts=amounts, note=note)

@@ -1,11 +1,14 @@
 """What pages are written with: numbers, sizes and times as text, and the templates with their escaping."""
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from components.registry.aliases import PIPELINE
 from components.shared.content_policy import script_source
 from components.shared.metrics import usual_decimals
 
@@ -18,6 +21,16 @@ def number(value: float) -> str:
 def count(value: int | float | None) -> str:
     """A whole number with thousands separated."""
     return "unknown" if value is None else f"{value:,.0f}"
+
+
+MAX_TEXT_CHARS = 900
+
+
+def clipped(text: str) -> str:
+    """Return the text, or its beginning and how much is missing."""
+    if len(text) <= MAX_TEXT_CHARS:
+        return text
+    return f"{text[:MAX_TEXT_CHARS]} … ({count(len(text) - MAX_TEXT_CHARS)} more characters)"
 
 
 def moment(value: datetime) -> str:
@@ -74,3 +87,40 @@ def template(name: str) -> Template:
 def _tight(text: str) -> str:
     """Keep a number and its per cent sign on one line."""
     return text.replace(" %", "\u00a0%")
+
+
+# Events of an adapter in words.
+
+HAPPENED = {
+    "published": "{version} published",
+    "promoted": "{version} promoted to {alias}",
+    "overridden": "{version} promoted to {alias} although the gate refused it",
+    "rolled_back": "{alias} went back to {version}",
+    "refused": "{version} refused by the gate",
+    "proposed": "{version} left to a person by the gate",
+    "collected": "{version} removed, since nothing needed it",
+}
+
+
+def what(kind: str, body: Mapping[str, Any]) -> str:
+    """What happened to which version, and under which alias: of an event."""
+    version, alias = body.get("to") or body.get("version") or "", body.get("alias") or "an alias"
+    return HAPPENED[kind].format(version=version, alias=alias).strip()
+
+
+def who(kind: str, body: Mapping[str, Any]) -> str:
+    """By name: a person, or the machine."""
+    if kind in ("published", "refused", "proposed") or body.get("actor") == PIPELINE:
+        return "the pipeline"
+    return body.get("actor") or "an unnamed person"
+
+
+def why(body: Mapping[str, Any]) -> str:
+    """The reason that was given, or the gate's sentences, which earlier releases joined by semicolons."""
+    return sure_once(str(body.get("reason") or " ".join(body.get("reasons") or [])).replace(".; ", ". "))
+
+
+def when(time: str) -> str:
+    """A point in time; as it is where it cannot be read."""
+    parsed = parse_moment(time)
+    return moment(parsed) if parsed else time

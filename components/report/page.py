@@ -3,13 +3,12 @@ its own tables."""
 
 from markupsafe import Markup
 
-from components.report import comparison, errors, forest, sections
+from components.report import comparison, forest, run_files, sections
+from components.report.comparison import harness, past_decisions, slices, suites
 from components.report.forest import loss_curve
 from components.report.html import count, moment, sure_once, template
-from components.report.past_decisions import past_decisions
 from components.report.run_files import RunFiles
-from components.report.sections import explained, headline, next_steps, slices
-from components.report.suites import harness, suites
+from components.report.sections import explained, headline, next_steps
 from components.shared.durations import counted, duration
 
 
@@ -45,8 +44,8 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
         rules=rules,
         samples=shown,
         next_steps=next_steps(run),
-        classes=errors.by_class(run.evaluation.confusion if run.evaluation else None),
-        matrix=errors.matrix(run.evaluation.confusion if run.evaluation else None),
+        classes=run_files.by_class(run.evaluation.confusion if run.evaluation else None),
+        matrix=run_files.matrix(run.evaluation.confusion if run.evaluation else None),
         wrong=wrong,
         rest=rest,
         counted=counted,

@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass
 
-from components.records.steps import Decision, Evaluation
+from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry.versions import Version
-from components.report.happened import when
-from components.report.past_decisions import against_champion
+from components.report.html import when
 from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of
+
+
+def against_champion(decision: Decision) -> RuleResult | None:
+    """The rule that compared the candidate with the champion and set a bound at least; None where there was none."""
+    rules = (rule for rule in decision.rules if rule.name == "not_worse_than_champion")
+    return next((rule for rule in rules if (rule.lower, rule.upper) != (None, None)), None)
 
 
 @dataclass(frozen=True)

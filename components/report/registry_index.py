@@ -10,8 +10,7 @@ from components.records import runs
 from components.records.steps import Decision, RuleResult
 from components.registry import event_log, versions
 from components.registry.aliases import PRODUCTION, read_alias
-from components.report.happened import what, when
-from components.report.html import parse_moment
+from components.report.html import parse_moment, what, when
 from components.shared.errors import IntegrityError
 from components.shared.metrics import is_metric, metric_of
 

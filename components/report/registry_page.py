@@ -14,8 +14,7 @@ from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
 from components.registry.cache import LISTING, Entries, read_entries, write_entries
 from components.registry.collect import Summary
 from components.report.adapter_files import AdapterFiles
-from components.report.happened import what, when, who, why
-from components.report.html import template
+from components.report.html import template, what, when, who, why
 from components.report.published import Published
 from components.report.registry_index import Listed, list_adapter, listed
 from components.shared.metrics import Metric, metrics_of

@@ -1,5 +1,6 @@
 """What a finished, held, skipped or failed run left behind, as far as it got."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -8,8 +9,93 @@ from typing import Any
 from components.records.runs import Replayed
 from components.records.steps import Decision, Evaluation, Measured, Role, StepRecord, Took
 from components.records.sweep import SweepResult, TunedRate
-from components.report.errors import Wrong
-from components.report.html import parse_moment
+from components.registry.lineage import of_record
+from components.report.adapter_files import AdapterFiles, trained
+from components.report.html import count, parse_moment
+from components.shared.metrics import METRICS
+from components.shared.parquet import table_of
+
+# What the candidate got wrong: every wrong answer, and counts by class if the answers are classes.
+
+_ANSWER, _RIGHT = "candidate_answer", "candidate_exact_match"
+_MISTAKEN_FOR = 3
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """An answer that is not the reference."""
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class OfClass:
+    """How the records of one class were answered."""
+
+    name: str
+    records: int
+    right: int
+    mistaken_for: str
+
+    @property
+    def share(self) -> str:
+        """Share of the class's records that were answered right, in per cent."""
+        return f"{self.right / self.records:.0%}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Counts of answers, a row for each class and a column for each answer."""
+
+    labels: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[int]]]
+
+
+def wrong_answers(body: bytes) -> list[Wrong]:
+    """Return the wrong answers in evaluation_records.parquet; empty if it does not say which answers are right."""
+    table = table_of(body)
+    if not {"id", "prompt", "reference", _ANSWER, _RIGHT} <= {*table.column_names}:
+        return []
+    rows = table.select(["id", "prompt", "reference", _ANSWER, _RIGHT]).to_pylist()
+    return [
+        Wrong(str(row["id"]), last_turn(str(row["prompt"])), str(row["reference"]), str(row[_ANSWER]))
+        for row in rows
+        if row[_RIGHT] == 0
+    ]
+
+
+def last_turn(prompt: str) -> str:
+    """Return the last turn of a prompt in the format of evaluation_records.parquet."""
+    turns = json.loads(prompt) if prompt.startswith("[") else []
+    return str(turns[-1][1]) if turns else prompt
+
+
+def by_class(confusion: Mapping[str, Any] | None) -> list[OfClass]:
+    """Return the classes that records ask for, those with the smallest share of right answers first."""
+    if not confusion:
+        return []
+    labels: list[str] = confusion["labels"]
+    found = []
+    for place, (name, counts) in enumerate(zip(labels, confusion["counts"], strict=True)):
+        if records := sum(counts):
+            others = sorted(
+                ((number, labels[other]) for other, number in enumerate(counts) if number and other != place),
+                key=lambda each: -each[0],
+            )
+            taken_for = ", ".join(f"{label} ({count(number)})" for number, label in others[:_MISTAKEN_FOR])
+            found.append(OfClass(name, records, counts[place], taken_for))
+    return sorted(found, key=lambda each: each.right / each.records)
+
+
+def matrix(confusion: Mapping[str, Any] | None) -> Matrix | None:
+    """Return all counts; rows of classes that no record asks for are left out."""
+    if not confusion:
+        return None
+    rows = [pair for pair in zip(confusion["labels"], confusion["counts"], strict=True) if sum(pair[1])]
+    return Matrix(confusion["labels"], rows)
 
 
 @dataclass(frozen=True)
@@ -96,3 +182,44 @@ class RunFiles:
     def _result(self, step: str) -> Mapping[str, Any]:
         record = self.step(step)
         return record.result if record else {}
+
+
+# What a run gained by going on from a version, compared with one that started afresh on the same data.
+
+
+def parent_of(lineage: Mapping[str, Any] | None) -> str | None:
+    """The version that the training went on from; None if it started afresh."""
+    parents = [each.name for each in of_record(lineage or {}) if each.kind == "parent"]
+    return parents[0].rpartition("/")[2] if parents else None
+
+
+def find_afresh(files: AdapterFiles, run: RunFiles) -> Afresh | None:
+    """The newest version that was trained from the base on the same dataset, with the config otherwise the same.
+
+    None if there is none, or it was compared on other records.
+    """
+    if run.lineage is None or run.evaluation is None or parent_of(run.lineage) is None:
+        return None
+    wanted = {**trained(run.lineage), "dataset": run.evaluation.dataset_id, "parent": ""}
+    for version, entry in files.entries.items():
+        evaluation = files.published(version).evaluation if entry["trained"] == wanted else None
+        if evaluation is not None and evaluation.records == run.evaluation.records:
+            return Afresh(version, evaluation)
+    return None
+
+
+def sentence(run: RunFiles) -> str:
+    """Say where the training began, and what that gained if both ways were run; empty if it started afresh."""
+    parent = parent_of(run.lineage)
+    if parent is None:
+        return ""
+    ours = run.metric("candidate", "loss")
+    theirs = run.afresh.evaluation.metric("candidate", "loss") if run.afresh else None
+    if run.afresh is None or ours is None or theirs is None:
+        return f"It went on from {parent}."
+    loss = METRICS["loss"]
+    gained = f"{loss.gain_text(loss.gain(ours, theirs))} in {loss.unit}"
+    return (
+        f"It went on from {parent}. Compared with {run.afresh.version}, which the same config trained from the base "
+        f"on the same data: {gained}, as far as one run of each can tell."
+    )

@@ -17,13 +17,13 @@ from components.config.schema import RunConfig
 from components.records.runs import Replayed
 from components.records.steps import ROLES, Role, StepRecord, Usage
 from components.registry.aliases import PRODUCTION
-from components.report import continued, forest
+from components.report import run_files
 from components.report.comparison import names
-from components.report.html import count, moment, parse_moment
+from components.report.html import clipped, count, moment, parse_moment
 from components.report.run_files import RunFiles
 from components.shared.durations import counted, duration
 from components.shared.errors import UserError, by_name
-from components.shared.metrics import RELATIVE, is_metric, metric_of, normal
+from components.shared.metrics import is_metric, metric_of, normal
 
 # What a training cost: the time that its workers were held, how much of it went into steps, and the price of that.
 
@@ -81,7 +81,6 @@ def _price(run: RunFiles, gpu: str, hours: float) -> str:
     return f"; ${hours * price:,.2f} at " + (f"${price:g} ({source})" if " " in source else source)
 
 
-MAX_TEXT_CHARS = 900
 DRAWN = 100
 """Number of answers in the page's table. A browser takes seconds to lay out thousands of rows, so a script draws the
 others when they are found or asked for."""
@@ -172,13 +171,6 @@ def wrong_answers(run: RunFiles) -> tuple[list[list[str]], str]:
     ]
     rest = texts[DRAWN:]
     return texts[:DRAWN], htmlsafe_json_dumps(rest, ensure_ascii=False, separators=(",", ":")) if rest else ""
-
-
-def clipped(text: str) -> str:
-    """Return the text, or its beginning and how much is missing."""
-    if len(text) <= MAX_TEXT_CHARS:
-        return text
-    return f"{text[:MAX_TEXT_CHARS]} … ({count(len(text) - MAX_TEXT_CHARS)} more characters)"
 
 
 def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = None) -> dict[str, Any] | None:
@@ -544,7 +536,7 @@ def _lead(run: RunFiles) -> str:
         better = "lower" if metric.lower_is_better else "higher"
         sentences.append(f"Its {metric.label} ({better} is better) is {metric.text(value)}{_others(run, key)}.")
     text = " ".join(sentences) or "The candidate's metrics were not measured."
-    return f"{text} {continued.sentence(run)}".strip()
+    return f"{text} {run_files.sentence(run)}".strip()
 
 
 def _others(run: RunFiles, key: str) -> str:
@@ -597,32 +589,3 @@ def _steps(run: RunFiles, home: str, verb: str) -> list[tuple[str, str]]:
     elif not decision.promoted:
         steps.append((f"fineloop replay {run.run_id}", "decide again by the same records"))
     return steps
-
-
-# Draws the gain on each kind of record.
-
-
-def slices(run: RunFiles) -> forest.Picture | None:
-    """The findings of the gate's rule on slices, worst first; None if it had no slice to judge."""
-    rule = next((rule for rule in run.decision.rules if rule.slices), None) if run.decision else None
-    if rule is None:
-        return None
-    metric, bound = metric_of(rule.metric or ""), -(rule.bound or 0.0)
-    amounts = RELATIVE if rule.relative else metric
-    gains = [
-        forest.Gain(
-            f"{each.kind}: {clipped(each.name)}",
-            f"{count(each.records)} records",
-            each.gain,
-            each.lower,
-            each.upper,
-            bad=each.worse,
-        )
-        for each in rule.slices
-    ]
-    note = (
-        f"{metric.title}, candidate against champion on each kind of record, each bound with "
-        f"{(rule.confidence or 0) * 100:.4g} % confidence, so that all of them hold together. Solid: no difference. "
-        f"Dashed: {amounts.signed_text(bound)}, below which a slice must not be shown to lie."
-    )
-    return forest.draw(gains, bound=bound, amounts=amounts, note=note)

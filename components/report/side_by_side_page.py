@@ -9,8 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from components.report import comparison, curves
-from components.report.html import count, moment, template
-from components.report.sections import clipped
+from components.report.html import clipped, count, moment, template
 from components.shared.metrics import metric_of, metrics_of
 from components.shared.paired import Bounds
 

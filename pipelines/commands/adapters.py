@@ -24,7 +24,7 @@ from pipelines.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from components.promote.by_hand import Person
+    from components.promote.promote import Person
     from components.registry.event_log import Event
     from components.registry.signing import Signer
     from components.registry.versions import Version
@@ -352,21 +352,21 @@ def _show(options: argparse.Namespace) -> Answer:
 
 
 def _promote(options: argparse.Namespace) -> Answer:
-    from components.promote.by_hand import promote_by_hand
+    from components.promote.promote import promote_by_hand
 
     wanted, name = {"alias": options.alias, "expected": _expected(options)}, options.reference.partition("@")[0]
     return _moved(options, name, lambda store: promote_by_hand(store, options.reference, _person(options), **wanted))
 
 
 def _approve(options: argparse.Namespace) -> Answer:
-    from components.promote.by_hand import approve
+    from components.promote.promote import approve
 
     name, alias = options.reference.partition("@")[0], options.alias
     return _moved(options, name, lambda store: approve(store, options.reference, _person(options), alias=alias))
 
 
 def _rollback(options: argparse.Namespace) -> Answer:
-    from components.promote.by_hand import roll_back_by_hand
+    from components.promote.promote import roll_back_by_hand
 
     wanted = {"alias": options.alias, "to": options.to, "expected": _expected(options)}
     return _moved(
@@ -551,7 +551,7 @@ def _pull_base(store: "Store", version: "Version", target: Path) -> None:
 
 
 def _person(options: argparse.Namespace) -> "Person":
-    from components.promote.by_hand import Person
+    from components.promote.promote import Person
 
     return Person(options.by, options.reason, otherwise=account(os.environ))
 

@@ -24,7 +24,7 @@ from components.config.methods import MethodName
 from components.config.schema import RunConfig
 from components.prepare.prepare import ANYWAY, KEYS, overrides
 from components.promote import announce
-from components.promote.by_hand import ACTIONS
+from components.promote.promote import ACTIONS
 from components.ray_cluster.rayjob_manifest import (
     CA_FOLDER,
     CA_VARIABLES,

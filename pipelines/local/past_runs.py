@@ -15,13 +15,13 @@ from components.config import config_file
 from components.config.gate import GateConfig
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
-from components.gate import evidence
+from components.gate.comparisons import GROUP, TOKENS, parse_evidence
 from components.records import runs
 from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
 from components.records.sweep import TunedRate
 from components.registry.between_runs import require_none_erased
 from components.registry.versions import Version, read_lineage
-from components.report.errors import last_turn
+from components.report.run_files import last_turn
 from components.shared.errors import ConfigError, DataError, IntegrityError, ObjectMissing, UnknownName, UserError
 from components.shared.metrics import metrics_of
 from components.shared.paired import Bounds, bounds
@@ -328,8 +328,8 @@ def compare(first: Side, other: Side) -> Compared:
         )
     before = first.records.take([theirs[key] for key in common])
     after = other.records.take([ours[key] for key in common])
-    found = evidence.parse(_as_the_gate_reads(before, after), f"{other.name} beside {first.name}")
-    same_tokens = before.column(evidence.TOKENS).equals(after.column(evidence.TOKENS))
+    found = parse_evidence(_as_the_gate_reads(before, after), f"{other.name} beside {first.name}")
+    same_tokens = before.column(TOKENS).equals(after.column(TOKENS))
     gains = {}
     for metric in metrics_of({*first.metrics} & {*other.metrics}):
         pairs = found.pairs(metric, "champion")
@@ -345,7 +345,7 @@ def _as_the_gate_reads(before: "pa.Table", after: "pa.Table") -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: after.column(name) for name in (evidence.TOKENS, evidence.GROUP) if name in after.column_names}
+    columns = {name: after.column(name) for name in (TOKENS, GROUP) if name in after.column_names}
     columns |= {name: after.column(name) for name in after.column_names if name.startswith(OURS)}
     columns |= {
         THEIRS + name.removeprefix(OURS): before.column(name) for name in before.column_names if name.startswith(OURS)

@@ -12,10 +12,9 @@ from components.registry.aliases import PIPELINE, Cause, promote
 from components.registry.event_log import append_event
 from components.registry.versions import Version, publish_version, resolve
 from components.report import preview_page, side_by_side_page
-from components.report.errors import Wrong
 from components.report.page import build_report
 from components.report.registry_page import write_pages
-from components.report.run_files import RunFiles
+from components.report.run_files import RunFiles, Wrong
 from components.shared.paired import Bounds
 from components.store.store import Store
 from pipelines.local.past_runs import Turned

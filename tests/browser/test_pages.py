@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from components.report.errors import Wrong
 from components.report.page import build_report
+from components.report.run_files import Wrong
 from components.store.store import Store
 from tests.browser import pages
 from tests.browser.looks import check, patient

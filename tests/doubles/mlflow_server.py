@@ -1,5 +1,5 @@
-"""A double of MLflow's server: what `components/promote/mlflow.py` and the client's package ask of its API, answered as
-MLflow 3.17 does."""
+"""A double of MLflow's server: what `components/promote/announce.py` and the client's package ask of its API, answered
+as MLflow 3.17 does."""
 
 import json
 import re

@@ -14,7 +14,8 @@ import pytest
 from components.config import config_file
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig
-from components.gate import evidence, policy
+from components.gate import policy
+from components.gate.comparisons import read_evidence
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.report.html import SEARCH
@@ -92,7 +93,7 @@ def test_the_bounds_are_those_that_the_gate_decided_by(
     sides = [past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two")]
     found = past_runs.compare(*sides)
     asked = GateConfig(metric=metric, better_than_base_by=0, worse_than_champion_by=0.1, min_records=2)
-    decision = policy.decide(evaluation, evidence.read(store, evaluation), asked, AdapterConfig(name="sums"))
+    decision = policy.decide(evaluation, read_evidence(store, evaluation), asked, AdapterConfig(name="sums"))
     (rule,) = [each for each in decision.rules if each.name == "not_worse_than_champion"]
     gain = found.gains[metric]
     assert (gain.gain, gain.lower, gain.upper) == (rule.gain, rule.lower, rule.upper)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.gate import evidence
+from components.gate.comparisons import parse_evidence
 from components.prepare.dataset import Message, Record
 from components.prepare.prepare import prepare
 from components.records import runs
@@ -209,7 +209,7 @@ def test_what_is_kept_of_each_record_is_what_the_gate_reads(store):
         for role, other in (("base", None), ("candidate", 9.0))
     }
     _write_records(store, "run-1", records, [2] * 12, scores)
-    found = evidence.parse(store.get("runs/run-1/evaluation_records.parquet"), "it")
+    found = parse_evidence(store.get("runs/run-1/evaluation_records.parquet"), "it")
     assert found.num_independent == 4
     pairs = found.pairs(METRICS["loss"], "base")
     assert pairs.ours.tolist() == list(range(12))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig
 from components.gate import policy as policy_of_the_gate
-from components.gate.evidence import Evidence, of_texts
+from components.gate.comparisons import Evidence, of_texts
 from components.records.steps import Decision, Evaluation, Measured, RuleResult
 from components.shared.metrics import metric_of
 

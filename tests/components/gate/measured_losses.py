@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from components.gate.evidence import Evidence
+from components.gate.comparisons import Evidence
 from components.records.steps import Evaluation, Measured
 from components.shared.metrics import METRICS
 from components.shared.paired import Array

@@ -9,7 +9,7 @@ import pytest
 
 from components.config.gate import GateConfig, Guard
 from components.config.section import Added
-from components.gate.evidence import Evidence
+from components.gate.comparisons import Evidence
 from components.records.steps import Decision, Evaluation
 from components.registry.event_log import confidence_at
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule

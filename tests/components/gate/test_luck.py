@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from components.config.gate import GateConfig
-from components.gate.comparisons import lead_of, luck_of
-from components.gate.evidence import Evidence
+from components.gate.comparisons import Evidence, lead_of, luck_of
 from components.gate.gate import replay, run_gate
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Lead, Measured, RuleResult

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from components.config.gate import GateConfig
-from components.gate.evidence import Evidence
+from components.gate.comparisons import Evidence
 from tests.components.gate.evidenced import decide, evaluation, evidence, model, rule
 
 

@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from components.config.gate import GateConfig
-from components.gate.comparisons import Compared, few_get_much_worse, not_worse_than_champion
-from components.gate.evidence import Evidence
+from components.gate.comparisons import Compared, Evidence, few_get_much_worse, not_worse_than_champion
 from components.gate.policy import BEFORE
 from components.records.steps import Decision, RuleResult
 from components.shared.metrics import METRICS

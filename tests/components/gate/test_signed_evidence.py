@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.gate.gate import replay, run_gate
 from components.promote import promote as promoting
-from components.promote.by_hand import Person, approve
+from components.promote.promote import Person, approve
 from components.records import runs
 from components.records.steps import Decision
 from components.registry import aliases, signing

@@ -10,8 +10,7 @@ import pytest
 from scipy import stats
 
 from components.config.gate import GateConfig
-from components.gate import evidence
-from components.gate.evidence import Evidence
+from components.gate.comparisons import Evidence, parse_evidence
 from components.records.steps import Decision
 from tests.components.gate.evidenced import TOKENS, decide, evaluation, model, rule
 
@@ -108,7 +107,7 @@ def test_what_an_evaluation_keeps_says_which_slice_a_record_belongs_to() -> None
     def parsed(**changed: list[str]) -> Evidence:
         sink = io.BytesIO()
         pq.write_table(pa.table({**columns, **changed}), sink)
-        return evidence.parse(sink.getvalue(), "it")
+        return parse_evidence(sink.getvalue(), "it")
 
     found = parsed().slices
     assert found["label"].tolist() == references

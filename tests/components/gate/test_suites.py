@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from components.config.gate import GateConfig
-from components.gate import holm
+from components.gate.policy import significant
 from components.records.steps import Decision, Evaluation, Suite
 from components.shared.paired import least_loss, mcnemar, shown_worse
 from tests.components.gate.evidenced import decide, evaluation, model, rule
@@ -59,7 +59,7 @@ def test_equal_models_and_those_at_the_margin_are_hardly_ever_shown_to_be_worse(
 
 def test_holms_steps_are_those_of_sorted_chances() -> None:
     def shows(chances: list[float]) -> set[int]:
-        return holm.found(len(chances), 0.95, lambda index, level: chances[index] <= 1 - level)
+        return significant(len(chances), 0.95, lambda index, level: chances[index] <= 1 - level)
 
     # Holm 1979: the k-th smallest of n is held to alpha / (n - k + 1); the first that fails ends it.
     assert shows([0.012, 0.016, 0.024, 0.04]) == {0, 1, 2, 3}

@@ -15,9 +15,8 @@ import requests
 
 from components.config.config_file import loads
 from components.config.schema import AnnounceConfig
-from components.promote import http_api
-from components.promote.announce import NOTIFIERS, Notifier, announce
-from components.promote.webhook import signature
+from components.promote import announce as announcing
+from components.promote.announce import NOTIFIERS, Notifier, announce, signature
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry import aliases, versions
@@ -34,7 +33,7 @@ TOKEN = {"MLFLOW_TRACKING_TOKEN": "m", "FINELOOP_MODEL_REGISTRY_TOKEN": "r"}
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pause between two tries."""
-    monkeypatch.setattr(http_api, "PAUSE_S", 0)
+    monkeypatch.setattr(announcing, "PAUSE_S", 0)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 
-from components.promote.by_hand import (
+from components.promote.promote import (
     Person,
     Request,
     approve,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from components.promote import by_hand
+from components.promote import promote
 from components.registry import aliases, event_log, versions
 from components.registry.event_log import decided_before, is_held
 from components.registry.lineage import made_from
@@ -72,7 +72,7 @@ def test_a_forged_event_is_read_again_from_the_log(store: Store, refused: str, c
     assert is_held(log, refused, "production")
     forge(store, "events", change)
     with pytest.raises(UserError, match="the gate holds icd"):
-        by_hand.promote_by_hand(store, f"icd@{refused}", by_hand.Person())
+        promote.promote_by_hand(store, f"icd@{refused}", promote.Person())
 
 
 def test_a_sound_index_spares_the_reading(store: Store, refused: str) -> None:
@@ -107,8 +107,8 @@ def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
     later = {"created_at": "2030-01-01T00:00:00.000000Z"}
     forge(store, "versions", lambda name, entry: {**entry, **(later if name == made[0] else {})})
     assert versions.list_versions(store, "icd")[0].version == made[0]  # shown, and no more than that
-    asked = by_hand.Request("icd", by_hand.PROMOTE, "", "production", "", "", "j1")
-    assert by_hand.carry_out(store, asked).body["to"] == made[-1]
+    asked = promote.Request("icd", promote.PROMOTE, "", "production", "", "", "j1")
+    assert promote.carry_out(store, asked).body["to"] == made[-1]
     assert versions.resolve(store, f"icd@{made[0][:12]}").created_at < "2030"
     forge(store, "versions", lambda _name, _entry: 5)
     forge(store, "ancestors", lambda _name, _entry: {"a": 1})

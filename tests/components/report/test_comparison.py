@@ -6,9 +6,8 @@ import pytest
 from components.config.gate import GateConfig, Limit
 from components.records.steps import RuleResult, SliceResult
 from components.report import forest
-from components.report.comparison import intervals, panels, rules
+from components.report.comparison import intervals, panels, rules, slices
 from components.report.run_files import RunFiles
-from components.report.sections import slices
 from components.report.side_by_side_page import gain_text
 from components.shared.metrics import METRICS, metric_of
 from components.shared.paired import Bounds

@@ -8,8 +8,8 @@ import pytest
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry.versions import Version, publish_version
-from components.report.continued import sentence
 from components.report.report import read_run
+from components.report.run_files import sentence
 from components.report.sections import headline
 from components.store.store import Store
 from tests.components.report.example_runs import CONFIG

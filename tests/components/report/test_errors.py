@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.report.comparison import rules
-from components.report.errors import Wrong, by_class, matrix, wrong_answers
 from components.report.page import build_report
+from components.report.run_files import Wrong, by_class, matrix, wrong_answers
 from components.report.sections import next_steps
 from pipelines import cli
 from tests.components.report import example_runs

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from components.records.steps import Evaluation, HarnessScores, TaskScore
+from components.report.comparison import harness
 from components.report.page import build_report
 from components.report.run_files import RunFiles
-from components.report.suites import harness
 from tests.components.report.example_runs import promoted_run
 
 SCORES = {

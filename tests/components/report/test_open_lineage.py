@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from components.records.steps import StepRecord
-from components.report import open_lineage
+from components.report import report
 from components.store.store import Store
 from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DATASET, promoted_run
 
@@ -53,7 +53,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_to_its_version(
     server: Server, store: Store
 ) -> None:
-    open_lineage.emit(CONFIG, store, promoted_run())
+    report.emit(CONFIG, store, promoted_run())
     assert {(path, key) for path, key, _ in server.received} == {("/api/v1/lineage", "Bearer the-key")}
     start, complete = (event for _, _, event in server.received)
     # The keys that RunEvent requires, in spec/OpenLineage.json 2-0-2, as BaseEvent does.
@@ -83,9 +83,7 @@ def test_a_run_that_failed_says_where_and_why(server: Server, store: Store) -> N
     step = StepRecord(
         step="prepare", status="failed", started_at="2026-11-24T02:00:00+00:00", seconds=1, result={"error": error}
     )
-    open_lineage.emit(
-        CONFIG, store, replace(promoted_run(), steps=[step], lineage=None, evaluation=None, decision=None)
-    )
+    report.emit(CONFIG, store, replace(promoted_run(), steps=[step], lineage=None, evaluation=None, decision=None))
     _, _, event = server.received[-1]
     assert event["eventType"] == "FAIL"
     assert event["run"]["facets"]["errorMessage"]["message"] == "prepare: no record is usable"
@@ -95,24 +93,22 @@ def test_a_run_that_failed_says_where_and_why(server: Server, store: Store) -> N
 
 def test_a_server_that_refuses_fails_no_run(server: Server, store: Store, caplog: pytest.LogCaptureFixture) -> None:
     server.answer = 403
-    open_lineage.emit(CONFIG, store, promoted_run())
+    report.emit(CONFIG, store, promoted_run())
     assert "OpenLineage did not get the events of this run: 403" in caplog.text
     assert "the-key" not in caplog.text
 
 
 def test_nothing_is_sent_where_no_server_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in open_lineage.CONFIGURED_BY:
+    for name in report.CONFIGURED_BY:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(open_lineage, "events_of", None)
-    open_lineage.emit(CONFIG, store, promoted_run())
+    monkeypatch.setattr(report, "events_of", None)
+    report.emit(CONFIG, store, promoted_run())
 
 
 def test_a_run_is_known_by_kubeflow_s_id_or_by_one_that_its_name_gives(store: Store) -> None:
     kubeflow = "7506d98d-86d6-4032-ad2c-97c8dca660a4"
-    assert open_lineage.run_uuid(store, kubeflow) == kubeflow
-    assert (
-        open_lineage.run_uuid(store, "r1") == open_lineage.run_uuid(store, "r1") != open_lineage.run_uuid(store, "r2")
-    )
+    assert report.run_uuid(store, kubeflow) == kubeflow
+    assert report.run_uuid(store, "r1") == report.run_uuid(store, "r1") != report.run_uuid(store, "r2")
 
 
 @pytest.mark.parametrize(
@@ -128,4 +124,4 @@ def test_a_run_is_known_by_kubeflow_s_id_or_by_one_that_its_name_gives(store: St
     ],
 )
 def test_datasets_are_named_as_openlineage_names_them(reference: str, named: tuple[str, str]) -> None:
-    assert open_lineage._named(reference) == named
+    assert report._named(reference) == named

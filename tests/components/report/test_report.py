@@ -7,8 +7,8 @@ import pytest
 from components.records import runs
 from components.records.runs import Replayed
 from components.registry.event_log import append_event
+from components.report.comparison import past_decisions
 from components.report.page import build_report
-from components.report.past_decisions import past_decisions
 from components.report.report import parse_metrics, read_run, run_report
 from components.report.run_files import RunFiles
 from components.shared.errors import IntegrityError

@@ -3,8 +3,8 @@
 import re
 from dataclasses import replace
 
+from components.report.comparison import suites
 from components.report.page import build_report
-from components.report.suites import suites
 from tests.components.report.example_runs import promoted_run, unlearned_run
 
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.gate.evidence import Evidence, of_texts
+from components.gate.comparisons import Evidence, of_texts
 from components.prepare.dataset import Message, Record
 from components.records.steps import Evaluation, TextLosses
 from components.registry.versions import Version
