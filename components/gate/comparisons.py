@@ -1,4 +1,4 @@
-"""The rules that compare the candidate with another model, on bounds of the gain and not on the gain itself; pure.
+"""The rules that compare the candidate with another model, on bounds of the gain and not on the gain itself.
 
 A comparison passes when the gain is sure to be as large as required, fails when it is sure not to be, and is undecided
 in between. Where a number is missing or not finite, it fails: nothing is promoted on a guess.
@@ -160,24 +160,20 @@ def _slices(table: Any) -> Iterator[tuple[str, Names]]:
     if SOURCE in texts:
         yield "source", np.array(texts[SOURCE])
     if "prompt" in texts and references:
-        yield "length", _thirds(np.array([len(a) + len(b) for a, b in zip(texts["prompt"], references, strict=True)]))
-
-
-def _thirds(lengths: npt.NDArray[np.int64]) -> Names:
-    """The name of each record's third by length: the characters of prompt and reference together."""
-    short, long = np.quantile(lengths, [1 / 3, 2 / 3], method="nearest")
-    return np.select(
-        [lengths <= short, lengths <= long],
-        [f"up to {short} characters", f"{short + 1} to {long} characters"],
-        f"more than {long} characters",
-    )
+        lengths = np.array([len(a) + len(b) for a, b in zip(texts["prompt"], references, strict=True)])
+        short, long = np.quantile(lengths, [1 / 3, 2 / 3], method="nearest")
+        thirds = [f"up to {short} characters", f"{short + 1} to {long} characters"]
+        yield (
+            "length",
+            np.select([lengths <= short, lengths <= long], thirds, f"more than {long} characters"),
+        )
 
 
 def _numbers(column: Any) -> Array:
     return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
 
 
-# How much of the champion's lead is luck with the records that chose it; pure.
+# How much of the champion's lead is luck with the records that chose it.
 #
 # A champion took its place because it did well on the very records that later candidates are compared on, so on these
 # it looks better than it is, and an equal candidate looks worse: the winner's curse. Its measured score is shrunk
@@ -549,7 +545,9 @@ def _not_enough(compared: Compared, needed: int | None) -> str:
     evaluation = compared.evaluation
     if compared.metric.probe:
         what, field = TEXTS[compared.metric.probe]
-        used = f"evaluate.{field} gave {len(compared.evidence.texts[compared.metric.probe].tokens)} of {_most(field)}"
+        # The key's upper bound: as many texts as come with Fineloop.
+        most = next(str(rule.le) for rule in EvaluateConfig.model_fields[field].metadata if isinstance(rule, Le))
+        used = f"evaluate.{field} gave {len(compared.evidence.texts[compared.metric.probe].tokens)} of {most}"
     else:
         there = "" if evaluation.held_out is None else f", and the dataset holds out {evaluation.held_out}"
         what, used = "held-out records", f"evaluate.records gave {evaluation.records}{there}"
@@ -560,12 +558,7 @@ def _not_enough(compared: Compared, needed: int | None) -> str:
     return f"That does not tell: about {needed} {what} would ({used})."
 
 
-def _most(field: str) -> str:
-    """The upper bound of a number in `evaluate`: as many texts as come with Fineloop."""
-    return next(str(rule.le) for rule in EvaluateConfig.model_fields[field].metadata if isinstance(rule, Le))
-
-
-# The rule that the candidate is worse than the champion by no more than the margin; pure.
+# The rule that the candidate is worse than the champion by no more than the margin.
 #
 # It allows for two things that the records do not show. The candidate need not match the part of the champion's lead
 # that is luck. It has to make up for the expected cost of losses that are rarer than those drawn.
@@ -639,7 +632,7 @@ def _share(compared: Compared, amount: float) -> str:
     return f"{compared.amounts.margin_text(amount)}{compared.of_theirs}"
 
 
-# The rule on what a mean over a few hundred records cannot show: a small share of records that gets much worse; pure.
+# The rule on what a mean over a few hundred records cannot show: a small share of records that gets much worse.
 #
 # If one record in a hundred loses two nats a token, a draw of 240 contains none of them in one case of eleven, and no
 # bound of the mean shows the loss. So there have to be enough records to show such a share, by the exact binomial

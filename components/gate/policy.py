@@ -7,9 +7,7 @@ that writes its own text, called in `decide`; its bound is a key of `GateConfig`
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +41,7 @@ from components.records.steps import (
 from components.registry.event_log import confidence_at
 from components.shared.errors import DataError
 from components.shared.metrics import Metric, metric_of, metrics_of
-from components.shared.paired import Bounds, Pairs, bounds, least_loss, mcnemar, shown_worse
+from components.shared.paired import Pairs, bounds, least_loss, mcnemar, shown_worse
 from components.store.store import decode_json, encode_json
 
 BEFORE: Mapping[str, Any] = {"much_worse_share": 1.0}
@@ -84,6 +82,8 @@ def decide(
     rules += _broken_numbers(candidate, {rule.metric for rule in rules})
     rules += _approval(policy.approval, evaluation, adapter.alias)
     verdict, decisive = verdict_of(rules)
+    gained = next((rule.lower for rule in rules if rule.name == "not_worse_than_best"), None)
+    is_better = gained is not None and gained > 0
     decision = Decision(
         decision="promote" if verdict == "promote" else "hold",
         verdict=verdict,
@@ -94,7 +94,7 @@ def decide(
         rules=tuple(rules),
         version=candidate.version,
         champion=champion.version if champion is not None else None,
-        anchor=_anchor(rules, candidate.version, best),
+        anchor=candidate.version if best is None or is_better else best.version,
         look=look,
         passed_before=passed_before,
         lead=lead,
@@ -130,8 +130,16 @@ def _compared(
         return Compared(evaluation, evidence, metric_of(metric), role, called, confidence, relative, revision)
 
     rules: list[RuleResult] = []
-    if champion is not None and champion.version is not None and candidate.version is not None:
-        rules.append(_is_new(candidate.version, champion.version, adapter.alias))
+    if champion is not None and champion.version is not None:
+        is_new = candidate.version != champion.version
+        text = (
+            f"The candidate is a new version; {adapter.alias} points to {champion.version}."
+            if is_new
+            else f"Nothing changed: the candidate is {candidate.version}, the very version that {adapter.alias} points "
+            "to now."
+        )
+        new: dict[str, Any] = {"name": "new_version", "field": "adapter.alias", "title": "Is a new version"}
+        rules.append(RuleResult(**new, passed=is_new, text=text))
     rules.extend(_too_few_records(evidence, policy.min_records))
     rules.append(comparisons.better_than_base(policy, against("base", policy.metric)))
     rules.append(not_worse_than_champion(policy, champion, against("champion", policy.metric), lead))
@@ -183,18 +191,13 @@ def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResul
     return ("needs approval", waiting) if waiting else ("promote", rules)
 
 
-def _anchor(rules: Sequence[RuleResult], candidate: str, best: Measured | None) -> str | None:
-    """The best version once the candidate is promoted: the candidate if there was none or it is sure to be better."""
-    gained = next((rule.lower for rule in rules if rule.name == "not_worse_than_best"), None)
-    return candidate if best is None or (gained is not None and gained > 0) else best.version
-
-
 def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision) -> str:
     """The sha256, in hex, of a decision's policy, inputs and outcome. It covers no texts, which a release may change,
     and no key that a release adds and the policy leaves at its default."""
     basis = {
         "adapter": [decision.adapter, decision.alias],
-        "policy": _asked(policy),
+        # A rule that asks for nothing is left out, as in decisions older than it.
+        "policy": {key: value for key, value in identity(policy).items() if BEFORE.get(key) != value},
         **({"revision": decision.revision} if decision.revision else {}),
         "dataset": evaluation.dataset_id,
         "records_sha256": evaluation.records_sha256,
@@ -217,30 +220,12 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
     return hashlib.sha256(encode_json(basis)).hexdigest()
 
 
-def _asked(policy: GateConfig) -> dict[str, Any]:
-    """The keys that identify a policy. A rule that asks for nothing is left out, as in decisions older than it."""
-    return {key: value for key, value in identity(policy).items() if BEFORE.get(key) != value}
-
-
 def _required(evaluation: Evaluation, role: Role) -> Measured:
     measured = evaluation.model(role)
     if measured is None:
         found = ", ".join(name for name, model in evaluation.models.items() if model) or "nothing"
         raise DataError(f"the evaluation has no metrics for the {role}: models holds {found}")
     return measured
-
-
-def _is_new(version: str, champion: str, alias: str) -> RuleResult:
-    passed = version != champion
-    return RuleResult(
-        name="new_version",
-        field="adapter.alias",
-        title="Is a new version",
-        passed=passed,
-        text=f"The candidate is a new version; {alias} points to {champion}."
-        if passed
-        else f"Nothing changed: the candidate is {version}, the very version that {alias} points to now.",
-    )
 
 
 def _too_few_records(evidence: Evidence, minimum: int) -> Iterator[RuleResult]:
@@ -351,10 +336,8 @@ def _limit_text(metric: Metric, side: str, ours: float, bound: float, *, passed:
     )
 
 
-# Multiple comparisons with one error rate for all of them together; pure.
-#
-# Holm's procedure (Scandinavian Journal of Statistics 6, 1979): the more comparisons, the higher the confidence of
-# each.
+# Multiple comparisons with one error rate for all of them together, by Holm's procedure (Scandinavian Journal of
+# Statistics 6, 1979): the more comparisons, the higher the confidence of each.
 
 
 def holm_level(confidence: float, comparisons: int) -> float:
@@ -377,44 +360,45 @@ def significant(comparisons: int, confidence: float, shows: Callable[[int, float
     return result
 
 
-# The rule on slices of the held-out records: an unchanged mean may hide that one kind of record got worse; pure.
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The compared records that one kind of slice puts under the same name."""
-
-    kind: str
-    name: str
-    pairs: Pairs
-
-
 def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
-    """Check that no slice shows the candidate worse than the champion by more than allowed; None without slices.
+    """Check that no slice shows the candidate worse than the champion by more than allowed, since an unchanged mean may
+    hide that one kind of record got worse; None without slices.
 
-    A slice of fewer records than `gate.min_records` is not judged. All of them together have one error rate, by Holm's
-    procedure (Scandinavian Journal of Statistics 6, 1979): the more slices, the more confidence each needs.
+    A slice of fewer records than `gate.min_records` is not judged.
     """
-    found = list(_slices(policy, compared))
-    if not found:
+    slices = list(_slices(policy, compared))
+    if not slices:
         return None
-    margin, metric = policy.slice_budget, compared.metric
-    allowed = f"{compared.amounts.margin_text(margin)}{compared.of_theirs}"
-    level = holm_level(policy.confidence, len(found))
-    at_once = [bounds(each.pairs, level) for each in found]
-    worse = _shown_worse(found, at_once, margin, policy.confidence)
+    margin, level = policy.slice_budget, holm_level(policy.confidence, len(slices))
+    at_once = [bounds(pairs, level) for _, _, pairs in slices]
+
+    def shows(index: int, at: float) -> bool:
+        between = at_once[index] if at == level else bounds(slices[index][2], at)
+        return between is not None and between.upper < -margin - ROUNDING
+
+    worse = significant(len(slices), policy.confidence, shows)
     results = [
-        _result(part, between, worse=index in worse)
-        for index, (part, between) in enumerate(zip(found, at_once, strict=True))
+        SliceResult(
+            kind=kind,
+            name=name,
+            records=between.records,
+            gain=between.gain,
+            # Not finite where the slice's records are so few, or so alike, that some resamples have no spread.
+            lower=finite(between.lower),
+            upper=finite(between.upper),
+            worse=index in worse,
+        )
+        for index, ((kind, name, _), between) in enumerate(zip(slices, at_once, strict=True))
         if between is not None
     ]
     results.sort(key=lambda each: each.gain)
-    measured = len(results) == len(found)
+    allowed = f"{compared.amounts.margin_text(margin)}{compared.of_theirs}"
+    measured = len(results) == len(slices)
     return RuleResult(
         name="slices",
         field="gate.slices",
         title="No kind of record gets worse",
-        metric=metric.key,
+        metric=compared.metric.key,
         against=compared.against,
         bound=margin,
         bound_text=f"in no slice shown to be worse by more than {allowed}",
@@ -426,7 +410,8 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
     )
 
 
-def _slices(policy: GateConfig, compared: Compared) -> Iterator[Slice]:
+def _slices(policy: GateConfig, compared: Compared) -> Iterator[tuple[str, str, Pairs]]:
+    """The kind and name of each slice, with its records."""
     pairs = compared.pairs
     if pairs is None:
         return
@@ -436,40 +421,11 @@ def _slices(policy: GateConfig, compared: Compared) -> Iterator[Slice]:
         for name in names if len(names) > 1 else ():
             part = pairs.where(of_records == name)
             if part.num_independent >= policy.min_records:
-                yield Slice(kind, str(name), part)
-
-
-def _shown_worse(
-    parts: Sequence[Slice], at_once: Sequence[Bounds | None], margin: float, confidence: float
-) -> set[int]:
-    first = holm_level(confidence, len(parts))
-
-    def shows(index: int, level: float) -> bool:
-        between = at_once[index] if level == first else bounds(parts[index].pairs, level)
-        return between is not None and between.upper < -margin - ROUNDING
-
-    return significant(len(parts), confidence, shows)
-
-
-def _result(part: Slice, found: Bounds, *, worse: bool) -> SliceResult:
-    return SliceResult(
-        kind=part.kind,
-        name=part.name,
-        records=found.records,
-        gain=found.gain,
-        lower=_finite(found.lower),
-        upper=_finite(found.upper),
-        worse=worse,
-    )
-
-
-def _finite(bound: float) -> float | None:
-    """The bound; None if the slice's records are so few, or so alike, that some resamples have no spread."""
-    return bound if math.isfinite(bound) else None
+                yield kind, str(name), part
 
 
 def _slices_text(results: Sequence[SliceResult], compared: Compared, allowed: str) -> str:
-    metric, called, worse = compared.metric, compared.called, [each for each in results if each.worse]
+    ours, called, worse = compared.metric.label, compared.called, [each for each in results if each.worse]
 
     def described(each: SliceResult) -> str:
         lies = compared.amounts.range_text(each.lower, each.upper)
@@ -477,18 +433,16 @@ def _slices_text(results: Sequence[SliceResult], compared: Compared, allowed: st
 
     if worse:
         return (
-            f"The candidate's {metric.label} is worse than {called}'s by more than {allowed} in {len(worse)} of "
+            f"The candidate's {ours} is worse than {called}'s by more than {allowed} in {len(worse)} of "
             f"{len(results)} slices of the records: {'; '.join(map(described, worse))}."
         )
     return (
-        f"In none of {len(results)} slices of the records is the candidate's {metric.label} shown to be worse than "
+        f"In none of {len(results)} slices of the records is the candidate's {ours} shown to be worse than "
         f"{called}'s by more than {allowed}; lowest is {described(results[0])}."
     )
 
 
-# The rule that the candidate has not unlearned what the base can do outside the domain; pure.
-
-FIELD = "gate.suite_worse_by"
+# The rule that the candidate has not unlearned what the base can do outside the domain.
 
 
 def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation) -> RuleResult:
@@ -499,7 +453,12 @@ def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation)
     """
     measured = [suite for suite in evaluation.suites if not suite.left_out]
     unknown = [suite.name for suite in measured if suite.won_and_lost("base") is None]
-    judged = [suite for suite in measured if not unknown and _can_show(suite, margin, policy.confidence)]
+    # Whether it would show if the candidate failed every item that the base passes.
+    judged = [
+        suite
+        for suite in measured
+        if not unknown and shown_worse(0, suite.passed("base") or 0, suite.items, margin, policy.confidence)
+    ]
 
     def shows(index: int, level: float) -> bool:
         return shown_worse(*_counts(judged[index]), judged[index].items, margin, level)
@@ -509,7 +468,7 @@ def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation)
     allowed = f"by more than {margin * 100:.10g} points" if margin else "at all"
     return RuleResult(
         name="suites",
-        field=FIELD,
+        field="gate.suite_worse_by",
         title="Can still do what the base can",
         against="base",
         bound=margin,
@@ -519,11 +478,6 @@ def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation)
         undecided=not judged and not unknown and bool(evaluation.suites),
         text=_text(evaluation.suites, judged, worse, unknown, margin, level),
     )
-
-
-def _can_show(suite: Suite, margin: float, confidence: float) -> bool:
-    """Whether it would show if the candidate failed every item that the base passes."""
-    return shown_worse(0, suite.passed("base") or 0, suite.items, margin, confidence)
 
 
 def _counts(suite: Suite) -> tuple[int, int]:
@@ -548,7 +502,13 @@ def _text(
         return "No suite was asked, so this rule cannot be checked and counts as failed."
     if unknown:
         return f"Of {', '.join(unknown)} it is not known what base and candidate pass, so this rule counts as failed."
-    unjudged = "".join(f" {each.title} is not judged: {_why(each)}." for each in suites if each not in judged)
+    reasons = {
+        each.title: each.left_out
+        or f"the base passes {each.passed('base')} of {each.items} items, and the loss of all of them would not show"
+        for each in suites
+        if each not in judged
+    }
+    unjudged = "".join(f" {title} is not judged: {why}." for title, why in reasons.items())
     if not judged:
         return f"No suite can tell whether the candidate unlearned anything.{unjudged}"
     than = f" by more than {margin * 100:.10g} points" if margin else ""
@@ -561,9 +521,3 @@ def _text(
     lowest = min(judged, key=lambda each: _counts(each)[0] - _counts(each)[1])
     how = f"In none of {len(judged)} suites is the candidate shown to pass fewer items than the base model{than}"
     return f"{how}; lowest is {_summary(lowest)}. {sure}{unjudged}"
-
-
-def _why(suite: Suite) -> str:
-    if suite.left_out:
-        return suite.left_out
-    return f"the base passes {suite.passed('base')} of {suite.items} items, and the loss of all of them would not show"

@@ -8,11 +8,11 @@ import hashlib
 import hmac
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,7 @@ from components.registry import versions
 from components.shared.errors import AnnounceError, FineloopError
 
 if TYPE_CHECKING:
-    from requests import PreparedRequest, Response
+    from requests import PreparedRequest
 
     from components.registry.event_log import Event, EventKind
     from components.store.store import Store
@@ -63,10 +63,6 @@ class Announcement:
     metrics: Mapping[str, float]
     """The version's metrics as its run measured them, without those that are not finite."""
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
-
 
 def announcement_of(store: "Store", name: str, event: "Event") -> Announcement:
     """The notification of a moved alias.
@@ -102,137 +98,95 @@ def announcement_of(store: "Store", name: str, event: "Event") -> Announcement:
 # JSON over HTTP for notifications, with few tries and short waits, so that nothing holds up a run.
 
 TRIES = 3
-PAUSE_S = 1
+PAUSE_S = 0.5
+"""Half of the pause before the third try; the second comes at once."""
 BUSY = (429, 502, 503, 504)
 TIMEOUT_S = (5, 15)
 """Limits in seconds: to connect, and between two pieces of an answer."""
+MOST_BYTES = 4 * 2**20
+"""The most bytes read of an answer."""
 PATIENCE_S = 30
-"""Limit in seconds for all requests to one server together."""
-MOST_BYTES, MOST_ERROR_BYTES, CHUNK_BYTES = 4 * 2**20, 64 * 2**10, 8 * 2**10
-"""The most bytes kept of an answer, and of an error; and the bytes read at a time."""
+"""Limit in seconds for all requests of one notification together."""
 SHOWN = 200
 
 
 class HttpApi:
-    """A server, which gets PATIENCE_S for all requests together.
-
-    Requests to a server that is away or busy are repeated. Redirects are not followed: that would forward the token.
-    """
+    """A server. Requests are repeated while it is away or busy, and redirects not followed: that would forward the
+    token."""
 
     def __init__(self, url: str, *, token: str = "", login: tuple[str, str] | None = None) -> None:
         """`token` is a bearer token, `login` a user's name and password."""
         from requests import Session
+        from requests.adapters import HTTPAdapter
+        from urllib3 import Retry
 
-        self._url = url.rstrip("/")
-        self._until = time.monotonic() + PATIENCE_S
-        self._session = Session()
+        again = Retry(
+            TRIES - 1,
+            backoff_factor=PAUSE_S,
+            status_forcelist=BUSY,
+            allowed_methods=None,
+            raise_on_status=False,
+            respect_retry_after_header=False,  # which may ask for hours
+        )
+        self._url, self._session = url.rstrip("/"), Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(max_retries=again))
+
+        def bearing(request: "PreparedRequest") -> "PreparedRequest":
+            request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
         # If it were only a header, an entry of ~/.netrc would replace it.
-        self._session.auth = _bearer(token) if token else login
+        self._session.auth = bearing if token else login
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
         """Get an object.
 
         Raises:
-            AnnounceError: the answer is not a success, or not a JSON object.
+            AnnounceError: the server is away, or its answer is not a success, or not a JSON object.
         """
-        return self._object(self._send("GET", path, query=query))
+        return self.send("GET", path, params=query)
 
-    def find(self, path: str, **query: str) -> dict[str, Any] | None:
-        """Get an object as `get` does; None if there is none (404)."""
-        response = self._send("GET", path, query=query)
-        return None if response.status_code == 404 else self._object(response)
+    def find(self, path: str, **query: str) -> dict[str, Any]:
+        """Get an object as `get` does; empty if there is none (404)."""
+        return self.send("GET", path, may_lack=True, params=query)
 
-    def send(self, verb: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Send an object, and return the answer as for `get`."""
-        return self._object(self._send(verb, path, json=body))
-
-    def deliver(self, body: bytes, headers: Mapping[str, str]) -> None:
-        """Post bytes to the address itself; the answer is not read.
-
-        Raises:
-            AnnounceError: the answer is not a success.
-        """
-        self._successful(self._send("POST", "", data=body, headers=headers))
-
-    def _send(self, verb: str, path: str, *, query: Mapping[str, str] | None = None, **sent: Any) -> "Response":
-        """Send in a thread: a server that sends a byte now and then would never exceed a limit on a single wait."""
-        url = f"{self._url}{path}"
-        found: Future[Response] = Future()
-
-        def ask() -> None:
-            try:
-                found.set_result(self._ask(verb, url, params=query, **sent))
-            except Exception as exc:  # passed to the thread that waits
-                found.set_exception(exc)
-
-        Thread(target=ask, daemon=True).start()
+    def send(self, verb: str, path: str, *, may_lack: bool = False, **sent: Any) -> dict[str, Any]:
+        """Send what `requests` takes, `json` for example, and return the answer as for `get`."""
+        body = self.deliver(verb, path, may_lack=may_lack, **sent)
         try:
-            return found.result(max(0.0, self._until - time.monotonic()))
-        except TimeoutError as exc:
-            raise AnnounceError(f"{verb} {url}: no whole answer after {PATIENCE_S} s") from exc
-        except OSError as exc:  # the base of requests' errors
-            raise AnnounceError(f"{verb} {url}: {exc}") from exc
-
-    def _ask(self, verb: str, url: str, **sent: Any) -> "Response":
-        from requests import RequestException
-
-        for left in reversed(range(TRIES)):
-            try:
-                response = self._session.request(
-                    verb, url, **sent, timeout=TIMEOUT_S, allow_redirects=False, stream=True
-                )
-                with response:
-                    if not left or response.status_code not in BUSY:
-                        _read(response, MOST_BYTES if response.ok else MOST_ERROR_BYTES)
-                        return response
-            except RequestException:
-                if not left:
-                    raise
-            time.sleep(PAUSE_S)
-        raise AssertionError("the last try returns or raises")
-
-    def _object(self, response: "Response") -> dict[str, Any]:
-        try:
-            value = self._successful(response).json()
-        except ValueError:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise AnnounceError(
-                f"{response.request.method} {response.url} answered no JSON object: {response.text[:SHOWN]}"
-            )
+            raise AnnounceError(f"{verb} {self._url}{path} answered no JSON object: {_excerpt(body)}")
         return value
 
-    def _successful(self, response: "Response") -> "Response":
+    def deliver(self, verb: str, path: str = "", *, may_lack: bool = False, **sent: Any) -> bytes:
+        """Send what `requests` takes, and return the answer's body; `{}` for a 404 where that is allowed."""
+        from urllib3.exceptions import HTTPError
+
+        url = f"{self._url}{path}"
+        how: dict[str, Any] = {"timeout": TIMEOUT_S, "allow_redirects": False, "stream": True}
+        try:
+            with self._session.request(verb, url, **sent, **how) as response:
+                body = response.raw.read(MOST_BYTES, decode_content=True)
+        except (OSError, HTTPError) as exc:  # requests' errors are OSErrors
+            raise AnnounceError(f"{verb} {url}: {exc}") from exc
+        if may_lack and response.status_code == 404:
+            return b"{}"
         if not 200 <= response.status_code < 300:
-            excerpt = " ".join(response.text.split())[:SHOWN]
-            raise AnnounceError(f"{response.request.method} {response.url} answered {response.status_code}: {excerpt}")
-        return response
+            raise AnnounceError(f"{verb} {response.url} answered {response.status_code}: {_excerpt(body)}")
+        return bytes(body)
 
 
-def _read(response: "Response", most_bytes: int) -> None:
-    """Read at most `most_bytes` of the body, and keep them as the whole body."""
-    body = bytearray()
-    for chunk in response.iter_content(CHUNK_BYTES):
-        body += chunk
-        if len(body) >= most_bytes:
-            break
-    response._content = bytes(body[:most_bytes])  # read by `text` and `json`
-    response._content_consumed = True
+def _excerpt(body: bytes) -> str:
+    return " ".join(body.decode(errors="replace").split())[:SHOWN]
 
 
-def _bearer(token: str) -> Any:
-    def authorised(request: "PreparedRequest") -> "PreparedRequest":
-        request.headers["Authorization"] = f"Bearer {token}"
-        return request
+# MLflow, by its REST API (mlflow.org/docs/latest/rest-api.html, 2.0): its own client would add a dozen packages to the
+# image of a step for these few calls.
 
-    return authorised
-
-
-# Notifies an MLflow server of a moved alias, over its REST API (mlflow.org/docs/latest/rest-api.html, 2.0).
-#
-# MLflow's own client would add a dozen packages to the image of a step for these few calls.
-
-MLFLOW_API = "/api/2.0/mlflow"
 VERSION_TAG = "fineloop.version"
 """The tag by which a version's run is found again."""
 
@@ -245,76 +199,57 @@ def notify_mlflow(url: str, announcement: Announcement, environment: Mapping[str
     """
     user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     token = environment.get("MLFLOW_TRACKING_TOKEN", "")
-    api = HttpApi(f"{url.rstrip('/')}{MLFLOW_API}", token=token, login=(user, password) if user else None)
-    if api.find("/registered-models/get", name=announcement.adapter) is None:
-        api.send("POST", "/registered-models/create", {"name": announcement.adapter})
-    number = _find_version(api, announcement) or _create_version(api, announcement)
-    alias = {"name": announcement.adapter, "alias": announcement.alias, "version": number}
-    api.send("POST", "/registered-models/alias", alias)
+    api = HttpApi(f"{url.rstrip('/')}/api/2.0/mlflow", token=token, login=(user, password) if user else None)
+    name = announcement.adapter
+    if not api.find("/registered-models/get", name=name):
+        api.send("POST", "/registered-models/create", json={"name": name})
+    query = f"name = '{name}' and source_path = '{announcement.version_uri}'"
+    if not (numbered := api.get("/model-versions/search", filter=query).get("model_versions")):
+        tags = {
+            VERSION_TAG: announcement.version,
+            "fineloop.run_id": announcement.trained_by,
+            "fineloop.manifest_sha256": announcement.manifest_sha256,
+        }
+        tagged = [{"key": key, "value": value} for key, value in tags.items()]
+        run_id = _mlflow_run(api, announcement, tagged)
+        version = {"name": name, "source": announcement.version_uri, "run_id": run_id, "tags": tagged}
+        numbered = [api.send("POST", "/model-versions/create", json=version)["model_version"]]
+    alias = {"name": name, "alias": announcement.alias, "version": str(numbered[0]["version"])}
+    api.send("POST", "/registered-models/alias", json=alias)
 
 
-def _find_version(api: HttpApi, announcement: Announcement) -> str | None:
-    """MLflow's number of the version, found by the version's address."""
-    query = f"name = '{announcement.adapter}' and source_path = '{announcement.version_uri}'"
-    found = api.get("/model-versions/search", filter=query).get("model_versions", [])
-    return str(found[0]["version"]) if found else None
-
-
-def _create_version(api: HttpApi, announcement: Announcement) -> str:
-    version = {
-        "name": announcement.adapter,
-        "source": announcement.version_uri,
-        "run_id": _run_of(api, announcement),
-        "tags": _mlflow_tags(announcement),
-    }
-    return str(api.send("POST", "/model-versions/create", version)["model_version"]["version"])
-
-
-def _run_of(api: HttpApi, announcement: Announcement) -> str:
+def _mlflow_run(api: HttpApi, announcement: Announcement, tags: list[dict[str, str]]) -> str:
     """The id of the version's run, in the experiment with the adapter's name. The run is created or completed; nothing
     that it has is removed."""
-    name = announcement.adapter
-    found = api.find("/experiments/get-by-name", experiment_name=name)
-    experiment = found["experiment"] if found else api.send("POST", "/experiments/create", {"name": name})
-    query = {
-        "experiment_ids": [experiment["experiment_id"]],
-        "filter": f"tags.`{VERSION_TAG}` = '{announcement.version}'",
-    }
-    runs = api.send("POST", "/runs/search", query).get("runs", [])
+    name = {"name": announcement.adapter}
+    found = api.find("/experiments/get-by-name", experiment_name=announcement.adapter)
+    experiment = found["experiment"] if found else api.send("POST", "/experiments/create", json=name)
+    query = f"tags.`{VERSION_TAG}` = '{announcement.version}'"
+    of_version = {"experiment_ids": [experiment["experiment_id"]], "filter": query}
+    runs = api.send("POST", "/runs/search", json=of_version).get("runs", [])
     time_ms = int(datetime.fromisoformat(announcement.time).timestamp() * 1000)
     begun = {
         "experiment_id": experiment["experiment_id"],
         "run_name": announcement.trained_by or announcement.version,
         "start_time": time_ms,
-        "tags": _mlflow_tags(announcement),
+        "tags": tags,
     }
-    run = runs[0] if runs else api.send("POST", "/runs/create", begun)["run"]
+    run = runs[0] if runs else api.send("POST", "/runs/create", json=begun)["run"]
     run_id = str(run["info"]["run_id"])
     metrics = [
         {"key": key, "value": value, "timestamp": time_ms, "step": 0} for key, value in announcement.metrics.items()
     ]
     params = [{"key": key, "value": getattr(announcement, key)} for key in ("method", "base", "dataset_uri")]
-    api.send("POST", "/runs/log-batch", {"run_id": run_id, "metrics": metrics, "params": params})
-    api.send("POST", "/runs/update", {"run_id": run_id, "status": "FINISHED", "end_time": time_ms})
+    api.send("POST", "/runs/log-batch", json={"run_id": run_id, "metrics": metrics, "params": params})
+    api.send("POST", "/runs/update", json={"run_id": run_id, "status": "FINISHED", "end_time": time_ms})
     return run_id
 
 
-def _mlflow_tags(announcement: Announcement) -> list[dict[str, Any]]:
-    tags = {
-        VERSION_TAG: announcement.version,
-        "fineloop.run_id": announcement.trained_by,
-        "fineloop.manifest_sha256": announcement.manifest_sha256,
-    }
-    return [{"key": key, "value": value} for key, value in tags.items()]
-
-
-# Notifies a Kubeflow Model Registry of a moved alias, over its REST API (kubeflow/hub, api/openapi).
-#
-# The registry's own Python client is not used: it configures logging and patches asyncio for the whole process, and has
-# no timeouts. The registry has no aliases: each is a property of the registered model, with the version as its value.
+# Kubeflow's Model Registry, by its REST API (kubeflow/hub, api/openapi): its own Python client configures logging and
+# patches asyncio for the whole process, and has no timeouts. The registry has no aliases: each is a property of the
+# registered model, with the version as its value.
 
 REGISTRY_TOKEN = "FINELOOP_MODEL_REGISTRY_TOKEN"
-REGISTRY_API = "/api/model_registry/{version}"
 NEWEST, OLDER = "v1", "v1alpha3"
 """Versions of the API, with the same requests. Servers from before 2026 know only the older one, which is to end with
 April 2027."""
@@ -327,55 +262,44 @@ def notify_model_registry(url: str, announcement: Announcement, environment: Map
     Raises:
         AnnounceError: the registry cannot be reached, or refuses.
     """
-    api = _newest_api(url.rstrip("/"), environment.get(REGISTRY_TOKEN, ""))
-    model = api.find("/registered_model", name=announcement.adapter) or api.send(
-        "POST", "/registered_models", {"name": announcement.adapter, "owner": AUTHOR}
+    newest, older = (
+        HttpApi(f"{url.rstrip('/')}/api/model_registry/{version}", token=environment.get(REGISTRY_TOKEN, ""))
+        for version in (NEWEST, OLDER)
     )
-    version = api.find("/model_version", name=announcement.version, parentResourceId=model["id"]) or api.send(
-        "POST",
-        "/model_versions",
-        {
-            "name": announcement.version,
-            "registeredModelId": model["id"],
-            "author": AUTHOR,
-            "customProperties": _properties(announcement),
-        },
+    api = newest if newest.find("/registered_models", pageSize="1") else older
+    name = announcement.adapter
+    model = api.find("/registered_model", name=name) or api.send(
+        "POST", "/registered_models", json={"name": name, "owner": AUTHOR}
     )
+    version = api.find("/model_version", name=announcement.version, parentResourceId=model["id"])
+    if not version:
+        keys = ("manifest_sha256", "method", "base", "dataset_uri")
+        texts = {"run_id": announcement.trained_by, **{key: getattr(announcement, key) for key in keys}}
+        properties: dict[str, Any] = {key: _text_property(value) for key, value in texts.items()}
+        for key, value in announcement.metrics.items():
+            properties[key] = {"metadataType": "MetadataDoubleValue", "double_value": value}
+        new = {"name": announcement.version, "registeredModelId": model["id"], "author": AUTHOR}
+        version = api.send("POST", "/model_versions", json={**new, "customProperties": properties})
     artifacts = f"/model_versions/{version['id']}/artifacts"
     if not api.get(artifacts).get("items"):
-        # Named like the model, because the registry's client looks for it by that name: get_model_artifact.
         artifact = {
             "artifactType": "model-artifact",
-            "name": announcement.adapter,
+            "name": name,  # the model's, because the registry's client looks for it by that: get_model_artifact
             "uri": announcement.version_uri,
             "state": "LIVE",
+            "modelFormatName": "peft",
+            "modelFormatVersion": "1",
         }
-        api.send("POST", artifacts, {**artifact, "modelFormatName": "peft", "modelFormatVersion": "1"})
+        api.send("POST", artifacts, json=artifact)
     properties = {**model.get("customProperties", {}), announcement.alias: _text_property(announcement.version)}
-    api.send("PATCH", f"/registered_models/{model['id']}", {"customProperties": properties})
-
-
-def _newest_api(url: str, token: str) -> HttpApi:
-    newest, older = (HttpApi(url + REGISTRY_API.format(version=version), token=token) for version in (NEWEST, OLDER))
-    return older if newest.find("/registered_models", pageSize="1") is None else newest
-
-
-def _properties(announcement: Announcement) -> dict[str, Any]:
-    same = ("manifest_sha256", "method", "base", "dataset_uri")
-    texts = {"run_id": announcement.trained_by, **{key: getattr(announcement, key) for key in same}}
-    numbers = {
-        key: {"metadataType": "MetadataDoubleValue", "double_value": value}
-        for key, value in announcement.metrics.items()
-    }
-    return {**{key: _text_property(value) for key, value in texts.items()}, **numbers}
+    api.send("PATCH", f"/registered_models/{model['id']}", json={"customProperties": properties})
 
 
 def _text_property(value: str) -> dict[str, str]:
     return {"metadataType": "MetadataStringValue", "string_value": value}
 
 
-# Posts a move of an alias as JSON, signed as GitHub signs its webhooks, so that existing receivers can check it.
-#
+# A webhook gets the move as JSON, signed as GitHub signs its own, so that existing receivers can check it:
 # https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries
 
 WEBHOOK_SECRET = "FINELOOP_WEBHOOK_SECRET"
@@ -389,7 +313,7 @@ def notify_webhook(url: str, announcement: Announcement, environment: Mapping[st
     Raises:
         AnnounceError: the receiver cannot be reached, or did not accept it.
     """
-    body = json.dumps(announcement.as_json(), sort_keys=True).encode()
+    body = json.dumps(asdict(announcement), sort_keys=True).encode()
     headers = {
         "Content-Type": "application/json",
         "X-Fineloop-Event": announcement.kind,
@@ -397,7 +321,7 @@ def notify_webhook(url: str, announcement: Announcement, environment: Mapping[st
     }
     if secret := environment.get(WEBHOOK_SECRET):
         headers["X-Hub-Signature-256"] = signature(body, secret)
-    HttpApi(url).deliver(body, headers)
+    HttpApi(url).deliver("POST", data=body, headers=headers)
 
 
 def signature(body: bytes, secret: str) -> str:
@@ -436,21 +360,40 @@ def announce(
     config: AnnounceConfig, store: "Store", name: str, event: "Event", environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Notify the servers that the config names; returns by their keys `NOTIFIED` or the reason for a failure."""
-    addresses = {key: address for key, address in config if address}
     outcomes: dict[str, str] = {}
-    for key, address in addresses.items():
-        send, names = NOTIFIERS[key]
+    for key, address in config:
+        if not address:
+            continue
+        notify, names = NOTIFIERS[key]
         try:
-            send(
+            moved = announcement_of(store, name, event)
+            _in_time(
                 address,
-                announcement_of(store, name, event),
-                {each: environment[each] for each in names if each in environment},
+                partial(notify, address, moved, {each: environment[each] for each in names if each in environment}),
             )
             outcomes[key] = NOTIFIED
         except (FineloopError, LookupError, TypeError) as exc:  # the last two: not an answer of the API
             outcomes[key] = str(exc) if isinstance(exc, FineloopError) else f"{address} answers strangely: {exc!r}"
             logger.warning("%s", warning(key, name, event.body["alias"], outcomes[key]))
     return outcomes
+
+
+def _in_time(address: str, notify: Callable[[], None]) -> None:
+    """Notify in a thread: a server that sends a byte now and then would never exceed a limit on a single wait."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            notify()
+            done.set_result(None)
+        except Exception as exc:  # passed to the thread that waits
+            done.set_exception(exc)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        done.result(PATIENCE_S)
+    except TimeoutError as exc:
+        raise AnnounceError(f"{address}: no whole answer after {PATIENCE_S} s") from exc
 
 
 def failed_notifications(steps: Iterable[StepRecord]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from components.config.gate import GateConfig
 from components.records.steps import ROLES, LostItem, Role, RuleResult, Suite, score_text
-from components.report import forest
+from components.report import charts
 from components.report.html import clipped, count
 from components.report.published import against_champion
 from components.report.run_files import RunFiles
@@ -14,17 +14,6 @@ from components.shared.paired import least_loss, mcnemar
 
 OTHERS: tuple[Role, ...] = ("champion", "base")
 """The roles that the candidate is compared with, the more important first."""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One model's value. `start` and `width` are in per cent of the track."""
-
-    role: str
-    name: str
-    start: float
-    width: float
-    text: str
 
 
 @dataclass(frozen=True)
@@ -41,27 +30,13 @@ class Panel:
     """One metric's bars."""
 
     metric: Metric
-    bars: tuple[Bar, ...]
+    bars: tuple[charts.Bar, ...]
     marks: tuple[Mark, ...]
 
     @property
     def text(self) -> str:
         """The panel in words, for readers who cannot see it."""
         return f"{self.metric.title}: " + "; ".join(f"{bar.name} {bar.text}" for bar in self.bars)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The paired difference to one other model between its bounds, in per cent of its own axis."""
-
-    name: str
-    text: str
-    position: float
-    low: float
-    high: float
-    zero: float
-    bound: float | None
-    bound_text: str
 
 
 @dataclass(frozen=True)
@@ -99,32 +74,24 @@ def panels(run: RunFiles) -> list[Panel]:
         bounds = _bounds(run, metric)
         if not values or (metric.repeats and not bounds):  # without its own bound it would show the same picture twice
             continue
-        low = min(0.0, *values.values(), *(bound for bound, _, _ in bounds))
-        high = max(0.0, *values.values(), *(bound for bound, _, _ in bounds))
-        span = (high - low) or 1.0
+        axis = charts.axis_of([0.0, *values.values(), *(bound for bound, _, _ in bounds)])
         bars = tuple(
-            Bar(
-                role,
-                called[role],
-                start=(min(value, 0.0) - low) / span * 100,
-                width=max(abs(value) / span * 100, 0.4),
-                text=metric.text(value),
-            )
+            charts.bar(axis, min(value, 0.0), max(value, 0.0), kind=role, name=called[role], text=metric.text(value))
             for role, value in values.items()
         )
-        marks = tuple(Mark((bound - low) / span * 100, text, passed) for bound, text, passed in bounds)
+        marks = tuple(Mark(axis.place(bound), text, passed) for bound, text, passed in bounds)
         result.append(Panel(metric, bars, marks))
     return result
 
 
-def intervals(run: RunFiles) -> list[Interval]:
+def intervals(run: RunFiles) -> list[charts.Interval]:
     """The gain between its bounds for each comparison of the gate; without a gate, for each of the evaluation."""
     compared = (rule for rule in _rules(run) if rule.against and is_metric(rule.metric))
     decided = [rule for rule in compared if rule.lower is not None and rule.upper is not None]
     return [_of_rule(rule) for rule in decided] if decided else list(_of_evaluation(run))
 
 
-def _of_rule(rule: RuleResult) -> Interval:
+def _of_rule(rule: RuleResult) -> charts.Interval:
     metric = metric_of(rule.metric or "")
     amounts = RELATIVE if rule.relative else metric
     assert rule.gain is not None
@@ -138,7 +105,7 @@ def _of_rule(rule: RuleResult) -> Interval:
     return interval(rule.title, said, amounts, rule.gain, (rule.lower, rule.upper), bound)
 
 
-def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
+def _of_evaluation(run: RunFiles) -> Iterator[charts.Interval]:
     called = names(run)
     for role in ROLES:
         found = run.evaluation.paired.get(role) if run.evaluation else None
@@ -156,21 +123,10 @@ def _of_evaluation(run: RunFiles) -> Iterator[Interval]:
 
 def interval(
     name: str, text: str, amounts: Metric, gain: float, ends: tuple[float, float], bound: float | None = None
-) -> Interval:
-    """Place a gain, its ends, and the bound that it should reach, if any, on an axis that holds them all."""
-    marks = [0.0, *ends, gain, *([bound] if bound is not None else [])]
-    pad = (max(marks) - min(marks)) * 0.06 or 1.0
-    start, span = min(marks) - pad, max(marks) - min(marks) + 2 * pad
-    return Interval(
-        name=name,
-        text=text,
-        position=(gain - start) / span * 100,
-        low=(ends[0] - start) / span * 100,
-        high=(ends[1] - start) / span * 100,
-        zero=-start / span * 100,
-        bound=None if bound is None else (bound - start) / span * 100,
-        bound_text="" if bound is None else f"required: {amounts.signed_text(bound)} or more",
-    )
+) -> charts.Interval:
+    """Place a gain, its ends, and the bound that it should reach, if any."""
+    bound_text = "" if bound is None else f"required: {amounts.signed_text(bound)} or more"
+    return charts.intervals_of([charts.Gain(name, "", gain, *ends, text)], bound, bound_text)[0]
 
 
 def table(run: RunFiles) -> list[MetricRow]:
@@ -341,23 +297,24 @@ def harness(run: RunFiles) -> HarnessTable | None:
     return HarnessTable(rows, found.lm_eval, found.limit, found.left_out)
 
 
-# Draws the gain on each kind of record.
+# Gains on one axis: on each kind of record, and of each decision so far.
 
 
-def slices(run: RunFiles) -> forest.Picture | None:
+def slices(run: RunFiles) -> charts.Forest | None:
     """The findings of the gate's rule on slices, worst first; None if it had no slice to judge."""
-    rule = next((rule for rule in run.decision.rules if rule.slices), None) if run.decision else None
+    rule = next((rule for rule in _rules(run) if rule.slices), None)
     if rule is None:
         return None
     metric, bound = metric_of(rule.metric or ""), -(rule.bound or 0.0)
     amounts = RELATIVE if rule.relative else metric
     gains = [
-        forest.Gain(
+        charts.Gain(
             f"{each.kind}: {clipped(each.name)}",
             f"{count(each.records)} records",
             each.gain,
             each.lower,
             each.upper,
+            charts.bounded_text(amounts, each.gain, each.lower, each.upper),
             bad=each.worse,
         )
         for each in rule.slices
@@ -367,29 +324,28 @@ def slices(run: RunFiles) -> forest.Picture | None:
         f"{(rule.confidence or 0) * 100:.4g} % confidence, so that all of them hold together. Solid: no difference. "
         f"Dashed: {amounts.signed_text(bound)}, below which a slice must not be shown to lie."
     )
-    return forest.draw(gains, bound=bound, amounts=amounts, note=note)
+    return charts.Forest(charts.intervals_of(gains, bound), note)
 
 
-# What the gate decided on this alias before, each time on the gain over the champion of that day.
-
-
-def past_decisions(run: RunFiles) -> forest.Picture | None:
-    """Decisions that compared by the same metric as this run's, the newest first; None where this is the only one."""
+def past_decisions(run: RunFiles) -> charts.Forest | None:
+    """What the gate decided on this alias before by the same metric, each time on the gain over the champion of that
+    day, the newest first; None where this is the only decision."""
     rule = against_champion(run.decision) if run.decision else None
     if run.decision is None or rule is None or not rule.metric:
         return None
     amounts = RELATIVE if rule.relative else metric_of(rule.metric)
     gains = [
-        forest.Gain(
+        charts.Gain(
             each.run_id,
             each.verdict or each.decision,
-            found.gain or 0.0,
-            found.lower,
-            found.upper,
+            gain := judged.gain or 0.0,
+            judged.lower,
+            judged.upper,
+            charts.bounded_text(amounts, gain, judged.lower, judged.upper),
             bad=not each.promoted,
         )
         for each in (run.decision, *run.decided_before)
-        if (found := against_champion(each)) and (found.metric, found.relative) == (rule.metric, rule.relative)
+        if (judged := against_champion(each)) and (judged.metric, judged.relative) == (rule.metric, rule.relative)
     ]
     if len(gains) < 2:
         return None
@@ -398,4 +354,4 @@ def past_decisions(run: RunFiles) -> forest.Picture | None:
         f"{metric_of(rule.metric).title}, each run's candidate against the champion of its day, between its bounds. "
         f"Solid: no difference. Dashed: {amounts.signed_text(bound)}, what this run's candidate had to stay above."
     )
-    return forest.draw(gains, bound=bound, amounts=amounts, note=note)
+    return charts.Forest(charts.intervals_of(gains, bound), note)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,6 +14,7 @@ from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
 from components.registry.cache import LISTING, Entries, read_entries, write_entries
 from components.registry.collect import Summary
 from components.report.adapter_files import AdapterFiles
+from components.report.charts import Axis, Dot, Tick, axis_of
 from components.report.html import template, what, when, who, why
 from components.report.published import Published
 from components.report.registry_index import Listed, list_adapter, listed
@@ -32,25 +33,12 @@ MOST_NAMED = 12
 
 
 @dataclass(frozen=True)
-class Dot:
-    """A version's gain over the champion of its day, in per cent of the picture; `low` and `high` end its interval."""
-
-    x: float
-    y: float
-    low: float
-    high: float
-    text: str
-    name: str = ""
-    """Beneath it; empty where there are too many to name."""
-
-
-@dataclass(frozen=True)
 class Picture:
     """Gains over time; heights in per cent of the picture, from its top."""
 
     dots: tuple[Dot, ...]
     zero: float
-    ticks: tuple[tuple[float, str], ...]
+    ticks: tuple[Tick, ...]
     metric: Metric
     bounds: str
     """What the lines through the dots are."""
@@ -189,29 +177,27 @@ def picture(page: AdapterPage) -> Picture | None:
     ]
     if newest is None or not compared:
         return None
-    ends = [0.0, *(end for _, _, interval in compared for end in interval)]
-    low, span = min(ends), (max(ends) - min(ends)) or 1.0
-
-    def height(value: float) -> float:
-        return round(95 - 90 * (value - low) / span, 2)
+    axis = axis_of([0.0, *(end for _, _, interval in compared for end in interval)], start=95, end=5)
+    across = Axis(0, max(len(compared) - 1, 1), 5, 95)
 
     def signed(value: float) -> str:
-        return newest.amounts.signed_text(value) if newest.amounts.is_share else f"{value:+.2g}"
+        text = newest.amounts.signed_text(value) if newest.amounts.is_share else f"{value:+.2g}"
+        return text if value else "0"
 
     dots = tuple(
         Dot(
-            x=round(5 + 90 * position / max(len(compared) - 1, 1), 2),
-            y=height(gain),
-            low=height(interval[0]),
-            high=height(interval[1]),
-            text=f"{each.version.version}, {each.published}: {newest.amounts.signed_text(gain)}",
+            across.place(position),
+            axis.place(gain),
+            f"{each.version.version}, {each.published}: {newest.amounts.signed_text(gain)}",
+            low=axis.place(low),
+            high=axis.place(high),
             name=each.version.version[:6] if len(compared) <= MOST_NAMED else "",
         )
-        for position, (each, gain, interval) in enumerate(compared)
+        for position, (each, gain, (low, high)) in enumerate(compared)
     )
-    ticks = tuple((height(end), signed(end) if end else "0") for end in sorted({0.0, low, max(ends)}))
+    ticks = replace(axis, ticks=tuple(sorted({0.0, axis.low, axis.high}))).labels(signed)
     bounds = "its 95 % interval" if newest.confidence is None else "the bounds that the gate decided by"
-    return Picture(dots, height(0.0), ticks, newest.metric, bounds)
+    return Picture(dots, axis.place(0.0), ticks, newest.metric, bounds)
 
 
 def build_pages(

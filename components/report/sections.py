@@ -1,11 +1,10 @@
-"""The lower parts of the page: sample answers, data, time, and origin."""
+"""The sections of a run's page: what was decided and what to do now, answers, data, time and cost, and origin."""
 
 import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal
 
 from jinja2.utils import htmlsafe_json_dumps
@@ -18,68 +17,13 @@ from components.records.runs import Replayed
 from components.records.steps import ROLES, Role, StepRecord, Usage
 from components.registry.aliases import PRODUCTION
 from components.report import run_files
+from components.report.charts import Axis, Bar, axis_of, bar
 from components.report.comparison import names
 from components.report.html import clipped, count, moment, parse_moment
 from components.report.run_files import RunFiles
 from components.shared.durations import counted, duration
 from components.shared.errors import UserError, by_name
 from components.shared.metrics import is_metric, metric_of, normal
-
-# What a training cost: the time that its workers were held, how much of it went into steps, and the price of that.
-
-MB = 10**6
-
-
-def cost(run: RunFiles) -> str:
-    """Return the cost of a training in one line; empty if the run does not record its duration and hardware.
-
-    Workers are held from the start of the job to the last step; time outside steps goes into startup and checks. If a
-    run resumed from a checkpoint, an earlier job may have taken some steps, so that shares would compare two jobs.
-    """
-    step = run.step("finetune")
-    result = step.result if step else {}
-    hardware = (run.lineage or {}).get("hardware") or {}
-    began, ended = parse_moment(result.get("began_at")), parse_moment(result.get("trained_at"))
-    workers, seconds, tokens = hardware.get("workers"), result.get("train_seconds"), result.get("tokens")
-    if not (began and ended and workers and seconds and tokens):
-        return ""
-    held_s = (ended - began).total_seconds()
-    hours = workers * held_s / 3600
-    unit = "GPU-hour" if hardware.get("gpu") else "worker-hour"
-    if result.get("resumed_from_step"):
-        text = f"{hours:.2f} {unit}s of the job that took the last step"
-    else:
-        text = f"{hours:.2f} {unit}s until the last step, {seconds / held_s:.0%} of them in steps"
-        text += f"; {count(round(tokens / hours))} tokens a {unit}"
-    return text + _used(result.get("usage")) + _price(run, str(hardware.get("gpu", "")), hours)
-
-
-def _used(recorded: Any) -> str:
-    """Return the recorded usage as text; empty if an earlier release recorded none."""
-    if not recorded:
-        return ""
-    used = Usage.model_validate(recorded)
-    parts = []
-    if used.restarts:
-        parts.append(f"{counted(used.restarts, 'restart')}, {counted(used.steps_repeated, 'step')} taken twice")
-    if used.flops is not None:
-        before = used.flops_with_parents != used.flops and used.flops_with_parents
-        parts.append(f"{used.flops:.2g} FLOPs{f', {before:.2g} with what it went on from' if before else ''}")
-    parts.append(
-        f"{counted(used.s3_requests, 'S3 request')} of the workers, "
-        f"{used.s3_read_bytes / MB:,.1f} MB read, {used.s3_written_bytes / MB:,.1f} MB written"
-    )
-    return "".join(f"; {part}" for part in parts)
-
-
-def _price(run: RunFiles, gpu: str, hours: float) -> str:
-    """Return the price of the GPU hours as text, by the config's price or the list price for the workers' GPU model."""
-    found = price_per_hour(config_file.loads(run.config_toml).ray, gpu) if run.config_toml else None
-    if found is None:
-        return ""
-    price, source = found
-    return f"; ${hours * price:,.2f} at " + (f"${price:g} ({source})" if " " in source else source)
-
 
 DRAWN = 100
 """Number of answers in the page's table. A browser takes seconds to lay out thousands of rows, so a script draws the
@@ -128,17 +72,6 @@ class Sample:
     """`newly right`, `newly wrong` or empty: the candidate against the champion, or the base if there is none."""
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """One step on the time line. `start` and `width` are in per cent of the whole run."""
-
-    name: str
-    status: str
-    start: float
-    width: float
-    text: str
-
-
 def samples(run: RunFiles) -> list[Sample]:
     """Return the evaluation's sample answers, right or wrong by exact match."""
     called = names(run)
@@ -146,12 +79,28 @@ def samples(run: RunFiles) -> list[Sample]:
     for sample in run.evaluation.samples if run.evaluation else []:
         reference = str(sample["reference"])
         answers = tuple(
-            Answer(role, called[role], clipped(str(sample[role])), _same(str(sample[role]), reference))
+            Answer(role, called[role], clipped(str(sample[role])), normal(str(sample[role])) == normal(reference))
             for role in ROLES
             if sample.get(role) is not None
         )
         result.append(Sample(_turns(sample["prompt"]), clipped(reference), answers, _change(answers)))
     return result
+
+
+def _turns(prompt: object) -> tuple[tuple[str, str], ...]:
+    if isinstance(prompt, str):
+        return (("", clipped(prompt)),)
+    turns = [(str(turn["role"]), clipped(str(turn["content"]))) for turn in prompt if isinstance(turn, Mapping)]  # type: ignore[attr-defined]
+    return (("", turns[0][1]),) if len(turns) == 1 and turns[0][0] == "user" else tuple(turns)
+
+
+def _change(answers: Sequence[Answer]) -> str:
+    right = {answer.role: answer.right for answer in answers}
+    before = right.get("champion", right.get("base"))
+    after = right.get("candidate")
+    if before is None or after is None or before == after:
+        return ""
+    return "newly right" if after else "newly wrong"
 
 
 def right_counts(shown: Sequence[Sample]) -> list[str]:
@@ -180,6 +129,8 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
         return None
     rows = profile.get("rows", {})
     splits = {name: profile.get("splits", {}).get(name, {}) for name in ("train", "eval")}
+    near = profile.get("near_duplicates", {})
+    stay = near.get("in_train", 0)
     num_records = sum(split.get("records", 0) for split in splits.values())
     top = splits["train"].get("most_frequent_answers", [])[:_MAX_ANSWERS]
     largest = max((answer["share"] for answer in top), default=1.0)
@@ -208,19 +159,26 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
             (_PERSONAL.get(kind, kind), count(found))
             for kind, found in profile.get("personal", {}).get("found", {}).items()
         ],
-        "near": _near(profile.get("near_duplicates", {})),
+        # What near-duplicates of held-out prompts resemble, and those within training.
+        "near": [
+            *((f"near “{each['begins']} …”", count(each["records"])) for each in near.get("most_are_near", [])),
+            *([("training records that hardly differ from another, and stay", count(stay))] if stay else []),
+        ],
         "lengths": [
-            (f"{title}, {words}", _lengths(splits[name].get(key, {})))
+            (f"{title}, {words}", [count(splits[name][key].get(f"p{share}")) for share in (0, 50, 90, 99, 100)])
             for key, title in (("prompt_chars", "Prompt"), ("answer_chars", "Answer"))
             for name, words in (("train", "training"), ("eval", "held out"))
             if splits[name].get(key)
         ],
         "answers": [
-            {
-                "answer": clipped(each["answer"]),
-                "text": f"{each['share']:.1%}".replace("%", " %"),
-                "width": max(each["share"] / largest * 100, 0.4),
-            }
+            bar(
+                Axis(0.0, largest),
+                0.0,
+                each["share"],
+                kind="base",
+                name=clipped(each["answer"]),
+                text=f"{each['share']:.1%}".replace("%", " %"),
+            )
             for each in top
         ],
         "distinct_answers": count(splits["train"].get("distinct_answers")),
@@ -229,6 +187,14 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
             for each in profile.get("sources", [])
         ],
     }
+
+
+def _with_share(part: int, whole: int) -> str:
+    return f"{count(part)} ({part / whole:.1%})".replace("%", " %") if whole else count(part)
+
+
+def _in_groups(counted: str, split: Mapping[str, Any]) -> str:
+    return f"{counted} in {count(split['groups'])} groups" if split.get("groups") else counted
 
 
 def _replayed(found: Replayed) -> str:
@@ -240,32 +206,17 @@ def _replayed(found: Replayed) -> str:
     return f"{count(found.kept)} of {count(found.asked)} with right answers of {found.version}{others}"
 
 
-def _near(profile: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the prompts that near-duplicates of held-out prompts resemble, and the count of those within training."""
-    near = [(f"near “{each['begins']} …”", count(each["records"])) for each in profile.get("most_are_near", [])]
-    in_train = profile.get("in_train", 0)
-    return near + (
-        [("training records that hardly differ from another, and stay", count(in_train))] if in_train else []
-    )
-
-
-def step_times(run: RunFiles) -> list[StepTime]:
+def step_times(run: RunFiles) -> list[Bar]:
     """The steps on one time line, in the order they started."""
-    known = [(start, step) for step in run.steps if (start := parse_moment(step.started_at))]
+    known = sorted(
+        ((start.timestamp(), step) for step in run.steps if (start := parse_moment(step.started_at))),
+        key=lambda each: each[0],
+    )
     if not known:
         return []
-    known.sort(key=lambda each: each[0])
-    begin = known[0][0]
-    end = max(start + timedelta(seconds=step.seconds) for start, step in known)
-    total = max((end - begin).total_seconds(), 1e-9)
+    axis = axis_of(end for start, step in known for end in (start, start + step.seconds))
     return [
-        StepTime(
-            step.step,
-            step.status,
-            start=(start - begin).total_seconds() / total * 100,
-            width=max(step.seconds / total * 100, 0.4),
-            text=duration(step.seconds),
-        )
+        bar(axis, start, start + step.seconds, kind=step.status, name=step.step, text=duration(step.seconds))
         for start, step in known
     ]
 
@@ -287,6 +238,49 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
     if seconds:
         facts.append(("Time", duration(seconds)))
     return facts
+
+
+# What a training cost: the time that its workers were held, how much of it went into steps, and the price of that.
+
+
+def cost(run: RunFiles) -> str:
+    """Return the cost of a training in one line; empty if the run does not record its duration and hardware.
+
+    Workers are held from the start of the job to the last step; time outside steps goes into startup and checks. If a
+    run resumed from a checkpoint, an earlier job may have taken some steps, so that shares would compare two jobs.
+    """
+    step = run.step("finetune")
+    result = step.result if step else {}
+    hardware = (run.lineage or {}).get("hardware") or {}
+    began, ended = parse_moment(result.get("began_at")), parse_moment(result.get("trained_at"))
+    workers, seconds, tokens = hardware.get("workers"), result.get("train_seconds"), result.get("tokens")
+    if not (began and ended and workers and seconds and tokens):
+        return ""
+    held_s = (ended - began).total_seconds()
+    hours = workers * held_s / 3600
+    unit = "GPU-hour" if hardware.get("gpu") else "worker-hour"
+    if result.get("resumed_from_step"):
+        parts = [f"{hours:.2f} {unit}s of the job that took the last step"]
+    else:
+        parts = [f"{hours:.2f} {unit}s until the last step, {seconds / held_s:.0%} of them in steps"]
+        parts.append(f"{count(round(tokens / hours))} tokens a {unit}")
+    if result.get("usage"):  # which an earlier release did not record
+        used = Usage.model_validate(result["usage"])
+        if used.restarts:
+            parts.append(f"{counted(used.restarts, 'restart')}, {counted(used.steps_repeated, 'step')} taken twice")
+        if used.flops is not None:
+            before = used.flops_with_parents != used.flops and used.flops_with_parents
+            parts.append(f"{used.flops:.2g} FLOPs{f', {before:.2g} with what it went on from' if before else ''}")
+        parts.append(
+            f"{counted(used.s3_requests, 'S3 request')} of the workers, "
+            f"{used.s3_read_bytes / 1e6:,.1f} MB read, {used.s3_written_bytes / 1e6:,.1f} MB written"
+        )
+    # By the config's price or the list price for the workers' GPU model.
+    config = config_file.loads(run.config_toml) if run.config_toml else None
+    if config and (found := price_per_hour(config.ray, str(hardware.get("gpu", "")))):
+        price, source = found
+        parts.append(f"${hours * price:,.2f} at " + (f"${price:g} ({source})" if " " in source else source))
+    return "; ".join(parts)
 
 
 def costs(run: RunFiles) -> list[tuple[str, str]]:
@@ -353,52 +347,19 @@ def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def _turns(prompt: object) -> tuple[tuple[str, str], ...]:
-    if isinstance(prompt, str):
-        return (("", clipped(prompt)),)
-    turns = [(str(turn["role"]), clipped(str(turn["content"]))) for turn in prompt if isinstance(turn, Mapping)]  # type: ignore[attr-defined]
-    return (("", turns[0][1]),) if len(turns) == 1 and turns[0][0] == "user" else tuple(turns)
-
-
-def _same(answer: str, reference: str) -> bool:
-    return normal(answer) == normal(reference)
-
-
-def _change(answers: Sequence[Answer]) -> str:
-    right = {answer.role: answer.right for answer in answers}
-    before = right.get("champion", right.get("base"))
-    after = right.get("candidate")
-    if before is None or after is None or before == after:
-        return ""
-    return "newly right" if after else "newly wrong"
-
-
-def _with_share(part: int, whole: int) -> str:
-    return f"{count(part)} ({part / whole:.1%})".replace("%", " %") if whole else count(part)
-
-
-def _in_groups(counted: str, split: Mapping[str, Any]) -> str:
-    return f"{counted} in {count(split['groups'])} groups" if split.get("groups") else counted
-
-
-def _lengths(percentiles: Mapping[str, int]) -> list[str]:
-    return [count(percentiles.get(key)) for key in ("p0", "p50", "p90", "p99", "p100")]
-
-
-# Whether the candidate has forgotten what its base knows of text outside the domain, in words.
-
-_LEAST = 0.005
+LEAST_FORGOTTEN = 0.005
 """The smallest rise of the loss that is reported as forgetting."""
 
 
-def sentence(run: RunFiles) -> str:
-    """The two sentences; empty if the loss on general text was not measured."""
+def forgotten(run: RunFiles) -> str:
+    """Whether the candidate has forgotten what its base knows of text outside the domain, in two sentences; empty if
+    the loss on general text was not measured."""
     ours, base = run.metric("candidate", "general_loss"), run.metric("base", "general_loss")
     if ours is None or base is None:
         return ""
     metric = metric_of("general_loss")
     rise = ours - base
-    if rise < _LEAST:
+    if rise < LEAST_FORGOTTEN:
         found = f"Nothing shows as forgotten: on general text the candidate's loss is {metric.text(ours)}, "
         found += f"and the base's {metric.text(base)}."
     else:
@@ -412,13 +373,11 @@ def sentence(run: RunFiles) -> str:
     return f"{found} The gate's limit ({rule.bound_text}) is {kept}."
 
 
-# Explains the terms of a report to readers who have not trained models; shown at a click.
-
 _NAT = (
     "A nat is the unit of surprise: a loss of 0 means that the model was sure of each word, and each 0.7 more that it "
     "gave the right one half the chance."
 )
-_EXPLAINED = {
+EXPLAINED = {
     "exact_match": "The share of answers that equal the reference, but for white space and how accents are coded.",
     "token_f1": "How many words an answer shares with its reference, from none to all: half right counts as half.",
     "loss": f"How surprised the model is by the right answer, on average over its tokens (pieces of words). {_NAT}",
@@ -433,11 +392,7 @@ _EXPLAINED = {
     "kl_from_base": "How far the answers to prompts of no domain have moved from the base's own: 0 where nothing has "
     f"changed. {_NAT}",
 }
-
-
-def explained(metric: str) -> str:
-    """The explanation of a metric in plain words; empty if its name says enough."""
-    return _EXPLAINED.get(metric, "")
+"""The metrics whose names do not say enough, for readers who have not trained models; shown at a click."""
 
 
 # The top of the page: what was decided, what it changed, and why, in words for someone who reads nothing else.
@@ -479,7 +434,13 @@ def headline(run: RunFiles) -> Headline:
         title = f"{run.adapter}: the {failed.step} step failed"
         return Headline("failed", "Failed", title, _lead(run) if run.evaluation else "", consequence, (message,))
     if decision is None:
-        return Headline("open", "No decision", f"{run.adapter}: no decision was made", _lead(run), _undecided(run), ())
+        far = (
+            "The candidate was evaluated, but no gate was asked to decide"
+            if run.evaluation
+            else ("The run ended before an evaluation")
+        )
+        consequence = f"{far}; the alias {run.alias} is as it was."
+        return Headline("open", "No decision", f"{run.adapter}: no decision was made", _lead(run), consequence, ())
     if decision.decision == "skipped":
         title = f"{run.adapter}: there is too little new to train on"
         consequence = f"The alias {run.alias} is as it was. What is new counts again next time."
@@ -512,12 +473,6 @@ def headline(run: RunFiles) -> Headline:
     return Headline("hold", badge, title, _lead(run), consequence, decision.reasons)
 
 
-def _undecided(run: RunFiles) -> str:
-    if run.evaluation is None:
-        return f"The run ended before an evaluation; the alias {run.alias} is as it was."
-    return f"The candidate was evaluated, but no gate was asked to decide; the alias {run.alias} is as it was."
-
-
 def _lead(run: RunFiles) -> str:
     """What changed, candidate against champion and base, in at most two sentences; and where the training began."""
     if run.evaluation is None:
@@ -546,14 +501,13 @@ def _others(run: RunFiles, key: str) -> str:
     return f", against {' and '.join(others)}" if others else ""
 
 
-# Commands that a reader of the report may want to run next.
-
 HOME = ".fineloop"
 """The default of --home."""
 
 
 def next_steps(run: RunFiles, *, home: str = HOME, verb: str = "run") -> list[tuple[str, str]]:
-    """The commands, each with its purpose; `home` and `verb` are those of the command that began the run."""
+    """Commands that a reader may want to run next, each with its purpose; `home` and `verb` are those of the command
+    that began the run."""
     option = "" if home == HOME else f" --home {shlex.quote(home)}"
     return [(f"{command}{option}", why) for command, why in _steps(run, home, verb)]
 

@@ -175,9 +175,9 @@ def _data(options: argparse.Namespace) -> Answer:
     job = Job("ray_jobs.preview", str(options.config.absolute()), overrides=options.overrides)
     body = answer(job, on_line=print_err, verbose=options.verbose)
     if options.html:
-        from components.report.preview_page import build_page
+        from components.report.page import build_preview
 
-        options.html.write_text(build_page(body, list(_sentences(body))), encoding="utf-8")
+        options.html.write_text(build_preview(body, list(_sentences(body))), encoding="utf-8")
         body["page"] = str(options.html)
     last = f"a run would stop here: {body['refused']}" if body["refused"] else f"next: {following}"
     return Answer(body, "\n".join([*_lines(body), "", last]))

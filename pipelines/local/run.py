@@ -30,7 +30,7 @@ from components.records.runs import PAGES
 from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult, scalars
 from components.records.sweep import SweepResult, Tuned
 from components.registry.aliases import PRODUCTION
-from components.report.forest import picture
+from components.report.charts import rates_picture
 from components.report.report import parse_metrics
 from components.shared.cpus import this_cpu
 from components.shared.durations import counted
@@ -523,7 +523,7 @@ def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
     def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> SweepResult:
         result = runs.read(store, run_id, SweepResult)
         (folder / runs.SWEEP).write_bytes(result.as_json())
-        picture_path(place, run_id).write_text(picture(result), encoding="utf-8")
+        picture_path(place, run_id).write_text(rates_picture(result), encoding="utf-8")
         return result
 
     return run_and_read(sweeping, place, read, what="sweep", run_id=run_id)

@@ -11,8 +11,7 @@ from components.records.steps import Evaluation, Measured, PairedDifference, Tex
 from components.registry.aliases import PIPELINE, Cause, promote
 from components.registry.event_log import append_event
 from components.registry.versions import Version, publish_version, resolve
-from components.report import preview_page, side_by_side_page
-from components.report.page import build_report
+from components.report.page import Beside, Column, build_preview, build_report, build_side_by_side
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles, Wrong
 from components.shared.paired import Bounds
@@ -97,8 +96,8 @@ def compared() -> str:
     """`fineloop compare` of two runs."""
     names = ("20261124-0200", "20261117-0200")
     columns = [
-        side_by_side_page.Column(names[0], names[0], CHAMPION, "as it was", metrics(0.951, 0.683, 0.712, 1.301)),
-        side_by_side_page.Column(names[1], names[1], CANDIDATE, "rank 32", metrics(0.912, 0.72, 0.743, 1.384)),
+        Column(names[0], names[0], CHAMPION, "as it was", metrics(0.951, 0.683, 0.712, 1.301)),
+        Column(names[1], names[1], CANDIDATE, "rank 32", metrics(0.912, 0.72, 0.743, 1.384)),
     ]  # fmt: skip
     turned = [
         Turned(f"icd-{place:04}", f"ICD-10 chapter: {asked}", reference, before, after, after == reference)
@@ -112,10 +111,10 @@ def compared() -> str:
         "loss": Bounds(0.039, 0.018, 0.060, 0.0128, 300, 300),
         "exact_match": Bounds(0.037, -0.004, 0.078, 0.025, 300, 300),
     }
-    return side_by_side_page.build_page(
+    return build_side_by_side(
         columns,
         {"method.rank": ["16", "32"], "train.epochs": ["1", "2"], "data.source": ["s3://intake/2026-11-16.jsonl", "-"]},
-        [side_by_side_page.Beside(names[1], 300, 0.95, gains, turned)],
+        [Beside(names[1], 300, 0.95, gains, turned)],
         {names[0]: example_runs.training(125, 0.93), names[1]: example_runs.training(250, 0.88)},
         generated_at=NOW,
     )
@@ -139,7 +138,7 @@ def previewed() -> str:
         "2,000 records to train on, 224 held out, of 2,246 rows.",
         "A run's gate sees a difference of 6.1 points of exact match, or more, in 224 records.",
     ]
-    return preview_page.build_page(body, lines)
+    return build_preview(body, lines)
 
 
 def registry(store: Store) -> dict[str, str]:

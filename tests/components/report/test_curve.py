@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from components.report.forest import MAX_POINTS, loss_axis, loss_curve, nice_ticks, smoothed, thinned
+from components.report.charts import MAX_POINTS, loss_axis, loss_curve, nice_ticks, smoothed, thinned
 from tests.components.report.example_runs import training
 
 

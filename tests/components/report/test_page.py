@@ -12,7 +12,7 @@ from components.records.steps import RuleResult, StepRecord
 from components.report.html import SEARCH, TEMPLATES
 from components.report.page import build_report
 from components.report.run_files import RunFiles
-from components.report.sections import explained, next_steps, samples
+from components.report.sections import EXPLAINED, next_steps, samples
 from components.shared.metrics import METRICS
 from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
@@ -413,10 +413,10 @@ def test_a_skipped_run_says_why_and_that_nothing_is_lost() -> None:
 
 
 def test_every_metric_with_a_unit_or_a_name_of_the_trade_is_explained_at_a_click() -> None:
-    unexplained = {key for key in METRICS if not explained(key)}
+    unexplained = {key for key in METRICS if key not in EXPLAINED}
     assert unexplained == {"rouge_l", "json_valid", "label_accuracy"}  # whose meaning, beside them, says it all
     for key in METRICS:
-        assert ("nat" in explained(key)) == METRICS[key].unit.startswith("nats")
+        assert ("nat" in EXPLAINED.get(key, "")) == METRICS[key].unit.startswith("nats")
     text = Page(build_report(example_runs.promoted_run())).text
     assert "What is that? How much less the model is surprised by an answer behind its own prompt" in text
 

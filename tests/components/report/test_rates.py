@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
-from components.report import forest
+from components.report import charts
 from components.report.page import build_report
 from components.report.run_files import RunFiles
 
@@ -40,7 +40,7 @@ def result() -> SweepResult:
 
 
 def test_marks_lie_where_rates_and_losses_say_on_a_logarithmic_axis(result: SweepResult) -> None:
-    root = ET.fromstring(forest.picture(result))
+    root = ET.fromstring(charts.rates_picture(result))
     lora, dora = root.findall(f"{SVG}g")
     circles = [[float(c.get(axis, "nan")) for axis in ("cx", "cy")] for c in lora.findall(f"{SVG}circle")]
     xs, ys = zip(*circles, strict=True)

@@ -85,7 +85,9 @@ def test_earlier_decisions_are_drawn_with_their_intervals_the_newest_first(store
         ("before-0", "hold", True),
     ]
     assert len({row.position for row in drawn.rows}) == 1
-    assert drawn.rows[0].position < drawn.bound < drawn.zero
+    newest = drawn.rows[0]
+    assert newest.bound is not None
+    assert newest.position < newest.bound < newest.zero
     assert "Decisions so far" in build_report(found)
     assert past_decisions(run) is None
     run_report(CONFIG, store, run.run_id)  # leaves the index

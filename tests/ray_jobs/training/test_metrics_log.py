@@ -6,7 +6,7 @@ import pytest
 
 from components.records import runs
 from components.records.steps import scalars
-from components.report.forest import series
+from components.report.charts import series
 from components.shared.errors import StoreError
 from components.store.store import Store
 from ray_jobs.training import metrics_log
