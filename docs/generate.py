@@ -21,7 +21,17 @@ CONFIG = """# Config keys
 
 A config is one TOML file with the sections below. `--set SECTION.KEY=VALUE` replaces one key. Written by `make docs`
 from `components/config/`.
+
+These are the keys that people set. The others have defaults that rarely need a change.
 """
+FIRST = (
+    *("adapter.name", "data.source", "data.group", "data.personal", "model.base", "model.max_length"),
+    *("method.name", "method.rank", "method.target_modules"),
+    *("train.learning_rate", "train.epochs", "train.batch_size", "train.micro_batch_size"),
+    *("train.zero_stage", "train.gradient_checkpointing", "ray.use_gpu", "ray.num_workers"),
+    *("gate.metric", "gate.worse_than_champion_by", "registry.bucket"),
+)
+"""The keys that people set."""
 COMMANDS = """# Commands
 
 Every command takes `--help`, `-v` (more on stderr) and `--json`: one JSON object as the last line of stdout, with the
@@ -43,7 +53,7 @@ def pages() -> dict[Path, str]:
 def config_page(schema: Mapping[str, Any]) -> str:
     """Markdown: a table for each section of the config, from its JSON Schema."""
     definitions = schema["$defs"]
-    lines = [CONFIG]
+    lines, shown = list[str](), dict[str, str]()
     waiting = [(name, _resolved(each, definitions)) for name, each in schema["properties"].items()]
     while waiting:
         name, section = waiting.pop(0)
@@ -59,11 +69,12 @@ def config_page(schema: Mapping[str, Any]) -> str:
             inner += [(f"{name}.{key}", table) for table in _tables(found, definitions) if len(table["properties"]) > 1]
             default = "required" if key in required else f"`{json.dumps(each.get('default'))}`"
             default = "" if default == "`null`" else default
-            lines.append(
-                f"| `{key}` | {_type(each, definitions)} | {default} | {_one_line(each.get('description', ''))} |"
-            )
+            text = _one_line(each.get("description", ""))
+            lines.append(f"| `{key}` | {_type(each, definitions)} | {default} | {text} |")
+            shown[f"{name}.{key}"] = f"| `{name}.{key}` | {default} | {text.partition('. ')[0].rstrip('.')} |"
         lines.append("")
         waiting = inner + waiting
+    lines = [CONFIG, "| key | default | |", "|---|---|---|", *(shown[key] for key in FIRST), "", *lines]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from components.config.ray import NumWorkers
 from components.config.schema import MethodConfig, ModelConfig, RunConfig
-from components.config.section import Section, descriptions
+from components.config.section import REMOVED, Section, descriptions, is_old, old_keys
 from components.shared.errors import ConfigError
 
 # What transformers, peft, TRL, Axolotl and LLaMA-Factory call keys of the config. None of these is a key of ours.
@@ -39,7 +39,6 @@ _THEIRS = {
     "train.dtype": "bf16 fp16",
     "train.epochs": "num_epochs num_train_epochs",
     "train.evals_per_epoch": "eval_steps",
-    "train.keep_checkpoints": "save_total_limit",
     "train.learning_rate": "lr",
     "train.micro_batch_size": "per_device_train_batch_size",
     "train.optimizer": "optim",
@@ -101,8 +100,9 @@ def validate(
     for override in overrides:
         _override(table, override)
     origin = f"{origin}{overriding}" if overrides else origin
+    without_removed(table, origin)
     try:
-        return RunConfig.model_validate(table)
+        config = RunConfig.model_validate(table)
     except ValidationError as exc:
         found: dict[str, str] = {}
         for error in exc.errors():
@@ -114,6 +114,20 @@ def validate(
         raise ConfigError(
             "\n  ".join([f"{origin}:", *problems]) if problems[1:] else f"{origin}: {problems[0]}"
         ) from exc
+    for key, instead in old_keys(config):
+        logger.warning("%s: %s is read for this release only: use %s", origin, key, instead)
+    return config
+
+
+def without_removed(table: dict[str, Any], origin: str) -> None:
+    """Take the removed keys out of a config, and say so of each that held another value than the one in force."""
+    for path, removed in REMOVED.items():
+        *sections, key = path.split(".")
+        held: Any = table
+        for section in sections:
+            held = held.get(section) if isinstance(held, dict) else None
+        if isinstance(held, dict) and key in held and (value := held.pop(key)) != removed.default:
+            logger.warning("%s: %s is gone, and %r is not used: %s", origin, path, value, removed.instead)
 
 
 def with_stored(config: RunConfig, stored: Mapping[str, Any], *, origin: str, commit: str = "") -> RunConfig:
@@ -191,8 +205,12 @@ def json_schema() -> str:
     schema = RunConfig.model_json_schema()
     sections = {section.__name__: section for section in Section.__subclasses__()}
     for name, shown in {RunConfig.__name__: schema, **schema["$defs"]}.items():
+        for key, field in sections[name].model_fields.items():
+            if is_old(field):
+                del shown["properties"][key]
         for key, text in descriptions(sections[name]).items():
             shown["properties"][key] = dict(sorted({**shown["properties"][key], "description": text}.items()))
+    del schema["$defs"]["Toleration"]  # of old keys alone
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
@@ -341,6 +359,8 @@ def _required(section: type[BaseModel]) -> list[str]:
 def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key below a section that is not inside a list, dotted; of a tagged union the keys of all members."""
     for name, field in section.model_fields.items():
+        if is_old(field):
+            continue
         yield prefix + name
         held = [*_variants(field).values()]
         if field.annotation is (inner := _held(field)) and inner:

@@ -1,12 +1,20 @@
 """The config's `ray` section: how many workers, which of two ways leads to their cluster, and the GPUs to plan for."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from components.config.section import Added, Section
+from components.config.section import Added, Old, Section
 from components.shared.errors import ConfigError
 
 # The GPUs that a run can be planned for: memory, dense 16-bit rate and list price, each with its source.
@@ -74,10 +82,124 @@ NVIDIA_GPU = "nvidia.com/gpu"
 # TOKENIZERS_PARALLELISM and its like are settings, not tokens.
 _SECRET = re.compile(r"KEY|SECRET|TOKEN(?!IZ)|PASSW|CREDENTIAL", re.IGNORECASE)
 _TAKEN = re.compile(r"(^|[.-])(kubernetes|k8s|kubeflow|ray|istio|fineloop)\.(io|org|dev)$")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OURS = ("FINELOOP_IMAGE", "HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
 
 GIB = 2**30
+COLLECTIVE_TIMEOUT_S = 1_800
+"""Timeout of collective operations, after which workers that cannot reach each other fail."""
+TOPOLOGY = {True: "kueue.x-k8s.io/podset-required-topology", False: "kueue.x-k8s.io/podset-preferred-topology"}
+
+# Taints that clouds put on spot nodes. EKS has none of its own; Karpenter's is for its users to choose.
+SPOT = (
+    {"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
+    {"key": "fineloop.dev/spot", "operator": "Exists", "effect": "NoSchedule"},
+)
+
+_BY_NAME = ("env", "imagePullSecrets")
+
+
+def merged(base: Any, patch: Any, key: str = "") -> Any:
+    """A strategic merge: tables by key, variables and pull secrets by name, the one container; other lists grow."""
+    if isinstance(base, Mapping) and isinstance(patch, Mapping):
+        return {**base, **{name: merged(base.get(name), value, name) for name, value in patch.items()}}
+    if not (isinstance(base, list) and isinstance(patch, list)):
+        return patch
+    if key == "containers":
+        return [merged((base or [{}])[0], patch[0])]
+    if key in _BY_NAME:
+        return [*({each["name"]: each for each in [*base, *patch]}).values()]
+    return [*base, *patch]
+
+
+def _filled(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if value}
+
+
+# What a template may set, in Kubernetes' words. All else of a pod is Fineloop's: the API server refuses a pod that is
+# privileged or mounts its node, and this refuses what it would admit: another step's Secret or account, a second
+# container, another command.
+
+
+class Variable(Section):
+    """A variable of the Ray container; none of ours, and no secret."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    value: str
+
+    @model_validator(mode="after")
+    def _is_the_users(self) -> "Variable":
+        if _SECRET.search(self.name):
+            raise ValueError(
+                f"{self.name} looks like a secret, and a config is no place for one: put it in Secret fineloop-s3"
+            )
+        if self.name in _OURS:
+            raise ValueError(f"{self.name} is set by Fineloop: remove it")
+        return self
+
+
+class RayContainer(Section):
+    """Of the one container of a Ray pod; what it requests it is limited to."""
+
+    env: list[Variable] = []
+    resources: dict[Literal["requests", "limits"], dict[OtherResource, Quantity]] = {}
+
+    @model_validator(mode="after")
+    def _requests_its_limits(self) -> "RayContainer":
+        if self.resources.get("requests") != self.resources.get("limits"):
+            raise ValueError(f"requests are not the limits, which Ray counts: {self.resources}")
+        return self
+
+
+class PodMetadata(Section):
+    """Labels and annotations beside the cluster's and Fineloop's own."""
+
+    labels: dict[LabelKey, LabelValue] = {}
+    annotations: dict[LabelKey, str] = {}
+
+    @model_validator(mode="after")
+    def _are_not_ours(self) -> "PodMetadata":
+        for key in [*self.labels, *self.annotations.keys() - TOPOLOGY.values()]:
+            if _TAKEN.search(key.rpartition("/")[0]):
+                raise ValueError(f"{key} belongs to the cluster or to Fineloop: choose a name of your own")
+        return self
+
+
+class PodSpec(Section):
+    """Where a pod is placed, and what its container gets."""
+
+    affinity: dict[str, Any] = {}
+    containers: Annotated[list[RayContainer], Field(min_length=1, max_length=1)] = [RayContainer()]
+    imagePullSecrets: list[dict[Literal["name"], DnsName]] = []
+    nodeSelector: dict[str, str] = {}
+    priorityClassName: OptionalName = ""
+    runtimeClassName: OptionalName = ""
+    schedulerName: OptionalName = ""
+    tolerations: list[dict[str, Any]] = []
+    topologySpreadConstraints: list[dict[str, Any]] = []
+
+
+class PodTemplateSpec(Section):
+    """What is merged into a Ray pod."""
+
+    metadata: PodMetadata = PodMetadata()
+    spec: PodSpec = PodSpec()
+
+
+def _mergeable(template: dict[str, Any]) -> dict[str, Any]:
+    try:
+        PodTemplateSpec.model_validate(template)
+    except ValidationError as exc:
+        raise ValueError("; ".join(_problem(each) for each in exc.errors())) from exc
+    return template
+
+
+def _problem(error: Any) -> str:
+    message = "is not merged into Ray's pods" if error["type"] == "extra_forbidden" else error["msg"]
+    return f"{'.'.join(map(str, error['loc']))}: {message}"
+
+
+PodTemplate = Annotated[dict[str, Any], AfterValidator(_mergeable), Added("0.2.0")]
 
 
 class JobsApiCluster(Section):
@@ -88,13 +210,28 @@ class JobsApiCluster(Section):
     has_address: ClassVar[bool] = True
     image: ClassVar[str] = ""
     ca_bundle: ClassVar[str] = ""
-    labels: ClassVar[dict[str, str]] = {}
+    pod_labels: ClassVar[dict[str, str]] = {}
     queue_timeout_s: ClassVar[int] = 0
+    pre_running_timeout_s: ClassVar[int | None] = None
+    disk_gib: ClassVar[int | None] = None
+    nodes: ClassVar[int] = 0
+    accounts: ClassVar[tuple[str, ...]] = ()
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
         """None: the cluster is not known before a job runs on it."""
 
+    def pods(self, num_workers: int) -> int:
+        """As many as workers, as far as is known."""
+        return num_workers
+
+    def worker_bytes(self, num_workers: int) -> int | None:
+        """None, as for all that depends on pods."""
+
     def for_data(self) -> "JobsApiCluster":
+        """Itself."""
+        return self
+
+    def for_evaluation(self) -> "JobsApiCluster":
         """Itself."""
         return self
 
@@ -106,9 +243,7 @@ class WorkerPod(Section):
     """CPU cores."""
     memory_gib: Annotated[int, Field(ge=2)] = 24
     """Memory in GiB, shared memory included."""
-    resources: Annotated[dict[OtherResource, Quantity], Added("0.2.0")] = {}
-    """Further resources of a pod, such as "vpc.amazonaws.com/efa" = "4" or "hugepages-2Mi" = "5Gi"; the ClusterQueue
-    must cover each of them."""
+    resources: Annotated[dict[OtherResource, Quantity], Added("0.2.0"), Old("spec.containers in worker_template")] = {}
 
 
 class HeadPod(Section):
@@ -132,16 +267,12 @@ class DataPods(Section):
 
 
 class Toleration(Section):
-    """A taint that the worker pods put up with, as Kubernetes spells it."""
+    """A taint that the worker pods put up with; an empty key means every taint, an empty effect every effect."""
 
     key: str = ""
-    """The taint's key; empty, with operator Exists, means every taint."""
     operator: Literal["Equal", "Exists"] = "Exists"
-    """Equal compares the value too."""
     value: str = ""
-    """The taint's value, for Equal."""
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
-    """Empty means every effect."""
 
     @model_validator(mode="after")
     def _is_one(self) -> "Toleration":
@@ -162,8 +293,7 @@ class RayJobCluster(Section):
     has_address: ClassVar[bool] = False
     image: Annotated[str, StringConstraints(pattern=r"^\S+$")] = IMAGE
     """Image of every Ray pod, with a tag other than latest or a digest."""
-    image_pull_secrets: list[DnsName] = []
-    """Secrets with which the image is pulled."""
+    image_pull_secrets: Annotated[list[DnsName], Old("spec.imagePullSecrets in pod_template")] = []
     namespace: OptionalName = ""
     """Namespace of the RayJob; empty means the namespace of the pod that submits it."""
     service_account: DnsName = "fineloop-trainer"
@@ -176,14 +306,15 @@ class RayJobCluster(Section):
     """Longest wait in the queue; after it the job is given up."""
     priority_class: OptionalName = ""
     """Kueue's WorkloadPriorityClass; empty means the queue's default."""
-    pod_priority_class: Annotated[OptionalName, Added("0.2.0")] = ""
-    """The pods' PriorityClass, by which the scheduler evicts others for them; empty means the cluster's default."""
-    topology: Annotated[str, StringConstraints(pattern=rf"^(({_DOMAIN})?{_NAME})?$"), Added("0.2.0")] = ""
-    """A level of the queue's Topology, such as a rack, by its nodes' label: Kueue places all workers within one."""
-    topology_required: Annotated[bool, Added("0.2.0")] = False
-    """Wait until one of them has room for all workers; otherwise workers are spread over as few as possible."""
-    labels: Annotated[dict[LabelKey, LabelValue], Added("0.2.0")] = {}
-    """Labels of the RayJob, its pods and the pipeline's steps, such as a cost centre."""
+    pod_priority_class: Annotated[OptionalName, Added("0.2.0"), Old("spec.priorityClassName in pod_template")] = ""
+    topology: Annotated[
+        str,
+        StringConstraints(pattern=rf"^(({_DOMAIN})?{_NAME})?$"),
+        Added("0.2.0"),
+        Old("an annotation in worker_template"),
+    ] = ""
+    topology_required: Annotated[bool, Added("0.2.0"), Old("an annotation in worker_template")] = False
+    labels: Annotated[dict[LabelKey, LabelValue], Added("0.2.0"), Old("metadata.labels in pod_template")] = {}
     ca_bundle: Annotated[OptionalName, Added("0.2.0")] = ""
     """A ConfigMap whose key ca.crt holds every certificate authority that Ray pods and steps trust, yours and the
     public ones: it takes the place of the images' own."""
@@ -202,14 +333,16 @@ class RayJobCluster(Section):
     objects."""
     gpu_resource: ResourceName = NVIDIA_GPU
     """Name of the GPU resource in Kubernetes."""
-    node_selector: dict[str, str] = {}
-    """Labels that the workers' nodes must have; absent means the nvidia.com/gpu.product that belongs to ray.gpu."""
-    tolerations: list[Toleration] = []
-    """Taints of nodes that workers tolerate, beside the GPU's own."""
-    spot: bool = False
-    """Allow workers on spot nodes. The head never runs there: the whole job would end with it."""
-    env: dict[str, str] = {}
-    """Environment variables of the Ray pods, such as NCCL_SOCKET_IFNAME. Secrets belong in Secret fineloop-s3."""
+    pod_template: PodTemplate = {}
+    """What is merged into every Ray pod, as in a PodTemplateSpec of Kubernetes: metadata.labels (steps and RayJob get
+    them too), spec.priorityClassName, spec.imagePullSecrets, and env of the one item of spec.containers. No secrets."""
+    worker_template: PodTemplate = {}
+    """The same for workers alone: spec.tolerations such as a spot pool's, spec.nodeSelector instead of the
+    nvidia.com/gpu.product that belongs to ray.gpu, or further resources, which the ClusterQueue must cover."""
+    node_selector: Annotated[dict[str, str], Old("spec.nodeSelector in worker_template")] = {}
+    tolerations: Annotated[list[Toleration], Old("spec.tolerations in worker_template")] = []
+    spot: Annotated[bool, Old("spec.tolerations in worker_template")] = False
+    env: Annotated[dict[str, str], Old("spec.containers in pod_template")] = {}
     ttl_s: Annotated[int, Field(ge=60)] = 600
     """How long the cluster of a failed job is kept, so that its dashboard can be read. After a success it is deleted at
     once."""
@@ -228,34 +361,12 @@ class RayJobCluster(Section):
             raise ValueError(f"{image!r} means another image tomorrow: give it a tag other than latest, or a digest")
         return image
 
-    @field_validator("env")
-    @classmethod
-    def _holds_no_secret(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
-            if _SECRET.search(name):
-                raise ValueError(
-                    f"{name} looks like a secret, and a config is no place for one: put it in Secret fineloop-s3"
-                )
-            if not _VARIABLE.fullmatch(name):
-                raise ValueError(f"{name!r} is no name of a variable")
-            if name in _OURS:
-                raise ValueError(f"{name} is set by Fineloop: remove it")
-        return env
-
-    @field_validator("labels")
-    @classmethod
-    def _are_not_ours(cls, labels: dict[str, str]) -> dict[str, str]:
-        for key in labels:
-            if _TAKEN.search(key.rpartition("/")[0]):
-                raise ValueError(f"label {key} belongs to the cluster or to Fineloop: choose a name of your own")
-        return labels
-
     @model_validator(mode="after")
     def _fits(self) -> "RayJobCluster":
-        if self.gpu_resource in self.worker.resources:
-            raise ValueError(
-                f"worker.resources has {self.gpu_resource}, which use_gpu and num_workers ask for: leave it out"
-            )
+        for template in (self.every_pod, self.every_worker):
+            spec = PodTemplateSpec.model_validate(_mergeable(template)).spec
+            if self.gpu_resource in spec.containers[0].resources.get("limits", {}):
+                raise ValueError(f"use_gpu and num_workers ask for {self.gpu_resource}: leave it out of resources")
         if self.topology_required and not self.topology:
             raise ValueError("topology_required needs topology, the label of a level: set it")
         if self.shared_memory_gib >= self.worker.memory_gib:
@@ -265,9 +376,53 @@ class RayJobCluster(Section):
             )
         return self
 
+    @property
+    def every_pod(self) -> dict[str, Any]:
+        """What every Ray pod gets: `pod_template`, and what the old keys say in its words."""
+        env = [{"name": name, "value": value} for name, value in self.env.items()]
+        spec = {
+            "imagePullSecrets": [{"name": name} for name in self.image_pull_secrets],
+            "priorityClassName": self.pod_priority_class,
+            "containers": [{"env": env}] if env else [],
+        }
+        return merged(_filled({"metadata": _filled({"labels": self.labels}), "spec": _filled(spec)}), self.pod_template)
+
+    @property
+    def every_worker(self) -> dict[str, Any]:
+        """What every worker gets on top of that."""
+        topology, other = (
+            {TOPOLOGY[self.topology_required]: self.topology} if self.topology else {},
+            self.worker.resources,
+        )
+        spec = {
+            "nodeSelector": self.node_selector,
+            "tolerations": [*(SPOT if self.spot else ()), *(_filled(each.model_dump()) for each in self.tolerations)],
+            "containers": [{"resources": {"requests": other, "limits": other}}] if other else [],
+        }
+        metadata = _filled({"annotations": topology})
+        return merged(_filled({"metadata": metadata, "spec": _filled(spec)}), self.worker_template)
+
+    @property
+    def pod_labels(self) -> dict[str, str]:
+        """The labels of every pod, which RayJob and steps have as well."""
+        return dict(self.every_pod.get("metadata", {}).get("labels", {}))
+
+    @property
+    def accounts(self) -> tuple[str, ...]:
+        """The accounts of pods that train, and of those that only evaluate."""
+        return self.service_account, self.evaluation_service_account
+
     def pods(self, num_workers: int) -> int:
         """Number of worker pods for this many workers."""
         return self.nodes or num_workers
+
+    def worker_bytes(self, num_workers: int) -> int | None:
+        """One worker's part of the pods' memory."""
+        return self.worker.memory_gib * GIB * self.pods(num_workers) // num_workers
+
+    def for_evaluation(self) -> "RayJobCluster":
+        """The cluster of a job that only evaluates: its pods have an account of their own."""
+        return self.model_copy(update={"service_account": self.evaluation_service_account})
 
     def for_data(self) -> "RayJobCluster":
         """The cluster of the job that prepares the data, with a worker for each pod."""
@@ -276,6 +431,7 @@ class RayJobCluster(Section):
                 "nodes": self.data.pods,
                 "worker": WorkerPod(cpu=self.data.cpu, memory_gib=self.data.memory_gib),
                 "shared_memory_gib": self.data.memory_gib // 4,
+                "worker_template": {},
                 "node_selector": {},
                 "tolerations": [],
                 "topology": "",
@@ -301,21 +457,10 @@ class RayJobCluster(Section):
                 f"cpus_per_worker {cpus_per_worker} asks for with {per_pod} workers in a pod"
             )
 
-    def require_disk(self, base: str, needed: int) -> None:
-        """Refuse a base that the disk of a pod does not hold; `needed` in bytes.
-
-        Raises:
-            ConfigError: it is more than `disk_gib`.
-        """
-        if needed > self.disk_gib * GIB:
-            raise ConfigError(
-                f"each pod downloads {base} and writes {needed / GIB:.0f} GiB to its disk, and ray.cluster.disk_gib is "
-                f"{self.disk_gib}, beyond which it is evicted: set ray.cluster.disk_gib={-(-needed * 5 // (4 * GIB))}"
-            )
-
 
 Cluster = Annotated[JobsApiCluster | RayJobCluster, Field(discriminator="kind")]
-"""Each says whether RAY_ADDRESS names it, how long a job may wait in its queue, and which workers it cannot hold."""
+"""Each says whether RAY_ADDRESS names it, how long a job may wait in its queue, which workers it cannot hold, and what
+its pods have: None where Fineloop creates none."""
 
 
 class RayConfig(Section):
@@ -339,11 +484,6 @@ class RayConfig(Section):
     weights are still stored in 16 bits or fewer."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often lost workers are restarted from the newest checkpoint."""
-    max_preemption_failures: Annotated[int, Field(ge=-1), Added("0.2.0")] = -1
-    """How often workers are restarted because their node was preempted, as spot nodes are; -1 is unlimited. They save a
-    checkpoint as soon as the preemption is announced, and lose no step."""
-    collective_timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 1_800
-    """Timeout of collective operations, after which workers that cannot reach each other fail."""
     timeout_s: Annotated[int, Field(ge=60)] = 86_400
     """Deadline of a run's Ray job (training and evaluation), from when it may start; past it, the job is stopped."""
     cluster: Cluster = JobsApiCluster()
@@ -368,16 +508,26 @@ class RayConfig(Section):
     def for_data(self, *, timeout_s: int) -> "RayConfig":
         """Settings of the job that prepares the data: no GPU, and its own deadline."""
         cluster = self.cluster.for_data()
-        pods = cluster.nodes if isinstance(cluster, RayJobCluster) else self.num_workers
-        changes = {"cluster": cluster, "num_workers": pods, "use_gpu": False, "gpu": None, "timeout_s": timeout_s}
+        workers = cluster.nodes or self.num_workers
+        changes = {"cluster": cluster, "num_workers": workers, "use_gpu": False, "gpu": None, "timeout_s": timeout_s}
         return self.model_copy(update=changes)
 
     def for_evaluation(self) -> "RayConfig":
-        """Settings of a job that only evaluates: its pods have an account of their own."""
-        if not isinstance(self.cluster, RayJobCluster):
-            return self
-        account = {"service_account": self.cluster.evaluation_service_account}
-        return self.model_copy(update={"cluster": self.cluster.model_copy(update=account)})
+        """Settings of a job that only evaluates."""
+        return self.model_copy(update={"cluster": self.cluster.for_evaluation()})
+
+    def require_disk(self, base: str, needed: int) -> None:
+        """Refuse a base that the disk of a pod does not hold; `needed` in bytes.
+
+        Raises:
+            ConfigError: it is more than `disk_gib`.
+        """
+        disk_gib = self.cluster.disk_gib
+        if disk_gib is not None and needed > disk_gib * GIB:
+            raise ConfigError(
+                f"each pod downloads {base} and writes {needed / GIB:.0f} GiB to its disk, and ray.cluster.disk_gib is "
+                f"{disk_gib}, beyond which it is evicted: set ray.cluster.disk_gib={-(-needed * 5 // (4 * GIB))}"
+            )
 
     @property
     def min_workers(self) -> int:

@@ -28,7 +28,7 @@ from components.config.methods import (
     refusals,
 )
 from components.config.ray import IMAGE, OF_EVERY_STEP, RayConfig
-from components.config.section import Added, Section, identity
+from components.config.section import REMOVED, Added, Section, identity
 from components.config.track import TrackConfig
 from components.config.train import SHARING
 from components.config.train import DataConfig as DataConfig
@@ -432,6 +432,9 @@ class RunConfig(Section):
     def _identity(self) -> dict[str, Any]:
         values = identity(self)
         values["adapter"].pop("note", None)
+        for path, removed in REMOVED.items():
+            section, key = path.split(".")
+            values[section].update({key: removed.default} if removed.in_digest else {})
         if self.evaluate.records == EvaluateConfig().records:
             values["evaluate"]["records"] = 300  # release 0.1.0's default
         if self.gate.limits == GateConfig().limits:

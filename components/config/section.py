@@ -3,11 +3,13 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -24,6 +26,49 @@ class Added:
     """
 
     release: str
+
+
+@dataclass(frozen=True)
+class Old:
+    """Marks a key that is still read, for one release, and said to be old; `instead` follows "use"."""
+
+    instead: str
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A key that is gone: configs may hold it for one release, and its value counts for nothing."""
+
+    default: Any
+    """The value that is in force now, and that a digest keeps."""
+    instead: str
+    """What holds now, in words."""
+    in_digest: bool = True
+    """Whether release 0.1.0 had it, whose digests hold every key."""
+
+
+REMOVED = {
+    "train.group_by_length": Removed(True, "records of like length share a batch"),
+    "train.keep_checkpoints": Removed(2, "the newest two checkpoints are kept"),
+    "ray.collective_timeout_s": Removed(1_800, "workers that lose each other fail after half an hour", in_digest=False),
+    "ray.max_preemption_failures": Removed(-1, "workers restart after every preemption", in_digest=False),
+}
+"""Each removed key. The rows that are in a digest stay."""
+
+
+def old_keys(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each old key that is set to something, with what to use instead."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from old_keys(value, f"{prefix}{name}.")
+        if value != field.get_default():
+            yield from ((prefix + name, mark.instead) for mark in field.metadata if isinstance(mark, Old))
+
+
+def is_old(field: FieldInfo) -> bool:
+    """Whether a key is only read for a release more, and so shown nowhere."""
+    return any(isinstance(mark, Old) for mark in field.metadata)
 
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:

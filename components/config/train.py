@@ -154,8 +154,6 @@ class TrainConfig(Section):
     """Concatenate the records of a forward pass without padding, and read a common prefix, such as a system message,
     once: the same losses and gradients in less time. No record attends to another. Used where the base's attention
     allows it and it saves something; not with method.dropout."""
-    group_by_length: bool = True
-    """Put records of like length in one batch, in random order of batches: less padding."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
     dtype: Annotated[Dtype, Added("0.2.0")] = "auto"
@@ -191,8 +189,6 @@ class TrainConfig(Section):
     """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
     """Steps between resumable checkpoints; 0 writes none."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints to keep."""
     store_patience_s: Annotated[int, Field(ge=0), Added("0.2.0")] = 1_800
     """How long a training continues without the store: it writes no checkpoints, and at its end waits to publish."""
 

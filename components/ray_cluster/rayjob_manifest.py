@@ -20,7 +20,7 @@ import re
 import shlex
 from typing import Any
 
-from components.config.ray import GPUS, NVIDIA_GPU, RayConfig, RayJobCluster, Toleration
+from components.config.ray import GPUS, NVIDIA_GPU, RayConfig, RayJobCluster, merged
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import GROUP, VERSION, Workflow
 
@@ -35,7 +35,6 @@ RAY_SECRET = "fineloop-ray"
 PART_OF, RUN_ID, TASK = "app.kubernetes.io/part-of", "fineloop.dev/run-id", "fineloop.dev/task"
 ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-id", "fineloop.dev/lifetime-s"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
-TOPOLOGY = {True: "kueue.x-k8s.io/podset-required-topology", False: "kueue.x-k8s.io/podset-preferred-topology"}
 CA_FOLDER = "/etc/fineloop/ca"
 CA_VARIABLES = {
     name: f"{CA_FOLDER}/ca.crt" for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -51,13 +50,6 @@ SUBMITTER_RETRIES = 10
 default is 2). A new pod goes on following, or starts the job again under its id where a new head does not know it."""
 STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 """Annotations of a pod that autoscalers must not evict in order to remove a node."""
-
-# Taints that clouds put on spot nodes. EKS has none of its own; Karpenter's is for its users to choose.
-SPOT = (
-    {"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"},
-    {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
-    {"key": "fineloop.dev/spot", "operator": "Exists", "effect": "NoSchedule"},
-)
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 """Environment variable: for how long Ray drains a node at SIGTERM, in seconds."""
 DRAIN_S = 60
@@ -82,7 +74,7 @@ def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Wor
             "name": rayjob_name(job, attempt),
             "namespace": namespace,
             "labels": {
-                **cluster.labels,
+                **cluster.pod_labels,
                 **labels(job),
                 ATTEMPT: str(attempt),
                 **({QUEUE: cluster.queue} if cluster.queue else {}),
@@ -151,11 +143,10 @@ def active_deadline_s(timeout_s: float) -> int:
 def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
     shared_memory_gib = max(1, cluster.head.memory_gib // 4)
     container = {
-        **_container("ray-head", cluster),
+        **_container("ray-head", cluster, HEAD_DRAIN_S),
         "ports": [{"name": name, "containerPort": port} for name, port in _PORTS.items()],
         "resources": _exactly({"cpu": str(cluster.head.cpu), "memory": f"{cluster.head.memory_gib}Gi"}),
     }
-    container["env"].append({"name": DRAIN, "value": str(HEAD_DRAIN_S)})
     return {
         "rayStartParams": {
             "num-cpus": "0",  # no training on the head
@@ -172,33 +163,19 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
     each = ray.max_workers // num_pods
     gpus = {cluster.gpu_resource: str(each)} if ray.use_gpu else {}
     container = {
-        **_container("ray-worker", cluster),
-        "resources": _exactly(
-            {
-                "cpu": str(cluster.worker.cpu),
-                "memory": f"{cluster.worker.memory_gib}Gi",
-                **gpus,
-                **cluster.worker.resources,
-            }
-        ),
+        **_container("ray-worker", cluster, DRAIN_S),
+        "resources": _exactly({"cpu": str(cluster.worker.cpu), "memory": f"{cluster.worker.memory_gib}Gi", **gpus}),
     }
     pod = _pod(cluster, job, "worker", container, cluster.disk_gib, shared_memory_gib=cluster.shared_memory_gib)
-    taints = [
-        *([{"key": cluster.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}] if ray.use_gpu else []),
-        *(SPOT if cluster.spot else ()),
-        *(_toleration(given) for given in cluster.tolerations),
-    ]
-    container["env"].append({"name": DRAIN, "value": str(DRAIN_S)})
     pod["spec"]["terminationGracePeriodSeconds"] = DRAIN_S + ENDING_S
     # KubeRay's init container waits for the head in a shell. As process 1 that ignores SIGTERM: a pod that is stopped
     # meanwhile would stay for all of the grace period.
     pod["spec"]["shareProcessNamespace"] = True
-    if labels_of_nodes := _node_selector(ray, cluster):
-        pod["spec"]["nodeSelector"] = labels_of_nodes
-    if taints:
-        pod["spec"]["tolerations"] = taints
-    if cluster.topology:
-        pod["metadata"]["annotations"][TOPOLOGY[cluster.topology_required]] = cluster.topology
+    if ray.use_gpu:
+        pod["spec"]["tolerations"] = [{"key": cluster.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+    pod = merged(pod, cluster.every_worker)
+    if ray.use_gpu and ray.gpu and cluster.gpu_resource == NVIDIA_GPU:
+        pod["spec"].setdefault("nodeSelector", {"nvidia.com/gpu.product": GPUS[ray.gpu].product})
     return {
         "groupName": "workers",
         "replicas": num_pods,
@@ -244,10 +221,15 @@ def _pod(
         volumes.append({"name": "ca", "configMap": {"name": cluster.ca_bundle}})
         container["volumeMounts"].append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
         container["env"] += [{"name": key, "value": value} for key, value in CA_VARIABLES.items()]
-    pull = [{"name": name} for name in cluster.image_pull_secrets]
-    return {
+    template = cluster.every_pod
+    if component == "submitter":  # it runs no code of a config's, and needs no variable of one
+        template = {
+            **template,
+            "spec": {key: value for key, value in template.get("spec", {}).items() if key != "containers"},
+        }
+    pod = {
         "metadata": {
-            "labels": {**cluster.labels, **labels(job), "app.kubernetes.io/component": f"ray-{component}", **NO_MESH},
+            "labels": {**labels(job), "app.kubernetes.io/component": f"ray-{component}", **NO_MESH},
             "annotations": dict(STAYS),
         },
         "spec": {
@@ -262,17 +244,16 @@ def _pod(
                 "fsGroup": 100,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            **({"imagePullSecrets": pull} if pull else {}),
-            **({"priorityClassName": cluster.pod_priority_class} if cluster.pod_priority_class else {}),
             "containers": [container],
             "volumes": volumes,
         },
     }
+    return merged(pod, template)
 
 
-def _container(name: str, cluster: RayJobCluster) -> dict[str, Any]:
-    env = {"HOME": HOME, "PYTHONUNBUFFERED": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    env |= {"FINELOOP_IMAGE": cluster.image, **cluster.env}  # the lineage names the image that trained
+def _container(name: str, cluster: RayJobCluster, drain_s: int) -> dict[str, Any]:
+    env = {"HOME": HOME, "PYTHONUNBUFFERED": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", DRAIN: str(drain_s)}
+    env["FINELOOP_IMAGE"] = cluster.image  # the lineage names the image that trained
     return {
         "name": name,
         "image": cluster.image,
@@ -307,19 +288,6 @@ def _exactly(resources: dict[str, str]) -> dict[str, dict[str, str]]:
 def _object_store(shared_memory_gib: int, *, share: float) -> str:
     """A share of /dev/shm in bytes: by default Ray takes 30 % of the memory, on a disk if /dev/shm is smaller."""
     return str(int(shared_memory_gib * 2**30 * share))
-
-
-def _node_selector(ray: RayConfig, cluster: RayJobCluster) -> dict[str, str]:
-    """The labels that the workers' nodes must have."""
-    if cluster.node_selector:
-        return cluster.node_selector
-    if ray.use_gpu and ray.gpu and cluster.gpu_resource == NVIDIA_GPU:
-        return {"nvidia.com/gpu.product": GPUS[ray.gpu].product}
-    return {}
-
-
-def _toleration(given: Toleration) -> dict[str, str]:
-    return {key: value for key, value in given.model_dump().items() if value}
 
 
 def _slug(text: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TextIO
 
-from components.config.ray import RayConfig, RayJobCluster
+from components.config.ray import RayConfig
 from components.config.schema import ModelConfig, RunConfig
 from components.ray_cluster.backend import Backend, Job, JobEnd, LogCopy, kubeflow_run, last_lines
 from components.ray_cluster.jobs_api import JobsApi
@@ -231,9 +231,8 @@ def require_disk(config: RunConfig) -> None:
     Raises:
         ConfigError: each of the pods would be evicted while it downloads the base.
     """
-    cluster = config.ray.cluster
-    if isinstance(cluster, RayJobCluster) and (size := base_bytes(config.model)):
-        cluster.require_disk(config.model.base, size)
+    if config.ray.cluster.disk_gib and (size := base_bytes(config.model)):
+        config.ray.require_disk(config.model.base, size)
 
 
 def base_bytes(model: ModelConfig) -> int | None:

@@ -194,18 +194,12 @@ def _plan(options: argparse.Namespace) -> Answer:
 
 def _fits_on_disk(config: "RunConfig", body: dict[str, Any]) -> bool | None:
     """Whether a pod's disk holds what it writes; None if no pod is created, or that is unknown."""
-    from components.config.ray import RayJobCluster
-
-    cluster = config.ray.cluster
-    if not body["disk_bytes"] or not isinstance(cluster, RayJobCluster):
-        return None
-    return bool(body["disk_bytes"] <= cluster.disk_gib * GIB)
+    disk_gib = config.ray.cluster.disk_gib
+    return None if not body["disk_bytes"] or disk_gib is None else bool(body["disk_bytes"] <= disk_gib * GIB)
 
 
 def plan_lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
     """The plan for a person."""
-    from components.config.ray import RayJobCluster
-
     yield (
         f"{body['method']} on {body['model']}: trains {body['trainable_parameters']:,} of "
         f"{body['parameters'] + body['trainable_parameters']:,} parameters ({_percent(body['trainable_share'])})"
@@ -215,7 +209,7 @@ def plan_lines(config: "RunConfig", body: dict[str, Any]) -> Iterator[str]:
         yield f"for {workers}: planned are the fewest, who have the most to hold each, and take the longest"
     yield ""
     yield from _memory_lines(body)
-    if (fits_on_disk := _fits_on_disk(config, body)) is not None and isinstance(config.ray.cluster, RayJobCluster):
+    if (fits_on_disk := _fits_on_disk(config, body)) is not None:
         fits = "fits" if fits_on_disk else "DOES NOT FIT"
         has = f"{config.ray.cluster.disk_gib} in ray.cluster.disk_gib"
         yield f"disk of a pod in GiB: {body['disk_bytes'] / GIB:.1f} for the base (or a checkpoint), {fits}: {has}"

@@ -185,7 +185,7 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
         kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
         kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
-        for label, value in config.ray.cluster.labels.items():
+        for label, value in config.ray.cluster.pod_labels.items():
             kubernetes.add_pod_label(task, label, value)
         if bundle := config.ray.cluster.ca_bundle:
             kubernetes.use_config_map_as_volume(task, bundle, CA_FOLDER)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from components.config.methods import OWN_BASE, BaseFormat, refusals, setting
-from components.config.ray import GPUS, Gpu, RayJobCluster
+from components.config.ray import GPUS, Gpu
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError, UserError
 from components.shared.memory import machine_bytes
@@ -51,7 +51,7 @@ def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -
     None where no pod is created, or where the base is stored quantised, so that its size is unknown.
     """
     cluster = config.ray.cluster
-    if not isinstance(cluster, RayJobCluster) or getattr(base, "quantization_config", None):
+    if cluster.disk_gib is None or getattr(base, "quantization_config", None):
         return None
     each = getattr(base.dtype, "itemsize", BF16) + FOUR_BITS * (config.method.row.init in OWN_BASE)
     parts = 1 if config.train.zero_stage else config.ray.max_workers // cluster.pods(config.ray.max_workers)
@@ -64,9 +64,8 @@ def require_disk(config: RunConfig, base: "PretrainedConfig", stats: ModelStats)
     Raises:
         ConfigError: a pod's disk is too small.
     """
-    needed, cluster = disk_bytes(config, base, stats), config.ray.cluster
-    if needed and isinstance(cluster, RayJobCluster):
-        cluster.require_disk(config.model.base, needed)
+    if needed := disk_bytes(config, base, stats):
+        config.ray.require_disk(config.model.base, needed)
 
 
 BASE_SHARE = 0.8
@@ -310,15 +309,6 @@ def records_to_evaluate(config: RunConfig, rehearsal: Rehearsal, batch: WorstBat
     while records and device.holds(evaluated(config, rehearsal, batch, records).total) is False:
         records //= 2
     return records
-
-
-def pod_memory(config: RunConfig) -> int | None:
-    """One worker's part of the pods' memory in bytes; None where Fineloop creates no pods."""
-    cluster = config.ray.cluster
-    if not isinstance(cluster, RayJobCluster):
-        return None
-    workers = config.ray.max_workers
-    return cluster.worker.memory_gib * GIB * cluster.pods(workers) // workers
 
 
 def _remedy(configured: Choice, better: Choice | None, batch: WorstBatch) -> str:

@@ -344,7 +344,7 @@ def _excess(row: Sequence[Sequence[int]], *, chat: ChatFormat, max_length: int) 
 
 
 def plan_epoch(
-    lengths: npt.NDArray[np.int64], *, batch_size: int, group_by_length: bool, seed: int, epoch: int
+    lengths: npt.NDArray[np.int64], *, batch_size: int, group_by_length: bool = True, seed: int, epoch: int
 ) -> list[npt.NDArray[np.int64]]:
     """The batches of one epoch, each an array of record indices. A pure function, so that resuming needs no state.
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from components.config.ray import MatmulDtype
+from components.config.ray import COLLECTIVE_TIMEOUT_S, MatmulDtype
 from components.config.schema import RunConfig
 from components.records import runs
 from components.shared.durations import counted
@@ -44,6 +44,8 @@ from ray_jobs.training.partitions import Part, Piece
 from ray_jobs.training.patience import Patience, is_away
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
+KEPT = 2
+"""Newest checkpoints that stay."""
 PIECES = "pieces"
 """Metadata key of the list of pieces in an optimizer file; files of release 0.1.0 lack it."""
 
@@ -218,9 +220,8 @@ class CheckpointWriter:
 
     def __init__(self, store: Store, run_id: str, config: RunConfig, *, rank: int) -> None:
         self._store, self._run_id, self._rank = store, run_id, rank
-        self._keep = config.train.keep_checkpoints
         self._patience = Patience(config.train.store_patience_s)
-        self._timeout = timedelta(seconds=config.ray.collective_timeout_s)
+        self._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         self._group: dist.ProcessGroup | None = None
         """Process group of the writer threads alone: the collectives of one group must come in the same order on all
         workers."""
@@ -291,7 +292,7 @@ class CheckpointWriter:
         self._together(key, lambda: self._write_shared(key, taken))
         if self._rank == 0:
             try:
-                keep_newest(self._store, self._run_id, self._keep)
+                keep_newest(self._store, self._run_id, KEPT)
             except StoreError as exc:
                 logger.warning("older checkpoints are deleted later: %s", exc)
 

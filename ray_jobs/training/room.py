@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from components.config.ray import Cluster, RayJobCluster
+from components.config.ray import Cluster
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError, WorkersMissing
 
@@ -50,7 +50,7 @@ def wait_for_room(
     import ray
 
     needed = _needed(per_worker, num_workers)
-    if isinstance(cluster, RayJobCluster):
+    if cluster.pre_running_timeout_s is not None:
         wait_for_own(needed, ray.cluster_resources, cluster.pre_running_timeout_s, log)
     else:
         _wait_for_growth(per_worker, num_workers, needed, log)

@@ -34,7 +34,7 @@ from ray_jobs.training.group import Worker
 #
 # A watcher in Ray Train asks the cluster every five seconds which nodes are being drained. At the end of a step the
 # workers query it, save a checkpoint and exit: Ray Train restarts them at once on other nodes, and no step is lost.
-# This counts against `ray.max_preemption_failures`, not against `ray.max_failures`.
+# This counts as a preemption, not against `ray.max_failures`.
 
 ASK_EVERY_S = 2.0
 """Minimum seconds between queries: each calls another process, while all workers wait for each other."""
@@ -324,7 +324,6 @@ def _batches(
         plan = plan_epoch(
             split.lengths,
             batch_size=train.batch_size,
-            group_by_length=train.group_by_length,
             seed=train.seed,
             epoch=epoch,
         )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from components.config.ray import COLLECTIVE_TIMEOUT_S
 from components.config.schema import RunConfig
 from components.records import runs
 from components.shared.errors import JobError, UserError
@@ -53,9 +54,7 @@ def run(
     trainer = TorchTrainer(
         partial(_saying_mistakes_once, function),
         train_loop_config=dict(arguments),
-        torch_config=_torch_config(
-            backend="nccl" if config.ray.use_gpu else "gloo", timeout_s=config.ray.collective_timeout_s
-        ),
+        torch_config=_torch_config(backend="nccl" if config.ray.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=_num_workers(config),
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
@@ -65,9 +64,7 @@ def run(
         run_config=RayRunConfig(
             name=name,
             storage_path=store.uri(runs.key_of(store, run_id, name)).removesuffix(f"/{name}"),
-            failure_config=FailureConfig(
-                max_failures=max_failures, max_preemption_failures=config.ray.max_preemption_failures
-            ),
+            failure_config=FailureConfig(max_failures=max_failures, max_preemption_failures=-1),  # without a limit
             callbacks=[_ending_at_mistakes()],
         ),
     )

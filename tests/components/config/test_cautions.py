@@ -1,10 +1,13 @@
 """Settings that are allowed and hardly ever meant."""
 
+import json
+
 import pytest
 
 from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import cautions
+from components.config.section import REMOVED
 
 CONFIG = """
 [adapter]
@@ -62,3 +65,24 @@ def test_nothing_is_said_of_what_methods_set_themselves_and_of_what_sweeps_try(n
     own = METHODS[name].learning_rate
     for rate in (own / 10, own, own * 10):
         assert not said(f"method.name={name}", f"train.learning_rate={rate:.12f}")
+
+
+@pytest.mark.parametrize("path", [*REMOVED])
+def test_a_removed_key_is_read_and_said_to_be_gone_and_moves_no_digest(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, removed = config_file.loads(CONFIG), REMOVED[path]
+    for value in (removed.default, 7):
+        caplog.clear()
+        found = config_file.loads(CONFIG, [f"{path}={json.dumps(value)}"])
+        assert (found, found.digest, found.training_digest) == (plain, plain.digest, plain.training_digest)
+        assert (path in caplog.text and removed.instead in caplog.text) is (value == 7)
+
+
+def test_an_old_key_is_read_and_said_to_be_old(caplog: pytest.LogCaptureFixture) -> None:
+    found = config_file.loads(CONFIG, ["ray.cluster.kind=rayjob", "ray.cluster.spot=true"])
+    assert found.ray.cluster.spot
+    assert "ray.cluster.spot is read for this release only: use spec.tolerations in worker_template" in caplog.text
+    caplog.clear()
+    config_file.loads(config_file.dumps(config_file.loads(CONFIG, ["ray.cluster.kind=rayjob"])))
+    assert not caplog.text

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from components.config.ray import RayConfig
+from components.config.section import old_keys
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import Workflow
 from components.ray_cluster.rayjob_manifest import (
@@ -131,6 +133,94 @@ def test_what_else_workers_ask_for_is_requested_exactly_by_them_alone() -> None:
     sizes = {name: each["resources"] for name, each, _ in containers(created({"worker": {"resources": other}}))}
     assert sizes["ray-worker"]["requests"] == sizes["ray-worker"]["limits"] == {"cpu": "4", "memory": "24Gi", **other}
     assert not other.keys() & {*sizes["ray-head"]["limits"], *sizes["ray-job-submitter"]["limits"]}
+
+
+OLD_KEYS = {
+    "image_pull_secrets": ["pull"],
+    "pod_priority_class": "training",
+    "topology": "rack",
+    "labels": {"cost-centre": "nlp-7"},
+    "node_selector": {"pool": "gpu"},
+    "tolerations": [{"key": "pool", "operator": "Equal", "value": "gpu"}, {"key": "spare", "effect": "NoSchedule"}],
+    "env": {"NCCL_DEBUG": "INFO"},
+    "worker": {"resources": {"vpc.amazonaws.com/efa": "4"}},
+}
+TEMPLATES = """
+[pod_template]
+metadata.labels = {cost-centre = "nlp-7"}
+spec.priorityClassName = "training"
+spec.imagePullSecrets = [{name = "pull"}]
+spec.containers = [{env = [{name = "NCCL_DEBUG", value = "INFO"}]}]
+
+[worker_template]
+metadata.annotations = {"kueue.x-k8s.io/podset-preferred-topology" = "rack"}
+spec.nodeSelector = {pool = "gpu"}
+spec.tolerations = [
+    {key = "pool", operator = "Equal", value = "gpu"},
+    {key = "spare", operator = "Exists", effect = "NoSchedule"},
+]
+[[worker_template.spec.containers]]
+resources.requests = {"vpc.amazonaws.com/efa" = "4"}
+resources.limits = {"vpc.amazonaws.com/efa" = "4"}
+"""
+
+
+@pytest.mark.parametrize("workers", [{}, {"use_gpu": True, "gpu": "A10G", "num_workers": 2}])
+def test_the_old_keys_make_the_manifest_that_templates_make(workers: dict[str, Any]) -> None:
+    templates = tomllib.loads(TEMPLATES)
+    assert created(OLD_KEYS, **workers) == created(templates, **workers)
+    old, new = (config(cluster, **workers) for cluster in (OLD_KEYS, templates))
+    assert {key for key, _ in old_keys(old)} == {f"cluster.{key}" for key in OLD_KEYS.keys() - {"worker"}} | {
+        "cluster.worker.resources"
+    }
+    assert not [*old_keys(new)]
+    data = [rayjob(ray.for_data(timeout_s=60), job(), 1, namespace="fineloop") for ray in (old, new)]
+    assert data[0] == data[1]
+
+
+def test_a_variable_or_a_table_of_a_template_takes_the_place_of_ours() -> None:
+    template = {"spec": {"containers": [{"env": [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "5"}]}]}}
+    for name, container, _ in containers(created({"pod_template": template})):
+        drains = [each["value"] for each in container["env"] if each["name"].startswith("RAY_GRACEFUL")]
+        assert drains == ([] if name == "ray-job-submitter" else ["5"])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"spec": {"hostNetwork": True}}, r"spec\.hostNetwork: is not merged"),
+        ({"spec": {"serviceAccountName": "fineloop-pipeline"}}, r"spec\.serviceAccountName: is not merged"),
+        ({"spec": {"volumes": [{"name": "node", "hostPath": {"path": "/"}}]}}, r"spec\.volumes: is not merged"),
+        ({"spec": {"securityContext": {"runAsUser": 0}}}, r"spec\.securityContext: is not merged"),
+        ({"spec": {"initContainers": [{"image": "x"}]}}, r"spec\.initContainers: is not merged"),
+        (
+            {"spec": {"containers": [{"securityContext": {"privileged": True}}]}},
+            r"spec\.containers\.0\.securityContext: is not merged",
+        ),
+        (
+            {"spec": {"containers": [{"envFrom": [{"secretRef": {"name": "x"}}]}]}},
+            r"spec\.containers\.0\.envFrom: is not merged",
+        ),
+        ({"spec": {"containers": [{"command": ["sh"]}]}}, r"spec\.containers\.0\.command: is not merged"),
+        ({"spec": {"containers": [{}, {"image": "x"}]}}, "at most 1 item"),
+        (
+            {"spec": {"containers": [{"env": [{"name": "A", "valueFrom": {}}]}]}},
+            r"spec\.containers\.0\.env\.0\.valueFrom: is not merged",
+        ),
+        ({"spec": {"containers": [{"env": [{"name": "HF_TOKEN", "value": "x"}]}]}}, "put it in Secret fineloop-s3"),
+        ({"spec": {"containers": [{"resources": {"limits": {"x.io/nic": "1"}}}]}}, "requests are not the limits"),
+        ({"metadata": {"annotations": {"sidecar.istio.io/inject": "true"}}}, "choose a name of your own"),
+        ({"metadata": {"labels": {"fineloop.dev/task": "x"}}}, "choose a name of your own"),
+        ({"metadata": {"name": "x"}}, r"metadata\.name: is not merged"),
+        ({"spec": "restricted"}, "spec: Input should be"),
+    ],
+)
+@pytest.mark.parametrize("key", ["pod_template", "worker_template"])
+def test_a_template_sets_nothing_that_the_cluster_or_another_step_answers_for(
+    key: str, template: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config({key: template})
 
 
 @pytest.mark.parametrize(("required", "annotation"), [(True, "required"), (False, "preferred")])

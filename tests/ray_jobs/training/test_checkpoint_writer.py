@@ -47,7 +47,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_best_weights_are_written_
     config: RunConfig, store: Store, tmp_path: Path
 ):
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "ray.num_workers=1"]
-    changes = ["train.checkpoint_every_steps=2", "train.max_steps=11", "train.keep_checkpoints=1"]
+    changes = ["train.checkpoint_every_steps=2", "train.max_steps=11"]
     toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
     (found,) = in_group(uploads, toml, directory=tmp_path, num_workers=1)
     assert [folder for folder, _ in found] == [
@@ -58,8 +58,9 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_best_weights_are_written_
         *["step-000010/rank-0", "step-000010/shared"],
     ]
     assert all(after > int(folder[5:11]) for folder, after in found)
-    assert {item.key.split("/")[3] for item in store.list("runs/beside/checkpoints/")} == {"best-000008", "step-000010"}
-    assert checkpoint.complete(store, "beside") == [10]
+    kept = {item.key.split("/")[3] for item in store.list("runs/beside/checkpoints/")}
+    assert kept == {"best-000008", "step-000008", "step-000010"}
+    assert checkpoint.complete(store, "beside") == [8, 10]
 
 
 def test_what_another_worker_is_writing_by_now_is_not_deleted_with_what_is_old(store: Store):

@@ -363,8 +363,7 @@ def test_a_checkpoint_that_holds_magnitudes_whole_is_refused_and_one_without_any
 @pytest.mark.parametrize("zero_stage", [STAGES[1], 3])
 def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, zero_stage):
     weights = run(
-        "train.checkpoint_every_steps=4",
-        "train.keep_checkpoints=1",
+        "train.checkpoint_every_steps=12",
         f"train.zero_stage={zero_stage}",
         run_id="kept",
     ).weights
