@@ -14,7 +14,7 @@ from components.records.steps import Decision, finite
 from components.registry import aliases, between_runs, event_log, signing, versions
 from components.registry.event_log import Event, is_held, is_override
 from components.shared.errors import DataError, IntegrityError, UserError
-from components.shared.metrics import Metric, metrics_of
+from components.shared.metrics import metrics_of
 from components.step.step import StepRun
 from components.store.store import Store
 
@@ -263,7 +263,10 @@ def carry_out(store: "Store", request: Request) -> "Event":
         return roll_back_by_hand(store, name, person, alias=alias, to=request.version or None, run_id=run_id)
     if request.action not in ACTIONS:
         raise UserError(f"action is {request.action!r}: expected {PROMOTE!r}, {APPROVE!r} or {ROLL_BACK!r}")
-    reference = f"{name}@{request.version or _newest(store, name)}"
+    newest = None if request.version else versions.newest(store, name)
+    if not (version := request.version or (newest and newest.version)):
+        raise UserError(f"adapter_name is {name!r}, which has no version: publish one first")
+    reference = f"{name}@{version}"
     if request.action == APPROVE:
         return approve(store, reference, person, alias=alias)
     return promote_by_hand(store, reference, person, alias=alias, run_id=run_id)
@@ -285,21 +288,9 @@ def as_markdown(store: "Store", request: Request, event: "Event") -> str:
         "",
         f"| | {' | '.join(measured)} |",
         f"|---|{'---|' * len(measured)}",
-        *[
-            f"| {metric.label} | {' | '.join(_shown(metric, metrics) for metrics in measured.values())} |"
-            for metric in metrics_of({key for metrics in measured.values() for key in metrics})
-        ],
     ]
+    for metric in metrics_of({key for metrics in measured.values() for key in metrics}):
+        values = [finite(metrics.get(metric.key)) for metrics in measured.values()]
+        texts = ["-" if value is None else metric.text(value) for value in values]
+        lines.append(f"| {metric.label} | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
-
-
-def _newest(store: "Store", name: str) -> str:
-    found = versions.newest(store, name)
-    if found is None:
-        raise UserError(f"adapter_name is {name!r}, which has no version: publish one first")
-    return found.version
-
-
-def _shown(metric: Metric, metrics: Mapping[str, float | None]) -> str:
-    value = finite(metrics.get(metric.key))
-    return "-" if value is None else metric.text(value)

@@ -71,7 +71,11 @@ def panels(run: RunFiles) -> list[Panel]:
     result = []
     for metric in metrics_of(_measured(run)):
         values = {role: value for role in ROLES if (value := run.metric(role, metric.key)) is not None}
-        bounds = _bounds(run, metric)
+        bounds = [
+            (rule.line, rule.line_text, rule.passed)
+            for rule in _rules(run)
+            if rule.metric == metric.key and rule.line is not None
+        ]
         if not values or (metric.repeats and not bounds):  # without its own bound it would show the same picture twice
             continue
         axis = charts.axis_of([0.0, *values.values(), *(bound for bound, _, _ in bounds)])
@@ -116,7 +120,12 @@ def _of_evaluation(run: RunFiles) -> Iterator[charts.Interval]:
         words = f"95 % interval {low} to {high}, {count(found.records)} records"
         name = f"Candidate against {called[role].lower() if role == 'base' else run.alias}"
         # For decisions of an earlier release, which compared the gain itself.
-        bound = _required_gain(run, role, metric)
+        lines = (
+            metric.gain(rule.line, rule.other)
+            for rule in _rules(run)
+            if rule.against == role and rule.metric == metric.key and rule.line is not None and rule.other is not None
+        )
+        bound = next(lines, None)
         said = f"{metric.title}: {metric.gain_text(found.difference)}, {words}"
         yield interval(name, said, metric, found.difference, found.ci95, bound)
 
@@ -156,15 +165,14 @@ def table(run: RunFiles) -> list[MetricRow]:
 def rules(run: RunFiles) -> list[RuleRow]:
     """The gate's rules: first the failed ones, then those undecided or waiting for a person, then those passed."""
     order = ["failed", "cannot tell", "needs approval", "passed"]
-    return [_rule_row(rule) for rule in sorted(_rules(run), key=lambda rule: order.index(rule.short))]
-
-
-def _rule_row(rule: RuleResult) -> RuleRow:
-    metric = metric_of(rule.metric) if is_metric(rule.metric) else None
-    candidate, other = (
-        metric.text(value) if metric and value is not None else "" for value in (rule.candidate, rule.other)
-    )
-    return RuleRow(rule, rule.title or rule.name.replace("_", " "), candidate, other, rule.bound_text)
+    rows = []
+    for rule in sorted(_rules(run), key=lambda rule: order.index(rule.short)):
+        metric = metric_of(rule.metric) if is_metric(rule.metric) else None
+        ours, theirs = (
+            metric.text(each) if metric and each is not None else "" for each in (rule.candidate, rule.other)
+        )
+        rows.append(RuleRow(rule, rule.title or rule.name.replace("_", " "), ours, theirs, rule.bound_text))
+    return rows
 
 
 def _measured(run: RunFiles) -> set[str]:
@@ -174,23 +182,6 @@ def _measured(run: RunFiles) -> set[str]:
 
 def _rules(run: RunFiles) -> tuple[RuleResult, ...]:
     return run.decision.rules if run.decision else ()
-
-
-def _bounds(run: RunFiles, metric: Metric) -> list[tuple[float, str, bool]]:
-    """The bounds of the gate's rules on this metric's axis: the value, its meaning, and whether it was kept."""
-    return [
-        (rule.line, rule.line_text, rule.passed)
-        for rule in _rules(run)
-        if rule.metric == metric.key and rule.line is not None
-    ]
-
-
-def _required_gain(run: RunFiles, role: Role, metric: Metric) -> float | None:
-    """The gain over this model that the gate requires of the candidate; None if it requires none."""
-    for rule in _rules(run):
-        if rule.against == role and rule.metric == metric.key and rule.line is not None and rule.other is not None:
-            return metric.gain(rule.line, rule.other)
-    return None
 
 
 # The table of suites: how many questions outside the domain each model passes, and what so few can show.
@@ -240,15 +231,11 @@ def _row(suite: Suite, margin: float, confidence: float) -> SuiteRow:
         meaning=suite.meaning,
         items=suite.items,
         left_out=suite.left_out,
-        passed={role: _count(suite.passed(role)) for role in ROLES},
+        passed={role: "–" if (each := suite.passed(role)) is None else str(each) for role in ROLES},  # noqa: RUF001
         against={role: _difference(suite, role) for role in ROLES if role != "candidate"},
         least_loss="none" if least is None else str(least),
         lost=tuple(LostItem(prompt=each.prompt, answer=clipped(each.answer)) for each in suite.lost),
     )
-
-
-def _count(passed: int | None) -> str:
-    return "–" if passed is None else str(passed)  # noqa: RUF001 - a dash for a cell without a number
 
 
 def _difference(suite: Suite, against: Role) -> tuple[str, str]:

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import math
 import os
 import uuid
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from markupsafe import Markup
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -20,25 +23,276 @@ from components.records.sweep import SweepResult, TunedRate
 from components.registry.identity import version_key
 from components.registry.lineage import Ancestor, of_record
 from components.registry.versions import LINEAGE
+from components.report import charts, comparison, run_files, sections
 from components.report.adapter_files import AdapterFiles
-from components.report.html import moment
-from components.report.page import build_report
+from components.report.charts import loss_curve
+from components.report.comparison import harness, past_decisions, slices, suites
+from components.report.html import clipped, count, moment, sure_once, template
 from components.report.registry_page import write_pages
-from components.report.run_files import RunFiles, Wrong, find_afresh, wrong_answers
+from components.report.run_files import RunFiles, find_afresh, wrong_answers
+from components.report.sections import EXPLAINED, headline, next_steps
+from components.shared.durations import counted, duration
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
+from components.shared.metrics import metric_of, metrics_of
+from components.shared.paired import Bounds
 from components.store.store import Store
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent
 
-    from components.store.store import Store
+MOST_DECISIONS = 20
+PAGES_FROM_RUN = f"../../{runs.PAGES}"
+"""The path from runs/<run_id>/report.html to the registry's pages."""
+
+logger = logging.getLogger(__name__)
 
 
-# Sends a run's start and end as OpenLineage events (openlineage.io, spec 2-0-2), with their inputs and outputs.
-#
-# OpenLineage's own client sends them to the address in its variables: OPENLINEAGE_URL and OPENLINEAGE_API_KEY, or the
-# file that OPENLINEAGE_CONFIG names. Both are sent when the run has ended, because only then its version's inputs are
-# known.
+def run_report(config: RunConfig, store: Store, run_id: str) -> str:
+    """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
+
+    The registry's pages are written as well, if that is possible, because the version in production may have changed.
+    OpenLineage gets the events of the run.
+
+    Raises:
+        StoreError: the registry cannot be reached, or a file of the run is not what it should be.
+    """
+    files = AdapterFiles(store, config.adapter.name)
+    run = read_run(config, store, run_id, files)
+    page = build_report(run, pages_at=PAGES_FROM_RUN)
+    key = runs.run_key(run_id, runs.REPORT)
+    store.put(key, page.encode(), content_type="text/html; charset=utf-8")
+    logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))
+    try:
+        pages = write_pages(store, config.adapter.name, generated_at=moment(datetime.now(UTC)), files=files)
+        logger.info("the registry's pages at %s", pages)
+    except FineloopError as exc:  # the report itself is written, so the step does not fail
+        logger.warning("the registry's pages are not written: %s", exc)
+    emit(config, store, run)
+    return store.uri(key)
+
+
+def read_run(config: RunConfig, store: Store, run_id: str, files: AdapterFiles | None = None) -> RunFiles:
+    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist is left out.
+
+    `files` holds what has been read of the adapter so far; what is read here is added to it.
+    """
+    files = files or AdapterFiles(store, config.adapter.name)
+    store = files.store
+    store.list(runs.run_key(run_id))  # the listing shows what is missing, so that it is not requested
+    metrics_key = runs.run_key(run_id, runs.METRICS)
+    records = runs.lying(store, run_id, runs.EVALUATION_RECORDS)
+    run = RunFiles(
+        run_id=run_id,
+        adapter=config.adapter.name,
+        alias=config.adapter.alias,
+        note=config.adapter.note,
+        config_toml=_text(store, runs.run_key(run_id, runs.CONFIG)) or config_file.dumps(config),
+        config_digest=config.digest,
+        metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
+        evaluation=runs.find(store, run_id, Evaluation, to_show=True),
+        wrong=wrong_answers(records[0]) if records else [],
+        decision=runs.find(store, run_id, Decision, to_show=True),
+        sweep=runs.find(store, run_id, SweepResult),
+        replayed=runs.find(store, run_id, Replayed),
+        rate=runs.find(store, run_id, TunedRate),
+        steps=runs.steps(store, run_id),
+        decided_before=decided_before(files, config.adapter.alias, run_id),
+    )
+    dataset_id = run.dataset_id
+    run = replace(
+        run,
+        profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
+        lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
+    )
+    return replace(run, afresh=find_afresh(files, run))
+
+
+def decided_before(files: AdapterFiles, alias: str, run_id: str) -> list[Decision]:
+    """The gate's decisions on the alias in earlier runs, as far as they are kept, newest first."""
+    bodies = [event.body for event in reversed(files.log) if event.body.get("alias") == alias]
+    run_ids = [each for each in dict.fromkeys(body.get("run_id") for body in bodies) if each not in (None, "", run_id)]
+    return files.decisions(run_ids[:MOST_DECISIONS])
+
+
+def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl. An incomplete last line, left by a job that was killed, is skipped.
+
+    Raises:
+        IntegrityError: another line is not JSON.
+    """
+    lines = text.split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as exc:
+            if number == len(lines):
+                logger.info("%s ends in the middle of line %d, which is left out", origin, number)
+                continue
+            raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
+    return records
+
+
+def _text(store: Store, key: str) -> str:
+    found = store.read(key)
+    return found[0].decode() if found is not None else ""
+
+
+def _json(store: Store, key: str) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = store.get_json(key)
+    except ObjectMissing:
+        return None
+    return value
+
+
+# Pages, each a self-contained file: no font, no request, and no script but the one that searches its own tables.
+
+
+def build_report(run: RunFiles, *, pages_at: str = "") -> str:
+    """Render the whole page. Every text that comes from data or from a model is escaped.
+
+    `pages_at` is the path from this page to the registry's pages; if it is empty, none is linked.
+    """
+    shown = sections.samples(run)
+    wrong, rest = sections.wrong_answers(run)
+    champion, top, rules = run.model("champion"), headline(run), comparison.rules(run)
+    sentences = sure_once("\0".join([*top.reasons, *(row.rule.text for row in rules)])).split("\0")
+    return template("report.html").render(
+        run=run,
+        pages_at=pages_at,
+        explained=EXPLAINED,
+        forgotten=sections.forgotten(run),
+        headline=top,
+        reasons=sentences[: len(top.reasons)],
+        rule_texts=sentences[len(top.reasons) :],
+        facts=sections.run_facts(run),
+        costs=sections.costs(run),
+        names=comparison.names(run),
+        champion=champion.version or "a version without a name" if champion is not None else None,
+        num_evaluated=count(run.evaluation.records) if run.evaluation else None,
+        panels=comparison.panels(run),
+        table=comparison.table(run),
+        intervals=comparison.intervals(run),
+        slices=slices(run),
+        suites=suites(run),
+        harness=harness(run),
+        past_decisions=past_decisions(run),
+        rules=rules,
+        samples=shown,
+        next_steps=next_steps(run),
+        classes=run_files.by_class(run.evaluation.confusion if run.evaluation else None),
+        matrix=run_files.matrix(run.evaluation.confusion if run.evaluation else None),
+        wrong=wrong,
+        rest=rest,
+        counted=counted,
+        right_counts=sections.right_counts(shown),
+        curve=loss_curve(run.metrics),
+        rates=Markup(charts.rates_picture(run.sweep)) if run.sweep else None,
+        data=sections.data_profile(run.profile, run.replayed),
+        steps=sections.step_times(run),
+        total_time=duration(sum(step.seconds for step in run.steps)),
+        origin=sections.origin(run),
+        generated_at=moment(run.generated_at),
+    )
+
+
+def build_preview(body: Mapping[str, Any], lines: Sequence[str]) -> str:
+    """Render a preview of what a run would make of its data: the output of `ray_jobs.preview`, and its meaning."""
+    return template("preview.html").render(
+        title=", ".join(each["source"] for each in body["profile"]["sources"]),
+        lines=lines,
+        problem=body["refused"] or body["gate"]["lacking"],
+        data=sections.data_profile(body["profile"]),
+        base=body["base"],
+        shown=body["shown"],
+        unread_because=body["unread_because"],
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """One run."""
+
+    name: str
+    run_id: str
+    version: str
+    note: str
+    metrics: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The comparison of a run with the first one."""
+
+    name: str
+    records: int
+    confidence: float
+    gains: Mapping[str, Bounds]
+    turned: Sequence[Any]
+    """The records that turned right or wrong, each with id, prompt, reference, before, after and is_right."""
+
+
+def build_side_by_side(
+    columns: Sequence[Column],
+    differing: Mapping[str, Sequence[str]],
+    beside: Sequence[Beside],
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    generated_at: datetime,
+) -> str:
+    """Render several runs side by side; `records` are those of each run's metrics.jsonl, by the run's name."""
+    drawn = charts.curves_picture(records)
+    return template("side_by_side.html").render(
+        title=" and ".join(f"“{each.note}”" if each.note else each.name for each in columns),
+        columns=columns,
+        metrics=metric_rows([each.metrics for each in columns]),
+        differing=differing,
+        beside=[(each, *_beside(each)) for each in beside],
+        curves=Markup(drawn) if drawn else None,
+        clipped=clipped,
+        generated_at=moment(generated_at),
+    )
+
+
+def metric_rows(of_each: Sequence[Mapping[str, float | None]]) -> list[tuple[str, list[str]]]:
+    """The rows of metrics: the name, and the value in every run, or a dash if it was not measured."""
+    rows = []
+    for metric in metrics_of({key for metrics in of_each for key in metrics}):
+        values = [metrics.get(metric.key) for metrics in of_each]
+        if any(value is not None for value in values):
+            rows.append((metric.label, ["-" if value is None else metric.text(value) for value in values]))
+    return rows
+
+
+def gain_text(key: str, found: Bounds, confidence: float) -> str:
+    """A gain with its bounds, in words."""
+    metric = metric_of(key)
+    return f"{metric.gain_text(found.gain)}, {metric.range_text(found.lower, found.upper, confidence=confidence)}"
+
+
+def _beside(beside: Beside) -> tuple[list[charts.Interval], str]:
+    intervals = [
+        comparison.interval(
+            metric_of(key).title,
+            gain_text(key, bounds, beside.confidence),
+            metric_of(key),
+            bounds.gain,
+            (bounds.lower, bounds.upper),
+        )
+        for key, bounds in beside.gains.items()
+        if math.isfinite(bounds.lower) and math.isfinite(bounds.upper)
+    ]
+    right = sum(each.is_right for each in beside.turned)
+    wrong = len(beside.turned) - right
+    return intervals, f"{count(right)} records turned right and {count(wrong)} wrong, of {count(beside.records)}"
+
+
+# A run's start and end as OpenLineage events (openlineage.io, spec 2-0-2). OpenLineage's own client sends them to the
+# address in its variables: OPENLINEAGE_URL and OPENLINEAGE_API_KEY, or the file that OPENLINEAGE_CONFIG names. Both are
+# sent when the run has ended, because only then its version's inputs are known.
 
 CONFIGURED_BY = ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG")
 NAMESPACE = "fineloop"
@@ -143,115 +397,3 @@ def _named(reference: str) -> tuple[str, str]:
     if reference.startswith(("/", "./", "../")):
         return "file", str(Path(reference).absolute())
     return NAMESPACE, reference
-
-
-MOST_DECISIONS = 20
-PAGES_FROM_RUN = f"../../{runs.PAGES}"
-"""The path from runs/<run_id>/report.html to the registry's pages."""
-
-logger = logging.getLogger(__name__)
-
-
-def run_report(config: RunConfig, store: "Store", run_id: str) -> str:
-    """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
-
-    The registry's pages are written as well, if that is possible, because the version in production may have changed.
-    OpenLineage gets the events of the run.
-
-    Raises:
-        StoreError: the registry cannot be reached, or a file of the run is not what it should be.
-    """
-    files = AdapterFiles(store, config.adapter.name)
-    run = read_run(config, store, run_id, files)
-    page = build_report(run, pages_at=PAGES_FROM_RUN)
-    key = runs.run_key(run_id, runs.REPORT)
-    store.put(key, page.encode(), content_type="text/html; charset=utf-8")
-    logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))
-    try:
-        pages = write_pages(store, config.adapter.name, generated_at=moment(datetime.now(UTC)), files=files)
-        logger.info("the registry's pages at %s", pages)
-    except FineloopError as exc:  # the report itself is written, so the step does not fail
-        logger.warning("the registry's pages are not written: %s", exc)
-    emit(config, store, run)
-    return store.uri(key)
-
-
-def read_run(config: RunConfig, store: "Store", run_id: str, files: AdapterFiles | None = None) -> RunFiles:
-    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist is left out.
-
-    `files` holds what has been read of the adapter so far; what is read here is added to it.
-    """
-    files = files or AdapterFiles(store, config.adapter.name)
-    store = files.store
-    store.list(runs.run_key(run_id))  # the listing shows what is missing, so that it is not requested
-    metrics_key = runs.run_key(run_id, runs.METRICS)
-    run = RunFiles(
-        run_id=run_id,
-        adapter=config.adapter.name,
-        alias=config.adapter.alias,
-        note=config.adapter.note,
-        config_toml=_text(store, runs.run_key(run_id, runs.CONFIG)) or config_file.dumps(config),
-        config_digest=config.digest,
-        metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
-        evaluation=runs.find(store, run_id, Evaluation, to_show=True),
-        wrong=_wrong(store, run_id),
-        decision=runs.find(store, run_id, Decision, to_show=True),
-        sweep=runs.find(store, run_id, SweepResult),
-        replayed=runs.find(store, run_id, Replayed),
-        rate=runs.find(store, run_id, TunedRate),
-        steps=runs.steps(store, run_id),
-        decided_before=decided_before(files, config.adapter.alias, run_id),
-    )
-    dataset_id = run.dataset_id
-    run = replace(
-        run,
-        profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
-        lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
-    )
-    return replace(run, afresh=find_afresh(files, run))
-
-
-def decided_before(files: AdapterFiles, alias: str, run_id: str) -> list[Decision]:
-    """The gate's decisions on the alias in earlier runs, as far as they are kept, newest first."""
-    bodies = [event.body for event in reversed(files.log) if event.body.get("alias") == alias]
-    run_ids = [each for each in dict.fromkeys(body.get("run_id") for body in bodies) if each not in (None, "", run_id)]
-    return files.decisions(run_ids[:MOST_DECISIONS])
-
-
-def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl. An incomplete last line, left by a job that was killed, is skipped.
-
-    Raises:
-        IntegrityError: another line is not JSON.
-    """
-    lines = text.split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as exc:
-            if number == len(lines):
-                logger.info("%s ends in the middle of line %d, which is left out", origin, number)
-                continue
-            raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
-    return records
-
-
-def _wrong(store: "Store", run_id: str) -> list[Wrong]:
-    found = runs.lying(store, run_id, runs.EVALUATION_RECORDS)
-    return wrong_answers(found[0]) if found is not None else []
-
-
-def _text(store: "Store", key: str) -> str:
-    found = store.read(key)
-    return found[0].decode() if found is not None else ""
-
-
-def _json(store: "Store", key: str) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = store.get_json(key)
-    except ObjectMissing:
-        return None
-    return value

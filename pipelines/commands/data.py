@@ -175,7 +175,7 @@ def _data(options: argparse.Namespace) -> Answer:
     job = Job("ray_jobs.preview", str(options.config.absolute()), overrides=options.overrides)
     body = answer(job, on_line=print_err, verbose=options.verbose)
     if options.html:
-        from components.report.page import build_preview
+        from components.report.report import build_preview
 
         options.html.write_text(build_preview(body, list(_sentences(body))), encoding="utf-8")
         body["page"] = str(options.html)

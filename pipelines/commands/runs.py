@@ -339,7 +339,7 @@ def _compare(options: argparse.Namespace) -> Answer:
 
 
 def _comparison_page(sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Compared]") -> str:
-    from components.report.page import Beside, Column, build_side_by_side
+    from components.report.report import Beside, Column, build_side_by_side
 
     return build_side_by_side(
         [Column(each.name, each.run_id, each.version or "", each.note, each.metrics) for each in sides],
@@ -353,7 +353,7 @@ def _comparison_page(sides: "Sequence[Side]", keys: Mapping[str, list[Any]], bes
 def _comparison_lines(
     sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Compared]"
 ) -> Iterator[str]:
-    from components.report.page import gain_text, metric_rows
+    from components.report.report import gain_text, metric_rows
     from components.shared.metrics import metric_of
 
     names = [each.name for each in sides]
@@ -479,7 +479,7 @@ def _reproduce(options: argparse.Namespace) -> Answer:
 
 
 def _reproduction_lines(name: str, found: "Reproduced") -> Iterator[str]:
-    from components.report.page import gain_text
+    from components.report.report import gain_text
     from components.shared.metrics import metric_of
 
     if found.compared is None:

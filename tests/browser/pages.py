@@ -11,8 +11,8 @@ from components.records.steps import Evaluation, Measured, PairedDifference, Tex
 from components.registry.aliases import PIPELINE, Cause, promote
 from components.registry.event_log import append_event
 from components.registry.versions import Version, publish_version, resolve
-from components.report.page import Beside, Column, build_preview, build_report, build_side_by_side
 from components.report.registry_page import write_pages
+from components.report.report import Beside, Column, build_preview, build_report, build_side_by_side
 from components.report.run_files import RunFiles, Wrong
 from components.shared.paired import Bounds
 from components.store.store import Store

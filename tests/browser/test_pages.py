@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from components.report.page import build_report
+from components.report.report import build_report
 from components.report.run_files import Wrong
 from components.store.store import Store
 from tests.browser import pages

@@ -7,7 +7,7 @@ from components.config.gate import GateConfig, Limit
 from components.records.steps import RuleResult, SliceResult
 from components.report import charts
 from components.report.comparison import intervals, panels, rules, slices
-from components.report.page import gain_text
+from components.report.report import gain_text
 from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS, metric_of
 from components.shared.paired import Bounds

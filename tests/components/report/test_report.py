@@ -1,20 +1,32 @@
 import json
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
 from components.records import runs
 from components.records.runs import Replayed
+from components.records.steps import RuleResult, StepRecord
 from components.registry.event_log import append_event
+from components.report import report
 from components.report.comparison import past_decisions
-from components.report.page import build_report
-from components.report.report import parse_metrics, read_run, run_report
+from components.report.html import SEARCH, TEMPLATES
+from components.report.report import build_report, parse_metrics, read_run, run_report
 from components.report.run_files import RunFiles
+from components.report.sections import EXPLAINED, next_steps, samples
 from components.shared.errors import IntegrityError
+from components.shared.metrics import METRICS
 from components.store.store import Store
+from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
-from tests.components.report.example_runs import CANDIDATE, CONFIG, DATASET
+from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DATASET, promoted_run
 
 
 def put(store: Store, run: RunFiles) -> None:
@@ -140,3 +152,562 @@ def test_a_torn_last_line_is_left_out_and_a_torn_line_inside_is_an_error() -> No
     assert parse_metrics('{"step": 1}\n\n{"step": 2}\n{"st', origin="m") == [{"step": 1}, {"step": 2}]
     with pytest.raises(IntegrityError, match="m line 1"):
         parse_metrics('{"st\n{"step": 2}\n', origin="m")
+
+
+VARIANTS = (
+    example_runs.promoted_run,
+    example_runs.held_run,
+    example_runs.first_run,
+    example_runs.undecided_run,
+    example_runs.failed_run,
+    example_runs.skipped_run,
+    example_runs.forgetful_run,
+    example_runs.waiting_run,
+    lambda: RunFiles(run_id="empty", adapter="icd10-chapters"),
+)
+EVIL = "<script>alert('x')</script>\"'><img src=https://example.com/x onerror=alert(1)>&amp;"
+
+Build = Callable[[], RunFiles]
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and collects tags, attributes and text."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_page_is_balanced_and_has_one_heading_of_the_first_level(build: Build) -> None:
+    html = build_report(build())
+    assert html.startswith("<!doctype html>")
+    assert [tag for tag, _ in Page(html).tags].count("h1") == 1
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_page_loads_nothing_and_runs_nothing_but_its_search(build: Build) -> None:
+    html = build_report(build())
+    for tag, attributes in Page(html).tags:
+        assert tag not in {"iframe", "object", "embed", "img", "base", "form"}
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "srcset", "data", "poster"):
+            value = attributes.get(name)
+            assert value is None or value == "data:," or value.startswith("#"), f"<{tag} {name}={value}>"
+    assert html.count("<script") == html.count(f"<script>{SEARCH}</script>") <= 1
+    assert "@import" not in html
+    assert "url(" not in html
+    assert "default-src 'none'" in html
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_page_leaves_no_number_or_name_blank(build: Build) -> None:
+    text = Page(build_report(build())).text
+    assert not re.search(r"\b(None|nan|inf|Undefined)\b", text)
+
+
+@pytest.mark.parametrize("build", VARIANTS)
+def test_every_svg_is_described_or_hidden_from_screen_readers(build: Build) -> None:
+    for tag, attributes in Page(build_report(build())).tags:
+        assert tag != "svg" or attributes.get("aria-hidden") == "true"
+
+
+def test_promoted_run_says_what_changed_with_numbers() -> None:
+    text = Page(build_report(example_runs.promoted_run())).text
+    assert "icd10-chapters: a new version is in production" in text
+    assert (
+        "On 300 held-out records the candidate gives the exact answer 72.0 % of the time, against 68.3 % for "
+        "production's version so far and 2.3 % for the base model. Its loss (lower is better) is 0.912, against 0.951 "
+        "for production's version so far and 2.306 for the base model."
+    ) in text
+    assert f"points to {CANDIDATE} now, and pointed to {CHAMPION} before it" in text
+    for number in ("74.3 %", "2.489", "1.384", "3.7 points better", "0.039 better", "between +0.039 and +0.039"):
+        assert number in text
+    assert "✕ failed" not in text
+
+
+def test_promotion_that_has_not_happened_is_not_claimed() -> None:
+    run = replace(example_runs.promoted_run(), steps=example_runs.steps("prepare", "finetune", "evaluate", "gate"))
+    text = Page(build_report(run)).text
+    assert "a new version may go to production" in text
+    assert "has not been moved by this run" in text
+
+
+def test_a_promotion_that_failed_after_the_alias_moved_says_that_it_moved() -> None:
+    *before, promote = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
+    moved = promote.model_copy(update={"result": {**promote.result, "event_uri": "s3://b/e"}})
+    text = Page(build_report(replace(example_runs.promoted_run(), steps=[*before, moved]))).text
+    assert "the promote step failed" in text
+    assert "The alias production did move" in text
+    assert "Nothing was promoted" not in text
+
+
+def test_failed_promotion_is_told_as_a_failure() -> None:
+    steps = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
+    text = Page(build_report(replace(example_runs.promoted_run(), steps=steps))).text
+    assert "the promote step failed" in text
+    assert "a new version is in production" not in text
+
+
+def test_held_run_says_what_stands_in_the_way() -> None:
+    run = example_runs.held_run()
+    page = Page(build_report(run))
+    assert "icd10-chapters: production stays as it is" in page.text
+    assert "Are prompts and answers shuffled or mislabelled in the data?" in page.text
+    assert f"Production keeps {CHAMPION}." in page.text
+    assert run.decision is not None
+    assert page.text.count("✕ failed") == sum(not rule.passed for rule in run.decision.rules) == 4
+    assert page.text.count("✓ passed") == 3
+    assert "1.237 worse" in page.text
+
+
+def test_a_run_that_waits_for_a_person_says_how_to_approve_it() -> None:
+    text = Page(build_report(example_runs.waiting_run())).text
+    assert "Held: needs approval" in text
+    assert "A person has to approve every version of this adapter." in text
+    assert f"Production keeps {CHAMPION} until a person approves {CANDIDATE}: fineloop adapters approve" in text
+    assert "? needs approval" in text
+
+
+def test_first_run_has_no_column_for_a_champion() -> None:
+    page = Page(build_report(example_runs.first_run()))
+    assert "There was no version in production when this run compared" in page.text
+    assert "and pointed to nothing before it" in page.text
+    assert "against production" not in page.text
+
+
+def test_undecided_run_says_so() -> None:
+    text = Page(build_report(example_runs.undecided_run())).text
+    assert "icd10-chapters: no decision was made" in text
+    assert "no gate was asked to decide" in text
+
+
+def test_failed_run_names_the_step_and_its_error_and_has_no_card_without_content() -> None:
+    text = Page(build_report(example_runs.failed_run())).text
+    assert "the finetune step failed" in text
+    assert "worker 1 was lost: out of memory" in text
+    assert "no lineage record" in text
+    for words in ("How the candidate compares", "The gate's rules", "Sample answers", "Training", "Data "):
+        assert words not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "commands"),
+    [
+        ("JobError", "worker 1 was lost", ["-c .fineloop/runs/r/config.toml --run-id r"]),
+        (
+            "DataError",
+            "much is near, more than data.max_near_share = 0.05 allows:\n  5 x near 'a b'\nName it in data.group.",
+            [f"-c .fineloop/runs/r/config.toml --set {key}=VALUE" for key in ("data.max_near_share", "data.group")],
+        ),
+        ("DataError", "no rows in s3.data.jsonl", ["-c .fineloop/runs/r/config.toml"]),
+    ],
+)
+def test_a_failed_run_keeps_the_lines_of_its_error_and_says_what_to_do_now(
+    kind: str, message: str, commands: list[str]
+) -> None:
+    failed = StepRecord(
+        step="prepare", status="failed", started_at="2026-11-26T02:00:00+00:00", seconds=1.0,
+        result={"error": {"kind": kind, "message": message}},
+    )  # fmt: skip
+    run = RunFiles(run_id="r", adapter="sums", steps=[failed])
+    html = build_report(run)
+    assert f"<li>{escape(message)}</li>" in html
+    assert "white-space: pre-line" in html.partition(".reasons li {")[2].partition("}")[0]
+    assert [command for command, _ in next_steps(run)] == [f"fineloop run {each}" for each in commands]
+    text = Page(html).text
+    assert "What to do now" in text
+    assert "no measurements" not in text
+
+
+def test_the_head_says_what_was_decided_and_the_engine_room_is_further_down() -> None:
+    run = replace(example_runs.promoted_run(), note="half the data")
+    finetune = {
+        "began_at": "2026-11-24T02:00:20+00:00",
+        "trained_at": "2026-11-24T02:03:40+00:00",
+        "train_seconds": 180.0,
+        "tokens": 58_750,
+        "until_first_step": [{"part": "data", "seconds": 7.3}],
+    }
+    steps = [
+        step.model_copy(update={"result": {**step.result, **finetune}}) if step.step == "finetune" else step
+        for step in run.steps
+    ]
+    head, _, rest = build_report(replace(run, steps=steps)).partition("</header>")
+    for words in ("Promoted", "What to do now", "fineloop chat", "Note", "24 November 2026, 02:00 UTC, by ann"):
+        assert words in head
+    for words in ("Training cost", "First training step"):
+        assert words not in head
+        assert words in rest.partition('id="time">Time and cost')[2]
+
+
+def test_the_confidence_of_bounds_is_named_once_and_again_where_it_changes() -> None:
+    texts = [
+        f"It lies between {n} and 9, each with {sure} % confidence." for n, sure in enumerate((95, 95, 99, 99, 95))
+    ]
+    run = example_runs.promoted_run()
+    assert run.decision is not None
+    rules = [
+        rule.model_copy(update={"text": text, "passed": True, "verdict": "passed"})
+        for rule, text in zip(run.decision.rules, texts[2:], strict=False)
+    ]
+    decision = run.decision.model_copy(update={"reasons": tuple(texts[:2]), "rules": tuple(rules)})
+    text = Page(build_report(replace(run, decision=decision))).text
+    assert "It lies between 0 and 9, each with 95 % confidence." in text
+    assert "It lies between 1 and 9." in text
+    assert "It lies between 2 and 9, each with 99 % confidence." in text
+    assert text.count("% confidence") == 3 - (len(rules) < 3)
+
+
+def test_data_origin_and_times_are_told() -> None:
+    text = Page(build_report(example_runs.promoted_run())).text
+    for words in (
+        "completion is empty",
+        "exact duplicates 11",
+        "Columns not read source",
+        "near “ICD-10 chapter: Pressure ulcer …” 6",
+        "Neoplasms",
+        "10.4 %",
+        "224 (10.1 %)",
+    ):
+        assert words in text
+    for words in ("6b0f2f7c1f9a40de2c4b8a3f0f3b62d2c6ce9a11", "51be" * 16, example_runs.CONFIG.digest, "2.13.0"):
+        assert words in text
+    for words in ("3 min 34 s", "6.4 s", "learning_rate = 0.001"):
+        assert words in text
+
+
+def test_the_time_from_the_training_to_the_comparison_is_told_where_both_were_recorded() -> None:
+    run = example_runs.promoted_run()
+    assert "after training" not in Page(build_report(run)).text
+    assert run.evaluation is not None
+    steps = [
+        step.model_copy(update={"result": {**step.result, "trained_at": "2026-11-24T02:03:00+00:00"}})
+        if step.step == "finetune"
+        else step
+        for step in run.steps
+    ]
+    evaluation = run.evaluation.model_copy(update={"first_scored_at": "2026-11-24T02:03:09.250000+00:00"})
+    text = Page(build_report(replace(run, steps=steps, evaluation=evaluation))).text
+    assert "First record compared" in text
+    assert "9.2 s after training" in text
+
+
+def test_what_passed_before_the_first_step_is_told_by_part_where_it_was_recorded() -> None:
+    run = example_runs.promoted_run()
+    assert "First training step" not in Page(build_report(run)).text
+    finetune = run.step("finetune")
+    assert finetune is not None
+    began = datetime.fromisoformat(finetune.started_at)
+    timing = {
+        "began_at": (began + timedelta(seconds=3)).isoformat(),
+        "until_first_step": [{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
+    }
+    steps = [finetune.model_copy(update={"result": {**finetune.result, **timing}})]
+    assert "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s" in " ".join(
+        Page(build_report(replace(run, steps=steps))).text.split()
+    )
+
+
+@pytest.mark.parametrize("role", ["prompt", "reference", "base", "champion", "candidate"])
+def test_sample_text_is_escaped(role: str) -> None:
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    sample = {**run.evaluation.samples[0], role: EVIL}
+    _assert_escaped(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))
+
+
+def test_every_other_text_from_outside_is_escaped() -> None:
+    run = example_runs.promoted_run()
+    assert run.decision is not None
+    assert run.profile is not None
+    answers = {"answer": EVIL, "records": 1, "share": 0.5}
+    evil_rule = RuleResult(name="new_one", field=EVIL, title=EVIL, bound_text=EVIL, passed=False, text=EVIL)
+    for changed in (
+        {"config_toml": EVIL},
+        {"run_id": EVIL},
+        {"adapter": EVIL},
+        {"alias": EVIL},
+        {"decision": run.decision.model_copy(update={"reasons": (EVIL,)})},
+        {"decision": run.decision.model_copy(update={"rules": (evil_rule,)})},
+        {"profile": {**run.profile, "rejected": [{"reason": EVIL, "rows": 1, "example": EVIL}]}},
+        {"profile": {**run.profile, "sources": [{"source": EVIL, "rows": 1}]}},
+        {"profile": {**run.profile, "extra_columns": {EVIL: 1}}},
+        {"profile": {**run.profile, "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}}}},
+        {"lineage": {EVIL: EVIL, "recipe": {EVIL: [EVIL]}}},
+        {"steps": [StepRecord(step=EVIL, status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)]},
+    ):
+        _assert_escaped(replace(run, **changed))  # type: ignore[arg-type]
+
+
+def _assert_escaped(run: RunFiles) -> None:
+    html = build_report(run)
+    assert "<script" not in html
+    assert "<img" not in html
+    assert " ".join(EVIL.split()) in Page(html).text  # shown, as text
+
+
+def test_right_and_wrong_answers_are_marked_and_changes_named() -> None:
+    text = Page(build_report(example_runs.promoted_run())).text
+    assert "Among the 8 shown: Base model 0 of 8, Production 5 of 8, Candidate 6 of 8." in text
+    assert text.count("▲ newly right") == 2
+    assert text.count("▼ newly wrong") == 1
+    assert "(empty answer)" in text
+
+
+def test_a_sample_is_right_as_the_metric_counts_it() -> None:
+    """In another Unicode form too: an e with an accent is one code point, or two."""
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    sample = {**run.evaluation.samples[0], "reference": "\u00c9pilepsie", "candidate": "E\u0301pilepsie"}
+    (shown, *_) = samples(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))
+    (said,) = [answer for answer in shown.answers if answer.role == "candidate"]
+    assert said.right
+    assert exact_match(sample["candidate"], sample["reference"]) == 1
+
+
+def test_a_conversation_shows_who_spoke_and_a_long_text_is_cut() -> None:
+    run = example_runs.promoted_run()
+    assert run.evaluation is not None
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x" * 5000}]
+    sample = {**run.evaluation.samples[0], "prompt": turns}
+    text = Page(build_report(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))).text
+    assert "system Be brief. user xxx" in text
+    assert "… (4,100 more characters)" in text
+
+
+def test_a_long_training_stays_a_small_page() -> None:
+    run = replace(example_runs.promoted_run(), metrics=example_runs.training(num_steps=20_000))
+    assert len(build_report(run)) < 120_000
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_numbers_that_were_not_measured_are_words(value: Any) -> None:
+    run = example_runs.held_run()
+    measured = example_runs.evaluation("r", dict.fromkeys(("loss", "exact_match", "prompt_gain"), value), None)
+    text = Page(build_report(replace(run, evaluation=measured, decision=example_runs.decision(measured)))).text
+    assert "cannot be checked" in text
+    assert "not measured" in text
+
+
+def _palettes() -> list[tuple[str, dict[str, str]]]:
+    css = (TEMPLATES / "styles.html").read_text()
+    blocks = css.split("prefers-color-scheme")
+    light, dark = (dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", block)) for block in blocks[:2])
+    return [("light", light), ("dark", light | dark)]
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance, WCAG 2.2."""
+    channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(("scheme", "colours"), _palettes())
+def test_every_ink_stands_out_from_what_it_is_printed_on(scheme: str, colours: dict[str, str]) -> None:
+    inks = {"text", "muted", "base", "champion", "candidate", "good", "bad", "open"}
+    assert inks <= set(colours)
+    for ink in inks:
+        for ground in {"card"} | ({"page", "faint"} if ink in {"text", "muted", "good", "bad"} else set()):
+            one, other = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
+            assert (other + 0.05) / (one + 0.05) >= 4.5, f"{scheme}: {ink} on {ground}"
+
+
+def test_a_skipped_run_says_why_and_that_nothing_is_lost() -> None:
+    text = Page(build_report(example_runs.skipped_run())).text
+    assert "Skipped" in text
+    assert "nothing new since run 2026-11-25-0200" in text
+    assert "What is new counts again next time" in text
+
+
+def test_every_metric_with_a_unit_or_a_name_of_the_trade_is_explained_at_a_click() -> None:
+    unexplained = {key for key in METRICS if key not in EXPLAINED}
+    assert unexplained == {"rouge_l", "json_valid", "label_accuracy"}  # whose meaning, beside them, says it all
+    for key in METRICS:
+        assert ("nat" in EXPLAINED.get(key, "")) == METRICS[key].unit.startswith("nats")
+    text = Page(build_report(example_runs.promoted_run())).text
+    assert "What is that? How much less the model is surprised by an answer behind its own prompt" in text
+
+
+def test_the_contents_lead_to_every_section_and_a_short_page_has_none() -> None:
+    for build in VARIANTS:
+        page = Page(build_report(build()))
+        ids = {attributes["id"] for tag, attributes in page.tags if tag == "h2" and "id" in attributes}
+        links = {str(attributes["href"])[1:] for tag, attributes in page.tags if tag == "a" and "href" in attributes}
+        assert links in (ids, set())
+        assert bool(links) == (len(ids) > 3)
+
+
+@pytest.mark.parametrize(
+    ("nll", "limit", "words"),
+    [
+        (455.0, None, "its loss is 1.150 higher, so that it gives the right token 68 % less chance. No rule limits"),
+        (455.0, 0.5, "68 % less chance. The gate's limit (worse by at most 0.5) is not kept."),
+        (
+            340.1,
+            0.5,
+            "Nothing shows as forgotten: on general text the candidate's loss is 3.401, and the base's 3.400.",
+        ),
+    ],
+)
+def test_forgetting_is_said_in_words_and_is_bad_news_where_a_rule_says_so(
+    nll: float, limit: float | None, words: str
+) -> None:
+    run = example_runs.forgetful_run()
+    assert run.evaluation is not None
+    assert run.evaluation.general_text is not None
+    text = run.evaluation.general_text.model_copy(update={"nll": {"base": [340.0] * 64, "candidate": [nll] * 64}})
+    models = {
+        role: model and model.model_copy(update={"metrics": {**model.metrics, "general_loss": text.loss(role)}})
+        for role, model in run.evaluation.models.items()
+    }
+    evaluation = run.evaluation.model_copy(update={"models": models, "general_text": text})
+    policy = example_runs.CONFIG.gate.model_copy(update={"worse_on_general_text_by": limit})
+    html = build_report(replace(run, evaluation=evaluation, decision=example_runs.decision(evaluation, policy)))
+    assert words in Page(html).text.replace("\u00a0", " ")
+    assert bool(re.search(r'class="num worse" data-label="against base">1\.150 worse', html)) == (
+        nll == 455.0 and limit is not None
+    )
+
+
+# What an OpenLineage server receives of a run, by OpenLineage's own client, over HTTP.
+
+
+class Server(HTTPServer):
+    """Takes events, and answers as it is set to."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer = 201
+        self.received: list[tuple[str, str | None, dict[str, Any]]] = []
+        """Path, Authorization and event."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.received.append((self.path, self.headers["Authorization"], json.loads(body)))
+        self.send_response(self.server.answer)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that the environment names, as OpenLineage's documentation says."""
+    with Server() as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        monkeypatch.setenv("OPENLINEAGE_URL", f"http://127.0.0.1:{made.server_port}")
+        monkeypatch.setenv("OPENLINEAGE_API_KEY", "the-key")
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_to_its_version(
+    server: Server, store: Store
+) -> None:
+    report.emit(CONFIG, store, promoted_run())
+    assert {(path, key) for path, key, _ in server.received} == {("/api/v1/lineage", "Bearer the-key")}
+    start, complete = (event for _, _, event in server.received)
+    # The keys that RunEvent requires, in spec/OpenLineage.json 2-0-2, as BaseEvent does.
+    for event in (start, complete):
+        assert {"eventTime", "producer", "schemaURL", "run", "job"} <= event.keys()
+        assert event["schemaURL"] == "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
+        assert event["job"]["namespace"] == "fineloop"
+        assert event["job"]["name"] == CONFIG.adapter.name
+        assert event["job"]["facets"].keys() == {"jobType"}  # nothing of the folder that this runs in
+    assert [start["eventType"], complete["eventType"]] == ["START", "COMPLETE"]
+    assert start["run"]["runId"] == complete["run"]["runId"]
+    assert start["eventTime"] < complete["eventTime"]
+    bucket = f"s3://{store.bucket}"
+    named = {(each["namespace"], each["name"]) for each in complete["inputs"]}
+    assert (bucket, f"{store.prefix}/datasets/{DATASET}") in named
+    assert ("s3://fineloop", f"adapters/{CONFIG.adapter.name}/versions/{CHAMPION}") in named
+    assert ("fineloop", CONFIG.model.base) in named
+    (output,) = complete["outputs"]
+    key = f"{store.prefix}/adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}"
+    assert (output["namespace"], output["name"]) == (bucket, key)
+    assert output["facets"]["version"]["datasetVersion"] == CANDIDATE
+    assert start["outputs"] == []
+
+
+def test_a_run_that_failed_says_where_and_why(server: Server, store: Store) -> None:
+    error = {"kind": "DataError", "message": "no record is usable"}
+    step = StepRecord(
+        step="prepare", status="failed", started_at="2026-11-24T02:00:00+00:00", seconds=1, result={"error": error}
+    )
+    report.emit(CONFIG, store, replace(promoted_run(), steps=[step], lineage=None, evaluation=None, decision=None))
+    _, _, event = server.received[-1]
+    assert event["eventType"] == "FAIL"
+    assert event["run"]["facets"]["errorMessage"]["message"] == "prepare: no record is usable"
+    assert event["outputs"] == []
+    assert event["inputs"] == server.received[0][2]["inputs"] != []
+
+
+def test_a_server_that_refuses_fails_no_run(server: Server, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    server.answer = 403
+    report.emit(CONFIG, store, promoted_run())
+    assert "OpenLineage did not get the events of this run: 403" in caplog.text
+    assert "the-key" not in caplog.text
+
+
+def test_nothing_is_sent_where_no_server_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in report.CONFIGURED_BY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(report, "events_of", None)
+    report.emit(CONFIG, store, promoted_run())
+
+
+def test_a_run_is_known_by_kubeflow_s_id_or_by_one_that_its_name_gives(store: Store) -> None:
+    kubeflow = "7506d98d-86d6-4032-ad2c-97c8dca660a4"
+    assert report.run_uuid(store, kubeflow) == kubeflow
+    assert report.run_uuid(store, "r1") == report.run_uuid(store, "r1") != report.run_uuid(store, "r2")
+
+
+@pytest.mark.parametrize(
+    ("reference", "named"),
+    [
+        # openlineage.io/docs/spec/naming: the rows for S3, GCS and the local file system
+        ("s3://intake/2026/day.jsonl", ("s3://intake", "2026/day.jsonl")),
+        ("s3://intake", ("s3://intake", "/")),
+        ("gs://intake/day.jsonl", ("gs://intake", "day.jsonl")),
+        ("/data/day.jsonl", ("file", "/data/day.jsonl")),
+        ("org/base", ("fineloop", "org/base")),
+        ("icd10", ("fineloop", "icd10")),
+    ],
+)
+def test_datasets_are_named_as_openlineage_names_them(reference: str, named: tuple[str, str]) -> None:
+    assert report._named(reference) == named

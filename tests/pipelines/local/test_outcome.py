@@ -5,9 +5,8 @@ from pathlib import Path
 
 from components.records import runs
 from components.records.steps import Decision
-from components.report.page import build_report
 from components.report.registry_page import write_pages
-from components.report.report import PAGES_FROM_RUN
+from components.report.report import PAGES_FROM_RUN, build_report
 from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS
 from components.store.store import Store
