@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from components.config import config_file
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from ray_jobs import entry
 from ray_jobs.training import zero
 from tests.models.magnitudes import measured
@@ -29,7 +29,7 @@ def main() -> None:
     zero.prepare_environment(use_gpu=False)
     settings = {"train.max_steps": options.steps, "train.batch_size": 4, "ray.num_workers": 1}
     settings |= {"train.micro_batch_size": 4}
-    rows = random.Random(0).sample(list(icd10.rows()), HELD_OUT + options.steps * 4 * 8 // 7 + 8)
+    rows = random.Random(0).sample(list(example_rows()), HELD_OUT + options.steps * 4 * 8 // 7 + 8)
     print(f"{'':<8}{'rate':>9}{'size':>11}{'correlation':>13}{'lost':>8}{'loss':>10}{'as loaded':>10}")
     for name in options.methods:
         config = config_file.load(

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from components.config.schema import ModelConfig
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from components.prepare.validate import validate
 from ray_jobs import entry
 from ray_jobs.base import base_model
@@ -44,7 +44,7 @@ def main() -> None:
     config = ModelConfig(base=BASE)
     base = base_model.resolve(config)
     chat = chat_format.load(base, config)
-    rows = list(icd10.rows())
+    rows = list(example_rows())
     random.Random(0).shuffle(rows)
     turned = [dict(zip(("completion", "prompt"), texts(row), strict=True)) for row in rows[: options.records]]
     split = tokenize([validate(row).record for row in turned], chat, 256)

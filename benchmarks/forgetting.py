@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from components.config import config_file
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from components.shared.paired import Array, Pairs, bounds
 from ray_jobs import entry
 from ray_jobs.adapters import build
@@ -64,7 +64,7 @@ def main() -> None:
         tokens = int(split.num_answer_tokens.sum())
         print(f"{kind}: {len(split)} of {tokens} tokens; base: loss {before[kind].sum() / tokens:.3f}, {seconds:.1f} s")
 
-    rows = random.Random(0).sample(list(icd10.rows()), options.steps * BATCH * 8 // 7 + BATCH)
+    rows = random.Random(0).sample(list(example_rows()), options.steps * BATCH * 8 // 7 + BATCH)
     for rate in options.rates:
         trained = plain_training(
             config_file.dumps(config_file.load(CONFIG, [*chosen, f"train.learning_rate={rate}"])), rows

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.config import config_file
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from components.store.store import Store
 from pipelines.local import seaweedfs, server
 
@@ -152,7 +152,7 @@ def docstrings() -> Iterator[Row]:
 
 TASKS = {
     "icd10": Task(
-        icd10.rows,
+        example_rows,
         {"data.max_records": 3250, "data.eval_share": 0.385, "evaluate.records": 1000, "data.validation_share": 0.2},
     ),
     "docstrings": Task(

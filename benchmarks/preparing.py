@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peak import peak_mb
-from components.shared.environment import in_environment
+from components.shared.machine import in_environment
 
 WORDS, SHORT, LONG = 20_000, 12, 1500
 """Different words, and those of a prompt; the latter are some 2,000 tokens."""
@@ -126,14 +126,14 @@ def _cpu_s() -> float:
 
 
 def _fineloop(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:
-    from components.prepare import intake, workspace
-    from components.prepare.profile import build_profile
+    from components.prepare import workspace
+    from components.prepare.prepare import build_profile, read_sources
     from components.prepare.sources import find_sources
     from components.prepare.split import deduplicate, split
 
     with workspace.opened(memory_bytes=round(options.memory_gib * 2**30)) as work:
         with step("read"):
-            read = intake.read(find_sources(source), work.accept, work.reject)
+            read = read_sources(find_sources(source), work.accept, work.reject)
             work.finish()
         with step("deduplicate"):
             unique = deduplicate(work)

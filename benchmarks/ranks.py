@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 from components.config import config_file
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from ray_jobs import entry
 from ray_jobs.training import zero
 from tests.models.ranks import relative_size
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     entry.quiet_libraries()
     zero.prepare_environment(use_gpu=False)
-    rows = random.Random(0).sample(list(icd10.rows()), options.steps * 4 * 8 // 7 + 8)
+    rows = random.Random(0).sample(list(example_rows()), options.steps * 4 * 8 // 7 + 8)
     settings = {"train.max_steps": options.steps, "train.batch_size": 4, "train.micro_batch_size": 4}
     settings |= {"ray.num_workers": 1}
     for name in options.methods:

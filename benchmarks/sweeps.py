@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from components.records.sweep import MethodComparison, RateLoss, SweepResult, Trial, Tuned
-from components.shared.cpus import this_cpu
+from components.shared.machine import this_cpu
 
 ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).parent / "swept"

@@ -162,7 +162,7 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     import torch
 
     from components.config import config_file
-    from components.prepare import icd10
+    from components.prepare.rows import example_rows
     from components.prepare.validate import validate
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model
@@ -179,7 +179,7 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     config = config_file.load(CONFIG, [*workers, f"method.base={options.base}"])
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
-    keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
+    keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
     split = tokenize([each.record for each in keyed[: options.records]], chat, config.model.max_length)
     kernels = door.choose(config, base_config.load(base.path, config.model))
     return config, base, chat, split, kernels

@@ -16,8 +16,8 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.lineage import Started
 from components.shared import garbage
-from components.shared.account import account
 from components.shared.errors import FineloopError
+from components.shared.machine import account
 from components.shared.protocol import say, say_failure
 from components.store.store import open_uri
 

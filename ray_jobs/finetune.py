@@ -18,8 +18,7 @@ from components.records.sweep import TunedRate
 from components.registry import lineage
 from components.registry.between_runs import require_none_erased
 from components.shared import garbage
-from components.shared.durations import counted
-from components.shared.protocol import say
+from components.shared.protocol import counted, say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.base import attention, base_config, base_model

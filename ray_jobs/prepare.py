@@ -14,7 +14,7 @@ from components.config.schema import RunConfig
 from components.prepare import prepare as preparing
 from components.prepare.prepare import PreparedDataset, prepare_if_new
 from components.prepare.sources import Source
-from components.prepare.validation import Batch, Reader, Rules, nothing_old_collected, read_here, rows_of
+from components.prepare.validate import Batch, Reader, Rules, nothing_old_collected, read_here, rows_of
 from components.records import runs
 from components.records.steps import Prepared
 from components.shared.errors import FineloopError

@@ -12,8 +12,7 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.prepare.prepare import preview
-from components.prepare.profile import percentiles
+from components.prepare.prepare import percentiles, preview
 from components.prepare.sources import find_sources
 from components.prepare.split import Judges, lacking, parts_of
 from components.shared import garbage

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
-from components.prepare import parts
-from components.prepare.arrow_records import batch_of, present
-from components.prepare.dataset import REJECTS, Record, load_split, read_split
+from components.prepare import dataset
+from components.prepare.dataset import REJECTS, Record, batch_of, load_split, present, read_split
 from components.records import runs
 from components.records.runs import Replayed
 from components.registry.aliases import read_alias
 from components.registry.identity import TOKENS
-from components.shared.durations import counted
 from components.shared.errors import ObjectMissing
 from components.shared.metrics import alike
+from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import JSON, Store, encode_json
 from ray_jobs import entry
@@ -138,7 +137,7 @@ def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> st
     with tempfile.TemporaryDirectory(prefix="fineloop-replay-") as folder:
         rejects = Path(folder, REJECTS)
         store.download(f"{key}/{REJECTS}", rejects)
-        written = parts.write(
+        written = dataset.write_splits(
             Path(folder),
             _batches(chain(read_split(store, dataset_uri, "train"), [answered])),
             _batches(read_split(store, dataset_uri, "eval")),
@@ -146,7 +145,7 @@ def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> st
         )
         profile = {**store.get_json(f"{key}/profile.json"), "replayed_beside": dataset_uri}
         rejected = folders.read_manifest(store, key).about["rejected"]
-        return parts.publish(store, written, rejects=rejects, rejected=rejected, profile=profile).uri
+        return dataset.publish_dataset(store, written, rejects=rejects, rejected=rejected, profile=profile).uri
 
 
 def _batches(some: Iterable[Sequence[Record]]) -> "Iterator[pa.RecordBatch]":

@@ -44,7 +44,7 @@ def write(
 
     from benchmarks.peers import bases
     from components.config import config_file
-    from components.prepare import icd10
+    from components.prepare.rows import example_rows
     from components.prepare.validate import validate
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model
@@ -56,7 +56,7 @@ def write(
     torch.set_num_threads(threads)
     config = config_file.load(CONFIG, [f"ray.cpu_matmul_dtype={matmul_dtype}"])
     base = base_model.resolve(config.model)
-    keyed = sorted((validate(row) for row in icd10.rows()), key=lambda each: each.key)
+    keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
     enough = keyed[: records * max(1, record_tokens // FEWEST_TOKENS)]
     split = tokenize([each.record for each in enough], chat_format.load(base, config.model), config.model.max_length)
     tokens, labelled = split.tokens.tolist(), split.labelled.tolist()

@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from components.step.kfp import COMPONENT
+from components.step.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)

@@ -20,7 +20,6 @@ from components.config.schema import EvaluateConfig
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, TextLosses, finite
 from components.shared import binomial
-from components.shared.durations import counted
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.shared.metrics import METRICS, RELATIVE, Metric, are_labels, metric_of
 from components.shared.paired import (
@@ -35,6 +34,7 @@ from components.shared.paired import (
     wins_and_losses,
 )
 from components.shared.parquet import table_of
+from components.shared.protocol import counted
 
 if TYPE_CHECKING:
     from components.store.store import Store

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from kfp import dsl
 from kfp.dsl import Markdown, Output
 
-from components.step.kfp import COMPONENT
+from components.step.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)

@@ -1,17 +1,34 @@
-"""What a dataset is, its records, and how they are read from its folder `datasets/<dataset_id>/` in the store."""
+"""What a dataset is: its records, as objects and as Arrow batches, its files, its folder, and which hold a record."""
 
+import hashlib
 import json
+import logging
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from components.shared.errors import IntegrityError
+from components.records import runs
+from components.registry import signing, versions
+from components.registry.aliases import list_aliases
+from components.registry.cache import READS_AT_ONCE
+from components.registry.collect import DATASETS, RUNS
+from components.registry.identity import TOKENS, version_key
+from components.registry.lineage import Ancestor, made_from
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store import folders
+from components.store.store import ObjectFile, ObjectInfo, Store
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from components.store.store import Store
+
 
 Role = Literal["system", "user", "assistant", "tool"]
 SplitName = Literal["train", "eval", "replay"]
@@ -89,6 +106,32 @@ class Reject:
     """The row's text, cut to 2000 characters."""
 
 
+class Hashes(NamedTuple):
+    """The hashes that decide the split and the duplicates of some records: lists of the fields of `KeyedRecord`."""
+
+    key: list[bytes]
+    place: list[bytes]
+    content: list[bytes]
+    asked: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedRecord:
+    """A record with the hashes that decide its split and its duplicates."""
+
+    record: Record
+    key: bytes
+    """sha256 of what identifies the record: its id when the row gave one, else its prompt."""
+    place: bytes
+    """sha256 of what decides its split: its group where it has one, else its key."""
+    content: bytes
+    """sha256 of prompt and answer."""
+    asked: bytes
+    """sha256 of the prompt's turns."""
+    named: bool
+    """Whether the row gave an id."""
+
+
 def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
     """Read one split of the dataset at `uri`, verified against its manifest, in the order of the records' key hash.
 
@@ -133,3 +176,518 @@ def record_of(row: Mapping[str, Any]) -> Record:
     """The record that a row of a dataset's files holds."""
     turns = [Message(turn["role"], turn["content"], turn.get("more", "")) for turn in row["prompt"]]
     return Record(row["id"], turns, row["answer"], *(row.get(name, "") for name in WHERE_ANY))
+
+
+# Records as Arrow batches: the columns of a dataset's files, and each record's identity as a line of JSON; pure.
+
+NOT_ALWAYS = frozenset({*WHERE_ANY, "more"})
+"""The optional columns, and the optional field of a turn: a dataset has them only if any of its records needs them."""
+_ESCAPED = r'["\\\x00-\x1f]'
+"""Pattern of a character that JSON has to escape in a text."""
+
+
+def batch_of(records: Sequence[Record]) -> "pa.RecordBatch":
+    """A batch with all columns of these records."""
+    import pyarrow as pa
+
+    turns = [turn for record in records for turn in record.prompt]
+    offsets = [0]
+    for record in records:
+        offsets.append(offsets[-1] + len(record.prompt))
+    messages = pa.StructArray.from_arrays(
+        [pa.array([turn[place] for turn in turns], pa.string()) for place in range(len(Message._fields))],
+        names=Message._fields,
+    )
+    texts = {
+        name: pa.array([getattr(record, name) for record in records], pa.string())
+        for name in ("id", "answer", *WHERE_ANY)
+    }
+    prompt = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages)
+    return pa.record_batch({"id": texts.pop("id"), "prompt": prompt, **texts})
+
+
+def keyed_batch_of(records: Sequence[KeyedRecord]) -> "pa.RecordBatch":
+    """A batch with all columns of these records, preceded by `named` (whether the row gave the id) and the hashes."""
+    hashes = Hashes(*([getattr(each, name) for each in records] for name in Hashes._fields))
+    return keyed_batch(batch_of([each.record for each in records]), hashes, [each.named for each in records])
+
+
+def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]) -> "pa.RecordBatch":
+    """The batch with columns put in front: `named` (whether the row gave the id) and the hashes."""
+    import pyarrow as pa
+
+    def column(values: Sequence[bytes]) -> pa.Array:
+        buffers = [None, pa.py_buffer(b"".join(values))]
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(values), buffers)
+
+    return pa.record_batch({
+        "named": pa.array(named, pa.bool_()),
+        **{name: column(values) for name, values in hashes._asdict().items()},
+        **dict(zip(records.schema.names, records.columns, strict=True)),
+    })  # fmt: skip
+
+
+def records_of(batch: "pa.RecordBatch") -> Iterator[Record]:
+    """The records of a batch, which may lack optional columns."""
+    return map(record_of, batch.to_pylist())
+
+
+def present(batch: "pa.RecordBatch") -> set[str]:
+    """The names in NOT_ALWAYS that any record of the batch needs."""
+    import pyarrow.compute as pc
+
+    found = {name for name in WHERE_ANY if pc.any(pc.not_equal(batch[name], "")).as_py()}
+    return found | ({"more"} if pc.any(pc.not_equal(batch["prompt"].flatten().field("more"), "")).as_py() else set())
+
+
+def with_columns(batch: "pa.RecordBatch", names: Set[str]) -> "pa.RecordBatch":
+    """The batch without the optional columns (NOT_ALWAYS) that are not in `names`."""
+    import pyarrow as pa
+
+    columns = {name: batch[name] for name in ("id", "prompt", "answer", *(each for each in WHERE_ANY if each in names))}
+    prompt, fields = columns["prompt"], [name for name in Message._fields if name != "more" or name in names]
+    turns = prompt.flatten()
+    offsets = _offsets(prompt)
+    columns["prompt"] = pa.ListArray.from_arrays(
+        offsets, pa.StructArray.from_arrays([turns.field(name) for name in fields], names=fields)
+    )
+    return pa.record_batch(columns)
+
+
+def sizes(batch: "pa.RecordBatch") -> "pa.Array":
+    """The bytes of each record's prompt and answer together, as int64."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    prompt = batch["prompt"]
+    ends = pc.cumulative_sum(pc.cast(pc.binary_length(prompt.flatten().field("content")), pa.int64()))
+    before = pa.concat_arrays([pa.array([0], pa.int64()), ends])
+    offsets = _offsets(prompt)
+    of_prompts = pc.subtract(before.take(offsets[1:]), before.take(offsets[:-1]))
+    return pc.add(of_prompts, pc.cast(pc.binary_length(batch["answer"]), pa.int64()))
+
+
+def asked(batch: "pa.RecordBatch") -> list[str]:
+    """The text of each record's prompt: the contents of its turns, without the system's, joined by newlines."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    turns = batch["prompt"].flatten()
+    kept = pc.not_equal(turns.field("role"), "system")
+    before = pa.concat_arrays([pa.array([0], pa.int32()), pc.cumulative_sum(pc.cast(kept, pa.int32()))])
+    contents = pa.ListArray.from_arrays(before.take(_offsets(batch["prompt"])), turns.field("content").filter(kept))
+    texts: list[str] = pc.binary_join(contents, "\n").to_pylist()
+    return texts
+
+
+def identities(batch: "pa.RecordBatch") -> memoryview:
+    """Each record's identity as a line of JSON: id, prompt and answer, then calls, tools and group where it has any of
+    them. A record without them has the same identity as in releases that did not know them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    prompt = batch["prompt"]
+    turns = prompt.flatten()
+    more = turns.field("more")
+    of_turns = _joined(
+        "[",
+        _quoted(turns.field("role")),
+        ", ",
+        _quoted(turns.field("content")),
+        _where(pc.not_equal(more, ""), ", ", _quoted(more)),
+        "]",
+    )
+    prompts = pc.binary_join(pa.ListArray.from_arrays(_offsets(prompt), of_turns), ", ")
+    has_group = pc.not_equal(batch["group"], "")
+    has_any = pc.or_(has_group, pc.or_(pc.not_equal(batch["calls"], ""), pc.not_equal(batch["tools"], "")))
+    tools = _where(has_any, ", ", _quoted(batch["calls"]), ", ", _quoted(batch["tools"]))
+    group = _where(has_group, ", ", _quoted(batch["group"]))
+    lines = _joined(
+        *("[", _quoted(batch["id"]), ", [", prompts, "], ", _quoted(batch["answer"]), tools, group, "]\n"),
+    )
+    offsets = memoryview(lines.buffers()[1]).cast("i")
+    first, last = offsets[lines.offset], offsets[lines.offset + len(lines)]
+    return memoryview(lines.buffers()[2] or b"")[first:last]
+
+
+def _quoted(texts: "pa.Array") -> "pa.Array":
+    """Each text as a JSON string, as Python's `json.dumps` writes it without `ensure_ascii`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    plain = _joined('"', texts, '"')
+    is_escaped = pc.match_substring_regex(texts, _ESCAPED)
+    escaped = [json.dumps(text, ensure_ascii=False) for text in texts.filter(is_escaped).to_pylist()]
+    return pc.replace_with_mask(plain, is_escaped, pa.array(escaped, pa.string())) if escaped else plain
+
+
+def _where(mask: "pa.Array", *pieces: "pa.Array | str") -> "pa.Array":
+    """The pieces joined; an empty text where the mask is false."""
+    import pyarrow.compute as pc
+
+    return pc.if_else(mask, _joined(*pieces), "")
+
+
+def _joined(*pieces: "pa.Array | str") -> "pa.Array":
+    import pyarrow.compute as pc
+
+    return pc.binary_join_element_wise(*pieces, "")
+
+
+def _offsets(lists: "pa.ListArray") -> "pa.Array":
+    """The start of each list in the result of `flatten`, and the end of the last one."""
+    import pyarrow.compute as pc
+
+    return pc.subtract(lists.offsets, lists.offsets[0])
+
+
+# Writes a dataset's files as its records come, computes its id from them, and publishes its folder to the store.
+
+MOST_RECORDS, MOST_BYTES = 2**17, 2**28
+"""Bounds on one part: its records, and bytes of prompts and answers. It ends with the record that reaches either."""
+_GROUP_BYTES = 2**25
+"""Approximate bytes of a row group, which a writer buffers."""
+_READ_RECORDS = 1024
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split as local files, in order."""
+
+    paths: tuple[Path, ...]
+    name: SplitName
+    records: int
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return self.records
+
+    def __iter__(self) -> Iterator[Record]:
+        """Iterate over the records, reading them in batches."""
+        import pyarrow.parquet as pq
+
+        for path in self.paths:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_READ_RECORDS, use_threads=False):
+                    yield from records_of(batch)
+
+    def head(self, count: int) -> list[Record]:
+        """The first `count` records, or all where there are fewer."""
+        return list(islice(self, count))
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The local files, by their paths within the dataset's folder."""
+        return {f"{self.name}/{path.name}": path for path in self.paths}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A dataset's records as local files."""
+
+    dataset_id: str
+    """`d` and 15 hex digits of a hash over all splits' records in order, however they are divided into files."""
+    train: Part
+    evaluation: Part
+    replay: Part | None = None
+    """Earlier records that production is to answer; None where the dataset has no such split."""
+
+    @property
+    def splits(self) -> list[Part]:
+        """All splits that the dataset has."""
+        return [self.train, self.evaluation, *([self.replay] if self.replay else [])]
+
+
+def write_splits(
+    folder: Path,
+    train: Iterable["pa.RecordBatch"],
+    evaluation: Iterable["pa.RecordBatch"],
+    replay: Iterable["pa.RecordBatch"] | None = None,
+    *,
+    columns: Set[str] = NOT_ALWAYS,
+) -> Parts:
+    """Write the splits below the folder; `columns` are the optional columns (NOT_ALWAYS) to write.
+
+    Where a part ends depends on the records alone. Each split has one part at least.
+    """
+    digest = hashlib.sha256(f"fineloop dataset {FORMAT}\n".encode())
+    splits = []
+    given: dict[SplitName, Iterable[pa.RecordBatch] | None] = {"train": train, "eval": evaluation, "replay": replay}
+    for name, batches in given.items():
+        if batches is None:
+            continue
+        digest.update(f"{name}\n".encode())
+        writer = _Writer(Path(folder, name), columns)
+        with writer:
+            for batch in batches:
+                digest.update(identities(batch))
+                writer.write(batch)
+        splits.append(Part(tuple(writer.paths), name, writer.records))
+    return Parts(f"d{digest.hexdigest()[:15]}", *splits)
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """A dataset's folder in the store."""
+
+    dataset_id: str
+    uri: str
+    created: bool
+    """False when the store already held it."""
+
+
+def publish_dataset(
+    store: "Store", parts: Parts, *, rejects: Path, rejected: int, profile: Mapping[str, Any]
+) -> DatasetFolder:
+    """Write the dataset's folder, or nothing when the store holds these records already. `rejected` is the number of
+    rows that `rejects` lists.
+
+    The profile and the rejects beside some records are those of the first run that publishes them. If two runs publish
+    at once, profile and rejects may come from different ones.
+    """
+    key = f"datasets/{parts.dataset_id}"
+    folder = DatasetFolder(parts.dataset_id, store.uri(key), created=True)
+    known = DatasetFolder(parts.dataset_id, store.uri(key), created=False)
+    if folders.find_manifest(store, key) is not None:
+        return known
+    files: dict[str, bytes | Path] = {
+        **{path: file for split in parts.splits for path, file in split.files.items()},
+        REJECTS: rejects,
+        "profile.json": json.dumps(profile, ensure_ascii=False, indent=2).encode(),
+    }
+    about = {
+        "kind": "dataset",
+        "format": FORMAT,
+        "dataset_id": parts.dataset_id,
+        **{f"{split.name}_records": len(split) for split in parts.splits},
+        "rejected": rejected,
+    }
+    try:
+        folders.publish(store, key, files, about=about, identity=(), apart=[TOKENS])
+    except Conflict:
+        # Another run published the same records meanwhile, with a profile of its own: either will do.
+        logger.info("%s was published by another run at the same time", folder.uri)
+        return known
+    return folder
+
+
+class _Writer:
+    """Writes batches into one part after the other."""
+
+    def __init__(self, folder: Path, columns: Set[str]) -> None:
+        folder.mkdir(parents=True)
+        self.paths: list[Path] = []
+        self.records = 0
+        self._folder, self._columns = folder, columns
+        self._open: Any = None
+        self._in_part = self._bytes = 0
+        self._pending: list[pa.RecordBatch] = []
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.paths and not any(error):
+            self._append(batch_of([]))
+        self._close()
+
+    def write(self, batch: "pa.RecordBatch") -> None:
+        """Append the batch, which has all columns, to the open part, and to new parts once that is full."""
+        import numpy as np
+
+        while len(batch):
+            ends = self._bytes + np.cumsum(sizes(batch).to_numpy(zero_copy_only=False))
+            room = min(MOST_RECORDS - self._in_part, int(np.searchsorted(ends, MOST_BYTES)) + 1, len(batch))
+            self._append(batch.slice(0, room))
+            self._in_part += room
+            self._bytes = int(ends[room - 1])
+            if self._in_part >= MOST_RECORDS or self._bytes >= MOST_BYTES:
+                self._close()
+            batch = batch.slice(room)
+
+    def _append(self, batch: "pa.RecordBatch") -> None:
+        import pyarrow.parquet as pq
+
+        batch = with_columns(batch, self._columns)
+        if self._open is None:
+            self.paths.append(self._folder / f"part-{len(self.paths):05}.parquet")
+            self._open = pq.ParquetWriter(self.paths[-1], batch.schema, compression="zstd")
+        self._pending.append(batch)
+        self.records += len(batch)
+        if sum(each.nbytes for each in self._pending) >= _GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._pending:
+            self._open.write_table(pa.Table.from_batches(self._pending).combine_chunks())
+            self._pending = []
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._flush()
+            self._open.close()
+        self._open, self._in_part, self._bytes = None, 0, 0
+
+
+# Which datasets hold a record, which versions were trained on one of them, and which runs keep its text.
+
+logger = logging.getLogger(__name__)
+
+Place = Literal["train", "eval", "replay", "rejects"]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A dataset that holds some of the records."""
+
+    dataset_id: str
+    uri: str
+    parts: tuple[Place, ...]
+    """`rejects` keeps the raw text of a row that was never trained on."""
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """A version whose weights come from a dataset that holds some of the records."""
+
+    name: str
+    version: str
+    uri: str
+    aliases: tuple[str, ...]
+    dataset_id: str
+    """The dataset that it was trained on; empty where only an ancestor was trained on one, or it is unknown."""
+    why: Literal["dataset", "parent", "unknown"]
+    """`unknown` where its lineage cannot be read."""
+    revoked: bool
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """The datasets, versions and runs that saw the records."""
+
+    datasets: tuple[Holder, ...]
+    versions: tuple[Exposed, ...]
+    runs: tuple[str, ...]
+    """Ids of runs whose evaluated records hold the text of any of them."""
+    unread: tuple[str, ...]
+    """URIs of files that cannot be read, or have no ids: whether they hold any of the records is unknown."""
+
+
+def exposure_of(store: Store, record_ids: Collection[str]) -> Exposure:
+    """Search the whole registry. Only the ids are read from Parquet files, and only the text from rejected rows."""
+    files = [info for info in store.list(DATASETS) if info.key.endswith(".parquet")]
+    compared = [info for folder in (RUNS, runs.EVALUATIONS) for info in store.list(folder)]
+    files += [info for info in compared if info.key.endswith(f"/{runs.EVALUATION_RECORDS}")]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = dict(zip(files, pool.map(lambda info: _held(store, info, record_ids), files), strict=True))
+    holders = _holders(store, {info: ids for info, ids in found.items() if ids and info.key.startswith(DATASETS)})
+    trained_on = {each.dataset_id for each in holders if {"train", "eval"} & set(each.parts)}
+    return Exposure(
+        tuple(holders),
+        tuple(_exposed(store, trained_on)),
+        tuple(
+            sorted(info.key.split("/")[1] for info, ids in found.items() if ids and not info.key.startswith(DATASETS))
+        ),
+        tuple(store.uri(info.key) for info, ids in found.items() if ids is None),
+    )
+
+
+def _holders(store: Store, held: dict[ObjectInfo, set[str]]) -> list[Holder]:
+    parts: dict[str, set[Place]] = defaultdict(set)
+    ids: dict[str, set[str]] = defaultdict(set)
+    for info, found in held.items():
+        dataset, _, path = info.key.removeprefix(DATASETS).partition("/")
+        parts[dataset].add("rejects" if path == REJECTS else cast(SplitName, path.partition("/")[0]))
+        ids[dataset] |= found
+    return [
+        Holder(each, store.uri(f"{DATASETS}{each}"), tuple(sorted(parts[each])), tuple(sorted(ids[each])))
+        for each in sorted(parts)
+    ]
+
+
+def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
+    """The versions that were trained on one of the datasets, their descendants, and those of unknown lineage."""
+    made_of: dict[tuple[str, str], list[Ancestor]] = {}
+    unknown: set[tuple[str, str]] = set()
+    for name in versions.list_adapters(store):
+        known = made_from(store, name)
+        made_of |= {(name, version): ancestors for version, ancestors in known.items()}
+        unknown |= {(name, version) for version in versions.version_ids(store, name) if version not in known}
+    why: dict[tuple[str, str], tuple[Literal["dataset", "parent", "unknown"], str]] = {}
+    for key, ancestors in made_of.items():
+        if own := next((each.name for each in ancestors if each.kind == "dataset" and each.name in datasets), ""):
+            why[key] = ("dataset", own)
+    if datasets:
+        why |= {key: ("unknown", "") for key in unknown}
+    grown = True
+    while grown:
+        uris = {store.uri(version_key(*key)) for key in why}
+        children = {
+            key: ("parent", "")
+            for key, ancestors in made_of.items()
+            if key not in why and any(each.kind == "parent" and each.name in uris for each in ancestors)
+        }
+        why |= cast(dict[tuple[str, str], tuple[Literal["parent"], str]], children)
+        grown = bool(children)
+    pointers = {name: list_aliases(store, name) for name, _ in why}
+    for (name, version), (reason, dataset) in sorted(why.items()):
+        aliases = tuple(each.alias for each in pointers[name] if each.version == version)
+        uri, revoked = store.uri(version_key(name, version)), _is_revoked(store, name, version)
+        yield Exposed(name, version, uri, aliases, dataset, reason, revoked)
+
+
+def _is_revoked(store: Store, name: str, version: str) -> bool:
+    try:
+        return bool(store.trusted_keys) and signing.is_revoked(store, name, version)
+    except ObjectMissing:  # its publication has not ended
+        return False
+
+
+def _held(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str] | None:
+    """The given ids that the file holds; None where it cannot be read."""
+    import pyarrow as pa
+
+    search = _rejected if info.key.endswith(f"/{REJECTS}") else _among
+    try:
+        return search(store, info, record_ids)
+    except ObjectMissing:  # deleted since the listing
+        return set()
+    except (pa.ArrowException, KeyError, UnicodeDecodeError) as exc:
+        logger.warning("%s cannot be read: %s", store.uri(info.key), exc)
+        return None
+
+
+def _among(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str]:
+    """The given ids that are in the file's `id` column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted, found = pa.array(sorted(record_ids), pa.string()), set()
+    with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
+        for batch in file.iter_batches(columns=["id"], use_threads=False):
+            found |= set(batch["id"].filter(pc.is_in(batch["id"], value_set=wanted)).to_pylist())
+    return found
+
+
+def _rejected(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str]:
+    """The given ids that a rejected row's text holds as a value, or as a word where it is not a JSON object."""
+    import pyarrow.parquet as pq
+
+    found: set[str] = set()
+    with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
+        for batch in file.iter_batches(columns=["row"], use_threads=False):
+            for row in batch["row"].to_pylist():
+                found |= {each for each in record_ids if each in row and _names(row, each)}
+    return found
+
+
+def _names(row: str, record_id: str) -> bool:
+    try:
+        values = json.loads(row).values()
+    except (ValueError, AttributeError, RecursionError):
+        return re.search(rf"(?<!\w){re.escape(record_id)}(?!\w)", row) is not None
+    return any(str(value) == record_id for value in values if isinstance(value, str | int))

@@ -19,17 +19,563 @@ fewer than eight words, does not count as similarity.
 in batches, and what is kept of each is on disk.
 """
 
+import math
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from components.prepare.minhash import Band, MinHash, Minima, Numbers, Signatures
-from components.prepare.shingles import CHARS, Batch, Hashes, Known, Marks, Rows, frequent, in_batches
-from components.prepare.signed import Signed
+# MinHash with banding (LSH): find the pairs of similar sets of hashes without comparing all pairs; pure.
+#
+# Broder (1997); Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.
+#
+# Each text has two sets, the shingles of the whole text and those of its own part (see `near_duplicates`). Two texts
+# are similar if both are. So each band holds minima of both sets, and a pair with only one of them similar seldom
+# shares a band.
+#
+# The minima come from one permutation (Li, Owen and Zhang, 2012, arXiv:1208.1259): the hashes of a set are divided into
+# as many bins as there are minima, and each bin gives its smallest. An empty bin copies the minimum of a bin that is
+# not empty, the first in an order that depends on the empty bin alone (optimal densification: Shrivastava, 2017,
+# arXiv:1703.04664). So the share of equal minima is an unbiased estimate of the similarity.
+#
+# Of pairs exactly at the threshold (0.5, 0.8, 0.9), a few in ten thousand are missed if the larger set has ten hashes
+# or more. With two to four hashes in it, three in a hundred are missed at 0.5.
+
+# Hashes to compare texts by: of shingles of characters, of words and of runs of words, a batch at once; pure.
+#
+# All hashes have 64 bits and depend on the text alone, so that the same texts are judged alike on every machine.
+
+Hashes = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
+"""For each hash, the index of its text in the batch; ascending."""
+Places = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
+
+CHARS = 5
+WORDS = 8
+"""Words in a run: the fewest by which GPT-3's authors looked for overlaps (arXiv:2005.14165, appendix C)."""
+FACTORS: Hashes = np.array(
+    [0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5],
+    dtype=np.uint64,
+)
+"""xxHash's primes, one for each character of a shingle."""
+BASE = 0x9E3779B97F4A7C15
+"""Base of the polynomial hashes of words, runs and texts: the golden ratio's digits, odd to have a modular inverse."""
+SPACE = ord(" ")
+UNSPACED = (
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x2E80, 0xABFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
+"""Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese): each character is a word."""
+CELLS = 2**22
+"""Counters of the first, coarse count: 16 MiB as uint32."""
+_WORD = re.compile(r"\w+")
+_SAID_IN_ASCII = bytes(ord(chr(each).lower() if _WORD.match(chr(each)) else " ") for each in range(128)).ljust(256)
+"""Translation table for ASCII text: characters of words in lower case, all others as spaces."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The words of some texts, concatenated, without case and punctuation; white space is single spaces."""
+
+    characters: npt.NDArray[np.uint8] | npt.NDArray[np.uint32]
+    """Code points of each text's words, a space after each, padded with spaces to at least CHARS + 1 characters."""
+    ends: Places
+    """The end of each text in `characters`, exclusive."""
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "Batch":
+        """Make a batch of at least one text."""
+        together = "\n".join([*texts, ""])
+        characters: npt.NDArray[Any]
+        if together.isascii():  # the same words, in a third of the time
+            characters = np.frombuffer(together.encode().translate(_SAID_IN_ASCII), np.uint8)
+        else:
+            texts = [text.casefold() for text in texts]
+            points = np.frombuffer("\n".join([*texts, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+            characters = np.where(_are_of_words()[points], points, np.uint32(SPACE))
+        is_kept = characters != SPACE
+        is_kept[1:] |= is_kept[:-1]
+        ends = np.cumsum([len(text) + 1 for text in texts])
+        ends -= np.searchsorted(np.flatnonzero(~is_kept), ends)
+        characters = characters[is_kept]
+        missing = (CHARS + 1 - np.diff(ends, prepend=0)).clip(min=0)
+        if missing.any():
+            characters = np.insert(characters, np.repeat(ends, missing), SPACE)
+            ends += np.cumsum(missing)
+        return cls(characters, ends)
+
+    @cached_property
+    def starts(self) -> Places:
+        """The index of each text's first character."""
+        return np.concatenate([[0], self.ends[:-1]])
+
+    @cached_property
+    def is_word(self) -> Marks:
+        """One flag per character: whether it belongs to a word."""
+        return self.characters != SPACE
+
+    @cached_property
+    def row_of(self) -> Rows:
+        """For each character, the index of its text."""
+        return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
+
+    def shingles(self) -> tuple[Hashes, Marks]:
+        """The hash of every five consecutive characters, and one flag per hash: whether the five are of one text."""
+        wide = self.characters.astype(np.uint64)
+        size = len(wide) - CHARS + 1
+        hashes = wide[:size] * FACTORS[0]
+        for place in range(1, CHARS):
+            hashes += wide[place : place + size] * FACTORS[place]
+        is_one = np.ones(len(wide), bool)
+        for back in range(1, CHARS + 1):
+            is_one[self.ends - back] = False
+        return mixed(hashes), is_one[:size]
+
+    def texts(self) -> Hashes:
+        """One hash per text, of all of it."""
+        return self._hashed(self._values, self.starts)
+
+    def words(self) -> "Words":
+        """The words of the batch, and where each begins."""
+        begins, is_alone = self.is_word.copy(), self._are_alone()
+        begins[1:] &= ~self.is_word[:-1] | is_alone[1:] | is_alone[:-1]
+        first = np.flatnonzero(begins)
+        values = np.where(self.is_word, self._values, np.uint64(0))  # a space adds nothing
+        return Words(self._hashed(values, first), first, np.searchsorted(first, self.ends))
+
+    def _are_alone(self) -> Marks:
+        points = self.characters
+        is_alone = np.zeros(len(points), bool)
+        for first, last in UNSPACED if points.dtype == np.uint32 else ():
+            is_alone |= (points >= first) & (points <= last)
+        return is_alone
+
+    @cached_property
+    def _values(self) -> Hashes:
+        """One term per character of the polynomial that hashes are sums of, modulo 2**64."""
+        return (self.characters.astype(np.uint64) + np.uint64(1)) * _powers(BASE, len(self.characters))
+
+    def _hashed(self, values: Hashes, starts: Places) -> Hashes:
+        """The hash of each segment between one of `starts` and the next, independent of where the segment stands."""
+        if not len(starts):
+            return np.zeros(0, np.uint64)
+        return mixed(np.add.reduceat(values, starts) * _powers(pow(BASE, -1, 2**64), len(values))[starts])
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a batch."""
+
+    hashes: Hashes
+    first: Places
+    """The index of each word's first character."""
+    ends: Places
+    """The end of each text in the words, exclusive."""
+
+    def runs(self) -> tuple[Hashes, Places]:
+        """The hash, and the index of the first word, of every run of eight words in one text."""
+        size = len(self.hashes) - WORDS + 1
+        if size < 1:
+            return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        hashes = np.zeros(size, np.uint64)
+        for place, factor in enumerate(_powers(BASE, WORDS)):
+            hashes += self.hashes[place : place + size] * factor
+        is_one = np.ones(len(self.hashes), bool)
+        for back in range(1, WORDS):  # A negative index wraps around to the end, where no run begins either.
+            is_one[self.ends - back] = False
+        within = np.flatnonzero(is_one[:size])
+        return mixed(hashes[within]), within
+
+    def row_of(self, words: Places) -> Rows:
+        """For each of these words, which ascend, the index of its text."""
+        return np.searchsorted(self.ends, words, "right")
+
+    def outside(self, shared: "Known", batch: Batch) -> Marks:
+        """One flag per character of the batch: whether it belongs to a word that no shared run covers."""
+        hashes, first = self.runs()
+        found = first[shared.has(hashes)]
+        if not len(found):
+            return batch.is_word
+        depth = np.zeros(len(self.hashes) + 1, np.int64)
+        np.add.at(depth, found, 1)
+        np.add.at(depth, found + WORDS, -1)
+        is_outside = np.concatenate([[True], np.cumsum(depth[:-1]) == 0])  # first, what stands before the first word
+        return batch.is_word & np.repeat(is_outside, np.diff(self.first, prepend=0, append=len(batch.characters)))
+
+
+def mixed(hashes: Hashes) -> Hashes:
+    """The hashes with their bits mixed, so that each depends on all: the finalizer of SplitMix64."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+class Known:
+    """A set of hashes for look-ups: a table with one hash per slot, and a list of those whose slot was taken."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        """`hashes` are sorted, and their bits are mixed."""
+        bits = (4 * len(hashes)).bit_length()
+        self._shift = np.uint64(64 - bits)
+        slots = self._slots(hashes)
+        self._table = np.full(2**bits, hashes[0] if len(hashes) else 0, np.uint64)
+        self._table[slots] = hashes
+        self._others = hashes[self._table[slots] != hashes]
+        self._is_crowded = np.zeros(2**bits, bool)
+        self._is_crowded[self._slots(self._others)] = True
+        self._size = len(hashes)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def has(self, hashes: Hashes) -> Marks:
+        """One flag per hash: whether it is in the set."""
+        if not len(self):
+            return np.zeros(len(hashes), bool)
+        slots = self._slots(hashes)
+        is_known = self._table[slots] == hashes
+        rest = np.flatnonzero(self._is_crowded[slots] & ~is_known)
+        places = np.searchsorted(self._others, hashes[rest]).clip(max=len(self._others) - 1)
+        is_known[rest] = self._others[places] == hashes[rest]
+        return is_known
+
+    def _slots(self, hashes: Hashes) -> Places:
+        return (hashes >> self._shift).view(np.int64)
+
+
+def frequent(
+    first: Iterable[Hashes], again: Callable[[], Iterable[tuple[Hashes, Rows]]], *, more_than: float
+) -> Hashes:
+    """The hashes that are in more than `more_than` texts, sorted. They are given for some texts at a time, bits mixed.
+
+    Exact, in memory that does not grow with the number of hashes: a coarse count of all of `first`, which is never too
+    low, and if needed an exact count, over `again`, of those alone that pass it. `again` is all or a part of `first`.
+    """
+    coarse = np.zeros(CELLS, np.uint32)
+    for hashes in first:
+        np.add.at(coarse, _cell(hashes), np.uint32(1))
+    if not (coarse > more_than).any():
+        return np.zeros(0, np.uint64)
+    pending: list[Hashes] = []
+    seen, counts, size = np.zeros(0, np.uint64), np.zeros(0, np.int64), 0
+    for hashes, rows in again():
+        kept = coarse[_cell(hashes)] > more_than
+        pending.append(_once_a_text(hashes[kept], rows[kept]))
+        size += len(pending[-1])
+        if size > max(CELLS, len(seen)):
+            seen, counts, pending, size = *_merged(seen, counts, pending), [], 0
+    seen, counts = _merged(seen, counts, pending)
+    return seen[counts > more_than]
+
+
+def _merged(
+    seen: Hashes, counts: npt.NDArray[np.int64], pending: Sequence[Hashes]
+) -> tuple[Hashes, npt.NDArray[np.int64]]:
+    new, how_often = np.unique(np.concatenate([seen[:0], *pending]), return_counts=True)
+    both, inverse = np.unique(np.concatenate([seen, new]), return_inverse=True)
+    total = np.zeros(len(both), np.int64)
+    np.add.at(total, inverse, np.concatenate([counts, how_often]))
+    return both, total
+
+
+def _once_a_text(hashes: Hashes, rows: Rows) -> Hashes:
+    """The hashes of all texts, sorted, each once per text."""
+    order = np.argsort(hashes, kind="stable")  # stable: the rows of each hash keep ascending
+    hashes, rows = hashes[order], rows[order]
+    is_first = np.ones(len(hashes), bool)
+    is_first[1:] = (hashes[1:] != hashes[:-1]) | (rows[1:] != rows[:-1])
+    return hashes[is_first]
+
+
+def _cell(hashes: Hashes) -> Places:
+    return ((hashes >> np.uint64(32)) * np.uint64(CELLS) >> np.uint64(32)).view(np.int64)
+
+
+def _powers(base: int, count: int) -> Hashes:
+    return _some_powers(base, count.bit_length())[:count]
+
+
+@lru_cache(maxsize=8)
+def _some_powers(base: int, bits: int) -> Hashes:
+    powers = np.full(2**bits, base, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers, dtype=np.uint64)
+
+
+@cache
+def _are_of_words() -> Marks:
+    """One flag per Unicode code point: whether it belongs to a word."""
+    found = np.zeros(0x110000, bool)
+    for word in _WORD.finditer(np.arange(len(found), dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")):
+        found[word.start() : word.end()] = True
+    return found
+
+
+def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2**16) -> Iterator[list[str]]:
+    """Yield the texts in batches, which end with the text that reaches `max_texts` texts or `max_chars` characters."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if len(batch) == max_texts or chars >= max_chars:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+MISSED = 1e-4
+"""Probability that no band finds a pair exactly at the threshold, if the minima were independent. Pairs of more
+similarity are missed less often."""
+SELECTIVITY = 0.3
+"""Approximate probability that one band finds such a pair. It decides how many minima a band holds."""
+FEWEST_MINIMA, MOST_MINIMA, MOST_BANDS = 2, 8, 256
+DEVIATIONS = 5
+"""How many standard deviations, of independent minima, an estimate may lie below the threshold. Copied minima increase
+the deviation, by at most an eighth, for texts of about twenty shingles."""
+
+EMPTY = np.uint32(2**32 - 1)
+"""The minimum of an empty set."""
+FEW = 16
+"""If fewer than one bin in this number is still empty, the empty ones are filled one by one, else all at once."""
+ROUNDING_OF_LIKELY = 1e-6
+PAIRS_AT_ONCE = 2**16
+
+Numbers = npt.NDArray[np.int64]
+Minima = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """The signatures of some texts: the hash of each band, and one byte of each minimum, to estimate similarity."""
+
+    bands: Minima
+    """One row per band, one column per text."""
+    whole: npt.NDArray[np.uint8]
+    """One row per text, as in `own`."""
+    own: npt.NDArray[np.uint8]
+    is_found: Marks
+    """False for a text without an own part, which no band proposes."""
+
+    @classmethod
+    def joined(cls, parts: Iterable["Signatures"], *, texts: int) -> "Signatures":
+        """Join the parts, which hold `texts` texts (at least one) together, in order. No part is kept in memory."""
+        arrays: list[npt.NDArray[Any]] = []
+        filled = 0
+        for part in parts:
+            given: list[npt.NDArray[Any]] = [part.bands.T, part.whole, part.own, part.is_found]
+            if not arrays:
+                arrays = [np.empty((texts, *each.shape[1:]), each.dtype) for each in given[1:]]
+                arrays.insert(0, np.empty((len(part.bands), texts), np.uint32).T)
+            for array, each in zip(arrays, given, strict=True):
+                array[filled : filled + len(each)] = each
+            filled += len(part.is_found)
+        return cls(arrays[0].T, *arrays[1:])
+
+    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """One byte of each minimum, one row per text: of the whole texts, and of their own parts."""
+        return self.whole[places], self.own[places]
+
+
+class Minimal(Protocol):
+    """The part of signatures that estimates need."""
+
+    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """As `Signatures.minima_at`."""
+
+
+class Band:
+    """An index of texts by their hash in one band."""
+
+    def __init__(self, hashes: Minima, rows: Numbers) -> None:
+        """`hashes` and `rows` as `sorted_band` returns them. The index takes nine or ten bytes per text."""
+        self._hashes, self._rows = hashes, rows.astype(np.uint32)
+        bits = min((4 * len(rows)).bit_length(), 32)
+        self._shift = np.uint32(32 - bits)
+        is_taken = np.zeros(max(8, 2**bits), bool)
+        is_taken[hashes >> self._shift] = True
+        self._taken = np.packbits(is_taken, bitorder="little")
+
+    def with_hash(self, hashes: Minima, *, most: int) -> tuple[Numbers, Numbers]:
+        """Pairs of an index into `hashes` and a text with that hash, at most `most` texts per index."""
+        slots = hashes >> self._shift  # most hashes have no text: a table of one bit per slot rules them out first
+        places = np.flatnonzero(self._taken[slots >> np.uint32(3)] >> (slots & np.uint32(7)) & np.uint32(1))
+        begin = np.searchsorted(self._hashes, hashes[places])
+        is_there = self._hashes[begin.clip(max=len(self._hashes) - 1)] == hashes[places]
+        places, begin = places[is_there], begin[is_there]
+        found = np.minimum(np.searchsorted(self._hashes, hashes[places], "right") - begin, most)
+        offsets = np.arange(found.sum()) - np.repeat(np.cumsum(found) - found, found)
+        return np.repeat(places, found), self._rows[np.repeat(begin, found) + offsets].astype(np.int64)
+
+
+class MinHash:
+    """Bands and minima that find pairs of this similarity; the same on every machine."""
+
+    def __init__(self, similarity: float) -> None:
+        minima = round(math.log(SELECTIVITY) / math.log(similarity)) if similarity < 1 else MOST_MINIMA
+        minima = min(max(minima, FEWEST_MINIMA), MOST_MINIMA)
+        is_found = similarity**minima
+        number = math.ceil(math.log(MISSED) / math.log1p(-is_found)) if is_found < 1 else 1
+        self.similarity = similarity
+        self.bands = min(number, MOST_BANDS)
+        self._whole, self._own = self.bands * (minima - minima // 2), self.bands * (minima // 2)
+
+    def signatures(self, hashes: Hashes, rows: Rows, is_whole: Marks, is_own: Marks, *, texts: int) -> Signatures:
+        """The signatures of a batch of `texts` texts. `hashes` have mixed bits; `rows`, `is_whole` and `is_own` give
+        for each the text that it belongs to, and whether it counts in the whole text's set and in the own part's."""
+        whole = minima_of(hashes, rows, is_whole, texts=texts, bins=self._whole)
+        own = minima_of(hashes * np.uint64(BASE), rows, is_own, texts=texts, bins=self._own)
+        of_a_band = np.concatenate([whole.reshape(self.bands, -1, texts), own.reshape(self.bands, -1, texts)], axis=1)
+        is_found = own[0] != EMPTY
+        return Signatures(_combined(of_a_band), whole.T.astype(np.uint8), own.T.astype(np.uint8), is_found)
+
+    def likely(self, ours: Minimal, rows: Numbers, theirs: Minimal, others: Numbers) -> npt.NDArray[np.float32]:
+        """Estimated similarity of each pair, the lower one of both sets, or -1 if it is surely below the threshold."""
+        starts = range(0, len(rows), PAIRS_AT_ONCE)
+        parts = [slice(start, start + PAIRS_AT_ONCE) for start in starts]
+        found = [self._likely(ours, rows[part], theirs, others[part]) for part in parts]
+        return np.concatenate([np.zeros(0, np.float32), *found])
+
+    def _likely(self, ours: Minimal, rows: Numbers, theirs: Minimal, others: Numbers) -> npt.NDArray[np.float32]:
+        estimates = []
+        for one, other in zip(ours.minima_at(rows), theirs.minima_at(others), strict=True):
+            agreeing = (one == other).mean(axis=1, dtype=np.float32)
+            deviation = math.sqrt(self.similarity * (1 - self.similarity) / one.shape[1])
+            estimates.append(
+                np.where(agreeing >= self.similarity - DEVIATIONS * deviation - ROUNDING_OF_LIKELY, agreeing, -1)
+            )
+        return np.minimum(*estimates)
+
+
+def sorted_band(hashes: Minima, marked: Marks) -> tuple[Minima, Numbers]:
+    """The hashes of the marked texts, sorted, and the texts' indices. Equal hashes are in the order of the texts."""
+    packed = np.flatnonzero(marked).view(np.uint64)
+    upper = hashes[marked].astype(np.uint64)
+    upper <<= np.uint64(32)  # in place, as there may be millions
+    packed |= upper
+    del upper
+    packed.sort()
+    keys = (packed >> np.uint64(32)).astype(np.uint32)
+    packed &= np.uint64(2**32 - 1)
+    return keys, packed.view(np.int64)
+
+
+def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int) -> Minima:
+    """The minima of each text, one row per bin and one column per text; `EMPTY` for a text without marked hashes.
+
+    The upper half of a hash selects its bin, and the lower half is the number that is compared.
+    """
+    found = np.full((texts, bins), EMPTY, np.uint32)
+    cells = rows * bins + ((hashes >> np.uint64(32)) * np.uint64(bins) >> np.uint64(32)).view(np.int64)
+    np.minimum.at(found.reshape(-1), cells, np.where(is_in, hashes.astype(np.uint32), EMPTY))
+    return _densified(np.ascontiguousarray(found.T))
+
+
+def _densified(sparse: Minima) -> Minima:
+    """Fill each empty bin from another bin of the same text."""
+    dense = sparse.copy()
+    lenders = iter(lenders_of(len(sparse)))
+    is_empty = (dense == EMPTY) & (dense.min(axis=0) != EMPTY)
+    while np.count_nonzero(is_empty) > is_empty.size // FEW:
+        dense &= sparse[next(lenders)] | (is_empty.astype(np.uint32) - np.uint32(1))  # EMPTY has every bit
+        is_empty &= dense == EMPTY
+    bins, texts = np.divmod(np.flatnonzero(is_empty), sparse.shape[1])
+    while len(bins):
+        dense[bins, texts] = lent = sparse[next(lenders)[bins], texts]
+        is_still = lent == EMPTY
+        bins, texts = bins[is_still], texts[is_still]
+    return dense
+
+
+@cache
+def lenders_of(bins: int) -> Numbers:
+    """One column per bin: all bins, in the order in which an empty bin tries them."""
+    return np.argsort(mixed(np.arange(bins * bins, dtype=np.uint64) + np.uint64(BASE)).reshape(bins, bins), axis=0)
+
+
+def _combined(minima: Minima) -> Minima:
+    """Hash the numbers along the second axis into one."""
+    factors = mixed(np.arange(1, minima.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
+    return (mixed((minima * factors[:, np.newaxis]).sum(axis=1)) >> np.uint64(32)).astype(np.uint32)
+
+
+# Signatures of many texts on disk; nine bytes per text stay in memory.
+
+_AT_ONCE = 2**11
+"""Texts to read in one batch: the kernel maps 64 KiB of the file around each one's numbers meanwhile."""
+
+
+class Signed:
+    """Signatures that were added a part at a time, and one hash of all of each text.
+
+    The file of bands holds the parts one after the other, each with a row per band; the file of minima a row per text.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Create two files with this name in the folder."""
+        self._bands, self._minima = folder / f"{name}.bands", folder / f"{name}.minima"
+        for path in (self._bands, self._minima):
+            path.write_bytes(b"")
+        self._sizes: list[int] = []
+        self._equals: list[Hashes] = []
+        self._are_found: list[Marks] = []
+        self._num_bands = self._num_whole = 0
+
+    def add(self, signatures: Signatures, equals: Hashes) -> None:
+        """Add the signatures and the hashes of some more texts."""
+        for path, array in (
+            (self._bands, signatures.bands),
+            (self._minima, np.concatenate([signatures.whole, signatures.own], axis=1)),
+        ):
+            with path.open("ab") as file:
+                file.write(np.ascontiguousarray(array).data)
+        self._num_bands, self._num_whole = len(signatures.bands), signatures.whole.shape[1]
+        self._sizes.append(len(equals))
+        self._equals.append(equals)
+        self._are_found.append(signatures.is_found)
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    @property
+    def equals(self) -> Hashes:
+        """One hash per text, of all of it."""
+        return np.concatenate([np.zeros(0, np.uint64), *self._equals])
+
+    def in_band(self, band: int, kept: Marks) -> tuple[Minima, Numbers]:
+        """The band's hashes of the texts marked in `kept`, as `sorted_band` returns them."""
+        hashes, begin = np.empty(len(kept), np.uint32), 0
+        with self._bands.open("rb") as file:
+            for size in self._sizes:
+                file.seek(hashes.itemsize * (begin * self._num_bands + band * size))
+                file.readinto(hashes[begin : begin + size].data)
+                begin += size
+        return sorted_band(hashes, kept & np.concatenate([kept[:0], *self._are_found]))
+
+    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """The same as `Signatures.minima_at`."""
+        wanted, where = np.unique(places, return_inverse=True)
+        parts = []
+        for start in range(0, max(1, len(wanted)), _AT_ONCE):
+            # Opened anew for each batch, so that no mapped page stays in memory.
+            mapped = np.memmap(self._minima, np.uint8, "r").reshape(len(self), -1)
+            parts.append(np.asarray(mapped[wanted[start : start + _AT_ONCE]]))
+        found = np.concatenate(parts)[where]
+        return found[:, : self._num_whole], found[:, self._num_whole :]
+
 
 COMMON, COMMON_AT_LEAST = 0.05, 3
 """A shingle in more than this share of the held-out prompts, and in more than this number of them, is ignored."""

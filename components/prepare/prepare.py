@@ -3,14 +3,20 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
-from components.prepare import intake, news, parts, workspace
-from components.prepare.profile import build_profile
-from components.prepare.shapes import unread_text
+from components.config.train import ColumnsConfig
+from components.prepare import dataset, workspace
+from components.prepare.dataset import FORMAT, Part, Reject
+from components.prepare.personal import Kind
+from components.prepare.rows import SAVE_AS_UTF_8, form_of
+from components.prepare.shapes import EXPECTED, advice, columns_read, recognised, unread_text
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import (
     Deduplicated,
@@ -20,21 +26,420 @@ from components.prepare.split import (
     split,
     too_few_to_replace,
 )
-from components.prepare.validation import Reader, Rules, read_here
-from components.prepare.workspace import Workspace
+from components.prepare.validate import Reader, Rules, Validated, read_here
+from components.prepare.workspace import Workspace, quoted
 from components.records import runs
 from components.records.steps import Decision
 from components.registry import between_runs
 from components.registry.between_runs import NONE_ERASED, Erased
-from components.shared import memory
-from components.shared.durations import counted
+from components.shared import machine
 from components.shared.errors import DataError
-from components.shared.metrics import never_trained_text
+from components.shared.metrics import are_labels, never_trained_text
+from components.shared.protocol import counted
 from components.step.step import StepRun
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from components.registry.between_runs import Consumed
     from components.store.store import Store
+
+
+# Read every source to the end: the records that pass, the rows that do not, and whether that is acceptable.
+
+_NOT_UTF_8 = "not UTF-8 at byte"
+_MAX_NAMES_SHOWN = 20
+_REASONS_SHOWN = 3
+NO_RULES = Rules()
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """What one source gave."""
+
+    source: Source
+    rows: int = 0
+    rejected: int = 0
+    withheld: int = 0
+    """Records that hold personal data, where data.personal leaves them out."""
+    erased: int = 0
+    """Rows of records that were erased."""
+
+    @property
+    def accepted(self) -> int:
+        """Records that may be used."""
+        return self.rows - self.rejected - self.withheld - self.erased
+
+    def with_batch(self, rows: int, validated: Validated) -> "SourceCount":
+        """Return the counts with another batch of `rows` rows added."""
+        return SourceCount(
+            self.source,
+            self.rows + rows,
+            self.rejected + len(validated.rejects),
+            self.withheld + validated.withheld,
+            self.erased + validated.erased,
+        )
+
+
+class Reasons:
+    """Why rows are unusable: each kind of reason with its count and its first example."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, Reject] = {}
+
+    def add(self, reject: Reject) -> None:
+        """Count one more."""
+        kind = _kind_of(reject.reason)
+        self._counts[kind] += 1
+        self._examples.setdefault(kind, reject)
+
+    def most_common(self) -> list[tuple[str, int, Reject]]:
+        """Most frequent first: the kind, its count, its first example; a kind that occurs once as it was said."""
+        return [
+            (self._examples[kind].reason if count == 1 else kind, count, self._examples[kind])
+            for kind, count in self._counts.most_common()
+        ]
+
+
+@dataclass
+class Intake:
+    """What was read, counted, in the order of the sources."""
+
+    reasons: Reasons = field(default_factory=Reasons)
+    columns: Counter[str] = field(default_factory=Counter)
+    """Rows that have each column."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows in a shape that we know, of which nothing is read from this column, or from this key of a message."""
+    personal: Counter[Kind] = field(default_factory=Counter)
+    """Pieces of personal data in the records that are usable, by kind."""
+    with_personal: int = 0
+    """Usable records that hold any."""
+    num_known_form: int = 0
+    """Rows whose columns are those of a record, whatever they hold."""
+    shapes: Counter[str] = field(default_factory=Counter)
+    """Rows in each shape that we know."""
+    sources: list[SourceCount] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows read, good and bad."""
+        return sum(each.rows for each in self.sources)
+
+    @property
+    def accepted(self) -> int:
+        """Records that may be used."""
+        return sum(each.accepted for each in self.sources)
+
+    @property
+    def rejected(self) -> int:
+        """Rows that are unusable."""
+        return sum(each.rejected for each in self.sources)
+
+    @property
+    def withheld(self) -> int:
+        """Records that hold personal data, where data.personal leaves them out."""
+        return sum(each.withheld for each in self.sources)
+
+    @property
+    def erased(self) -> int:
+        """Rows of records that were erased, usable or not."""
+        return sum(each.erased for each in self.sources)
+
+    @property
+    def rejected_share(self) -> float:
+        """Share of rows that are unusable."""
+        return self.rejected / self.num_rows if self.num_rows else 0.0
+
+    def by_source(self) -> Iterator[tuple[Source, range]]:
+        """Each source with which of the accepted records it gave."""
+        start = 0
+        for each in self.sources:
+            end = start + each.accepted
+            yield each.source, range(start, end)
+            start = end
+
+
+def read_sources(
+    sources: Sequence[Source],
+    accept: Callable[["pa.RecordBatch"], None],
+    reject: Callable[[Reject], None],
+    *,
+    rules: Rules = NO_RULES,
+    reader: Reader = read_here,
+) -> Intake:
+    """Validate every row of every source. What was erased is only counted.
+
+    Records are handed over a batch at a time, as `keyed_batch` has them, and rejects as they come. What shape the rows
+    are in is said at the first row that can be used, with the row and the record that it becomes.
+
+    Raises:
+        DataError: a source cannot be opened.
+        StoreError: an s3:// source cannot be read.
+    """
+    intake = Intake(sources=[SourceCount(source) for source in sources])
+    found: Counter[tuple[str, ...]] = Counter()
+    shown: set[str] = set()
+    ended = 0
+    for place, rows, validated in reader(sources, rules):
+        _say_read(intake.sources[ended:place])
+        ended = place
+        for name, words in validated.shown:
+            if name not in shown:
+                logger.info("%s", words)
+            shown.add(name)
+        found.update(validated.columns)
+        intake.unread.update(validated.unread)
+        intake.personal.update(validated.personal)
+        intake.with_personal += validated.with_personal
+        accept(validated.batch)
+        for each in validated.rejects:
+            intake.reasons.add(each)
+            reject(each)
+        intake.sources[place] = intake.sources[place].with_batch(rows, validated)
+    _say_read(intake.sources[ended:])
+    for names, count in found.items():
+        for column in names:
+            intake.columns[column] += count
+        if shape := recognised(names, rules.columns):
+            intake.num_known_form += count
+            intake.shapes[shape.name] += count
+            used = columns_read(names, rules.columns, group=rules.group)
+            intake.unread.update({column: count for column in names if column not in used})
+    return intake
+
+
+def _say_read(sources: Sequence[SourceCount]) -> None:
+    for each in sources:
+        logger.info("%s: %s, %s unusable", each.source.name, counted(each.rows, "row"), f"{each.rejected:,}")
+
+
+def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:
+    """Stop on data that should not be trained on; `columns` is data.columns, as for `read_sources`.
+
+    Raises:
+        DataError: no rows, none with the columns of a record, none usable, or too many unusable.
+    """
+    names = _listed([each.source.name for each in intake.sources])
+    if not intake.num_rows:
+        raise DataError(f"data.source has no rows: {names} {'is' if len(intake.sources) == 1 else 'are'} empty")
+    if intake.columns and not intake.num_known_form:
+        is_csv = all((form := form_of(each.source.name)) and form.kind == "csv" for each in intake.sources)
+        header = ". Where the first row holds data, write one with the columns' names above it" if is_csv else ""
+        raise DataError(
+            f"data.source has no row with the expected columns ({names}): "
+            f"found {_listed([repr(column) for column, _ in intake.columns.most_common()])}; expected {EXPECTED}. "
+            f"{advice(list(intake.columns), columns or ColumnsConfig())}{header}"
+        )
+    share = intake.rejected_share
+    if not intake.accepted:
+        raise DataError(f"data.source has no usable row among {intake.num_rows:,}:{_reasons_text(intake)}")
+    if share > max_reject_share:
+        raise DataError(
+            f"{share:.1%} of rows are unusable ({intake.rejected:,} of {intake.num_rows:,}), more than "
+            f"data.max_reject_share = {max_reject_share:g} allows:{_reasons_text(intake)}\n"
+            "Fix these rows or raise data.max_reject_share."
+        )
+    if intake.rejected:
+        logger.info("%.2f %% of rows are unusable; data.max_reject_share = %g allows it", 100 * share, max_reject_share)
+
+
+def _reasons_text(intake: Intake) -> str:
+    reasons = intake.reasons.most_common()
+    lines = [
+        f"\n  {count:,} x {reason} (for example {example.source}:{example.line})"
+        for reason, count, example in reasons[:_REASONS_SHOWN]
+    ]
+    if hidden := reasons[_REASONS_SHOWN:]:
+        lines.append(f"\n  {sum(count for _, count, _ in hidden)} x {len(hidden)} other reasons")
+    if any(reason.startswith(_NOT_UTF_8) for reason, _, _ in reasons):
+        lines.append(f"\n{SAVE_AS_UTF_8}.")
+    return "".join(lines)
+
+
+def _kind_of(reason: str) -> str:
+    """The reason without its positions, so that like reasons count together."""
+    reason = re.sub(r"\[\d+\]", "[N]", reason)
+    return re.sub(r"\b(byte|column) \d+", r"\1 N", reason)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
+    hidden = len(names) - _MAX_NAMES_SHOWN
+    return f"{shown} and {hidden} more" if hidden > 0 else shown
+
+
+# What is new since the adapter's last finished run, and which records fall into the window.
+
+
+def new_sources(sources: Iterable[Source], consumed: "Consumed | None") -> list[Source]:
+    """The files and objects that were added or changed since `consumed`; None means all of them."""
+    seen = consumed.sources if consumed else {}
+    return [each for each in sources if seen.get(each.name) != each.fingerprint]
+
+
+def distinct_contents(work: Workspace) -> Iterator[bytes]:
+    """Yield the sha256 of each distinct record's content, in no particular order."""
+    for batch in work.batches("SELECT content FROM chosen"):
+        yield from batch["content"].to_pylist()
+
+
+def count_new(contents: "pa.UInt64Array", known: "pa.UInt64Array") -> int:
+    """How many ids of distinct `contents` are not `known`: records that were added or changed, wherever they stand."""
+    import pyarrow.compute as pc
+
+    return len(contents) - (pc.sum(pc.is_in(contents, value_set=known)).as_py() or 0)
+
+
+def in_window(intake: Intake, *, days: float) -> list[tuple[int, int]]:
+    """The records from the files and objects that were modified in the last `days` before the newest one.
+
+    The window ends at the newest source, not today, so that a step that is retried tomorrow makes the same dataset.
+    A source without a time, such as the example, is always in it.
+    """
+    times = [source.modified_at for source, _ in intake.by_source() if source.modified_at]
+    begin = max(times) - timedelta(days=days) if times else None
+    return [
+        (numbers.start, numbers.stop)
+        for source, numbers in intake.by_source()
+        if begin is None or source.modified_at is None or source.modified_at >= begin
+    ]
+
+
+# The profile of a dataset, for a person to check before trusting it: profile.json.
+
+_TOP_ANSWERS = 20
+_SAMPLES = 3
+_MAX_SAMPLE_CHARS = 2000
+
+
+def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit) -> dict[str, Any]:
+    """Build the profile, which accounts for every row: rows read = rejected + dropped + the records of both splits."""
+    return {
+        "format": FORMAT,
+        "rows": {
+            "read": intake.num_rows,
+            "accepted": intake.accepted,
+            "rejected": intake.rejected,
+            "rejected_share": round(intake.rejected_share, 6),
+        },
+        "rejected": [
+            {"reason": reason, "rows": count, "example": f"{example.source}:{example.line}"}
+            for reason, count, example in intake.reasons.most_common()
+        ],
+        "personal": {"records": intake.with_personal, "found": dict(intake.personal.most_common())},
+        "dropped": {
+            "erased": intake.erased,
+            "personal_data": intake.withheld,
+            "duplicate": deduplicated.duplicates,
+            "superseded_by_same_id": deduplicated.superseded,
+            "prompt_in_eval": split.prompt_in_eval,
+            "near_duplicate_of_eval": split.near_duplicate_of_eval,
+            "before_window": split.before_window,
+            "over_max_records": split.over_max_records,
+        },
+        "near_duplicates": {
+            "left_out_share": round(split.near_share, 6),
+            "most_are_near": [{"begins": words, "records": count} for words, count in split.near_clusters],
+            "in_train": split.near_in_train,
+        },
+        "system_message": _shared_system_message(work, split),
+        "shapes": dict(intake.shapes.most_common()),
+        "columns": dict(intake.columns.most_common()),
+        "extra_columns": dict(intake.unread.most_common()),
+        "replayed": split.replayed,
+        "never_trained": never_trained(work, split),
+        "splits": {each.name: _describe(work, each) for each in split.parts.splits},
+        "sources": [
+            {"source": each.source.name, "bytes": each.source.size_bytes, "rows": each.rows, "rejected": each.rejected}
+            for each in intake.sources
+        ],
+    }
+
+
+def never_trained(work: Workspace, split: TrainEvalSplit) -> dict[str, int]:
+    """The number of held-out records of each label that no record to train on has; empty if answers are not labels."""
+    (distinct, records) = work.row(
+        f"SELECT count(DISTINCT answer), count(*) FROM {_sql_of(split.train, split.evaluation)}"
+    )
+    if not are_labels(distinct, records):
+        return {}
+    return dict(
+        work.rows(
+            f"SELECT answer, count(*) FROM {_sql_of(split.evaluation)} WHERE answer NOT IN"
+            f" (SELECT answer FROM {_sql_of(split.train)}) GROUP BY answer ORDER BY 2 DESC, 1"
+        )
+    )
+
+
+def percentiles(lengths: Iterable[int]) -> dict[str, int]:
+    """Nearest-rank percentiles of at least one length."""
+    return _of_counts(Counter(lengths))
+
+
+def _of_counts(counts: Mapping[int, int]) -> dict[str, int]:
+    last = sum(counts.values()) - 1
+    found, seen, lengths = {}, 0, iter(sorted(counts))
+    length = next(lengths)
+    for percent in (0, 10, 50, 90, 99, 100):
+        while seen + counts[length] <= round(percent / 100 * last):
+            seen += counts[length]
+            length = next(lengths)
+        found[f"p{percent}"] = length
+    return found
+
+
+def _describe(work: Workspace, part: Part) -> dict[str, Any]:
+    records, answer = _sql_of(part), "answer"
+    if "calls" in work.columns:
+        answer = "CASE WHEN answer = '' THEN calls ELSE answer END"
+    counted = f"SELECT {answer} AS answer, count(*) AS records, min(file_index * 2**32 + file_row_number) AS first"
+    work.run(f"CREATE OR REPLACE TEMP TABLE answers AS {counted} FROM {records} GROUP BY 1")
+    (distinct,) = work.row("SELECT count(*) FROM answers")
+    top = work.rows(f"SELECT answer, records FROM answers ORDER BY records DESC, first LIMIT {_TOP_ANSWERS}")
+    groups = work.row(f'SELECT count(DISTINCT "group") FROM {records}')[0] if "group" in work.columns else None
+
+    def lengths(text: str) -> dict[str, int]:
+        return _of_counts(dict(work.rows(f"SELECT {text} AS length, count(*) FROM {records} GROUP BY 1")))
+
+    return {
+        "records": len(part),
+        "groups": groups,
+        "prompt_chars": lengths("list_sum([length(turn.content) for turn in prompt])"),
+        "answer_chars": lengths(f"length({answer})"),
+        "distinct_answers": distinct,
+        "most_frequent_answers": [
+            {"answer": _cut(text), "records": count, "share": round(count / len(part), 6)} for text, count in top
+        ]
+        if distinct < len(part)
+        else [],
+        "samples": [
+            {
+                "id": record.id,
+                "prompt": [{"role": turn.role, "content": _cut(turn.content)} for turn in record.prompt],
+                "answer": _cut(record.answer_text),
+            }
+            for record in part.head(_SAMPLES)
+        ],
+    }
+
+
+def _shared_system_message(work: Workspace, split: TrainEvalSplit) -> str | None:
+    """The system message that every record begins with, if one: whoever asks the adapter should send it too."""
+    first = f"SELECT DISTINCT prompt[1] FROM {_sql_of(split.train, split.evaluation)} LIMIT 2"
+    (message,), *others = work.rows(first)
+    return message["content"] if not others and message["role"] == "system" else None
+
+
+def _sql_of(*parts: Part) -> str:
+    """The SQL expression that reads the records of these parts."""
+    paths = ", ".join(quoted(path) for part in parts for path in part.paths)
+    return f"read_parquet([{paths}], file_row_number = true)"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SAMPLE_CHARS else f"{text[:_MAX_SAMPLE_CHARS]}…"
+
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +491,14 @@ def _in_memory() -> Iterator[None]:
     Raises:
         DataError: it needs more, or there is too little to begin with.
     """
-    room = int(MEMORY_SHARE * memory.available_bytes())
+    room = int(MEMORY_SHARE * machine.available_bytes())
     if room < LEAST_ROOM:
         raise DataError(
             f"{room / 2**30:.1f} GiB of memory are free for the records of data.source, and to read any takes "
             f"{LEAST_ROOM / 2**30:.1f} GiB: end other programs, or prepare them where there is more memory"
         )
     try:
-        with memory.at_most(room):
+        with machine.at_most(room):
             yield
     except MemoryError as exc:
         raise DataError(
@@ -152,18 +557,15 @@ def prepare_if_new(
     if consumed is not None and consumed.run_id == step_run.run_id:
         consumed = None  # this very run has ended before: a repetition has nothing new, and should give the same result
     sources = find_sources(step_run.config.data.source)
-    if minimum and consumed and not news.new_sources(sources, consumed):
+    if minimum and consumed and not new_sources(sources, consumed):
         what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
     with _in_memory(), _opened(step_run.config) as work:
         read, unique = _read(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
-        contents = between_runs.content_ids(news.contents(work))
-        num_new = (
-            news.count_new(contents, between_runs.consumed_contents(step_run.store, consumed))
-            if consumed
-            else len(contents)
-        )
+        contents = between_runs.content_ids(distinct_contents(work))
+        seen = between_runs.consumed_contents(step_run.store, consumed) if consumed else None
+        num_new = len(contents) if seen is None else count_new(contents, seen)
         step_run.result.update(new_records=num_new)
         if consumed and num_new < minimum:
             few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
@@ -192,16 +594,16 @@ def _read(
     work: Workspace,
     erased: Erased = NONE_ERASED,
     reader: Reader = read_here,
-) -> tuple[intake.Intake, Deduplicated]:
-    read = intake.read(sources, work.accept, work.reject, rules=Rules.of(config.data, erased), reader=reader)
-    intake.require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
+) -> tuple[Intake, Deduplicated]:
+    read = read_sources(sources, work.accept, work.reject, rules=Rules.of(config.data, erased), reader=reader)
+    require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     if read.unread:
         logger.info("%s", unread_text(read.unread, read.columns, config.data.columns))
     work.finish()
     return read, deduplicate(work)
 
 
-def _split(config: RunConfig, work: Workspace, read: intake.Intake) -> TrainEvalSplit:
+def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
     data = config.data
     return split(
         work,
@@ -209,18 +611,16 @@ def _split(config: RunConfig, work: Workspace, read: intake.Intake) -> TrainEval
         max_records=data.max_records,
         near_duplicates=data.near_duplicates,
         max_near_share=data.max_near_share,
-        window=news.in_window(read, days=data.window_days) if data.window_days else None,
+        window=in_window(read, days=data.window_days) if data.window_days else None,
         replay_share=data.replay_share,
         replay_apart=data.replay_from == "production",
     )
 
 
-def _publish(
-    config: RunConfig, store: "Store", work: Workspace, read: intake.Intake, unique: Deduplicated
-) -> PreparedDataset:
+def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, unique: Deduplicated) -> PreparedDataset:
     found = _split(config, work, read)
     profile = build_profile(work, read, unique, found)
-    folder = parts.publish(store, found.parts, rejects=work.rejects, rejected=read.rejected, profile=profile)
+    folder = dataset.publish_dataset(store, found.parts, rejects=work.rejects, rejected=read.rejected, profile=profile)
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,
         uri=folder.uri,
@@ -237,7 +637,7 @@ def _publish(
     return prepared
 
 
-def _left_out(read: intake.Intake, unique: Deduplicated, found: TrainEvalSplit) -> dict[str, int]:
+def _left_out(read: Intake, unique: Deduplicated, found: TrainEvalSplit) -> dict[str, int]:
     unusable = {f"unusable ({reason})": count for reason, count, _ in read.reasons.most_common()[:REASONS_SHOWN]}
     others = read.rejected - sum(unusable.values())
     return {

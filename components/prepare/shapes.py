@@ -10,11 +10,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from components.config.train import ColumnsConfig
-from components.prepare.validate import KNOWN_COLUMNS, SPEAKERS, has_known_form, named_id
-from components.shared.durations import counted
 from components.shared.errors import DataError
+from components.shared.protocol import counted
 
 Row = Mapping[str, Any]
+
+KNOWN_COLUMNS = ("id", "prompt", "completion", "messages", "tools")
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+"""The names of the roles in other formats."""
 
 EXPECTED = (
     "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer), or "
@@ -45,6 +51,11 @@ class Shape(NamedTuple):
     """The columns that the prompt is joined from; none in a conversation."""
     answer: str = ""
     """The column of the answer; none in a conversation."""
+
+
+def has_known_form(columns: tuple[str, ...]) -> bool:
+    """Whether a row with these columns is in one of the two forms."""
+    return "messages" in columns or ("prompt" in columns and "completion" in columns)
 
 
 def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
@@ -82,11 +93,6 @@ def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str
     kept = {"id": named.id or "id", "tools": named.tools or "tools", group: group}
     record |= {name: row[column] for name, column in kept.items() if column and column in row}
     return _with_system(record, row.get(named.system or "system")) if named.system or shape in _WITH_SYSTEM else record
-
-
-def id_of(row: object, named: ColumnsConfig) -> str | None:
-    """The row's own id, whatever else is wrong with it; None where it has none."""
-    return named_id(row.get(named.id or "id")) if isinstance(row, Mapping) else None
 
 
 def columns_read(columns: Collection[str], named: ColumnsConfig, *, group: str = "") -> set[str]:

@@ -1,23 +1,155 @@
-"""Which files `data.source` names: local paths, globs, folders, S3 objects and folders, and the built-in example."""
+"""Which files `data.source` names: local paths, globs, folders, S3 objects, data sets on a hub, the example."""
 
 import glob
 import logging
+import re
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from components.prepare import hub
-from components.prepare.formats import FIRST, WAYS, expected, form_of
-from components.shared.durations import counted
+from components.prepare.rows import ENDINGS, FIRST, WAYS, example_release, expected, form_of
 from components.shared.errors import DataError
+from components.shared.protocol import counted
 
 if TYPE_CHECKING:
     from components.store.store import ObjectInfo, Store
+
+
+# Data sets on the Hugging Face hub: hf://ORG/NAME, with a revision, a folder or a glob of files.
+#
+# Files are taken as they are in the repository, at one commit; no code that comes with them is run.
+
+SCHEME = "hf://"
+FORM = "hf://ORG/NAME[@REVISION][/FOLDER or /GLOB]"
+CONVERTED = "refs/convert/parquet"
+"""The branch on which the hub keeps a copy of any data set as Parquet."""
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_ADDRESS = re.compile(
+    r"hf://(?:datasets/)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
+)
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One data file of a repository."""
+
+    address: str
+    size_bytes: int
+    fingerprint: str
+    modified_at: datetime | None
+
+
+def is_address(entry: str) -> bool:
+    """Whether the entry is an address on the hub."""
+    return entry.startswith(SCHEME)
+
+
+def is_id(entry: str) -> bool:
+    """Whether the entry looks like ORG/NAME, and not like a file."""
+    return _ID.fullmatch(entry) is not None and form_of(entry) is None
+
+
+def find(entry: str) -> list[HubFile]:
+    """The data files that an address names, sorted; if some are named as training data, only those.
+
+    Raises:
+        DataError: there is no such data set, it has no data files or several kinds of them, or the hub is out of reach.
+    """
+    match = _ADDRESS.fullmatch(entry)
+    if match is None:
+        raise DataError(f"data.source is {entry!r}: expected {FORM}")
+    name, revision, within = match["name"], match["revision"], match["path"] or ""
+    info = _asked(entry, lambda hub: hub.dataset_info(name, revision=revision, files_metadata=True))
+    files = _data_files(info, within)
+    if not files and not revision and not within:
+        info = _asked(entry, lambda hub: hub.dataset_info(name, revision=CONVERTED, files_metadata=True))
+        files = _data_files(info, within)
+    if not files:
+        raise DataError(f"data.source is {entry!r}, which has no data files: expected {ENDINGS}")
+    training = [each for each in files if "train" in re.split(r"[^a-z]+", each.rfilename.lower())]
+    files = training or files
+    folders = sorted({str(PurePosixPath(each.rfilename).parent) for each in files})
+    if len(folders) > 1 and not within:
+        named = ", ".join(f"hf://{name}{f'@{revision}' if revision else ''}/{folder}" for folder in folders[:8])
+        raise DataError(
+            f"data.source is {entry!r}, which has {len(folders)} folders of data: name one, such as {named}"
+        )
+    return [
+        HubFile(f"{SCHEME}datasets/{name}@{info.sha}/{each.rfilename}", each.size or 0, each.blob_id or info.sha, None)
+        for each in sorted(files, key=lambda each: each.rfilename)
+    ]
+
+
+def fetched(address: str) -> Path:
+    """Fetch a file that `find` gave, and return its path in the hub's own cache.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
+    match = _ADDRESS.fullmatch(address)
+    assert match is not None
+    return Path(
+        _asked(
+            address,
+            lambda hub: hub.hf_hub_download(
+                match["name"], match["path"], repo_type="dataset", revision=match["revision"]
+            ),
+        )
+    )
+
+
+def _data_files(info: Any, within: str) -> list[Any]:
+    def is_meant(name: str) -> bool:
+        return not within or name == within or name.startswith(within.rstrip("/") + "/") or fnmatch(name, within)
+
+    visible = [each for each in info.siblings if not re.search(r"(^|/)[._]", each.rfilename)]
+    found = [each for each in visible if form_of(each.rfilename) and is_meant(each.rfilename)]
+    # A .json beside data of another kind describes that data.
+    return [each for each in found if not each.rfilename.endswith(".json")] or found
+
+
+def _hub(entry: str) -> Any:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as exc:
+        raise DataError(
+            f"data.source is {entry!r}, and huggingface_hub is not installed here: pip install 'fineloop[hub]'"
+        ) from exc
+    return HfApi()
+
+
+def _asked(entry: str, ask: Callable[[Any], Found]) -> Found:
+    hub = _hub(entry)
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    (no_answer,) = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")  # from httpx or its heir
+    try:
+        return ask(hub)
+    except HFValidationError as exc:
+        raise DataError(f"data.source is {entry!r}: {exc}") from exc
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as exc:
+        raise DataError(_out_of_reach(entry, exc)) from exc
+    except HfHubHTTPError as exc:
+        raise DataError(
+            f"data.source is {entry!r}, and the hub refuses it: {str(exc).splitlines()[0]}: check the name, and for a "
+            "private or gated data set set HF_TOKEN"
+        ) from exc
+    except no_answer as exc:
+        raise DataError(_out_of_reach(entry, exc)) from exc
+
+
+def _out_of_reach(entry: str, exc: Exception) -> str:
+    return (
+        f"data.source is {entry!r}, and the hub cannot be reached ({exc}): copy the data set's files here or "
+        "to S3, and name them in data.source"
+    )
 
 
 # The S3 buckets that hold data.
@@ -49,7 +181,7 @@ T = TypeVar("T")
 
 EXAMPLES = ("example://icd10",)
 
-_FORMS = f"a path, a glob, a folder, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, {hub.FORM} or {', '.join(EXAMPLES)}"
+_FORMS = f"a path, a glob, a folder, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, {FORM} or {', '.join(EXAMPLES)}"
 
 
 @dataclass(frozen=True)
@@ -93,12 +225,10 @@ def _find(entry: str, buckets: Buckets) -> Iterator[Source]:
         return _find_local(entry)
     if scheme == "s3":
         return _find_s3(entry, buckets)
-    if hub.is_address(entry):
-        return (Source(each.address, each.size_bytes, each.fingerprint, None) for each in hub.find(entry))
+    if is_address(entry):
+        return (Source(each.address, each.size_bytes, each.fingerprint, None) for each in find(entry))
     if entry in EXAMPLES:
-        from components.prepare import icd10
-
-        return iter([Source(entry, 0, icd10.release(), None)])
+        return iter([Source(entry, 0, example_release(), None)])
     if scheme == "file":
         raise DataError(f"data.source is {entry!r}: write the path alone, {entry.removeprefix('file://')!r}")
     raise DataError(f"data.source is {entry!r}: expected {_FORMS}; fetch what lies elsewhere, and name the file here")
@@ -128,7 +258,7 @@ def _find_local(entry: str) -> Iterator[Source]:
             files = [each for each in files if not any(part.startswith(".") for part in each.relative_to(root).parts)]
         return _select(entry, root, files)
     missing = f"data.source is {entry!r}, which does not exist (looked in {Path.cwd()})"
-    if hub.is_id(entry):
+    if is_id(entry):
         raise DataError(f"{missing}: write hf://{entry} for the Hugging Face data set of that name")
     raise DataError(f"{missing}: expected {_FORMS}")
 
@@ -239,8 +369,8 @@ def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | Non
                 store, key = buckets.open(source.name)
                 path = Path(scratch, str(number), Path(key).name)
                 return pool.submit(_downloaded, store, key, path, source.size_bytes)
-            if hub.is_address(source.name):
-                return pool.submit(hub.fetched, source.name)
+            if is_address(source.name):
+                return pool.submit(fetched, source.name)
             found: Future[Path | None] = Future()
             found.set_result(None if source.name in EXAMPLES else Path(source.name))
             return found

@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
-from components.prepare.arrow_records import asked
-from components.prepare.dataset import WHERE_ANY, Record, load_split
-from components.prepare.news import Span, narrow
-from components.prepare.parts import Part, Parts, write
-from components.prepare.texts import Texts
-from components.prepare.workspace import Workspace
+from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, load_split, write_splits
+from components.prepare.workspace import Texts, Workspace
 from components.registry import signing
 from components.registry.aliases import read_alias
 from components.registry.event_log import decided_before, events, next_part
@@ -34,6 +30,59 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from components.prepare.near_duplicates import Comparison
+
+
+# What is new since the adapter's last finished run, and which records fall into the window.
+
+Span = tuple[int, int]
+"""A range of record numbers, in the order in which they were read: the first, and one more than the last."""
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """How many records from before the window were left out, and how many were taken."""
+
+    before_window: int
+    """Left out because the window begins after them."""
+    replayed: int
+    """Taken from before the window."""
+
+
+def narrow(work: Workspace, window: Sequence[Span] | None, *, replay_share: float, apart: bool = False) -> Narrowed:
+    """Keep in the table `others` the records whose content is in the window, and enough earlier records to make up
+    `replay_share` of the result; with `apart` the earlier ones go to the table `replayed`.
+
+    A hash salted with the window's content chooses the earlier records: each refresh replays others, and the same data
+    always gives the same choice. `window` None keeps everything.
+    """
+    if window is None:
+        return Narrowed(0, 0)
+    import pyarrow as pa
+
+    starts, ends = ([span[place] for span in window] for place in (0, 1))
+    work.put("spans", start=pa.array(starts, pa.int64()), stop=pa.array(ends, pa.int64()))
+    work.run(
+        "CREATE TABLE recent AS FROM others WHERE content IN"
+        "  (SELECT content FROM records JOIN spans ON number >= start AND number < stop);"
+        "CREATE TABLE earlier AS FROM others ANTI JOIN recent USING (number)"
+    )
+    num_recent, num_earlier = work.row("SELECT (SELECT count(*) FROM recent), (SELECT count(*) FROM earlier)")
+    wanted = min(num_earlier, round(num_recent * replay_share / (1 - replay_share)))
+    salt = hashlib.sha256()
+    for batch in work.batches("SELECT content FROM recent ORDER BY place, key, content"):
+        salt.update(b"".join(batch["content"].to_pylist()))
+    work.run(
+        f"CREATE TABLE passed AS SELECT number FROM earlier"
+        f"  ORDER BY sha256('{salt.hexdigest()}'.unhex() || content) OFFSET {wanted};"
+        "DELETE FROM others WHERE number IN (FROM passed)"
+    )
+    if apart:
+        work.run(
+            "CREATE TABLE replayed AS FROM others WHERE number IN (SELECT number FROM earlier);"
+            "DELETE FROM others WHERE number IN (SELECT number FROM replayed)"
+        )
+    return Narrowed(num_earlier - wanted, wanted)
+
 
 CLUSTERS_SHOWN, WORDS_SHOWN, CHARS_SHOWN = 5, 12, 100
 _IN_ORDER = "ORDER BY place, key, content"
@@ -214,7 +263,9 @@ def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | No
             start += len(batch)
 
     replay = None if num_apart is None else first("replayed", num_apart)
-    return write(work.folder, first("others", num_train), first("held_out", num_eval), replay, columns=work.columns)
+    return write_splits(
+        work.folder, first("others", num_train), first("held_out", num_eval), replay, columns=work.columns
+    )
 
 
 def _with_ids(batch: "pa.RecordBatch", numbers: "npt.NDArray[np.int64]", renamed: "pa.Table") -> "pa.RecordBatch":

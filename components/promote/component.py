@@ -3,7 +3,7 @@
 from kfp import dsl
 from kfp.dsl import Markdown, Output
 
-from components.step.kfp import COMPONENT
+from components.step.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)

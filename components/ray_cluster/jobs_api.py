@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, Turns
-from components.shared.environment import in_environment
 from components.shared.errors import JobError, UserError
+from components.shared.machine import in_environment
 
 T = TypeVar("T")
 _RAY_VARIABLE = "RAY_API_SERVER_ADDRESS"

@@ -23,9 +23,8 @@ from components.ray_cluster.jobs_api import JobsApi
 from components.ray_cluster.kubernetes_api import own_workflow
 from components.ray_cluster.rayjob import RayJobs
 from components.records import runs
-from components.shared.account import account
 from components.shared.errors import JobError, StoreError
-from components.shared.low_memory import ran_low
+from components.shared.machine import account, ran_low
 from components.shared.protocol import find_failure
 from components.step.step import StepRun
 from components.store.store import open_uri

@@ -21,9 +21,9 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.records.steps import Record
 from components.registry.identity import adapter_key
-from components.shared.durations import counted
 from components.shared.errors import Conflict, DataError, IntegrityError, ObjectMissing, UserError
 from components.shared.parquet import table_of
+from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import JSON, ObjectFile, Store, decode_json, encode_json
 

@@ -5,7 +5,7 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import HTML, Output, PipelineTaskFinalStatus
 
-from components.step.kfp import COMPONENT
+from components.step.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from components.registry.aliases import PIPELINE
-from components.shared.content_policy import script_source
 from components.shared.metrics import usual_decimals
+from components.shared.protocol import script_source
 
 
 def number(value: float) -> str:

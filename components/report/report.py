@@ -31,10 +31,10 @@ from components.report.html import clipped, count, moment, sure_once, template
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles, find_afresh, wrong_answers
 from components.report.sections import EXPLAINED, headline, next_steps
-from components.shared.durations import counted, duration
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 from components.shared.metrics import metric_of, metrics_of
 from components.shared.paired import Bounds
+from components.shared.protocol import counted, duration
 from components.store.store import Store
 
 if TYPE_CHECKING:

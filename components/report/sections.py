@@ -21,9 +21,9 @@ from components.report.charts import Axis, Bar, axis_of, bar
 from components.report.comparison import names
 from components.report.html import clipped, count, moment, parse_moment
 from components.report.run_files import RunFiles
-from components.shared.durations import counted, duration
 from components.shared.errors import UserError, by_name
 from components.shared.metrics import is_metric, metric_of, normal
+from components.shared.protocol import counted, duration
 
 DRAWN = 100
 """Number of answers in the page's table. A browser takes seconds to lay out thousands of rows, so a script draws the

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from components.shared.durations import counted
+from components.shared.protocol import counted
 
 SAME = 1e-9  # two numbers closer than this are the same: 0.30 - 0.25 is not 0.05 in binary floating point
 LARGE = ((10, 3), (100, 2), (10_000, 1))  # (limit, decimals): numbers below the limit have that many decimals

@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
-from components.shared.durations import counted
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.shared.protocol import counted
 from components.store.client import disk_errors
 from components.store.store import BINARY, CHUNK_BYTES, JSON, Store, decode_json, encode_json
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.shared.account import account
+from components.shared.machine import account
 from pipelines.commands.arguments import (
     EXIT_CODES,
     Answer,

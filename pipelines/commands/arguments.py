@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from components.shared.environment import in_environment
 from components.shared.errors import UserError
+from components.shared.machine import in_environment
 from components.shared.protocol import printable
 from pipelines.configs import DEFAULT_CONFIG
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from components.shared.account import account
-from components.shared.durations import counted
+from components.shared.machine import account
 from components.shared.metrics import never_trained_text
+from components.shared.protocol import counted
 from pipelines.commands.arguments import (
     Answer,
     add_command,
@@ -27,7 +27,7 @@ from pipelines.commands.arguments import (
 from pipelines.configs import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
-    from components.prepare.exposure import Exposed, Exposure
+    from components.prepare.dataset import Exposed, Exposure
     from components.registry.between_runs import Erasure
 
 
@@ -56,7 +56,7 @@ def add_erase(verbs: Any) -> None:
 
 
 def _erase(options: argparse.Namespace) -> Answer:
-    from components.prepare.exposure import find
+    from components.prepare.dataset import exposure_of
     from components.registry.between_runs import erase
 
     ids = list(dict.fromkeys(options.ids))
@@ -64,7 +64,7 @@ def _erase(options: argparse.Namespace) -> Answer:
         by = options.by or account(os.environ)
         # First, so that what is prepared from here on has none of them.
         erased = {} if options.dry_run else {each: erase(store, each, by=by) for each in ids}
-        found = find(store, ids)
+        found = exposure_of(store, ids)
         follows = list(_next_steps(found, revocable=bool(store.trusted_keys)))
     body = {
         "erased": [{"id": each, **asdict(erasure)} for each, erasure in erased.items()],

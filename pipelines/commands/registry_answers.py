@@ -13,8 +13,8 @@ from components.registry.collect import Removal, all_adapters
 from components.registry.event_log import Event
 from components.registry.lineage import Ancestor, tree
 from components.registry.versions import Version
-from components.shared.durations import counted
 from components.shared.metrics import metrics_of
+from components.shared.protocol import counted
 from components.store.store import Store
 from pipelines.commands.arguments import Answer, table
 

@@ -288,7 +288,7 @@ def _evaluation_verdict(body: dict[str, Any]) -> str:
 
 
 def _speed_lines(body: dict[str, Any]) -> Iterator[str]:
-    from components.shared.durations import estimated_duration
+    from components.shared.protocol import estimated_duration
 
     if body["tokens_per_s"] is None:
         yield f"speed, time and cost: unknown; {body['speed_unknown_because']}"

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.shared.durations import duration
+from components.shared.protocol import duration
 from pipelines.commands.adapters import REFERENCE
 from pipelines.commands.arguments import (
     EXIT_CODES,

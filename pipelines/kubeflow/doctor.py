@@ -20,7 +20,7 @@ from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import CALL_S, configuration
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, NO_MESH, PART_OF, RAY_SECRET, STORE_SECRET, rayjob
 from components.shared.errors import FineloopError, UserError
-from components.step.kfp import IMAGE
+from components.step.step import IMAGE
 from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.compile import REPORT_SECRET

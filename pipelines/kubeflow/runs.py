@@ -19,8 +19,8 @@ from components.promote.announce import failed_notifications, warning
 from components.ray_cluster.submit import stop_run
 from components.records import runs as records
 from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord
-from components.shared.durations import duration, estimated_duration
 from components.shared.errors import ConfigError, FineloopError, KubeflowAway, KubeflowError, UserError
+from components.shared.protocol import duration, estimated_duration
 from components.store.store import Store
 from pipelines.kubeflow.client import Kubeflow, one_of
 from pipelines.kubeflow.compile import GivenConfig, Package, publish, sent

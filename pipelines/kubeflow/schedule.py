@@ -17,7 +17,7 @@ from typing import Any
 from cronsim import CronSim, CronSimError
 
 from components.shared.errors import ConfigError, UserError
-from components.step.kfp import IMAGE
+from components.step.step import IMAGE
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import Kubeflow, one_of
 from pipelines.kubeflow.compile import PIPELINE, GivenConfig, Package, find_pipeline, publish, sent

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from components.config.schema import RegistryConfig, RunConfig
-from components.shared.cpus import this_cpu
-from components.shared.environment import in_environment
 from components.shared.errors import FineloopError, StoreError
-from components.shared.memory import available_bytes, machine_bytes
+from components.shared.machine import available_bytes, in_environment, machine_bytes, this_cpu
 from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
 from pipelines.local.local_services import ray_configured

@@ -32,11 +32,10 @@ from components.records.sweep import SweepResult, Tuned
 from components.registry.aliases import PRODUCTION
 from components.report.charts import rates_picture
 from components.report.report import parse_metrics
-from components.shared.cpus import this_cpu
-from components.shared.durations import counted
-from components.shared.environment import in_environment
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
+from components.shared.machine import in_environment, this_cpu
 from components.shared.metrics import metrics_of
+from components.shared.protocol import counted
 from pipelines.local.display import Display, is_live
 from pipelines.local.doctor import lacking
 from pipelines.local.job import Ended, watch

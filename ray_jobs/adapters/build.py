@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import MethodConfig
-from components.shared import memory
+from components.shared import machine
 from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import read_by_the_model
 
@@ -43,7 +43,7 @@ def bounded(seconds: float = SECONDS, more_bytes: int = MORE_BYTES) -> Iterator[
         TimeoutError: the code took longer.
         MemoryError: the code needs more memory.
     """
-    with memory.at_most(more_bytes):
+    with machine.at_most(more_bytes):
         if threading.current_thread() is not threading.main_thread():
             yield
             return

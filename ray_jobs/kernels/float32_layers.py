@@ -30,8 +30,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from components.config.ray import MatmulDtype
-from components.shared.cpus import this_cpu
-from components.shared.memory import available_bytes
+from components.shared.machine import available_bytes, this_cpu
 from ray_jobs.adapters import dvora
 from ray_jobs.base.four_bits import dequantize_4bit, gathered
 

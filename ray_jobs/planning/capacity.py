@@ -12,7 +12,7 @@ from components.config.methods import OWN_BASE, BaseFormat, refusals, setting
 from components.config.ray import GPUS, Gpu
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError, UserError
-from components.shared.memory import machine_bytes
+from components.shared.machine import machine_bytes
 from ray_jobs.adapters import own_base
 from ray_jobs.base import base_config, base_model
 from ray_jobs.base.base_model import Base

@@ -22,7 +22,7 @@ from typing import Any
 from components.config.schema import EvaluateConfig, RunConfig
 from components.records.steps import ROLES, Evaluation, HarnessScores, Role, TaskScore
 from components.shared.errors import ConfigError, JobError
-from components.shared.memory import available_bytes
+from components.shared.machine import available_bytes
 from components.store.store import Store
 from ray_jobs.scoring.measure import (
     Contender,

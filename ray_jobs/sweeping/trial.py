@@ -29,8 +29,8 @@ from components.config.schema import RunConfig
 from components.config.tune import Scheduler
 from components.records.steps import Role, TextLosses
 from components.records.sweep import Trial
-from components.shared.durations import estimated_duration
 from components.shared.errors import Diverged
+from components.shared.protocol import estimated_duration
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import own_base

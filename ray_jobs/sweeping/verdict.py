@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from components.handover.serve_manifest import ServableAs
 from components.records.sweep import Forgotten, MethodComparison, Trial, Tuned
-from components.shared.durations import duration
 from components.shared.errors import FineloopError
+from components.shared.protocol import duration
 
 # Confidence intervals of a loss, or of the difference of two, over the measured records and over seeds.
 #

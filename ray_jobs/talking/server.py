@@ -24,8 +24,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from components.prepare.dataset import Message
-from components.shared.content_policy import script_source
 from components.shared.errors import FineloopError, UserError
+from components.shared.protocol import script_source
 from ray_jobs.talking.speaker import Said, Speaker
 from ray_jobs.text.chat_format import without_reasoning
 

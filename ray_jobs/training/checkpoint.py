@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from components.config.ray import COLLECTIVE_TIMEOUT_S, MatmulDtype
 from components.config.schema import RunConfig
 from components.records import runs
-from components.shared.durations import counted
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
+from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import dora

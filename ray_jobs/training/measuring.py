@@ -6,9 +6,8 @@ from functools import partial
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records import runs
-from components.shared.durations import counted
 from components.shared.errors import FineloopError, JobError
-from components.shared.protocol import say
+from components.shared.protocol import counted, say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.base import base_config, base_model

@@ -12,9 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from components.records import runs
-from components.shared.durations import counted
 from components.shared.errors import IntegrityError, ObjectMissing, StoreError
-from components.shared.protocol import say
+from components.shared.protocol import counted, say
 from components.store.store import JSON, Store, encode_json
 from ray_jobs.training.patience import patiently
 from ray_jobs.training.trackers import Trackers

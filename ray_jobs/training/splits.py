@@ -11,8 +11,8 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import read_split
 from components.prepare.split import is_validation
 from components.registry import lineage
-from components.shared.durations import counted
 from components.shared.errors import ConfigError, DataError
+from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.text import token_store

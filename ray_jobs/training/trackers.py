@@ -20,7 +20,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.config.track import RUNS, SECRETS_FILE
 from components.records.steps import scalars
-from components.shared.environment import in_environment
+from components.shared.machine import in_environment
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from components.config.ray import COLLECTIVE_TIMEOUT_S
 from components.config.schema import RunConfig
 from components.records import runs
 from components.shared.errors import JobError, UserError
-from components.shared.low_memory import ran_low
+from components.shared.machine import ran_low
 from components.store.store import Store
 
 RESIZE_EVERY_S = 60.0

@@ -11,9 +11,8 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.records.steps import TrainResult
-from components.shared.durations import counted
 from components.shared.errors import ConfigError
-from components.shared.protocol import say
+from components.shared.protocol import counted, say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import dora, own_base, recorded

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from components.config.schema import RunConfig
-from components.shared.environment import in_environment
 from components.shared.errors import JobError
+from components.shared.machine import in_environment
 from ray_jobs.base import cuda
 from ray_jobs.base.four_bits import gathered
 from ray_jobs.training import optimizer

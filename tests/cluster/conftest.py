@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.step.kfp import IMAGE
+from components.step.step import IMAGE
 from components.store.store import Store
 from tests.cluster import steps
 from tests.cluster.kube import Kube

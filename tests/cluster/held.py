@@ -7,7 +7,7 @@ from typing import Any
 from kfp import compiler, dsl, kubernetes
 
 from components.config.schema import RunConfig
-from components.step.kfp import COMPONENT
+from components.step.step import COMPONENT
 from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.compile import for_cluster
 from tests.cluster.kube import Kube, until

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from components.step.kfp import IMAGE
+from components.step.step import IMAGE
 from pipelines.kubeflow.doctor import KUBEFLOW_CONTROLLERS
 from tests.cluster.kube import ROOT, Kube
 from tests.cluster.pods import pod

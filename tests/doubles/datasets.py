@@ -11,15 +11,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from components.prepare import intake, parts, workspace
+from components.prepare import dataset, prepare, workspace
 from components.prepare import split as splitting
-from components.prepare.arrow_records import batch_of, keyed_batch_of, records_of
-from components.prepare.dataset import Record, Reject
-from components.prepare.intake import Intake
-from components.prepare.parts import DatasetFolder
+from components.prepare.dataset import (
+    DatasetFolder,
+    Hashes,
+    KeyedRecord,
+    Record,
+    Reject,
+    batch_of,
+    keyed_batch_of,
+    records_of,
+)
+from components.prepare.prepare import Intake
 from components.prepare.sources import Source
-from components.prepare.validate import Hashes, KeyedRecord
-from components.prepare.validation import Rules
+from components.prepare.validate import Rules
 from components.store.store import Store
 
 SMALL = 2**29
@@ -34,14 +40,14 @@ def publish(
         rejects = Path(folder, "rejects.parquet")
         rejects.touch()
         answered = None if replay is None else [batch_of(replay)]
-        written = parts.write(Path(folder), [batch_of(train)], [batch_of(evaluation)], answered)
-        return parts.publish(store, written, rejects=rejects, rejected=0, profile={})
+        written = dataset.write_splits(Path(folder), [batch_of(train)], [batch_of(evaluation)], answered)
+        return dataset.publish_dataset(store, written, rejects=rejects, rejected=0, profile={})
 
 
 def dataset_id(train: Sequence[Record], evaluation: Sequence[Record]) -> str:
     """The id that the prepare step gives them."""
     with tempfile.TemporaryDirectory() as folder:
-        return parts.write(Path(folder), [batch_of(train)], [batch_of(evaluation)]).dataset_id
+        return dataset.write_splits(Path(folder), [batch_of(train)], [batch_of(evaluation)]).dataset_id
 
 
 @dataclass
@@ -62,7 +68,7 @@ def read(sources: Sequence[Source], **rules: Any) -> Read:
         for record, each in zip(records_of(batch), hashes, strict=True):
             found.accepted.append(KeyedRecord(record, **each))
 
-    found.counts = intake.read(sources, accept, found.rejects.append, rules=Rules(**rules))
+    found.counts = prepare.read_sources(sources, accept, found.rejects.append, rules=Rules(**rules))
     return found
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from components.config import config_file
 from components.config.methods import METHODS, BaseFormat
 from components.config.schema import RunConfig
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from components.prepare.validate import validate
 from components.registry.versions import pull_version, resolve
 from components.store import folders
@@ -102,7 +102,7 @@ def _cache(home: Home) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     """The same records for every method."""
-    return random.Random(0).sample(list(icd10.rows()), NUM_ROWS)
+    return random.Random(0).sample(list(example_rows()), NUM_ROWS)
 
 
 class Trainings(dict[str, Trained]):

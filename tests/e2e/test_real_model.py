@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare import icd10
+from components.prepare.rows import example_rows
 from tests.e2e.conftest import Done, Home
 
 pytestmark = pytest.mark.e2e
@@ -120,7 +120,7 @@ def test_a_plain_peft_script_gives_the_evaluated_answers(home: Home, first: Done
 
 @pytest.mark.full
 def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, tmp_path: Path):
-    rows = random.Random(0).sample(list(icd10.rows()), 600)
+    rows = random.Random(0).sample(list(example_rows()), 600)
     answers = [row["messages"][-1]["content"] for row in rows]
     random.Random(1).shuffle(answers)
     for row, answer in zip(rows, answers, strict=True):

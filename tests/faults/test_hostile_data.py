@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from components.config.schema import RunConfig
 from components.prepare.prepare import MEMORY_SHARE, preview
 from components.prepare.sources import find_sources
-from components.shared import memory
+from components.shared import machine
 from components.shared.errors import DataError
 
-memory.available_bytes = lambda: int(int(sys.argv[2]) / MEMORY_SHARE)
+machine.available_bytes = lambda: int(int(sys.argv[2]) / MEMORY_SHARE)
 pq.ParquetFile(sys.argv[3]).close()  # Arrow has what it takes once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 config = {"adapter": {"name": "a"}, "model": {"base": "b"}, "data": {"source": sys.argv[1]}}

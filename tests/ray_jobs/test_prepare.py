@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare import intake, workspace
+from components.prepare import prepare, workspace
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import deduplicate, split
-from components.prepare.validation import Batch, Reader, Rules, read_here
+from components.prepare.validate import Batch, Reader, Rules, read_here
 from components.registry.between_runs import Erased
 from components.shared.errors import DataError
 from ray_jobs import prepare as job
@@ -53,7 +53,7 @@ def made(folder: Path, reader: Reader, erased: Erased, scratch: Path) -> dict[st
     with workspace.opened(memory_bytes=2**29) as work:
         rules = Rules(personal="drop", erased=erased)
         sources = [each for each in find_sources([str(folder), str(folder / "3.json")])]
-        read = intake.read(sources, work.accept, work.reject, rules=rules, reader=reader)
+        read = prepare.read_sources(sources, work.accept, work.reject, rules=rules, reader=reader)
         work.finish()
         unique = deduplicate(work)
         found = split(work, eval_share=0.2, max_records=0, near_duplicates=0.9)

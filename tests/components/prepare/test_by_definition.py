@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from components.prepare.dataset import Message, Record
-from components.prepare.parts import write
+from components.prepare.dataset import KeyedRecord, Message, Record, write_splits
 from components.prepare.split import deduplicate as deduplicate_in
 from components.prepare.split import split as split_in
-from components.prepare.validate import KeyedRecord, validate
+from components.prepare.validate import validate
 from components.prepare.workspace import BUCKET_BYTES
 from tests.doubles.datasets import deduplicate, holding, split
 
@@ -126,10 +125,10 @@ def test_json_of_a_record_is_what_python_writes() -> None:
     plain = [Record("a", [Message("user", text + "x")], text) for text in TEXTS]
     for train, evaluation in ((given, plain), (plain, given), (given[:1], []), ([], plain[:1])):
         with holding([]) as work:
-            from components.prepare.arrow_records import batch_of
+            from components.prepare.dataset import batch_of
 
             pieces = [batch_of(train).slice(start, 7) for start in range(0, len(train), 7)]
-            assert write(work.folder, pieces, [batch_of(evaluation)]).dataset_id == id_of(train, evaluation)
+            assert write_splits(work.folder, pieces, [batch_of(evaluation)]).dataset_id == id_of(train, evaluation)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -190,8 +189,8 @@ def test_parts_end_where_the_records_say_and_change_neither_records_nor_id(
 ) -> None:
     given = rows(0, 1000)
     whole = split(given, eval_share=0.2, max_records=0)
-    monkeypatch.setattr("components.prepare.parts.MOST_RECORDS", 100)
-    monkeypatch.setattr("components.prepare.parts.MOST_BYTES", 2000)
+    monkeypatch.setattr("components.prepare.dataset.MOST_RECORDS", 100)
+    monkeypatch.setattr("components.prepare.dataset.MOST_BYTES", 2000)
     with holding(given) as work:
         deduplicate_in(work)
         found = split_in(work, eval_share=0.2, max_records=0)

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config.schema import RunConfig
-from components.prepare.exposure import find
+from components.prepare.dataset import exposure_of
 from components.prepare.prepare import prepare
 from components.registry import signing
 from components.registry.aliases import promote
@@ -54,7 +54,7 @@ def as_parquet(columns: dict[str, list[Any]]) -> bytes:
 def test_each_dataset_is_named_with_the_part_that_holds_the_record(dataset_of: Prepared, store: Store) -> None:
     first, second, without = dataset_of(rows(0, 60), "1"), dataset_of(rows(3, 80), "2"), dataset_of(rows(50, 99), "3")
     for record_id in map(str, range(60)):
-        holders = find(store, [record_id]).datasets
+        holders = exposure_of(store, [record_id]).datasets
         # The judge reads every byte of every part.
         wanted = {
             (dataset, part)
@@ -64,7 +64,7 @@ def test_each_dataset_is_named_with_the_part_that_holds_the_record(dataset_of: P
             if record_id in pq.read_table(io.BytesIO(store.get(info.key)))["id"].to_pylist()
         }
         assert {(each.dataset_id, part) for each in holders for part in each.parts} == wanted
-    several = find(store, ["3", "70", "none"]).datasets
+    several = exposure_of(store, ["3", "70", "none"]).datasets
     assert {each.dataset_id: each.ids for each in several} == {
         first: ("3",),
         second: ("3", "70"),
@@ -77,10 +77,10 @@ def test_a_rejected_row_holds_a_record_too_and_nobody_was_trained_on_it(dataset_
     dataset = dataset_of([*rows(0, 60), *bad], "1")
     published(store, "sums", "1", dataset=dataset)
     for record_id in ("4711", "4712"):
-        found = find(store, [record_id])
+        found = exposure_of(store, [record_id])
         assert [(each.dataset_id, each.parts) for each in found.datasets] == [(dataset, ("rejects",))]
         assert found.versions == ()
-    assert find(store, ["471"]).datasets == ()
+    assert exposure_of(store, ["471"]).datasets == ()
 
 
 def test_versions_of_the_dataset_and_those_that_grew_from_them_are_named(dataset_of: Prepared, store: Store) -> None:
@@ -91,7 +91,7 @@ def test_versions_of_the_dataset_and_those_that_grew_from_them_are_named(dataset
     published(store, "sums", "4", dataset=other)
     promote(store, "sums", one.version)
     promote(store, "products", three.version, "staging")
-    found = {each.uri: each for each in find(store, ["5"]).versions}
+    found = {each.uri: each for each in exposure_of(store, ["5"]).versions}
     assert {uri: (each.why, each.dataset_id) for uri, each in found.items()} == {
         one.uri: ("dataset", seen),
         two.uri: ("parent", ""),
@@ -102,14 +102,14 @@ def test_versions_of_the_dataset_and_those_that_grew_from_them_are_named(dataset
         two.uri: (),
         three.uri: ("staging",),
     }
-    assert find(store, ["none"]).versions == ()
+    assert exposure_of(store, ["none"]).versions == ()
 
 
 def test_a_version_whose_lineage_cannot_be_read_may_have_seen_it(dataset_of: Prepared, store: Store) -> None:
     dataset_of(rows(0, 60), "1")
     version = published(store, "sums", "1")
     store.put(f"adapters/sums/versions/{version.version}/lineage.json", b"{")
-    (found,) = find(store, ["5"]).versions
+    (found,) = exposure_of(store, ["5"]).versions
     assert (found.uri, found.why) == (version.uri, "unknown")
 
 
@@ -117,9 +117,9 @@ def test_a_revoked_version_is_known_as_revoked(dataset_of: Prepared, store: Stor
     key = Ed25519PrivateKey.generate()
     version = published(store, "sums", "1", dataset=dataset_of(rows(0, 60), "1"))
     store.trusted_keys = (signing.public_text(key),)
-    (before,) = find(store, ["5"]).versions
+    (before,) = exposure_of(store, ["5"]).versions
     signing.revoke(store, "sums", version.version, key, reason="erased")
-    assert find(store, ["5"]).versions == (replace(before, revoked=True),)
+    assert exposure_of(store, ["5"]).versions == (replace(before, revoked=True),)
     assert before.revoked is False
 
 
@@ -127,13 +127,13 @@ def test_a_run_that_evaluated_on_it_keeps_its_text(store: Store) -> None:
     columns = {"id": ["1", "4711"], "prompt": [json.dumps("q")] * 2, "answer_tokens": [1, 1]}
     store.put("runs/a/evaluation_records.parquet", as_parquet(columns))
     store.put("runs/b/evaluation_records.parquet", as_parquet({**columns, "id": ["1", "2"]}))
-    assert find(store, ["4711"]).runs == ("a",)
+    assert exposure_of(store, ["4711"]).runs == ("a",)
 
 
 @pytest.mark.parametrize("body", [b"junk", as_parquet({"text": ["x"]})])
 def test_a_file_that_cannot_be_searched_hides_no_other(body: bytes, dataset_of: Prepared, store: Store) -> None:
     dataset = dataset_of(rows(0, 60), "1")
     store.put("datasets/d0/train/part-00000.parquet", body)
-    found = find(store, ["5"])
+    found = exposure_of(store, ["5"])
     assert found.unread == (store.uri("datasets/d0/train/part-00000.parquet"),)
     assert [each.dataset_id for each in found.datasets] == [dataset]

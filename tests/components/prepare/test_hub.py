@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from components.prepare import hub
+from components.prepare import sources
 from components.shared.errors import DataError
 from tests.doubles.hub import COMMIT, serving
 
 READ = """
 import json, sys
-from components.prepare import intake, sources
+from components.prepare import sources
+from components.prepare.prepare import read_sources
 from components.shared.errors import DataError
 try:
     found = sources.find_sources(sys.argv[1])
     answers = []
-    intake.read(found, lambda batch: answers.extend(batch["answer"].to_pylist()), print)
+    read_sources(found, lambda batch: answers.extend(batch["answer"].to_pylist()), print)
     print(json.dumps([[each.name for each in found], answers]))
 except DataError as exc:
     print(json.dumps(str(exc)))
@@ -87,10 +88,10 @@ def test_without_a_hub_it_says_what_else_to_do(ask: Ask) -> None:
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DataError, match=r"pip install 'fineloop\[hub\]'"):
-        hub.find("hf://org/name")
+        sources.find("hf://org/name")
 
 
 @pytest.mark.parametrize("entry", ["hf://", "hf://name", "hf://org/name@"])
 def test_an_address_that_is_none_is_named(entry: str) -> None:
     with pytest.raises(DataError, match=r"expected hf://ORG/NAME"):
-        hub.find(entry)
+        sources.find(entry)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare.intake import Intake, require_usable
+from components.prepare.prepare import Intake, require_usable
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError
 from tests.doubles.datasets import Read, read

@@ -4,8 +4,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from components.prepare.minhash import EMPTY, Band, MinHash, lenders_of, minima_of, sorted_band
-from components.prepare.shingles import Hashes
+from components.prepare.near_duplicates import EMPTY, Band, Hashes, MinHash, lenders_of, minima_of, sorted_band
 
 
 def rows_of(sizes: list[int]) -> np.ndarray:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.prepare import icd10, signed
 from components.prepare import near_duplicates as compared
 from components.prepare.near_duplicates import COMMON, MOST_COMPARED, Comparison
+from components.prepare.rows import example_rows
 
 
 def near_duplicates(prompts: list[str], held_out: list[str], *, similarity: float) -> list[bool]:
@@ -23,7 +23,7 @@ def near_duplicates(prompts: list[str], held_out: list[str], *, similarity: floa
 
 def terms(count: int) -> list[str]:
     """Terms of the example, neighbours among them."""
-    found = [row["messages"][1]["content"] for row in icd10.rows()]
+    found = [row["messages"][1]["content"] for row in example_rows()]
     return found[5000 : 5000 + count]
 
 
@@ -243,7 +243,7 @@ def test_repeats_are_counted_once_each(tmp_path: Path, monkeypatch: pytest.Monke
     kept = np.array([rng.random() < 0.7 for _ in given])
     some = [text for text, is_kept in zip(given, kept, strict=True) if is_kept]
     monkeypatch.setattr(compared, "AT_ONCE", 64)  # their signatures come in parts
-    monkeypatch.setattr(signed, "_AT_ONCE", 5)
+    monkeypatch.setattr("components.prepare.near_duplicates._AT_ONCE", 5)
     assert repeats(given, kept) == repeats(some) > 10
     assert repeats(given) == expected
 

@@ -3,11 +3,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from components.prepare import news
-from components.prepare.intake import Intake, SourceCount
+from components.prepare import prepare
+from components.prepare import split as splitting
+from components.prepare.dataset import KeyedRecord
+from components.prepare.prepare import Intake, SourceCount
 from components.prepare.sources import Source
 from components.prepare.split import deduplicate
-from components.prepare.validate import KeyedRecord, validate
+from components.prepare.validate import validate
 from components.registry.between_runs import Consumed, content_ids
 from tests.doubles.datasets import holding
 
@@ -25,16 +27,17 @@ def source(name: str, days_old: float | None = 0, fingerprint: str = "1") -> Sou
 def test_sources_that_came_or_changed_are_new() -> None:
     sources = [source("same"), source("changed", fingerprint="2"), source("came")]
     assert (
-        news.new_sources(sources, Consumed("r", "2026", {"same": "1", "changed": "1", "gone": "1"}, 0)) == sources[1:]
+        prepare.new_sources(sources, Consumed("r", "2026", {"same": "1", "changed": "1", "gone": "1"}, 0))
+        == sources[1:]
     )
-    assert news.new_sources(sources, None) == sources
+    assert prepare.new_sources(sources, None) == sources
 
 
 def test_the_contents_of_distinct_records_are_those_that_were_given() -> None:
     given = records(0, 3)
     with holding([*given, *given]) as work:
         deduplicate(work)
-        assert sorted(news.contents(work)) == sorted(each.content for each in given)
+        assert sorted(prepare.distinct_contents(work)) == sorted(each.content for each in given)
 
 
 def test_records_are_new_by_content_wherever_they_stand() -> None:
@@ -42,15 +45,15 @@ def test_records_are_new_by_content_wherever_they_stand() -> None:
     changed = validate({"id": 0, "prompt": "question 0", "completion": "corrected"})
     now = [each.content for each in [*known[1:], changed, *records(10, 13)]]
     before = {each.content for each in known}
-    assert news.count_new(content_ids(now), content_ids(before)) == len(set(now) - before) == 4
-    assert news.count_new(content_ids(now), content_ids([])) == len(now)
-    assert news.count_new(content_ids([]), content_ids(before)) == 0
+    assert prepare.count_new(content_ids(now), content_ids(before)) == len(set(now) - before) == 4
+    assert prepare.count_new(content_ids(now), content_ids([])) == len(now)
+    assert prepare.count_new(content_ids([]), content_ids(before)) == 0
 
 
 def in_window(*parts: tuple[Source, int], days: float) -> set[int]:
     """Which of the records that the sources gave, so many each, are in the window."""
     read = Intake(sources=[SourceCount(each, count, 0) for each, count in parts])
-    return {number for start, end in news.in_window(read, days=days) for number in range(start, end)}
+    return {number for start, end in prepare.in_window(read, days=days) for number in range(start, end)}
 
 
 def test_the_window_ends_at_the_newest_source_and_keeps_what_has_no_time() -> None:
@@ -60,7 +63,7 @@ def test_the_window_ends_at_the_newest_source_and_keeps_what_has_no_time() -> No
 
 def test_rows_that_gave_no_record_are_not_counted_to_the_window() -> None:
     read = Intake(sources=[SourceCount(source("old", 30), 5, 2, 1), SourceCount(source("new"), 4, 1, 1)])
-    assert news.in_window(read, days=7) == [(2, 4)]
+    assert prepare.in_window(read, days=7) == [(2, 4)]
 
 
 def test_without_times_everything_is_in_the_window() -> None:
@@ -68,13 +71,13 @@ def test_without_times_everything_is_in_the_window() -> None:
 
 
 def narrowed(
-    everything: list[KeyedRecord], window: list[news.Span] | None, *, share: float
-) -> tuple[news.Narrowed, set[str]]:
+    everything: list[KeyedRecord], window: list[splitting.Span] | None, *, share: float
+) -> tuple[splitting.Narrowed, set[str]]:
     """What was left out and replayed, and the ids of what stays."""
     with holding(everything) as work:
         deduplicate(work)
         work.run("CREATE TABLE others AS FROM chosen")
-        found = news.narrow(work, window, replay_share=share)
+        found = splitting.narrow(work, window, replay_share=share)
         kept = work.rows("SELECT id FROM others JOIN records USING (number)")
     return found, {name for (name,) in kept}
 
@@ -88,7 +91,7 @@ def test_a_record_that_an_old_and_a_new_source_hold_is_in_the_window() -> None:
 def test_replay_makes_up_its_share_of_the_result(share: float, replayed: int) -> None:
     everything = records(0, 140)
     found, kept = narrowed(everything, [(100, 140)], share=share)
-    assert found == news.Narrowed(before_window=100 - replayed, replayed=replayed)
+    assert found == splitting.Narrowed(before_window=100 - replayed, replayed=replayed)
     assert len(kept) == 40 + replayed
     assert {each.record.id for each in everything[100:]} <= kept
 
@@ -116,4 +119,4 @@ def test_replay_is_the_same_for_the_same_data_and_another_for_the_next() -> None
 
 def test_no_window_keeps_everything() -> None:
     found, kept = narrowed(records(0, 5), None, share=0.5)
-    assert (found, kept) == (news.Narrowed(0, 0), set("01234"))
+    assert (found, kept) == (splitting.Narrowed(0, 0), set("01234"))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from components.prepare import icd10
 from components.prepare.personal import Span, find, mask
+from components.prepare.rows import example_rows
 
 SET = Path(__file__).with_name("personal.jsonl")
 MARK = "\u2042"
@@ -36,7 +36,7 @@ def test_of_the_committed_set_nearly_all_is_found_and_nothing_else():
 
 
 def test_in_titles_of_diseases_is_none():
-    assert [text for row in icd10.rows() for text in [row["messages"][1]["content"]] if find(text)] == []
+    assert [text for row in example_rows() for text in [row["messages"][1]["content"]] if find(text)] == []
 
 
 @pytest.mark.parametrize(

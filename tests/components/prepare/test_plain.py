@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.config.train import ColumnsConfig, LossOn
-from components.prepare import plain, row
+from components.prepare.dataset import KeyedRecord
 from components.prepare.personal import Action, Screen, find, may_hold
 from components.prepare.shapes import as_record, recognised
 from components.prepare.sources import find_sources
-from components.prepare.validate import KeyedRecord, unread_keys, validate
+from components.prepare.validate import SPACES, unread_keys, validate
 from components.registry.between_runs import Erased, record_hash
 from components.shared.errors import DataError
 from tests.doubles.datasets import read
@@ -139,7 +139,7 @@ def test_rows_read_together_become_what_each_becomes_by_itself(
 def test_rows_of_parquet_become_what_those_of_json_lines_do(
     tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row, "BYTES_AT_ONCE", 999)
+    monkeypatch.setattr("components.prepare.rows.BYTES_AT_ONCE", 999)
     rng = random.Random(0)
     rows = [
         {"id": rng.choice([None, str(number)]), "messages": [{"role": "user", "content": f"q{number}"}]}
@@ -173,7 +173,7 @@ def test_most_rows_are_taken_together(write_rows: Callable[..., str], monkeypatc
         judged.append(given)
         return validate(*given, **options)
 
-    monkeypatch.setattr("components.prepare.validation.validate", counted)
+    monkeypatch.setattr("components.prepare.validate.validate", counted)
     some_other = Erased(frozenset([record_hash("another")]))
     rows = [{"prompt": f"Why {number}?", "completion": "Straße "} for number in range(100)]
     rows += [{"prompt": "On 2024-01-02, 03:04", "completion": "x@y"}, {"prompt": "ann@example.com", "completion": "x"}]
@@ -182,7 +182,7 @@ def test_most_rows_are_taken_together(write_rows: Callable[..., str], monkeypatc
 
 
 def test_spaces_are_what_python_strips() -> None:
-    assert set(plain.SPACES) == {chr(each) for each in range(sys.maxunicode + 1) if not chr(each).rstrip()}
+    assert set(SPACES) == {chr(each) for each in range(sys.maxunicode + 1) if not chr(each).rstrip()}
 
 
 def test_no_text_with_personal_data_is_passed_over() -> None:

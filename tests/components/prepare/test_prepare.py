@@ -14,7 +14,7 @@ import pytest
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
-from components.shared import memory
+from components.shared import machine
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
@@ -30,7 +30,7 @@ def rows(count: int) -> list[Any]:
 def test_on_a_machine_that_is_out_of_memory_nothing_is_begun(
     store: Store, write_rows: Write, run_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 400 * 2**20)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 400 * 2**20)
     with pytest.raises(
         DataError, match=r"^0\.3 GiB of memory are free for the records of data\.source, and to read any"
     ):

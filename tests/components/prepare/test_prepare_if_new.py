@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from components.config.schema import RunConfig
-from components.prepare import intake
 from components.prepare.dataset import load_split
 from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new
 from components.registry import between_runs
@@ -55,7 +54,7 @@ def test_known_sources_are_skipped_without_being_opened(
 ) -> None:
     path = write_rows(rows(0, 100), "in/1.jsonl")
     prepare_run("first", decided=True)
-    monkeypatch.setattr(intake, "read", lambda _: pytest.fail("opened"))
+    monkeypatch.setattr("components.prepare.prepare.read_sources", lambda _: pytest.fail("opened"))
 
     prepared, step = prepare_run("second")
 

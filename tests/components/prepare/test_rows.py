@@ -11,7 +11,7 @@ import pytest
 
 from components.config.train import ColumnsConfig
 from components.prepare import rows
-from components.prepare.row import SourceRow, Unreadable
+from components.prepare.rows import SourceRow, Unreadable
 from components.prepare.shapes import columns_read
 from components.prepare.sources import find_sources, local_copies
 from components.shared.errors import DataError
@@ -23,7 +23,7 @@ def read_rows(name: str, *, group: str = "") -> list[SourceRow]:
         found.row(place)
         for source, path in local_copies(find_sources(name))
         for found in rows.read_rows(
-            source, path, wanted=lambda names: columns_read(names, ColumnsConfig(), group=group)
+            source.name, path, wanted=lambda names: columns_read(names, ColumnsConfig(), group=group)
         )
         for place in range(len(found.lines))
     ]
@@ -127,10 +127,9 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_may_not_be_opened_is_refused(write_rows: Callable[..., str]) -> None:
     name = write_rows([{"a": 1}])
-    (source,) = find_sources(name)
     Path(name).unlink()
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: No such file"):
-        list(rows.read_rows(source, Path(name), wanted=lambda names: names))
+        list(rows.read_rows(name, Path(name), wanted=lambda names: names))
 
 
 ROWS = [{"id": "1", "prompt": 'caf\u00e9, "a"\n2', "completion": "b"}, {"id": "2", "prompt": "c", "completion": "d"}]

@@ -13,7 +13,7 @@ import pytest
 from components.config import config_file
 from components.config.train import ColumnsConfig
 from components.prepare.dataset import Record
-from components.prepare.intake import require_usable
+from components.prepare.prepare import require_usable
 from components.prepare.shapes import unread_text
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError

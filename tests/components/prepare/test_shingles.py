@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from components.prepare import shingles
-from components.prepare.shingles import Batch, Known, frequent, in_batches, mixed
+from components.prepare import near_duplicates
+from components.prepare.near_duplicates import Batch, Known, frequent, in_batches, mixed
 
 
 def said(texts: list[str]) -> list[str]:
@@ -95,12 +95,12 @@ def test_texts_of_a_batch_do_not_run_into_each_other() -> None:
 @pytest.mark.parametrize("cells", [4, 2**12])
 def test_frequent_is_what_more_texts_hold_than_asked(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many fall into one counter of the coarse count."""
-    monkeypatch.setattr(shingles, "CELLS", cells)
+    monkeypatch.setattr(near_duplicates, "CELLS", cells)
     rng = np.random.default_rng(0)
     texts = [np.unique(mixed(rng.zipf(1.3, 40).astype(np.uint64))) for _ in range(200)]
     counts = Counter(value for text in texts for value in text.tolist())
 
-    def batches() -> Iterator[tuple[shingles.Hashes, shingles.Rows]]:
+    def batches() -> Iterator[tuple[near_duplicates.Hashes, near_duplicates.Rows]]:
         for start in range(0, len(texts), 10):
             part = [np.concatenate([text, text[:3]]) for text in texts[start : start + 10]]
             yield np.concatenate(part), np.repeat(np.arange(len(part)), [len(text) for text in part])

@@ -3,9 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.prepare import signed
-from components.prepare.minhash import Signatures
-from components.prepare.signed import Signed
+from components.prepare import near_duplicates
+from components.prepare.near_duplicates import Signatures, Signed
 
 
 def drawn(rng: np.random.Generator, texts: int) -> Signatures:
@@ -21,7 +20,7 @@ def drawn(rng: np.random.Generator, texts: int) -> Signatures:
 def test_signatures_on_disk_are_those_that_were_taken_in_parts(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signed, "_AT_ONCE", at_once)
+    monkeypatch.setattr(near_duplicates, "_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     parts = [drawn(rng, texts) for texts in (5, 64, 1, 30)]
     whole = Signatures.joined(parts, texts=100)

@@ -4,9 +4,9 @@ import random
 import pytest
 
 from components.prepare import near_duplicates
-from components.prepare.dataset import Record
+from components.prepare.dataset import KeyedRecord, Record
 from components.prepare.split import position
-from components.prepare.validate import KeyedRecord, validate
+from components.prepare.validate import validate
 from components.shared.errors import DataError
 from tests.doubles.datasets import deduplicate, split
 

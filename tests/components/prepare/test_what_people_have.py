@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from components.config.train import ColumnsConfig
-from components.prepare.intake import require_usable
+from components.prepare.prepare import require_usable
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError
 from tests.doubles.datasets import read

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from components.shared.account import account
+from components.shared.machine import account
 
 
 def test_the_environment_names_who_works_here_and_else_the_machine_does():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from components.shared.cpus import Cpu, cpu_of, this_cpu
+from components.shared.machine import Cpu, cpu_of, this_cpu
 
 SAPPHIRE_RAPIDS = """processor\t: 0
 vendor_id\t: GenuineIntel

@@ -1,6 +1,6 @@
 import pytest
 
-from components.shared.durations import duration, estimated_duration
+from components.shared.protocol import duration, estimated_duration
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from components.shared.environment import in_environment
+from components.shared.machine import in_environment
 
 
 def test_variables_are_set_inside_and_as_before_after(monkeypatch):

@@ -1,6 +1,6 @@
 """Ray 2.60's own message, from a job's log; tests/ray_jobs/training/test_low_memory.py has Ray itself write one."""
 
-from components.shared.low_memory import ran_low
+from components.shared.machine import ran_low
 
 SAID = """\
 Running entrypoint for job fineloop-r-candidate-1: python -m ray_jobs.candidate --run-id r

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.shared import memory
+from components.shared import machine
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 NO_LIMIT_V1 = "9223372036854771712"
@@ -23,15 +23,15 @@ def test_a_containers_limit_counts_in_either_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_version: int, written: str | None, expected: int
 ) -> None:
     places = (tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes")
-    monkeypatch.setattr(memory, "CGROUP_LIMITS", places)
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", places)
     if written:
         places[of_version].write_text(f"{written}\n", encoding="ascii")
-    assert memory.machine_bytes() == expected
+    assert machine.machine_bytes() == expected
 
 
 def test_more_than_what_is_left_is_a_memory_error_and_afterwards_there_is_no_limit() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    with memory.at_most(256 * 2**20):
+    with machine.at_most(256 * 2**20):
         assert len(bytearray(64 * 2**20)) == 64 * 2**20
         with pytest.raises(MemoryError):
             bytearray(512 * 2**20)
@@ -40,7 +40,7 @@ def test_more_than_what_is_left_is_a_memory_error_and_afterwards_there_is_no_lim
 
 
 def test_a_limit_within_a_limit_does_not_raise_it() -> None:
-    with memory.at_most(128 * 2**20), memory.at_most(1024 * 2**20), pytest.raises(MemoryError):
+    with machine.at_most(128 * 2**20), machine.at_most(1024 * 2**20), pytest.raises(MemoryError):
         bytearray(512 * 2**20)
 
 
@@ -49,13 +49,13 @@ def test_limits_of_two_threads_that_overlap_leave_none_behind() -> None:
     first_is_in, first_may_leave, second_may_leave = (threading.Event() for _ in range(3))
 
     def first() -> None:
-        with memory.at_most(512 * 2**20):
+        with machine.at_most(512 * 2**20):
             first_is_in.set()
             first_may_leave.wait(10)
 
     def second() -> None:
         first_is_in.wait(10)
-        with memory.at_most(512 * 2**20):
+        with machine.at_most(512 * 2**20):
             second_may_leave.wait(10)
 
     threads = [threading.Thread(target=each) for each in (first, second)]

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import gamma, genpareto
 
-from components.shared.paired import Pairs, much_worse_unseen
-from components.shared.tails import chance_below_zero, generalised_pareto, unseen
+from components.shared.paired import Pairs, chance_below_zero, generalised_pareto, much_worse_unseen, unseen
 
 
 @pytest.mark.parametrize("shape", [-0.3, 0.0, 0.3, 0.7])

@@ -14,9 +14,8 @@ from components.registry.between_runs import FoundRate, erase
 from components.shared.errors import ConfigError, DataError
 from components.step.step import StepRun
 from components.store import folders
-from components.tune import scaling
 from components.tune import tune as step_file
-from components.tune.tune import is_due, tune
+from components.tune.tune import advised, is_due, tune
 from tests.doubles import datasets
 
 CONFIG = """
@@ -124,7 +123,7 @@ def test_the_first_run_sweeps_and_the_next_trains_at_what_it_found(swept):
 def test_advice_after_a_change_is_what_the_paper_measured(now, records, sentence):
     found = FOUND.model_copy(update={"base": "org/base", "rank": 16, "batch_size": 16, "train_records": 5_000})
     far = found.model_copy(update={"rank": 4, "batch_size": 4, "run_id": "another"})
-    text = scaling.advice([far, found], config(*now), records)
+    text = advised([far, found], config(*now), records)
     assert sentence in text
     assert bool(text) == bool(sentence)
     assert "another" not in text

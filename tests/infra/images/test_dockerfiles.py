@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.registry import lineage
-from components.step import kfp
+from components.step import step
 from infra.checks.manifests import INFRA, ROOT
 
 IMAGES = INFRA / "images"
@@ -54,7 +54,7 @@ def test_it_runs_without_root_writes_to_tmp_alone_and_holds_no_secret(path: Path
 def test_the_images_have_the_names_that_the_pipeline_uses() -> None:
     (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     built = {f"{name}:{version}" for name in re.findall(r"--tag (\S+):\$\(VERSION\)", MAKEFILE)}
-    assert built == {kfp.IMAGE, f"fineloop/train:{version}"}
+    assert built == {step.IMAGE, f"fineloop/train:{version}"}
 
 
 def test_a_training_can_read_which_commit_its_image_was_built_from(tmp_path: Path) -> None:

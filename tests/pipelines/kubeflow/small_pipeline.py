@@ -9,7 +9,7 @@ from kfp import compiler, dsl
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.step.kfp import COMPONENT
+from components.step.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)

@@ -8,7 +8,7 @@ from kfp import compiler, dsl
 
 from components.config import config_file
 from components.shared.errors import KubeflowError, UserError
-from components.step.kfp import COMPONENT
+from components.step.step import COMPONENT
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import connect

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from components.config import config_file
-from components.step.kfp import IMAGE
+from components.step.step import IMAGE
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import compile, schedule
 from pipelines.kubeflow.client import connect

@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 
 from components.config import config_file
-from components.shared.cpus import this_cpu
+from components.shared.machine import this_cpu
 from pipelines.local import doctor
 from pipelines.local.local_services import local_services
 

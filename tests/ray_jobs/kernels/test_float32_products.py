@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.shared.cpus import Cpu
+from components.shared.machine import Cpu
 from ray_jobs.kernels import float32_layers
 
 settings = torch.backends.mkldnn.matmul

@@ -1,0 +1,179 @@
+"""This machine and this process: the processor, memory, the account, the environment."""
+
+import contextlib
+import os
+import platform
+import pwd
+import re
+import resource
+import threading
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+# The processor that this process runs on, and how fast its instructions are at bfloat16.
+
+CPUINFO = Path("/proc/cpuinfo")
+# Flags of /proc/cpuinfo and the kinds they show, fastest at bfloat16 first: a processor's first match counts.
+X86 = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+ARM = (("bf16", "ARM with BF16"), ("asimd", "ARM"))
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A processor, described for people."""
+
+    name: str
+    """The maker's name for it; the architecture if there is none."""
+    kind: str
+    """AMX, AVX-512 BF16, AVX-512, AVX2, ARM with BF16, ARM, or else the architecture."""
+    cores: int
+    """The number of cores that this process may use."""
+
+    @property
+    def summary(self) -> str:
+        """The description in one line."""
+        return f"{self.cores} core{'s' * (self.cores != 1)} of {self.name}, {self.kind}"
+
+
+def this_cpu() -> Cpu:
+    """The processor of this machine."""
+    machine = platform.machine()
+    text = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.is_file() else ""
+    return cpu_of(text, machine=machine, cores=usable_cores())
+
+
+def cpu_of(cpuinfo: str, *, machine: str, cores: int) -> Cpu:
+    """The processor that /proc/cpuinfo describes; pure."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return Cpu(fields.get("model name") or machine, kind_of(flags, machine=machine), cores)
+
+
+def kind_of(flags: Set[str], *, machine: str) -> str:
+    """The class of a processor with these flags."""
+    table = X86 if machine in ("x86_64", "AMD64") else ARM if machine in ("aarch64", "arm64") else ()
+    return next((kind for flag, kind in table if flag in flags), machine)
+
+
+def usable_cores() -> int:
+    """The number of cores that the scheduler gives this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# The memory of this machine, or of the container that this process runs in, and a limit on what it takes.
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Limit files of cgroup v2, which has "max" for no limit, and v1, which then has a number larger than any machine's."""
+MEMINFO = Path("/proc/meminfo")
+STATM = Path("/proc/self/statm")
+_one_at_a_time = threading.RLock()
+
+
+def machine_bytes() -> int:
+    """Return the memory that this process may use, in bytes: the machine's, or the container's limit if lower."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
+    return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def available_bytes() -> int:
+    """Return the bytes that this process may still take: the machine's free memory, at most the container's limit."""
+    if MEMINFO.is_file():
+        for line in MEMINFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, machine_bytes())
+    return machine_bytes()
+
+
+@contextlib.contextmanager
+def at_most(more_bytes: int) -> Iterator[None]:
+    """Let this process take `more_bytes` more memory, all threads together; more raises MemoryError.
+
+    Without a limit, the kernel kills this process or another one when memory runs out, and no error says what was too
+    large. Memory counts once it is writable (RLIMIT_DATA), used or not. Where the amount is unknown, as outside Linux,
+    there is no limit. A thread waits for another one's limit to end: of two that overlap, one would stay for good.
+    """
+    if not STATM.is_file():
+        yield
+        return
+    with _one_at_a_time:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        taken = int(STATM.read_text(encoding="ascii").split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        limits = [limit for limit in (taken + more_bytes, soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+# The account that runs this process, from the environment or the machine.
+
+VARIABLE = "FINELOOP_USER"
+
+
+def account(environment: Mapping[str, str]) -> str:
+    """The name of the person or service: FINELOOP_USER if a deployment sets it, else the login. Cron and containers
+    leave the login out of the environment, so the machine is asked for it; empty if it knows no name either."""
+    if named := next((name for key in (VARIABLE, "USER", "LOGNAME") if (name := environment.get(key, ""))), ""):
+        return named
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(os.getuid()).pw_name
+    return ""
+
+
+# Sets environment variables of this process for a while.
+
+
+@contextlib.contextmanager
+def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set `variables` until the `with` ends, then restore their earlier values, or unset them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+# Sums up Ray's message that it ended processes because their node ran out of memory; pure.
+#
+# The message has fifty lines, and a reader notices the last ones: a table of processes.
+
+# The message of the raylet of Ray 2.60.
+_SAID = re.compile(
+    r"killed due to the node running low on memory\. Memory on the node \(IP: ([^,\s]+)[^)]*\) was (\S+)GB used / "
+    r"(\S+)GB limit"
+)
+_LARGEST = re.compile(r"Top \d+ memory users: PID\s+MEM\(GB\)\s+COMMAND\n((?:[ \t]*\d+\t[^\n]*\n?)+)")
+_ROW = re.compile(r"(\d+)\t([\d.]+)\t?([^\s]*)[^\n]*\n?")
+"""A process, its memory, and the first word of its command, which is missing if the process has ended."""
+LARGEST_SHOWN = 3
+
+
+def ran_low(text: str) -> str | None:
+    """Say which node ran out of memory, what filled it, and the remedy, by the last such message; None without one.
+
+    Only the names of programs are shown: their arguments may hold what not every reader of a report may see.
+    """
+    found = [*_SAID.finditer(text)]
+    if not found:
+        return None
+    address, used, limit = found[-1].groups()
+    said = f"node {address} ran out of memory ({used} of {limit} GB in use), and Ray ended processes of the run there"
+    if largest := _LARGEST.search(text, found[-1].end()):
+        rows = _ROW.findall(largest[1])[:LARGEST_SHOWN]
+        shown = ", ".join(f"{gb} GB {PurePosixPath(name).name or 'unknown'} (pid {pid})" for pid, gb, name in rows)
+        said += f"; the largest were {shown}"
+    return (
+        f"{said}. End other programs there, lower train.micro_batch_size or ray.num_workers, or give its pods more "
+        "(ray.cluster.worker.memory_gib)"
+    )
