@@ -261,10 +261,10 @@ class Compared:
         """The metric in whose unit differences are stated."""
         return RELATIVE if self.relative else self.metric
 
-    @property
-    def of_theirs(self) -> str:
-        """The words that say what a relative difference is a share of; empty for an absolute one."""
-        return f" of {self.called}'s" if self.relative else ""
+    def margin_text(self, amount: float) -> str:
+        """A difference in words, with what a relative one is a share of."""
+        text = self.amounts.margin_text(amount)
+        return f"{text} of {self.called}'s" if self.relative else text
 
     @property
     def ours(self) -> float | None:
@@ -290,7 +290,7 @@ class Compared:
 def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:
     """The candidate is sure to be better than the base by the policy's minimum."""
     metric, margin = compared.metric, policy.better_than_base_by
-    at_least = f"better by at least {compared.amounts.margin_text(margin)}{compared.of_theirs}"
+    at_least = f"better by at least {compared.margin_text(margin)}"
     return _required(
         compared,
         margin,
@@ -473,7 +473,7 @@ def not_worse(compared: Compared, tolerance: float, *, luck: float = 0.0, **word
 
 def at_most(compared: Compared, tolerance: float) -> str:
     """The demand that `tolerance` makes, in words."""
-    return f"worse by at most {compared.amounts.margin_text(tolerance)}{compared.of_theirs}"
+    return f"worse by at most {compared.margin_text(tolerance)}"
 
 
 def _required(
@@ -598,12 +598,12 @@ def not_worse_than_champion(
     if luck and lead is not None:
         text += (
             f" {compared.called.capitalize()} was chosen on these records: beside the {lead.decisions} candidates that "
-            f"they judged, {_share(compared, luck)} of its lead is luck, which is not asked of this one."
+            f"they judged, {compared.margin_text(luck)} of its lead is luck, which is not asked of this one."
         )
     if found.undecided and found.lower is not None and found.lower >= -tolerance - luck - ROUNDING:
         text += (
-            f" Large losses are rare: beyond those drawn they are expected to cost {_share(compared, unseen)}, and the "
-            "bound holds only without that."
+            f" Large losses are rare: beyond those drawn they are expected to cost {compared.margin_text(unseen)}, and "
+            "the bound holds only without that."
         )
     return found.model_copy(update={"luck": luck or None, "unseen": unseen or None, "text": text})
 
@@ -626,10 +626,6 @@ def _unseen(policy: GateConfig, compared: Compared) -> float:
     if compared.revision == 0:
         return of_the_tail
     return max(of_the_tail, few_unseen(pairs, found, policy.rare_loss(theirs), compared.confidence))
-
-
-def _share(compared: Compared, amount: float) -> str:
-    return f"{compared.amounts.margin_text(amount)}{compared.of_theirs}"
 
 
 # The rule on what a mean over a few hundred records cannot show: a small share of records that gets much worse.

@@ -72,7 +72,8 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     uri = store.uri(version_key(decided.adapter, decided.version))
     decision = decided.model_copy(update={"version_uri": uri, "evaluation_sha256": sha256})
     for rule in decision.rules:
-        _log(rule)
+        result, bound = rule.short if rule.passed else rule.short.upper(), "-" if rule.bound is None else rule.bound
+        logger.info("%s %s = %s: %s", result, rule.field, bound, rule.text)
     logger.info("verdict on %s %s: %s", decision.adapter, decision.version, decision.verdict)
 
     runs.write(store, run_id, decision)
@@ -95,11 +96,6 @@ def _record(store: "Store", decision: Decision) -> None:
             return
     append_event(store, decision.adapter, kind, body)
     logger.info("recorded that %s %s was %s in run %s", decision.adapter, decision.version, kind, decision.run_id)
-
-
-def _log(rule: RuleResult) -> None:
-    result = rule.short if rule.passed else rule.short.upper()
-    logger.info("%s %s = %s: %s", result, rule.field, "-" if rule.bound is None else rule.bound, rule.text)
 
 
 # Repeats a decision from the files that the run left, without Ray and without a model.
@@ -163,37 +159,29 @@ def replay(store: "Store", run_id: str) -> Replayed:
 
 def as_markdown(decision: Decision) -> str:
     """The decision as Markdown: the outcome, the reasons, and every rule with the numbers that it compared."""
+
+    def row(rule: RuleResult) -> str:
+        ours, theirs = (
+            "" if value is None or rule.metric is None else metric_of(rule.metric).text(value)
+            for value in (rule.candidate, rule.other)
+        )
+        result = rule.short if rule.passed else f"**{rule.short}**"
+        return f"| {' | '.join(map(cell, (result, rule.title, ours, theirs, rule.bound_text, f'`{rule.field}`')))} |"
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
     place = f"{decision.adapter}@{decision.alias}"
     headline = f"{place} takes {decision.version}" if decision.promoted else f"{place} stays as it is"
     lines = [
         f"# {(decision.verdict or decision.decision).capitalize()}: {headline}",
         "",
-        *[f"- {_cell(reason)}" for reason in decision.reasons],
+        *[f"- {cell(reason)}" for reason in decision.reasons],
         "",
         "| | rule | candidate | other | bound | setting |",
         "|---|---|---|---|---|---|",
-        *[_row(rule) for rule in decision.rules],
+        *map(row, decision.rules),
         "",
         f"Compared with {decision.champion or 'no version, because the alias is empty'}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _row(rule: RuleResult) -> str:
-    cells = [
-        rule.short if rule.passed else f"**{rule.short}**",
-        rule.title,
-        _number(rule, rule.candidate),
-        _number(rule, rule.other),
-        rule.bound_text,
-        f"`{rule.field}`",
-    ]
-    return f"| {' | '.join(map(_cell, cells))} |"
-
-
-def _number(rule: RuleResult, value: float | None) -> str:
-    return "" if value is None or rule.metric is None else metric_of(rule.metric).text(value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -392,7 +392,7 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
         if between is not None
     ]
     results.sort(key=lambda each: each.gain)
-    allowed = f"{compared.amounts.margin_text(margin)}{compared.of_theirs}"
+    allowed = compared.margin_text(margin)
     measured = len(results) == len(slices)
     return RuleResult(
         name="slices",
