@@ -29,19 +29,18 @@ LAYERS = {
 }
 """What LoRA adapts, in words and as `method.target_modules`."""
 SWEEPS = {
-    "rates": ["--set", "tune.max_steps=8", "--set", "tune.points=3", "--set", "train.eval_records=32"],
+    "rates": ["--set", "tune.max_steps=8", "--set", "train.eval_records=32"],
     "methods": [
         *("--methods", "lora,qlora,rslora,dora,qdora,vera,dvora,loftq"),
         *("--set", "tune.max_steps=20", "--set", "train.batch_size=4", "--set", "train.micro_batch_size=4"),
-        *("--set", "ray.num_workers=1", "--set", "train.eval_records=32", "--set", "tune.compare_seeds=4"),
-        *("--set", "tune.points=3", "--set", "tune.widen=1", "--set", "tune.refine=false"),
+        *("--set", "ray.num_workers=1", "--set", "train.eval_records=32"),
     ],
     **{
         name: [
             *("--methods", "lora", "--set", f"method.target_modules={modules}"),
             *("--set", "tune.max_steps=20", "--set", "train.batch_size=4", "--set", "train.micro_batch_size=4"),
             *("--set", "ray.num_workers=1", "--set", "train.eval_records=64", "--set", "tune.seeds=4"),
-            *("--set", "tune.space.learning_rates=[1e-3, 3.16e-3, 1e-2]", "--set", "tune.scheduler=none"),
+            *("--set", "tune.learning_rates=[1e-3, 3.16e-3, 1e-2]"),
         ]
         for name, (_, modules) in LAYERS.items()
     },
@@ -84,7 +83,8 @@ def document(records: Mapping[str, SweepResult]) -> str:
         "# Rates and methods on the example",
         "",
         "Written by `python -m benchmarks.sweeps` from the records that it keeps in `benchmarks/swept/`.",
-        "So few steps of one small model show the order of things on this task, and no more.",
+        "So few steps of one small model show the order of things on this task, and no more. The kept records are of",
+        "sweeps that began with three rates, compared methods on four seeds, and let all trainings of layers end.",
     ]
     for name, sections in (("rates", _rates), ("methods", _methods)):
         if name in records:

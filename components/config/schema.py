@@ -33,7 +33,7 @@ from components.config.track import TrackConfig
 from components.config.train import SHARING
 from components.config.train import DataConfig as DataConfig
 from components.config.train import TrainConfig as TrainConfig
-from components.config.tune import TuneConfig
+from components.config.tune import TuneConfig, with_former_keys
 from components.shared.metrics import METRICS
 
 # Where the registry lies, and which keys it trusts.
@@ -435,6 +435,8 @@ class RunConfig(Section):
         for path, removed in REMOVED.items():
             section, key = path.split(".")
             values[section].update({key: removed.default} if removed.in_digest else {})
+        if "tune" in values:
+            values["tune"] = with_former_keys(values["tune"])
         if self.evaluate.records == EvaluateConfig().records:
             values["evaluate"]["records"] = 300  # release 0.1.0's default
         if self.gate.limits == GateConfig().limits:

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.config.tune import Scheduler
 from components.records.steps import Role, TextLosses
 from components.records.sweep import Trial
 from components.shared.errors import Diverged
@@ -279,8 +278,6 @@ class Progress:
 
 logger = logging.getLogger(__name__)
 
-KEEP_HALF = 2
-
 
 class PlanSearcher(Searcher):
     """A Tune searcher that suggests the points of a plan."""
@@ -354,32 +351,41 @@ class Ledger(tune.Callback):
         self._keep(record)
 
 
-class SchedulerPerArm(FIFOScheduler):
-    """Stops trials early, comparing each only with those of the same method, rank and batch size.
+class StopsWorseHalf(FIFOScheduler):
+    """Stops a trial halfway that is then in the worse half of its method's (asynchronous halving, arXiv:1810.05934).
 
-    Methods learn at different paces; within one, the order of the learning rates is what matters. Trials that compare
-    methods all run to their end.
+    Methods learn at different paces; within one, the order of the learning rates is what matters. Before halfway a low
+    rate has not had time to learn. Trials that compare methods all run to their end.
     """
 
-    def __init__(self, make: Callable[[], TrialScheduler]) -> None:
+    def __init__(self, num_steps: int) -> None:
         super().__init__()
-        self._make = make
-        self._schedulers: dict[str, TrialScheduler] = {}
+        self._halfway = max(1, num_steps // 2)
+        self._num_steps = max(num_steps, self._halfway + 1)
+        self._by_method: dict[str, TrialScheduler] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return no state for Tune to save, as in `PlanSearcher`."""
         return {}
 
     def _of(self, trial: Any) -> TrialScheduler | None:
-        if trial.config["trial"]["compares"]:
+        """The scheduler of the trial's method; None for a trial that compares methods."""
+        record = trial.config["trial"]
+        if record["compares"]:
             return None
-        arm = trial.config["arm"]
-        if arm not in self._schedulers:
-            self._schedulers[arm] = self._make()
-        return self._schedulers[arm]
+        if record["method"] not in self._by_method:
+            self._by_method[record["method"]] = AsyncHyperBandScheduler(
+                time_attr="step",
+                metric="loss",
+                mode="min",
+                grace_period=self._halfway,
+                max_t=self._num_steps,
+                reduction_factor=2,
+            )
+        return self._by_method[record["method"]]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tell the arm's scheduler that a trial is queued."""
+        """Tell the method's scheduler that a trial is queued."""
         if scheduler := self._of(trial):
             scheduler.on_trial_add(tune_controller, trial)
 
@@ -389,7 +395,7 @@ class SchedulerPerArm(FIFOScheduler):
         return scheduler.on_trial_result(tune_controller, trial, result) if scheduler else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Tell the arm's scheduler that a trial has ended by itself."""
+        """Tell the method's scheduler that a trial has ended by itself."""
         if scheduler := self._of(trial):
             scheduler.on_trial_complete(tune_controller, trial, result)
 
@@ -398,9 +404,9 @@ def run(
     trainable: Any,
     plan: Plan,
     as_config: Callable[[Point], dict[str, Any]],
-    scheduler: TrialScheduler,
     ledger: Ledger,
     *,
+    num_steps: int,
     storage_path: str,
 ) -> None:
     """Run all trials of the plan, as many at once as the cluster has room for; a failed trial does not stop others."""
@@ -409,7 +415,7 @@ def run(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=PlanSearcher(plan, as_config),
-            scheduler=scheduler,
+            scheduler=StopsWorseHalf(num_steps),
             num_samples=-1,  # unlimited: the plan ends the search
             reuse_actors=True,
             trial_name_creator=_name,
@@ -424,46 +430,22 @@ def _name(trial: Any) -> str:
     return name
 
 
-def scheduler(kind: Scheduler, num_steps: int) -> TrialScheduler:
-    """The config's scheduler. It stops trials only from halfway on: before, a low rate has not had time to learn."""
-    halfway = max(1, num_steps // 2)
-    match kind:
-        case "none":
-            return FIFOScheduler()
-        case "asha":
-            return SchedulerPerArm(
-                lambda: AsyncHyperBandScheduler(
-                    time_attr="step",
-                    metric="loss",
-                    mode="min",
-                    grace_period=halfway,
-                    max_t=max(num_steps, halfway + 1),
-                    reduction_factor=KEEP_HALF,
-                )
-            )
-        case "median":
-            return SchedulerPerArm(
-                lambda: MedianStoppingRule(time_attr="step", metric="loss", mode="min", grace_period=halfway)
-            )
-
-
 def as_config(config: RunConfig, point: Point, num_records: int) -> dict[str, Any]:
     """A trial's Tune config: its own config, and its initial record."""
     whole = trial_config(config, point, num_records)
     record = Trial(
         name=point.name,
         config_digest=whole.digest,
-        method=point.arm.method,
+        method=point.method,
         learning_rate=point.learning_rate,
-        rank=point.arm.rank,
-        batch_size=point.arm.batch_size,
+        rank=whole.method.r,
+        batch_size=whole.train.batch_size,
         seed=point.seed,
         compares=point.compares,
         status="running",
         num_steps=train_loop.num_steps(whole.train, num_records),
     )
-    arm = "-".join(str(each) for each in asdict(point.arm).values())
-    return {"config": config_file.dumps(whole), "arm": arm, "trial": record.model_dump(mode="json")}
+    return {"config": config_file.dumps(whole), "trial": record.model_dump(mode="json")}
 
 
 def _record(values: Mapping[str, Any]) -> Trial:

@@ -44,11 +44,32 @@ def interval(nll_KN: npt.ArrayLike, tokens_N: npt.ArrayLike) -> tuple[float, flo
     return mean, mean - reach, mean + reach
 
 
-def paired_gain(
-    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], tokens: Sequence[int]
-) -> tuple[float, float, float]:
-    """How much lower our loss is, paired by seed and by record, and the ends of its 95 % interval."""
-    return interval(np.asarray(theirs) - np.asarray(ours), tokens)
+# How much a method forgets: the rise of the loss on general text from the base to the method's trained models.
+
+
+def forgotten_by(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | None:
+    """The forgetting of one method's trainings `ours`, paired by passage and seed; None with fewer than two passages.
+
+    The base's loss may come from any of the sweep's `trials`. A method's own base (LoftQ's) is no reference for
+    forgetting, so the original base in the same format is used; where no trial used that, the original in another
+    format.
+    """
+    after = [trial.general_text for trial in ours if trial.general_text]
+    before = [trial.general_text for trial in trials if trial.general_text and "base" in trial.general_text.nll]
+    if not after or not before or len(after[0].tokens) < 2:
+        return None
+    base = min(before, key=lambda each: each.base_format != after[0].base_format)
+    tokens, base_nll_N = base.tokens, np.asarray(base.nll["base"])
+    nll_KN = np.asarray([each.nll["candidate"] for each in after])
+    rise, *ends = interval(nll_KN - base_nll_N, tokens)
+    return Forgotten(
+        base_format=base.base_format,
+        base_loss=float(base_nll_N.sum() / sum(tokens)),
+        losses=(nll_KN.sum(axis=1) / sum(tokens)).tolist(),
+        rise=rise,
+        ci95=(ends[0], ends[1]),
+        passages=len(tokens),
+    )
 
 
 PLAIN = ("lora", "qlora")
@@ -77,7 +98,8 @@ def compare(
     pairs = [(trial, by_seed[trial.seed]) for trial in ours if trial.seed in by_seed]
     if len(pairs) < 2 or len(tokens := pairs[0][0].record_tokens) < 2:
         return None
-    gain, *ends = paired_gain([a.record_nll for a, _ in pairs], [b.record_nll for _, b in pairs], tokens)
+    gains = np.asarray([b.record_nll for _, b in pairs]) - np.asarray([a.record_nll for a, _ in pairs])
+    gain, *ends = interval(gains, tokens)
     return MethodComparison(
         method=tuned.method,
         reference=plain.method,
@@ -91,10 +113,15 @@ def compare(
     )
 
 
-def advised(comparisons: Sequence[MethodComparison], reference: str, margin: float) -> str:
+MARGIN = 0.01
+"""A method is advised in place of plain LoRA only if the 95 % interval of its gain lies above this, in nats per answer
+token."""
+
+
+def advised(comparisons: Sequence[MethodComparison], reference: str) -> str:
     """The advised method: of those whose whole interval lies above the margin, the one with the largest gain; else the
     reference."""
-    clearly = [each for each in comparisons if each.ci95[0] > margin]
+    clearly = [each for each in comparisons if each.ci95[0] > MARGIN]
     return max(clearly, key=lambda each: each.gain).method if clearly else reference
 
 
@@ -142,21 +169,19 @@ def _rise_text(method: str, forgotten: Forgotten) -> str:
     return f"{forgotten.rise:+.4f} with {method} (95 % interval {low:+.4f} to {high:+.4f})"
 
 
-def verdict(
-    best: Tuned, tuned: Sequence[Tuned], comparisons: Sequence[MethodComparison], reference: str, margin: float
-) -> str:
+def verdict(best: Tuned, tuned: Sequence[Tuned], comparisons: Sequence[MethodComparison], reference: str) -> str:
     """The whole conclusion of the sweep."""
     if not comparisons:
         return f"{rate_sentence(best)}."
-    chosen = advised(comparisons, reference, margin)
+    chosen = advised(comparisons, reference)
     others = ". ".join(comparison_sentence(each) for each in comparisons) + f".{forgotten_sentence(tuned)}"
     if chosen == reference:
-        least = f"no method's interval lies above the margin of {margin:g} (tune.margin)"
+        least = f"no method's interval lies above the margin of {MARGIN:g} nats"
         return f"Keep {reference}: tuned alike, {least}. {others}"
     (gained,) = (each for each in comparisons if each.method == chosen)
     return (
         f"Take {chosen}: its gain over {reference} is at least {gained.ci95[0]:.4f} nats per answer token, more than "
-        f"the margin of {margin:g} (tune.margin). {others}"
+        f"the margin of {MARGIN:g}. {others}"
     )
 
 
@@ -193,31 +218,3 @@ def cause(message: str) -> str:
     if errors:
         return errors[-1]["text"] if errors[-1]["module"] == f"{FineloopError.__module__}." else errors[-1]["whole"]
     return lines[0] if lines else "it said nothing"
-
-
-# How much a method forgets: the rise of the loss on general text from the base to the method's trained models.
-
-
-def forgotten_by(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | None:
-    """The forgetting of one method's trainings `ours`, paired by passage and seed; None with fewer than two passages.
-
-    The base's loss may come from any of the sweep's `trials`. A method's own base (LoftQ's) is no reference for
-    forgetting, so the original base in the same format is used; where no trial used that, the original in another
-    format.
-    """
-    after = [trial.general_text for trial in ours if trial.general_text]
-    before = [trial.general_text for trial in trials if trial.general_text and "base" in trial.general_text.nll]
-    if not after or not before or len(after[0].tokens) < 2:
-        return None
-    base = min(before, key=lambda each: each.base_format != after[0].base_format)
-    tokens, base_nll_N = base.tokens, np.asarray(base.nll["base"])
-    nll_KN = np.asarray([each.nll["candidate"] for each in after])
-    rise, *ends = interval(nll_KN - base_nll_N, tokens)
-    return Forgotten(
-        base_format=base.base_format,
-        base_loss=float(base_nll_N.sum() / sum(tokens)),
-        losses=(nll_KN.sum(axis=1) / sum(tokens)).tolist(),
-        rise=rise,
-        ci95=(ends[0], ends[1]),
-        passages=len(tokens),
-    )

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 RUN = f"cut-{uuid.uuid4().hex[:8]}"
 RATES = [1e-3, 3e-3, 3e-2]
-SWEEP = ["--set", f"tune.space.learning_rates={RATES}", "--set", "tune.max_steps=20"]
-SWEEP += ["--set", "tune.scheduler=none", "--set", f"ray.cpus_per_worker={os.cpu_count()}", "--run-id", RUN]
+SWEEP = ["--set", f"tune.learning_rates={RATES}", "--set", "tune.max_steps=20"]
+SWEEP += ["--set", f"ray.cpus_per_worker={os.cpu_count()}", "--run-id", RUN]
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_drivers_of_a_run_a_retraining_and_a_sweep_tokenise_and_workers_only_wha
     settings = [*tiny.settings, "--set", f"model.base={base}", "--set", "model.trust_remote_code=true"]
     settings += ["--set", f"data.source={data}", "--set", "adapter.name=noting", "--set", "train.epochs=1"]
     settings += ["--set", "gate.min_records=5", "--set", "data.validation_share=0.5"]
-    few = ["--set", "tune.space.learning_rates=[1e-3]", "--set", "tune.max_steps=2"]
+    few = ["--set", "tune.learning_rates=[1e-3]", "--set", "tune.max_steps=2"]
     for command in (["run"], ["train", "--set", "train.seed=1"], ["sweep", "--methods", "lora", *few]):
         done = tiny.home.fineloop(*command, *settings)
         assert done.exit_code == 0, done.stderr

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-from ray_jobs.sweeping.verdict import interval, paired_gain
+from ray_jobs.sweeping.verdict import interval
 
 
 def test_one_seed_with_a_token_each_is_the_students_interval_of_the_records():
@@ -25,7 +25,7 @@ def test_the_interval_of_a_gain_holds_it_as_often_as_it_says():
     tokens = rng.integers(1, 6, 60)
     for _ in range(400):
         records, seeds, rest = rng.normal(0, 0.2, 60), rng.normal(0, 0.03, (3, 1)), rng.normal(0, 0.2, (3, 60))
-        gain, low, high = paired_gain(np.zeros((3, 60)), (true + records + seeds + rest) * tokens, tokens)
+        gain, low, high = interval((true + records + seeds + rest) * tokens, tokens)
         assert low <= gain <= high
         held += low <= true <= high
     assert held / 400 > 0.93  # and 0.95 less two standard errors of 400 draws is 0.928

@@ -12,7 +12,7 @@ from components.records.sweep import MethodComparison, Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
 from ray_jobs.sweeping import verdict
-from ray_jobs.sweeping.plan import Grid, Plan, Point, prior_rate, servable_as, swept_arms, trial_config
+from ray_jobs.sweeping.plan import Grid, Plan, at_rate, point_of, prior_rate, servable_as, swept_methods, trial_config
 from ray_jobs.sweeping.trial import Progress
 from ray_jobs.sweeping.verdict import forgotten_by
 
@@ -27,9 +27,10 @@ def ended(point, config, loss, *, status="finished", noise=0.0):
     """The trial of a point; each of its records has the loss, give or take the noise."""
     finite = loss if math.isfinite(loss) else None
     nll = [tokens * (loss + noise * sign) for tokens, sign in zip(TOKENS, (1, -1, 1, -1), strict=True)]
+    trained = trial_config(config, point, 160)
     return Trial(
-        name=point.name, config_digest=trial_config(config, point, 160).digest, method=point.arm.method,
-        learning_rate=point.learning_rate, rank=point.arm.rank, batch_size=point.arm.batch_size, seed=point.seed,
+        name=point.name, config_digest=trained.digest, method=point.method, learning_rate=point.learning_rate,
+        rank=trained.method.r, batch_size=trained.train.batch_size, seed=point.seed,
         compares=point.compares, status=status if finite is not None else "diverged", loss=finite, step_s=1.0,
         record_nll=nll if finite is not None and status == "finished" else [],
         record_tokens=TOKENS if finite is not None and status == "finished" else [],
@@ -38,7 +39,7 @@ def ended(point, config, loss, *, status="finished", noise=0.0):
 
 def swept(config, loss_of, ended_before=()):
     """Run a plan to its end; gives it and the names of the points in the order in which they were begun."""
-    plan, begun = Plan(config, list(swept_arms(config)), ended_before), []
+    plan, begun = Plan(config, swept_methods(config), ended_before), []
     while (point := plan.next()) != "done":
         assert point != "wait"  # one at a time: there is always something to do
         begun.append(point.name)
@@ -64,19 +65,19 @@ def bowl(center):
         ({-4: 5, -2: 4, 0: 3, 2: 2, 4: 4}, [1, 3]),  # the peak is inside: quarter decades beside it
         ({-4: 5, -2: 4, 0: 3, 2: 2, 4: 1}, [6]),  # at the upper end: wider
         ({-4: 1, -2: 2, 0: 3, 2: 4, 4: math.inf}, [-6]),  # at the lower end
-        ({-4: 5, -2: 4, 0: 3, 2: 2, 4: 1, 6: 1, 8: 0.5}, [7]),  # no wider than the config allows
+        ({-4: 5, -2: 4, 0: 3, 2: 2, 4: 1, 6: 1, 8: 1, 10: 1, 12: 0.5}, [11]),  # no wider than two decades beyond
         ({-4: 5, -2: 4, 0: 3, 1: 1, 2: 2, 3: 4, 4: 4}, []),  # refined once
         ({place: math.inf for place in (-4, -2, 0, 2, 4)}, [-6]),  # everything diverged: lower
     ],
 )
 def test_the_grid_widens_at_its_ends_and_narrows_at_its_peak(losses, wanted):
-    assert Grid(1e-3, widen=2).wanted(losses) == wanted
+    assert Grid(1e-5).wanted(losses) == wanted
 
 
 def test_a_peak_beyond_the_first_grid_is_found_and_told_with_its_neighbours(config):
     start = changed(config, "train.learning_rate=1e-4")
     plan, begun = swept(start, bowl(6e-3))
-    found = plan.found(*swept_arms(start))
+    found = plan.found(*swept_methods(start))
     assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (5.62e-3, 3.16e-3, 1e-2)
     assert found.is_inside
     assert found.gain_over_prior == pytest.approx(math.log10(60) ** 2 - math.log10(6 / 5.62) ** 2, abs=1e-3)
@@ -91,7 +92,7 @@ def test_a_plan_made_from_the_trials_that_have_ended_begins_none_of_them_again(c
         before = [whole.trials[name] for name in begun[:cut]]
         resumed, rest = swept(config, bowl(1e-2), before)
         assert rest == begun[cut:]
-        assert resumed.found(*swept_arms(config)) == whole.found(*swept_arms(config))
+        assert resumed.found(*swept_methods(config)) == whole.found(*swept_methods(config))
 
 
 def test_a_failed_trial_is_left_out_and_tried_again_by_a_sweep_that_goes_on(config):
@@ -99,7 +100,7 @@ def test_a_failed_trial_is_left_out_and_tried_again_by_a_sweep_that_goes_on(conf
     failed = plan.trials[begun[0]].model_copy(update={"status": "failed", "loss": None})
     resumed, rest = swept(config, bowl(1e-2), [failed])
     assert begun[0] in rest
-    assert resumed.found(*swept_arms(config)).learning_rate == 1e-2
+    assert resumed.found(*swept_methods(config)).learning_rate == 1e-2
 
 
 def test_of_one_validation_record_a_rate_is_found_without_an_interval(config):
@@ -108,14 +109,14 @@ def test_of_one_validation_record_a_rate_is_found_without_an_interval(config):
         trial.model_copy(update={"record_nll": trial.record_nll[:1], "record_tokens": trial.record_tokens[:1]})
         for trial in plan.trials.values()
     ]
-    found = swept(config, bowl(1e-2), alone)[0].found(*swept_arms(config))
+    found = swept(config, bowl(1e-2), alone)[0].found(*swept_methods(config))
     assert found.learning_rate == 1e-2
     assert {rate.ci95 for rate in found.rates} == {None}
     assert Tuned.model_validate_json(found.model_dump_json()) == found
 
 
 def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_out(config):
-    many = changed(config, "tune.seeds=2", "tune.refine=false")
+    many = changed(config, "tune.seeds=2", "tune.learning_rates=[1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2]")
 
     def loss_of(point):
         if point.learning_rate == 1e-2 and point.seed == 1:
@@ -123,7 +124,7 @@ def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_
         return bowl(9e-3)(point) + (0.5 if point.seed else 0.0)
 
     plan, begun = swept(many, loss_of)
-    found = plan.found(*swept_arms(many))
+    found = plan.found(*swept_methods(many))
     assert len(begun) == 10
     assert found.learning_rate == 3.16e-3
     assert found.loss == pytest.approx(bowl(9e-3)(_at(many, 3.16e-3)) + 0.25)
@@ -131,33 +132,32 @@ def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_
 
 
 def _at(config, rate):
-    return Point(next(swept_arms(config)), rate, 0)
+    return point_of(config, *swept_methods(config), rate, 0)
 
 
 def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_not_seen(config):
-    both = changed(config, 'tune.methods=["vera", "lora"]', "tune.refine=false", "method.rank=8")
+    both = changed(config, 'tune.methods=["vera", "lora"]', "method.rank=8")
     best = {"lora": 1e-2, "vera": 0.316}
 
     def loss_of(point):
-        return bowl(best[point.arm.method])(point) - (0.1 if point.arm.method == "vera" else 0.0) + 0.01 * point.seed
+        return bowl(best[point.method])(point) - (0.1 if point.method == "vera" else 0.0) + 0.01 * point.seed
 
     plan, _ = swept(both, loss_of)
-    lora, vera = (next(arm for arm in swept_arms(both) if arm.method == name) for name in ("lora", "vera"))
+    lora, vera = (plan.found(method) for method in ("lora", "vera"))
     assert (lora.rank, vera.rank) == (8, 256)
-    tuned = {arm: plan.found(arm) for arm in (lora, vera)}
-    assert (tuned[lora].learning_rate, tuned[vera].learning_rate) == (1e-2, 0.316)
-    assert [trial.seed for trial in plan.seeds_of(vera)] == [1, 2, 3]
-    found = verdict.compare(tuned[vera], plan.seeds_of(vera), tuned[lora], plan.seeds_of(lora))
+    assert (lora.learning_rate, vera.learning_rate) == (1e-2, 0.316)
+    assert [trial.seed for trial in plan.seeds_of("vera")] == [1, 2, 3]
+    found = verdict.compare(vera, plan.seeds_of("vera"), lora, plan.seeds_of("lora"))
     assert found.gain == pytest.approx(0.1)
-    assert {arm.method: servable_as(both, arm) for arm in tuned} == {"lora": "lora", "vera": "lora-export"}
+    assert [servable_as(both, method) for method in swept_methods(both)] == ["lora-export", "lora"]
     assert verdict.comparison_sentence(found.model_copy(update={"servable_as": "merged"})).endswith(
         "it takes 1.00 times the time of a step; servers load it merged into its base alone"
     )
-    assert verdict.advised([found], "lora", margin=0.05) == "vera"
-    assert verdict.advised([found], "lora", margin=0.15) == "lora"
-    both_tuned = list(tuned.values())
-    assert verdict.verdict(tuned[lora], both_tuned, [found], "lora", 0.15).startswith("Keep lora")
-    assert verdict.verdict(tuned[vera], both_tuned, [found], "lora", 0.05).startswith(
+    unsure = found.model_copy(update={"ci95": (0.005, 0.2)})
+    assert verdict.advised([found], "lora") == "vera"
+    assert verdict.advised([unsure], "lora") == "lora"
+    assert verdict.verdict(lora, [lora, vera], [unsure], "lora").startswith("Keep lora")
+    assert verdict.verdict(vera, [lora, vera], [found], "lora").startswith(
         "Take vera: its gain over lora is at least 0.1"
     )
 
@@ -207,7 +207,7 @@ def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
     other = plain.model_copy(update={"method": "vera", "forgotten": None})
     compared = MethodComparison(method="vera", reference="lora", gain=0.1, ci95=(-0.1, 0.3), seeds=2, records=4)
     low, high = plain.forgotten.ci95
-    assert verdict.verdict(plain, [plain, other], [compared], "lora", 0.05).endswith(
+    assert verdict.verdict(plain, [plain, other], [compared], "lora").endswith(
         ". What is forgotten: on 2 passages of general text, the loss less the base's is +0.6000 with lora "
         f"(95 % interval {low:+.4f} to {high:+.4f})."
     )
@@ -218,27 +218,26 @@ def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
     "overrides",
     [
         ["tune.seeds=2"],
-        ["tune.refine=false"],
-        ["tune.space.learning_rates=[1e-3, 1e-2]"],
-        ['tune.methods=["lora", "rslora"]', "tune.compare_seeds=2"],
+        ["tune.learning_rates=[1e-3, 1e-2]"],
+        ['tune.methods=["lora", "rslora"]'],
     ],
 )
 def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_no_grid_widens(config, overrides):
     named = changed(config, *overrides)
-    centers = {arm.method: prior_rate(named, arm) for arm in swept_arms(named)}
-    _, begun = swept(named, lambda point: bowl(centers[point.arm.method])(point))
-    plan, left = Plan(named, list(swept_arms(named))), []
+    centers = {method: prior_rate(named, method) for method in swept_methods(named)}
+    _, begun = swept(named, lambda point: bowl(centers[point.method])(point))
+    plan, left = Plan(named, swept_methods(named)), []
     while (point := plan.next()) != "done":
         left.append(plan.num_to_come)
-        plan.add(ended(point, named, bowl(centers[point.arm.method])(point)))
+        plan.add(ended(point, named, bowl(centers[point.method])(point)))
     assert left == list(range(len(begun), 0, -1))
     assert plan.num_to_come == 0
 
 
 def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(config):
-    three = changed(config, "tune.space.learning_rates=[1e-3, 3e-3, 1e-2]")
+    three = changed(config, "tune.learning_rates=[1e-3, 3e-3, 1e-2]")
     clock = iter([100.0, 220.0])
-    plan = Plan(three, list(swept_arms(three)))
+    plan = Plan(three, swept_methods(three))
     progress = Progress(plan, clock=lambda: next(clock))
     first, second = (ended(_at(three, rate), three, 1.5) for rate in (1e-3, 3e-3))
     half = {"status": "running", "steps": 4, "num_steps": 8, "seconds": 70.0, "ready_s": 40.0}
@@ -251,9 +250,9 @@ def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(confi
     assert progress.line(second.model_copy(update=half)).startswith("1/3 trials, about 2 min left; lora 0.003 ")
 
 
-def test_an_arm_that_is_no_legal_config_is_refused_by_its_method(config):
-    with pytest.raises(ConfigError, match=r"^sweeping lora: .*train\.batch_size 12 is not a multiple"):
-        list(swept_arms(changed(config, "tune.space.batch_sizes=[12]")))
+def test_a_rate_that_is_no_legal_config_is_refused_by_its_method(config):
+    with pytest.raises(ConfigError, match=r"^sweeping lora: train\.learning_rate = -1\.0"):
+        at_rate(config, "lora", -1.0)
 
 
 def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(config):
@@ -264,22 +263,22 @@ def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(conf
 
 
 def test_of_rates_that_the_config_names_none_is_added_and_the_one_in_force_is_known(config):
-    named = changed(config, "train.learning_rate=1e-3", "tune.space.learning_rates=[3e-3, 1e-3, 1e-2]")
+    named = changed(config, "train.learning_rate=1e-3", "tune.learning_rates=[3e-3, 1e-3, 1e-2]")
     plan, begun = swept(named, bowl(3e-3))
-    found = plan.found(*swept_arms(named))
+    found = plan.found(*swept_methods(named))
     assert len(begun) == 3
     assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (3e-3, 1e-3, 1e-2)
     assert found.gain_over_prior == pytest.approx(math.log10(3) ** 2)
 
 
 def test_a_sweep_goes_on_from_the_stored_trials_of_its_own_config_alone(config, store):
-    (arm,) = arms = list(swept_arms(config))
+    methods = swept_methods(config)
     rates = [1e-3, 3.16e-3]
-    mine, older = (ended(Point(arm, rate, config.train.seed), config, 2.0) for rate in rates)
+    mine, older = (ended(_at(config, rate), config, 2.0) for rate in rates)
     for trial in (mine, older.model_copy(update={"config_digest": "0" * 64})):
         runs.write(store, "sweep", trial)
-    assert sweep._ended(config, arms, store, "sweep", 160) == [mine]
-    assert sweep._ended(changed(config, "train.weight_decay=0.3"), arms, store, "sweep", 160) == []
+    assert sweep._ended(config, methods, store, "sweep", 160) == [mine]
+    assert sweep._ended(changed(config, "train.weight_decay=0.3"), methods, store, "sweep", 160) == []
     plan, begun = swept(config, bowl(1e-3), [mine])
     assert mine.name in plan.trials
     assert mine.name not in begun

@@ -7,7 +7,7 @@ import pytest
 from components.config import config_file
 from components.shared.errors import DataError
 from ray_jobs.sweeping import verdict
-from ray_jobs.sweeping.plan import Plan, swept_arms
+from ray_jobs.sweeping.plan import Plan, swept_methods
 from tests.ray_jobs import own_ray
 
 LOSSES = {1e-4: 4.0, 3.16e-4: 3.0, 1e-3: 1.0, 3.16e-3: 2.0, 1e-2: 5.0}
@@ -29,39 +29,39 @@ def pretend(given: dict) -> None:
         tune.report({"loss": known["loss"], "step": step, "trial": known})
 
 
-def swept(config_toml, storage_path, failing, kind):
+def swept(config_toml, storage_path, failing):
     """Sweep with room for one trial at a time, so that they come in order; the best rate, and the trials as kept."""
     from ray import tune
 
-    from ray_jobs.sweeping.trial import Ledger, as_config, run, scheduler
+    from ray_jobs.sweeping.trial import Ledger, as_config, run
 
     config = config_file.loads(config_toml)
-    plan = Plan(config, list(swept_arms(config)))
+    plan = Plan(config, swept_methods(config))
     kept = []
 
     def with_losses(point):
         return {**as_config(config, point, 256), "failing": failing, "losses": LOSSES}
 
     ledger = Ledger(plan, kept.append, lambda trial: None)
-    how = scheduler(kind, 16)
-    run(tune.with_resources(pretend, {"CPU": 1}), plan, with_losses, how, ledger, storage_path=storage_path)
-    return plan.found(*swept_arms(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
+    pretended = tune.with_resources(pretend, {"CPU": 1})
+    run(pretended, plan, with_losses, ledger, num_steps=16, storage_path=storage_path)
+    return plan.found(*swept_methods(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
 
 
-def swept_elsewhere(config, tmp_path, failing, scheduler):
+def swept_elsewhere(config, tmp_path, failing):
     with own_ray.driver(1) as pool:
-        return pool.submit(swept, config_file.dumps(config), str(tmp_path), failing, scheduler).result()
+        return pool.submit(swept, config_file.dumps(config), str(tmp_path), failing).result()
 
 
 @pytest.fixture
 def five(config):
-    settings = ["train.learning_rate=1e-3", "tune.refine=false", "tune.max_steps=16"]
+    settings = ["train.learning_rate=1e-3", "tune.max_steps=16", f"tune.learning_rates={[*LOSSES]}"]
     return config_file.loads(config_file.dumps(config), settings)
 
 
 @pytest.mark.full
 def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, tmp_path):
-    best, kept = swept_elsewhere(five, tmp_path, failing={3.16e-4: "dies", 1e-2: "raises"}, scheduler="none")
+    best, kept = swept_elsewhere(five, tmp_path, failing={3.16e-4: "dies", 1e-2: "raises"})
     assert {rate: trial.status for rate, trial in kept.items()} == {
         **dict.fromkeys([1e-4, 1e-3, 3.16e-3], "finished"),
         **dict.fromkeys([3.16e-4, 1e-2], "failed"),
@@ -73,7 +73,7 @@ def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, 
 
 @pytest.mark.full
 def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path):
-    _, kept = swept_elsewhere(five, tmp_path, failing={}, scheduler="asha")
+    _, kept = swept_elsewhere(five, tmp_path, failing={})
     # In this order: nobody to compare the first with; each of the next two is the best so far; then worse, and worst.
     assert [(trial.status, trial.steps) for trial in kept.values()] == [
         *[("finished", 16)] * 3,

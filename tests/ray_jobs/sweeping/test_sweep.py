@@ -31,7 +31,7 @@ class Sweeps:
     def run(self, *settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = self.directory / "config.toml"
         # One trial takes every core of Ray's, so that one worker has them all.
-        one_at_a_time = [f"ray.cpus_per_worker={os.cpu_count()}", "tune.scheduler=none"]
+        one_at_a_time = [f"ray.cpus_per_worker={os.cpu_count()}"]
         path.write_text(config_file.dumps(config_file.loads(self.toml, [*one_at_a_time, *settings])))
         return subprocess.run(
             [sys.executable, "-m", "ray_jobs.sweep", "--config", str(path), "--run-id", "s1"],
@@ -65,7 +65,7 @@ def test_two_trials_share_one_download_one_quantisation_and_one_dataset(sweeps, 
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         done = sweeps.run(
             *("method.name=qlora", f"model.base={folder}", "tune.max_steps=20"),
-            "tune.space.learning_rates=[3e-3, 1e-2]",
+            "tune.learning_rates=[3e-3, 1e-2]",
             AWS_ENDPOINT_URL=proxy.url,
         )
     done_s = time.monotonic() - began
@@ -91,7 +91,7 @@ def test_a_sweep_whose_every_trial_fails_fails_with_their_cause(sweeps, store, t
     torn = build_base(tmp_path / "torn")
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    done = sweeps.run(f"model.base={torn}", "tune.space.learning_rates=[3e-3, 1e-2]")
+    done = sweeps.run(f"model.base={torn}", "tune.learning_rates=[3e-3, 1e-2]")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no trial ended well, and 2 of 2 failed; the first, lora-r8-b16-0.003-s0: " in done.stdout
     assert "SafetensorError" in done.stdout
