@@ -212,7 +212,7 @@ def join(joined: int, steps: int, seeds: int, rates: Sequence[float], folder: Pa
     from ray_jobs import entry
     from ray_jobs.adapters import build
     from ray_jobs.base import base_config, base_model
-    from ray_jobs.kernels import allocator, door
+    from ray_jobs.kernels import door
     from ray_jobs.scoring.scoring import label_nll
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
@@ -220,7 +220,7 @@ def join(joined: int, steps: int, seeds: int, rates: Sequence[float], folder: Pa
 
     entry.quiet_libraries()
     zero.prepare_environment(use_gpu=False)
-    allocator.keep_freed_memory()
+    door.keep_freed_memory()
     config = _config(RATES[0], 0, steps, rank=joined * RANK)
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)

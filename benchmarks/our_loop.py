@@ -12,7 +12,7 @@ import torch.distributed as dist
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
-from ray_jobs.kernels import allocator, door
+from ray_jobs.kernels import door
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import train_loop, zero
@@ -25,7 +25,7 @@ def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_ba
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)
     if not use_gpu:
-        allocator.keep_freed_memory()
+        door.keep_freed_memory()
     backend = "nccl" if use_gpu else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)

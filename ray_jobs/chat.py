@@ -1,5 +1,6 @@
 """Chat with an adapter: `fineloop chat NAME`. The adapter answers first, then the model that it is compared with."""
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,13 +43,8 @@ def main() -> None:
     answering = Answering(arguments.max_tokens, arguments.temperature)
     try:
         with entry.for_people():
-            chat(
-                entry.load_config(arguments.config, arguments.set),
-                *(arguments.version, arguments.against, answering),
-                system=arguments.system,
-                turns=arguments.turns,
-                transcript=arguments.transcript,
-            )
+            config = entry.load_config(arguments.config, arguments.set)
+            _chat(config, arguments, answering)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
@@ -70,35 +66,20 @@ class Conversation:
     turns: list[Message] = field(default_factory=list)
 
 
-def chat(
-    config: RunConfig,
-    reference: str,
-    against: str,
-    answering: Answering,
-    *,
-    system: str | None,
-    turns: str | None,
-    transcript: Path | None,
-) -> None:
-    """Answer prompts until stdin ends. Base, context and format are those of the version's own run; where `system` or
-    `turns` is None, it follows the version's training data.
-
-    Raises:
-        ObjectMissing: there is no such version.
-        ConfigError: the base has code of its own that `config` does not allow to run.
-        IntegrityError: the base no longer exists as it was during training.
-    """
+def _chat(config: RunConfig, arguments: argparse.Namespace, answering: Answering) -> None:
+    """Answer prompts until stdin ends. Base, context and format are those of the version's own run; what --system and
+    --turns leave open follows the version's training data."""
     with garbage.importing():
         from ray_jobs.talking import speaker
 
     store = Store.open(config.registry)
-    version = resolve(store, reference)
+    version = resolve(store, arguments.version)
     trained = speaker.as_trained(config, store, version)
-    system = trained.system if system is None else system
-    keeps_turns = trained.in_turns if turns is None else turns == "keep"
-    speakers = speaker.load(config, store, version, version.name, with_base=against == "base")
-    if against not in ("base", "none"):
-        other = resolve(store, against)
+    system = trained.system if arguments.system is None else arguments.system
+    keeps_turns = trained.in_turns if arguments.turns is None else arguments.turns == "keep"
+    speakers = speaker.load(config, store, version, version.name, with_base=arguments.against == "base")
+    if arguments.against not in ("base", "none"):
+        other = resolve(store, arguments.against)
         speakers += speaker.load(config, store, other, f"{other.name}@{other.version[:SHOWN]}", with_base=False)
     if system:
         entry.print_err(f"each conversation begins with the system message {system!r}")
@@ -107,8 +88,8 @@ def chat(
     entry.print_err("ready: type a prompt, /help, or Ctrl-D to end")
     begun = [Message("system", system)] if system else []
     for turn in converse(speakers, _prompts(), begun, answering, keeps_turns=keeps_turns, say=_say):
-        if transcript is not None:
-            with transcript.open("a", encoding="utf-8") as file:
+        if arguments.transcript is not None:
+            with arguments.transcript.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(turn) + "\n")
 
 

@@ -20,7 +20,6 @@ with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.base import base_config
     from ray_jobs.planning.capacity import (
-        Choice,
         Device,
         WorstBatch,
         advised,
@@ -80,7 +79,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     better = advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
-    step = step_of(config, rehearsal, batch)
+    step, reading = step_of(config, rehearsal, batch), evaluated(config, rehearsal, batch)
     return {
         "method": config.method.name,
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
@@ -94,7 +93,12 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "pod_memory_bytes": config.ray.cluster.worker_bytes(config.ray.max_workers),
         "disk_bytes": disk_bytes(config, base, stats),
         "expert_bytes": BF16 * stats.experts,
-        "evaluation": _evaluation(config, rehearsal, batch, device),
+        "evaluation": {
+            "memory_bytes": reading.as_json(),
+            "batch_size": config.evaluate.batch_size,
+            "fits": device.holds(reading.total),
+            "fitting_batch_size": records_to_evaluate(config, rehearsal, batch, device) if device.memory else None,
+        },
         "activations_are_rough": step.is_estimate,
         "zero_stage": train.zero_stage,
         "micro_batch_size": records_at_once(config, batch.length),
@@ -110,7 +114,12 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "device_memory_bytes": device.memory,
         "fits": device.holds(choice.parts.total),
         "margin": MARGIN if device.gpu else 0.0,
-        "advice": _advice(choice, better),
+        "advice": better
+        and {
+            "settings": better.settings(),
+            "changes": better.changes(choice),
+            "memory_bytes": better.parts.as_json(),
+        },
         "full_fine_tuning": _full_fine_tuning(config, base, batch, choice.parts),
         **_progress(config, stats, batch, device),
     }
@@ -155,26 +164,6 @@ def worst_batch(config: RunConfig) -> WorstBatch:
     return WorstBatch(length, min(config.evaluate.max_new_tokens or length, length))
 
 
-def _evaluation(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> dict[str, Any]:
-    parts = evaluated(config, rehearsal, batch)
-    return {
-        "memory_bytes": parts.as_json(),
-        "batch_size": config.evaluate.batch_size,
-        "fits": device.holds(parts.total),
-        "fitting_batch_size": records_to_evaluate(config, rehearsal, batch, device) if device.memory else None,
-    }
-
-
-def _advice(configured: Choice, better: Choice | None) -> dict[str, Any] | None:
-    if better is None:
-        return None
-    return {
-        "settings": better.settings(),
-        "changes": better.changes(configured),
-        "memory_bytes": better.parts.as_json(),
-    }
-
-
 def _full_fine_tuning(
     config: RunConfig, base: "PretrainedConfig", batch: WorstBatch, adapter_parts: Parts
 ) -> dict[str, Any]:
@@ -204,17 +193,14 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
     """Speed, time and cost; None where they cannot be known, with the reason."""
     tokens = _most_tokens(config)
     if device.gpu is None:
-        unknown = (
-            "tokens_per_s",
-            "time_s",
-            "cost",
-            "price_per_hour",
-            "s_per_million_tokens",
-            "cost_per_million_tokens",
-        )
+        each = ("price_per_hour", "s_per_million_tokens", "cost_per_million_tokens")
         named = "name the GPU with ray.gpu"
         reason = named if config.ray.use_gpu else "without a GPU a run shows them from its first steps"
-        return {**dict.fromkeys(unknown), "most_tokens": tokens, "speed_unknown_because": reason}
+        return {
+            **dict.fromkeys(("tokens_per_s", "time_s", "cost", *each)),
+            "most_tokens": tokens,
+            "speed_unknown_because": reason,
+        }
     expected = speed(
         stats,
         device.gpu,

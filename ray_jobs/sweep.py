@@ -153,7 +153,7 @@ def _first_trial(config: RunConfig, method: str, num_records: int) -> RunConfig:
 
 def _planned(config: RunConfig, methods: Sequence[str], base: Base, train_split: PlannedSplit) -> dict[str, int | None]:
     """Planned bytes of one worker for each method; refuses what cannot fit before a trial is started."""
-    from ray_jobs.planning.capacity import before_training, planned_bytes
+    from ray_jobs.planning.capacity import before_training
     from ray_jobs.training.room import wait_for_room
 
     found: dict[str, int | None] = {}
@@ -161,8 +161,8 @@ def _planned(config: RunConfig, methods: Sequence[str], base: Base, train_split:
         trial = _first_trial(config, method, len(train_split))
         if not found:
             wait_for_room(trial.ray.cluster, trial.ray.per_worker, 1, lambda line: say(STEP, line))
-        before_training(trial, base.path, train_split, ray.nodes())
-        found[method] = planned_bytes(trial, base.path, train_split) if len(methods) > 1 else None
+        outlook = before_training(trial, base.path, train_split, ray.nodes())
+        found[method] = outlook.stored_bytes if len(methods) > 1 else None
     return found
 
 

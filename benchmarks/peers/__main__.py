@@ -27,7 +27,7 @@ from benchmarks import baselines
 from benchmarks.peers import bases, gemm, task, venvs
 
 SIDES = Path(__file__).with_name("sides")
-# glibc's, as ray_jobs/kernels/allocator.py sets them for Fineloop.
+# glibc's, as ray_jobs/kernels/door.py sets them for Fineloop.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 # No request goes to a hub, and no telemetry is sent.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "AXOLOTL_DO_NOT_TRACK": "1"}

@@ -6,14 +6,14 @@ to the dtype of the input: never less precise than a bfloat16 product. Storage, 
 same.
 
 Each class replaces the class of the same name in torch, transformers or bitsandbytes; peft checks that name.
-`multiply_in_float32` converts a model's layers in place; other modules' products stay as they are. The layers of other
-adapters are in `float32_adapters`.
+`multiply_in_float32` converts a model's layers in place; other modules' products stay as they are. LoRA's factors are
+linear layers.
 
-Shapes: I input, O output, N tokens, K experts of a token.
+Shapes: I input, O output, R rank, N tokens, K experts of a token.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -133,22 +133,21 @@ class Conv1D(transformers.pytorch_utils.Conv1D):
         return linear(x, self.weight.T, self.bias)
 
 
-class Linear4bit(bitsandbytes.nn.Linear4bit):
+class _Quantised(torch.nn.Module):
+    """A bitsandbytes layer whose weight is dequantised for each product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output: (..., I) to (..., O)."""
+        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
+        return product
+
+
+class Linear4bit(_Quantised, bitsandbytes.nn.Linear4bit):
     """A layer with NF4 or FP4 weights, dequantised to float32 for each product."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output: (..., I) to (..., O)."""
-        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
-        return product
 
-
-class Linear8bitLt(bitsandbytes.nn.Linear8bitLt):
-    """A layer with int8 weights, dequantised for each product; inputs are never rounded to int8, even in evaluation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output: (..., I) to (..., O)."""
-        product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
-        return product
+class Linear8bitLt(_Quantised, bitsandbytes.nn.Linear8bitLt):
+    """A layer with int8 weights; inputs are never rounded to int8, even in evaluation."""
 
 
 def reader(layer: Any) -> Blocks | None:
@@ -191,18 +190,46 @@ def experts(
     return result
 
 
+class VeraLinear(peft.tuners.vera.layer.Linear):
+    """A linear layer with VeRA adapters."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with its active adapters: (..., I) to (..., O), in the dtype of `x`."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self.vera_lambda_d:
+                b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
+                A_RI, B_OR = dvora.shared_matrices(self, adapter)
+                x_R = linear(self.vera_dropout[adapter](self._cast_input_dtype(x, d_R.dtype)), A_RI)
+                result = result + b_O * linear(d_R * x_R, B_OR)
+        return result.to(x.dtype)
+
+
+class DvoraLinear(dvora.DvoraLinear):
+    """A linear layer with DVoRA adapters."""
+
+    linear = staticmethod(linear)
+
+    def _frozen_weight(self) -> Tensor:
+        return super()._frozen_weight().float()  # float32, so the product that the norm is computed from is too
+
+
 LAYERS: dict[type, type] = {
     torch.nn.Linear: Linear,
     transformers.pytorch_utils.Conv1D: Conv1D,
     bitsandbytes.nn.Linear4bit: Linear4bit,
     bitsandbytes.nn.Linear8bitLt: Linear8bitLt,
+    peft.tuners.vera.layer.Linear: VeraLinear,
+    dvora.DvoraLinear: DvoraLinear,
 }
 
 
-def multiply_in_float32(model: torch.nn.Module, layers: Mapping[type, type] = LAYERS) -> None:
-    """Replace the classes of a model's layers as the table says; layers replaced already stay."""
+def multiply_in_float32(model: torch.nn.Module) -> None:
+    """Replace the classes of a model's layers as LAYERS says; layers replaced already stay."""
     for module in model.modules():
-        module.__class__ = layers.get(type(module), type(module))
+        module.__class__ = LAYERS.get(type(module), type(module))
     if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
         ExpertsInterface.register(EXPERTS, experts)
         model.set_experts_implementation(EXPERTS)
@@ -231,44 +258,6 @@ def _rows(weight_OI: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-# VeRA and DVoRA layers that multiply in float32; LoRA's factors are linear layers, see `float32_layers`.
-#
-# Shapes: I input, O output, R rank.
-
-
-class VeraLinear(peft.tuners.vera.layer.Linear):
-    """A linear layer with VeRA adapters."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output with its active adapters: (..., I) to (..., O), in the dtype of `x`."""
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        for adapter in self.active_adapters:
-            if adapter in self.vera_lambda_d:
-                b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
-                A_RI, B_OR = dvora.shared_matrices(self, adapter)
-                x_R = linear(self.vera_dropout[adapter](self._cast_input_dtype(x, d_R.dtype)), A_RI)
-                result = result + b_O * linear(d_R * x_R, B_OR)
-        return result.to(x.dtype)
-
-
-class DvoraLinear(dvora.DvoraLinear):
-    """A linear layer with DVoRA adapters."""
-
-    linear = staticmethod(linear)
-
-    def _frozen_weight(self) -> Tensor:
-        return super()._frozen_weight().float()  # float32, so the product that the norm is computed from is too
-
-
-ADAPTER_LAYERS: dict[type, type] = {
-    **LAYERS,
-    peft.tuners.vera.layer.Linear: VeraLinear,
-    dvora.DvoraLinear: DvoraLinear,
-}
-
-
 # Converting a frozen base's weights once to the dtype of its matrix products, instead of before each product.
 #
 # Generation takes a forward pass per token, and dequantising 4-bit weights is most of such a pass; in a training step
@@ -276,6 +265,7 @@ ADAPTER_LAYERS: dict[type, type] = {
 
 logger = logging.getLogger(__name__)
 
+DTYPES: dict[MatmulDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEMORY_SHARE = 0.5
 """Share of the free memory that dense weights may take; the rest is for the KV cache and activations."""
 
@@ -286,7 +276,7 @@ def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
     `products` is the dtype of the matrix products. Outputs are the same up to the order of summation. An int8 base with
     products in bfloat16 stays as it is: there bitsandbytes rounds inputs to int8 as well.
     """
-    dtype = _dtype(products)
+    dtype = DTYPES[products]
     for layer in _layers(model, dtype):
         weight = torch.nn.Parameter(_weight(layer).to(dtype), requires_grad=False)
         layer.__class__ = Linear if dtype is torch.float32 else torch.nn.Linear
@@ -296,25 +286,17 @@ def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
 def widen_if_room(model: torch.nn.Module, products: MatmulDtype, *, sharers: int = 1) -> bool:
     """Call `widen` if the free memory, shared by `sharers` processes of this machine, allows it; returns whether any
     layer was converted."""
-    dtype = _dtype(products)
+    dtype = DTYPES[products]
     num_weights = sum(layer.in_features * layer.out_features for layer in _layers(model, dtype))
-    if not has_room(num_weights, products, sharers=sharers):
+    if num_weights * dtype.itemsize > MEMORY_SHARE * available_bytes() / sharers:
         logger.info("the base is read as it is stored: free memory has no room for %d dense weights", num_weights)
         return False
     widen(model, products)
     return num_weights > 0
 
 
-def has_room(num_weights: int, products: MatmulDtype, *, sharers: int = 1) -> bool:
-    """Whether free memory allows each of `sharers` processes of this machine to hold `num_weights` dense weights."""
-    return num_weights * _dtype(products).itemsize <= MEMORY_SHARE * available_bytes() / sharers
-
-
-def _dtype(products: MatmulDtype) -> torch.dtype:
-    return torch.float32 if products == "float32" else torch.bfloat16
-
-
 def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:
+    """The frozen layers on the CPU that are not dense in this dtype."""
     kinds: tuple[type, ...] = (bitsandbytes.nn.Linear4bit,)
     if dtype is torch.float32:
         kinds = (*kinds, bitsandbytes.nn.Linear8bitLt, Linear)

@@ -73,31 +73,25 @@ class LoraProduct(torch.autograd.Function):
         return x_gradient, A_gradient.to(A_RI.dtype), B_gradient.to(B_OR.dtype), None, None, None, None, None
 
 
-class Linear(peft.tuners.lora.layer.Linear):
+class _Fused(nn.Module):
+    """One of peft's LoRA layers, computed as one product where that covers it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
+        found = fused(self, x) if not args and not kwargs else None
+        return super().forward(x, *args, **kwargs) if found is None else found
+
+
+class Linear(_Fused, peft.tuners.lora.layer.Linear):
     """A dense layer with LoRA."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
-        found = fused(self, x) if not args and not kwargs else None
-        return super().forward(x, *args, **kwargs) if found is None else found
 
-
-class Linear4bit(peft.tuners.lora.bnb.Linear4bit):
+class Linear4bit(_Fused, peft.tuners.lora.bnb.Linear4bit):
     """A 4-bit layer with LoRA."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
-        found = fused(self, x) if not args and not kwargs else None
-        return super().forward(x, *args, **kwargs) if found is None else found
 
-
-class Linear8bitLt(peft.tuners.lora.bnb.Linear8bitLt):
+class Linear8bitLt(_Fused, peft.tuners.lora.bnb.Linear8bitLt):
     """An int8 layer with LoRA."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
-        found = fused(self, x) if not args and not kwargs else None
-        return super().forward(x, *args, **kwargs) if found is None else found
 
 
 @dataclass(frozen=True)

@@ -115,16 +115,6 @@ class WorstBatch:
         return cls(int(split.lengths.max()), -(-sum(longest) // len(longest)))
 
 
-SETTINGS = (
-    "method.base",
-    "train.zero_stage",
-    "train.max_tokens",
-    "train.micro_batch_size",
-    "train.gradient_checkpointing",
-    "train.activation_offloading",
-)
-
-
 @dataclass(frozen=True)
 class Choice:
     """A config, and the memory that its training takes."""
@@ -134,16 +124,9 @@ class Choice:
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the memory, by their keys in the config."""
-        method, train = self.config.method, self.config.train
-        values = (
-            method.row.base,
-            train.zero_stage,
-            train.max_tokens,
-            train.micro_batch_size,
-            train.gradient_checkpointing,
-            train.activation_offloading,
-        )
-        return dict(zip(SETTINGS, values, strict=True))
+        train = self.config.train
+        keys = ("zero_stage", "max_tokens", "micro_batch_size", "gradient_checkpointing", "activation_offloading")
+        return {"method.base": self.config.method.row.base, **{f"train.{key}": getattr(train, key) for key in keys}}
 
     def changes(self, configured: "Choice") -> dict[str, Any]:
         """The settings that differ from those of `configured`."""
@@ -280,11 +263,17 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
     needed, limit = (parts.states, device.whole) if device.whole else (parts.total - parts.overhead, device.memory)
     if limit is None or needed <= limit:
         return choice
-    memory, safe = device.memory or limit, device.safe or limit
+    if better := advised(config, rehearsal, batch, device.safe or limit):
+        changes = " ".join(setting(key, value) for key, value in better.changes(choice).items())
+        remedy = f"With {changes} it needs {better.parts.total / GIB:.1f} GiB"
+    else:
+        remedy = (
+            "Take a smaller model.base, more workers (ray.num_workers) with train.zero_stage=3, or model.max_length "
+            f"below {batch.length}"
+        )
     raise ConfigError(
         f"this training does not fit on {device.name}: each worker needs {parts.total / GIB:.1f} GiB "
-        f"({parts_text(parts)}) and has {memory / GIB:.1f}. "
-        f"{_remedy(choice, advised(config, rehearsal, batch, safe), batch)}"
+        f"({parts_text(parts)}) and has {(device.memory or limit) / GIB:.1f}. {remedy}"
     )
 
 
@@ -309,16 +298,6 @@ def records_to_evaluate(config: RunConfig, rehearsal: Rehearsal, batch: WorstBat
     while records and device.holds(evaluated(config, rehearsal, batch, records).total) is False:
         records //= 2
     return records
-
-
-def _remedy(configured: Choice, better: Choice | None, batch: WorstBatch) -> str:
-    if better is not None:
-        changes = " ".join(setting(key, value) for key, value in better.changes(configured).items())
-        return f"With {changes} it needs {better.parts.total / GIB:.1f} GiB"
-    return (
-        f"Take a smaller model.base, more workers (ray.num_workers) with train.zero_stage=3, or model.max_length below "
-        f"{batch.length}"
-    )
 
 
 def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> Iterator[Choice]:
@@ -380,6 +359,8 @@ class Outlook:
     """Whether workers hold the base dense, provided that memory is free for it when they start."""
     flops_per_token: float | None = None
     """Training FLOPs per token, for the actual mean record; None for a base that cannot be planned for."""
+    stored_bytes: int | None = None
+    """Planned memory of one worker that reads the base as it is stored, in bytes; None likewise."""
 
 
 def before_training(
@@ -400,7 +381,7 @@ def before_training(
     except CannotRehearse as exc:  # a training does not need a plan
         return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
     require_disk(config, base, rehearsal.stats)
-    batch = _worst_batch(config, split)
+    batch = WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
     choice = require_fit(config, rehearsal, batch, device)
     parts, is_dense = choice.parts, bool(choice.config.train.dense_base)
     counted = counts(rehearsal.stats)
@@ -416,50 +397,28 @@ def before_training(
         f"{config.method.name} trains {counted['trainable_parameters']:,} parameters, "
         f"{counted['trainable_share']:.3%} of all, at a peak rate of {config.learning_rate:g}",
         needs + fits,
-        *_rank_lines(config, rehearsal),
-        *_evaluation_lines(config, rehearsal, batch, device),
     ]
+    layers, full = rehearsal.above_full_rank
+    if layers:
+        lines.append(
+            f"method.rank {config.method.r} is above the full rank of {layers} layers, {full} and more: there the "
+            "adapter has more weights than the update can use"
+        )
+    wanted, fitting = config.evaluate.batch_size, records_to_evaluate(config, rehearsal, batch, device)
+    if fitting < wanted:
+        whole = evaluated(config, rehearsal, batch).total / GIB
+        lines.append(
+            f"evaluating {wanted} records at once needs about {whole:.1f} GiB and may not fit: "
+            + (f"set evaluate.batch_size={fitting}" if fitting else "the base alone takes more than one device has")
+        )
     operations = flops_per_token(
         rehearsal.stats,
         length=round(split.lengths.mean()),
         answer_share=split.num_answer_tokens.sum() / split.lengths.sum(),
         checkpointing=config.train.gradient_checkpointing,
     )
-    return Outlook(lines, is_dense, float(operations))
-
-
-def planned_bytes(config: RunConfig, base_folder: Path, split: Lengths) -> int | None:
-    """Planned memory of one worker in bytes; None for a base that cannot be planned for."""
-    try:
-        with rehearsing():
-            rehearsal = Rehearsal.of(config, base_config.load(base_folder, config.model))
-    except (CannotRehearse, ConfigError):
-        return None
-    return round(chosen(config, rehearsal, _worst_batch(config, split)).parts.total)
-
-
-def _worst_batch(config: RunConfig, split: Lengths) -> WorstBatch:
-    return WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
-
-
-def _rank_lines(config: RunConfig, rehearsal: Rehearsal) -> Iterator[str]:
-    layers, full = rehearsal.above_full_rank
-    if layers:
-        yield (
-            f"method.rank {config.method.r} is above the full rank of {layers} layers, {full} and more: there the "
-            "adapter has more weights than the update can use"
-        )
-
-
-def _evaluation_lines(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Iterator[str]:
-    wanted, fitting = config.evaluate.batch_size, records_to_evaluate(config, rehearsal, batch, device)
-    if fitting < wanted:
-        needs = (
-            f"evaluating {wanted} records at once needs about {evaluated(config, rehearsal, batch).total / GIB:.1f} GiB"
-        )
-        yield f"{needs} and may not fit: " + (
-            f"set evaluate.batch_size={fitting}" if fitting else "the base alone takes more than one device has"
-        )
+    stored = chosen(config, rehearsal, batch).parts.total
+    return Outlook(lines, is_dense, float(operations), stored)
 
 
 def counts(stats: ModelStats) -> dict[str, Any]:
@@ -474,8 +433,6 @@ def counts(stats: ModelStats) -> dict[str, Any]:
 
 def is_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:
     """Whether one worker cannot hold the base. A base that cannot be planned for is sharded as in its training."""
-    from ray_jobs.planning.rehearsal import CannotRehearse, Rehearsal, rehearsing
-
     if config.train.zero_stage < 3:
         return False
     try:

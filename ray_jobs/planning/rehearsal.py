@@ -224,7 +224,9 @@ class Rehearsal:
                     self._steps[key] = self._extrapolated(*key)
             except (CannotRehearse, ConfigError) as exc:
                 logger.warning("this architecture cannot be rehearsed (%s): its activations are a rough estimate", exc)
-                self._steps[key] = _estimate(self.stats, batch, length, checkpointing)
+                layer = LAYER_BYTES * batch * length * self.stats.width
+                kept = 2 * batch * length * self.stats.width if checkpointing else layer
+                self._steps[key] = StepMemory(self.stats.num_layers * kept, layer, is_estimate=True)
             if checkpointing:
                 inputs = self.stats.num_layers * BF16 * batch * length * self.stats.width
                 self._steps[key] = replace(self._steps[key], inputs=min(inputs, self._steps[key].kept))
@@ -339,15 +341,11 @@ def _replace_tensors(model: torch.nn.Module) -> None:
                 dtype = torch.bfloat16 if parameter.requires_grad else parameter.dtype
                 fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
                 if fake.requires_grad:
-                    fake.register_post_accumulate_grad_hook(_drop_gradient)
+                    fake.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
                 module._parameters[name] = fake
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _drop_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
 
 
 def _layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
@@ -442,10 +440,3 @@ def period(layer_types: list[str], num_layers: int) -> int:
     """Number of layers after which the layer types repeat; at least two, since the first layer may differ a little."""
     periods = (n for n in range(2, num_layers) if layer_types[n:] == layer_types[: len(layer_types) - n])
     return next(periods, num_layers)
-
-
-def _estimate(stats: ModelStats, batch: int, length: int, checkpointing: bool) -> StepMemory:
-    layer = LAYER_BYTES * batch * length * stats.width
-    if checkpointing:
-        return StepMemory(stats.num_layers * 2 * batch * length * stats.width, layer, is_estimate=True)
-    return StepMemory(stats.num_layers * layer, layer, is_estimate=True)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # The protocol of probes, which measure something other than the held-out records; an evaluation knows only it.
 
@@ -67,10 +69,6 @@ class Outcome:
     """Metrics that the probe adds to each model, by the keys of METRICS."""
     lines: Sequence[str] = ()
     """Lines for the log."""
-
-    def metrics_of(self, role: Role) -> list[tuple[str, float | None]]:
-        """The metrics that the probe adds to a model."""
-        return list(self.metrics.get(role, {}).items())
 
 
 class Probe(Protocol):
@@ -139,7 +137,9 @@ class HeldBase:
             self._wide = {}
             gc.collect()  # reference cycles: an adapted model and its engine, 4-bit weights and their layers
             self._model = door.load_model(base, config, base_format, kernels, **how)
-            self._wide = _wider_than_16_bits(self._model)
+            # What transformers keeps in float32, such as routers, and DeepSpeed would cast to 16 bits.
+            named = self._model.named_parameters()
+            self._wide = {name: weight.data for name, weight in named if weight.dtype.itemsize > 2}
             self._key, self.kernels = key, kernels
             self.num_loaded += 1
         else:
@@ -152,11 +152,6 @@ class HeldBase:
             for name, weight in self._wide.items():
                 self._model.get_parameter(name).data = weight
             gc.collect()
-
-
-def _wider_than_16_bits(model: "PreTrainedModel") -> dict[str, "torch.Tensor"]:
-    """The weights that transformers keeps in float32, such as routers, and that DeepSpeed would cast to 16 bits."""
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.dtype.itemsize > 2}
 
 
 def strip(model: "PreTrainedModel") -> bool:
@@ -220,6 +215,52 @@ def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Con
 PROGRESS_EVERY_S = 2.0
 
 
+# Reusing what earlier runs measured on this run's contenders, so that it is not measured again.
+#
+# A contender on another base than the first one is left out: its tokens differ, and it never had the abilities and the
+# knowledge of that base.
+
+
+def on_the_first_base(contenders: Sequence[Contender]) -> list[Contender]:
+    """The contenders that share the first one's base."""
+    return [each for each in contenders if each.base_identity == contenders[0].base_identity]
+
+
+def earlier_evaluations(store: Store, contenders: Sequence[Contender]) -> Iterator[tuple[Role, Evaluation, bool]]:
+    """Yield each such contender's role, the evaluation of the run that trained it (as candidate), and whether that
+    run's base is the same as this one's. Contenders without a complete evaluation are left out."""
+    for contender in on_the_first_base(contenders):
+        if contender.version is None:
+            continue
+        try:
+            before = evaluation(store, contender.version)
+        except IntegrityError as exc:
+            logger.info("%s: what it found is measured again", exc)
+            continue
+        if before is not None:
+            yield contender.role, before, before.base.get("identity") == contenders[0].base_identity
+
+
+def earlier_measurements(
+    store: Store,
+    config: RunConfig,
+    contenders: Sequence[Contender],
+    found: Callable[[Evaluation], tuple[str, Mapping[Any, T]] | None],
+) -> dict[Role, T]:
+    """Earlier runs' measurements, by the roles of this run. `found` returns the format of an earlier run's base and its
+    measurements by that run's roles, or None if the run did not measure this."""
+    result: dict[Role, T] = {}
+    for role, before, same_base in earlier_evaluations(store, contenders):
+        if (theirs := found(before)) is None:
+            continue
+        base_format, by_role = theirs
+        if "candidate" in by_role:
+            result[role] = by_role["candidate"]
+        if "base" in by_role and same_base and base_format == config.method.row.base:
+            result["base"] = by_role["base"]
+    return result
+
+
 @dataclass(frozen=True)
 class ShardResult:
     """Scores of the records that fit every contender's context, in order."""
@@ -250,7 +291,7 @@ class LocalContender:
     @property
     def dtype(self) -> "torch.dtype":
         """The dtype of its base on this worker."""
-        return _dtype(self.config)
+        return precision.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
 
     def load_base(
         self,
@@ -309,7 +350,8 @@ def local_contenders(
         if not kept:
             limit = contenders[-1].config.model.max_length
             raise DataError(f"no held-out record fits model.max_length {limit}: raise it")
-        yield kept, [_only(each, fitting) for each in found]
+        rows_of = {each.role: [row for row, name in enumerate(each.split.ids) if name in fitting] for each in found}
+        yield kept, [replace(each, split=each.split.take(rows_of[each.role])) for each in found]
 
 
 def measure_shard(
@@ -375,10 +417,6 @@ def _local(contender: Contender, records: Sequence[Record], folder: Path) -> Loc
     return LocalContender(contender.role, config, base, adapter, chat, split, contender.alike)
 
 
-def _dtype(config: RunConfig) -> "torch.dtype":
-    return precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu)
-
-
 def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:
     """The config with `evaluate.max_new_tokens` set: enough for every reference answer, and no more."""
     longest = longest_answer(split.num_answer_tokens)
@@ -386,13 +424,6 @@ def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig
         say(STEP, f"answers may be {longest} tokens long, as the longest reference is (evaluate.max_new_tokens)")
     settled = config.evaluate.model_copy(update={"max_new_tokens": longest})
     return config.model_copy(update={"evaluate": settled})
-
-
-def _only(contender: LocalContender, ids: set[str]) -> LocalContender:
-    return replace(
-        contender,
-        split=contender.split.take([row for row, name in enumerate(contender.split.ids) if name in ids]),
-    )
 
 
 class Progress:
@@ -485,67 +516,12 @@ class Found:
 def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence[Record]:
     """The remaining records to measure as well: as many as a decision needs, up to `evaluate.max_records` in all."""
     policy, groups = config.gate, [record.group for record in found.records]
+    ours, relative = found.scores["candidate"], policy.margins == "relative"
     compared = {
-        role: pairs_of(
-            found.scores["candidate"],
-            found.scores[role],
-            found.tokens,
-            policy.metric,
-            groups,
-            relative=policy.margins == "relative",
-        )
-        for role in found.scores
+        role: pairs_of(ours, theirs, found.tokens, policy.metric, groups, relative=relative)
+        for role, theirs in found.scores.items()
         if role not in ("candidate", "base")
     }
     wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.records)
     # A single record is not enough: its answer is also scored behind another record's prompt.
     return left[:wanted] if min(wanted, len(left)) > 1 else ()
-
-
-# Reusing what earlier runs measured on this run's contenders, so that it is not measured again.
-#
-# A contender on another base than the first one is left out: its tokens differ, and it never had the abilities and the
-# knowledge of that base.
-
-T = TypeVar("T")
-logger = logging.getLogger(__name__)
-
-
-def on_the_first_base(contenders: Sequence[Contender]) -> list[Contender]:
-    """The contenders that share the first one's base."""
-    return [each for each in contenders if each.base_identity == contenders[0].base_identity]
-
-
-def earlier_evaluations(store: Store, contenders: Sequence[Contender]) -> Iterator[tuple[Role, Evaluation, bool]]:
-    """Yield each such contender's role, the evaluation of the run that trained it (as candidate), and whether that
-    run's base is the same as this one's. Contenders without a complete evaluation are left out."""
-    for contender in on_the_first_base(contenders):
-        if contender.version is None:
-            continue
-        try:
-            before = evaluation(store, contender.version)
-        except IntegrityError as exc:
-            logger.info("%s: what it found is measured again", exc)
-            continue
-        if before is not None:
-            yield contender.role, before, before.base.get("identity") == contenders[0].base_identity
-
-
-def earlier_measurements(
-    store: Store,
-    config: RunConfig,
-    contenders: Sequence[Contender],
-    found: Callable[[Evaluation], tuple[str, Mapping[Any, T]] | None],
-) -> dict[Role, T]:
-    """Earlier runs' measurements, by the roles of this run. `found` returns the format of an earlier run's base and its
-    measurements by that run's roles, or None if the run did not measure this."""
-    result: dict[Role, T] = {}
-    for role, before, same_base in earlier_evaluations(store, contenders):
-        if (theirs := found(before)) is None:
-            continue
-        base_format, by_role = theirs
-        if "candidate" in by_role:
-            result[role] = by_role["candidate"]
-        if "base" in by_role and same_base and base_format == config.method.row.base:
-            result["base"] = by_role["base"]
-    return result

@@ -50,7 +50,7 @@ def swept_methods(config: RunConfig) -> list[str]:
         ConfigError: one of them has no legal config.
     """
     names = config.tune.methods or [config.method.name]
-    found = sorted(dict.fromkeys(names), key=lambda name: METHODS[name].base)
+    found: list[str] = sorted(dict.fromkeys(names), key=lambda name: METHODS[name].base)
     for method in found:
         at_rate(config, method, prior_rate(config, method))
     return found

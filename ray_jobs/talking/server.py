@@ -86,42 +86,9 @@ def _turn(message: Any) -> Message:
     return Message("system" if role == "developer" else role, text)
 
 
-def models_body(names: Sequence[str], *, since: int) -> dict[str, Any]:
-    """The response to GET /v1/models."""
-    return {
-        "object": "list",
-        "data": [{"id": name, "object": "model", "created": since, "owned_by": "fineloop"} for name in names],
-    }
-
-
-def completion_body(name: str, said: Said, *, number: int) -> dict[str, Any]:
-    """The response to a request without streaming."""
-    message = {"role": "assistant", "content": said.text}
-    usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens}
-    return {
-        **_head(name, "chat.completion", number),
-        "choices": [{"index": 0, "message": message, "finish_reason": _reason(said), "logprobs": None}],
-        "usage": {**usage, "total_tokens": said.prompt_tokens + said.tokens},
-    }
-
-
-def chunk_body(name: str, delta: Mapping[str, str], *, number: int, said: Said | None = None) -> dict[str, Any]:
-    """A chunk of a streamed response; the last one receives `said`, the whole answer."""
-    choice = {"index": 0, "delta": dict(delta), "finish_reason": _reason(said) if said else None}
-    return {**_head(name, "chat.completion.chunk", number), "choices": [choice]}
-
-
 def error_body(message: str, *, kind: str) -> dict[str, Any]:
     """An error response."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def _head(name: str, kind: str, number: int) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{number}", "object": kind, "created": int(time.time()), "model": name}
-
-
-def _reason(said: Said) -> str:
-    return "stop" if said.ended else "length"
 
 
 LOOPBACK = "127.0.0.1"
@@ -193,7 +160,8 @@ class Server:
                 return web.json_response({"status": "ok"})
             case "/about":
                 return web.json_response(dict(self.about))
-        return web.json_response(models_body([*self.speakers], since=self._since))
+        about = {"object": "model", "created": self._since, "owned_by": "fineloop"}
+        return web.json_response({"object": "list", "data": [{"id": name, **about} for name in self.speakers]})
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != "application/json":
@@ -225,11 +193,24 @@ class Server:
                 asked.turns, on_text=on_text, max_tokens=asked.max_tokens, temperature=asked.temperature
             )
 
+        def body(kind: str, choice: dict[str, Any], said: Said | None = None) -> dict[str, Any]:
+            reason = said and ("stop" if said.ended else "length")
+            head = {"id": f"chatcmpl-{number}", "object": kind, "created": int(time.time()), "model": asked.model}
+            return {**head, "choices": [{"index": 0, **choice, "finish_reason": reason}]}
+
         answer = loop.run_in_executor(self._one, spoken)
         answer.add_done_callback(lambda _: words.put_nowait(None))
         try:
             if not asked.stream:
-                return web.json_response(completion_body(asked.model, await answer, number=number))
+                said = await answer
+                message = {"role": "assistant", "content": said.text}
+                usage = {
+                    "prompt_tokens": said.prompt_tokens,
+                    "completion_tokens": said.tokens,
+                    "total_tokens": said.prompt_tokens + said.tokens,
+                }
+                whole = body("chat.completion", {"message": message, "logprobs": None}, said)
+                return web.json_response({**whole, "usage": usage})
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
 
@@ -237,15 +218,15 @@ class Server:
                 async with asyncio.timeout(PATIENCE_S):
                     await response.write(f"data: {data}\n\n".encode())
 
-            def chunk(delta: dict[str, str], **end: Any) -> str:
-                return json.dumps(chunk_body(asked.model, delta, number=number, **end))
+            def chunk(delta: dict[str, str], said: Said | None = None) -> str:
+                return json.dumps(body("chat.completion.chunk", {"delta": delta}, said))
 
             try:
                 await event(chunk({"role": "assistant", "content": ""}))
                 while (text := await words.get()) is not None:
                     await event(chunk({"content": text}))
                 try:
-                    last = [chunk({}, said=await answer), "[DONE]"]
+                    last = [chunk({}, await answer), "[DONE]"]
                 except FineloopError as exc:
                     last = [json.dumps(error_body(str(exc), kind="invalid_request_error"))]
                 for data in last:

@@ -137,7 +137,7 @@ def fitted(
     pending = dict(enumerate(too_long))
     for _ in range(MOST_TRIES):
         shorter = {place: each for place, row in pending.items() if (each := _shorter(*row, chat, excess)) is not None}
-        rows = list(chat.rows_of(list(shorter.values()), loss_on))
+        rows = [chat.rows(record, loss_on) for record in shorter.values()]
         shorter = {place: each for (place, each), row in zip(shorter.items(), rows, strict=True) if len(row) == 1}
         texts = [row[0] for row in rows if len(row) == 1]
         if not texts:
@@ -289,7 +289,7 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
 
 
 def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn) -> TokenizedSplit:
-    rows_of = list(zip(records, chat.rows_of(records, loss_on), strict=True))
+    rows_of = [(record, chat.rows(record, loss_on)) for record in records]
     owners = [(record, len(rows)) for record, rows in rows_of for _ in rows]
     read = read_pieces(chat.tokenizer, [row for _, rows in rows_of for row in rows])
     excess = partial(_excess, chat=chat, max_length=max_length)

@@ -3,6 +3,7 @@
 Training, scoring, chat and export all use it, so that a model is prompted as it was trained.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -40,16 +41,6 @@ _TEXT = "0xTEXT"  # a placeholder, to find what the template writes around a tex
 
 class RefusedByTemplate(Exception):
     """The template does not accept these turns: jinja's own error, or one that the template's expressions raised."""
-
-
-@dataclass(frozen=True)
-class _Rendering:
-    """The arguments of one rendering of a chat template."""
-
-    turns: Sequence[Turn]
-    add_generation_prompt: bool
-    tools: str = ""
-    """The tools as JSON; empty without tools."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +97,14 @@ class ChatFormat:
         Raises:
             DataError: the template refuses the record, or its answer is a block of reasoning with nothing after it.
         """
-        return next(self.rows_of([record], loss_on))
-
-    def rows_of(self, records: Sequence[Record], loss_on: LossOn = "last") -> Iterator[list[list[str]]]:
-        """Yield `rows` of each record; all are rendered together."""
-        answered = [(record, self._answers(record, loss_on)) for record in records]
-        found = iter(
-            _rendered(
-                self.tokenizer,
-                [
-                    _Rendering(turns, add_generation_prompt=not with_answer, tools=record.tools)
-                    for record, answers in answered
-                    for asked, answer in answers
-                    for with_answer, turns in ((False, asked), (True, [*asked, answer]))
-                ],
-                thinking=self.thinking,
-                in_parts=self.in_parts,
-            )
-        )
-        for record, answers in answered:
-            rows = [self._asked_and_answered(record, *each, next(found), next(found)) for each in answers]
-            yield _joined(rows)
+        rows = [self._asked_and_answered(record, *each) for each in self._answers(record, loss_on)]
+        joined: list[str] = []
+        for prompt, answer in rows:
+            before = "".join(joined)
+            if not prompt.startswith(before):
+                return [list(row) for row in rows]
+            joined += [prompt[len(before) :], answer]
+        return [joined]
 
     def ends_early(self, record: Record, loss_on: LossOn = "last") -> bool:
         """Whether a labelled answer contains a stop token in its text: what follows that would be lost."""
@@ -139,7 +117,9 @@ class ChatFormat:
     def _answers(self, record: Record, loss_on: LossOn) -> list[tuple[list[Turn], Turn]]:
         """For each answer: the turns before it, and the answer."""
         self._require_tools_known(record)
-        turns: list[Turn] = [*map(self._asked, record.prompt), _answer(record)]
+        calls = {"tool_calls": json.loads(record.calls)} if record.calls else {}
+        answered = {"role": "assistant", "content": record.answer, **calls}
+        turns: list[Turn] = [*map(self._asked, record.prompt), answered]
         roles = [*(turn.role if turn.is_learned else "context" for turn in record.prompt), "assistant"]
         places = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
         if loss_on == "last":
@@ -148,7 +128,9 @@ class ChatFormat:
 
     def _asked(self, message: Message) -> Turn:
         """An earlier turn. Without thinking, an assistant's turn has only what follows its block of reasoning."""
-        turn = _turn(message)
+        more = json.loads(message.more) if message.more else {}
+        more.pop(WEIGHT, None)  # templates know none
+        turn = {"role": message.role, "content": message.content, **more}
         if message.role != "assistant" or self.thinking:
             return turn
         return {**turn, "content": without_reasoning(turn["content"]) or turn["content"]}
@@ -162,17 +144,19 @@ class ChatFormat:
             )
         return {**answered, "content": answer}
 
-    def _asked_and_answered(
-        self, record: Record, asked: list[Turn], answered: Turn, *found: str | RefusedByTemplate
-    ) -> tuple[str, str]:
-        for text, turns in zip(found, (asked, [*asked, answered]), strict=True):
-            if isinstance(text, RefusedByTemplate):
+    def _asked_and_answered(self, record: Record, asked: list[Turn], answered: Turn) -> tuple[str, str]:
+        texts = []
+        for turns, add_generation_prompt in ((asked, True), ([*asked, answered], False)):
+            how: dict[str, Any] = {"thinking": self.thinking, "in_parts": self.in_parts, "tools": record.tools}
+            try:
+                texts.append(_rendered(self.tokenizer, turns, add_generation_prompt=add_generation_prompt, **how))
+            except RefusedByTemplate as exc:
                 roles = ", ".join(turn["role"] for turn in turns)
                 raise DataError(
-                    f"the chat template of model.base refuses record {record.id!r}, with turns of {roles}: {text}; "
+                    f"the chat template of model.base refuses record {record.id!r}, with turns of {roles}: {exc}; "
                     "change the record, or take a base whose template knows such turns"
-                ) from text
-        prompt, whole = map(str, found)
+                ) from exc
+        prompt, whole = texts
         if unsaid := [turn for turn in asked if turn["role"] == "system" and turn["content"].strip() not in prompt]:
             raise DataError(
                 f"the chat template of model.base leaves out the system message of record {record.id!r}, "
@@ -280,64 +264,41 @@ def _opens(prompt: str) -> bool:
     return prompt.rstrip().endswith(THINK)
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    more = json.loads(message.more) if message.more else {}
-    more.pop(WEIGHT, None)  # templates know none
-    return {"role": message.role, "content": message.content, **more}
-
-
-def _answer(record: Record) -> dict[str, Any]:
-    calls = {"tool_calls": json.loads(record.calls)} if record.calls else {}
-    return {"role": "assistant", "content": record.answer, **calls}
-
-
-def _joined(rows: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """Join the rows into one if each prompt begins with all the text before it; otherwise keep them apart."""
-    joined: list[str] = []
-    for prompt, answer in rows:
-        before = "".join(joined)
-        if not prompt.startswith(before):
-            return [list(row) for row in rows]
-        joined += [prompt[len(before) :], answer]
-    return [joined]
-
-
 def _rendered(
-    tokenizer: Any, renderings: Sequence[_Rendering], *, thinking: bool, in_parts: bool
-) -> list[str | RefusedByTemplate]:
-    """Render each conversation with the template, in the sandbox of jinja that transformers renders in."""
-    texts: list[str | RefusedByTemplate] = []
-    for each in renderings:
-        turns = [
-            {**turn, "content": [{"type": "text", "text": turn["content"]}]} if in_parts else turn
-            for turn in each.turns
-        ]
-        try:
-            text = tokenizer.apply_chat_template(
-                turns,
-                tools=json.loads(each.tools) if each.tools else None,
-                add_generation_prompt=each.add_generation_prompt,
-                tokenize=False,
-                **dict.fromkeys(SWITCHES, thinking),
-            )
-        except Exception as exc:  # many types, for turns that the template refuses; callers name the record
-            text = RefusedByTemplate(str(exc))
-        texts.append(text)
-    return texts
-
-
-def _shown(
     tokenizer: Any,
     turns: Sequence[Turn],
     *,
     thinking: bool,
     in_parts: bool = False,
     add_generation_prompt: bool = False,
+    tools: str = "",
 ) -> str:
+    """Render turns with the template, in the sandbox of jinja that transformers renders in. `tools` is their JSON.
+
+    Raises:
+        RefusedByTemplate: the template does not accept them.
+    """
+    if in_parts:
+        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                turns,
+                tools=json.loads(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **dict.fromkeys(SWITCHES, thinking),
+            )
+        )
+    except Exception as exc:  # many types, for turns that the template refuses
+        raise RefusedByTemplate(str(exc)) from exc
+
+
+def _shown(tokenizer: Any, turns: Sequence[Turn], **how: Any) -> str:
     """The text that the template renders for these turns; empty where it refuses them."""
-    rendering = _Rendering(turns, add_generation_prompt=add_generation_prompt)
-    (found,) = _rendered(tokenizer, [rendering], thinking=thinking, in_parts=in_parts)
-    return found if isinstance(found, str) else ""
+    with contextlib.suppress(RefusedByTemplate):
+        return _rendered(tokenizer, turns, **how)
+    return ""
 
 
 def _begins(tokenizer: Any) -> bool:

@@ -48,14 +48,14 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _measuring(held: "HeldBase", rank: int) -> standby.Measure:
     """Release what only training needs, and return the function that measures on the base held since training."""
     from ray_jobs import entry
-    from ray_jobs.kernels import allocator
+    from ray_jobs.kernels.door import give_back
     from ray_jobs.scoring import STEP
     from ray_jobs.scoring.measure import ShardResult, measure_shard
 
     if rank == 0:
         entry.log_as(STEP)
     held.strip()
-    allocator.give_back()
+    give_back()
 
     def measure(task: standby.Task) -> "tuple[Kernels, ShardResult]":
         if held.kernels is None:

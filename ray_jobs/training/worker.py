@@ -17,7 +17,7 @@ from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import dora, own_base, recorded
 from ray_jobs.base import base_config, base_model, precision, together
-from ray_jobs.kernels import allocator, door
+from ray_jobs.kernels import door
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text import token_store
 from ray_jobs.text.batching import TokenizedSplit
@@ -186,7 +186,7 @@ def _prepare_process(config: RunConfig) -> None:
     zero.prepare_environment(use_gpu=config.ray.use_gpu)
     torch.set_num_threads(config.ray.cpus_per_worker)  # of GPU workers for rank 0's pass over the whole base
     if not config.ray.use_gpu:
-        allocator.keep_freed_memory()
+        door.keep_freed_memory()
 
 
 def _take_whole(adapted: "PeftModel", trained: TrainedAdapter) -> None:

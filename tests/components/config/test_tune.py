@@ -4,7 +4,7 @@ import logging
 
 from components.config import config_file
 from components.config.tune import FORMER
-from tests.components.config.test_schema import GOOD
+from tests.components.config.loading import GOOD
 
 
 def test_earlier_keys_are_accepted_and_one_line_says_so(caplog):

@@ -14,11 +14,11 @@ import pytest
 FAULTS = """
 import ctypes, resource, sys
 import torch
-from ray_jobs.kernels import allocator
+from ray_jobs.kernels import door
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault for each small page, also where pages are huge
 if sys.argv[1] == "keep":
-    allocator.keep_freed_memory()
+    door.keep_freed_memory()
 def step():
     return [torch.zeros(12 * 2**20) for _ in range(4)]  # 48 MiB each
 
@@ -32,17 +32,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 GIVEN_BACK = """
 import torch
-from ray_jobs.kernels import allocator
+from ray_jobs.kernels import door
 
 def resident():  # proc(5), statm, in pages of 4 KiB
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
-allocator.keep_freed_memory()
+door.keep_freed_memory()
 before = resident()
 blocks = [torch.ones(2**20) for _ in range(64)]
 del blocks
 kept = resident() - before
-allocator.give_back()
+door.give_back()
 print(kept, resident() - before)
 """
 
