@@ -9,7 +9,7 @@ what it was trained on.
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
 from components.prepare import dataset
-from components.prepare.dataset import REJECTS, Record, batch_of, load_split, present, read_split
+from components.prepare.dataset import (
+    REJECTS,
+    Record,
+    SplitName,
+    batch_of,
+    load_split,
+    present,
+    read_split,
+)
 from components.records import runs
 from components.records.runs import Replayed
 from components.registry.aliases import read_alias
@@ -36,7 +44,7 @@ from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import without_reasoning
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 Log = Callable[[str], None]
 FORMAT = 3
@@ -81,21 +89,19 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
         log(f"nothing is in production yet: {counted(len(records), 'earlier record')} replayed as they are")
     else:
         right = _right(config, store, version, records, run_id, log)
-        said = f"{version} answers {len(right)} of {counted(len(records), 'earlier record')} rightly: "
-        log(f"{said}these are replayed in its words" if right else _nothing_right(config, version))
+        metric, least = config.data.replay_metric, config.data.replay_least
+        log(
+            f"{version} answers {len(right)} of {counted(len(records), 'earlier record')} rightly: these are replayed "
+            "in its words"
+            if right
+            else f"no answer of {version} is worth data.replay_least {least:g} by data.replay_metric {metric}, so that "
+            "the records are replayed as they are: name a metric that fits the answers, such as rouge_l for texts, or "
+            "lower data.replay_least"
+        )
     uri = _published(store, dataset_uri, [right.get(each.id, each) for each in records])
     found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(right))
     store.put(key, found.as_json(), content_type=JSON)
     return found
-
-
-def _nothing_right(config: RunConfig, version: str) -> str:
-    data = config.data
-    return (
-        f"no answer of {version} is worth data.replay_least {data.replay_least:g} by data.replay_metric "
-        f"{data.replay_metric}, so that the records are replayed as they are: name a metric that fits the answers, "
-        "such as rouge_l for texts, or lower data.replay_least"
-    )
 
 
 def _right(
@@ -134,31 +140,21 @@ def _right(
 def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> str:
     """Publish a copy of the dataset with `answered` appended to its training records; returns its URI."""
     key = _key(store, dataset_uri)
+    splits: tuple[SplitName, ...] = ("train", "eval", "replay")
+    every = (some for split in splits for some in read_split(store, dataset_uri, split))
+    columns = {name for some in every for name in present(batch_of(some))}  # optional ones that a record needs
     with tempfile.TemporaryDirectory(prefix="fineloop-replay-") as folder:
         rejects = Path(folder, REJECTS)
         store.download(f"{key}/{REJECTS}", rejects)
         written = dataset.write_splits(
             Path(folder),
-            _batches(chain(read_split(store, dataset_uri, "train"), [answered])),
-            _batches(read_split(store, dataset_uri, "eval")),
-            columns=_columns(store, dataset_uri),
+            map(batch_of, chain(read_split(store, dataset_uri, "train"), [answered])),
+            map(batch_of, read_split(store, dataset_uri, "eval")),
+            columns=columns,
         )
         profile = {**store.get_json(f"{key}/profile.json"), "replayed_beside": dataset_uri}
         rejected = folders.read_manifest(store, key).about["rejected"]
         return dataset.publish_dataset(store, written, rejects=rejects, rejected=rejected, profile=profile).uri
-
-
-def _batches(some: Iterable[Sequence[Record]]) -> "Iterator[pa.RecordBatch]":
-    return map(batch_of, some)
-
-
-def _columns(store: Store, dataset_uri: str) -> set[str]:
-    """The optional columns and fields (NOT_ALWAYS) that at least one record of the dataset needs."""
-    found: set[str] = set()
-    for split in ("train", "eval", "replay"):
-        for some in read_split(store, dataset_uri, split):
-            found |= present(batch_of(some))
-    return found
 
 
 def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None) -> str:

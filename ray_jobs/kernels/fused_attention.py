@@ -6,7 +6,7 @@ records are computed at once; for long records, as many queries at a time as hav
 is in float32. Queries, keys and values are saved for the backward pass, and so are the attention weights where they
 take no more memory than the output; otherwise they are recomputed.
 
-Shapes: see `attention_layout`.
+Shapes: see the layouts below.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from ray_jobs.kernels import float32_layers
 # all keys, then all values.
 #
 # Shapes: N records of S tokens, X heads of size D: K query heads, then G key heads and G value heads; R = K / G query
-# heads share a key head. Packed (see `text.packed`): T tokens of the row, C of the common prefix, S of the longest
+# heads share a key head. Packed (see `text.answer_loss`): T tokens of the row, C of the common prefix, S of the longest
 # rest. L = C + S tokens are attended to.
 
 Shape = tuple[int, int, int]

@@ -17,7 +17,7 @@ each operation.
 
 Shapes: N records of S tokens, T = N S, U tokens that are read, H hidden, I input, O output, R ranks, X heads of size D,
 the first K of them queries. A + stands for the additional columns of the factors, R rounded up. Outside attention,
-packed records (see `text.packed`) count as one record with all their tokens.
+packed records (see `text.answer_loss`) count as one record with all their tokens.
 """
 
 from collections.abc import Sequence

@@ -179,6 +179,8 @@ class Rehearsal:
             with torch.device("meta"):
                 adapted = PLAIN.adopt(build.attach(self._model, method, base_reference=reference, seed=0))
             self.adapts_experts = bool(adapted.targeted_parameter_names)
+        shared = (getattr(adapted.base_model, name, None) for name in ("vera_A", "vera_B")) if adapted else ()
+        frozen = sum(matrix.numel() for matrices in shared if matrices is not None for matrix in matrices.values())
         self.above_full_rank = build.above_full_rank(adapted, method.r) if adapted and method else (0, 0)
         self.stats = ModelStats(
             parameters=parameters,
@@ -191,7 +193,7 @@ class Rehearsal:
             experts=sum(tensor.numel() for tensor in experts_of(self._model).values()),
             cached=2 * base.num_hidden_layers * _heads_width(base, "num_key_value_heads", "num_attention_heads"),
             trainable=adapted.get_nb_trainable_parameters()[0] if adapted else parameters,
-            frozen_adapter=_frozen(adapted),
+            frozen_adapter=frozen,
             applied=_applied(adapted, method.r) if adapted and method else 0,
         )
         self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
@@ -419,13 +421,6 @@ def _heads_width(base: "PretrainedConfig", *counts: str) -> int:
         head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         widths.append(head * next(number for name in counts if (number := getattr(layer, name, None))))
     return int(sum(widths) / len(widths))
-
-
-def _frozen(adapted: Any) -> int:
-    if adapted is None:
-        return 0
-    shared = (getattr(adapted.base_model, name, None) for name in ("vera_A", "vera_B"))
-    return sum(matrix.numel() for matrices in shared if matrices is not None for matrix in matrices.values())
 
 
 def _applied(adapted: Any, rank: int) -> int:

@@ -6,7 +6,6 @@ decides whether the trial continues; if not, `ray.tune.report` ends the thread, 
 
 import functools
 import json
-import logging
 import math
 import os
 import statistics
@@ -108,6 +107,10 @@ class Course:
         return self.trial.model_copy(update={**known, **changes})
 
 
+_HELD = HeldBase()
+"""The base that this process holds from one trial to the next."""
+
+
 def run_trial(
     given: Mapping[str, Any],
     *,
@@ -117,8 +120,6 @@ def run_trial(
     passages: Texts,
 ) -> None:
     """The trainable for Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
-    from ray import tune
-
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(ENDING_S)
     entry.quiet_libraries()
     config = config_file.loads(given["config"])
@@ -127,7 +128,7 @@ def run_trial(
         loss = math.inf if trial.loss is None or trial.status == "diverged" else trial.loss
         tune.report({"loss": loss, "step": trial.steps, "trial": trial.model_dump(mode="json")})
 
-    held = _held()
+    held = _HELD
     course = Course(Trial.model_validate(given["trial"]), free_since=held.free_since)
     store = Store.open(config.registry)
     train_split, validation = (token_store.load(store, each) for each in (train_tokens, validation_tokens))
@@ -138,12 +139,6 @@ def run_trial(
     finally:
         held.free_since = time.monotonic()
     report(trained)
-
-
-@functools.cache
-def _held() -> HeldBase:
-    """The base that this process holds."""
-    return HeldBase()
 
 
 def train_trial(
@@ -275,8 +270,6 @@ class Progress:
 
 
 # Ray Tune integration of a sweep: choosing the next trial, stopping trials early, and recording those that ended.
-
-logger = logging.getLogger(__name__)
 
 
 class PlanSearcher(Searcher):
@@ -410,6 +403,10 @@ def run(
     storage_path: str,
 ) -> None:
     """Run all trials of the plan, as many at once as the cluster has room for; a failed trial does not stop others."""
+
+    def name(trial: Any) -> str:
+        return str(trial.config["trial"]["name"])
+
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the ledger records trials
     tune.Tuner(
         trainable,
@@ -418,16 +415,11 @@ def run(
             scheduler=StopsWorseHalf(num_steps),
             num_samples=-1,  # unlimited: the plan ends the search
             reuse_actors=True,
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_name_creator=name,
+            trial_dirname_creator=name,
         ),
         run_config=tune.RunConfig(name="ray", storage_path=storage_path, callbacks=[ledger], verbose=0),
     ).fit()
-
-
-def _name(trial: Any) -> str:
-    name: str = trial.config["trial"]["name"]
-    return name
 
 
 def as_config(config: RunConfig, point: Point, num_records: int) -> dict[str, Any]:

@@ -268,7 +268,7 @@ class Lengths(Protocol):
 
 
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:
-    """Tokenise records with the base's chat template. Prompts that do not fit are shortened, see `shortening`; the last
+    """Tokenise records with the base's chat template. Prompts that do not fit are shortened, see `fitted`; the last
     answer is never cut.
 
     Raises:
