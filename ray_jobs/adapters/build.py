@@ -1,6 +1,5 @@
 """Building a peft model for a configured method, loading a saved adapter, and writing the files that are published."""
 
-import contextlib
 import json
 import re
 import signal
@@ -22,42 +21,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
-
-
-# Limits of time and memory for code that a config brings along, such as a regular expression.
-
-SECONDS = 10.0
-"""Default time limit; a chat template renders a record in about a millisecond."""
-MORE_BYTES = 128 * 2**20
-"""Default memory limit, several times the longest text of a record. Multiplying numbers that fit it takes minutes at
-most."""
-
-
-@contextlib.contextmanager
-def bounded(seconds: float = SECONDS, more_bytes: int = MORE_BYTES) -> Iterator[None]:
-    """Limit the time of the code within, and the memory it may use beyond what the process has already.
-
-    Time is limited only in a process's main thread, where tokenisation runs; in other threads it is unlimited.
-
-    Raises:
-        TimeoutError: the code took longer.
-        MemoryError: the code needs more memory.
-    """
-    with machine.at_most(more_bytes):
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGALRM, _time_is_up)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-
-def _time_is_up(*_: Any) -> None:
-    raise TimeoutError
 
 
 # Which weights of a base get an adapter, and which cannot.
@@ -152,6 +115,35 @@ def _is_linear(module: "nn.Module") -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+PATTERN_S, PATTERN_BYTES = 10.0, 128 * 2**20
+"""Limits of time, and of memory beyond what the process has already, for matching a config's regular expression."""
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Limit the code within to PATTERN_S and PATTERN_BYTES. Time is limited only in a process's main thread.
+
+    Raises:
+        TimeoutError: the code took longer.
+        MemoryError: the code needs more memory.
+    """
+
+    def time_is_up(*_: Any) -> None:
+        raise TimeoutError
+
+    with machine.at_most(PATTERN_BYTES):
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, time_is_up)
+        signal.setitimer(signal.ITIMER_REAL, PATTERN_S)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def _named(names: Iterable[str], wanted: str | list[str]) -> list[str]:
     """The names that peft would match: a string is a regular expression for the whole name, a list holds name endings.
 
@@ -162,11 +154,11 @@ def _named(names: Iterable[str], wanted: str | list[str]) -> list[str]:
         return [name for name in names if any(name == each or name.endswith(f".{each}") for each in wanted)]
     pattern = re.compile(wanted)
     try:
-        with bounded():
+        with _bounded():
             return [name for name in names if pattern.fullmatch(name)]
     except (TimeoutError, MemoryError, RecursionError) as exc:
         raise ConfigError(
-            f"method.target_modules {wanted!r} does not come to an end in {SECONDS:.0f} s: write it without a "
+            f"method.target_modules {wanted!r} does not come to an end in {PATTERN_S:.0f} s: write it without a "
             "repetition within a repetition"
         ) from exc
 
