@@ -121,7 +121,6 @@ class Linear(torch.nn.Linear):
     """A linear layer of a 16-bit base, its head, or a LoRA factor."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's output: (..., I) to (..., O)."""
         return linear(input, self.weight, self.bias)
 
 
@@ -129,7 +128,6 @@ class Conv1D(transformers.pytorch_utils.Conv1D):
     """GPT-2's linear layer, whose weight is (I, O)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output: (..., I) to (..., O)."""
         return linear(x, self.weight.T, self.bias)
 
 
@@ -137,7 +135,6 @@ class _Quantised(torch.nn.Module):
     """A bitsandbytes layer whose weight is dequantised for each product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output: (..., I) to (..., O)."""
         product: Tensor = Product.apply(x, self.weight, self.bias, self.out_features, reader(self))
         return product
 

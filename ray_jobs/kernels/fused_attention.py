@@ -57,7 +57,6 @@ class Rows:
 
     @property
     def shapes(self) -> list[Shape]:
-        """The shape of its only part."""
         return [(self.num_records * self.heads.keys, self.num_tokens, self.num_tokens)]
 
     def apart(self, qkv_NSXD: Tensor) -> Tensor:

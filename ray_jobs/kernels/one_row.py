@@ -28,7 +28,6 @@ class Linear(nn.Linear):
     """A dense layer without an adapter, such as the output head, with matrix-vector products for single rows."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) to (..., O)."""
         return _by_vector(self, input) if _is_row(input) else super().forward(input)
 
 

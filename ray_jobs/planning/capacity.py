@@ -129,7 +129,6 @@ class Choice:
         return {"method.base": self.config.method.row.base, **{f"train.{key}": getattr(train, key) for key in keys}}
 
     def changes(self, configured: "Choice") -> dict[str, Any]:
-        """The settings that differ from those of `configured`."""
         before = configured.settings()
         return {key: value for key, value in self.settings().items() if value != before[key]}
 

@@ -82,7 +82,6 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """The sum of all parts on the device."""
         return self.states + self.activations + self.logits + self.overhead
 
     @property
@@ -91,7 +90,6 @@ class Parts:
         return self.weights + self.adapter + self.gradients + self.optimizer
 
     def as_json(self) -> dict[str, int]:
-        """The parts by name, and their total."""
         parts = asdict(self)
         del parts["host"]
         return {**parts, "total": self.total}
@@ -160,11 +158,9 @@ class Reading:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
         return sum(asdict(self).values())
 
     def as_json(self) -> dict[str, int]:
-        """The parts by name, and their total."""
         return {**asdict(self), "total": self.total}
 
 

@@ -69,7 +69,6 @@ class Tasks:
         return run(self, subject.model, subject.chat, subject.batch_size) if subject.role in self.roles else None
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        """All scores, known and new; an empty outcome without tasks."""
         if not self.known.tasks:
             return Outcome(None)
         scores = {**self.known.scores}

@@ -267,7 +267,6 @@ class Questions:
     suites: tuple[PendingSuite, ...]
 
     def at(self, rows: Rows) -> "Questions":
-        """A worker's share: the questions of each suite at `rows`."""
         return replace(
             self, suites=tuple(replace(each, split=each.split.take(rows(len(each.split)))) for each in self.suites)
         )
@@ -290,7 +289,6 @@ class Questions:
         }
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        """Which model passes which question, in each suite."""
         record = tuple(_judged(each, chat, shares) for each in self.suites)
         return Outcome(record, lines=[suite.summary for suite in record])
 

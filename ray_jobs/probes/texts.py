@@ -64,7 +64,6 @@ class Texts(ABC):
         """The metric of a model, computed from `known`."""
 
     def at(self, rows: Rows) -> Self:
-        """A worker's share: the texts at `rows`."""
         return replace(self, split=self.split.take(rows(len(self.split))))
 
     def held_together(self) -> Self:
@@ -80,19 +79,16 @@ class Texts(ABC):
         return Read(label_nll(subject.model, self.split, subject.batch_size, subject.chat.pad))
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        """The losses of each text, and the metric of each model; an empty outcome without texts."""
         if not len(self.split):
             return Outcome(None)
         whole = self.read(shares)
         return Outcome(whole.known, {role: {self.METRIC: whole.value(role)} for role in whole.known.nll})
 
     def read(self, shares: Sequence[Findings]) -> Self:
-        """The texts with the losses from all shares added to `known`."""
         found = {role: in_order([share[role].nll for share in shares], len(self.split)) for role in self.roles}
         return replace(self, known=self.known.model_copy(update={"nll": {**self.known.nll, **found}}))
 
     def without_known(self, store: Store, config: RunConfig, contenders: Sequence[Contender]) -> Self:
-        """The texts, for the contenders that no earlier run has measured on them."""
         if not len(self.split):
             return self
 

@@ -397,7 +397,6 @@ class _Words(TextStreamer):
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Receive each completed piece of text."""
         if self._space is None:
             text = text.lstrip()
         words = text.rstrip()

@@ -290,7 +290,6 @@ class LocalContender:
 
     @property
     def dtype(self) -> "torch.dtype":
-        """The dtype of its base on this worker."""
         return precision.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
 
     def load_base(
@@ -300,7 +299,6 @@ class LocalContender:
         in_host_memory: bool = False,
         load: Callable[..., Any] = door.load_model,
     ) -> Any:
-        """Load the base with `load`, which takes the arguments of `door.load_model`."""
         config = self.config
         return load(
             self.base,
@@ -330,7 +328,6 @@ class LocalContender:
         )
 
     def subject(self, model: Any) -> Subject:
-        """The model as the subject of a probe."""
         return Subject(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
 
 
@@ -438,7 +435,6 @@ class Progress:
         self._said_at = 0.0
 
     def advance(self, count: int) -> None:
-        """Add the `count` items of a finished batch."""
         self._done += count
         self.first_scored_at = self.first_scored_at or datetime.now(UTC).isoformat(timespec="microseconds")
         now = time.monotonic()
@@ -493,7 +489,6 @@ class Found:
 
     @classmethod
     def of(cls, kernels: Kernels, shards: Sequence[Sequence[Record]], results: Sequence[ShardResult]) -> "Found":
-        """Join the results of the workers, one for each shard of records."""
         return cls(
             kernels,
             [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],

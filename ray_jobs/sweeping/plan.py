@@ -187,7 +187,6 @@ class Plan:
 
     @property
     def compares(self) -> bool:
-        """Whether several methods are compared in the end."""
         return len(self._grids) > 1
 
     def next(self) -> Point | Literal["wait", "done"]:
@@ -199,7 +198,6 @@ class Plan:
         return "wait" if self._begun - self.trials.keys() else "done"
 
     def add(self, trial: Trial) -> None:
-        """Add a trial that has ended, whatever its outcome."""
         self._begun.add(trial.name)
         self.trials[trial.name] = trial
 

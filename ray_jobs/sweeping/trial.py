@@ -62,7 +62,6 @@ class Course:
     step_seconds: list[float] = field(default_factory=list)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Record an optimizer step that the training reports."""
         now = time.monotonic()
         if self.ended_step is None:
             seconds = record["elapsed_s"]
@@ -98,7 +97,6 @@ class Course:
         )
 
     def record(self, **changes: Any) -> Trial:
-        """The trial's record as of now."""
         known = {"seconds": round(time.monotonic() - self.began, 3)}
         if self.free_since is not None:
             known["waited_s"] = round(self.began - self.free_since, 3)
@@ -254,7 +252,6 @@ class Progress:
         self._under_way: dict[str, float] = {}
 
     def line(self, trial: Trial) -> str:
-        """One line of text about a measurement of a running trial."""
         now = self._clock()
         if self._began is None:
             self._began = now - ((trial.seconds or 0.0) - (trial.ready_s or 0.0))
@@ -284,7 +281,6 @@ class PlanSearcher(Searcher):
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial's config; None if there is none at present."""
         match self._plan.next():
             case "wait":
                 return None
@@ -313,11 +309,9 @@ class Ledger(tune.Callback):
         self._plan, self._keep, self._report = plan, keep, report
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return no state for Tune to save, as in `PlanSearcher`."""
         return {}
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:
-        """Report a measurement of a running trial."""
         if (record := _record(result["trial"])).status == "running":
             self._report(record)
 
@@ -327,7 +321,6 @@ class Ledger(tune.Callback):
         self._add(record.model_copy(update={"status": "stopped"}) if record.status == "running" else record)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        """Record a trial that failed; the sweep continues without it."""
         known = (trial.last_result or {}).get("trial") or trial.config["trial"]
         self._add(
             _record(known).model_copy(
@@ -358,7 +351,6 @@ class StopsWorseHalf(FIFOScheduler):
         self._by_method: dict[str, TrialScheduler] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return no state for Tune to save, as in `PlanSearcher`."""
         return {}
 
     def _of(self, trial: Any) -> TrialScheduler | None:
@@ -378,17 +370,14 @@ class StopsWorseHalf(FIFOScheduler):
         return self._by_method[record["method"]]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tell the method's scheduler that a trial is queued."""
         if scheduler := self._of(trial):
             scheduler.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide whether the trial continues."""
         scheduler = self._of(trial)
         return scheduler.on_trial_result(tune_controller, trial, result) if scheduler else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Tell the method's scheduler that a trial has ended by itself."""
         if scheduler := self._of(trial):
             scheduler.on_trial_complete(tune_controller, trial, result)
 

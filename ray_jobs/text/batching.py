@@ -213,7 +213,6 @@ class TokenizedSplit:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Number of tokens of each row."""
         return np.diff(self.offsets)
 
     @cached_property
@@ -239,7 +238,6 @@ class TokenizedSplit:
         return self.tokens[self.offsets[row] + self.num_prompt_tokens[row] : self.offsets[row + 1]]
 
     def take(self, indices: Sequence[int]) -> "TokenizedSplit":
-        """The rows at `indices`, in that order."""
         rows = np.asarray(indices, dtype=np.int64)
         chosen = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
         return replace(

@@ -61,7 +61,6 @@ class ChatFormat:
 
     @property
     def pad(self) -> int:
-        """Id of the padding token."""
         return int(self.tokenizer.pad_token_id)
 
     @property
@@ -70,7 +69,6 @@ class ChatFormat:
         return self.stops | {self.pad}
 
     def text_of(self, answer: Iterable[int]) -> str:
-        """The text of an answer's tokens, without leading and trailing white space."""
         text: str = self.tokenizer.decode([int(token) for token in answer if token not in self.ends])
         return text.strip()
 

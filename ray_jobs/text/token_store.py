@@ -153,7 +153,6 @@ class Ids(Sequence[str]):
     """Indices of the selected rows; None means all."""
 
     def take(self, places: npt.NDArray[np.int64]) -> "Ids":
-        """The ids at `places` of this selection."""
         return Ids(self.utf8, self.ends, places if self.places is None else self.places[places])
 
     def __len__(self) -> int:

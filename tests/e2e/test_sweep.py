@@ -92,7 +92,8 @@ def test_it_goes_on_without_the_trials_that_have_ended(
 
 def test_it_ends_with_the_rate_whose_loss_is_lowest(resumed: Done, store: Store):
     result = runs.read(store, RUN, SweepResult)
-    assert [(trial.learning_rate, trial.status) for trial in result.trials] == [(rate, "finished") for rate in RATES]
+    assert [trial.learning_rate for trial in result.trials] == RATES
+    assert {trial.status for trial in result.trials} <= {"finished", "stopped"}
     losses = {trial.learning_rate: trial.loss for trial in result.trials}
     assert resumed.answer["best"]["learning_rate"] == min(losses, key=losses.__getitem__)
     assert Path(resumed.answer["picture"]).read_text().startswith("<svg")

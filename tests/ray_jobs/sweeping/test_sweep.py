@@ -71,7 +71,8 @@ def test_two_trials_share_one_download_one_quantisation_and_one_dataset(sweeps, 
     done_s = time.monotonic() - began
     assert done.returncode == 0, done.stdout + done.stderr
     result = runs.read(store, "s1", SweepResult)
-    assert [(trial.learning_rate, trial.status) for trial in result.trials] == [(3e-3, "finished"), (1e-2, "finished")]
+    assert [trial.learning_rate for trial in result.trials] == [3e-3, 1e-2]
+    assert {trial.status for trial in result.trials} <= {"finished", "stopped"}
 
     def count(method: str, what: str) -> int:
         return sum(asked == method and what in path for asked, path in proxy.asked)
