@@ -23,7 +23,7 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_config, base_model
 from ray_jobs.kernels import door
 from ray_jobs.probes.texts import passages_split, sample, undrawn
-from ray_jobs.scoring.scoring import label_nll
+from ray_jobs.scoring.generation import label_nll
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import zero

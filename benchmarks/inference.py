@@ -204,8 +204,7 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     from components.prepare.dataset import Message, Record
     from ray_jobs.adapters import build
     from ray_jobs.kernels import door, one_row
-    from ray_jobs.scoring.generation import greedy
-    from ray_jobs.scoring.scoring import score
+    from ray_jobs.scoring.generation import greedy, score
     from ray_jobs.text.batching import tokenize
 
     config, base, chat, records, kernels = _parts(options)

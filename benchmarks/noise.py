@@ -152,7 +152,7 @@ def train(training: Training, folder: Path) -> None:
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model
     from ray_jobs.kernels import door
-    from ray_jobs.scoring.scoring import label_nll
+    from ray_jobs.scoring.generation import label_nll
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import plan_epoch, tokenize
     from ray_jobs.training import checkpoint, partitions, zero
@@ -213,7 +213,7 @@ def join(joined: int, steps: int, seeds: int, rates: Sequence[float], folder: Pa
     from ray_jobs.adapters import build
     from ray_jobs.base import base_config, base_model
     from ray_jobs.kernels import door
-    from ray_jobs.scoring.scoring import label_nll
+    from ray_jobs.scoring.generation import label_nll
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
     from ray_jobs.training import checkpoint, zero

@@ -179,7 +179,7 @@ def train(training: Training, folder: Path) -> None:
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model
     from ray_jobs.kernels import door
-    from ray_jobs.scoring.scoring import label_nll, score
+    from ray_jobs.scoring.generation import label_nll, score
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import plan_epoch, tokenize
     from ray_jobs.training import checkpoint

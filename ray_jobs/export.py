@@ -362,7 +362,7 @@ def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], dict[str, fl
 
 def _answers(source: ExportSource, model: Any) -> dict[str, float]:
     """Exact match and loss on the held-out records, measured as in evaluation; empty where there are no records."""
-    from ray_jobs.scoring.scoring import score
+    from ray_jobs.scoring.generation import score
 
     if not source.records:
         return {}

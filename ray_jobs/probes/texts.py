@@ -19,7 +19,7 @@ from components.prepare.dataset import Message, Record
 from components.records.steps import Evaluation, Role, TextLosses
 from components.shared.paired import Array
 from components.store.store import Store
-from ray_jobs.scoring.generation import answer_all, generated
+from ray_jobs.scoring.generation import answer_all, generated, label_nll
 from ray_jobs.scoring.measure import (
     Contender,
     Findings,
@@ -72,8 +72,6 @@ class Texts(ABC):
 
     def run(self, subject: Subject, found: Findings) -> Read | None:
         """Measure a model's loss on each text; None where it is already known."""
-        from ray_jobs.scoring.scoring import label_nll
-
         if subject.role not in self.roles:
             return None
         return Read(label_nll(subject.model, self.split, subject.batch_size, subject.chat.pad))

@@ -312,7 +312,7 @@ class LocalContender:
 
     def scores(self, model: Any, records: Sequence[Record], rows: Sequence[int], progress: "Progress") -> list[Score]:
         """Score the records at `rows` with `model`, which has this contender's adapter on it, if there is one."""
-        from ray_jobs.scoring.scoring import other_prompts, score
+        from ray_jobs.scoring.generation import other_prompts, score
 
         others = other_prompts(self.split, self.config.model.max_length) if self.adapter else None
         return score(

@@ -19,7 +19,7 @@ from components.store.store import Store
 from pipelines import cli
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.chat import Answering, converse
-from ray_jobs.scoring.scoring import score
+from ray_jobs.scoring.generation import score
 from ray_jobs.talking import speaker
 from ray_jobs.talking.speaker import Speaker
 from ray_jobs.text.batching import tokenize

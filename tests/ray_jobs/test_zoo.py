@@ -28,8 +28,7 @@ from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.capacity import before_training
 from ray_jobs.planning.rehearsal import Rehearsal
-from ray_jobs.scoring.generation import greedy
-from ray_jobs.scoring.scoring import score
+from ray_jobs.scoring.generation import greedy, score
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit, collate, tokenize

@@ -27,8 +27,8 @@ from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
 from ray_jobs.probes import texts
 from ray_jobs.probes.texts import OwnAnswers, prepare_own_answers, undrawn
+from ray_jobs.scoring.generation import label_nll
 from ray_jobs.scoring.measure import Findings, measure_shard
-from ray_jobs.scoring.scoring import label_nll
 from ray_jobs.text import chat_format
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, randomise, remember

@@ -9,8 +9,7 @@ from transformers import LlamaConfig
 
 from components.prepare.dataset import Message, Record
 from components.shared.errors import JobError
-from ray_jobs.scoring.generation import cache_bytes_per_token, in_batches, with_room
-from ray_jobs.scoring.scoring import score
+from ray_jobs.scoring.generation import cache_bytes_per_token, in_batches, score, with_room
 from ray_jobs.text.batching import tokenize
 from tests.models.shapes import LLAMA_2_7B, LLAMA_3_8B
 from tests.models.tiny import colour_rows

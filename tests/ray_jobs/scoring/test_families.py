@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from ray_jobs.base import base_model
-from ray_jobs.scoring.generation import greedy
-from ray_jobs.scoring.scoring import score
+from ray_jobs.scoring.generation import greedy, score
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import collate, tokenize

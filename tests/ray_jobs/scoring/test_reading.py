@@ -12,8 +12,7 @@ from transformers import LlamaConfig
 from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from ray_jobs.base import attention, base_model
-from ray_jobs.scoring.generation import Reader
-from ray_jobs.scoring.scoring import other_prompts, score
+from ray_jobs.scoring.generation import Reader, other_prompts, score
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from tests.models import zoo

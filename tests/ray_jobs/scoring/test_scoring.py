@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from components.prepare.dataset import Message, Record
-from ray_jobs.scoring.scoring import greedy, other_prompts, score
+from ray_jobs.scoring.generation import greedy, other_prompts, score
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 
 RECORDS = [
