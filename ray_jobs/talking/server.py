@@ -193,7 +193,7 @@ class Server:
                 asked.turns, on_text=on_text, max_tokens=asked.max_tokens, temperature=asked.temperature
             )
 
-        def body(kind: str, choice: dict[str, Any], said: Said | None = None) -> dict[str, Any]:
+        def completion(kind: str, choice: dict[str, Any], said: Said | None = None) -> dict[str, Any]:
             reason = said and ("stop" if said.ended else "length")
             head = {"id": f"chatcmpl-{number}", "object": kind, "created": int(time.time()), "model": asked.model}
             return {**head, "choices": [{"index": 0, **choice, "finish_reason": reason}]}
@@ -209,7 +209,7 @@ class Server:
                     "completion_tokens": said.tokens,
                     "total_tokens": said.prompt_tokens + said.tokens,
                 }
-                whole = body("chat.completion", {"message": message, "logprobs": None}, said)
+                whole = completion("chat.completion", {"message": message, "logprobs": None}, said)
                 return web.json_response({**whole, "usage": usage})
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
@@ -219,7 +219,7 @@ class Server:
                     await response.write(f"data: {data}\n\n".encode())
 
             def chunk(delta: dict[str, str], said: Said | None = None) -> str:
-                return json.dumps(body("chat.completion.chunk", {"delta": delta}, said))
+                return json.dumps(completion("chat.completion.chunk", {"delta": delta}, said))
 
             try:
                 await event(chunk({"role": "assistant", "content": ""}))
