@@ -16,7 +16,7 @@ def test_the_document_is_what_is_written_from_the_records():
 def test_rates_and_verdict_are_those_of_the_kept_losses(name):
     record = KEPT[name]
     reference = verdict.reference_of([tuned.method for tuned in record.tuned])
-    assert verdict.verdict(record.best, record.tuned, record.comparisons, reference, record.margin) == record.verdict
+    assert verdict.verdict(record.best, record.tuned, record.comparisons, reference) == record.verdict
     for tuned in record.tuned:
         losses = {rate.learning_rate: rate.loss for rate in tuned.rates if rate.loss is not None}
         assert min(losses, key=losses.__getitem__) == tuned.learning_rate
