@@ -13,8 +13,8 @@ from pipelines import cli
 from pipelines.commands.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = {"help", "json", "verbose"}
-"""Options that every command takes."""
+SHARED = {"-h", "--json", "-v", "-c", "--set", "--home"}
+"""Options that the page describes once."""
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 CONFIG = """# Config keys
@@ -38,6 +38,14 @@ Every command takes `--help`, `-v` (more on stderr) and `--json`: one JSON objec
 keys named here, while text for people goes to stderr. Exit code 0 is done, whether promoted or held; 2 is a mistake in
 the input; 1 is any other failure. A failure's JSON has `error` (`kind`, `message`) and `exit_code`. Written by
 `make docs` from `pipelines/commands/`.
+
+What reads a config or the registry takes these too:
+
+| option | |
+|---|---|
+| `-c FILE`, `--config FILE` | TOML config (default: the built-in example, pipelines/configs/icd10.toml) |
+| `--set KEY=VALUE` | replace one key, such as train.learning_rate=2e-4; may be repeated |
+| `--home DIR` | where this machine's store, logs and reports lie (default: ./.fineloop) |
 """
 
 
@@ -84,7 +92,7 @@ def cli_page(parser: argparse.ArgumentParser) -> str:
     for name, command in commands(parser, "fineloop"):
         example = textwrap.dedent((command.epilog or "").partition("\n\n")[0].removeprefix("example:\n"))
         lines += [f"## {name}", "", _one_line(command.description or ""), "", "```bash", example, "```", ""]
-        options = [action for action in command._actions if action.dest not in SHARED]
+        options = [action for action in command._actions if not SHARED.intersection(action.option_strings)]
         if options:
             lines += ["| option | |", "|---|---|"]
             lines += [f"| {_option(action)} | {_one_line(action.help or '')} |" for action in options]

@@ -58,7 +58,7 @@ JSON_KEYS = {
     "schedule resume": _SCHEDULE,
     "schedule delete": "name deleted live_runs",
     "runs list": "runs",
-    "runs show": f"{_KUBEFLOW} store_run_id {_PAST} report verdict next",
+    "runs show": f"{_KUBEFLOW} store_run_id {_PAST} report verdict next error",
     "runs stop": "run_id state stopped jobs",
     "watch": "run_id decision error",
     "reap": "stopped kept dry_run failures",

@@ -20,6 +20,26 @@ from pipelines.commands import adapters, chat, completion, data, doctor, init, r
 from pipelines.commands.arguments import EXIT_CODES, Answer, Parser, print_err
 
 INTERRUPTED = 130
+GROUPS = {
+    "make an adapter": ("init", "data", "plan", "run", "train", "sweep"),
+    "use and keep adapters": ("chat", "serve", "adapters", "push", "reproduce"),
+    "look at runs": ("runs", "compare"),
+    "on Kubeflow": ("submit", "schedule"),
+    "this machine": ("doctor", "store", "ray", "completion"),
+}
+"""The commands of the help; those that machines call, and old names, are left out, and in docs/cli.md."""
+
+
+class _Grouped(argparse.RawDescriptionHelpFormatter):
+    """Lists the commands by their groups."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if not isinstance(action, argparse._SubParsersAction):
+            return super()._format_action(action)
+        lines = {
+            each.dest: super(_Grouped, self)._format_action(each) for each in self._iter_indented_subactions(action)
+        }
+        return "\n".join(f"  {title}\n{''.join(lines[name] for name in names)}" for title, names in GROUPS.items())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,37 +48,20 @@ def parser() -> argparse.ArgumentParser:
         prog="fineloop",
         description="Keeps a language model's domain adapters fresh: data in, a promoted and traceable adapter out.",
         epilog=f"start here:\n  fineloop run              the built-in example, end to end, on this machine\n"
+        f"  fineloop run FILE         the same with your own data\n"
         f"  fineloop COMMAND --help   what a command does, with an example\n\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Grouped,
         allow_abbrev=False,
     )
     root.add_argument("--version", action="store_true", help="say which release this is")
     root.set_defaults(command=_alone, root=root, parser=root, verbose=False, json=False)
-    commands = root.add_subparsers(metavar="COMMAND")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND")
     for add in (
-        init.add_init,
-        run.add_run,
-        run.add_train,
-        run.add_sweep,
-        run.add_plan,
-        data.add_data,
-        adapters.add_adapters,
-        adapters.add_push,
-        chat.add_chat,
-        chat.add_serve,
-        runs.add_compare,
-        runs.add_replay,
-        runs.add_reproduce,
-        run.add_compile,
-        data.add_schema,
-        run.add_submit,
-        schedule.add_schedules,
-        runs.add_runs,
-        runs.add_watch,
-        servers.add_reap,
-        servers.add_store,
-        servers.add_ray,
-        doctor.add_doctor,
+        *(init.add_init, data.add_data, data.add_schema),
+        *(run.add_plan, run.add_run, run.add_train, run.add_sweep, run.add_submit, run.add_compile),
+        *(chat.add_chat, chat.add_serve, adapters.add_adapters, adapters.add_push),
+        *(runs.add_runs, runs.add_compare, runs.add_reproduce, runs.add_replay, runs.add_watch),
+        *(schedule.add_schedules, doctor.add_doctor, servers.add_store, servers.add_ray, servers.add_reap),
         completion.add_completion,
     ):
         add(commands)

@@ -82,13 +82,38 @@ class Answer:
 Command = Callable[[argparse.Namespace], Answer]
 
 
+def add_group(commands: Any, name: str, *, does: str, more: str, example: str) -> Any:
+    """Add a group of commands with its help; returns what its commands are added to."""
+    group = commands.add_parser(
+        name,
+        help=does,
+        description=more,
+        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return group.add_subparsers(metavar="COMMAND", required=True)
+
+
 def add_command(
-    commands: Any, name: str, command: Command, *, does: str, more: str = "", example: str
+    commands: Any,
+    name: str,
+    command: Command,
+    *,
+    does: str,
+    more: str = "",
+    example: str,
+    is_listed: bool = True,
+    opens_registry: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add a command with its help: a sentence, an example, its exit codes, and the options that all commands take."""
+    """Add a command with its help: a sentence, an example, its exit codes, and the options that all commands take.
+
+    If it is not `is_listed`, it is left out of the list of commands, as argparse does with what has no help. If it
+    `opens_registry`, it takes a config and --home as well.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=does[:1].lower() + does[1:].rstrip("."),
+        **({"help": does[:1].lower() + does[1:].rstrip(".")} if is_listed else {}),
         description=textwrap.fill(f"{does} {more}".strip(), HELP_WIDTH),
         epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,6 +122,9 @@ def add_command(
     parser.set_defaults(command=command, parser=parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.add_argument("-v", "--verbose", action="store_true", help="print everything that happens, on stderr")
+    if opens_registry:
+        add_config(parser)
+        add_home(parser)
     return parser
 
 
@@ -157,6 +185,7 @@ def load_config(options: argparse.Namespace) -> "RunConfig":
     """
     from components.config import config_file
 
+    _take_own_data(options)
     config = config_file.load(options.config, options.overrides)
     here = Path.cwd()
     sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
@@ -171,6 +200,30 @@ def load_config(options: argparse.Namespace) -> "RunConfig":
             "model": config.model.model_copy(update={"base": base}),
         }
     )
+
+
+def _take_own_data(options: argparse.Namespace) -> None:
+    """Make DATA of the command line an override; in the example's config, also what else the example says of its own.
+
+    Other data in the example's config are used whole, and DATA gives the adapter its name, unless --set says otherwise.
+    """
+    data, own = vars(options).pop("data", None), []
+    if data:
+        options.overrides = [*options.overrides, f"data.source={json.dumps(data, ensure_ascii=False)}"]
+    if options.config == DEFAULT_CONFIG:
+        overridden = {override.partition("=")[0].strip() for override in options.overrides}
+        if data:
+            own.append(("adapter.name", name_from(data)))
+        if "data.source" in overridden:
+            own.append(("data.max_records", "0"))
+        own = [(key, value) for key, value in own if key not in overridden]
+    options.overrides = [*(f"{key}={value}" for key, value in own), *options.overrides]
+
+
+def name_from(source: str) -> str:
+    """Return a registry name made from the file's name."""
+    stem = Path(source.rstrip("/")).name.partition(".")[0]
+    return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:63] or "adapter"
 
 
 def home_option(options: argparse.Namespace) -> str:

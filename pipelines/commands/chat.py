@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.commands.adapters import REFERENCE
-from pipelines.commands.arguments import Answer, add_command, add_config, add_home, opened_registry
+from pipelines.commands.arguments import Answer, add_command, opened_registry
 
 if TYPE_CHECKING:
     from components.registry.versions import Version
@@ -22,7 +22,6 @@ AGAINST = "what answers beside it: its base (default), the version in production
 
 
 def add_chat(commands: Any) -> None:
-    """Add the command."""
     chat = add_command(
         commands,
         "chat",
@@ -32,6 +31,7 @@ def add_chat(commands: Any) -> None:
         "trained on, with the same chat template. The adapter answers first. /reset begins a new conversation; "
         "Ctrl-C ends an answer, not the chat.",
         example="echo Mpox | fineloop chat icd10-chapters --against none",
+        opens_registry=True,
     )
     chat.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
     chat.add_argument(
@@ -63,8 +63,6 @@ def add_chat(commands: Any) -> None:
         metavar="T",
         help="how freely words are drawn; 0 (default) always takes the likeliest, as evaluation does",
     )
-    add_config(chat)
-    add_home(chat)
 
 
 def _chat(options: argparse.Namespace) -> Answer:
@@ -123,7 +121,6 @@ PORT = 8008
 
 
 def add_serve(commands: Any) -> None:
-    """Add the command."""
     serve = add_command(
         commands,
         "serve",
@@ -133,12 +130,11 @@ def add_serve(commands: Any) -> None:
         "only, to who sends the token that it prints as API key: it is not a production server, for which "
         "serve-manifest writes the commands. Answers are greedy unless a request says otherwise. Ctrl-C ends it.",
         example="fineloop serve icd10-chapters --port 8008",
+        opens_registry=True,
     )
     serve.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
     serve.add_argument("--against", default="base", metavar="base|champion|VERSION|none", help=AGAINST)
     serve.add_argument("--port", type=int, default=PORT, metavar="N", help=f"default: {PORT}; 0 takes any that is free")
-    add_config(serve)
-    add_home(serve)
 
 
 def _serve(options: argparse.Namespace) -> Answer:

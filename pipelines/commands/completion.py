@@ -9,7 +9,6 @@ SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
 def add_completion(commands: Any) -> None:
-    """Add the command."""
     completion = add_command(
         commands,
         "completion",

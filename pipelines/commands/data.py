@@ -18,7 +18,6 @@ from pipelines.commands.arguments import (
     Answer,
     add_command,
     add_config,
-    add_home,
     load_config,
     opened_registry,
     print_err,
@@ -37,7 +36,6 @@ REVOKED_BECAUSE = "trained on an erased record"
 
 
 def add_erase(verbs: Any) -> None:
-    """Add the command."""
     erase = add_command(
         verbs,
         "erase",
@@ -47,12 +45,11 @@ def add_erase(verbs: Any) -> None:
         "digits of its content's hash. The store keeps a hash of it. Datasets, versions and runs that saw the "
         "record are listed with the commands to run next; none of them is changed.",
         example="fineloop data erase 4711",
+        opens_registry=True,
     )
     erase.add_argument("ids", nargs="+", metavar="ID", help="a record's id, as in the id column of its dataset")
     erase.add_argument("--by", default="", metavar="NAME", help="who answers for it (default: your login)")
     erase.add_argument("--dry-run", action="store_true", help="erase nothing, only list what saw them")
-    add_config(erase)
-    add_home(erase)
 
 
 def _erase(options: argparse.Namespace) -> Answer:
@@ -142,7 +139,6 @@ LENGTHS = ("p10", "p50", "p90", "p100")
 
 
 def add_data(commands: Any) -> None:
-    """Add the command."""
     data = add_command(
         commands,
         "data",
@@ -272,13 +268,13 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
 
 
 def add_schema(commands: Any) -> None:
-    """Add the command."""
     add_command(
         commands,
         "schema",
         _schema,
         does="Print the JSON Schema of the config, for editors.",
         example="fineloop schema > schema.json",
+        is_listed=False,
     )
 
 

@@ -8,8 +8,6 @@ from pipelines.commands.arguments import (
     SERVICE_ACCOUNT,
     Answer,
     add_command,
-    add_config,
-    add_home,
     add_kubeflow,
     load_config,
 )
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def add_doctor(commands: Any) -> None:
-    """Add the command."""
     doctor = add_command(
         commands,
         "doctor",
@@ -32,6 +29,7 @@ def add_doctor(commands: Any) -> None:
         "What it may not see has a question mark. It changes nothing; with --image it starts pods that try the "
         "store, and each MLflow that the config names, from inside the cluster, and deletes them.",
         example="fineloop doctor --host http://localhost:8080 --namespace fineloop",
+        opens_registry=True,
     )
     add_kubeflow(doctor)
     doctor.add_argument(
@@ -43,8 +41,6 @@ def add_doctor(commands: Any) -> None:
         metavar="NAME",
         help=f"Kubernetes account of the steps (default: {SERVICE_ACCOUNT})",
     )
-    add_config(doctor)
-    add_home(doctor)
 
 
 def _doctor(options: argparse.Namespace) -> Answer:

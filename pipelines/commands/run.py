@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 def add_run(commands: Any) -> None:
-    """Add the command."""
     run = add_command(
         commands,
         "run",
@@ -41,14 +40,18 @@ def add_run(commands: Any) -> None:
         does="Run the whole pipeline on this machine.",
         more="It prepares the data, fine-tunes an adapter, compares it with the base model and with the version in "
         "production, and promotes it if the gate passes it. With no options it runs the built-in example; a second "
-        "run in the same home is compared with the first one's version.",
-        example="fineloop run -c pipelines/configs/icd10.toml --set train.learning_rate=5e-4",
+        "run in the same home is compared with the first one's version. With DATA alone it trains the example's base "
+        "on all of it, as an adapter that is named after the file.",
+        example="fineloop run FILE.jsonl --set train.learning_rate=5e-4",
     )
     add_run_options(run)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What runs, where its files lie, and its name."""
+    parser.add_argument(
+        "data", nargs="?", metavar="DATA", help="train on it: a file, a glob, a folder, s3:// or hf:// (data.source)"
+    )
     add_config(parser)
     add_home(parser)
     add_note(parser)
@@ -79,7 +82,6 @@ def _program() -> str:
 
 
 def add_train(commands: Any) -> None:
-    """Add the command."""
     train = add_command(
         commands,
         "train",
@@ -102,7 +104,6 @@ def _train(options: argparse.Namespace) -> Answer:
 
 
 def add_sweep(commands: Any) -> None:
-    """Add the command."""
     sweep = add_command(
         commands,
         "sweep",
@@ -159,7 +160,6 @@ BAR = 30  # characters of the largest part
 
 
 def add_plan(commands: Any) -> None:
-    """Add the command."""
     plan = add_command(
         commands,
         "plan",
@@ -359,7 +359,6 @@ INTERRUPTED = 130
 
 
 def add_submit(commands: Any) -> None:
-    """Add the command."""
     submit = add_command(
         commands,
         "submit",
@@ -418,7 +417,6 @@ def _body(run: "Run") -> dict[str, Any]:
 
 
 def add_compile(commands: Any) -> None:
-    """Add the command."""
     compile_ = add_command(
         commands,
         "compile",
@@ -427,6 +425,7 @@ def add_compile(commands: Any) -> None:
         more="`retrain` is the whole run, with the config as the default of its parameter `config`; `promotion` is for "
         "people who promote or roll back from the UI. The same config gives the same bytes.",
         example="fineloop compile -c pipelines/configs/icd10.toml -o retrain.yaml --image REGISTRY/fineloop@sha256:...",
+        is_listed=False,
     )
     add_config(compile_)
     compile_.add_argument("--pipeline", choices=("retrain", "promotion"), default="retrain", help="default: retrain")

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 from components.shared.protocol import duration
 from pipelines.commands.adapters import REFERENCE
 from pipelines.commands.arguments import (
-    EXIT_CODES,
     Answer,
     add_command,
-    add_config,
-    add_home,
+    add_group,
     add_kubeflow,
     connected,
     load_config,
     opened_registry,
+    print_err,
     table,
 )
 
@@ -33,16 +32,13 @@ LOSS = "loss"
 
 
 def add_runs(commands: Any) -> None:
-    """Add the group."""
-    group = commands.add_parser(
+    verbs = add_group(
+        commands,
         "runs",
-        help="list and show runs; stop those on Kubeflow",
-        description="What ran, on this machine or on Kubeflow, and what runs there now.",
-        epilog="example:\n  fineloop runs list --state running\n\n" + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        does="list, show and follow runs; stop those on Kubeflow",
+        more="What ran, on this machine or on Kubeflow, and what runs there now.",
+        example="fineloop runs list --state running",
     )
-    verbs = group.add_subparsers(metavar="COMMAND", required=True)
     listing = add_command(
         verbs,
         "list",
@@ -51,6 +47,7 @@ def add_runs(commands: Any) -> None:
         more="If a Kubeflow Pipelines server is named, these are its runs, with their states; otherwise, and with "
         "--store, the runs in the registry's store, however they were started, with their results.",
         example="fineloop runs list --adapter icd10-chapters --state failed",
+        opens_registry=True,
     )
     listing.add_argument("--adapter", default="", metavar="NAME", help="only runs that retrain this adapter")
     listing.add_argument("--experiment", default="", metavar="NAME", help="only runs of this experiment")
@@ -62,9 +59,13 @@ def add_runs(commands: Any) -> None:
         _show,
         does="Show one run: what came of it, and each step with its state and times.",
         more="If a Kubeflow Pipelines server is named, a run there; otherwise, and with --store, one in the registry's "
-        "store, with its report and what to do next.",
-        example="fineloop runs show 3f2a",
+        "store, with its report and what to do next. With --follow, its progress until it is over, on any machine that "
+        "can read the store: each step when it has ended, and the training's curve every 15 s. Ctrl-C stops following, "
+        "not the run.",
+        example="fineloop runs show 20261101-0300 --follow -c mine.toml",
+        opens_registry=True,
     )
+    show.add_argument("--follow", action="store_true", help="show the progress of one in the store until it is over")
     stop = add_command(
         verbs,
         "stop",
@@ -79,8 +80,6 @@ def add_runs(commands: Any) -> None:
         parser.add_argument("run", metavar="RUN", help="id, the first digits of it, or name")
     for parser in (listing, show):
         parser.add_argument("--store", action="store_true", help="the store's, even where a Kubeflow is named")
-        add_config(parser)
-        add_home(parser)
     for parser in (listing, show, stop):
         add_kubeflow(parser)
 
@@ -136,6 +135,8 @@ def _kept(options: argparse.Namespace) -> Answer:
 
 
 def _show(options: argparse.Namespace) -> Answer:
+    if options.follow:
+        return _follow(options)
     from components.records.runs import run_key
     from pipelines.kubeflow import client, runs
     from pipelines.kubeflow.runs import Recorded, as_json, outcome_lines
@@ -247,28 +248,18 @@ def _lasted(task: "TaskRun") -> str:
     return "-" if task.seconds is None else duration(task.seconds)
 
 
-# `fineloop watch`.
-
-
 def add_watch(commands: Any) -> None:
-    """Add the command."""
-    watch = add_command(
-        commands,
-        "watch",
-        _watch,
-        does="Show the progress of a run on Kubeflow or another cluster, until it is over.",
-        more="It reads what the run writes to the registry's store: each step when it has ended, and the "
-        "training's curve every 15 s. Ctrl-C stops watching, not the run.",
-        example="fineloop watch 20261101-0300 -c mine.toml",
-    )
-    watch.add_argument(
-        "run", metavar="RUN", help="id in the store, or the first digits of it: `fineloop runs list --store`"
-    )
-    add_config(watch)
-    add_home(watch)
+    does, example = "The old name of `fineloop runs show RUN --follow`.", "fineloop watch 20261101-0300 -c mine.toml"
+    watch = add_command(commands, "watch", _watch, does=does, example=example, is_listed=False, opens_registry=True)
+    watch.add_argument("run", metavar="RUN", help="id in the store, or the first digits of it")
 
 
 def _watch(options: argparse.Namespace) -> Answer:
+    print_err("fineloop watch is called fineloop runs show --follow now")
+    return _follow(options)
+
+
+def _follow(options: argparse.Namespace) -> Answer:
     from pipelines.local.display import Display, Elsewhere, follow, is_live
     from pipelines.local.past_runs import find
 
@@ -295,7 +286,6 @@ SHOWN = 5
 
 
 def add_compare(commands: Any) -> None:
-    """Add the command."""
     parser = add_command(
         commands,
         "compare",
@@ -304,14 +294,13 @@ def add_compare(commands: Any) -> None:
         more="Every run after the first is compared with it on the records that both were measured on, with the "
         "gate's bounds. Nothing is evaluated again.",
         example="fineloop compare 20261126-0200 icd10-chapters@production --html side-by-side.html",
+        opens_registry=True,
     )
     parser.add_argument(
         "first", metavar="RUN|NAME@VERSION", help="a run, by its id or the beginning of it, or a version"
     )
     parser.add_argument("others", nargs="+", metavar="RUN|NAME@VERSION", help="what to compare with it")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, with curves and all records")
-    add_config(parser)
-    add_home(parser)
 
 
 def _compare(options: argparse.Namespace) -> Answer:
@@ -387,7 +376,6 @@ def _clip(text: str) -> str:
 
 
 def add_replay(commands: Any) -> None:
-    """Add the command."""
     parser = add_command(
         commands,
         "replay",
@@ -395,10 +383,10 @@ def add_replay(commands: Any) -> None:
         does="Decide on a run again from its stored evidence, and compare.",
         more="Exit code 1 means that the verdict, or what it follows from, is not the recorded one.",
         example="fineloop replay 20261126-0200-icd10",
+        is_listed=False,
+        opens_registry=True,
     )
     parser.add_argument("run", metavar="RUN", help="the run's id in the store")
-    add_config(parser)
-    add_home(parser)
 
 
 def _replay(options: argparse.Namespace) -> Answer:
@@ -434,7 +422,6 @@ def _replay(options: argparse.Namespace) -> Answer:
 
 
 def add_reproduce(commands: Any) -> None:
-    """Add the command."""
     parser = add_command(
         commands,
         "reproduce",
@@ -444,10 +431,9 @@ def add_reproduce(commands: Any) -> None:
         "without an alias. The same version id means the same bytes. If they differ, the metrics are compared with "
         "the gate's bounds. Exit code 1 means that the metrics differ too.",
         example="fineloop reproduce icd10-chapters@production",
+        opens_registry=True,
     )
     parser.add_argument("reference", metavar="NAME[@ALIAS|@VERSION]", help=REFERENCE)
-    add_config(parser)
-    add_home(parser)
 
 
 def _reproduce(options: argparse.Namespace) -> Answer:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import UserError
 from pipelines.commands.arguments import (
-    EXIT_CODES,
     Answer,
     Command,
     add_command,
     add_config,
     add_experiment,
+    add_group,
     add_kubeflow,
     add_pipeline,
     connected,
@@ -31,18 +31,14 @@ CRON = "minute, hour, day of month, month, day of week, in UTC: '0 2 * * *', '30
 
 
 def add_schedules(commands: Any) -> None:
-    """Add the group."""
-    group = commands.add_parser(
+    verbs = add_group(
+        commands,
         "schedule",
-        help="retrain by the clock on Kubeflow: create, list, show, update, pause, resume, delete",
-        description="Retraining by the clock, on Kubeflow. Times are in UTC, unless Kubeflow's controller was\n"
+        does="retrain by the clock on Kubeflow: create, list, show, update, pause, resume, delete",
+        more="Retraining by the clock, on Kubeflow. Times are in UTC, unless Kubeflow's controller was\n"
         "given a CRON_SCHEDULE_TIMEZONE; missed ones are not made up for.",
-        epilog="example:\n  fineloop schedule create nightly --cron '0 2 * * *' -c pipelines/configs/icd10.toml\n\n"
-        + EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        example="fineloop schedule create nightly --cron '0 2 * * *' -c pipelines/configs/icd10.toml",
     )
-    verbs = group.add_subparsers(metavar="COMMAND", required=True)
     create = _add(
         verbs,
         "create",

@@ -1,9 +1,8 @@
-"""`fineloop store`: this machine's own S3 server."""
+"""`fineloop store` and `fineloop ray`, this machine's own servers, and `fineloop reap`, a cluster's forgotten jobs."""
 
 import argparse
 import os
 import shlex
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from components.shared.errors import KubeflowError, UserError
@@ -11,6 +10,7 @@ from pipelines.commands.arguments import (
     Answer,
     add_command,
     add_config,
+    add_group,
     add_home,
     add_kubeflow,
     connected,
@@ -25,126 +25,73 @@ if TYPE_CHECKING:
     from pipelines.kubeflow.client import Kubeflow
 
 
-# Answers that `fineloop store` and `fineloop ray` share, about a server of this machine.
-
-
-def is_up(title: str, address: str, group: str, options: argparse.Namespace) -> str:
-    """Return the text of `up`: how to use the server and how to stop it."""
-    use = f'eval "$(fineloop {group} env{home_option(options)})"'
-    return f"{title} is up at {address}, until `fineloop {group} down{home_option(options)}`; to use it: {use}"
-
-
-def is_down(title: str, was_up: bool) -> Answer:
-    """Return the answer of `down`."""
-    return Answer({"stopped": was_up}, f"{title} {'has stopped' if was_up else 'was not up'}")
-
-
-def exports(environment: Mapping[str, str]) -> Answer:
-    """Return the answer of `env`: only lines for a shell's eval."""
-    lines = (f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items()))
-    return Answer(dict(environment), "\n".join(lines))
-
-
-STORE_TITLE = "the local S3 server"
-
-
 def add_store(commands: Any) -> None:
-    """Add the group."""
-    group = commands.add_parser("store", help="this machine's own S3 server: up, down, env", allow_abbrev=False)
-    verbs = group.add_subparsers(metavar="COMMAND", required=True)
-    up = add_command(
-        verbs, "up", _store_up, does="Start the local S3 server and leave it running.", example="fineloop store up"
+    _add_server(
+        commands,
+        "store",
+        "the local S3 server",
+        up="Start the local S3 server and leave it running.",
+        down="Stop the local S3 server; its data stays.",
+        env="Print the variables with which any S3 client finds the local server.",
+        use="aws s3 ls s3://fineloop/",
     )
-    add_config(up)
-    down = add_command(
-        verbs, "down", _store_down, does="Stop the local S3 server; its data stays.", example="fineloop store down"
-    )
-    env = add_command(
-        verbs,
-        "env",
-        _store_env,
-        does="Print the variables with which any S3 client finds the local server.",
-        example='eval "$(fineloop store env)" && aws s3 ls s3://fineloop/',
-    )
-    for parser in (up, down, env):
-        add_home(parser)
-
-
-def _store_up(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import store_up
-
-    bucket = load_config(options).registry.bucket
-    environment = store_up(options.home, bucket)
-    body = {"endpoint": environment["AWS_ENDPOINT_URL"], "bucket": bucket}
-    return Answer(body, is_up(STORE_TITLE, body["endpoint"], "store", options))
-
-
-def _store_down(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import store_down
-
-    return is_down(STORE_TITLE, store_down(options.home))
-
-
-def _store_env(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import store_environment
-
-    return exports(store_environment(options.home))
-
-
-# `fineloop ray`: this machine's own Ray head.
-
-RAY_TITLE = "the local Ray head"
 
 
 def add_ray(commands: Any) -> None:
-    """Add the group."""
-    group = commands.add_parser("ray", help="this machine's own Ray head: up, down, env", allow_abbrev=False)
-    verbs = group.add_subparsers(metavar="COMMAND", required=True)
-    up = add_command(
-        verbs,
-        "up",
-        _ray_up,
-        does="Start the local Ray head and the S3 server that its jobs use, and leave them running.",
-        example="fineloop ray up",
+    _add_server(
+        commands,
+        "ray",
+        "the local Ray head",
+        up="Start the local Ray head and the S3 server that its jobs use, and leave them running.",
+        down="Stop the local Ray head.",
+        env="Print the variables with which `ray job submit` finds the local head.",
+        use="ray job list",
     )
-    add_config(up)
-    down = add_command(verbs, "down", _ray_down, does="Stop the local Ray head.", example="fineloop ray down")
-    env = add_command(
-        verbs,
-        "env",
-        _ray_env,
-        does="Print the variables with which `ray job submit` finds the local head.",
-        example='eval "$(fineloop ray env)" && ray job list',
-    )
-    for parser in (up, down, env):
+
+
+def _add_server(commands: Any, name: str, title: str, *, up: str, down: str, env: str, use: str) -> None:
+    what = f"this machine's own {title.removeprefix('the local ')}"
+    verbs = add_group(commands, name, does=f"{what}: up, down, env", more=f"{what}.", example=f"fineloop {name} up")
+    for verb, command, does in (("up", _up, up), ("down", _down, down), ("env", _env, env)):
+        example = f'eval "$(fineloop {name} env)" && {use}' if verb == "env" else f"fineloop {name} {verb}"
+        parser = add_command(verbs, verb, command, does=does, example=example)
+        parser.set_defaults(server=name, title=title)
         add_home(parser)
+        if verb == "up":
+            add_config(parser)
 
 
-def _ray_up(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import ray_up
+def _up(options: argparse.Namespace) -> Answer:
+    from pipelines.local.local_services import ray_up, store_up
 
-    environment = ray_up(options.home, load_config(options).registry.bucket)
-    body = {"address": environment["RAY_ADDRESS"]}
-    return Answer(body, is_up(RAY_TITLE, body["address"], "ray", options))
-
-
-def _ray_down(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import ray_down
-
-    return is_down(RAY_TITLE, ray_down(options.home))
-
-
-def _ray_env(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import ray_environment
-
-    return exports(ray_environment(options.home))
+    bucket, name = load_config(options).registry.bucket, options.server
+    environment = store_up(options.home, bucket) if name == "store" else ray_up(options.home, bucket)
+    if name == "store":
+        body = {"endpoint": environment["AWS_ENDPOINT_URL"], "bucket": bucket}
+    else:
+        body = {"address": environment["RAY_ADDRESS"]}
+    home, address = home_option(options), next(iter(body.values()))
+    use = f'eval "$(fineloop {name} env{home})"'
+    return Answer(body, f"{options.title} is up at {address}, until `fineloop {name} down{home}`; to use it: {use}")
 
 
-# `fineloop reap`.
+def _down(options: argparse.Namespace) -> Answer:
+    from pipelines.local.local_services import ray_down, store_down
+
+    was_up = store_down(options.home) if options.server == "store" else ray_down(options.home)
+    return Answer({"stopped": was_up}, f"{options.title} {'has stopped' if was_up else 'was not up'}")
+
+
+def _env(options: argparse.Namespace) -> Answer:
+    """Print only lines for a shell's eval."""
+    from pipelines.local.local_services import ray_environment, store_environment
+
+    environment = store_environment(options.home) if options.server == "store" else ray_environment(options.home)
+    lines = (f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items()))
+    return Answer(environment, "\n".join(lines))
 
 
 def add_reap(commands: Any) -> None:
-    """Add the command."""
     reap = add_command(
         commands,
         "reap",
@@ -155,6 +102,7 @@ def add_reap(commands: Any) -> None:
         "and at the cluster of RAY_ADDRESS; if one of the two cannot be reached, it still looks at the other. A "
         "job in doubt is kept.",
         example="fineloop reap --dry-run",
+        is_listed=False,
     )
     add_kubeflow(reap)
     reap.add_argument("--dry-run", action="store_true", help="only say what would be stopped")

@@ -23,7 +23,6 @@ from components.config import config_file
 from components.config.methods import MethodName
 from components.config.schema import RunConfig
 from components.prepare.prepare import ANYWAY, KEYS, overrides
-from components.promote import announce
 from components.promote.promote import ACTIONS
 from components.ray_cluster.rayjob_manifest import (
     CA_FOLDER,
@@ -33,10 +32,10 @@ from components.ray_cluster.rayjob_manifest import (
     STAYS,
     STORE_SECRET,
 )
-from components.registry import signing
 from components.shared.errors import ConfigError, KubeflowError, UserError
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow
+from pipelines.step_secrets import of_its_own
 
 METHOD_NAMES = ["", *get_args(MethodName)]
 """Choices of the parameter `method_name` in the UI; the empty one keeps the config's method."""
@@ -144,9 +143,6 @@ ENVIRONMENT = (
     *("FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY"),
 )
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-PROMOTE_SECRET = "fineloop-promote"
-REPORT_SECRET = "fineloop-report"
-EVALUATE_SECRET = "fineloop-evaluate"
 ON_RAY = frozenset({"tune", "finetune", "evaluate"})
 """Steps that wait for a Ray job, its time in a queue included. Their deadline is longer than the job's, so that the job
 can report why it ended. So does prepare if data.engine is ray."""
@@ -191,15 +187,8 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
             kubernetes.use_config_map_as_volume(task, bundle, CA_FOLDER)
             for variable, path in CA_VARIABLES.items():
                 task.set_env_variable(variable, path)
-        if name in ("promote", "move-by-hand"):  # they sign the move and announce it
-            keys = (signing.KEY_VARIABLE, signing.SIGNER_VARIABLE, *announce.secrets())
-            kubernetes.use_secret_as_env(task, PROMOTE_SECRET, {key: key for key in keys}, optional=True)
-        if name == "evaluate":  # it signs what was measured
-            own = {key: key for key in ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER")}
-            kubernetes.use_secret_as_env(task, EVALUATE_SECRET, own, optional=True)
-        if name == "report":  # it sends events to an OpenLineage server
-            key = "OPENLINEAGE_API_KEY"
-            kubernetes.use_secret_as_env(task, REPORT_SECRET, {key: key}, optional=True)
+        if own := of_its_own().get(name):
+            kubernetes.use_secret_as_env(task, own.kubernetes, {key: key for key in own.names}, optional=True)
 
     return configure
 

@@ -23,7 +23,7 @@ from components.shared.errors import FineloopError, UserError
 from components.step.step import IMAGE
 from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.kubeflow.client import connect
-from pipelines.kubeflow.compile import REPORT_SECRET
+from pipelines.step_secrets import of_its_own
 
 RIGHTS = {
     ("ray.io", "rayjobs"): ("create", "get", "list", "watch", "patch", "delete"),
@@ -284,9 +284,10 @@ def _open_lineage(cluster: Cluster) -> Iterator[Check]:
     """Whether a server gets events of runs, and with which key; without TLS anyone could read the key."""
     found = cluster.get(_in(cluster, f"configmaps/{CONFIG_MAP}")) or {}
     url = (found.get("data") or {}).get("OPENLINEAGE_URL", "")
-    secret = (cluster.get(_in(cluster, f"secrets/{REPORT_SECRET}")) or {}) if url else {}
+    name = of_its_own()["report"].kubernetes
+    secret = (cluster.get(_in(cluster, f"secrets/{name}")) or {}) if url else {}
     has_key = "OPENLINEAGE_API_KEY" in (secret.get("data") or {})
-    detail = f"{url}, {'with' if has_key else 'without'} the key of secret {REPORT_SECRET}" if url else "not configured"
+    detail = f"{url}, {'with' if has_key else 'without'} the key of secret {name}" if url else "not configured"
     fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"
     yield check("openlineage", not (has_key and url.startswith("http://")), detail, fix)
 

@@ -198,8 +198,11 @@ class Elsewhere:
                 self._show(step)
             if self.failed or LAST in self._shown:
                 return True
+            if runs.find(self._store, self._run_id, Evaluation) is None:
+                return False
             # A run that only trains ends with its evaluation; with a gate, its pod may take a while to start.
-            return runs.find(self._store, self._run_id, Evaluation) is not None and self._rests()
+            newest = max(item.last_modified for item in self._store.list(runs.run_key(self._run_id)))
+            return (datetime.now(UTC) - newest).total_seconds() > QUIET_S
         except StoreError as exc:
             self._display.message(f"the store does not answer, and is asked again: {exc}")
             return False
@@ -207,10 +210,6 @@ class Elsewhere:
     def decision(self) -> Decision | None:
         """Return the gate's decision; None if the run did not get that far."""
         return runs.find(self._store, self._run_id, Decision, to_show=True)
-
-    def _rests(self) -> bool:
-        newest = max(item.last_modified for item in self._store.list(runs.run_key(self._run_id)))
-        return (datetime.now(UTC) - newest).total_seconds() > QUIET_S
 
     def _show(self, step: "StepRecord") -> None:
         if step.step in self._shown:

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared.errors import FineloopError, JobError
+from components.shared.errors import JobError
 from components.shared.protocol import STARTED, Failure, Line, parse_line
 from pipelines.local import guard
-from pipelines.local.server import job_environment, without_secrets
+from pipelines.local.server import job_environment
+from pipelines.step_secrets import without_secrets
 
 # Runs a command under a guard, so that it leaves no process behind, and reads its output.
 #
@@ -196,7 +197,8 @@ def answer(
         log.seek(0)
         tail = "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_TAIL:])
     if exit_code:
-        raise failures[-1].as_error() if failures else _without_a_reason(job, exit_code, tail)
+        why = f"{job.module} ended with {exit_code} and gave no reason:\n{tail}".rstrip()
+        raise failures[-1].as_error() if failures else JobError(why)
     body: dict[str, Any] = json.loads(last)
     return body
 
@@ -221,7 +223,3 @@ def talk(job: Job, *, stdout: int | None = None) -> int:
     finally:
         signal.signal(signal.SIGINT, before)
         guard.stop(process)
-
-
-def _without_a_reason(job: Job, exit_code: int, tail: str) -> FineloopError:
-    return JobError(f"{job.module} ended with {exit_code} and gave no reason:\n{tail}".rstrip())

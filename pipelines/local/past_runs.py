@@ -75,9 +75,8 @@ def listed(store: "Store", home: Path, *, adapter: str = "", limit: int) -> list
     """
     infos = list(store.list("runs/"))
     keys = {info.key for info in infos}
-    began = sorted(
-        ((info.last_modified, info.key.split("/")[1]) for info in infos if _is_config(info.key)), reverse=True
-    )
+    configs = (each for each in infos if each.key.count("/") == 2 and each.key.endswith(f"/{runs.CONFIG}"))
+    began = sorted(((each.last_modified, each.key.split("/")[1]) for each in configs), reverse=True)
     found = (_read(store, run_id, moment, home, keys) for moment, run_id in began)
     return list(islice((run for run in found if adapter in ("", run.adapter)), limit))
 
@@ -129,10 +128,6 @@ def rate_of(config: Mapping[str, Any], tuned: TunedRate | None) -> float | None:
     return set_to if set_to is not None else method.learning_rate if method else None
 
 
-def _is_config(key: str) -> bool:
-    return key.endswith(f"/{runs.CONFIG}") and key.count("/") == 2
-
-
 def _read(store: "Store", run_id: str, written: datetime, home: Path, keys: Collection[str]) -> PastRun:
     """Read a run; what cannot be read of it is its outcome: whoever trains may write anything among the runs."""
     adapter, began = "", written.astimezone(UTC).isoformat()
@@ -151,10 +146,8 @@ def _sound(
     store: "Store", run_id: str, written: str, home: Path, keys: Collection[str], config: Mapping[str, Any]
 ) -> PastRun:
     steps = runs.steps(store, run_id)
-    decision, evaluation = (
-        runs.find(store, run_id, Decision, to_show=True),
-        runs.find(store, run_id, Evaluation, to_show=True),
-    )
+    decision = runs.find(store, run_id, Decision, to_show=True)
+    evaluation = runs.find(store, run_id, Evaluation, to_show=True)
     trained = runs.find(store, run_id, TrainResult)
     candidate = evaluation.model("candidate") if evaluation else None
     used = trained.usage if trained else None

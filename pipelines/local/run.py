@@ -1,4 +1,4 @@
-"""`fineloop run` and `fineloop train`: the pipeline on this machine, with embedded servers or configured ones."""
+"""`fineloop run`, `train` and `sweep`: the pipeline on this machine, and what came of it."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from components.config.track import SECRETS_FILE
 from components.promote.announce import failed_notifications, warning
 from components.records import runs
 from components.records.runs import PAGES
-from components.records.steps import ROLES, Decision, Evaluation, Role, StepRecord, TrainResult, scalars
+from components.records.steps import ROLES, Decision, Evaluation, Role, TrainResult, scalars
 from components.records.sweep import SweepResult, Tuned
 from components.registry.aliases import PRODUCTION
 from components.report.charts import rates_picture
@@ -45,174 +45,8 @@ from pipelines.local.server import private_folder, python_path, write_private
 if TYPE_CHECKING:
     from components.store.store import Store
 
-
-# Outcome of a finished run, read from the store, as the command line reports it.
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The object that `fineloop run --json` prints; `train` leaves the decision out. A skipped run has no version."""
-
-    run_id: str
-    adapter: str
-    alias: str
-    version: str | None
-    version_uri: str | None
-    decision: str | None
-    verdict: str | None
-    promoted: bool
-    reasons: list[str]
-    metrics: dict[Role, dict[str, float | None] | None]
-    report: str | None
-    store: dict[str, str]
-    timings_s: dict[str, float]
-    untold: dict[str, str] = field(default_factory=dict)
-    """Notifications of the promotion that failed, and why."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the object with the keys that scripts rely on."""
-        fields = dict(vars(self))
-        del fields["alias"]
-        if not self.untold:
-            del fields["untold"]
-        if self.decision is None:
-            for key in ("decision", "verdict", "promoted", "reasons", "report"):
-                del fields[key]
-        return fields
-
-
-def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float, report_path: Path) -> Outcome:
-    """Read the outcome of a run of the whole pipeline. Copy its report to `report_path`, HOME/runs/RUN/report.html, and
-    the registry's pages to HOME/pages/, where the report's links lead.
-
-    Raises:
-        ObjectMissing: the run has no decision or no report.
-        FineloopError: the run decided to promote and the alias did not move, or the other way round.
-    """
-    decision, steps = runs.read(store, run_id, Decision, to_show=True), runs.steps(store, run_id)
-    promoted = any(step.moved_alias for step in steps)
-    if promoted != decision.promoted:
-        place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
-        raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
-    report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
-    pages = private_folder(report_path.parents[2] / PAGES)
-    for info in store.list(PAGES):
-        if not info.key.endswith(".html"):
-            continue
-        (pages / Path(info.key).name).write_bytes(store.get(info.key))
-    return Outcome(
-        run_id=run_id,
-        adapter=decision.adapter,
-        alias=decision.alias,
-        version=decision.version,
-        version_uri=decision.version_uri,
-        decision=decision.decision,
-        verdict=decision.verdict,
-        promoted=promoted,
-        reasons=list(decision.reasons),
-        metrics=_metrics(store, run_id) if decision.version else dict.fromkeys(ROLES),
-        report=str(report_path),
-        store=_where(store),
-        timings_s={"ground": ground_s, **_seconds(steps), "total": total_s},
-        untold=failed_notifications(steps),
-    )
-
-
-def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: float, total_s: float) -> Outcome:
-    """Read the outcome of `fineloop train`.
-
-    Raises:
-        ObjectMissing: the run published no version, or compared none.
-    """
-    result = runs.read(store, run_id, TrainResult)
-    return Outcome(
-        run_id=run_id,
-        adapter=config.adapter.name,
-        alias=config.adapter.alias,
-        version=result.version,
-        version_uri=result.version_uri,
-        decision=None,
-        verdict=None,
-        promoted=False,
-        reasons=[],
-        metrics=_metrics(store, run_id),
-        report=None,
-        store=_where(store),
-        timings_s={"ground": ground_s, **_seconds(runs.steps(store, run_id)), "total": total_s},
-    )
-
-
-def _seconds(steps: Sequence[StepRecord]) -> dict[str, float]:
-    return {step.step: step.seconds for step in steps}
-
-
-def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
-    """Format the outcome for people.
-
-    `home_option` is the --home option that the suggested commands need, `program` the name of `fineloop` in this shell.
-    """
-    reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
-    headline = {
-        "skipped": f"skipped: {outcome.adapter}@{outcome.alias} stays as it is, and nothing was trained",
-        "promote": f"promoted: {outcome.adapter}@{outcome.alias} is now {outcome.version}",
-        "hold": f"held: {outcome.version} is published, and {outcome.adapter}@{outcome.alias} stays where it was",
-        None: f"published {outcome.adapter} {outcome.version}, without an alias",
-    }[outcome.decision]
-    waits = outcome.verdict == "needs approval"
-    if waits:
-        headline = f"waits for approval: {outcome.version}, and {outcome.adapter}@{outcome.alias} stays where it was"
-    reasons = [
-        textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
-    ]
-    table = [*_table(outcome.metrics), ""] if outcome.version else []
-    warnings = [warning(key, outcome.adapter, outcome.alias, why) for key, why in outcome.untold.items()]
-    lines = ["", headline, *reasons, *warnings, "", *table]
-    where = {"version": outcome.version_uri, "report": outcome.report}
-    where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
-    lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
-    parts = {"servers" if step == "ground" else step: seconds for step, seconds in outcome.timings_s.items()}
-    took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in parts.items() if step != "total")
-    lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
-    commands = {}
-    if outcome.version:
-        commands[f"{program} chat {shlex.quote(reference)}{home_option}"] = "talk to it, beside its base"
-    if outcome.promoted and outcome.metrics["champion"]:
-        commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
-    elif waits:
-        on_alias = "" if outcome.alias == PRODUCTION else f" --alias {outcome.alias}"
-        approve = f"{program} adapters approve {shlex.quote(reference)} --by NAME --reason TEXT{on_alias}{home_option}"
-        commands[approve] = "put it into production"
-    elif outcome.decision == "skipped":
-        commands[f"{program} run --set data.min_new_records=0{home_option}"] = "train all the same"
-    elif outcome.decision is None:
-        commands[f"{program} adapters promote {reference}{home_option}"] = "put it into production"
-    if not store_configured():
-        commands[f"{program} store up{home_option}"] = "open the store to other S3 clients; it sleeps between runs"
-    width = max(map(len, commands))
-    return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
-
-
-def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[str]:
-    roles = [role for role in ROLES if metrics.get(role)]
-    lines = [["", *roles]]
-    for metric in metrics_of({key for role in roles for key in metrics[role] or ()}):
-        values = [(metrics[role] or {}).get(metric.key) for role in roles]
-        if any(value is not None for value in values):
-            lines.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
-    width = max(len(line[0]) for line in lines)
-    return [f"  {line[0]:<{width}}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
-
-
-def _metrics(store: "Store", run_id: str) -> dict[Role, dict[str, float | None] | None]:
-    evaluation = runs.read(store, run_id, Evaluation)
-    return {role: dict(model.metrics) if (model := evaluation.model(role)) else None for role in ROLES}
-
-
-def _where(store: "Store") -> dict[str, str]:
-    return {"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix}
-
-
 LOG = "pipeline.log"
+BAR = 24  # length of the longest bar of a sweep, in characters
 What = Literal["retrain", "train", "sweep"]
 Read = TypeVar("Read")
 
@@ -235,7 +69,7 @@ def new_run_id() -> str:
 
 def run(
     config: RunConfig, place: Place, *, what: Literal["retrain", "train"], run_id: str = "", dataset_uri: str = ""
-) -> Outcome:
+) -> "Outcome":
     """Run the pipeline to its end and return the outcome; arguments and errors as in `run_and_read`."""
 
     def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> Outcome:
@@ -268,9 +102,17 @@ def run_and_read(
         GroundError: the store or the Ray head did not start.
     """
     from components.step.step import require_run_id
+    from components.store.store import Store
 
-    _require_runnable(config, place)
-    needs_head = config.ray.cluster.has_address and not place.address
+    cluster = config.ray.cluster
+    if place.address and not cluster.has_address:
+        raise UserError(
+            f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" the config alone says which cluster. '
+            "Drop --address, or --set ray.cluster.kind=jobs-api"
+        )
+    if lack := lacking(config, address=place.address):
+        raise ConfigError(lack)
+    needs_head = cluster.has_address and not place.address
     run_id = run_id or new_run_id()
     require_run_id(run_id)
     began = time.monotonic()
@@ -280,7 +122,6 @@ def run_and_read(
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
     trains_here = needs_head and not ray_configured() and not config.ray.use_gpu
     try:
-        ray_address = {"RAY_ADDRESS": place.address} if place.address else {}
         with contextlib.ExitStack() as while_it_runs:
             while_it_runs.enter_context(_alone(folder, what))
             (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
@@ -292,25 +133,18 @@ def run_and_read(
             environment = while_it_runs.enter_context(services)
             ground_s = time.monotonic() - ground_began
             display.finish(ground_s)
-            environment = {**environment, **ray_address}
-            with in_environment(environment), _goes_on(what, run_id, place), _followed(config, run_id, folder):
+            environment |= {"RAY_ADDRESS": place.address} if place.address else {}
+            while_it_runs.enter_context(in_environment(environment))
+            while_it_runs.enter_context(_goes_on(what, run_id, place))
+            store = Store.open(config.registry)
+            with event_files_beside(store, run_id, folder):
                 ended = _execute(what, run_id, config, folder, environment, place, display, dataset_uri)
                 display.close()
-                return _read(read, config, run_id, folder, ended, ground_s=ground_s, began=began)
+                with _explained(store, run_id, folder, ended):
+                    return read(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
     except BaseException:
         display.fail()
         raise
-
-
-def _require_runnable(config: RunConfig, place: Place) -> None:
-    cluster = config.ray.cluster
-    if place.address and not cluster.has_address:
-        raise UserError(
-            f'--address {place.address}: with ray.cluster.kind = "{cluster.kind}" the config alone says which cluster. '
-            "Drop --address, or --set ray.cluster.kind=jobs-api"
-        )
-    if lack := lacking(config, address=place.address):
-        raise ConfigError(lack)
 
 
 @contextlib.contextmanager
@@ -351,15 +185,6 @@ def _goes_on(what: What, run_id: str, place: Place) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _followed(config: RunConfig, run_id: str, folder: Path) -> Iterator[None]:
-    """Write event files of the run's curve while it runs."""
-    from components.store.store import Store
-
-    with event_files_beside(Store.open(config.registry), run_id, folder):
-        yield
-
-
 def _execute(
     what: What,
     run_id: str,
@@ -394,30 +219,21 @@ def _execute(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if ended is None or ended.killed_by:
-            _stop_jobs(config, run_id)
+            from components.ray_cluster.submit import stop_run
+
+            with contextlib.suppress(FineloopError):  # jobs that a step which was killed could not stop
+                stop_run(run_id, config.ray)
     return ended
 
 
-def _read(
-    read: "Callable[[Store, str, Path, float, float], Read]",
-    config: RunConfig,
-    run_id: str,
-    folder: Path,
-    ended: Ended,
-    *,
-    ground_s: float,
-    began: float,
-) -> Read:
+@contextlib.contextmanager
+def _explained(store: "Store", run_id: str, folder: Path, ended: Ended) -> Iterator[None]:
     """Raise the failure of a step, or else read the outcome: the process's exit status says little about it."""
-    from components.records import runs
-    from components.store.store import Store
-
-    store = Store.open(config.registry)
     try:
         if ended.failure is not None:
             raise ended.failure.as_error()
         try:
-            return read(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
+            yield
         except ObjectMissing as exc:
             why = f"its process was ended by {ended.killed_by}" if ended.killed_by else str(exc)
             raise FineloopError(f"run {run_id} ended early and no step said why: {why}") from exc
@@ -430,16 +246,6 @@ def _read(
                 exc.add_note(f"report: {report}")
         raise
 
-
-def _stop_jobs(config: RunConfig, run_id: str) -> None:
-    """Stop the jobs that the run left on the cluster; a step that was killed could not do so."""
-    from components.ray_cluster.submit import stop_run
-
-    with contextlib.suppress(FineloopError):
-        stop_run(run_id, config.ray)
-
-
-# Writes a run's curve as TensorBoard event files to its folder while it runs, if tensorboardX is installed.
 
 EVENTS_FOLDER = "tensorboard"
 EVENTS_EVERY_S = 15.0
@@ -506,9 +312,156 @@ class EventFiles:
             self._writer.flush()  # writes what its thread has taken so far; the newest may wait for the next call
 
 
-# `fineloop sweep`: runs a sweep on this machine, describes its result, and writes it to a config.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The object that `fineloop run --json` prints; `train` leaves the decision out. A skipped run has no version."""
 
-BAR = 24  # length of the longest bar, in characters
+    run_id: str
+    adapter: str
+    alias: str
+    version: str | None
+    version_uri: str | None
+    decision: str | None = None
+    verdict: str | None = None
+    promoted: bool = False
+    reasons: list[str] = field(default_factory=list)
+    metrics: dict[Role, dict[str, float | None] | None]
+    report: str | None = None
+    store: dict[str, str]
+    timings_s: dict[str, float]
+    untold: dict[str, str] = field(default_factory=dict)
+    """Notifications of the promotion that failed, and why."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object with the keys that scripts rely on."""
+        fields = dict(vars(self))
+        del fields["alias"]
+        if not self.untold:
+            del fields["untold"]
+        if self.decision is None:
+            for key in ("decision", "verdict", "promoted", "reasons", "report"):
+                del fields[key]
+        return fields
+
+
+def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float, report_path: Path) -> Outcome:
+    """Read the outcome of a run of the whole pipeline. Copy its report to `report_path`, HOME/runs/RUN/report.html, and
+    the registry's pages to HOME/pages/, where the report's links lead.
+
+    Raises:
+        ObjectMissing: the run has no decision or no report.
+        FineloopError: the run decided to promote and the alias did not move, or the other way round.
+    """
+    decision, steps = runs.read(store, run_id, Decision, to_show=True), runs.steps(store, run_id)
+    promoted = any(step.moved_alias for step in steps)
+    if promoted != decision.promoted:
+        place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
+        raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
+    report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
+    pages = private_folder(report_path.parents[2] / PAGES)
+    for info in store.list(PAGES):
+        if info.key.endswith(".html"):
+            (pages / Path(info.key).name).write_bytes(store.get(info.key))
+    return Outcome(
+        adapter=decision.adapter,
+        alias=decision.alias,
+        version=decision.version,
+        version_uri=decision.version_uri,
+        decision=decision.decision,
+        verdict=decision.verdict,
+        promoted=promoted,
+        reasons=list(decision.reasons),
+        report=str(report_path),
+        untold=failed_notifications(steps),
+        **_of_every_run(store, run_id, ground_s, total_s, compared=bool(decision.version)),
+    )
+
+
+def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: float, total_s: float) -> Outcome:
+    """Read the outcome of `fineloop train`.
+
+    Raises:
+        ObjectMissing: the run published no version, or compared none.
+    """
+    result = runs.read(store, run_id, TrainResult)
+    return Outcome(
+        adapter=config.adapter.name,
+        alias=config.adapter.alias,
+        version=result.version,
+        version_uri=result.version_uri,
+        **_of_every_run(store, run_id, ground_s, total_s, compared=True),
+    )
+
+
+def _of_every_run(store: "Store", run_id: str, ground_s: float, total_s: float, *, compared: bool) -> dict[str, Any]:
+    metrics: dict[Role, Any] = dict.fromkeys(ROLES)
+    if compared:
+        evaluation = runs.read(store, run_id, Evaluation)
+        metrics = {role: dict(model.metrics) if (model := evaluation.model(role)) else None for role in ROLES}
+    took = {step.step: step.seconds for step in runs.steps(store, run_id)}
+    return {
+        "run_id": run_id,
+        "metrics": metrics,
+        "store": {"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix},
+        "timings_s": {"ground": ground_s, **took, "total": total_s},
+    }
+
+
+def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
+    """Format the outcome for people.
+
+    `home_option` is the --home option that the suggested commands need, `program` the name of `fineloop` in this shell.
+    """
+    reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
+    headline = {
+        "skipped": f"skipped: {outcome.adapter}@{outcome.alias} stays as it is, and nothing was trained",
+        "promote": f"promoted: {outcome.adapter}@{outcome.alias} is now {outcome.version}",
+        "hold": f"held: {outcome.version} is published, and {outcome.adapter}@{outcome.alias} stays where it was",
+        None: f"published {outcome.adapter} {outcome.version}, without an alias",
+    }[outcome.decision]
+    waits = outcome.verdict == "needs approval"
+    if waits:
+        headline = f"waits for approval: {outcome.version}, and {outcome.adapter}@{outcome.alias} stays where it was"
+    reasons = [
+        textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
+    ]
+    table = [*_table(outcome.metrics), ""] if outcome.version else []
+    warnings = [warning(key, outcome.adapter, outcome.alias, why) for key, why in outcome.untold.items()]
+    lines = ["", headline, *reasons, *warnings, "", *table]
+    where = {"version": outcome.version_uri, "report": outcome.report}
+    where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
+    lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
+    parts = {"servers" if step == "ground" else step: seconds for step, seconds in outcome.timings_s.items()}
+    took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in parts.items() if step != "total")
+    lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
+    commands = {}
+    if outcome.version:
+        commands[f"{program} chat {shlex.quote(reference)}{home_option}"] = "talk to it, beside its base"
+    if outcome.promoted and outcome.metrics["champion"]:
+        commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
+    elif waits:
+        on_alias = "" if outcome.alias == PRODUCTION else f" --alias {outcome.alias}"
+        approve = f"{program} adapters approve {shlex.quote(reference)} --by NAME --reason TEXT{on_alias}{home_option}"
+        commands[approve] = "put it into production"
+    elif outcome.decision == "skipped":
+        commands[f"{program} run --set data.min_new_records=0{home_option}"] = "train all the same"
+    elif outcome.decision is None:
+        commands[f"{program} adapters promote {reference}{home_option}"] = "put it into production"
+    if not store_configured():
+        commands[f"{program} store up{home_option}"] = "open the store to other S3 clients; it sleeps between runs"
+    width = max(map(len, commands))
+    return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
+
+
+def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[str]:
+    roles = [role for role in ROLES if metrics.get(role)]
+    lines = [["", *roles]]
+    for metric in metrics_of({key for role in roles for key in metrics[role] or ()}):
+        values = [(metrics[role] or {}).get(metric.key) for role in roles]
+        if any(value is not None for value in values):
+            lines.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
+    width = max(len(line[0]) for line in lines)
+    return [f"  {line[0]:<{width}}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
 
 
 def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:

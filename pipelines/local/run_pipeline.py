@@ -11,7 +11,7 @@ from typing import Any
 
 from components.shared import garbage
 from components.step.step import first_step
-from pipelines.local.server import of_step, without_secrets
+from pipelines.step_secrets import of_step, without_secrets
 
 
 def main(arguments: list[str]) -> int:

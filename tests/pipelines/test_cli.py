@@ -16,6 +16,7 @@ from components.registry import aliases, signing, versions
 from components.store import folders
 from components.store.store import Store
 from pipelines import cli
+from pipelines.commands.arguments import load_config
 from pipelines.configs import DEFAULT_CONFIG
 from tests.doubles.jobs_api import JobsApi
 from tests.pipelines.command_line import body, fineloop
@@ -122,7 +123,7 @@ def test_no_command_is_left_out_here() -> None:
         (["adapters", "shw"], "did you mean show?"),
         (["adapters"], "COMMAND"),
         (["run", "--sett", "x=1"], "usage: fineloop run"),
-        (["run", "--sett", "x=1"], "unrecognized arguments: --sett x=1: did you mean --set?"),
+        (["plan", "--sett", "x=1"], "unrecognized arguments: --sett x=1: did you mean --set?"),
         (["init"], "your data is not named: give DATA"),
         (["sweep", "--apply"], "name a config of your own with -c"),
         (
@@ -236,6 +237,31 @@ def test_relative_paths_mean_the_users_directory(tmp_path: Path) -> None:
     config = default_of(tmp_path / "out.yaml")
     assert config["data"]["source"] == f"{tmp_path}/rows/*.jsonl"
     assert config["model"]["base"] == f"{tmp_path}/base"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "records"),
+    [
+        (["--set", "data.source=rows.jsonl"], "icd10-chapters", 0),
+        (["--set", "data.source=rows.jsonl", "--set", "data.max_records=7"], "icd10-chapters", 7),
+        ([], "icd10-chapters", 2300),
+        (["My Rows.jsonl"], "my-rows", 0),
+        (["My Rows.jsonl", "--set", "adapter.name=x", "--set", "data.max_records=9"], "x", 9),
+        (["My Rows.jsonl", "-c", "own.toml"], "mine", 5),
+    ],
+    ids=str,
+)
+def test_other_data_in_the_example_s_config_are_taken_whole(
+    arguments: list[str], name: str, records: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = DEFAULT_CONFIG.read_text().replace("icd10-chapters", "mine").replace("2300", "5")
+    Path("own.toml").write_text(own)
+    options = cli.parser().parse_args(["run", *arguments])
+    for config in (load_config(options), load_config(options)):
+        assert (config.adapter.name, config.data.max_records) == (name, records)
+        if "My Rows.jsonl" in arguments:
+            assert config.data.source == str(tmp_path / "My Rows.jsonl")
 
 
 def test_addresses_and_hub_ids_stay_as_they_are(tmp_path: Path) -> None:

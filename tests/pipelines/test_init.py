@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from components.config import config_file
-from pipelines.local.proposed_config import name_from
+from pipelines.commands.arguments import name_from
 from tests.models.tiny import write_tokenizer
 from tests.pipelines.command_line import body, fineloop
 

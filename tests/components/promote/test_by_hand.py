@@ -15,7 +15,7 @@ from components.registry import aliases, event_log, versions
 from components.registry.event_log import EventKind
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
 from components.store.store import Store
-from pipelines.commands.registry_answers import move_shown
+from pipelines.commands.adapters import move_shown
 
 
 @pytest.fixture

@@ -64,16 +64,18 @@ def test_a_run_is_shown_while_it_goes_on_and_the_watching_ends_with_it(store: St
     assert run.decision() is None
 
 
+@pytest.mark.parametrize("command", [["runs", "show", "r", "--follow", "-c"], ["watch", "r", "-c"]], ids=" ".join)
 def test_a_failed_step_ends_the_watching_with_its_error(
-    store: Store, config_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store, config_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     config = config_file.load(config_path)
     store.put(runs.run_key("r1", runs.CONFIG), config_file.dumps(config).encode())
     step(store, "prepare", 1)
     error = {"kind": "JobError", "message": "a worker ran out of memory"}
     step(store, "finetune", 2, "failed", error=error)
-    assert main(["watch", "r", "-c", str(config_path), "--json"]) == 1
+    assert main([*command, str(config_path), "--json"]) == 1
     said = capsys.readouterr()
+    assert ("is called fineloop runs show --follow now" in said.err) == (command[0] == "watch")
     assert json.loads(said.out) == {"run_id": "r1", "decision": None, "error": error}
     assert "r1 failed in finetune: a worker ran out of memory" in said.err
 
