@@ -8,7 +8,6 @@ import json
 import math
 import re
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -96,7 +95,12 @@ PIPELINES: dict[str, Callable[..., str]] = {"retrain": compile_pipeline, "promot
 
 
 def _text(pipeline: Any, defaults: dict[str, Any], literals: dict[str, list[str]], image: str) -> str:
-    spec, platform = _compiled(pipeline)
+    from kfp import compiler
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(path))
+        spec, platform = yaml.safe_load_all(path.read_text(encoding="utf-8"))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     for name, value in defaults.items():
         parameters[name].update(defaultValue=value, isOptional=True)
@@ -112,16 +116,6 @@ def _text(pipeline: Any, defaults: dict[str, Any], literals: dict[str, list[str]
 def _containers(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Return every step's container; the importer has none."""
     return (each["container"] for each in spec["deploymentSpec"]["executors"].values() if "container" in each)
-
-
-def _compiled(pipeline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    from kfp import compiler
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pipeline.yaml"
-        compiler.Compiler().compile(pipeline, str(path))
-        spec, platform = yaml.safe_load_all(path.read_text(encoding="utf-8"))
-    return spec, platform
 
 
 class _Dumper(yaml.SafeDumper):
@@ -291,7 +285,8 @@ def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
     field, base = "model.base", config.model.base
     if replaced := parameters.get("base_model"):
         field, base = "--param base_model", str(replaced)
-    if _scheme(base) == "file" or (not _scheme(base) and _is_path(base)):
+    # What cannot be a hub id, or looks like one but exists here, is a path.
+    if _scheme(base) == "file" or (not _scheme(base) and (not _HUB_ID.fullmatch(base) or Path(base).exists())):
         raise UserError(
             f"{field} is {base!r}, a path, and no pod reads this machine's disk: put the folder in S3 and give "
             "s3://BUCKET/FOLDER, or name a hub id or pkg://PACKAGE/FILE.gguf. What is a hub id and also a folder here "
@@ -302,11 +297,6 @@ def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
 def _scheme(place: str) -> str:
     scheme, separator, _ = place.partition("://")
     return scheme if separator else ""
-
-
-def _is_path(base: str) -> bool:
-    """Whether `base` cannot be a hub id, or looks like one but exists here as a path."""
-    return not _HUB_ID.fullmatch(base) or Path(base).exists()
 
 
 # The config of a run, or of each run of a schedule, as read from kfp's record of it.
@@ -325,7 +315,8 @@ class GivenConfig:
         default = defined(spec).get(CONFIG, {}).get("defaultValue") if spec else None
         given = sent(detail)
         fields = {name: given[name] for name in (*KEYS, ANYWAY) if name in given}
-        return cls(_table(given.get(CONFIG) or default), fields)
+        table = config_file.whole_numbers(given.get(CONFIG) or default)
+        return cls(dict(table) if isinstance(table, Mapping) else {}, fields)
 
     @property
     def adapter(self) -> str:
@@ -349,15 +340,6 @@ class GivenConfig:
 def sent(detail: Any) -> dict[str, Any]:
     """Return the parameters of a run, or of each run of a recurring run, as they were sent."""
     return dict(detail.runtime_config.parameters or {}) if detail.runtime_config else {}
-
-
-def _table(given: Any) -> dict[str, Any]:
-    """Return a sent config as a table; release 0.1.0 sent it as TOML. Empty if it cannot be read."""
-    try:
-        read = tomllib.loads(given) if isinstance(given, str) else config_file.whole_numbers(given)
-    except tomllib.TOMLDecodeError:
-        return {}
-    return dict(read) if isinstance(read, Mapping) else {}
 
 
 # A compiled pipeline, and its versions on the server: one version for each content. Of the config it holds only the
@@ -405,14 +387,16 @@ def publish(kubeflow: Kubeflow, package: Package, *, today: date | None = None) 
     """Upload the package unless the server has the same content already."""
     pipeline_id = find_pipeline(kubeflow, PIPELINE) or _create_pipeline(kubeflow, package)
     day = f"{importlib.metadata.version('fineloop')}-{today or datetime.now(UTC).date()}"
-    name = day
+    name, listed = day, kubeflow.client.list_pipeline_versions
     for _ in range(ATTEMPTS):
-        versions = _versions(kubeflow, pipeline_id)
+        versions = [*kubeflow.listed("pipeline versions", listed, "pipeline_versions", pipeline_id=pipeline_id)]
         for version in versions:
             if version.description == package.content:
                 return Published(pipeline_id, version.pipeline_version_id)
         taken = {version.display_name for version in versions}
-        name = next(name for name in _names(day) if name not in taken)
+        # Valid names of Kubernetes objects, as which Kubeflow may store them.
+        names = itertools.chain([day], (f"{day}.{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
         if made := _upload(kubeflow, pipeline_id, package, name):
             return Published(pipeline_id, made.pipeline_version_id)
     raise KubeflowError(f"{kubeflow.host} has version {name} of {PIPELINE} and does not list it")
@@ -435,17 +419,6 @@ def _create_pipeline(kubeflow: Kubeflow, package: Package) -> str:
     with kubeflow.asking("create the pipeline"):
         made = _or_none_if_exists(lambda: kubeflow.client.pipelines.pipeline_service_create_pipeline(described))
     return made.pipeline_id if made else find_pipeline(kubeflow, PIPELINE)
-
-
-def _versions(kubeflow: Kubeflow, pipeline_id: str) -> list[Any]:
-    listed = kubeflow.client.list_pipeline_versions
-    return [*kubeflow.listed("pipeline versions", listed, "pipeline_versions", pipeline_id=pipeline_id)]
-
-
-def _names(day: str) -> Iterator[str]:
-    """Yield version names for one day; they are valid names of Kubernetes objects, as which Kubeflow may store them."""
-    yield day
-    yield from (f"{day}.{number}" for number in itertools.count(2))
 
 
 def _upload(kubeflow: Kubeflow, pipeline_id: str, package: Package, name: str) -> Any:

@@ -9,9 +9,10 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from components.config.ray import RayConfig, RayJobCluster
@@ -60,6 +61,8 @@ KUBERAY_OPERATOR, KUEUE_MANAGER = "kuberay-operator", "kueue-controller-manager"
 # Access to a Kubernetes cluster: objects, kinds and rights, as plain JSON.
 
 Resource = dict[str, Any]
+Finding = tuple[bool, str, str]
+"""Whether it is right, what was seen, and what mends it."""
 _NO_RIGHT = re.compile(r"cannot \w+ resource")
 """Wording of RBAC's refusals, to tell them from those of pod security and quotas, which are 403 too."""
 
@@ -91,6 +94,14 @@ class Cluster:
             raise UserError("the kubeconfig's context has no namespace: name the one of your runs with --namespace")
         self._api = client.ApiClient(configured)
 
+    def path(self, what: str) -> str:
+        """The path of something in the namespace, such as pods/NAME."""
+        return f"/api/v1/namespaces/{self.namespace}/{what}"
+
+    def data(self, what: str) -> Mapping[str, str]:
+        """Return the data of a ConfigMap or Secret; empty if there is none."""
+        return (self.get(self.path(what)) or {}).get("data") or {}
+
     def get(self, path: str) -> Resource | None:
         """Return the object at a path of the API; None if there is none.
 
@@ -118,8 +129,7 @@ class Cluster:
 
     def log(self, pod: str) -> str:
         """Return the log of a pod's container."""
-        found = self._ask("GET", f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log", raw=True)
-        return str(found or "")
+        return str(self._ask("GET", self.path(f"pods/{pod}/log"), raw=True) or "")
 
     def _ask(self, method: str, path: str, body: Resource | None = None, *, raw: bool = False) -> Any:
         from kubernetes.client import ApiException
@@ -178,76 +188,63 @@ def cluster_checks(
     image: str,
 ) -> Iterator[Check]:
     """Look at Kubeflow Pipelines and at the Kubernetes namespace where the runs live, in the order of a run."""
-    kubeflow, has_many_users = _kubeflow(environment, host, namespace)
-    yield kubeflow
+    has_many_users = False
+    try:
+        kubeflow = connect(environment, host=host, namespace=namespace)
+        has_many_users = bool(kubeflow.namespace)
+        users = f"many users, yours is {kubeflow.namespace}" if has_many_users else "one namespace for all"
+        yield Check("kubeflow pipelines", True, f"{kubeflow.host} answers: {users}", "")
+    except FineloopError as exc:
+        yield Check("kubeflow pipelines", False, str(exc), IN_MESSAGE)
     try:
         cluster = Cluster(namespace or environment.get("KFP_NAMESPACE", ""))
-        version = cluster.get("/version")
+        version = cluster.get("/version") or {}
     except (FineloopError, NotSeen) as exc:
         yield Check("kubernetes", False, str(exc), IN_MESSAGE)
         return
-    yield Check("kubernetes", True, f"{(version or {}).get('gitVersion', 'unknown version')} at {cluster.address}", "")
+    yield Check("kubernetes", True, f"{version.get('gitVersion', 'unknown version')} at {cluster.address}", "")
     try:
-        found = cluster.get(_in(cluster, "").rstrip("/"))
+        found = cluster.get(cluster.path("").rstrip("/"))
     except NotSeen:
         found = {}  # a person of one namespace may not read the namespace itself
     if found is None:
         yield Check("namespace", False, f"there is no {cluster.namespace}", "kubectl apply -k infra/namespace")
         return
-    yield Check("namespace", True, f"{cluster.namespace}{_pod_security(found)}", "")
-    ray = config.ray.cluster
-    accounts = [service_account, *([ray.service_account] if isinstance(ray, RayJobCluster) else [])]
-    if isinstance(ray, RayJobCluster) and config.registry.trusted_keys:
-        accounts.append(ray.evaluation_service_account)
-    environments = {**ENVIRONMENTS}
-    if has_many_users:  # its profile controller makes this one, and needs no providers
-        del environments[LAUNCHER]
-    for name, ask in (
-        ("kubeflow's controllers", deployments(cluster, "kubeflow's controllers", KUBEFLOW_CONTROLLERS)),
-        ("nodes", nodes(cluster)),
-        *((f"account {account}", _account(cluster, account)) for account in accounts if account),
-        ("rights of the steps", _rights(cluster, service_account)),
-        *((name, _environment(cluster, name, key)) for name, key in environments.items()),
-        ("openlineage", _open_lineage(cluster)),
-        *_ray(cluster, config),
-        ("a step's pod", _dry_pod(cluster, service_account, image)),
-    ):
-        yield _asked(name, ask)
-    for question in probe_questions(config) if image else ():
-        yield _asked(question.title, _probed(cluster, question, service_account, image))
+    level = (found.get("metadata", {}).get("labels") or {}).get("pod-security.kubernetes.io/enforce")
+    yield Check("namespace", True, f"{cluster.namespace}{f', which admits {level} pods' if level else ''}", "")
+    accounts = [service_account, *config.ray.cluster.accounts[: 2 if config.registry.trusted_keys else 1]]
+    # In a namespace of a user the profile controller makes the launcher's config, which needs no providers there.
+    environments = {name: key for name, key in ENVIRONMENTS.items() if not (has_many_users and name == LAUNCHER)}
+    checks: dict[str, Callable[[], Finding]] = {
+        "kubeflow's controllers": partial(_deployments, cluster, *KUBEFLOW_CONTROLLERS),
+        "nodes": partial(_nodes, cluster),
+        **{f"account {name}": partial(_account, cluster, name) for name in accounts if name},
+        "rights of the steps": partial(_rights, cluster, service_account),
+        **{name: partial(_environment, cluster, name, key) for name, key in environments.items()},
+        "openlineage": partial(_open_lineage, cluster),
+        **RAY_CHECKS[config.ray.cluster.kind](cluster, config),
+        "a step's pod": partial(
+            _dry, cluster, "pods?dryRun=All", probe_pod(cluster, service_account, image or IMAGE, "")
+        ),
+        **{
+            question.title: partial(run_probe, cluster, question, service_account, image)
+            for question in (probe_questions(config) if image else ())
+        },
+    }
+    for name, ask in checks.items():
+        try:
+            yield check(name, *ask())
+        except NotSeen as exc:
+            yield Check(name, True, f"not seen: {exc}", "", seen=False)
 
 
-def _asked(name: str, ask: Iterator[Check]) -> Check:
-    """The one finding of a question, or that it could not be asked."""
-    try:
-        return next(ask)
-    except NotSeen as exc:
-        return Check(name, True, f"not seen: {exc}", "", seen=False)
-
-
-def _kubeflow(environment: Mapping[str, str], host: str, namespace: str) -> tuple[Check, bool]:
-    """The finding, and whether the server has a namespace for each user."""
-    try:
-        kubeflow = connect(environment, host=host, namespace=namespace)
-    except FineloopError as exc:
-        return Check("kubeflow pipelines", False, str(exc), IN_MESSAGE), False
-    users = f"many users, yours is {kubeflow.namespace}" if kubeflow.namespace else "one namespace for all"
-    return Check("kubeflow pipelines", True, f"{kubeflow.host} answers: {users}", ""), bool(kubeflow.namespace)
-
-
-def _pod_security(namespace: Resource) -> str:
-    labels = namespace.get("metadata", {}).get("labels") or {}
-    level = labels.get("pod-security.kubernetes.io/enforce")
-    return f", which admits {level} pods" if level else ""
-
-
-def _account(cluster: Cluster, account: str) -> Iterator[Check]:
-    found = cluster.get(_in(cluster, f"serviceaccounts/{account}"))
+def _account(cluster: Cluster, account: str) -> Finding:
+    found = cluster.get(cluster.path(f"serviceaccounts/{account}"))
     detail = "is there" if found else f"{cluster.namespace} has no such service account"
-    yield check(f"account {account}", found is not None, detail, "kubectl apply -k infra/rbac")
+    return found is not None, detail, "kubectl apply -k infra/rbac"
 
 
-def _rights(cluster: Cluster, account: str) -> Iterator[Check]:
+def _rights(cluster: Cluster, account: str) -> Finding:
     """Asked for the account, not for us: a LocalSubjectAccessReview, which takes rights of its own."""
     user = f"system:serviceaccount:{cluster.namespace}:{account or 'default'}"
     path = f"/apis/authorization.k8s.io/v1/namespaces/{cluster.namespace}/localsubjectaccessreviews"
@@ -265,177 +262,151 @@ def _rights(cluster: Cluster, account: str) -> Iterator[Check]:
             if not cluster.create(path, review).get("status", {}).get("allowed"):
                 missing.append(f"{verb} {resource}")
     detail = f"{user} may not {', '.join(missing)}" if missing else "all that a run asks for"
-    yield check("rights of the steps", not missing, detail, "kubectl apply -k infra/rbac")
+    return not missing, detail, "kubectl apply -k infra/rbac"
 
 
-def _environment(cluster: Cluster, name: str, key: str) -> Iterator[Check]:
-    found = cluster.get(_in(cluster, name))
+def _environment(cluster: Cluster, name: str, key: str) -> Finding:
+    found = cluster.get(cluster.path(name))
     kind, _, object_name = name.partition("/")
     if found is None and object_name == STORE_SECRET:
-        yield Check(name, True, "absent: right where the service account's role gives access to the store", "")
-        return
+        return True, "absent: right where the service account's role gives access to the store", ""
     has_key = key in ((found or {}).get("data") or {})
     detail = f"has {key}" if has_key else f"has no key {key}" if found else f"{cluster.namespace} has none"
-    fix = f"make the {kind[:-1]} {object_name} as infra/README.md says"
-    yield check(name, has_key, detail, fix)
+    return has_key, detail, f"make the {kind[:-1]} {object_name} as infra/README.md says"
 
 
-def _open_lineage(cluster: Cluster) -> Iterator[Check]:
+def _open_lineage(cluster: Cluster) -> Finding:
     """Whether a server gets events of runs, and with which key; without TLS anyone could read the key."""
-    found = cluster.get(_in(cluster, f"configmaps/{CONFIG_MAP}")) or {}
-    url = (found.get("data") or {}).get("OPENLINEAGE_URL", "")
+    url = cluster.data(f"configmaps/{CONFIG_MAP}").get("OPENLINEAGE_URL", "")
     name = of_its_own()["report"].kubernetes
-    secret = (cluster.get(_in(cluster, f"secrets/{name}")) or {}) if url else {}
-    has_key = "OPENLINEAGE_API_KEY" in (secret.get("data") or {})
+    has_key = bool(url) and "OPENLINEAGE_API_KEY" in cluster.data(f"secrets/{name}")
     detail = f"{url}, {'with' if has_key else 'without'} the key of secret {name}" if url else "not configured"
     fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"
-    yield check("openlineage", not (has_key and url.startswith("http://")), detail, fix)
+    return not (has_key and url.startswith("http://")), detail, fix
 
 
-def _ray(cluster: Cluster, config: RunConfig) -> Iterator[tuple[str, Iterator[Check]]]:
-    ray = config.ray.cluster
-    if ray.has_address:
-        yield "ray address", _shared_ray(cluster)
-    if not isinstance(ray, RayJobCluster):
-        return
-    yield "kuberay", _kind(cluster, "kuberay", KUBERAY, "rayjobs", "install KubeRay: infra/README.md")
-    yield "kuberay's operator", deployments(cluster, "kuberay's operator", [KUBERAY_OPERATOR])
-    yield "a RayJob of this config", _dry_rayjob(cluster, config)
-    if ray.queue:
-        yield "kueue", _kind(cluster, "kueue", KUEUE, "localqueues", "install Kueue, or leave ray.cluster.queue empty")
-        yield "kueue's manager", deployments(cluster, "kueue's manager", [KUEUE_MANAGER])
-        yield "queue", _queue(cluster, config, ray.queue)
-        if ray.priority_class:
-            yield "priority", _priority(cluster, ray.priority_class)
-
-
-def _shared_ray(cluster: Cluster) -> Iterator[Check]:
-    found = cluster.get(_in(cluster, f"configmaps/{CONFIG_MAP}")) or {}
-    address = (found.get("data") or {}).get("RAY_ADDRESS", "")
+def _ray_address(cluster: Cluster) -> Finding:
+    address = cluster.data(f"configmaps/{CONFIG_MAP}").get("RAY_ADDRESS", "")
     fix = f"set RAY_ADDRESS in the config map {CONFIG_MAP}, or ray.cluster.kind = 'rayjob' in the config"
-    yield check("ray address", bool(address), address or "no RAY_ADDRESS for the steps", fix)
+    return bool(address), address or "no RAY_ADDRESS for the steps", fix
 
 
-def _kind(cluster: Cluster, name: str, path: str, resource: str, fix: str) -> Iterator[Check]:
+def _rayjob_checks(cluster: Cluster, config: RunConfig) -> dict[str, Callable[[], Finding]]:
+    ray = config.ray.cluster
+    assert isinstance(ray, RayJobCluster)
+    wanted = rayjob(config.ray, Job("doctor", "finetune", ("true",), 60.0), 1, namespace=cluster.namespace)
+    path = f"{KUBERAY}/namespaces/{cluster.namespace}/rayjobs?dryRun=All&fieldValidation=Strict"
+    checks: dict[str, Callable[[], Finding]] = {
+        "kuberay": partial(_kind, cluster, KUBERAY, "rayjobs", "install KubeRay: infra/README.md"),
+        "kuberay's operator": partial(_deployments, cluster, KUBERAY_OPERATOR),
+        "a RayJob of this config": partial(_dry, cluster, path, wanted),
+    }
+    if ray.queue:
+        checks["kueue"] = partial(
+            _kind, cluster, KUEUE, "localqueues", "install Kueue, or leave ray.cluster.queue empty"
+        )
+        checks["kueue's manager"] = partial(_deployments, cluster, KUEUE_MANAGER)
+        checks["queue"] = partial(_queue, cluster, config, ray.queue)
+        if ray.priority_class:
+            checks[f"priority {ray.priority_class}"] = partial(_priority, cluster, ray.priority_class)
+    return checks
+
+
+RAY_CHECKS: Mapping[str, Callable[[Cluster, RunConfig], dict[str, Callable[[], Finding]]]] = {
+    "jobs-api": lambda cluster, _: {"ray address": partial(_ray_address, cluster)},
+    "rayjob": _rayjob_checks,
+}
+"""The checks of a way to a Ray cluster, by `ray.cluster.kind`."""
+
+
+def _kind(cluster: Cluster, path: str, resource: str, fix: str) -> Finding:
     found = cluster.get(path) or {}
     is_there = any(each.get("name") == resource for each in found.get("resources", []))
-    served = path.removeprefix("/apis/")
-    yield check(name, is_there, f"{served} is {'' if is_there else 'not '}served", fix)
+    return is_there, f"{path.removeprefix('/apis/')} is {'' if is_there else 'not '}served", fix
 
 
-def deployments(cluster: Cluster, title: str, names: Sequence[str]) -> Iterator[Check]:
-    """Check that each deployment has a ready pod, in any namespace.
+def _deployments(cluster: Cluster, *names: str) -> Finding:
+    """Whether each deployment has a ready pod, in any namespace.
 
     Raises:
         NotSeen: we may not list deployments in the cluster, and cannot list them, or find none, in our namespace.
     """
     wrong, fixes, absent = list[str](), list[str](), list[str]()
     for name in names:
-        found = _named(cluster, name)
-        if not found:
+        by_name = f"deployments?fieldSelector=metadata.name%3D{name}"
+        try:
+            items = (cluster.get(f"/apis/apps/v1/{by_name}") or {}).get("items", [])
+        except NotSeen:
+            items = (cluster.get(f"/apis/apps/v1/namespaces/{cluster.namespace}/{by_name}") or {}).get("items", [])
+            if not items:
+                raise
+        if not items:
             absent.append(name)
-        elif not any((each.get("status") or {}).get("availableReplicas") for each in found):
+        elif not any((each.get("status") or {}).get("availableReplicas") for each in items):
             wrong.append(f"{name} has no pod that is ready")
-            fixes.append(_fix(found[0]))
-    if wrong:
-        yield Check(title, False, "; ".join(wrong), "; ".join(fixes))
-    elif absent:
-        yield Check(title, True, f"there is no deployment of the name {', '.join(absent)}", "", seen=False)
-    else:
-        yield Check(title, True, f"{', '.join(names)} run" if len(names) > 1 else f"{names[0]} runs", "")
+            kubectl = f"kubectl -n {items[0]['metadata']['namespace']}"
+            is_off = items[0]["spec"].get("replicas") == 0
+            fixes.append(
+                f"{kubectl} scale deployment {name} --replicas 1" if is_off else f"{kubectl} describe deployment {name}"
+            )
+    if absent and not wrong:
+        raise NotSeen(f"there is no deployment of the name {', '.join(absent)}")
+    return not wrong, "; ".join(wrong) or f"{', '.join(names)} run{'' if names[1:] else 's'}", "; ".join(fixes)
 
 
-def nodes(cluster: Cluster) -> Iterator[Check]:
-    """Check that at least one node is ready and accepts pods.
-
-    Raises:
-        NotSeen: we may not list nodes.
-    """
+def _nodes(cluster: Cluster) -> Finding:
+    """Whether at least one node is ready and accepts pods."""
     found = (cluster.get("/api/v1/nodes") or {}).get("items", [])
     cordoned = [each["metadata"]["name"] for each in found if each["spec"].get("unschedulable")]
-    ready = [each for each in found if _is_ready(each)]
+    ready = [
+        each
+        for each in found
+        if any(
+            c["type"] == "Ready" and c["status"] == "True" for c in (each.get("status") or {}).get("conditions") or []
+        )
+    ]
     free = [each for each in ready if not each["spec"].get("unschedulable")]
-    detail = f"{len(free)} of {len(found)} are ready and take pods"
     fix = f"kubectl uncordon {cordoned[0]}" if cordoned else "kubectl describe nodes"
-    yield check("nodes", bool(free), detail, fix)
+    return bool(free), f"{len(free)} of {len(found)} are ready and take pods", fix
 
 
-def _named(cluster: Cluster, name: str) -> list[Resource]:
-    by_name = f"?fieldSelector=metadata.name%3D{name}"
+def _dry(cluster: Cluster, path: str, body: Resource) -> Finding:
     try:
-        found = cluster.get(f"/apis/apps/v1/deployments{by_name}")
-    except NotSeen:
-        found = cluster.get(f"/apis/apps/v1/namespaces/{cluster.namespace}/deployments{by_name}")
-        if not (found or {}).get("items"):
-            raise
-    return list((found or {}).get("items", []))
-
-
-def _fix(deployment: Resource) -> str:
-    name, namespace = deployment["metadata"]["name"], deployment["metadata"]["namespace"]
-    if deployment["spec"].get("replicas") == 0:
-        return f"kubectl -n {namespace} scale deployment {name} --replicas 1"
-    return f"kubectl -n {namespace} describe deployment {name}"
-
-
-def _is_ready(node: Resource) -> bool:
-    conditions = (node.get("status") or {}).get("conditions") or []
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
-
-
-def _dry_rayjob(cluster: Cluster, config: RunConfig) -> Iterator[Check]:
-    wanted = rayjob(config.ray, Job("doctor", "finetune", ("true",), 60.0), 1, namespace=cluster.namespace)
-    path = f"{KUBERAY}/namespaces/{cluster.namespace}/rayjobs?dryRun=All&fieldValidation=Strict"
-    yield _dry(cluster, "a RayJob of this config", path, wanted)
-
-
-def _dry_pod(cluster: Cluster, account: str, image: str) -> Iterator[Check]:
-    body = probe_pod(cluster.namespace, account, image or IMAGE, "")
-    yield _dry(cluster, "a step's pod", f"{_in(cluster, 'pods')}?dryRun=All", body)
-
-
-def _dry(cluster: Cluster, name: str, path: str, body: Resource) -> Check:
-    try:
-        cluster.create(path, body)
+        cluster.create(path if path.startswith("/") else cluster.path(path), body)
     except Refused as exc:
         fix = next((fix for words, fix in REFUSALS.items() if words in str(exc)), IN_MESSAGE)
-        return Check(name, False, f"refused: {exc}", fix)
-    return Check(name, True, "the API server would take it", "")
+        return False, f"refused: {exc}", fix
+    return True, "the API server would take it", ""
 
 
-def _priority(cluster: Cluster, priority_class: str) -> Iterator[Check]:
+def _priority(cluster: Cluster, priority_class: str) -> Finding:
     found = cluster.get(f"{KUEUE}/workloadpriorityclasses/{priority_class}")
     detail = "is there" if found else "the cluster has none of that name"
-    yield check(f"priority {priority_class}", found is not None, detail, "kubectl apply -k infra/kueue")
+    return found is not None, detail, "kubectl apply -k infra/kueue"
 
 
-def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Iterator[Check]:
+def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Finding:
     local = cluster.get(f"{KUEUE}/namespaces/{cluster.namespace}/localqueues/{queue}")
     if local is None:
-        detail = f"{cluster.namespace} has no LocalQueue {queue}"
-        yield Check("queue", False, detail, "kubectl apply -k infra/kueue, or name yours in ray.cluster.queue")
-        return
+        fix = "kubectl apply -k infra/kueue, or name yours in ray.cluster.queue"
+        return False, f"{cluster.namespace} has no LocalQueue {queue}", fix
     name = local["spec"]["clusterQueue"]
     whole = cluster.get(f"{KUEUE}/clusterqueues/{name}")
     if whole is None:
-        yield Check("queue", False, f"{queue} belongs to ClusterQueue {name}, which is not there", "create it")
-        return
+        return False, f"{queue} belongs to ClusterQueue {name}, which is not there", "create it"
     inactive = [
         condition["message"]
         for condition in whole.get("status", {}).get("conditions", [])
         if condition["type"] == "Active" and condition["status"] != "True"
     ]
     if inactive or whole["spec"].get("stopPolicy", "None") != "None":
-        yield Check(
-            "queue", False, f"ClusterQueue {name} admits no job: {'; '.join(inactive) or 'stopped'}", "start it"
-        )
-        return
+        return False, f"ClusterQueue {name} admits no job: {'; '.join(inactive) or 'stopped'}", "start it"
     jobs, keys = [config.ray], "ray.num_workers, ray.cluster.worker"
     if config.data.engine == "ray":
         jobs, keys = [*jobs, config.ray.for_data(timeout_s=config.data.timeout_s)], f"{keys}, ray.cluster.data"
     short = list(dict.fromkeys(lack for job in jobs for lack in lacking(demand(job), whole)))
     fix = f"raise the quota of ClusterQueue {name}, or ask for less: {keys}"
-    yield check("queue", not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix)
+    return not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix
 
 
 # Resources that a config's Ray job requests from Kueue, and whether a ClusterQueue can ever grant them.
@@ -487,14 +458,6 @@ def _quotas(cluster_queue: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _formatted(quantity: Decimal) -> str:
     gib = quantity / 2**30
     return f"{gib:.0f} GiB" if gib >= 1 else f"{quantity.normalize():f}"
-
-
-def _probed(cluster: Cluster, question: Question, account: str, image: str) -> Iterator[Check]:
-    yield run_probe(cluster, question, account, image)
-
-
-def _in(cluster: Cluster, what: str) -> str:
-    return f"/api/v1/namespaces/{cluster.namespace}/{what}"
 
 
 # Probe pods that try what a run will reach, under the same conditions as its step or its worker in the namespace.
@@ -559,7 +522,7 @@ def probe_questions(config: RunConfig) -> Iterator[Question]:
 
 
 def probe_pod(
-    namespace: str,
+    cluster: Cluster,
     account: str,
     image: str,
     script: str,
@@ -572,7 +535,7 @@ def probe_pod(
         "kind": "Pod",
         "metadata": {
             "name": name,
-            "namespace": namespace,
+            "namespace": cluster.namespace,
             "labels": {PART_OF: "fineloop", **labels, **NO_MESH},
         },
         "spec": {
@@ -609,40 +572,39 @@ def probe_pod(
     }
 
 
-def run_probe(cluster: Cluster, question: Question, account: str, image: str) -> Check:
+def run_probe(cluster: Cluster, question: Question, account: str, image: str) -> Finding:
     """Start the probe, wait until it ends, and delete it in any case.
 
     Raises:
         NotSeen: we may not create pods, or the API server does not answer.
     """
     name = f"fineloop-doctor-{secrets.token_hex(4)}"
-    pods = f"/api/v1/namespaces/{cluster.namespace}/pods"
-    cluster.create(pods, probe_pod(cluster.namespace, account, image, question.script, name, question.labels))
+    cluster.create(cluster.path("pods"), probe_pod(cluster, account, image, question.script, name, question.labels))
     try:
-        return _followed(cluster, f"{pods}/{name}", name, question, image)
+        return _followed(cluster, name, question, image)
     finally:
-        cluster.delete(f"{pods}/{name}")
+        cluster.delete(cluster.path(f"pods/{name}"))
 
 
-def _followed(cluster: Cluster, path: str, name: str, question: Question, image: str) -> Check:
-    title, began = question.title, time.monotonic()
+def _followed(cluster: Cluster, name: str, question: Question, image: str) -> Finding:
+    began = time.monotonic()
     found: Resource = {}
     while (waited := time.monotonic() - began) < PROBE_S:
-        found = cluster.get(path) or {}
+        found = cluster.get(cluster.path(f"pods/{name}")) or {}
         phase = found.get("status", {}).get("phase", "Pending")
         if phase == "Succeeded":
-            return Check(title, True, f"{image} runs, and {question.yes}", "")
+            return True, f"{image} runs, and {question.yes}", ""
         if phase == "Failed":
-            said = cluster.log(name).strip().splitlines()
-            return Check(title, False, said[-1] if said else _why(found), question.fix)
+            lines = cluster.log(name).strip().splitlines()
+            return False, lines[-1] if lines else _why(found), question.fix
         if stuck := _stuck(found):
-            return Check(title, False, stuck, "give an image that the nodes may pull: --image, imagePullSecrets")
+            return False, stuck, "give an image that the nodes may pull: --image, imagePullSecrets"
         if waited > UNPLACED_S and (nowhere := _unplaced(found)):
             fix = "kubectl get nodes; where nodes have to be made first, ask again in some minutes"
-            return Check(title, False, f"no node takes the pod: {nowhere}", fix)
+            return False, f"no node takes the pod: {nowhere}", fix
         time.sleep(POLL_S)
     why = f"the pod did not end within {PROBE_S:.0f} s: {_why(found)}"
-    return Check(title, False, why, f"kubectl -n {cluster.namespace} get events")
+    return False, why, f"kubectl -n {cluster.namespace} get events"
 
 
 def _stuck(found: Resource) -> str:

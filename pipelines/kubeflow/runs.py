@@ -251,7 +251,11 @@ def listed(
     """
     chosen: dict[str, Any] = {}
     if experiment:
-        chosen["experiment_id"] = _experiment_id(kubeflow, experiment)
+        experiments, of_mine = kubeflow.client.list_experiments, {"namespace": kubeflow.namespace or None}
+        experiment_id = kubeflow.id_of("experiments", experiment, experiments, "experiment_id", **of_mine)
+        if not experiment_id:
+            raise UserError(f"--experiment {experiment}: {kubeflow.host} has no such experiment")
+        chosen["experiment_id"] = experiment_id
     wanted = state.upper()
     if wanted:
         chosen["filter"] = one_of("state", *SERVER_STATES.get(wanted, [wanted]))
@@ -270,15 +274,6 @@ def of_schedule(kubeflow: Kubeflow, recurring_run_ids: Sequence[str]) -> list[An
 def _details(kubeflow: Kubeflow, **chosen: Any) -> Iterator[Any]:
     namespace = {} if "experiment_id" in chosen else {"namespace": kubeflow.namespace or None}
     return kubeflow.listed("runs", kubeflow.client.list_runs, "runs", sort_by=NEWEST_FIRST, **namespace, **chosen)
-
-
-def _experiment_id(kubeflow: Kubeflow, name: str) -> str:
-    namespace = kubeflow.namespace or None
-    experiments = kubeflow.client.list_experiments
-    experiment_id = kubeflow.id_of("experiments", name, experiments, "experiment_id", namespace=namespace)
-    if not experiment_id:
-        raise UserError(f"--experiment {name}: {kubeflow.host} has no such experiment")
-    return experiment_id
 
 
 def start(
@@ -337,8 +332,10 @@ def follow(
         else:
             news = [*_news(run, last_seen)]
             if not run.is_over and clock() - looked >= PROGRESS_S:
-                looked = clock()
-                news += _further(progress(), last_seen)
+                looked, further = clock(), progress()
+                if further and last_seen.get("progress") != further:
+                    last_seen["progress"] = further
+                    news.append(further)
             for line in news:
                 say(line)
             if run.is_over:
@@ -356,21 +353,10 @@ def _news(run: Run, last_seen: dict[str, str]) -> list[str]:
     for task in run.task_runs():
         if task.began and last_seen.get(task.name) != task.state:
             last_seen[task.name] = task.state
-            lines.append(f"[{task.name}] {_task_line(task)}")
+            how = "started" if task.state == "RUNNING" else task.state.lower()
+            over = "" if task.seconds is None else f"{task.state.lower()} after {duration(task.seconds)}"
+            lines.append(f"[{task.name}] {over or how}")
     return lines
-
-
-def _further(progress: str, last_seen: dict[str, str]) -> list[str]:
-    if not progress or last_seen.get("progress") == progress:
-        return []
-    last_seen["progress"] = progress
-    return [progress]
-
-
-def _task_line(task: TaskRun) -> str:
-    if task.seconds is None:
-        return "started" if task.state == "RUNNING" else task.state.lower()
-    return f"{task.state.lower()} after {duration(task.seconds)}"
 
 
 def stop(
