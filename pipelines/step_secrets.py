@@ -41,8 +41,8 @@ def of_step(name: str, environment: Mapping[str, str]) -> dict[str, str]:
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without the secrets of any step or tracker."""
-    from components.config import track
+    from components.config.schema import TRACKER_SECRETS
 
     own = [each.prefixes for each in of_its_own().values()]
-    every = tuple(prefix for prefixes in (*own, *track.SECRETS.values()) for prefix in prefixes)
+    every = tuple(prefix for prefixes in (*own, *TRACKER_SECRETS.values()) for prefix in prefixes)
     return {name: value for name, value in environment.items() if not name.startswith(every)}

@@ -291,10 +291,10 @@ def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
         return f'it belongs to {_path(where[:-2])}.kind = "{others[0]}", and this is kind = "{where[-2]}"'
     meant = [path for path in key_paths(RunConfig) if path.rpartition(".")[2] == unknown]
     meant = meant or [theirs for theirs in (SYNONYMS.get(unknown),) if theirs]
+    keys = [key for key, field in section.model_fields.items() if not is_old(field)]
     if not meant:
-        near = difflib.get_close_matches(unknown, section.model_fields, n=1)
-        meant = [f"{prefix}.{key}" if prefix else key for key in near]
-    return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(section.model_fields)}"
+        meant = [f"{prefix}.{key}" if prefix else key for key in difflib.get_close_matches(unknown, keys, n=1)]
+    return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(keys)}"
 
 
 def _path(where: Sequence[str | int]) -> str:

@@ -50,7 +50,6 @@ class Method:
 
     @property
     def learning_rate(self) -> float:
-        """Default peak learning rate."""
         return LORA_LEARNING_RATE * self.relative_rate
 
 

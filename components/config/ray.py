@@ -81,7 +81,8 @@ NVIDIA_GPU = "nvidia.com/gpu"
 
 # TOKENIZERS_PARALLELISM and its like are settings, not tokens.
 _SECRET = re.compile(r"KEY|SECRET|TOKEN(?!IZ)|PASSW|CREDENTIAL", re.IGNORECASE)
-_TAKEN = re.compile(r"(^|[.-])(kubernetes|k8s|kubeflow|ray|istio|fineloop)\.(io|org|dev)$")
+# The cluster's and Fineloop's own, and those by which webhooks give a pod a role of a cloud, or a vault's secrets.
+_TAKEN = re.compile(r"(^|[.-])((kubernetes|k8s|kubeflow|ray|istio|fineloop)\.(io|org|dev)|(amazonaws|hashicorp)\.com)$")
 _OURS = ("FINELOOP_IMAGE", "HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
 
 GIB = 2**30
@@ -228,11 +229,9 @@ class JobsApiCluster(Section):
         """None, as for all that depends on pods."""
 
     def for_data(self) -> "JobsApiCluster":
-        """Itself."""
         return self
 
     def for_evaluation(self) -> "JobsApiCluster":
-        """Itself."""
         return self
 
 
@@ -413,7 +412,6 @@ class RayJobCluster(Section):
         return self.service_account, self.evaluation_service_account
 
     def pods(self, num_workers: int) -> int:
-        """Number of worker pods for this many workers."""
         return self.nodes or num_workers
 
     def worker_bytes(self, num_workers: int) -> int | None:
@@ -536,12 +534,10 @@ class RayConfig(Section):
 
     @property
     def max_workers(self) -> int:
-        """The most that train."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the number of workers may change while they train."""
         return self.min_workers < self.max_workers
 
     @property

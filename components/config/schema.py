@@ -29,7 +29,6 @@ from components.config.methods import (
 )
 from components.config.ray import IMAGE, OF_EVERY_STEP, RayConfig
 from components.config.section import REMOVED, Added, Section, identity
-from components.config.track import TrackConfig
 from components.config.train import SHARING
 from components.config.train import DataConfig as DataConfig
 from components.config.train import TrainConfig as TrainConfig
@@ -108,6 +107,44 @@ class AnnounceConfig(Section):
     webhook: Url = ""
     """URL that receives each move as JSON, signed with FINELOOP_WEBHOOK_SECRET as GitHub signs
     (X-Hub-Signature-256)."""
+
+
+# Trackers of experiments that see a training's curve while it goes on.
+
+Project = Annotated[str, StringConstraints(pattern=r"^([\w.-]+(/[\w.-]+)?)?$")]
+Uri = Annotated[str, StringConstraints(pattern=r"^((https?://[^\s/?#@]+(/\S*)?)|((sqlite|file):/\S+))?$")]
+
+TRACKER_SECRETS: Mapping[str, tuple[str, ...]] = {
+    "mlflow": ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    "wandb": ("WANDB_API_KEY",),
+    "trackio": (),
+}
+"""The environment variables that each tracker logs in with. Only the worker that tracks is given them."""
+TRACKED_RUNS = "FINELOOP_RUNS"
+"""Environment variable of a head of this machine: the folder of its runs, where a worker finds TRACKER_SECRETS_FILE."""
+TRACKER_SECRETS_FILE = "scratch/track.json"
+"""The secrets of a run's trackers in its folder on this machine, while it runs."""
+
+
+class TrackConfig(Section):
+    """Trackers that the first worker sends each step and measurement to while it trains; none by default.
+
+    Their packages are installed beside the workers by whoever names them. A tracker that is away costs its own points
+    and no step. Tokens come from the environment, by the names that each package reads: MLFLOW_TRACKING_TOKEN, or
+    MLFLOW_TRACKING_USERNAME and _PASSWORD; WANDB_API_KEY.
+    """
+
+    mlflow: Uri = ""
+    """MLflow's tracking URI, such as http://mlflow:5000 or sqlite:////srv/mlflow.db: a run in the experiment of the
+    adapter's name."""
+    wandb: Project = ""
+    """Project of Weights & Biases: PROJECT or ENTITY/PROJECT."""
+    trackio: Project = ""
+    """Project of trackio."""
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        return tuple(name for tracker, names in TRACKER_SECRETS.items() if getattr(self, tracker) for name in names)
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -209,7 +246,6 @@ class MethodConfig(Section):
 
     @property
     def r(self) -> int:
-        """The rank in force."""
         return self.rank if self.rank is not None else self.row.rank
 
     @property
@@ -297,7 +333,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _texts_are_read_where_they_decide(self) -> "RunConfig":
+    def _measures_what_decides(self) -> "RunConfig":
         if self.gate.worse_on_general_text_by is not None and self.evaluate.general_passages < 2:
             raise ValueError(
                 "gate.worse_on_general_text_by asks for what evaluate.general_passages "
@@ -308,19 +344,11 @@ class RunConfig(Section):
                 f"gate.kl_from_base_at_most asks for what evaluate.own_answers {self.evaluate.own_answers} does not "
                 "measure: raise that to 24 or more, or remove it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _suites_are_asked_where_they_decide(self) -> "RunConfig":
         if self.gate.suite_worse_by is not None and not self.evaluate.suites:
             raise ValueError(
                 "gate.suite_worse_by asks for what no suite of evaluate.suites measures: name suites there, such as "
                 '["instructions", "json"], or remove it'
             )
-        return self
-
-    @model_validator(mode="after")
-    def _answers_are_whole(self) -> "RunConfig":
         if self.data.replay_from == "production" and self.model.thinking:
             raise ValueError(
                 "data.replay_from production trains on answers without their reasoning, and model.thinking trains on "
@@ -345,35 +373,23 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _dtype_has_its_device(self) -> "RunConfig":
+    def _has_its_device(self) -> "RunConfig":
         if self.train.dtype == "float16" and not self.ray.use_gpu:
             raise ValueError(
                 "train.dtype float16 is for GPUs without bfloat16, and CPU workers have that: train.dtype=auto, or "
                 "ray.use_gpu=true"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _dense_base_is_whole_and_on_cpus(self) -> "RunConfig":
         if self.train.dense_base and (self.ray.use_gpu or self.train.zero_stage == 3):
             where = "ray.use_gpu" if self.ray.use_gpu else "train.zero_stage 3, which shares the base out"
             raise ValueError(
                 f"train.dense_base is for CPU workers that hold a whole base each, not with {where}: "
                 "remove train.dense_base"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _activations_leave_a_gpu(self) -> "RunConfig":
         if self.train.activation_offloading and not self.ray.use_gpu:
             raise ValueError(
                 "train.activation_offloading moves activations from a GPU to its host, where they lie without "
                 "ray.use_gpu: remove train.activation_offloading"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _optimizer_has_its_memory(self) -> "RunConfig":
         if self.train.optimizer == "paged_adamw_8bit" and (not self.ray.use_gpu or self.train.cpu_offload):
             where = "with train.cpu_offload" if self.ray.use_gpu else "without ray.use_gpu"
             raise ValueError(
@@ -407,7 +423,6 @@ class RunConfig(Section):
 
     @property
     def learning_rate(self) -> float:
-        """The peak rate in force."""
         return self.train.learning_rate if self.train.learning_rate is not None else self.method.row.learning_rate
 
     def on(self, num_workers: int) -> "RunConfig":

@@ -16,8 +16,7 @@ from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from components.config.schema import AnnounceConfig
-from components.config.track import SECRETS
+from components.config.schema import TRACKER_SECRETS, AnnounceConfig
 from components.records.steps import StepRecord, finite
 from components.registry import versions
 from components.shared.errors import AnnounceError, FineloopError
@@ -345,7 +344,7 @@ class Notifier(NamedTuple):
 
 NOTIFIERS: dict[str, Notifier] = {
     "model_registry": Notifier(notify_model_registry, (REGISTRY_TOKEN,)),
-    "mlflow": Notifier(notify_mlflow, SECRETS["mlflow"]),
+    "mlflow": Notifier(notify_mlflow, TRACKER_SECRETS["mlflow"]),
     "webhook": Notifier(notify_webhook, (WEBHOOK_SECRET,)),
 }
 """The notifiers by the key of the config that holds the address."""

@@ -48,7 +48,6 @@ class Job:
 
     @property
     def about(self) -> dict[str, str]:
-        """The metadata about it that the cluster keeps."""
         known = {
             "fineloop_run_id": self.run_id,
             "fineloop_task": self.task,
@@ -135,7 +134,6 @@ class LogCopy:
 
     @property
     def is_done(self) -> bool:
-        """Whether the log has come to the end of this part."""
         return bool(self._upto) and end_of(self.text, self._upto) is not None
 
     def take(self, text: str, *, source: str = "", final: bool = False) -> None:
@@ -173,7 +171,6 @@ class Turns:
 
     @property
     def is_due(self) -> bool:
-        """Whether the pause is over."""
         return self._clock() >= self._rests_until
 
     @contextlib.contextmanager

@@ -33,7 +33,6 @@ class JobsApi:
         self._client = _connect(address)
 
     def job_id(self, job: Job, attempt: int) -> str:
-        """The submission id."""
         return f"fineloop-{job.run_id}-{job.task}-{attempt}"
 
     def attempts(self, job: Job) -> dict[int, State]:
@@ -99,11 +98,9 @@ class JobsApi:
             time.sleep(poll_s)
 
     def stop_now(self, job_id: str) -> None:
-        """Request the stop with one call."""
         _call(f"stop {job_id}", lambda: self._client.stop_job(job_id))
 
     def stop(self, job_id: str) -> None:
-        """Ask until the job has ended, for a while."""
         deadline = time.monotonic() + STOP_S
         with contextlib.suppress(JobError):
             while time.monotonic() < deadline:
@@ -113,7 +110,6 @@ class JobsApi:
                 time.sleep(0.2)
 
     def live(self) -> list[LiveJob]:
-        """The jobs whose metadata names a run of ours, and that have not ended."""
         now = time.time()
         return [
             LiveJob(

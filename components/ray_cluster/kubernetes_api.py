@@ -116,7 +116,6 @@ class KubernetesApi:
         )
 
     def patch(self, name: str, body: Resource) -> None:
-        """Merge `body` into a RayJob."""
         self.call(
             f"patch RayJob {name}",
             lambda: self._objects.patch_namespaced_custom_object(*self._where, name, body, _request_timeout=CALL_S),
@@ -275,7 +274,6 @@ class Watched:
         return self.newest
 
     def _broken(self, error: Exception) -> None:
-        """Prepare the next try, or give up."""
         status = getattr(error, "status", None)
         if status == 410:  # our version is older than what the server remembers
             self._version = ""

@@ -56,11 +56,9 @@ class RayJobs:
         self._api = KubernetesApi(ray.cluster.namespace)
 
     def job_id(self, job: Job, attempt: int) -> str:
-        """The RayJob's name."""
         return manifest.rayjob_name(job, attempt)
 
     def attempts(self, job: Job) -> dict[int, State]:
-        """The attempts by the number in their label."""
         items, _ = self._api.list(manifest.labels(job))
         return {int(found["metadata"]["labels"].get(manifest.ATTEMPT, 1)): state(found) for found in items}
 
@@ -82,7 +80,6 @@ class RayJobs:
             self._api.patch(job_id, {"metadata": {"ownerReferences": [*owners, owner.reference()]}})
 
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
-        """Watch it, report changes, and copy its log."""
         watched, clock, stage = Watched(self._api, job_id), _Clock(job, self._cluster), ""
         job_log, running_on, queue = JobLog(self._api, job_id, log), "", KueueQueue(self._api)
         found = watched.wait(0)
@@ -138,7 +135,6 @@ class RayJobs:
             time.sleep(0.1)
 
     def live(self) -> list[LiveJob]:
-        """The RayJobs with our label that have not ended."""
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
         return [_live(found) for found in items if state(found) == "live"]
 
@@ -195,7 +191,6 @@ class _Clock:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the limit of the current phase."""
         return max(0.0, self._limits[self._queued] - self._spent[self._queued])
 
 

@@ -192,8 +192,7 @@ def _submitter(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
         "name": "ray-job-submitter",
         "image": cluster.image,
         "env": [{"name": "HOME", "value": HOME}],
-        "securityContext": _container_security(),
-        "volumeMounts": _mounts(),
+        **_confined(),
         "resources": _exactly({"cpu": "500m", "memory": "1Gi"}),
     }
     pod = _pod(cluster, job, "submitter", container, SUBMITTER_DISK_GIB)
@@ -259,25 +258,20 @@ def _container(name: str, cluster: RayJobCluster, drain_s: int) -> dict[str, Any
         "image": cluster.image,
         "env": [{"name": key, "value": value} for key, value in env.items()],
         "envFrom": [{"configMapRef": {"name": CONFIG_MAP}}, {"secretRef": {"name": STORE_SECRET, "optional": True}}],
-        "securityContext": _container_security(),
-        "volumeMounts": _mounts(),
+        **_confined(),
     }
 
 
-def _container_security() -> dict[str, Any]:
+def _confined() -> dict[str, Any]:
+    """A container without rights, and with the only two folders that it may write to."""
     return {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": HOME}],
     }
-
-
-def _mounts() -> list[dict[str, str]]:
-    """The mounts of all writable folders; the root file system is read-only."""
-    return [
-        {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "home", "mountPath": HOME},
-    ]
 
 
 def _exactly(resources: dict[str, str]) -> dict[str, dict[str, str]]:

@@ -70,7 +70,10 @@ def submit_and_wait(
     """
     backend = connect(ray)
     log = LogCopy(output or sys.stdout, after=after, upto=upto)
-    attempt, exists = _attempt(backend, job)
+    attempts = backend.attempts(job)
+    attempt = max(attempts, default=0)
+    exists = attempt > 0 and attempts[attempt] != "ended"
+    attempt += not exists
     job_id = backend.job_id(job, attempt)
     with _stopped_with_its_run(backend, job_id) as is_stopping:
         if exists:
@@ -83,7 +86,7 @@ def submit_and_wait(
     if ended.status == "STOPPED" and is_stopping.is_set():
         raise JobError(f"the run is being stopped, and {backend.noun} {job_id} with it")
     if ended.status != "SUCCEEDED":
-        raise _error(backend.noun, job_id, ended, log.text)
+        raise _error(f"{backend.noun} {job_id}", ended, log.text)
     return job_id
 
 
@@ -151,25 +154,16 @@ def connect(ray: RayConfig | None = None) -> Backend:
     return BACKENDS[ray.cluster.kind](ray)
 
 
-def _attempt(backend: Backend, job: Job) -> tuple[int, bool]:
-    """The newest attempt and True when it runs or succeeded, else the next number and False."""
-    attempts = backend.attempts(job)
-    newest = max(attempts, default=0)
-    if newest and attempts[newest] != "ended":
-        return newest, True
-    return newest + 1, False
-
-
-def _error(noun: str, job_id: str, ended: JobEnd, log: str) -> Exception:
+def _error(name: str, ended: JobEnd, log: str) -> Exception:
     failure = find_failure(log) or find_failure(ended.message)
     if failure is not None:
         return failure.as_error()
     if ended.status == "STOPPED":
-        return JobError(f"{noun} {job_id} was stopped by someone else")
+        return JobError(f"{name} was stopped by someone else")
     if low := ran_low(ended.message) or ran_low(last_lines(log, LINES_OF_RAY)):
-        return JobError(f"{noun} {job_id} failed: {low}")
+        return JobError(f"{name} failed: {low}")
     last = last_lines(log) or last_lines(ended.message) or "it printed nothing"
-    return JobError(f"{noun} {job_id} failed {ended.why}; its last lines:\n  {last}")
+    return JobError(f"{name} failed {ended.why}; its last lines:\n  {last}")
 
 
 @contextlib.contextmanager
@@ -237,20 +231,14 @@ def require_disk(config: RunConfig) -> None:
 def base_bytes(model: ModelConfig) -> int | None:
     """The bytes that a pod downloads; None where there is no listing, or the base is neither in S3 nor on a hub."""
     if model.base.startswith("s3://"):
-        return _in_s3(model.base)
-    return None if "://" in model.base or model.base.startswith((".", "/", "~")) else _on_the_hub(model)
-
-
-def _in_s3(uri: str) -> int | None:
-    store, prefix = open_uri(uri, field="model.base")
-    try:
-        return sum(item.size for item in store.list(prefix.rstrip("/") + "/")) or None
-    except StoreError as exc:
-        logger.info("the size of model.base is not known here: %s", exc)
+        store, prefix = open_uri(model.base, field="model.base")
+        try:
+            return sum(item.size for item in store.list(prefix.rstrip("/") + "/")) or None
+        except StoreError as exc:
+            logger.info("the size of model.base is not known here: %s", exc)
+            return None
+    if "://" in model.base or model.base.startswith((".", "/", "~")):
         return None
-
-
-def _on_the_hub(model: ModelConfig) -> int | None:
     try:
         from huggingface_hub import HfApi
 
@@ -260,9 +248,6 @@ def _on_the_hub(model: ModelConfig) -> int | None:
     except Exception as exc:  # not installed, out of reach, or refused: many types, and none has to stop a run
         logger.info("the size of model.base is not known here: %s", str(exc).partition("\n")[0])
         return None
-    names = {each.rfilename: each.size or 0 for each in found.siblings or []}
-    return sum(size for name, size in names.items() if _is_downloaded(name)) or None
-
-
-def _is_downloaded(name: str) -> bool:
-    return fnmatch.fnmatch(name, WEIGHTS) and not any(fnmatch.fnmatch(name, pattern) for pattern in NEVER)
+    sizes = {each.rfilename: each.size or 0 for each in found.siblings or []}
+    weights = fnmatch.filter(sizes, WEIGHTS)
+    return sum(sizes[name] for name in weights if not any(fnmatch.fnmatch(name, pattern) for pattern in NEVER)) or None

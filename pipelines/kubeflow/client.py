@@ -43,11 +43,9 @@ class Kubeflow:
     namespace: str
 
     def run_url(self, run_id: str) -> str:
-        """Return the address of a run in the UI."""
         return f"{self.ui}/#/runs/details/{run_id}"
 
     def schedule_url(self, recurring_run_id: str) -> str:
-        """Return the address of a recurring run in the UI."""
         return f"{self.ui}/#/recurringrun/details/{recurring_run_id}"
 
     def asking(self, what: str) -> contextlib.AbstractContextManager[None]:

@@ -128,7 +128,6 @@ class Cluster:
         self._ask("DELETE", path)
 
     def log(self, pod: str) -> str:
-        """Return the log of a pod's container."""
         return str(self._ask("GET", self.path(f"pods/{pod}/log"), raw=True) or "")
 
     def _ask(self, method: str, path: str, body: Resource | None = None, *, raw: bool = False) -> Any:
@@ -222,7 +221,8 @@ def cluster_checks(
         "rights of the steps": partial(_rights, cluster, service_account),
         **{name: partial(_environment, cluster, name, key) for name, key in environments.items()},
         "openlineage": partial(_open_lineage, cluster),
-        **RAY_CHECKS[config.ray.cluster.kind](cluster, config),
+        **({"ray address": partial(_ray_address, cluster)} if config.ray.cluster.has_address else {}),
+        **RAY_CHECKS.get(config.ray.cluster.kind, lambda *_: {})(cluster, config),
         "a step's pod": partial(
             _dry, cluster, "pods?dryRun=All", probe_pod(cluster, service_account, image or IMAGE, "")
         ),
@@ -313,10 +313,9 @@ def _rayjob_checks(cluster: Cluster, config: RunConfig) -> dict[str, Callable[[]
 
 
 RAY_CHECKS: Mapping[str, Callable[[Cluster, RunConfig], dict[str, Callable[[], Finding]]]] = {
-    "jobs-api": lambda cluster, _: {"ray address": partial(_ray_address, cluster)},
     "rayjob": _rayjob_checks,
 }
-"""The checks of a way to a Ray cluster, by `ray.cluster.kind`."""
+"""What else has to be there for a way to a Ray cluster, by `ray.cluster.kind`."""
 
 
 def _kind(cluster: Cluster, path: str, resource: str, fix: str) -> Finding:

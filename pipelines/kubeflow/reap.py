@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from components.ray_cluster.backend import Backend, LiveJob
@@ -28,7 +29,6 @@ class Verdict:
     why: str
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts."""
         job = self.job
         about = {"job_id": job.job_id, "run_id": job.run_id, "task": job.task, "kfp_run_id": job.kfp_run_id}
         return {**about, "age_s": round(job.age_s), "why": self.why}
@@ -92,12 +92,10 @@ def state_on(connect: Callable[[], Kubeflow]) -> StateOf:
     """Ask a server, which is connected to when the first job needs it."""
     import kfp_server_api
 
-    connected: list[Kubeflow] = []
+    server = cache(connect)
 
     def ask(run_id: str) -> str | None:
-        if not connected:
-            connected.append(connect())
-        kubeflow = connected[0]
+        kubeflow = server()
         with kubeflow.asking(f"show run {run_id}"):
             try:
                 return state_of(kubeflow.client.get_run(run_id))

@@ -63,11 +63,9 @@ class TaskRun:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took, once it is over."""
         return (self.ended - self.began).total_seconds() if self.began and self.ended else None
 
     def as_json(self) -> dict[str, Any]:
-        """The task for scripts."""
         return {"state": self.state, "began": stamp(self.began), "ended": stamp(self.ended), "seconds": self.seconds}
 
 
@@ -81,47 +79,38 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """Kubeflow's id."""
         return str(self.detail.run_id)
 
     @property
     def name(self) -> str:
-        """What people call it."""
         return str(self.detail.display_name)
 
     @property
     def state(self) -> str:
-        """As `state_of` has it."""
         return state_of(self.detail)
 
     @property
     def is_over(self) -> bool:
-        """Nothing of it will change any more."""
         return self.state in OVER
 
     @property
     def succeeded(self) -> bool:
-        """It did all that it should have."""
         return self.state in ("SUCCEEDED", "SKIPPED")
 
     @property
     def url(self) -> str:
-        """Where people see it."""
         return self.kubeflow.run_url(self.run_id)
 
     @cached_property
     def config(self) -> GivenConfig:
-        """The config that it runs with."""
         return GivenConfig.of(self.detail, self.spec)
 
     @property
     def is_ours(self) -> bool:
-        """One of Fineloop's pipelines."""
         return bool(self.config.adapter) or self.spec.get("pipelineInfo", {}).get("name", "").startswith("fineloop-")
 
     @property
     def store_run_id(self) -> str:
-        """The run's name in the store."""
         return sent(self.detail).get("run_id") or self.run_id
 
     def task_runs(self) -> list[TaskRun]:
@@ -142,7 +131,6 @@ class Run:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """The run for scripts, without its steps."""
         return {
             "run_id": self.run_id,
             "run_name": self.name,
@@ -413,7 +401,6 @@ class RunJobs:
         self.stopped: list[str] = []
 
     def stop(self) -> None:
-        """Stop the run's jobs that are alive."""
         try:
             self.stopped += [each for each in stop_run(self._run_id, self._ray) if each not in self.stopped]
             self._why = ""
@@ -422,7 +409,6 @@ class RunJobs:
 
     @property
     def lines(self) -> list[str]:
-        """What became of them, for people."""
         said = [f"stopped {job_id}" for job_id in self.stopped]
         if self._why:
             said.append(f"its Ray jobs are left to its steps and to the cluster's `fineloop reap`: {self._why}")

@@ -71,17 +71,14 @@ class Schedule:
 
     @property
     def name(self) -> str:
-        """The display name."""
         return str(self.detail.display_name)
 
     @property
     def recurring_run_id(self) -> str:
-        """Kubeflow's id of the recurring run."""
         return str(self.detail.recurring_run_id)
 
     @property
     def is_enabled(self) -> bool:
-        """Whether it starts runs, and is not paused."""
         return bool(self.detail.status == "ENABLED")
 
     @property
@@ -97,7 +94,6 @@ class Schedule:
 
     @property
     def timing(self) -> Timing:
-        """The times of its runs."""
         trigger = self.detail.trigger.cron_schedule if self.detail.trigger else None
         return Timing(
             self.cron,
@@ -108,7 +104,6 @@ class Schedule:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters of each of its runs."""
         return sent(self.detail)
 
     @property
@@ -118,7 +113,6 @@ class Schedule:
 
     @property
     def url(self) -> str:
-        """Address of the schedule in the UI."""
         return self.kubeflow.schedule_url(self.recurring_run_id)
 
     def live_runs(self) -> list[str]:
@@ -127,7 +121,6 @@ class Schedule:
         return [detail.run_id for detail in runs.of_schedule(self.kubeflow, mine)]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the schedule for scripts."""
         timing = self.timing
         return {
             "name": self.name,

@@ -57,7 +57,7 @@ class RayHead:
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
         """Return the command line of `ray start --head` and its environment."""
-        from components.config.track import RUNS  # not at the top: `fineloop --help` imports this module's neighbours
+        from components.config.schema import TRACKED_RUNS  # `fineloop --help` imports this module's neighbours
 
         *own_ports, dashboard_metrics_port = ports
         if not self._token_path.exists():
@@ -96,7 +96,7 @@ class RayHead:
             **environment,
             # Ray Train asks it for the state of actors, and cannot find it by itself beside another Ray.
             "RAY_API_SERVER_ADDRESS": self.endpoint(ports)["url"],
-            RUNS: str(self.directory.parent / "runs"),
+            TRACKED_RUNS: str(self.directory.parent / "runs"),
             "TMPDIR": scratch,  # for jobs, which may be killed before they empty it
         }
 

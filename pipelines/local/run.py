@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 from components.config import config_file
 from components.config.methods import setting
-from components.config.schema import RunConfig
-from components.config.track import SECRETS_FILE
+from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
 from components.promote.announce import failed_notifications, warning
 from components.records import runs
 from components.records.runs import PAGES
@@ -200,7 +199,7 @@ def _execute(
     shutil.rmtree(scratch, ignore_errors=True)
     private_folder(scratch)
     if tokens := {name: os.environ[name] for name in config.track.secrets if name in os.environ}:
-        write_private(folder / SECRETS_FILE, json.dumps(tokens))  # the worker that tracks is no child of ours
+        write_private(folder / TRACKER_SECRETS_FILE, json.dumps(tokens))  # the worker that tracks is no child of ours
     variables = {"PYTHONPATH": python_path(os.environ), "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
     try:
         ended = watch(

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.config import config_file
-from components.config.schema import RunConfig
-from components.config.track import RUNS, SECRETS_FILE
+from components.config.schema import TRACKED_RUNS, TRACKER_SECRETS_FILE, RunConfig
 from components.records.steps import scalars
 from components.shared.machine import in_environment
 
@@ -106,9 +105,9 @@ TRACKERS: Mapping[str, Callable[[str, RunConfig, str], Tracker]] = {
 
 def secrets(config: RunConfig, run_id: str) -> dict[str, str]:
     """What the trackers log in with, where `fineloop run` keeps it in a file; elsewhere the environment has it."""
-    if config.track.secrets and (folder := os.environ.get(RUNS)):
+    if config.track.secrets and (folder := os.environ.get(TRACKED_RUNS)):
         with contextlib.suppress(FileNotFoundError):  # it was started without any
-            return dict(json.loads((Path(folder) / run_id / SECRETS_FILE).read_text(encoding="utf-8")))
+            return dict(json.loads((Path(folder) / run_id / TRACKER_SECRETS_FILE).read_text(encoding="utf-8")))
     return {}
 
 

@@ -211,6 +211,7 @@ def test_a_variable_or_a_table_of_a_template_takes_the_place_of_ours() -> None:
         ({"spec": {"containers": [{"resources": {"limits": {"x.io/nic": "1"}}}]}}, "requests are not the limits"),
         ({"metadata": {"annotations": {"sidecar.istio.io/inject": "true"}}}, "choose a name of your own"),
         ({"metadata": {"labels": {"fineloop.dev/task": "x"}}}, "choose a name of your own"),
+        ({"metadata": {"annotations": {"iam.amazonaws.com/role": "promoter"}}}, "choose a name of your own"),
         ({"metadata": {"name": "x"}}, r"metadata\.name: is not merged"),
         ({"spec": "restricted"}, "spec: Input should be"),
     ],

@@ -10,8 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from components.config.schema import RunConfig
-from components.config.track import SECRETS_FILE
+from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
 from components.records import runs
 from components.registry import aliases, event_log, signing, versions
 from components.registry.audit import audit
@@ -164,7 +163,7 @@ def test_a_trackers_secret_lies_in_a_private_file_of_the_run_for_as_long_as_it_g
         """A terminal that looks for the file whenever it is written to."""
 
         def write(self, text: str) -> int:
-            for path in (tmp_path / "home").rglob(SECRETS_FILE):
+            for path in (tmp_path / "home").rglob(TRACKER_SECRETS_FILE):
                 where = str(path.relative_to(tmp_path / "home/runs"))
                 seen.append((where, path.stat().st_mode & 0o777, path.read_text()))
             return super().write(text)
@@ -173,7 +172,7 @@ def test_a_trackers_secret_lies_in_a_private_file_of_the_run_for_as_long_as_it_g
         monkeypatch.setenv(name, f"secret of {name}")
     tracking = make_config("track.wandb=team/sums")
     run(tracking, Place(tmp_path / "home", Looking()), what="train", run_id="run-1")
-    assert set(seen) == {(f"run-1/{SECRETS_FILE}", 0o600, '{"WANDB_API_KEY": "secret of WANDB_API_KEY"}')}
+    assert set(seen) == {(f"run-1/{TRACKER_SECRETS_FILE}", 0o600, '{"WANDB_API_KEY": "secret of WANDB_API_KEY"}')}
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret of" in path.read_bytes()]
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from components.config import config_file
-from components.config.schema import RunConfig
-from components.config.track import RUNS, SECRETS_FILE
+from components.config.schema import TRACKED_RUNS, TRACKER_SECRETS_FILE, RunConfig
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from ray_jobs.training import trackers
@@ -154,7 +153,7 @@ def test_what_a_run_of_this_machine_left_in_its_file_is_there_for_as_long_as_its
     monkeypatch.setattr(sys.modules["wandb"], "init", noting(sys.modules["wandb"].init))
     monkeypatch.setattr(Run, "log", noting(Run.log))
     monkeypatch.setattr(Run, "finish", noting(Run.finish))
-    path = tmp_path / "run-1" / SECRETS_FILE
+    path = tmp_path / "run-1" / TRACKER_SECRETS_FILE
     path.parent.mkdir(parents=True)
     path.write_text('{"WANDB_API_KEY": "x"}')
     for runs, settings, expected in (
@@ -162,7 +161,7 @@ def test_what_a_run_of_this_machine_left_in_its_file_is_there_for_as_long_as_its
         (str(tmp_path / "none"), ["track.wandb=sums"], None),
         (str(tmp_path), ["track.trackio=sums"], None),
     ):
-        monkeypatch.setenv(RUNS, runs)
+        monkeypatch.setenv(TRACKED_RUNS, runs)
         told = Trackers(config(*settings), "run-1")
         told.add(STEPS[0])
         told.close()
