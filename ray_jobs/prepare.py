@@ -14,7 +14,7 @@ from components.config.schema import RunConfig
 from components.prepare import prepare as preparing
 from components.prepare.prepare import PreparedDataset, prepare_if_new
 from components.prepare.sources import Source
-from components.prepare.validate import Batch, Reader, Rules, nothing_old_collected, read_here, rows_of
+from components.prepare.validate import Batch, Reader, Rules, Validation, nothing_old_collected, read_here, rows_of
 from components.records import runs
 from components.records.steps import Prepared
 from components.shared.errors import FineloopError
@@ -120,7 +120,7 @@ def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
 def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
     """Validate raw rows, and yield a Batch for each portion; errors are passed on."""
     with _errors_as_items() as failed, nothing_old_collected():
-        validation = rules.validation()
+        validation = Validation(rules)
         for found in block["item"].to_pylist():
             if isinstance(found, FineloopError):
                 yield _block(found)

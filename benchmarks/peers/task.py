@@ -45,12 +45,12 @@ def write(
     from benchmarks.peers import bases
     from components.config import config_file
     from components.prepare.rows import example_rows
-    from components.prepare.validate import validate
     from ray_jobs import entry
     from ray_jobs.base import base_config, base_model
     from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import IGNORED, plan_epoch, tokenize
+    from tests.doubles.datasets import validate
 
     entry.quiet_libraries()
     torch.set_num_threads(threads)

@@ -107,29 +107,16 @@ class Reject:
 
 
 class Hashes(NamedTuple):
-    """The hashes that decide the split and the duplicates of some records: lists of the fields of `KeyedRecord`."""
+    """The hashes that decide the split and the duplicates of some records: lists of sha256."""
 
     key: list[bytes]
+    """Of what identifies the record: its id when the row gave one, else its prompt."""
     place: list[bytes]
+    """Of what decides its split: its group where it has one, else its key."""
     content: list[bytes]
+    """Of prompt and answer."""
     asked: list[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class KeyedRecord:
-    """A record with the hashes that decide its split and its duplicates."""
-
-    record: Record
-    key: bytes
-    """sha256 of what identifies the record: its id when the row gave one, else its prompt."""
-    place: bytes
-    """sha256 of what decides its split: its group where it has one, else its key."""
-    content: bytes
-    """sha256 of prompt and answer."""
-    asked: bytes
-    """sha256 of the prompt's turns."""
-    named: bool
-    """Whether the row gave an id."""
+    """Of the prompt's turns."""
 
 
 def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
@@ -186,8 +173,8 @@ _ESCAPED = r'["\\\x00-\x1f]'
 """Pattern of a character that JSON has to escape in a text."""
 
 
-def batch_of(records: Sequence[Record]) -> "pa.RecordBatch":
-    """A batch with all columns of these records."""
+def batch_of(records: Sequence[Record], *, ids: Sequence[str] | None = None) -> "pa.RecordBatch":
+    """A batch with all columns of these records; with `ids` instead of their own."""
     import pyarrow as pa
 
     turns = [turn for record in records for turn in record.prompt]
@@ -198,18 +185,12 @@ def batch_of(records: Sequence[Record]) -> "pa.RecordBatch":
         [pa.array([turn[place] for turn in turns], pa.string()) for place in range(len(Message._fields))],
         names=Message._fields,
     )
+    names = pa.array([each.id for each in records] if ids is None else ids, pa.string())
     texts = {
-        name: pa.array([getattr(record, name) for record in records], pa.string())
-        for name in ("id", "answer", *WHERE_ANY)
+        name: pa.array([getattr(record, name) for record in records], pa.string()) for name in ("answer", *WHERE_ANY)
     }
     prompt = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages)
-    return pa.record_batch({"id": texts.pop("id"), "prompt": prompt, **texts})
-
-
-def keyed_batch_of(records: Sequence[KeyedRecord]) -> "pa.RecordBatch":
-    """A batch with all columns of these records, preceded by `named` (whether the row gave the id) and the hashes."""
-    hashes = Hashes(*([getattr(each, name) for each in records] for name in Hashes._fields))
-    return keyed_batch(batch_of([each.record for each in records]), hashes, [each.named for each in records])
+    return pa.record_batch({"id": names, "prompt": prompt, **texts})
 
 
 def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]) -> "pa.RecordBatch":

@@ -11,16 +11,15 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from components.prepare.dataset import Message
+from components.prepare.dataset import Message, Record
 from components.shared.errors import DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import pyarrow as pa
 
 Kind = Literal["secret", "email", "iban", "card", "phone", "name"]
@@ -221,7 +220,7 @@ Action = Literal["report", "mask", "drop"]
 
 
 class Screen:
-    """Looks at the messages of one dataset, counts what it finds, and may put each piece's kind in its place."""
+    """Looks for personal data in records, and may put each piece's kind in its place."""
 
     def __init__(self, action: Action = "report", *, regions: Sequence[str] = (), names: bool = False) -> None:
         """`regions` as for `find`; `names` looks for people's names as well.
@@ -229,75 +228,59 @@ class Screen:
         Raises:
             DataError: names are asked for, and presidio-analyzer is not installed.
         """
-        self.action = action
-        self.found: Counter[Kind] = Counter()
-        """Number of pieces of each kind in the records that were screened."""
-        self.records = 0
-        """Number of records with any of them."""
-        self._regions = regions
+        self._action, self._regions = action, regions
         self._names = _NameFinder() if names else None
-        self._of_record: Counter[Kind] = Counter()
 
-    def begin(self) -> None:
-        """Begin another record."""
-        self._of_record.clear()
-
-    def message(self, message: Message) -> Message:
-        """Count a message's personal data, and return the message as it may be used."""
-        return Message(message.role, self.text(message.content), self._of_object(message.more))
-
-    def text(self, text: str) -> str:
-        """Count a text's personal data, and return the text as it may be used."""
-        spans = find(text, regions=self._regions)
-        if self._names is not None:
-            spans = apart([*spans, *self._names.find(text)])
-        self._of_record.update(span.kind for span in spans)
-        return mask(text, spans) if self.action == "mask" else text
-
-    def changes(self, texts: "pa.Array") -> "npt.NDArray[np.bool_]":
-        """One flag per text: whether `text` might change or count something in it. Counts nothing itself."""
+    def suspects(self, records: Mapping[int, Record]) -> list[int]:
+        """The keys of the records that may hold any: found in a fraction of the time that `record` takes."""
         import numpy as np
+        import pyarrow as pa
 
-        if self._names is not None:
-            return np.ones(len(texts), bool)
-        found: npt.NDArray[np.bool_] = np.array(may_hold(texts))
-        for place in np.flatnonzero(found).tolist():
-            found[place] = bool(find(texts[place].as_py(), regions=self._regions))
-        return found
+        if self._names is not None or not records:
+            return list(records)
+        texts = [[record.answer, *[turn.content for turn in record.prompt]] for record in records.values()]
+        starts = np.cumsum([0, *map(len, texts[:-1])])
+        hints = np.asarray(may_hold(pa.array([text for each in texts for text in each], pa.string())), bool)
+        is_suspect = np.logical_or.reduceat(hints, starts).tolist()
+        return [
+            key
+            for (key, record), is_one in zip(records.items(), is_suspect, strict=True)
+            if is_one or record.calls or any([turn.more for turn in record.prompt])
+        ]
+
+    def record(self, record: Record) -> tuple[Record, Counter[Kind]]:
+        """The record as it may be used, and the number of pieces of each kind in it."""
+        found: Counter[Kind] = Counter()
+
+        def text(text: str) -> str:
+            spans = find(text, regions=self._regions)
+            if self._names is not None:
+                spans = apart([*spans, *self._names.find(text)])
+            found.update(span.kind for span in spans)
+            return mask(text, spans) if self._action == "mask" else text
+
+        def of_value(value: Any) -> Any:
+            if isinstance(value, str):
+                return text(value)
+            if isinstance(value, list):
+                return [of_value(each) for each in value]
+            return {key: of_value(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+        def of_json(body: str) -> str:
+            value = json.loads(body) if body else None
+            screened = of_value(value)
+            return body if screened == value else json.dumps(screened, ensure_ascii=False, separators=(",", ":"))
+
+        prompt = [Message(turn.role, text(turn.content), of_json(turn.more)) for turn in record.prompt]
+        screened = replace(record, prompt=prompt, answer=text(record.answer), calls=of_json(record.calls))
+        return screened, found
 
     def kept(self, row: str) -> str:
         """The raw text of a row if it may be kept or shown, that is if personal data is only counted; else a notice.
 
         Raw text may be cut or escaped, so that no pattern would find all of it.
         """
-        return row if self.action == "report" else f"[withheld: data.personal is {self.action}]"
-
-    def end(self) -> bool:
-        """Count the record, and return whether it may be used."""
-        self.found += self._of_record
-        self.records += bool(self._of_record)
-        return self.action != "drop" or not self._of_record
-
-    def taken(self) -> tuple[Counter[Kind], int]:
-        """Return the counts since the last call: pieces of each kind, and records that hold any."""
-        found = self.found, self.records
-        self.found, self.records = Counter(), 0
-        return found
-
-    def _of_object(self, more: str) -> str:
-        """The JSON with its texts as they may be used."""
-        if not more:
-            return more
-        value = json.loads(more)
-        screened = self._of_value(value)
-        return more if screened == value else json.dumps(screened, ensure_ascii=False, separators=(",", ":"))
-
-    def _of_value(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, list):
-            return [self._of_value(each) for each in value]
-        return {key: self._of_value(each) for key, each in value.items()} if isinstance(value, dict) else value
+        return row if self._action == "report" else f"[withheld: data.personal is {self._action}]"
 
 
 @cache

@@ -244,7 +244,8 @@ class Workspace:
         import numpy as np
         import pyarrow as pa
 
-        batch = pa.concat_batches(self._pending or [dataset.keyed_batch_of([])])
+        nothing = dataset.keyed_batch(dataset.batch_of([]), dataset.Hashes([], [], [], []), [])
+        batch = pa.concat_batches(self._pending or [nothing])
         self.columns |= dataset.present(batch)
         first = sum(map(len, self._sizes))
         self._sizes.append(dataset.sizes(batch).to_numpy(zero_copy_only=False) + _OTHER_BYTES)

@@ -13,19 +13,11 @@ import pyarrow as pa
 
 from components.prepare import dataset, prepare, workspace
 from components.prepare import split as splitting
-from components.prepare.dataset import (
-    DatasetFolder,
-    Hashes,
-    KeyedRecord,
-    Record,
-    Reject,
-    batch_of,
-    keyed_batch_of,
-    records_of,
-)
+from components.prepare.dataset import DatasetFolder, Hashes, Record, Reject, batch_of, keyed_batch, records_of
 from components.prepare.prepare import Intake
 from components.prepare.sources import Source
-from components.prepare.validate import Rules
+from components.prepare.validate import Rules, keyed
+from components.prepare.validate import validate as record_of_row
 from components.store.store import Store
 
 SMALL = 2**29
@@ -50,6 +42,30 @@ def dataset_id(train: Sequence[Record], evaluation: Sequence[Record]) -> str:
         return dataset.write_splits(Path(folder), [batch_of(train)], [batch_of(evaluation)]).dataset_id
 
 
+@dataclass(frozen=True, slots=True)
+class KeyedRecord:
+    """A record with the hashes that decide its split and its duplicates, and whether its row gave an id."""
+
+    record: Record
+    key: bytes
+    place: bytes
+    content: bytes
+    asked: bytes
+    named: bool
+
+
+def keyed_records(batch: pa.RecordBatch) -> Iterator[KeyedRecord]:
+    """The records of a batch of `keyed`."""
+    hashes = batch.select([*Hashes._fields, "named"]).to_pylist()
+    return (KeyedRecord(record, **each) for record, each in zip(records_of(batch), hashes, strict=True))
+
+
+def validate(row: object, **rules: Any) -> KeyedRecord:
+    """The record that a row becomes by itself."""
+    (found,) = keyed_records(keyed([record_of_row(row, **rules)]))
+    return found
+
+
 @dataclass
 class Read:
     """What `intake.read` handed over, and its counts."""
@@ -64,9 +80,7 @@ def read(sources: Sequence[Source], **rules: Any) -> Read:
     found = Read()
 
     def accept(batch: pa.RecordBatch) -> None:
-        hashes = batch.select([*Hashes._fields, "named"]).to_pylist()
-        for record, each in zip(records_of(batch), hashes, strict=True):
-            found.accepted.append(KeyedRecord(record, **each))
+        found.accepted.extend(keyed_records(batch))
 
     found.counts = prepare.read_sources(sources, accept, found.rejects.append, rules=Rules(**rules))
     return found
@@ -78,7 +92,8 @@ def holding(rows: Iterable[KeyedRecord], *, memory_bytes: int = SMALL) -> Iterat
     with workspace.opened(memory_bytes=memory_bytes) as work:
         pending = iter(rows)
         while batch := list(islice(pending, 1000)):
-            work.accept(keyed_batch_of(batch))
+            hashes = Hashes(*([getattr(each, name) for each in batch] for name in Hashes._fields))
+            work.accept(keyed_batch(batch_of([each.record for each in batch]), hashes, [each.named for each in batch]))
         work.finish()
         yield work
 

@@ -20,7 +20,6 @@ from components.config import config_file
 from components.config.methods import METHODS, BaseFormat
 from components.config.schema import RunConfig
 from components.prepare.rows import example_rows
-from components.prepare.validate import validate
 from components.registry.versions import pull_version, resolve
 from components.store import folders
 from components.store.store import Store
@@ -30,6 +29,7 @@ from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit, collate, tokenize
 from ray_jobs.training import checkpoint
+from tests.doubles.datasets import validate
 from tests.e2e.conftest import CHECKOUT, Home
 from tests.models.train_group import fit_in_rank, in_group
 

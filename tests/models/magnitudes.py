@@ -17,12 +17,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from components.config import config_file
-from components.prepare.validate import validate
 from ray_jobs.adapters import build, dora
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import by_length, collate, tokenize
+from tests.doubles.datasets import validate
 from tests.models.plain import plain_training
 
 BATCH = 32

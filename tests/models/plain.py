@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from components.config import config_file
-from components.prepare.validate import validate
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
 from ray_jobs.base import base_model
@@ -14,6 +13,7 @@ from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import collate, plan_epoch, tokenize
 from ray_jobs.training.train_loop import learning_rate_at, num_steps
+from tests.doubles.datasets import validate
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,6 @@ def fit_in_rank(
     import torch.distributed as dist
 
     from components.config import config_file
-    from components.prepare.validate import validate
     from components.registry import lineage
     from components.store.store import Store
     from ray_jobs.base import base_model
@@ -177,6 +176,7 @@ def fit_in_rank(
     from ray_jobs.training.group import Worker
     from ray_jobs.training.train_job import TrainJob
     from ray_jobs.training.worker import fit
+    from tests.doubles.datasets import validate
 
     config = config.on(dist.get_world_size())
     base = base_model.resolve(config.model)

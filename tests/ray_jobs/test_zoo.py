@@ -18,7 +18,6 @@ from peft import PeftModel
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.prepare.validate import validate
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from pipelines.local import seaweedfs
@@ -32,6 +31,7 @@ from ray_jobs.scoring.generation import greedy, score
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit, collate, tokenize
+from tests.doubles.datasets import validate
 from tests.models import zoo
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows

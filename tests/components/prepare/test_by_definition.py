@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from components.prepare.dataset import KeyedRecord, Message, Record, write_splits
+from components.prepare.dataset import Message, Record, write_splits
 from components.prepare.split import deduplicate as deduplicate_in
 from components.prepare.split import split as split_in
-from components.prepare.validate import validate
 from components.prepare.workspace import BUCKET_BYTES
-from tests.doubles.datasets import deduplicate, holding, split
+from tests.doubles.datasets import KeyedRecord, deduplicate, holding, split, validate
 
 LITTLE = 2**27
 """Bytes, of which DuckDB has a part."""

@@ -5,13 +5,11 @@ import pytest
 
 from components.prepare import prepare
 from components.prepare import split as splitting
-from components.prepare.dataset import KeyedRecord
 from components.prepare.prepare import Intake, SourceCount
 from components.prepare.sources import Source
 from components.prepare.split import deduplicate
-from components.prepare.validate import validate
 from components.registry.between_runs import Consumed, content_ids
-from tests.doubles.datasets import holding
+from tests.doubles.datasets import KeyedRecord, holding, validate
 
 NEWEST = datetime(2026, 3, 31, tzinfo=UTC)
 

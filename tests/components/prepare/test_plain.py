@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.config.train import ColumnsConfig, LossOn
-from components.prepare.dataset import KeyedRecord
 from components.prepare.personal import Action, Screen, find, may_hold
 from components.prepare.shapes import as_record, recognised
 from components.prepare.sources import find_sources
-from components.prepare.validate import SPACES, unread_keys, validate
+from components.prepare.validate import keyed, unread_keys
+from components.prepare.validate import validate as checked
 from components.registry.between_runs import Erased, record_hash
 from components.shared.errors import DataError
-from tests.doubles.datasets import read
+from tests.doubles.datasets import KeyedRecord, keyed_records, read
 
 TEXTS = (
     "plain",
@@ -95,16 +95,15 @@ def by_itself(
     value: Any, group: str, action: Action, loss_on: LossOn, unread: Counter[str]
 ) -> KeyedRecord | str | None:
     """What a row becomes: a record, the reason why not, or nothing where it is withheld; `unread` counts its keys."""
-    screen, columns = Screen(action), ColumnsConfig()
-    screen.begin()
+    columns = ColumnsConfig()
     try:
         if isinstance(value, dict):
             value = as_record(value, recognised(tuple(value), columns), columns, group=group)
             unread.update(unread_keys(value))
-        record = validate(value, group=group, loss_on=loss_on, screen=screen.message)
+        screened, found = Screen(action).record(checked(value, group=group, loss_on=loss_on))
     except DataError as exc:
         return str(exc)
-    return record if screen.end() else None
+    return None if found and action == "drop" else next(keyed_records(keyed([screened])))
 
 
 @pytest.mark.parametrize(
@@ -164,25 +163,6 @@ def test_records_that_were_erased_are_left_out_by_id_and_by_content(write_rows: 
     found = read(find_sources(name), erased=erased)
     left = [each for place, each in enumerate(everything) if place not in (7, 9, 23)]
     assert (found.accepted, found.counts.erased) == (left, 3)
-
-
-def test_most_rows_are_taken_together(write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = []
-
-    def counted(*given: Any, **options: Any) -> KeyedRecord:
-        judged.append(given)
-        return validate(*given, **options)
-
-    monkeypatch.setattr("components.prepare.validate.validate", counted)
-    some_other = Erased(frozenset([record_hash("another")]))
-    rows = [{"prompt": f"Why {number}?", "completion": "Straße "} for number in range(100)]
-    rows += [{"prompt": "On 2024-01-02, 03:04", "completion": "x@y"}, {"prompt": "ann@example.com", "completion": "x"}]
-    assert len(read(find_sources(write_rows(rows)), erased=some_other).accepted) == 102
-    assert len(judged) == 2  # the first of its shape, and the one with an address
-
-
-def test_spaces_are_what_python_strips() -> None:
-    assert set(SPACES) == {chr(each) for each in range(sys.maxunicode + 1) if not chr(each).rstrip()}
 
 
 def test_no_text_with_personal_data_is_passed_over() -> None:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.config import config_file
-from components.prepare.dataset import Message
+from components.prepare.dataset import Message, Record
 from components.prepare.personal import Screen
 from components.prepare.prepare import prepare
 from components.shared.errors import DataError
@@ -89,10 +89,14 @@ def test_a_dataset_without_any_is_the_same_whatever_is_done_with_it(store, tmp_p
 
 
 def test_the_arguments_of_a_tool_call_are_screened_and_stay_json():
-    more = json.dumps({"tool_calls": [{"function": {"name": "mail", "arguments": {"to": EMAIL, "count": 2}}}]})
-    screened = Screen("mask").message(Message("assistant", "", more))
-    assert json.loads(screened.more)["tool_calls"][0]["function"]["arguments"] == {"to": "[EMAIL]", "count": 2}
-    assert Screen("report").message(Message("assistant", "", more)).more == more
+    calls = json.dumps([{"function": {"name": "mail", "arguments": {"to": EMAIL, "count": 2}}}])
+    asks = Message("assistant", "", json.dumps({"tool_calls": json.loads(calls)}))
+    record = Record("1", [Message("user", "Mail."), asks, Message("tool", "done")], "", calls)
+    screened, found = Screen("mask").record(record)
+    for listed in (json.loads(screened.calls), json.loads(screened.prompt[1].more)["tool_calls"]):
+        assert listed[0]["function"]["arguments"] == {"to": "[EMAIL]", "count": 2}
+    assert Screen("report").record(record) == (record, found) == (record, {"email": 2})
+    assert Screen().suspects({7: record, 8: Record("2", [Message("user", "Why?")], "So.")}) == [7]
 
 
 def test_names_need_presidio_and_say_so():
@@ -110,5 +114,6 @@ def test_where_presidio_is_installed_names_are_masked_too(monkeypatch):
             return [SimpleNamespace(start=start, end=start + 8)] if start >= 0 else []
 
     monkeypatch.setitem(sys.modules, "presidio_analyzer", SimpleNamespace(AnalyzerEngine=AnalyzerEngine))
-    screen = Screen("mask", names=True)
-    assert screen.text(f"Jane Doe, {EMAIL}") == "[NAME], [EMAIL]"
+    screen, record = Screen("mask", names=True), Record("1", [Message("user", "Who?")], f"Jane Doe, {EMAIL}")
+    assert screen.suspects({3: record}) == [3]
+    assert screen.record(record)[0].answer == "[NAME], [EMAIL]"

@@ -4,11 +4,10 @@ import random
 import pytest
 
 from components.prepare import near_duplicates
-from components.prepare.dataset import KeyedRecord, Record
+from components.prepare.dataset import Record
 from components.prepare.split import position
-from components.prepare.validate import validate
 from components.shared.errors import DataError
-from tests.doubles.datasets import deduplicate, split
+from tests.doubles.datasets import KeyedRecord, deduplicate, split, validate
 
 
 def named(identity: object, prompt: str, answer: str = "a") -> KeyedRecord:

@@ -4,9 +4,10 @@ import unicodedata
 import pytest
 
 from components.prepare.dataset import Message
-from components.prepare.validate import MAX_NAME_CHARS, MAX_TEXT_CHARS, canonical_prompt, unread_keys, validate
+from components.prepare.validate import MAX_NAME_CHARS, MAX_TEXT_CHARS, canonical_prompt, unread_keys
 from components.shared.errors import DataError
 from tests.doubles import datasets
+from tests.doubles.datasets import validate
 
 USER = {"role": "user", "content": "Which chapter?"}
 SYSTEM = {"role": "system", "content": "Be brief."}

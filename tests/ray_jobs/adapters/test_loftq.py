@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
-from components.prepare.validate import validate
 from components.registry.versions import publish_version
 from components.shared.errors import ConfigError
 from components.store import folders
@@ -30,6 +29,7 @@ from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import collate, tokenize
+from tests.doubles.datasets import validate
 from tests.models import zoo
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group

@@ -26,7 +26,6 @@ METHODS += ["qlora", pytest.param("dvora", marks=pytest.mark.slow)]  # with VeRA
 
 def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str, Any]]:
     """What a worker does with one trial after the other, in its only process."""
-    from components.prepare.validate import validate
     from components.registry import lineage
     from ray_jobs.base import base_model
     from ray_jobs.probes.texts import unread_passages
@@ -35,6 +34,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
     from ray_jobs.training.train_job import TrainJob
+    from tests.doubles.datasets import validate
 
     first = config_file.loads(configs[0])
     base = base_model.resolve(first.model)

@@ -14,12 +14,12 @@ import torch
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.prepare.validate import validate
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import collate, tokenize
+from tests.doubles.datasets import validate
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
 from tests.models.train_group import Trained, train_all

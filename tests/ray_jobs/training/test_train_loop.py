@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from components.config import config_file
 from components.config.schema import RunConfig, TrainConfig
-from components.prepare.validate import validate
 from components.shared.errors import ConfigError, StoreError
 from components.store.store import Store
 from ray_jobs.base import base_model
@@ -27,6 +26,7 @@ from ray_jobs.text import answer_loss, chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.training import checkpoint, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
+from tests.doubles.datasets import validate
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
 from tests.models.train_group import Trained, in_group, train, train_in_rank
