@@ -112,9 +112,7 @@ class Replayed:
 
     @property
     def is_same(self) -> bool:
-        """Whether both reach the same verdict on the same basis. Release 0.1.0 recorded only the outcome."""
-        if not self.recorded.basis_sha256:
-            return self.found.decision == self.recorded.decision
+        """Whether both reach the same verdict on the same basis."""
         return (self.found.verdict, self.found.basis_sha256) == (self.recorded.verdict, self.recorded.basis_sha256)
 
 

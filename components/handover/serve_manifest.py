@@ -68,11 +68,8 @@ def serving(method: Method, *, rank: int, target_modules: Sequence[str]) -> Serv
 
 
 def recorded(lineage: Mapping[str, Any]) -> Serving:
-    """How a version can be served, as recorded in its lineage; an older lineage has only the kind of adapter."""
-    recipe = lineage["recipe"]
-    if "serving" in recipe:
-        return Serving(**recipe["serving"])
-    return Serving("lora" if recipe["adapter"] == "lora" else "merged", [])
+    """How a version can be served, as recorded in its lineage."""
+    return Serving(**lineage["recipe"]["serving"])
 
 
 def max_lora_rank(rank: int) -> int | None:

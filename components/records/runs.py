@@ -32,7 +32,6 @@ from components.store.store import JSON, Store
 
 CONFIG = "config.toml"
 CONSUMED = "consumed/"
-CONSUMED_0_1_0 = "consumed.json"
 START = "start.json"
 METRICS = "metrics.jsonl"
 RESTARTS = "restarts.json"

@@ -1,7 +1,7 @@
 """Records that the steps of a run leave for each other, as frozen types; `runs` defines where each is stored.
 
 Reading is tolerant: keys that this release does not know stay in the record. `format` rises only when an older reader
-would misunderstand a record, which it then refuses; release 0.1.0 wrote no format, which means 1.
+would misunderstand a record, which it then refuses.
 """
 
 import hashlib
@@ -289,7 +289,7 @@ class TrainResult(Record):
     version: str
     version_uri: str
     manifest_sha256: str = ""
-    """SHA-256 of the version's manifest, as published; empty in records of earlier releases."""
+    """SHA-256 of the version's manifest, as published."""
     dataset_uri: str = ""
     train_seconds: float | None = None
     steps: int | None = None
@@ -305,7 +305,7 @@ class TrainResult(Record):
     until_first_step: list[Took] = []
     """Parts of the time from `began_at` to the first training step, in order."""
     usage: Usage | None = None
-    """Resources that the training used; None in records of earlier releases."""
+    """Resources that the training used; None where they were not recorded."""
 
 
 class Measured(Part):

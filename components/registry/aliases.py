@@ -27,12 +27,9 @@ from components.registry.event_log import (
     event_sha256,
     events,
     find_event,
-    is_chain,
     is_override,
-    moves,
     read_event,
     require_published,
-    standing,
 )
 from components.registry.identity import adapter_key, checked_name, verify_whole, version_key
 from components.registry.signing import require_signed
@@ -52,23 +49,12 @@ def moves_beneath(
     Raises:
         IntegrityError: one of them is damaged or gone.
     """
-    while "beneath" in move.body:
-        beneath = move.body["beneath"]
-        if beneath is None:
-            return
+    while (beneath := move.body.get("beneath")) is not None:
         try:
             move = known.get(beneath["sha256"]) or read_event(store, name, beneath)
         except IntegrityError as exc:
             raise IntegrityError(f"{exc}: name the version to go back to with --to") from exc
         yield move
-    log = moves(events(store, name), move.body["alias"])
-    chain = [event for event in log if event.time <= move.time]
-    if not is_chain(chain) or chain[-1].id != move.id:
-        raise IntegrityError(
-            f"the events of {name}@{move.body['alias']} are not the whole path to {move.body['to']}: one is missing, "
-            "damaged or was added, so name the version to go back to with --to"
-        )
-    yield from reversed(standing(chain)[:-1])
 
 
 def move_beneath_to(store: Store, name: str, move: Event, to: str, log: Sequence[Event]) -> Event | None:
@@ -351,8 +337,8 @@ def _returning(back_to: Event | None, cause: Cause, last: Reference | None) -> d
     """Return the evidence for holding a version, and the reference of the move beneath."""
     if back_to is None:
         return {"evidence": dict(cause.evidence), "beneath": last}
-    kept = {key: back_to.body[key] for key in ("beneath",) if key in back_to.body}  # release 0.1.0 did not write it
-    return {"evidence": {**back_to.body.get("evidence", {}), **cause.evidence}, **kept}
+    evidence = {**back_to.body.get("evidence", {}), **cause.evidence}
+    return {"evidence": evidence, "beneath": back_to.body.get("beneath")}
 
 
 def _undo(store: Store, name: str, moved: Pointer, before: Pointer, cause: Cause) -> None:

@@ -168,7 +168,7 @@ def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[
             yield Finding(store.uri(key), f"is gone, and {known_by} names it")
             break
         key = found[1]
-        if wanted and hashlib.sha256(found[0]).hexdigest() != wanted:
+        if hashlib.sha256(found[0]).hexdigest() != wanted:
             yield Finding(store.uri(key), f"is another than {known_by} names")
             break
         try:
@@ -176,7 +176,6 @@ def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[
         except IntegrityError as exc:
             yield Finding(store.uri(key), str(exc))
             break
-        # Release 0.1.0 recorded neither hash.
         wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
         wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
         known_by = store.uri(key)
@@ -224,7 +223,7 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor)
         try:
             manifest = verify(store, key, manifest_sha256=sha256, apart=[TOKENS] if key.startswith(DATASETS) else ())
             folder, _, content = key.rpartition("/")
-            if f"{folder}/".startswith(BASES) and folder != BASES.rstrip("/"):  # release 0.1.0 had one folder per base
+            if folder.startswith(BASES):
                 _require_chosen_base(store, folder, content, manifest)
         except (IntegrityError, ObjectMissing) as exc:
             yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")

@@ -4,9 +4,6 @@ A run records what it read in runs/<run_id>/consumed/ before it trains: first th
 then the small header.json that names the file. When it ends in a decision, promoted or held,
 adapters/<name>/watermark.json moves to that note by compare-and-swap. A run that fails or is skipped moves nothing, so
 that what it saw is new again for the next one.
-
-Release 0.1.0 kept both in one runs/<run_id>/consumed.json, which is still read. That release finds no such file for a
-newer run, and counts everything as new.
 """
 
 import hashlib
@@ -15,7 +12,7 @@ import re
 from array import array
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from components.config.schema import RunConfig
 from components.records import runs
@@ -51,8 +48,8 @@ class Consumed:
     """Fingerprint of each file or object, by its name."""
     num_records: int
     """Number of distinct records."""
-    file: str = ""
-    """Name of the contents' file in the run's folder; empty for a run of release 0.1.0."""
+    file: str
+    """Name of the contents' file in the run's folder."""
 
 
 def content_ids(contents: Iterable[bytes]) -> "pa.UInt64Array":
@@ -88,12 +85,6 @@ def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
     Raises:
         IntegrityError: they are not what the run wrote.
     """
-    import pyarrow as pa
-
-    if not consumed.file:
-        return pa.array(
-            sorted(int(each, 16) for each in _note_of_0_1_0(store, consumed.run_id)["records"]), pa.uint64()
-        )
     key = runs.run_key(consumed.run_id, consumed.file)
     found = store.read(key)
     if found is None:
@@ -173,25 +164,10 @@ def _mark(store: Store, name: str) -> tuple[dict[str, str], str] | None:
 
 def _note(store: Store, run_id: str) -> Consumed:
     key = _header_key(run_id)
-    found = store.read(key)
-    if found is None:
-        try:
-            body = _note_of_0_1_0(store, run_id)
-        except ObjectMissing as exc:
-            raise ObjectMissing(f"{store.uri(key)} does not exist") from exc
-        return Consumed(body["run_id"], body["as_of"], body["sources"], len(body["records"]))
-    body = decode_json(found[0], store.uri(key))
+    body = store.get_json(key)
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise IntegrityError(f"{store.uri(key)} is not a note of format {FORMAT}")
     return Consumed(body["run_id"], body["as_of"], body["sources"], body["num_records"], body["file"])
-
-
-def _note_of_0_1_0(store: Store, run_id: str) -> dict[str, Any]:
-    key = runs.run_key(run_id, runs.CONSUMED_0_1_0)
-    body = store.get_json(key)
-    if not isinstance(body, dict) or body.get("format") != 1:
-        raise IntegrityError(f"{store.uri(key)} is not a note of format 1")
-    return body
 
 
 def _header_key(run_id: str) -> str:
@@ -240,11 +216,11 @@ class FoundRate(Record):
     """The id of the sweep's run."""
     dataset_id: str
     """The id of the dataset that the rate was found on."""
-    base: str = ""
-    """The base model's name in the config; empty for a rate of release 0.1.0, whose three fields below are None."""
-    rank: int | None = None
-    batch_size: int | None = None
-    train_records: int | None = None
+    base: str
+    """The base model's name in the config."""
+    rank: int
+    batch_size: int
+    train_records: int
 
 
 def remember_rate(store: Store, config: RunConfig, found: FoundRate) -> None:

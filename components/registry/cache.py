@@ -2,7 +2,8 @@
 
 adapters/<name>/index/<what>.json.gz is not part of the registry: objects that it lacks are read, entries of deleted
 objects are left out, and deleting it costs a minute. Its values are checked before they are used (`is_so`): events
-against the object's etag; the rest is only shown, and nothing that moves an alias, verifies or audits reads it.
+and what gc decides by against the objects' etags; the rest is only shown, and nothing that moves an alias, verifies or
+audits reads it.
 """
 
 import contextlib
@@ -29,7 +30,11 @@ READS_AT_ONCE = 16
 WORTH_AN_INDEX = 100
 """Up to this many objects, reading them one by one is faster than keeping an index."""
 MAX_BYTES = 256 * 2**20
-"""Maximum size of an unpacked index; an entry has a few hundred bytes."""
+"""Maximum size of an unpacked index, of which a few bytes may unpack to more than memory holds."""
+MOST_INDEXED_BYTES = 64 * 2**20
+"""Maximum total size of indexed documents; above it no index is kept, and each document is read."""
+TEXT = "latin-1"
+"""An encoding that turns any bytes into text, and back without loss."""
 
 
 class Index:
@@ -38,7 +43,8 @@ class Index:
     def __init__(self, store: Store, name: str, what: str, *, worth: int = 0) -> None:
         """The index is read only if more than `worth` values are asked for, and written only if more than `worth` of
         them are new."""
-        self._store, self._name, self._what, self._worth = store, name, what, worth
+        self._store, self._folder, self._worth = store, adapter_key(name, ""), worth
+        self._key = f"{self._folder}index/{what}.json.gz"
         self._indexed: dict[str, Any] | None = None
         self._known: dict[str, Any] = {}
         self._num_new = 0
@@ -49,7 +55,7 @@ class Index:
         """Return what `read` returns for each id, as `remembered` does."""
         wanted = list(ids)
         if self._indexed is None and len(wanted) > self._worth:
-            self._indexed = _read(self._store, self._name, self._what)
+            self._indexed = self._read()
         indexed = self._indexed or {}
         known = {each: indexed[each] for each in wanted if each in indexed and is_so(each, indexed[each])}
         missing = [each for each in wanted if each not in known]
@@ -61,15 +67,53 @@ class Index:
         self._known |= known
         return known
 
+    def documents(self, objects: Iterable[ObjectInfo]) -> dict[str, bytes]:
+        """Return the content of these small objects of the adapter, by key; objects that are gone are left out.
+
+        An entry counts only if the listing gives the MD5 of exactly its bytes as the object's etag; otherwise the
+        object is read, as all are if the store encrypts with its own keys (SSE-KMS). So one may decide by them: write
+        access to the index can slow the reader down, and nothing else.
+        """
+        infos = {info.key.removeprefix(self._folder): info for info in objects}
+        if sum(info.size for info in infos.values()) > MOST_INDEXED_BYTES:
+            self._worth = len(infos)
+
+        def text(file: str) -> str | None:
+            found = self._store.read(f"{self._folder}{file}")
+            return found[0].decode(TEXT) if found else None
+
+        def is_of(file: str, text: Any) -> bool:
+            if not isinstance(text, str) or len(text) != infos[file].size or max(text, default="") > "\xff":
+                return False
+            return hashlib.md5(text.encode(TEXT), usedforsecurity=False).hexdigest() == infos[file].etag
+
+        return {f"{self._folder}{file}": each.encode(TEXT) for file, each in self.of(infos, text, is_so=is_of).items()}
+
     def keep(self) -> None:
         """Write the index if enough of it is new; without permission to write it, every reader reads the objects."""
         if self._num_new <= self._worth:
             return
-        key, body = _key(self._name, self._what), gzip.compress(encode_json(self._known), compresslevel=1, mtime=0)
+        body = gzip.compress(encode_json(self._known), compresslevel=1, mtime=0)
         try:
-            self._store.put(key, body, content_type="application/gzip")
+            self._store.put(self._key, body, content_type="application/gzip")
         except StoreError as exc:
-            logger.debug("%s is not written: %s", self._store.uri(key), exc)
+            logger.debug("%s is not written: %s", self._store.uri(self._key), exc)
+
+    def _read(self) -> dict[str, Any]:
+        found = self._store.read(self._key)
+        if found is None:
+            return {}
+        try:
+            unpacked = gzip.GzipFile(fileobj=io.BytesIO(found[0])).read(MAX_BYTES + 1)
+            if len(unpacked) > MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_BYTES >> 20} MiB")
+            known = json.loads(unpacked)
+            if not isinstance(known, dict):
+                raise ValueError("no JSON object")
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as exc:
+            logger.warning("%s cannot be read, and is made anew: %s", self._store.uri(self._key), exc)
+            return {}
+        return known
 
 
 def remembered(
@@ -80,87 +124,16 @@ def remembered(
     read: Callable[[str], Any | None],
     *,
     is_so: Callable[[str, Any], bool],
-    always: bool = False,
 ) -> dict[str, Any]:
     """Return what `read` returns for each id, as JSON values, in the order of the ids; from the index if it is there.
 
     What `read` returns must never change. Ids for which it returns None are left out, and read again the next time.
     `is_so` decides whether the index's value for an id can be what `read` would return; if not, `read` is called.
-    `always` keeps an index even of few values: for a reader that runs after each new object.
     """
-    index = Index(store, name, what, worth=0 if always else WORTH_AN_INDEX)
+    index = Index(store, name, what, worth=WORTH_AN_INDEX)
     known = index.of(ids, read, is_so=is_so)
     index.keep()
     return known
-
-
-def _read(store: Store, name: str, what: str) -> dict[str, Any]:
-    key = _key(name, what)
-    found = store.read(key)
-    if found is None:
-        return {}
-    try:
-        known = json.loads(_unpacked(found[0]))
-        if not isinstance(known, dict):
-            raise ValueError("no JSON object")
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as exc:
-        logger.warning("%s cannot be read, and is made anew: %s", store.uri(key), exc)
-        return {}
-    return known
-
-
-def _unpacked(body: bytes) -> bytes:
-    """Unpack an index, up to `MAX_BYTES`: a few bytes may unpack to more than memory holds.
-
-    Raises:
-        ValueError: it is larger.
-    """
-    unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(MAX_BYTES + 1)
-    if len(unpacked) > MAX_BYTES:
-        raise ValueError(f"it unpacks to more than {MAX_BYTES >> 20} MiB")
-    return unpacked
-
-
-def _key(name: str, what: str) -> str:
-    return adapter_key(name, "index", f"{what}.json.gz")
-
-
-# The small objects of an adapter, byte for byte as one listing of it shows them, in two or three requests.
-#
-# adapters/<name>/index/documents.json.gz holds the objects read before. An entry counts only if the listing gives the
-# MD5 of exactly its bytes as the object's etag; otherwise the object is read, as all are if the store encrypts with its
-# own keys (SSE-KMS). So gc may decide by them: write access to the index can slow gc down, and nothing else.
-
-WHAT = "documents"
-MOST_INDEXED_BYTES = 64 * 2**20
-"""Maximum total size of an adapter's indexed documents; above it no index is kept, and each document is read."""
-TEXT = "latin-1"
-"""An encoding that turns any bytes into text, and back without loss."""
-
-
-def documents(store: Store, name: str, objects: Iterable[ObjectInfo]) -> dict[str, bytes]:
-    """Return the content of these objects of the adapter, by key; objects that are gone are left out."""
-    folder = adapter_key(name, "")
-    infos = {info.key.removeprefix(folder): info for info in objects}
-
-    def text(file: str) -> str | None:
-        found = store.read(f"{folder}{file}")
-        return found[0].decode(TEXT) if found else None
-
-    is_small = sum(info.size for info in infos.values()) <= MOST_INDEXED_BYTES
-    index = Index(store, name, WHAT, worth=0 if is_small else len(infos))
-    known = index.of(infos, text, is_so=lambda file, each: _is_of(each, infos[file]))
-    index.keep()
-    return {f"{folder}{file}": each.encode(TEXT) for file, each in known.items()}
-
-
-def _is_of(text: Any, info: ObjectInfo) -> bool:
-    if not isinstance(text, str) or len(text) != info.size:
-        return False
-    try:
-        return hashlib.md5(text.encode(TEXT), usedforsecurity=False).hexdigest() == info.etag
-    except UnicodeEncodeError:  # no bytes have that text
-        return False
 
 
 # The list of all adapters, kept in one object beside the registry's pages, so that it is read in three requests.

@@ -6,7 +6,7 @@ newest versions, and all that is younger than an age are kept too. No alias retu
 revoked: once no alias points at it, it counts neither as held nor as new. Datasets and bases made for adapters are kept
 for the versions that are kept and for the runs under way. A run is under way until it ends or has written nothing for
 the age, at least a day. For a run that has decided, only its checkpoints are removed, which nothing resumes any more.
-No index is trusted: an entry counts only if it has the MD5 that the store gives for the object; see `documents`.
+No index is trusted: an entry counts only if it has the MD5 that the store gives for the object; see `Index.documents`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from components.records.runs import Replayed
 from components.records.steps import Decision, Evaluation, TrainResult
 from components.registry import cache, signing, versions
 from components.registry.aliases import aliases_key, list_aliases, parse_aliases
-from components.registry.cache import READS_AT_ONCE, changing, documents
+from components.registry.cache import READS_AT_ONCE, Index, changing
 from components.registry.event_log import MOVE_KINDS, Event, append_event, event_at, events_key, parse_log, waiting
 from components.registry.identity import VERSION_PATTERN, adapter_key, version_key
 from components.registry.lineage import Ancestor, of_record
@@ -38,7 +38,7 @@ from components.store.store import JSON, ObjectInfo, Store, decode_json
 
 # An adapter as one listing of it shows it: its versions with what they need, its log, its aliases; and all adapters.
 #
-# What is small is read through `documents`: of an adapter that has not changed, that is two requests in all.
+# What is small is read through `Index.documents`: of an adapter that has not changed, that is two requests in all.
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ class Listing:
         folders_of += [signing.signatures_key(self.name)] if self.store.trusted_keys else []
         of_versions = {_key(self.name, version, file) for version in self.by_version for file in (MANIFEST, LINEAGE)}
         deciding = [info for info in self.objects if info.key in of_versions or info.key.startswith(tuple(folders_of))]
-        return documents(self.store, self.name, deciding)
+        index = Index(self.store, self.name, "documents")
+        bodies = index.documents(deciding)
+        index.keep()
+        return bodies
 
     @cached_property
     def _signatures(self) -> dict[str, list[ObjectInfo]]:

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypedDict
 from pydantic import Field, TypeAdapter
 
 from components.records.steps import Part
-from components.registry.cache import READS_AT_ONCE, remembered
+from components.registry.cache import READS_AT_ONCE, WORTH_AN_INDEX, Index
 from components.registry.identity import adapter_key
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing
+from components.shared.errors import Conflict, IntegrityError
 from components.store.folders import Manifest, now
 from components.store.store import JSON, Store, decode_json, encode_json
 
@@ -141,17 +141,9 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
 
 def publication(version: str, manifest: Manifest) -> dict[str, Any]:
     """Return the body of the event of a version's publication with this manifest, filed at `manifest.created_at`."""
-    return _publication(version, manifest.sha256, str(manifest.about.get("run_id", "")))
-
-
-def publication_event(version: str, manifest_sha256: str, run_id: str, created_at: str) -> Event:
-    """Return the event of a version's publication; its `uri` is not looked up, and empty."""
-    body = _publication(version, manifest_sha256, run_id)
-    return Event(event_sha256("published", body)[:ID_LENGTH], "published", created_at, "", body)
-
-
-def _publication(version: str, manifest_sha256: str, run_id: str) -> dict[str, Any]:
-    return {"version": version, "manifest_sha256": manifest_sha256, "run_id": run_id}
+    return {
+        "version": version, "manifest_sha256": manifest.sha256, "run_id": str(manifest.about.get("run_id", "")),
+    }  # fmt: skip
 
 
 def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:
@@ -168,35 +160,18 @@ def require_published(store: Store, name: str, version: str, manifest: Manifest)
         )
 
 
-def events(store: Store, name: str, *, always_indexed: bool = False, guesses: Iterable[Event] = ()) -> list[Event]:
+def events(store: Store, name: str, *, index: Index | None = None) -> list[Event]:
     """Return the adapter's log, oldest first. Objects that are not events are left out with a warning.
 
-    `always_indexed` is the `always` of `index.remembered`. `guesses` are events that the caller expects in the log; one
-    is not read if its object has exactly these bytes.
+    `index` is the caller's, who keeps it; otherwise a long log has one of its own.
     """
-    folder = events_key(name)
-    etags = {info.key.removeprefix(folder): info.etag for info in store.list(folder)}
-    guessed = {
-        _key(name, each.reference).removeprefix(folder): _record(name, each.kind, each.time, each.body, each.id)
-        for each in guesses
-    }
-
-    def read(each: str) -> Any | None:
-        record = guessed.get(each)
-        return record if record and _is_of(record, etags[each]) else _read(store, f"{folder}{each}")
-
-    records = remembered(
-        store,
-        name,
-        "events",
-        sorted(etags),
-        read,
-        is_so=lambda each, record: _is_of(record, etags[each]),
-        always=always_indexed,
-    )
-    return _sorted(
-        event for each, record in records.items() if (event := _parsed(store, name, f"{folder}{each}", record))
-    )
+    own = index or Index(store, name, "events", worth=WORTH_AN_INDEX)
+    found, junk = parse_log(store, name, own.documents(store.list(events_key(name))).items())
+    if index is None:
+        own.keep()
+    for key, why in junk.items():
+        logger.warning("%s is not an event, and passed over: %s", store.uri(key), why)
+    return found
 
 
 def read_event(store: Store, name: str, reference: Reference) -> Event:
@@ -251,36 +226,11 @@ def find_event(store: Store, name: str, reference: Reference) -> Event | None:
 
 def event_at(store: Store, name: str, key: str) -> Event | None:
     """The event of this object; None if it is none, with a warning, or is not there."""
-    try:
-        record = _read(store, key)
-    except ObjectMissing:
-        return None
-    return None if record is None else _parsed(store, name, key, record)
-
-
-def _read(store: Store, key: str) -> Any | None:
-    try:
-        return store.get_json(key)
-    except IntegrityError as exc:
-        logger.warning("%s is not an event, and passed over: %s", store.uri(key), exc)
-        return None
-
-
-def _is_of(record: Any, etag: str) -> bool:
-    """Whether the object with this etag holds the record. The etag of a small object is its MD5, unless the store
-    encrypts with its own keys (SSE-KMS); then every event is read."""
-    try:
-        return hashlib.md5(encode_json(record), usedforsecurity=False).hexdigest() == etag
-    except (ValueError, RecursionError):  # no such thing was ever written
-        return False
-
-
-def _parsed(store: Store, name: str, key: str, record: Any) -> Event | None:
-    try:
-        return _event(store, name, key, record)
-    except (ValueError, TypeError, KeyError) as exc:
-        logger.warning("%s is not an event, and passed over: %s", store.uri(key), " ".join(str(exc).split()))
-        return None
+    found = store.read(key)
+    log, junk = parse_log(store, name, [(key, found[0])] if found else [])
+    for why in junk.values():
+        logger.warning("%s is not an event, and passed over: %s", store.uri(key), why)
+    return log[0] if log else None
 
 
 def _event(store: Store, name: str, key: str, record: Any) -> Event:
@@ -313,7 +263,6 @@ MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
     """Whether a gate refused the version for this alias, or left it to a person who has not approved it yet."""
     about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
-    about = [event for event in about if not changed_nothing(event)]
     if any(event.kind == "refused" for event in about):
         return True
     approved = any(event.kind == "promoted" and event.body["to"] == version for event in moves(log, alias))
@@ -341,12 +290,6 @@ def decisions(log: Sequence["Event"]) -> dict[str, tuple[str, "Event"]]:
     }
 
 
-def changed_nothing(event: "Event") -> bool:
-    """Whether the candidate already held the alias: up to release 0.1.0 a gate recorded that as a refusal."""
-    version = event.body.get("version")
-    return event.kind == "refused" and version is not None and version == event.body.get("champion")
-
-
 def is_override(log: Sequence["Event"], version: str, alias: str) -> bool:
     """Whether going back to the version overrides a gate: the gate holds it back, and it never held the alias."""
     return is_held(log, version, alias) and all(event.body["to"] != version for event in moves(log, alias))
@@ -367,32 +310,13 @@ def moves(log: Sequence["Event"], alias: str) -> list["Event"]:
 
 
 def is_chain(moves: Sequence["Event"]) -> bool:
-    """Whether each move begins where the one before it ended and names it, and the first began without an alias.
-
-    The moves of release 0.1.0 do not name the one before; after a move that does, all do.
-    """
-    if not moves or moves[0].body["from"] is not None or moves[0].body.get("previous") is not None:
+    """Whether each move begins where the one before it ended and names it, and the first began without an alias."""
+    if not moves or (moves[0].body["from"], moves[0].body.get("previous")) != (None, None):
         return False
     return all(
-        later.body["from"] == earlier.body["to"]
-        and (
-            later.body["previous"] == earlier.reference if "previous" in later.body else "previous" not in earlier.body
-        )
+        (later.body["from"], later.body.get("previous")) == (earlier.body["to"], earlier.reference)
         for earlier, later in pairwise(moves)
     )
-
-
-def standing(moves: Sequence["Event"]) -> list["Event"]:
-    """The moves that are not rolled back, oldest first; a rollback drops the moves after the one that it returns to."""
-    held: list[Event] = []
-    for event in moves:
-        version = event.body["to"]
-        if event.kind == "rolled_back" and any(earlier.body["to"] == version for earlier in held):
-            while held[-1].body["to"] != version:
-                held.pop()
-        else:
-            held.append(event)
-    return held
 
 
 # Counts of the decisions made on a test set, and the confidence and the fold for the next decision; pure.
@@ -456,10 +380,7 @@ def _about(log: Sequence["Event"], alias: str, test_set: Sequence[str]) -> list[
     return [
         event
         for event in log
-        if event.body.get("alias") == alias
-        and not changed_nothing(event)
-        and ours
-        and len(ours & _sample(event.body)) >= SAME * len(ours)
+        if event.body.get("alias") == alias and ours and len(ours & _sample(event.body)) >= SAME * len(ours)
     ]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Record
 from components.registry import event_log, versions
-from components.registry.aliases import aliases_key, event_of, list_aliases
+from components.registry.aliases import aliases_key, list_aliases
 from components.registry.cache import Index, mark_of
 from components.registry.identity import adapter_key, version_key
 from components.registry.versions import Version
@@ -38,8 +38,6 @@ SETTLED = timedelta(days=7)
 """Age after which nothing more is measured of a version."""
 OF_THE_START = ("start_from", "start_share")
 """Keys of section `train` that say where a training starts, and what share of it stays."""
-MOST_GUESSED = 60
-"""Number of newest versions whose publication events are guessed, so that the log need not be read for them."""
 
 
 class AdapterFiles:
@@ -70,13 +68,8 @@ class AdapterFiles:
 
     @cached_property
     def log(self) -> "list[Event]":
-        """The events, oldest first; those that versions and aliases predict correctly are not read from the store."""
-        guesses = [
-            event_log.publication_event(version, each["manifest_sha256"], each["run_id"], each["created_at"])
-            for version, each in [*self.entries.items()][:MOST_GUESSED]
-        ]
-        guesses += [event_of(pointer) for pointer in self.aliases]
-        return event_log.events(self.store, self.name, always_indexed=True, guesses=guesses)
+        """The events, oldest first."""
+        return event_log.events(self.store, self.name, index=self._index)
 
     def published(self, version: str) -> Published:
         """Return one of the versions in the index."""

@@ -116,8 +116,8 @@ def who(kind: str, body: Mapping[str, Any]) -> str:
 
 
 def why(body: Mapping[str, Any]) -> str:
-    """The reason that was given, or the gate's sentences, which earlier releases joined by semicolons."""
-    return sure_once(str(body.get("reason") or " ".join(body.get("reasons") or [])).replace(".; ", ". "))
+    """The reason that was given, or the gate's sentences."""
+    return sure_once(str(body.get("reason") or " ".join(body.get("reasons") or [])))
 
 
 def when(time: str) -> str:

@@ -50,7 +50,7 @@ def moved(found: FoundRate, config: RunConfig, train_records: int) -> dict[str, 
     return {
         f"{what} {then:,} to {now:,}": slope * math.log(now / then)
         for what, then, now, slope in circumstances
-        if then is not None and then != now
+        if then != now
     }
 
 

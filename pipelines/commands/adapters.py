@@ -484,7 +484,7 @@ def _pull_base(store: "Store", version: "Version", target: Path) -> None:
             f"{version.name} {version.version} has no base of its own in this registry, it stands on "
             f"{stands_on or 'the base of its config'}: leave out --with-base"
         )
-    if store.trusted_keys and not sha256:  # release 0.1.0 published it
+    if not sha256:
         raise IntegrityError(f"{version.name} {version.version} does not say which bytes {stands_on} has to have")
     folders.pull(store, store.key(stands_on), target, manifest_sha256=sha256)
 

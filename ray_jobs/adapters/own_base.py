@@ -9,7 +9,7 @@ bases/<id>/<content>/<init>_init.safetensors       the first weights: LAYER.lora
 bases/<id>/<content>/<init>.json                   what it was made from, and what its making measured
 
 The id is a hash of all that the base depends on. Other hardware may give other numbers, so each content has a folder:
-files of two builds never mix. Release 0.1.0 wrote the files to bases/<id>/ itself, which is still read.
+files of two builds never mix.
 
 `ray_jobs/adapters/<init>/start.py` says how one is made: a module with the four functions of `Start`, as LoftQ's is.
 No other code refers to a start by its name.
@@ -157,8 +157,7 @@ def _chosen(store: Store, key: str) -> tuple[str, str] | None:
     """Folder, and sha256 of its manifest, of the base that everyone uses; None where it was never made."""
     found = store.read(f"{key}/{CHOSEN}")
     if found is None:
-        manifest = folders.find_manifest(store, key)
-        return (key, manifest.sha256) if manifest else None
+        return None
     uri = store.uri(f"{key}/{CHOSEN}")
     chosen = decode_json(found[0], uri)
     known = isinstance(chosen, dict) and chosen.get("format") == FORMAT

@@ -23,8 +23,7 @@ class Recorded:
     base_identity: Mapping[str, str]
     """Identity of the base that the version was trained on, for `base_model.resolve`."""
     stands_on_sha256: str
-    """sha256 of the manifest of the version's own base, for `own_base.find`; empty where it has none, and in lineages
-    of release 0.1.0."""
+    """sha256 of the manifest of the version's own base, for `own_base.find`; empty where it has none."""
     dataset_uri: str
     max_new_tokens: int | None
     """Maximum number of tokens in an answer, as chosen by the version's run; None where the lineage has none."""

@@ -8,7 +8,7 @@
                                                       this folder they are the initial weights
 
 Each of these is a folder with a manifest. `shared` is written after all others, so a checkpoint exists when `shared`
-does: a partial upload is never resumed from. Release 0.1.0 has the best weights in `shared`.
+does: a partial upload is never resumed from.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.saf
 KEPT = 2
 """Newest checkpoints that stay."""
 PIECES = "pieces"
-"""Metadata key of the list of pieces in an optimizer file; files of release 0.1.0 lack it."""
+"""Metadata key of the list of pieces in an optimizer file."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class TrainingProgress:
     """The state of a training without its tensors."""
 
     config_digest: str
-    """The config's `training_digest`; in checkpoints of release 0.1.0, its `digest`."""
+    """The config's `training_digest`."""
     num_workers: int
     step: int = 0
     tokens: int = 0
@@ -352,9 +352,8 @@ class _Found:
     """For each of this worker's partitions: its master weights and its optimizer state."""
 
 
-_Written = tuple[list[Piece] | None, list[dict[str, torch.Tensor]]]
-"""The part of a checkpoint that one worker wrote: its pieces (None in checkpoints of release 0.1.0), and the state of
-each partition."""
+_Written = tuple[list[Piece], list[dict[str, torch.Tensor]]]
+"""The part of a checkpoint that one worker wrote: its pieces, and the state of each partition."""
 
 
 def resume(
@@ -371,8 +370,7 @@ def resume(
     reset, so that later losses are compared only with each other.
 
     Raises:
-        ConfigError: the checkpoint belongs to another config, or to release 0.1.0, whose checkpoints need the same
-            number of workers, and which trained DoRA magnitudes in another form.
+        ConfigError: the checkpoint belongs to another config, or has DoRA magnitudes in another form.
     """
     steps = complete(store, run_id) if rank == 0 else []
     found = None
@@ -418,7 +416,7 @@ def _read(
         folders.pull(store, f"{key}/shared", shared)
         progress = parse_progress((shared / STATE).read_bytes(), store.uri(key))
         uri = store.uri(key)
-        if progress.config_digest not in (config.training_digest, config.digest):
+        if progress.config_digest != config.training_digest:
             raise ConfigError(f"{uri} was written with another config: start a new run, or use the config of that one")
         if progress.magnitudes != fresh.magnitudes and any(True for _ in dora.magnitudes(engine.module)):
             raise ConfigError(f"{uri} was written by a release that trained magnitudes whole: start a new run")
@@ -426,19 +424,16 @@ def _read(
         return _Found(
             progress,
             load_file(shared / ADAPTER),
-            _best(store, run_id, shared, progress),
-            _states(engine, parts, progress, fresh, uri),
+            _best(store, run_id, Path(scratch) / "best", progress),
+            _states(engine, parts, progress, fresh),
         )
 
 
-def _best(store: Store, run_id: str, shared: Path, progress: TrainingProgress) -> dict[str, torch.Tensor] | None:
-    path = shared / BEST
-    if not path.exists():  # only release 0.1.0 stores it there
-        if not progress.best_step:
-            return None
-        path = shared.parent / "best" / BEST
-        folders.pull(store, key_of(run_id, progress.best_step, "best"), path.parent)
-    return dict(load_file(path))
+def _best(store: Store, run_id: str, target: Path, progress: TrainingProgress) -> dict[str, torch.Tensor] | None:
+    if not progress.best_step:
+        return None
+    folders.pull(store, key_of(run_id, progress.best_step, "best"), target)
+    return dict(load_file(target / BEST))
 
 
 def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: int) -> Iterator[_Written]:
@@ -447,37 +442,24 @@ def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: in
         folder = scratch / f"rank-{(first + number) % num_workers}"
         folders.pull(store, f"{key}/{folder.name}", folder)
         with safe_open(folder / OPTIMIZER, "pt") as file:
-            pieces = (file.metadata() or {}).get(PIECES)
+            pieces = json.loads(file.metadata()[PIECES])
             states: dict[int, dict[str, torch.Tensor]] = {}
             for stored in file.keys():  # noqa: SIM118 - the file is no dict, and has no other way
                 index, _, name = stored.partition(".")
                 states.setdefault(int(index), {})[name] = file.get_tensor(stored)
-        yield (
-            None if pieces is None else [Piece(*each) for each in json.loads(pieces)],
-            [states[index] for index in sorted(states)],
-        )
+        yield [Piece(*each) for each in pieces], [states[index] for index in sorted(states)]
 
 
 def _states(
-    engine: Any,
-    parts: Iterator[_Written],
-    progress: TrainingProgress,
-    fresh: TrainingProgress,
-    uri: str,
+    engine: Any, parts: Iterator[_Written], progress: TrainingProgress, fresh: TrainingProgress
 ) -> list[dict[str, torch.Tensor]]:
     """The state of each of this worker's partitions: as stored, if its pieces are the same, otherwise redistributed."""
     wanted = partitions.here(engine, trainable(engine.module))
     pieces, states = next(parts)
-    is_same_number = progress.num_workers == fresh.num_workers
-    if pieces is None and not is_same_number:
-        raise ConfigError(
-            f"{uri} was written by {counted(progress.num_workers, 'worker')} of release 0.1.0 and ray.num_workers is "
-            f"{fresh.num_workers}: resume with ray.num_workers={progress.num_workers}, or start a new run"
-        )
-    if pieces is None or (is_same_number and pieces == wanted):
+    if progress.num_workers == fresh.num_workers and pieces == wanted:
         return states
     sizes = [master.numel() for master, _ in zero.master_partitions(engine)]
-    held = (Part(p or [], [optimizer.in_float32(each) for each in s]) for p, s in chain([(pieces, states)], parts))
+    held = (Part(p, [optimizer.in_float32(each) for each in s]) for p, s in chain([(pieces, states)], parts))
     return partitions.deal(held, wanted, sizes)
 
 

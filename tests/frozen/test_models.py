@@ -89,7 +89,8 @@ def test_a_new_candidate_is_compared_with_the_release_s_champion_and_takes_its_p
     records_sha256 = evaluate._write_records(frozen.store, "next", records, tokens, measured.scores)
     runs.write(frozen.store, "next", evaluation.model_copy(update={"records_sha256": records_sha256}))
     decision = run_gate(config, frozen.store, "next")
-    frozen.store.put_json("runs/next/consumed.json", {**frozen.json("runs/promoted/consumed.json"), "run_id": "next"})
+    consumed = frozen.json("runs/promoted/consumed/header.json")
+    frozen.store.put_json("runs/next/consumed/header.json", {**consumed, "run_id": "next"})
     with first_step("promote", config_file.as_table(config), "next") as run:
         promote(run, decision.sha256)
     assert aliases.read_alias(frozen.store, ADAPTER, "production").version == new

@@ -67,7 +67,8 @@ def test_versions_verify_and_are_pulled_with_the_base_that_loftq_made(frozen, ad
     for run_id in RUNS:
         assert adapters("verify", f"{ADAPTER}@{frozen.version(run_id)}")["verified"]
     pulled = adapters("pull", f"{ADAPTER}@{version}", "--to", str(tmp_path / "here"), "--with-base")
-    (base,) = frozen.path("bases").iterdir()
+    (chosen,) = frozen.path("bases").glob("*/chosen.json")
+    base = chosen.parent / json.loads(chosen.read_text())["folder"]
     for folder, source in ((pulled["path"], f"adapters/{ADAPTER}/versions/{version}"), (pulled["base_path"], base)):
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         assert files == {path.name: path.read_bytes() for path in frozen.path(source).iterdir()}

@@ -102,7 +102,7 @@ def huge(status: str) -> Callable[[socket.socket], None]:
 
 @pytest.fixture(scope="module")
 def owner(person: Person) -> Person:
-    """Somebody whose store holds what release 0.1.0 left in it."""
+    """Somebody whose store holds what a release left in it."""
     lines = person.does("fineloop store up && fineloop store env").stdout.splitlines()
     variables = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
     s3 = boto3.client(
@@ -113,7 +113,7 @@ def owner(person: Person) -> Person:
         region_name="us-east-1",
     )
     s3.create_bucket(Bucket=registry.BUCKET)
-    folder = registry.HERE / "0.1.0" / "registry"
+    folder = registry.HERE / registry.RELEASES[0] / "registry"
     for path in folder.rglob("*"):
         if path.is_file():
             key = f"{registry.PREFIX}/{path.relative_to(folder).as_posix()}"

@@ -306,8 +306,8 @@ def test_adapters_are_listed_shown_verified_and_pulled(
 
 
 def test_an_adapter_is_pulled_with_the_base_of_its_own(store: Store, config_path: Path, tmp_path: Path) -> None:
-    folders.publish(store, "bases/b0", {"config.json": b"{}"})
-    recipe = {"adapter": "lora", "stands_on": store.uri("bases/b0")}
+    base = folders.publish(store, "bases/b0", {"config.json": b"{}"})
+    recipe = {"adapter": "lora", "stands_on": store.uri("bases/b0"), "stands_on_sha256": base.sha256}
     files = {"adapter_model.safetensors": b"three", "adapter_config.json": b"{}"}
     version = versions.publish_version(store, "sums", files, lineage={"run_id": "run-three", "recipe": recipe})
     arguments = ("--to", "here", "--with-base", "-c", config_path, "--json")

@@ -347,7 +347,7 @@ def test_every_config_names_the_schema_that_lies_beside_it() -> None:
 
 
 # The example as release 0.1.0 has it, and what that release computed as digests.
-FROZEN = ROOT / "tests" / "frozen" / "0.1.0" / "icd10.toml"
+FROZEN = ROOT / "tests" / "frozen" / "icd10.toml"
 EXAMPLE_IN_0_1_0 = "d149ebc1d6ad9d69ee4ad1707755af96dac5dd9fcc1eea4665497cca1ee996a1"
 RAYJOB_IN_0_1_0 = "8ffa1d80e146ef4be2db84aa46892b2bf619a789620d9bf3fec9cf0f80defea3"
 RAYJOB_ON_ITS_IMAGE_IN_0_1_0 = "c5ac090d891f78caf35e8aba3e60e66a30906be4018ad75ca3824a794d71f60d"

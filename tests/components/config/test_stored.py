@@ -9,7 +9,7 @@ import pytest
 from components.config import config_file
 from components.shared.errors import ConfigError
 
-FROZEN = Path(__file__).resolve().parents[2] / "frozen" / "0.1.0" / "icd10.toml"
+FROZEN = Path(__file__).resolve().parents[2] / "frozen" / "icd10.toml"
 
 
 def test_of_a_stored_config_only_the_base_and_the_method_are_read_whatever_else_it_holds():

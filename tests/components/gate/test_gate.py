@@ -158,9 +158,6 @@ def test_a_candidate_that_is_the_champion_is_no_refusal_and_no_look_at_the_test_
         "Nothing changed: the candidate is v1, the very version that production points to now.",
     )
     assert event_log.events(store, "icd10") == []
-    # Release 0.1.0 filed it.
-    about = {"version": "v1", "champion": "v1", "alias": "production", "run_id": "run-1", "test_set": ["a", "b"]}
-    event_log.append_event(store, "icd10", "refused", about)
     put(store, evaluation(1.5, run_id="run-2", test_set=["a", "b"]), run_id="run-2")
     assert run_gate(config(), store, "run-2").look == 1
 
@@ -207,8 +204,6 @@ def test_a_decision_that_does_not_follow_from_its_evidence_is_told_apart(store: 
     put(store, evaluation(0.95))
     with pytest.raises(IntegrityError, match=r"evaluation\.json has sha256 .* it was changed since"):
         replay(store, RUN)
-    runs.write(store, RUN, decision.model_copy(update={"evaluation_sha256": ""}))  # as release 0.1.0 left it out
-    assert not replay(store, RUN).is_same
     put(store, evaluation(0.9))
     assert replay(store, RUN).is_same
     loosened = decision.policy | {"worse_than_champion_by": 9.0}

@@ -23,7 +23,7 @@ FACTS = Served("icd", "v1", "s3://b/adapters/icd/versions/v1", "org/base", "abc"
 
 @dataclass(frozen=True)
 class Written:
-    """A version that a run of release 0.1.0 wrote, to be published with other words in it."""
+    """A version that a run of a release wrote, to be published with other words in it."""
 
     files: dict[str, bytes]
     lineage: dict[str, Any]
@@ -36,7 +36,7 @@ class Written:
 
 def written(*, run_id: str = "promoted", base: str = "org/base", commit: str = "a" * 40) -> Written:
     """By the run `run_id`; its base is a hub's where one is named."""
-    runs = registry.HERE / "0.1.0" / "registry"
+    runs = registry.HERE / registry.RELEASES[0] / "registry"
     version = json.loads((runs / "runs" / run_id / "finetune.json").read_text())["version"]
     files = {path.name: path.read_bytes() for path in (runs / "adapters/colours/versions" / version).iterdir()}
     lineage, adapter = json.loads(files["lineage.json"]), json.loads(files[CONFIG])
@@ -110,7 +110,7 @@ def test_the_rank_that_servers_must_allow_holds_that_of_the_adapters_own_config(
 
 def test_a_server_gets_the_base_that_the_adapter_stands_on_by_a_name_that_it_reads(store: Store) -> None:
     plain, own = (written(run_id=run_id, base="").published(store) for run_id in ("promoted", "held"))
-    for version, base in ((plain, "given/base"), (own, "bases/6b23e4f55dbbd7fd")):  # LoftQ's has a base of its own
+    for version, base in ((plain, "given/base"), (own, "bases/6b23e4f55dbbd7fd/f95ac8bc76594715")):
         uri = f"s3://{registry.BUCKET}/{registry.PREFIX}/{base}"
         assert manifest(served(store, version), "kserve")["spec"]["model"]["uri"] == uri
         (application,) = manifest(served(store, version), "ray-serve")["applications"]

@@ -72,8 +72,6 @@ def test_a_quantised_base_is_told(name: str, base: str, word: str) -> None:
     assert not any(word in note for note in of("lora").notes)
 
 
-def test_a_lineage_from_before_this_was_recorded_tells_the_kind() -> None:
-    assert recorded({"recipe": {"adapter": "lora"}}) == Serving("lora", [])
-    assert recorded({"recipe": {"adapter": "dora"}}) == Serving("merged", [])
+def test_a_lineage_tells_the_kind() -> None:
     kept = {"servable_as": "lora-export", "notes": ["a"]}
     assert recorded({"recipe": {"adapter": "vera", "serving": kept}}) == Serving("lora-export", ["a"])

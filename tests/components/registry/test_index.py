@@ -43,22 +43,23 @@ def forge(store: Store, what: str, change: Callable[[str, Any], Any]) -> None:
     store.put(key, gzip.compress(json.dumps({name: change(name, entry) for name, entry in entries.items()}).encode()))
 
 
-def as_promoted(_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def as_promoted(_name: str, entry: str) -> str:
     """An event that never was, with the id that its content has."""
-    version, run_id = entry["body"]["version"], entry["body"].get("run_id")
+    record = json.loads(entry)
+    version, run_id = record["body"]["version"], record["body"].get("run_id")
     body = {"alias": "production", "from": None, "to": version, "manifest_sha256": "0" * 64, "run_id": run_id}
     content = json.dumps(["promoted", body], sort_keys=True, separators=(",", ":"))
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    return {**entry, "kind": "promoted", "id": sha256[:12], "body": body}
+    return json.dumps({**record, "kind": "promoted", "id": sha256[:12], "body": body})
 
 
-def as_later(_name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "time": "2030-01-01T00:00:00.000000Z"}
+def as_later(_name: str, entry: str) -> str:
+    return entry.replace('"2026', '"2030')
 
 
-def as_worded_otherwise(_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def as_worded_otherwise(_name: str, entry: str) -> str:
     """Its name is what it should be; as if somebody had found another content of the same twelve digits."""
-    return {**entry, "adapter": "other"}
+    return json.dumps({**json.loads(entry), "adapter": "other"})
 
 
 @pytest.mark.parametrize(
@@ -80,19 +81,6 @@ def test_a_sound_index_spares_the_reading(store: Store, refused: str) -> None:
     store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
     assert len(event_log.events(store, "icd")) == NUMBER + 1
     assert len(sent) == 2
-
-
-def test_a_guessed_event_spares_its_reading_only_where_its_object_is_just_that(store: Store, refused: str) -> None:
-    aliases.promote(store, "icd", refused)
-    pointer = aliases.read_alias(store, "icd", "production")
-    assert pointer is not None
-    move, sent = aliases.event_of(pointer), []
-    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
-    assert event_log.events(store, "icd", guesses=[move])[-1].body == move.body
-    assert len(sent) == 2
-    uri = aliases.last_move(store, "icd").uri
-    store.put(store.key(uri), store.get(store.key(uri)).replace(b"promoted", b"overruled"))
-    assert {each.kind for each in event_log.events(store, "icd", guesses=[move])} == {"published", "refused"}
 
 
 def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:

@@ -147,24 +147,6 @@ def test_moves_name_the_one_before_them_by_sha256(store: Store, versions: list[s
     assert not is_chain([replace(logged[0], body={**logged[0].body, "actor": "eve"}), *logged[1:]])
 
 
-def test_a_log_of_release_0_1_0_leads_back_where_its_moves_lead(store: Store, versions: list[str]) -> None:
-    """That release wrote moves without references; the pointer it left is taken for one."""
-    for version in versions:
-        promote(store, "icd", version)
-    for event in events(store, "icd"):
-        if "to" in event.body:
-            store.delete([store.key(event.uri)])
-            old = {key: value for key, value in event.body.items() if key not in ("previous", "beneath")}
-            append_event(store, "icd", "promoted", old, at=event.time)
-    key = "adapters/icd/aliases/production.json"
-    pointer = store.get_json(key)
-    pointer["event"] = {key: value for key, value in pointer["event"].items() if key not in ("previous", "beneath")}
-    store.put_json(key, pointer)
-    assert [rollback(store, "icd").body["to"] for _ in range(2)] == [versions[1], versions[0]]
-    with pytest.raises(ObjectMissing, match="nothing held icd@production before"):
-        rollback(store, "icd")
-
-
 def test_a_rollback_takes_as_many_requests_after_many_moves_as_after_few(store: Store, versions: list[str]) -> None:
     one, two, _ = versions
     sent: list[str] = []

@@ -100,7 +100,7 @@ def test_each_event_names_a_person_or_the_pipeline_and_links_to_the_run_s_report
 
 def test_a_decision_of_the_pipeline_is_told_once_and_its_confidence_too(store: Store, ids: list[str]) -> None:
     first = (
-        "The gain lies between +1 and +2, each with 95 % confidence.; "
+        "The gain lies between +1 and +2, each with 95 % confidence. "
         "It helps, between 3 and 4, each with 95 % confidence."
     )
     promote(store, "icd", ids[0], cause=Cause("r7", PIPELINE, first))
@@ -222,7 +222,7 @@ def test_pages_in_the_store_are_the_adapter_s_own_the_list_and_of_others_what_wa
         promote(store, name, publish_version(store, name, files, lineage={"run_id": "r"}).version)
     assert write_pages(store, "icd", generated_at="a week ago") == store.uri("pages/index.html")
     store.put("adapters/broken/aliases/production.json", b"{}")
-    store.delete(["pages/index.json"])  # as release 0.1.0 left it
+    store.delete(["pages/index.json"])
     rollback(store, "icd")
     write_pages(store, "icd", generated_at="this morning")
     found = {info.key: Read(store.get(info.key).decode()).text for info in store.list("pages/") if "html" in info.key}

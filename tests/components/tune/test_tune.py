@@ -28,7 +28,18 @@ source = "s3://data/colours/"
 [train]
 learning_rate = 1e-3
 """
-FOUND = FoundRate(learning_rate=3e-3, loss=1.0, is_inside=True, method="qlora", run_id="before", dataset_id="d1")
+FOUND = FoundRate(
+    learning_rate=3e-3,
+    loss=1.0,
+    is_inside=True,
+    method="qlora",
+    run_id="before",
+    dataset_id="d1",
+    base="org/base",
+    rank=16,
+    batch_size=16,
+    train_records=5_000,
+)
 
 
 def config(*overrides):
