@@ -19,7 +19,7 @@ from components.registry.aliases import list_aliases
 from components.registry.cache import READS_AT_ONCE
 from components.registry.collect import DATASETS, RUNS
 from components.registry.identity import TOKENS, version_key
-from components.registry.lineage import Ancestor, made_from
+from components.registry.lineage import Ancestor
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import ObjectFile, ObjectInfo, Store
@@ -591,10 +591,10 @@ def _holders(store: Store, held: dict[ObjectInfo, set[str]]) -> list[Holder]:
 
 def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
     """The versions that were trained on one of the datasets, their descendants, and those of unknown lineage."""
-    made_of: dict[tuple[str, str], list[Ancestor]] = {}
+    made_of: dict[tuple[str, str], Sequence[Ancestor]] = {}
     unknown: set[tuple[str, str]] = set()
     for name in versions.list_adapters(store):
-        known = made_from(store, name)
+        known = versions.made_from(store, name)
         made_of |= {(name, version): ancestors for version, ancestors in known.items()}
         unknown |= {(name, version) for version in versions.version_ids(store, name) if version not in known}
     why: dict[tuple[str, str], tuple[Literal["dataset", "parent", "unknown"], str]] = {}

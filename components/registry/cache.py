@@ -1,9 +1,9 @@
-"""A cache of an adapter's immutable objects, so that ten thousand of them cost one request.
+"""The caches of the registry: one object an adapter, and the list of all adapters.
 
-adapters/<name>/index/<what>.json.gz is not part of the registry: objects that it lacks are read, entries of deleted
-objects are left out, and deleting it costs a minute. Its values are checked before they are used (`is_so`): events
-and what gc decides by against the objects' etags; the rest is only shown, and nothing that moves an alias, verifies or
-audits reads it.
+adapters/<name>/index/adapter.json.gz is not part of the registry: objects that it lacks are read, entries of deleted
+objects are left out, and deleting it costs a minute. Its values are checked before they are used (`is_so`): events, and
+what gc decides by, against the objects' etags; the rest is only shown, and nothing that moves an alias, verifies or
+audits reads it. A run's report brings it up to date.
 """
 
 import contextlib
@@ -38,25 +38,29 @@ TEXT = "latin-1"
 
 
 class Index:
-    """One index of an adapter, read at most once; `keep` writes it with what was asked for."""
+    """What was read of an adapter, by sections; the object is read at most once, and `keep` writes what is new."""
 
-    def __init__(self, store: Store, name: str, what: str, *, worth: int = 0) -> None:
-        """The index is read only if more than `worth` values are asked for, and written only if more than `worth` of
-        them are new."""
+    def __init__(self, store: Store, name: str, what: str = "adapter", *, worth: int = 0) -> None:
+        """It is read only if more than `worth` values are asked for, and written only if more than `worth` are new."""
         self._store, self._folder, self._worth = store, adapter_key(name, ""), worth
         self._key = f"{self._folder}index/{what}.json.gz"
-        self._indexed: dict[str, Any] | None = None
-        self._known: dict[str, Any] = {}
+        self._indexed: dict[str, dict[str, Any]] | None = None
+        self._known: dict[str, dict[str, Any]] = {}
         self._num_new = 0
 
     def of(
-        self, ids: Iterable[str], read: Callable[[str], Any | None], *, is_so: Callable[[str, Any], bool]
+        self, section: str, ids: Iterable[str], read: Callable[[str], Any | None], *, is_so: Callable[[str, Any], bool]
     ) -> dict[str, Any]:
-        """Return what `read` returns for each id, as `remembered` does."""
+        """Return what `read` returns for each id, as JSON values, in the order of the ids; from the index if it is
+        there.
+
+        What `read` returns must never change. Ids for which it returns None are left out, and read again the next time.
+        `is_so` decides whether the index's value for an id can be what `read` would return; if not, `read` is called.
+        """
         wanted = list(ids)
         if self._indexed is None and len(wanted) > self._worth:
             self._indexed = self._read()
-        indexed = self._indexed or {}
+        indexed = (self._indexed or {}).get(section, {})
         known = {each: indexed[each] for each in wanted if each in indexed and is_so(each, indexed[each])}
         missing = [each for each in wanted if each not in known]
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
@@ -64,10 +68,10 @@ class Index:
             found = {each: value for each, value in read_now if value is not None}
         self._num_new += sum(indexed.get(each) != value for each, value in found.items())
         known = {each: value for each in wanted if (value := known.get(each, found.get(each))) is not None}
-        self._known |= known
+        self._known[section] = self._known.get(section, {}) | known
         return known
 
-    def documents(self, objects: Iterable[ObjectInfo]) -> dict[str, bytes]:
+    def documents(self, section: str, objects: Iterable[ObjectInfo]) -> dict[str, bytes]:
         """Return the content of these small objects of the adapter, by key; objects that are gone are left out.
 
         An entry counts only if the listing gives the MD5 of exactly its bytes as the object's etag; otherwise the
@@ -87,19 +91,21 @@ class Index:
                 return False
             return hashlib.md5(text.encode(TEXT), usedforsecurity=False).hexdigest() == infos[file].etag
 
-        return {f"{self._folder}{file}": each.encode(TEXT) for file, each in self.of(infos, text, is_so=is_of).items()}
+        found = self.of(section, infos, text, is_so=is_of)
+        return {f"{self._folder}{file}": each.encode(TEXT) for file, each in found.items()}
 
     def keep(self) -> None:
-        """Write the index if enough of it is new; without permission to write it, every reader reads the objects."""
+        """Write the index if enough of it is new: of the sections that were asked for what was asked for, and the
+        others as they were. Without permission to write it, every reader reads the objects."""
         if self._num_new <= self._worth:
             return
-        body = gzip.compress(encode_json(self._known), compresslevel=1, mtime=0)
         try:
-            self._store.put(self._key, body, content_type="application/gzip")
-        except StoreError as exc:
+            body = encode_json({**(self._indexed or {}), **self._known})
+            self._store.put(self._key, gzip.compress(body, compresslevel=1, mtime=0), content_type="application/gzip")
+        except (StoreError, ValueError) as exc:  # a ValueError where somebody put an infinite number there
             logger.debug("%s is not written: %s", self._store.uri(self._key), exc)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, dict[str, Any]]:
         found = self._store.read(self._key)
         if found is None:
             return {}
@@ -108,32 +114,12 @@ class Index:
             if len(unpacked) > MAX_BYTES:
                 raise ValueError(f"it unpacks to more than {MAX_BYTES >> 20} MiB")
             known = json.loads(unpacked)
-            if not isinstance(known, dict):
-                raise ValueError("no JSON object")
+            if not isinstance(known, dict) or not all(isinstance(section, dict) for section in known.values()):
+                raise ValueError("no JSON object of objects")
         except (OSError, EOFError, zlib.error, ValueError, RecursionError) as exc:
             logger.warning("%s cannot be read, and is made anew: %s", self._store.uri(self._key), exc)
             return {}
         return known
-
-
-def remembered(
-    store: Store,
-    name: str,
-    what: str,
-    ids: Iterable[str],
-    read: Callable[[str], Any | None],
-    *,
-    is_so: Callable[[str, Any], bool],
-) -> dict[str, Any]:
-    """Return what `read` returns for each id, as JSON values, in the order of the ids; from the index if it is there.
-
-    What `read` returns must never change. Ids for which it returns None are left out, and read again the next time.
-    `is_so` decides whether the index's value for an id can be what `read` would return; if not, `read` is called.
-    """
-    index = Index(store, name, what, worth=WORTH_AN_INDEX)
-    known = index.of(ids, read, is_so=is_so)
-    index.keep()
-    return known
 
 
 # The list of all adapters, kept in one object beside the registry's pages, so that it is read in three requests.

@@ -130,7 +130,7 @@ class Listing:
         of_versions = {_key(self.name, version, file) for version in self.by_version for file in (MANIFEST, LINEAGE)}
         deciding = [info for info in self.objects if info.key in of_versions or info.key.startswith(tuple(folders_of))]
         index = Index(self.store, self.name, "documents")
-        bodies = index.documents(deciding)
+        bodies = index.documents("documents", deciding)
         index.keep()
         return bodies
 

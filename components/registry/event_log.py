@@ -163,10 +163,10 @@ def require_published(store: Store, name: str, version: str, manifest: Manifest)
 def events(store: Store, name: str, *, index: Index | None = None) -> list[Event]:
     """Return the adapter's log, oldest first. Objects that are not events are left out with a warning.
 
-    `index` is the caller's, who keeps it; otherwise a long log has one of its own.
+    `index` is the caller's, who keeps it.
     """
-    own = index or Index(store, name, "events", worth=WORTH_AN_INDEX)
-    found, junk = parse_log(store, name, own.documents(store.list(events_key(name))).items())
+    own = index or Index(store, name, worth=WORTH_AN_INDEX)
+    found, junk = parse_log(store, name, own.documents("events", store.list(events_key(name))).items())
     if index is None:
         own.keep()
     for key, why in junk.items():

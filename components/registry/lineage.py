@@ -4,12 +4,14 @@ Functions that read this machine say so; the rest is pure. Secrets cannot get in
 is kept without user and password.
 """
 
+import hashlib
+import json
 import logging
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +20,7 @@ from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from components.config.schema import RunConfig
-from components.registry import versions
-from components.registry.cache import remembered
-from components.registry.identity import version_key
-from components.registry.versions import LINEAGE, Version, read_lineage
-from components.shared.errors import IntegrityError, ObjectMissing, UserError
-from components.store.store import Store
+from components.shared.errors import UserError
 
 SCHEMA_VERSION = 1
 
@@ -287,81 +284,22 @@ def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
     return [Ancestor(kind, str(name)) for kind, name in named if name]
 
 
-def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancestor]]]:
-    """The version and the versions that it grew from, nearest first, each with what it was made from.
-
-    A parent that is gone, or is in another registry, is not followed.
-
-    Raises:
-        IntegrityError: the version's own lineage is damaged.
-    """
-    found, pending, seen = [], [version], {version.uri}
-    while pending:
-        each = pending.pop(0)
-        made_from = of_record(read_lineage(store, each))
-        found.append((each, made_from))
-        for parent in [ancestor.name for ancestor in made_from if ancestor.kind == "parent"]:
-            known = None if parent in seen else _parent(store, parent)
-            seen.add(parent)
-            pending += [known] if known else []
-    return found
+OF_THE_START = ("start_from", "start_share")
+"""Keys of section `train` that say where a training starts, and what share of it stays."""
 
 
-def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Version]:
-    """Versions of the adapter, newest first, whose lineage matches all terms.
-
-    A base, commit, config or dataset may be given by its beginning; a source or parent must be given in full.
-    """
-
-    def names(made_from: Iterable[Ancestor]) -> bool:
-        return all(any(_fits(each, kind, wanted) for each in made_from) for kind, wanted in terms.items())
-
-    known = made_from(store, name)
-    return [version for version in versions.list_versions(store, name) if names(known.get(version.version, []))]
+def trained(lineage: Mapping[str, Any]) -> dict[str, str]:
+    """Return the dataset, the parent version (empty if none) and the sha256 of the config without its start."""
+    config, parents = _section(lineage, "config"), lineage.get("parents")
+    train = {key: value for key, value in _section(config, "train").items() if key not in OF_THE_START}
+    return {
+        "dataset": str(_section(lineage, "dataset").get("dataset_id", "")),
+        "parent": str(next(filter(None, parents), "")) if isinstance(parents, list) else "",
+        "config": hashlib.sha256(json.dumps({**config, "train": train}, sort_keys=True).encode()).hexdigest(),
+    }
 
 
-def made_from(store: Store, name: str) -> dict[str, list[Ancestor]]:
-    """The ancestors of each version of the adapter, by its id; versions with unreadable lineage are left out."""
-    ids = versions.version_ids(store, name)
-    known = remembered(store, name, "ancestors", ids, lambda version: _entry(store, name, version), is_so=_is_entry)
-    return {version: [Ancestor(*each) for each in entry] for version, entry in known.items()}
-
-
-def _fits(ancestor: Ancestor, kind: Kind, wanted: str) -> bool:
-    if kind in ("source", "parent"):
-        return ancestor == Ancestor(kind, wanted)
-    return ancestor.kind == kind and ancestor.name.startswith(wanted)
-
-
-def _entry(store: Store, name: str, version: str) -> list[tuple[Kind, str]] | None:
-    try:
-        lineage = store.get_json(f"{version_key(name, version)}/{LINEAGE}")
-    except (ObjectMissing, IntegrityError) as exc:
-        logger.debug("%s", exc)
-        return None
-    return [(each.kind, each.name) for each in of_record(lineage if isinstance(lineage, dict) else {})]
-
-
-def _is_entry(_version: str, entry: Any) -> bool:
-    pairs = entry if isinstance(entry, list) else [None]
-    return all(
-        isinstance(each, list) and len(each) == 2 and all(isinstance(word, str) for word in each) for each in pairs
-    )
-
-
-def _parent(store: Store, uri: str) -> Version | None:
-    adapter, _, version = uri.removeprefix(store.uri("adapters/")).partition("/versions/")
-    try:
-        return versions.resolve(store, f"{adapter}@{version}") if uri.startswith(store.uri("adapters/")) else None
-    except ObjectMissing:
-        return None
-
-
-def tree(found: list[tuple[Version, list[Ancestor]]]) -> Iterator[str]:
-    """Yield the lines of the ancestry drawn as a tree."""
-    for depth, (version, made_from) in enumerate(found):
-        yield f"{'    ' * depth}{version.name} {version.version}"
-        rows = [ancestor for ancestor in made_from if ancestor.kind != "parent"]
-        for position, ancestor in enumerate(rows):
-            corner = "└──" if position == len(rows) - 1 and depth == len(found) - 1 else "├──"
-            yield f"{'    ' * depth}{corner} {ancestor.kind:<8}{ancestor.name}"
+def _section(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a section; empty if it is not a mapping, since anyone who may publish may write any lineage."""
+    found = of.get(key)
+    return found if isinstance(found, Mapping) else {}

@@ -1,15 +1,18 @@
 """Versions of an adapter: immutable folders whose id is their content."""
 
+import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from components.records import runs
-from components.records.steps import Evaluation
+from components.records.steps import Decision, Evaluation, Part, Record
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases, read_alias
-from components.registry.cache import changing, remembered
+from components.registry.cache import Index, changing
 from components.registry.event_log import append_event, events, publication, require_published
 from components.registry.identity import (
     ID_DIGITS,
@@ -22,8 +25,9 @@ from components.registry.identity import (
     version_id,
     version_key,
 )
+from components.registry.lineage import Ancestor, Kind, of_record, trained
 from components.registry.signing import require_signed
-from components.shared.errors import Conflict, IntegrityError, UnknownName, UserError
+from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
 from components.store import folders
 from components.store.folders import Manifest
 from components.store.store import JSON, Store, decode_json, encode_json
@@ -31,7 +35,8 @@ from components.store.store import JSON, Store, decode_json, encode_json
 logger = logging.getLogger(__name__)
 
 LINEAGE = "lineage.json"
-DESCRIBED = {"created_at", "manifest_sha256", "run_id"}
+SETTLED = timedelta(days=7)
+"""Age after which nothing more is measured of a version."""
 SHOWN = 8
 FILES = "files"
 """Key of the lineage: the version's files, beside lineage and manifest."""
@@ -119,31 +124,113 @@ def require_adapter(store: Store, name: str) -> None:
         raise UnknownName(f"there is no adapter {name!r} in {store.uri('')}: it has {_some(list_adapters(store))}")
 
 
+class Entry(Part):
+    """What is shown of a published version, as an index keeps it; evaluation and decision are reduced."""
+
+    created_at: str
+    manifest_sha256: str
+    run_id: str
+    settled: bool
+    """Whether it will not change any more."""
+    made_from: tuple[Ancestor, ...] | None
+    """None where the lineage is damaged, which an audit reports; the same holds for `trained`."""
+    trained: dict[str, str] | None
+    evaluation: Evaluation | None
+    decision: Decision | None
+
+    def version(self, store: Store, name: str, version: str, aliases: Iterable[Pointer]) -> Version:
+        """The version that it describes."""
+        candidate = self.evaluation.model("candidate") if self.evaluation else None
+        return Version(
+            name,
+            version,
+            store.uri(version_key(name, version)),
+            self.created_at,
+            self.manifest_sha256,
+            self.run_id,
+            metrics=candidate.metrics if candidate else {},
+            aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
+        )
+
+
 def list_versions(store: Store, name: str) -> list[Version]:
-    """Every published version, newest first, to be shown: what an index says of them is not verified.
+    """Every published version with its metrics, newest first, to be shown: what an index says is not verified.
 
     One whose publication was interrupted is not among them, nor, but for a warning, one whose manifest is damaged.
     """
-    known = remembered(
-        store,
-        name,
-        "versions",
-        version_ids(store, name),
-        lambda version: described(store, name, version),
-        is_so=lambda _version, entry: _is_of_texts(entry) and entry.keys() == DESCRIBED,
-    )
     aliases = list_aliases(store, name)
-    found = [
-        Version(
-            name=name,
-            version=version,
-            uri=store.uri(version_key(name, version)),
-            aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
-            **entry,
-        )
-        for version, entry in known.items()
-    ]
-    return sorted(found, key=lambda version: (version.created_at, version.version), reverse=True)
+    return [entry.version(store, name, version, aliases) for version, entry in entries(store, name).items()]
+
+
+def entries(store: Store, name: str, index: Index | None = None) -> dict[str, Entry]:
+    """What is shown of each published version, by its id, newest first; `index` is the caller's, who keeps it."""
+
+    def is_settled(_version: str, entry: Any) -> bool:
+        try:
+            return _parsed(entry).settled
+        except ValueError:  # another release wrote the index, or somebody else
+            return False
+
+    own = index or Index(store, name)
+    found = own.of("versions", version_ids(store, name), partial(_entry, store, name), is_so=is_settled)
+    if index is None:
+        own.keep()
+    parsed = {version: _parsed(entry) for version, entry in found.items()}
+    return dict(sorted(parsed.items(), key=lambda item: (item[1].created_at, item[0]), reverse=True))
+
+
+def _parsed(entry: Any) -> Entry:
+    return Entry.model_validate_json(encode_json(entry))
+
+
+def _entry(store: Store, name: str, version: str) -> dict[str, Any] | None:
+    """The `Entry` of a version, as JSON values; None where it is not there whole."""
+    try:
+        manifest = folders.find_manifest(store, version_key(name, version))
+    except IntegrityError as exc:
+        logger.warning("%s", exc)
+        return None
+    if manifest is None:
+        return None
+    described = _version(store, name, version, manifest, [])
+    evaluation, decision = of_run(store, described)
+    lineage = sound_lineage(store, name, version)
+    is_old = manifest.created_at < (datetime.now(UTC) - SETTLED).isoformat()
+    return {
+        "created_at": manifest.created_at,
+        "manifest_sha256": manifest.sha256,
+        "run_id": described.run_id,
+        "settled": is_old or decision is not None,
+        "made_from": None if lineage is None else [asdict(each) for each in of_record(lineage)],
+        "trained": None if lineage is None else trained(lineage),
+        "evaluation": evaluation and _reduced(evaluation, {"run_id", "records", "models", "paired"}),
+        "decision": reduced_decision(decision),
+    }
+
+
+def of_run(store: Store, version: Version) -> tuple[Evaluation | None, Decision | None]:
+    """Evaluation and decision of the version's run, as far as they exist and are about this version; to be shown."""
+    try:
+        found = evaluation(store, version, to_show=True)
+        decision = runs.find(store, version.run_id, Decision, to_show=True) if found else None
+    except IntegrityError:  # an audit reports it
+        return None, None
+    return found, decision if decision and decision.version == version.version else None
+
+
+def _reduced(record: Record, keys: set[str]) -> dict[str, Any]:
+    """The record as JSON values, with these keys alone."""
+    body: dict[str, Any] = json.loads(record.model_dump_json(include=keys, exclude_defaults=True))
+    return body
+
+
+def reduced_decision(decision: Decision | None) -> dict[str, Any] | None:
+    """What is shown of a decision, as JSON values."""
+    if decision is None:
+        return None
+    body = _reduced(decision, {"decision", "verdict", "adapter", "alias", "run_id", "version", "rules"})
+    rules = [{**rule, "text": "", "slices": []} for rule in body.get("rules", []) if "against" in rule]
+    return {**body, "reasons": [], "rules": rules}
 
 
 def newest(store: Store, name: str) -> Version | None:
@@ -224,22 +311,6 @@ def evaluation(store: Store, version: Version, *, to_show: bool = False) -> Eval
     return found if candidate and candidate.version == version.version else None
 
 
-def all_evaluated(store: Store, found: Sequence[Version]) -> list[Version]:
-    """Each version, all of one adapter, as `evaluated` gives it; an evaluation that is remembered is not read again."""
-    if not found:
-        return []
-    by_id = {version.version: version for version in found}
-    metrics = remembered(
-        store,
-        found[0].name,
-        "metrics",
-        by_id,
-        lambda version: dict(evaluated(store, by_id[version]).metrics) or None,
-        is_so=lambda _version, entry: isinstance(entry, dict),
-    )
-    return [replace(version, metrics=metrics.get(version.version, {})) for version in found]
-
-
 def pull_version(store: Store, version: Version, target: Path, *, published_sha256: str = "") -> Manifest:
     """Copy the version to the folder `target`, verified; see `folders.pull` and `signing.require_signed`.
 
@@ -269,9 +340,13 @@ def read_lineage(store: Store, version: Version) -> dict[str, Any]:
     return read_file(store, version, LINEAGE)
 
 
-def lineage_of(store: Store, name: str, version: str) -> dict[str, Any]:
-    """The lineage record of the version with this id; raises as `read_file`."""
-    return _read_file(store, version_key(name, version), LINEAGE)
+def sound_lineage(store: Store, name: str, version: str) -> dict[str, Any] | None:
+    """The lineage record of the version with this id; None if it is damaged, which an audit reports."""
+    try:
+        found: Any = _read_file(store, version_key(name, version), LINEAGE)
+    except (IntegrityError, ObjectMissing):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_file(store: Store, version: Version, path: str) -> dict[str, Any]:
@@ -314,23 +389,6 @@ def _version(store: Store, name: str, version: str, manifest: Manifest, aliases:
     )
 
 
-def described(store: Store, name: str, version: str) -> dict[str, str] | None:
-    """What a list says of a version beside its id; a manifest never changes. None where it is not there whole."""
-    try:
-        manifest = folders.find_manifest(store, version_key(name, version))
-    except IntegrityError as exc:
-        logger.warning("%s", exc)
-        return None
-    if manifest is None:
-        return None
-    run_id = str(manifest.about.get("run_id", ""))
-    return {"created_at": manifest.created_at, "manifest_sha256": manifest.sha256, "run_id": run_id}
-
-
-def _is_of_texts(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
-
-
 def version_ids(store: Store, name: str) -> list[str]:
     """Ids of the versions, by their order as text, those included whose publication has not ended."""
     return [version for version in store.folders(adapter_key(name, "versions/")) if VERSION_PATTERN.fullmatch(version)]
@@ -340,3 +398,69 @@ def _some(names: Iterable[str]) -> str:
     shown = list(names)
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
     return ", ".join(shown[:SHOWN]) + more if shown else "none"
+
+
+# Lineage in both directions: what a version was made from, and which versions were made from a thing.
+
+
+def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancestor]]]:
+    """The version and the versions that it grew from, nearest first, each with what it was made from.
+
+    A parent that is gone, or is in another registry, is not followed.
+
+    Raises:
+        IntegrityError: the version's own lineage is damaged.
+    """
+    found, pending, seen = [], [version], {version.uri}
+    while pending:
+        each = pending.pop(0)
+        made_from = of_record(read_lineage(store, each))
+        found.append((each, made_from))
+        for parent in [ancestor.name for ancestor in made_from if ancestor.kind == "parent"]:
+            known = None if parent in seen else _parent(store, parent)
+            seen.add(parent)
+            pending += [known] if known else []
+    return found
+
+
+def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Version]:
+    """Versions of the adapter, newest first, whose lineage matches all terms.
+
+    A base, commit, config or dataset may be given by its beginning; a source or parent must be given in full.
+    """
+
+    def names(made_from: Iterable[Ancestor]) -> bool:
+        return all(any(_fits(each, kind, wanted) for each in made_from) for kind, wanted in terms.items())
+
+    known = made_from(store, name)
+    return [version for version in list_versions(store, name) if names(known.get(version.version, ()))]
+
+
+def made_from(store: Store, name: str) -> dict[str, tuple[Ancestor, ...]]:
+    """The ancestors of each version of the adapter, by its id; versions with unreadable lineage are left out."""
+    found = entries(store, name).items()
+    return {version: entry.made_from for version, entry in found if entry.made_from is not None}
+
+
+def _fits(ancestor: Ancestor, kind: Kind, wanted: str) -> bool:
+    if kind in ("source", "parent"):
+        return ancestor == Ancestor(kind, wanted)
+    return ancestor.kind == kind and ancestor.name.startswith(wanted)
+
+
+def _parent(store: Store, uri: str) -> Version | None:
+    adapter, _, version = uri.removeprefix(store.uri("adapters/")).partition("/versions/")
+    try:
+        return resolve(store, f"{adapter}@{version}") if uri.startswith(store.uri("adapters/")) else None
+    except ObjectMissing:
+        return None
+
+
+def tree(found: list[tuple[Version, list[Ancestor]]]) -> Iterator[str]:
+    """Yield the lines of the ancestry drawn as a tree."""
+    for depth, (version, made_from) in enumerate(found):
+        yield f"{'    ' * depth}{version.name} {version.version}"
+        rows = [ancestor for ancestor in made_from if ancestor.kind != "parent"]
+        for position, ancestor in enumerate(rows):
+            corner = "└──" if position == len(rows) - 1 and depth == len(found) - 1 else "├──"
+            yield f"{'    ' * depth}{corner} {ancestor.kind:<8}{ancestor.name}"

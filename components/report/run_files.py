@@ -9,8 +9,8 @@ from typing import Any
 from components.records.runs import Replayed
 from components.records.steps import Decision, Evaluation, Measured, Role, StepRecord, Took
 from components.records.sweep import SweepResult, TunedRate
-from components.registry.lineage import of_record
-from components.report.adapter_files import AdapterFiles, trained
+from components.registry.lineage import of_record, trained
+from components.report.adapter_files import AdapterFiles
 from components.report.html import count, parse_moment
 from components.shared.metrics import METRICS
 from components.shared.parquet import table_of
@@ -202,7 +202,7 @@ def find_afresh(files: AdapterFiles, run: RunFiles) -> Afresh | None:
         return None
     wanted = {**trained(run.lineage), "dataset": run.evaluation.dataset_id, "parent": ""}
     for version, entry in files.entries.items():
-        evaluation = files.published(version).evaluation if entry["trained"] == wanted else None
+        evaluation = entry.evaluation if entry.trained == wanted else None
         if evaluation is not None and evaluation.records == run.evaluation.records:
             return Afresh(version, evaluation)
     return None

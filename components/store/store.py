@@ -407,10 +407,10 @@ def decode_json(body: bytes, uri: str) -> Any:
 
 
 class ReadOnce(Store):
-    """A store that caches its small objects and listings once they are read, for the time that one report takes.
+    """A store that reads its small objects and listings once, for the time that one report takes.
 
-    In a folder that was listed, objects that the listing lacks are not requested. What is written through this store is
-    read anew; what others write meanwhile is not seen. Like any store it may be shared between threads.
+    In a folder that was listed, objects that the listing lacks are not requested. What anybody writes meanwhile is not
+    seen. Like any store it may be shared between threads.
     """
 
     def __init__(self, store: Store) -> None:
@@ -449,37 +449,9 @@ class ReadOnce(Store):
         for folder in folders:
             self._listed[folder] = {key: info for key, info in found.items() if key.startswith(folder)}
 
-    def put(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> None:
-        """As `Store.put`."""
-        self._forget(key)
-        super().put(key, body, content_type=content_type)
-
-    def create(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> str:
-        """As `Store.create`."""
-        self._forget(key)
-        return super().create(key, body, content_type=content_type)
-
-    def swap(self, key: str, body: bytes, etag: str, *, content_type: str = BINARY) -> str:
-        """As `Store.swap`."""
-        self._forget(key)
-        return super().swap(key, body, etag, content_type=content_type)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """As `Store.delete`."""
-        gone = [*keys]
-        for key in gone:
-            self._forget(key)
-        super().delete(gone)
-
     def _listed_at(self, key: str) -> dict[str, ObjectInfo] | None:
         """Return the cached listing that covers this key or key prefix; None if there is none."""
         return next((found for prefix, found in [*self._listed.items()] if key.startswith(prefix)), None)
-
-    def _forget(self, key: str) -> None:
-        self._objects.pop(key, None)
-        for known in (self._listed, self._folders):
-            for prefix in [each for each in known if key.startswith(each)]:
-                del known[prefix]
 
 
 # An object as a file of which only the requested parts are read: a column of a Parquet file, not the whole.

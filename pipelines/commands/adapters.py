@@ -168,7 +168,7 @@ def _list(options: argparse.Namespace) -> Answer:
         if options.name:
             versions.require_adapter(store, options.name)
             found = versions.list_versions(store, options.name)
-            described = [_described(version) for version in versions.all_evaluated(store, found)]
+            described = [_described(version) for version in found]
             return Answer({"name": options.name, "versions": described}, _version_table(found))
         adapters: list[dict[str, Any]] = [
             {"name": name, "newest": each.newest, "versions": each.versions, "aliases": each.aliases}
@@ -337,8 +337,8 @@ def _history(options: argparse.Namespace) -> Answer:
 
 
 def _lineage(options: argparse.Namespace) -> Answer:
-    from components.registry.lineage import ancestors, descendants, parse_terms, tree
-    from components.registry.versions import read_lineage, require_adapter, resolve
+    from components.registry.lineage import parse_terms
+    from components.registry.versions import ancestors, descendants, read_lineage, require_adapter, resolve, tree
 
     terms = parse_terms(options.of)
     with opened_registry(options) as store:

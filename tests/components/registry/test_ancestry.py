@@ -5,8 +5,8 @@ import gzip
 import pytest
 
 from components.registry import cache
-from components.registry.lineage import ancestors, descendants, parse_terms, tree
-from components.registry.versions import Version, publish_version
+from components.registry.lineage import parse_terms
+from components.registry.versions import Version, ancestors, descendants, publish_version, tree
 from components.shared.errors import UserError
 from components.store.store import Store
 
@@ -52,7 +52,6 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
 def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_is_junk(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "WORTH_AN_INDEX", 1)
     asked: list[str] = []
 
     def read(each: str) -> str | None:
@@ -61,9 +60,10 @@ def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_i
 
     def remembered(*ids: str) -> tuple[dict[str, str], list[str]]:
         asked.clear()
-        return cache.remembered(store, "icd", "tests", ids, read, is_so=lambda _id, value: value is not None), sorted(
-            asked
-        )
+        index = cache.Index(store, "icd", "tests", worth=1)
+        known = index.of("a section", ids, read, is_so=lambda _id, value: value is not None)
+        index.keep()
+        return known, sorted(asked)
 
     assert remembered("a", "b", "absent") == ({"a": "said of a", "b": "said of b"}, ["a", "absent", "b"])
     assert remembered("b", "a", "absent")[1] == ["absent"]
@@ -72,5 +72,5 @@ def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_i
     assert remembered("a", "b") == ({"a": "said of a", "b": "said of b"}, ["a", "b"])
     assert remembered("a", "b")[1] == []
     monkeypatch.setattr(cache, "MAX_BYTES", 1000)
-    store.put("adapters/icd/index/tests.json.gz", gzip.compress(b'{"a": "' + b"x" * 1000 + b'"}'))
+    store.put("adapters/icd/index/tests.json.gz", gzip.compress(b'{"a section": {"a": "' + b"x" * 1000 + b'"}}'))
     assert remembered("a", "b") == ({"a": "said of a", "b": "said of b"}, ["a", "b"])

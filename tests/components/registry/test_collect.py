@@ -98,8 +98,10 @@ def test_no_forged_index_makes_anything_go(store: Store, published: list[Version
         "junk": lambda text: "x" * len(text),
     }[forged]
     known = json.loads(gzip.decompress(store.get(key)))
-    assert any(champion in text for file, text in known.items() if file.startswith("aliases/"))
-    store.put(key, gzip.compress(json.dumps({file: change(text) for file, text in known.items()}).encode()))
+    documents = known["documents"]
+    assert any(champion in text for file, text in documents.items() if file.startswith("aliases/"))
+    packed = {"documents": {file: change(text) for file, text in documents.items()}}
+    store.put(key, gzip.compress(json.dumps(packed).encode()))
     assert removed(store, Rules(keep_last=2)) == gone
     assert json.loads(gzip.decompress(store.get(key))) == known  # and is made anew
 

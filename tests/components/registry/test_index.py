@@ -14,12 +14,12 @@ import pytest
 from components.promote import promote
 from components.registry import aliases, event_log, versions
 from components.registry.event_log import decided_before, is_held
-from components.registry.lineage import made_from
-from components.registry.versions import publish_version
+from components.registry.versions import made_from, publish_version
 from components.shared.errors import UserError
 from components.store.store import Store
 
 NUMBER = 105
+INDEX = "adapters/icd/index/adapter.json.gz"
 TEST_SET = ["a", "b"]
 
 
@@ -36,11 +36,11 @@ def refused(store: Store) -> str:
     return version
 
 
-def forge(store: Store, what: str, change: Callable[[str, Any], Any]) -> None:
+def forge(store: Store, section: str, change: Callable[[str, Any], Any]) -> None:
     """Put what `change` makes of each entry in its place."""
-    key = f"adapters/icd/index/{what}.json.gz"
-    entries = json.loads(gzip.decompress(store.get(key)))
-    store.put(key, gzip.compress(json.dumps({name: change(name, entry) for name, entry in entries.items()}).encode()))
+    index = json.loads(gzip.decompress(store.get(INDEX)))
+    index[section] = {name: change(name, entry) for name, entry in index[section].items()}
+    store.put(INDEX, gzip.compress(json.dumps(index).encode()))
 
 
 def as_promoted(_name: str, entry: str) -> str:
@@ -91,15 +91,15 @@ def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
         for number in range(NUMBER)
     ]
     versions.list_versions(store, "icd")
-    made_from(store, "icd")
+    forge(store, "versions", lambda _name, entry: {**entry, "settled": True})
     later = {"created_at": "2030-01-01T00:00:00.000000Z"}
     forge(store, "versions", lambda name, entry: {**entry, **(later if name == made[0] else {})})
     assert versions.list_versions(store, "icd")[0].version == made[0]  # shown, and no more than that
     asked = promote.Request("icd", promote.PROMOTE, "", "production", "", "", "j1")
     assert promote.carry_out(store, asked).body["to"] == made[-1]
     assert versions.resolve(store, f"icd@{made[0][:12]}").created_at < "2030"
-    forge(store, "versions", lambda _name, _entry: 5)
-    forge(store, "ancestors", lambda _name, _entry: {"a": 1})
-    assert [each.version for each in versions.list_versions(store, "icd")] == made[::-1]
-    assert made_from(store, "icd") == {version: [] for version in sorted(made)}
+    for junk in (5, {"a": 1}, {"settled": True, "made_from": 5}):
+        forge(store, "versions", lambda _name, _entry, junk=junk: junk)
+        assert [each.version for each in versions.list_versions(store, "icd")] == made[::-1]
+    assert made_from(store, "icd") == dict.fromkeys(made, ())
     assert aliases.read_alias(store, "icd", "production") is not None

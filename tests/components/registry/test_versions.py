@@ -13,7 +13,6 @@ from components.registry.event_log import events
 from components.registry.identity import version_key
 from components.registry.versions import (
     Version,
-    all_evaluated,
     evaluated,
     list_adapters,
     list_versions,
@@ -294,7 +293,7 @@ def test_metrics_are_those_of_the_runs_evaluation_once_there_is_one(store: Store
     evaluation = Evaluation(run_id="run1", records=1, models={"candidate": candidate})
     runs.write(store, "run1", evaluation)
     assert evaluated(store, version).metrics == {"exact_match": 0.72}
-    assert all_evaluated(store, [version]) == [evaluated(store, version)]
+    assert list_versions(store, "icd") == [evaluated(store, version)]
     of_another = candidate.model_copy(update={"version": "v000"})
     runs.write(store, "run1", evaluation.model_copy(update={"models": {"candidate": of_another}}))
     assert evaluated(store, version).metrics == {}

@@ -20,7 +20,7 @@ PLAIN = {
     f"{runs.EVALUATIONS}r1/{runs.EVALUATION_SIGNATURE}": "pipeline",
     f"{runs.EVALUATIONS}r1/{runs.DECISION}": "pipeline",
     adapter_key("icd", "rates", "qlora.json"): "pipeline",
-    adapter_key("icd", "index", "events.json.gz"): "pipeline admin",
+    adapter_key("icd", "index", "adapter.json.gz"): "pipeline admin",
     "pages/changed/icd": "trainer pipeline admin",
     "pages/index.json": "pipeline admin",
     "pages/icd.html": "pipeline",
