@@ -22,7 +22,6 @@ from components.registry.event_log import (
     ID_LENGTH,
     Body,
     Event,
-    Reference,
     append_event,
     event_sha256,
     events,
@@ -203,12 +202,13 @@ def promote(
     # Where the version is there already, a run may have met another one's move; a person only repeats their own.
     is_there = holder is not None and held == version and (bool(cause.run_id) or holder.event["from"] == expected)
     if expected not in (ANYONE, held) and not is_there:
-        raise _conflict(store, name, alias, version, expected, holder)
+        raise _conflict(name, alias, version, expected, holder)
     run_id = cause.run_id
-    if run_id and held != version and (earlier := _promoted_before(store, name, alias, version, run_id)):
-        raise _conflict(
-            store, name, alias, version, version, holder, since=f"run {run_id} promoted it at {earlier.time}"
-        )
+    if run_id and held != version:
+        same = {"alias": alias, "to": version, "run_id": run_id}.items()
+        if earlier := next((event for event in events(store, name) if same <= event.body.items()), None):
+            since = f"run {run_id} promoted it at {earlier.time}"
+            raise _conflict(name, alias, version, version, holder, since=since)
     return move_alias(store, name, alias, version, expected=holder, kind=kind, cause=cause)
 
 
@@ -243,7 +243,7 @@ def rollback(
     if is_there and is_ours:
         to = holder.version
     elif expected not in (ANYONE, holder.version):
-        raise _conflict(store, name, alias, to or "the one before", expected, holder)
+        raise _conflict(name, alias, to or "the one before", expected, holder)
     elif to is None:
         logged = _record(store, name, holder)
         back_to = next(moves_beneath(store, name, logged), None)
@@ -304,9 +304,11 @@ def move_alias(
     # The log must be whole before the pointer that could complete it is replaced.
     last = (logged or _record(store, name, expected)).reference if expected else None
     before = expected.version if expected else None
+    earlier = back_to.body.get("evidence", {}) if back_to else {}
     body = {
         "alias": alias, "from": before, "to": version, "manifest_sha256": manifest.sha256, "run_id": cause.run_id,
-        "actor": cause.actor, "reason": cause.reason, "previous": last, **_returning(back_to, cause, last),
+        "actor": cause.actor, "reason": cause.reason, "previous": last, "evidence": {**earlier, **cause.evidence},
+        "beneath": back_to.body.get("beneath") if back_to else last,
     }  # fmt: skip
     since = _after(expected.since) if expected else now()
     fields = {"version": version, "manifest_sha256": manifest.sha256, "since": since, "run_id": cause.run_id}
@@ -322,7 +324,7 @@ def move_alias(
         holder = read_alias(store, name, alias)
         if holder is not None and holder.version == version:  # another process made the same move
             return _held(store, name, holder)
-        raise _conflict(store, name, alias, version, before, holder) from exc
+        raise _conflict(name, alias, version, before, holder) from exc
     logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, kind)
     moved = Pointer(alias, **fields, kind=kind, event=body, etag=etag)
     try:
@@ -333,20 +335,10 @@ def move_alias(
         raise
 
 
-def _returning(back_to: Event | None, cause: Cause, last: Reference | None) -> dict[str, Any]:
-    """Return the evidence for holding a version, and the reference of the move beneath."""
-    if back_to is None:
-        return {"evidence": dict(cause.evidence), "beneath": last}
-    evidence = {**back_to.body.get("evidence", {}), **cause.evidence}
-    return {"evidence": evidence, "beneath": back_to.body.get("beneath")}
-
-
 def _undo(store: Store, name: str, moved: Pointer, before: Pointer, cause: Cause) -> None:
     """Move an alias back from a version that was removed while the alias took it."""
-    undo, came = (
-        replace(cause, reason=f"{moved.version} was removed meanwhile", evidence={}),
-        _record(store, name, before),
-    )
+    undo = replace(cause, reason=f"{moved.version} was removed meanwhile", evidence={})
+    came = _record(store, name, before)
     with contextlib.suppress(AliasConflict):  # another command has moved it on
         move_alias(
             store, name, moved.alias, before.version, expected=moved, kind="rolled_back", cause=undo, back_to=came
@@ -387,20 +379,8 @@ def event_of(pointer: Pointer) -> Event:
     return Event(event_sha256(pointer.kind, body)[:ID_LENGTH], pointer.kind, pointer.since, "", body)
 
 
-def _promoted_before(store: Store, name: str, alias: str, version: str, run_id: str) -> Event | None:
-    wanted = {"alias": alias, "to": version, "run_id": run_id}.items()
-    return next((event for event in events(store, name) if wanted <= event.body.items()), None)
-
-
 def _conflict(
-    store: Store,
-    name: str,
-    alias: str,
-    version: str,
-    expected: str | None,
-    holder: Pointer | None,
-    *,
-    since: str = "",
+    name: str, alias: str, version: str, expected: str | None, holder: Pointer | None, *, since: str = ""
 ) -> AliasConflict:
     by = f"{holder.version} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "no version"
     if holder and holder.version == expected and not since:

@@ -46,44 +46,41 @@ class Audit:
 def audit(store: Store, name: str) -> Audit:
     """Read and check everything of the adapter, including every byte of its versions, several side by side."""
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return _audit(store, name, pool)
-
-
-def _audit(store: Store, name: str, pool: Executor) -> Audit:
-    log, junk = read_log(store, name)
-    findings = [Finding(store.uri(key), f"is not an event: {why}") for key, why in junk.items()]
-    ids = versions.version_ids(store, name)
-    read = dict(zip(ids, pool.map(lambda version: _whole(store, version_key(name, version)), ids), strict=True))
-    whole = {version: found for version, found in read.items() if isinstance(found, Manifest)}
-    findings += [found for found in read.values() if isinstance(found, Finding)]
-    damaged = {finding.where for finding in findings}
-    findings += _publications(store, name, log, whole, damaged)
-    findings += _refusals(store, name, log, whole, pool)
-    decided = [(run_id, *found) for run_id, found in decisions(log).items()]
-    findings += chain.from_iterable(pool.map(lambda each: [*_decision(store, *each)], decided))
-    findings += _unsigned(store, name, log, pool)
-    findings += _inputs(store, name, whole, pool)
-    pointers: dict[str, Pointer] = {}
-    for info in store.list(adapter_key(name, "aliases/")):
-        alias = info.key.rpartition("/")[2].removesuffix(".json")
-        try:
-            pointer = read_alias(store, name, alias)
-        except (IntegrityError, UserError) as exc:
-            findings.append(Finding(store.uri(info.key), str(exc)))
-            continue
-        if pointer is None:
-            findings.append(Finding(store.uri(info.key), "is not an alias"))
-        else:
-            pointers[alias] = pointer
-            findings += _alias(store, name, pointer, log, whole)
-    findings += [
-        Finding(event.uri, f"moved {name}@{event.body['alias']}, which there is no more")
-        for event in log
-        if event.kind in MOVE_KINDS and not store.exists(adapter_key(name, "aliases", f"{event.body['alias']}.json"))
-    ]
-    findings += _signatures(store, name, whole, [*pointers.values()], pool)
-    findings += _watermark(store, name)
-    return Audit(name, len(whole), len(log), tuple(findings))
+        log, junk = read_log(store, name)
+        findings = [Finding(store.uri(key), f"is not an event: {why}") for key, why in junk.items()]
+        ids = versions.version_ids(store, name)
+        read = dict(zip(ids, pool.map(lambda version: _whole(store, version_key(name, version)), ids), strict=True))
+        whole = {version: found for version, found in read.items() if isinstance(found, Manifest)}
+        findings += [found for found in read.values() if isinstance(found, Finding)]
+        damaged = {finding.where for finding in findings}
+        findings += _publications(store, name, log, whole, damaged)
+        findings += _refusals(store, name, log, whole, pool)
+        decided = [(run_id, *found) for run_id, found in decisions(log).items()]
+        findings += chain.from_iterable(pool.map(lambda each: [*_decision(store, *each)], decided))
+        findings += _unsigned(store, name, log, pool)
+        findings += _inputs(store, name, whole, pool)
+        pointers: dict[str, Pointer] = {}
+        for info in store.list(adapter_key(name, "aliases/")):
+            alias = info.key.rpartition("/")[2].removesuffix(".json")
+            try:
+                pointer = read_alias(store, name, alias)
+            except (IntegrityError, UserError) as exc:
+                findings.append(Finding(store.uri(info.key), str(exc)))
+                continue
+            if pointer is None:
+                findings.append(Finding(store.uri(info.key), "is not an alias"))
+            else:
+                pointers[alias] = pointer
+                findings += _alias(store, name, pointer, log, whole)
+        findings += [
+            Finding(event.uri, f"moved {name}@{event.body['alias']}, which there is no more")
+            for event in log
+            if event.kind in MOVE_KINDS
+            and not store.exists(adapter_key(name, "aliases", f"{event.body['alias']}.json"))
+        ]
+        findings += _signatures(store, name, whole, [*pointers.values()], pool)
+        findings += _watermark(store, name)
+        return Audit(name, len(whole), len(log), tuple(findings))
 
 
 def _whole(store: Store, key: str) -> Manifest | Finding | None:
@@ -183,7 +180,12 @@ def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[
 
 def _unsigned(store: Store, name: str, log: list[Event], pool: Executor) -> Iterator[Finding]:
     """Name decisions that rest on nothing signed, if they were written after one that does: by the store's clock."""
-    of_gates = [each for each in log if each.kind in ("refused", "proposed", "promoted") and not _by_hand(each)]
+    of_gates = [
+        each
+        for each in log
+        if each.kind in ("refused", "proposed")
+        or (each.kind == "promoted" and "sha256" in each.body.get("evidence", {}))
+    ]
     if not store.evaluation_keys or not of_gates:
         return
     behind = [*pool.map(lambda event: signing.decision_behind(store, name, event), of_gates)]
@@ -193,10 +195,6 @@ def _unsigned(store: Store, name: str, log: list[Event], pool: Executor) -> Iter
         if since and decision is None and written[event.uri] >= min(since):
             why = "which no evaluation signed by one of registry.evaluation_keys is behind: it counts for nothing"
             yield Finding(event.uri, f"is about a decision of run {event.body.get('run_id')}, {why}")
-
-
-def _by_hand(event: Event) -> bool:
-    return event.kind == "promoted" and "sha256" not in event.body.get("evidence", {})
 
 
 def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor) -> Iterator[Finding]:

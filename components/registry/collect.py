@@ -51,7 +51,7 @@ class Summary:
     aliases: dict[str, str]
     """Version by alias."""
     mark: str
-    """The adapter's mark before it was read; see `records.pages`."""
+    """The adapter's mark before it was read; see `cache`."""
 
 
 _SUMMARY = TypeAdapter(Summary)
@@ -136,7 +136,7 @@ class Listing:
 
     @cached_property
     def _signatures(self) -> dict[str, list[ObjectInfo]]:
-        return self._grouped(signing.signatures_key(self.name))
+        return self._grouped(signing.signatures_key(self.name)) if self.store.trusted_keys else {}
 
     def _published(self, version: str) -> Needing | None:
         store, uri = self.store, self.store.uri(version_key(self.name, version))
@@ -150,6 +150,8 @@ class Listing:
                 f"{uri}/{LINEAGE} is not the one that was published, so it is unknown what {version} needs: "
                 f"nothing is removed; `fineloop adapters audit {self.name}` tells what is damaged"
             )
+        objects, trusted = self._signatures.get(version, []), store.trusted_keys
+        said = signing.said(store, self.name, version, manifest.sha256, trusted, objects=objects, bodies=self._bodies)
         return Needing(
             name=self.name,
             version=version,
@@ -158,15 +160,8 @@ class Listing:
             manifest_sha256=manifest.sha256,
             run_id=str(manifest.about.get("run_id", "")),
             made_from=tuple(of_record(decode_json(lineage, uri))),
-            is_revoked=bool(store.trusted_keys) and self._is_revoked(version, manifest.sha256),
+            is_revoked=bool(said.revoked_by),
         )
-
-    def _is_revoked(self, version: str, manifest_sha256: str) -> bool:
-        objects, trusted = self._signatures.get(version, []), self.store.trusted_keys
-        said = signing.said(
-            self.store, self.name, version, manifest_sha256, trusted, objects=objects, bodies=self._bodies
-        )
-        return bool(said.revoked_by)
 
     def _content(self, key: str) -> bytes | None:
         """Read by itself where the listing lacks it, whose pages are not all of one moment."""
@@ -297,7 +292,13 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
             return None, left  # all are new, and need not be read
         needed, unneeded = _sorted_out(listing, rules, oldest, under_way)
         log = {info.key: "" for info in listing.objects if info.key.startswith(events_key(name))}
-        return needed, [*(_of_version(each, listing, by_run.keys(), log) for each in unneeded), *left]
+        removable = []
+        for each in unneeded:
+            why = f"published {each.created_at[:10]}, {'revoked' if each.is_revoked else 'never held an alias'}"
+            objects = listing.by_version[each.version]
+            removal = _removal("version", f"{name}@{each.version}", why, objects, by_run.keys())
+            removable.append(replace(removal, manifest_sha256=each.manifest_sha256, log_seen=log))
+        return needed, [*removable, *left]
 
     looked_at = [name for name in everything if name in names]
     with ThreadPoolExecutor(ADAPTERS_AT_ONCE) as pool:
@@ -498,13 +499,6 @@ def _grouped(store: Store, folder: str) -> dict[str, list[ObjectInfo]]:
 
 def _newest(objects: Iterable[ObjectInfo]) -> datetime:
     return max(info.last_modified for info in objects)
-
-
-def _of_version(version: Needing, listing: Listing, runs_seen: AbstractSet[str], log_seen: dict[str, str]) -> Removal:
-    why = f"published {version.created_at[:10]}, {'revoked' if version.is_revoked else 'never held an alias'}"
-    objects = listing.by_version[version.version]
-    found = _removal("version", f"{version.name}@{version.version}", why, objects, runs_seen)
-    return replace(found, manifest_sha256=version.manifest_sha256, log_seen=log_seen)
 
 
 def _removal(

@@ -128,7 +128,10 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
                 return logged.uri
         at = now()
     reference: Reference = {"time": at, "sha256": sha256}
-    key, record = _key(name, reference), encode_json(_record(name, kind, at, body, event_id))
+    key, record = (
+        _key(name, reference),
+        encode_json({"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}),
+    )
     try:
         store.create(key, record, content_type=JSON)
     except Conflict:
@@ -207,13 +210,9 @@ def parse_log(store: Store, name: str, objects: Iterable[tuple[str, bytes]]) -> 
             found.append(_event(store, name, key, decode_json(body, store.uri(key))))
         except (IntegrityError, ValueError, TypeError, KeyError) as exc:
             junk[key] = " ".join(str(exc).split())
-    return _sorted(found), junk
-
-
-def _sorted(found: Iterable[Event]) -> list[Event]:
-    """The events, oldest first; two writers at once, or one that met junk, may have filed one of them twice."""
+    # Two writers at once, or one that met junk, may have filed one of them twice.
     first = {event.sha256: event for event in sorted(found, key=lambda event: (event.time, event.uri), reverse=True)}
-    return sorted(first.values(), key=lambda event: (event.time, event.id))
+    return sorted(first.values(), key=lambda event: (event.time, event.id)), junk
 
 
 def find_event(store: Store, name: str, reference: Reference) -> Event | None:
@@ -244,10 +243,6 @@ def _event(store: Store, name: str, key: str, record: Any) -> Event:
     if event.kind in MOVE_KINDS:
         event.body["alias"], event.body["from"], event.body["to"], event.body["manifest_sha256"]
     return event
-
-
-def _record(name: str, kind: EventKind, at: str, body: Mapping[str, Any], event_id: str) -> dict[str, Any]:
-    return {"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
 
 
 def _key(name: str, reference: Reference) -> str:

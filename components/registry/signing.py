@@ -91,7 +91,8 @@ def signer_from(environment: Mapping[str, str], variables: tuple[str, str, str] 
         UserError: there is no such function, it fails or gives no key; or the key cannot be read, or is no unencrypted
             Ed25519 private key.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     in_text, in_file, by_function = variables
     if named := environment.get(by_function, ""):
@@ -107,19 +108,17 @@ def signer_from(environment: Mapping[str, str], variables: tuple[str, str, str] 
             ) from exc
         return signer
     path, text = environment.get(in_file, ""), environment.get(in_text, "")
-    return _key_from(path, text, in_text if text else in_file) if path or text else None
-
-
-def _key_from(path: str, text: str, variable: str) -> Signer:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
+    if not path and not text:
+        return None
+    variable, how = in_text if text else in_file, "make one with `openssl genpkey -algorithm ed25519`"
     try:
         key = load_pem_private_key(text.encode() if text else Path(path).read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as exc:
-        raise UserError(f"{variable} gives no key ({type(exc).__name__}): {_how_to_make_one()}") from exc
+        raise UserError(
+            f"{variable} gives no key ({type(exc).__name__}): {how}, and keep it out of the config"
+        ) from exc
     if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"{variable} gives a key of another kind than Ed25519: {_how_to_make_one()}")
+        raise UserError(f"{variable} gives a key of another kind than Ed25519: {how}")
     return key
 
 
@@ -442,7 +441,3 @@ def _statement(
 
 def _folder(name: str, version: str) -> str:
     return f"{signatures_key(name)}{version}/"
-
-
-def _how_to_make_one() -> str:
-    return "make one with `openssl genpkey -algorithm ed25519`, and keep it out of the config"

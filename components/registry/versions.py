@@ -266,7 +266,13 @@ def resolve(store: Store, reference: str) -> Version:
     alias = wanted or PRODUCTION
     pointer = next((each for each in aliases if each.alias == alias), None) or read_alias(store, name, alias)
     if pointer is not None:
-        return _pointed_at(store, name, pointer, aliases)
+        manifest = folders.read_manifest(store, version_key(name, pointer.version))
+        if manifest.sha256 != pointer.manifest_sha256:
+            raise IntegrityError(
+                f"{name}@{pointer.alias} vouches for {pointer.version} with a manifest of sha256 "
+                f"{pointer.manifest_sha256}, but the stored one has {manifest.sha256}"
+            )
+        return replace(_version(store, name, pointer.version, manifest, aliases), asked_as=pointer.alias)
     ids = version_ids(store, name)
     fitting = [version for version in ids if version.startswith(wanted)] if VERSION_PATTERN.fullmatch(wanted) else []
     whole = [
@@ -290,10 +296,7 @@ def resolve(store: Store, reference: str) -> Version:
 
 
 def evaluated(store: Store, version: Version) -> Version:
-    """The version with the metrics that its run's evaluation gave it, where that evaluation is still there.
-
-    A version is published before it is compared, and never rewritten: the comparison lies with the run.
-    """
+    """The version with the metrics that its run's evaluation gave it, where that evaluation is still there."""
     found = evaluation(store, version, to_show=True)
     candidate = found.model("candidate") if found else None
     return replace(version, metrics=candidate.metrics) if candidate else version
@@ -367,16 +370,6 @@ def _read_file(store: Store, key: str, path: str) -> dict[str, Any]:
     return found
 
 
-def _pointed_at(store: Store, name: str, pointer: Pointer, aliases: list[Pointer]) -> Version:
-    manifest = folders.read_manifest(store, version_key(name, pointer.version))
-    if manifest.sha256 != pointer.manifest_sha256:
-        raise IntegrityError(
-            f"{name}@{pointer.alias} vouches for {pointer.version} with a manifest of sha256 "
-            f"{pointer.manifest_sha256}, but the stored one has {manifest.sha256}"
-        )
-    return replace(_version(store, name, pointer.version, manifest, aliases), asked_as=pointer.alias)
-
-
 def _version(store: Store, name: str, version: str, manifest: Manifest, aliases: Iterable[Pointer]) -> Version:
     return Version(
         name=name,
@@ -429,8 +422,12 @@ def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Vers
     A base, commit, config or dataset may be given by its beginning; a source or parent must be given in full.
     """
 
+    def fits(ancestor: Ancestor, kind: Kind, wanted: str) -> bool:
+        is_whole = kind in ("source", "parent")
+        return ancestor.kind == kind and (ancestor.name == wanted if is_whole else ancestor.name.startswith(wanted))
+
     def names(made_from: Iterable[Ancestor]) -> bool:
-        return all(any(_fits(each, kind, wanted) for each in made_from) for kind, wanted in terms.items())
+        return all(any(fits(each, kind, wanted) for each in made_from) for kind, wanted in terms.items())
 
     known = made_from(store, name)
     return [version for version in list_versions(store, name) if names(known.get(version.version, ()))]
@@ -440,12 +437,6 @@ def made_from(store: Store, name: str) -> dict[str, tuple[Ancestor, ...]]:
     """The ancestors of each version of the adapter, by its id; versions with unreadable lineage are left out."""
     found = entries(store, name).items()
     return {version: entry.made_from for version, entry in found if entry.made_from is not None}
-
-
-def _fits(ancestor: Ancestor, kind: Kind, wanted: str) -> bool:
-    if kind in ("source", "parent"):
-        return ancestor == Ancestor(kind, wanted)
-    return ancestor.kind == kind and ancestor.name.startswith(wanted)
 
 
 def _parent(store: Store, uri: str) -> Version | None:
