@@ -36,7 +36,6 @@ epochs = 12
 evals_per_epoch = 2
 eval_records = 32
 checkpoint_every_steps = 100
-keep_checkpoints = 1
 [ray]
 num_workers = 2
 [evaluate]
