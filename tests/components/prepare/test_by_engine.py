@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from components.config.schema import RunConfig
-from components.prepare import component
-from components.prepare.component import prepared
+from components.prepare import by_engine
+from components.prepare.by_engine import prepared
 from components.prepare.validate import read_here
 from components.registry import between_runs
 from components.shared.errors import DataError, JobError
@@ -32,7 +32,7 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             ray_job.prepare_run(step_run.config, run_id=step_run.run_id, is_decided="--decided" in arguments)
         return "job-1"
 
-    monkeypatch.setattr(component, "submit_step", submit)
+    monkeypatch.setattr(by_engine, "submit_step", submit)
     monkeypatch.setattr(ray_job, "read_on_ray", read_here)
     return found
 
