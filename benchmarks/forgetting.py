@@ -20,7 +20,7 @@ from components.prepare.rows import example_rows
 from components.shared.paired import Array, Pairs, bounds
 from ray_jobs import entry
 from ray_jobs.adapters import build
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_model
 from ray_jobs.kernels import door
 from ray_jobs.probes.texts import passages_split, sample, undrawn
 from ray_jobs.scoring.generation import label_nll
@@ -50,7 +50,7 @@ def main() -> None:
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     passages = passages_split(chat, config)
-    kernels = door.choose(config, base_config.load(base.path, config.model))
+    kernels = door.choose(config, base_model.load_config(base.path, config.model))
     model = door.load_model(base, config.model, config.method.row.base, kernels, use_gpu=False)
     kernels.hold_dense_if_room(model)
     asked = undrawn(chat, config)

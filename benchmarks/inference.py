@@ -135,7 +135,7 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     from components.config import config_file
     from components.prepare.rows import example_rows
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model
+    from ray_jobs.base import base_model
     from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from tests.doubles.datasets import validate
@@ -146,7 +146,7 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
-    kernels = door.choose(config, base_config.load(base.path, config.model))
+    kernels = door.choose(config, base_model.load_config(base.path, config.model))
     return config, base, chat, [each.record for each in keyed], kernels
 
 

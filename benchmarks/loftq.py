@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from components.config import config_file
 from ray_jobs import entry
-from ray_jobs.adapters.loftq.make import quantize, split
+from ray_jobs.adapters.loftq import quantize, split
 from ray_jobs.base import base_model
 
 CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"

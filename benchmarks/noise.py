@@ -150,12 +150,12 @@ def train(training: Training, folder: Path) -> None:
     """Leaves the losses of each kind of weights, and the last weights."""
     from benchmarks import our_loop
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model
+    from ray_jobs.base import base_model
     from ray_jobs.kernels import door
     from ray_jobs.scoring.generation import label_nll
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import plan_epoch, tokenize
-    from ray_jobs.training import checkpoint, partitions, zero
+    from ray_jobs.training import checkpoint, zero
 
     entry.quiet_libraries()
     started = time.monotonic()
@@ -163,7 +163,7 @@ def train(training: Training, folder: Path) -> None:
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     split, held_out = (tokenize(part, chat, config.model.max_length) for part in _records(training.steps))
-    kernels = door.choose(config, base_config.load(base.path, config.model))
+    kernels = door.choose(config, base_model.load_config(base.path, config.model))
     engine = our_loop.make(config, base, kernels, dense_base=True)
     if training.start != "base":
         start = nights(training.steps)[-1].name if training.start == "production" else training.start
@@ -171,7 +171,7 @@ def train(training: Training, folder: Path) -> None:
         checkpoint.copy_weights(weights, engine.module)
         engine.optimizer.refresh_fp32_params()
     masters = [master for master, _ in zero.master_partitions(engine)]
-    pieces = partitions.here(engine, checkpoint.trainable(engine.module))
+    pieces = checkpoint.here(engine, checkpoint.trainable(engine.module))
     steps = training.steps
     averages = {
         "mean over 1/8": Average(max(2, steps / 8), exponential=True),
@@ -211,7 +211,7 @@ def join(joined: int, steps: int, seeds: int, rates: Sequence[float], folder: Pa
     """
     from ray_jobs import entry
     from ray_jobs.adapters import build
-    from ray_jobs.base import base_config, base_model
+    from ray_jobs.base import base_model
     from ray_jobs.kernels import door
     from ray_jobs.scoring.generation import label_nll
     from ray_jobs.text import chat_format
@@ -225,7 +225,7 @@ def join(joined: int, steps: int, seeds: int, rates: Sequence[float], folder: Pa
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     held_out = tokenize(_records(steps)[1], chat, config.model.max_length)
-    kernels = door.choose(config, base_config.load(base.path, config.model))
+    kernels = door.choose(config, base_model.load_config(base.path, config.model))
     model = door.load_model(base, config.model, config.method.row.base, kernels, use_gpu=False)
     adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=0)).eval()
     build.to_training(adapted, torch.bfloat16)

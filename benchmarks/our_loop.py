@@ -16,8 +16,8 @@ from ray_jobs.kernels import door
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import train_loop, zero
-from ray_jobs.training.group import Worker
 from ray_jobs.training.train_loop import Pace
+from ray_jobs.training.zero import Worker
 
 
 def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_base: bool) -> Any:

@@ -38,11 +38,11 @@ def asked_for_disk(config_toml: str) -> None:
 def planned(config_toml: str) -> None:
     """`fineloop plan`'s own part that reads the base."""
     from ray_jobs import plan
-    from ray_jobs.base import base_config
+    from ray_jobs.base import base_model
     from ray_jobs.planning.capacity import named_device
 
     config = config_file.loads(config_toml)
-    plan.planned(config, base_config.read(config.model), named_device(config))
+    plan.planned(config, base_model.read_config(config.model), named_device(config))
 
 
 def identified(config_toml: str) -> dict[str, str]:

@@ -177,7 +177,7 @@ def train(training: Training, folder: Path) -> None:
 
     from benchmarks import our_loop
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model
+    from ray_jobs.base import base_model
     from ray_jobs.kernels import door
     from ray_jobs.scoring.generation import label_nll, score
     from ray_jobs.text import chat_format
@@ -191,7 +191,7 @@ def train(training: Training, folder: Path) -> None:
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     engine = our_loop.make(
-        config, base, door.choose(config, base_config.load(base.path, config.model)), dense_base=True
+        config, base, door.choose(config, base_model.load_config(base.path, config.model)), dense_base=True
     )
 
     def answered(records: Sequence[Record]) -> Any:

@@ -17,7 +17,7 @@ from ray_jobs import finetune as training
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP as COMPARING
 from ray_jobs.scoring import answers
-from ray_jobs.training.standby import Standby
+from ray_jobs.training.job import Standby
 
 
 def main() -> None:

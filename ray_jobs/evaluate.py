@@ -29,7 +29,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
-from ray_jobs.base import attention, base_config, base_model
+from ray_jobs.base import attention, base_model
 from ray_jobs.planning.capacity import is_shared
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP, measure
@@ -46,9 +46,9 @@ from ray_jobs.scoring.measure import Contender, Found, Outcome, of_version, with
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
+from ray_jobs.training.job import Standby
 from ray_jobs.training.measuring import measured_apart, measured_together
-from ray_jobs.training.room import workers_with_room
-from ray_jobs.training.standby import Standby
+from ray_jobs.training.trainer import workers_with_room
 
 logger = logging.getLogger(__name__)
 NO_OUTCOMES: Mapping[str, Outcome] = {}
@@ -105,7 +105,7 @@ def evaluate(
     judging = judges(store, dataset_uri, config, run_id=run_id)
     identity = recorded.read(config, store, candidate).base_identity
     base = base_model.resolve(config.model, recorded=identity, weights=False, registry=store)
-    config = base_config.fitted(config, base_config.load(base.path, config.model), lambda line: say(STEP, line))
+    config = base_model.fitted(config, base_model.load_config(base.path, config.model), lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
     if config.evaluate.max_new_tokens is None:
         judged = judging.records[: config.evaluate.records]

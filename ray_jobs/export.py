@@ -33,9 +33,9 @@ from components.store.store import Store
 
 with garbage.importing():
     from ray_jobs import entry
-    from ray_jobs.adapters import build, convert, gguf_file, merge, own_base, recorded
+    from ray_jobs.adapters import build, merge, own_base, recorded
     from ray_jobs.adapters.merge import Agreement
-    from ray_jobs.base import architecture, base_config, base_model, stored_format
+    from ray_jobs.base import architecture, base_model
     from ray_jobs.base.base_model import Base
     from ray_jobs.kernels import door
     from ray_jobs.kernels.door import Kernels
@@ -45,7 +45,7 @@ with garbage.importing():
     from ray_jobs.text import chat_format, ollama
     from ray_jobs.text.batching import TokenizedSplit, tokenize
     from ray_jobs.text.chat_format import ChatFormat
-    from ray_jobs.training import model_card
+    from ray_jobs.training import publishing
 
 if TYPE_CHECKING:
     import torch
@@ -153,11 +153,11 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     if request.target.exists() and (request.target.is_file() or any(request.target.iterdir())):
         raise UserError(f"{request.target} exists and is not empty: remove it or choose another --to")
     if request.form == "gguf":
-        gguf_file.converter(request.converter)  # before anything is loaded
+        merge.converter(request.converter)  # before anything is loaded
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
         its_run, adapter = recorded.read(config, store, version), Path(scratch) / "adapter"
         pull_version(store, version, adapter)
-        if request.form == "lora" and convert.is_plain(adapter):
+        if request.form == "lora" and merge.is_plain(adapter):
             say(STEP, "it is a plain LoRA already: its files are copied, as `fineloop adapters pull` gives them")
             shutil.copytree(adapter, folder, dirs_exist_ok=True)
             record: dict[str, Any] = {"form": "lora", "version": version.version, "exact": True}
@@ -165,7 +165,7 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
             source = _source(config, store, version, its_run, adapter)
             say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
             record = _lora(source, request, folder) if request.form == "lora" else _merged(source, request, folder)
-            (folder / "README.md").write_text(model_card.export_card(source.config, record), encoding="utf-8")
+            (folder / "README.md").write_text(publishing.export_card(source.config, record), encoding="utf-8")
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         folder.rename(request.target)
     say(STEP, f"{version.name} {version.version} is at {request.target}")
@@ -265,14 +265,14 @@ def _gguf(
         shutil.copy(sentencepiece, plain)
     say(STEP, f"converting it to {file.name}")
     title = f"{version.name} {version.version}"
-    gguf_file.convert(gguf_file.converter(request.converter), plain, file, dtype=request.dtype, name=title)
-    positions = base_config.positions(base_config.load(plain, model))
+    merge.convert_to_gguf(merge.converter(request.converter), plain, file, dtype=request.dtype, name=title)
+    positions = base_model.positions(base_model.load_config(plain, model))
     length = min(positions or model.max_length, max(model.max_length, ollama.USUAL_CONTEXT))
-    form: dict[str, Any] = {"warnings": gguf_file.write_modelfile(file, source.chat, title, source.system, length)}
+    form: dict[str, Any] = {"warnings": merge.write_modelfile(file, source.chat, title, source.system, length)}
 
     def filled(**how: Any) -> Any:
         read = load(**how)
-        form["tensors"] = asdict(gguf_file.fill(read, file))
+        form["tensors"] = asdict(merge.fill(read, file))
         return read
 
     return form, filled
@@ -285,7 +285,7 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
     reference = list(_logits(adapted, rows))
     exact = not (request.approximate and source.config.method.row.adapter in ("dora", "dvora"))
     say(STEP, "rewriting it as plain LoRA" if exact else f"looking for the nearest LoRA of rank {request.approximate}")
-    plain = convert.as_lora(adapted) if exact else convert.nearest_lora(adapted, rank=request.approximate)
+    plain = merge.as_lora(adapted) if exact else merge.nearest_lora(adapted, rank=request.approximate)
     parity = {"converted": merge.agreement(reference, _logits(plain.eval(), rows))}
     if exact:
         merge.require_same(parity["converted"], "the converted adapter")
@@ -309,7 +309,7 @@ def _source(given: RunConfig, store: Store, version: Version, its_run: recorded.
         rows, compared_on = list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=length)), "random tokens"
     require_float32(config, original)
     use_gpu = on_gpus(config, original)
-    kernels = door.choose(given, base_config.load(original.path, config.model), on_gpu=use_gpu)
+    kernels = door.choose(given, base_model.load_config(original.path, config.model), on_gpu=use_gpu)
     stands_on = own_base.find(config, original, store, sha256=its_run.stands_on_sha256)
     compared = (rows, compared_on, records, split, its_run.max_new_tokens or USUAL_NEW_TOKENS)
     system = speaker.as_trained(given, store, version).system if records else ""
@@ -340,7 +340,7 @@ def _loaded(source: ExportSource) -> "PreTrainedModel":
 def _dense(source: ExportSource) -> "PreTrainedModel":
     """The original base in float32 on the CPU, with its weights rounded to bfloat16, as in all its uses."""
     model = source.config.model
-    if stored := stored_format.stored_as(base_config.load(source.original.path, model)):
+    if stored := architecture.stored_as(base_model.load_config(source.original.path, model)):
         return merge.unquantised(base_model.load_model(source.original, model, stored, use_gpu=False))
     return base_model.load_model(source.original, model, "bf16", use_gpu=False).float()
 

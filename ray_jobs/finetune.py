@@ -21,13 +21,12 @@ from components.shared import garbage
 from components.shared.protocol import counted, say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.base import attention, base_config, base_model
+from ray_jobs.base import attention, base_model
 from ray_jobs.prepare import prepare
 from ray_jobs.replaying import with_answers
 from ray_jobs.text import chat_format
-from ray_jobs.training import splits, starting
-from ray_jobs.training.job import train
-from ray_jobs.training.standby import Standby
+from ray_jobs.training import starting
+from ray_jobs.training.job import Standby, train
 from ray_jobs.training.train_job import Stopwatch, TrainJob
 
 if TYPE_CHECKING:
@@ -81,15 +80,15 @@ def finetune(
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     base = _base(config, store, run_id)
-    shape = base_config.load(base.path, config.model)
-    config = base_config.fitted(config, shape, lambda line: say(STEP, line))
+    shape = base_model.load_config(base.path, config.model)
+    config = base_model.fitted(config, shape, lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
-    start = starting.choose(config, store, run_id, base)
+    start = starting.choose_start(config, store, run_id, base)
     if start is not None:
         say(STEP, f"going on from {start.name} {start.version}")
         base = starting.base_of(config, store, start, base)
-    train_split, eval_split = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
-    splits.require_embedded(store, chat, shape, config, train_split, eval_split)
+    train_split, eval_split = starting.read_splits(store, dataset_uri, chat, config, lambda line: say(STEP, line))
+    starting.require_embedded(store, chat, shape, config, train_split, eval_split)
     size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
     say(STEP, f"{size}; starting {counted(config.ray.min_workers, 'worker')}{_or_more(config)}")
     watch.lap("data")
@@ -99,7 +98,7 @@ def finetune(
     job = TrainJob(
         config_toml=config_file.dumps(config),
         run_id=run_id,
-        dataset=splits.of_dataset(store, dataset_uri, train_split.stored, eval_split.stored),
+        dataset=starting.dataset_record(store, dataset_uri, train_split.stored, eval_split.stored),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
         dense_base=outlook.dense_base,
@@ -138,7 +137,7 @@ def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
     return base_model.resolve(config.model, recorded=recorded, weights=False, registry=store)
 
 
-def _planned(config: RunConfig, base: base_model.Base, train_split: splits.PlannedSplit) -> "Outlook":
+def _planned(config: RunConfig, base: base_model.Base, train_split: starting.PlannedSplit) -> "Outlook":
     """Wait until the cluster has room for the training, and estimate what the training will need.
 
     Raises:
@@ -148,8 +147,8 @@ def _planned(config: RunConfig, base: base_model.Base, train_split: splits.Plann
 
     with garbage.importing():
         from ray_jobs.planning.capacity import before_training
-        from ray_jobs.training.room import wait_for_room
         from ray_jobs.training.train_loop import num_steps
+        from ray_jobs.training.trainer import wait_for_room
 
     entry.connect()
     # Wait before checking the memory: a cluster that scales up from zero nodes has none.
@@ -185,7 +184,7 @@ def _trained(
 
 def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:
     """Start the workers of `finetune` before their task is known, if the cluster has room for them already."""
-    from ray_jobs.training.room import has_room
+    from ray_jobs.training.trainer import has_room
 
     entry.connect()
     if _stay(config) and has_room(config.ray.per_worker, config.ray.max_workers):

@@ -18,7 +18,7 @@ from components.shared.protocol import say
 
 with garbage.importing():
     from ray_jobs import entry
-    from ray_jobs.base import base_config
+    from ray_jobs.base import base_model
     from ray_jobs.planning.capacity import (
         Device,
         WorstBatch,
@@ -55,8 +55,8 @@ def main() -> None:
 
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
-        base = base_config.read(config.model)
-        config = base_config.fitted(config, base, lambda line: say(STEP, line))
+        base = base_model.read_config(config.model)
+        config = base_model.fitted(config, base, lambda line: say(STEP, line))
         for line in cautions(config):
             say(STEP, line)
         say(STEP, f"rehearsing a training step of {config.model.base}, without its weights")

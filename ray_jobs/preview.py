@@ -21,7 +21,7 @@ from components.shared.protocol import say
 
 with garbage.importing():
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model
+    from ray_jobs.base import base_model
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import TokenizedSplit, tokenize
     from ray_jobs.text.chat_format import ChatFormat
@@ -71,17 +71,17 @@ def previewed(config: RunConfig) -> dict[str, Any]:
             body["refused"] = body["gate"]["lacking"]
         train = parts.train.head(SAMPLED)
     try:
-        base = base_model.Base(config.model.base, base_config.locate(config.model), {})
-        shape = base_config.load(base.path, config.model)
+        base = base_model.Base(config.model.base, base_model.locate(config.model), {})
+        shape = base_model.load_config(base.path, config.model)
         chat = chat_format.load(base, config.model)
     except UserError as exc:
         return {**body, "unread_because": str(exc)}
-    config = base_config.fitted(config, shape, lambda line: say(STEP, line))
+    config = base_model.fitted(config, shape, lambda line: say(STEP, line))
     say(STEP, f"tokenising {len(train)} records as {config.model.base} reads them")
     tokens = _tokens(config, train, chat)
     return {
         **body,
-        "positions": base_config.positions(shape),
+        "positions": base_model.positions(shape),
         "tokens": tokens,
         "refused": body["refused"] or _too_long(config, tokens),
         "shown": _shown(config, train, chat),

@@ -113,7 +113,7 @@ def _right(
 
     from ray_jobs.planning.capacity import is_shared
     from ray_jobs.training.measuring import measured_apart, measured_together
-    from ray_jobs.training.room import wait_for_room, workers_with_room
+    from ray_jobs.training.trainer import wait_for_room, workers_with_room
 
     entry.connect()
     wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, log)

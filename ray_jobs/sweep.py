@@ -29,7 +29,7 @@ with garbage.importing():
 
     from ray_jobs import entry
     from ray_jobs.adapters import own_base
-    from ray_jobs.base import attention, base_config, base_model
+    from ray_jobs.base import attention, base_model
     from ray_jobs.base.base_model import Base
     from ray_jobs.prepare import prepare
     from ray_jobs.probes.texts import unread_passages
@@ -38,8 +38,8 @@ with garbage.importing():
     from ray_jobs.sweeping.plan import Plan, point_of, prior_rate, servable_as, swept_methods, trial_config
     from ray_jobs.sweeping.trial import Ledger, Progress, as_config, make_base, run, run_trial
     from ray_jobs.text import chat_format
-    from ray_jobs.training import splits, train_loop
-    from ray_jobs.training.splits import PlannedSplit
+    from ray_jobs.training import starting, train_loop
+    from ray_jobs.training.starting import PlannedSplit
     from ray_jobs.training.train_job import TrainJob
 
 STEP = "tune"
@@ -84,11 +84,11 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     require_none_erased(store, dataset_uri)
     dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
     base = base_model.resolve(config.model, weights=False, registry=store)
-    shape = base_config.load(base.path, config.model)
-    config = base_config.fitted(config, shape, lambda line: say(STEP, line))
+    shape = base_model.load_config(base.path, config.model)
+    config = base_model.fitted(config, shape, lambda line: say(STEP, line))
     chat = chat_format.load(base, config.model)
-    train_split, validation = splits.read(store, dataset_uri, chat, config, lambda line: say(STEP, line))
-    splits.require_embedded(store, chat, shape, config, train_split, validation)
+    train_split, validation = starting.read_splits(store, dataset_uri, chat, config, lambda line: say(STEP, line))
+    starting.require_embedded(store, chat, shape, config, train_split, validation)
     plan = Plan(config, methods, _ended(config, methods, store, run_id, len(train_split)))
     if plan.trials:
         say(STEP, f"going on after {len(plan.trials)} trials that have ended")
@@ -107,7 +107,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     entry.connect()
     memory = _planned(config, methods, base, train_split)
     _make_bases(config, methods, len(train_split))
-    dataset = splits.of_dataset(store, dataset_uri)
+    dataset = starting.dataset_record(store, dataset_uri)
     identity = lineage.Base(config.model.base, base.identity)
     job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=identity, pad=chat.pad)
     trainable = tune.with_parameters(
@@ -154,7 +154,7 @@ def _first_trial(config: RunConfig, method: str, num_records: int) -> RunConfig:
 def _planned(config: RunConfig, methods: Sequence[str], base: Base, train_split: PlannedSplit) -> dict[str, int | None]:
     """Planned bytes of one worker for each method; refuses what cannot fit before a trial is started."""
     from ray_jobs.planning.capacity import before_training
-    from ray_jobs.training.room import wait_for_room
+    from ray_jobs.training.trainer import wait_for_room
 
     found: dict[str, int | None] = {}
     for method in methods:

@@ -46,7 +46,7 @@ def write(
     from components.config import config_file
     from components.prepare.rows import example_rows
     from ray_jobs import entry
-    from ray_jobs.base import base_config, base_model
+    from ray_jobs.base import base_model
     from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import IGNORED, plan_epoch, tokenize
@@ -97,7 +97,7 @@ def write(
         "base": str(bases.write(folder / "base", shape, base.path) if shape else base.path),
         "format": base_format,
         "gpu": use_gpu,
-        "dtype": door.choose(config, base_config.load(base.path, config.model), on_gpu=use_gpu).dtype,
+        "dtype": door.choose(config, base_model.load_config(base.path, config.model), on_gpu=use_gpu).dtype,
         "orders": orders,
         "batch_size": batch_size,
         "max_length": max(lengths),

@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
     "loftq": Method("lora", "classic", "loftq", "nf4", 16, 0.5, "arXiv:2310.08659"),
 }
 OWN_BASE = frozenset(row.init for row in METHODS.values()) - {"default"}
-"""Values of `init` that make a base for the adapter, in `ray_jobs/adapters/<init>/start.py`."""
+"""Values of `init` that make a base for the adapter, in `ray_jobs/adapters/<init>.py`."""
 
 
 # Which combinations of method, base and ZeRO stage are right, and for each that is not, why and what comes nearest.

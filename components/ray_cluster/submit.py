@@ -213,7 +213,7 @@ def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
 
 WEIGHTS = "*.safetensors"
 NEVER = ("*/*", "consolidated*")
-"""Files of a hub's repository that no worker downloads; see ray_jobs/base/hub.py."""
+"""Files of a hub's repository that no worker downloads; see ray_jobs/base/local_cache.py."""
 HUB_TIMEOUT_S = 10.0
 
 

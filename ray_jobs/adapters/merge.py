@@ -6,12 +6,21 @@ the update is added to the weights that the adapter was trained on, dequantised:
 Shapes: T tokens of a row, V entries of the vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.shared.errors import FineloopError
-from ray_jobs.base.architecture import from_config
+from components.shared.errors import FineloopError, UserError
+from ray_jobs.base.architecture import auto_class, from_config
+from ray_jobs.text import ollama
+from ray_jobs.text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     import torch
@@ -163,3 +172,265 @@ def vocabulary_rows(vocab_size: int, *, count: int, length: int) -> Sequence["to
 
     generator = torch.Generator().manual_seed(0)
     return list(torch.randint(vocab_size, (count, length), generator=generator))
+
+
+# Converting adapters to plain LoRA, for servers that support nothing else.
+#
+# rsLoRA W + (alpha / sqrt(r)) B A alpha' = alpha sqrt(r), so that alpha' / r is the same (arXiv:2312.03732) VeRA W +
+# diag(b) B diag(d) A A' = diag(d) A, B' = diag(b) B, scaling 1 (arXiv:2310.11454) DoRA m (W + s B A) / norm(W + s B A)
+# not a LoRA: the magnitude scales W too; `nearest_lora` is the closest
+
+Factors = tuple["torch.Tensor", "torch.Tensor"]
+"""A (r, in) and B (out, r) of a layer's update."""
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether the adapter in the folder is a LoRA with scaling alpha / r as it is."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return config["peft_type"] == "LORA" and not config.get("use_dora") and not config.get("use_rslora")
+
+
+def as_lora(adapted: "PeftModel") -> "PeftModel":
+    """Convert an adapter to a plain LoRA that computes the same function, with scaling alpha / r; unloads `adapted`.
+
+    Raises:
+        UserError: no LoRA computes the same function, as with DoRA and DVoRA.
+    """
+    config = adapted.peft_config["default"]
+    if config.peft_type == "VERA":
+        return _rebuilt(adapted, rank=config.r, alpha=config.r, factors=_vera_factors)
+    if config.peft_type != "LORA" or config.use_dora:
+        raise UserError(
+            "this adapter's magnitudes scale the base's own weights, so it is no LoRA: use --merged, or --approximate "
+            "RANK for the nearest LoRA of that rank, with its error measured"
+        )
+    return _classic(adapted)
+
+
+def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
+    """The LoRA of this rank nearest to each layer's update in the Frobenius norm; takes the base out of `adapted`.
+
+    Computed with a randomised SVD (arXiv:0909.4061, algorithm 4.4) of the difference that merging makes to the weight.
+    """
+    import torch
+
+    def factors(layer: Any) -> Factors:
+        weight = layer.get_base_layer().weight
+        before = weight.detach().clone()
+        layer.merge(safe_merge=True)
+        update = layer.get_base_layer().weight.detach() - before
+        update = update.T if layer.fan_in_fan_out else update  # GPT-2's weights are (in, out)
+        layer.get_base_layer().weight.data.copy_(before)  # subtracting the update would leave a rounding error
+        layer.merged_adapters.clear()
+        num_values = min(rank, *update.shape)
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(update, q=min(num_values + OVERSAMPLING, *update.shape), niter=POWER_ITERATIONS)
+        root = s[:num_values].sqrt()
+        a, b = update.new_zeros(rank, update.shape[1]), update.new_zeros(update.shape[0], rank)
+        a[:num_values] = root[:, None] * v[:, :num_values].T
+        b[:, :num_values] = u[:, :num_values] * root
+        return a, b
+
+    return _rebuilt(adapted, rank=rank, alpha=rank, factors=factors)
+
+
+def _classic(adapted: "PeftModel") -> "PeftModel":
+    """A plain LoRA with the same matrices, of layers and of experts, and each alpha converted for scaling alpha / r."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = adapted.peft_config["default"]
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+
+    def alpha(own: float, rank: int) -> float:
+        return own * math.sqrt(rank) if config.use_rslora else own
+
+    plain = get_peft_model(
+        adapted.unload(),
+        LoraConfig(
+            r=config.r,
+            lora_alpha=alpha(config.lora_alpha, config.r),
+            rank_pattern=config.rank_pattern,
+            alpha_pattern={
+                layer: alpha(own, config.rank_pattern.get(layer, config.r))
+                for layer, own in config.alpha_pattern.items()
+            },
+            target_modules=config.target_modules,
+            target_parameters=config.target_parameters,
+            fan_in_fan_out=config.fan_in_fan_out,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    plain.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+    set_peft_model_state_dict(plain, weights)
+    return plain
+
+
+def _rebuilt(adapted: "PeftModel", *, rank: int, alpha: float, factors: Callable[[Any], Factors]) -> "PeftModel":
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = adapted.peft_config["default"]
+    found = {}
+    with torch.no_grad():
+        for name, layer in adapted.base_model.model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                found[name] = factors(layer)
+    plain = get_peft_model(
+        adapted.unload(),
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=config.target_modules,
+            fan_in_fan_out=config.fan_in_fan_out,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    plain.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+    for name, (a, b) in found.items():
+        layer = plain.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+    return plain
+
+
+def _vera_factors(layer: Any) -> Factors:
+    from ray_jobs.adapters.dvora import lora_factors
+
+    return lora_factors(layer, "default")
+
+
+# A merged model as one GGUF file: llama.cpp's own converter writes it, and transformers reads it back.
+
+NEEDED = "sentencepiece"
+"""A package that llama.cpp's script imports only when it converts the vocabulary, minutes after its start."""
+CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
+"""Names of the converter: the script in a checkout of llama.cpp, and the command that its pyproject.toml installs."""
+OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+MAX_DIFFERENCE = 1e-6
+"""Largest tolerated difference, as a share of a tensor's largest absolute value (at least 1): float32's rounding error
+where a converter stores 1 + w in place of w."""
+LOG_TAIL = 12  # lines of output shown from a converter that failed
+ADDS_BOS = "tokenizer.ggml.add_bos_token"
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Result of comparing the tensors of a file with those of the model that it was made from."""
+
+    compared: int
+    max_abs_difference: float
+
+
+def converter(named: Path | None) -> list[str]:
+    """The command line of the converter `named`; with None, of the first one found on PATH.
+
+    Raises:
+        UserError: there is no converter, or it cannot run here.
+    """
+    if named is None:
+        found = next((Path(path) for name in CONVERTERS if (path := shutil.which(name))), None)
+        if found is None:
+            raise UserError(
+                f"--gguf needs the converter of llama.cpp, and neither {' nor '.join(CONVERTERS)} is on PATH: clone "
+                f"https://github.com/ggml-org/llama.cpp, run `pip install {NEEDED}`, and name the script with "
+                "--converter llama.cpp/convert_hf_to_gguf.py"
+            )
+    elif not named.is_file():
+        raise UserError(f"--converter {named}: there is no such file; name llama.cpp's {CONVERTERS[0]}")
+    else:
+        found = named.absolute()
+    if found.suffix != ".py":
+        return [str(found)]
+    if importlib.util.find_spec(NEEDED) is None:
+        raise UserError(f"{found.name} needs {NEEDED}, which is not installed here: pip install {NEEDED}")
+    return [sys.executable, str(found)]  # run a script with this Python, which has torch and transformers
+
+
+def convert_to_gguf(command: list[str], model: Path, file: Path, *, dtype: str, name: str) -> None:
+    """Convert the transformers folder `model` to the GGUF `file`, with matrices stored in `dtype`.
+
+    Raises:
+        FineloopError: the converter failed, or wrote nothing.
+    """
+    arguments = [str(model), "--outfile", str(file), "--outtype", OUTTYPES[dtype], "--model-name", name]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, errors="replace")
+    if done.returncode or not file.is_file():
+        tail = "\n".join((done.stderr or done.stdout).splitlines()[-LOG_TAIL:])
+        raise FineloopError(f"{' '.join(command)} ended with {done.returncode} and wrote no GGUF:\n{tail}")
+
+
+def fill(model: "PreTrainedModel", file: Path) -> Tensors:
+    """Compare the file's tensors with those of the model that it was made from, then load them into the model.
+
+    Raises:
+        FineloopError: a tensor is missing, has another shape, or differs by more than MAX_DIFFERENCE.
+        UserError: transformers cannot read a GGUF of such a model.
+    """
+    import torch
+
+    found = _weights(model, file)
+    largest = 0.0
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name not in found or found[name].shape != weight.shape:
+                shape = tuple(found[name].shape) if name in found else "nothing"
+                raise FineloopError(f"nothing is exported: the GGUF has {shape} for {name}, {tuple(weight.shape)}")
+            difference = float((found[name] - weight.float()).abs().max())
+            if not difference <= MAX_DIFFERENCE * max(1.0, float(weight.abs().max())):
+                raise FineloopError(f"nothing is exported: {name} differs by {difference:.2g} in the GGUF")
+            largest = max(largest, difference)
+            weight.copy_(found[name])
+    return Tensors(len(dict(model.named_parameters())), largest)
+
+
+def _weights(model: "PreTrainedModel", file: Path) -> dict[str, Any]:
+    """The file's tensors in float32, keyed by the model's parameter names."""
+    import torch
+    from transformers import GgufConfig
+
+    how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    try:
+        read = auto_class(model.config).from_pretrained(file.parent, gguf_file=file.name, **how)
+    except (ValueError, NotImplementedError) as exc:
+        raise UserError(
+            f"transformers cannot read a GGUF of a {model.config.model_type}, so that it cannot be checked ({exc}): "
+            "export it with --merged, and convert that folder yourself"
+        ) from exc
+    return dict(read.named_parameters())
+
+
+def write_modelfile(file: Path, chat: ChatFormat, title: str, system: str, context: int) -> list[str]:
+    """Write Ollama's Modelfile beside the GGUF; `context` is in tokens.
+
+    Returns warnings about what a Modelfile cannot express.
+    """
+    tokenizer = chat.tokenizer
+    bos = tokenizer.bos_token if _adds_bos(file, chat) else None
+    joints = ollama.joints(chat.prompt, bos or "")
+    warnings = []
+    if joints is None:
+        warnings += [
+            "the chat template writes turns in a way that Ollama's cannot be made from, and none is in the Modelfile: "
+            "write its TEMPLATE by hand, or serve the file with llama.cpp's llama-server --jinja"
+        ]
+    if ollama.QUOTES in system:
+        warnings += ["the system message has three quotes in a row, so the Modelfile is without it: send it yourself"]
+        system = ""
+    stops = tokenizer.convert_ids_to_tokens(sorted(chat.stops))
+    template = ollama.go_template(joints) if joints else ""
+    text = ollama.modelfile(file.name, title=title, template=template, system=system, stops=stops, context=context)
+    file.with_name("Modelfile").write_text(text, encoding="utf-8")
+    return warnings
+
+
+def _adds_bos(file: Path, chat: ChatFormat) -> bool:
+    """Whether llama.cpp prepends the beginning-of-sequence token to a text; where the file does not say, it follows the
+    tokenizer."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field(ADDS_BOS)
+    return chat.begins if field is None else bool(field.contents())

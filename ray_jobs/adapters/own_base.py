@@ -11,7 +11,7 @@ bases/<id>/<content>/<init>.json                   what it was made from, and wh
 The id is a hash of all that the base depends on. Other hardware may give other numbers, so each content has a folder:
 files of two builds never mix.
 
-`ray_jobs/adapters/<init>/start.py` says how one is made: a module with the four functions of `Start`, as LoftQ's is.
+`ray_jobs/adapters/<init>.py` says how one is made: a module with the four functions of `Start`, as LoftQ's is.
 No other code refers to a start by its name.
 """
 
@@ -34,8 +34,7 @@ from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.base import together
 from ray_jobs.base.base_model import DIGESTS, HASHED_AT_ONCE, Base
-from ray_jobs.base.digests import remembered
-from ray_jobs.base.local_cache import cache_dir, once
+from ray_jobs.base.local_cache import cache_dir, once, remembered
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,7 +77,7 @@ class Start(Protocol):
 
 def start_of(init: Init) -> Start:
     """The module that makes the base of adapters with this start, one of OWN_BASE."""
-    module: Any = importlib.import_module(f"ray_jobs.adapters.{init}.start")
+    module: Any = importlib.import_module(f"ray_jobs.adapters.{init}")
     start: Start = module
     return start
 

@@ -4,11 +4,16 @@ Most bases are causal language models. For a few, such as Mistral 3 and Qwen3-VL
 also take images: without an image these are language models too.
 """
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from components.config.methods import BaseFormat
+from components.config.train import Dtype
 from components.shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -74,3 +79,158 @@ def _sees_ahead(base: "PretrainedConfig") -> bool:
 
     is_encoder = type(base) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(base, "is_decoder", False)
     return bool(getattr(base, "is_encoder_decoder", False)) or is_encoder
+
+
+# How a base's weights are stored, and how they are loaded in the format of `method.base`.
+#
+# A base folder holds 16-bit weights; weights in one of our formats (bitsandbytes' NF4 or int8), which are loaded as
+# they are; or weights in a format used for storage alone, MXFP4 (as in gpt-oss) or FP8, which are dequantised to
+# bfloat16. Any other format is refused: treated as one of these, it would make plan, lineage and serving wrong.
+
+WIDENED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Storage formats that are dequantised to bfloat16, with the transformers configuration class that does it."""
+
+
+def quantization(
+    shape: "PretrainedConfig", base_format: BaseFormat, dtype: "torch.dtype", *, reference: str
+) -> dict[str, Any]:
+    """Extra keyword arguments of `from_pretrained` that load the weights in `base_format`.
+
+    `dtype` is the 16-bit compute dtype of NF4.
+
+    Raises:
+        ConfigError: the weights are already quantised, in a format that cannot become `base_format`.
+    """
+    import transformers
+
+    stored = _stored(shape)
+    if base_format not in (possible := formats(shape)):
+        mend = f"set method.base={possible[0]}, or name" if possible else "name"
+        raise ConfigError(
+            f"method.base {base_format}: the weights of {reference} are quantised already, as {_named(stored)}: {mend} "
+            "the unquantised model that they were made from"
+        )
+    if not stored:
+        return {"quantization_config": _config_of(base_format, dtype, never=read_by_the_model(shape))}
+    if base_format == "bf16":
+        return {"quantization_config": getattr(transformers, WIDENED[stored["quant_method"]])(dequantize=True)}
+    return {}  # passing quantization_config=None would drop the folder's own configuration
+
+
+def formats(shape: "PretrainedConfig") -> tuple[BaseFormat, ...]:
+    """The possible values of `method.base`; empty where the weights' quantisation cannot be trained on."""
+    stored = _stored(shape)
+    if not stored:
+        return ("bf16", "nf4", "int8")
+    if ours := stored_as(shape):
+        return (ours,)
+    return ("bf16",) if stored.get("quant_method") in WIDENED else ()
+
+
+def stored_as(shape: "PretrainedConfig") -> BaseFormat | None:
+    """The format of ours that the weights are stored in; None for 16-bit weights and for any other format."""
+    stored = _stored(shape)
+    if stored.get("load_in_8bit"):
+        return "int8"
+    return "nf4" if stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4" else None
+
+
+def _stored(shape: "PretrainedConfig") -> dict[str, Any]:
+    found = getattr(shape, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
+def _named(stored: dict[str, Any]) -> str:
+    kind = stored.get("quant_method", "a kind that it does not name")
+    if kind != "bitsandbytes":
+        return str(kind)
+    return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
+
+
+def _config_of(base_format: BaseFormat, dtype: "torch.dtype", *, never: tuple[str, ...]) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    skipped = ["lm_head", *never] if never else None  # by default transformers skips the head alone
+    if base_format == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,  # what ZeRO-3 needs to shard 4-bit weights
+            llm_int8_skip_modules=skipped,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if base_format == "int8" else None
+
+
+# The 16-bit dtype of weights, activations and gradients.
+#
+# bfloat16 is preferred: it has float32's range and needs no loss scaling. GPUs before compute capability 8.0 (T4, V100)
+# have no matrix units for it: PyTorch emulates it there, many times slower than their float16.
+
+FIRST_WITH_BFLOAT16 = (8, 0)
+
+
+def dtype_on(wanted: Dtype, capability: tuple[int, int] | None) -> "torch.dtype":
+    """The dtype for a GPU of this compute capability, or a CPU where that is None. `wanted` is train.dtype."""
+    import torch
+
+    if wanted == "auto":
+        return torch.float16 if capability and capability < FIRST_WITH_BFLOAT16 else torch.bfloat16
+    return torch.float16 if wanted == "float16" else torch.bfloat16
+
+
+def dtype_here(wanted: Dtype, *, use_gpu: bool) -> "torch.dtype":
+    """The dtype for this process's GPU or CPU."""
+    import torch
+
+    return dtype_on(wanted, torch.cuda.get_device_capability() if use_gpu else None)
+
+
+def agree_on_dtype(dtype: "torch.dtype", device: "torch.device") -> "torch.dtype":
+    """The dtype for all workers of a group: float16 where one of them needs it. Every worker must call this."""
+    import torch
+
+    needs = torch.tensor(int(dtype is torch.float16), device=device)
+    torch.distributed.all_reduce(needs, torch.distributed.ReduceOp.MAX)
+    return torch.float16 if needs.item() else torch.bfloat16
+
+
+# Whether the installed PyTorch has kernels for this GPU.
+#
+# PyTorch's wheels hold compiled kernels for some architectures, and PTX code that the driver compiles for newer ones
+# (docs.nvidia.com/cuda/blackwell-compatibility-guide); wheels for CUDA 13 support Turing and later.
+
+Capability = tuple[int, int]
+
+
+def require_kernels() -> None:
+    """Check that PyTorch can run on this process's GPU.
+
+    Raises:
+        ConfigError: PyTorch has no kernels for the GPU's architecture.
+    """
+    import torch
+
+    capability, architectures = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not has_kernels(capability, architectures):
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} has compute capability {'.'.join(map(str, capability))}, and torch "
+            f"{torch.__version__} is built for {', '.join(architectures)}: take a newer ray.gpu, or an image whose "
+            "torch is built for it"
+        )
+
+
+def has_kernels(capability: Capability, architectures: Sequence[str]) -> bool:
+    """Whether a GPU can run kernels for one of these architectures, as `torch.cuda.get_arch_list` spells them.
+
+    Compiled code (sm_) runs on the same and later minor versions of one major version, PTX code (compute_) on all later
+    versions. A trailing letter, as in sm_90a, restricts it to that architecture.
+    """
+    for kind, major, minor, alone in re.findall(r"(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(architectures)):
+        built = int(major), int(minor)
+        if built == capability or (
+            not alone and built < capability and (kind == "compute" or built[0] == capability[0])
+        ):
+            return True
+    return False

@@ -1,11 +1,21 @@
 """The local cache of bases and other files, downloaded or built, shared by all processes on a machine."""
 
+import hashlib
+import importlib.util
+import logging
 import os
+import random
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from components.config.schema import ModelConfig
+from components.shared.errors import ConfigError, JobError
 
 
 def cache_dir() -> Path:
@@ -56,3 +66,207 @@ def touch(path: Path) -> None:
     """Mark a folder as used; call it before `once`."""
     with suppress(FileNotFoundError):
         os.utime(path)
+
+
+# sha256 of large files, computed once per machine for as long as a file does not change.
+
+LOCKS = "locks"
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of the file's current content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered(path: Path, known: Path) -> str:
+    """The sha256 of the file, in hex, cached in the folder `known` by the file's path, size, times and inode.
+
+    Processes share the folder; of several that ask at the same time, one computes and the others wait. A folder that
+    cannot be written to only costs a new computation each time.
+    """
+    from filelock import FileLock
+
+    status = path.stat()
+    state = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    entry = known / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
+    with suppress(OSError):
+        return entry.read_text(encoding="ascii")
+    with ExitStack() as first:
+        with suppress(OSError):
+            (known / LOCKS).mkdir(parents=True, exist_ok=True)
+            first.enter_context(FileLock(known / LOCKS / entry.name))
+            return entry.read_text(encoding="ascii")  # written by the process that was first
+        digest = sha256(path)
+        with suppress(OSError):
+            handle, scratch = tempfile.mkstemp(dir=known)  # renamed when complete, so no process reads half of it
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(digest)
+            Path(scratch).rename(entry)
+        return digest
+
+
+# Parsing of `model.base`, in one place, so that all commands accept the same references.
+#
+# hub id NAME or OWNER/NAME, with model.revision local folder a path; ~ is the user's home s3://BUCKET/FOLDER a folder
+# in S3 pkg://PACKAGE/FILE a GGUF that an installed Python package ships
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model on the hub."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on this machine."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class S3Folder:
+    """A folder in S3."""
+
+    uri: str
+
+
+@dataclass(frozen=True)
+class PackagedGguf:
+    """A GGUF in an installed package."""
+
+    package: str
+    file: str
+    path: Path
+
+
+def parse(reference: str) -> HubId | LocalFolder | S3Folder | PackagedGguf:
+    """Parse a reference.
+
+    Raises:
+        ConfigError: it has no known form, or names a folder or a package file that does not exist.
+    """
+    if reference.startswith("pkg://"):
+        return _packaged(reference)
+    if reference.startswith("s3://"):
+        return S3Folder(reference)
+    if "://" in reference:
+        raise ConfigError(f"model.base {reference!r}: expected a hub id, a local folder, s3://... or pkg://...")
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return LocalFolder(folder)
+    if folder.is_absolute() or reference.startswith("."):
+        raise ConfigError(f"model.base {reference}: there is no such folder")
+    return HubId(reference)
+
+
+def _packaged(reference: str) -> PackagedGguf:
+    package, _, file = reference.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"model.base {reference}: the Python package {package!r} is not installed")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    path = folder / file
+    if path.suffix != ".gguf" or not path.is_file():
+        held = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*.gguf"))
+        raise ConfigError(f"model.base {reference}: package {package!r} holds no {file!r}; its GGUF files are {held}")
+    return PackagedGguf(package, file, path)
+
+
+# Downloads from the model hub, where many machines ask at once: one process per machine at a time, with retries.
+#
+# `huggingface_hub` itself retries for half a minute, without jitter, and does not retry its request for the commit of a
+# branch or tag (2.4, utils/_http.py and _snapshot_download.py).
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+CODE_FILES = ["*.py"]
+# Copies of the same weights for other programs: original/ (Meta, OpenAI), consolidated* (Mistral), onnx/.
+NEVER = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
+TRIES = 6
+AGAIN_S = 10.0
+"""Seconds before the first retry, doubled each time, with a jitter of 50 %: about five minutes in all, which is the
+window of the hub's rate limits."""
+BUSY = {408, 429, 500, 502, 503, 504}
+
+
+def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
+    """Download the files of a hub model that match `patterns`, and its own code where the config trusts it; returns the
+    local folder.
+
+    Raises:
+        ConfigError: the hub does not know `model.base` or `model.revision`, or it cannot be reached.
+        JobError: the hub is still too busy after all retries.
+    """
+    from filelock import FileLock
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    reference, revision = config.base, config.revision or None
+    wanted = [*patterns, *(CODE_FILES if config.trust_remote_code else [])]
+    lock = cache_dir() / f"hub-{hashlib.sha256(reference.encode()).hexdigest()[:16]}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock):  # the next process finds a commit's files in the cache, without a request to the hub
+            found = _patiently(
+                reference,
+                lambda: snapshot_download(reference, revision=revision, allow_patterns=wanted, ignore_patterns=NEVER),
+            )
+        return Path(found)
+    except HFValidationError as exc:
+        raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
+    except LocalEntryNotFoundError as exc:
+        raise ConfigError(
+            f"model.base {reference!r}: no such local folder, and the model hub cannot be reached to look for it there"
+        ) from exc
+    except HfHubHTTPError as exc:
+        where = f" at model.revision {revision!r}" if revision else ""
+        raise ConfigError(f"model.base {reference!r}{where}: the model hub refuses it: {exc}") from exc
+
+
+def offers(name: str, commit: str, pattern: str) -> bool:
+    """Whether a hub model has files that match `pattern`; their listing was cached with the first download."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        found = snapshot_download(name, revision=commit, allow_patterns=pattern, ignore_patterns=NEVER, dry_run=True)
+    except DryRunError:  # the listing is not cached and the hub cannot be reached
+        return False
+    return bool(found)
+
+
+def _patiently(reference: str, ask: Callable[[], T]) -> T:
+    """Call `ask` and retry while the hub is too busy; returns its result.
+
+    Raises:
+        JobError: the hub is still too busy after TRIES attempts.
+    """
+    for number in range(TRIES):
+        try:
+            return ask()
+        except Exception as exc:  # many types, some with the HTTP error as their cause
+            status = _status(exc)
+            if status not in BUSY:
+                raise
+            if number == TRIES - 1:
+                raise JobError(
+                    f"model.base {reference!r}: the model hub is too busy, with status {status} after {TRIES} tries: "
+                    "set HF_TOKEN, which raises its limits, or put the base into S3"
+                ) from exc
+            wait_s = AGAIN_S * 2**number * random.uniform(0.5, 1.5)
+            logger.warning("the model hub is too busy for %s (%s): again in %.0f s", reference, status, wait_s)
+            time.sleep(wait_s)
+    raise AssertionError("the last try raises")
+
+
+def _status(exc: BaseException | None) -> int:
+    """The HTTP status in an error or in its chain of causes; 0 where there is none."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while exc is not None and not isinstance(exc, HfHubHTTPError):
+        exc = exc.__cause__
+    return exc.response.status_code if exc is not None else 0

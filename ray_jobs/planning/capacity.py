@@ -14,7 +14,7 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError, UserError
 from components.shared.machine import machine_bytes
 from ray_jobs.adapters import own_base
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.memory import (
     BF16,
@@ -375,7 +375,7 @@ def before_training(
     own_base.check(config, Base(config.model.base, base_folder, {}))
     try:
         with rehearsing():
-            base = base_config.load(base_folder, config.model)
+            base = base_model.load_config(base_folder, config.model)
             rehearsal = Rehearsal.of(config, base)
     except CannotRehearse as exc:  # a training does not need a plan
         return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
@@ -436,7 +436,7 @@ def is_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[
         return False
     try:
         with rehearsing():
-            shape = base_config.load(base.path, config.model)
+            shape = base_model.load_config(base.path, config.model)
             rehearsal = Rehearsal(shape, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
     except (CannotRehearse, ConfigError):
         return True
@@ -474,7 +474,7 @@ def require_float32(config: RunConfig, base: Base) -> None:
 def _stats(config: RunConfig, base: Base) -> ModelStats | None:
     """The base's statistics; None if it cannot be planned for, or not as another release trained on it."""
     try:
-        shape = base_config.load(base.path, config.model)
+        shape = base_model.load_config(base.path, config.model)
         return Rehearsal(shape, config.method, reference=base.reference).stats
     except (ConfigError, RuntimeError, TypeError, ValueError, AttributeError):
         return None

@@ -24,7 +24,7 @@ from components.config.schema import Attention, MethodConfig, RunConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
 from ray_jobs.adapters.build import experts_of, left_dense
-from ray_jobs.base import stored_format
+from ray_jobs.base import architecture
 from ray_jobs.base.architecture import from_config, require_causal
 from ray_jobs.base.attention import FLASH, REHEARSED, choose, for_text, takes_kernels
 from ray_jobs.kernels.door import PLAIN
@@ -154,14 +154,14 @@ class Rehearsal:
         """
         require_causal(base, reference=reference)
         if method is not None:
-            stored_format.quantization(base, method.row.base, torch.bfloat16, reference=reference)
+            architecture.quantization(base, method.row.base, torch.bfloat16, reference=reference)
         try:
             self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
         except ImportError as exc:
             message = " ".join(str(exc).split())
             raise ConfigError(f"model.base {reference} wants what is not installed where this runs: {message}") from exc
         self.formats = tuple(
-            each for each in stored_format.formats(base) if each == "bf16" or not left_dense(self._model)
+            each for each in architecture.formats(base) if each == "bf16" or not left_dense(self._model)
         )
         """The values of method.base that this base allows."""
         base = base.get_text_config()  # the language model of a multimodal one

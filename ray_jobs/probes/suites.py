@@ -21,7 +21,7 @@ from components.records.steps import ROLES, Evaluation, Role, Suite
 from components.shared.errors import DataError
 from components.shared.metrics import normal
 from components.store.store import Store
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_model
 from ray_jobs.probes.texts import in_order
 from ray_jobs.scoring.measure import (
     Contender,
@@ -301,7 +301,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
     if not config.evaluate.suites:
         return Questions(())
     base = base_model.resolve(config.model, recorded=contenders[0].base_identity, weights=False, registry=store)
-    reach = base_config.positions(base_config.load(base.path, config.model)) or AMPLE
+    reach = base_model.positions(base_model.load_config(base.path, config.model)) or AMPLE
     roles = {each.role for each in on_the_first_base(contenders) if each.role in ROLES}
     suites = []
     for name in dict.fromkeys(config.evaluate.suites):

@@ -16,7 +16,7 @@ from transformers import DynamicCache, TextStreamer
 
 from components.prepare.dataset import Record
 from components.shared.errors import JobError
-from ray_jobs.base import base_config
+from ray_jobs.base import base_model
 from ray_jobs.base.attention import FLOAT32, RECORDS, looks_at_all_before
 from ray_jobs.scoring.answers import MARKS, Mark, Score
 from ray_jobs.text.answer_loss import next_token_nll, records_nll
@@ -328,7 +328,7 @@ def answers_to(
     words: "_Words | None" = None,
 ) -> list[str]:
     """The greedy answers to prompts that a `Reader` has read."""
-    reach = base_config.positions(reader.model.config)
+    reach = base_model.positions(reader.model.config)
     most = [_most(max_new_tokens, reach, len(prompt)) for prompt in prompts]
     if words is not None:
         words.put(torch.zeros(1))  # TextStreamer skips the first value, which it takes for the prompt
@@ -352,7 +352,7 @@ def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_t
     answers = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
-        max_new_tokens=_most(max_new_tokens, base_config.positions(model.config), width),
+        max_new_tokens=_most(max_new_tokens, base_model.positions(model.config), width),
         synced_gpus=is_shared(model),
         **given,
     )

@@ -24,7 +24,7 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import build, own_base, recorded
-from ray_jobs.base import base_model, precision
+from ray_jobs.base import architecture, base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
@@ -290,7 +290,7 @@ class LocalContender:
 
     @property
     def dtype(self) -> "torch.dtype":
-        return precision.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
+        return architecture.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
 
     def load_base(
         self,

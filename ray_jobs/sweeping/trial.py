@@ -42,9 +42,9 @@ from ray_jobs.text.answer_loss import records_nll
 from ray_jobs.text.batching import TokenizedSplit, by_length
 from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import train_loop, zero
-from ray_jobs.training.group import Worker
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.worker import fit
+from ray_jobs.training.zero import Worker
 
 ENDING_S = 60
 """Seconds that a stopped trial may take to release its resources, before its process is replaced."""

@@ -17,7 +17,7 @@ from components.registry.versions import Version, pull_version
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.adapters.recorded import Recorded
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import Kernels
@@ -113,7 +113,7 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
     base = base_model.resolve(own.model, recorded=its_run.base_identity, registry=store)
     use_gpu = capacity.on_gpus(own, base)
     stands_on = own_base.find(own, base, store, sha256=its_run.stands_on_sha256)
-    kernels = door.choose(config, base_config.load(base.path, own.model), on_gpu=use_gpu)
+    kernels = door.choose(config, base_model.load_config(base.path, own.model), on_gpu=use_gpu)
     model = _load(stands_on, own, kernels, use_gpu=use_gpu)
     alone = _load(base, own, kernels, use_gpu=use_gpu) if with_base and stands_on != base else None
     logger.info("loading %s %s", version.name, version.version)

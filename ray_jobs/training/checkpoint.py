@@ -16,14 +16,16 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,9 +41,7 @@ from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import dora
 from ray_jobs.base.four_bits import gathered
-from ray_jobs.training import optimizer, partitions, zero
-from ray_jobs.training.partitions import Part, Piece
-from ray_jobs.training.patience import Patience, is_away
+from ray_jobs.training import zero
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
 KEPT = 2
@@ -141,7 +141,7 @@ def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
     """A copy in host memory of this worker's master weights and the optimizer state of each."""
     tensors = {}
     for index, (master, state) in enumerate(zero.master_partitions(engine)):
-        held = {"master": master.detach(), **optimizer.saved(state)}
+        held = {"master": master.detach(), **zero.saved(state)}
         tensors.update({f"{index}.{name}": tensor for name, tensor in held.items()})
     return _contiguous(tensors)
 
@@ -196,6 +196,147 @@ def _delete(store: Store, key: str) -> None:
     store.delete(item.key for item in list(store.list(f"{key}/")))
 
 
+# Which pieces of which parameters a worker's optimizer partitions hold, so that their state can be redistributed.
+#
+# DeepSpeed keeps float32 master weights, each with its optimizer state, in flat partitions (0.19):
+#
+#     ZeRO 1 and 2   the concatenated parameters of a group, divided into one equal part per worker
+#                    (utils/tensor_fragment.py has, for each parameter, the fragment on this worker)
+#     ZeRO 3         an equal part of each parameter, concatenated (runtime/zero/stage3.py, set_grad_positions)
+#     none           each parameter whole, on every worker (runtime/fp16/unfused_optimizer.py)
+
+
+class Piece(NamedTuple):
+    """`size` elements of a flattened parameter, from `start` on; they lie in a partition from `offset` on."""
+
+    name: str
+    start: int
+    size: int
+    partition: int
+    """Index of the partition in `zero.master_partitions`."""
+    offset: int
+
+
+class Part(NamedTuple):
+    """The pieces and optimizer states of one worker."""
+
+    pieces: Sequence[Piece]
+    states: Sequence[Mapping[str, torch.Tensor]]
+    """The state of each partition by name: `step`, and flat tensors with one number per element of the partition."""
+
+
+def here(engine: Any, parameters: Mapping[str, torch.nn.Parameter]) -> list[Piece]:
+    """The pieces of the trained `parameters` in this worker's partitions."""
+    return [piece for piece in _pieces(engine.optimizer, parameters) if piece.size]
+
+
+def _pieces(wrapped: Any, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[Piece]:
+    if hasattr(wrapped, "grad_position"):
+        for name, parameter in parameters.items():
+            partition, offset, most = wrapped.grad_position[wrapped.get_param_id(parameter)]
+            start = dist.get_rank() * most
+            yield Piece(name, start, max(0, min(most, parameter.ds_numel - start)), partition, offset)
+        return
+    if hasattr(wrapped, "fp16_groups"):
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        whole = [parameter for group in wrapped.fp16_groups for parameter in group]
+        for number, parameter in enumerate(whole):
+            yield Piece(names[id(parameter)], 0, parameter.numel(), number, 0)
+        return
+    for name, parameter in parameters.items():
+        if (mapping := parameter._hp_mapping) is not None:
+            of, at = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Piece(name, of.start, of.numel, mapping.param_group_index, at.start)
+
+
+def deal(parts: Iterable[Part], pieces: Sequence[Piece], sizes: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    """Redistribute optimizer states: from the `parts` of other workers to partitions of `sizes` that hold `pieces`.
+
+    Elements that belong to no piece, such as the padding at a partition's end, are zero.
+
+    Raises:
+        IntegrityError: the parts lack some of the elements.
+    """
+    states: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
+    wanted: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        wanted[piece.name].append(piece)
+    left = sum(piece.size for piece in pieces)
+    for part in parts:
+        if not left:
+            break  # without ZeRO the first part holds everything
+        for theirs in part.pieces:
+            for ours in wanted[theirs.name]:
+                start, end = max(theirs.start, ours.start), min(theirs.start + theirs.size, ours.start + ours.size)
+                if start >= end:
+                    continue
+                left -= end - start
+                state = states[ours.partition]
+                for name, tensor in part.states[theirs.partition].items():
+                    if name == "step":
+                        state[name] = tensor
+                        continue
+                    flat = state.setdefault(name, torch.zeros(sizes[ours.partition], dtype=tensor.dtype))
+                    at, of = ours.offset + start - ours.start, theirs.offset + start - theirs.start
+                    flat[at : at + end - start] = tensor[of : of + end - start]
+    if left:
+        raise IntegrityError(
+            f"the workers' parts lack {left:,} of the optimizer's elements that this worker is to hold"
+        )
+    return states
+
+
+# Retrying while the store is unreachable, so that a training of days survives some minutes without it.
+
+T = TypeVar("T")
+AGAIN_S = 10.0
+
+
+def is_away(exc: StoreError) -> bool:
+    """Whether the store could not be reached, or refused the request; false where its content is wrong."""
+    return type(exc) is StoreError
+
+
+class Patience:
+    """Tracks how long the store has been unreachable."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    def lose(self, exc: StoreError, then: str) -> None:
+        """Record that the store is unreachable; `then` says what continues meanwhile, for the log.
+
+        Raises:
+            StoreError: `exc`, where retrying would not help, or the time is up.
+        """
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        left = self._since + self._seconds - now
+        if not is_away(exc) or left <= 0:
+            raise exc
+        logger.warning("%s, for another %.0f s at most (train.store_patience_s): %s", then, left, exc)
+
+    def regain(self) -> None:
+        """Record that the store is reachable again."""
+        self._since = None
+
+
+def patiently(seconds: float, act: Callable[[], T], then: str) -> T:
+    """Call `act`, and retry while the store is unreachable; returns its result.
+
+    Raises:
+        StoreError: the store was unreachable for too long, or its content is wrong.
+    """
+    patience = Patience(seconds)
+    while True:
+        try:
+            return act()
+        except StoreError as exc:
+            patience.lose(exc, then)
+        time.sleep(min(AGAIN_S, seconds))
+
+
 # Asynchronous checkpoints: training waits only while the state is copied to host memory.
 
 logger = logging.getLogger(__name__)
@@ -241,7 +382,7 @@ class CheckpointWriter:
         progress.loss_scale = zero.loss_scale(engine)
         snapshot = _Snapshot(
             dataclasses.replace(progress),
-            partitions.here(engine, trainable(engine.module)),
+            here(engine, trainable(engine.module)),
             optimizer_tensors(engine),
             weights(engine.module),
             best,
@@ -454,13 +595,13 @@ def _states(
     engine: Any, parts: Iterator[_Written], progress: TrainingProgress, fresh: TrainingProgress
 ) -> list[dict[str, torch.Tensor]]:
     """The state of each of this worker's partitions: as stored, if its pieces are the same, otherwise redistributed."""
-    wanted = partitions.here(engine, trainable(engine.module))
+    wanted = here(engine, trainable(engine.module))
     pieces, states = next(parts)
     if progress.num_workers == fresh.num_workers and pieces == wanted:
         return states
     sizes = [master.numel() for master, _ in zero.master_partitions(engine)]
-    held = (Part(p, [optimizer.in_float32(each) for each in s]) for p, s in chain([(pieces, states)], parts))
-    return partitions.deal(held, wanted, sizes)
+    held = (Part(p, [zero.in_float32(each) for each in s]) for p, s in chain([(pieces, states)], parts))
+    return deal(held, wanted, sizes)
 
 
 def _restore(engine: Any, found: _Found) -> None:
@@ -468,5 +609,5 @@ def _restore(engine: Any, found: _Found) -> None:
     for (master, _), state in zip(zero.master_partitions(engine), found.states, strict=True):
         held = dict(state)
         master.data.copy_(held.pop("master").view_as(master))
-        optimizer.restore(engine.optimizer.optimizer, master, held)
+        zero.restore(engine.optimizer.optimizer, master, held)
     zero.set_loss_scale(engine, found.progress.loss_scale)

@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from components.config.ray import price_per_hour
 from components.config.schema import RunConfig
-from components.handover.serve_manifest import serving
+from components.handover.serve_manifest import recorded, serving
 from components.records.steps import Usage
 from components.registry import between_runs, lineage
 from components.registry.versions import Version, publish_version
+from components.store import client
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
 from ray_jobs.base import architecture, base_model
 from ray_jobs.text import chat_format
-from ray_jobs.training.group import Worker
-from ray_jobs.training.model_card import model_card
+from ray_jobs.training.checkpoint import TrainingProgress
+from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
+from ray_jobs.training.zero import Worker
 
 
 def recipe_of(
@@ -110,3 +114,171 @@ def publish(
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
         files["README.md"] = model_card(config, record).encode()
         return publish_version(store, config.adapter.name, files, lineage=record)
+
+
+def usage_of(
+    job: TrainJob,
+    config: RunConfig,
+    worker: Worker,
+    progress: TrainingProgress,
+    metrics: MetricsLog | None,
+    trained_at: datetime,
+) -> Usage | None:
+    """The usage of all workers, on the worker that has `metrics`, None elsewhere; every worker must call this."""
+    asked = client.so_far()
+    total = torch.tensor([asked.requests, asked.read_bytes, asked.written_bytes], device=worker.device)
+    dist.all_reduce(total)
+    if metrics is None:
+        return None
+    requests, read_bytes, written_bytes = total.tolist()
+    gpu = torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else ""
+    held_s = worker.num_workers * (trained_at.timestamp() - job.watch.began)
+    flops = progress.tokens * job.flops_per_token if job.flops_per_token else None
+    price, source = price_per_hour(config.ray, gpu) or (None, "")
+    return Usage(
+        workers=worker.num_workers,
+        gpu=gpu,
+        held_s=round(held_s, 3),
+        in_steps_s=round(worker.num_workers * progress.elapsed_s, 3),
+        tokens=progress.tokens,
+        restarts=metrics.restarts,
+        steps_repeated=metrics.steps_repeated,
+        flops=flops,
+        flops_with_parents=None if flops is None or job.flops_before is None else flops + job.flops_before,
+        s3_requests=requests,
+        s3_read_bytes=read_bytes,
+        s3_written_bytes=written_bytes,
+        price=None if price is None else price * held_s / 3600,
+        price_source=source,
+    )
+
+
+# The README.md of a published version: a model card, with the front matter that model hubs read.
+
+HOW_SERVED = {
+    "lora": "Servers of LoRA adapters load it as it is.",
+    "lora-export": "Servers of LoRA adapters load what `fineloop adapters export --lora` makes of it.",
+    "merged": "It is served merged into its base, by `fineloop adapters export --merged`.",
+}
+MEASURED = {
+    "merge": "merged, against the adapter on the same weights, in float32",
+    "saved": "this folder, against the adapter in float32 on the weights it was trained on",
+    "rounded": "these weights, against the merge before it was rounded, both run in float32",
+    "effect": "for comparison: the base without the adapter, against the adapter on it, in float32",
+    "evaluated": "this folder, against the adapter as it was evaluated",
+    "converted": "this adapter, against the one it was made from, in float32",
+}
+
+
+def model_card(config: RunConfig, lineage: Mapping[str, Any]) -> str:
+    """The model card: what the adapter is, its base, how it was trained and how to load it. Markdown."""
+    training, dataset, recipe = lineage["training"], lineage["dataset"], lineage["recipe"]
+    identity = ", ".join(f"{key} `{value}`" for key, value in lineage["base"]["identity"].items())
+    eval_loss = training["eval_loss"]
+    share = recipe["trainable_share"]
+    auto_class = recipe.get("auto_class", "AutoModelForCausalLM")
+    trained = f"{recipe['trainable_parameters']:,} of {recipe['parameters']:,} ({share:.2%})"
+    pace = f"{training['wall_s']:.0f} s on {training['world_size']} workers"
+    effort = f"{training['steps']} steps, {training['tokens']:,} tokens, {pace}"
+    return f"""---
+library_name: peft
+base_model: {config.model.base}
+tags: [{recipe["adapter"]}, fineloop]
+---
+
+# {config.adapter.name}
+
+A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}`, trained by Fineloop run
+`{lineage["run_id"]}`. `lineage.json` beside this file holds the whole record, `manifest.json` the sha256 of every file.
+
+| | |
+|---|---|
+| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{_own_base(config, recipe)}{_chat(recipe)}
+| Data | `{dataset["dataset_id"]}`: {dataset["train_records"]} records trained on, {dataset["eval_records"]} held out |
+| Trained parameters | {trained} |
+| Training | {effort} |
+| Held-out loss | {f"{eval_loss:.4f} nats per answer token" if eval_loss is not None else "not measured"} |
+
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+base = {auto_class}.from_pretrained(BASE_FOLDER)  # {recipe.get("stands_on", config.model.base)}
+model = PeftModel.from_pretrained(base, ADAPTER_FOLDER)
+```
+
+## Serving
+
+{_serving(lineage)}
+"""
+
+
+def _own_base(config: RunConfig, recipe: Mapping[str, Any]) -> str:
+    if config.method.row.init == "default":
+        return ""
+    return (
+        f"\n| Stands on | `{recipe['stands_on']}`: weights that were chosen together with the adapter's start. "
+        "It is wrong on any other base; `fineloop adapters pull --with-base` fetches both |"
+    )
+
+
+def _chat(recipe: Mapping[str, Any]) -> str:
+    if "chat" not in recipe:
+        return ""
+    whose = "the base's own" if recipe["chat"]["template_from"] == "base" else "Fineloop's, as the base has none"
+    switches = [f"`{name}={str(value).lower()}`" for name, value in recipe["chat"].get("template_kwargs", {}).items()]
+    asked = f", to be asked with {' and '.join(switches)} (`chat_template_kwargs`)" if switches else ""
+    stops = ", ".join(f"`{stop}`" for stop in recipe["chat"]["stops"])
+    return f"\n| Chat template | {whose}, beside this file with the tokenizer{asked}. Answers end with {stops} |"
+
+
+def _serving(lineage: Mapping[str, Any]) -> str:
+    found = recorded(lineage)
+    notes = [f"- {note[:1].upper()}{note[1:]}." for note in found.notes]
+    return "\n".join([HOW_SERVED[found.servable_as], *(["", *notes] if notes else [])])
+
+
+def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
+    """The README.md of an exported folder: what it is, its source, and how far the two differ. Markdown."""
+    base = record["base_model"]
+    is_lora = record["form"] == "lora"
+    read_by = {
+        "merged": "a transformers model that needs no peft",
+        "gguf": "a file for llama.cpp; Ollama takes it with `ollama create NAME -f Modelfile` in this folder",
+    }
+    what = (
+        f"`{base['reference']}` with the adapter merged into its {record['base']} weights, saved as "
+        f"{record['dtype']}: {read_by[record['form']]}."
+        if not is_lora
+        else f"{'The adapter' if record['exact'] else 'The nearest LoRA to the adapter, not the adapter itself,'} as "
+        f"plain LoRA of rank {record['rank']}, for the base `{base['stands_on']}`."
+    )
+    parity = record["parity"]
+    figures = [
+        f"| {MEASURED[name]} | {found['argmax_agreement']:.2%} | {found['max_abs_logit_difference']:.3g} "
+        f"| {found['mean_kl_nats']:.3g} |"
+        for name, found in parity.items()
+        if name in MEASURED
+    ]
+    library = {"merged": "transformers", "gguf": "gguf", "lora": "peft"}[record["form"]]
+    front = {"library_name": library, "base_model": base["reference"]}
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {value}" for key, value in front.items()),
+            f"tags: [{record['form']}, fineloop]",
+            "---",
+            "",
+            f"# {record['adapter']}",
+            "",
+            f"{what} Made from version `{record['version']}` ({config.method.name}, base trained on as "
+            f"{base['format']}), manifest sha256 `{record['manifest_sha256']}`; `export.json` holds the record.",
+            "",
+            f"Compared on {parity['compared_on']}:",
+            "",
+            "| | same token | largest logit difference | mean KL, nats |",
+            "|---|---|---|---|",
+            *figures,
+            "",
+        ]
+    )

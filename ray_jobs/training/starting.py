@@ -1,30 +1,37 @@
-"""The start of a training: the base alone, or a version of the same shape on the same base."""
+"""What a training starts from: the base alone or an earlier version on it, and the records of a prepared dataset."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from components.config.schema import RunConfig
+from components.prepare.dataset import read_split
+from components.prepare.split import is_validation
 from components.records import runs
+from components.registry import lineage
 from components.registry.aliases import read_alias
-from components.registry.event_log import require_published
-from components.registry.identity import WEIGHTS, require_identity, version_key
-from components.registry.signing import require_signed
 from components.registry.versions import Version, read_lineage, resolve
-from components.shared.errors import ConfigError, IntegrityError
+from components.shared.errors import ConfigError, DataError
+from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
+from ray_jobs.text import token_store
+from ray_jobs.text.chat_format import ChatFormat
+from ray_jobs.text.token_store import Ids, Rows, StoredTokens
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
+    from transformers import PretrainedConfig
+
 
 BASE, PRODUCTION = "base", "production"
 
 
-def choose(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Version | None:
+def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Version | None:
     """The version that `train.start_from` names; None for the base alone.
 
     Where nothing is in production yet, "production" means the base. `base` is the base that this run trains on.
@@ -60,25 +67,6 @@ def base_of(config: RunConfig, store: Store, start: Version, base: base_model.Ba
     return base if base.is_known else replace(base, identity=dict(recorded.read(config, store, start).base_identity))
 
 
-def weights(store: Store, version: Version) -> dict[str, "torch.Tensor"]:
-    """Load a version's adapter weights, with the same verification of digests and signatures as `pull_version`.
-
-    Raises:
-        IntegrityError: they differ from the version's manifest, the manifest is not the published one, or no trusted
-            key signed it.
-    """
-    from safetensors.torch import load
-
-    key = version_key(version.name, version.version)
-    manifest = require_identity(store, key, folders.read_manifest(store, key))
-    require_published(store, version.name, version.version, manifest)
-    require_signed(store, version.name, version.version, manifest.sha256)
-    body = store.get(f"{key}/{WEIGHTS}")
-    if folders.digest_of(body) != manifest.files[WEIGHTS]:
-        raise IntegrityError(f"{store.uri(key)}/{WEIGHTS} is not the one that the manifest lists")
-    return dict(load(body))
-
-
 def flops_of(store: Store, version: Version | None) -> float | None:
     """FLOPs of the version's training and of all trainings that it builds on; None where one of them is unknown, 0
     without a version."""
@@ -87,25 +75,6 @@ def flops_of(store: Store, version: Version | None) -> float | None:
     more = read_lineage(store, version).get("training", {}).get("more", {})
     found = (more.get("usage") or {}).get("flops_with_parents")
     return None if found is None else float(found)
-
-
-def begin(adapted: "PeftModel", start: Mapping[str, "torch.Tensor"]) -> None:
-    """Load a version's weights into a fresh adapter, including DoRA's magnitudes and VeRA's matrices.
-
-    Raises:
-        ConfigError: they belong to other layers, or have other shapes.
-    """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    ours = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    shapes: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in start.items()}
-    if differing := sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name)):
-        raise ConfigError(
-            f"train.start_from: the version adapts other layers than this run, such as {differing[0]} "
-            f"({theirs.get(differing[0])}, here {shapes.get(differing[0])}): set method.target_modules as it had them"
-        )
-    set_peft_model_state_dict(adapted, dict(start))
 
 
 def _require_same_shape(config: RunConfig, theirs: RunConfig, version: Version) -> None:
@@ -123,3 +92,129 @@ def _shape(config: RunConfig) -> dict[str, Any]:
     method = config.method
     row = {axis: getattr(method.row, axis) for axis in ("adapter", "scaling", "init", "base")}
     return {**row, "rank": method.r, "alpha": method.lora_alpha, "target_modules": method.target_modules}
+
+
+# The splits of a prepared dataset that a training uses: training records and validation records.
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PlannedSplit:
+    """A split as the driver sees it: the lengths of its rows, and a reference to their tokens for the workers."""
+
+    stored: StoredTokens
+    lengths: npt.NDArray[np.int64]
+    """Number of tokens of each row."""
+    num_answer_tokens: npt.NDArray[np.int64]
+    """Number of labelled tokens of each row."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def read_splits(
+    store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, log: Log
+) -> tuple[PlannedSplit, PlannedSplit]:
+    """The training records, and the validation records by which checkpoints and a sweep's trainings are chosen, as
+    tokens. They are tokenised unless an earlier training has done so.
+
+    Raises:
+        DataError: too many records are too long for `model.max_length`.
+    """
+    how: dict[str, Any] = {"max_length": config.model.max_length, "loss_on": config.data.loss_on}
+    train = token_store.ensure(store, dataset_uri, "train", chat, **how)
+    rows, ids = token_store.load_rows(store, train)
+    _check_lengths(rows, ids, config, log)
+    train_split = _planned_split(train, rows, token_store.is_kept(rows))
+    held_out = token_store.ensure(store, dataset_uri, "eval", chat, **how)
+    rows, ids = token_store.load_rows(store, held_out)
+    chosen = _validation(store, dataset_uri, config)[rows["record"]]
+    _check_lengths(rows[chosen], ids.take(np.flatnonzero(chosen)), config, log)
+    places = np.flatnonzero(token_store.is_kept(rows) & chosen)[: config.train.eval_records]
+    kept = np.cumsum(token_store.is_kept(rows)) - 1
+    eval_split = _planned_split(replace(held_out, rows=kept[places]), rows, places)
+    return train_split, eval_split
+
+
+def require_embedded(
+    store: Store, chat: ChatFormat, base: "PretrainedConfig", config: RunConfig, *splits: PlannedSplit
+) -> None:
+    """Require that the base has embeddings for all tokens that occur in the splits; they can only be missing if the
+    tokenizer's vocabulary is larger than the base's.
+
+    Raises:
+        ConfigError: a token has no embedding.
+    """
+    rows = base.get_text_config().vocab_size
+    if len(chat.tokenizer) <= rows:
+        return
+    largest = max(chat.pad, *(int(token_store.load(store, each.stored).tokens.max()) for each in splits))
+    if largest >= rows:
+        raise ConfigError(
+            f"the tokenizer of model.base {config.model.base} writes token {largest} "
+            f"({chat.tokenizer.convert_ids_to_tokens(largest)!r}), and the base has embeddings for {rows}: resize them "
+            "(resize_token_embeddings) and save the base again, or take those tokens out of its tokenizer"
+        )
+
+
+def _planned_split(stored: StoredTokens, rows: Rows, places: npt.NDArray[Any]) -> PlannedSplit:
+    return PlannedSplit(stored, rows["length"][places].astype(np.int64), rows["answers"][places].astype(np.int64))
+
+
+def _validation(store: Store, dataset_uri: str, config: RunConfig) -> npt.NDArray[np.bool_]:
+    """One flag per held-out record: whether `validation_and_test` makes it a validation record, by which weights are
+    chosen; all are True where it would otherwise be none."""
+    found = np.array(
+        [
+            is_validation(record, config.data.validation_share)
+            for some in read_split(store, dataset_uri, "eval")
+            for record in some
+        ],
+        dtype=np.bool_,
+    )
+    return found if found.any() and not found.all() else np.ones_like(found)
+
+
+def _check_lengths(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
+    """Require that not too many records are left out or shortened; `log` receives a line about those that are.
+
+    Raises:
+        DataError: there are more of them than `data.max_reject_share` allows.
+    """
+    limit, allowed = config.model.max_length, config.data.max_reject_share
+    kept, num_records = token_store.is_kept(rows), len(np.unique(rows["record"]))
+    too_long = ids.take(token_store.first_of_each_record(rows, ~kept))
+    cut = ids.take(token_store.first_of_each_record(rows, kept & (rows["cut"] > 0)))
+
+    def share(ids: Ids) -> str:
+        return f"{len(ids)} of {num_records} records ({len(ids) / num_records:.0%}; as {ids[0]!r})"
+
+    if len(too_long) > allowed * num_records or not kept.any():
+        raise DataError(
+            f"the answers of {share(too_long)} are too long for model.max_length {limit}, and none is ever cut, or "
+            "hold a token that ends an answer: raise it, change the answers, or allow their loss with "
+            f"data.max_reject_share (now {allowed:g})"
+        )
+    if len(cut) > allowed * num_records:
+        raise DataError(
+            f"the prompts of {share(cut)} are too long for model.max_length {limit} and would be "
+            "shortened: raise it, shorten them yourself, or allow that with data.max_reject_share (now "
+            f"{allowed:g})"
+        )
+    if too_long:
+        why = f"their answers do not fit model.max_length {limit}, or hold a token that ends an answer"
+        log(f"left out {counted(len(too_long), 'record')}: {why}")
+    if cut:
+        of_system = len(token_store.first_of_each_record(rows, kept & (rows["cut"] > 1)))
+        too = f", {of_system:,} of them in the system message too" if of_system else ""
+        log(f"made {counted(len(cut), 'prompt')} shorter, to fit model.max_length {limit}{too}")
+
+
+def dataset_record(store: Store, uri: str, *read: StoredTokens) -> lineage.Dataset:
+    """The dataset as the lineage records it, with the tokens that were `read`."""
+    manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
+    about = manifest.about
+    tokens = {each.key.rpartition("/")[2]: each.content_sha256 for each in read}
+    counts = about["train_records"], about["eval_records"]
+    return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, *counts, tokens)

@@ -28,7 +28,7 @@ from ray_jobs.base.streamed import streamed
 from ray_jobs.kernels.door import Kernels, load_model
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit, collate
-from ray_jobs.training.group import Worker
+from ray_jobs.training.zero import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from ray_jobs.text import answer_loss
 from ray_jobs.text.batching import NO_RECORD, TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, zero
 from ray_jobs.training.checkpoint import CheckpointWriter, TrainingProgress
-from ray_jobs.training.group import Worker
+from ray_jobs.training.zero import Worker
 
 # Preemption of a node of the group: by its cloud provider, by Kubernetes, or by `ray drain-node`.
 #

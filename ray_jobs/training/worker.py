@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -11,31 +12,36 @@ import torch
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.records.steps import TrainResult
-from components.shared.errors import ConfigError
+from components.registry.event_log import require_published
+from components.registry.identity import WEIGHTS, require_identity, version_key
+from components.registry.signing import require_signed
+from components.registry.versions import Version
+from components.shared.errors import ConfigError, IntegrityError
 from components.shared.protocol import counted, say
+from components.store import folders
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.adapters import dora, own_base, recorded
-from ray_jobs.base import base_config, base_model, precision, together
+from ray_jobs.adapters import build, dora, own_base, recorded
+from ray_jobs.base import architecture, base_model, together
 from ray_jobs.kernels import door
-from ray_jobs.kernels.door import Kernels
+from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.text import token_store
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.token_store import StoredTokens
-from ray_jobs.training import checkpoint, publishing, starting, step_zero, train_loop, trained_model, using, zero
-from ray_jobs.training.first_check import FirstCheck
-from ray_jobs.training.group import Worker
-from ray_jobs.training.metrics_log import MetricsLog
-from ray_jobs.training.patience import patiently
-from ray_jobs.training.trackers import Trackers
+from ray_jobs.training import checkpoint, publishing, step_zero, train_loop, zero
+from ray_jobs.training.checkpoint import patiently
+from ray_jobs.training.metrics_log import MetricsLog, Trackers
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import Report, TrainedAdapter
-from ray_jobs.training.trained_model import LoadModel
+from ray_jobs.training.zero import Worker
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+
+LoadModel = Callable[..., "PreTrainedModel"]
+"""A function with the signature of `door.load_model`."""
 
 
 def train(
@@ -75,7 +81,7 @@ def train(
             watch=train_loop.Watch(worker),
         )
         trained_at = datetime.now(UTC)
-        usage = using.measured(job, config, worker, trained.progress, metrics, trained_at)
+        usage = publishing.usage_of(job, config, worker, trained.progress, metrics, trained_at)
     if usage is None:
         return {}
     version = patiently(
@@ -134,7 +140,9 @@ def fit(
         say("finetune", f"loading {config.model.base}")
     shared = {"rank": worker.rank, "num_workers": worker.num_workers}
     with together.gloo_group(worker.num_workers) as group:  # each node fetches the base at its own pace
-        dtype = precision.agree(precision.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device)
+        dtype = architecture.agree_on_dtype(
+            architecture.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device
+        )
         # A hub branch may have moved since, and the objects of an S3 folder may have changed.
         original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
         sha256 = ""
@@ -142,7 +150,7 @@ def fit(
             sha256 = recorded.read(config, store, job.start).stands_on_sha256
         base = own_base.prepare(config, original, store, sha256=sha256, **shared)
         _require_trainable(dtype, base)
-        start = starting.weights(store, job.start) if job.start else None
+        start = start_weights(store, job.start) if job.start else None
         together.meet(group)
         on_cpu = _kernels(config, original, store, job.run_id)
         worker = replace(worker, dtype=dtype, kernels=worker.kernels if config.ray.use_gpu else on_cpu)
@@ -150,7 +158,7 @@ def fit(
         check.measure_whole(worker, store)
         together.meet(group)
     with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
-        adapted = trained_model.assemble(
+        adapted = assemble(
             config, base, use_gpu=config.ray.use_gpu, kernels=worker.kernels, dtype=worker.dtype, load=load, start=start
         )
         job.watch.lap("base and adapter")
@@ -231,8 +239,131 @@ def _kernels(config: RunConfig, original: base_model.Base, store: Store, run_id:
 
     GPU workers choose separately, as the kernels only concern what runs on their CPUs.
     """
-    shape = base_config.load(original.path, config.model)
+    shape = base_model.load_config(original.path, config.model)
     if config.ray.use_gpu:
         return door.choose(config, shape)
     found = checkpoint.newest(store, run_id)
     return Kernels(found.matmul_dtype) if found else door.agree(config, shape)
+
+
+def assemble(
+    config: RunConfig,
+    base: base_model.Base,
+    *,
+    use_gpu: bool,
+    kernels: Kernels = PLAIN,
+    dtype: torch.dtype = torch.bfloat16,
+    load: LoadModel = door.load_model,
+    start: Mapping[str, torch.Tensor] | None = None,
+) -> "PeftModel":
+    """The base with a fresh adapter, or with the weights `start`, to train in `dtype`. The same on every worker."""
+    model = load(
+        base,
+        config.model,
+        config.method.row.base,
+        kernels,
+        use_gpu=use_gpu,
+        in_host_memory=config.train.zero_stage == 3,
+        dtype=dtype,
+    )
+    adapted = build.attach(model, config.method, base_reference=base.reference, seed=config.train.seed)
+    kernels.adopt(adapted)
+    own_base.begin(config, adapted, base)
+    if start is not None:
+        load_start(adapted, start)
+    build.to_training(adapted, dtype)
+    if config.train.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False}, offload=config.train.activation_offloading)
+        # For most models the call above has done this already; calling it again would lose the old hooks' handles.
+        model.disable_input_require_grads()
+        model.enable_input_require_grads()
+    return adapted.train()
+
+
+def start_weights(store: Store, version: Version) -> dict[str, torch.Tensor]:
+    """Load a version's adapter weights, with the same verification of digests and signatures as `pull_version`.
+
+    Raises:
+        IntegrityError: they differ from the version's manifest, the manifest is not the published one, or no trusted
+            key signed it.
+    """
+    from safetensors.torch import load
+
+    key = version_key(version.name, version.version)
+    manifest = require_identity(store, key, folders.read_manifest(store, key))
+    require_published(store, version.name, version.version, manifest)
+    require_signed(store, version.name, version.version, manifest.sha256)
+    body = store.get(f"{key}/{WEIGHTS}")
+    if folders.digest_of(body) != manifest.files[WEIGHTS]:
+        raise IntegrityError(f"{store.uri(key)}/{WEIGHTS} is not the one that the manifest lists")
+    return dict(load(body))
+
+
+def load_start(adapted: "PeftModel", start: Mapping[str, torch.Tensor]) -> None:
+    """Load a version's weights into a fresh adapter, including DoRA's magnitudes and VeRA's matrices.
+
+    Raises:
+        ConfigError: they belong to other layers, or have other shapes.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    ours = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    shapes: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in start.items()}
+    if differing := sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name)):
+        raise ConfigError(
+            f"train.start_from: the version adapts other layers than this run, such as {differing[0]} "
+            f"({theirs.get(differing[0])}, here {shapes.get(differing[0])}): set method.target_modules as it had them"
+        )
+    set_peft_model_state_dict(adapted, dict(start))
+
+
+@dataclass
+class FirstCheck:
+    """Checks that the sharded model has the loss of the unsharded one before its first step; see `step_zero`."""
+
+    config: RunConfig
+    base: base_model.Base
+    probe: dict[str, torch.Tensor]
+    start: Mapping[str, torch.Tensor] | None
+    on_cpu: Kernels
+    """Kernels for the products of the whole model on a CPU."""
+    expected: torch.Tensor | None = None
+    """The losses of the unsharded model's answer tokens, on rank 0."""
+
+    @property
+    def is_read_alone(self) -> bool:
+        """Whether the base's loss is computed layer by layer from its files, without an adapter."""
+        return self.config.train.zero_stage == 3 and not base_model.is_quantised(self.base)
+
+    def measure_whole(self, worker: Worker, store: Store) -> None:
+        """Compute the expected loss under ZeRO-3, on rank 0, before anything is sharded."""
+        if self.config.train.zero_stage < 3 or worker.rank > 0:
+            return
+        if self.is_read_alone:
+            self.expected = step_zero.known_base_nll(
+                store, self.config, self.base, self.probe, self.on_cpu, worker.dtype
+            )
+        else:
+            whole = assemble(
+                self.config, self.base, use_gpu=False, kernels=self.on_cpu, dtype=worker.dtype, start=self.start
+            )
+            self.expected = step_zero.probe_nll(whole, self.probe, torch.device("cpu"))
+
+    def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
+        """Compute the expected loss below ZeRO-3, where every worker holds the whole model."""
+        if self.config.train.zero_stage < 3:
+            self.expected = step_zero.probe_nll(adapted, self.probe, worker.device)
+
+    def require_same(self, engine: Any, worker: Worker) -> None:
+        """Compare the losses; raises as `step_zero.require_same` does."""
+        # A fresh adapter does not change the loss; the initial weights of LoftQ or of an earlier version do.
+        is_fresh = self.start is None and self.config.method.row.init == "default"
+        with_adapter = is_fresh or not self.is_read_alone
+        losses = step_zero.probe_nll(engine.module, self.probe, worker.device, with_adapter=with_adapter)
+        zero.finish_forward(engine)
+        expected = self.expected if worker.rank == 0 else None
+        step_zero.require_same(losses, expected, worker=worker, zero_stage=self.config.train.zero_stage)
+
+
+logger = logging.getLogger(__name__)

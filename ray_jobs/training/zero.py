@@ -7,18 +7,20 @@ a weight elsewhere, use `gathered`.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from components.config.schema import RunConfig
+from components.config.schema import RunConfig, TrainConfig
 from components.shared.errors import JobError
 from components.shared.machine import in_environment
-from ray_jobs.base import cuda
+from ray_jobs.adapters import dora
+from ray_jobs.base import architecture
 from ray_jobs.base.four_bits import gathered
-from ray_jobs.training import optimizer
+from ray_jobs.kernels.door import PLAIN, Kernels
 
 # Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.
 BUCKET_ELEMENTS = 20_000_000
@@ -40,6 +42,19 @@ ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 PADDING = 1.05
 
 
+@dataclass(frozen=True)
+class Worker:
+    """This process's rank, device and dtypes in its process group."""
+
+    rank: int
+    num_workers: int
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    """The dtype of weights, activations and gradients, the same for the whole group."""
+    kernels: Kernels = PLAIN
+    """The kernels of the worker's products, the same for the whole group."""
+
+
 def prepare_environment(*, use_gpu: bool) -> None:
     """Keep DeepSpeed from compiling a kernel at its first use on CPU; call this before anything imports DeepSpeed.
 
@@ -49,7 +64,7 @@ def prepare_environment(*, use_gpu: bool) -> None:
         ConfigError: PyTorch has no kernels for this worker's GPU.
     """
     if use_gpu:
-        cuda.require_kernels()
+        architecture.require_kernels()
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops
@@ -151,12 +166,12 @@ def initialize(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = t
         _share_out(model, config, dtype)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer.make(model, config.train),
+        optimizer=make(model, config.train),
         config=settings(config, dtype, longest_vector=_longest_vector(model)),
     )
     _leave_overflow_to_the_norm(engine.optimizer)
     for _, state in master_partitions(engine):
-        optimizer.forget_steps(state)  # without ZeRO DeepSpeed takes one, which would spoil Adam's bias correction
+        forget_steps(state)  # without ZeRO DeepSpeed takes one, which would spoil Adam's bias correction
     if config.train.zero_stage == 3:
         require_shared(engine.module, num_workers=config.ray.max_workers)
     return engine
@@ -291,7 +306,7 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     ahead. peft's DoRA reads a layer's whole weight when it wraps the layer.
     """
     import deepspeed
-    from peft.tuners.lora import dora
+    from peft.tuners.lora import dora as peft_dora
     from transformers import core_model_loading
 
     init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=deepspeed_config)
@@ -303,13 +318,13 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
             _move_statistics(parameter, init.local_device)
 
     set_param = core_model_loading.set_param_for_module
-    gather = dora.gather_params_ctx
-    core_model_loading.set_param_for_module, dora.gather_params_ctx = set_and_share_out, gathered
+    gather = peft_dora.gather_params_ctx
+    core_model_loading.set_param_for_module, peft_dora.gather_params_ctx = set_and_share_out, gathered
     try:
         with in_environment({ONE_BY_ONE: "1"}):
             yield
     finally:
-        core_model_loading.set_param_for_module, dora.gather_params_ctx = set_param, gather
+        core_model_loading.set_param_for_module, peft_dora.gather_params_ctx = set_param, gather
 
 
 def _at(model: torch.nn.Module, name: str) -> Any:
@@ -356,3 +371,108 @@ class _Product4bit(torch.autograd.Function):
         with gathered([ctx.weight] if not ctx.weight.numel() else []):
             weight = four_bits.dequantize_4bit(ctx.weight, ctx.quant_state)
         return gradient @ weight.to(gradient.dtype), None, None, None
+
+
+# The AdamW variants of `train.optimizer`, and their state in a checkpoint.
+#
+# adamw              PyTorch's: two moments in float32, 12 bytes per parameter with the float32 master weight
+# adamw_8bit         bitsandbytes': moments in 8 bits, in blocks of 256 with a float32 scale each (arXiv:2110.02861)
+# paged_adamw_8bit   the same in CUDA's unified memory, which can be paged out while the GPU memory is needed otherwise
+#                    (arXiv:2305.14314, section 3)
+#
+# In every case DeepSpeed holds the master weights.
+
+# bitsandbytes' code books for its two 8-bit data types, signed and unsigned, which it keeps in the optimizer state.
+CONSTANTS = ("qmap1", "qmap2")
+BLOCK = 256
+
+
+def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Create the optimizer of all trained parameters. The caller must set its learning rate before every step."""
+    groups = _groups(model, train.weight_decay)
+    if train.optimizer == "adamw":
+        # The fused kernel takes a third of the time on CPUs; on GPUs it would keep its step counts there. DeepSpeed's
+        # master weights are in host memory with train.cpu_offload, wherever the parameters are.
+        is_on_cpu = all(each.device.type == "cpu" for group in groups for each in group["params"])
+        return torch.optim.AdamW(groups, lr=0.0, fused=is_on_cpu or train.cpu_offload or None)
+    from bitsandbytes import optim
+
+    kind = optim.AdamW8bit if train.optimizer == "adamw_8bit" else optim.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, lr=0.0)
+    return optimizer
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of all trained parameters; DoRA magnitudes, if any, are a second group without weight decay."""
+    magnitudes = list(dora.magnitudes(model))
+    held = {id(parameter) for parameter in magnitudes}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    groups = [(others, weight_decay), (magnitudes, 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
+def forget_steps(state: dict[str, Any]) -> None:
+    """Reset a parameter's step count to 0, where DeepSpeed has taken an empty step to create the optimizer state."""
+    if "step" in state:
+        state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
+
+
+def saved(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A parameter's optimizer state as tensors for a checkpoint; the step count is float32."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and name != "step"}
+    return {
+        "step": torch.as_tensor(float(state["step"])),
+        **{name: value for name, value in tensors.items() if name not in CONSTANTS},
+    }
+
+
+def in_float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state from `saved` as flat tensors with one number per parameter element, so that it can be split anywhere.
+
+    8-bit moments are dequantised; `restore` quantises them again, in possibly different blocks.
+    """
+    from bitsandbytes import functional
+
+    state = {name: tensor.flatten() for name, tensor in tensors.items() if not name.startswith("absmax")}
+    for number in ("1", "2"):
+        name = f"state{number}"
+        if name in state and state[name].dtype is torch.uint8:
+            state[name] = functional.dequantize_blockwise(
+                state[name],
+                absmax=tensors[f"absmax{number}"],
+                code=functional.create_dynamic_map(signed=number == "1"),
+                blocksize=BLOCK,
+            )
+    return {**state, "step": tensors["step"]}
+
+
+def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Restore the optimizer state of a master weight from the result of `saved` or `in_float32`."""
+    state = optimizer.state[master]
+    step = tensors["step"]
+    if hasattr(optimizer, "init_state"):  # bitsandbytes allocates its (paged) state by itself
+        if not state:
+            # It reads the parameter from its group, where ZeRO-3 puts parameters only during a step.
+            group = optimizer.param_groups[0]
+            held, group["params"] = group["params"], [master]
+            optimizer.init_state(group, master, 0, 0)
+            group["params"] = held
+        state["step"] = int(step)
+        for name in tensors.keys() - {"step"}:
+            _copy(tensors[name], state, name)
+        return
+    state["step"] = step.clone()  # AdamW keeps its count on the CPU
+    state.update({name: tensors[name].to(master.device).view_as(master) for name in tensors.keys() - {"step"}})
+
+
+def _copy(tensor: torch.Tensor, state: dict[str, Any], name: str) -> None:
+    from bitsandbytes import functional
+
+    if state[name].dtype is torch.uint8 and tensor.is_floating_point():
+        number = name.removeprefix("state")
+        codes, how = functional.quantize_blockwise(
+            tensor.to(state[name].device), code=state[f"qmap{number}"], blocksize=BLOCK
+        )
+        state[f"absmax{number}"].copy_(how.absmax)
+        tensor = codes
+    state[name].copy_(tensor.view_as(state[name]))

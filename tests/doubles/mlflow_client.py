@@ -1,4 +1,4 @@
-"""A double of the package mlflow: what ray_jobs/training/trackers.py asks of its client, over MLflow's REST API.
+"""A double of the package mlflow: what ray_jobs/training/metrics_log.py asks of its client, over MLflow's REST API.
 
 A journey puts it on its person's path as mlflow.py where mlflow itself is not installed. As the real client it takes
 its token from the environment, at each request.

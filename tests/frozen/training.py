@@ -32,9 +32,9 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from ray_jobs.text.batching import tokenize
     from ray_jobs.training import publishing
     from ray_jobs.training import worker as jobs
-    from ray_jobs.training.group import Worker
-    from ray_jobs.training.splits import of_dataset
+    from ray_jobs.training.starting import dataset_record
     from ray_jobs.training.train_job import TrainJob
+    from ray_jobs.training.zero import Worker
     from tests.frozen.config_to_come import to_come
 
     started_at = datetime.now(UTC)
@@ -51,7 +51,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     job = TrainJob(
         config_toml=config_toml,
         run_id=run_id,
-        dataset=of_dataset(store, dataset_uri),
+        dataset=dataset_record(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
     )

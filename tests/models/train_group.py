@@ -173,9 +173,9 @@ def fit_in_rank(
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
     from ray_jobs.training import checkpoint
-    from ray_jobs.training.group import Worker
     from ray_jobs.training.train_job import TrainJob
     from ray_jobs.training.worker import fit
+    from ray_jobs.training.zero import Worker
     from tests.doubles.datasets import validate
 
     config = config.on(dist.get_world_size())

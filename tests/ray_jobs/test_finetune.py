@@ -10,7 +10,7 @@ from components.prepare.dataset import Message, Record
 from components.registry.between_runs import erase
 from components.shared.errors import ConfigError, DataError
 from ray_jobs import finetune
-from ray_jobs.base import base_config
+from ray_jobs.base import base_model
 from ray_jobs.preview import previewed
 from ray_jobs.sweep import sweep
 from tests.doubles import datasets
@@ -51,8 +51,8 @@ def test_flash_attention_that_is_not_installed_is_refused_before_the_data_are_re
 def test_flash_attention_that_the_base_does_not_have_is_refused_on_the_users_machine(config):
     base = changed(config, "ray.use_gpu=true", "model.attention=flash_attention_2")
     with pytest.raises(ConfigError, match=r"BloomForCausalLM has no attention through flash-attn: .* to auto"):
-        base_config.fitted(base, zoo.KINDS["BLOOM"].config(), pytest.fail)
-    assert base_config.fitted(base, zoo.KINDS["Llama, tied"].config(), pytest.fail) == base
+        base_model.fitted(base, zoo.KINDS["BLOOM"].config(), pytest.fail)
+    assert base_model.fitted(base, zoo.KINDS["Llama, tied"].config(), pytest.fail) == base
 
 
 @pytest.mark.parametrize("job", [finetune.finetune, sweep])

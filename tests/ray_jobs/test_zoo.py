@@ -21,8 +21,8 @@ from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from pipelines.local import seaweedfs
-from ray_jobs.adapters import build, convert, merge, own_base
-from ray_jobs.base import attention, base_config, base_model
+from ray_jobs.adapters import build, merge, own_base
+from ray_jobs.base import attention, base_model
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.capacity import before_training
@@ -85,7 +85,7 @@ def logits(model, tokens: torch.Tensor) -> torch.Tensor:
 def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
     """One architecture with one method, from the plan to what a user does with the published files."""
     store = Store.open(config.registry)
-    shape = base_config.read(config.model)
+    shape = base_model.read_config(config.model)
     rehearsal = Rehearsal(shape, config.method, reference="zoo", use_gpu=False)
     assert not rehearsal.step(2, 32, checkpointing=True).is_estimate
 
@@ -136,7 +136,7 @@ def reloads_in_plain_peft(adapted, config: RunConfig, base: Base, folder: Path, 
     """The published files on the base as transformers loads it by itself, in the arithmetic of the training."""
     if config.method.row.adapter not in ("lora", "vera") or config.method.row.base != "bf16":
         return  # our own arithmetic of magnitudes, and of quantised weights: `merges` compares what those are
-    kernel = attention.for_text(base_config.read(config.model), adapted.config._attn_implementation)
+    kernel = attention.for_text(base_model.read_config(config.model), adapted.config._attn_implementation)
     plain = auto_class(adapted.config).from_pretrained(base.path, dtype=torch.bfloat16, attn_implementation=kernel)
     plain = PeftModel.from_pretrained(plain, folder)
     ours = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}  # VeRA's A and B are buffers
@@ -150,7 +150,7 @@ def merges(config: RunConfig, store: Store, tmp_path: Path, tokens: torch.Tensor
     adapted = on_its_base(config, store, tmp_path / "adapter")
     expected = logits(adapted, tokens)
     if config.method.row.adapter in ("lora", "vera"):
-        plain = convert.as_lora(on_its_base(config, store, tmp_path / "adapter"))
+        plain = merge.as_lora(on_its_base(config, store, tmp_path / "adapter"))
         torch.testing.assert_close(logits(plain, tokens), expected, rtol=0, atol=1e-4)
     if config.method.row.adapter != "dvora":  # which peft knows from us alone
         plain = on_its_base(config, store, tmp_path / "adapter", load=PeftModel.from_pretrained)
@@ -222,7 +222,7 @@ def test_what_the_table_has_a_mark_for_goes_all_the_way(name, method, folder, co
 @pytest.mark.parametrize(("name", "zero_stage"), in_turn([2, 3]))
 def test_two_workers_take_the_steps_of_a_plain_loop(name, zero_stage, configured, tmp_path):
     config = configured(name, "lora", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16")
-    shape = base_config.read(config.model)
+    shape = base_model.read_config(config.model)
     if zero_stage == 3 and Rehearsal.of(configured(name, "lora"), shape).adapts_experts:
         with pytest.raises(ConfigError, match=r"set train\.zero_stage=2, or adapt the other layers alone"):
             Rehearsal.of(config, shape)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from components.config.schema import MethodConfig
 from components.shared.errors import UserError
-from ray_jobs.adapters import build, convert, merge
+from ray_jobs.adapters import build, merge
 from tests.models.tiny_version import randomise
 
 ROWS = merge.vocabulary_rows(256, count=8, length=64)
@@ -41,7 +41,7 @@ def test_what_is_lora_becomes_plain_lora_exactly(method, alpha, plain_base, tmp_
     adapted = adapted_by(method, plain_base)
     reference = list(merge.logits(adapted, ROWS))
 
-    build.save(convert.as_lora(adapted), tmp_path)
+    build.save(merge.as_lora(adapted), tmp_path)
 
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     kept = {"peft_type": "LORA", "r": method.r, "lora_alpha": pytest.approx(alpha), "bias": "none"}
@@ -60,7 +60,7 @@ def test_what_is_lora_becomes_plain_lora_exactly(method, alpha, plain_base, tmp_
 @pytest.mark.parametrize("name", ["dora", "qdora", "dvora"])
 def test_magnitudes_are_no_lora(name, plain_base):
     with pytest.raises(UserError, match="no LoRA: use --merged, or --approximate"):
-        convert.as_lora(adapted_by(MethodConfig(name=name, rank=8), plain_base))
+        merge.as_lora(adapted_by(MethodConfig(name=name, rank=8), plain_base))
 
 
 @pytest.mark.parametrize("name", ["dora", "dvora"])
@@ -69,7 +69,7 @@ def test_the_nearest_lora_comes_nearer_with_its_rank_and_leaves_the_base_as_it_w
     for rank in (4, 32, 64):  # 64 is the smaller side of every layer: there is nothing left to lose
         adapted = adapted_by(MethodConfig(name=name, rank=8), plain_base)
         reference = list(merge.logits(adapted, ROWS))
-        near = convert.nearest_lora(adapted, rank=rank)
+        near = merge.nearest_lora(adapted, rank=rank)
         divergences.append(merge.agreement(reference, merge.logits(near.eval(), ROWS)).mean_kl_nats)
         for name_of_weight, weight in near.unload().state_dict().items():
             torch.testing.assert_close(weight, plain_base.state_dict()[name_of_weight], rtol=0, atol=0)

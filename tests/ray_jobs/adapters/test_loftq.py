@@ -20,7 +20,7 @@ from components.shared.errors import ConfigError
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
-from ray_jobs.adapters.loftq.make import NF4, find_layers, split
+from ray_jobs.adapters.loftq import NF4, find_layers, split
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.evaluate import _contenders

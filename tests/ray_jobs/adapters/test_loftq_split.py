@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 
-from ray_jobs.adapters.loftq.make import NF4, Split, lost_shares, shares, split
+from ray_jobs.adapters.loftq import NF4, Split, lost_shares, shares, split
 
 RANK = 8
 NUM_KINDS = 7

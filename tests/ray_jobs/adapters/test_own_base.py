@@ -15,8 +15,7 @@ from components.registry.versions import Version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
-from ray_jobs.adapters import own_base
-from ray_jobs.adapters.loftq import make, start
+from ray_jobs.adapters import loftq, own_base
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.evaluate import _contenders
@@ -73,10 +72,10 @@ def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsy
 def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed(changed, store):
     config, otherwise = changed(), changed("method.loftq_steps=1")
     first, original = stood(config, store), base_model.resolve(config.model)
-    splits = make.split_together(otherwise, original, rank=0, num_workers=1, group=None)
+    splits = loftq.compute(otherwise, original, rank=0, num_workers=1, group=None)
     key = own_base.folder_key(config.method, original)
     # As by a run on other hardware that began before the first one ended.
-    own_base._publish(start, config, original, store, splits)
+    own_base._publish(loftq, config, original, store, splits)
     assert stood(config, store) == own_base.find(config, original, store, sha256="") == first
     contents = list(store.folders(f"{key}/"))
     assert len(contents) == 2
@@ -115,7 +114,7 @@ def refused(config_toml: str) -> str:
     config = config_file.loads(config_toml)
     original, rank = base_model.resolve(config.model), dist.get_rank()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(start, "write", fails)
+        patched.setattr(loftq, "write", fails)
         with pytest.raises(ConfigError) as raised:
             own_base.prepare(config, original, Store.open(config.registry), rank=rank, num_workers=2)
     return str(raised.value)

@@ -8,13 +8,13 @@ from components.config import config_file
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from components.store.store import Store
-from ray_jobs.base import base_config
+from ray_jobs.base import base_model
 from tests.models.shapes import LLAMA_2_7B, small
 
 
 def test_a_folder_with_nothing_but_a_config_will_do(tmp_path):
     LLAMA_2_7B.save_pretrained(tmp_path)
-    read = base_config.read(ModelConfig(base=str(tmp_path)))
+    read = base_model.read_config(ModelConfig(base=str(tmp_path)))
     assert (read.model_type, read.num_hidden_layers, read.hidden_size) == ("llama", 32, 4096)
 
 
@@ -22,7 +22,7 @@ def test_of_an_s3_folder_the_config_alone_is_read(store: Store):
     body = json.dumps(small().to_dict()).encode()
     store.put("bases/small/config.json", body)
     store.put("bases/small/model.safetensors", b"never read")
-    assert base_config.read(ModelConfig(base=store.uri("bases/small/"))).hidden_size == 128
+    assert base_model.read_config(ModelConfig(base=store.uri("bases/small/"))).hidden_size == 128
 
 
 @pytest.mark.parametrize(
@@ -40,19 +40,19 @@ def test_of_an_s3_folder_the_config_alone_is_read(store: Store):
 def test_a_base_that_is_not_there_is_the_users_mistake(base, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=message):
-        base_config.read(ModelConfig(base=base.format(tmp=tmp_path)))
+        base_model.read_config(ModelConfig(base=base.format(tmp=tmp_path)))
 
 
 def test_an_s3_folder_without_a_config_is_no_model(store: Store):
     store.put("bases/empty/README.md", io.BytesIO(b"nothing").getvalue())
     with pytest.raises(ConfigError, match=r"no config\.json there"):
-        base_config.read(ModelConfig(base=store.uri("bases/empty/")))
+        base_model.read_config(ModelConfig(base=store.uri("bases/empty/")))
 
 
 def test_a_configuration_that_transformers_does_not_know_is_the_users_mistake(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "never-heard-of"}')
     with pytest.raises(ConfigError, match="cannot read its configuration"):
-        base_config.read(ModelConfig(base=str(tmp_path)))
+        base_model.read_config(ModelConfig(base=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_configuration_that_transformers_does_not_know_is_the_users_mistake(tm
     ],
 )
 def test_how_long_a_text_the_base_has_positions_for(base, expected):
-    assert base_config.positions(base) == expected
+    assert base_model.positions(base) == expected
 
 
 TABLE = {"adapter": {"name": "a"}, "model": {"base": "gpt2"}, "data": {"source": "x.jsonl"}, "method": {"name": "lora"}}
@@ -97,13 +97,13 @@ TABLE = {"adapter": {"name": "a"}, "model": {"base": "gpt2"}, "data": {"source":
 def test_a_context_that_nobody_set_is_no_longer_than_the_base_has_positions_for():
     said: list[str] = []
     written = config_file.dumps(config_file.validate(TABLE))  # as a run's steps hand it on
-    config = base_config.fitted(config_file.loads(written), GPT2Config(n_positions=512), said.append)
+    config = base_model.fitted(config_file.loads(written), GPT2Config(n_positions=512), said.append)
     assert config.model.max_length == 512
     assert said == ["model.max_length: 512, all the positions that gpt2 has"]
     assert config.digest == config_file.validate(TABLE, ["model.max_length=512"]).digest
-    assert base_config.fitted(config, GPT2Config(n_positions=512), said.append) == config
+    assert base_model.fitted(config, GPT2Config(n_positions=512), said.append) == config
     for roomy in (GPT2Config(n_positions=2048), BloomConfig()):
-        assert base_config.fitted(config_file.loads(written), roomy, said.append).model.max_length == 1024
+        assert base_model.fitted(config_file.loads(written), roomy, said.append).model.max_length == 1024
     assert len(said) == 1
 
 
@@ -112,8 +112,8 @@ def test_a_context_that_was_set_beyond_the_positions_is_refused_and_the_position
         config = config_file.loads(config_file.dumps(config_file.validate(TABLE, [f"model.max_length={length}"])))
         reason = rf"model\.max_length {length} is more than the {length - 1} positions of model\.base gpt2"
         with pytest.raises(ConfigError, match=reason):
-            base_config.fitted(config, GPT2Config(n_positions=length - 1), pytest.fail)
-        assert base_config.fitted(config, GPT2Config(n_positions=length), pytest.fail) == config
+            base_model.fitted(config, GPT2Config(n_positions=length - 1), pytest.fail)
+        assert base_model.fitted(config, GPT2Config(n_positions=length), pytest.fail) == config
 
 
 def test_a_context_that_is_lowered_leaves_room_for_the_answers_that_were_asked_for():
@@ -121,4 +121,4 @@ def test_a_context_that_is_lowered_leaves_room_for_the_answers_that_were_asked_f
     with pytest.raises(
         ConfigError, match=r"base gpt2: evaluate\.max_new_tokens 600 leaves no room .* model\.max_length 512"
     ):
-        base_config.fitted(config, GPT2Config(n_positions=512), [].append)
+        base_model.fitted(config, GPT2Config(n_positions=512), [].append)

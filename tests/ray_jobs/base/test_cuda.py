@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from components.shared.errors import ConfigError
-from ray_jobs.base import cuda
+from ray_jobs.base import architecture
 from ray_jobs.training import zero
 
 CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -30,7 +30,7 @@ CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"
     ],
 )
 def test_a_gpu_runs_what_is_built_for_it(capability, architectures, runs):
-    assert cuda.has_kernels(capability, architectures) is runs
+    assert architecture.has_kernels(capability, architectures) is runs
 
 
 def test_a_gpu_without_kernels_is_refused_before_a_base_is_fetched_for_it(monkeypatch):

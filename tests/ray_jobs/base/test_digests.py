@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import ModelConfig
-from ray_jobs.base import base_model, digests
-from ray_jobs.base.digests import remembered
+from ray_jobs.base import base_model, local_cache
+from ray_jobs.base.local_cache import remembered
 
 opened: list[str] = []
 sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
@@ -34,7 +34,7 @@ def test_a_file_is_read_once_by_all_processes_of_a_machine(tmp_path):
 def test_of_processes_that_ask_at_once_one_reads(tmp_path, monkeypatch: pytest.MonkeyPatch):
     path, known, another = tmp_path / "weights", tmp_path / "known", threading.Event()
     path.write_bytes(b"one")
-    read, begun = digests.sha256, []
+    read, begun = local_cache.sha256, []
 
     def slowly(file: Path) -> str:
         begun.append(file)
@@ -43,7 +43,7 @@ def test_of_processes_that_ask_at_once_one_reads(tmp_path, monkeypatch: pytest.M
         another.wait(1.0)  # as long as a reading lasts, in which any other one would begin
         return read(file)
 
-    monkeypatch.setattr(digests, "sha256", slowly)
+    monkeypatch.setattr(local_cache, "sha256", slowly)
     with ThreadPoolExecutor(8) as pool:  # a lock of files, which is the same among threads as among processes
         assert set(pool.map(lambda _: remembered(path, known), range(8))) == {sha256(b"one")}
     assert begun == [path]

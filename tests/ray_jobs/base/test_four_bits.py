@@ -11,7 +11,7 @@ from bitsandbytes.functional import get_4bit_type
 
 from components.config.schema import ModelConfig
 from components.shared.errors import JobError
-from ray_jobs.adapters.loftq import make
+from ray_jobs.adapters import loftq
 from ray_jobs.base import base_model, four_bits, streamed
 
 BY_BITSANDBYTES = """
@@ -70,7 +70,7 @@ def test_whoever_quantises_on_processors_has_it(who, tiny_base, monkeypatch):
     monkeypatch.setattr(four_bits, "register", lambda: asked.append(who))
     weight = torch.randn(64, 64).bfloat16()
     if who == "LoftQ":
-        make.quantize(weight)
+        loftq.quantize(weight)
     elif who == "a base":
         config = ModelConfig(base=str(tiny_base))
         base_model.load_model(base_model.resolve(config), config, "nf4", use_gpu=False)

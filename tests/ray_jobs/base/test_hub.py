@@ -8,7 +8,7 @@ import pytest
 
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, JobError
-from ray_jobs.base import hub as ours
+from ray_jobs.base import local_cache as ours
 from tests.doubles import hub
 
 NAME = "org/name"

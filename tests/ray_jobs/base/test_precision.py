@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ray_jobs.base.precision import dtype_on
+from ray_jobs.base.architecture import dtype_on
 
 V100, T4, A100, RTX4090, H100 = (7, 0), (7, 5), (8, 0), (8, 9), (9, 0)
 

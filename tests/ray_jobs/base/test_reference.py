@@ -6,8 +6,8 @@ import pytest
 
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
-from ray_jobs.base import base_config, base_model
-from ray_jobs.base.reference import HubId, LocalFolder, PackagedGguf, S3Folder, parse
+from ray_jobs.base import base_model
+from ray_jobs.base.local_cache import HubId, LocalFolder, PackagedGguf, S3Folder, parse
 from tests.models.tiny_gguf import build_package
 
 
@@ -26,8 +26,8 @@ def test_a_folder_of_the_users_home_is_planned_and_trained(tiny_base: Path, tmp_
     (tmp_path / "model").symlink_to(tiny_base)
     config = ModelConfig(base="~/model")
     assert base_model.resolve(config).path == tmp_path / "model"
-    assert base_config.read(config).hidden_size == 64
-    assert base_config.locate(config) == tmp_path / "model"
+    assert base_model.read_config(config).hidden_size == 64
+    assert base_model.locate(config) == tmp_path / "model"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_folder_of_the_users_home_is_planned_and_trained(tiny_base: Path, tmp_
 )
 def test_what_is_nothing_is_refused_by_all_alike(reference: str):
     said = set()
-    for read in (base_model.resolve, base_config.read, base_config.locate):
+    for read in (base_model.resolve, base_model.read_config, base_model.locate):
         with pytest.raises(ConfigError) as caught:
             read(ModelConfig(base=reference))
         said.add(str(caught.value))

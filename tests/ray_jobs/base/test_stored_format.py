@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_model
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models import zoo
 
@@ -25,7 +25,7 @@ def load(folder: Path, base_format: str):
 
 
 def planned(folder: Path, base_format: str) -> None:
-    shape = base_config.read(ModelConfig(base=str(folder)))
+    shape = base_model.read_config(ModelConfig(base=str(folder)))
     Rehearsal(shape, MethodConfig(name="lora", base=base_format), reference=str(folder))
 
 

@@ -168,7 +168,7 @@ def test_a_base_whose_template_takes_no_tools_is_not_asked_to_call_them(config, 
 
 
 def test_the_tools_are_offered_as_the_template_offers_them(config, store, version, monkeypatch) -> None:
-    monkeypatch.setattr(suites.base_config, "positions", lambda *_: 4096)
+    monkeypatch.setattr(suites.base_model, "positions", lambda *_: 4096)
     both = changed(config, 'evaluate.suites=["tool_calls"]')
     chat = chat_of(both)
     chat.tokenizer.chat_template = TOOLS

@@ -12,7 +12,7 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring.measure import HeldBase
-from ray_jobs.training import publishing, trained_model
+from ray_jobs.training import publishing, worker
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import RECORDS
 from tests.models.train_group import fit_in_rank, in_group
@@ -43,7 +43,7 @@ def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[s
     from datetime import UTC, datetime
     from unittest import mock
 
-    from ray_jobs.training import optimizer
+    from ray_jobs.training import zero
 
     config, held, optimizers = config_file.loads(config_toml), HeldBase(), []
 
@@ -51,8 +51,8 @@ def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[s
         optimizers.append(weakref.ref(found := make(*arguments)))
         return found
 
-    make = optimizer.make
-    with mock.patch.object(optimizer, "make", made):
+    make = zero.make
+    with mock.patch.object(zero, "make", made):
         fitted = fit_in_rank(config, colour_rows(80), run_id="run", dense_base=dense_base, load=held.load)
     how = (fitted.store, fitted.adapted, fitted.trained, fitted.recipe, fitted.worker)
     version = publishing.publish(fitted.job, config, *how, datetime.now(UTC)).version
@@ -144,7 +144,7 @@ def test_weights_that_were_moved_beside_others_are_their_layers_own_again(config
 
 def test_nothing_of_a_training_stays_on(config, loading):
     held = HeldBase()
-    trained_model.assemble(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=held.load)
+    worker.assemble(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=held.load)
     how = {"in_host_memory": False, "dtype": torch.bfloat16}
     model = held.load(*loading, use_gpu=False, **how)
     assert held.num_loaded == 1

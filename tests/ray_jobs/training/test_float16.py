@@ -35,7 +35,7 @@ def train_in_float16(config_toml: str, first_scale: int) -> tuple[Trained, list[
     zero.prepare_environment(use_gpu=False)
     from deepspeed.accelerator import get_accelerator
 
-    from ray_jobs.base import precision
+    from ray_jobs.base import architecture
     from ray_jobs.training import train_loop
 
     scales, take_step = [], train_loop.take_step
@@ -48,7 +48,7 @@ def train_in_float16(config_toml: str, first_scale: int) -> tuple[Trained, list[
 
     with (
         mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True),
-        mock.patch.object(precision, "dtype_here", return_value=torch.float16),
+        mock.patch.object(architecture, "dtype_here", return_value=torch.float16),
         mock.patch.object(train_loop, "take_step", seen),
     ):
         zero.LOSS_SCALING["initial_scale_power"] = round(math.log2(first_scale))

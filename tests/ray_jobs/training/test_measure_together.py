@@ -26,11 +26,11 @@ def measure_in_rank(contenders, records, probes):
     import torch
     import torch.distributed as dist
 
-    from ray_jobs.training.group import Worker
-    from ray_jobs.training.measure_together import measure_together
+    from ray_jobs.training.measuring import measure_shards
+    from ray_jobs.training.zero import Worker
 
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    return measure_together(contenders, records, probes, worker)
+    return measure_shards(contenders, records, probes, worker)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import yaml
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
-from ray_jobs.training.model_card import model_card
+from ray_jobs.training.publishing import model_card
 
 
 def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) -> str:

@@ -9,7 +9,7 @@ from components.config import config_file
 from ray_jobs.base import base_model
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.text.answer_loss import answer_nll
-from ray_jobs.training.trained_model import assemble
+from ray_jobs.training.worker import assemble
 from tests.ray_jobs.conftest import CONFIG
 
 BATCH, LENGTH = 4, 48

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from components.config.train import TrainConfig
-from ray_jobs.training import optimizer
+from ray_jobs.training import zero
 
 
 @pytest.mark.parametrize(
@@ -16,5 +16,5 @@ def test_master_weights_in_host_memory_take_the_fused_kernel_wherever_the_parame
     given = []
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: given.append(settings["fused"]))
     layer = torch.nn.Linear(2, 2, device=device)
-    optimizer.make(layer, TrainConfig(cpu_offload=is_offloaded, zero_stage=2))
+    zero.make(layer, TrainConfig(cpu_offload=is_offloaded, zero_stage=2))
     assert given == [fused]

@@ -6,8 +6,8 @@ import pytest
 
 from components.config.schema import RunConfig
 from components.shared.errors import UserError, WorkersMissing
-from ray_jobs.training import room
-from ray_jobs.training.room import wait_for_own, workers_with_room
+from ray_jobs.training import trainer
+from ray_jobs.training.trainer import wait_for_own, workers_with_room
 
 NEEDED = {"CPU": 2.0}
 
@@ -52,7 +52,7 @@ def test_workers_that_do_not_come_are_the_clusters_fault_and_not_the_users() -> 
 def test_elastic_workers_measure_with_as_many_as_have_room(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, has: int, counted: int
 ) -> None:
-    monkeypatch.setattr(room, "has_room", lambda _, num_workers: num_workers <= has)
+    monkeypatch.setattr(trainer, "has_room", lambda _, num_workers: num_workers <= has)
     ray = config.ray.model_copy(update={"num_workers": [2, 4]})
     assert workers_with_room(config.model_copy(update={"ray": ray})) == counted
     assert workers_with_room(config.on(5)) == 5

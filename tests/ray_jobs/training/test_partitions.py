@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from components.shared.errors import IntegrityError
-from ray_jobs.training.partitions import Part, Piece, deal
+from ray_jobs.training.checkpoint import Part, Piece, deal
 
 WHOLE = {"a": torch.arange(0.0, 10), "b": torch.arange(10.0, 17), "c": torch.arange(17.0, 29)}
 PADDING = 2

@@ -1,8 +1,8 @@
 import pytest
 
 from components.shared.errors import IntegrityError, StoreError
-from ray_jobs.training import patience
-from ray_jobs.training.patience import patiently
+from ray_jobs.training import checkpoint
+from ray_jobs.training.checkpoint import patiently
 
 
 def refusing(errors: list[StoreError]):
@@ -18,8 +18,8 @@ def refusing(errors: list[StoreError]):
 def clock(monkeypatch) -> list[float]:
     """Time that only sleeping passes."""
     passed = [0.0]
-    monkeypatch.setattr(patience.time, "monotonic", lambda: passed[0])
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: passed[0])
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
     return passed
 
 

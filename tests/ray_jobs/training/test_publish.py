@@ -11,17 +11,17 @@ from components.config import config_file
 from components.registry import lineage
 from components.registry.versions import pull_version, read_lineage
 from ray_jobs.base import base_model
-from ray_jobs.training import publishing, trained_model
+from ray_jobs.training import publishing, worker
 from ray_jobs.training.checkpoint import TrainingProgress
-from ray_jobs.training.group import Worker
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
+from ray_jobs.training.zero import Worker
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 
 
 def published(config, store, base):
-    adapted = trained_model.assemble(config, base, use_gpu=False)
+    adapted = worker.assemble(config, base, use_gpu=False)
     one = Worker(0, 1, torch.device("cpu"))
     recipe = publishing.recipe_of(config, adapted, base, base, one)
     job = TrainJob(

@@ -9,8 +9,8 @@ import torch
 from components.config import config_file
 from ray_jobs.adapters import build
 from ray_jobs.base.base_model import Base
-from ray_jobs.training.group import Worker
 from ray_jobs.training.publishing import recipe_of
+from ray_jobs.training.zero import Worker
 from tests.models.zoo import on_no_device
 from tests.ray_jobs.conftest import CONFIG
 

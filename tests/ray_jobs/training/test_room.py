@@ -21,8 +21,8 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from ray._private.worker import global_worker
 from components.config.ray import JobsApiCluster
 from components.shared.errors import ConfigError
-from ray_jobs.training import room
-from ray_jobs.training.room import wait_for_room
+from ray_jobs.training import trainer
+from ray_jobs.training.trainer import wait_for_room
 
 deadline = time.monotonic() + 60
 while True:
@@ -37,12 +37,12 @@ if sys.argv[4] == "reported":
     group = {"name": "worker", "resources": {"CPU": 1}, "min_count": 0, "max_count": 2}
     gcs.report_cluster_config(ClusterConfig(node_group_configs=[group]).SerializeToString())
 if sys.argv[3] != "fixed":
-    from ray_jobs.training.room import _autoscaling_state
+    from ray_jobs.training.trainer import _autoscaling_state
     while _autoscaling_state() is None:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 lines, refused, began = [], None, time.monotonic()
-room.STABLE_S = 5
+trainer.STABLE_S = 5
 try:
     wait_for_room(JobsApiCluster(), {"CPU": 1}, int(sys.argv[2]), lines.append)
 except ConfigError as exc:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from components.config import config_file
 from ray_jobs.base import base_model
-from ray_jobs.training.first_check import FirstCheck
+from ray_jobs.training.worker import FirstCheck
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 

@@ -10,10 +10,10 @@ from components.prepare.dataset import Message, Record
 from components.prepare.split import judges, validation_and_test
 from components.shared.errors import ConfigError, DataError
 from components.store import folders
-from ray_jobs.base import base_config, base_model
+from ray_jobs.base import base_model
 from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import tokenize
-from ray_jobs.training import splits
+from ray_jobs.training import starting
 from tests.doubles import datasets
 
 
@@ -30,7 +30,7 @@ def planned(train, evaluation, chat, config, store):
     """What the driver knows of both splits, and what it says."""
     folder = datasets.publish(store, train=train, evaluation=evaluation)
     said = []
-    return splits.read(store, folder.uri, chat, config, said.append), said
+    return starting.read_splits(store, folder.uri, chat, config, said.append), said
 
 
 def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, chat, store):
@@ -101,9 +101,9 @@ def test_the_driver_knows_the_lengths_of_what_workers_read(config, chat, store):
 
 def test_a_dataset_is_recorded_with_the_tokens_that_were_read(config, chat, store):
     uri = datasets.publish(store, train=records(10, 20), evaluation=records(20)).uri
-    assert splits.of_dataset(store, uri).tokens == {}
-    read = splits.read(store, uri, chat, config, print)
-    recorded = splits.of_dataset(store, uri, *(split.stored for split in read)).tokens
+    assert starting.dataset_record(store, uri).tokens == {}
+    read = starting.read_splits(store, uri, chat, config, print)
+    recorded = starting.dataset_record(store, uri, *(split.stored for split in read)).tokens
     (train, held_out) = recorded.values()
     assert train != held_out
     for folder, sha256 in recorded.items():
@@ -116,11 +116,11 @@ def judges_of(held_out, config, store) -> set[str]:
 
 
 def test_tokens_that_the_base_has_no_embeddings_for_are_refused_where_records_write_them(config, chat, store):
-    shape = base_config.read(config.model)
+    shape = base_model.read_config(config.model)
     chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<LOC>"]}, replace_extra_special_tokens=False)
     within, _ = planned(records(10), records(20), chat, config, store)
-    splits.require_embedded(store, chat, shape, config, *within)
+    starting.require_embedded(store, chat, shape, config, *within)
     tagged = [Record("t", [Message("user", "Rome")], "<LOC>")]
     beyond, _ = planned(tagged, records(20), chat, config, store)
     with pytest.raises(ConfigError, match=r"writes token 260 \('<LOC>'\), and the base has embeddings for 260"):
-        splits.require_embedded(store, chat, shape, config, *beyond)
+        starting.require_embedded(store, chat, shape, config, *beyond)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from components.shared.errors import DataError
-from ray_jobs.training import standby
-from ray_jobs.training.standby import Standby
+from ray_jobs.training import job as standby
+from ray_jobs.training.job import Standby
 from tests.ray_jobs import own_ray
 from tests.waiting import wait_until
 

@@ -17,11 +17,11 @@ from components.registry.versions import Version, publish_version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.adapters import dora
 from ray_jobs.base import base_model
-from ray_jobs.training import checkpoint, publishing, starting, trained_model, zero
+from ray_jobs.training import checkpoint, publishing, starting, worker, zero
 from ray_jobs.training.checkpoint import TrainingProgress
-from ray_jobs.training.group import Worker
 from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
+from ray_jobs.training.zero import Worker
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 
@@ -32,13 +32,13 @@ def changed(config, store, *overrides):
 
 
 def chosen(config, store, run_id: str) -> Version | None:
-    return starting.choose(config, store, run_id, base_model.resolve(config.model))
+    return starting.choose_start(config, store, run_id, base_model.resolve(config.model))
 
 
 def published(config, store, *, moved: float = 1.0, start: Version | None = None, told=None) -> Version:
     """A version whose every weight was moved, by a worker that was told that identity of the base."""
     base = base_model.resolve(config.model)
-    adapted = trained_model.assemble(config, base, use_gpu=False)
+    adapted = worker.assemble(config, base, use_gpu=False)
     dora.settle(adapted)
     with torch.no_grad():
         for parameter in checkpoint.trainable(adapted).values():
@@ -74,8 +74,8 @@ def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(confi
     promote(store, "colours", version.version)
     began = chosen(config, store, "run-1")
     assert began.version == version.version
-    weights = starting.weights(store, began)
-    adapted = trained_model.assemble(config, base_model.resolve(config.model), use_gpu=False, start=weights)
+    weights = worker.start_weights(store, began)
+    adapted = worker.assemble(config, base_model.resolve(config.model), use_gpu=False, start=weights)
     dora.settle(adapted)
     found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     assert found.keys() == weights.keys()
@@ -102,7 +102,7 @@ def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_ver
     assert not unread.is_known
     version = published(config, store, told=unread.identity)
     promote(store, "colours", version.version)
-    began = starting.choose(config, store, "run-1", unread)
+    began = starting.choose_start(config, store, "run-1", unread)
     wanted = starting.base_of(config, store, began, unread)
     assert wanted.identity == read_lineage(store, version)["base"]["identity"]
     assert wanted.identity == base_model.resolve(config.model).identity
@@ -114,7 +114,7 @@ def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_ver
 
 def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[float], int]:
     """This rank's losses, and how often it had base and adapter made."""
-    initialize, adapted = zero.initialize, trained_model.assemble
+    initialize, adapted = zero.initialize, worker.assemble
 
     def break_one(model: Any, *arguments: Any) -> Any:
         engine = initialize(model, *arguments)
@@ -126,7 +126,7 @@ def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[
 
     with (
         mock.patch.object(zero, "initialize", break_one if breaks else initialize),
-        mock.patch.object(trained_model, "assemble", side_effect=adapted) as made,
+        mock.patch.object(worker, "assemble", side_effect=adapted) as made,
     ):
         fitted = fit_in_rank(config_file.loads(config_toml), colour_rows(36), run_id="on", start=version)
     return [each["loss"] for each in fitted.records if each["kind"] == "train"], made.call_count
@@ -214,7 +214,7 @@ def test_weights_that_were_changed_are_not_begun_with(config, store):
     key = f"adapters/colours/versions/{version.version}/adapter_model.safetensors"
     store.put(key, store.get(key)[:-1] + b"\x01")
     with pytest.raises(IntegrityError, match="is not the one that the manifest lists"):
-        starting.weights(store, version)
+        worker.start_weights(store, version)
 
 
 @pytest.mark.parametrize(

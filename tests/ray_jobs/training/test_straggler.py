@@ -31,7 +31,7 @@ def paced(zero_stage: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from ray_jobs.training.group import Worker
+    from ray_jobs.training.zero import Worker
 
     rank = dist.get_rank()
     ticks = itertools.count(0.0, 1.0 + rank)

@@ -16,9 +16,8 @@ from components.config import config_file
 from components.config.schema import TRACKED_RUNS, TRACKER_SECRETS_FILE, RunConfig
 from components.shared.errors import ConfigError
 from components.store.store import Store
-from ray_jobs.training import trackers
-from ray_jobs.training.metrics_log import MetricsLog
-from ray_jobs.training.trackers import Trackers
+from ray_jobs.training import metrics_log
+from ray_jobs.training.metrics_log import MetricsLog, Trackers
 from tests.doubles.http_server import serving
 from tests.doubles.mlflow_server import Mlflow
 
@@ -183,8 +182,8 @@ def test_no_step_waits_for_a_tracker_that_hangs(
     packages: dict[str, Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     goes_on = threading.Event()
-    monkeypatch.setattr(trackers, "MOST_WAITING", 3)
-    monkeypatch.setattr(trackers, "LAST_S", 0.05)
+    monkeypatch.setattr(metrics_log, "MOST_WAITING", 3)
+    monkeypatch.setattr(metrics_log, "LAST_S", 0.05)
     init = sys.modules["wandb"].init
     monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: goes_on.wait(60) and init(**about))
     told = Trackers(config("track.wandb=sums"), "run-1")
@@ -207,8 +206,8 @@ def test_a_target_that_is_none_or_holds_a_secret_is_refused(setting: str) -> Non
 def test_a_real_wandb_keeps_the_curve_and_neither_console_nor_machine_nor_command_line(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys\nfrom ray_jobs.training import trackers\nfrom tests.ray_jobs.training.test_trackers import *\n"
-        "trackers.LAST_S = 600\ntold = Trackers(config('track.wandb=sums'), 'run-1')\n"
+        "import sys\nfrom ray_jobs.training import metrics_log\nfrom tests.ray_jobs.training.test_trackers import *\n"
+        "metrics_log.LAST_S = 600\ntold = Trackers(config('track.wandb=sums'), 'run-1')\n"
         "told.add(STEPS[0])\nwhile not told._waiting.empty(): pass\n"
         "print('a prompt')\nprint('a warning', file=sys.stderr)\ntold.add(STEPS[2])\ntold.close()\n"
     )
@@ -226,8 +225,8 @@ def test_a_real_wandb_keeps_the_curve_and_neither_console_nor_machine_nor_comman
 def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on_if_the_token_is_there(
     token: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, logger=trackers.__name__)
-    monkeypatch.setattr(trackers, "LAST_S", 600)
+    caplog.set_level(logging.WARNING, logger=metrics_log.__name__)
+    monkeypatch.setattr(metrics_log, "LAST_S", 600)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
     server = Mlflow("m")
     with serving(server.handle) as uri:

@@ -15,10 +15,10 @@ from components.registry import lineage
 from components.store import client
 from components.store.store import Store
 from ray_jobs.training.checkpoint import TrainingProgress
-from ray_jobs.training.group import Worker
 from ray_jobs.training.metrics_log import MetricsLog
+from ray_jobs.training.publishing import usage_of
 from ray_jobs.training.train_job import Stopwatch, TrainJob
-from ray_jobs.training.using import measured
+from ray_jobs.training.zero import Worker
 
 BEGAN = 1_700_000_000.0
 
@@ -53,10 +53,10 @@ def test_hours_are_of_all_workers_and_operations_of_all_tokens(
     ended = datetime.fromtimestamp(BEGAN + 1800, UTC)
     metrics = MetricsLog(store, "used")
     asked = client.so_far().requests
-    used = measured(job, config, four, progress, metrics, ended)
+    used = usage_of(job, config, four, progress, metrics, ended)
     assert used is not None
     assert used == Usage.model_validate_json(used.model_dump_json())  # as finetune.json and lineage.json hold it
     assert (used.hours, used.in_steps_s, used.tokens) == (2.0, 5400.0, 1000)
     assert (used.flops, used.flops_with_parents) == (flops, with_parents)
     assert (used.price, used.restarts, used.s3_requests) == (None, 0, asked)
-    assert measured(job, config, four, progress, None, ended) is None
+    assert usage_of(job, config, four, progress, None, ended) is None

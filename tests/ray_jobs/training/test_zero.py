@@ -57,7 +57,7 @@ def held_bytes(config_toml: str) -> Held:
     from transformers import core_model_loading
 
     from ray_jobs.base import base_model
-    from ray_jobs.training import trained_model
+    from ray_jobs.training import worker
 
     zero.prepare_environment(use_gpu=False)
     zero.LIVE_ELEMENTS = 1
@@ -76,7 +76,7 @@ def held_bytes(config_toml: str) -> Held:
 
     core_model_loading.set_param_for_module = seen
     with zero.sharding(loaded):
-        adapted: Any = trained_model.assemble(loaded, base, use_gpu=False)
+        adapted: Any = worker.assemble(loaded, base, use_gpu=False)
         most = max(most, live_bytes())
         if loaded.train.zero_stage == 3:
             zero._share_out(adapted, loaded)
@@ -122,7 +122,7 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
     import bitsandbytes.functional
 
     from ray_jobs.base import base_model
-    from ray_jobs.training import trained_model
+    from ray_jobs.training import worker
     from tests.models.pretended_gpu import PretendedGpu
 
     zero.prepare_environment(use_gpu=False)
@@ -137,7 +137,7 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
 
     bitsandbytes.functional.dequantize_4bit = seeing
     with PretendedGpu(), zero.sharding(loaded):
-        trained_model.assemble(loaded, base, use_gpu=False)
+        worker.assemble(loaded, base, use_gpu=False)
     return seen
 
 
@@ -159,12 +159,12 @@ def test_int8_under_zero_3_would_be_held_whole_and_the_shards_with_it(config, wi
 def engine_facts(config_toml: str) -> dict[str, Any]:
     """How DeepSpeed has set itself up."""
     from ray_jobs.base import base_model
-    from ray_jobs.training import trained_model
+    from ray_jobs.training import worker
 
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
     with zero.sharding(loaded):
-        adapted = trained_model.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
+        adapted = worker.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
         engine = zero.initialize(adapted, loaded)
         found = engine.optimizer
         return {
@@ -234,7 +234,7 @@ def steps_around_a_spoiled_one(config_toml: str, value: float) -> dict[str, Any]
     from deepspeed.runtime.zero import stage_1_and_2
 
     from ray_jobs.base import base_model
-    from ray_jobs.training import checkpoint, trained_model
+    from ray_jobs.training import checkpoint, worker
 
     looks = 0
 
@@ -249,7 +249,7 @@ def steps_around_a_spoiled_one(config_toml: str, value: float) -> dict[str, Any]
     loaded = config_file.loads(config_toml)
     is_spoiled, moved = False, []
     with zero.sharding(loaded):
-        adapted: Any = trained_model.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
+        adapted: Any = worker.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
         engine = zero.initialize(adapted, loaded)
         *_, factor = (each for name, each in adapted.named_parameters() if "lora_B" in name)
         factor.register_hook(lambda gradient: gradient * value if is_spoiled else gradient)

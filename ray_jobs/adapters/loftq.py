@@ -1,4 +1,11 @@
-"""Creating a LoftQ base: splitting the layers on all workers, measuring the gain, and writing the model folder."""
+"""LoftQ: a base whose NF4 weights are chosen together with the adapter's initial A and B (arXiv:2310.08659).
+
+For one weight, W = Q + L R is approximated by alternating: Q in NF4, L R of rank r. With more than one step Q differs
+from the quantised original. The adapter's initial A and B are R and L; the results include NF4's error in each kind of
+layer, with and without LoftQ. All workers split the layers together; rank 0 writes the model folder.
+
+Shapes: M rows and N columns of the weight, R rank, K columns of a trial basis. All arithmetic is float32.
+"""
 
 import gc
 import time
@@ -11,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from components.config.schema import RunConfig
+from components.config.schema import MethodConfig, RunConfig
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from ray_jobs.adapters import build
@@ -22,11 +29,7 @@ from ray_jobs.base.base_model import Base
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-
-# LoftQ for one weight: W = Q + L R approximated by alternating, Q in NF4, L R of rank r (arXiv:2310.08659).
-#
-# Shapes: M rows and N columns of the weight, R rank, K columns of a trial basis. All arithmetic is float32.
-
+FORMAT = 1  # version of the folder's layout and of the arithmetic: part of the base's identity
 # Must match the settings that `base_model.load_model` quantises with.
 NF4: dict[str, Any] = {
     "quant_type": "nf4",
@@ -152,7 +155,25 @@ class Layer:
         return weight.to(device)
 
 
-def split_together(
+def check(config: RunConfig, original: Base) -> None:
+    """Raise ConfigError where a layer to be adapted cannot be split."""
+    find_layers(config, original)
+
+
+def made_from(method: MethodConfig, original: Base) -> dict[str, Any]:
+    """The inputs that determine Q, L and R; the adapter's scaling and alpha are not among them."""
+    targets = method.target_modules
+    return {
+        "format": FORMAT,
+        "original": original.identity,
+        "target_modules": targets if isinstance(targets, str) else sorted(set(targets)),
+        "rank": method.r,
+        "steps": method.loftq_steps,
+        "quantization": {setting: str(value) for setting, value in NF4.items()},
+    }
+
+
+def compute(
     config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
 ) -> dict[str, Split]:
     """Split every layer that gets an adapter, each on one of the workers; returns all splits on rank 0, none elsewhere.
@@ -267,15 +288,21 @@ def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
     return found
 
 
-def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path) -> None:
-    """Write the new model: the original in NF4, with the Q of each split as that layer's weight.
+def write(
+    config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path
+) -> dict[str, Any]:
+    """Write the original in NF4, with the Q of each split as that layer's weight, and the adapter's initial weights;
+    returns the relative error in the weights' norm. The same splits give the same bytes.
 
-    The same splits give the same bytes.
+    Raises:
+        ConfigError: LoftQ does not reduce the error.
     """
-    import torch
     from bitsandbytes.nn import Params4bit
     from safetensors.torch import save_file
 
+    lost = lost_shares(splits)
+    changes = ", ".join(f"{kind} {each['nf4']:.4f} -> {each['loftq']:.4f}" for kind, each in lost.items())
+    say("finetune", f"LoftQ: share of the weights' norm that is lost, NF4 -> LoftQ: {changes}")
     model: Any = base_model.load_model(original, config.model, "nf4", use_gpu=config.ray.use_gpu, dtype=torch.bfloat16)
     for name, found in splits.items():
         layer = model.get_submodule(name)
@@ -290,6 +317,7 @@ def write(config: RunConfig, original: Base, splits: Mapping[str, Split], folder
     init = {f"{name}.lora_A": found.right_RN for name, found in splits.items()}
     init |= {f"{name}.lora_B": found.left_MR for name, found in splits.items()}
     save_file({name: init[name].contiguous() for name in sorted(init)}, init_path)
+    return {"lost_shares": lost}
 
 
 def _gather(
