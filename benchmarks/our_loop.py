@@ -18,6 +18,7 @@ from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import train_loop, zero
 from ray_jobs.training.train_loop import Pace
 from ray_jobs.training.zero import Worker
+from tests.models.spec import spec_of
 
 
 def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_base: bool) -> Any:
@@ -47,8 +48,9 @@ def steps(
     device = torch.device("cuda", torch.cuda.current_device()) if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(dist.get_rank(), dist.get_world_size(), device)
     pace = Pace(worker, zero_stage=config.train.zero_stage)
+    spec = spec_of(config, pad=pad)
     for step, batch in enumerate(plan):
         loss, _, seen = train_loop.take_step(
-            engine, batch, config=config, worker=worker, split=split, pad=pad, step=step, total=len(plan), pace=pace
+            engine, batch, spec=spec, worker=worker, split=split, step=step, total=len(plan), pace=pace
         )
         yield loss, seen

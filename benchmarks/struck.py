@@ -1,5 +1,6 @@
 """A training that notes its steps, in a process that faults.py strikes at: what its driver and its workers run."""
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     from ray_jobs.training import job, train_loop
 
-    context, run_id, folder = ray.train.get_context(), arguments["job"].run_id, Path(os.environ[FOLDER])
+    context, run_id, folder = ray.train.get_context(), json.loads(arguments["spec"])["run_id"], Path(os.environ[FOLDER])
     rank, take_step = context.get_world_rank(), train_loop.take_step
     # Of a worker Ray's parent is the node's raylet.
     about = f"{rank} {os.getpid()} {os.getppid()} {ray.get_runtime_context().get_node_id()}"

@@ -165,7 +165,9 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
             source = _source(config, store, version, its_run, adapter)
             say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
             record = _lora(source, request, folder) if request.form == "lora" else _merged(source, request, folder)
-            (folder / "README.md").write_text(publishing.export_card(source.config, record), encoding="utf-8")
+            (folder / "README.md").write_text(
+                publishing.export_card(source.config.method.name, record), encoding="utf-8"
+            )
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         folder.rename(request.target)
     say(STEP, f"{version.name} {version.version} is at {request.target}")

@@ -27,7 +27,7 @@ from ray_jobs.replaying import with_answers
 from ray_jobs.text import chat_format
 from ray_jobs.training import starting
 from ray_jobs.training.job import Standby, train
-from ray_jobs.training.train_job import Stopwatch, TrainJob
+from ray_jobs.training.spec import Stopwatch, TrainSpec
 
 if TYPE_CHECKING:
     from ray_jobs.planning.capacity import Outlook
@@ -85,8 +85,8 @@ def finetune(
     chat = chat_format.load(base, config.model)
     start = starting.choose_start(config, store, run_id, base)
     if start is not None:
-        say(STEP, f"going on from {start.name} {start.version}")
-        base = starting.base_of(config, store, start, base)
+        say(STEP, f"going on from {start.version.name} {start.version.version}")
+        base = start.base_of(base)
     train_split, eval_split = starting.read_splits(store, dataset_uri, chat, config, lambda line: say(STEP, line))
     starting.require_embedded(store, chat, shape, config, train_split, eval_split)
     size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
@@ -95,20 +95,21 @@ def finetune(
 
     outlook = _planned(config, base, train_split)
     watch.lap("plan")
-    job = TrainJob(
-        config_toml=config_file.dumps(config),
+    spec = TrainSpec.of(
+        config,
         run_id=run_id,
         dataset=starting.dataset_record(store, dataset_uri, train_split.stored, eval_split.stored),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
         dense_base=outlook.dense_base,
         flops_per_token=outlook.flops_per_token,
-        flops_before=starting.flops_of(store, start),
-        start=start,
+        flops_before=starting.flops_of(store, start.version if start else None),
+        start=start.version if start else None,
+        stands_on_sha256=start.stands_on_sha256 if start else "",
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
-        watch=watch,
     )
-    what = {"job": job, "train_tokens": ray.put(train_split.stored), "eval_tokens": ray.put(eval_split.stored)}
+    tokens = {"train_tokens": ray.put(train_split.stored), "eval_tokens": ray.put(eval_split.stored)}
+    what = {"spec": spec.model_dump_json(), "stopwatch": watch, **tokens}
     result = TrainResult(**_trained(what, config, store, run_id, standby))
     runs.write(store, run_id, result)
     return result

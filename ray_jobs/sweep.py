@@ -40,7 +40,6 @@ with garbage.importing():
     from ray_jobs.text import chat_format
     from ray_jobs.training import starting, train_loop
     from ray_jobs.training.starting import PlannedSplit
-    from ray_jobs.training.train_job import TrainJob
 
 STEP = "tune"
 
@@ -109,10 +108,9 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     _make_bases(config, methods, len(train_split))
     dataset = starting.dataset_record(store, dataset_uri)
     identity = lineage.Base(config.model.base, base.identity)
-    job = TrainJob(config_toml="", run_id=run_id, dataset=dataset, base=identity, pad=chat.pad)
-    trainable = tune.with_parameters(
-        run_trial, job=job, train_tokens=train_split.stored, validation_tokens=validation.stored, passages=passages
-    )
+    resolved = {"run_id": run_id, "dataset": dataset, "base": identity, "pad": chat.pad}
+    tokens = {"train_tokens": train_split.stored, "validation_tokens": validation.stored}
+    trainable = tune.with_parameters(run_trial, resolved=resolved, **tokens, passages=passages)
 
     def keep(trial: Trial) -> None:
         runs.write(store, run_id, trial)

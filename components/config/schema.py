@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
@@ -461,6 +461,19 @@ class RunConfig(Section):
         if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:
             values["method"]["alpha"] = self.method.lora_alpha
         return values
+
+
+class TrainingConfig(Protocol):
+    """The sections by which a model is trained, as a RunConfig has them and what the workers of a training get."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def method(self) -> MethodConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def ray(self) -> RayConfig: ...
 
 
 # Cautions about settings that are allowed and hardly ever meant: shown before a training, never an error.

@@ -36,6 +36,21 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a run was asked for: its whole config, as JSON values."""
+
+    adapter: str
+    method: str
+    config: Mapping[str, Any]
+    config_sha256: str
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Asked":
+        """What this config asks for."""
+        return cls(config.adapter.name, config.method.name, config.model_dump(mode="json"), config.digest)
+
+
+@dataclass(frozen=True)
 class Dataset:
     """The prepared dataset that the adapter was trained on."""
 
@@ -117,7 +132,7 @@ class Training:
 
 
 def build_lineage(
-    config: RunConfig,
+    asked: Asked,
     *,
     run_id: str,
     base: Base,
@@ -139,16 +154,16 @@ def build_lineage(
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
-        "adapter": config.adapter.name,
-        "config": config.model_dump(mode="json"),
-        "config_sha256": config.digest,
+        "adapter": asked.adapter,
+        "config": dict(asked.config),
+        "config_sha256": asked.config_sha256,
         "base": {"reference": base.reference, "identity": dict(base.identity)},
         "dataset": asdict(dataset),
         "sources": dict(sources),
         "environment": asdict(environment),
         "hardware": asdict(hardware),
         "started": asdict(started),
-        "recipe": {"method": config.method.name, **recipe},
+        "recipe": {"method": asked.method, **recipe},
         "training": asdict(training),
         "parents": list(parents),
     }

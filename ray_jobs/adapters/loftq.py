@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from components.config.schema import MethodConfig, RunConfig
+from components.config.schema import MethodConfig, TrainingConfig
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
 from ray_jobs.adapters import build
@@ -155,7 +155,7 @@ class Layer:
         return weight.to(device)
 
 
-def check(config: RunConfig, original: Base) -> None:
+def check(config: TrainingConfig, original: Base) -> None:
     """Raise ConfigError where a layer to be adapted cannot be split."""
     find_layers(config, original)
 
@@ -174,7 +174,7 @@ def made_from(method: MethodConfig, original: Base) -> dict[str, Any]:
 
 
 def compute(
-    config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
+    config: TrainingConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
 ) -> dict[str, Split]:
     """Split every layer that gets an adapter, each on one of the workers; returns all splits on rank 0, none elsewhere.
 
@@ -200,7 +200,7 @@ def compute(
     return mine if group is None else _gather(mine, parts, rank, group)
 
 
-def find_layers(config: RunConfig, original: Base) -> dict[str, Layer]:
+def find_layers(config: TrainingConfig, original: Base) -> dict[str, Layer]:
     """The layers that peft will adapt, by name, found on the meta device without loading a weight.
 
     Raises:
@@ -289,7 +289,7 @@ def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
 
 
 def write(
-    config: RunConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path
+    config: TrainingConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path
 ) -> dict[str, Any]:
     """Write the original in NF4, with the Q of each split as that layer's weight, and the adapter's initial weights;
     returns the relative error in the weights' norm. The same splits give the same bytes.

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.config.methods import OWN_BASE, Init
-from components.config.schema import MethodConfig, RunConfig
+from components.config.schema import MethodConfig, TrainingConfig
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
@@ -54,18 +54,20 @@ INDEX = ".safetensors.index.json"
 class Start(Protocol):
     """How adapters of one `method.init` are initialised together with a base of their own."""
 
-    def check(self, config: RunConfig, original: Base) -> None:
+    def check(self, config: TrainingConfig, original: Base) -> None:
         """Refuse an original base that no such base can be made from, without reading its weights."""
 
     def made_from(self, method: MethodConfig, original: Base) -> Mapping[str, Any]:
         """Everything that the base and the first weights depend on, as JSON values; the base's id is its hash."""
 
     def compute(
-        self, config: RunConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
+        self, config: TrainingConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
     ) -> Any:
         """Compute the base on all workers; rank 0 gets the result. Raises ConfigError on all workers or on none."""
 
-    def write(self, config: RunConfig, original: Base, computed: Any, folder: Path, init_path: Path) -> dict[str, Any]:
+    def write(
+        self, config: TrainingConfig, original: Base, computed: Any, folder: Path, init_path: Path
+    ) -> dict[str, Any]:
         """Write the model to `folder` and the first weights to `init_path`, on rank 0; returns what was measured.
 
         The caller copies the other files of the original's folder, such as its tokenizer.
@@ -87,7 +89,7 @@ def is_needed(method: MethodConfig) -> bool:
     return method.row.init in OWN_BASE
 
 
-def check(config: RunConfig, original: Base) -> None:
+def check(config: TrainingConfig, original: Base) -> None:
     """Check what can be checked before any worker is started.
 
     Raises:
@@ -98,7 +100,7 @@ def check(config: RunConfig, original: Base) -> None:
 
 
 def prepare(
-    config: RunConfig, original: Base, store: Store, *, sha256: str = "", rank: int = 0, num_workers: int = 1
+    config: TrainingConfig, original: Base, store: Store, *, sha256: str = "", rank: int = 0, num_workers: int = 1
 ) -> Base:
     """The base to train on; `sha256` as for `find`, where the training starts from a version.
 
@@ -120,7 +122,7 @@ def prepare(
     return find(config, original, store, sha256=sha256)
 
 
-def find(config: RunConfig, original: Base, store: Store, *, sha256: str) -> Base:
+def find(config: TrainingConfig, original: Base, store: Store, *, sha256: str) -> Base:
     """The base that an adapter of this config was trained on, pulled into the cache with every byte verified.
 
     `sha256` is that of its manifest by the version's lineage. Empty accepts the base that the store has now.
@@ -205,7 +207,7 @@ def _code(folder: Path) -> dict[str, Any]:
     return found
 
 
-def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
+def begin(config: TrainingConfig, adapted: "PeftModel", base: Base) -> None:
     """Set the first weights of a fresh adapter on `base`, where they are not peft's own. The scaled product s B A is
     the one that was computed with the base, whatever the scaling s is."""
     import torch
@@ -222,7 +224,7 @@ def begin(config: RunConfig, adapted: "PeftModel", base: Base) -> None:
                 getattr(module, factor)["default"].weight.copy_(made.get_tensor(f"{layer}.{factor}") / root)
 
 
-def recipe(config: RunConfig, base: Base) -> dict[str, Any]:
+def recipe(config: TrainingConfig, base: Base) -> dict[str, Any]:
     """What the lineage records of the base: how it was made, what that gained, and its sha256; empty for an original
     base."""
     init = config.method.row.init
@@ -246,7 +248,7 @@ def _report_path(folder: Path, init: Init) -> Path:
     return folder / f"{init}.json"
 
 
-def _publish(start: Start, config: RunConfig, original: Base, store: Store, computed: Any) -> None:
+def _publish(start: Start, config: TrainingConfig, original: Base, store: Store, computed: Any) -> None:
     """Write and publish the model, with the other files of the original's folder; the base that is published first is
     the one that everyone uses."""
     init, key = config.method.row.init, folder_key(config.method, original)

@@ -19,7 +19,7 @@ import torch
 
 from components.config.methods import BaseFormat
 from components.config.ray import MatmulDtype
-from components.config.schema import ModelConfig, RunConfig
+from components.config.schema import ModelConfig, TrainingConfig
 from ray_jobs.base import base_model, together
 from ray_jobs.base.base_model import Base
 
@@ -183,20 +183,20 @@ def part(model: "PreTrainedModel") -> None:
     fused_layer.part(model)
 
 
-def fixed(config: RunConfig) -> Kernels | None:
+def fixed(config: TrainingConfig) -> Kernels | None:
     """The kernels that the config sets; None where it leaves the choice to a measurement."""
     wanted = config.ray.cpu_matmul_dtype
     return None if wanted == "auto" else Kernels(wanted)
 
 
-def choose(config: RunConfig, base: "PretrainedConfig", *, on_gpu: bool = False) -> Kernels:
+def choose(config: TrainingConfig, base: "PretrainedConfig", *, on_gpu: bool = False) -> Kernels:
     """Choose this process's kernels, without other workers. For GPU workers they concern only what runs on the CPU."""
     if on_gpu:
         return PLAIN
     return fixed(config) or Kernels(measure(typical_shape(base)).faster)
 
 
-def agree(config: RunConfig, base: "PretrainedConfig") -> Kernels:
+def agree(config: TrainingConfig, base: "PretrainedConfig") -> Kernels:
     """Choose kernels for all workers of a gloo group, by each dtype's slowest rate. Every worker must call this."""
     return fixed(config) or Kernels(agreed(typical_shape(base)).faster)
 

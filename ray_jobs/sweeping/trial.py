@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from ray_jobs.text.answer_loss import records_nll
 from ray_jobs.text.batching import TokenizedSplit, by_length
 from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import train_loop, zero
-from ray_jobs.training.train_job import TrainJob
+from ray_jobs.training.spec import TrainingConfig, TrainSpec
+from ray_jobs.training.train_loop import Splits
 from ray_jobs.training.worker import fit
 from ray_jobs.training.zero import Worker
 
@@ -112,15 +113,16 @@ _HELD = HeldBase()
 def run_trial(
     given: Mapping[str, Any],
     *,
-    job: TrainJob,
+    resolved: Mapping[str, Any],
     train_tokens: StoredTokens,
     validation_tokens: StoredTokens,
     passages: Texts,
 ) -> None:
-    """The trainable for Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known."""
+    """The trainable for Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known;
+    `resolved` are the fields of its TrainSpec that the config does not have."""
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(ENDING_S)
     entry.quiet_libraries()
-    config = config_file.loads(given["config"])
+    spec = TrainSpec.of(config_file.loads(given["config"]), **resolved)
 
     def report(trial: Trial) -> None:
         loss = math.inf if trial.loss is None or trial.status == "diverged" else trial.loss
@@ -128,23 +130,19 @@ def run_trial(
 
     held = _HELD
     course = Course(Trial.model_validate(given["trial"]), free_since=held.free_since)
-    store = Store.open(config.registry)
+    store = Store.open(spec.registry)
     train_split, validation = (token_store.load(store, each) for each in (train_tokens, validation_tokens))
     try:
-        trained = train_trial(
-            config, replace(job, config_toml=given["config"]), course, train_split, validation, passages, held, report
-        )
+        trained = train_trial(spec, course, (train_split, validation), passages, held, report)
     finally:
         held.free_since = time.monotonic()
     report(trained)
 
 
 def train_trial(
-    config: RunConfig,
-    job: TrainJob,
+    spec: TrainSpec,
     course: Course,
-    train_split: TokenizedSplit,
-    validation: TokenizedSplit,
+    splits: Splits,
     passages: Texts,
     held: HeldBase,
     report: Callable[[Trial], None],
@@ -153,16 +151,16 @@ def train_trial(
 
     The passages of general text are read only if the trial compares methods.
     """
-    worker = alone(config)
+    worker, validation = alone(spec), splits[1]
     measure = functools.partial(
-        record_nll, split=validation, batch_size=config.train.micro_batch_size, pad=job.pad, device=worker.device
+        record_nll, split=validation, batch_size=spec.train.micro_batch_size, pad=spec.pad, device=worker.device
     )
     reads = course.trial.compares and len(passages.split) > 0
 
     def read(model: Any, role: Role, known: list[float] | None = None) -> list[float]:
         began = time.monotonic()
         nll = known or [round(float(each), 5) for each in measure(model, split=passages.split)]
-        text = passages.known.model_copy(update={"base_format": config.method.row.base})
+        text = passages.known.model_copy(update={"base_format": spec.method.row.base})
         course.read(role, nll, text=text, seconds=time.monotonic() - began)
         return nll
 
@@ -170,7 +168,7 @@ def train_trial(
         model = held.load(*asked, **how)
         if held.start_loss is None:
             held.start_loss = float(measure(model).sum() / validation.num_answer_tokens.sum())
-        if reads and not own_base.is_needed(config.method):
+        if reads and not own_base.is_needed(spec.method):
             held.general_nll = read(model, "base", held.general_nll)
         known = {"start_loss": held.start_loss, "bases_loaded": held.num_loaded}
         course.trial = course.trial.model_copy(update=known)
@@ -184,9 +182,8 @@ def train_trial(
         if record["step"] < course.trial.num_steps:
             report(course.record())
 
-    store = Store.open(config.registry)
     try:
-        adapted, _, _ = fit(config, job, worker, store, train_split, validation, report=hear, load=load)
+        adapted = fit(spec, worker, Store.open(spec.registry), splits, report=hear, load=load).adapted
     except Diverged as exc:
         return course.record(status="diverged", loss=None, why=str(exc))
     nll = measure(adapted)
@@ -209,7 +206,7 @@ def make_base(config_toml: str) -> None:
     own_base.prepare(config, base_model.resolve(config.model, registry=store), store)
 
 
-def alone(config: RunConfig) -> Worker:
+def alone(config: TrainingConfig) -> Worker:
     """Set up this process as a process group of one, which the training code needs."""
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)

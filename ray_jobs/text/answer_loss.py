@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from components.config.schema import RunConfig
+from components.config.schema import TrainingConfig
 from ray_jobs.base.attention import FLOAT32, MOST_TOKENS, RECORDS, looks_at_all_before
 from ray_jobs.base.packing import Packing
 from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, common_beginning
@@ -248,7 +248,7 @@ def can_pack(model: Any, longest: int) -> bool:
     return base._attn_implementation in (FLOAT32, RECORDS) and looks_at_all_before(base, longest)
 
 
-def may_pack(config: RunConfig) -> bool:
+def may_pack(config: TrainingConfig) -> bool:
     """Whether a training's records may be packed. Dropout would be the same on the common prefix for all records."""
     return config.train.packing and not config.method.dropout
 

@@ -33,7 +33,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from components.config.ray import COLLECTIVE_TIMEOUT_S, MatmulDtype
-from components.config.schema import RunConfig
 from components.records import runs
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing, StoreError
 from components.shared.protocol import counted
@@ -42,6 +41,7 @@ from components.store.store import Store
 from ray_jobs.adapters import dora
 from ray_jobs.base.four_bits import gathered
 from ray_jobs.training import zero
+from ray_jobs.training.spec import TrainSpec
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
 KEPT = 2
@@ -359,9 +359,9 @@ class CheckpointWriter:
     As a context manager it waits at the end for the checkpoint that is being written, except after an error.
     """
 
-    def __init__(self, store: Store, run_id: str, config: RunConfig, *, rank: int) -> None:
-        self._store, self._run_id, self._rank = store, run_id, rank
-        self._patience = Patience(config.train.store_patience_s)
+    def __init__(self, store: Store, spec: TrainSpec, *, rank: int) -> None:
+        self._store, self._run_id, self._rank = store, spec.run_id, rank
+        self._patience = Patience(spec.train.store_patience_s)
         self._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         self._group: dist.ProcessGroup | None = None
         """Process group of the writer threads alone: the collectives of one group must come in the same order on all
@@ -498,7 +498,7 @@ _Written = tuple[list[Piece], list[dict[str, torch.Tensor]]]
 
 
 def resume(
-    store: Store, run_id: str, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int
+    store: Store, spec: TrainSpec, engine: Any, fresh: TrainingProgress, *, rank: int
 ) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
     """Load the newest intact checkpoint into the engine; returns the progress and the best weights.
 
@@ -513,11 +513,12 @@ def resume(
     Raises:
         ConfigError: the checkpoint belongs to another config, or has DoRA magnitudes in another form.
     """
+    run_id = spec.run_id
     steps = complete(store, run_id) if rank == 0 else []
     found = None
     while step := _sum(steps.pop(0) if steps else 0, engine.device):
         try:
-            found = _read(store, run_id, step, engine, fresh, config, rank=rank)
+            found = _read(store, spec, step, engine, fresh, rank=rank)
         except (IntegrityError, ObjectMissing) as exc:
             logger.warning("going on from a checkpoint before step %d, which cannot be resumed from: %s", step, exc)
         if not _sum(int(found is None), engine.device):
@@ -548,16 +549,14 @@ def _sum(number: int, device: torch.device) -> int:
     return int(total.item())
 
 
-def _read(
-    store: Store, run_id: str, step: int, engine: Any, fresh: TrainingProgress, config: RunConfig, *, rank: int
-) -> _Found:
-    key = key_of(run_id, step)
+def _read(store: Store, spec: TrainSpec, step: int, engine: Any, fresh: TrainingProgress, *, rank: int) -> _Found:
+    key = key_of(spec.run_id, step)
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
         shared = Path(scratch) / "shared"
         folders.pull(store, f"{key}/shared", shared)
         progress = parse_progress((shared / STATE).read_bytes(), store.uri(key))
         uri = store.uri(key)
-        if progress.config_digest != config.training_digest:
+        if progress.config_digest != spec.training_digest:
             raise ConfigError(f"{uri} was written with another config: start a new run, or use the config of that one")
         if progress.magnitudes != fresh.magnitudes and any(True for _ in dora.magnitudes(engine.module)):
             raise ConfigError(f"{uri} was written by a release that trained magnitudes whole: start a new run")
@@ -565,7 +564,7 @@ def _read(
         return _Found(
             progress,
             load_file(shared / ADAPTER),
-            _best(store, run_id, Path(scratch) / "best", progress),
+            _best(store, spec.run_id, Path(scratch) / "best", progress),
             _states(engine, parts, progress, fresh),
         )
 

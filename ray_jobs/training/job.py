@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from components.shared import garbage
 from components.shared.errors import FineloopError, JobError
-from ray_jobs.training.train_job import TrainJob
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -260,18 +259,20 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     with garbage.importing():
         from ray_jobs.scoring.measure import HeldBase
         from ray_jobs.training import worker
+        from ray_jobs.training.spec import TrainSpec
 
     what = arguments if board is None else given(board)
     if what is None:
         return {}
-    job: TrainJob = what["job"]
-    job.watch.lap("workers start")
+    stopwatch = what["stopwatch"]
+    stopwatch.lap("workers start")
+    spec = TrainSpec.model_validate_json(what["spec"])
     # Passed as references: deserialising these objects imports more than the controller needs.
-    tokens = ray.get([what["train_tokens"], what["eval_tokens"]])
+    tokens = tuple(ray.get([what["train_tokens"], what["eval_tokens"]]))
     if board is None:
-        return worker.train(job, *tokens)
+        return worker.train(spec, tokens, stopwatch)
     held = HeldBase()
-    answer = worker.train(job, *tokens, load=held.load)
+    answer = worker.train(spec, tokens, stopwatch, load=held.load)
     stand_by(board, rank, answer, partial(_measuring, held, rank))
     return answer
 

@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from components.config import config_file
-from components.config.schema import TRACKED_RUNS, TRACKER_SECRETS_FILE, RunConfig
 from components.records import runs
 from components.records.steps import scalars
 from components.shared.errors import IntegrityError, ObjectMissing, StoreError
@@ -27,6 +25,7 @@ from components.shared.machine import in_environment
 from components.shared.protocol import counted, say
 from components.store.store import JSON, Store, encode_json
 from ray_jobs.training.checkpoint import patiently
+from ray_jobs.training.spec import TRACKED_RUNS, TRACKER_SECRETS_FILE, TrainSpec
 
 # Sending a training's metrics to MLflow, Weights & Biases and trackio while it runs, as far as the config names them.
 #
@@ -55,17 +54,18 @@ class Mlflow:
     mlflow.start_run would send the user's name, the program and its commit along.
     """
 
-    def __init__(self, target: str, config: RunConfig, run_id: str) -> None:
+    def __init__(self, target: str, spec: TrainSpec) -> None:
         mlflow, entities = importlib.import_module("mlflow"), importlib.import_module("mlflow.entities")
         self._client, self._metric = mlflow.MlflowClient(tracking_uri=target), entities.Metric
-        name = config.adapter.name
+        name = spec.adapter.name
         experiment = self._client.get_experiment_by_name(name)
         where = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        runs = self._client.search_runs([where], filter_string=f"tags.`fineloop.run_id` = '{run_id}'")
-        run = runs[0] if runs else self._client.create_run(where, run_name=run_id, tags={"fineloop.run_id": run_id})
+        runs = self._client.search_runs([where], filter_string=f"tags.`fineloop.run_id` = '{spec.run_id}'")
+        tags = {"fineloop.run_id": spec.run_id}
+        run = runs[0] if runs else self._client.create_run(where, run_name=spec.run_id, tags=tags)
         self._run_id = run.info.run_id
         self._client.update_run(self._run_id, status="RUNNING")
-        about = {"method": config.method.name, "base": config.model.base, "learning_rate": config.learning_rate}
+        about = {"method": spec.method.name, "base": spec.model.base, "learning_rate": spec.learning_rate}
         for key, value in about.items():
             self._client.log_param(self._run_id, key, value)
 
@@ -80,53 +80,53 @@ class Mlflow:
         self._client.set_terminated(self._run_id)
 
 
-def _wandb(target: str, config: RunConfig, run_id: str) -> Tracker:
+def _wandb(target: str, spec: TrainSpec) -> Tracker:
     """A run with our id (wandb.init). By default it would send console, command line, code and machine as well."""
     wandb = importlib.import_module("wandb")
     entity, _, project = target.rpartition("/")
     off = ("disable_git", "disable_code", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
     settings = wandb.Settings(console="off", x_save_requirements=False, **dict.fromkeys(off, True))
-    about = {"config": _about(config), "id": run_id, "name": run_id, "resume": "allow"}
+    about = {"config": _about(spec), "id": spec.run_id, "name": spec.run_id, "resume": "allow"}
     run: Tracker = wandb.init(entity=entity or None, project=project, settings=settings, **about)
     return run
 
 
-def _trackio(target: str, config: RunConfig, run_id: str) -> Tracker:
+def _trackio(target: str, spec: TrainSpec) -> Tracker:
     """A run with our id as its name (trackio.init)."""
     trackio = importlib.import_module("trackio")
-    run: Tracker = trackio.init(project=target, name=run_id, resume="allow", config=_about(config), embed=False)
+    run: Tracker = trackio.init(project=target, name=spec.run_id, resume="allow", config=_about(spec), embed=False)
     return run
 
 
-def _about(config: RunConfig) -> dict[str, Any]:
+def _about(spec: TrainSpec) -> dict[str, Any]:
     """What a curve depends on, without the sections that hold addresses of data, stores and servers."""
-    table = config_file.as_table(config)
-    return {section: table[section] for section in ("adapter", "model", "method", "train")}
+    sections = {"adapter": spec.adapter, "model": spec.model, "method": spec.method, "train": spec.train}
+    return {name: section.model_dump(mode="json", exclude_none=True) for name, section in sections.items()}
 
 
 # accelerate.tracking has these and more, but logs through a PartialState, which sets a worker's number of threads and
 # its process group anew.
-TRACKERS: Mapping[str, Callable[[str, RunConfig, str], Tracker]] = {
+TRACKERS: Mapping[str, Callable[[str, TrainSpec], Tracker]] = {
     "mlflow": Mlflow,
     "wandb": _wandb,
     "trackio": _trackio,
 }
 
 
-def secrets(config: RunConfig, run_id: str) -> dict[str, str]:
+def secrets(spec: TrainSpec) -> dict[str, str]:
     """What the trackers log in with, where `fineloop run` keeps it in a file; elsewhere the environment has it."""
-    if config.track.secrets and (folder := os.environ.get(TRACKED_RUNS)):
+    if spec.track.secrets and (folder := os.environ.get(TRACKED_RUNS)):
         with contextlib.suppress(FileNotFoundError):  # it was started without any
-            return dict(json.loads((Path(folder) / run_id / TRACKER_SECRETS_FILE).read_text(encoding="utf-8")))
+            return dict(json.loads((Path(folder) / spec.run_id / TRACKER_SECRETS_FILE).read_text(encoding="utf-8")))
     return {}
 
 
 class Trackers:
     """The trackers that the config names, for one training."""
 
-    def __init__(self, config: RunConfig, run_id: str) -> None:
-        self._named = {name: target for name in TRACKERS if (target := getattr(config.track, name))}
-        self._config, self._run_id = config, run_id
+    def __init__(self, spec: TrainSpec) -> None:
+        self._named = {name: target for name in TRACKERS if (target := getattr(spec.track, name))}
+        self._spec = spec
         self._waiting: queue.Queue[Point | None] = queue.Queue(MOST_WAITING)
         self._lost = 0
         self._warned: set[str] = set()
@@ -155,9 +155,9 @@ class Trackers:
             self._lost += 1
 
     def _send(self) -> None:
-        with in_environment(secrets(self._config, self._run_id)):
+        with in_environment(secrets(self._spec)):
             begun = {
-                name: self._tried(name, partial(TRACKERS[name], target, self._config, self._run_id))
+                name: self._tried(name, partial(TRACKERS[name], target, self._spec))
                 for name, target in self._named.items()
             }
             trackers = {name: tracker for name, tracker in begun.items() if tracker is not None}

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from components.config.ray import price_per_hour
-from components.config.schema import RunConfig
 from components.handover.serve_manifest import recorded, serving
 from components.records.steps import Usage
 from components.registry import between_runs, lineage
@@ -24,13 +23,26 @@ from ray_jobs.base import architecture, base_model
 from ray_jobs.text import chat_format
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.metrics_log import MetricsLog
-from ray_jobs.training.train_job import TrainJob
+from ray_jobs.training.spec import TrainingConfig, TrainSpec
 from ray_jobs.training.train_loop import TrainedAdapter
 from ray_jobs.training.zero import Worker
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A training that has ended, as each of its workers has it."""
+
+    adapted: Any
+    """The model with its final weights."""
+    trained: TrainedAdapter
+    recipe: Mapping[str, Any]
+    """What was built, for the lineage."""
+    base: base_model.Base
+    """The original base, as it was read."""
+
+
 def recipe_of(
-    config: RunConfig, adapted: Any, original: base_model.Base, base: base_model.Base, worker: Worker
+    config: TrainingConfig, adapted: Any, original: base_model.Base, base: base_model.Base, worker: Worker
 ) -> dict[str, Any]:
     """What was built, for the lineage. Counted before training: an NF4 layer stores two weights in each byte."""
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -56,24 +68,15 @@ def recipe_of(
 
 
 def publish(
-    job: TrainJob,
-    config: RunConfig,
-    store: Store,
-    adapted: Any,
-    trained: TrainedAdapter,
-    recipe: Mapping[str, Any],
-    worker: Worker,
-    started_at: datetime,
-    usage: Usage | None = None,
+    spec: TrainSpec, store: Store, fitted: Fitted, worker: Worker, *, started_at: datetime, usage: Usage | None = None
 ) -> Version:
     """Publish the trained adapter as a version, which is not visible before it is complete; on rank 0 only."""
-    progress = trained.progress
-    base = base_model.resolve(config.model, recorded=job.base.identity, weights=False, registry=store)
+    trained, progress = fitted.trained, fitted.trained.progress
     record = lineage.build_lineage(
-        config,
-        run_id=job.run_id,
-        base=lineage.Base(job.base.reference, base.identity),
-        dataset=job.dataset,
+        spec.asked,
+        run_id=spec.run_id,
+        base=lineage.Base(spec.base.reference, fitted.base.identity),
+        dataset=spec.dataset,
         environment=lineage.environment(
             Path(__file__).parent,
             image=os.environ.get("FINELOOP_IMAGE", ""),
@@ -81,14 +84,14 @@ def publish(
         ),
         hardware=lineage.Hardware(
             lineage.cpu_model(),
-            cpus_per_worker=config.ray.cpus_per_worker,
+            cpus_per_worker=spec.ray.cpus_per_worker,
             workers=worker.num_workers,
             gpu=torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else "",
         ),
-        started=job.started,
-        recipe=recipe,
-        parents=[job.start.uri] if job.start else [],
-        sources=read.sources if (read := between_runs.consumed_by(store, job.run_id)) else {},
+        started=spec.started,
+        recipe=fitted.recipe,
+        parents=[spec.start.uri] if spec.start else [],
+        sources=read.sources if (read := between_runs.consumed_by(store, spec.run_id)) else {},
         training=lineage.Training(
             steps=progress.step,
             tokens=progress.tokens,
@@ -108,23 +111,19 @@ def publish(
     )
     with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
         folder = Path(scratch)
-        build.save(adapted, folder)
+        build.save(fitted.adapted, folder)
         # Servers must prompt the adapter as in training: a base may have no chat template, or change its own.
-        chat_format.load(base, config.model).tokenizer.save_pretrained(folder)
+        chat_format.load(fitted.base, spec.model).tokenizer.save_pretrained(folder)
         files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir()}
-        files["README.md"] = model_card(config, record).encode()
-        return publish_version(store, config.adapter.name, files, lineage=record)
+        files["README.md"] = model_card(spec, record).encode()
+        return publish_version(store, spec.adapter.name, files, lineage=record)
 
 
 def usage_of(
-    job: TrainJob,
-    config: RunConfig,
-    worker: Worker,
-    progress: TrainingProgress,
-    metrics: MetricsLog | None,
-    trained_at: datetime,
+    spec: TrainSpec, worker: Worker, progress: TrainingProgress, metrics: MetricsLog | None, *, seconds: float
 ) -> Usage | None:
-    """The usage of all workers, on the worker that has `metrics`, None elsewhere; every worker must call this."""
+    """The usage of all workers, each held for this many `seconds`, on the worker that has `metrics`, None elsewhere;
+    every worker must call this."""
     asked = client.so_far()
     total = torch.tensor([asked.requests, asked.read_bytes, asked.written_bytes], device=worker.device)
     dist.all_reduce(total)
@@ -132,9 +131,9 @@ def usage_of(
         return None
     requests, read_bytes, written_bytes = total.tolist()
     gpu = torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else ""
-    held_s = worker.num_workers * (trained_at.timestamp() - job.watch.began)
-    flops = progress.tokens * job.flops_per_token if job.flops_per_token else None
-    price, source = price_per_hour(config.ray, gpu) or (None, "")
+    held_s = worker.num_workers * seconds
+    flops = progress.tokens * spec.flops_per_token if spec.flops_per_token else None
+    price, source = price_per_hour(spec.ray, gpu) or (None, "")
     return Usage(
         workers=worker.num_workers,
         gpu=gpu,
@@ -144,7 +143,7 @@ def usage_of(
         restarts=metrics.restarts,
         steps_repeated=metrics.steps_repeated,
         flops=flops,
-        flops_with_parents=None if flops is None or job.flops_before is None else flops + job.flops_before,
+        flops_with_parents=None if flops is None or spec.flops_before is None else flops + spec.flops_before,
         s3_requests=requests,
         s3_read_bytes=read_bytes,
         s3_written_bytes=written_bytes,
@@ -170,7 +169,7 @@ MEASURED = {
 }
 
 
-def model_card(config: RunConfig, lineage: Mapping[str, Any]) -> str:
+def model_card(config: TrainSpec, lineage: Mapping[str, Any]) -> str:
     """The model card: what the adapter is, its base, how it was trained and how to load it. Markdown."""
     training, dataset, recipe = lineage["training"], lineage["dataset"], lineage["recipe"]
     identity = ", ".join(f"{key} `{value}`" for key, value in lineage["base"]["identity"].items())
@@ -213,7 +212,7 @@ model = PeftModel.from_pretrained(base, ADAPTER_FOLDER)
 """
 
 
-def _own_base(config: RunConfig, recipe: Mapping[str, Any]) -> str:
+def _own_base(config: TrainSpec, recipe: Mapping[str, Any]) -> str:
     if config.method.row.init == "default":
         return ""
     return (
@@ -238,7 +237,7 @@ def _serving(lineage: Mapping[str, Any]) -> str:
     return "\n".join([HOW_SERVED[found.servable_as], *(["", *notes] if notes else [])])
 
 
-def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
+def export_card(method: str, record: Mapping[str, Any]) -> str:
     """The README.md of an exported folder: what it is, its source, and how far the two differ. Markdown."""
     base = record["base_model"]
     is_lora = record["form"] == "lora"
@@ -271,7 +270,7 @@ def export_card(config: RunConfig, record: Mapping[str, Any]) -> str:
             "",
             f"# {record['adapter']}",
             "",
-            f"{what} Made from version `{record['version']}` ({config.method.name}, base trained on as "
+            f"{what} Made from version `{record['version']}` ({method}, base trained on as "
             f"{base['format']}), manifest sha256 `{record['manifest_sha256']}`; `export.json` holds the record.",
             "",
             f"Compared on {parity['compared_on']}:",

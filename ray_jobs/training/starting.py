@@ -1,6 +1,6 @@
 """What a training starts from: the base alone or an earlier version on it, and the records of a prepared dataset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,21 @@ if TYPE_CHECKING:
 BASE, PRODUCTION = "base", "production"
 
 
-def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Version | None:
+@dataclass(frozen=True)
+class Start:
+    """The version that a training starts from, and the base that it was trained on."""
+
+    version: Version
+    base_identity: Mapping[str, str]
+    stands_on_sha256: str
+    """The manifest's sha256 of a base of its own; empty without one."""
+
+    def base_of(self, base: base_model.Base) -> base_model.Base:
+        """`base` with the identity that it must have in a training from here."""
+        return base if base.is_known else replace(base, identity=dict(self.base_identity))
+
+
+def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Start | None:
     """The version that `train.start_from` names; None for the base alone.
 
     Where nothing is in production yet, "production" means the base. `base` is the base that this run trains on.
@@ -59,12 +73,7 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
     if base.is_known:  # otherwise the workers compare it, when they read it, with the identity from `base_of`
         base_model.require_same(base, theirs.base_identity)
     _require_same_shape(config, theirs.config, version)
-    return version
-
-
-def base_of(config: RunConfig, store: Store, start: Version, base: base_model.Base) -> base_model.Base:
-    """The base with the identity that it must have in a training that starts from version `start`."""
-    return base if base.is_known else replace(base, identity=dict(recorded.read(config, store, start).base_identity))
+    return Start(version, theirs.base_identity, theirs.stands_on_sha256)
 
 
 def flops_of(store: Store, version: Version | None) -> float | None:

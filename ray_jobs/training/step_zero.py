@@ -20,7 +20,6 @@ import torch.distributed as dist
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from components.config.schema import RunConfig
 from components.shared.errors import IntegrityError, JobError, ObjectMissing, StoreError
 from components.store.store import JSON, Store, encode_json
 from ray_jobs.base.base_model import Base
@@ -28,6 +27,7 @@ from ray_jobs.base.streamed import streamed
 from ray_jobs.kernels.door import Kernels, load_model
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit, collate
+from ray_jobs.training.spec import TrainingConfig
 from ray_jobs.training.zero import Worker
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def probe_nll(
 
 
 def base_nll(
-    config: RunConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels, dtype: torch.dtype
+    config: TrainingConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels, dtype: torch.dtype
 ) -> torch.Tensor:
     """`probe_nll` of the base in the training's dtype and attention, unsharded and on the CPU; only one layer is in
     memory at a time where possible."""
@@ -85,7 +85,7 @@ def base_nll(
 
 def known_base_nll(
     store: Store,
-    config: RunConfig,
+    config: TrainingConfig,
     base: Base,
     probe: dict[str, torch.Tensor],
     kernels: Kernels,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from components.config.schema import RunConfig, TrainConfig
+from components.config.train import TrainConfig
 from components.shared.errors import Diverged
 from components.shared.protocol import say
 from components.store.store import Store
@@ -28,6 +28,7 @@ from ray_jobs.text import answer_loss
 from ray_jobs.text.batching import NO_RECORD, TokenizedSplit, by_length, plan_epoch, share
 from ray_jobs.training import checkpoint, zero
 from ray_jobs.training.checkpoint import CheckpointWriter, TrainingProgress
+from ray_jobs.training.spec import TrainSpec
 from ray_jobs.training.zero import Worker
 
 # Preemption of a node of the group: by its cloud provider, by Kubernetes, or by `ray drain-node`.
@@ -135,6 +136,8 @@ def straggler(seconds: Sequence[float]) -> int | None:
 
 
 Report = Callable[[dict[str, Any]], None]
+Splits = tuple[TokenizedSplit, TokenizedSplit]
+"""The records to train on, and those that are held out."""
 
 
 @dataclass
@@ -186,22 +189,17 @@ def eval_steps(train: TrainConfig, num_records: int) -> set[int]:
 
 def run(
     engine: Any,
-    *,
-    config: RunConfig,
-    run_id: str,
+    spec: TrainSpec,
     store: Store,
     worker: Worker,
-    train_split: TokenizedSplit,
-    eval_split: TokenizedSplit,
-    pad: int,
-    base: Mapping[str, str],
+    splits: Splits,
+    *,
     report: Report,
     watch: Watch | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainedAdapter:
     """Train to the end, from the newest complete checkpoint of this run if there is one. The result is interpolated
-    with the weights `start`, at which the training began, by `train.start_share`. Checkpoints record the base's
-    identity `base`.
+    with the weights `start`, at which the training began, by `train.start_share`.
 
     `report` gets one record for each step and each evaluation, on every rank. `watch` says when a node is about to be
     preempted; None means never.
@@ -209,21 +207,21 @@ def run(
     Raises:
         RayActorError: a node is about to be preempted, and a checkpoint has been written.
     """
-    train, num_records = config.train, len(train_split)
+    train, (train_split, eval_split) = spec.train, splits
+    num_records = len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
-    measure = partial(held_out_loss, engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=pad)
-    fresh = _fresh(config, worker, eval_split, base)
-    progress, best = checkpoint.resume(store, run_id, engine, fresh, config, rank=worker.rank)
+    measure = partial(held_out_loss, engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=spec.pad)
+    fresh = _fresh(spec, worker, eval_split)
+    progress, best = checkpoint.resume(store, spec, engine, fresh, rank=worker.rank)
     trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
     started, pace = time.monotonic() - progress.elapsed_s, Pace(worker, zero_stage=train.zero_stage)
-    with CheckpointWriter(store, run_id, config, rank=worker.rank) as checkpoints:
+    with CheckpointWriter(store, spec, rank=worker.rank) as checkpoints:
         for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
             began = time.monotonic()
             loss, grad_norm, num_tokens = take_step(
-                engine, batch, config=config, worker=worker, split=train_split, pad=pad, step=progress.step,
-                total=total, pace=pace,
-            )  # fmt: skip
-            _require_finite(loss, step=progress.step, learning_rate=config.learning_rate)
+                engine, batch, spec=spec, worker=worker, split=train_split, step=progress.step, total=total, pace=pace
+            )
+            _require_finite(loss, step=progress.step, learning_rate=spec.learning_rate)
             ended = time.monotonic()
             trained.stepped(loss, num_tokens, elapsed_s=ended - started)
             pace.compare(progress.step)
@@ -247,15 +245,15 @@ def run(
     return trained
 
 
-def _fresh(config: RunConfig, worker: Worker, eval_split: TokenizedSplit, base: Mapping[str, str]) -> TrainingProgress:
+def _fresh(spec: TrainSpec, worker: Worker, eval_split: TokenizedSplit) -> TrainingProgress:
     """The progress of a training that has taken no step."""
     return TrainingProgress(
-        config.training_digest,
+        spec.training_digest,
         worker.num_workers,
         matmul_dtype=worker.kernels.dtype,
         magnitudes="change",
         held_out=eval_split.digest,
-        base=dict(base),
+        base=dict(spec.base.identity),
     )
 
 
@@ -336,19 +334,18 @@ def take_step(
     engine: Any,
     batch: npt.NDArray[np.int64],
     *,
-    config: RunConfig,
+    spec: TrainSpec,
     worker: Worker,
     split: TokenizedSplit,
-    pad: int,
     step: int,
     total: int,
     pace: Pace,
 ) -> tuple[float, float, int]:
     """Take one optimizer step; returns the mean loss over the batch's answer tokens, the gradient norm and the number
     of tokens."""
-    train = config.train
+    train = spec.train
     zero.set_learning_rate(
-        engine, learning_rate_at(step, peak=config.learning_rate, num_steps=total, warmup_share=train.warmup_share)
+        engine, learning_rate_at(step, peak=spec.learning_rate, num_steps=total, warmup_share=train.warmup_share)
     )
     torch.manual_seed(hash((train.seed, step, worker.rank)))
     answer_tokens = int(split.num_answer_tokens[batch].sum())
@@ -360,8 +357,8 @@ def take_step(
         num_workers=worker.num_workers,
     )
     # DeepSpeed averages over rounds and workers, but the loss is a mean over tokens, which are not spread evenly.
-    scale = zero.accumulation(config) * worker.num_workers / answer_tokens
-    packs = answer_loss.may_pack(config)
+    scale = zero.accumulation(spec) * worker.num_workers / answer_tokens
+    packs = answer_loss.may_pack(spec)
     nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
     for number, indices in enumerate(rounds, start=1):
         if train.max_tokens:
@@ -370,7 +367,7 @@ def take_step(
         records = mine[mine != NO_RECORD]
         with pace.forward():  # all workers join each pass: one without records repeats a record, which is not counted
             nll = answer_loss.records_nll(
-                engine, split, records if len(records) else batch[:1], pad, device=worker.device, packs=packs
+                engine, split, records if len(records) else batch[:1], spec.pad, device=worker.device, packs=packs
             ).sum() * bool(len(records))
         engine.backward(nll * scale)
         engine.step()

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from components.config import config_file
-from components.config.schema import RunConfig
 from components.records.steps import TrainResult
+from components.registry import lineage
 from components.registry.event_log import require_published
 from components.registry.identity import WEIGHTS, require_identity, version_key
 from components.registry.signing import require_signed
@@ -21,18 +20,18 @@ from components.shared.protocol import counted, say
 from components.store import folders
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.adapters import build, dora, own_base, recorded
+from ray_jobs.adapters import build, dora, own_base
 from ray_jobs.base import architecture, base_model, together
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.text import token_store
-from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import checkpoint, publishing, step_zero, train_loop, zero
 from ray_jobs.training.checkpoint import patiently
 from ray_jobs.training.metrics_log import MetricsLog, Trackers
-from ray_jobs.training.train_job import TrainJob
-from ray_jobs.training.train_loop import Report, TrainedAdapter
+from ray_jobs.training.publishing import Fitted
+from ray_jobs.training.spec import Stopwatch, TrainingConfig, TrainSpec
+from ray_jobs.training.train_loop import Report, Splits
 from ray_jobs.training.zero import Worker
 
 if TYPE_CHECKING:
@@ -45,7 +44,11 @@ LoadModel = Callable[..., "PreTrainedModel"]
 
 
 def train(
-    job: TrainJob, train_tokens: StoredTokens, eval_tokens: StoredTokens, *, load: LoadModel = door.load_model
+    spec: TrainSpec,
+    tokens: tuple[StoredTokens, StoredTokens],
+    stopwatch: Stopwatch,
+    *,
+    load: LoadModel = door.load_model,
 ) -> dict[str, Any]:
     """Train and publish a version; returns its TrainResult as a dict on rank 0. `load` reads the base into memory.
 
@@ -57,162 +60,123 @@ def train(
 
     entry.quiet_libraries()
     context = ray.train.get_context()
-    config = config_file.loads(job.config_toml)
-    device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
+    device = ray.train.torch.get_device() if spec.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    store = Store.open(config.registry)
+    spec, store, patience_s = spec.on(worker.num_workers), Store.open(spec.registry), spec.train.store_patience_s
+    metrics = None
     if worker.rank == 0:
         entry.log_as("finetune")
+        every = spec.train.checkpoint_every_steps
+        metrics = MetricsLog(
+            store, spec.run_id, checkpoint_every_steps=every, patience_s=patience_s, trackers=Trackers(spec)
+        )
     else:
         entry.log_warnings()
-    metrics = _metrics(config, job, store) if worker.rank == 0 else None
     started_at = datetime.now(UTC)
-    train_split, eval_split = (token_store.load(store, each) for each in (train_tokens, eval_tokens))
+    train_split, eval_split = (token_store.load(store, each) for each in tokens)
     with metrics or contextlib.nullcontext():
-        adapted, trained, recipe = fit(
-            config.on(worker.num_workers),
-            job,
+        fitted = fit(
+            spec,
             worker,
             store,
-            train_split,
-            eval_split,
+            (train_split, eval_split),
             report=metrics.add if metrics else lambda _: None,
             load=load,
             watch=train_loop.Watch(worker),
+            stopwatch=stopwatch,
         )
-        trained_at = datetime.now(UTC)
-        usage = publishing.usage_of(job, config, worker, trained.progress, metrics, trained_at)
+        trained, progress, trained_at = fitted.trained, fitted.trained.progress, datetime.now(UTC)
+        seconds = trained_at.timestamp() - stopwatch.began
+        usage = publishing.usage_of(spec, worker, progress, metrics, seconds=seconds)
     if usage is None:
         return {}
     version = patiently(
-        config.train.store_patience_s,
-        lambda: publishing.publish(job, config, store, adapted, trained, recipe, worker, started_at, usage),
+        patience_s,
+        lambda: publishing.publish(spec, store, fitted, worker, started_at=started_at, usage=usage),
         "trained, and waiting to publish",
     )
     return TrainResult(
         version=version.version,
         version_uri=version.uri,
         manifest_sha256=version.manifest_sha256,
-        dataset_uri=job.dataset.uri,
-        train_seconds=round(trained.progress.elapsed_s, 3),
-        steps=trained.progress.step,
-        tokens=trained.progress.tokens,
+        dataset_uri=spec.dataset.uri,
+        train_seconds=round(progress.elapsed_s, 3),
+        steps=progress.step,
+        tokens=progress.tokens,
         eval_loss=trained.eval_loss,
         stopped_early=trained.stopped_early,
         resumed_from_step=trained.resumed_from,
         trained_at=trained_at.isoformat(),
-        began_at=job.watch.began_at,
-        until_first_step=job.watch.parts,
+        began_at=stopwatch.began_at,
+        until_first_step=stopwatch.parts,
         usage=usage,
     ).model_dump()
 
 
-def _metrics(config: RunConfig, job: TrainJob, store: Store) -> MetricsLog:
-    """The metrics log in which rank 0 writes the training curve."""
-    return MetricsLog(
-        store,
-        job.run_id,
-        checkpoint_every_steps=config.train.checkpoint_every_steps,
-        patience_s=config.train.store_patience_s,
-        trackers=Trackers(config, job.run_id),
-    )
-
-
 def fit(
-    config: RunConfig,
-    job: TrainJob,
+    spec: TrainSpec,
     worker: Worker,
     store: Store,
-    train_split: TokenizedSplit,
-    eval_split: TokenizedSplit,
+    splits: Splits,
     *,
     report: Report,
     load: LoadModel = door.load_model,
     watch: train_loop.Watch | None = None,
-) -> tuple["PeftModel", TrainedAdapter, dict[str, Any]]:
-    """Train in an initialised process group; returns the model with its final weights, the outcome, and the recipe.
+    stopwatch: Stopwatch | None = None,
+) -> Fitted:
+    """Train in an initialised process group; returns the model with its final weights, and how it came about.
 
     Training ends if `report` raises, which it must do on every worker at the same record. `load` reads the base into
-    memory; `watch` detects that a node is about to be preempted.
+    memory; `watch` detects that a node is about to be preempted; `stopwatch` takes the time of the parts.
     """
-    _prepare_process(config)
+    stopwatch = stopwatch or Stopwatch()
+    zero.prepare_environment(use_gpu=spec.ray.use_gpu)
+    torch.set_num_threads(spec.ray.cpus_per_worker)  # of GPU workers for rank 0's pass over the whole base
+    if not spec.ray.use_gpu:
+        door.keep_freed_memory()
     if worker.rank == 0:
-        say("finetune", f"loading {config.model.base}")
-    shared = {"rank": worker.rank, "num_workers": worker.num_workers}
+        say("finetune", f"loading {spec.model.base}")
     with together.gloo_group(worker.num_workers) as group:  # each node fetches the base at its own pace
-        dtype = architecture.agree_on_dtype(
-            architecture.dtype_here(config.train.dtype, use_gpu=config.ray.use_gpu), worker.device
-        )
+        wanted = architecture.dtype_here(spec.train.dtype, use_gpu=spec.ray.use_gpu)
+        dtype = architecture.agree_on_dtype(wanted, worker.device)
         # A hub branch may have moved since, and the objects of an S3 folder may have changed.
-        original = base_model.resolve(config.model, recorded=job.base.identity, registry=store)
-        sha256 = ""
-        if job.start and own_base.is_needed(config.method):
-            sha256 = recorded.read(config, store, job.start).stands_on_sha256
-        base = own_base.prepare(config, original, store, sha256=sha256, **shared)
+        original = base_model.resolve(spec.model, recorded=spec.base.identity, registry=store)
+        spec = spec.model_copy(update={"base": lineage.Base(spec.base.reference, original.identity)})
+        shared, sha256 = {"rank": worker.rank, "num_workers": worker.num_workers}, spec.stands_on_sha256
+        base = own_base.prepare(spec, original, store, sha256=sha256, **shared)
         _require_trainable(dtype, base)
-        start = start_weights(store, job.start) if job.start else None
+        start = start_weights(store, spec.start) if spec.start else None
         together.meet(group)
-        on_cpu = _kernels(config, original, store, job.run_id)
-        worker = replace(worker, dtype=dtype, kernels=worker.kernels if config.ray.use_gpu else on_cpu)
-        check = FirstCheck(config, base, step_zero.probe(train_split, job.pad), start, on_cpu)
+        on_cpu = _kernels(spec, original, store)
+        worker = replace(worker, dtype=dtype, kernels=worker.kernels if spec.ray.use_gpu else on_cpu)
+        check = FirstCheck(spec, base, step_zero.probe(splits[0], spec.pad), start, on_cpu)
         check.measure_whole(worker, store)
         together.meet(group)
-    with zero.sharding(config, worker.dtype), contextlib.ExitStack() as ends:
+    with zero.sharding(spec, dtype), contextlib.ExitStack() as ends:
         adapted = assemble(
-            config, base, use_gpu=config.ray.use_gpu, kernels=worker.kernels, dtype=worker.dtype, load=load, start=start
+            spec, base, use_gpu=spec.ray.use_gpu, kernels=worker.kernels, dtype=dtype, load=load, start=start
         )
-        job.watch.lap("base and adapter")
+        stopwatch.lap("base and adapter")
         check.measure_unsharded(adapted, worker)
-        recipe = publishing.recipe_of(config, adapted, original, base, worker)
-        engine = _engine(config, job, adapted, worker)
+        recipe = publishing.recipe_of(spec, adapted, original, base, worker)
+        engine = zero.initialize(adapted, spec, dtype)
         ends.callback(engine.destroy)
+        # By now DeepSpeed has converted everything wider than 16 bits to 16 bits, and the recipe has counted the base.
+        if spec.train.dense_base:
+            worker.kernels.hold_dense(adapted)
+        elif spec.dense_base:
+            worker.kernels.hold_dense_if_room(adapted, sharers=worker.num_workers)
         check.require_same(engine, worker)
         if worker.rank == 0:
             say("finetune", _how(worker))
-        job.watch.lap("optimizer and first check")
-        began = checkpoint.weights(engine.module) if start is not None and config.train.start_share else None
-        trained = train_loop.run(
-            engine,
-            config=config,
-            run_id=job.run_id,
-            store=store,
-            worker=worker,
-            train_split=train_split,
-            eval_split=eval_split,
-            pad=job.pad,
-            base=original.identity,
-            report=report,
-            watch=watch,
-            start=began,
-        )
-    _take_whole(adapted, trained)
-    return adapted, trained, recipe
-
-
-def _prepare_process(config: RunConfig) -> None:
-    """Set up the process before PyTorch or DeepSpeed start any work in it."""
-    zero.prepare_environment(use_gpu=config.ray.use_gpu)
-    torch.set_num_threads(config.ray.cpus_per_worker)  # of GPU workers for rank 0's pass over the whole base
-    if not config.ray.use_gpu:
-        door.keep_freed_memory()
-
-
-def _take_whole(adapted: "PeftModel", trained: TrainedAdapter) -> None:
-    """Put the final weights into the model, whole on every worker even if sharded: publishing reads them from there."""
+        stopwatch.lap("optimizer and first check")
+        began = checkpoint.weights(engine.module) if start is not None and spec.train.start_share else None
+        trained = train_loop.run(engine, spec, store, worker, splits, report=report, watch=watch, start=began)
+    # Whole on every worker, even if sharded: publishing reads the final weights from the model.
     for name, parameter in checkpoint.trainable(adapted).items():
         parameter.data = trained.weights[name].to(parameter.device)
     dora.settle(adapted)
-
-
-def _engine(config: RunConfig, job: TrainJob, adapted: "PeftModel", worker: Worker) -> Any:
-    """The DeepSpeed engine, with the base held dense where the config or the plan says so."""
-    engine = zero.initialize(adapted, config, worker.dtype)
-    # By now DeepSpeed has converted everything wider than 16 bits to 16 bits, and the recipe has counted the base.
-    if config.train.dense_base:
-        worker.kernels.hold_dense(adapted)
-    elif job.dense_base:
-        worker.kernels.hold_dense_if_room(adapted, sharers=worker.num_workers)
-    return engine
+    return Fitted(adapted, trained, recipe, original)
 
 
 def _require_trainable(dtype: torch.dtype, base: base_model.Base) -> None:
@@ -234,20 +198,20 @@ def _how(worker: Worker) -> str:
     return f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{products}"
 
 
-def _kernels(config: RunConfig, original: base_model.Base, store: Store, run_id: str) -> Kernels:
+def _kernels(spec: TrainSpec, original: base_model.Base, store: Store) -> Kernels:
     """The kernels of CPU workers: those of the checkpoint that they resume from, else the fastest for the whole group.
 
     GPU workers choose separately, as the kernels only concern what runs on their CPUs.
     """
-    shape = base_model.load_config(original.path, config.model)
-    if config.ray.use_gpu:
-        return door.choose(config, shape)
-    found = checkpoint.newest(store, run_id)
-    return Kernels(found.matmul_dtype) if found else door.agree(config, shape)
+    shape = base_model.load_config(original.path, spec.model)
+    if spec.ray.use_gpu:
+        return door.choose(spec, shape)
+    found = checkpoint.newest(store, spec.run_id)
+    return Kernels(found.matmul_dtype) if found else door.agree(spec, shape)
 
 
 def assemble(
-    config: RunConfig,
+    config: TrainingConfig,
     base: base_model.Base,
     *,
     use_gpu: bool,
@@ -322,7 +286,7 @@ def load_start(adapted: "PeftModel", start: Mapping[str, torch.Tensor]) -> None:
 class FirstCheck:
     """Checks that the sharded model has the loss of the unsharded one before its first step; see `step_zero`."""
 
-    config: RunConfig
+    config: TrainingConfig
     base: base_model.Base
     probe: dict[str, torch.Tensor]
     start: Mapping[str, torch.Tensor] | None

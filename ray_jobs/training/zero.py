@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from components.config.schema import RunConfig, TrainConfig
+from components.config.train import TrainConfig
 from components.shared.errors import JobError
 from components.shared.machine import in_environment
 from ray_jobs.adapters import dora
 from ray_jobs.base import architecture
 from ray_jobs.base.four_bits import gathered
 from ray_jobs.kernels.door import PLAIN, Kernels
+from ray_jobs.training.spec import TrainingConfig
 
 # Bucket for reducing gradients, in elements. DeepSpeed's default of 5e8 would allocate a gigabyte for any adapter.
 BUCKET_ELEMENTS = 20_000_000
@@ -72,22 +73,22 @@ def prepare_environment(*, use_gpu: bool) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def accumulation(config: RunConfig) -> int:
+def accumulation(config: TrainingConfig) -> int:
     """Gradient accumulation steps: forward passes per worker and optimizer step; with train.max_tokens the maximum."""
     return math.ceil(config.train.batch_size / _records_at_once(config))
 
 
-def _records_at_once(config: RunConfig) -> int:
+def _records_at_once(config: TrainingConfig) -> int:
     """Number of records in one forward pass, over all workers."""
     return _micro_batch_size(config) * config.ray.max_workers
 
 
-def _micro_batch_size(config: RunConfig) -> int:
+def _micro_batch_size(config: TrainingConfig) -> int:
     """Number of records per worker in one forward pass, as DeepSpeed is told."""
     return 1 if config.train.max_tokens else config.train.micro_batch_size
 
 
-def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_vector: int = 0) -> dict[str, Any]:
+def settings(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16, *, longest_vector: int = 0) -> dict[str, Any]:
     """The DeepSpeed configuration, with DeepSpeed's own keys.
 
     float16 uses dynamic loss scaling: a step whose gradients overflow is skipped, and the scale is lowered.
@@ -128,7 +129,7 @@ def settings(config: RunConfig, dtype: torch.dtype = torch.bfloat16, *, longest_
 
 
 @contextmanager
-def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
+def sharding(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
     """Context in which a model is loaded, adapted and trained in shards, if the config says so. Needs a process group.
 
     transformers and peft read a global setting for it, and DeepSpeed replaces `torch.nn.functional.linear`; both are
@@ -154,7 +155,7 @@ def sharding(config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator
         torch.nn.functional.linear = linear
 
 
-def initialize(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
+def initialize(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Wrap a model with an adapter in a DeepSpeed engine. Its weights, in `dtype`, get float32 master weights.
 
     Raises:
@@ -191,7 +192,7 @@ def _leave_overflow_to_the_norm(wrapped: Any) -> None:
 
 @contextmanager
 def for_inference(
-    model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16
+    model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[torch.nn.Module]:
     """Context in which the frozen model is sharded over the workers, as at stage 3; to be used within `sharding`.
 
@@ -268,7 +269,7 @@ def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
         )
 
 
-def _share_out(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+def _share_out(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> None:
     """Shard the weights that are still whole, one by one: DeepSpeed would first move the whole model to the GPU."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator

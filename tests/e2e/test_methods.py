@@ -80,9 +80,7 @@ def train_and_publish(config_toml: str, rows: list[dict[str, Any]]) -> dict[str,
     config = config_file.loads(config_toml)
     done = fit_in_rank(config, rows, run_id=config.method.name)
     if done.worker.rank == 0:
-        publishing.publish(
-            done.job, config, done.store, done.adapted, done.trained, done.recipe, done.worker, started_at
-        )
+        publishing.publish(done.spec, done.store, done.fitted, done.worker, started_at=started_at)
     return {
         "losses": [record["loss"] for record in done.records if record["kind"] == "train"],
         "eval_loss": done.trained.eval_loss,

@@ -32,8 +32,8 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from ray_jobs.text.batching import tokenize
     from ray_jobs.training import publishing
     from ray_jobs.training import worker as jobs
+    from ray_jobs.training.spec import TrainSpec
     from ray_jobs.training.starting import dataset_record
-    from ray_jobs.training.train_job import TrainJob
     from ray_jobs.training.zero import Worker
     from tests.frozen.config_to_come import to_come
 
@@ -48,17 +48,17 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     ]
     splits[1] = splits[1].take(range(min(config.train.eval_records, len(splits[1]))))
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    job = TrainJob(
-        config_toml=config_toml,
+    spec = TrainSpec.of(
+        config,
         run_id=run_id,
         dataset=dataset_record(store, dataset_uri),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
     )
     records: list[dict[str, Any]] = []
-    adapted, outcome, recipe = jobs.fit(config, job, worker, store, *splits, report=records.append)
+    fitted = jobs.fit(spec, worker, store, tuple(splits), report=records.append)
     if worker.rank:
         return None
-    version = publishing.publish(job, config, store, adapted, outcome, recipe, worker, started_at)
+    version = publishing.publish(spec, store, fitted, worker, started_at=started_at)
     losses = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
-    return asdict(Done(losses, outcome.resumed_from, version.version))
+    return asdict(Done(losses, fitted.trained.resumed_from, version.version))

@@ -8,7 +8,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.steps import Evaluation, Measured
-from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Training, build_lineage
 from components.registry.versions import Version, publish_version
 from components.store.store import Store
 from tests.doubles import datasets
@@ -55,7 +55,7 @@ def publish(
         data_uri = datasets.publish(store, train=RECORDS[:4], evaluation=RECORDS[4:]).uri
     row = config.method.row
     lineage = build_lineage(
-        config,
+        Asked.of(config),
         run_id="",
         base=Base(config.model.base, original.identity),
         dataset=Dataset("d0", data_uri, "0" * 64, 4, len(RECORDS) - 4),

@@ -137,16 +137,29 @@ def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dic
 
 
 @dataclass(frozen=True)
-class Fitted:
+class InRank:
     """One rank after `ray_jobs.training.worker.fit`: what it was given, and what came of it."""
 
-    job: Any
+    spec: Any
     worker: Any
     store: Any
-    adapted: Any
-    trained: Any
-    recipe: dict[str, Any]
+    fitted: Any
     records: list[dict[str, Any]]
+
+    @property
+    def adapted(self) -> Any:
+        """The model with its final weights."""
+        return self.fitted.adapted
+
+    @property
+    def trained(self) -> Any:
+        """The outcome of the training."""
+        return self.fitted.trained
+
+    @property
+    def recipe(self) -> Any:
+        """What was built."""
+        return self.fitted.recipe
 
 
 def fit_in_rank(
@@ -157,7 +170,7 @@ def fit_in_rank(
     start: Any = None,
     dense_base: bool = False,
     load: Callable[..., Any] | None = None,
-) -> Fitted:
+) -> InRank:
     """Train in this rank's group on `rows`, the last eighth held out; `start` is a version to go on from.
 
     `dense_base` is what the plan says of that, where the config leaves it to the plan; `load` reads the base.
@@ -165,20 +178,20 @@ def fit_in_rank(
     import torch
     import torch.distributed as dist
 
-    from components.config import config_file
     from components.registry import lineage
     from components.store.store import Store
+    from ray_jobs.adapters import recorded
     from ray_jobs.base import base_model
     from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
     from ray_jobs.training import checkpoint
-    from ray_jobs.training.train_job import TrainJob
+    from ray_jobs.training.spec import TrainSpec
     from ray_jobs.training.worker import fit
     from ray_jobs.training.zero import Worker
     from tests.doubles.datasets import validate
 
-    config = config.on(dist.get_world_size())
+    config, store = config.on(dist.get_world_size()), Store.open(config.registry)
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
     records = [validate(row).record for row in rows]
@@ -186,14 +199,15 @@ def fit_in_rank(
     splits = [tokenize(part, chat, config.model.max_length) for part in (records[:cut], records[cut:])]
     device = torch.device("cuda", dist.get_rank()) if config.ray.use_gpu else torch.device("cpu")
     worker = Worker(dist.get_rank(), dist.get_world_size(), device)
-    job = TrainJob(
-        config_toml=config_file.dumps(config),
+    spec = TrainSpec.of(
+        config,
         run_id=run_id,
         dataset=lineage.Dataset("d0", "s3://none", "0", *map(len, splits)),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
         dense_base=dense_base,
         start=start,
+        stands_on_sha256=recorded.read(config, store, start).stands_on_sha256 if start else "",
     )
     seen: list[dict[str, Any]] = []
     stop_after = int(os.environ.get("STOP_AFTER_STEP", "0"))
@@ -207,10 +221,8 @@ def fit_in_rank(
                 time.sleep(0.05)
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 
-    store = Store.open(config.registry)
     load = load or door.load_model
-    adapted, trained, recipe = fit(config, job, worker, store, *splits, report=report, load=load)
-    return Fitted(job, worker, store, adapted, trained, recipe, seen)
+    return InRank(spec, worker, store, fit(spec, worker, store, tuple(splits), report=report, load=load), seen)
 
 
 @functools.cache

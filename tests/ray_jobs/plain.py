@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Training, build_lineage
 from components.registry.versions import Version, publish_version, pull_version
 from components.store.store import Store
 from ray_jobs.adapters import build
@@ -30,7 +30,7 @@ def published(config: RunConfig, store: Store, directory: Path, *, seed: int) ->
     folder = directory / f"adapter-{seed}"
     build.save(adapted, folder)
     lineage = build_lineage(
-        config,
+        Asked.of(config),
         run_id=f"run-{seed}",
         base=Base(config.model.base, base.identity),
         dataset=Dataset("d0", "s3://b/datasets/d0", "0" * 64, 10, 6),

@@ -11,6 +11,7 @@ from packaging.utils import canonicalize_name
 
 from components.config.schema import AdapterConfig, DataConfig, ModelConfig, RunConfig
 from components.registry.lineage import (
+    Asked,
     Base,
     Code,
     Dataset,
@@ -38,7 +39,7 @@ def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
         adapter=AdapterConfig(name="icd"), model=ModelConfig(base="org/base"), data=DataConfig(source="data.jsonl")
     )
     lineage = build_lineage(
-        config,
+        Asked.of(config),
         run_id="r1",
         base=Base("org/base", {"commit": "abc"}),
         dataset=Dataset("d1", "s3://b/datasets/d1", "0" * 64, 90, 10),

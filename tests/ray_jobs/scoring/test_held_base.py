@@ -54,8 +54,8 @@ def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[s
     make = zero.make
     with mock.patch.object(zero, "make", made):
         fitted = fit_in_rank(config, colour_rows(80), run_id="run", dense_base=dense_base, load=held.load)
-    how = (fitted.store, fitted.adapted, fitted.trained, fitted.recipe, fitted.worker)
-    version = publishing.publish(fitted.job, config, *how, datetime.now(UTC)).version
+    how = (fitted.spec, fitted.store, fitted.fitted, fitted.worker)
+    version = publishing.publish(*how, started_at=datetime.now(UTC)).version
     del fitted, how
     held.strip()
     assert [each() for each in optimizers] == [None]  # and so the memory of what it holds is free

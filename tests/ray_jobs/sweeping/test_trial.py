@@ -33,8 +33,8 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
-    from ray_jobs.training.train_job import TrainJob
     from tests.doubles.datasets import validate
+    from tests.models.spec import spec_of
 
     first = config_file.loads(configs[0])
     base = base_model.resolve(first.model)
@@ -44,17 +44,15 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     held, found = HeldBase(), []
     for number, toml in enumerate(configs):
         config = config_file.loads(toml)
-        job = TrainJob(
-            toml, f"trial{number}", lineage.Dataset("d0", "s3://none", "0", 64, 16),
-            lineage.Base(first.model.base, base.identity), chat.pad,
-        )  # fmt: skip
+        identity = lineage.Base(first.model.base, base.identity)
+        spec = spec_of(config, run_id=f"trial{number}", base=identity, pad=chat.pad)
         trial = Trial(
             name=str(number), config_digest="", method=config.method.name, learning_rate=config.learning_rate,
             rank=config.method.r, batch_size=16, seed=0, status="running", compares=compares,
         )  # fmt: skip
         reports: list[Trial] = []
         passages = unread_passages(chat, config)
-        trial = train_trial(config, job, Course(trial), train_split, validation, passages, held, reports.append)
+        trial = train_trial(spec, Course(trial), (train_split, validation), passages, held, reports.append)
         found.append({**trial.model_dump(), "reports": [each.steps for each in reports]})
     return found
 

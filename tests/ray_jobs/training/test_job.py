@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pytest
+
+from components.config import config_file
 from components.registry import lineage
-from ray_jobs.training.train_job import Stopwatch, TrainJob
+from ray_jobs.training.spec import Stopwatch, TrainSpec
+from tests.models.spec import spec_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -16,11 +20,22 @@ def test_parts_follow_each_other_through_the_processes_of_a_training():
     with mock.patch("time.time", side_effect=[1002.5, 1003.0]):
         watch = Stopwatch(1000.0)
         watch.lap("data")
-        job = TrainJob("", "run", lineage.Dataset("d", "s3://d", "0", 1, 1), lineage.Base("b", {}), 0, watch=watch)
-        arrived: TrainJob = pickle.loads(pickle.dumps(job))  # noqa: S301 - our own
-        arrived.watch.lap("workers start")
-    assert [(each.part, each.seconds) for each in arrived.watch.parts] == [("data", 2.5), ("workers start", 0.5)]
-    assert arrived.watch.began_at == "1970-01-01T00:16:40+00:00"
+        arrived: Stopwatch = pickle.loads(pickle.dumps(watch))  # noqa: S301 - our own
+        arrived.lap("workers start")
+    assert [(each.part, each.seconds) for each in arrived.parts] == [("data", 2.5), ("workers start", 0.5)]
+    assert arrived.began_at == "1970-01-01T00:16:40+00:00"
+
+
+@pytest.mark.parametrize("num_workers", ["2", "[1, 2]"])
+def test_workers_read_what_the_driver_resolved_and_their_number_changes_no_digest(config, num_workers: str) -> None:
+    changes = [f"ray.num_workers={num_workers}", "train.micro_batch_size=1"]
+    changed = config_file.loads(config_file.dumps(config), changes)
+    spec = spec_of(changed, started=lineage.Started(user="me"), flops_before=None)
+    arrived = TrainSpec.model_validate_json(spec.model_dump_json())
+    assert arrived == spec
+    assert arrived.learning_rate == changed.learning_rate
+    assert arrived.on(2).training_digest == changed.training_digest == changed.on(2).training_digest
+    assert arrived.asked.config == changed.model_dump(mode="json")
 
 
 def test_whoever_reads_a_job_without_training_waits_for_no_model_code():

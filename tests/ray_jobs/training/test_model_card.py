@@ -4,13 +4,13 @@ import yaml
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.lineage import Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Training, build_lineage
 from ray_jobs.training.publishing import model_card
 
 
 def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) -> str:
     record = build_lineage(
-        config,
+        Asked.of(config),
         run_id="20260101-000000-colours-ab12",
         base=Base(config.model.base, {"kind": "folder", "sha256": "5" * 64}),
         dataset=Dataset("d0123", "s3://b/datasets/d0123", "0" * 64, 1200, 100),

@@ -13,26 +13,22 @@ from components.registry.versions import pull_version, read_lineage
 from ray_jobs.base import base_model
 from ray_jobs.training import publishing, worker
 from ray_jobs.training.checkpoint import TrainingProgress
-from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
 from ray_jobs.training.zero import Worker
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
+from tests.models.spec import spec_of
 
 
 def published(config, store, base):
     adapted = worker.assemble(config, base, use_gpu=False)
     one = Worker(0, 1, torch.device("cpu"))
     recipe = publishing.recipe_of(config, adapted, base, base, one)
-    job = TrainJob(
-        config_toml=config_file.dumps(config),
-        run_id="",
-        dataset=lineage.Dataset("d0", "s3://none", "0" * 64, 4, 4),
-        base=lineage.Base(config.model.base, base.identity),
-        pad=0,
-    )
+    spec = spec_of(config, run_id="", base=lineage.Base(config.model.base, base.identity))
     outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
-    return publishing.publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
+    return publishing.publish(
+        spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)
+    )
 
 
 @pytest.mark.parametrize(("name", "template_from"), [("none", "fineloop"), ("gemma", "base")])

@@ -19,9 +19,9 @@ from ray_jobs.adapters import dora
 from ray_jobs.base import base_model
 from ray_jobs.training import checkpoint, publishing, starting, worker, zero
 from ray_jobs.training.checkpoint import TrainingProgress
-from ray_jobs.training.train_job import TrainJob
 from ray_jobs.training.train_loop import TrainedAdapter
 from ray_jobs.training.zero import Worker
+from tests.models.spec import spec_of
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 
@@ -32,7 +32,8 @@ def changed(config, store, *overrides):
 
 
 def chosen(config, store, run_id: str) -> Version | None:
-    return starting.choose_start(config, store, run_id, base_model.resolve(config.model))
+    began = starting.choose_start(config, store, run_id, base_model.resolve(config.model))
+    return began and began.version
 
 
 def published(config, store, *, moved: float = 1.0, start: Version | None = None, told=None) -> Version:
@@ -44,17 +45,12 @@ def published(config, store, *, moved: float = 1.0, start: Version | None = None
         for parameter in checkpoint.trainable(adapted).values():
             parameter.add_(moved)
     one = Worker(0, 1, torch.device("cpu"))
-    job = TrainJob(
-        config_toml=config_file.dumps(config),
-        run_id="earlier",
-        dataset=lineage.Dataset("d0", "s3://none", "0" * 64, 4, 4),
-        base=lineage.Base(config.model.base, told or base.identity),
-        pad=0,
-        start=start,
-    )
+    spec = spec_of(config, run_id="earlier", base=lineage.Base(config.model.base, told or base.identity), start=start)
     outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
     recipe = publishing.recipe_of(config, adapted, base, base, one)
-    return publishing.publish(job, config, store, adapted, outcome, recipe, one, datetime.now(UTC))
+    return publishing.publish(
+        spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)
+    )
 
 
 def test_the_version_that_a_run_began_from_stays_while_the_run_is_under_way(config, store):
@@ -103,7 +99,7 @@ def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_ver
     version = published(config, store, told=unread.identity)
     promote(store, "colours", version.version)
     began = starting.choose_start(config, store, "run-1", unread)
-    wanted = starting.base_of(config, store, began, unread)
+    wanted = began.base_of(unread)
     assert wanted.identity == read_lineage(store, version)["base"]["identity"]
     assert wanted.identity == base_model.resolve(config.model).identity
     weights = store.get("bases/tiny/model.safetensors")

@@ -20,6 +20,7 @@ from ray_jobs.training import metrics_log
 from ray_jobs.training.metrics_log import MetricsLog, Trackers
 from tests.doubles.http_server import serving
 from tests.doubles.mlflow_server import Mlflow
+from tests.models.spec import spec_of
 
 STEPS = [
     {
@@ -90,7 +91,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Run]:
 
 
 def test_each_tracker_that_is_named_has_the_whole_curve(store: Store, packages: dict[str, Run]) -> None:
-    told = Trackers(config("track.wandb=team/sums", "track.trackio=sums"), "run-1")
+    told = Trackers(spec_of(config("track.wandb=team/sums", "track.trackio=sums")))
     with MetricsLog(store, "run-1", trackers=told) as log:
         for record in STEPS:
             log.add(record)
@@ -107,7 +108,7 @@ def test_each_tracker_that_is_named_has_the_whole_curve(store: Store, packages: 
 def test_no_tracker_is_sent_an_address_of_data_a_store_or_a_server(packages: dict[str, Run]) -> None:
     secret = 'announce.webhook="https://hooks.example/T0/secret"'
     addresses = (secret, "track.mlflow=", 'data.source="s3://private/patients.jsonl"', "registry.bucket=our-bucket")
-    Trackers(config(*addresses, "track.wandb=sums", "track.trackio=sums"), "run-1").close()
+    Trackers(spec_of(config(*addresses, "track.wandb=sums", "track.trackio=sums"))).close()
     for run in packages.values():
         assert {*run.about["config"]} == {"adapter", "model", "method", "train"}
         assert run.about["config"]["model"]["base"] == "acme/base"
@@ -126,7 +127,7 @@ def test_a_tracker_that_fails_is_a_warning_and_the_others_are_told(
         init = sys.modules["wandb"].init
         failing = {"log": lambda *_, **__: None, "finish": lambda: None, when: fails}
         monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: init(**about) and SimpleNamespace(**failing))
-    told = Trackers(config("track.wandb=sums", "track.trackio=sums"), "run-1")
+    told = Trackers(spec_of(config("track.wandb=sums", "track.trackio=sums")))
     for record in STEPS:
         told.add(record)
     told.close()
@@ -161,7 +162,7 @@ def test_what_a_run_of_this_machine_left_in_its_file_is_there_for_as_long_as_its
         (str(tmp_path), ["track.trackio=sums"], None),
     ):
         monkeypatch.setenv(TRACKED_RUNS, runs)
-        told = Trackers(config(*settings), "run-1")
+        told = Trackers(spec_of(config(*settings)))
         told.add(STEPS[0])
         told.close()
         assert set(had) == {expected}
@@ -173,7 +174,7 @@ def test_a_package_that_is_not_installed_is_named(
     packages: dict[str, Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # so that an import finds none
-    told = Trackers(config("track.wandb=sums"), "run-1")
+    told = Trackers(spec_of(config("track.wandb=sums")))
     told.close()
     assert "track.wandb is set, and wandb is not installed beside the workers: pip install wandb" in caplog.text
 
@@ -186,7 +187,7 @@ def test_no_step_waits_for_a_tracker_that_hangs(
     monkeypatch.setattr(metrics_log, "LAST_S", 0.05)
     init = sys.modules["wandb"].init
     monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: goes_on.wait(60) and init(**about))
-    told = Trackers(config("track.wandb=sums"), "run-1")
+    told = Trackers(spec_of(config("track.wandb=sums")))
     for step in range(1, 20):
         told.add({"kind": "train", "step": step, "loss": 1.0})
     told.close()
@@ -207,7 +208,7 @@ def test_a_real_wandb_keeps_the_curve_and_neither_console_nor_machine_nor_comman
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\nfrom ray_jobs.training import metrics_log\nfrom tests.ray_jobs.training.test_trackers import *\n"
-        "metrics_log.LAST_S = 600\ntold = Trackers(config('track.wandb=sums'), 'run-1')\n"
+        "metrics_log.LAST_S = 600\ntold = Trackers(spec_of(config('track.wandb=sums')))\n"
         "told.add(STEPS[0])\nwhile not told._waiting.empty(): pass\n"
         "print('a prompt')\nprint('a warning', file=sys.stderr)\ntold.add(STEPS[2])\ntold.close()\n"
     )
@@ -231,7 +232,7 @@ def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on_if_the_token_is_
     server = Mlflow("m")
     with serving(server.handle) as uri:
         for part in (STEPS[:2], STEPS[2:]):
-            told = Trackers(config(f"track.mlflow={uri}"), "run-1")
+            told = Trackers(spec_of(config(f"track.mlflow={uri}")))
             for record in part:
                 told.add(record)
             told.close()

@@ -1,26 +1,21 @@
 """What a training says that it used, beside figures worked out by hand."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from components.config import config_file
 from components.config.schema import RunConfig
 from components.records.steps import Usage
-from components.registry import lineage
 from components.store import client
 from components.store.store import Store
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.publishing import usage_of
-from ray_jobs.training.train_job import Stopwatch, TrainJob
 from ray_jobs.training.zero import Worker
-
-BEGAN = 1_700_000_000.0
+from tests.models.spec import spec_of
 
 
 @pytest.fixture
@@ -38,25 +33,15 @@ def group(tmp_path: Path) -> Iterator[None]:
 def test_hours_are_of_all_workers_and_operations_of_all_tokens(
     config: RunConfig, store: Store, before: float | None, flops: float, with_parents: float | None
 ) -> None:
-    job = TrainJob(
-        config_toml=config_file.dumps(config),
-        run_id="used",
-        dataset=lineage.Dataset("d0", "s3://none", "0", 1, 1),
-        base=lineage.Base("base", {}),
-        pad=0,
-        flops_per_token=2e9,
-        flops_before=before,
-        watch=Stopwatch(began=BEGAN),
-    )
+    spec = spec_of(config, run_id="used", flops_per_token=2e9, flops_before=before)
     four = Worker(0, 4, torch.device("cpu"))
     progress = TrainingProgress("", 4, step=10, tokens=1000, elapsed_s=1350.0)
-    ended = datetime.fromtimestamp(BEGAN + 1800, UTC)
     metrics = MetricsLog(store, "used")
     asked = client.so_far().requests
-    used = usage_of(job, config, four, progress, metrics, ended)
+    used = usage_of(spec, four, progress, metrics, seconds=1800)
     assert used is not None
     assert used == Usage.model_validate_json(used.model_dump_json())  # as finetune.json and lineage.json hold it
     assert (used.hours, used.in_steps_s, used.tokens) == (2.0, 5400.0, 1000)
     assert (used.flops, used.flops_with_parents) == (flops, with_parents)
     assert (used.price, used.restarts, used.s3_requests) == (None, 0, asked)
-    assert usage_of(job, config, four, progress, None, ended) is None
+    assert usage_of(spec, four, progress, None, seconds=1800) is None
