@@ -91,17 +91,19 @@ def begin(server: Server, prompt: str, *, stream: bool) -> socket.socket:
 
 
 @pytest.fixture
-def lost(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The connections that the server has seen end, which it learns later than the kernel does."""
-    ended: list[object] = []
+def lost(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The ports of clients whose connection the server has seen end, which it learns later than the kernel does."""
+    ports: set[int] = set()
     connection_lost = RequestHandler.connection_lost
 
     def noted(self: RequestHandler, exc: BaseException | None) -> None:
+        assert self.transport is not None
+        port: int = self.transport.get_extra_info("peername")[1]
         connection_lost(self, exc)
-        ended.append(self)
+        ports.add(port)
 
     monkeypatch.setattr(RequestHandler, "connection_lost", noted)
-    return ended
+    return ports
 
 
 def test_both_models_are_listed_and_answer_as_in_chat(server: Server) -> None:
@@ -226,7 +228,7 @@ def test_a_body_that_cannot_be_read_is_one_error_in_json(
 
 
 def test_a_client_that_does_not_read_stops_no_other_and_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, lost: list[object], caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, lost: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(serve, "PATIENCE_S", 0.5)
     speaker = Scripted(["x" * 1_000_000] * 30)
@@ -234,7 +236,7 @@ def test_a_client_that_does_not_read_stops_no_other_and_is_dropped(
     with scripted(speaker) as server, contextlib.closing(begin(server, "first", stream=True)) as deaf:
         asked = {"model": "model", "messages": [{"role": "user", "content": "second"}]}
         assert ask(server, "POST", "/v1/chat/completions", asked)[0] == 200
-        wait_until(lambda: len(lost) == 2)
+        wait_until(lambda: deaf.getsockname()[1] in lost)
         received = 0
         with contextlib.suppress(ConnectionError):
             while piece := deaf.recv(1 << 20):
@@ -245,7 +247,7 @@ def test_a_client_that_does_not_read_stops_no_other_and_is_dropped(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nobody_is_answered_who_has_hung_up(stream: bool, lost: list[object], caplog: pytest.LogCaptureFixture) -> None:
+def test_nobody_is_answered_who_has_hung_up(stream: bool, lost: set[int], caplog: pytest.LogCaptureFixture) -> None:
     speaker = Scripted(["a", "b"])
     with scripted(speaker) as server:
         first = begin(server, "first", stream=stream)
@@ -253,9 +255,10 @@ def test_nobody_is_answered_who_has_hung_up(stream: bool, lost: list[object], ca
         others = [begin(server, f"other {number}", stream=stream) for number in range(5)]
         for _ in range(5):  # so that it has read the others
             ask(server, "GET", "/health")
+        ports = {client.getsockname()[1] for client in (first, *others)}
         for client in (first, *others):
             client.close()
-        wait_until(lambda: len(lost) == 6 + 5)
+        wait_until(lambda: ports <= lost)
         speaker.goes_on.set()
         asked = {"model": "model", "messages": [{"role": "user", "content": "last"}]}
         assert ask(server, "POST", "/v1/chat/completions", asked)[0] == 200
