@@ -470,7 +470,10 @@ RAY_POD = {"ray.io/is-ray-node": "yes"}
 UNPLACED_S = 30.0
 """Seconds that the pod may stay unschedulable before the check fails."""
 PROBE_ATTEMPTS = 7
-"""Attempts at each request, 45 seconds in all: network policies take effect for a new pod only after it has started."""
+"""Attempts at each request, 45 seconds in all."""
+SETTLED_S = 15.0
+"""Seconds before the first attempt: network policies apply to a new pod only after it has started, and until then it
+may reach what they forbid, or miss what they allow."""
 TRY = """
 from components.config.schema import RegistryConfig
 from components.store import client
@@ -552,7 +555,7 @@ def probe_pod(
                 {
                     "name": "probe",
                     "image": image,
-                    "command": ["python", "-c", script],
+                    "command": ["python", "-c", f"import time; time.sleep({SETTLED_S})\n{script}"],
                     "env": [{"name": "HOME", "value": "/tmp"}],
                     "envFrom": [
                         {"configMapRef": {"name": CONFIG_MAP, "optional": True}},

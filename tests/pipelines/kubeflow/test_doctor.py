@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -371,6 +372,13 @@ def test_the_rights_that_are_asked_for_are_those_that_infra_grants() -> None:
     assert granted.keys() == doctor.RIGHTS.keys()
     for what, verbs in doctor.RIGHTS.items():
         assert set(verbs) <= granted[what]
+
+
+def test_a_probe_asks_nothing_before_the_policies_apply_to_its_pod() -> None:
+    """Until then a pod reaches what they forbid: shown on a node whose firewall follows a pod's start by seconds."""
+    cluster: Any = SimpleNamespace(namespace=NAMESPACE)
+    (container,) = doctor.probe_pod(cluster, "", "image", "print('asked')")["spec"]["containers"]
+    assert container["command"][-1].splitlines() == [f"import time; time.sleep({doctor.SETTLED_S})", "print('asked')"]
 
 
 def test_the_script_of_the_probe_tries_the_store_and_asks_again_for_what_its_policies_may_open(
