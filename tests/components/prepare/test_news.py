@@ -25,7 +25,7 @@ def source(name: str, days_old: float | None = 0, fingerprint: str = "1") -> Sou
 def test_sources_that_came_or_changed_are_new() -> None:
     sources = [source("same"), source("changed", fingerprint="2"), source("came")]
     assert (
-        prepare.new_sources(sources, Consumed("r", "2026", {"same": "1", "changed": "1", "gone": "1"}, 0))
+        prepare.new_sources(sources, Consumed("r", "2026", {"same": "1", "changed": "1", "gone": "1"}, 0, ""))
         == sources[1:]
     )
     assert prepare.new_sources(sources, None) == sources
