@@ -83,17 +83,6 @@ def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed
         folders.verify(store, f"{key}/{content}")
 
 
-def test_a_base_that_lies_as_release_0_1_0_left_it_is_found(changed, store):
-    config = changed()
-    base, original = stood(config, store), base_model.resolve(changed().model)
-    key = own_base.folder_key(config.method, original)
-    for item in list(store.list(f"{store.key(base.reference)}/")):
-        store.put(f"{key}/{item.key.rpartition('/')[2]}", store.get(item.key))
-    store.delete(item.key for item in list(store.list(f"{key}/")) if item.key.count("/") > 2 or "chosen" in item.key)
-    assert stood(config, store).identity == base.identity
-    assert stood(config, store).reference == store.uri(key)
-
-
 def test_a_reader_never_makes_a_base(changed, store):
     with pytest.raises(ObjectMissing, match="bases/"):
         own_base.find(changed(), base_model.resolve(changed().model), store, sha256="")

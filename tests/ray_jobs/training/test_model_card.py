@@ -22,6 +22,7 @@ def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) ->
             "trainable_parameters": 10_000,
             "parameters": 2_000_000,
             "trainable_share": 0.005,
+            "serving": {"servable_as": "lora", "notes": []},
             **recipe,
         },
         training=Training(75, 58_457, 0.5, eval_loss, 177.4, 2),
