@@ -231,7 +231,7 @@ def here(engine: Any, parameters: Mapping[str, torch.nn.Parameter]) -> list[Piec
 
 
 def _pieces(wrapped: Any, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[Piece]:
-    if hasattr(wrapped, "grad_position"):
+    if hasattr(wrapped, "fp32_partitioned_groups_flat"):  # with cpu_offload the others have a grad_position as well
         for name, parameter in parameters.items():
             partition, offset, most = wrapped.grad_position[wrapped.get_param_id(parameter)]
             start = dist.get_rank() * most
