@@ -6,6 +6,7 @@ method.dropout says what goes wrong: 0.1 a user's mistake, 0.2 a crash, 0.3 hang
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -18,12 +19,10 @@ import pyarrow.parquet as pq
 from components.config import config_file
 from components.prepare.dataset import load_split
 from components.records import runs
-from components.records.steps import Evaluation
 from components.registry import aliases, versions
 from components.shared.errors import DataError
 from components.shared.protocol import TRAINED, say, say_failure
 from components.store.store import Store, open_uri
-from tests.components.gate.evidenced import as_parquet, evidence
 
 BASE_LOSS = 2.0
 STEP_S = 0.5
@@ -129,11 +128,10 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "generation": {"max_new_tokens": config.evaluate.max_new_tokens},
         "seconds": {},
     }
-    records_behind = as_parquet(evidence(Evaluation.from_json(json.dumps(evaluation).encode(), "the stub's")))
-    records_key = runs.key_of(store, options.run_id, runs.EVALUATION_RECORDS)
-    store.put(records_key, records_behind)
-    store.put_json(runs.key_of(store, options.run_id, runs.EVALUATION), evaluation)
-    store.put(records_key, records_of(evaluation, [each.id for each in records]))
+    behind = records_of(evaluation, [each.id for each in records])
+    store.put(runs.key_of(store, options.run_id, runs.EVALUATION_RECORDS), behind)
+    named = {**evaluation, "records_sha256": hashlib.sha256(behind).hexdigest()}
+    store.put_json(runs.key_of(store, options.run_id, runs.EVALUATION), named)
     say("evaluate", json.dumps(evaluation["records"]))
 
 

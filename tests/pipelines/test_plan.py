@@ -93,7 +93,7 @@ def test_a_base_that_no_pods_disk_holds_is_exit_1(
     here: Path, monkeypatch: pytest.MonkeyPatch, kind: str, gib: int, exit_code: int
 ) -> None:
     monkeypatch.setattr("pipelines.local.job.answer", lambda *_, **__: {"fits": True, "disk_bytes": gib * 2**30})
-    monkeypatch.setattr(run, "lines", lambda *_: [])
+    monkeypatch.setattr(run, "plan_lines", lambda *_: [])
     arguments = ["plan", "-c", str(here / "plan.toml"), "--set", f"ray.cluster.kind={kind}"]
     assert run._plan(cli.parser().parse_args(arguments)).exit_code == exit_code
 

@@ -232,16 +232,6 @@ def test_overriding_a_gate_takes_a_name_and_a_reason_and_the_log_keeps_both(
     assert promote_by_hand(store, f"sums@{published[1]}", Person(otherwise="root"), alias="staging").kind == "promoted"
 
 
-def test_a_version_that_an_earlier_release_refused_as_itself_is_the_gates_choice_still(
-    store: Store, published: list[str]
-) -> None:
-    aliases.promote(store, "sums", published[0], cause=aliases.Cause("run-1"))
-    again = {"version": published[0], "champion": published[0], "alias": "production", "run_id": "run-9"}
-    event_log.append_event(store, "sums", "refused", {**again, "reasons": ["Nothing changed."]})
-    promote_by_hand(store, f"sums@{published[1]}", Person())
-    assert promote_by_hand(store, f"sums@{published[0]}", Person()).kind == "promoted"
-
-
 def test_what_was_approved_once_is_no_override_later(store: Store, published: list[str]) -> None:
     promote_by_hand(store, f"sums@{published[0]}", Person())
     proposed(store, published[1], champion=published[0])
