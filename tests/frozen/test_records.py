@@ -124,6 +124,12 @@ def test_a_report_tells_of_the_release_s_run_what_its_own_report_told(run_id, fr
     assert [fact for fact in facts if fact not in after] == []
 
 
+def test_a_config_s_digest_is_the_one_in_the_lineage(frozen):
+    for run_id in RUNS:
+        lineage = frozen.json(f"adapters/{ADAPTER}/versions/{frozen.version(run_id)}/lineage.json")
+        assert frozen.config(run_id).digest == lineage["config_sha256"]
+
+
 def test_the_same_data_gives_the_dataset_that_is_there(frozen):
     found = prepare(frozen.config("promoted"), frozen.store)
     assert found.uri == frozen.json("runs/promoted/finetune.json")["dataset_uri"]

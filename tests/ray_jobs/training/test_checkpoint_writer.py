@@ -60,7 +60,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_best_weights_are_written_
     assert all(after > int(folder[5:11]) for folder, after in found)
     kept = {item.key.split("/")[3] for item in store.list("runs/beside/checkpoints/")}
     assert kept == {"best-000008", "step-000008", "step-000010"}
-    assert checkpoint.complete(store, "beside") == [8, 10]
+    assert checkpoint.complete(store, "beside") == [10, 8]
 
 
 def test_what_another_worker_is_writing_by_now_is_not_deleted_with_what_is_old(store: Store):
