@@ -101,8 +101,7 @@ def read_evidence(store: "Store", evaluation: Evaluation) -> Evidence:
         )
     body, uri = lying[0], store.uri(lying[1])
     found = hashlib.sha256(body).hexdigest()
-    # An evaluation by release 0.1.0 does not say what it was made of.
-    if evaluation.records_sha256 and found != evaluation.records_sha256:
+    if found != evaluation.records_sha256:
         raise IntegrityError(
             f"{uri} has sha256 {found}, but the evaluation was made of {evaluation.records_sha256}: evaluate "
             f"{evaluation.run_id} again"

@@ -152,7 +152,7 @@ def _saying_mistakes_once(
     """Run the function in a worker, without Ray Train's log of a mistake's stack: the driver reports it in one line."""
     try:
         return function(arguments)
-    except Exception as exc:
+    except Exception as exc:  # raised on: only its log differs
         if is_mistake(exc):
             _quieten()
         raise

@@ -1,5 +1,6 @@
 """`fineloop compare`; the judge of its bounds is the gate's own decision on a run whose champion is the other run's."""
 
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -57,13 +58,14 @@ def keep(store: Store, run_id: str, config: str, evaluation: Evaluation, table: 
     pq.write_table(table, sink)
     store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), sink.getvalue())
     store.put(runs.run_key(run_id, runs.CONFIG), config.encode())
-    runs.write(store, run_id, evaluation)
+    behind = hashlib.sha256(sink.getvalue())
+    runs.write(store, run_id, evaluation.model_copy(update={"records_sha256": behind.hexdigest()}))
     curve = [{"kind": "train", "step": step, "loss": 3 / step} for step in range(1, 9)]
     curve.append({"kind": "eval", "step": 8, "loss": 0.5})
     store.put(runs.run_key(run_id, runs.METRICS), "".join(json.dumps(each) + "\n" for each in curve).encode())
 
 
-def two_runs(store: Store, config_path: Path, *, grouped: bool = False) -> Evaluation:
+def two_runs(store: Store, config_path: Path, *, grouped: bool = False) -> None:
     """run-one, and run-two, whose champion was run-one's candidate; run-one's records lie in another order."""
     shared, ours, theirs = about(grouped=grouped), columns("candidate", 2), columns("champion", 1)
     tokens = shared["answer_tokens"]
@@ -82,14 +84,14 @@ def two_runs(store: Store, config_path: Path, *, grouped: bool = False) -> Evalu
     evaluation = Evaluation(run_id="run-two", records=RECORDS, models=models)
     text = config_file.dumps(config_file.load(config_path, ["train.epochs=3", "adapter.note=two"]))
     keep(store, "run-two", text, evaluation, pa.table(shared | ours | theirs))
-    return evaluation
 
 
 @pytest.mark.parametrize(("metric", "grouped"), [("loss", False), ("loss", True), ("exact_match", False)])
 def test_the_bounds_are_those_that_the_gate_decided_by(
     metric: str, grouped: bool, store: Store, config_path: Path
 ) -> None:
-    evaluation = two_runs(store, config_path, grouped=grouped)
+    two_runs(store, config_path, grouped=grouped)
+    evaluation = runs.read(store, "run-two", Evaluation)
     sides = [past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two")]
     found = past_runs.compare(*sides)
     asked = GateConfig(metric=metric, better_than_base_by=0, worse_than_champion_by=0.1, min_records=2)

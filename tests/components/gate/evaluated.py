@@ -1,5 +1,6 @@
 """A run that was evaluated, as the gate's step finds it in the store."""
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -43,6 +44,7 @@ def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
 
 
 def put(store: Store, found: dict[str, Any], key: str = "", run_id: str = RUN) -> None:
-    store.put_json(key or f"runs/{run_id}/evaluation.json", found)
     records = as_parquet(evidence(Evaluation.model_validate_json(json.dumps(found))))
     store.put(f"runs/{run_id}/evaluation_records.parquet", records)
+    named = {"records_sha256": hashlib.sha256(records).hexdigest(), **found}
+    store.put_json(key or f"runs/{run_id}/evaluation.json", named)

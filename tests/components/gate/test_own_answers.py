@@ -1,5 +1,6 @@
 """A candidate that has moved too far from its base outside the domain is held for that."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -92,8 +93,9 @@ def test_nothing_is_asked_by_default_and_what_was_not_measured_is_not_taken_for_
 def test_the_replay_decides_again_by_the_answers_that_were_kept(store: Store) -> None:
     config = config_file.loads(GOOD, ["gate.kl_from_base_at_most=0.5", "evaluate.own_answers=24"])
     measured = of(moved(around(0.6, 0.05)))
-    store.put(runs.run_key("r", runs.EVALUATION_RECORDS), as_parquet(evidence(measured)))
-    runs.write(store, "r", measured)
+    records = as_parquet(evidence(measured))
+    store.put(runs.run_key("r", runs.EVALUATION_RECORDS), records)
+    runs.write(store, "r", measured.model_copy(update={"records_sha256": hashlib.sha256(records).hexdigest()}))
     assert run_gate(config, store, "r").verdict == "hold"
     assert replay(store, "r").is_same
     runs.write(store, "r", of(moved(around(0.61, 0.05))))  # other evidence than the decision was made of
