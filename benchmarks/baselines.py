@@ -14,7 +14,7 @@ FLAGS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The kind of processor that this is, as the table in docs/speed.md has it."""
+    """The kind of processor that this is, as the table in docs/evidence.md has it."""
     flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
     return next((kind for flag, kind in FLAGS.items() if flag in flags), platform.machine())
 
