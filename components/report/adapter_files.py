@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from components.records import runs
 from components.records.steps import Decision
 from components.registry import event_log, versions
-from components.registry.aliases import aliases_key, list_aliases
+from components.registry.aliases import list_aliases
 from components.registry.cache import Index, mark_of
-from components.registry.identity import adapter_key
 from components.registry.versions import Entry, Version
 from components.report.published import Published
 from components.store.store import ReadOnce, encode_json
@@ -42,8 +41,6 @@ class AdapterFiles:
     @cached_property
     def aliases(self) -> "list[Pointer]":
         """The adapter's aliases, by name; a damaged one is left out with a warning."""
-        folders = aliases_key(self.name), event_log.events_key(self.name)
-        self.store.list_first(adapter_key(self.name, ""), *folders)
         return list_aliases(self.store, self.name)
 
     @cached_property
@@ -54,7 +51,6 @@ class AdapterFiles:
     @cached_property
     def log(self) -> "list[Event]":
         """The events, oldest first."""
-        _ = self.aliases  # whose listing has the events too
         return event_log.events(self.store, self.name, index=self._index)
 
     def published(self, version: str) -> Published:

@@ -17,12 +17,32 @@ from typing import Any
 
 from components.shared.errors import Conflict, FineloopError, ObjectMissing, StoreError
 
-# Counts requests and bytes of this process's S3 clients, including failed attempts.
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
+ATTEMPTS = 3
+ATTEMPTS_WHERE_BUSY = 10  # with the pauses below, 75 to 150 seconds
+BUSY_PAUSE_S = 4.0
+CONFLICT_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 30.0
+PART_BYTES = 16 * 2**20
+TRANSFERS = 4  # parts of one file in flight; TRANSFERS * PART_BYTES bounds the memory of one transfer
+MOST_PARTS = 10_000  # that S3 takes of one object
+HINTS = {
+    **dict.fromkeys(
+        ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"),
+        "set AWS_DEFAULT_REGION to the bucket's region",
+    ),
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), "renew AWS_SESSION_TOKEN"),
+    "RequestTimeTooSkewed": "set this machine's clock",
+}
+"""What to do about a refusal with this code."""
 
 
 @dataclass
 class Traffic:
-    """The counts. Bytes are those of bodies, without headers."""
+    """Requests, failed attempts included, and bytes of bodies of this process's S3 clients."""
 
     requests: int = 0
     read_bytes: int = 0
@@ -39,12 +59,6 @@ def so_far() -> Traffic:
         return replace(_so_far)
 
 
-def count(client: Any) -> None:
-    """Count the requests of a client from now on."""
-    client.meta.events.register("before-send.s3", _sent)
-    client.meta.events.register("response-received.s3", _received)
-
-
 def _sent(request: Any, **_: Any) -> None:
     with _lock:
         _so_far.requests += 1
@@ -54,26 +68,9 @@ def _sent(request: Any, **_: Any) -> None:
 
 
 def _received(event_name: str, response_dict: Any = None, **_: Any) -> None:
-    if event_name.endswith(".HeadObject"):  # its length is that of a body that is not sent
-        return
-    with _lock:
-        _so_far.read_bytes += int(((response_dict or {}).get("headers") or {}).get("content-length") or 0)
-
-
-logger = logging.getLogger(__name__)
-
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 60
-ATTEMPTS = 3
-ATTEMPTS_WHERE_BUSY = 10  # with the pauses below, 75 to 150 seconds
-BUSY_PAUSE_S = 4.0
-LONGEST_PAUSE_S = 30.0
-PART_BYTES = 16 * 2**20
-TRANSFERS = 4  # parts of one file in flight; TRANSFERS * PART_BYTES bounds the memory of one transfer
-MOST_PARTS = 10_000  # that S3 takes of one object
-PROGRESS_FROM_BYTES = 64 * 2**20
-WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
-BAD_SESSION = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+    if not event_name.endswith(".HeadObject"):  # its length is that of a body that is not sent
+        with _lock:
+            _so_far.read_bytes += int(((response_dict or {}).get("headers") or {}).get("content-length") or 0)
 
 
 def client_from_environment() -> Any:
@@ -87,7 +84,9 @@ def client_from_environment() -> Any:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    _keep_botocore_quiet()
+    if logging.getLogger("botocore").level == logging.NOTSET:
+        # At INFO, which kfp's executor and Ray's workers show, it logs where each client found credentials.
+        logging.getLogger("botocore").setLevel(logging.WARNING)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         signature_version="s3v4",
@@ -108,16 +107,10 @@ def client_from_environment() -> Any:
         ) from exc
     except BotoCoreError as exc:
         raise StoreError(f"no S3 client can be made from the environment: {exc}") from exc
-    client.meta.events.register("needs-retry.s3", _pause_where_away)
-    count(client)
+    client.meta.events.register("needs-retry.s3", _pause_s)
+    client.meta.events.register("before-send.s3", _sent)
+    client.meta.events.register("response-received.s3", _received)
     return client
-
-
-def _keep_botocore_quiet() -> None:
-    """At INFO, which kfp's executor and Ray's workers show, it says of each client where it found credentials."""
-    botocore = logging.getLogger("botocore")
-    if botocore.level == logging.NOTSET:
-        botocore.setLevel(logging.WARNING)
 
 
 @cache
@@ -128,28 +121,27 @@ def _service_models() -> Any:
     return botocore.session.get_session().get_component("data_loader")
 
 
-def _pause_where_away(
-    attempts: int, response: Any, caught_exception: Exception | None = None, **_: Any
+def _pause_s(
+    attempts: int, operation: Any, response: Any, caught_exception: Exception | None = None, **_: Any
 ) -> float | None:
-    """Seconds until the next attempt at a store that is busy or away, when botocore's own attempts are spent.
+    """Seconds until the next attempt where botocore itself makes none; None to give up.
 
-    A store that sheds load or starts anew answers 503 for minutes. One that is not there is given up at once, but in a
-    pod: network policies open a new pod's ways after its start, and a Service leads nowhere while its store moves.
+    A store that sheds load or starts anew answers 503 for minutes. One that cannot be reached is given up at once, but
+    in a pod: NetworkPolicies and Service endpoints lag behind a pod's start. A write that is answered with 409 met a
+    concurrent operation, and nothing was decided.
     """
     from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError
 
-    is_busy = response is not None and response[0].status_code == 503
+    status = None if response is None else response[0].status_code
     is_away = isinstance(caught_exception, EndpointConnectionError | ConnectTimeoutError)
+    is_undecided = status == 409 and operation.name == "PutObject"
     in_pod = bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
-    if not (is_busy or (is_away and in_pod)) or not ATTEMPTS <= attempts < ATTEMPTS_WHERE_BUSY:
+    if attempts >= ATTEMPTS_WHERE_BUSY or not (status == 503 or is_undecided or (is_away and in_pod)):
         return None
+    if attempts < ATTEMPTS:
+        return CONFLICT_PAUSE_S * attempts if is_undecided else None
     if is_away and attempts == ATTEMPTS:
         logger.warning("the store cannot be reached, for which this pod may be too new: trying again for two minutes")
-    return busy_pause_s(attempts)
-
-
-def busy_pause_s(attempts: int) -> float:
-    """Return how many seconds to wait after this many attempts, once the first few, with short waits, are spent."""
     return min(BUSY_PAUSE_S * 2 ** (attempts - ATTEMPTS), LONGEST_PAUSE_S) * random.uniform(0.5, 1)
 
 
@@ -174,61 +166,30 @@ def create_from_file(client: Any, bucket: str, full_key: str, path: Path, *, con
         ClientError: with status 412, the object exists.
     """
     size = path.stat().st_size
-    target = {"Bucket": bucket, "Key": full_key}
+    target: Any = {"Bucket": bucket, "Key": full_key}
     checked: Any = {"ChecksumAlgorithm": "SHA256"}
-    progress = TransferProgress(f"uploading {path.name}", size)
     if size < 2 * PART_BYTES:
         with path.open("rb") as body:
             answer = client.put_object(**target, **checked, Body=body, ContentType=content_type, IfNoneMatch="*")
         return str(answer["ETag"])
     part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
-    upload = {
-        **target,
-        "UploadId": client.create_multipart_upload(**target, **checked, ContentType=content_type)["UploadId"],
-    }
+    target["UploadId"] = client.create_multipart_upload(**target, **checked, ContentType=content_type)["UploadId"]
 
     def send(number: int) -> dict[str, Any]:
         with path.open("rb") as file:
             file.seek((number - 1) * part_bytes)
-            body = file.read(part_bytes)
-        answer = client.upload_part(**upload, **checked, PartNumber=number, Body=body)
-        progress(len(body))
+            answer = client.upload_part(**target, **checked, PartNumber=number, Body=file.read(part_bytes))
         return {"PartNumber": number, **{key: answer[key] for key in ("ETag", "ChecksumSHA256") if key in answer}}
 
     try:
         with ThreadPoolExecutor(TRANSFERS) as pool:
             parts = list(pool.map(send, range(1, -(-size // part_bytes) + 1)))
-        answer = client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+        answer = client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
     except BaseException:
         with contextlib.suppress(Exception):  # a lifecycle rule of the bucket removes what stays
-            client.abort_multipart_upload(**upload)
+            client.abort_multipart_upload(**target)
         raise
     return str(answer["ETag"])
-
-
-class TransferProgress:
-    """Logs a large transfer at every tenth of it. Called by boto3 from several threads."""
-
-    def __init__(self, what: str, total_bytes: int) -> None:
-        self._what = what
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, num_bytes: int) -> None:
-        with self._lock:
-            before, self._done_bytes = self._done_bytes, self._done_bytes + num_bytes
-            done = self._done_bytes
-        if (
-            self._total_bytes >= PROGRESS_FROM_BYTES
-            and done * 10 // self._total_bytes > before * 10 // self._total_bytes
-        ):
-            logger.info("%s: %d of %d MB", self._what, done // 10**6, self._total_bytes // 10**6)
-
-
-def http_status(exc: Any) -> int:
-    """The HTTP status of a botocore ClientError."""
-    return int(exc.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
 @contextlib.contextmanager
@@ -249,31 +210,30 @@ def translated(*, uri: str, endpoint: str, bucket_field: str) -> Iterator[None]:
     from botocore.exceptions import ConnectionError as NoConnection
 
     try:
-        yield
+        with disk_errors(uri):
+            yield
     except FineloopError:
         raise
     except (Boto3Error, BotoCoreError, ClientError) as exc:
         # boto3's managed transfers hide the error that names the cause behind one of their own.
-        cause = exc.__context__ if isinstance(exc, Boto3Error) and exc.__context__ else exc
-        if isinstance(cause, ClientError):
-            raise _refusal(cause, uri=uri, endpoint=endpoint, bucket_field=bucket_field) from cause
-        if isinstance(cause, NoCredentialsError | PartialCredentialsError):
-            raise StoreError(
-                f"no credentials for {uri} at {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            ) from exc
-        if isinstance(cause, ReadTimeoutError):
-            raise StoreError(
-                f"the store at {endpoint} did not answer for {READ_TIMEOUT_S} s about {uri}: look whether it is "
-                "overloaded, and run this again"
-            ) from exc
-        if isinstance(cause, NoConnection | HTTPClientError):
-            raise StoreError(
-                f"the store at {endpoint} cannot be reached ({type(cause).__name__}) for {uri}: "
-                "start it, or set AWS_ENDPOINT_URL to one that runs"
-            ) from exc
-        raise StoreError(f"{uri} at {endpoint} failed: {cause}") from exc
-    except OSError as exc:  # after botocore's, some of which are OSErrors too
-        raise _disk_error(exc, uri) from exc
+        match exc.__context__ if isinstance(exc, Boto3Error) and exc.__context__ else exc:
+            case ClientError() as cause:
+                raise _refusal(cause, uri=uri, endpoint=endpoint, bucket_field=bucket_field) from cause
+            case NoCredentialsError() | PartialCredentialsError():
+                why = f"no credentials for {uri} at {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            case ReadTimeoutError():
+                why = (
+                    f"the store at {endpoint} did not answer for {READ_TIMEOUT_S} s about {uri}: look whether it is "
+                    "overloaded, and run this again"
+                )
+            case NoConnection() | HTTPClientError() as cause:
+                why = (
+                    f"the store at {endpoint} cannot be reached ({type(cause).__name__}) for {uri}: "
+                    "start it, or set AWS_ENDPOINT_URL to one that runs"
+                )
+            case cause:
+                why = f"{uri} at {endpoint} failed: {cause}"
+        raise StoreError(why) from exc
 
 
 @contextlib.contextmanager
@@ -285,39 +245,25 @@ def disk_errors(where: object) -> Iterator[None]:
     """
     try:
         yield
-    except FineloopError:  # a StoreError is an OSError too
-        raise
     except OSError as exc:
-        raise _disk_error(exc, where) from exc
-
-
-def _disk_error(exc: OSError, where: object) -> FineloopError:
-    return FineloopError(
-        f"{exc.filename or where}: {exc.strerror or exc}: free some space there, or choose another folder"
-    )
+        # A StoreError and some of botocore's errors are OSErrors too.
+        if isinstance(exc, FineloopError) or type(exc).__module__.startswith("boto"):
+            raise
+        why = f"{exc.filename or where}: {exc.strerror or exc}: free some space there, or choose another folder"
+        raise FineloopError(why) from exc
 
 
 def _refusal(exc: Any, *, uri: str, endpoint: str, bucket_field: str) -> StoreError:
-    status = http_status(exc)
+    status = int(exc.response["ResponseMetadata"]["HTTPStatusCode"])
     code = str(exc.response.get("Error", {}).get("Code", status))
     if code == "NoSuchBucket":
         bucket = uri.removeprefix("s3://").partition("/")[0]
         return StoreError(f"there is no bucket {bucket!r} at {endpoint}: create it or change {bucket_field}")
     if status == 404:
         return ObjectMissing(f"{uri} does not exist")
-    if status in (409, 412):
+    if status == 412 or (status == 409 and exc.operation_name != "PutObject"):
         return Conflict(f"{uri} was created or changed by another writer ({code})")
-    if code in WRONG_REGION:
-        return StoreError(
-            f"{uri} lies in another region than the client asks ({code}): set AWS_DEFAULT_REGION to the bucket's region"
-        )
-    if code in BAD_SESSION:
-        return StoreError(f"the session for {uri} at {endpoint} has ended ({code}): renew AWS_SESSION_TOKEN")
-    if code == "RequestTimeTooSkewed":
-        return StoreError(f"the store at {endpoint} refused {uri} ({code}): set this machine's clock")
-    if status in (401, 403):
-        return StoreError(
-            f"the store at {endpoint} refused the credentials for {uri} ({code}): check AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, and what they are allowed to do"
-        )
+    credentials = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they are allowed to do"
+    if hint := HINTS.get(code, credentials if status in (401, 403) else ""):
+        return StoreError(f"the store at {endpoint} refused {uri} ({code}): {hint}")
     return StoreError(f"the store at {endpoint} failed on {uri} with {code} (HTTP {status})")

@@ -83,20 +83,25 @@ def publish(
         Conflict: the folder exists with other files, or has no manifest yet and differs in its identity.
         UserError: a path in `files` is absolute, leaves the folder, or is the manifest's own.
     """
-    for path in files:
-        if not _is_inside(path):
-            raise UserError(f"cannot publish {path!r} in {store.uri(key)}: use a relative path other than {MANIFEST}")
+    if outside := [path for path in files if not _is_inside(path)]:
+        raise UserError(f"cannot publish {outside[0]!r} in {store.uri(key)}: use a relative path other than {MANIFEST}")
     digests = {path: digest_of(files[path]) for path in sorted(files)}
     existing = find_manifest(store, key)
     if existing is not None:
         return _same(store, key, existing, digests)
     logger.info("publishing %s to %s", counted(len(files), "file"), store.uri(key))
-    before = _sizes(store, key, apart)
+
+    def create(path: str) -> str | None:
+        content_type = CONTENT_TYPES.get(PurePosixPath(path).suffix, BINARY)
+        try:
+            store.create(f"{key}/{path}", files[path], content_type=content_type)
+        except Conflict:  # there is one by another writer, which stays as it is
+            return None
+        return path
+
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        created = dict(
-            pool.map(lambda path: (path, _create(store, f"{key}/{path}", files[path])), digests.keys() - before)
-        )
-    stored = {path: digests[path] for path, is_own in created.items() if is_own}
+        created = pool.map(create, digests.keys() - _sizes(store, key, apart))
+        stored = {path: digests[path] for path in created if path}
     # What was to be written is there, whether or not the store's listings show it yet.
     for path in (_sizes(store, key, apart).keys() | digests.keys()) - stored.keys() - {MANIFEST}:
         stored[path] = _digest(store.chunks(f"{key}/{path}"))
@@ -145,10 +150,13 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
         if target.is_dir() and _holds(target, manifest):
             return manifest
         raise UserError(f"{target} exists and is not {store.uri(key)}: remove it or choose another folder")
-    faults, _ = _by_listing(store, key, manifest)
-    _raise_faults(store, key, faults)
+
+    def download(path: str) -> FileDigest:
+        store.download(f"{key}/{path}", folder / path)
+        return digest_of(folder / path)
+
     with disk_errors(target), beside(target) as folder:
-        _raise_faults(store, key, _map(lambda path: _download(store, key, manifest, path, folder), manifest.files))
+        _check(store, key, manifest, download)
         (folder / MANIFEST).write_bytes(manifest.body)
         try:
             folder.rename(target)
@@ -168,9 +176,7 @@ def verify(store: Store, key: str, *, manifest_sha256: str | None = None, apart:
         IntegrityError: a file is missing, differs or is not listed, or the manifest's sha256 is not `manifest_sha256`.
     """
     manifest = _expected(store, key, manifest_sha256)
-    faults, intact = _by_listing(store, key, manifest, apart)
-    faults += _map(lambda path: _content_fault(store, key, manifest, path), intact)
-    _raise_faults(store, key, faults)
+    _check(store, key, manifest, lambda path: _digest(store.chunks(f"{key}/{path}")), apart)
     return manifest
 
 
@@ -192,13 +198,7 @@ def _digest(chunks: Iterable[bytes]) -> FileDigest:
 
 def _is_inside(path: str) -> bool:
     parts = PurePosixPath(path).parts
-    return (
-        bool(parts)
-        and path == "/".join(parts)
-        and path != MANIFEST
-        and not {"..", "/"} & set(parts)
-        and "\\" not in path
-    )
+    return path == "/".join(parts) and path not in ("", MANIFEST) and not {"..", "/"} & set(parts) and "\\" not in path
 
 
 def parse_manifest(body: bytes, uri: str) -> Manifest:
@@ -238,15 +238,6 @@ def _differing(stored: Mapping[str, FileDigest], digests: Mapping[str, FileDiges
     return ", ".join(paths[:FAULTS_SHOWN])
 
 
-def _create(store: Store, key: str, body: bytes | Path) -> bool:
-    """Create the object; False if there is one by another writer, which stays as it is."""
-    try:
-        store.create(key, body, content_type=CONTENT_TYPES.get(PurePosixPath(key).suffix, BINARY))
-    except Conflict:
-        return False
-    return True
-
-
 def _expected(store: Store, key: str, manifest_sha256: str | None) -> Manifest:
     manifest = read_manifest(store, key)
     if manifest_sha256 is not None and manifest.sha256 != manifest_sha256:
@@ -256,47 +247,41 @@ def _expected(store: Store, key: str, manifest_sha256: str | None) -> Manifest:
     return manifest
 
 
-def _download(store: Store, key: str, manifest: Manifest, path: str, folder: Path) -> str | None:
-    try:
-        store.download(f"{key}/{path}", folder / path)
-    except ObjectMissing:
-        return f"{path} is missing"
-    return _difference(path, digest_of(folder / path), manifest.files[path])
-
-
-def _content_fault(store: Store, key: str, manifest: Manifest, path: str) -> str | None:
-    try:
-        return _difference(path, _digest(store.chunks(f"{key}/{path}")), manifest.files[path])
-    except ObjectMissing:
-        return f"{path} is missing"
-
-
-def _difference(path: str, found: FileDigest, listed: FileDigest) -> str | None:
-    if found["size"] != listed["size"]:
-        return f"{path} has {found['size']} bytes, the manifest says {listed['size']}"
-    if found["sha256"] != listed["sha256"]:
-        return f"{path} has sha256 {found['sha256']}, the manifest says {listed['sha256']}"
-    return None
-
-
 def _sizes(store: Store, key: str, apart: Collection[str] = ()) -> dict[str, int]:
     found = {info.key.removeprefix(f"{key}/"): info.size for info in store.list(f"{key}/")}
     return {path: size for path, size in found.items() if path.partition("/")[0] not in apart}
 
 
-def _by_listing(store: Store, key: str, manifest: Manifest, apart: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """Return the faults that a listing shows, and the files whose content is still to be checked."""
+def _check(
+    store: Store, key: str, manifest: Manifest, read: Callable[[str], FileDigest], apart: Collection[str] = ()
+) -> None:
+    """Compare the folder with its manifest: the listing first, and if that agrees, what `read` makes of each file.
+
+    Raises:
+        IntegrityError: they differ.
+    """
     sizes = _sizes(store, key, apart)
     faults = [f"{path} is not in the manifest" for path in sizes if path not in manifest.files and path != MANIFEST]
-    intact = []
-    for path, entry in manifest.files.items():
+    for path, listed in manifest.files.items():
         if path not in sizes:
             faults.append(f"{path} is missing")
-        elif sizes[path] != entry["size"]:
-            faults.append(f"{path} has {sizes[path]} bytes, the manifest says {entry['size']}")
-        else:
-            intact.append(path)
-    return faults, intact
+        elif sizes[path] != listed["size"]:
+            faults.append(f"{path} has {sizes[path]} bytes, the manifest says {listed['size']}")
+
+    def content_fault(path: str) -> str | None:
+        try:
+            stored, listed = read(path), manifest.files[path]
+        except ObjectMissing:
+            return f"{path} is missing"
+        same = stored == listed
+        return None if same else f"{path} has sha256 {stored['sha256']}, the manifest says {listed['sha256']}"
+
+    if not faults:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            faults = [fault for fault in pool.map(content_fault, manifest.files) if fault]
+    if faults:
+        more = f" and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
+        raise IntegrityError(f"{store.uri(key)} is damaged: {'; '.join(faults[:FAULTS_SHOWN])}{more}")
 
 
 @contextlib.contextmanager
@@ -314,14 +299,3 @@ def _holds(target: Path, manifest: Manifest) -> bool:
     wanted = {**{path: entry["sha256"] for path, entry in manifest.files.items()}, MANIFEST: manifest.sha256}
     present = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     return present == set(wanted) and all(digest_of(target / path)["sha256"] == wanted[path] for path in wanted)
-
-
-def _map(check: Callable[[str], str | None], paths: Iterable[str]) -> list[str]:
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        return [fault for fault in pool.map(check, list(paths)) if fault]
-
-
-def _raise_faults(store: Store, key: str, faults: list[str]) -> None:
-    if faults:
-        more = f" and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
-        raise IntegrityError(f"{store.uri(key)} is damaged: {'; '.join(faults[:FAULTS_SHOWN])}{more}")

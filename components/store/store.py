@@ -7,27 +7,16 @@ field to change.
 import contextlib
 import io
 import json
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, StoreError, UserError
-from components.store.client import (
-    ATTEMPTS,
-    ATTEMPTS_WHERE_BUSY,
-    TransferProgress,
-    busy_pause_s,
-    client_from_environment,
-    create_from_file,
-    http_status,
-    transfer_config,
-    translated,
-)
+from components.store.client import ATTEMPTS, client_from_environment, create_from_file, transfer_config, translated
 
 if TYPE_CHECKING:
     from components.config.schema import RegistryConfig
@@ -36,7 +25,6 @@ BINARY = "application/octet-stream"
 JSON = "application/json"
 DELETE_BATCH = 1000  # most keys that DeleteObjects takes
 CHUNK_BYTES = 2**20
-CONFLICT_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -81,9 +69,8 @@ class Store:
         Raises:
             StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
         """
-        trusted, evaluating = registry.trusted_keys, registry.evaluation_keys
-        where = client_from_environment(), registry.bucket, registry.prefix
-        return cls(*where, trusted_keys=trusted, evaluation_keys=evaluating)
+        keys = {"trusted_keys": registry.trusted_keys, "evaluation_keys": registry.evaluation_keys}
+        return cls(client_from_environment(), registry.bucket, registry.prefix, **keys)
 
     def uri(self, key: str) -> str:
         """The object's full address; the empty key gives the registry's own folder."""
@@ -160,14 +147,8 @@ class Store:
             if isinstance(body, bytes):
                 self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=body, ContentType=content_type)
             else:
-                self._client.upload_file(
-                    str(body),
-                    self.bucket,
-                    self._full(key),
-                    ExtraArgs={"ContentType": content_type},
-                    Callback=TransferProgress(f"uploading {body.name}", body.stat().st_size),
-                    Config=transfer_config(),
-                )
+                how = {"ExtraArgs": {"ContentType": content_type}, "Config": transfer_config()}
+                self._client.upload_file(str(body), self.bucket, self._full(key), **how)
 
     def create(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> str:
         """Write only when there is no such object yet (If-None-Match: *); returns its etag.
@@ -275,72 +256,53 @@ class Store:
         """
         next(self.list(".check/"), None)  # unlike HeadBucket, a listing says which of the three went wrong
         key = f".check/{uuid.uuid4().hex}"
+        etag = ""
+
+        def write(header: str, body: bytes, condition: str, *, holds: bool) -> None:
+            nonlocal etag
+            try:
+                etag, is_written = self._put_if(key, body, BINARY, **{header.replace("-", ""): condition}), True
+            except Conflict:
+                stored, etag = self.read(key) or (b"", "")
+                is_written = stored == body  # only this check writes this key: our own came twice
+            if is_written != holds:
+                how = "refuses a write whose condition holds" if holds else "overwrites although the condition fails"
+                raise StoreError(
+                    f"the store at {self.endpoint} does not honour {header} ({how}), so two runs could take one alias: "
+                    "set AWS_ENDPOINT_URL to a store with conditional writes, such as Amazon S3 or SeaweedFS 4.30 or "
+                    "newer"
+                )
+
         try:
-            etag = self._must_allow("If-None-Match", key, b"1", IfNoneMatch="*")
-            self._must_refuse("If-None-Match", key, IfNoneMatch="*")
-            self._must_refuse("If-Match", key, IfMatch='"' + "0" * 32 + '"')
-            self._must_allow("If-Match", key, b"3", IfMatch=etag)
+            write("If-None-Match", b"1", "*", holds=True)
+            write("If-None-Match", b"2", "*", holds=False)
+            write("If-Match", b"2", '"' + "0" * 32 + '"', holds=False)
+            write("If-Match", b"3", etag, holds=True)
         finally:
             with contextlib.suppress(StoreError):
                 self.delete([key])
 
-    def _must_allow(self, header: str, key: str, body: bytes, **condition: str) -> str:
-        try:
-            return self._put_if(key, body, BINARY, **condition)
-        except Conflict as exc:
-            found = self.read(key)
-            if found is not None and found[0] == body:  # only this check writes this key: our own came twice
-                return found[1]
-            raise self._unconditional(header, "refuses a write whose condition holds") from exc
-
-    def _must_refuse(self, header: str, key: str, **condition: str) -> None:
-        with contextlib.suppress(Conflict):
-            self._put_if(key, b"2", BINARY, **condition)
-            raise self._unconditional(header, "overwrites although the condition fails")
-
-    def _unconditional(self, header: str, how: str) -> StoreError:
-        return StoreError(
-            f"the store at {self.endpoint} does not honour {header} ({how}), so two runs could take one alias: "
-            "set AWS_ENDPOINT_URL to a store with conditional writes, such as Amazon S3 or SeaweedFS 4.30 or newer"
-        )
-
     def _put_if(self, key: str, body: bytes, content_type: str, **condition: str) -> str:
-        from botocore.exceptions import ClientError
-
-        for attempt in range(1, ATTEMPTS_WHERE_BUSY + 1):
-            try:
-                with self._errors(key):
-                    answer = self._client.put_object(
-                        Bucket=self.bucket,
-                        Key=self._full(key),
-                        Body=body,
-                        ContentType=content_type,
-                        ChecksumAlgorithm="SHA256",
-                        **condition,
-                    )
-                return str(answer["ETag"])
-            except ObjectMissing as exc:  # If-Match on a deleted object
-                raise Conflict(f"{self.uri(key)} was deleted by another writer") from exc
-            except Conflict as exc:
-                cause = exc.__cause__
-                assert isinstance(cause, ClientError)
-                # 409: S3 met a concurrent operation and decided nothing; the same request may be sent again.
-                is_undecided = http_status(cause) == 409
-                if is_undecided and attempt < ATTEMPTS_WHERE_BUSY:
-                    time.sleep(CONFLICT_PAUSE_S * attempt if attempt < ATTEMPTS else busy_pause_s(attempt))
-                    continue
-                # A retry inside botocore may meet our own write, whose answer was lost on the way.
-                if attempt > 1 or cause.response["ResponseMetadata"].get("RetryAttempts"):
-                    found = self.read(key)
-                    if found is not None and found[0] == body:
-                        return found[1]
-                if is_undecided:
-                    raise StoreError(
-                        f"the store at {self.endpoint} answered {attempt} writes of {self.uri(key)} with HTTP 409, "
-                        "another operation being under way, and wrote none of them: run this again"
-                    ) from exc
+        try:
+            with self._errors(key):
+                answer = self._client.put_object(
+                    Bucket=self.bucket,
+                    Key=self._full(key),
+                    Body=body,
+                    ContentType=content_type,
+                    ChecksumAlgorithm="SHA256",
+                    **condition,
+                )
+            return str(answer["ETag"])
+        except ObjectMissing as exc:  # If-Match on a deleted object
+            raise Conflict(f"{self.uri(key)} was deleted by another writer") from exc
+        except Conflict as exc:
+            # A retry inside botocore may meet our own write, whose answer was lost on the way.
+            refusal: Any = exc.__cause__
+            stored = self.read(key) if refusal.response["ResponseMetadata"].get("RetryAttempts") else None
+            if stored is None or stored[0] != body:
                 raise
-        raise AssertionError("unreachable")
+            return stored[1]
 
     def _pages(self, full_prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         with self._errors(""):
@@ -403,9 +365,6 @@ def decode_json(body: bytes, uri: str) -> Any:
         raise IntegrityError(f"{uri} is not JSON: {exc}") from exc
 
 
-# A store whose objects are read once, however many callers ask for them.
-
-
 class ReadOnce(Store):
     """A store that reads its small objects and listings once, for the time that one report takes.
 
@@ -414,7 +373,6 @@ class ReadOnce(Store):
     """
 
     def __init__(self, store: Store) -> None:
-        """Wrap a store, with an empty cache."""
         super().__init__(store._client, store.bucket, store.prefix, field=store._field)
         self.trusted_keys, self.evaluation_keys = store.trusted_keys, store.evaluation_keys
         self._objects: dict[str, tuple[bytes, str] | None] = {}
@@ -422,73 +380,52 @@ class ReadOnce(Store):
         self._folders: dict[str, list[str]] = {}
 
     def read(self, key: str) -> tuple[bytes, str] | None:
-        """As `Store.read`."""
         if key not in self._objects:
             listed = self._listed_at(key)
             self._objects[key] = super().read(key) if listed is None or key in listed else None
         return self._objects[key]
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """As `Store.folders`, all at once."""
         if prefix not in self._folders:
             self._folders[prefix] = [*super().folders(prefix)]
         return iter(self._folders[prefix])
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """As `Store.list`, all at once: for folders of a few thousand objects."""
+        """All at once: for folders of a few thousand objects."""
         listed = self._listed_at(prefix)
         if listed is None:
             listed = self._listed[prefix] = {info.key: info for info in super().list(prefix)}
         return (info for key, info in listed.items() if key.startswith(prefix))
 
-    def list_first(self, prefix: str, *folders: str) -> None:
-        """Fill the listings of `folders` by one listing of `prefix`, in which little should come before them."""
-        last = max(folders)
-        until = takewhile(lambda info: info.key < last or info.key.startswith(last), super().list(prefix))
-        found = {info.key: info for info in until}
-        for folder in folders:
-            self._listed[folder] = {key: info for key, info in found.items() if key.startswith(folder)}
-
     def _listed_at(self, key: str) -> dict[str, ObjectInfo] | None:
-        """Return the cached listing that covers this key or key prefix; None if there is none."""
-        return next((found for prefix, found in [*self._listed.items()] if key.startswith(prefix)), None)
-
-
-# An object as a file of which only the requested parts are read: a column of a Parquet file, not the whole.
+        """The cached listing that covers this key or key prefix; None if there is none."""
+        return next((infos for prefix, infos in [*self._listed.items()] if key.startswith(prefix)), None)
 
 
 class ObjectFile(io.RawIOBase):
-    """A seekable file over one object; each read is one request."""
+    """A seekable file over one object, such as Parquet, of which only the parts that are read are requested."""
 
-    def __init__(self, store: "Store", key: str, size: int) -> None:
-        """Open the object; `size` is its size in a listing."""
+    def __init__(self, store: Store, key: str, size: int) -> None:
+        """`size` is the object's size in a listing."""
         self._store, self._key, self._size, self._place = store, key, size, 0
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Return the position at which the next read begins."""
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a position, and return it."""
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         return self._place
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read `size` bytes, fewer at the end; -1 and None read to the end.
-
-        Raises:
-            ObjectMissing: the object is gone.
-        """
+        """Raises ObjectMissing if the object is gone."""
         left = max(0, self._size - self._place)
-        wanted = left if size is None or size < 0 else min(size, left)
-        body = self._store.part(self._key, self._place, wanted) if wanted else b""
+        size = left if size is None or size < 0 else min(size, left)
+        body = self._store.part(self._key, self._place, size) if size else b""
         self._place += len(body)
         return body

@@ -9,7 +9,6 @@ from components.registry.aliases import Cause, promote, read_alias
 from components.registry.event_log import events
 from components.shared.errors import Conflict, StoreError
 from components.store import client
-from components.store import store as store_module
 from components.store.store import Store
 from tests.doubles.faulty_proxy import Fault, FaultyProxy, faulty_proxy
 
@@ -21,7 +20,7 @@ ALIAS, EVENT, MANIFEST = "aliases/production", "events/", "manifest.json"
 def proxy(s3_server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     monkeypatch.setattr(client, "READ_TIMEOUT_S", 0.5)
     monkeypatch.setattr(client, "BUSY_PAUSE_S", 0.01)
-    monkeypatch.setattr(store_module, "CONFLICT_PAUSE_S", 0.01)
+    monkeypatch.setattr(client, "CONFLICT_PAUSE_S", 0.01)
     with faulty_proxy(s3_server.url) as made:
         yield made
 
@@ -73,7 +72,7 @@ def test_a_store_that_never_decides_is_no_conflict(
     before, candidate = publish(store, "first"), publish(store, "second")
     promote(store, "icd", before)
     proxy.about, proxy.faults = ALIAS, ["undecided"] * client.ATTEMPTS_WHERE_BUSY
-    with pytest.raises(StoreError, match="with HTTP 409, another operation being under way, and wrote none") as failed:
+    with pytest.raises(StoreError, match="ConditionalRequestConflict") as failed:
         promote(behind_proxy, "icd", candidate, expected=before, cause=CAUSE)
     assert not isinstance(failed.value, Conflict)
     assert proxy.faults == []

@@ -36,17 +36,3 @@ def test_what_is_written_meanwhile_is_not_seen(store: Store) -> None:
     store.put("a/1", b"2")
     store.put("a/2", b"2")
     assert (once.get("a/1"), once.read("a/2")) == (b"1", None)
-
-
-def test_folders_that_come_first_are_listed_by_one_request(store: Store, sent: list[str]) -> None:
-    keys = ["x/a/1", "x/ab/1", "x/b/1", "x/b/2", "x/c/1"]
-    for key in keys:
-        store.put(key, b"1")
-    once = ReadOnce(store)
-    sent.clear()
-    once.list_first("x/", "x/a/", "x/b/")
-    assert [info.key for info in once.list("x/a/")] == ["x/a/1"]
-    assert [info.key for info in once.list("x/b/")] == ["x/b/1", "x/b/2"]
-    assert once.read("x/b/3") is None
-    assert len(sent) == 1
-    assert [info.key for info in once.list("x/")] == keys
