@@ -2,8 +2,6 @@ import hashlib
 import logging
 import subprocess
 import sys
-import threading
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,30 +16,10 @@ from pipelines.local.seaweedfs import Endpoint
 
 
 def test_importing_the_registry_does_not_import_boto3() -> None:
-    modules = (
-        "store.store",
-        "store.client",
-        "store.folders",
-        "registry.versions",
-        "registry.aliases",
-        "registry.lineage",
-    )
-    imports = "; ".join(f"import components.{module}" for module in modules)
-    code = (
-        f"import sys; {imports}; sys.exit(' '.join({{'boto3', 'botocore', 'torch', 'kfp', 'ray'}} & set(sys.modules)))"
-    )
+    imports = "import sys, components.store.folders, components.registry.versions"
+    code = f"{imports}; sys.exit(' '.join({{'boto3', 'botocore', 'torch', 'kfp', 'ray'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
-
-
-def test_what_was_put_is_read_back(store: Store) -> None:
-    store.put("runs/r1/config.toml", b"a = 1\n")
-    assert store.get("runs/r1/config.toml") == b"a = 1\n"
-    assert store.exists("runs/r1/config.toml")
-    assert not store.exists("runs/r1/other.toml")
-    found = store.read("runs/r1/config.toml")
-    assert found is not None
-    assert found[0] == b"a = 1\n"
 
 
 def test_an_absent_object_is_missing(store: Store, tmp_path: Path) -> None:
@@ -86,24 +64,6 @@ def test_create_writes_once(store: Store) -> None:
     with pytest.raises(Conflict, match="one was created or changed by another writer"):
         store.create("one", b"second")
     assert store.read("one") == (b"first", etag)
-
-
-def test_a_race_to_create_has_one_winner(store: Store) -> None:
-    for round_number in range(2):
-        barrier = threading.Barrier(8)
-
-        def attempt(writer: int, key: str = f"race/{round_number}", barrier: threading.Barrier = barrier) -> bool:
-            barrier.wait()
-            try:
-                store.create(key, f"writer {writer}".encode())
-            except Conflict:
-                return False
-            return True
-
-        with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(attempt, range(8)))
-        assert won.count(True) == 1
-        assert store.get(f"race/{round_number}") == f"writer {won.index(True)}".encode()
 
 
 def test_swap_refuses_a_stale_etag_and_a_deleted_object(store: Store) -> None:
@@ -168,30 +128,14 @@ def test_uris_and_keys_are_inverses(s3_server: Endpoint, prefix: str) -> None:
     assert store.key(uri) == "adapters/x/versions/v1"
 
 
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "s3://elsewhere/team/a",
-        "s3://fineloop-tests/team-b/a",
-        "s3://fineloop-tests/team",
-        "https://x/y",
-        "s3://",
-        "/team/a",
-    ],
-)
+OUTSIDE = "s3://elsewhere/team/a s3://fineloop-tests/team-b/a s3://fineloop-tests/team https://x/y s3:// /team/a"
+
+
+@pytest.mark.parametrize("uri", OUTSIDE.split())
 def test_an_address_outside_the_registry_has_no_key(s3_server: Endpoint, uri: str) -> None:
     store = Store.open(RegistryConfig(bucket=s3_server.bucket, prefix="team"))
     with pytest.raises(UserError):
         store.key(uri)
-
-
-def test_registries_with_and_without_prefix_see_the_same_objects(s3_server: Endpoint, store: Store) -> None:
-    whole = Store.open(RegistryConfig(bucket=s3_server.bucket))
-    key = f"{store.prefix}/{uuid.uuid4().hex}"
-    whole.put(key, b"x")
-    assert [whole.uri(info.key) for info in whole.list(f"{store.prefix}/")] == [
-        store.uri(info.key) for info in store.list("")
-    ]
 
 
 def test_input_data_is_read_by_its_address(store: Store) -> None:
@@ -204,14 +148,11 @@ def test_input_data_is_read_by_its_address(store: Store) -> None:
 
 def test_delete_passes_over_what_is_not_there(store: Store) -> None:
     store.put("a", b"")
+    assert store.exists("a")
     store.delete(["a", "b"])
     store.delete([])
     assert list(store.list("")) == []
-
-
-def test_a_good_store_passes_the_check_and_keeps_nothing_of_it(store: Store) -> None:
-    store.check()
-    assert list(store.list("")) == []
+    assert not store.exists("a")
 
 
 def test_folder_markers_are_not_listed(store: Store) -> None:
