@@ -69,8 +69,9 @@ class Store:
         Raises:
             StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
         """
-        keys = {"trusted_keys": registry.trusted_keys, "evaluation_keys": registry.evaluation_keys}
-        return cls(client_from_environment(), registry.bucket, registry.prefix, **keys)
+        trusted, evaluating = registry.trusted_keys, registry.evaluation_keys
+        where = client_from_environment(), registry.bucket, registry.prefix
+        return cls(*where, trusted_keys=trusted, evaluation_keys=evaluating)
 
     def uri(self, key: str) -> str:
         """The object's full address; the empty key gives the registry's own folder."""
