@@ -62,10 +62,10 @@ def _add_server(commands: Any, name: str, title: str, *, up: str, down: str, env
 
 
 def _up(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import ray_up, store_up
+    from pipelines.local.local_services import up
 
     bucket, name = load_config(options).registry.bucket, options.server
-    environment = store_up(options.home, bucket) if name == "store" else ray_up(options.home, bucket)
+    environment = up(name, options.home, bucket)
     if name == "store":
         body = {"endpoint": environment["AWS_ENDPOINT_URL"], "bucket": bucket}
     else:
@@ -76,17 +76,17 @@ def _up(options: argparse.Namespace) -> Answer:
 
 
 def _down(options: argparse.Namespace) -> Answer:
-    from pipelines.local.local_services import ray_down, store_down
+    from pipelines.local.local_services import down
 
-    was_up = store_down(options.home) if options.server == "store" else ray_down(options.home)
+    was_up = down(options.server, options.home)
     return Answer({"stopped": was_up}, f"{options.title} {'has stopped' if was_up else 'was not up'}")
 
 
 def _env(options: argparse.Namespace) -> Answer:
     """Print only lines for a shell's eval."""
-    from pipelines.local.local_services import ray_environment, store_environment
+    from pipelines.local.local_services import client_environment
 
-    environment = store_environment(options.home) if options.server == "store" else ray_environment(options.home)
+    environment = client_environment(options.server, options.home)
     lines = (f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items()))
     return Answer(environment, "\n".join(lines))
 

@@ -90,7 +90,7 @@ def _store(home: Path, config: RunConfig | None) -> Found:
     from components.store.store import Store
 
     try:
-        with in_environment({} if configured else local_services.store_environment(home)):
+        with in_environment({} if configured else local_services.client_environment("store", home)):
             Store.open(config.registry).check()
     except StoreError as exc:
         return False, f"{url}: {exc}", IN_MESSAGE

@@ -112,7 +112,6 @@ def run_heard(
     with os.fdopen(read_end, "rb", buffering=0) as output:
         process = guard.start(
             list(command),
-            orphan_signal=signal.SIGTERM,
             environment=dict(environment),
             directory=directory,
             stdout=write_end,
@@ -210,7 +209,6 @@ def talk(job: Job, *, stdout: int | None = None) -> int:
     """
     process = guard.start(
         job.command(),
-        orphan_signal=signal.SIGTERM,
         environment=job.whole_environment(),
         directory=Path.cwd(),
         stdin=sys.stdin.fileno(),

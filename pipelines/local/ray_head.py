@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +51,6 @@ class RayHead:
     directory: Path
     title: ClassVar[str] = "the local Ray head"
     num_ports: ClassVar[int] = len(PORT_FLAGS) + 1
-    orphan_signal: ClassVar[signal.Signals] = signal.SIGTERM
     start_timeout_s: ClassVar[float] = 180.0
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
@@ -89,19 +87,30 @@ class RayHead:
             f"--temp-dir={temp_dir / RAY_DIR}",
             "--log-color=false",
         ]
-        environment = head_environment(
-            os.environ, token_path=self._token_path, dashboard_metrics_port=dashboard_metrics_port
-        )
+        private = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
         return command, {
-            **environment,
-            # Ray Train asks it for the state of actors, and cannot find it by itself beside another Ray.
-            "RAY_API_SERVER_ADDRESS": self.endpoint(ports)["url"],
+            **{name: value for name, value in os.environ.items() if name not in private},
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            **job_environment(os.environ),
             TRACKED_RUNS: str(self.directory.parent / "runs"),
             "TMPDIR": scratch,  # for jobs, which may be killed before they empty it
+            "DASHBOARD_METRIC_PORT": str(dashboard_metrics_port),
+            # Ray Train asks it for the state of actors, and cannot find it by itself beside another Ray.
+            "RAY_API_SERVER_ADDRESS": self.endpoint(ports)["url"],
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._token_path),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keep 127.0.0.1
+            "RAY_START_HOOK": f"{__name__}.{lean.__name__}",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no other node could take over
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_COLOR_PREFIX": "0",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # jobs run in this Python, however the command was started
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this node is never preempted
+            "RAY_worker_niceness": "0",  # a worker's default of 15 would starve the training beside any other process
         }
 
     def endpoint(self, ports: Sequence[int]) -> dict[str, Any]:
-        """Return the head's address, the path of its token, and the store that its jobs inherit."""
         return {
             "url": f"http://{LOOPBACK}:{ports[0]}",
             "token_path": str(self._token_path),
@@ -116,16 +125,14 @@ class RayHead:
         return _is_ok(agent) and answers(self.endpoint(ports)["url"], self._token_path.read_text(encoding="ascii"))
 
     def clear(self, ports: Iterable[int]) -> None:
-        """Remove the temporary directories of the head and its jobs, and keep the head's logs; `ports` are not used."""
+        """Remove the temporary directories of the head and its jobs, and keep the head's logs."""
         note = self.directory / "temp_dir"
         with contextlib.suppress(FileNotFoundError):
             temp_dir, *others = map(Path, note.read_text(encoding="utf-8").splitlines())
-            session_logs = (temp_dir / RAY_DIR / "session_latest" / "logs").resolve()
-            if session_logs.is_dir():
-                logs = self.directory / "logs"
-                if logs.is_symlink():
-                    logs.unlink()
-                shutil.rmtree(logs, ignore_errors=True)
+            logs = self.directory / "logs"
+            if logs.is_symlink() and logs.is_dir():
+                session_logs = logs.resolve()
+                logs.unlink()
                 shutil.copytree(
                     session_logs, logs, ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns("*.sock")
                 )
@@ -153,51 +160,20 @@ def lean(parameters: Any, head: bool) -> None:
     parameters.no_monitor = True
 
 
-def head_environment(
-    environment: Mapping[str, str], *, token_path: Path, dashboard_metrics_port: int
-) -> dict[str, str]:
-    """Return the head's environment, which its jobs inherit as a pod inherits a mounted secret."""
-    inherited = {
-        name: value
-        for name, value in environment.items()
-        if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_TMPDIR")
-    }
-    return {
-        **inherited,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]),
-        **job_environment(environment),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_path),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keep 127.0.0.1
-        "DASHBOARD_METRIC_PORT": str(dashboard_metrics_port),
-        "RAY_START_HOOK": f"{__name__}.{lean.__name__}",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no other node could take over
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_COLOR_PREFIX": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # jobs run in this Python, however the command was started
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this node is never preempted
-        "RAY_worker_niceness": "0",  # a worker's default of 15 would starve the training beside any other process
-    }
-
-
 def answers(url: str, token: str | None) -> bool:
     """Whether the Jobs API at `url` answers and accepts `token`."""
     return _is_ok(f"{url.rstrip('/')}/api/jobs/", {} if token is None else {"Authorization": f"Bearer {token}"})
 
 
 def _is_ok(url: str, headers: Mapping[str, str] | None = None) -> bool:
-    import http.client  # not at the top: they take longer to import than all the rest of this module
-    import urllib.error
-    import urllib.request
+    import requests  # not at the top: it takes longer to import than all the rest of this module
 
-    request = urllib.request.Request(url, headers=dict(headers or {}))
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(request, timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError, http.client.HTTPException):  # the last: it does not speak HTTP
-        return False
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy, and no password of a .netrc
+        try:
+            return bool(session.get(url, headers=headers, timeout=5).status_code == 200)
+        except requests.RequestException:
+            return False
 
 
 def store_url(environment: Mapping[str, str]) -> str:

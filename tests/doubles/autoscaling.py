@@ -10,7 +10,6 @@ process imports this file.
 import contextlib
 import json
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -60,7 +59,6 @@ def cluster(*, grows: bool) -> Iterator[str]:
         with (Path(folder) / "head.log").open("wb") as log:
             process = guard.start(
                 command,
-                orphan_signal=signal.SIGTERM,
                 environment=environment,
                 stdout=log.fileno(),
                 directory=Path(folder),

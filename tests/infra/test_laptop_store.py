@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
     keys = dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), KEYS, strict=True))
     kept = {"S3_BUCKET": "fineloop", "GOMEMLIMIT": "384MiB", "TMPDIR": str(folder / "tmp")}  # its /tmp, for its log
     environment = {**os.environ, **keys, **kept}
-    options = {"orphan_signal": signal.SIGKILL, "environment": environment, "directory": folder}
+    options = {"environment": environment, "directory": folder}
     with (folder / "log").open("wb") as log:
         process = guard.start(command, stdout=log.fileno(), **options)
     try:

@@ -131,10 +131,7 @@ class Machine:
 
 
 def _stopped(home: Path, name: str) -> bool:
-    service = Service(name, name, home, start_timeout_s=1.0)
-    if not (home / name).is_dir():
-        return True
-    return not service.is_kept()
+    return not Service(name, name, home).is_kept()
 
 
 def _start_time(pid: int) -> str | None:

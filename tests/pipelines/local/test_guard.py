@@ -1,5 +1,4 @@
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +26,9 @@ from pathlib import Path
 from pipelines.local import guard
 process = guard.start(
     sys.argv[2:],
-    orphan_signal=signal.SIGKILL,
     environment=dict(os.environ),
     directory=Path.cwd(),
     stdout=2,
-    grace_s=0.5,
 )
 print(process.pid, flush=True)
 time.sleep(600)
@@ -70,7 +67,6 @@ def test_stop_ends_the_command_with_sigterm_first(tmp_path):
     with (tmp_path / "log").open("wb") as log:
         process = guard.start(
             ["/bin/sh", "-c", script],
-            orphan_signal=signal.SIGKILL,
             environment=dict(os.environ),
             stdout=log.fileno(),
             directory=tmp_path,
@@ -86,7 +82,6 @@ def test_the_guard_ends_with_the_commands_status(tmp_path, status):
     with (tmp_path / "log").open("wb") as log:
         process = guard.start(
             ["/bin/sh", "-c", f"exit {status}"],
-            orphan_signal=signal.SIGKILL,
             environment=dict(os.environ),
             stdout=log.fileno(),
             directory=tmp_path,

@@ -28,7 +28,7 @@ def test_nobody_else_reads_or_writes_anything_below_a_home_or_of_ray(open_folder
     home = open_folder / "home"
     monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
     ray = ray_head._short_temp_dir()  # below it Ray opens its own folder to everybody
-    for folder in (Service("store", "", home, 1.0).path("x").parent, private_folder(home / "runs"), ray):
+    for folder in (Service("store", "", home).path("x").parent, private_folder(home / "runs"), ray):
         (folder / "inside").mkdir(mode=0o777)
         (folder / "inside" / "records.dat").write_bytes(b"training data")
         (folder / "inside" / "records.dat").chmod(0o666)

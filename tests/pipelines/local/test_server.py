@@ -1,7 +1,6 @@
-"""How a server is started, with one that serves files in place of the S3 server or the Ray head."""
+"""How a server is started, and on which ports, with one that serves files in place of the S3 server or the Ray head."""
 
 import json
-import signal
 import socket
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from components.shared.errors import GroundError
-from pipelines.local.server import ATTEMPTS, start
+from pipelines.local.server import ATTEMPTS, choose_ports, start
 
 FAILS = [sys.executable, "-c", "raise SystemExit('no room')"]
 
@@ -25,7 +24,6 @@ class FileServer:
     failures: int = 0
     title: ClassVar[str] = "the file server"
     num_ports: ClassVar[int] = 1
-    orphan_signal: ClassVar[signal.Signals] = signal.SIGTERM
     start_timeout_s: ClassVar[float] = 20.0
     tried: list[int] = field(default_factory=list)
     cleared: list[int] = field(default_factory=list)
@@ -81,6 +79,25 @@ def test_a_server_that_never_comes_up_says_where_its_log_is(tmp_path: Path) -> N
 def test_a_server_that_nobody_waits_for_any_more_is_stopped_and_not_tried_again(tmp_path: Path) -> None:
     server = FileServer(tmp_path)
     with pytest.raises(GroundError, match="not wanted any more"):
-        start(server, unwanted=lambda: True)
+        start(server, is_unwanted=lambda: True)
     assert len(server.tried) == 1
     assert not server.answers(server.tried)
+
+
+def test_ports_differ_and_earlier_ones_come_back_but_for_those_that_somebody_listens_on() -> None:
+    ports = choose_ports(6)
+    assert len(set(ports)) == 6
+    assert choose_ports(6, earlier=ports) == ports
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports[1]))
+        taken.listen()
+        chosen = choose_ports(6, earlier=ports)
+    assert [now == before for now, before in zip(chosen, ports, strict=True)] == [True, False, *[True] * 4]
+
+
+def test_new_ports_are_none_that_a_connection_may_begin_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux' default for the near end of connections begins at 32768 (its ip-sysctl, ip_local_port_range)."""
+    monkeypatch.setattr("random.randrange", lambda end: end - 2)  # beyond the last one it begins again
+    ports = choose_ports(4)
+    assert len(set(ports)) == 4
+    assert max(ports) < 32_768

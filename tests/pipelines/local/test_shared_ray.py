@@ -15,13 +15,12 @@ import pytest
 from components.shared.errors import GroundError
 from pipelines.local import ray_head
 from pipelines.local.local_services import (
+    client_environment,
+    down,
     local_services,
-    ray_down,
     ray_service,
-    ray_up,
-    store_down,
-    store_environment,
     store_service,
+    up,
 )
 from pipelines.local.server import ROOT
 from tests.waiting import PATIENCE_S
@@ -142,14 +141,14 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
 
 @pytest.mark.full
 def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_down(machine, monkeypatch):
-    environment = ray_up(machine.home, "bucket-one")
+    environment = up("ray", machine.home, "bucket-one")
     head = ray_service(machine.home)
     processes, of_store = machine.processes(head), machine.processes(store_service(machine.home))
     time.sleep(1.0)
     assert machine.alive(processes) == set(processes)
     with pytest.raises(GroundError, match="fineloop ray down"):
-        store_down(machine.home)  # the head uses it
-    assert store_environment(machine.home)["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL"]
+        down("store", machine.home)  # the head uses it
+    assert client_environment("store", machine.home)["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL"]
     user = machine.user(ray=True)
     assert machine.keeper_pid(head) in processes
     user.leave()
@@ -160,7 +159,7 @@ def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_d
     with refused, local_services(machine.home, bucket="bucket-one"):
         pass
     assert machine.alive(processes) == set(processes)
-    assert ray_down(machine.home)
+    assert down("ray", machine.home)
     assert not machine.alive(processes)
     machine.wait_gone(of_store)  # the head was its last user
     with local_services(machine.home, bucket="bucket-one"):
@@ -173,7 +172,7 @@ def test_the_store_goes_down_at_once_behind_a_run_whose_head_is_still_ending(mac
     user = machine.user(ray=True)
     processes = machine.processes(ray_service(machine.home)) | machine.processes(store_service(machine.home))
     user.leave()
-    assert store_down(machine.home)
+    assert down("store", machine.home)
     assert not machine.alive(processes)
 
 

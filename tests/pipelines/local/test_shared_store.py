@@ -17,7 +17,7 @@ import pytest
 from botocore.config import Config
 
 from components.shared.errors import GroundError, StoreError
-from pipelines.local.local_services import local_services, store_down, store_environment, store_service, store_up
+from pipelines.local.local_services import client_environment, down, local_services, store_service, up
 from pipelines.local.server import ROOT
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -109,8 +109,11 @@ def test_what_fails_because_its_server_ended_says_so(machine):
         wait_until(lambda: service.endpoint() is None)
         raise StoreError("the store cannot be reached")
 
-    with pytest.raises(GroundError, match=f"the local S3 server ended while it was in use: see .* {service.directory}"):
+    with pytest.raises(StoreError, match="cannot be reached") as raised:
         works()
+    assert raised.value.__notes__ == [
+        f"the local S3 server ended while it was in use: see the logs in {service.directory}"
+    ]
 
 
 def test_a_server_leaves_nothing_in_the_temporary_directory(machine, tmp_path):
@@ -137,8 +140,8 @@ def test_a_stale_endpoint_file_fools_nobody(machine):
     service = store_service(machine.home)
     stale = {"url": "http://127.0.0.1:9", "access_key": "a", "secret_key": "b", "bucket": "bucket-one"}
     service.path("endpoint.json").write_text(json.dumps({**stale, "keeper_pid": os.getpid()}))
-    with pytest.raises(GroundError, match="no local S3 server is up"):
-        store_environment(machine.home)
+    with pytest.raises(GroundError, match=r"the local S3 server is not up under .*`fineloop store up`"):
+        client_environment("store", machine.home)
     user = machine.user()
     assert user.environment["AWS_ENDPOINT_URL"] != "http://127.0.0.1:9"
     client(user.environment).head_bucket(Bucket="bucket-one")
@@ -150,7 +153,7 @@ def test_ports_that_somebody_else_took_are_replaced(machine):
     earlier = machine.listeners(machine.processes(store_service(machine.home)))
     user.leave()
     port = int(user.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
-    store_service(machine.home).down(stop_with="")  # it may have ended by itself with its last user
+    store_service(machine.home).down()  # it may have ended by itself with its last user
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))
@@ -163,28 +166,28 @@ def test_ports_that_somebody_else_took_are_replaced(machine):
 
 
 def test_up_keeps_the_server_without_users_until_down(machine):
-    environment = store_up(machine.home, "bucket-one")
+    environment = up("store", machine.home, "bucket-one")
     processes = machine.processes(store_service(machine.home))
     time.sleep(1.0)
     assert machine.alive(processes) == set(processes)
-    assert store_environment(machine.home) == environment
+    assert client_environment("store", machine.home) == environment
     user = machine.user()
     assert user.environment["AWS_ENDPOINT_URL"] == environment["AWS_ENDPOINT_URL"]
     user.leave()
     time.sleep(1.0)
     assert machine.alive(processes) == set(processes)
 
-    assert store_down(machine.home)
+    assert down("store", machine.home)
     assert not machine.alive(processes)
-    assert not store_down(machine.home)
+    assert not down("store", machine.home)
 
 
 def test_down_refuses_while_a_run_uses_the_server_which_then_goes_with_the_run(machine):
-    store_up(machine.home, "bucket-one")
+    up("store", machine.home, "bucket-one")
     user = machine.user()
     processes = machine.processes(store_service(machine.home))
-    with pytest.raises(GroundError, match=rf"in use by process {user.process.pid}\b"):
-        store_down(machine.home)
+    with pytest.raises(GroundError, match="in use: it is no longer pinned"):
+        down("store", machine.home)
     client(user.environment).head_bucket(Bucket="bucket-one")
     user.leave()
     machine.wait_gone(processes)
@@ -192,7 +195,7 @@ def test_down_refuses_while_a_run_uses_the_server_which_then_goes_with_the_run(m
 
 @pytest.mark.slow
 def test_a_pinned_server_goes_when_its_home_is_deleted(machine):
-    store_up(machine.home, "bucket-one")
+    up("store", machine.home, "bucket-one")
     processes = machine.processes(store_service(machine.home))
     shutil.rmtree(machine.home)
     machine.wait_gone(processes)
@@ -208,7 +211,7 @@ def test_users_that_start_at_once_get_one_server(machine):
         for _ in range(4)
     ]
     answers = {process.communicate(timeout=PATIENCE_S)[0].strip() for process in starting}
-    assert answers == {store_environment(machine.home)["AWS_ENDPOINT_URL"]}
+    assert answers == {client_environment("store", machine.home)["AWS_ENDPOINT_URL"]}
     log = (machine.home / "store" / "keeper.log").read_text()
     assert log.count("is up at") == 1
 
@@ -271,7 +274,7 @@ def test_a_configured_store_wins_and_nothing_starts(machine, monkeypatch):
 
 def test_a_bucket_name_that_the_server_refuses_is_said_at_once(machine):
     with pytest.raises(GroundError, match=r"refuses the bucket 'B'.*registry\.bucket"):
-        store_up(machine.home, "B")
+        up("store", machine.home, "B")
 
 
 @pytest.mark.slow
