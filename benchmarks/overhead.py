@@ -9,16 +9,12 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from components.config import config_file
 from components.records import runs
 from components.records.steps import Evaluation, TrainResult
 from components.report.run_files import RunFiles
-from pipelines.local.run import Place, run_and_read
-
-if TYPE_CHECKING:
-    from components.store.store import Store
+from pipelines.local.run import Finished, Place, finished
 
 CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"
 WORK = ("training steps", "evaluation")
@@ -33,21 +29,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
     config = config_file.load(CONFIG, [f"train.max_steps={options.steps}"])
-    with tempfile.TemporaryDirectory(prefix="fineloop-overhead-") as home:
-        parts = run_and_read(config, Place(Path(home), sys.stderr), _parts, what="retrain")
+    with (
+        tempfile.TemporaryDirectory(prefix="fineloop-overhead-") as home,
+        finished(config, Place(Path(home), sys.stderr), what="retrain") as ended,
+    ):
+        parts = _parts(ended)
     for part, seconds in parts.items():
         print(f"{seconds:7.1f} s  {part}")
     print(f"{parts['total'] - sum(parts[part] for part in WORK):7.1f} s  of the total beside {' and '.join(WORK)}")
 
 
-def _parts(store: "Store", run_id: str, _folder: Path, ground_s: float, total_s: float) -> dict[str, float]:
+def _parts(ended: Finished) -> dict[str, float]:
     """Seconds of what a run consists of, in the order of their beginning; those of a step are within it."""
+    store, run_id = ended.store, ended.run_id
     trained, evaluation = runs.read(store, run_id, TrainResult), runs.read(store, run_id, Evaluation)
     records = runs.steps(store, run_id)
     steps = {step.step: step.seconds for step in records}
     waited = {f"  {each.part}": each.seconds for each in RunFiles(run_id, "", steps=records).until_first_step}
     work = dict(zip(WORK, (trained.train_seconds or 0.0, evaluation.seconds["total"]), strict=True))
-    return {"store and Ray head": ground_s, **steps, **waited, **work, "total": total_s}
+    return {"store and Ray head": ended.ground_s, **steps, **waited, **work, "total": ended.total_s}
 
 
 if __name__ == "__main__":

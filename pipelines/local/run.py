@@ -14,11 +14,11 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from components.config import config_file
 from components.config.methods import setting
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 LOG = "pipeline.log"
 BAR = 24  # length of the longest bar of a sweep, in characters
 What = Literal["retrain", "train", "sweep"]
-Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -61,38 +60,35 @@ class Place:
     """Jobs API of a Ray cluster; empty means RAY_ADDRESS, or else the local head."""
 
 
-def new_run_id() -> str:
-    """Return a new run id; ids sort by time, and differ between runs that begin in the same second."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended, while its store is up."""
+
+    store: "Store"
+    run_id: str
+    folder: Path
+    """Its folder on this machine."""
+    ground_s: float
+    """Seconds that the servers' start took."""
+    total_s: float
 
 
 def run(
     config: RunConfig, place: Place, *, what: Literal["retrain", "train"], run_id: str = "", dataset_uri: str = ""
 ) -> "Outcome":
-    """Run the pipeline to its end and return the outcome; arguments and errors as in `run_and_read`."""
-
-    def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> Outcome:
-        if what == "train":
-            return read_trained(config, store, run_id, ground_s=ground_s, total_s=total_s)
-        return read_outcome(store, run_id, ground_s=ground_s, total_s=total_s, report_path=folder / "report.html")
-
-    return run_and_read(config, place, read, what=what, run_id=run_id, dataset_uri=dataset_uri)
+    """Run the pipeline to its end and return the outcome; arguments and errors as in `finished`."""
+    with finished(config, place, what=what, run_id=run_id, dataset_uri=dataset_uri) as ended:
+        return read_outcome(ended) if what == "retrain" else _read_trained(config, ended)
 
 
-def run_and_read(
-    config: RunConfig,
-    place: Place,
-    read: "Callable[[Store, str, Path, float, float], Read]",
-    *,
-    what: What,
-    run_id: str = "",
-    dataset_uri: str = "",
-) -> Read:
+@contextlib.contextmanager
+def finished(
+    config: RunConfig, place: Place, *, what: What, run_id: str = "", dataset_uri: str = ""
+) -> Iterator[Finished]:
     """Run the pipeline to its end: one line per step on the terminal, all output in HOME/runs/<run_id>/pipeline.log.
 
-    Then `read` is called while the store is up, with the store, the run's id, its folder on this machine, and the
-    seconds that the servers' start and the whole run took. With `dataset_uri` a training takes that dataset instead of
-    its sources. Ctrl-C and SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
+    The block reads what came of it. With `dataset_uri` a training takes that dataset instead of its sources. Ctrl-C and
+    SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
 
     Raises:
         UserError: an address is given to a config whose `ray.cluster` takes none, this machine lacks the GPUs that
@@ -112,19 +108,18 @@ def run_and_read(
     if lack := lacking(config, address=place.address):
         raise ConfigError(lack)
     needs_head = cluster.has_address and not place.address
-    run_id = run_id or new_run_id()
+    run_id = run_id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # sorts by time
     require_run_id(run_id)
     began = time.monotonic()
     home = place.home.absolute()
     folder = private_folder(private_folder(home / "runs") / run_id)
     private_folder(home / "kfp")  # the steps' outputs, reports among them: private even where the home is open
     display = Display(place.terminal, live=is_live(place.terminal) and not place.verbose)
-    trains_here = needs_head and not ray_configured() and not config.ray.use_gpu
     try:
         with contextlib.ExitStack() as while_it_runs:
             while_it_runs.enter_context(_alone(folder, what))
             (folder / "config.toml").write_text(config_file.dumps(config), encoding="utf-8")
-            if trains_here and what != "sweep":
+            if needs_head and not ray_configured() and not config.ray.use_gpu and what != "sweep":
                 print(this_cpu().summary, file=place.terminal, flush=True)
             ground_began = time.monotonic()
             display.start("servers")
@@ -140,7 +135,7 @@ def run_and_read(
                 ended = _execute(what, run_id, config, folder, environment, place, display, dataset_uri)
                 display.close()
                 with _explained(store, run_id, folder, ended):
-                    return read(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
+                    yield Finished(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
     except BaseException:
         display.fail()
         raise
@@ -259,56 +254,43 @@ def event_files_beside(store: "Store", run_id: str, folder: Path) -> Iterator[No
     if importlib.util.find_spec("tensorboardX") is None:
         yield
         return
-    files, is_over = EventFiles(store, run_id, folder), threading.Event()
-
-    def follow() -> None:
-        while not is_over.wait(EVENTS_EVERY_S):
-            files.follow()
-        files.follow()
-        files.close()
-
-    thread = threading.Thread(target=follow, name="event files", daemon=True)
-    thread.start()
+    is_over = threading.Event()
+    follow = threading.Thread(target=_write_events, args=(store, run_id, folder / EVENTS_FOLDER, is_over), daemon=True)
+    follow.start()
     try:
         yield
     finally:
         is_over.set()
-        thread.join(EVENTS_LAST_S)
+        follow.join(EVENTS_LAST_S)
 
 
-class EventFiles:
-    """Event files of one run, with what has been written of its runs/<run_id>/metrics.jsonl so far."""
-
-    def __init__(self, store: "Store", run_id: str, folder: Path) -> None:
-        self._store, self._key, self._folder = store, runs.run_key(run_id, runs.METRICS), folder / EVENTS_FOLDER
-        self._written: set[tuple[str, float]] = set()
-        self._writer: Any = None
-
-    def follow(self) -> None:
-        """Add new records; errors of the store are ignored, since it is read again later."""
-        with contextlib.suppress(FineloopError):
-            found = self._store.read(self._key)
-            self._add(parse_metrics(found[0].decode(), origin=self._key) if found else [])
-
-    def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-
-    def _add(self, records: list[dict[str, Any]]) -> None:
-        new = [each for each in records if (each["kind"], each["step"]) not in self._written]
-        if new and self._writer is None:
-            with warnings.catch_warnings():
-                # tensorboardX imports Google's storage client if it is installed, and that lacks one of its packages.
-                warnings.simplefilter("ignore", ImportWarning)
-                from tensorboardX import SummaryWriter
-            self._writer = SummaryWriter(str(self._folder))
-        for record in new:
-            self._written.add((record["kind"], record["step"]))
+def _write_events(store: "Store", run_id: str, folder: Path, is_over: threading.Event) -> None:
+    key = runs.run_key(run_id, runs.METRICS)
+    written: set[tuple[str, float]] = set()
+    writer: Any = None
+    while True:
+        is_last = is_over.wait(EVENTS_EVERY_S)
+        curve = None
+        with contextlib.suppress(FineloopError):  # the store is read again later
+            curve = store.read(key)
+        for record in parse_metrics(curve[0].decode(), origin=key) if curve else []:
+            if (step := (record["kind"], record["step"])) in written:  # a run that goes on repeats some
+                continue
+            written.add(step)
+            if writer is None:
+                with warnings.catch_warnings():
+                    # tensorboardX imports Google's storage client if it is installed, and that lacks a package of its.
+                    warnings.simplefilter("ignore", ImportWarning)
+                    from tensorboardX import SummaryWriter
+                writer = SummaryWriter(str(folder))
             for name, value in scalars(record).items():
-                self._writer.add_scalar(name, value, int(record["step"]))
-        if self._writer is not None:
-            self._writer.flush()  # writes what its thread has taken so far; the newest may wait for the next call
+                writer.add_scalar(name, value, int(record["step"]))
+        if writer is not None:
+            writer.flush()
+            if is_last:
+                writer.close()
+        if is_last:
+            return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,21 +325,22 @@ class Outcome:
         return fields
 
 
-def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float, report_path: Path) -> Outcome:
-    """Read the outcome of a run of the whole pipeline. Copy its report to `report_path`, HOME/runs/RUN/report.html, and
-    the registry's pages to HOME/pages/, where the report's links lead.
+def read_outcome(ended: Finished) -> Outcome:
+    """Read the outcome of a run of the whole pipeline. Copy its report to HOME/runs/RUN/report.html, and the registry's
+    pages to HOME/pages/, where the report's links lead.
 
     Raises:
         ObjectMissing: the run has no decision or no report.
         FineloopError: the run decided to promote and the alias did not move, or the other way round.
     """
+    store, run_id, report = ended.store, ended.run_id, ended.folder / runs.REPORT
     decision, steps = runs.read(store, run_id, Decision, to_show=True), runs.steps(store, run_id)
     promoted = any(step.moved_alias for step in steps)
     if promoted != decision.promoted:
         place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
         raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
-    report_path.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
-    pages = private_folder(report_path.parents[2] / PAGES)
+    report.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
+    pages = private_folder(report.parents[2] / PAGES)
     for info in store.list(PAGES):
         if info.key.endswith(".html"):
             (pages / Path(info.key).name).write_bytes(store.get(info.key))
@@ -370,39 +353,35 @@ def read_outcome(store: "Store", run_id: str, *, ground_s: float, total_s: float
         verdict=decision.verdict,
         promoted=promoted,
         reasons=list(decision.reasons),
-        report=str(report_path),
+        report=str(report),
         untold=failed_notifications(steps),
-        **_of_every_run(store, run_id, ground_s, total_s, compared=bool(decision.version)),
+        **_of_every_run(ended, is_compared=bool(decision.version)),
     )
 
 
-def read_trained(config: RunConfig, store: "Store", run_id: str, *, ground_s: float, total_s: float) -> Outcome:
-    """Read the outcome of `fineloop train`.
-
-    Raises:
-        ObjectMissing: the run published no version, or compared none.
-    """
-    result = runs.read(store, run_id, TrainResult)
+def _read_trained(config: RunConfig, ended: Finished) -> Outcome:
+    """Raises ObjectMissing: the run published no version, or compared none."""
+    result = runs.read(ended.store, ended.run_id, TrainResult)
     return Outcome(
         adapter=config.adapter.name,
         alias=config.adapter.alias,
         version=result.version,
         version_uri=result.version_uri,
-        **_of_every_run(store, run_id, ground_s, total_s, compared=True),
+        **_of_every_run(ended, is_compared=True),
     )
 
 
-def _of_every_run(store: "Store", run_id: str, ground_s: float, total_s: float, *, compared: bool) -> dict[str, Any]:
-    metrics: dict[Role, Any] = dict.fromkeys(ROLES)
-    if compared:
-        evaluation = runs.read(store, run_id, Evaluation)
+def _of_every_run(ended: Finished, *, is_compared: bool) -> dict[str, Any]:
+    store, metrics = ended.store, dict.fromkeys(ROLES)
+    if is_compared:
+        evaluation = runs.read(store, ended.run_id, Evaluation)
         metrics = {role: dict(model.metrics) if (model := evaluation.model(role)) else None for role in ROLES}
-    took = {step.step: step.seconds for step in runs.steps(store, run_id)}
+    took = {step.step: step.seconds for step in runs.steps(store, ended.run_id)}
     return {
-        "run_id": run_id,
+        "run_id": ended.run_id,
         "metrics": metrics,
         "store": {"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix},
-        "timings_s": {"ground": ground_s, **took, "total": total_s},
+        "timings_s": {"ground": ended.ground_s, **took, "total": ended.total_s},
     }
 
 
@@ -467,17 +446,14 @@ def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
     """Run a sweep to its end, or resume the sweep with this id where it was interrupted.
 
     Raises:
-        FineloopError: as `run_and_read`.
+        FineloopError: as `finished`.
     """
     sweeping = config.model_copy(update={"tune": config.tune.model_copy(update={"when": "always"})})
-
-    def read(store: "Store", run_id: str, folder: Path, ground_s: float, total_s: float) -> SweepResult:
-        result = runs.read(store, run_id, SweepResult)
-        (folder / runs.SWEEP).write_bytes(result.as_json())
-        picture_path(place, run_id).write_text(rates_picture(result), encoding="utf-8")
+    with finished(sweeping, place, what="sweep", run_id=run_id) as ended:
+        result = runs.read(ended.store, ended.run_id, SweepResult)
+        (ended.folder / runs.SWEEP).write_bytes(result.as_json())
+        picture_path(place, ended.run_id).write_text(rates_picture(result), encoding="utf-8")
         return result
-
-    return run_and_read(sweeping, place, read, what="sweep", run_id=run_id)
 
 
 def picture_path(place: Place, run_id: str) -> Path:
@@ -489,36 +465,29 @@ def sweep_lines(result: SweepResult) -> Iterator[str]:
     """Yield the result as lines of text."""
     for tuned in result.tuned:
         yield f"{tuned.method}, rank {tuned.rank}, {counted(tuned.batch_size, 'record')} a step"
-        yield from _rate_lines(tuned)
+        losses = [rate.loss for rate in tuned.rates if rate.loss is not None]
+        least, span = min(losses), (max(losses) - min(losses)) or 1.0
+        for rate in tuned.rates:
+            mark = "*" if rate.learning_rate == tuned.learning_rate else " "
+            if rate.loss is None:
+                yield f"  {mark} {rate.learning_rate:>8.3g}         -  {', '.join(sorted(set(rate.statuses)))}"
+                continue
+            bar = "#" * max(1, round(BAR * (rate.loss - least) / span))
+            stopped = "  stopped early" if "stopped" in rate.statuses else ""
+            yield f"  {mark} {rate.learning_rate:>8.3g}  {rate.loss:8.4f}  {bar}{stopped}"
         yield ""
     yield result.verdict
 
 
-def _rate_lines(tuned: Tuned) -> Iterator[str]:
-    known = [rate.loss for rate in tuned.rates if rate.loss is not None]
-    least, span = min(known), (max(known) - min(known)) or 1.0
-    for rate in tuned.rates:
-        mark = "*" if rate.learning_rate == tuned.learning_rate else " "
-        if rate.loss is None:
-            yield f"  {mark} {rate.learning_rate:>8.3g}         -  {', '.join(sorted(set(rate.statuses)))}"
-            continue
-        bar = "#" * max(1, round(BAR * (rate.loss - least) / span))
-        stopped = "  stopped early" if "stopped" in rate.statuses else ""
-        yield f"  {mark} {rate.learning_rate:>8.3g}  {rate.loss:8.4f}  {bar}{stopped}"
-
-
 def changes(config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
     """Return the keys to change so that a config trains as the best of a sweep did, with their values."""
-    found: dict[str, str | int | float] = {}
-    if best.method != config.method.name:
-        found["method.name"] = best.method
-    if best.rank != config.method.model_copy(update={"name": best.method}).r:
-        found["method.rank"] = best.rank
-    if best.batch_size != config.train.batch_size:
-        found["train.batch_size"] = best.batch_size
-    if best.learning_rate != config.train.learning_rate:
-        found["train.learning_rate"] = best.learning_rate
-    return found
+    new: dict[str, tuple[str | int | float, Any]] = {
+        "method.name": (best.method, config.method.name),
+        "method.rank": (best.rank, config.method.model_copy(update={"name": best.method}).r),
+        "train.batch_size": (best.batch_size, config.train.batch_size),
+        "train.learning_rate": (best.learning_rate, config.train.learning_rate),
+    }
+    return {key: value for key, (value, current) in new.items() if value != current}
 
 
 def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
@@ -527,18 +496,19 @@ def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | f
     Raises:
         ConfigError: the changed file could not be read, or would not have the learning rate that was found.
     """
-    found = changes(config, best)
+    new = changes(config, best)
     text = path.read_text(encoding="utf-8")
-    for key, value in found.items():
+    for key, value in new.items():
         text = with_key(text, key, value)
+    by_hand = f"{path}, which is left as it is; set {' '.join(setting(key, value) for key, value in new.items())}"
     try:
         written = config_file.loads(text, origin=str(path))
     except ConfigError as exc:
-        raise ConfigError(f"--apply would spoil {path}, which is left as it is; set {_settings(found)}: {exc}") from exc
+        raise ConfigError(f"--apply would spoil {by_hand}: {exc}") from exc
     if written.learning_rate != best.learning_rate:
-        raise ConfigError(f"--apply does not find its way in {path}, which is left as it is: set {_settings(found)}")
+        raise ConfigError(f"--apply does not find its way in {by_hand}")
     path.write_text(text, encoding="utf-8")
-    return found
+    return new
 
 
 def with_key(text: str, key: str, value: str | int | float) -> str:
@@ -551,11 +521,7 @@ def with_key(text: str, key: str, value: str | int | float) -> str:
     following = re.compile(r"^\[", flags=re.MULTILINE).search(text, head.end())
     end = following.start() if following else len(text)
     body = text[head.end() : end]
-    held, count = re.subn(
-        rf"^{name}[ \t]*=[^#\n]*?([ \t]*#.*)?$", lambda found: line + (found[1] or ""), body, flags=re.MULTILINE
+    changed, count = re.subn(
+        rf"^{name}[ \t]*=[^#\n]*?([ \t]*#.*)?$", lambda match: line + (match[1] or ""), body, flags=re.MULTILINE
     )
-    return text[: head.end()] + (held if count else f"\n{line}{body}") + text[end:]
-
-
-def _settings(found: dict[str, str | int | float]) -> str:
-    return " ".join(setting(key, value) for key, value in found.items())
+    return text[: head.end()] + (changed if count else f"\n{line}{body}") + text[end:]

@@ -4,9 +4,11 @@ import json
 import struct
 from pathlib import Path
 
+import pytest
+
 from components.records import runs
 from components.store.store import Store
-from pipelines.local.run import EventFiles, event_files_beside
+from pipelines.local.run import event_files_beside
 from tests.waiting import wait_until
 
 
@@ -23,24 +25,17 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-def test_each_record_of_the_curve_is_written_once_as_it_comes(store: Store, tmp_path: Path) -> None:
-    files = EventFiles(store, "r", tmp_path)
-    files.follow()
-    assert list(tmp_path.iterdir()) == []  # nothing was recorded yet
+def test_each_record_of_the_curve_is_written_once_as_it_comes(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.local.run.EVENTS_EVERY_S", 0.01)
     records = [{"kind": "train", "step": 1, "loss": 2.0, "num_steps": 3}, {"kind": "eval", "step": 1, "loss": 1.5}]
-    lines = [json.dumps(each) + "\n" for each in records]
-    store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
-
-    def follow() -> bool:
-        files.follow()
-        return len(scalars(tmp_path)) == 3
-
-    wait_until(follow)  # a thread writes them
-    assert scalars(tmp_path) == [("train/loss", 1, 2.0), ("train/num_steps", 1, 3.0), ("eval/loss", 1, 1.5)]
-    lines += ['{"kind": "train", "step": 2, "loss": 1.0}\n', '{"kind": "train", "step": 3, "loss": null}\n']
-    store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
-    with event_files_beside(store, "r", tmp_path / "again"):
-        files.follow()
-    files.close()
-    assert scalars(tmp_path)[3:] == [("train/loss", 2, 1.0)]
-    assert scalars(tmp_path / "again") == scalars(tmp_path)  # a short run's are all written at its end
+    lines = [json.dumps(record) + "\n" for record in records]
+    with event_files_beside(store, "r", tmp_path):
+        assert list(tmp_path.iterdir()) == []  # nothing was recorded yet
+        store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
+        wait_until(lambda: (tmp_path / "tensorboard").is_dir() and len(scalars(tmp_path)) == 3)
+        lines += ['{"kind": "train", "step": 2, "loss": 1.0}\n', '{"kind": "train", "step": 3, "loss": null}\n']
+        store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
+    first = [("train/loss", 1, 2.0), ("train/num_steps", 1, 3.0), ("eval/loss", 1, 1.5)]
+    assert scalars(tmp_path) == [*first, ("train/loss", 2, 1.0)]

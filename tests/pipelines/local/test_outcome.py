@@ -10,7 +10,7 @@ from components.report.report import PAGES_FROM_RUN, build_report
 from components.report.run_files import RunFiles
 from components.shared.metrics import METRICS
 from components.store.store import Store
-from pipelines.local.run import Outcome, read_outcome, summary
+from pipelines.local.run import Finished, Outcome, read_outcome, summary
 
 
 def test_the_numbers_of_all_metrics_stand_in_columns() -> None:
@@ -48,7 +48,7 @@ def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store
     folder = tmp_path / "runs" / "r"
     folder.mkdir(parents=True)
     (tmp_path / "pages").mkdir(mode=0o755)  # as an earlier release left it
-    read_outcome(store, "r", ground_s=0, total_s=0, report_path=folder / "report.html")
+    read_outcome(Finished(store, "r", folder, 0, 0))
     links = re.findall(r'href="(\.\./[^"]+)"', (folder / "report.html").read_text())
     assert [(folder / link).resolve().name for link in links] == ["sums.html", "index.html"]
     assert all((folder / link).is_file() for link in links)
