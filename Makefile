@@ -21,8 +21,8 @@ REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
-	@echo "make test    the tests without GPU, root or Kubernetes; the whole pipeline on the real model included"
-	@echo "make slow    what takes longer: more runs with Ray, more of the matrix and of the zoo"
+	@echo "make test    the tests without GPU, root or Kubernetes; the whole pipeline on a tiny model included"
+	@echo "make slow    what takes longer: the pipeline on the real model, more runs with Ray, more of the matrix and of the zoo"
 	@echo "make full    every architecture with every method, and every cell of the matrix"
 	@echo "make browser the pages in Chromium, light and dark, wide and narrow, under axe-core; skipped where none is"
 	@echo "make screenshots   the same, with the documentation's pictures written anew, of two runs of the example"

@@ -12,7 +12,7 @@ import pytest
 from components.prepare.rows import example_rows
 from tests.e2e.conftest import Done, Home
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 NUM_RECORDS, NUM_EVALUATED, NUM_ASKED = 900, 72, 12  # of the example's 2300 and 250, for time
 # As a stranger would use a pulled adapter: transformers and peft alone.

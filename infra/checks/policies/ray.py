@@ -102,7 +102,7 @@ def no_pod_of_kuberays_own_is_refused(manifests: list[Manifest]) -> Iterator[str
 
 
 def kueue_takes_the_jobs(manifests: list[Manifest]) -> Iterator[str]:
-    """Kueue's webhook, and the labels without which a job goes round the queue."""
+    """Kueue's webhook, and the labels without which a job bypasses Kueue."""
     queues = {queue["metadata"]["name"] for queue in of_kind(manifests, "LocalQueue")}
     priorities = {priority["metadata"]["name"] for priority in of_kind(manifests, "WorkloadPriorityClass")}
     for job in of_kind(manifests, "RayJob"):
@@ -112,7 +112,7 @@ def kueue_takes_the_jobs(manifests: list[Manifest]) -> Iterator[str]:
             f"label {QUEUE} names no LocalQueue": labels.get(QUEUE) not in queues,
             f"label {PRIORITY} names no WorkloadPriorityClass": labels.get(PRIORITY) not in priorities,
             "shutdownAfterJobFinishes must be true": spec.get("shutdownAfterJobFinishes") is not True,
-            "clusterSelector goes round the queue": "clusterSelector" in spec,
+            "clusterSelector bypasses Kueue": "clusterSelector" in spec,
             "deletionStrategy is not for queued jobs": "deletionStrategy" in spec,
             "suspend is Kueue's own": "suspend" in spec,
             "an autoscaler would leave its quota": cluster.get("enableInTreeAutoscaling"),
