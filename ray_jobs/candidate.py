@@ -1,23 +1,26 @@
 """Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
 
 The cluster has to admit only one job: no other job runs between training and comparison, and the cluster starts only
-once. The training's workers start while the data are read. Where each of them holds a whole base, they stay and compare
-on the base that they hold. A job that is run again reuses the version that the run has already published.
+once. Where each of the training's workers holds a whole base, they go straight on to compare on the base that they
+hold. A job that is run again reuses the version that the run has already published.
 """
 
 from components.config.schema import RunConfig
 from components.records import runs
 from components.records.runs import Replayed
 from components.records.steps import TrainResult
-from components.shared import garbage
 from components.shared.protocol import TRAINED, say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs import finetune as training
+from ray_jobs.evaluate import Planned, evaluate, plan
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP as COMPARING
 from ray_jobs.scoring import answers
-from ray_jobs.training.job import Standby
+from ray_jobs.scoring.measure import ShardResult
+
+Measured = tuple[Planned, ShardResult] | None
+"""What was planned before a training, and what its workers found."""
 
 
 def main() -> None:
@@ -34,34 +37,32 @@ def main() -> None:
     arguments = parser.parse_args()
     run_id, dataset_uri = arguments.run_id, arguments.dataset
 
+    config: RunConfig | None = None
+    measured: Measured = None
+
     def train() -> None:
+        nonlocal config, measured
         config = entry.load_config(arguments.config, arguments.set)
         answers.named(config.metrics)  # metrics that cannot be measured are reported before the training
         for probe in PROBES.values():
             if probe.check:
                 probe.check(config)
-        result = trained(config, run_id=run_id, dataset_uri=dataset_uri, standby=stays)
-        say(training.STEP, f"published {result.version} as {result.version_uri}")
+        measured = trained(config, run_id=run_id, dataset_uri=dataset_uri, only=arguments.train_only)
 
     def compare() -> None:
-        with garbage.importing():  # takes seconds, in which the training's workers can already start
-            from ray_jobs import evaluate as comparing
-
-        config = entry.load_config(arguments.config, arguments.set)
+        assert config is not None
         version_uri = runs.read(Store.open(config.registry), run_id, TrainResult).version_uri
-        comparing.evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, standby=standby)
+        planned, found = measured or (None, None)
+        evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, planned=planned, found=found)
 
-    with Standby() as standby:
-        stays = None if arguments.train_only else standby
-        entry.run(training.STEP, train)
-        if arguments.train_only:
-            return
-        say(training.STEP, TRAINED)
+    entry.run(training.STEP, train)
+    if not arguments.train_only:
         entry.run(COMPARING, compare)
 
 
-def trained(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standby | None = None) -> TrainResult:
-    """Train on the dataset, unless the run has already published a version trained on it.
+def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = False) -> Measured:
+    """Train on the dataset, unless the run has already published a version trained on it. Unless `only` that is asked
+    for, the workers go on to measure it where they can; returns what they did.
 
     Raises:
         FineloopError: as in `ray_jobs.finetune.finetune`.
@@ -69,11 +70,16 @@ def trained(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standb
     store = Store.open(config.registry)
     found, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]
-    if found is not None and found.dataset_uri in trained_on:
-        return found
-    if standby is not None and config.data.replay_from == "records":  # else production answers first, on these GPUs
-        training.begin(config, run_id=run_id, standby=standby)
-    return training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, standby=standby)
+    planned = result = None
+    if found is None or found.dataset_uri not in trained_on:
+        planned = None if only else plan(config, store, run_id=run_id, dataset_uri=dataset_uri)
+        task = planned.task if planned else None
+        _, result = training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, task=task)
+    else:
+        say(training.STEP, f"published {found.version} as {found.version_uri}")
+    if planned is None and not only:
+        say(training.STEP, TRAINED)
+    return (planned, result) if planned and result else None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Compare base, champion and candidate on held-out records: `python -m ray_jobs.evaluate --config ... --version URI`.
 
-The records are distributed over the workers of a training that has just ended, or over Ray tasks. Each worker loads the
-base once and attaches the adapters to it one after the other, in the base's dtype, as in training: the published files
-are measured as the function that was trained. A base that no single worker can hold is sharded over all of them, as in
+The workers of the training measure, as soon as that has ended, or a group of their own: each loads the base once and
+attaches the adapters to it one after the other, in the base's dtype, as in training: the published files are measured
+as the function that was trained. A base that no single worker can hold is sharded over all of them, as in training.
 """
 
 import hashlib
@@ -10,13 +10,13 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.prepare.split import judges
+from components.prepare.split import Judges, judges
 from components.records import runs
 from components.records.steps import ROLES, Evaluation, Measured, Role, TrainResult
 from components.registry.aliases import read_alias
@@ -32,7 +32,7 @@ from ray_jobs.adapters import recorded
 from ray_jobs.base import attention, base_model
 from ray_jobs.planning.capacity import is_shared
 from ray_jobs.probes import PROBES
-from ray_jobs.scoring import STEP, measure
+from ray_jobs.scoring import STEP
 from ray_jobs.scoring.answers import (
     Score,
     as_columns,
@@ -42,12 +42,11 @@ from ray_jobs.scoring.answers import (
     metrics,
     paired_difference,
 )
-from ray_jobs.scoring.measure import Contender, Found, Outcome, of_version, with_room_for_answers
+from ray_jobs.scoring.measure import Contender, Outcome, ShardResult, of_version, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
-from ray_jobs.training.job import Standby
-from ray_jobs.training.measuring import measured_apart, measured_together
+from ray_jobs.training.measuring import Task, measured
 from ray_jobs.training.trainer import workers_with_room
 
 logger = logging.getLogger(__name__)
@@ -79,43 +78,93 @@ def main() -> None:
     entry.run(STEP, job)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What an evaluation measures."""
+
+    task: Task
+    judging: Judges
+    base: base_model.Base
+    chat: ChatFormat
+
+
+def plan(
+    config: RunConfig, store: Store, *, run_id: str, dataset_uri: str, candidate: Version | None = None
+) -> Planned | None:
+    """The evaluation of a candidate, or before its training of one to come: None where only the training will read what
+    identifies the base, or holds no whole base in any worker.
+
+    Raises:
+        UserError: dataset, version or base do not exist.
+    """
+    import ray
+
+    judging = judges(store, dataset_uri, config, run_id=run_id)
+    identity = recorded.read(config, store, candidate).base_identity if candidate else None
+    base = base_model.resolve(config.model, recorded=identity, weights=False, registry=store)
+    if candidate is None and (config.train.zero_stage == 3 or not base.is_known):
+        return None
+    shape = base_model.load_config(base.path, config.model)
+    config = base_model.fitted(config, shape, lambda line: say(STEP, line))
+    chat = chat_format.load(base, config.model)
+    records = judging.records[: config.evaluate.records]
+    if config.evaluate.max_new_tokens is None:
+        config = with_room_for_answers(config, tokenize(records, chat, config.model.max_length))
+    if candidate is not None:
+        entry.connect()
+        config = config.on(workers_with_room(config))
+    labels = alike(without_reasoning(record.answer_text) for record in judging.records)
+    to_come = Contender("candidate", config, None, base.identity)
+    compared = _contenders(config, store, candidate, run_id) if candidate else _beside(to_come, store)
+    contenders = [replace(each, alike=labels) for each in compared]
+    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
+    task = Task(contenders, records, shape, probes, judging.records[len(records) :])
+    if candidate is not None and is_shared(config, base, ray.nodes()):
+        held_together = {key: probe.held_together() for key, probe in probes.items()}
+        task = replace(task, probes=held_together, together=True)
+    return Planned(task, judging, base, chat)
+
+
 def evaluate(
-    config: RunConfig, *, run_id: str, dataset_uri: str, version_uri: str, standby: Standby | None = None
+    config: RunConfig,
+    *,
+    run_id: str,
+    dataset_uri: str,
+    version_uri: str,
+    planned: Planned | None = None,
+    found: ShardResult | None = None,
 ) -> Evaluation:
     """Measure the three models and write the run's evaluation.json and evaluation_records.parquet.
 
     If the alias has already moved to this candidate by the run's evaluation, that evaluation is returned as it is.
 
-    `standby` holds the workers of the training, if they are still there; they are released.
+    The workers of the training may have `found` already what was `planned` before it: that counts, unless another
+    version has gone into production since, or other records judge.
 
     Raises:
         UserError: dataset, version or base do not exist, or no held-out record fits the context.
-        JobError: a Ray task failed.
+        JobError: the workers failed.
     """
-    started = time.monotonic()
+    started = time.time()
     attention.require_installed(config.model.attention)
     store = Store.open(config.registry)
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     carried_out = promotion(events(store, candidate.name), run_id, config.adapter.alias)
     if carried_out is not None and carried_out.body["to"] == candidate.version:
         say(STEP, f"{config.adapter.alias} took {candidate.version} by this run's evaluation, which stands")
-        if standby is not None:
-            standby.end()
         return runs.read(store, run_id, Evaluation)
-    judging = judges(store, dataset_uri, config, run_id=run_id)
-    identity = recorded.read(config, store, candidate).base_identity
-    base = base_model.resolve(config.model, recorded=identity, weights=False, registry=store)
-    config = base_model.fitted(config, base_model.load_config(base.path, config.model), lambda line: say(STEP, line))
-    chat = chat_format.load(base, config.model)
-    if config.evaluate.max_new_tokens is None:
-        judged = judging.records[: config.evaluate.records]
-        config = with_room_for_answers(config, tokenize(judged, chat, config.model.max_length))
-    entry.connect()
-    config = config.on(workers_with_room(config))
-    labels = alike(without_reasoning(record.answer_text) for record in judging.records)
-    contenders = [replace(each, alike=labels) for each in _contenders(config, store, candidate, run_id)]
-    found, outside = _measured(config, base, chat, contenders, judging.records, store, run_id, standby)
-    kept, tokens, scores = found.records, found.tokens, found.scores
+    if planned is None or found is None or not _stands(planned, store, candidate, run_id, dataset_uri):
+        planned, found = plan(config, store, run_id=run_id, dataset_uri=dataset_uri, candidate=candidate), None
+        assert planned is not None
+    else:
+        started = datetime.fromisoformat(runs.read(store, run_id, TrainResult).trained_at).timestamp()
+    task, judging = planned.task, planned.judging
+    config, found = task.config, found or measured(task, store, run_id=run_id)
+    outside = {
+        key: probe.outcome([share[key] for share in found.shares], planned.chat) for key, probe in task.probes.items()
+    }
+    kept, tokens, scores = found.order(judging.records), [*found.tokens.values()], found.scores
+    contenders = [*task.contenders[:-1], replace(task.contenders[-1], version=candidate)]
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(
         update={
             "dataset_uri": dataset_uri,
@@ -125,10 +174,10 @@ def evaluate(
             "fold": judging.fold,
             "folds": config.evaluate.folds,
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
-            "base": {"reference": config.model.base, "identity": base.identity},
-            "matmul_dtype": found.kernels.dtype,
+            "base": {"reference": config.model.base, "identity": planned.base.identity},
+            "matmul_dtype": found.matmul_dtype,
             "first_scored_at": found.first_scored_at,
-            "seconds": {"total": round(time.monotonic() - started, 3)},
+            "seconds": {"total": round(time.time() - started, 3)},
         }
     )
     runs.write(store, run_id, evaluation)
@@ -141,34 +190,13 @@ def evaluate(
     return evaluation
 
 
-def _measured(
-    config: RunConfig,
-    base: base_model.Base,
-    chat: ChatFormat,
-    contenders: Sequence[Contender],
-    held_out: Sequence[Record],
-    store: Store,
-    run_id: str,
-    standby: Standby | None,
-) -> tuple[Found, dict[str, Outcome]]:
-    """Scores on enough held-out records to decide, and each probe's outcome; releases the training's workers."""
-    import ray
-
-    records = held_out[: config.evaluate.records]
-    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
-    if is_shared(config, base, ray.nodes()):
-        probes = {key: probe.held_together() for key, probe in probes.items()}
-        measured = partial(measured_together, config, base, contenders, store=store, run_id=run_id)
-    else:
-        measured = partial(measured_apart, config, base, contenders, standby=standby)
-    found = measured(records, probes)
-    outside = {key: probe.outcome([share[key] for share in found.shares], chat) for key, probe in probes.items()}
-    if further := measure.further(config, held_out[len(records) :], found):
-        say(STEP, f"{len(records)} records do not tell: {len(further)} more are drawn")
-        found = found.and_then(measured(further, kernels=found.kernels))
-    if standby is not None:
-        standby.end()
-    return found, outside
+def _stands(planned: Planned, store: Store, candidate: Version, run_id: str, dataset_uri: str) -> bool:
+    """Whether an evaluation of the candidate would still measure what was planned before its training."""
+    config, alike = planned.task.config, planned.task.contenders[-1].alike
+    now = [replace(each, alike=alike) for each in _contenders(config, store, candidate, run_id)]
+    return now[:-1] == planned.task.contenders[:-1] and planned.judging == judges(
+        store, dataset_uri, config, run_id=run_id
+    )
 
 
 def _metric_texts(evaluation: Evaluation, role: Role) -> Iterator[str]:
@@ -240,23 +268,29 @@ def compared(
 
 def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:
     """Base, champion and anchor where they exist, and candidate; each with the base and method of its own run."""
-    name, theirs = config.adapter.name, recorded.read(config, store, candidate)
-    identity, stands_on_sha256 = theirs.base_identity, theirs.stands_on_sha256
-    result = [Contender("base", config, None, identity)]
+    theirs = recorded.read(config, store, candidate)
+    trained = runs.find(store, run_id, TrainResult) if run_id else None
+    own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""
+    last = Contender("candidate", config, candidate, theirs.base_identity, theirs.stands_on_sha256, own)
+    return _beside(last, store)
+
+
+def _beside(candidate: Contender, store: Store) -> list[Contender]:
+    """The candidate, which may have no version yet, behind those that it is compared with."""
+    config, name = candidate.config, candidate.config.adapter.name
+    result = [Contender("base", config, None, candidate.base_identity)]
     if (pointer := read_alias(store, name, config.adapter.alias)) is not None:
         result.append(of_version("champion", config, store, pointer.version))
         # A manual promotion names no anchor: its own version is meant. A rollback names the anchor of the move before.
         anchor = pointer.event.get("evidence", {}).get("anchor")
-        if anchor and anchor not in (pointer.version, candidate.version):
+        if anchor and anchor not in (pointer.version, candidate.version and candidate.version.version):
             try:
                 if is_revoked(store, name, anchor):
                     raise ObjectMissing(f"{anchor} is revoked")
                 result.append(of_version("anchor", config, store, anchor))
             except ObjectMissing:
                 say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
-    trained = runs.find(store, run_id, TrainResult) if run_id else None
-    own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""
-    return [*result, Contender("candidate", config, candidate, identity, stands_on_sha256, own)]
+    return [*result, candidate]
 
 
 def _write_records(

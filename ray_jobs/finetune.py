@@ -4,11 +4,9 @@ The driver checks everything that it can check without a worker: the store, the 
 named), the base, and that the records fit its context. Then Ray Train starts the workers; rank 0 publishes the version.
 """
 
-import importlib
 import logging
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components.config import config_file
 from components.config.schema import RunConfig, cautions
@@ -18,6 +16,7 @@ from components.records.sweep import TunedRate
 from components.registry import lineage
 from components.registry.between_runs import require_none_erased
 from components.shared import garbage
+from components.shared.errors import JobError
 from components.shared.protocol import counted, say
 from components.store.store import Store
 from ray_jobs import entry
@@ -25,12 +24,13 @@ from ray_jobs.base import attention, base_model
 from ray_jobs.prepare import prepare
 from ray_jobs.replaying import with_answers
 from ray_jobs.text import chat_format
-from ray_jobs.training import starting
-from ray_jobs.training.job import Standby, train
+from ray_jobs.training import starting, trainer
 from ray_jobs.training.spec import Stopwatch, TrainSpec
 
 if TYPE_CHECKING:
     from ray_jobs.planning.capacity import Outlook
+    from ray_jobs.scoring.measure import ShardResult
+    from ray_jobs.training.measuring import Task
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,17 @@ def main() -> None:
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
-        result = finetune(config, run_id=run_id, dataset_uri=arguments.dataset)
-        say(STEP, f"published {config.adapter.name} {result.version} as {result.version_uri}")
+        finetune(config, run_id=run_id, dataset_uri=arguments.dataset)
 
     entry.run(STEP, job)
 
 
 def finetune(
-    config: RunConfig, *, run_id: str, dataset_uri: str | None = None, standby: Standby | None = None
-) -> TrainResult:
+    config: RunConfig, *, run_id: str, dataset_uri: str | None = None, task: "Task | None" = None
+) -> "tuple[TrainResult, ShardResult | None]":
     """Train and publish; the result is also written to runs/<run_id>/finetune.json.
 
-    With `standby` the workers stay after training, unless the base is sharded; they may have been started already.
+    The workers go straight on to measure `task`; None where there is none, or they could not.
 
     Raises:
         UserError: config or data cannot work; raised before any worker is started where possible.
@@ -109,10 +108,19 @@ def finetune(
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
     )
     tokens = {"train_tokens": ray.put(train_split.stored), "eval_tokens": ray.put(eval_split.stored)}
-    what = {"spec": spec.model_dump_json(), "stopwatch": watch, **tokens}
-    result = TrainResult(**_trained(what, config, store, run_id, standby))
-    runs.write(store, run_id, result)
-    return result
+    what = {"spec": spec.model_dump_json(), "stopwatch": watch, **tokens, **({"task": ray.put(task)} if task else {})}
+    failures = config.ray.max_failures
+    try:
+        answer = trainer.run(trainer.work, what, config, store, run_id=run_id, name="ray", max_failures=failures)
+    except JobError:
+        result = runs.find(store, run_id, TrainResult)
+        if task is None or result is None or result.began_at != watch.began_at:
+            raise
+        return result, None  # the training stands, and others measure it
+    from ray_jobs.training.measuring import from_plain
+
+    result = TrainResult.model_validate(answer["trained"])
+    return result, from_plain(answer["measured"]) if "measured" in answer else None
 
 
 def _prepared(config: RunConfig, store: Store) -> str:
@@ -149,11 +157,12 @@ def _planned(config: RunConfig, base: base_model.Base, train_split: starting.Pla
     with garbage.importing():
         from ray_jobs.planning.capacity import before_training
         from ray_jobs.training.train_loop import num_steps
-        from ray_jobs.training.trainer import wait_for_room
 
     entry.connect()
     # Wait before checking the memory: a cluster that scales up from zero nodes has none.
-    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line))
+    trainer.wait_for_room(
+        config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line)
+    )
     outlook = before_training(config, base.path, train_split, ray.nodes())
     for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
         say(STEP, line)
@@ -170,48 +179,6 @@ def _at_tuned_rate(config: RunConfig, store: Store, run_id: str) -> RunConfig:
     if tuned is None:
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": tuned.learning_rate})})
-
-
-def _trained(
-    what: Mapping[str, Any], config: RunConfig, store: Store, run_id: str, standby: Standby | None
-) -> dict[str, Any]:
-    """Rank 0's result, from workers that stay on standby, or from workers that end with the training."""
-    if standby is None or not _stay(config):
-        return _run(what, config, store, run_id)
-    if not standby.is_there:
-        _begin(config, store, run_id, standby)
-    return standby.train(what)
-
-
-def begin(config: RunConfig, *, run_id: str, standby: Standby) -> None:
-    """Start the workers of `finetune` before their task is known, if the cluster has room for them already."""
-    from ray_jobs.training.trainer import has_room
-
-    entry.connect()
-    if _stay(config) and has_room(config.ray.per_worker, config.ray.max_workers):
-        _begin(config, Store.open(config.registry), run_id, standby)
-
-
-def _stay(config: RunConfig) -> bool:
-    """Whether workers can do more than train: each holds a whole base, and their number is fixed."""
-    return config.train.zero_stage < 3 and not config.ray.is_elastic
-
-
-def _begin(config: RunConfig, store: Store, run_id: str, standby: Standby) -> None:
-    # Import here first: if both threads imported torch concurrently, each might see it half initialised.
-    with garbage.importing():
-        importlib.import_module("ray.train.torch")
-
-    def run(board: Any) -> dict[str, Any]:
-        return _run({"board": board}, config, store, run_id)
-
-    standby.begin(run, num_workers=config.ray.max_workers)
-
-
-def _run(what: Mapping[str, Any], config: RunConfig, store: Store, run_id: str) -> dict[str, Any]:
-    from ray_jobs.training import trainer
-
-    return trainer.run(train, what, config, store, run_id=run_id, name="ray", max_failures=config.ray.max_failures)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
 from components.prepare import dataset
@@ -42,9 +41,6 @@ from ray_jobs.scoring.measure import of_version, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import without_reasoning
-
-if TYPE_CHECKING:
-    pass
 
 Log = Callable[[str], None]
 FORMAT = 3
@@ -112,7 +108,7 @@ def _right(
     import ray
 
     from ray_jobs.planning.capacity import is_shared
-    from ray_jobs.training.measuring import measured_apart, measured_together
+    from ray_jobs.training.measuring import Task, measured
     from ray_jobs.training.trainer import wait_for_room, workers_with_room
 
     entry.connect()
@@ -125,14 +121,13 @@ def _right(
         chat = chat_format.load(base, champion.config.model)
         asked = tokenize(records, chat, champion.config.model.max_length)
         champion = replace(champion, config=with_room_for_answers(champion.config, asked))
-    if is_shared(config, base, ray.nodes()):
-        found = measured_together(config, base, [champion], records, store=store, run_id=run_id, name="ray-replay")
-    else:
-        found = measured_apart(config, base, [champion], records)
+    shape = base_model.load_config(base.path, champion.config.model)
+    task = Task([champion], records, shape, together=is_shared(config, base, ray.nodes()))
+    found = measured(task, store, run_id=run_id, name="ray-replay")
     metric, least = config.data.replay_metric, config.data.replay_least
     return {
         record.id: record if record.calls else replace(record, answer=score.text)
-        for record, score in zip(found.records, found.scores["champion"], strict=True)
+        for record, score in zip(found.order(records), found.scores["champion"], strict=True)
         if score.text and score.marks[metric] >= least
     }
 

@@ -272,6 +272,23 @@ class ShardResult:
     """The probes' findings by the probes' keys: one for each worker, in the order in which items were dealt out."""
     first_scored_at: str = field(compare=False)
     """Time at which the first batch was scored, ISO 8601 in UTC."""
+    matmul_dtype: str
+
+    def order(self, records: Sequence[Record]) -> list[Record]:
+        """Those of the records that were measured, in the order of their scores."""
+        of_id = {record.id: record for record in records}
+        return [of_id[name] for name in self.tokens]
+
+
+def merged(results: Sequence[ShardResult]) -> ShardResult:
+    """The results of several workers, one after the other."""
+    return ShardResult(
+        {name: count for result in results for name, count in result.tokens.items()},
+        {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},
+        [share for result in results for share in result.shares],
+        min(result.first_scored_at for result in results),
+        results[0].matmul_dtype,
+    )
 
 
 @dataclass(frozen=True)
@@ -392,7 +409,7 @@ def measure_shard(
                 if each.adapter:
                     model.unload()  # removes the adapter from the base
             del base, model  # another base may need the memory
-        return ShardResult(answer_tokens(local), scores, [found], progress.first_scored_at)
+        return ShardResult(answer_tokens(local), scores, [found], progress.first_scored_at, kernels.dtype)
 
 
 def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
@@ -474,49 +491,19 @@ def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
     return wanted
 
 
-@dataclass(frozen=True)
-class Found:
-    """The results on the records that fit every contender's context."""
-
-    kernels: Kernels
-    records: list[Record]
-    tokens: list[int]
-    scores: dict[Role, list[Score]]
-    shares: list[dict[str, Findings]]
-    """The probes' findings on each share, by the probes' keys."""
-    first_scored_at: str
-    """Time at which the first batch was scored, ISO 8601 in UTC."""
-
-    @classmethod
-    def of(cls, kernels: Kernels, shards: Sequence[Sequence[Record]], results: Sequence[ShardResult]) -> "Found":
-        return cls(
-            kernels,
-            [each for shard, result in zip(shards, results, strict=True) for each in shard if each.id in result.tokens],
-            [count for result in results for count in result.tokens.values()],
-            {role: [score for result in results for score in result.scores[role]] for role in results[0].scores},
-            [share for result in results for share in result.shares],
-            min(result.first_scored_at for result in results),
-        )
-
-    def and_then(self, more: "Found") -> "Found":
-        """These results with the records and scores of `more` appended; its probes are not."""
-        return replace(
-            self,
-            records=self.records + more.records,
-            tokens=self.tokens + more.tokens,
-            scores={role: scores + more.scores[role] for role, scores in self.scores.items()},
-        )
-
-
-def further(config: RunConfig, left: Sequence[Record], found: Found) -> Sequence[Record]:
-    """The remaining records to measure as well: as many as a decision needs, up to `evaluate.max_records` in all."""
-    policy, groups = config.gate, [record.group for record in found.records]
+def further(
+    config: RunConfig, records: Sequence[Record], left: Sequence[Record], found: "ShardResult"
+) -> Sequence[Record]:
+    """Those `left` to measure as well: as many as a decision needs, up to `evaluate.max_records` in all."""
+    if not left:
+        return ()
+    policy, groups = config.gate, [record.group for record in found.order(records)]
     ours, relative = found.scores["candidate"], policy.margins == "relative"
     compared = {
-        role: pairs_of(ours, theirs, found.tokens, policy.metric, groups, relative=relative)
+        role: pairs_of(ours, theirs, [*found.tokens.values()], policy.metric, groups, relative=relative)
         for role, theirs in found.scores.items()
         if role not in ("candidate", "base")
     }
-    wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.records)
+    wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.tokens)
     # A single record is not enough: its answer is also scored behind another record's prompt.
     return left[:wanted] if min(wanted, len(left)) > 1 else ()

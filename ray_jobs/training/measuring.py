@@ -1,8 +1,10 @@
-"""Distributing an evaluation's measurements: over workers that each hold the base, or a group that shards it."""
+"""The function of every group of workers: train by a spec, measure the models of a task, or first one and then the
+other on the base that the training has read."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,15 +13,16 @@ from pydantic import TypeAdapter
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.records import runs
-from components.records.steps import Role, TaskScore
-from components.shared.errors import FineloopError, JobError
-from components.shared.protocol import counted, say
+from components.records.steps import Role, TaskScore, TrainResult
+from components.registry.versions import resolve
+from components.shared import errors
+from components.shared.errors import FineloopError
+from components.shared.protocol import TRAINED, counted, say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.adapters import build
-from ray_jobs.base import base_model, together
+from ray_jobs.adapters import build, recorded
+from ray_jobs.base import together
 from ray_jobs.kernels import door
-from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.probes import texts
 from ray_jobs.scoring import STEP
 from ray_jobs.scoring.answers import Score
@@ -27,143 +30,190 @@ from ray_jobs.scoring.measure import (
     NO_PROBES,
     Contender,
     Findings,
-    Found,
+    HeldBase,
     Probes,
     Progress,
     ShardResult,
     answer_tokens,
+    further,
     local_contenders,
     measure_shard,
+    merged,
     run_all,
 )
-from ray_jobs.training import zero
-from ray_jobs.training.job import Standby
+from ray_jobs.training import trainer, zero
+from ray_jobs.training.spec import TrainSpec
+from ray_jobs.training.worker import train
 from ray_jobs.training.zero import Worker
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from transformers import PretrainedConfig
 
-def measured_apart(
-    config: RunConfig,
-    base: base_model.Base,
-    contenders: Sequence[Contender],
-    records: Sequence[Record],
-    probes: Probes = NO_PROBES,
-    *,
-    kernels: Kernels | None = None,
-    standby: Standby | None = None,
-) -> Found:
-    """Measure shares of records and probes on several workers, each of which holds the whole base.
-
-    These are the training's workers if they are still there, and Ray tasks otherwise.
-    """
-    import ray
-
-    # At least two records in each: an answer is also scored after another record's prompt.
-    num_shards = max(1, min(config.ray.max_workers, len(records) // 2))
-    say(STEP, f"{counted(len(records), 'record')} for {_names(contenders)} on {counted(num_shards, 'worker')}")
-    shards = [records[start::num_shards] for start in range(num_shards)]
-    shares = [
-        {
-            "contenders": contenders,
-            "records": shard,
-            "probes": {key: probe.at(partial(_dealt, i, num_shards)) for key, probe in probes.items()},
-            "shard_index": i,
-        }
-        for i, shard in enumerate(shards)
-    ]
-    if standby is not None and standby.is_there:
-        if (results := standby.measure(shares)) is not None:
-            held_with, *_ = [held_with for held_with, _ in results]
-            return Found.of(held_with, shards, [result for _, result in results])
-        say(STEP, "the training's workers are gone: others take their place")
-    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    task = ray.remote(max_retries=1, **resources)(measure_shard)
-    try:
-        kernels = kernels or _kernels(config, base, num_shards, resources)
-        results = ray.get([task.remote(**share, kernels=kernels) for share in shares])
-    except ray.exceptions.RayTaskError as exc:
-        raise (
-            exc.cause if isinstance(exc.cause, FineloopError) else JobError(f"an evaluation task failed: {exc.cause}")
-        ) from exc
-    return Found.of(kernels, shards, results)
-
-
-def measured_together(
-    config: RunConfig,
-    base: base_model.Base,
-    contenders: Sequence[Contender],
-    records: Sequence[Record],
-    probes: Probes = NO_PROBES,
-    *,
-    store: Store,
-    run_id: str,
-    kernels: Kernels | None = None,
-    name: str = runs.RAY_EVALUATE,
-) -> Found:
-    """Measure all records on a group of workers, which shard the base as in training."""
-    from ray_jobs.training import trainer
-
-    workers = f"{config.ray.max_workers} workers that hold the base together"
-    say(STEP, f"{counted(len(records), 'record')} for {_names(contenders)} on {workers}")
-    resources = {"num_cpus": config.ray.cpus_per_worker, "num_gpus": int(config.ray.use_gpu)}
-    name = name if kernels is None else f"{name}-more"
-    kernels = kernels or _kernels(config, base, config.ray.max_workers, resources)
-    arguments = {"contenders": contenders, "records": records, "probes": probes, "kernels": kernels}
-    answer = trainer.run(run_group, arguments, config, store, run_id=run_id, name=name, max_failures=0)
-    return Found.of(kernels, [records], [answer["result"]])
-
-
-def _names(contenders: Sequence[Contender]) -> str:
-    return ", ".join(contender.role for contender in contenders)
-
-
-def _dealt(index: int, of: int, count: int) -> range:
-    """A worker's rows out of `count`: every `of`-th, starting at `index`."""
-    return range(index, count, of)
-
-
-def _kernels(config: RunConfig, base: base_model.Base, num_workers: int, resources: Mapping[str, int]) -> Kernels:
-    """The kernels of every task: measured where the tasks run, with the slowest rate for each dtype."""
-    import ray
-
-    if config.ray.use_gpu:
-        return PLAIN
-    if fixed := door.fixed(config):
-        return fixed
-    shape = door.typical_shape(base_model.load_config(base.path, config.model))
-    measure = ray.remote(max_retries=1, **resources)(_rates)
-    measured = [measure.remote(shape, num_threads=config.ray.cpus_per_worker) for _ in range(num_workers)]
-    return Kernels(door.slowest(ray.get(measured)).faster)
-
-
-def _rates(shape: tuple[int, int], *, num_threads: int) -> door.Rates:
-    """Measure this worker's rates; runs as a Ray task, whose warm process the measurement then reuses."""
-    import torch
-
-    entry.quiet_libraries()
-    torch.set_num_threads(num_threads)
-    return door.measure(shape)
-
-
-# Measuring models on a base that no single worker can hold: the workers shard it, as in training.
-#
-# All workers take the same steps: under ZeRO-3 every layer's forward pass is a collective operation.
+logger = logging.getLogger(__name__)
 
 Finding = texts.Read | dict[str, list[str]] | tuple[TaskScore, ...]
 """What the probes find of a model."""
+_PLAIN: TypeAdapter[Any] = TypeAdapter(
+    tuple[dict[str, int], dict[Role, list[Score]], list[dict[str, dict[Role, Finding]]], str, str]
+)
+"""The fields of a ShardResult as what JSON can hold."""
 
 
-def run_group(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The function for Ray Train. On rank 0, returns the results of all records."""
+@dataclass(frozen=True)
+class Task:
+    """What a group of workers measures."""
+
+    contenders: Sequence[Contender]
+    """Before a training, the candidate among them has no version yet."""
+    records: Sequence[Record]
+    base: "PretrainedConfig"
+    probes: Probes = field(default_factory=dict)
+    in_reserve: Sequence[Record] = ()
+    """Records that are measured as well where the others do not decide."""
+    together: bool = False
+    """Whether the workers shard the base, as in training under ZeRO-3; else each of them holds it."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.contenders[-1].config
+
+    def of(self, trained: TrainResult) -> "Task":
+        """The task with the version that a training has published as its candidate."""
+        store, candidate = Store.open(self.config.registry), self.contenders[-1]
+        version = resolve(store, f"{self.config.adapter.name}@{trained.version}")
+        theirs = recorded.read(self.config, store, version)
+        candidate = replace(
+            candidate,
+            version=version,
+            stands_on_sha256=theirs.stands_on_sha256,
+            published_sha256=trained.manifest_sha256,
+        )
+        return replace(self, contenders=[*self.contenders[:-1], candidate])
+
+
+def measured(task: Task, store: Store, *, run_id: str, name: str = runs.RAY_EVALUATE) -> ShardResult:
+    """Measure on a group of workers of its own."""
+    import ray
+
+    answer = trainer.run(
+        trainer.work, {"task": ray.put(task)}, task.config, store, run_id=run_id, name=name, max_failures=1
+    )
+    return from_plain(answer["measured"])
+
+
+def work(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """On rank 0, returns the training's TrainResult as `trained`, and the measurements as `measured`.
+
+    A training that was published stands: after it, measurements that fail are left out.
+    """
+    import ray
     import ray.train
 
-    contenders: Sequence[Contender] = arguments["contenders"]
-    config = contenders[-1].config
     entry.quiet_libraries()
     context = ray.train.get_context()
-    device = ray.train.torch.get_device() if config.ray.use_gpu else torch.device("cpu")
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, kernels=arguments["kernels"])
-    result = measure_shards(contenders, arguments["records"], arguments["probes"], worker)
-    return {"result": result} if worker.rank == 0 else {}
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    task: Task | None = ray.get(arguments["task"]) if "task" in arguments else None
+    answer: dict[str, Any] = {}
+    held = HeldBase()
+    with together.gloo_group(num_workers) as group:
+        if "spec" in arguments:
+            answer["trained"] = _trained(arguments, held, rank, group, is_measured=task is not None)
+        if task is not None:
+            if rank == 0:
+                entry.log_as(STEP)
+            device = ray.train.torch.get_device() if task.config.ray.use_gpu else torch.device("cpu")
+            here = Worker(rank, num_workers, device)
+            if "trained" in answer:
+                task = task.of(TrainResult.model_validate(answer["trained"]))
+            try:
+                answer["measured"] = _as_plain(_measured_in_turn(task, held, here, group))
+            except FineloopError as exc:
+                if "trained" not in answer:
+                    raise
+                logger.warning("measured again by other workers, as these could not: %s", exc)
+    return answer if rank == 0 else {}
+
+
+def _trained(
+    arguments: Mapping[str, Any], held: HeldBase, rank: int, group: "ProcessGroup | None", *, is_measured: bool
+) -> Any:
+    """The TrainResult, on every worker; a group that was lost after its training need not be repeated."""
+    import ray
+
+    stopwatch = arguments["stopwatch"]
+    stopwatch.lap("workers start")
+    spec = TrainSpec.model_validate_json(arguments["spec"])
+    result = runs.find(Store.open(spec.registry), spec.run_id, TrainResult) if rank == 0 else None
+    if result is None or result.began_at != stopwatch.began_at:
+        result = None
+    if (known := together.from_rank_0(result and result.model_dump(mode="json"), group)) is not None:
+        return known
+    # Passed as references: deserialising these objects imports more than the controller needs.
+    tokens = tuple(ray.get([arguments["train_tokens"], arguments["eval_tokens"]]))
+    found = together.from_rank_0(train(spec, tokens, stopwatch, load=held.load), group)
+    if rank == 0:
+        say("finetune", f"published {spec.adapter.name} {found['version']} as {found['version_uri']}")
+        if is_measured:
+            say("finetune", TRAINED)
+    held.strip()
+    door.give_back()
+    return found
+
+
+def _measured_in_turn(task: Task, held: HeldBase, here: Worker, group: "ProcessGroup | None") -> ShardResult:
+    """Measure the records and, where these do not decide, those in reserve."""
+    if not task.config.ray.use_gpu:
+        torch.set_num_threads(task.config.ray.cpus_per_worker)
+        here = replace(here, kernels=held.kernels or door.agree(task.config, task.base))
+    result = _measured(task, task.records, task.probes, held, here, group)
+    if more := further(task.config, task.records, task.in_reserve, result):
+        if here.rank == 0:
+            say(STEP, f"{len(task.records)} records do not tell: {len(more)} more are drawn")
+        result = merged([result, replace(_measured(task, more, NO_PROBES, held, here, group), shares=[])])
+    return result
+
+
+def _measured(
+    task: Task,
+    records: Sequence[Record],
+    probes: Probes,
+    held: HeldBase,
+    here: Worker,
+    group: "ProcessGroup | None",
+) -> ShardResult:
+    # At least two records in each: an answer is also scored after another record's prompt.
+    num_shards = here.num_workers if task.together else max(1, min(here.num_workers, len(records) // 2))
+    if here.rank == 0:
+        names = ", ".join(contender.role for contender in task.contenders)
+        workers = counted(num_shards, "worker") + (" that hold the base together" if task.together else "")
+        say(STEP, f"{counted(len(records), 'record')} for {names} on {workers}")
+    if task.together:
+        return measure_shards(task.contenders, records, probes, here)
+    mine = failure = None
+    if here.rank < num_shards:
+        shares = {key: probe.at(lambda count: range(here.rank, count, num_shards)) for key, probe in probes.items()}
+        shard = records[here.rank :: num_shards]
+        try:
+            mine = _as_plain(
+                measure_shard(task.contenders, shard, shares, shard_index=here.rank, kernels=here.kernels, held=held)
+            )
+        except FineloopError as exc:
+            failure = [type(exc).__name__, str(exc)]
+    results = together.all_gather([failure, mine], group) if group else [[failure, mine]]
+    for told, _ in results:
+        if told:
+            raise errors.by_name(*told)
+    return merged([from_plain(plain) for _, plain in results[:num_shards]])
+
+
+def _as_plain(result: ShardResult) -> Any:
+    return _PLAIN.dump_python([getattr(result, each.name) for each in fields(ShardResult)])
+
+
+def from_plain(plain: Any) -> ShardResult:
+    """The measurements in a group's answer, or in a worker's."""
+    return ShardResult(*_PLAIN.validate_python(plain))
 
 
 def measure_shards(
@@ -172,9 +222,8 @@ def measure_shards(
     probes: Probes,
     worker: Worker,
 ) -> ShardResult:
-    """Measure every contender on all records and with all probes, which the workers share; the same result on each.
-
-    Call it on every worker of a process group.
+    """Measure every contender on all records and with all probes on a base that the workers shard; the same result on
+    each. Every worker of a process group must call this: under ZeRO-3 every layer's forward pass is collective.
 
     Raises:
         DataError: no record fits the context.
@@ -202,7 +251,7 @@ def measure_shards(
                     run_all(my_probes, each.subject(sharded), probed)
             scores[each.role] = _gathered(mine, found)
         shares = _all_gather(dict[str, dict[Role, Finding]], probed)
-        return ShardResult(answer_tokens(local), scores, shares, progress.first_scored_at)
+        return ShardResult(answer_tokens(local), scores, shares, progress.first_scored_at, worker.kernels.dtype)
 
 
 def _own_rows(count: int, worker: Worker) -> list[int]:

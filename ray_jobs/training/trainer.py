@@ -18,12 +18,20 @@ from typing import Any
 from components.config.ray import COLLECTIVE_TIMEOUT_S, Cluster
 from components.config.schema import RunConfig
 from components.records import runs
+from components.shared import garbage
 from components.shared.errors import ConfigError, JobError, UserError, WorkersMissing
 from components.shared.machine import ran_low
 from components.store.store import Store
 
 RESIZE_EVERY_S = 60.0
 """Seconds between checks for room for more workers in an elastic training. They start from its newest checkpoint."""
+
+
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`ray_jobs.training.measuring.work`: Ray Train's controller imports this module, and no model code with it."""
+    with garbage.importing():
+        from ray_jobs.training import measuring
+    return measuring.work(arguments)
 
 
 def run(

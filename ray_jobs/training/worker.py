@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from components.records import runs
 from components.records.steps import TrainResult
 from components.registry import lineage
 from components.registry.event_log import require_published
@@ -50,7 +51,7 @@ def train(
     *,
     load: LoadModel = door.load_model,
 ) -> dict[str, Any]:
-    """Train and publish a version; returns its TrainResult as a dict on rank 0. `load` reads the base into memory.
+    """Train and publish a version; on rank 0, its TrainResult, which the run has then. `load` reads the base.
 
     Raises:
         UserError: the user's mistake, which may occur on one worker only.
@@ -58,7 +59,6 @@ def train(
     """
     import ray.train
 
-    entry.quiet_libraries()
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if spec.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
@@ -90,27 +90,29 @@ def train(
         usage = publishing.usage_of(spec, worker, progress, metrics, seconds=seconds)
     if usage is None:
         return {}
-    version = patiently(
-        patience_s,
-        lambda: publishing.publish(spec, store, fitted, worker, started_at=started_at, usage=usage),
-        "trained, and waiting to publish",
-    )
-    return TrainResult(
-        version=version.version,
-        version_uri=version.uri,
-        manifest_sha256=version.manifest_sha256,
-        dataset_uri=spec.dataset.uri,
-        train_seconds=round(progress.elapsed_s, 3),
-        steps=progress.step,
-        tokens=progress.tokens,
-        eval_loss=trained.eval_loss,
-        stopped_early=trained.stopped_early,
-        resumed_from_step=trained.resumed_from,
-        trained_at=trained_at.isoformat(),
-        began_at=stopwatch.began_at,
-        until_first_step=stopwatch.parts,
-        usage=usage,
-    ).model_dump()
+
+    def publish() -> TrainResult:
+        version = publishing.publish(spec, store, fitted, worker, started_at=started_at, usage=usage)
+        result = TrainResult(
+            version=version.version,
+            version_uri=version.uri,
+            manifest_sha256=version.manifest_sha256,
+            dataset_uri=spec.dataset.uri,
+            train_seconds=round(progress.elapsed_s, 3),
+            steps=progress.step,
+            tokens=progress.tokens,
+            eval_loss=trained.eval_loss,
+            stopped_early=trained.stopped_early,
+            resumed_from_step=trained.resumed_from,
+            trained_at=trained_at.isoformat(),
+            began_at=stopwatch.began_at,
+            until_first_step=stopwatch.parts,
+            usage=usage,
+        )
+        runs.write(store, spec.run_id, result)
+        return result
+
+    return patiently(patience_s, publish, "trained, and waiting to publish").model_dump(mode="json")
 
 
 def fit(

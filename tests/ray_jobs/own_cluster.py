@@ -79,7 +79,7 @@ def finetuned(config_toml: str, run_id: str, meanwhile: Callable[[], Any] | None
     found: list[Any] = []
     helper = Thread(target=lambda: found.append(meanwhile() if meanwhile else None))
     helper.start()
-    result = finetune(config_file.loads(config_toml), run_id=run_id)
+    result, _ = finetune(config_file.loads(config_toml), run_id=run_id)
     helper.join()
     return {**result.model_dump(), "meanwhile": found[0] if found else None}
 

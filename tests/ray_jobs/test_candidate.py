@@ -7,7 +7,6 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.store.store import Store
 from ray_jobs import candidate
-from ray_jobs.training.job import Standby
 
 PUBLISHED = TrainResult(version="v1", version_uri="s3://b/adapters/a/versions/v1", dataset_uri="s3://b/datasets/d1")
 
@@ -18,12 +17,12 @@ def test_what_the_run_has_published_of_a_dataset_is_not_trained_again(
 ) -> None:
     trained: list[str] = []
 
-    def finetune(config: RunConfig, *, run_id: str, dataset_uri: str, standby: Standby | None) -> TrainResult:
+    def finetune(config: RunConfig, *, run_id: str, dataset_uri: str, task: None) -> tuple[TrainResult, None]:
         trained.append(dataset_uri)
-        return PUBLISHED
+        return PUBLISHED, None
 
     monkeypatch.setattr("ray_jobs.finetune.finetune", finetune)
     config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
     runs.write(store, "again", PUBLISHED)
-    assert candidate.trained(config, run_id="again", dataset_uri=dataset_uri) == PUBLISHED
+    assert candidate.trained(config, run_id="again", dataset_uri=dataset_uri, only=True) is None
     assert bool(trained) is trains

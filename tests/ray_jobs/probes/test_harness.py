@@ -20,7 +20,7 @@ from components.shared.errors import ConfigError
 from components.store.store import Store
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.probes import harness
-from ray_jobs.scoring.measure import Found, measure_shard
+from ray_jobs.scoring.measure import measure_shard, merged
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, remember
 
@@ -187,7 +187,7 @@ def test_a_model_scores_what_plain_transformers_computes(
         for index in range(2)
     )
     assert other.shares == [{"tasks": {}}]
-    shares = Found.of(Kernels(matmul_dtype), [RECORDS, RECORDS], [first, other]).shares
+    shares = merged([first, other]).shares
     found = tasks.outcome([share["tasks"] for share in shares], None).record
     assert found.scores.keys() == {"base", "candidate"}
     assert "loglikelihood requests" not in capfd.readouterr().err  # the bar of progress

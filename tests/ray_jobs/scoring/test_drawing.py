@@ -8,7 +8,7 @@ from components.config.gate import GateConfig
 from components.prepare.dataset import Message, Record
 from components.shared.paired import Pairs
 from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.measure import Found, ShardResult, further, records_wanted
+from ray_jobs.scoring.measure import ShardResult, further, merged, records_wanted
 
 Z = 1.6449 + 0.8416
 """Normal quantiles of 95 % and of 80 %."""
@@ -44,7 +44,7 @@ def test_nothing_is_wanted_of_numbers_that_are_not_finite() -> None:
     assert records_wanted(GateConfig(), {"champion": broken}) == 0
 
 
-def measured(records: list[Record], deviation: float) -> Found:
+def measured(records: list[Record], deviation: float) -> ShardResult:
     """By two workers, of which each has every second record; one record was too long for a model."""
     random = np.random.default_rng(0)
     shards = [records[start::2] for start in range(2)]
@@ -59,23 +59,24 @@ def measured(records: list[Record], deviation: float) -> Found:
                 ]
                 for role, spread in (("base", 0.0), ("champion", 0.0), ("candidate", deviation))
             },
-            {},
+            [],
             "2026-11-26T12:00:00+00:00",
+            "float32",
         )
         for shard in shards
     ]
-    return Found.of("float32", shards, results)
+    return merged(results)
 
 
 def test_more_records_are_drawn_up_to_what_tells_what_is_allowed_and_what_there_is(config) -> None:
     held_out = [Record(f"r{number}", [Message("user", "q")], "a") for number in range(900)]
     found = measured(held_out[:300], 0.2)
-    assert [score.text for score in found.scores["candidate"]] == [record.id for record in found.records]
-    assert len(found.records) == len(found.tokens) == 299
+    assert [score.text for score in found.scores["candidate"]] == [record.id for record in found.order(held_out)]
+    assert len(found.tokens) == 299
 
     def drawn(most: int, left: list[Record] = held_out[300:]) -> int:
         allowed = config_file.loads(config_file.dumps(config), [f"evaluate.max_records={most}"])
-        more = further(allowed, left, found)
+        more = further(allowed, held_out[:300], left, found)
         assert list(more) == left[: len(more)]
         return len(more)
 
@@ -88,6 +89,6 @@ def test_more_records_are_drawn_up_to_what_tells_what_is_allowed_and_what_there_
 
 def test_what_was_drawn_later_stands_behind_what_was_first() -> None:
     first, later = ([Record(f"{name}{i}", [Message("user", "q")], "a") for i in range(6)] for name in "rs")
-    both = measured(first, 0.1).and_then(measured(later, 0.1))
-    assert [record.id for record in both.records] == ["r0", "r2", "r4", "r1", "r3", "s0", "s2", "s4", "s1", "s3", "s5"]
-    assert [score.text for score in both.scores["champion"]] == [record.id for record in both.records]
+    both = merged([measured(first, 0.1), measured(later, 0.1)])
+    assert [*both.tokens] == ["r0", "r2", "r4", "r1", "r3", "s0", "s2", "s4", "s1", "s3", "s5"]
+    assert [score.text for score in both.scores["champion"]] == [*both.tokens]

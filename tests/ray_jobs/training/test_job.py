@@ -39,6 +39,6 @@ def test_workers_read_what_the_driver_resolved_and_their_number_changes_no_diges
 
 
 def test_whoever_reads_a_job_without_training_waits_for_no_model_code():
-    check = "import sys, ray_jobs.training.job as _; print(*{'torch', 'transformers', 'peft'} & sys.modules.keys())"
+    check = "import sys, ray_jobs.training.trainer as _; print(*{'torch', 'transformers', 'peft'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
