@@ -14,9 +14,9 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from components.config.ray import NumWorkers
+from components.config.ray import JobsApiCluster, NumWorkers, RayJobCluster
 from components.config.schema import MethodConfig, ModelConfig, RunConfig
-from components.config.section import REMOVED, Section, descriptions, is_old, old_keys
+from components.config.section import REMOVED, Section, descriptions
 from components.shared.errors import ConfigError
 
 # What transformers, peft, TRL, Axolotl and LLaMA-Factory call keys of the config. None of these is a key of ours.
@@ -56,6 +56,8 @@ EITHER: dict[Any, str] = {
     NumWorkers: "an integer, at least 1, or two of them: [min, max]",
 }
 """What a key of several types takes."""
+CLUSTERS: dict[str, type[BaseModel]] = {"jobs-api": JobsApiCluster, "rayjob": RayJobCluster}
+"""The sections of ray.cluster, by their kind."""
 WITH_SET = " with --set"
 Read = TypeVar("Read", bound=Section)
 
@@ -100,9 +102,10 @@ def validate(
     for override in overrides:
         _override(table, override)
     origin = f"{origin}{overriding}" if overrides else origin
-    without_removed(table, origin)
+    _suites_as_tasks(table, origin)
+    _without_removed(table, origin)
     try:
-        config = RunConfig.model_validate(table)
+        return RunConfig.model_validate(table)
     except ValidationError as exc:
         found: dict[str, str] = {}
         for error in exc.errors():
@@ -114,12 +117,24 @@ def validate(
         raise ConfigError(
             "\n  ".join([f"{origin}:", *problems]) if problems[1:] else f"{origin}: {problems[0]}"
         ) from exc
-    for key, instead in old_keys(config):
-        logger.warning("%s: %s is read for this release only: use %s", origin, key, instead)
-    return config
 
 
-def without_removed(table: dict[str, Any], origin: str) -> None:
+def _suites_as_tasks(table: dict[str, Any], origin: str) -> None:
+    """Turn evaluate.suites and gate.suite_worse_by, which are accepted for one release, into what took their place."""
+    evaluate, gate = table.get("evaluate"), table.get("gate", {})
+    if isinstance(evaluate, dict) and isinstance(gate, dict) and isinstance(evaluate.get("suites"), list):
+        tasks = [f"fineloop_{name}" for name in evaluate.pop("suites")]
+        margin = gate.pop("suite_worse_by", None)
+        evaluate["lm_eval"] = [*evaluate.get("lm_eval", []), *tasks]
+        if margin is not None:
+            table["gate"] = {
+                **gate,
+                "lm_eval_worse_by": {**dict.fromkeys(tasks, margin), **gate.get("lm_eval_worse_by", {})},
+            }
+        logger.warning("%s: evaluate.suites is gone, and read as evaluate.lm_eval %s", origin, tasks)
+
+
+def _without_removed(table: dict[str, Any], origin: str) -> None:
     """Take the removed keys out of a config, and say so of each that held another value than the one in force."""
     for path, removed in REMOVED.items():
         *sections, key = path.split(".")
@@ -205,12 +220,8 @@ def json_schema() -> str:
     schema = RunConfig.model_json_schema()
     sections = {section.__name__: section for section in Section.__subclasses__()}
     for name, shown in {RunConfig.__name__: schema, **schema["$defs"]}.items():
-        for key, field in sections[name].model_fields.items():
-            if is_old(field):
-                del shown["properties"][key]
         for key, text in descriptions(sections[name]).items():
             shown["properties"][key] = dict(sorted({**shown["properties"][key], "description": text}.items()))
-    del schema["$defs"]["Toleration"]  # of old keys alone
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
@@ -245,56 +256,47 @@ def _parse(value: str, override: str) -> Any:
 
 
 def _explain(error: Any) -> str:
-    where, kind, given = error["loc"], error["type"], error["input"]
+    where, kind, value = error["loc"], error["type"], error["input"]
     field, section = _located(where)
-    name = _path(where)
+    name, message = _path(where), error["msg"]
     if kind == "extra_forbidden":
-        return f"unknown key {name}: {_nearest(where, _section_at(where[:-1]))}"
-    if kind == "union_tag_not_found":
-        return f"{name}.kind is required: {_kinds(where)}"
-    if kind == "union_tag_invalid":
-        return f"{name}.kind = {error['ctx']['tag']!r}: expected {_kinds(where)}"
+        return f"unknown key {name}: {_nearest(where)}"
+    if kind.startswith("union_tag"):
+        return f"{name}.kind: expected {' or '.join(CLUSTERS)}"
     if kind == "missing" and section:
         return f"section [{name}] is missing: it needs {', '.join(_required(section))}"
     if kind == "missing":
         return f"{name} is required: {_described(where)}"
     if kind == "value_error":
-        message = str(error["ctx"]["error"])
-        return message if not name else f"{name}: {message}"
-    return f"{name} = {given!r}: {_expectation(error, field, section)}"
-
-
-def _expectation(error: Any, field: FieldInfo | None, section: type[BaseModel] | None) -> str:
-    kind, given, message = error["type"], error["input"], error["msg"]
+        return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
     if field and field.annotation in EITHER:
-        return f"expected {EITHER[field.annotation]}"
-    if kind == "model_type" and section:
-        one = "one section, headed once" if isinstance(given, list) else "a section"
-        return f"expected {one}, with keys such as {', '.join(_required(section) or list(section.model_fields)[:3])}"
-    if kind == "list_type" and section:
-        return f"expected a list of sections, each headed [[{_path(error['loc'])}]]"
-    if kind == "bool_type":
-        return "expected true or false"
-    if kind == "string_type" and not isinstance(given, list | dict):
-        return f'expected a string, in quotes: "{given}"'
-    if kind == "string_pattern_mismatch" and field:
-        return f"expected {error['ctx']['pattern']} ({_described(error['loc'])})"
-    return str(message).removeprefix("Input ").removeprefix("String ")
+        message = f"expected {EITHER[field.annotation]}"
+    elif kind == "model_type" and section:
+        one = "one section, headed once" if isinstance(value, list) else "a section"
+        keys = _required(section) or list(section.model_fields)[:3]
+        message = f"expected {one}, with keys such as {', '.join(keys)}"
+    elif kind == "list_type" and section:
+        message = f"expected a list of sections, each headed [[{name}]]"
+    elif kind == "string_pattern_mismatch" and field:
+        message = f"expected {error['ctx']['pattern']} ({_described(where)})"
+    return f"{name} = {value!r}: {message.removeprefix('Input ').removeprefix('String ')}"
 
 
-def _nearest(where: Sequence[str | int], section: type[BaseModel]) -> str:
+def _nearest(where: Sequence[str | int]) -> str:
     """What an unknown key may stand for: its namesake in another section, or else a like key in this one."""
-    unknown, prefix = str(where[-1]), _path(where[:-1])
-    variants = _variants_at(where[:-2])
-    others = [tag for tag, other in variants.items() if unknown in other.model_fields and other is not section]
-    if others:
+    unknown, section = str(where[-1]), _located(where[:-1])[1]
+    assert section, where
+    others = [kind for kind, other in CLUSTERS.items() if unknown in other.model_fields and other is not section]
+    if others and section in CLUSTERS.values():
         return f'it belongs to {_path(where[:-2])}.kind = "{others[0]}", and this is kind = "{where[-2]}"'
-    meant = [path for path in key_paths(RunConfig) if path.rpartition(".")[2] == unknown]
-    meant = meant or [theirs for theirs in (SYNONYMS.get(unknown),) if theirs]
-    keys = [key for key, field in section.model_fields.items() if not is_old(field)]
-    if not meant:
-        meant = [f"{prefix}.{key}" if prefix else key for key in difflib.get_close_matches(unknown, keys, n=1)]
-    return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(keys)}"
+    likely = [path for path in key_paths(RunConfig) if path.rpartition(".")[2] == unknown]
+    if not likely and unknown in SYNONYMS:
+        likely = [SYNONYMS[unknown]]
+    if not likely:
+        prefix = _path(where[:-1])
+        close = difflib.get_close_matches(unknown, section.model_fields, n=1)
+        likely = [f"{prefix}.{key}" if prefix else key for key in close]
+    return f"did you mean {' or '.join(likely)}?" if likely else f"known here: {', '.join(section.model_fields)}"
 
 
 def _path(where: Sequence[str | int]) -> str:
@@ -304,7 +306,7 @@ def _path(where: Sequence[str | int]) -> str:
         field = _located(where[:depth])[0]
         if field and field.annotation in EITHER:
             break
-        if part not in _variants(field):
+        if part not in CLUSTERS:
             parts.append(str(part))
     return ".".join(parts)
 
@@ -314,33 +316,12 @@ def _located(where: Sequence[str | int]) -> tuple[FieldInfo | None, type[BaseMod
     field: FieldInfo | None = None
     section: type[BaseModel] | None = RunConfig
     for part in where:
-        if part in _variants(field):
-            section, field = _variants(field)[str(part)], None
+        if part in CLUSTERS:
+            section, field = CLUSTERS[str(part)], None
         elif isinstance(part, str) and section:
             field = section.model_fields.get(part)
             section = _held(field) if field else None
     return field, section
-
-
-def _variants(field: FieldInfo | None) -> dict[str, type[BaseModel]]:
-    """The members of a tagged union by their tag; none for any other field."""
-    if not field or not field.discriminator:
-        return {}
-    return {get_args(member.model_fields["kind"].annotation)[0]: member for member in get_args(field.annotation)}
-
-
-def _variants_at(where: Sequence[str | int]) -> dict[str, type[BaseModel]]:
-    return _variants(_located(where)[0]) if where else {}
-
-
-def _kinds(where: Sequence[str | int]) -> str:
-    return " or ".join(_variants_at(where))
-
-
-def _section_at(where: Sequence[str | int]) -> type[BaseModel]:
-    section = _located(where)[1]
-    assert section, where
-    return section
 
 
 def _held(field: FieldInfo) -> type[BaseModel] | None:
@@ -349,7 +330,8 @@ def _held(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _described(where: Sequence[str | int]) -> str:
-    return descriptions(_section_at(where[:-1]))[str(where[-1])]
+    section = _located(where[:-1])[1]
+    return descriptions(section)[str(where[-1])] if section else ""
 
 
 def _required(section: type[BaseModel]) -> list[str]:
@@ -359,11 +341,8 @@ def _required(section: type[BaseModel]) -> list[str]:
 def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key below a section that is not inside a list, dotted; of a tagged union the keys of all members."""
     for name, field in section.model_fields.items():
-        if is_old(field):
-            continue
         yield prefix + name
-        held = [*_variants(field).values()]
-        if field.annotation is (inner := _held(field)) and inner:
-            held = [inner]
-        for below in held:
-            yield from key_paths(below, f"{prefix}{name}.")
+        inner = _held(field)
+        below = [*CLUSTERS.values()] if field.discriminator else [inner] if inner and field.annotation is inner else []
+        for each in below:
+            yield from key_paths(each, f"{prefix}{name}.")

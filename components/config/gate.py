@@ -11,6 +11,8 @@ from components.config.section import Added, Section
 from components.shared import binomial
 from components.shared.metrics import COMPARED, MARKS, METRICS, OWN, metric_of
 
+MUCH_WORSE = 1.5
+"""Nats per answer token above the champion's loss from which a record counts as much worse."""
 LARGE_LOSS = 2.0
 """Nats per token: rare losses of up to this size are allowed for."""
 RARE_SHARE = 0.01
@@ -98,19 +100,18 @@ class GateConfig(Section):
     """On general text (evaluate.general_passages) the candidate's loss may exceed the base's by at most this much,
     in nats per token. Unset: no limit, since an adapter that is served for its domain alone may forget the rest, and
     what is usual depends on the base and its languages."""
-    suite_worse_by: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Added("0.2.0")] = None
-    """In no suite of evaluate.suites may the candidate's share of passed items be shown to be below the base's by
-    more than this; corrected for the number of suites (Holm). 0.1 is ten points. Unset: no limit."""
+    lm_eval_worse_by: Annotated[dict[str, Annotated[float, Field(ge=0)]], Added("0.2.0")] = {}
+    """By task of evaluate.lm_eval: the candidate's first metric there may not be shown to be worse than the base's by
+    more than this; corrected for the number of tasks (Holm). {fineloop_json = 0.1} is ten points. Empty: no limit."""
     kl_from_base_at_most: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
     """The candidate's KL divergence from its base on the base's own answers outside the domain
     (evaluate.own_answers) may be at most this, in nats per token. Unset: no limit."""
-    much_worse_by: Annotated[Annotated[float, Field(gt=0)], Added("0.2.0")] = 1.5
-    """A record is much worse where its loss is above the champion's by more than this, in nats per answer token."""
     much_worse_share: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Added("0.2.0")] = None
-    """At most this share of records, or groups, may be much worse than with the champion, shown with confidence
-    (Clopper-Pearson); 1 sets no limit. Unset: no limit; but there must be enough records to contain a share of 0.01 at
-    least once (299 of equal length), or with wider margins the share that would use up worse_than_champion_by at 2 nats
-    per token each, or at 1 each of a metric from 0 to 1. Where every record is right or wrong, the bound sees to it."""
+    """At most this share of records, or groups, may be worse than with the champion by more than 1.5 nats per
+    answer token, shown with confidence (Clopper-Pearson); 1 sets no limit. Unset: no limit; but there must be
+    enough records to contain a share of 0.01 at least once (299 of equal length), or with wider margins the share
+    that would use up worse_than_champion_by at 2 nats per token each, or at 1 each of a metric from 0 to 1. Where
+    every record is right or wrong, the bound sees to it."""
     confidence: Annotated[float, Field(ge=0.5, lt=1), Added("0.2.0")] = 0.95
     """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes about once in twenty times,
     and more often where losses are strongly skewed (docs/gate.md)."""
@@ -122,11 +123,9 @@ class GateConfig(Section):
     guards: Annotated[list[Guard], Added("0.2.0")] = [Guard(metric="exact_match")]
     """Further metrics on which the candidate must not fall behind the champion."""
     slices: Annotated[list[SliceKind], Added("0.2.0")] = ["label", "source", "length"]
-    """Slices in which the candidate must not fall behind the champion: by reference where references are classes, by
-    the entry of data.source, by length of prompt and reference in thirds."""
-    slice_worse_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
-    """In no slice of at least min_records may the candidate be shown to be worse than the champion by more than
-    this; corrected for the number of slices (Holm). Unset: as worse_than_best_by."""
+    """Slices by reference where references are classes, by the entry of data.source, by length of prompt and reference
+    in thirds. In none of at least min_records may the candidate be shown to be worse than the champion by more than
+    worse_than_best_by; corrected for their number (Holm)."""
     approval: Annotated[ApprovalConfig, Added("0.2.0")] = ApprovalConfig()
     """When a person has to approve."""
     limits: list[Limit] = [Limit(metric="answer_prompt_gain", min=0.3)]
@@ -166,11 +165,6 @@ class GateConfig(Section):
             return RARE_SHARE
         margin *= champion_loss if self.margins == "relative" else 1.0
         return min(1.0, max(RARE_SHARE, margin / LARGE_LOSS))
-
-    @property
-    def slice_budget(self) -> float:
-        """`slice_worse_by` in force."""
-        return self.total_budget if self.slice_worse_by is None else self.slice_worse_by
 
     @property
     def total_budget(self) -> float:

@@ -1,5 +1,6 @@
 """The config's `ray` section: how many workers, which of two ways leads to their cluster, and the GPUs to plan for."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from pydantic import (
     model_validator,
 )
 
-from components.config.section import Added, Old, Section
+from components.config.section import Added, Section
 from components.shared.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # The GPUs that a run can be planned for: memory, dense 16-bit rate and list price, each with its source.
 
@@ -98,6 +101,15 @@ SPOT = (
 )
 
 _BY_NAME = ("env", "imagePullSecrets")
+OF_0_1_0: Mapping[str, Any] = {
+    "image_pull_secrets": [],
+    "node_selector": {},
+    "tolerations": [],
+    "spot": False,
+    "env": {},
+}
+"""Keys of a cluster that release 0.1.0 had and templates have replaced, with their defaults, which digests keep."""
+OLD_KEYS = (*OF_0_1_0, "pod_priority_class", "topology", "topology_required", "labels")
 
 
 def merged(base: Any, patch: Any, key: str = "") -> Any:
@@ -187,6 +199,28 @@ class PodTemplateSpec(Section):
     spec: PodSpec = PodSpec()
 
 
+def _templates(old: Mapping[str, Any]) -> dict[str, Any]:
+    """What the old keys of a cluster say, in the words of its templates."""
+    env = [{"name": name, "value": value} for name, value in (old.get("env") or {}).items()]
+    other = old.get("worker.resources")
+    annotations = {TOPOLOGY[bool(old.get("topology_required"))]: old["topology"]} if old.get("topology") else {}
+    every_pod = {
+        "imagePullSecrets": [{"name": name} for name in old.get("image_pull_secrets") or ()],
+        "priorityClassName": old.get("pod_priority_class"),
+        "containers": [{"env": env}] if env else [],
+    }
+    tolerations = [{"operator": "Exists", **each} for each in old.get("tolerations") or ()]
+    every_worker = {
+        "nodeSelector": old.get("node_selector"),
+        "tolerations": [*(SPOT if old.get("spot") else ()), *tolerations],
+        "containers": [{"resources": {"requests": other, "limits": other}}] if other else [],
+    }
+    return {
+        "pod_template": _filled({"metadata": _filled({"labels": old.get("labels")}), "spec": _filled(every_pod)}),
+        "worker_template": _filled({"metadata": _filled({"annotations": annotations}), "spec": _filled(every_worker)}),
+    }
+
+
 def _mergeable(template: dict[str, Any]) -> dict[str, Any]:
     try:
         PodTemplateSpec.model_validate(template)
@@ -242,7 +276,6 @@ class WorkerPod(Section):
     """CPU cores."""
     memory_gib: Annotated[int, Field(ge=2)] = 24
     """Memory in GiB, shared memory included."""
-    resources: Annotated[dict[OtherResource, Quantity], Added("0.2.0"), Old("spec.containers in worker_template")] = {}
 
 
 class HeadPod(Section):
@@ -265,25 +298,6 @@ class DataPods(Section):
     """Memory of each in GiB, a quarter of it shared memory."""
 
 
-class Toleration(Section):
-    """A taint that the worker pods put up with; an empty key means every taint, an empty effect every effect."""
-
-    key: str = ""
-    operator: Literal["Equal", "Exists"] = "Exists"
-    value: str = ""
-    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
-
-    @model_validator(mode="after")
-    def _is_one(self) -> "Toleration":
-        if self.operator == "Exists" and self.value:
-            raise ValueError(
-                f'value {self.value!r} is compared with operator = "Equal" alone: set it, or drop the value'
-            )
-        if self.operator == "Equal" and not self.key:
-            raise ValueError('operator = "Equal" needs a key')
-        return self
-
-
 class RayJobCluster(Section):
     """A cluster of each job's own on Kubernetes: a RayJob that KubeRay starts, and Kueue lets in when there is room."""
 
@@ -292,7 +306,6 @@ class RayJobCluster(Section):
     has_address: ClassVar[bool] = False
     image: Annotated[str, StringConstraints(pattern=r"^\S+$")] = IMAGE
     """Image of every Ray pod, with a tag other than latest or a digest."""
-    image_pull_secrets: Annotated[list[DnsName], Old("spec.imagePullSecrets in pod_template")] = []
     namespace: OptionalName = ""
     """Namespace of the RayJob; empty means the namespace of the pod that submits it."""
     service_account: DnsName = "fineloop-trainer"
@@ -305,15 +318,6 @@ class RayJobCluster(Section):
     """Longest wait in the queue; after it the job is given up."""
     priority_class: OptionalName = ""
     """Kueue's WorkloadPriorityClass; empty means the queue's default."""
-    pod_priority_class: Annotated[OptionalName, Added("0.2.0"), Old("spec.priorityClassName in pod_template")] = ""
-    topology: Annotated[
-        str,
-        StringConstraints(pattern=rf"^(({_DOMAIN})?{_NAME})?$"),
-        Added("0.2.0"),
-        Old("an annotation in worker_template"),
-    ] = ""
-    topology_required: Annotated[bool, Added("0.2.0"), Old("an annotation in worker_template")] = False
-    labels: Annotated[dict[LabelKey, LabelValue], Added("0.2.0"), Old("metadata.labels in pod_template")] = {}
     ca_bundle: Annotated[OptionalName, Added("0.2.0")] = ""
     """A ConfigMap whose key ca.crt holds every certificate authority that Ray pods and steps trust, yours and the
     public ones: it takes the place of the images' own."""
@@ -338,10 +342,6 @@ class RayJobCluster(Section):
     worker_template: PodTemplate = {}
     """The same for workers alone: spec.tolerations such as a spot pool's, spec.nodeSelector instead of the
     nvidia.com/gpu.product that belongs to ray.gpu, or further resources, which the ClusterQueue must cover."""
-    node_selector: Annotated[dict[str, str], Old("spec.nodeSelector in worker_template")] = {}
-    tolerations: Annotated[list[Toleration], Old("spec.tolerations in worker_template")] = []
-    spot: Annotated[bool, Old("spec.tolerations in worker_template")] = False
-    env: Annotated[dict[str, str], Old("spec.containers in pod_template")] = {}
     ttl_s: Annotated[int, Field(ge=60)] = 600
     """How long the cluster of a failed job is kept, so that its dashboard can be read. After a success it is deleted at
     once."""
@@ -350,6 +350,32 @@ class RayJobCluster(Section):
     pre_running_timeout_s: Annotated[int, Field(ge=60)] = 1_800
     """Longest time for nodes, images and pods to become ready, once the job has left the queue and after a lost
     head."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_the_words_of_templates(cls, values: Any) -> Any:
+        """Accept, for one release, the ten keys that the two templates have replaced."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        old = {key: values.pop(key) for key in OLD_KEYS if key in values}
+        if isinstance(worker := values.get("worker"), dict) and "resources" in worker:
+            old["worker.resources"] = worker["resources"]
+            values["worker"] = {key: value for key, value in worker.items() if key != "resources"}
+        if used := [key for key, value in old.items() if value]:
+            logger.warning(
+                "ray.cluster.%s: read for this release only: use ray.cluster.pod_template or worker_template",
+                ", ray.cluster.".join(used),
+            )
+            try:
+                templates = _templates(old)
+            except (AttributeError, TypeError) as exc:
+                raise ValueError(
+                    f"{', '.join(used)} cannot be read ({exc}): use pod_template or worker_template"
+                ) from exc
+            for name, template in templates.items():
+                values[name] = merged(template, values.get(name, {}))
+        return values
 
     @field_validator("image")
     @classmethod
@@ -362,12 +388,10 @@ class RayJobCluster(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RayJobCluster":
-        for template in (self.every_pod, self.every_worker):
-            spec = PodTemplateSpec.model_validate(_mergeable(template)).spec
+        for template in (self.pod_template, self.worker_template):
+            spec = PodTemplateSpec.model_validate(template).spec
             if self.gpu_resource in spec.containers[0].resources.get("limits", {}):
                 raise ValueError(f"use_gpu and num_workers ask for {self.gpu_resource}: leave it out of resources")
-        if self.topology_required and not self.topology:
-            raise ValueError("topology_required needs topology, the label of a level: set it")
         if self.shared_memory_gib >= self.worker.memory_gib:
             raise ValueError(
                 f"shared_memory_gib {self.shared_memory_gib} is a part of worker.memory_gib {self.worker.memory_gib} "
@@ -376,35 +400,9 @@ class RayJobCluster(Section):
         return self
 
     @property
-    def every_pod(self) -> dict[str, Any]:
-        """What every Ray pod gets: `pod_template`, and what the old keys say in its words."""
-        env = [{"name": name, "value": value} for name, value in self.env.items()]
-        spec = {
-            "imagePullSecrets": [{"name": name} for name in self.image_pull_secrets],
-            "priorityClassName": self.pod_priority_class,
-            "containers": [{"env": env}] if env else [],
-        }
-        return merged(_filled({"metadata": _filled({"labels": self.labels}), "spec": _filled(spec)}), self.pod_template)
-
-    @property
-    def every_worker(self) -> dict[str, Any]:
-        """What every worker gets on top of that."""
-        topology, other = (
-            {TOPOLOGY[self.topology_required]: self.topology} if self.topology else {},
-            self.worker.resources,
-        )
-        spec = {
-            "nodeSelector": self.node_selector,
-            "tolerations": [*(SPOT if self.spot else ()), *(_filled(each.model_dump()) for each in self.tolerations)],
-            "containers": [{"resources": {"requests": other, "limits": other}}] if other else [],
-        }
-        metadata = _filled({"annotations": topology})
-        return merged(_filled({"metadata": metadata, "spec": _filled(spec)}), self.worker_template)
-
-    @property
     def pod_labels(self) -> dict[str, str]:
         """The labels of every pod, which RayJob and steps have as well."""
-        return dict(self.every_pod.get("metadata", {}).get("labels", {}))
+        return dict(self.pod_template.get("metadata", {}).get("labels", {}))
 
     @property
     def accounts(self) -> tuple[str, ...]:
@@ -430,10 +428,6 @@ class RayJobCluster(Section):
                 "worker": WorkerPod(cpu=self.data.cpu, memory_gib=self.data.memory_gib),
                 "shared_memory_gib": self.data.memory_gib // 4,
                 "worker_template": {},
-                "node_selector": {},
-                "tolerations": [],
-                "topology": "",
-                "topology_required": False,
             }
         )
 

@@ -27,7 +27,7 @@ from components.config.methods import (
     nearest_legal,
     refusals,
 )
-from components.config.ray import IMAGE, OF_EVERY_STEP, RayConfig
+from components.config.ray import IMAGE, OF_0_1_0, OF_EVERY_STEP, RayConfig
 from components.config.section import REMOVED, Added, Section, identity
 from components.config.train import SHARING
 from components.config.train import DataConfig as DataConfig
@@ -149,7 +149,6 @@ class TrackConfig(Section):
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-SuiteName = Literal["instructions", "json", "tool_calls", "refusal", "over_refusal"]
 
 
 class AdapterConfig(Section):
@@ -272,8 +271,6 @@ class EvaluateConfig(Section):
     """Longest answer generated, in tokens; absent means as long as the longest reference, and at least 8."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Maximum number of records in one forward pass or generation; fewer where memory does not hold as many."""
-    samples: Annotated[int, Field(ge=0)] = 12
-    """Answers shown side by side in the report."""
     metrics: Annotated[list[RequestedMetric], Added("0.2.0")] = []
     """Metrics to measure beside loss, exact match, token F1 and those that the gate names: a metric that is measured on
     request, or your own function as module:function, which is imported and run where evaluation runs. It takes an
@@ -281,15 +278,13 @@ class EvaluateConfig(Section):
     general_passages: Annotated[int, Field(ge=0, le=240), Added("0.2.0")] = 16
     """Number of the 240 passages of general text that come with Fineloop to measure forgetting on (general_loss); 0 is
     none."""
-    suites: Annotated[list[SuiteName], Added("0.2.0")] = []
-    """Suites of some 24 questions outside the domain, for base, champion and candidate: constraints to keep, JSON to
-    write, tools to call, harmful requests to refuse, and harmless ones that sound alike. Empty: none."""
     own_answers: Annotated[int, Field(ge=0, le=48), Added("0.2.0")] = 0
     """Number of the 48 general prompts that come with Fineloop to which the base's answers are sampled, at temperature
     1. Each model's KL divergence from the base is measured on these answers (kl_from_base). 0 is none."""
     lm_eval: Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Added("0.2.0")] = []
-    """Tasks, groups or tags of lm-evaluation-harness to run on base, champion and candidate. The report shows them;
-    no gate rule reads them. Needs fineloop[eval] and the tasks' data where evaluation runs."""
+    """Tasks, groups or tags of lm-evaluation-harness to run on base, champion and candidate. Needs fineloop[eval] and
+    the tasks' data where evaluation runs. fineloop_instructions, fineloop_json, fineloop_tool_calls, fineloop_refusal
+    and fineloop_over_refusal come with Fineloop: some 24 questions each, in English."""
     lm_eval_limit: Annotated[Annotated[int, Field(ge=1)] | None, Added("0.2.0")] = None
     """Use only this many documents of each task of evaluate.lm_eval. Unset: all."""
     lm_eval_include: Annotated[str, Added("0.2.0")] = ""
@@ -344,10 +339,10 @@ class RunConfig(Section):
                 f"gate.kl_from_base_at_most asks for what evaluate.own_answers {self.evaluate.own_answers} does not "
                 "measure: raise that to 24 or more, or remove it"
             )
-        if self.gate.suite_worse_by is not None and not self.evaluate.suites:
+        if unmeasured := self.gate.lm_eval_worse_by.keys() - {*self.evaluate.lm_eval}:
             raise ValueError(
-                "gate.suite_worse_by asks for what no suite of evaluate.suites measures: name suites there, such as "
-                '["instructions", "json"], or remove it'
+                f"gate.lm_eval_worse_by asks for {', '.join(sorted(unmeasured))}, which evaluate.lm_eval does not run: "
+                "name it there, or remove it"
             )
         if self.data.replay_from == "production" and self.model.thinking:
             raise ValueError(
@@ -456,8 +451,9 @@ class RunConfig(Section):
             values["evaluate"]["records"] = 300  # release 0.1.0's default
         if self.gate.limits == GateConfig().limits:
             values["gate"]["limits"] = [{"metric": "prompt_gain", "min": 0.1, "max": None}]  # likewise
-        if values["ray"]["cluster"].get("image") == IMAGE:
-            values["ray"]["cluster"]["image"] = "fineloop/train:0.1.0"  # likewise
+        if (cluster := values["ray"]["cluster"])["kind"] == "rayjob":
+            cluster.update(OF_0_1_0)
+            cluster["image"] = "fineloop/train:0.1.0" if cluster["image"] == IMAGE else cluster["image"]  # likewise
         if self.method.row.has_alpha and self.method.alpha is None and self.method.lora_alpha != 2 * self.method.r:
             values["method"]["alpha"] = self.method.lora_alpha
         return values

@@ -3,13 +3,12 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -29,13 +28,6 @@ class Added:
 
 
 @dataclass(frozen=True)
-class Old:
-    """Marks a key that is still read, for one release, and said to be old; `instead` follows "use"."""
-
-    instead: str
-
-
-@dataclass(frozen=True)
 class Removed:
     """A key that is gone: configs may hold it for one release, and its value counts for nothing."""
 
@@ -48,27 +40,23 @@ class Removed:
 
 
 REMOVED = {
+    "evaluate.samples": Removed(12, "reports show twelve answers side by side"),
+    "evaluate.suites": Removed([], "evaluate.lm_eval names their tasks", in_digest=False),
+    "gate.much_worse_by": Removed(1.5, "a record is much worse by 1.5 nats per token", in_digest=False),
+    "gate.slice_worse_by": Removed(None, "slices may be as much worse as gate.worse_than_best_by", in_digest=False),
+    "gate.suite_worse_by": Removed(None, "gate.lm_eval_worse_by has a margin for each task", in_digest=False),
     "train.group_by_length": Removed(True, "records of like length share a batch"),
     "train.keep_checkpoints": Removed(2, "the newest two checkpoints are kept"),
+    "train.store_patience_s": Removed(1_800, "a training waits half an hour for a store that is away", in_digest=False),
     "ray.collective_timeout_s": Removed(1_800, "workers that lose each other fail after half an hour", in_digest=False),
     "ray.max_preemption_failures": Removed(-1, "workers restart after every preemption", in_digest=False),
 }
 """Each removed key. The rows that are in a digest stay."""
 
 
-def old_keys(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each old key that is set to something, with what to use instead."""
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from old_keys(value, f"{prefix}{name}.")
-        if value != field.get_default():
-            yield from ((prefix + name, mark.instead) for mark in field.metadata if isinstance(mark, Old))
-
-
-def is_old(field: FieldInfo) -> bool:
-    """Whether a key is only read for a release more, and so shown nowhere."""
-    return any(isinstance(mark, Old) for mark in field.metadata)
+def without_removed(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """A section's values as another release recorded them, without keys that are gone."""
+    return {key: value for key, value in values.items() if f"{section}.{key}" not in REMOVED}
 
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:

@@ -189,8 +189,6 @@ class TrainConfig(Section):
     """Stop after this many measurements in a row without a better loss, keeping the best; 0 never stops early."""
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = 100
     """Steps between resumable checkpoints; 0 writes none."""
-    store_patience_s: Annotated[int, Field(ge=0), Added("0.2.0")] = 1_800
-    """How long a training continues without the store: it writes no checkpoints, and at its end waits to publish."""
 
     @model_validator(mode="after")
     def _shares_with_something(self) -> "TrainConfig":

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from annotated_types import Le
 
-from components.config.gate import GateConfig, Guard
+from components.config.gate import MUCH_WORSE, GateConfig, Guard
 from components.config.schema import EvaluateConfig
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, TextLosses, finite
@@ -654,7 +654,7 @@ def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | N
         return RuleResult(**words, passed=False, text=unmeasured(compared))
     share, is_limit = policy.rare_share(theirs), policy.much_worse_share is not None
     independent, kind = pairs.num_independent, "record" if pairs.groups is None else "group"
-    beyond = pairs.ours - pairs.theirs - policy.much_worse_by * pairs.weights
+    beyond = pairs.ours - pairs.theirs - MUCH_WORSE * pairs.weights
     of_each = beyond if pairs.groups is None else np.bincount(pairs.groups, weights=beyond)
     seen = int((of_each > 0).sum()) if is_limit else 0
     of = independent if is_limit or compared.revision == 0 else int(pairs.num_effective + ROUNDING)
@@ -664,7 +664,7 @@ def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | N
     size = counted(independent, kind) + ("" if of == independent else f", which weigh as {of:,} of one length")
     if is_limit:
         text = (
-            f"{seen} of {size} lose more than {policy.much_worse_by:.10g} nats per answer token against "
+            f"{seen} of {size} lose more than {MUCH_WORSE:.10g} nats per answer token against "
             f"{compared.called}'s. At least {100 * least:.3g} % and at most {100 * most:.3g} % of all {kind}s do, each "
             f"with {sure} confidence; {per_cent:.3g} % may."
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig, RunConfig
+from components.config.section import without_removed
 from components.gate.comparisons import lead_of, read_evidence
 from components.gate.policy import BEFORE, decide
 from components.records import runs
@@ -142,7 +143,7 @@ def replay(store: "Store", run_id: str) -> Replayed:
     found = decide(
         evaluation,
         read_evidence(store, evaluation),
-        GateConfig.model_validate({**BEFORE, **recorded.policy}),
+        GateConfig.model_validate(without_removed({**BEFORE, **recorded.policy}, "gate")),
         AdapterConfig(name=recorded.adapter, alias=recorded.alias),
         look=recorded.look or 1,
         passed_before=recorded.passed_before,

@@ -7,7 +7,9 @@ that writes its own text, called in `decide`; its bound is a key of `GateConfig`
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -29,19 +31,21 @@ from components.gate.comparisons import (
 from components.records.steps import (
     Decision,
     Evaluation,
+    HarnessScores,
     Lead,
     Measured,
     Role,
     RuleResult,
     SliceResult,
-    Suite,
+    TaskScore,
     Verdict,
     finite,
+    score_text,
 )
 from components.registry.event_log import confidence_at
 from components.shared.errors import DataError
 from components.shared.metrics import Metric, metric_of, metrics_of
-from components.shared.paired import Pairs, bounds, least_loss, mcnemar, shown_worse
+from components.shared.paired import Pairs, bounds, shown_worse
 from components.store.store import decode_json, encode_json
 
 BEFORE: Mapping[str, Any] = {"much_worse_share": 1.0}
@@ -161,8 +165,8 @@ def _compared(
             rules.append(sliced)
     if policy.worse_on_general_text_by is not None:
         rules.append(comparisons.remembers(policy.worse_on_general_text_by, against("base", "general_loss")))
-    if policy.suite_worse_by is not None:
-        rules.append(no_suite_is_worse(policy.suite_worse_by, policy, evaluation))
+    if policy.lm_eval_worse_by:
+        rules.append(no_task_is_worse(policy, evaluation.harness or HarnessScores(lm_eval="", tasks=())))
     if policy.kl_from_base_at_most is not None:
         rules.append(comparisons.stays_near_base(policy.kl_from_base_at_most, against("base", "kl_from_base")))
     return rules
@@ -206,12 +210,14 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
         **({"lead": decision.lead.model_dump(mode="json")} if decision.lead else {}),
         "base": evaluation.base,
         **evaluation.model_dump(
-            mode="json", include={"general_text", "own_answers", "changed_answers"}, exclude_none=True
-        ),
-        **(
-            {"suites": [[each.name, each.sha256, each.passes] for each in evaluation.suites]}
-            if evaluation.suites
-            else {}
+            mode="json",
+            include={
+                "general_text",
+                "own_answers",
+                "changed_answers",
+                *(["harness"] if policy.lm_eval_worse_by else []),
+            },
+            exclude_none=True,
         ),
         "models": decode_json(evaluation.model_dump_json(include={"models"}).encode(), Evaluation.FILE),
         "rules": [[rule.name, rule.field, rule.passed, rule.undecided] for rule in decision.rules],
@@ -369,7 +375,7 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
     slices = list(_slices(policy, compared))
     if not slices:
         return None
-    margin, level = policy.slice_budget, holm_level(policy.confidence, len(slices))
+    margin, level = policy.total_budget, holm_level(policy.confidence, len(slices))
     at_once = [bounds(pairs, level) for _, _, pairs in slices]
 
     def shows(index: int, at: float) -> bool:
@@ -445,79 +451,60 @@ def _slices_text(results: Sequence[SliceResult], compared: Compared, allowed: st
 # The rule that the candidate has not unlearned what the base can do outside the domain.
 
 
-def no_suite_is_worse(margin: float, policy: GateConfig, evaluation: Evaluation) -> RuleResult:
-    """Check that no suite shows the candidate passing fewer items than the base, by more than the margin.
+def no_task_is_worse(policy: GateConfig, harness: HarnessScores) -> RuleResult:
+    """Check that no task of lm-eval shows the candidate worse than the base by more than the task's margin.
 
-    A suite is not judged if it was left out, or if the base passes so few of its items that losing them all would not
-    show. If none is judged, the gate cannot tell. The judged suites share one error rate (Holm).
+    A task is not judged if the base passes so few documents that losing them all would not show. If none is judged, the
+    gate cannot tell. The judged tasks share one error rate (Holm).
     """
-    measured = [suite for suite in evaluation.suites if not suite.left_out]
-    unknown = [suite.name for suite in measured if suite.won_and_lost("base") is None]
-    # Whether it would show if the candidate failed every item that the base passes.
+    pairs = {task: (harness.main("candidate", task), harness.main("base", task)) for task in policy.lm_eval_worse_by}
+    scores = {task: (ours, theirs) for task, (ours, theirs) in pairs.items() if ours and theirs}
     judged = [
-        suite
-        for suite in measured
-        if not unknown and shown_worse(0, suite.passed("base") or 0, suite.items, margin, policy.confidence)
+        (task, *both)
+        for task, both in scores.items()
+        if not (passes := both[1].passes)
+        or shown_worse(0, sum(passes), len(passes), policy.lm_eval_worse_by[task], policy.confidence)
     ]
 
     def shows(index: int, level: float) -> bool:
-        return shown_worse(*_counts(judged[index]), judged[index].items, margin, level)
+        task, ours, theirs = judged[index]
+        return _is_worse(ours, theirs, policy.lm_eval_worse_by[task], level)
 
     worse = [judged[index] for index in sorted(significant(len(judged), policy.confidence, shows))]
-    level = holm_level(policy.confidence, max(1, len(judged)))
-    allowed = f"by more than {margin * 100:.10g} points" if margin else "at all"
+    unmeasured = sorted(pairs.keys() - scores.keys())
+    listed = "; ".join(
+        f"{task} ({ours.metric} {score_text(ours)} against {score_text(theirs)})"
+        for task, ours, theirs in worse or judged
+    )
+    unjudged = sorted(scores.keys() - {task for task, *_ in judged})
+    more = f" Of {', '.join(unjudged)} the base passes too little for a loss to show." if unjudged else ""
+    if unmeasured:
+        why = f", {harness.left_out}" if harness.left_out else ""
+        text = f"Of {', '.join(unmeasured)} it is not known what base and candidate score{why}."
+    elif not judged:
+        text = f"No task of lm-eval can tell whether the candidate unlearned anything.{more}"
+    else:
+        how = "scores worse than the base" if worse else "is not shown to score worse than the base"
+        count = f"{len(worse or judged)} of {len(pairs)} tasks"
+        text = f"The candidate {how} by more than is allowed in {count}: {listed}.{more}"
     return RuleResult(
-        name="suites",
-        field="gate.suite_worse_by",
+        name="lm_eval",
+        field="gate.lm_eval_worse_by",
         title="Can still do what the base can",
         against="base",
-        bound=margin,
-        bound_text=f"in no suite shown to be worse {allowed}",
-        confidence=level,
-        passed=bool(judged) and not worse,
-        undecided=not judged and not unknown and bool(evaluation.suites),
-        text=_text(evaluation.suites, judged, worse, unknown, margin, level),
+        bound_text="in no task shown to be worse by more than its margin",
+        confidence=holm_level(policy.confidence, max(1, len(judged))),
+        passed=bool(judged) and not worse and not unmeasured,
+        undecided=not judged and not unmeasured,
+        text=text,
     )
 
 
-def _counts(suite: Suite) -> tuple[int, int]:
-    counts = suite.won_and_lost("base")
-    assert counts is not None
-    return counts
-
-
-def _summary(suite: Suite) -> str:
-    won, lost = _counts(suite)
-    return (
-        f"{suite.title} ({suite.passed('candidate')} of {suite.items} items against {suite.passed('base')}; {lost} "
-        f"lost and {won} won, which by chance happens with probability {mcnemar(won, lost):.2g} if they are equally "
-        "good, by McNemar's exact test)"
-    )
-
-
-def _text(
-    suites: tuple[Suite, ...], judged: list[Suite], worse: list[Suite], unknown: list[str], margin: float, level: float
-) -> str:
-    if not suites:
-        return "No suite was asked, so this rule cannot be checked and counts as failed."
-    if unknown:
-        return f"Of {', '.join(unknown)} it is not known what base and candidate pass, so this rule counts as failed."
-    reasons = {
-        each.title: each.left_out
-        or f"the base passes {each.passed('base')} of {each.items} items, and the loss of all of them would not show"
-        for each in suites
-        if each not in judged
-    }
-    unjudged = "".join(f" {title} is not judged: {why}." for title, why in reasons.items())
-    if not judged:
-        return f"No suite can tell whether the candidate unlearned anything.{unjudged}"
-    than = f" by more than {margin * 100:.10g} points" if margin else ""
-    floors = {each.title: least_loss(each.items, margin, level) for each in judged}
-    floor = ", ".join(f"{title} {'more than it has' if least is None else least}" for title, least in floors.items())
-    sure = f"The fewest lost items that show, with {level * 100:.4g} % confidence in each: {floor}."
-    if worse:
-        how = f"The candidate passes fewer items than the base model{than} in {len(worse)} of {len(judged)} suites"
-        return f"{how}: {'; '.join(map(_summary, worse))}. {sure}{unjudged}"
-    lowest = min(judged, key=lambda each: _counts(each)[0] - _counts(each)[1])
-    how = f"In none of {len(judged)} suites is the candidate shown to pass fewer items than the base model{than}"
-    return f"{how}; lowest is {_summary(lowest)}. {sure}{unjudged}"
+def _is_worse(ours: TaskScore, theirs: TaskScore, margin: float, confidence: float) -> bool:
+    """Whether a loss above the margin shows: by the documents that only one model passes, else by standard errors."""
+    if ours.passes and len(ours.passes) == len(theirs.passes):
+        pairs = list(zip(ours.passes, theirs.passes, strict=True))
+        return shown_worse(pairs.count((True, False)), pairs.count((False, True)), len(pairs), margin, confidence)
+    loss = ((theirs.value or 0.0) - (ours.value or 0.0)) * (-1 if ours.lower_is_better else 1)
+    error = math.hypot(ours.stderr or 0.0, theirs.stderr or 0.0)
+    return loss > margin + NormalDist().inv_cdf(confidence) * error

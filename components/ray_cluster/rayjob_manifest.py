@@ -173,7 +173,7 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
     pod["spec"]["shareProcessNamespace"] = True
     if ray.use_gpu:
         pod["spec"]["tolerations"] = [{"key": cluster.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
-    pod = merged(pod, cluster.every_worker)
+    pod = merged(pod, cluster.worker_template)
     if ray.use_gpu and ray.gpu and cluster.gpu_resource == NVIDIA_GPU:
         pod["spec"].setdefault("nodeSelector", {"nvidia.com/gpu.product": GPUS[ray.gpu].product})
     return {
@@ -220,7 +220,7 @@ def _pod(
         volumes.append({"name": "ca", "configMap": {"name": cluster.ca_bundle}})
         container["volumeMounts"].append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
         container["env"] += [{"name": key, "value": value} for key, value in CA_VARIABLES.items()]
-    template = cluster.every_pod
+    template = cluster.pod_template
     if component == "submitter":  # it runs no code of a config's, and needs no variable of one
         template = {
             **template,

@@ -3,14 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from components.config.gate import GateConfig
-from components.records.steps import ROLES, LostItem, Role, RuleResult, Suite, score_text
+from components.records.steps import ROLES, Role, RuleResult, score_text
 from components.report import charts
 from components.report.html import clipped, count
 from components.report.published import against_champion
 from components.report.run_files import RunFiles
 from components.shared.metrics import RELATIVE, Metric, is_metric, metric_of, metrics_of
-from components.shared.paired import least_loss, mcnemar
 
 OTHERS: tuple[Role, ...] = ("champion", "base")
 """The roles that the candidate is compared with, the more important first."""
@@ -182,72 +180,6 @@ def _measured(run: RunFiles) -> set[str]:
 
 def _rules(run: RunFiles) -> tuple[RuleResult, ...]:
     return run.decision.rules if run.decision else ()
-
-
-# The table of suites: how many questions outside the domain each model passes, and what so few can show.
-
-
-@dataclass(frozen=True)
-class SuiteRow:
-    """One line of the table."""
-
-    title: str
-    meaning: str
-    items: int
-    left_out: str
-    passed: Mapping[Role, str]
-    against: Mapping[Role, tuple[str, str]]
-    """For each other model: the difference in words, and one of better, worse, same."""
-    least_loss: str
-    """The smallest number of lost items that shows, as text."""
-    lost: tuple[LostItem, ...]
-
-
-@dataclass(frozen=True)
-class SuiteTable:
-    """The whole table, with the margin and the confidence of all rows."""
-
-    rows: tuple[SuiteRow, ...]
-    margin: str
-    """How much worse the candidate may be; empty for not at all."""
-    sure: str
-
-
-def suites(run: RunFiles) -> SuiteTable | None:
-    """The table of the suites that were asked; None if none were."""
-    if run.evaluation is None or not run.evaluation.suites:
-        return None
-    policy = run.decision.policy if run.decision else {}
-    confidence = policy.get("confidence", GateConfig().confidence)
-    margin = policy.get("suite_worse_by") or 0.0
-    rows = tuple(_row(suite, margin, confidence) for suite in run.evaluation.suites)
-    return SuiteTable(rows, margin=f"{margin * 100:.10g} points" if margin else "", sure=f"{confidence * 100:.6g} %")
-
-
-def _row(suite: Suite, margin: float, confidence: float) -> SuiteRow:
-    least = least_loss(suite.items, margin, confidence)
-    return SuiteRow(
-        title=suite.title,
-        meaning=suite.meaning,
-        items=suite.items,
-        left_out=suite.left_out,
-        passed={role: "–" if (each := suite.passed(role)) is None else str(each) for role in ROLES},  # noqa: RUF001
-        against={role: _difference(suite, role) for role in ROLES if role != "candidate"},
-        least_loss="none" if least is None else str(least),
-        lost=tuple(LostItem(prompt=each.prompt, answer=clipped(each.answer)) for each in suite.lost),
-    )
-
-
-def _difference(suite: Suite, against: Role) -> tuple[str, str]:
-    counts = suite.won_and_lost(against)
-    if counts is None:
-        return "–", "same"  # noqa: RUF001 - a dash for a cell without a number
-    won, lost = counts
-    if won == lost == 0:
-        return "the same", "same"
-    way = "better" if won > lost else "worse" if lost > won else "same"
-    amount = f"{abs(won - lost)} {way}" if won != lost else "the same"
-    return f"{amount} ({won} won, {lost} lost; {mcnemar(won, lost):.2g})", way
 
 
 # The table of tasks of lm-evaluation-harness: each model's numbers with their standard errors.

@@ -26,7 +26,7 @@ from components.registry.versions import LINEAGE
 from components.report import charts, comparison, run_files, sections
 from components.report.adapter_files import AdapterFiles
 from components.report.charts import loss_curve
-from components.report.comparison import harness, past_decisions, slices, suites
+from components.report.comparison import harness, past_decisions, slices
 from components.report.html import clipped, count, moment, sure_once, template
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles, find_afresh, wrong_answers
@@ -177,7 +177,6 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
         table=comparison.table(run),
         intervals=comparison.intervals(run),
         slices=slices(run),
-        suites=suites(run),
         harness=harness(run),
         past_decisions=past_decisions(run),
         rules=rules,

@@ -203,14 +203,6 @@ def shown_worse(won: int, lost: int, records: int, margin: float, confidence: fl
     return margin == 0 or score_bounds(won, lost, records, confidence)[1] < -margin
 
 
-def least_loss(records: int, margin: float, confidence: float) -> int | None:
-    """Return the fewest losses that show, for a model without wins; None if there are too few records.
-
-    With a margin of zero it is the smallest k with 1 / 2^k <= 1 - confidence, the whole tail of McNemar's test.
-    """
-    return next((lost for lost in range(1, records + 1) if shown_worse(0, lost, records, margin, confidence)), None)
-
-
 def records_to_decide(found: Bounds, required: float, confidence: float) -> int | None:
     """Return how many records would decide, in four cases of five, on which side of `required` a gain like this lies.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from components.config.schema import RunConfig
 from components.store.store import Store
-from ray_jobs.probes import harness, suites
+from ray_jobs.probes import harness
 from ray_jobs.probes.texts import prepare_own_answers, prepare_passages
 from ray_jobs.scoring.measure import Contender, Probe
 from ray_jobs.text.chat_format import ChatFormat
@@ -24,7 +24,6 @@ class Kind(NamedTuple):
 PROBES = {
     "general_text": Kind(prepare_passages),
     "own_answers": Kind(prepare_own_answers),
-    "suites": Kind(suites.prepare),
     "harness": Kind(harness.prepare, harness.check),
 }
 """By the key in evaluation.json; one that is no field of it goes below `probes` there."""

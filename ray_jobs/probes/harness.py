@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, where that is installed: what a model can do outside its domain.
 
-A task defines its own prompt and number of few-shot examples; no chat template is applied, which is lm-eval's default.
-Each model is measured by one worker, while it is in memory anyway: tasks are not divided among workers. No rule of the
-gate uses the scores.
+A task defines its own prompt and number of few-shot examples. The chat template is applied to Fineloop's own tasks, in
+`tasks/`, and to no others, which is lm-eval's default. Each model is measured by one worker, while it is in memory
+anyway: tasks are not divided among workers.
 """
 
 import contextlib
@@ -33,8 +33,10 @@ from ray_jobs.scoring.measure import (
     earlier_measurements,
     on_the_first_base,
 )
-from ray_jobs.text.chat_format import ChatFormat
+from ray_jobs.text.chat_format import SWITCHES, ChatFormat
 
+TASKS, OURS = Path(__file__).with_name("tasks"), "fineloop_"
+"""The folder of Fineloop's own tasks, and what their names begin with."""
 SEED = 1234
 """Seed of everything that a task samples, such as its few-shot examples."""
 BOOTSTRAPS = 1000
@@ -71,9 +73,7 @@ class Tasks:
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
         if not self.known.tasks:
             return Outcome(None)
-        scores = {**self.known.scores}
-        for share in shares:
-            scores.update((role, found) for role, found in share.items())
+        scores = {role: found for each in ({**self.known.scores}, *shares) for role, found in each.items()}
         record = self.known.model_copy(update={"scores": {role: scores[role] for role in ROLES if role in scores}})
         return Outcome(record, lines=record.summary)
 
@@ -108,11 +108,14 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
     evaluate = config.evaluate
     if not evaluate.lm_eval:
         return NO_TASKS
+    folders = [TASKS] if any(name.startswith(OURS) for name in evaluate.lm_eval) else []
+    if evaluate.lm_eval_include:
+        folders.append(Path(evaluate.lm_eval_include))
     known = HarnessScores(
         lm_eval=metadata.version("lm_eval"),
         tasks=tuple(dict.fromkeys(evaluate.lm_eval)),
         limit=evaluate.lm_eval_limit,
-        include_sha256=_sha256(Path(evaluate.lm_eval_include)) if evaluate.lm_eval_include else "",
+        include_sha256=_sha256(folders) if folders else "",
         base_format=config.method.row.base,
     )
 
@@ -140,24 +143,31 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
 
     # A copy, as lm-eval adds a padding token to a tokenizer that has none.
     around = {"tokenizer": copy.deepcopy(chat.tokenizer), "backend": "causal", "trust_remote_code": False}
+    thinking = dict.fromkeys(SWITCHES, chat.thinking)
+    ours = [name for name in tasks.known.tasks if name.startswith(OURS)]
     at_once = _with_room(batch_size, model)
     while True:
         try:
-            with _quietly():
-                found = simple_evaluate(
-                    HFLM(pretrained=model, batch_size=at_once, **around),
-                    tasks=list(tasks.known.tasks),
-                    task_manager=manager,
-                    limit=tasks.known.limit,
-                    bootstrap_iters=BOOTSTRAPS,
-                    log_samples=False,
-                    random_seed=SEED,
-                    numpy_random_seed=SEED,
-                    torch_random_seed=SEED,
-                    fewshot_random_seed=SEED,
-                    confirm_run_unsafe_code=False,
-                )
-            return tuple(parsed(found["results"]))
+            scores: list[TaskScore] = []
+            for names, is_chat in ((ours, True), ([name for name in tasks.known.tasks if name not in ours], False)):
+                if not names:
+                    continue
+                with _quietly():
+                    found = simple_evaluate(
+                        HFLM(pretrained=model, batch_size=at_once, chat_template_args=thinking, **around),
+                        tasks=names,
+                        task_manager=manager,
+                        limit=tasks.known.limit,
+                        bootstrap_iters=BOOTSTRAPS,
+                        apply_chat_template=is_chat,
+                        random_seed=SEED,
+                        numpy_random_seed=SEED,
+                        torch_random_seed=SEED,
+                        fewshot_random_seed=SEED,
+                        confirm_run_unsafe_code=False,
+                    )
+                scores += parsed(found)
+            return tuple(scores)
         except torch.OutOfMemoryError as exc:
             if at_once == 1:
                 raise JobError(
@@ -168,17 +178,22 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
         torch.cuda.empty_cache()  # outside the handler, whose traceback keeps references to tensors
 
 
-def parsed(results: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
+def parsed(found: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
     """Yield the metrics of each task: lm-eval's keys are "metric,filter", and "metric_stderr,filter" for the error."""
-    for task, found in results.items():
-        for key, value in found.items():
+    for task, results in found["results"].items():
+        samples = found.get("samples", {}).get(task, [])
+        higher_is_better = found.get("higher_is_better", {}).get(task, {})
+        for key, value in results.items():
             metric, comma, name = key.partition(",")
             if comma and not metric.endswith("_stderr"):
+                marks = [each.get(metric) for each in samples if each["filter"] == name]
                 yield TaskScore(
                     task=task,
                     metric=metric if name == "none" else f"{metric} ({name})",
                     value=_number(value),
-                    stderr=_number(found.get(f"{metric}_stderr,{name}")),
+                    stderr=_number(results.get(f"{metric}_stderr,{name}")),
+                    lower_is_better=higher_is_better.get(metric) is False,
+                    passes=tuple(mark == 1 for mark in marks) if all(mark in (0, 1) for mark in marks) else (),
                 )
 
 
@@ -193,8 +208,8 @@ def _number(value: Any) -> float | None:
 
 @cache
 def _manager(include: str) -> Any:
-    """lm-eval's manager of the tasks that it ships and of those in the folder `include`, which take precedence; cached,
-    as reading them takes seconds."""
+    """lm-eval's manager of the tasks that it ships, of Fineloop's, and of those in the folder `include`, the later of
+    which take precedence; cached, as reading them takes seconds."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "evaluate.lm_eval names tasks of lm-evaluation-harness, which is not installed here: "
@@ -205,7 +220,7 @@ def _manager(include: str) -> Any:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=include or None)
+    return TaskManager(include_path=[str(TASKS), *([include] if include else [])])
 
 
 @contextlib.contextmanager
@@ -227,10 +242,10 @@ def _with_room(batch_size: int, model: Any) -> int:
     return max(1, min(batch_size, int(room / (BYTES_PER_LOGIT * longest * text.vocab_size))))
 
 
-def _sha256(folder: Path) -> str:
+def _sha256(folders: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(each for each in folder.rglob("*") if each.is_file() and "__pycache__" not in each.parts):
-        digest.update(
-            f"{path.relative_to(folder).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
-        )
+    for folder in folders:
+        for path in sorted(each for each in folder.rglob("*") if each.is_file() and "__pycache__" not in each.parts):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()

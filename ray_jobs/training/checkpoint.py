@@ -297,6 +297,10 @@ def is_away(exc: StoreError) -> bool:
     return type(exc) is StoreError
 
 
+STORE_PATIENCE_S = 1_800
+"""How long a training continues without the store: it writes no checkpoints, and at its end waits to publish."""
+
+
 class Patience:
     """Tracks how long the store has been unreachable."""
 
@@ -315,7 +319,7 @@ class Patience:
         left = self._since + self._seconds - now
         if not is_away(exc) or left <= 0:
             raise exc
-        logger.warning("%s, for another %.0f s at most (train.store_patience_s): %s", then, left, exc)
+        logger.warning("%s, for another %.0f s at most: %s", then, left, exc)
 
     def regain(self) -> None:
         """Record that the store is reachable again."""
@@ -361,7 +365,7 @@ class CheckpointWriter:
 
     def __init__(self, store: Store, spec: TrainSpec, *, rank: int) -> None:
         self._store, self._run_id, self._rank = store, spec.run_id, rank
-        self._patience = Patience(spec.train.store_patience_s)
+        self._patience = Patience(STORE_PATIENCE_S)
         self._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         self._group: dist.ProcessGroup | None = None
         """Process group of the writer threads alone: the collectives of one group must come in the same order on all

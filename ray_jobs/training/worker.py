@@ -28,7 +28,7 @@ from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.text import token_store
 from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import checkpoint, publishing, step_zero, train_loop, zero
-from ray_jobs.training.checkpoint import patiently
+from ray_jobs.training.checkpoint import STORE_PATIENCE_S, patiently
 from ray_jobs.training.metrics_log import MetricsLog, Trackers
 from ray_jobs.training.publishing import Fitted
 from ray_jobs.training.spec import Stopwatch, TrainingConfig, TrainSpec
@@ -62,13 +62,13 @@ def train(
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if spec.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    spec, store, patience_s = spec.on(worker.num_workers), Store.open(spec.registry), spec.train.store_patience_s
+    spec, store = spec.on(worker.num_workers), Store.open(spec.registry)
     metrics = None
     if worker.rank == 0:
         entry.log_as("finetune")
         every = spec.train.checkpoint_every_steps
         metrics = MetricsLog(
-            store, spec.run_id, checkpoint_every_steps=every, patience_s=patience_s, trackers=Trackers(spec)
+            store, spec.run_id, checkpoint_every_steps=every, patience_s=STORE_PATIENCE_S, trackers=Trackers(spec)
         )
     else:
         entry.log_warnings()
@@ -112,7 +112,7 @@ def train(
         runs.write(store, spec.run_id, result)
         return result
 
-    return patiently(patience_s, publish, "trained, and waiting to publish").model_dump(mode="json")
+    return patiently(STORE_PATIENCE_S, publish, "trained, and waiting to publish").model_dump(mode="json")
 
 
 def fit(

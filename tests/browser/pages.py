@@ -71,7 +71,7 @@ def full_run() -> RunFiles:
         update={
             "models": models,
             "general_text": text,
-            "suites": unlearned.evaluation.suites,
+            "harness": unlearned.evaluation.harness,
             "confusion": {"labels": [*CLASSES], "counts": counts},
         }
     )

@@ -31,19 +31,27 @@ def test_general_text_that_decides_has_to_be_read() -> None:
         config_file.loads(GOOD, [*asked, "evaluate.general_passages=0"])
 
 
-def test_suites_that_decide_have_to_be_asked() -> None:
-    asked = ["gate.suite_worse_by=0.1"]
-    with pytest.raises(ConfigError, match=r"gate\.suite_worse_by asks for what no suite of evaluate\.suites measures"):
+def test_tasks_that_decide_have_to_be_run() -> None:
+    asked = ["gate.lm_eval_worse_by={arc_easy=0.1}"]
+    with pytest.raises(
+        ConfigError, match=r"gate\.lm_eval_worse_by asks for arc_easy, which evaluate\.lm_eval does not"
+    ):
         config_file.loads(GOOD, asked)
-    assert config_file.loads(GOOD, [*asked, 'evaluate.suites=["json"]']).gate.suite_worse_by == 0.1
-    with pytest.raises(ConfigError, match=r"evaluate\.suites"):
-        config_file.loads(GOOD, ['evaluate.suites=["jsn"]'])
+    assert config_file.loads(GOOD, [*asked, 'evaluate.lm_eval=["arc_easy"]']).gate.lm_eval_worse_by == {"arc_easy": 0.1}
+
+
+def test_suites_are_read_as_tasks_for_one_release(caplog: pytest.LogCaptureFixture) -> None:
+    old = config_file.loads(GOOD, ['evaluate.suites=["json"]', "gate.suite_worse_by=0.1", 'evaluate.lm_eval=["a"]'])
+    assert "evaluate.suites is gone, and read as evaluate.lm_eval ['fineloop_json']" in caplog.text
+    assert (old.evaluate.lm_eval, old.gate.lm_eval_worse_by) == (["a", "fineloop_json"], {"fineloop_json": 0.1})
+    config_file.loads(GOOD, ["gate.suite_worse_by=0.2"])
+    assert "gate.suite_worse_by is gone, and 0.2 is not used: gate.lm_eval_worse_by has a margin" in caplog.text
 
 
 def test_suites_at_their_default_change_no_digest() -> None:
     whole = config_file.loads(GOOD)
     assert config_file.loads(GOOD, ["evaluate.suites=[]"]).digest == whole.digest
-    assert config_file.loads(GOOD, ['evaluate.suites=["json"]']).digest != whole.digest
+    assert config_file.loads(GOOD, ['evaluate.lm_eval=["a"]']).digest != whole.digest
 
 
 def test_tasks_of_lm_eval_at_their_default_change_no_digest() -> None:

@@ -40,7 +40,7 @@ def test_one_bad_slice_holds_a_candidate_that_is_better_on_the_whole() -> None:
     assert "label 'Blood' (40 records, gain between \N{MINUS SIGN}0.3" in reason
     found = rule(decision, "slices").slices
     assert [(each.name, each.worse) for each in found] == [("Blood", True), ("Skin", False), ("Eye", False)]
-    for without in (GateConfig(slices=[]), GateConfig(slices=["length"]), GateConfig(slice_worse_by=0.4)):
+    for without in (GateConfig(slices=[]), GateConfig(slices=["length"]), GateConfig(worse_than_best_by=0.4)):
         assert decided(gains, without).verdict == "promote"
 
 

@@ -14,12 +14,12 @@ from components.records import runs
 from components.records.steps import (
     Decision,
     Evaluation,
-    LostItem,
+    HarnessScores,
     Measured,
     PairedDifference,
     RuleResult,
     StepRecord,
-    Suite,
+    TaskScore,
     TextLosses,
 )
 from components.registry.aliases import Cause, promote
@@ -289,25 +289,20 @@ def forgetful_run() -> RunFiles:
 
 
 def unlearned_run() -> RunFiles:
-    """As good on its task as the promoted one; it writes no JSON any more, and its template takes no tools."""
+    """As good on its task as the promoted one; it writes no JSON any more."""
     measured = promoted_run().evaluation
     assert measured is not None
-    base, champion = [True] * 18 + [False] * 6, [True] * 17 + [False] * 7
-    about = {"sha256": "0", "meaning": "answers that are JSON <by> its schema"}
-    json = Suite(
-        name="json",
-        title="JSON",
-        items=24,
-        passes={"base": base, "champion": champion, "candidate": [True] * 3 + [False] * 20 + [True]},
-        lost=(LostItem(prompt="Give <JSON>", answer="<b>No</b>"),),
-        **about,
-    )
-    tools = Suite(name="tool_calls", title="Tool calls", items=0, left_out="no tools", passes={}, **about)
-    measured = measured.model_copy(update={"suites": (json, tools)})
+    passed = {"base": 18, "champion": 17, "candidate": 4}
+    scores = {
+        role: (TaskScore(task="json", metric="passes", value=n / 24, passes=tuple(place < n for place in range(24))),)
+        for role, n in passed.items()
+    }
+    harness = HarnessScores(lm_eval="0.4.13", tasks=("json",), scores=scores)
+    measured = measured.model_copy(update={"harness": harness})
     return replace(
         promoted_run(),
         evaluation=measured,
-        decision=decision(measured, CONFIG.gate.model_copy(update={"suite_worse_by": 0.1})),
+        decision=decision(measured, CONFIG.gate.model_copy(update={"lm_eval_worse_by": {"json": 0.1}})),
         steps=steps("prepare", "finetune", "evaluate", "gate"),
     )
 

@@ -206,7 +206,9 @@ def test_a_run_goes_on_with_other_workers_and_stages_and_takes_the_steps_of_a_pl
     np.testing.assert_allclose(resumed.grad_norms, whole.grad_norms[4:], rtol=0.1)
 
 
-def train_while_the_store_is_away(config_toml: str, rows: list[dict[str, str]], until_step: int) -> Trained:
+def train_while_the_store_is_away(
+    config_toml: str, rows: list[dict[str, str]], until_step: int, patience_s: int
+) -> Trained:
     """In each rank: rank 1 cannot reach the store up to a step."""
     import torch.distributed as dist
 
@@ -217,7 +219,8 @@ def train_while_the_store_is_away(config_toml: str, rows: list[dict[str, str]], 
             raise StoreError("the store cannot be reached")
         return publish(store, key, *arguments, **others)
 
-    with mock.patch.object(checkpoint.folders, "publish", refused):
+    patience = mock.patch.object(checkpoint, "STORE_PATIENCE_S", patience_s)
+    with patience, mock.patch.object(checkpoint.folders, "publish", refused):
         return train_in_rank({"away": config_toml}, rows)["away"]
 
 
@@ -225,11 +228,11 @@ def train_while_the_store_is_away(config_toml: str, rows: list[dict[str, str]], 
 def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(
     run, config, store, tmp_path, is_patient
 ):
-    changes = ["train.checkpoint_every_steps=2", "train.max_steps=8", f"train.store_patience_s={1800 * is_patient}"]
+    changes, patience_s = ["train.checkpoint_every_steps=2", "train.max_steps=8"], 1800 * is_patient
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
     toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*changes, *place]))
     away = functools.partial(
-        in_group, train_while_the_store_is_away, toml, ROWS, 4, directory=tmp_path / "away", num_workers=2
+        in_group, train_while_the_store_is_away, toml, ROWS, 4, patience_s, directory=tmp_path / "away", num_workers=2
     )
     if not is_patient:
         with pytest.raises(RuntimeError, match="the store cannot be reached"):
