@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,18 +26,7 @@ from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
 from components.store.store import JSON, ObjectInfo, Store, encode_json, open_uri
 from ray_jobs.base import architecture, attention, local_cache
-from ray_jobs.base.local_cache import (
-    HubId,
-    LocalFolder,
-    PackagedGguf,
-    S3Folder,
-    cache_dir,
-    once,
-    parse,
-    remembered,
-    sha256,
-    snapshot,
-)
+from ray_jobs.base.local_cache import cache_dir, local_path, once, remembered, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +37,7 @@ logger = logging.getLogger(__name__)
 # Weights are read only from safetensors: a pickle can run code.
 WEIGHTS = "*.safetensors"
 FILES = [WEIGHTS, "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+CONFIG_FILE = "config.json"
 IDENTITY = "identity.json"  # in the registry: the identity of a base in S3
 LISTING = "listing"
 HASHED_AT_ONCE = 4
@@ -127,15 +116,14 @@ def _text(identity: Mapping[str, str | None]) -> str:
 
 
 def _bring(config: ModelConfig, weights: bool, registry: Store | None, listing: str | None = None) -> Base:
-    match parse(config.base):
-        case PackagedGguf() as found:
-            return _from_package(config.base, found)
-        case S3Folder(uri):
-            return _from_s3(uri, weights, registry, listing)
-        case LocalFolder(path):
-            return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
-        case HubId():
-            return _from_hub(config, weights)
+    path = local_path(config.base)
+    if path is None and config.base.startswith("s3://"):
+        return _from_s3(config.base, weights, registry, listing)
+    if path is None:
+        return _from_hub(config, weights)
+    if path.is_file():
+        return _from_package(config.base, path)
+    return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
 
 
 def load_model(
@@ -196,7 +184,7 @@ def load_model(
 
 def is_quantised(base: Base) -> bool:
     """Whether the folder's weights are already quantised."""
-    return "quantization_config" in json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    return "quantization_config" in json.loads((base.path / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def _never_repack(model: "PreTrainedModel") -> None:
@@ -304,14 +292,21 @@ def _known_identity(registry: Store, key: str) -> dict[str, str] | None:
     return {name: str(value) for name, value in found.items()} if is_one else None
 
 
-def _from_package(reference: str, found: PackagedGguf) -> Base:
-    digest = remembered(found.path, cache_dir().with_name("digests"))
-    path = cache_dir() / f"gguf-{digest[:16]}"
-    once(path, lambda target: _convert_gguf(found.path, target))
+def _from_package(reference: str, gguf: Path) -> Base:
+    path, digest = _converted(gguf), remembered(gguf, cache_dir().with_name("digests"))
+    once(path, lambda target: _convert_gguf(gguf, target))
     _verify(path)
     _require_model(path, reference)
-    package = _distribution(found.package)
-    return Base(reference, path, {"kind": "package", "package": package, "file": found.file, "sha256": digest})
+    package, _, file = reference.removeprefix("pkg://").partition("/")
+    names = metadata.packages_distributions().get(package)
+    if names:  # else a folder on the path, which is not installed
+        package = f"{names[0]}=={metadata.version(names[0])}"
+    return Base(reference, path, {"kind": "package", "package": package, "file": file, "sha256": digest})
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder in the cache for a GGUF in transformers' format."""
+    return cache_dir() / f"gguf-{remembered(gguf, cache_dir().with_name('digests'))[:16]}"
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
@@ -367,8 +362,8 @@ def _require_model(path: Path, reference: str, *, has_weights: bool | None = Non
     Raises:
         ConfigError: it has no config.json, no safetensors weights, or an index that names files outside the folder.
     """
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"model.base {reference}: no config.json there, so it is not a transformers model")
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigError(f"model.base {reference}: no {CONFIG_FILE} there, so it is not a transformers model")
     if not (any(path.glob(WEIGHTS)) if has_weights is None else has_weights):
         raise ConfigError(f"model.base {reference}: no *.safetensors there; pickled weights are not loaded")
     for index in path.glob("*.safetensors.index.json"):
@@ -397,53 +392,30 @@ def _folder_identity(kind: str, path: Path) -> dict[str, str]:
     return {"kind": kind, "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}
 
 
-def _distribution(package: str) -> str:
-    names = metadata.packages_distributions().get(package)
-    return f"{names[0]}=={metadata.version(names[0])}" if names else package  # a folder on the path, not installed
-
-
-# The configuration of a base model without its weights: reads only config.json, or the header of a GGUF.
-
-CONFIG_FILE = "config.json"
+# The configuration of a base model without its weights.
 
 
 def read_config(config: ModelConfig) -> "PretrainedConfig":
     """The base's transformers configuration.
 
     Raises:
-            ConfigError: `model.base` does not exist, or transformers does not support it.
+        ConfigError: `model.base` does not exist, or transformers does not support it.
     """
-    match parse(config.base):
-        case PackagedGguf(path=path):
-            return load_config(_converted(path), config)
-        case S3Folder(uri):
-            with tempfile.TemporaryDirectory(prefix="fineloop-config-") as scratch:
-                return load_config(_config_from_s3(uri, Path(scratch)), config)
-        case LocalFolder(path):
-            if not (path / CONFIG_FILE).is_file():
-                raise ConfigError(
-                    f"model.base {config.base}: no {CONFIG_FILE} there, so it is not a transformers model"
-                )
-            return load_config(path, config)
-        case HubId():
-            return load_config(snapshot(config, [CONFIG_FILE]), config)
+    return load_config(locate(config), config)
 
 
 def locate(config: ModelConfig) -> Path:
     """The local folder or GGUF that holds the base's configuration and tokenizer. Downloads no weights.
 
     Raises:
-        ConfigError: `model.base` does not exist, or lies in S3.
+        ConfigError: `model.base` does not exist.
     """
-    match parse(config.base):
-        case PackagedGguf(path=path):
-            return _converted(path)
-        case S3Folder(uri):
-            raise ConfigError(f"model.base {uri}: only its configuration is read before a run")
-        case LocalFolder(path):
-            return path
-        case HubId():
-            return snapshot(config, [name for name in FILES if "safetensors" not in name])
+    path = local_path(config.base)
+    if path is None:
+        return resolve(config, weights=False).path
+    if path.is_file() and (converted := _converted(path) / CONFIG_FILE).is_file():
+        return converted.parent  # loads much faster than the GGUF
+    return path
 
 
 def load_config(path: Path, config: ModelConfig) -> "PretrainedConfig":
@@ -453,6 +425,8 @@ def load_config(path: Path, config: ModelConfig) -> "PretrainedConfig":
     try:
         if path.suffix == ".gguf":
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        if not (path / CONFIG_FILE).is_file():
+            raise OSError(f"no {CONFIG_FILE} there")
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"model.base {config.base}: transformers cannot read its configuration: {exc}") from exc
@@ -497,22 +471,3 @@ def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], Non
     return config_file.validate(
         config_file.as_table(config), [f"model.max_length={limit}"], origin=f"model.base {model.base}", overriding=""
     )
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder that `base_model` converted the GGUF to, which loads much faster; the GGUF itself if there is none."""
-    digest = remembered(gguf, cache_dir().with_name("digests"))
-    converted = cache_dir() / f"gguf-{digest[:16]}"
-    return converted if (converted / CONFIG_FILE).is_file() else gguf
-
-
-def _config_from_s3(reference: str, scratch: Path) -> Path:
-    store, prefix = open_uri(reference, field="model.base")
-    prefix = prefix.rstrip("/") + "/"
-    code = [item.key for item in store.list(prefix) if item.key.endswith(".py") and "/" not in item.key[len(prefix) :]]
-    try:
-        for key in [prefix + CONFIG_FILE, *code]:  # the code runs only with model.trust_remote_code
-            (scratch / key.removeprefix(prefix)).write_bytes(store.get(key))
-    except ObjectMissing as exc:
-        raise ConfigError(f"model.base {reference}: no {CONFIG_FILE} there, so it is not a transformers model") from exc
-    return scratch

@@ -8,11 +8,10 @@ products, weights stay in the layers that transformers, bitsandbytes and peft ma
 
 import ctypes
 import gc
-import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 # them change. The ratios are far from the threshold: FLOP/s in float32 over those in bfloat16 (one thread, forward and
 # backward, torch 2.13) are 0.5 with AVX-512 BF16, less with AMX, 2.4 with AVX-512 alone, and 15 or more with AVX2.
 
-logger = logging.getLogger(__name__)
-
 CLEARLY = 1.2
 """How many times as fast float32 must be to be chosen: far from all ratios above, so that noise does not decide."""
 ROWS = 128
@@ -50,31 +47,9 @@ BUDGET_S = 0.3
 """Minimum and maximum number of measurements per dtype, alternating; beyond the minimum only within BUDGET_S."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """FLOP/s of a linear layer, forward and backward, on this process's threads."""
-
-    bfloat16: float
-    float32: float
-
-    @property
-    def faster(self) -> MatmulDtype:
-        """The dtype to multiply in."""
-        return "float32" if self.float32 > CLEARLY * self.bfloat16 else "bfloat16"
-
-
-def agreed(shape: tuple[int, int]) -> Rates:
-    """The slowest worker's rates in a gloo group; every worker must call this. For `shape` see `typical_shape`."""
-    return slowest([Rates(**rates) for rates in together.all_gather(asdict(measure(shape)))])
-
-
-def slowest(measured: Sequence[Rates]) -> Rates:
-    """The lowest rate of any worker, for each dtype."""
-    return Rates(min(rates.bfloat16 for rates in measured), min(rates.float32 for rates in measured))
-
-
-def measure(shape: tuple[int, int]) -> Rates:
-    """Measure both rates for a layer of this shape (outputs, inputs): the best of a few alternating measurements.
+def measure(shape: tuple[int, int]) -> float:
+    """How many times as fast as in bfloat16 a linear layer of this shape (outputs, inputs) computes in float32 on this
+    process's threads, forward and backward: by the best of a few alternating measurements.
 
     With one thread, its own CPU time is measured, so that other load on the machine does not matter. Takes about 20 ms,
     and half a second on the slowest processors.
@@ -95,10 +70,7 @@ def measure(shape: tuple[int, int]) -> Rates:
             best[index] = min(best[index], clock() - started)
         if repeat + 1 >= REPEATS[0] and time.perf_counter() - began > BUDGET_S:
             break
-    operations = 2 * 2 * ROWS * outputs * inputs
-    rates = Rates(bfloat16=operations / best[0], float32=operations / best[1])
-    logger.debug("products here: %.3g FLOP/s in bfloat16, %.3g in float32", rates.bfloat16, rates.float32)
-    return rates
+    return best[0] / best[1]
 
 
 def typical_shape(base: "PretrainedConfig") -> tuple[int, int]:
@@ -193,12 +165,17 @@ def choose(config: TrainingConfig, base: "PretrainedConfig", *, on_gpu: bool = F
     """Choose this process's kernels, without other workers. For GPU workers they concern only what runs on the CPU."""
     if on_gpu:
         return PLAIN
-    return fixed(config) or Kernels(measure(typical_shape(base)).faster)
+    return fixed(config) or faster([measure(typical_shape(base))])
 
 
 def agree(config: TrainingConfig, base: "PretrainedConfig") -> Kernels:
-    """Choose kernels for all workers of a gloo group, by each dtype's slowest rate. Every worker must call this."""
-    return fixed(config) or Kernels(agreed(typical_shape(base)).faster)
+    """Choose kernels for all workers of a gloo group, which all must call this."""
+    return fixed(config) or faster(together.all_gather(measure(typical_shape(base))))
+
+
+def faster(measured: Sequence[float]) -> Kernels:
+    """The kernels for processes that have `measure`d this: in float32 where one of them is slow in bfloat16."""
+    return Kernels("float32" if max(measured) > CLEARLY else "bfloat16")
 
 
 # Keep freed memory in the process, so that the next training step reuses it.

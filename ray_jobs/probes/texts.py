@@ -3,10 +3,10 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -144,27 +144,17 @@ def sample(
 
     def answer(indices: npt.NDArray[np.int64]) -> None:
         batch = [prompts.prompt(index) for index in indices]
-        chances_BN = np.stack([chances(prompts.ids[index], max_new_tokens, seed) for index in indices])
+        # The only one of numpy's random streams that is the same in every release (NEP 19).
+        streams = [np.random.RandomState([seed, int(prompts.ids[index])]) for index in indices]
+        chances_BN = np.stack([stream.random_sample(max_new_tokens) for stream in streams])
         drawing = LogitsProcessorList([Drawing(chances_BN, begun=max(map(len, batch)))])
         found = generated(model, chat, batch, max_new_tokens, logits_processor=drawing)
         for index, row in zip(indices, found.tolist(), strict=True):
-            result[index] = _until_stop(row, chat.stops)
+            end = next((place for place, token in enumerate(row) if token in chat.stops), len(row) - 1)
+            result[index] = row[: end + 1]
 
     answer_all(model, chat, prompts, batch_size, max_new_tokens, answer)
     return result
-
-
-def chances(prompt_id: str, count: int, seed: int = 0) -> Array:
-    """A prompt's random numbers in [0, 1), one for each token of its answer."""
-    # The only one of numpy's random streams that is the same in every release (NEP 19).
-    return np.random.RandomState([seed, int(prompt_id)]).random_sample(count)
-
-
-def draw(logits_BV: torch.Tensor, chances_B: torch.Tensor) -> torch.Tensor:
-    """A token from each row's softmax: the first whose cumulative probability exceeds the row's random number."""
-    cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
-    reached_B1 = chances_B[:, None].to(cumulative_BV) * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, reached_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
 
 
 class Drawing(LogitsProcessor):
@@ -178,14 +168,12 @@ class Drawing(LogitsProcessor):
         self._begun = begun
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask all logits but the sampled token's; `generate` passes all tokens so far, padding included."""
-        chosen_B = draw(scores, self._chances_BN[:, input_ids.shape[1] - self._begun].to(scores.device))
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B[:, None], 0.0)
-
-
-def _until_stop(tokens: Sequence[int], stops: Collection[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-    return list(tokens[: end + 1])
+        """Mask all logits but that of the first token whose cumulative probability exceeds the row's random number;
+        `generate` passes all tokens so far, padding included."""
+        cumulative_BV = scores.double().softmax(-1).cumsum(-1)
+        chances_B1 = self._chances_BN[:, input_ids.shape[1] - self._begun, None].to(cumulative_BV)
+        chosen_B1 = torch.searchsorted(cumulative_BV, chances_B1 * cumulative_BV[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1.clamp(max=scores.shape[-1] - 1), 0.0)
 
 
 # General-domain text, which shows whether an adapter forgets what its base knows.
@@ -214,8 +202,12 @@ def prepare_passages(store: Store, chat: ChatFormat, config: RunConfig, contende
 
 
 def unread_passages(chat: ChatFormat, config: RunConfig) -> Passages:
-    """The passages, which no model has read yet."""
-    split = passages_split(chat, config)
+    """The first `evaluate.general_passages` passages, with the special tokens that the tokenizer adds, still unread."""
+    source = json.loads(resources.files(__package__).joinpath("general_text.json").read_text(encoding="utf-8"))
+    passages = [passage["text"] for passage in source["passages"][: config.evaluate.general_passages]]
+    longest = min(MAX_TOKENS, config.model.max_length)
+    rows = [row[:longest] for row in chat.tokenizer(passages)["input_ids"]] if passages else []
+    split = as_split(rows, [1] * len(rows))
     known = TextLosses(
         text_sha256=sha256(split),
         base_format=config.method.row.base,
@@ -223,15 +215,6 @@ def unread_passages(chat: ChatFormat, config: RunConfig) -> Passages:
         nll={},
     )
     return Passages(split, frozenset(), known)
-
-
-def passages_split(chat: ChatFormat, config: RunConfig) -> TokenizedSplit:
-    """The first `evaluate.general_passages` passages as tokens, with the special tokens that the tokenizer adds."""
-    source = json.loads(resources.files(__package__).joinpath("general_text.json").read_text(encoding="utf-8"))
-    passages = [passage["text"] for passage in source["passages"][: config.evaluate.general_passages]]
-    longest = min(MAX_TOKENS, config.model.max_length)
-    rows = [row[:longest] for row in chat.tokenizer(passages)["input_ids"]] if passages else []
-    return as_split(rows, [1] * len(rows))
 
 
 # How far a model has moved from its base outside the training data, measured on the base's own answers.
@@ -258,7 +241,7 @@ class OwnAnswers(Texts):
     """The base's answers for the models to score; before the answers are drawn, `split` holds the prompts."""
 
     new_tokens: int = 0
-    """Maximum tokens of the answers that the base has yet to draw; 0 if no answers need to be drawn."""
+    """Maximum tokens of the answers that the base has yet to draw; 0 if there are none to draw."""
 
     METRIC, KIND = "kl_from_base", "own_answers"
 
@@ -320,7 +303,12 @@ def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
     prompts = source["prompts"][: config.evaluate.own_answers]
     longest = min(NEW_TOKENS, config.model.max_length // 2)
     # A record needs an answer; only its prompt is used.
-    records = [Record(str(index), _turns(prompt["turns"]), "-") for index, prompt in enumerate(prompts)]
+    records = [
+        Record(
+            str(index), [Message(role, text) for role, text in zip(cycle(("user", "assistant")), prompt["turns"])], "-"
+        )
+        for index, prompt in enumerate(prompts)
+    ]
     tokenized = tokenize(records, chat, config.model.max_length - longest)
     rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]
     split = as_split(rows, [len(row) for row in rows], ids=tokenized.ids)
@@ -333,7 +321,3 @@ def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
         asked_sha256=hashlib.sha256(how.encode()).hexdigest(),
     )
     return OwnAnswers(split, frozenset(), known, new_tokens=longest if prompts else 0)
-
-
-def _turns(said: Sequence[str]) -> list[Message]:
-    return [Message("assistant" if index % 2 else "user", text) for index, text in enumerate(said)]

@@ -7,18 +7,16 @@ import pytest
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import base_model
-from ray_jobs.base.local_cache import HubId, LocalFolder, PackagedGguf, S3Folder, parse
+from ray_jobs.base.local_cache import local_path
 from tests.models.tiny_gguf import build_package
 
 
 def test_each_form_is_what_it_says(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert parse("org/name") == HubId("org/name")
-    assert parse("gpt2") == HubId("gpt2")
-    assert parse(str(tiny_base)) == LocalFolder(tiny_base)
-    assert parse("s3://bucket/folder/") == S3Folder("s3://bucket/folder/")
+    assert [local_path(each) for each in ("org/name", "gpt2", "s3://bucket/folder/")] == [None] * 3
+    assert local_path(str(tiny_base)) == tiny_base
     gguf = build_package(tiny_base, tmp_path, "packaged_weights", "tiny.gguf")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert parse("pkg://packaged_weights/tiny.gguf") == PackagedGguf("packaged_weights", "tiny.gguf", gguf)
+    assert local_path("pkg://packaged_weights/tiny.gguf") == gguf
 
 
 def test_a_folder_of_the_users_home_is_planned_and_trained(tiny_base: Path, tmp_path: Path, monkeypatch):
