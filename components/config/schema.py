@@ -329,16 +329,22 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _measures_what_decides(self) -> "RunConfig":
-        if self.gate.worse_on_general_text_by is not None and self.evaluate.general_passages < 2:
-            raise ValueError(
-                "gate.worse_on_general_text_by asks for what evaluate.general_passages "
-                f"{self.evaluate.general_passages} does not measure: raise that to 16 or more, or remove it"
-            )
-        if self.gate.kl_from_base_at_most is not None and self.evaluate.own_answers < 2:
-            raise ValueError(
-                f"gate.kl_from_base_at_most asks for what evaluate.own_answers {self.evaluate.own_answers} does not "
-                "measure: raise that to 24 or more, or remove it"
-            )
+        gate, evaluate = self.gate, self.evaluate
+        for key, bound, field, count, least in (
+            (
+                "worse_on_general_text_by",
+                gate.worse_on_general_text_by,
+                "general_passages",
+                evaluate.general_passages,
+                16,
+            ),
+            ("kl_from_base_at_most", gate.kl_from_base_at_most, "own_answers", evaluate.own_answers, 24),
+        ):
+            if bound is not None and count < 2:
+                raise ValueError(
+                    f"gate.{key} asks for what evaluate.{field} {count} does not measure: raise that to {least} or "
+                    "more, or remove it"
+                )
         if unmeasured := self.gate.lm_eval_worse_by.keys() - {*self.evaluate.lm_eval}:
             raise ValueError(
                 f"gate.lm_eval_worse_by asks for {', '.join(sorted(unmeasured))}, which evaluate.lm_eval does not run: "
@@ -476,35 +482,19 @@ class TrainingConfig(Protocol):
 
 FAR = 30.0
 """A setting this many times above or below the method's own value gets a caution: VeRA's rate is 30 times LoRA's."""
-MOST_DECAY = 1.0
-"""The largest train.weight_decay without a caution; publications use 0.1 and less."""
-LEAST_NORM = 0.03
-"""The smallest train.max_grad_norm without a caution; 1 is usual."""
-MOST_SHARE = 0.5
-"""The largest method.dropout, and train.warmup_share, without a caution."""
 FEW_STEPS = 20
 
 
 def cautions(config: RunConfig, num_steps: int | None = None) -> Iterator[str]:
     """Yield one line per caution. `num_steps` is the training's number of optimizer steps; None where it is unknown."""
-    method, train, name = config.method, config.train, config.method.name
-    for field, value, usual in (
-        ("train.learning_rate", config.learning_rate, method.row.learning_rate),
-        ("method.alpha", method.lora_alpha, method.row.alpha(method.r)),
-    ):
-        if field == "method.alpha" and not method.row.has_alpha:
-            continue
+    method, train = config.method, config.train
+    settings = [("train.learning_rate", config.learning_rate, method.row.learning_rate)]
+    if method.row.has_alpha:
+        settings.append(("method.alpha", method.lora_alpha, method.row.alpha(method.r)))
+    for field, value, usual in settings:
         if not usual / FAR <= value <= usual * FAR:
             how = f"{value / usual:.3g} times" if value > usual else f"a {usual / value:.3g}th of"
-            yield f"{field} {value:g} is {how} the {usual:g} of {name} at rank {method.r}"
-    for field, value, bound, is_above in (
-        ("train.weight_decay", train.weight_decay, MOST_DECAY, True),
-        ("train.max_grad_norm", train.max_grad_norm, LEAST_NORM, False),
-        ("method.dropout", method.dropout, MOST_SHARE, True),
-        ("train.warmup_share", train.warmup_share, MOST_SHARE, True),
-    ):
-        if value > bound if is_above else value < bound:
-            yield f"{field} {value:g} is {'above' if is_above else 'below'} {bound:g}, which is hardly ever right"
+            yield f"{field} {value:g} is {how} the {usual:g} of {method.name} at rank {method.r}"
     if num_steps is not None and num_steps < FEW_STEPS:
         yield (
             f"{num_steps} optimizer steps are few: raise train.epochs, lower train.batch_size (now {train.batch_size}) "

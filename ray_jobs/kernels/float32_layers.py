@@ -15,7 +15,7 @@ Shapes: I input, O output, R rank, N tokens, K experts of a token.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import bitsandbytes
@@ -148,14 +148,18 @@ class Linear8bitLt(_Quantised, bitsandbytes.nn.Linear8bitLt):
 
 
 def reader(layer: Any) -> Blocks | None:
-    """The function that reads the weight of a layer defined above; None for other layers, such as `Conv1D`."""
-    if isinstance(layer, Linear4bit):
+    """The function that reads the weight of a layer defined above, or of its bitsandbytes class; None for others."""
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
         fix_4bit_weight_quant_state_from_module(layer)
-        return partial(_dequantized_4bit, quant_state=layer.weight.quant_state)
-    if isinstance(layer, Linear8bitLt):
+        state = layer.weight.quant_state
+        # To 16 bits first: exactly the weights that an export dequantises and that other devices multiply with.
+        return lambda weight: _dense_blocks(dequantize_4bit(weight, state))
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         if layer.weight.CB is not None:
             layer.init_8bit_state()
-        return partial(_dequantized_8bit, scale_O=layer.state.SCB)
+        scale_O = layer.state.SCB
+        # Bit-identical to how peft dequantises for magnitudes, and an export for its weights.
+        return lambda weight: ((rows, int8_vectorwise_dequant(weight[rows], scale_O[rows])) for rows in _rows(weight))
     return _dense_blocks if isinstance(layer, Linear) else None
 
 
@@ -237,17 +241,6 @@ def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, weight_OI[rows].float()
 
 
-def _dequantized_4bit(weight: Tensor, *, quant_state: Any) -> Iterator[tuple[slice, Tensor]]:
-    # To 16 bits first: exactly the weights that an export dequantises and that other devices multiply with.
-    yield from _dense_blocks(dequantize_4bit(weight, quant_state))
-
-
-def _dequantized_8bit(weight_OI: Tensor, *, scale_O: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for rows in _rows(weight_OI):
-        # Bit-identical to how peft dequantises for magnitudes, and an export for its weights.
-        yield rows, int8_vectorwise_dequant(weight_OI[rows], scale_O[rows])
-
-
 def _rows(weight_OI: Tensor) -> Iterator[slice]:
     num_outputs, num_inputs = weight_OI.shape
     step = max(1, BLOCK_ELEMENTS // num_inputs)
@@ -275,7 +268,11 @@ def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
     """
     dtype = DTYPES[products]
     for layer in _layers(model, dtype):
-        weight = torch.nn.Parameter(_weight(layer).to(dtype), requires_grad=False)
+        blocks = reader(layer)
+        assert blocks is not None
+        with torch.no_grad():
+            dense = torch.cat([rows.to(dtype) for _, rows in blocks(layer.weight)])
+        weight = torch.nn.Parameter(dense, requires_grad=False)
         layer.__class__ = Linear if dtype is torch.float32 else torch.nn.Linear
         layer.weight = weight
 
@@ -304,15 +301,3 @@ def _layers(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[Any]:
             continue
         if layer.weight.device.type == "cpu" and not layer.weight.requires_grad:
             yield layer
-
-
-@torch.no_grad()
-def _weight(layer: Any) -> torch.Tensor:
-    """The dequantised weight (O, I) that a product would read."""
-    if isinstance(layer, bitsandbytes.nn.Linear4bit):
-        return dequantize_4bit(layer.weight, layer.weight.quant_state)
-    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-        if layer.weight.CB is not None:
-            layer.init_8bit_state()
-        return int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
-    return layer.weight.data

@@ -9,7 +9,6 @@ bitsandbytes multiplies single tokens directly with the 4-bit weights.
 Shapes: I input, O output, R rank, T tokens.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +77,14 @@ class _Fused(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
-        found = fused(self, x) if not args and not kwargs else None
-        return super().forward(x, *args, **kwargs) if found is None else found
+        found = None if args or kwargs else adapted(self, x)
+        if found is None:
+            plain: Tensor = super().forward(x, *args, **kwargs)
+            return plain
+        product: Tensor = LoraProduct.apply(
+            x, found.A, found.B, found.weight, found.bias, found.scaling, found.dtype, found.blocks
+        )
+        return product
 
 
 class Linear(_Fused, peft.tuners.lora.layer.Linear):
@@ -121,17 +126,6 @@ def adopt(model: nn.Module) -> None:
         module.__class__ = LAYERS.get(type(module), type(module))
 
 
-def fused(layer: Any, x: Tensor) -> Tensor | None:
-    """The output of a peft layer, computed as one product; None where peft's own forward must be used."""
-    found = adapted(layer, x)
-    if found is None:
-        return None
-    product: Tensor = LoraProduct.apply(
-        x, found.A, found.B, found.weight, found.bias, found.scaling, found.dtype, found.blocks
-    )
-    return product
-
-
 def adapted(layer: Any, x: Tensor) -> Adapted | None:
     """The operands of a layer's product with such an input; None where peft's own forward must be used."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or x.dtype not in HALF:
@@ -142,21 +136,17 @@ def adapted(layer: Any, x: Tensor) -> Adapted | None:
     if layer.training and not isinstance(layer.lora_dropout[name], nn.Identity):
         return None
     base, A_RI, B_OR = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
-    blocks, dtype = _reader(base), torch.float32
-    if blocks is None:
-        blocks, dtype = _reader_in_half(base), x.dtype
+    is_float32 = type(base) in float32_layers.LAYERS.values()
+    blocks = float32_layers.reader(base) if is_float32 else _reader_in_half(base)
     if blocks is None or A_RI.dtype != x.dtype or hasattr(A_RI, "ds_id"):
         return None
     if x.device.type != "cpu" and not torch.is_grad_enabled():
         return None
     if "forward" in vars(base) or base._forward_pre_hooks or base._forward_hooks:  # they rely on the call
         return None
-    return Adapted(base.weight, base.bias, blocks, A_RI, B_OR, layer.scaling[name], dtype)
-
-
-def _reader(base: Any) -> Blocks | None:
-    """The function that reads the weight of a layer that multiplies in float32; None for other layers."""
-    return float32_layers.reader(base) if type(base) in float32_layers.LAYERS.values() else None
+    return Adapted(
+        base.weight, base.bias, blocks, A_RI, B_OR, layer.scaling[name], torch.float32 if is_float32 else x.dtype
+    )
 
 
 def _reader_in_half(base: Any) -> Blocks | None:
@@ -164,9 +154,6 @@ def _reader_in_half(base: Any) -> Blocks | None:
     if type(base) is nn.Linear:
         return lambda weight: iter([(slice(None), weight)])
     if type(base) is bitsandbytes.nn.Linear4bit:
-        return lambda weight: _whole_4bit(weight, base.weight.quant_state, base.compute_dtype)
+        state, dtype = base.weight.quant_state, base.compute_dtype
+        return lambda weight: iter([(slice(None), dequantize_4bit(weight, state).to(dtype))])
     return None
-
-
-def _whole_4bit(weight: Any, quant_state: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    yield slice(None), dequantize_4bit(weight, quant_state).to(dtype)

@@ -81,7 +81,11 @@ class Joined:
 
     def holds(self, layers: Sequence[Adapted]) -> bool:
         """Whether M is still the storage of these layers' weights; False after one was replaced."""
-        return all(_lies_at(own, layer.weight) for layer, own in zip(layers, self.weights, strict=True))
+        return all(
+            layer.weight.untyped_storage() is own.untyped_storage()
+            and layer.weight.storage_offset() == own.storage_offset()
+            for layer, own in zip(layers, self.weights, strict=True)
+        )
 
 
 class Products:
@@ -154,11 +158,6 @@ def _columns(layers: Sequence[Adapted]) -> int:
     """Number of factor columns: all layers' ranks, padded to a multiple of STEP except in float32."""
     ranks = sum(len(layer.A) for layer in layers)
     return ranks if layers[0].dtype is torch.float32 else -(-ranks // STEP) * STEP
-
-
-def _lies_at(place: Tensor, weight: Tensor) -> bool:
-    is_same: bool = weight.untyped_storage() is place.untyped_storage()
-    return is_same and weight.storage_offset() == place.storage_offset()
 
 
 def _slices(layers: Sequence[Adapted], factor: str) -> list[slice]:
