@@ -225,7 +225,7 @@ def answer_log_p(model, tokenizer, question: str, answer: str) -> float:
 
 
 @pytest.mark.filterwarnings("default")
-def test_fineloops_own_tasks_are_put_in_the_chat_template_and_scored(installed, config, store, tmp_path, capfd) -> None:
+def test_fineloops_own_tasks_are_put_in_the_chat_template_and_scored(installed, config, store, tmp_path) -> None:
     names = [each.stem for each in sorted(harness.TASKS.glob("fineloop_*.yaml"))]
     config = changed(config, f"evaluate.lm_eval={names}", "evaluate.lm_eval_include=", "evaluate.lm_eval_limit=2")
     harness.check(config)
@@ -240,6 +240,7 @@ def test_fineloops_own_tasks_are_put_in_the_chat_template_and_scored(installed, 
     found = harness.run(tasks, model.float(), chat, 2)
     assert [(score.task, score.metric, len(score.passes)) for score in found] == [(name, "passes", 2) for name in names]
     assert {score.value for score in found if score.task == "fineloop_json"} == {0.0}
+    assert len({*prompts}) == 2 * len(names)
 
 
 # What the tasks' answers are scored by.
