@@ -155,22 +155,21 @@ def part(model: "PreTrainedModel") -> None:
     fused_layer.part(model)
 
 
-def fixed(config: TrainingConfig) -> Kernels | None:
-    """The kernels that the config sets; None where it leaves the choice to a measurement."""
-    wanted = config.ray.cpu_matmul_dtype
-    return None if wanted == "auto" else Kernels(wanted)
-
-
 def choose(config: TrainingConfig, base: "PretrainedConfig", *, on_gpu: bool = False) -> Kernels:
     """Choose this process's kernels, without other workers. For GPU workers they concern only what runs on the CPU."""
     if on_gpu:
         return PLAIN
-    return fixed(config) or faster([measure(typical_shape(base))])
+    return _fixed(config) or faster([measure(typical_shape(base))])
 
 
 def agree(config: TrainingConfig, base: "PretrainedConfig") -> Kernels:
     """Choose kernels for all workers of a gloo group, which all must call this."""
-    return fixed(config) or faster(together.all_gather(measure(typical_shape(base))))
+    return _fixed(config) or faster(together.all_gather(measure(typical_shape(base))))
+
+
+def _fixed(config: TrainingConfig) -> Kernels | None:
+    wanted = config.ray.cpu_matmul_dtype
+    return None if wanted == "auto" else Kernels(wanted)
 
 
 def faster(measured: Sequence[float]) -> Kernels:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Finding = texts.Read | dict[str, list[str]] | tuple[TaskScore, ...]
+Finding = texts.Read | tuple[TaskScore, ...]
 """What the probes find of a model."""
 _PLAIN: TypeAdapter[Any] = TypeAdapter(
     tuple[dict[str, int], dict[Role, list[Score]], list[dict[str, dict[Role, Finding]]], str, str]
