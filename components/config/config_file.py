@@ -342,7 +342,8 @@ def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key below a section that is not inside a list, dotted; of a tagged union the keys of all members."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        inner = _held(field)
-        below = [*CLUSTERS.values()] if field.discriminator else [inner] if inner and field.annotation is inner else []
+        below = [*CLUSTERS.values()] if field.discriminator else []
+        if field.annotation is (inner := _held(field)) and inner:
+            below = [inner]
         for each in below:
             yield from key_paths(each, f"{prefix}{name}.")

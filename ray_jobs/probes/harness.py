@@ -73,7 +73,9 @@ class Tasks:
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
         if not self.known.tasks:
             return Outcome(None)
-        scores = {role: found for each in ({**self.known.scores}, *shares) for role, found in each.items()}
+        scores: dict[Any, tuple[TaskScore, ...]] = {**self.known.scores}
+        for share in shares:
+            scores.update(share)
         record = self.known.model_copy(update={"scores": {role: scores[role] for role in ROLES if role in scores}})
         return Outcome(record, lines=record.summary)
 

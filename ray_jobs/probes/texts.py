@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import cycle, zip_longest
+from itertools import zip_longest
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -305,9 +305,9 @@ def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
     # A record needs an answer; only its prompt is used.
     records = [
         Record(
-            str(index), [Message(role, text) for role, text in zip(cycle(("user", "assistant")), prompt["turns"])], "-"
+            str(number), [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(each["turns"])], "-"
         )
-        for index, prompt in enumerate(prompts)
+        for number, each in enumerate(prompts)
     ]
     tokenized = tokenize(records, chat, config.model.max_length - longest)
     rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]
