@@ -1,12 +1,10 @@
 """The lineage record of a version: enough to know what an adapter was made from, and to make it again.
 
-Functions that read this machine say so; the rest is pure. Secrets cannot get in: the config holds none, and a git URL
-is kept without user and password.
+Secrets cannot get in: the config holds none, and a git URL is kept without user and password.
 """
 
 import hashlib
 import json
-import logging
 import platform
 import re
 import subprocess
@@ -15,14 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from components.config.schema import RunConfig
 from components.shared.errors import UserError
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,6 @@ class Asked:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Asked":
-        """What this config asks for."""
         return cls(config.adapter.name, config.method.name, config.model_dump(mode="json"), config.digest)
 
 
@@ -93,7 +87,6 @@ class Hardware:
     """Hardware of the training; all workers have the same."""
 
     cpu: str
-    """Model of the CPU."""
     cpus_per_worker: int
     workers: int
     gpu: str = ""
@@ -131,42 +124,31 @@ class Training:
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_lineage(
-    asked: Asked,
-    *,
-    run_id: str,
-    base: Base,
-    dataset: Dataset,
-    environment: Environment,
-    hardware: Hardware,
-    recipe: Mapping[str, Any],
-    training: Training,
-    started: Started = NOBODY_SAID,
-    parents: Sequence[str] = (),
-    sources: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Return the lineage record as plain JSON values.
+@dataclass(frozen=True)
+class Lineage:
+    """The whole record of one version."""
 
-    `recipe` is what was built rather than what was asked for (resolved target modules, trainable parameters); `parents`
-    are the URIs of the versions that this one was trained from; `sources` maps the files and objects that were read to
-    their fingerprints.
-    """
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run_id": run_id,
-        "adapter": asked.adapter,
-        "config": dict(asked.config),
-        "config_sha256": asked.config_sha256,
-        "base": {"reference": base.reference, "identity": dict(base.identity)},
-        "dataset": asdict(dataset),
-        "sources": dict(sources),
-        "environment": asdict(environment),
-        "hardware": asdict(hardware),
-        "started": asdict(started),
-        "recipe": {"method": asked.method, **recipe},
-        "training": asdict(training),
-        "parents": list(parents),
-    }
+    asked: Asked
+    run_id: str
+    base: Base
+    dataset: Dataset
+    environment: Environment
+    hardware: Hardware
+    recipe: Mapping[str, Any]
+    """What was built rather than what was asked for, such as resolved target modules."""
+    training: Training
+    started: Started = NOBODY_SAID
+    parents: Sequence[str] = ()
+    """URIs of the versions that this one was trained from."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the files and objects that were read, by name."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        record = asdict(self)
+        asked = record.pop("asked")
+        record["recipe"] = {"method": asked.pop("method"), **self.recipe}
+        return {"schema_version": 1, **asked, **record, "parents": list(self.parents)}
 
 
 def environment(directory: Path, *, image: str = "", revision: str = "") -> Environment:
@@ -174,25 +156,20 @@ def environment(directory: Path, *, image: str = "", revision: str = "") -> Envi
 
     `revision` says what an image without a checkout was built from: a commit, then -dirty if files differed.
     """
+    # Packages that another one vendors are not installed: importing Ray puts a folder of them on the path.
+    where = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    packages: dict[str, str] = {}
+    for installed in metadata.distributions(path=where):
+        name: str | None = installed.metadata["Name"]  # None for a folder that an interrupted installation left
+        if name:  # normalised as in PEP 503; the first on the path counts
+            packages.setdefault(re.sub(r"[-_.]+", "-", name).lower(), installed.version)
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        packages=installed_packages(),
+        packages=dict(sorted(packages.items())),
         code=code_of(directory) or code_of_image(revision),
         image=image,
     )
-
-
-def installed_packages() -> dict[str, str]:
-    """Return each installed distribution's version, by normalised name (PEP 503); the first on the path counts."""
-    # Packages that another one vendors are not installed: importing Ray puts a folder of them on the path.
-    where = [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
-    found: dict[str, str] = {}
-    for each in metadata.distributions(path=where):
-        name: str | None = each.metadata["Name"]  # None for a folder that an interrupted installation left
-        if name:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), each.version)
-    return dict(sorted(found.items()))
 
 
 def cpu_model() -> str:
@@ -207,11 +184,19 @@ def cpu_model() -> str:
 
 def code_of(directory: Path) -> Code | None:
     """Return commit and state of the git checkout that holds `directory`; None without a checkout, commit or git."""
-    commit = _git(directory, "rev-parse", "HEAD")
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(directory), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit = git("rev-parse", "HEAD")
     if commit is None:
         return None
-    dirty = bool(_git(directory, "status", "--porcelain", "--untracked-files=no"))
-    return Code(commit, dirty, without_credentials(_git(directory, "remote", "get-url", "origin") or ""))
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return Code(commit, dirty, without_credentials(git("remote", "get-url", "origin") or ""))
 
 
 def code_of_image(revision: str) -> Code | None:
@@ -230,19 +215,7 @@ def without_credentials(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def _git(directory: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 # Lineage in both directions: what a version was made from, and which versions were made from a thing.
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["dataset", "source", "base", "commit", "config", "parent"]
 
@@ -278,43 +251,37 @@ def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
 
 def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
     """The ancestors that one lineage record names; a missing key names none."""
-
-    def at(*path: str) -> Any:
-        found: Any = lineage
-        for key in path:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
-
-    configured = at("config", "data", "source") or []
-    bases = dict.fromkeys([at("base", "reference"), *(at("recipe", field) for field in BASE_FIELDS)])
-    sources = dict.fromkeys([*([configured] if isinstance(configured, str) else configured), *(at("sources") or ())])
+    configured = _at(lineage, "config", "data", "source") or []
+    bases = dict.fromkeys([_at(lineage, "base", "reference"), *(_at(lineage, "recipe", key) for key in BASE_FIELDS)])
+    sources = [configured] if isinstance(configured, str) else configured
     named: list[tuple[Kind, Any]] = [
-        ("dataset", at("dataset", "dataset_id")),
-        *[("source", source) for source in sources],
+        ("dataset", _at(lineage, "dataset", "dataset_id")),
+        *[("source", source) for source in dict.fromkeys([*sources, *(_at(lineage, "sources") or ())])],
         *[("base", base) for base in bases],
-        ("commit", at("environment", "code", "commit")),
-        ("config", at("config_sha256")),
-        *[("parent", parent) for parent in at("parents") or []],
+        ("commit", _at(lineage, "environment", "code", "commit")),
+        ("config", _at(lineage, "config_sha256")),
+        *[("parent", parent) for parent in _at(lineage, "parents") or []],
     ]
     return [Ancestor(kind, str(name)) for kind, name in named if name]
 
 
-OF_THE_START = ("start_from", "start_share")
-"""Keys of section `train` that say where a training starts, and what share of it stays."""
-
-
 def trained(lineage: Mapping[str, Any]) -> dict[str, str]:
     """Return the dataset, the parent version (empty if none) and the sha256 of the config without its start."""
-    config, parents = _section(lineage, "config"), lineage.get("parents")
-    train = {key: value for key, value in _section(config, "train").items() if key not in OF_THE_START}
+    config, parents, train = _at(lineage, "config"), _at(lineage, "parents"), _at(lineage, "config", "train")
+    train = dict(train) if isinstance(train, Mapping) else {}
+    for key in ("start_from", "start_share"):
+        train.pop(key, None)
+    config = {**(config if isinstance(config, Mapping) else {}), "train": train}
     return {
-        "dataset": str(_section(lineage, "dataset").get("dataset_id", "")),
+        "dataset": str(_at(lineage, "dataset", "dataset_id") or ""),
         "parent": str(next(filter(None, parents), "")) if isinstance(parents, list) else "",
-        "config": hashlib.sha256(json.dumps({**config, "train": train}, sort_keys=True).encode()).hexdigest(),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
     }
 
 
-def _section(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return a section; empty if it is not a mapping, since anyone who may publish may write any lineage."""
-    found = of.get(key)
-    return found if isinstance(found, Mapping) else {}
+def _at(lineage: Mapping[str, Any], *path: str) -> Any:
+    """The value there; None if there is none, since anyone who may publish may write any lineage."""
+    value: Any = lineage
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

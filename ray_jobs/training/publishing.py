@@ -72,8 +72,8 @@ def publish(
 ) -> Version:
     """Publish the trained adapter as a version, which is not visible before it is complete; on rank 0 only."""
     trained, progress = fitted.trained, fitted.trained.progress
-    record = lineage.build_lineage(
-        spec.asked,
+    record = lineage.Lineage(
+        asked=spec.asked,
         run_id=spec.run_id,
         base=lineage.Base(spec.base.reference, fitted.base.identity),
         dataset=spec.dataset,
@@ -108,7 +108,7 @@ def publish(
                 **({"usage": usage.model_dump()} if usage else {}),
             },
         ),
-    )
+    ).as_json()
     with tempfile.TemporaryDirectory(prefix="fineloop-version-") as scratch:
         folder = Path(scratch)
         build.save(fitted.adapted, folder)

@@ -8,7 +8,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.steps import Evaluation, Measured
-from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Lineage, Training
 from components.registry.versions import Version, publish_version
 from components.store.store import Store
 from tests.doubles import datasets
@@ -54,7 +54,7 @@ def publish(
     if with_data and data_uri == "s3://nowhere/datasets/d0":
         data_uri = datasets.publish(store, train=RECORDS[:4], evaluation=RECORDS[4:]).uri
     row = config.method.row
-    lineage = build_lineage(
+    lineage = Lineage(
         Asked.of(config),
         run_id="",
         base=Base(config.model.base, original.identity),
@@ -63,7 +63,7 @@ def publish(
         hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
         recipe={"adapter": row.adapter, "base": row.base, **own_base.recipe(config, base)},
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
-    )
+    ).as_json()
     return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
 
 

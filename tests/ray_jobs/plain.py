@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Lineage, Training
 from components.registry.versions import Version, publish_version, pull_version
 from components.store.store import Store
 from ray_jobs.adapters import build
@@ -29,7 +29,7 @@ def published(config: RunConfig, store: Store, directory: Path, *, seed: int) ->
             weight.data.normal_(std=0.1, generator=generator)
     folder = directory / f"adapter-{seed}"
     build.save(adapted, folder)
-    lineage = build_lineage(
+    lineage = Lineage(
         Asked.of(config),
         run_id=f"run-{seed}",
         base=Base(config.model.base, base.identity),
@@ -38,7 +38,7 @@ def published(config: RunConfig, store: Store, directory: Path, *, seed: int) ->
         hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
         recipe={"adapter": "lora", "base": "bf16"},
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
-    )
+    ).as_json()
     return publish_version(store, config.adapter.name, {p.name: p for p in folder.iterdir()}, lineage=lineage)
 
 

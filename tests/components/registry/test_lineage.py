@@ -17,9 +17,9 @@ from components.registry.lineage import (
     Dataset,
     Environment,
     Hardware,
+    Lineage,
     Started,
     Training,
-    build_lineage,
     code_of,
     cpu_model,
     environment,
@@ -38,7 +38,7 @@ def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
     config = RunConfig(
         adapter=AdapterConfig(name="icd"), model=ModelConfig(base="org/base"), data=DataConfig(source="data.jsonl")
     )
-    lineage = build_lineage(
+    lineage = Lineage(
         Asked.of(config),
         run_id="r1",
         base=Base("org/base", {"commit": "abc"}),
@@ -49,7 +49,7 @@ def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
         recipe={"trainable_parameters": 1000},
         training=Training(10, 5000, 0.5, None, 12.5, 2),
         parents=["s3://b/adapters/icd/versions/v0"],
-    )
+    ).as_json()
     assert json.loads(json.dumps(lineage, allow_nan=False)) == lineage
     assert lineage["schema_version"] == 1
     assert lineage["run_id"] == "r1"

@@ -31,9 +31,9 @@ from components.registry.lineage import (
     Dataset,
     Environment,
     Hardware,
+    Lineage,
     Started,
     Training,
-    build_lineage,
 )
 from components.registry.versions import publish_version
 from components.report.run_files import RunFiles
@@ -226,7 +226,7 @@ PROFILE: dict[str, Any] = {
     "sources": [{"source": "s3://intake/2026-11-23.jsonl", "bytes": 214_310, "rows": 2246, "rejected": 7}],
 }  # fmt: skip
 
-LINEAGE = build_lineage(
+LINEAGE = Lineage(
     Asked.of(CONFIG),
     run_id="2026-11-24-0200-7f3a",
     base=Base(
@@ -244,7 +244,7 @@ LINEAGE = build_lineage(
     recipe={"rank": 16, "lora_alpha": 32.0, "target_modules": ["q_proj", "v_proj"], "trainable_parameters": 4_884_480},
     training=Training(125, 58_750, 0.894, 0.977, 203.4, 2, "2026-11-24T02:00:12+00:00"),
     parents=[f"s3://fineloop/adapters/{CONFIG.adapter.name}/versions/{CHAMPION}"],
-)
+).as_json()
 
 
 def promoted_run() -> RunFiles:

@@ -4,12 +4,12 @@ import yaml
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Training, build_lineage
+from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Lineage, Training
 from ray_jobs.training.publishing import model_card
 
 
 def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) -> str:
-    record = build_lineage(
+    record = Lineage(
         Asked.of(config),
         run_id="20260101-000000-colours-ab12",
         base=Base(config.model.base, {"kind": "folder", "sha256": "5" * 64}),
@@ -26,7 +26,7 @@ def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) ->
             **recipe,
         },
         training=Training(75, 58_457, 0.5, eval_loss, 177.4, 2),
-    )
+    ).as_json()
     return model_card(config, record)
 
 
