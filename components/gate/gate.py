@@ -14,7 +14,7 @@ from components.gate.policy import BEFORE, decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry import signing
-from components.registry.event_log import EventKind, append_event, decided_before, decisions, events, passes, promotion
+from components.registry.event_log import EventKind, append_event, decided_before, decisions, events, promotion
 from components.registry.identity import version_key
 from components.shared.errors import ConfigError, DataError, IntegrityError, UnknownName
 from components.shared.metrics import metric_of
@@ -57,7 +57,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     behind = partial(signing.decision_behind, earlier, adapter.name)
     on_these, counts = (log, adapter.alias, evaluation.test_set), partial(signing.counts, earlier, adapter.name)
     before = decided_before(*on_these, run_id=run_id, counts=counts)
-    passed = passes(*on_these, run_id=run_id, counts=lambda event: behind(event) is not None)
+    passed = decided_before(*on_these, run_id=run_id, counts=lambda event: behind(event) is not None, replaced=True)
     decisions = [decision for event in before if (decision := behind(event))]
     champion = evaluation.model("champion")
     decided = decide(
@@ -66,7 +66,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
         config.gate,
         adapter,
         look=len(before) + 1,
-        passed_before=passed,
+        passed_before=len(passed),
         lead=lead_of(champion.version, config.gate.metric, decisions) if champion else None,
     )
     assert decided.version is not None  # a candidate without one is refused

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
@@ -36,35 +35,6 @@ from components.shared.errors import AliasConflict, Conflict, IntegrityError, Ob
 from components.store import folders
 from components.store.folders import find_manifest, now
 from components.store.store import JSON, Store, decode_json, encode_json
-
-# The moves beneath an alias's current move: the one that a rollback returns to, then the one for the next rollback.
-
-
-def moves_beneath(
-    store: Store, name: str, move: Event, known: Mapping[str, Event] = MappingProxyType({})
-) -> Iterator[Event]:
-    """Yield the moves that successive rollbacks from `move` return to; `known` are events by sha256.
-
-    Raises:
-        IntegrityError: one of them is damaged or gone.
-    """
-    while (beneath := move.body.get("beneath")) is not None:
-        try:
-            move = known.get(beneath["sha256"]) or read_event(store, name, beneath)
-        except IntegrityError as exc:
-            raise IntegrityError(f"{exc}: name the version to go back to with --to") from exc
-        yield move
-
-
-def move_beneath_to(store: Store, name: str, move: Event, to: str, log: Sequence[Event]) -> Event | None:
-    """The first move beneath `move` that points at `to`; None if there is none, or the path to it is damaged."""
-    try:
-        known = {event.sha256: event for event in log}
-        return next((event for event in moves_beneath(store, name, move, known) if event.body["to"] == to), None)
-    except IntegrityError as exc:
-        logger.warning("%s", exc)
-        return None
-
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +79,8 @@ _POINTER = TypeAdapter(Pointer)
 
 def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
     """Read an alias; None if it does not exist."""
-    found = store.read(_alias_key(name, alias))
-    return _pointer(store, name, alias, *found) if found else None
+    stored = store.read(_alias_key(name, alias))
+    return _pointer(store, name, alias, *stored) if stored else None
 
 
 def _pointer(store: Store, name: str, alias: str, body: bytes, etag: str) -> Pointer:
@@ -136,9 +106,9 @@ def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> 
     Raises:
         IntegrityError: an alias is damaged, and `pass_over_damaged`, which leaves it out with a warning, is False.
     """
-    found = ((info.key, store.read(info.key)) for info in store.list(aliases_key(name)))
-    there = ((key, *object_) for key, object_ in found if object_)
-    return parse_aliases(store, name, there, pass_over_damaged=pass_over_damaged)
+    keys = (info.key for info in store.list(aliases_key(name)))
+    objects = ((key, *stored) for key in keys if (stored := store.read(key)))
+    return parse_aliases(store, name, objects, pass_over_damaged=pass_over_damaged)
 
 
 def aliases_key(name: str) -> str:
@@ -150,19 +120,19 @@ def parse_aliases(
     store: Store, name: str, objects: Iterable[tuple[str, bytes, str]], *, pass_over_damaged: bool = True
 ) -> list[Pointer]:
     """Parse aliases as `list_aliases` does, from (key, content, etag) of each object in their folder."""
-    found = []
+    pointers = []
     for key, body, etag in objects:
         alias = key.rpartition("/")[2].removesuffix(".json")
         try:
             if key == _alias_key(name, alias):
-                found.append(_pointer(store, name, alias, body, etag))
+                pointers.append(_pointer(store, name, alias, body, etag))
         except UserError as exc:
             logger.warning("%s is no alias: %s", store.uri(key), exc)
         except IntegrityError as exc:
             if not pass_over_damaged:
                 raise
             logger.warning("%s", exc)
-    return found
+    return pointers
 
 
 def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
@@ -174,7 +144,7 @@ def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
     pointer = read_alias(store, name, alias)
     if pointer is None:
         raise UnknownName(f"{name} has no alias {alias!r}: promote a version first")
-    return _record(store, name, pointer)
+    return _logged(store, name, pointer)
 
 
 def promote(
@@ -203,11 +173,10 @@ def promote(
     is_there = holder is not None and held == version and (bool(cause.run_id) or holder.event["from"] == expected)
     if expected not in (ANYONE, held) and not is_there:
         raise _conflict(name, alias, version, expected, holder)
-    run_id = cause.run_id
-    if run_id and held != version:
-        same = {"alias": alias, "to": version, "run_id": run_id}.items()
+    if cause.run_id and held != version:
+        same = {"alias": alias, "to": version, "run_id": cause.run_id}.items()
         if earlier := next((event for event in events(store, name) if same <= event.body.items()), None):
-            since = f"run {run_id} promoted it at {earlier.time}"
+            since = f"run {cause.run_id} promoted it at {earlier.time}"
             raise _conflict(name, alias, version, version, holder, since=since)
     return move_alias(store, name, alias, version, expected=holder, kind=kind, cause=cause)
 
@@ -239,14 +208,12 @@ def rollback(
     is_ours = (bool(cause.run_id) and holder.run_id == cause.run_id) or holder.event["from"] == expected
     kind: MoveKind = "rolled_back"
     back_to: Event | None = None
-    logged: Event | None = None
     if is_there and is_ours:
         to = holder.version
     elif expected not in (ANYONE, holder.version):
         raise _conflict(name, alias, to or "the one before", expected, holder)
     elif to is None:
-        logged = _record(store, name, holder)
-        back_to = next(moves_beneath(store, name, logged), None)
+        back_to = next(_moves_beneath(store, name, event_of(holder), []), None)
         if back_to is None:
             raise UnknownName(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
         to = str(back_to.body["to"])
@@ -254,9 +221,27 @@ def rollback(
         log = events(store, name)
         if is_override(log, to, alias):
             kind = "overridden"
-        logged = _record(store, name, holder)
-        back_to = move_beneath_to(store, name, logged, to, log)
-    return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause, back_to=back_to, logged=logged)
+        try:
+            beneath = _moves_beneath(store, name, event_of(holder), log)
+            back_to = next((event for event in beneath if event.body["to"] == to), None)
+        except IntegrityError as exc:  # the path to it is damaged: a new move, on top of the others
+            logger.warning("%s", exc)
+    return move_alias(store, name, alias, to, expected=holder, kind=kind, cause=cause, back_to=back_to)
+
+
+def _moves_beneath(store: Store, name: str, move: Event, log: Sequence[Event]) -> Iterator[Event]:
+    """Yield the moves that successive rollbacks from `move` return to; those that `log` lacks are read.
+
+    Raises:
+        IntegrityError: one of them is damaged or gone.
+    """
+    logged = {event.sha256: event for event in log}
+    while (beneath := move.body.get("beneath")) is not None:
+        try:
+            move = logged.get(beneath["sha256"]) or read_event(store, name, beneath)
+        except IntegrityError as exc:
+            raise IntegrityError(f"{exc}: name the version to go back to with --to") from exc
+        yield move
 
 
 def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
@@ -266,8 +251,8 @@ def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
         IntegrityError: the event of one of these moves is damaged or gone.
     """
     move = event_of(pointer)
-    every = [move, *moves_beneath(store, name, move)]
-    return {str(each.body["to"]): str(each.body["manifest_sha256"]) for each in reversed(every)}
+    moves = [move, *_moves_beneath(store, name, move, [])]
+    return {str(move.body["to"]): str(move.body["manifest_sha256"]) for move in reversed(moves)}
 
 
 def move_alias(
@@ -280,13 +265,12 @@ def move_alias(
     kind: MoveKind,
     cause: Cause,
     back_to: Event | None = None,
-    logged: Event | None = None,
 ) -> Event:
     """Move the alias from `expected` (None: it does not exist yet) to a version, after verifying every byte of it.
 
     An alias that points there already is left alone, and its event is written if the log lacks it. `back_to` is the
     earlier move to that version that this one returns to, and whose evidence counts again; None makes a new move on
-    top of the others. `logged` is the event that moved the alias to `expected`, where the caller has read it.
+    top of the others.
 
     Raises:
         ObjectMissing: there is no such version, or it was removed meanwhile. The alias is then moved back; a new alias
@@ -302,7 +286,7 @@ def move_alias(
     require_published(store, name, version, manifest)
     require_signed(store, name, version, manifest.sha256, alias=alias)
     # The log must be whole before the pointer that could complete it is replaced.
-    last = (logged or _record(store, name, expected)).reference if expected else None
+    last = _logged(store, name, expected).reference if expected else None
     before = expected.version if expected else None
     earlier = back_to.body.get("evidence", {}) if back_to else {}
     body = {
@@ -331,18 +315,11 @@ def move_alias(
         return _held(store, name, moved)
     except ObjectMissing:
         if expected is not None:
-            _undo(store, name, moved, expected, cause)
+            undo, came = replace(cause, reason=f"{version} was removed meanwhile", evidence={}), event_of(expected)
+            with contextlib.suppress(AliasConflict):  # another command has moved it on
+                before = expected.version
+                move_alias(store, name, alias, before, expected=moved, kind="rolled_back", cause=undo, back_to=came)
         raise
-
-
-def _undo(store: Store, name: str, moved: Pointer, before: Pointer, cause: Cause) -> None:
-    """Move an alias back from a version that was removed while the alias took it."""
-    undo = replace(cause, reason=f"{moved.version} was removed meanwhile", evidence={})
-    came = _record(store, name, before)
-    with contextlib.suppress(AliasConflict):  # another command has moved it on
-        move_alias(
-            store, name, moved.alias, before.version, expected=moved, kind="rolled_back", cause=undo, back_to=came
-        )
 
 
 def _held(store: Store, name: str, pointer: Pointer) -> Event:
@@ -365,7 +342,7 @@ def _held(store: Store, name: str, pointer: Pointer) -> Event:
     return event
 
 
-def _record(store: Store, name: str, pointer: Pointer) -> Event:
+def _logged(store: Store, name: str, pointer: Pointer) -> Event:
     """Return the event that moved the alias to where `pointer` says, and write it if the log lacks it."""
     event = event_of(pointer)
     logged = find_event(store, name, event.reference)
@@ -412,7 +389,7 @@ def _alias_key(name: str, alias: str) -> str:
 
 
 class Signed(NamedTuple):
-    """A statement signed by the key: the alias that the version may hold, or an empty one if it revokes the version."""
+    """A statement signed by the key: that the version may hold the alias or, where that is empty, is revoked."""
 
     version: str
     alias: str

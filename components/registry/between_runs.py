@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +18,7 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.records.steps import Record
 from components.registry.identity import adapter_key
-from components.shared.errors import Conflict, DataError, IntegrityError, ObjectMissing, UserError
+from components.shared.errors import Conflict, DataError, IntegrityError, UserError
 from components.shared.parquet import table_of
 from components.shared.protocol import counted
 from components.store import folders
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 ATTEMPTS = 5
 ID_BYTES = 8
 """Number of bytes kept of a content's sha256. Of m new records beside n known ones, m * n / 2**64 are expected to be
@@ -37,19 +36,30 @@ mistaken for known: 5e-8 for a million beside a million."""
 _COLUMN = "content"
 
 
-@dataclass(frozen=True)
-class Consumed:
+class Consumed(Record):
     """What one run read; the contents themselves lie in `file`."""
+
+    FILE: ClassVar[str] = f"{runs.CONSUMED}header.json"
 
     run_id: str
     as_of: str
     """When the run read its data, in the registry's time format."""
-    sources: Mapping[str, str]
+    sources: dict[str, str]
     """Fingerprint of each file or object, by its name."""
     num_records: int
     """Number of distinct records."""
     file: str
     """Name of the contents' file in the run's folder."""
+
+
+class Watermark(Record):
+    """The adapter's newest run that ended in a decision."""
+
+    FILE: ClassVar[str] = "watermark.json"
+
+    run_id: str
+    as_of: str
+    """When it read its data."""
 
 
 def content_ids(contents: Iterable[bytes]) -> "pa.UInt64Array":
@@ -67,16 +77,9 @@ def note_consumed(
     packed = _packed(contents)
     file = f"{runs.CONSUMED}{hashlib.sha256(packed).hexdigest()}.parquet"
     store.put(runs.run_key(run_id, file), packed)
-    body = {
-        "format": FORMAT,
-        "run_id": run_id,
-        "as_of": as_of,
-        "sources": dict(sources),
-        "num_records": len(contents),
-        "file": file,
-    }
-    store.put_json(_header_key(run_id), body)
-    return Consumed(run_id, as_of, dict(sources), len(contents), file)
+    consumed = Consumed(run_id=run_id, as_of=as_of, sources=dict(sources), num_records=len(contents), file=file)
+    runs.write(store, run_id, consumed)
+    return consumed
 
 
 def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
@@ -86,13 +89,13 @@ def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
         IntegrityError: they are not what the run wrote.
     """
     key = runs.run_key(consumed.run_id, consumed.file)
-    found = store.read(key)
-    if found is None:
+    stored = store.read(key)
+    if stored is None:
         logger.info("%s is gone: everything counts as new", store.uri(key))
         return content_ids([])
-    if f"{runs.CONSUMED}{hashlib.sha256(found[0]).hexdigest()}.parquet" != consumed.file:
+    if f"{runs.CONSUMED}{hashlib.sha256(stored[0]).hexdigest()}.parquet" != consumed.file:
         raise IntegrityError(f"{store.uri(key)} has another content than its name says")
-    ids: pa.UInt64Array = table_of(found[0])[_COLUMN].combine_chunks()
+    ids: pa.UInt64Array = table_of(stored[0])[_COLUMN].combine_chunks()
     return ids
 
 
@@ -100,29 +103,23 @@ def read_watermark(store: Store, name: str) -> Consumed | None:
     """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone.
 
     Raises:
-        IntegrityError: the mark or the note is not one of a format that this version knows.
+        IntegrityError: the mark or the note is malformed.
     """
-    found = _mark(store, name)
-    if found is None:
-        return None
-    run_id = found[0]["run_id"]
-    try:
-        return _note(store, run_id)
-    except ObjectMissing:
+    marked = _mark(store, name)
+    consumed = consumed_by(store, marked[0].run_id) if marked else None
+    if marked and not consumed:
+        run_id = marked[0].run_id
         logger.info("run %s finished last, and its note of what it read is gone: everything counts as new", run_id)
-        return None
+    return consumed
 
 
 def consumed_by(store: Store, run_id: str) -> Consumed | None:
     """Return what the run read; None if it noted nothing.
 
     Raises:
-        IntegrityError: the note is not one of a format that this version knows.
+        IntegrityError: the note is malformed.
     """
-    try:
-        return _note(store, run_id)
-    except ObjectMissing:
-        return None
+    return runs.find(store, run_id, Consumed)
 
 
 def advance_watermark(store: Store, name: str, run_id: str) -> bool:
@@ -132,46 +129,28 @@ def advance_watermark(store: Store, name: str, run_id: str) -> bool:
         ObjectMissing: the run noted nothing.
         Conflict: other runs kept moving the mark.
     """
-    as_of = _note(store, run_id).as_of
-    body = encode_json({"format": FORMAT, "run_id": run_id, "as_of": as_of})
-    key = adapter_key(name, "watermark.json")
+    mark = Watermark(run_id=run_id, as_of=runs.read(store, run_id, Consumed).as_of)
+    key = adapter_key(name, Watermark.FILE)
     for _ in range(ATTEMPTS):
-        found = _mark(store, name)
+        marked = _mark(store, name)
+        if marked and marked[0].as_of >= mark.as_of:
+            return marked[0].run_id == run_id
         try:
-            if found is None:
-                store.create(key, body, content_type=JSON)
-                return True
-            theirs, etag = found
-            if theirs["as_of"] >= as_of:
-                return theirs["run_id"] == run_id
-            store.swap(key, body, etag, content_type=JSON)
+            if marked:
+                store.swap(key, mark.as_json(), marked[1], content_type=JSON)
+            else:
+                store.create(key, mark.as_json(), content_type=JSON)
             return True
         except Conflict:
             continue
     raise Conflict(f"{store.uri(key)} was moved by other runs {ATTEMPTS} times in a row: run the step again")
 
 
-def _mark(store: Store, name: str) -> tuple[dict[str, str], str] | None:
-    key = adapter_key(name, "watermark.json")
-    found = store.read(key)
-    if found is None:
-        return None
-    mark = decode_json(found[0], store.uri(key))
-    if not isinstance(mark, dict) or mark.get("format") != FORMAT or not {"run_id", "as_of"} <= mark.keys():
-        raise IntegrityError(f"{store.uri(key)} is not a watermark of format {FORMAT}")
-    return mark, found[1]
-
-
-def _note(store: Store, run_id: str) -> Consumed:
-    key = _header_key(run_id)
-    body = store.get_json(key)
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise IntegrityError(f"{store.uri(key)} is not a note of format {FORMAT}")
-    return Consumed(body["run_id"], body["as_of"], body["sources"], body["num_records"], body["file"])
-
-
-def _header_key(run_id: str) -> str:
-    return runs.run_key(run_id, f"{runs.CONSUMED}header.json")
+def _mark(store: Store, name: str) -> tuple[Watermark, str] | None:
+    """The mark and its etag."""
+    key = adapter_key(name, Watermark.FILE)
+    stored = store.read(key)
+    return (Watermark.from_json(stored[0], store.uri(key)), stored[1]) if stored else None
 
 
 def _packed(contents: "pa.UInt64Array") -> bytes:
@@ -194,11 +173,8 @@ def _packed(contents: "pa.UInt64Array") -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# The learning rates that sweeps have found, stored for later runs.
-#
-# adapters/<name>/rates/<key>.json is the newest rate for one base, recipe and data source; the sweep that found it
-# stays in its run's folder. The key is made of all that a rate depends on and that stays the same from one night to the
-# next: the data's source, not the records that it holds today.
+# The learning rates that sweeps have found: adapters/<name>/rates/<key>.json is the newest for one base, recipe and
+# data source. The key is made of all that a rate depends on and that stays the same from one night to the next.
 
 
 class FoundRate(Record):
@@ -213,9 +189,8 @@ class FoundRate(Record):
     """Whether the neighbouring rates that were tried were worse."""
     method: str
     run_id: str
-    """The id of the sweep's run."""
+    """The sweep's run."""
     dataset_id: str
-    """The id of the dataset that the rate was found on."""
     base: str
     """The base model's name in the config."""
     rank: int
@@ -235,8 +210,8 @@ def recall_rate(store: Store, config: RunConfig) -> FoundRate | None:
         IntegrityError: the record is malformed.
     """
     key = _key(config)
-    found = store.read(key)
-    return FoundRate.from_json(found[0], store.uri(key)) if found else None
+    stored = store.read(key)
+    return FoundRate.from_json(stored[0], store.uri(key)) if stored else None
 
 
 def similar_rates(store: Store, config: RunConfig) -> list[FoundRate]:
@@ -245,9 +220,9 @@ def similar_rates(store: Store, config: RunConfig) -> list[FoundRate]:
     Raises:
         IntegrityError: a record is malformed.
     """
-    keys = [entry.key for entry in store.list(adapter_key(config.adapter.name, "rates/"))]
-    found = [FoundRate.from_json(store.get(key), store.uri(key)) for key in keys]
-    return [each for each in found if (each.base, each.method) == (config.model.base, config.method.name)]
+    keys = [info.key for info in store.list(adapter_key(config.adapter.name, "rates/"))]
+    rates = [FoundRate.from_json(store.get(key), store.uri(key)) for key in keys]
+    return [rate for rate in rates if (rate.base, rate.method) == (config.model.base, config.method.name)]
 
 
 def _key(config: RunConfig) -> str:
@@ -268,11 +243,8 @@ def _key(config: RunConfig) -> str:
 #
 # Each has an object erased/<sha256>.json, whose name alone says which record it is: so two erasures at the same time
 # cannot lose one another, and a preparation only needs a listing. Nothing of the record is kept but the hash of its id.
-# Nothing here undoes an erasure.
 
 ERASED = "erased/"
-ERASURE_FORMAT = 1
-_NAME = re.compile(r"([0-9a-f]{64})\.json")
 
 
 @dataclass(frozen=True)
@@ -287,18 +259,12 @@ class Erasure:
     """False if the record had been erased before."""
 
 
-@dataclass(frozen=True)
-class Erased:
+class Erased(frozenset[str]):
     """All erased records, by the hashes of their ids."""
-
-    records: Set[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return bool(self.records)
 
     def has(self, record_id: str) -> bool:
         """Whether the record with this id was erased."""
-        return record_hash(record_id) in self.records
+        return record_hash(record_id) in self
 
 
 NONE_ERASED = Erased()
@@ -321,12 +287,12 @@ def erase(store: Store, record_id: str, *, by: str) -> Erasure:
     record, at = record_hash(record_id), folders.now()
     key = f"{ERASED}{record}.json"
     try:
-        body = {"format": ERASURE_FORMAT, "record": record, "at": at, "by": by}
+        body = {"format": 1, "record": record, "at": at, "by": by}
         store.create(key, encode_json(body), content_type=JSON)
     except Conflict:
         earlier = decode_json(store.get(key), store.uri(key))
         if not isinstance(earlier, dict) or not {"at", "by"} <= earlier.keys():
-            raise IntegrityError(f"{store.uri(key)} is not an erasure of format {ERASURE_FORMAT}") from None
+            raise IntegrityError(f"{store.uri(key)} is not an erasure") from None
         return Erasure(record, str(earlier["at"]), str(earlier["by"]), is_new=False)
     return Erasure(record, at, by, is_new=True)
 
@@ -337,13 +303,13 @@ def erased(store: Store) -> Erased:
     Raises:
         IntegrityError: there is another object among them, so that it is unknown which record was meant.
     """
-    found: set[str] = set()
+    records = set()
     for info in store.list(ERASED):
-        named = _NAME.fullmatch(info.key.removeprefix(ERASED))
+        named = re.fullmatch(rf"{ERASED}([0-9a-f]{{64}})\.json", info.key)
         if named is None:
             raise IntegrityError(f"{store.uri(info.key)} is not an erasure: remove it, or erase the record it means")
-        found.add(named[1])
-    return Erased(frozenset(found))
+        records.add(named[1])
+    return Erased(records)
 
 
 def require_none_erased(store: Store, dataset_uri: str) -> None:

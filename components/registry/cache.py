@@ -33,8 +33,6 @@ MAX_BYTES = 256 * 2**20
 """Maximum size of an unpacked index, of which a few bytes may unpack to more than memory holds."""
 MOST_INDEXED_BYTES = 64 * 2**20
 """Maximum total size of indexed documents; above it no index is kept, and each document is read."""
-TEXT = "latin-1"
-"""An encoding that turns any bytes into text, and back without loss."""
 
 
 class Index:
@@ -57,17 +55,16 @@ class Index:
         What `read` returns must never change. Ids for which it returns None are left out, and read again the next time.
         `is_so` decides whether the index's value for an id can be what `read` would return; if not, `read` is called.
         """
-        wanted = list(ids)
-        if self._indexed is None and len(wanted) > self._worth:
+        ids = list(ids)
+        if self._indexed is None and len(ids) > self._worth:
             self._indexed = self._read()
         indexed = (self._indexed or {}).get(section, {})
-        known = {each: indexed[each] for each in wanted if each in indexed and is_so(each, indexed[each])}
-        missing = [each for each in wanted if each not in known]
+        known = {key: indexed[key] for key in ids if key in indexed and is_so(key, indexed[key])}
+        missing = [key for key in ids if key not in known]
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            read_now = zip(missing, pool.map(read, missing), strict=True)
-            found = {each: value for each, value in read_now if value is not None}
-        self._num_new += sum(indexed.get(each) != value for each, value in found.items())
-        known = {each: value for each in wanted if (value := known.get(each, found.get(each))) is not None}
+            known |= zip(missing, pool.map(read, missing), strict=True)
+        self._num_new += sum(known[key] not in (None, indexed.get(key)) for key in missing)
+        known = {key: known[key] for key in ids if known[key] is not None}
         self._known[section] = self._known.get(section, {}) | known
         return known
 
@@ -82,17 +79,18 @@ class Index:
         if sum(info.size for info in infos.values()) > MOST_INDEXED_BYTES:
             self._worth = len(infos)
 
+        # Latin-1 turns any bytes into text, and back without loss.
         def text(file: str) -> str | None:
-            found = self._store.read(f"{self._folder}{file}")
-            return found[0].decode(TEXT) if found else None
+            stored = self._store.read(f"{self._folder}{file}")
+            return stored[0].decode("latin-1") if stored else None
 
         def is_of(file: str, text: Any) -> bool:
             if not isinstance(text, str) or len(text) != infos[file].size or max(text, default="") > "\xff":
                 return False
-            return hashlib.md5(text.encode(TEXT), usedforsecurity=False).hexdigest() == infos[file].etag
+            return hashlib.md5(text.encode("latin-1"), usedforsecurity=False).hexdigest() == infos[file].etag
 
-        found = self.of(section, infos, text, is_so=is_of)
-        return {f"{self._folder}{file}": each.encode(TEXT) for file, each in found.items()}
+        texts = self.of(section, infos, text, is_so=is_of)
+        return {f"{self._folder}{file}": text.encode("latin-1") for file, text in texts.items()}
 
     def keep(self) -> None:
         """Write the index if enough of it is new: of the sections that were asked for what was asked for, and the
@@ -106,16 +104,14 @@ class Index:
             logger.debug("%s is not written: %s", self._store.uri(self._key), exc)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        found = self._store.read(self._key)
-        if found is None:
+        stored = self._store.read(self._key)
+        if stored is None:
             return {}
         try:
-            unpacked = gzip.GzipFile(fileobj=io.BytesIO(found[0])).read(MAX_BYTES + 1)
-            if len(unpacked) > MAX_BYTES:
-                raise ValueError(f"it unpacks to more than {MAX_BYTES >> 20} MiB")
-            known = json.loads(unpacked)
+            unpacked = gzip.GzipFile(fileobj=io.BytesIO(stored[0])).read(MAX_BYTES + 1)
+            known = json.loads(unpacked) if len(unpacked) <= MAX_BYTES else None
             if not isinstance(known, dict) or not all(isinstance(section, dict) for section in known.values()):
-                raise ValueError("no JSON object of objects")
+                raise ValueError(f"no JSON object of objects, of at most {MAX_BYTES >> 20} MiB")
         except (OSError, EOFError, zlib.error, ValueError, RecursionError) as exc:
             logger.warning("%s cannot be read, and is made anew: %s", self._store.uri(self._key), exc)
             return {}
@@ -124,11 +120,9 @@ class Index:
 
 # The list of all adapters, kept in one object beside the registry's pages, so that it is read in three requests.
 #
-# It is no part of the registry: it is only shown, and nothing that moves an alias, verifies, audits or removes reads
-# it. Whoever changes what it says of an adapter writes the adapter's mark, pages/changed/<name>, before and after the
-# change. An entry counts only while the mark is the one from before the adapter was read. So an entry that is missing
-# or lost, or was written by one of two at once that had not seen the other, leads to another reading, and to no wrong
-# list.
+# It is only shown, too. Whoever changes what it says of an adapter writes the adapter's mark, pages/changed/<name>,
+# before and after the change. An entry counts only while the mark is the one from before the adapter was read. So an
+# entry that is missing or lost, or was written by one of two at once, leads to another reading, and to no wrong list.
 
 LISTED = f"{PAGES}index.json"
 """The key of the list, with an entry for each adapter: what its page shows, and under `LISTING` what a list needs."""
@@ -138,8 +132,6 @@ CHANGED = f"{PAGES}changed/"
 BEGUN, DONE = "being changed ", "changed "
 A_CHANGE_TAKES = timedelta(minutes=15)
 """Age after which a change that has begun is made, or never will be."""
-TOKEN_DIGITS = 32
-ATTEMPTS = 5
 
 Entries = dict[str, dict[str, Any]]
 
@@ -148,22 +140,27 @@ Entries = dict[str, dict[str, Any]]
 def changing(store: Store, name: str) -> Iterator[None]:
     """Mark the adapter before and after a change, which an error leaves as begun. A mark that cannot be written is left
     out: the change matters more."""
-    _mark(store, name, BEGUN)
+
+    def mark(what: str) -> None:
+        try:
+            store.put(f"{CHANGED}{name}", f"{what}{uuid.uuid4().hex}".encode(), content_type="text/plain")
+        except StoreError as exc:
+            logger.debug("the change of %s is not marked: %s", name, exc)
+
+    mark(BEGUN)
     yield
-    _mark(store, name, DONE)
+    mark(DONE)
 
 
 def mark_of(store: Store, name: str) -> str | None:
     """The adapter's mark, to be read before the adapter; empty if it was never changed, None while that goes on."""
-    found = store.read(f"{CHANGED}{name}")
-    if found and found[0].startswith(BEGUN.encode()):
-        return None
-    return found[1].strip('"') if found else ""
+    body, etag = store.read(f"{CHANGED}{name}") or (b"", "")
+    return None if body.startswith(BEGUN.encode()) else etag.strip('"')
 
 
 def is_settled(mark: ObjectInfo | None, now: datetime) -> bool:
     """Whether an adapter that is read after its mark was listed has all that this mark stands for."""
-    return mark is None or mark.size != len(BEGUN) + TOKEN_DIGITS or now - mark.last_modified > A_CHANGE_TAKES
+    return mark is None or mark.size != len(BEGUN) + len(uuid.uuid4().hex) or now - mark.last_modified > A_CHANGE_TAKES
 
 
 def write_entries(
@@ -173,7 +170,7 @@ def write_entries(
 
     Where others keep writing, or the list may not be written, it is left to the next writer.
     """
-    for _ in range(ATTEMPTS):
+    for _ in range(5):
         (entries, etag), read = read or read_entries(store), None
         changed = change(entries)
         try:
@@ -197,15 +194,9 @@ def forget(store: Store, name: str) -> None:
 
 def read_entries(store: Store) -> tuple[Entries, str | None]:
     """The entries by the adapters' names, and the list's etag; what is damaged is left out, and made anew."""
-    found, listed = store.read(LISTED), None
+    body, etag = store.read(LISTED) or (b"{}", None)
+    listed = None
     with contextlib.suppress(IntegrityError):
-        listed = decode_json(found[0], LISTED) if found else None
+        listed = decode_json(body, LISTED)
     entries = listed.items() if isinstance(listed, dict) else ()
-    return {name: entry for name, entry in entries if isinstance(entry, dict)}, found[1] if found else None
-
-
-def _mark(store: Store, name: str, what: str) -> None:
-    try:
-        store.put(f"{CHANGED}{name}", f"{what}{uuid.uuid4().hex}".encode(), content_type="text/plain")
-    except StoreError as exc:
-        logger.debug("the change of %s is not marked: %s", name, exc)
+    return {name: entry for name, entry in entries if isinstance(entry, dict)}, etag

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from components.records.steps import Part
 from components.registry.cache import READS_AT_ONCE, WORTH_AN_INDEX, Index
@@ -19,20 +20,16 @@ from components.shared.errors import Conflict, IntegrityError
 from components.store.folders import Manifest, now
 from components.store.store import JSON, Store, decode_json, encode_json
 
-# One entry of an adapter's event log.
+logger = logging.getLogger(__name__)
 
+FORMAT = 1
+ID_LENGTH = 12
+MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 EventKind = Literal["published", "promoted", "refused", "proposed", "overridden", "rolled_back", "collected"]
 
 
 class Reference(TypedDict):
     """How one event names another: `time` and `sha256` locate it, and `sha256` fixes its content."""
-
-    time: str
-    sha256: str
-
-
-class _Named(Part):
-    """A `Reference`, as read from an event."""
 
     time: str
     sha256: str
@@ -69,8 +66,8 @@ class Body(Part):
     actor: str = ""
     reason: str = ""
     evidence: Evidence = Evidence()
-    previous: _Named | None = None
-    beneath: _Named | None = None
+    previous: Reference | None = None
+    beneath: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,11 @@ class Event:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of kind and body, in hex; `id` is its beginning."""
+        """`id` is its beginning."""
         return event_sha256(self.kind, self.body)
 
     @property
     def reference(self) -> Reference:
-        """The reference by which another event names this one."""
         return {"time": self.time, "sha256": self.sha256}
 
     def move(self) -> dict[str, str | None]:
@@ -106,11 +102,6 @@ def event_sha256(kind: str, body: Mapping[str, Any]) -> str:
     return hashlib.sha256(encode_json([kind, dict(body)])).hexdigest()
 
 
-logger = logging.getLogger(__name__)
-
-
-FORMAT = 1
-ID_LENGTH = 12
 _EVENT = TypeAdapter(Event)
 
 
@@ -128,10 +119,9 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
                 return logged.uri
         at = now()
     reference: Reference = {"time": at, "sha256": sha256}
-    key, record = (
-        _key(name, reference),
-        encode_json({"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}),
-    )
+    key = _key(name, reference)
+    event = {"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
+    record = encode_json(event)
     try:
         store.create(key, record, content_type=JSON)
     except Conflict:
@@ -144,9 +134,8 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
 
 def publication(version: str, manifest: Manifest) -> dict[str, Any]:
     """Return the body of the event of a version's publication with this manifest, filed at `manifest.created_at`."""
-    return {
-        "version": version, "manifest_sha256": manifest.sha256, "run_id": str(manifest.about.get("run_id", "")),
-    }  # fmt: skip
+    run_id = str(manifest.about.get("run_id", ""))
+    return {"version": version, "manifest_sha256": manifest.sha256, "run_id": run_id}
 
 
 def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:
@@ -169,12 +158,10 @@ def events(store: Store, name: str, *, index: Index | None = None) -> list[Event
     `index` is the caller's, who keeps it.
     """
     own = index or Index(store, name, worth=WORTH_AN_INDEX)
-    found, junk = parse_log(store, name, own.documents("events", store.list(events_key(name))).items())
+    log = _sound(store, name, own.documents("events", store.list(events_key(name))).items())
     if index is None:
         own.keep()
-    for key, why in junk.items():
-        logger.warning("%s is not an event, and passed over: %s", store.uri(key), why)
-    return found
+    return log
 
 
 def read_event(store: Store, name: str, reference: Reference) -> Event:
@@ -185,8 +172,8 @@ def read_event(store: Store, name: str, reference: Reference) -> Event:
     """
     event = find_event(store, name, reference)
     if event is None:
-        uri = store.uri(_key(name, reference))
-        raise IntegrityError(f"{uri} is not the event that a later one names, or is gone from the log")
+        key = _key(name, reference)
+        raise IntegrityError(f"{store.uri(key)} is not the event that a later one names, or is gone from the log")
     return event
 
 
@@ -204,32 +191,36 @@ def events_key(name: str) -> str:
 
 def parse_log(store: Store, name: str, objects: Iterable[tuple[str, bytes]]) -> tuple[list[Event], dict[str, str]]:
     """Parse a log as `read_log` does, from (key, content) of each object in its folder."""
-    found, junk = [], {}
+    parsed, junk = [], {}
     for key, body in objects:
         try:
-            found.append(_event(store, name, key, decode_json(body, store.uri(key))))
+            parsed.append(_event(store, name, key, decode_json(body, store.uri(key))))
         except (IntegrityError, ValueError, TypeError, KeyError) as exc:
             junk[key] = " ".join(str(exc).split())
     # Two writers at once, or one that met junk, may have filed one of them twice.
-    first = {event.sha256: event for event in sorted(found, key=lambda event: (event.time, event.uri), reverse=True)}
+    first = {event.sha256: event for event in sorted(parsed, key=lambda event: (event.time, event.uri), reverse=True)}
     return sorted(first.values(), key=lambda event: (event.time, event.id)), junk
+
+
+def _sound(store: Store, name: str, objects: Iterable[tuple[str, bytes]]) -> list[Event]:
+    log, junk = parse_log(store, name, objects)
+    for key, why in junk.items():
+        logger.warning("%s is not an event, and passed over: %s", store.uri(key), why)
+    return log
 
 
 def find_event(store: Store, name: str, reference: Reference) -> Event | None:
     """The event, under its own name or a further one; None if the log has neither."""
     key = _key(name, reference)
     further = (info.key for info in store.list(f"{key.removesuffix('.json')}-"))
-    found = (event_at(store, name, each) for each in chain([key], further))
-    return next((event for event in found if event and event.sha256 == reference["sha256"]), None)
+    logged = (event_at(store, name, place) for place in chain([key], further))
+    return next((event for event in logged if event and event.sha256 == reference["sha256"]), None)
 
 
 def event_at(store: Store, name: str, key: str) -> Event | None:
     """The event of this object; None if it is none, with a warning, or is not there."""
-    found = store.read(key)
-    log, junk = parse_log(store, name, [(key, found[0])] if found else [])
-    for why in junk.values():
-        logger.warning("%s is not an event, and passed over: %s", store.uri(key), why)
-    return log[0] if log else None
+    stored = store.read(key)
+    return next(iter(_sound(store, name, [(key, stored[0])] if stored else [])), None)
 
 
 def _event(store: Store, name: str, key: str, record: Any) -> Event:
@@ -252,10 +243,8 @@ def _key(name: str, reference: Reference) -> str:
 
 # Reads an adapter's history from its event log; pure.
 
-MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 
-
-def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
+def is_held(log: Sequence[Event], version: str, alias: str) -> bool:
     """Whether a gate refused the version for this alias, or left it to a person who has not approved it yet."""
     about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
     if any(event.kind == "refused" for event in about):
@@ -264,13 +253,13 @@ def is_held(log: Sequence["Event"], version: str, alias: str) -> bool:
     return not approved and any(event.kind == "proposed" for event in about)
 
 
-def promotion(log: Sequence["Event"], run_id: str, alias: str) -> "Event | None":
+def promotion(log: Sequence[Event], run_id: str, alias: str) -> Event | None:
     """The move that carried out the run's decision; None if none did."""
     carried_out = [event for event in moves(log, alias) if event.body.get("run_id") == run_id]
     return next((event for event in carried_out if event.body.get("evidence", {}).get("sha256")), None)
 
 
-def decisions(log: Sequence["Event"]) -> dict[str, tuple[str, "Event"]]:
+def decisions(log: Sequence[Event]) -> dict[str, tuple[str, Event]]:
     """The decision of each run that a move carried out, or else that waits for a person: its sha256, and the event."""
     proposed = {
         str(event.body.get("run_id")): (str(event.body.get("decision_sha256")), event)
@@ -285,12 +274,12 @@ def decisions(log: Sequence["Event"]) -> dict[str, tuple[str, "Event"]]:
     }
 
 
-def is_override(log: Sequence["Event"], version: str, alias: str) -> bool:
+def is_override(log: Sequence[Event], version: str, alias: str) -> bool:
     """Whether going back to the version overrides a gate: the gate holds it back, and it never held the alias."""
     return is_held(log, version, alias) and all(event.body["to"] != version for event in moves(log, alias))
 
 
-def waiting(log: Sequence["Event"], holders: Mapping[str, str]) -> set[str]:
+def waiting(log: Sequence[Event], holders: Mapping[str, str]) -> set[str]:
     """The versions that a gate left to a person, who may still approve them, because the version that they were
     compared with still holds the alias. `holders` are versions by alias."""
     proposed = [event.body for event in log if event.kind == "proposed"]
@@ -299,12 +288,12 @@ def waiting(log: Sequence["Event"], holders: Mapping[str, str]) -> set[str]:
     }
 
 
-def moves(log: Sequence["Event"], alias: str) -> list["Event"]:
+def moves(log: Sequence[Event], alias: str) -> list[Event]:
     """The events that moved the alias, in the order of the log, oldest first."""
     return [event for event in log if event.kind in MOVE_KINDS and event.body["alias"] == alias]
 
 
-def is_chain(moves: Sequence["Event"]) -> bool:
+def is_chain(moves: Sequence[Event]) -> bool:
     """Whether each move begins where the one before it ended and names it, and the first began without an alias."""
     if not moves or (moves[0].body["from"], moves[0].body.get("previous")) != (None, None):
         return False
@@ -316,37 +305,34 @@ def is_chain(moves: Sequence["Event"]) -> bool:
 
 # Counts of the decisions made on a test set, and the confidence and the fold for the next decision; pure.
 
-SAME = 0.5
-"""Share of its sample that a test set has in common with itself after a refresh, at least."""
-
 
 def decided_before(
-    log: Sequence["Event"],
+    log: Sequence[Event],
     alias: str,
     test_set: Sequence[str],
     *,
     run_id: str,
-    counts: Callable[["Event"], bool] = lambda event: True,
-) -> list["Event"]:
+    counts: Callable[[Event], bool] = lambda event: True,
+    replaced: bool = False,
+) -> list[Event]:
     """Return the event about the outcome of each run other than `run_id` on this test set, oldest first.
 
-    `test_set` is the sample of the test set that an evaluation names; without it, earlier decisions are unknown.
-    `counts` tells whether there is a decision behind an event: a training may write events too.
+    `test_set` is the sample of the test set that an evaluation names, which has at least half in common with itself
+    after a refresh; without it, earlier decisions are unknown. `counts` tells whether there is a decision behind an
+    event: a training may write events too. `replaced` leaves the decisions that replaced one version by another, by the
+    gate's own rules.
     """
-    return _of_other_runs(_about(log, alias, test_set), run_id, counts)
-
-
-def passes(
-    log: Sequence["Event"],
-    alias: str,
-    test_set: Sequence[str],
-    *,
-    run_id: str,
-    counts: Callable[["Event"], bool] = lambda event: True,
-) -> int:
-    """Return how many of the earlier decisions replaced one version by another, by the gate's own rules."""
-    moved = [each for each in _about(log, alias, test_set) if each.kind == "promoted" and each.body.get("from")]
-    return len(_of_other_runs(moved, run_id, counts))
+    ours, by_run = set(test_set), dict[str, Event]()
+    for event in log:
+        body, other = event.body, str(event.body.get("run_id", ""))
+        sample = body.get("test_set") or body.get("evidence", {}).get("test_set") or ()  # of a refusal or a promotion
+        is_about = body.get("alias") == alias and ours and len(ours.intersection(sample)) >= len(ours) / 2
+        if not is_about or (replaced and not (event.kind == "promoted" and body.get("from"))):
+            continue
+        # The first event of each run that counts; one that does not must not hide one that does.
+        if other != run_id and other not in by_run and counts(event):
+            by_run[other] = event
+    return list(by_run.values())
 
 
 def next_part(decided: Sequence[int], *, enough: int) -> int:
@@ -367,28 +353,3 @@ def confidence_at(look: int, confidence: float, passed: int = 0) -> float:
     most one look has passed, all looks together have that error rate.
     """
     return 1 - (1 - confidence) * max(passed, 1) / (look * (look + 1))
-
-
-def _about(log: Sequence["Event"], alias: str, test_set: Sequence[str]) -> list["Event"]:
-    """Return the events about decisions on the alias by this test set."""
-    ours = set(test_set)
-    return [
-        event
-        for event in log
-        if event.body.get("alias") == alias and ours and len(ours & _sample(event.body)) >= SAME * len(ours)
-    ]
-
-
-def _of_other_runs(candidates: Sequence["Event"], run_id: str, counts: Callable[["Event"], bool]) -> list["Event"]:
-    """Return the first event of each other run that counts; one that does not must not hide one that does."""
-    by_run: dict[str, Event] = {}
-    for event in candidates:
-        other = str(event.body.get("run_id", ""))
-        if other != run_id and other not in by_run and counts(event):
-            by_run[other] = event
-    return list(by_run.values())
-
-
-def _sample(body: Mapping[str, Any]) -> set[str]:
-    """Return the sample of the test set: it is in the body of a refusal, and in the evidence of a promotion."""
-    return set(body.get("test_set") or body.get("evidence", {}).get("test_set") or ())

@@ -1,5 +1,6 @@
 """Versions of an adapter: immutable folders whose id is their content."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,8 +39,6 @@ LINEAGE = "lineage.json"
 SETTLED = timedelta(days=7)
 """Age after which nothing more is measured of a version."""
 SHOWN = 8
-FILES = "files"
-"""Key of the lineage: the version's files, beside lineage and manifest."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,11 @@ class Version:
     """Aliases that point here, as of when this was read."""
     asked_as: str = field(default="", compare=False)
     """The alias by which it was asked for, whose signature it then needs; empty where its id was given."""
+
+    @property
+    def key(self) -> str:
+        """The key of its folder."""
+        return version_key(self.name, self.version)
 
 
 def publish_version(
@@ -92,16 +96,15 @@ def publish_version(
             append_event(store, name, "published", again)
             manifest = folders.find_manifest(store, key)
         if manifest is None:
-            own = encode_json({**lineage, FILES: sorted(files)})
+            own = encode_json({**lineage, "files": sorted(files)})
             first = store.claim(f"{key}/{LINEAGE}", own, content_type=JSON)
             claimed = decode_json(first, store.uri(f"{key}/{LINEAGE}"))
-            agreed = {path: files.get(path, b"") for path in claimed.get(FILES, sorted(files))}
+            agreed = {path: files.get(path, b"") for path in claimed.get("files", sorted(files))}
             about = {"name": name, "version": version, "run_id": str(claimed.get("run_id", ""))}
             try:
                 manifest = folders.publish(store, key, {**agreed, LINEAGE: first}, about=about, identity=IDENTITY)
             except Conflict:  # another run published the same adapter at the same time, with another description
-                manifest = folders.find_manifest(store, key)
-                if manifest is None:
+                if (manifest := folders.find_manifest(store, key)) is None:
                     raise
         if any(manifest.files.get(path) != digest for path, digest in digests.items()):
             raise Conflict(f"{store.uri(key)} exists with another content of the same id")
@@ -141,16 +144,10 @@ class Entry(Part):
     def version(self, store: Store, name: str, version: str, aliases: Iterable[Pointer]) -> Version:
         """The version that it describes."""
         candidate = self.evaluation.model("candidate") if self.evaluation else None
-        return Version(
-            name,
-            version,
-            store.uri(version_key(name, version)),
-            self.created_at,
-            self.manifest_sha256,
-            self.run_id,
-            metrics=candidate.metrics if candidate else {},
-            aliases=tuple(pointer.alias for pointer in aliases if pointer.version == version),
-        )
+        metrics = candidate.metrics if candidate else {}
+        at = tuple(pointer.alias for pointer in aliases if pointer.version == version)
+        uri = store.uri(version_key(name, version))
+        return Version(name, version, uri, self.created_at, self.manifest_sha256, self.run_id, metrics, at)
 
 
 def list_versions(store: Store, name: str) -> list[Version]:
@@ -172,10 +169,10 @@ def entries(store: Store, name: str, index: Index | None = None) -> dict[str, En
             return False
 
     own = index or Index(store, name)
-    found = own.of("versions", version_ids(store, name), partial(_entry, store, name), is_so=is_settled)
+    known = own.of("versions", version_ids(store, name), partial(_entry, store, name), is_so=is_settled)
     if index is None:
         own.keep()
-    parsed = {version: _parsed(entry) for version, entry in found.items()}
+    parsed = {version: _parsed(entry) for version, entry in known.items()}
     return dict(sorted(parsed.items(), key=lambda item: (item[1].created_at, item[0]), reverse=True))
 
 
@@ -194,14 +191,14 @@ def _entry(store: Store, name: str, version: str) -> dict[str, Any] | None:
         return None
     described = _version(store, name, version, manifest, [])
     evaluation, decision = of_run(store, described)
-    lineage = sound_lineage(store, name, version)
+    lineage = sound_lineage(store, described)
     is_old = manifest.created_at < (datetime.now(UTC) - SETTLED).isoformat()
     return {
         "created_at": manifest.created_at,
         "manifest_sha256": manifest.sha256,
         "run_id": described.run_id,
         "settled": is_old or decision is not None,
-        "made_from": None if lineage is None else [asdict(each) for each in of_record(lineage)],
+        "made_from": None if lineage is None else [asdict(ancestor) for ancestor in of_record(lineage)],
         "trained": None if lineage is None else trained(lineage),
         "evaluation": evaluation and _reduced(evaluation, {"run_id", "records", "models", "paired"}),
         "decision": reduced_decision(decision),
@@ -211,11 +208,11 @@ def _entry(store: Store, name: str, version: str) -> dict[str, Any] | None:
 def of_run(store: Store, version: Version) -> tuple[Evaluation | None, Decision | None]:
     """Evaluation and decision of the version's run, as far as they exist and are about this version; to be shown."""
     try:
-        found = evaluation(store, version, to_show=True)
-        decision = runs.find(store, version.run_id, Decision, to_show=True) if found else None
+        measured = evaluation(store, version, to_show=True)
+        decision = runs.find(store, version.run_id, Decision, to_show=True) if measured else None
     except IntegrityError:  # an audit reports it
         return None, None
-    return found, decision if decision and decision.version == version.version else None
+    return measured, decision if decision and decision.version == version.version else None
 
 
 def _reduced(record: Record, keys: set[str]) -> dict[str, Any]:
@@ -257,14 +254,17 @@ def resolve(store: Store, reference: str) -> Version:
     checked_name(name, "adapter name")
     if at:
         checked_name(wanted, f"alias or version in {reference!r}")
-    aliases = list_aliases(store, name)
-    if len(wanted) == 1 + ID_DIGITS and VERSION_PATTERN.fullmatch(wanted):
-        manifest = folders.find_manifest(store, version_key(name, wanted))
-        if manifest is not None:
-            return _version(store, name, wanted, manifest, aliases)
+    aliases, is_id = list_aliases(store, name), bool(VERSION_PATTERN.fullmatch(wanted))
+
+    def whole(version: str) -> Version | None:
+        manifest = folders.find_manifest(store, version_key(name, version))
+        return _version(store, name, version, manifest, aliases) if manifest else None
+
+    if is_id and len(wanted) == 1 + ID_DIGITS and (version := whole(wanted)):
+        return version
     # Of the other aliases a damaged one is passed over, and this one must not be.
     alias = wanted or PRODUCTION
-    pointer = next((each for each in aliases if each.alias == alias), None) or read_alias(store, name, alias)
+    pointer = next((pointer for pointer in aliases if pointer.alias == alias), None) or read_alias(store, name, alias)
     if pointer is not None:
         manifest = folders.read_manifest(store, version_key(name, pointer.version))
         if manifest.sha256 != pointer.manifest_sha256:
@@ -274,18 +274,13 @@ def resolve(store: Store, reference: str) -> Version:
             )
         return replace(_version(store, name, pointer.version, manifest, aliases), asked_as=pointer.alias)
     ids = version_ids(store, name)
-    fitting = [version for version in ids if version.startswith(wanted)] if VERSION_PATTERN.fullmatch(wanted) else []
-    whole = [
-        (version, found)
-        for version in fitting[:SHOWN]
-        if (found := folders.find_manifest(store, version_key(name, version)))
-    ]
-    if len(whole) == 1 and len(fitting) <= SHOWN:
-        return _version(store, name, *whole[0], aliases)
-    if whole:
+    fitting = [version for version in ids if is_id and version.startswith(wanted)]
+    published = [version for each in fitting[:SHOWN] if (version := whole(each))]
+    if len(published) == 1 and len(fitting) <= SHOWN:
+        return published[0]
+    if published:
         raise UserError(f"{reference} fits {_some(fitting)}: give more digits")
-    latest = None if at else newest(store, name)
-    if latest:
+    if not at and (latest := newest(store, name)):
         return latest
     if not ids:
         require_adapter(store, name)
@@ -297,8 +292,8 @@ def resolve(store: Store, reference: str) -> Version:
 
 def evaluated(store: Store, version: Version) -> Version:
     """The version with the metrics that its run's evaluation gave it, where that evaluation is still there."""
-    found = evaluation(store, version, to_show=True)
-    candidate = found.model("candidate") if found else None
+    measured = evaluation(store, version, to_show=True)
+    candidate = measured.model("candidate") if measured else None
     return replace(version, metrics=candidate.metrics) if candidate else version
 
 
@@ -309,9 +304,9 @@ def evaluation(store: Store, version: Version, *, to_show: bool = False) -> Eval
     Raises:
         IntegrityError: the evaluation is not what it should be.
     """
-    found = runs.find(store, version.run_id, Evaluation, to_show=to_show) if version.run_id else None
-    candidate = found.model("candidate") if found else None
-    return found if candidate and candidate.version == version.version else None
+    measured = runs.find(store, version.run_id, Evaluation, to_show=to_show) if version.run_id else None
+    candidate = measured.model("candidate") if measured else None
+    return measured if candidate and candidate.version == version.version else None
 
 
 def pull_version(store: Store, version: Version, target: Path, *, published_sha256: str = "") -> Manifest:
@@ -322,18 +317,16 @@ def pull_version(store: Store, version: Version, target: Path, *, published_sha2
     Raises:
         IntegrityError: also where its manifest is not the one that the log says was published.
     """
-    key = version_key(version.name, version.version)
-    manifest = require_identity(store, key, folders.read_manifest(store, key))
+    manifest = require_identity(store, version.key, folders.read_manifest(store, version.key))
     require_published(store, version.name, version.version, manifest)
     if version.manifest_sha256 != published_sha256:
         require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
-    return folders.pull(store, key, target, manifest_sha256=version.manifest_sha256)
+    return folders.pull(store, version.key, target, manifest_sha256=version.manifest_sha256)
 
 
 def verify_version(store: Store, version: Version) -> Manifest:
     """Read and check every byte of the version, and what the log says of it; see `identity.verify_whole`."""
-    key = version_key(version.name, version.version)
-    manifest = verify_whole(store, key, manifest_sha256=version.manifest_sha256)
+    manifest = verify_whole(store, version.key, manifest_sha256=version.manifest_sha256)
     require_published(store, version.name, version.version, manifest)
     return manifest
 
@@ -343,13 +336,13 @@ def read_lineage(store: Store, version: Version) -> dict[str, Any]:
     return read_file(store, version, LINEAGE)
 
 
-def sound_lineage(store: Store, name: str, version: str) -> dict[str, Any] | None:
-    """The lineage record of the version with this id; None if it is damaged, which an audit reports."""
+def sound_lineage(store: Store, version: Version) -> dict[str, Any] | None:
+    """The version's lineage record; None if it is damaged, which an audit reports."""
     try:
-        found: Any = _read_file(store, version_key(name, version), LINEAGE)
+        record: Any = read_lineage(store, version)
     except (IntegrityError, ObjectMissing):
         return None
-    return found if isinstance(found, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def read_file(store: Store, version: Version, path: str) -> dict[str, Any]:
@@ -358,16 +351,11 @@ def read_file(store: Store, version: Version, path: str) -> dict[str, Any]:
     Raises:
         IntegrityError: it is not the one in the manifest.
     """
-    return _read_file(store, version_key(version.name, version.version), path)
-
-
-def _read_file(store: Store, key: str, path: str) -> dict[str, Any]:
-    manifest = folders.read_manifest(store, key)
-    body = store.get(f"{key}/{path}")
+    manifest, body = folders.read_manifest(store, version.key), store.get(f"{version.key}/{path}")
     if manifest.files.get(path) != folders.digest_of(body):
-        raise IntegrityError(f"{store.uri(key)}/{path} is not the one that the manifest lists")
-    found: dict[str, Any] = decode_json(body, store.uri(f"{key}/{path}"))
-    return found
+        raise IntegrityError(f"{version.uri}/{path} is not the one that the manifest lists")
+    content: dict[str, Any] = decode_json(body, f"{version.uri}/{path}")
+    return content
 
 
 def _version(store: Store, name: str, version: str, manifest: Manifest, aliases: Iterable[Pointer]) -> Version:
@@ -404,16 +392,18 @@ def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancest
     Raises:
         IntegrityError: the version's own lineage is damaged.
     """
-    found, pending, seen = [], [version], {version.uri}
+    lineage, pending, seen = [], [version], {version.uri}
     while pending:
-        each = pending.pop(0)
-        made_from = of_record(read_lineage(store, each))
-        found.append((each, made_from))
-        for parent in [ancestor.name for ancestor in made_from if ancestor.kind == "parent"]:
-            known = None if parent in seen else _parent(store, parent)
-            seen.add(parent)
-            pending += [known] if known else []
-    return found
+        child = pending.pop(0)
+        made_from = of_record(read_lineage(store, child))
+        lineage.append((child, made_from))
+        for uri in [ancestor.name for ancestor in made_from if ancestor.kind == "parent"]:
+            adapter, _, version_id = uri.removeprefix(store.uri("adapters/")).partition("/versions/")
+            if uri.startswith(store.uri("adapters/")) and uri not in seen:
+                with contextlib.suppress(ObjectMissing):
+                    pending.append(resolve(store, f"{adapter}@{version_id}"))
+            seen.add(uri)
+    return lineage
 
 
 def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Version]:
@@ -426,32 +416,26 @@ def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Vers
         is_whole = kind in ("source", "parent")
         return ancestor.kind == kind and (ancestor.name == wanted if is_whole else ancestor.name.startswith(wanted))
 
-    def names(made_from: Iterable[Ancestor]) -> bool:
-        return all(any(fits(each, kind, wanted) for each in made_from) for kind, wanted in terms.items())
-
-    known = made_from(store, name)
-    return [version for version in list_versions(store, name) if names(known.get(version.version, ()))]
+    sound = made_from(store, name)
+    return [
+        version
+        for version in list_versions(store, name)
+        if version.version in sound
+        and all(any(fits(ancestor, *term) for ancestor in sound[version.version]) for term in terms.items())
+    ]
 
 
 def made_from(store: Store, name: str) -> dict[str, tuple[Ancestor, ...]]:
     """The ancestors of each version of the adapter, by its id; versions with unreadable lineage are left out."""
-    found = entries(store, name).items()
-    return {version: entry.made_from for version, entry in found if entry.made_from is not None}
+    shown = entries(store, name).items()
+    return {version: entry.made_from for version, entry in shown if entry.made_from is not None}
 
 
-def _parent(store: Store, uri: str) -> Version | None:
-    adapter, _, version = uri.removeprefix(store.uri("adapters/")).partition("/versions/")
-    try:
-        return resolve(store, f"{adapter}@{version}") if uri.startswith(store.uri("adapters/")) else None
-    except ObjectMissing:
-        return None
-
-
-def tree(found: list[tuple[Version, list[Ancestor]]]) -> Iterator[str]:
+def tree(lineage: list[tuple[Version, list[Ancestor]]]) -> Iterator[str]:
     """Yield the lines of the ancestry drawn as a tree."""
-    for depth, (version, made_from) in enumerate(found):
+    for depth, (version, made_from) in enumerate(lineage):
         yield f"{'    ' * depth}{version.name} {version.version}"
         rows = [ancestor for ancestor in made_from if ancestor.kind != "parent"]
         for position, ancestor in enumerate(rows):
-            corner = "└──" if position == len(rows) - 1 and depth == len(found) - 1 else "├──"
+            corner = "└──" if position == len(rows) - 1 and depth == len(lineage) - 1 else "├──"
             yield f"{'    ' * depth}{corner} {ancestor.kind:<8}{ancestor.name}"

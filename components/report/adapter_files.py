@@ -108,7 +108,7 @@ class AdapterFiles:
 
     def _compared(self, version: str) -> dict[str, str] | None:
         """What the pages compare of the version's lineage, by path; None if the lineage is damaged."""
-        lineage = versions.sound_lineage(self.store, self.name, version)
+        lineage = versions.sound_lineage(self.store, self.published(version).version)
         if lineage is None:
             return None
         return {path: text for part in DIFFERS for path, text in _leaves(lineage.get(part), part)}

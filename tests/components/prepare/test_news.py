@@ -24,10 +24,9 @@ def source(name: str, days_old: float | None = 0, fingerprint: str = "1") -> Sou
 
 def test_sources_that_came_or_changed_are_new() -> None:
     sources = [source("same"), source("changed", fingerprint="2"), source("came")]
-    assert (
-        prepare.new_sources(sources, Consumed("r", "2026", {"same": "1", "changed": "1", "gone": "1"}, 0, ""))
-        == sources[1:]
-    )
+    seen = {"same": "1", "changed": "1", "gone": "1"}
+    consumed = Consumed(run_id="r", as_of="2026", sources=seen, num_records=0, file="")
+    assert prepare.new_sources(sources, consumed) == sources[1:]
     assert prepare.new_sources(sources, None) == sources
 
 

@@ -1,10 +1,12 @@
 """What a further decision on the same records asks for."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy.stats import norm
 
-from components.registry.event_log import Event, append_event, confidence_at, decided_before, events, passes
+from components.registry.event_log import Event, append_event, confidence_at, decided_before, events
 from components.store.store import Store
 
 ALPHA = 0.05
@@ -59,5 +61,7 @@ def test_what_took_the_place_of_another_by_the_gate_on_these_records_is_counted(
     append_event(store, "icd", "refused", {"alias": "production", "run_id": "held", "test_set": ["a"]})
     log = events(store, "icd")
     assert len(decided_before(log, "production", ["a"], run_id="now")) == 4
-    assert passes(log, "production", ["a"], run_id="now") == 2
-    assert passes(log, "production", ["a"], run_id="now", counts=lambda event: event.body["run_id"] != "third") == 1
+    replaced = decided_before(log, "production", ["a"], run_id="now", replaced=True)
+    assert [event.body["run_id"] for event in replaced] == ["second", "third"]
+    not_third = partial(decided_before, counts=lambda event: event.body["run_id"] != "third")
+    assert len(not_third(log, "production", ["a"], run_id="now", replaced=True)) == 1

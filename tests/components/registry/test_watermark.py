@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from components.records import runs
 from components.registry import between_runs
 from components.registry.audit import audit
 from components.registry.between_runs import Consumed
@@ -87,7 +88,7 @@ def test_a_mark_that_always_moves_is_given_up(store: Store, monkeypatch: pytest.
 @pytest.mark.parametrize("body", [[], {"format": 2, "run_id": "r", "as_of": "t"}, {"format": 1}])
 def test_something_else_in_its_place_is_said(store: Store, body: object) -> None:
     store.put_json("adapters/sums/watermark.json", body)
-    with pytest.raises(IntegrityError, match="not a watermark of format 1"):
+    with pytest.raises(IntegrityError, match=r"adapters/sums/watermark\.json"):
         between_runs.read_watermark(store, "sums")
 
 
@@ -126,7 +127,7 @@ def test_a_step_that_breaks_off_leaves_the_note_before_it_whole(store: Store, mo
         raise ConnectionError
 
     with monkeypatch.context() as context:
-        context.setattr(Store, "put_json", fail)
+        context.setattr(runs, "write", fail)
         with pytest.raises(ConnectionError):
             noted(store, "r", 2, records=4)
     found = between_runs.consumed_by(store, "r")
@@ -147,5 +148,5 @@ def test_contents_that_were_changed_are_refused_and_found_by_an_audit(store: Sto
 
 def test_a_note_of_a_format_to_come_is_refused(store: Store) -> None:
     store.put_json("runs/r/consumed/header.json", {"format": 2})
-    with pytest.raises(IntegrityError, match=r"not a note of format 1"):
+    with pytest.raises(IntegrityError, match=r"header\.json has format 2"):
         between_runs.consumed_by(store, "r")
