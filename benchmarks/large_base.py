@@ -174,12 +174,9 @@ def at_once(names: Sequence[str], function: Any, *arguments: Any, **environment:
 
 def measure_whole(folder: Path, caches: Path, *, fetch: bool) -> None:
     """What is read of the base before there are workers."""
-    pods = 'cluster = { kind = "rayjob", image = "fineloop:0.2.0", disk_gib = 300 }\n'
     on_gpus = 'use_gpu = true\ngpu = "H100"\n'
     about = {"base": "whole", "folder": folder, "method": "qlora", "workers": 8, "zero_stage": 3}
-    pods_toml = CONFIG.format(**about, ray=on_gpus + pods)
     toml = CONFIG.format(**about, ray=on_gpus)
-    in_process("whole-disk-asked", processes.asked_for_disk, pods_toml)
     in_process("whole-plan", processes.planned, toml)
     for attempt in ("first", "again"):
         cache = {"FINELOOP_CACHE": str(caches / "driver")}

@@ -28,13 +28,6 @@ class Reached(Exception):
     """Workers would begin now."""
 
 
-def asked_for_disk(config_toml: str) -> None:
-    """What `submit` and the Kubeflow step ask before a queue is asked for pods."""
-    from components.ray_cluster.submit import require_disk
-
-    require_disk(config_file.loads(config_toml))
-
-
 def planned(config_toml: str) -> None:
     """`fineloop plan`'s own part that reads the base."""
     from ray_jobs import plan

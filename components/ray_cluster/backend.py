@@ -5,19 +5,18 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TextIO
+from typing import Literal, Protocol, TextIO, TypeVar
 
 from components.shared.protocol import end_of, readable
 
-UNREACHABLE_S = 30.0
-"""How long the cluster may be out of reach in the middle of a job before the step gives up on it."""
-STOP_S = 10.0
-"""How long a stopped job may take to end."""
+UNREACHABLE_S = 30.0  # how long the cluster may be out of reach in the middle of a job before the step gives up on it
+STOP_S = 10.0  # how long a stopped job may take to end
 
 READING_SHARE = 0.1
 """Largest share of the time to spend on reading a log: every source returns all of it each time, however long."""
 LONGEST_REST_S = 15.0
-"""The longest pause between two readings of a log, however slow the last one was."""
+
+T = TypeVar("T")
 
 State = Literal["live", "succeeded", "ended"]
 """The state of an attempt: live may still end well or badly; ended is failed, stopped or being deleted."""
@@ -32,12 +31,9 @@ class Job:
     command: tuple[str, ...]
     timeout_s: float
     metadata: Mapping[str, str] = field(default_factory=dict)
-    kfp_run_id: str = ""
-    """The Kubeflow run that waits for it; empty outside Kubeflow."""
-    deadline_key: str = "ray.timeout_s"
-    """The config's field that timeout_s comes from."""
-    asks_by: str = "ray.num_workers, ray.cluster.worker"
-    """The config's fields that say how much it asks for."""
+    kfp_run_id: str = ""  # the Kubeflow run that waits for it; empty outside Kubeflow
+    deadline_key: str = "ray.timeout_s"  # the config's field that timeout_s comes from
+    asks_by: str = "ray.num_workers, ray.cluster.worker"  # the config's fields that say how much it asks for
     patience_s: float = 0.0
     """Seconds after which no step waits for it any more, time in a queue included; 0 means timeout_s."""
 
@@ -48,13 +44,13 @@ class Job:
 
     @property
     def about(self) -> dict[str, str]:
-        known = {
+        return {
             "fineloop_run_id": self.run_id,
             "fineloop_task": self.task,
             "fineloop_lifetime_s": str(self.lifetime_s),
+            **({"fineloop_kfp_run_id": self.kfp_run_id} if self.kfp_run_id else {}),
+            **self.metadata,
         }
-        kubeflow = {"fineloop_kfp_run_id": self.kfp_run_id} if self.kfp_run_id else {}
-        return {**known, **kubeflow, **self.metadata}
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,8 @@ class JobEnd:
     """How a job ended."""
 
     status: Literal["SUCCEEDED", "FAILED", "STOPPED"]
-    why: str = ""
-    """Follows "failed": the exit code or the reason."""
-    message: str = ""
-    """What the cluster says about it, log lines included; empty when it says nothing."""
+    why: str = ""  # follows "failed": the exit code or the reason
+    message: str = ""  # what the cluster says about it, log lines included; empty when it says nothing
 
 
 @dataclass(frozen=True)
@@ -77,33 +71,27 @@ class LiveJob:
     task: str
     kfp_run_id: str
     age_s: float
-    lifetime_s: float
-    """The `Job.lifetime_s` that its metadata says; 0 when it does not say."""
+    lifetime_s: float  # the `Job.lifetime_s` that its metadata says; 0 when it does not say
 
 
 class Backend(Protocol):
     """One kind of access to a Ray cluster. Each method raises JobError when the cluster is out of reach or refuses."""
 
-    noun: str
-    """What people call a job there."""
+    noun: str  # what people call a job there
 
-    def job_id(self, job: Job, attempt: int) -> str:
-        """The id of one attempt."""
+    def job_id(self, job: Job, attempt: int) -> str: ...
 
     def attempts(self, job: Job) -> dict[int, State]:
         """Every attempt at the job that the cluster knows of, by number."""
 
-    def start(self, job: Job, attempt: int) -> None:
-        """Start an attempt."""
+    def start(self, job: Job, attempt: int) -> None: ...
 
     def adopt(self, job_id: str) -> None:
         """Take over an attempt that an earlier process of the same step started."""
 
     def follow(self, job: Job, job_id: str, log: "LogCopy", poll_s: float) -> JobEnd:
-        """Wait for the end of the log's part, or of the job, copying the log.
-
-        A job past its deadline is stopped and raised as JobError.
-        """
+        """Wait for the end of the log's part, or of the job, copying the log. A job past its deadline is stopped and
+        raised as JobError."""
 
     def stop_now(self, job_id: str) -> None:
         """Request once, and quickly, that it stop."""
@@ -120,10 +108,8 @@ class Backend(Protocol):
 
 class LogCopy:
     """Copies a growing log to an output, whole lines at a time, as `readable` shows them; `text` is the log unchanged.
-
     Where several steps wait for one job, each copies a part: what comes after the line that says `after`, and up to the
-    one that says `upto`, with which its part of the job is done.
-    """
+    one that says `upto`, with which its part of the job is done."""
 
     def __init__(self, output: TextIO, *, after: str = "", upto: str = "") -> None:
         self.text = ""
@@ -137,11 +123,9 @@ class LogCopy:
         return bool(self._upto) and end_of(self.text, self._upto) is not None
 
     def take(self, text: str, *, source: str = "", final: bool = False) -> None:
-        """Copy what is new in `text`, the log so far.
-
-        Another source of the same log continues where the last ended. A log that does not go on from what was copied
-        is another one: a cluster whose head was replaced runs the job anew, and its log starts at the first line.
-        """
+        """Copy what is new in `text`, the log so far. Another source of the same log continues where the last ended. A
+        log that does not go on from what was copied is another one: a cluster whose head was replaced runs the job
+        anew, and its log starts at the first line."""
         if source != self._source or not text.startswith(self.text[: self._copied]):
             self._copied = _same_place(self.text[: self._copied], text)
             self._source = source
@@ -187,6 +171,18 @@ def _same_place(copied: str, text: str) -> int:
     last = "\n".join(copied.splitlines()[-5:])
     at = text.rfind(last) if last else -1
     return at + len(last) + 1 if at >= 0 else 0
+
+
+def repeated(call: Callable[[], T], may_pass: Callable[[Exception], bool], *, for_s: float, every_s: float) -> T:
+    """Call it, again and again for `for_s` while it raises what may pass; raises the last error."""
+    deadline = time.monotonic() + for_s
+    while True:
+        try:
+            return call()
+        except Exception as exc:
+            if not may_pass(exc) or time.monotonic() >= deadline:
+                raise
+            time.sleep(every_s)
 
 
 def last_lines(text: str, count: int = 8) -> str:

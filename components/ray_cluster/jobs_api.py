@@ -8,14 +8,21 @@ import re
 import shlex
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, Turns
+from components.ray_cluster.backend import (
+    STOP_S,
+    UNREACHABLE_S,
+    Job,
+    JobEnd,
+    LiveJob,
+    LogCopy,
+    State,
+    Turns,
+    repeated,
+)
 from components.shared.errors import JobError, UserError
 from components.shared.machine import in_environment
-
-T = TypeVar("T")
-_RAY_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
 class JobsApi:
@@ -24,13 +31,16 @@ class JobsApi:
     noun = "Ray job"
 
     def __init__(self, address: str) -> None:
-        """Connect to the URL of a Jobs API.
+        """Connect to the URL of a Jobs API. Raises UserError: there is no address, or it is not a URL; JobError: the
+        cluster is out of reach."""
+        if not address:
+            raise UserError("RAY_ADDRESS is not set: set it to a cluster's Jobs API, such as http://HOST:8265")
+        if not address.startswith(("http://", "https://")):
+            raise UserError(f"RAY_ADDRESS {address!r} is not the URL of a Jobs API, such as http://HOST:8265")
+        from ray.job_submission import JobSubmissionClient  # half a second
 
-        Raises:
-            UserError: there is no address, or it is not a URL.
-            JobError: the cluster is out of reach.
-        """
-        self._client = _connect(address)
+        with in_environment({"RAY_API_SERVER_ADDRESS": address}):  # Ray lets its variables win over the argument
+            self._client = _call(f"connect to {address}", lambda: JobSubmissionClient(address))
 
     def job_id(self, job: Job, attempt: int) -> str:
         return f"fineloop-{job.run_id}-{job.task}-{attempt}"
@@ -48,30 +58,27 @@ class JobsApi:
         """Submit it, and try again: a head answers before it can take jobs, and a busy one drops some connections."""
         import requests
 
-        submission_id = self.job_id(job, attempt)
-        entrypoint = shlex.join(job.command)
-        deadline = time.monotonic() + UNREACHABLE_S
+        submission_id, was_dropped = self.job_id(job, attempt), False
 
         def submit() -> None:
-            dropped = False
-            while True:
-                try:
-                    self._client.submit_job(entrypoint=entrypoint, submission_id=submission_id, metadata=job.about)
-                    return
-                except (ConnectionError, requests.RequestException):
-                    dropped = True  # and the answer that says whether the job was taken is lost
-                    if time.monotonic() > deadline:
-                        raise
-                except RuntimeError as exc:
-                    if dropped and "already exists" in str(exc):
-                        return
-                    # A head answers before the agent that starts jobs has registered. Other refusals are final: a job
-                    # that was accepted after all would be refused as a duplicate.
-                    if "No available agent" not in str(exc) or time.monotonic() > deadline:
-                        raise
-                time.sleep(0.2)
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(job.command), submission_id=submission_id, metadata=job.about
+                )
+            except RuntimeError as exc:
+                if not (was_dropped and "already exists" in str(exc)):
+                    raise
 
-        _call(f"submit {submission_id}", submit)
+        def may_pass(exc: Exception) -> bool:
+            nonlocal was_dropped
+            if isinstance(exc, ConnectionError | requests.RequestException):
+                was_dropped = True  # and the answer that says whether the job was taken is lost
+                return True
+            # A head answers before the agent that starts jobs has registered. Other refusals are final: a job that was
+            # accepted after all would be refused as a duplicate.
+            return isinstance(exc, RuntimeError) and "No available agent" in str(exc)
+
+        _call(f"submit {submission_id}", lambda: repeated(submit, may_pass, for_s=UNREACHABLE_S, every_s=0.2))
 
     def adopt(self, job_id: str) -> None:
         """Do nothing: a job does not belong to the process that submitted it."""
@@ -90,8 +97,11 @@ class JobsApi:
                 log.take(_call("read the job's log", read, UNREACHABLE_S), final=status.is_terminal())
             if log.is_done:
                 return JobEnd("SUCCEEDED")
+            if status == "FAILED":
+                info = _call("read why the job failed", lambda: self._client.get_job_info(job_id), UNREACHABLE_S)
+                return JobEnd("FAILED", f"with exit code {info.driver_exit_code}", info.message or "")
             if status.is_terminal():
-                return self._ended(job_id, str(status.value))
+                return JobEnd("SUCCEEDED" if status == "SUCCEEDED" else "STOPPED")
             if time.monotonic() > deadline:
                 self.stop(job_id)
                 raise JobError(f"Ray job {job_id} ran past {job.deadline_key} = {job.timeout_s:.0f} s and was stopped")
@@ -128,14 +138,6 @@ class JobsApi:
         """Empty: a cluster's list of jobs is gone with the cluster."""
         return []
 
-    def _ended(self, job_id: str, status: str) -> JobEnd:
-        if status == "STOPPED":
-            return JobEnd("STOPPED")
-        if status == "SUCCEEDED":
-            return JobEnd("SUCCEEDED")
-        info = _call("read why the job failed", lambda: self._client.get_job_info(job_id), UNREACHABLE_S)
-        return JobEnd("FAILED", f"with exit code {info.driver_exit_code}", info.message or "")
-
 
 def _state(status: Any) -> State:
     if not status.is_terminal():
@@ -143,35 +145,23 @@ def _state(status: Any) -> State:
     return "succeeded" if status == "SUCCEEDED" else "ended"
 
 
-def _connect(address: str) -> Any:
-    if not address:
-        raise UserError("RAY_ADDRESS is not set: set it to a cluster's Jobs API, such as http://HOST:8265")
-    if not address.startswith(("http://", "https://")):
-        raise UserError(f"RAY_ADDRESS {address!r} is not the URL of a Jobs API, such as http://HOST:8265")
-    from ray.job_submission import JobSubmissionClient  # half a second
-
-    with in_environment({_RAY_VARIABLE: address}):  # Ray lets its variables win over the argument
-        return _call(f"connect to {address}", lambda: JobSubmissionClient(address))
-
-
-def _call(what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
-    """Call the cluster; a request that the network fails is repeated for `patience_s`.
-
-    Raises:
-        JobError: it did not answer, or refused.
-    """
+def _call(what: str, call: Callable[[], Any], patience_s: float = 0.0) -> Any:
+    """Call the cluster; a request that the network fails is repeated for `patience_s`. Raises JobError: it did not
+    answer, or refused."""
     import requests
     from ray.exceptions import AuthenticationError
 
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return call()
-        except AuthenticationError as exc:
-            raise JobError(
-                f"could not {what} without a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
-            ) from exc
-        except (ConnectionError, requests.RequestException, RuntimeError) as exc:
-            if time.monotonic() >= deadline:
-                raise JobError(f"could not {what}: {exc}") from exc
-            time.sleep(1.0)
+    failures = (ConnectionError, requests.RequestException, RuntimeError)
+    try:
+        return repeated(
+            call,
+            lambda exc: isinstance(exc, failures) and not isinstance(exc, AuthenticationError),
+            for_s=patience_s,
+            every_s=1.0,
+        )
+    except AuthenticationError as exc:
+        raise JobError(
+            f"could not {what} without a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        ) from exc
+    except failures as exc:
+        raise JobError(f"could not {what}: {exc}") from exc

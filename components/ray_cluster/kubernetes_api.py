@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from components.ray_cluster.backend import UNREACHABLE_S
+from components.ray_cluster.backend import UNREACHABLE_S, repeated
 from components.shared.errors import FineloopError, JobError, UserError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Resource = dict[str, Any]
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
@@ -39,14 +38,9 @@ class KubernetesApi:
     """RayJobs and pods of one namespace."""
 
     def __init__(self, namespace: str = "") -> None:
-        """Connect: inside a pod by its service account, elsewhere by KUBECONFIG or ~/.kube/config.
-
-        Args:
-            namespace: where the RayJobs live; empty means the pod's own, or the kubeconfig context's.
-
-        Raises:
-            UserError: no API server is configured, or no namespace is known.
-        """
+        """Connect: inside a pod by its service account, elsewhere by KUBECONFIG or ~/.kube/config. Without a
+        `namespace` it is the pod's own, or the kubeconfig context's. Raises UserError: no API server is configured, or
+        no namespace is known."""
         from kubernetes import client
 
         configured, context_namespace = configuration()
@@ -63,24 +57,18 @@ class KubernetesApi:
     def create(self, body: Resource) -> bool:
         """Create a RayJob; returns False if one of that name exists."""
 
-        def create() -> bool:
-            from kubernetes.client import ApiException
-
-            try:
-                self._objects.create_namespaced_custom_object(
-                    *self._where,
-                    body,
-                    field_validation="Strict",  # else an older KubeRay silently drops unknown fields
-                    _request_timeout=CALL_S,
-                )
-            except ApiException as exc:
-                if exc.status == 409:
-                    return False
-                raise
-            return True
-
-        # If an answer was lost, the repeated request is refused as a duplicate: that gives False as well.
-        return self.call(f"create RayJob {body['metadata']['name']}", create, UNREACHABLE_S)
+        made = self.call(
+            f"create RayJob {body['metadata']['name']}",
+            lambda: self._objects.create_namespaced_custom_object(
+                *self._where,
+                body,
+                field_validation="Strict",  # else an older KubeRay silently drops unknown fields
+                _request_timeout=CALL_S,
+            ),
+            UNREACHABLE_S,
+            is_answer=lambda exc: exc.status == 409,  # also of a repeated request, when an answer was lost
+        )
+        return made is not None
 
     def list(
         self, labels: dict[str, str], *, name: str = "", kind: tuple[str, str, str] = RAYJOBS
@@ -124,20 +112,14 @@ class KubernetesApi:
     def delete(self, name: str) -> bool:
         """Delete a RayJob with its cluster and its pods; returns False if there is none of that name."""
 
-        def delete() -> bool:
-            from kubernetes.client import ApiException
-
-            try:
-                self._objects.delete_namespaced_custom_object(
-                    *self._where, name, propagation_policy="Background", _request_timeout=CALL_S
-                )
-            except ApiException as exc:
-                if exc.status == 404:
-                    return False
-                raise
-            return True
-
-        return self.call(f"delete RayJob {name}", delete)
+        deleted = self.call(
+            f"delete RayJob {name}",
+            lambda: self._objects.delete_namespaced_custom_object(
+                *self._where, name, propagation_policy="Background", _request_timeout=CALL_S
+            ),
+            is_answer=lambda exc: exc.status == 404,
+        )
+        return deleted is not None
 
     def pod_owners(self, name: str) -> Sequence[Resource]:
         """The owner references of a pod; none when there is no such pod."""
@@ -152,7 +134,7 @@ class KubernetesApi:
 
     def workloads(self, job_uid: str) -> Sequence[Resource]:
         """The Workloads that Kueue has made for the job with this uid: one, or two for a moment."""
-        found: dict[str, Any] = self.call(
+        answer: dict[str, list[Resource]] = self.call(
             "list workloads",
             lambda: self._objects.list_namespaced_custom_object(
                 "kueue.x-k8s.io",
@@ -163,8 +145,7 @@ class KubernetesApi:
                 _request_timeout=CALL_S,
             ),
         )
-        items: Sequence[Resource] = found["items"]
-        return items
+        return answer["items"]
 
     def pod_log(self, labels: dict[str, str]) -> str | None:
         """The whole log of the newest pod with these labels; None when there is none, or it is still being made."""
@@ -176,40 +157,38 @@ class KubernetesApi:
         if not pods:
             return None
         name = max(pods, key=lambda pod: str(pod.metadata.creation_timestamp or "")).metadata.name
+        response = self.call(
+            f"read the log of pod {name}",
+            lambda: self._core.read_namespaced_pod_log(
+                name, self.namespace, _preload_content=False, _request_timeout=CALL_S
+            ),
+            is_answer=lambda exc: exc.status == 400 and _STARTING.search(_status_of(exc).get("message", "")),
+        )
+        return None if response is None else str(response.data.decode("utf-8", errors="replace"))
 
-        def read() -> str | None:
-            from kubernetes.client import ApiException
-
-            try:
-                response = self._core.read_namespaced_pod_log(
-                    name, self.namespace, _preload_content=False, _request_timeout=CALL_S
-                )
-            except ApiException as exc:
-                if exc.status == 400 and _STARTING.search(_status_of(exc).get("message", "")):
-                    return None
-                raise
-            return str(response.data.decode("utf-8", errors="replace"))
-
-        return self.call(f"read the log of pod {name}", read)
-
-    def call(self, what: str, call: Callable[[], T], patience_s: float = 0.0) -> T:
-        """Call the API server; a request that failed for a passing reason is repeated for `patience_s`.
-
-        Raises:
-            JobError: the server did not answer, or refused; the message says what is missing.
-        """
+    def call(
+        self,
+        what: str,
+        call: Callable[[], Any],
+        patience_s: float = 0.0,
+        *,
+        is_answer: Callable[[Any], Any] = lambda _: False,
+    ) -> Any:
+        """Call the API server; a request that failed for a passing reason is repeated for `patience_s`. A refusal that
+        is an answer, too, gives None. Raises JobError: the server did not answer, or refused; the message says what is
+        missing."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                return call()
-            except (ApiException, HTTPError, OSError) as exc:
-                may_pass = not isinstance(exc, ApiException) or exc.status in _TRANSIENT
-                if not may_pass or time.monotonic() >= deadline:
-                    raise self.refusal(what, exc) from exc
-                time.sleep(0.5)
+        def may_pass(exc: Exception) -> bool:
+            return exc.status in _TRANSIENT if isinstance(exc, ApiException) else isinstance(exc, HTTPError | OSError)
+
+        try:
+            return repeated(call, may_pass, for_s=patience_s, every_s=0.5)
+        except (ApiException, HTTPError, OSError) as exc:
+            if isinstance(exc, ApiException) and is_answer(exc):
+                return None
+            raise self.refusal(what, exc) from exc
 
     def refusal(self, what: str, error: Exception) -> JobError:
         """The error for an answer of the API server: what it means and what to do about it."""
@@ -218,7 +197,7 @@ class KubernetesApi:
         if denied:
             user, verb, resource = denied.groups()
             return JobError(
-                f"could not {what}: {_account(user)} may not {verb} {resource} in namespace {self.namespace}: "
+                f"could not {what}: {user} may not {verb} {resource} in namespace {self.namespace}: "
                 "apply the Role in infra/rbac (kubectl apply -k infra/rbac)"
             )
         if code == 401:
@@ -239,19 +218,17 @@ class Watched:
         self._version = ""
         self._reached, self._has_warned = time.monotonic(), False
         self.newest: Resource | None = None
-        """The state; None before the first look, and when the object is gone."""
 
     def wait(self, seconds: float) -> Resource | None:
         """Wait for the next change, or for `seconds` (rounded up), and return the state; None when the object is gone.
-
-        Raises:
-            JobError: the API server refuses, or has been out of reach for longer than AWAY_S.
-        """
+        Raises JobError: the API server refuses, or has been out of reach for longer than AWAY_S."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         if not self._version:
-            return self._look()
+            items, self._version = self._api.list({}, name=self._name, kind=self._kind)
+            self._reached, self.newest = time.monotonic(), items[0] if items else None
+            return self.newest
         try:
             window_s = max(1, int(seconds + 0.999))
             for event in self._api.events(self._name, self._version, window_s, kind=self._kind):
@@ -267,26 +244,17 @@ class Watched:
             self._broken(exc)
         return self.newest
 
-    def _look(self) -> Resource | None:
-        items, self._version = self._api.list({}, name=self._name, kind=self._kind)
-        self._reached = time.monotonic()
-        self.newest = items[0] if items else None
-        return self.newest
-
     def _broken(self, error: Exception) -> None:
         status = getattr(error, "status", None)
         if status == 410:  # our version is older than what the server remembers
             self._version = ""
             return
-        if status in (401, 403, 404):
-            raise self._api.refusal(f"watch {self._kind[2]}", error) from error
         away_s = time.monotonic() - self._reached
-        if away_s > AWAY_S:
+        if status in (401, 403, 404) or away_s > AWAY_S:
             raise self._api.refusal(f"watch {self._kind[2]}", error) from error
         if away_s > UNREACHABLE_S and not self._has_warned:
             logger.warning("the Kubernetes API is away: %s goes on, and is followed again when it answers", self._name)
             self._has_warned = True
-        logger.debug("the watch on %s broke, and starts again: %s", self._name, error)
         time.sleep(0.5)
 
 
@@ -299,11 +267,8 @@ def own_namespace() -> str:
 
 
 def configuration() -> tuple[Any, str]:
-    """How to reach the API server, and the namespace of the kubeconfig's context.
-
-    Raises:
-        UserError: no API server is configured, or this pod may not talk to it.
-    """
+    """How to reach the API server, and the namespace of the kubeconfig's context. Raises UserError: no API server is
+    configured, or this pod may not talk to it."""
     from kubernetes import client, config
 
     found = client.Configuration()
@@ -329,12 +294,6 @@ def _by_name(name: str) -> str:
     return f"metadata.name={name}" if name else ""
 
 
-def _account(user: str) -> str:
-    """The user in words: a service account as people write it, other users unchanged."""
-    kind, _, name = user.rpartition("system:serviceaccount:")
-    return f"service account {name.replace(':', '/')}" if not kind and name != user else f"user {user}"
-
-
 def _status_of(error: Exception) -> dict[str, Any]:
     """The Status object that the API server answered with; empty if the answer was none."""
     try:
@@ -347,25 +306,17 @@ def _status_of(error: Exception) -> dict[str, Any]:
 # The Argo workflow of the Kubeflow run that this step belongs to. It owns what the step starts.
 #
 # The step's pod does not own it: draining a node removes the pod while the run goes on, and Argo runs the step again in
-# another pod. So a stop must be distinguished from a drain, and a signal does not say which it is. After SIGTERM a
-# step's Python lives for 0.2 to 1.0 s without a stdout (measured on Kubeflow 2.17 with Argo 4.0), too short to ask the
-# API on a busy node, so that nothing relies on that second. A stop is written into the workflow before any pod receives
-# a signal, and three things react to it:
-#
-# - the step watches its workflow, and stops its job when that is being stopped;
-# - `fineloop runs stop` stops the run's jobs itself, where it may;
-# - `fineloop reap`, every minute, stops the jobs of a run that a person has stopped, at once.
-#
-# The job has no lease: a lease that ends the job within a minute of its step's silence would end every training whose
-# step waits for another node.
+# another pod. So a stop must be told from a drain, which a signal does not: after SIGTERM a step's Python lives for 0.2
+# to 1.0 s without a stdout (measured on Kubeflow 2.17 with Argo 4.0), too short to ask the API. A stop is written into
+# the workflow before any pod receives a signal: the step watches it, `fineloop runs stop` stops the run's jobs itself,
+# and `fineloop reap` does so every minute. The job has no lease, which would end every training whose step waits for
+# another node.
 
 API_VERSION, KIND = "argoproj.io/v1alpha1", "Workflow"
 OVER = ("Succeeded", "Failed", "Error")
 SHUT_DOWN = ("Stop", "Terminate")
-WINDOW_S = 60.0
-"""How long one watch lasts, in seconds."""
-AGAIN_S = 15.0
-"""Seconds to wait after the API server was away, or refused."""
+WINDOW_S = 60.0  # how long one watch lasts, in seconds
+AGAIN_S = 15.0  # seconds to wait after the API server was away, or refused
 
 
 @dataclass(frozen=True)
@@ -408,11 +359,9 @@ class Workflow:
 
 
 def is_ending(workflow: Resource | None) -> bool:
-    """Whether the workflow is over, gone, being deleted or being stopped.
-
-    Kubeflow stops a run by setting its deadline to 0 (2.17, apiserver/resource/resource_manager.go, TerminateWorkflow);
-    `argo stop` and `argo terminate` set spec.shutdown.
-    """
+    """Whether the workflow is over, gone, being deleted or being stopped. Kubeflow stops a run by setting its deadline
+    to 0 (2.17, apiserver/resource/resource_manager.go, TerminateWorkflow); `argo stop` and `argo terminate` set
+    spec.shutdown."""
     if workflow is None or workflow["metadata"].get("deletionTimestamp"):
         return True
     spec, status = workflow.get("spec") or {}, workflow.get("status") or {}

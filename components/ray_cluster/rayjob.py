@@ -30,14 +30,10 @@ from components.shared.protocol import find_failure
 
 logger = logging.getLogger(__name__)
 
-IDLE_WINDOW_S = 20.0
-"""How long one watch lasts while there is no log to copy."""
+IDLE_WINDOW_S = 20.0  # how long one watch lasts while there is no log to copy
 KEPT_S = 86_400.0
 """How long a job that has ended keeps its submitter's log, and its place in the namespace's quota of RayJobs."""
-ENDED = ("Complete", "Failed", "ValidationFailed")
-QUOTA = "waiting for quota"
-"""The answer before Kueue has looked at the job, and when Kueue may not be asked."""
-_EXIT_CODE = re.compile(r"exit code (-?\d+)")
+QUOTA = "waiting for quota"  # the answer before Kueue has looked at the job, and when Kueue may not be asked
 
 
 class RayJobs:
@@ -46,11 +42,7 @@ class RayJobs:
     noun = "RayJob"
 
     def __init__(self, ray: RayConfig) -> None:
-        """Connect to the Kubernetes API.
-
-        Raises:
-            UserError: there is no way to an API server, or no namespace.
-        """
+        """Connect to the Kubernetes API. Raises UserError: there is no way to an API server, or no namespace."""
         assert isinstance(ray.cluster, RayJobCluster)
         self._ray, self._cluster = ray, ray.cluster
         self._api = KubernetesApi(ray.cluster.namespace)
@@ -64,12 +56,9 @@ class RayJobs:
 
     def start(self, job: Job, attempt: int) -> None:
         """Create the RayJob; if another process of this step has just created it, that one is followed."""
-        owner = self._workflow
-        body = manifest.rayjob(self._ray, job, attempt, namespace=self._api.namespace, owner=owner)
-        if self._api.create(body):
-            logger.info("created RayJob %s/%s", self._api.namespace, body["metadata"]["name"])
-        else:
-            logger.info("RayJob %s came to be meanwhile: following it", body["metadata"]["name"])
+        body = manifest.rayjob(self._ray, job, attempt, namespace=self._api.namespace, owner=self._workflow)
+        did = "created" if self._api.create(body) else "following what came to be meanwhile:"
+        logger.info("%s RayJob %s/%s", did, self._api.namespace, body["metadata"]["name"])
 
     def adopt(self, job_id: str) -> None:
         """Make this run's workflow an owner as well, where another run with the same id has started the job."""
@@ -109,10 +98,14 @@ class RayJobs:
                 if end.status == "SUCCEEDED":
                     self._release(job_id)
                 return end
-            if status.get("jobDeploymentStatus") == "Retrying" and _would_fail_again(log.text):
+            if status.get("jobDeploymentStatus") == "Retrying":
+                failure = find_failure(log.text)
+                if failure is not None and failure.error != WorkersMissing.__name__:  # another cluster would not help
+                    self.stop(job_id)
+                    return JobEnd("FAILED")
+            if limit := clock.past(is_queued=is_queued(found)):
                 self.stop(job_id)
-                return JobEnd("FAILED")
-            clock.check(is_queued(found), lambda: self.stop(job_id), job_id)
+                raise JobError(f"RayJob {job_id} {limit} and was stopped")
             found = watched.wait(min(2 * poll_s if has_log else IDLE_WINDOW_S, clock.left_s))
 
     def stop_now(self, job_id: str) -> None:
@@ -121,7 +114,7 @@ class RayJobs:
 
     def stop(self, job_id: str) -> None:
         """Delete it, for a while, until it is gone or being deleted: one that was being created may appear late."""
-        deadline, absent, warned = time.monotonic() + STOP_S, 0, ""
+        deadline, absent, why = time.monotonic() + STOP_S, 0, ""
         while time.monotonic() < deadline and absent < 3:
             try:
                 absent = 0 if self._api.delete(job_id) else absent + 1
@@ -129,32 +122,30 @@ class RayJobs:
                 if items and items[0]["metadata"].get("deletionTimestamp"):
                     return
             except JobError as exc:
-                if str(exc) != warned:
-                    logger.warning("%s", exc)
-                warned = str(exc)
+                why = str(exc)
             time.sleep(0.1)
+        if why:
+            logger.warning("%s", why)
 
     def live(self) -> list[LiveJob]:
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
-        return [_live(found) for found in items if state(found) == "live"]
+        return [_live(item) for item in items if state(item) == "live"]
 
     def spent(self) -> list[LiveJob]:
         """The RayJobs that ended over KEPT_S ago and have no owner to go with: from outside Kubeflow, or by hand."""
         items, _ = self._api.list({manifest.PART_OF: "fineloop"})
         return [
-            _live(found)
-            for found in items
-            if state(found) != "live"
-            and not found["metadata"].get("ownerReferences")
-            and _age_s((found.get("status") or {}).get("endTime") or found["metadata"]["creationTimestamp"]) > KEPT_S
+            _live(item)
+            for item in items
+            if state(item) != "live"
+            and not item["metadata"].get("ownerReferences")
+            and _age_s((item.get("status") or {}).get("endTime") or item["metadata"]["creationTimestamp"]) > KEPT_S
         ]
 
     def _release(self, job_id: str) -> None:
         """Delete the cluster of a job that succeeded at once: Kueue has already given its quota to the next job.
-
         KubeRay looks at the time to live again whenever the RayJob changes, and keeps the submitter with its log
-        (rayjob_controller.go, v1.7, JobDeploymentStatusComplete).
-        """
+        (rayjob_controller.go, v1.7, JobDeploymentStatusComplete)."""
         try:
             self._api.patch(job_id, {"spec": {"ttlSecondsAfterFinished": 0}})
         except JobError as exc:
@@ -172,26 +163,20 @@ class _Clock:
     def __init__(self, job: Job, cluster: RayJobCluster) -> None:
         self._limits, self._key = {True: float(cluster.queue_timeout_s), False: job.timeout_s}, job.deadline_key
         self._spent = {True: 0.0, False: 0.0}
-        self._queued, self._at = False, time.monotonic()
+        self._is_queued, self._at = False, time.monotonic()
 
-    def check(self, queued: bool, stop: Callable[[], None], job_id: str) -> None:
-        """Add the time since the last call to the phase that the job was in then, and check the limits.
-
-        Raises:
-            JobError: a limit is passed; the job has been stopped.
-        """
+    def past(self, *, is_queued: bool) -> str:
+        """Add the time since the last call to the phase that the job was in then; say which limit is passed, if one."""
         now = time.monotonic()
-        self._spent[self._queued] += now - self._at
-        self._queued, self._at = queued, now
-        for waits, limit in self._limits.items():
-            if self._spent[waits] > limit:
-                stop()
-                key, does = ("ray.cluster.queue_timeout_s", "waited in the queue") if waits else (self._key, "ran")
-                raise JobError(f"RayJob {job_id} {does} past {key} = {limit:.0f} s and was stopped")
+        self._spent[self._is_queued] += now - self._at
+        self._is_queued, self._at = is_queued, now
+        if self._spent[True] > self._limits[True]:
+            return f"waited in the queue past ray.cluster.queue_timeout_s = {self._limits[True]:.0f} s"
+        return f"ran past {self._key} = {self._limits[False]:.0f} s" if self._spent[False] > self._limits[False] else ""
 
     @property
     def left_s(self) -> float:
-        return max(0.0, self._limits[self._queued] - self._spent[self._queued])
+        return max(0.0, self._limits[self._is_queued] - self._spent[self._is_queued])
 
 
 def state(found: Resource) -> State:
@@ -199,7 +184,7 @@ def state(found: Resource) -> State:
     status = found.get("status") or {}
     if found["metadata"].get("deletionTimestamp"):
         return "ended"
-    if status.get("jobDeploymentStatus") not in ENDED:
+    if status.get("jobDeploymentStatus") not in ("Complete", "Failed", "ValidationFailed"):
         return "live"
     return "succeeded" if status.get("jobStatus") == "SUCCEEDED" else "ended"
 
@@ -236,12 +221,6 @@ def _said(status: Resource) -> str:
     return ": ".join(each for each in (status.get("reason"), first_line) if each)
 
 
-def _would_fail_again(log: str) -> bool:
-    """Whether the log says why the job failed, and another cluster would not help."""
-    failure = find_failure(log)
-    return failure is not None and failure.error != WorkersMissing.__name__
-
-
 def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
     """How it ended; a JobError in the config's words where a limit of ours was passed."""
     status, name = found.get("status") or {}, found["metadata"]["name"]
@@ -258,7 +237,7 @@ def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
             f"{cluster.pre_running_timeout_s} s: no node is free or fits (kubectl describe pods), or the image cannot "
             f"be pulled; {message}"
         )
-    exit_code = _EXIT_CODE.search(message)
+    exit_code = re.search(r"exit code (-?\d+)", message)
     why = f"with exit code {exit_code[1]}" if exit_code else f"({_said(status) or status['jobDeploymentStatus']})"
     return JobEnd("FAILED", why, message)
 
@@ -294,8 +273,7 @@ NEVER_WORDS = (
 """Parts of the condition's message in such a case (pkg/scheduler/flavorassigner/flavorassigner.go)."""
 MAY_FIT_WORDS = "insufficient unused quota"
 """The part of the same message about a flavor, perhaps one of several, that has room once other jobs have ended."""
-HOPELESS_S = 180.0
-"""How long, in seconds, such a reason must last: somebody may be raising the quota."""
+HOPELESS_S = 180.0  # how long, in seconds, such a reason must last: somebody may be raising the quota
 
 
 class KueueQueue:
@@ -329,11 +307,7 @@ class KueueQueue:
 
 
 def reason_to_wait(workloads: Sequence[Resource]) -> str:
-    """The messages of a job's newest workload: why it was requeued, and why it is not admitted.
-
-    A job that never fits reads "insufficient quota for ... > maximum capacity"; a preempted one names the workload that
-    took its place.
-    """
+    """The messages of a job's newest workload: why it was requeued, and why it is not admitted."""
     if not workloads:
         return QUOTA
     newest = _newest(workloads)
@@ -342,8 +316,9 @@ def reason_to_wait(workloads: Sequence[Resource]) -> str:
     conditions = _conditions(newest)
     evicted, quota = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})
     reasons = [
-        *([evicted["message"]] if evicted.get("status") == "True" and evicted.get("message") else []),
-        *([quota["message"]] if quota.get("status") == "False" and quota.get("message") else []),
+        condition["message"]
+        for condition, status in ((evicted, "True"), (quota, "False"))
+        if condition.get("status") == status and condition.get("message")
     ]
     return "; ".join(dict.fromkeys(reasons)) or QUOTA
 
@@ -353,25 +328,23 @@ def never_fits(workloads: Sequence[Resource]) -> bool:
     quota = _conditions(_newest(workloads)).get("QuotaReserved", {}) if workloads else {}
     if quota.get("status") != "False":
         return False
-    said = quota.get("message") or ""
-    by_words = any(words in said for words in NEVER_WORDS) and MAY_FIT_WORDS not in said
+    message = quota.get("message") or ""
+    by_words = any(words in message for words in NEVER_WORDS) and MAY_FIT_WORDS not in message
     return quota.get("reason") in NEVER_FITS or (quota.get("reason") == "Pending" and by_words)
 
 
 def _newest(workloads: Sequence[Resource]) -> Resource:
-    return max(workloads, key=lambda found: str(found["metadata"].get("creationTimestamp", "")))
+    return max(workloads, key=lambda workload: str(workload["metadata"].get("creationTimestamp", "")))
 
 
 def _conditions(workload: Resource) -> dict[str, Resource]:
-    return {each["type"]: each for each in (workload.get("status") or {}).get("conditions") or []}
+    return {condition["type"]: condition for condition in (workload.get("status") or {}).get("conditions") or []}
 
 
 # A RayJob's log: from its dashboard while that answers, else from the pod that submitted it.
 
-DASHBOARD_S = (2.0, 10.0)
-"""Limits in seconds on connecting to the dashboard and on its answer."""
-AGAIN_S = 30.0
-"""Seconds until a source that did not answer is asked again."""
+DASHBOARD_S = (2.0, 10.0)  # limits in seconds on connecting to the dashboard and on its answer
+AGAIN_S = 30.0  # seconds until a source that did not answer is asked again
 
 
 class JobLog:
@@ -385,24 +358,22 @@ class JobLog:
 
     def read(self, status: dict[str, Any], *, final: bool) -> None:
         """Copy new output from the first source that answers; at the end also try those that did not answer before."""
-        if final or self._turns.is_due:
-            with self._turns.reading():
-                self._copy_new(status, final=final)
-
-    def _copy_new(self, status: dict[str, Any], *, final: bool) -> None:
-        for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):
-            if not final and time.monotonic() < self._refused.get(source, 0.0):
-                continue
-            try:
-                text = ask(status)
-            except JobError as exc:
-                if source not in self._refused:
-                    logger.warning("%s", exc)
-                self._refused[source] = time.monotonic() + AGAIN_S
-                continue
-            if text is not None:
-                self._copy.take(text, source=source, final=final)
-                return
+        if not final and not self._turns.is_due:
+            return
+        with self._turns.reading():
+            for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):
+                if not final and time.monotonic() < self._refused.get(source, 0.0):
+                    continue
+                try:
+                    text = ask(status)
+                except JobError as exc:
+                    if source not in self._refused:
+                        logger.warning("%s", exc)
+                    self._refused[source] = time.monotonic() + AGAIN_S
+                    continue
+                if text is not None:
+                    self._copy.take(text, source=source, final=final)
+                    return
 
     def restart(self) -> None:
         """Start over, because another cluster runs the job from its beginning."""
@@ -414,7 +385,8 @@ class JobLog:
 
         address = status["dashboardURL"]
         url = address if "://" in address else f"http://{address}"  # KubeRay writes HOST:PORT
-        token = _token()
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+        token = os.environ.get("RAY_AUTH_TOKEN") or (Path(path).read_text(encoding="utf-8").strip() if path else "")
         try:
             answer = requests.get(
                 f"{url}/api/jobs/{status.get('jobId') or self._name}/logs",
@@ -422,9 +394,7 @@ class JobLog:
                 timeout=DASHBOARD_S,
             )
         except requests.RequestException as exc:
-            raise JobError(
-                f"the dashboard {address} does not answer; reading the submitter's log instead ({exc})"
-            ) from exc
+            raise JobError(f"the dashboard {address} does not answer; reading the submitter's log ({exc})") from exc
         if answer.status_code in (401, 403):
             raise JobError(
                 f"the dashboard {address} wants a token: set RAY_AUTH_TOKEN from Secret fineloop-ray; reading the "
@@ -436,9 +406,3 @@ class JobLog:
 
     def _submitter(self, _status: dict[str, Any]) -> str | None:
         return self._api.pod_log({"job-name": self._name})
-
-
-def _token() -> str:
-    """The token from either of the two variables by which Ray gives one to a client; empty if neither is set."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
-    return os.environ.get("RAY_AUTH_TOKEN", "") or (Path(path).read_text(encoding="utf-8").strip() if path else "")

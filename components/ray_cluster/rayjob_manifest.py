@@ -24,14 +24,12 @@ from components.config.ray import GPUS, NVIDIA_GPU, RayConfig, RayJobCluster, me
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import GROUP, VERSION, Workflow
 
-MAX_NAME = 47
-"""KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)."""
+MAX_NAME = 47  # KubeRay's limit: names of the cluster and its pods are longer (validation.go, MaxRayJobNameLength)
 CONFIG_MAP = "fineloop-env"
 """Name of the ConfigMap of what is no secret: the store's endpoint and region, a shared Ray cluster's address."""
 STORE_SECRET = "fineloop-s3"
 """Name of the secret with static credentials of the store; absent where a service account's role gives them."""
-RAY_SECRET = "fineloop-ray"
-"""Name of the secret with the token of Ray's clusters; a step needs it for a shared cluster."""
+RAY_SECRET = "fineloop-ray"  # name of the secret with the token of Ray's clusters; a step needs it for a shared cluster
 PART_OF, RUN_ID, TASK = "app.kubernetes.io/part-of", "fineloop.dev/run-id", "fineloop.dev/task"
 ATTEMPT, KFP_RUN_ID, LIFETIME_S = "fineloop.dev/attempt", "fineloop.dev/kfp-run-id", "fineloop.dev/lifetime-s"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
@@ -58,8 +56,7 @@ long, and the workers see it within seconds. A preStop hook that stops Ray would
 HEAD_DRAIN_S = 10
 """Seconds that a head still answers before it ends; Ray's default is 30. Workers that end with it need seconds, but one
 that no longer finds a head tries to reach it for DRAIN_S (ray/_private/node.py)."""
-ENDING_S = 15
-"""Seconds that Ray's processes have to end after the drain, before Kubernetes kills them."""
+ENDING_S = 15  # seconds that Ray's processes have to end after the drain, before Kubernetes kills them
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
 
 

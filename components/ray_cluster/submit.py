@@ -1,12 +1,10 @@
-"""Run one entry point on a Ray cluster and wait for it, by the same rules for every backend.
+"""Run one entry point on a Ray cluster and wait for it, by the same rules for every backend of `ray.cluster.kind`.
 
 A step that is retried finds the job that its first attempt left behind: a running one is followed, a finished one is
 taken as it is, and only a failed or stopped one is run again, under the next number. The job's log is copied to stdout.
-`ray.cluster.kind` names the backend: an entry of `BACKENDS`.
 """
 
 import contextlib
-import fnmatch
 import logging
 import os
 import signal
@@ -17,17 +15,15 @@ from types import FrameType
 from typing import TextIO
 
 from components.config.ray import RayConfig
-from components.config.schema import ModelConfig, RunConfig
 from components.ray_cluster.backend import Backend, Job, JobEnd, LogCopy, kubeflow_run, last_lines
 from components.ray_cluster.jobs_api import JobsApi
 from components.ray_cluster.kubernetes_api import own_workflow
 from components.ray_cluster.rayjob import RayJobs
 from components.records import runs
-from components.shared.errors import JobError, StoreError
+from components.shared.errors import JobError
 from components.shared.machine import account, ran_low
 from components.shared.protocol import find_failure
 from components.step.step import StepRun
-from components.store.store import open_uri
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +34,6 @@ BACKENDS: dict[str, Callable[[RayConfig], Backend]] = {
     "jobs-api": lambda _: JobsApi(os.environ.get("RAY_ADDRESS", "")),
     "rayjob": RayJobs,
 }
-"""Functions that make the backend of a config, by `ray.cluster.kind`."""
 
 
 def submit_and_wait(
@@ -60,8 +55,8 @@ def submit_and_wait(
         ray: where to run it; None means a cluster that exists.
         output: where the job's log goes; None means stdout.
         poll_s: how often the log is read.
-        after: the line of the log where this caller's part of the job begins; empty means the first.
-        upto: the line where it ends, and with it the waiting; empty means the job's end.
+        after: the line of the log where this caller's part of the job begins.
+        upto: the line where it ends, and with it the waiting.
 
     Raises:
         FineloopError: the job printed a failure; the error is of the class that it names.
@@ -77,8 +72,7 @@ def submit_and_wait(
     job_id = backend.job_id(job, attempt)
     with _stopped_with_its_run(backend, job_id) as is_stopping:
         if exists:
-            found = "began with the step before" if after else "is there from an earlier attempt"
-            logger.info("%s %s %s: following it", backend.noun, job_id, found)
+            logger.info("%s %s exists: following it", backend.noun, job_id)
             backend.adopt(job_id)
         else:
             backend.start(job, attempt)
@@ -131,11 +125,7 @@ def submit_step(
 
 
 def stop_run(run_id: str, ray: RayConfig | None = None) -> list[str]:
-    """Stop every job of a run that still runs; returns their ids.
-
-    Raises:
-        JobError: the cluster is out of reach.
-    """
+    """Stop every job of a run that still runs; returns their ids. Raises JobError: the cluster is out of reach."""
     backend = connect(ray)
     live = [found.job_id for found in backend.live() if found.run_id == run_id]
     for job_id in live:
@@ -144,12 +134,8 @@ def stop_run(run_id: str, ray: RayConfig | None = None) -> list[str]:
 
 
 def connect(ray: RayConfig | None = None) -> Backend:
-    """The backend of the cluster that the config names; without a config, that of RAY_ADDRESS.
-
-    Raises:
-        UserError: it is not set, or not right.
-        JobError: the cluster is out of reach.
-    """
+    """The backend of the cluster that the config names; without a config, that of RAY_ADDRESS. Raises UserError: it is
+    not set, or not right; JobError: the cluster is out of reach."""
     ray = ray or RayConfig()
     return BACKENDS[ray.cluster.kind](ray)
 
@@ -170,18 +156,15 @@ def _error(name: str, ended: JobEnd, log: str) -> Exception:
 def _stopped_with_its_run(backend: Backend, job_id: str) -> Iterator[threading.Event]:
     """Stop the job when the run that this process belongs to is stopped; the event is set once that begins."""
     is_stopping = threading.Event()
-    if workflow := own_workflow():
 
-        def stop() -> None:
-            is_stopping.set()
-            logger.info("the run is being stopped: stopping %s %s", backend.noun, job_id)
-            backend.stop(job_id)
+    def stop() -> None:
+        is_stopping.set()
+        logger.info("the run is being stopped: stopping %s %s", backend.noun, job_id)
+        backend.stop(job_id)
 
-        with workflow.watched(stop):
-            yield is_stopping
-    else:
-        with _stopped_by_signals(backend, job_id):
-            yield is_stopping
+    workflow = own_workflow()
+    with workflow.watched(stop) if workflow else _stopped_by_signals(backend, job_id):
+        yield is_stopping
 
 
 @contextlib.contextmanager
@@ -207,47 +190,3 @@ def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# Checks before a job is queued that the disk of a pod holds the base; sizes are from a listing, not a download.
-
-WEIGHTS = "*.safetensors"
-NEVER = ("*/*", "consolidated*")
-"""Files of a hub's repository that no worker downloads; see ray_jobs/base/local_cache.py."""
-HUB_TIMEOUT_S = 10.0
-
-
-def require_disk(config: RunConfig) -> None:
-    """Require that each pod's disk holds the base, where the job creates its pods. A base whose size is unknown here is
-    checked by the job itself.
-
-    Raises:
-        ConfigError: each of the pods would be evicted while it downloads the base.
-    """
-    if config.ray.cluster.disk_gib and (size := base_bytes(config.model)):
-        config.ray.require_disk(config.model.base, size)
-
-
-def base_bytes(model: ModelConfig) -> int | None:
-    """The bytes that a pod downloads; None where there is no listing, or the base is neither in S3 nor on a hub."""
-    if model.base.startswith("s3://"):
-        store, prefix = open_uri(model.base, field="model.base")
-        try:
-            return sum(item.size for item in store.list(prefix.rstrip("/") + "/")) or None
-        except StoreError as exc:
-            logger.info("the size of model.base is not known here: %s", exc)
-            return None
-    if "://" in model.base or model.base.startswith((".", "/", "~")):
-        return None
-    try:
-        from huggingface_hub import HfApi
-
-        found = HfApi().model_info(
-            model.base, revision=model.revision or None, files_metadata=True, timeout=HUB_TIMEOUT_S
-        )
-    except Exception as exc:  # not installed, out of reach, or refused: many types, and none has to stop a run
-        logger.info("the size of model.base is not known here: %s", str(exc).partition("\n")[0])
-        return None
-    sizes = {each.rfilename: each.size or 0 for each in found.siblings or []}
-    weights = fnmatch.filter(sizes, WEIGHTS)
-    return sum(sizes[name] for name in weights if not any(fnmatch.fnmatch(name, pattern) for pattern in NEVER)) or None

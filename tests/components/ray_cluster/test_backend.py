@@ -78,48 +78,42 @@ def test_a_log_is_copied_without_colours_bars_and_the_name_of_the_worker_that_pr
     assert log.text == "\n".join(lines) + "\n"
 
 
-def test_another_source_goes_on_where_the_last_one_was() -> None:
+@pytest.mark.parametrize(
+    ("taken", "seen"),
+    [
+        pytest.param(
+            [
+                ("dashboard", "1\n2\nsame\nsame\n"),
+                ("submitter", "a header\n1\n2\nsame\nsame\n"),
+                ("submitter", "a header\n1\n2\nsame\nsame\nnew\n"),
+            ],
+            "1\n2\nsame\nsame\nnew\n",
+            id="another source goes on where the last one was",
+        ),
+        pytest.param([("dashboard", "lost\n"), ("submitter", "whole\n")], "lost\nwhole\n", id="nothing in common"),
+        pytest.param(
+            [("dashboard", "a\nb\nsame\n"), ("submitter", "a\nb\nsame\nc\nsame\n")],
+            "a\nb\nsame\nc\nsame\n",
+            id="repeated lines are placed by those before them",
+        ),
+        pytest.param(
+            [("submitter", "1\n2\n3\n"), ("submitter", "resumes\n"), ("submitter", "resumes\n3\n")],
+            "1\n2\n3\nresumes\n3\n",
+            id="the job runs anew on a new head of the same cluster",
+        ),
+        pytest.param(
+            [("submitter", "1\n2\n3\n4\n5\n6\n"), ("submitter", "2\n3\n4\n5\n6\n7\n")],
+            "1\n2\n3\n4\n5\n6\n7\n",
+            id="the kubelet rotates it",
+        ),
+    ],
+)
+def test_a_log_goes_on_after_what_was_copied(taken: list[tuple[str, str]], seen: str) -> None:
     output = Flushed()
     log = LogCopy(output)
-    log.take("1\n2\nsame\nsame\n", source="dashboard")
-    log.take("a header\n1\n2\nsame\nsame\n", source="submitter")
-    log.take("a header\n1\n2\nsame\nsame\nnew\n", source="submitter")
-    assert output.seen == "1\n2\nsame\nsame\nnew\n"
-
-
-def test_a_source_that_tells_nothing_of_what_was_copied_is_copied_whole() -> None:
-    output = Flushed()
-    log = LogCopy(output)
-    log.take("lost\n", source="dashboard")
-    log.take("whole\n", source="submitter")
-    assert output.seen == "lost\nwhole\n"
-
-
-def test_repeated_lines_are_placed_by_those_before_them() -> None:
-    output = Flushed()
-    log = LogCopy(output)
-    log.take("a\nb\nsame\n", source="dashboard")
-    log.take("a\nb\nsame\nc\nsame\n", source="submitter")
-    assert output.seen == "a\nb\nsame\nc\nsame\n"
-
-
-def test_a_log_that_does_not_go_on_from_what_was_copied_is_copied_from_its_beginning() -> None:
-    """The job runs anew on a new head of the same cluster."""
-    output = Flushed()
-    log = LogCopy(output)
-    log.take("step 1\nstep 2\nstep 3\n", source="submitter")
-    log.take("resumes\n", source="submitter")
-    log.take("resumes\nstep 3\n", source="submitter")
-    assert output.seen == "step 1\nstep 2\nstep 3\nresumes\nstep 3\n"
-
-
-def test_a_log_that_lost_its_beginning_goes_on_after_what_was_copied() -> None:
-    """As the kubelet rotates it."""
-    output = Flushed()
-    log = LogCopy(output)
-    log.take("1\n2\n3\n4\n5\n6\n", source="submitter")
-    log.take("2\n3\n4\n5\n6\n7\n", source="submitter")
-    assert output.seen == "1\n2\n3\n4\n5\n6\n7\n"
+    for source, text in taken:
+        log.take(text, source=source)
+    assert output.seen == seen
 
 
 def test_a_job_that_begins_anew_is_copied_from_its_beginning() -> None:

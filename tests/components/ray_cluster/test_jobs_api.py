@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from components.ray_cluster import jobs_api
+from components.ray_cluster import backend, jobs_api
 from components.ray_cluster.backend import Job, JobEnd, LogCopy
 from components.shared.errors import JobError
 from tests.doubles.jobs_api import TOKEN, Drop, JobsApi
@@ -73,7 +73,8 @@ def test_the_end_of_a_job_is_seen_at_once_however_slowly_its_log_is_read(
 ) -> None:
     client, head = jobs_api.JobsApi(api.address), SlowLog(ends=15, dropped=dropped)
     monkeypatch.setattr(client, "_client", head)
-    monkeypatch.setattr(jobs_api, "time", head)
+    for module in (jobs_api, backend):
+        monkeypatch.setattr(module, "time", head)
 
     assert client.follow(JOB, "j", LogCopy(io.StringIO()), 0.5) == JobEnd("SUCCEEDED")
 

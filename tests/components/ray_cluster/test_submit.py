@@ -249,7 +249,7 @@ def test_two_steps_share_a_job_and_each_waits_for_its_part_of_the_log(
     assert first.getvalue().endswith(f"[finetune] {TRAINED}\n")
     assert "one" not in second.getvalue()
     assert "[finetune] went\n" in second.getvalue()
-    assert any(line.endswith(f"{job_id} began with the step before: following it") for line in caplog.messages)
+    assert any(line.endswith(f"{job_id} exists: following it") for line in caplog.messages)
 
 
 MISTAKEN = (
