@@ -44,7 +44,7 @@ MILLION = 1_000_000
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    """Entry point."""
     parser = entry.parser(
         "ray_jobs.plan",
         "Plan a training: memory of each worker by part, speed, time and cost. Touches no GPU.",
@@ -70,12 +70,10 @@ def main() -> None:
 
 
 def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:
-    """The whole plan; memory in bytes per worker, times in seconds, money in US dollars.
-
-    With elastic workers, it is for the minimum number, where each worker holds the most.
-    """
+    """The whole plan; memory in bytes per worker, times in seconds, money in US dollars. With elastic workers it is for
+    the minimum number, where each holds the most."""
     rehearsal = Rehearsal.of(config, base)
-    batch = worst_batch(config)
+    batch = WorstBatch.planned(config)
     choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     better = advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
@@ -126,10 +124,8 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
 
 
 def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]]:
-    """The figures of every method at its default rank, with the base as it is stored and other keys as in the config.
-
-    A method that is not compatible with the base has the reason under `refused`, instead of figures.
-    """
+    """The figures of every method at its default rank, other keys as in the config; `refused` says why one is not
+    compatible with the base."""
     rows = []
     rehearsed: dict[tuple[str, int], Rehearsal] = {}
     names: list[MethodName] = list(METHODS)  # type: ignore[arg-type]
@@ -152,16 +148,10 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
             continue
         # The memory of a step depends on the adapter alone, not on how the base is stored or the update is scaled.
         alike = rehearsed.setdefault((method.row.adapter, method.r), rehearsal)
-        batch = worst_batch(other)
+        batch = WorstBatch.planned(other)
         memory = chosen(other, rehearsal, batch, step_of(other, alike, batch)).parts.as_json()
         rows.append({**row, **counts(rehearsal.stats), "memory_bytes": memory})
     return rows
-
-
-def worst_batch(config: RunConfig) -> WorstBatch:
-    """Records as long as the context, with answers of evaluate.max_new_tokens, or as long if that is unset."""
-    length = config.model.max_length
-    return WorstBatch(length, min(config.evaluate.max_new_tokens or length, length))
 
 
 def _full_fine_tuning(
@@ -193,14 +183,10 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
     """Speed, time and cost; None where they cannot be known, with the reason."""
     tokens = _most_tokens(config)
     if device.gpu is None:
-        each = ("price_per_hour", "s_per_million_tokens", "cost_per_million_tokens")
-        named = "name the GPU with ray.gpu"
-        reason = named if config.ray.use_gpu else "without a GPU a run shows them from its first steps"
-        return {
-            **dict.fromkeys(("tokens_per_s", "time_s", "cost", *each)),
-            "most_tokens": tokens,
-            "speed_unknown_because": reason,
-        }
+        keys = ["tokens_per_s", "time_s", "cost", "price_per_hour", "s_per_million_tokens", "cost_per_million_tokens"]
+        without = "without a GPU a run shows them from its first steps"
+        reason = "name the GPU with ray.gpu" if config.ray.use_gpu else without
+        return {**dict.fromkeys(keys), "most_tokens": tokens, "speed_unknown_because": reason}
     expected = speed(
         stats,
         device.gpu,
@@ -237,7 +223,7 @@ def dtype_of(wanted: Dtype, gpu: Gpu) -> Dtype:
 
 
 def _most_tokens(config: RunConfig) -> int | None:
-    """An upper bound, with every record as long as the context. None where the number of records is unknown."""
+    """An upper bound, with every record as long as the context, if the number of records is known."""
     train, limit = config.train, config.data.max_records
     steps = train.max_steps or None
     if limit:

@@ -39,33 +39,20 @@ if TYPE_CHECKING:
 
 # How much disk a pod needs: Kubernetes evicts a pod that writes more than `ray.cluster.disk_gib`.
 
-OPTIMIZER = 12
-"""Bytes per trained parameter in a checkpoint: float32 master weight and moments."""
+OPTIMIZER = 12  # bytes per trained parameter in a checkpoint: float32 master weight and moments
 FOUR_BITS = 0.6
 """Bytes per parameter, scales included, of a base that the run makes (OWN_BASE), if all of it were quantised."""
 
 
 def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -> int | None:
-    """Disk that a pod needs, the larger of home (the base) and /tmp (a checkpoint of the pod's workers).
-
-    None where no pod is created, or where the base is stored quantised, so that its size is unknown.
-    """
+    """Disk that a pod needs, the larger of home (the base) and /tmp (a checkpoint of the pod's workers); None where no
+    pod is created, or the base is stored quantised."""
     cluster = config.ray.cluster
     if cluster.disk_gib is None or getattr(base, "quantization_config", None):
         return None
     each = getattr(base.dtype, "itemsize", BF16) + FOUR_BITS * (config.method.row.init in OWN_BASE)
     parts = 1 if config.train.zero_stage else config.ray.max_workers // cluster.pods(config.ray.max_workers)
     return max(round(each * stats.parameters), OPTIMIZER * stats.trainable * parts)
-
-
-def require_disk(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -> None:
-    """Check a pod's disk before any worker downloads; sizes that a file listing gives are checked before pods start.
-
-    Raises:
-        ConfigError: a pod's disk is too small.
-    """
-    if needed := disk_bytes(config, base, stats):
-        config.ray.require_disk(config.model.base, needed)
 
 
 BASE_SHARE = 0.8
@@ -80,16 +67,13 @@ class Device:
     """The device that one worker trains on."""
 
     name: str
-    memory: int | None
-    """Bytes for one worker; None when unknown."""
+    memory: int | None  # bytes for one worker; None when unknown
     gpu: Gpu | None = None
-    whole: int | None = None
-    """Total bytes of memory that all CPU workers share; None for GPUs, or when unknown."""
+    whole: int | None = None  # bytes that all CPU workers share; None for GPUs, or when unknown
 
     @property
     def safe(self) -> int | None:
-        """Bytes that a plan may use; None when unknown. On a GPU less than all its memory, since a plan may be too low
-        and a GPU cannot swap."""
+        """Bytes that a plan may use: on a GPU less than all, since a plan may be too low and a GPU cannot swap."""
         if self.memory is None or self.whole is not None:
             return self.memory
         return int(self.memory / (1 + MARGIN))
@@ -103,14 +87,18 @@ class Device:
 class WorstBatch:
     """Upper bound of a training's micro-batches."""
 
-    length: int
-    """Tokens of its longest record."""
-    answers: int
-    """Labelled tokens per record: the mean over the records with the most of them."""
+    length: int  # tokens of its longest record
+    answers: int  # labelled tokens per record: the mean over the records with the most of them
+
+    @classmethod
+    def planned(cls, config: RunConfig) -> "WorstBatch":
+        """Records as long as the context, with answers of evaluate.max_new_tokens, or as long if that is unset."""
+        length = config.model.max_length
+        return cls(length, min(config.evaluate.max_new_tokens or length, length))
 
     @classmethod
     def of(cls, split: Lengths, micro_batch_size: int) -> "WorstBatch":
-        """Build it from real records: the longest length, and the mean of the `micro_batch_size` longest answers."""
+        """Of real records: the longest length, and the mean of the `micro_batch_size` longest answers."""
         longest = np.sort(split.num_answer_tokens)[-micro_batch_size:].tolist()
         return cls(int(split.lengths.max()), -(-sum(longest) // len(longest)))
 
@@ -134,11 +122,8 @@ class Choice:
 
 
 def records_at_once(config: RunConfig, length: int) -> int:
-    """Number of records in the largest forward pass of a training whose longest records have `length` tokens.
-
-    With train.max_tokens it is the number of longest records that reach that limit, rounded up: a pass of shorter
-    records has more of them, and comes closer to the limit.
-    """
+    """Number of records in the largest forward pass of a training whose longest records have `length` tokens; with
+    train.max_tokens those that reach it, rounded up, as a pass of shorter records comes closer to the limit."""
     train = config.train
     if not train.max_tokens:
         return train.micro_batch_size
@@ -182,16 +167,13 @@ def cpu_device(name: str, memory: int | None, num_workers: int) -> Device:
 
 
 def settled(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> RunConfig:
-    """The config with `train.dense_base` decided, where it is left to the plan.
-
-    CPU workers that each hold the whole base (below ZeRO-3) hold it dense if the plan then leaves the margin that it
-    leaves on GPUs.
-    """
+    """The config with `train.dense_base` decided where the plan decides: CPU workers that each hold the whole base
+    (below ZeRO-3) hold it dense if that leaves the margin that a plan leaves on GPUs."""
     if config.train.dense_base is not None:
         return config
     stored, dense = (
-        config.model_copy(update={"train": config.train.model_copy(update={"dense_base": each})})
-        for each in (False, True)
+        config.model_copy(update={"train": config.train.model_copy(update={"dense_base": is_dense})})
+        for is_dense in (False, True)
     )
     if config.ray.use_gpu or config.train.zero_stage == 3 or device.memory is None:
         return stored
@@ -217,7 +199,7 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
 
 
 def step_of(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> StepMemory:
-    """Memory of one worker's step with the config's number of records per forward pass."""
+    """Memory of one worker's step."""
     train = config.train
     return rehearsal.step(
         records_at_once(config, batch.length),
@@ -229,8 +211,7 @@ def step_of(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> StepM
 
 def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: int) -> Choice | None:
     """The first choice that fits: preferably the lowest ZeRO stage, then no gradient checkpointing, then the largest
-    micro-batch; failing that, the same with activation offloading, and failing that on NF4. None if nothing fits.
-    """
+    micro-batch; failing that, the same with activation offloading, and failing that on NF4."""
     for rough in _legal_choices(config, rehearsal, batch):
         if rough.parts.total <= memory:
             choice = chosen(rough.config, rehearsal, batch)
@@ -240,8 +221,7 @@ def advised(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, memory: 
 
 
 def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> bool:
-    """Whether the workers have to shard the base for inference too: they do in training (ZeRO-3), and the memory of one
-    worker is too small for it or unknown."""
+    """Whether the workers shard the base for inference as in training: one's memory is too small for it, or unknown."""
     if config.train.zero_stage < 3 or config.ray.max_workers == 1:
         return False
     whole = weight_bytes(rehearsal.stats, config.method.row.base, Sharing(1, 0))
@@ -249,14 +229,9 @@ def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> b
 
 
 def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Choice:
-    """The plan of a training that may begin, with its config settled.
-
-    Only what cannot run is refused: on a GPU, tensors that exceed its whole memory; on CPUs, whose memory can be
-    swapped and mapped from files, one worker's `Parts.states` that exceed all the memory there is.
-
-    Raises:
-        ConfigError: it cannot fit; the message names the parts, and settings that would fit.
-    """
+    """The plan of a training that may begin. Only what cannot run is refused: on a GPU, tensors that exceed its memory;
+    on CPUs, which can swap and map files, one worker's `Parts.states` that exceed all the memory there is. Raises
+    ConfigError: it cannot fit; the message names the parts, and settings that would fit."""
     choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
     parts = choice.parts
     needed, limit = (parts.states, device.whole) if device.whole else (parts.total - parts.overhead, device.memory)
@@ -279,14 +254,13 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
 def evaluated(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, records: int | None = None) -> Reading:
     """Memory of the evaluation after the training, with `records` at once, evaluate.batch_size by default."""
     records = records or config.evaluate.batch_size
-    answers = min(batch.answers, config.evaluate.max_new_tokens or batch.answers)
     return reading(
         rehearsal.stats,
         rehearsal.reading(records, batch.length),
         base=config.method.row.base,
         records=records,
         length=batch.length,
-        answers=answers,
+        answers=min(batch.answers, config.evaluate.max_new_tokens or batch.answers),
         use_gpu=config.ray.use_gpu,
     )
 
@@ -303,14 +277,13 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -
     per_worker = config.train.batch_size // config.ray.min_workers
     sizes = [size for size in range(per_worker, 0, -1) if per_worker % size == 0]
     bases: dict[BaseFormat, None] = dict.fromkeys((config.method.row.base, "nf4"))
-    for base in (each for each in bases if each in rehearsal.formats):
+    for base in (base for base in bases if base in rehearsal.formats):
         stages = range(3 if rehearsal.adapts_experts else 4)
         for offloading, zero_stage, checkpointing in product((False, True), stages, (False, True)):
             if offloading and not (checkpointing and config.ray.use_gpu):
                 continue
-            if any(
-                refusals(replace(config.cell, base=base, zero_stage=zero_stage, gradient_checkpointing=checkpointing))
-            ):
+            cell = replace(config.cell, base=base, zero_stage=zero_stage, gradient_checkpointing=checkpointing)
+            if any(refusals(cell)):
                 continue
             ends = [
                 rehearsal.step(size, batch.length, checkpointing=checkpointing, sharded=zero_stage == 3)
@@ -324,53 +297,36 @@ def _legal_choices(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -
                     "gradient_checkpointing": checkpointing,
                     "activation_offloading": offloading,
                 }
-                candidate = config.model_copy(
-                    update={
-                        "method": config.method.model_copy(update={"base": base}),
-                        "train": config.train.model_copy(update=settings),
-                    }
+                method, train = (
+                    config.method.model_copy(update={"base": base}),
+                    config.train.model_copy(update=settings),
                 )
-                step = _between(*ends, share=(size - 1) / max(1, per_worker - 1))
-                yield chosen(candidate, rehearsal, batch, step)
-
-
-def _between(first: StepMemory, last: StepMemory, *, share: float) -> StepMemory:
-    """Interpolate the memory of a micro-batch between two others: what is kept for the backward pass grows linearly
-    with its size, the workspace at most so."""
-    return StepMemory(
-        int(first.kept + share * (last.kept - first.kept)),
-        int(first.workspace + share * (last.workspace - first.workspace)),
-        first.is_estimate,
-        int(first.inputs + share * (last.inputs - first.inputs)),
-    )
-
-
-# The last check before workers are started: the memory plan for the real records against the cluster's devices.
+                candidate = config.model_copy(update={"method": method, "train": train})
+                # What is kept for the backward pass grows linearly with the micro-batch, the workspace at most so.
+                share, (first, last) = (size - 1) / max(1, per_worker - 1), ends
+                kept, workspace, inputs = (
+                    int(getattr(first, part) + share * (getattr(last, part) - getattr(first, part)))
+                    for part in ("kept", "workspace", "inputs")
+                )
+                yield chosen(candidate, rehearsal, batch, StepMemory(kept, workspace, first.is_estimate, inputs))
 
 
 @dataclass(frozen=True)
 class Outlook:
     """The plan of a training that may begin."""
 
-    lines: list[str]
-    """Lines to print before the training."""
-    dense_base: bool = False
-    """Whether workers hold the base dense, provided that memory is free for it when they start."""
-    flops_per_token: float | None = None
-    """Training FLOPs per token, for the actual mean record; None for a base that cannot be planned for."""
-    stored_bytes: int | None = None
-    """Planned memory of one worker that reads the base as it is stored, in bytes; None likewise."""
+    lines: list[str]  # lines to print before the training
+    dense_base: bool = False  # whether workers hold the base dense, provided that memory is free for it when they start
+    flops_per_token: float | None = None  # for the actual mean record; None for a base that cannot be planned for
+    stored_bytes: int | None = None  # planned memory of one worker that reads the base as it is stored; None likewise
 
 
 def before_training(
     config: RunConfig, base_folder: Path, split: Lengths, nodes: Iterable[Mapping[str, Any]]
 ) -> Outlook:
-    """Plan the training before any worker is started; `nodes` is what `ray.nodes()` returns.
-
-    Raises:
-        ConfigError: the training does not fit into memory, the adapter does not fit the base, or the base is no causal
-            language model.
-    """
+    """Plan the training for its real records before any worker is started; `nodes` is what `ray.nodes()` returns.
+    Raises ConfigError: the training does not fit into memory, the adapter does not fit the base, or the base is no
+    causal language model."""
     device = cluster_device(config, nodes)
     own_base.check(config, Base(config.model.base, base_folder, {}))
     try:
@@ -379,7 +335,8 @@ def before_training(
             rehearsal = Rehearsal.of(config, base)
     except CannotRehearse as exc:  # a training does not need a plan
         return Outlook([f"this base cannot be planned for, so its memory is unknown: {exc}"])
-    require_disk(config, base, rehearsal.stats)
+    if needed := disk_bytes(config, base, rehearsal.stats):
+        config.ray.require_disk(config.model.base, needed)
     batch = WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
     choice = require_fit(config, rehearsal, batch, device)
     parts, is_dense = choice.parts, bool(choice.config.train.dense_base)
@@ -427,11 +384,8 @@ def counts(stats: ModelStats) -> dict[str, Any]:
     return {"trainable_parameters": stats.trainable, "trainable_share": stats.trainable / total}
 
 
-# Whether the workers of an evaluation shard the base, as training does under ZeRO-3.
-
-
 def is_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether one worker cannot hold the base. A base that cannot be planned for is sharded as in its training."""
+    """Whether the workers of an evaluation shard the base; one that cannot be planned for is, as in its training."""
     if config.train.zero_stage < 3:
         return False
     try:
@@ -443,14 +397,9 @@ def is_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[
     return must_be_shared(config, rehearsal, cluster_device(config, nodes))
 
 
-# Device placement of a base in one process: across all GPUs of the machine, or on the CPU if they are too small.
-
-
 def on_gpus(config: RunConfig, base: Base) -> bool:
-    """Whether the machine's GPUs together hold a version's base, with room for activations; False without GPUs.
-
-    For a base that cannot be planned for, the GPUs are tried.
-    """
+    """Whether the machine's GPUs together hold a version's base, with room for activations; also where it cannot be
+    planned for."""
     import torch
 
     if not torch.cuda.is_available():
@@ -461,7 +410,7 @@ def on_gpus(config: RunConfig, base: Base) -> bool:
 
 
 def require_float32(config: RunConfig, base: Base) -> None:
-    """Raise UserError where a version's base in float32 needs more than the machine's memory."""
+    """Raises UserError where a version's base in float32 needs more than the machine's memory."""
     stats, memory = _stats(config, base), machine_bytes()
     if stats and FLOAT32 * stats.parameters > memory:
         raise UserError(

@@ -67,7 +67,7 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Parts:
-    """Memory of one worker's device, in bytes."""
+    """Memory of one worker's device."""
 
     weights: int
     adapter: int
@@ -77,8 +77,7 @@ class Parts:
     logits: int
     overhead: int
     host: int = 0
-    """Host memory: the process, what train.cpu_offload and train.activation_offloading keep there, and the state that a
-    paged optimizer may move there; not in the total."""
+    """Host memory: the process, what is offloaded, and what a paged optimizer may move there; not in the total."""
 
     @property
     def total(self) -> int:
@@ -110,12 +109,12 @@ def plan(
     activation_offloading: bool = False,
 ) -> Parts:
     """Memory of one worker. `answers`: labelled tokens in a micro-batch; B x T for a trainer that scores all tokens.
-
-    `trains_base` means full fine-tuning: the base's own weights are trained, including the head. Set `in_chunks` to
-    False for a trainer that holds the logits of all answers at once. `dense_base` and `activation_offloading` are
-    train's keys.
-    """
-    weights = dense_bytes(stats) if dense_base else weight_bytes(stats, base, sharing)
+    `trains_base` means full fine-tuning, the head included; `in_chunks` is False for a trainer that holds the logits of
+    all answers at once."""
+    weights = weight_bytes(stats, base, sharing)
+    if dense_base:  # the layers and the head in float32, which most CPUs multiply in; fewer with bfloat16
+        layers = sum(outputs * inputs for outputs, inputs in stats.matrices)
+        weights = FLOAT32 * (layers + stats.vocabulary * stats.width) + BF16 * (stats.parameters - layers)
     adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
     gradients = math.ceil(BF16 * stats.trainable * sharing.part(2))
     masters, moments = (
@@ -146,12 +145,11 @@ def plan(
 
 @dataclass(frozen=True)
 class Reading:
-    """Memory of a device that evaluates a model, in bytes: the whole model, even if training sharded it."""
+    """Memory of a device that evaluates a model: the whole model, even if training sharded it."""
 
     weights: int
     adapter: int
-    cache: int
-    """KV cache of all records of a batch."""
+    cache: int  # KV cache of all records of a batch
     activations: int
     logits: int
     overhead: int
@@ -174,10 +172,8 @@ def reading(
     answers: int,
     use_gpu: bool = True,
 ) -> Reading:
-    """Memory to evaluate `records` records of `length` tokens, the last `answers` of which are the answer.
-
-    `workspace` is the memory of a forward pass over them. Answers are scored first, and then generated with a KV cache.
-    """
+    """Memory to evaluate `records` records of `length` tokens, the last `answers` of which are the answer: they are
+    scored first, and then generated with a KV cache. `workspace` is that of a forward pass over them."""
     cache = BF16 * stats.cached * records * length
     logits = logits_bytes(answers * records, stats, chunk_positions(stats.vocabulary))
     overhead = buffer_bytes(stats, base, Sharing(1, 0), trains_base=False)
@@ -189,25 +185,15 @@ def reading(
 
 def weight_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing) -> int:
     """Bytes of the base. Embeddings, head, norms and biases stay bfloat16 in every format."""
-    packed = sum(stored_bytes(outputs * inputs, base) for outputs, inputs in stats.matrices)
-    constants = sum(constant_bytes(outputs, inputs, base) for outputs, inputs in stats.matrices)
-    rest = stats.parameters - sum(outputs * inputs for outputs, inputs in stats.matrices)
+    sizes = [outputs * inputs for outputs, inputs in stats.matrices]
+    packed = sum({"nf4": math.ceil(size / 2), "int8": size, "bf16": BF16 * size}[base] for size in sizes)
+    constants = sum(_constant_bytes(outputs, inputs, base) for outputs, inputs in stats.matrices)
+    rest = stats.parameters - sum(sizes)
     # ZeRO-3 shards only parameters; a quantised weight's constants are none, so every worker holds all of them.
     return math.ceil((packed + BF16 * rest) * sharing.part(3)) + constants
 
 
-def dense_bytes(stats: ModelStats) -> int:
-    """Bytes of the base with its layers and head in float32, which most CPUs multiply in; fewer with bfloat16."""
-    layers = sum(outputs * inputs for outputs, inputs in stats.matrices)
-    return FLOAT32 * (layers + stats.vocabulary * stats.width) + BF16 * (stats.parameters - layers)
-
-
-def stored_bytes(numel: int, base: BaseFormat) -> int:
-    """Bytes of one weight matrix."""
-    return {"nf4": math.ceil(numel / 2), "int8": numel, "bf16": BF16 * numel}[base]
-
-
-def constant_bytes(outputs: int, inputs: int, base: BaseFormat) -> int:
+def _constant_bytes(outputs: int, inputs: int, base: BaseFormat) -> int:
     """Bytes of one matrix's quantisation constants: arXiv:2305.14314, section 3, or one float32 per row for int8."""
     if base == "bf16":
         return 0
@@ -242,12 +228,10 @@ def buffer_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing, *, train
 
 def parts_text(parts: Parts) -> str:
     """The parts in GiB for a sentence, largest first, without those below one per cent of the total."""
-    named = {name: size for name, size in parts.as_json().items() if name != "total" and size >= parts.total / 100}
-    return ", ".join(f"{name} {named[name] / GIB:.3g}" for name in sorted(named, key=named.__getitem__, reverse=True))
+    largest = sorted(((size, name) for name, size in parts.as_json().items() if name != "total"), reverse=True)
+    return ", ".join(f"{name} {size / GIB:.3g}" for size, name in largest if size >= parts.total / 100)
 
 
-# Estimated training speed, from operation counts and the efficiency of published trainings. Pure functions.
-#
 # Per token, each weight of the frozen base takes two operations in the forward pass and two in the backward pass, for
 # the gradient of its input; a trained weight takes two more, for its own gradient. Recomputing activations repeats the
 # forward pass.
@@ -268,8 +252,7 @@ class Speed:
 
     flops_per_token: float
     tokens_per_s: float
-    is_rough: bool
-    """Whether no published training calibrates the estimate: another GPU, longer records, or experts."""
+    is_rough: bool  # whether no published training calibrates the estimate: another GPU, longer records, or experts
 
 
 def speed(

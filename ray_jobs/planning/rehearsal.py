@@ -32,8 +32,7 @@ from ray_jobs.kernels.door import PLAIN
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-
-# Handling of models whose own code does not run in a rehearsal.
+logger = logging.getLogger(__name__)
 
 
 class CannotRehearse(Exception):
@@ -52,11 +51,8 @@ def rehearsing() -> Iterator[None]:
         raise CannotRehearse(str(exc)) from exc
 
 
-# Counting the memory of live tensors, including fake and meta tensors that hold no data.
-
-
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages created within that are alive: currently in `now`, at most in `peak`."""
+    """Counts the bytes of storages created within that are alive, also of fake tensors: in `now`, at most in `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +60,6 @@ class LiveBytes(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count the storages that it creates; a view of its input creates none."""
         if function.namespace == "prim":  # a query, such as a tensor's device: two of three operations
             return function(*args, **(kwargs or {}))
         inputs = {id(storage) for storage in _storages((args, kwargs))}
@@ -86,9 +81,6 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-logger = logging.getLogger(__name__)
-
-
 # Bytes of activations that a transformer layer keeps per token and unit of its width: arXiv:2205.05198, equation 2,
 # without the attention matrix, which fused kernels never store. Used only where fake tensors do not work.
 LAYER_BYTES = 34
@@ -99,40 +91,28 @@ BF16 = 2
 class ModelStats:
     """Sizes of a base and its adapter, counted on the model itself."""
 
-    parameters: int
-    """Number of the base's parameters; tied weights count once."""
+    parameters: int  # of the base; tied weights count once
     matrices: tuple[tuple[int, int], ...]
     """(outputs, inputs) of each weight that a quantised base stores in fewer bits: every linear layer but the head."""
-    active: int
-    """Number of weights that one token is multiplied with in the base's layers, without the head."""
+    active: int  # number of weights that one token is multiplied with in the base's layers, without the head
     vocabulary: int
-    width: int
-    """Width of the residual stream."""
-    attention_width: int
-    """Number of heads times head size."""
+    width: int  # width of the residual stream
+    attention_width: int  # number of heads times head size
     num_layers: int
-    experts: int
-    """Number of weights of experts that are stacked in one tensor, which bitsandbytes leaves in 16 bits."""
-    cached: int
-    """Elements of the KV cache per token, over all layers."""
-    trainable: int
-    """Number of trained adapter parameters; for full fine-tuning, of all the base's parameters."""
-    frozen_adapter: int
-    """Number of frozen adapter parameters: VeRA's shared random matrices."""
-    applied: int
-    """Number of adapter weights that one token is multiplied with; shared matrices count once per layer."""
+    experts: int  # number of weights of experts that are stacked in one tensor, which bitsandbytes leaves in 16 bits
+    cached: int  # elements of the KV cache per token, over all layers
+    trainable: int  # trained adapter parameters; for full fine-tuning, all of the base's
+    frozen_adapter: int  # veRA's shared random matrices
+    applied: int  # adapter weights that one token is multiplied with; shared matrices count once per layer
 
 
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of one forward and backward pass through the layers, the output head left out."""
 
-    kept: int
-    """Bytes kept between the forward and the backward pass."""
-    workspace: int
-    """Bytes that the passes need in addition, at their peak."""
-    is_estimate: bool = False
-    """Whether a formula was used, because the architecture does not run on fake tensors."""
+    kept: int  # between the forward and the backward pass
+    workspace: int  # what the passes need in addition, at their peak
+    is_estimate: bool = False  # by a formula, because the architecture does not run on fake tensors
     inputs: int = 0
     """The part of `kept` that is the layers' inputs, which checkpointing recomputes the rest from; 0 without it."""
 
@@ -150,13 +130,16 @@ class Rehearsal:
         attention: Attention = "auto",
     ) -> None:
         """Raises ConfigError where the base is no causal language model, needs a package that is not installed, is
-        already quantised in another format, or lacks the attention implementation or the layers that are asked for.
-        """
+        already quantised in another format, or lacks the attention or the layers that are asked for."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # takes seconds
+
         require_causal(base, reference=reference)
         if method is not None:
             architecture.quantization(base, method.row.base, torch.bfloat16, reference=reference)
         try:
-            self._model = _empty_model(base, choose(base, attention, use_gpu=use_gpu))
+            rehearsed = for_text(base, _rehearsed(base, choose(base, attention, use_gpu=use_gpu)))
+            with torch.device("meta"):
+                self._model: PreTrainedModel = from_config(base, dtype=torch.bfloat16, attn_implementation=rehearsed)
         except ImportError as exc:
             message = " ".join(str(exc).split())
             raise ConfigError(f"model.base {reference} wants what is not installed where this runs: {message}") from exc
@@ -169,8 +152,7 @@ class Rehearsal:
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         active = _active(self._model, base)
         self._model.requires_grad_(method is None)
-        self.adapts_experts = False
-        """Whether the adapter targets fused experts, whose weights ZeRO-3 cannot shard then."""
+        self.adapts_experts = False  # whether the adapter targets fused experts, whose weights ZeRO-3 cannot shard then
         adapted = None
         if method is not None:
             if method.row.base == "int8":
@@ -181,6 +163,7 @@ class Rehearsal:
             self.adapts_experts = bool(adapted.targeted_parameter_names)
         shared = (getattr(adapted.base_model, name, None) for name in ("vera_A", "vera_B")) if adapted else ()
         frozen = sum(matrix.numel() for matrices in shared if matrices is not None for matrix in matrices.values())
+        layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)] if adapted else []
         self.above_full_rank = build.above_full_rank(adapted, method.r) if adapted and method else (0, 0)
         self.stats = ModelStats(
             parameters=parameters,
@@ -194,7 +177,8 @@ class Rehearsal:
             cached=2 * base.num_hidden_layers * _heads_width(base, "num_key_value_heads", "num_attention_heads"),
             trainable=adapted.get_nb_trainable_parameters()[0] if adapted else parameters,
             frozen_adapter=frozen,
-            applied=_applied(adapted, method.r) if adapted and method else 0,
+            # For all low-rank methods: r x inputs + outputs x r per adapted layer.
+            applied=sum(method.r * (layer.in_features + layer.out_features) for layer in layers) if method else 0,
         )
         self._period = period(getattr(base, "layer_types", None) or [], base.num_hidden_layers)
         self._steps: dict[tuple[int, int, bool, bool], StepMemory] = {}
@@ -202,23 +186,18 @@ class Rehearsal:
 
     @classmethod
     def of(cls, config: RunConfig, base: "PretrainedConfig") -> "Rehearsal":
-        """The rehearsal of what a config trains.
-
-        Raises:
-            ConfigError: the base does not fit this config.
-        """
-        use_gpu, wanted = config.ray.use_gpu, config.model.attention
-        found = cls(base, config.method, reference=config.model.base, use_gpu=use_gpu, attention=wanted)
-        if found.adapts_experts and config.train.zero_stage == 3:
+        """The rehearsal of what a config trains; raises ConfigError where the base does not fit it."""
+        use_gpu, attention = config.ray.use_gpu, config.model.attention
+        rehearsal = cls(base, config.method, reference=config.model.base, use_gpu=use_gpu, attention=attention)
+        if rehearsal.adapts_experts and config.train.zero_stage == 3:
             raise ConfigError(
                 f"train.zero_stage 3 shards the experts of {config.model.base}, and peft adapts them whole: "
                 "set train.zero_stage=2, or adapt the other layers alone with method.target_modules"
             )
-        return found
+        return rehearsal
 
     def step(self, batch: int, length: int, *, checkpointing: bool, sharded: bool = False) -> StepMemory:
-        """Memory of one step over B x T tokens, extrapolated from the first layers, as layers repeat. `sharded` says
-        whether ZeRO-3 shards the weights."""
+        """Memory of one step over B x T tokens, extrapolated from the first layers; `sharded` are weights at ZeRO-3."""
         key = (batch, length, checkpointing, sharded)
         if key not in self._steps:
             try:
@@ -287,19 +266,9 @@ class Rehearsal:
         return decoder
 
 
-def _empty_model(base: "PretrainedConfig", attention: str | None) -> "PreTrainedModel":
-    with torch.device("meta"):
-        model: PreTrainedModel = from_config(
-            base, dtype=torch.bfloat16, attn_implementation=for_text(base, _rehearsed(base, attention))
-        )
-    return model
-
-
 def _rehearsed(base: "PretrainedConfig", attention: str | None) -> str | None:
     """The same attention without a mask, since transformers cannot tell from fake tensors that there is no padding.
-
-    Flash attention, which does not run on fake tensors, is replaced by PyTorch's fused kernel, which keeps the same.
-    """
+    Flash attention, which does not run on fake tensors, is replaced by PyTorch's fused kernel, which keeps the same."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     kernel = "sdpa" if attention == FLASH else attention
@@ -333,10 +302,8 @@ def _as_int8(layer: Any) -> None:
 
 
 def _replace_tensors(model: torch.nn.Module) -> None:
-    """Replace each meta tensor by a fake tensor; trained parameters become bfloat16, as in DeepSpeed.
-
-    Gradients are freed as soon as they are accumulated: they are counted elsewhere.
-    """
+    """Replace each meta tensor by a fake tensor; trained parameters become bfloat16, as in DeepSpeed. Gradients are
+    freed as soon as they are accumulated: they are counted elsewhere."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -351,7 +318,7 @@ def _replace_tensors(model: torch.nn.Module) -> None:
 
 
 def _layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
-    """The list of decoder layers among a module's direct children, with its name; empty where there is none."""
+    """The list of decoder layers among a module's direct children, with its name, if there is one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     lists = [(name, child) for name, child in module.named_children() if isinstance(child, torch.nn.ModuleList)]
@@ -421,14 +388,6 @@ def _heads_width(base: "PretrainedConfig", *counts: str) -> int:
         head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         widths.append(head * next(number for name in counts if (number := getattr(layer, name, None))))
     return int(sum(widths) / len(widths))
-
-
-def _applied(adapted: Any, rank: int) -> int:
-    """Number of adapter weights per token, for all low-rank methods: r x inputs + outputs x r per adapted layer."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = (module for module in adapted.modules() if isinstance(module, BaseTunerLayer))
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def period(layer_types: list[str], num_layers: int) -> int:

@@ -144,7 +144,7 @@ def test_methods_of_one_adapter_are_rehearsed_once_and_planned_as_each_by_itself
     assert len(runs) == 4  # LoRA's, DoRA's, VeRA's and DVoRA's
     for name in ("loftq", "qdora"):
         config = configured(tmp_path, f"method.name={name}")
-        own = chosen(config, Rehearsal.of(config, small()), plan.worst_batch(config))
+        own = chosen(config, Rehearsal.of(config, small()), WorstBatch.planned(config))
         assert rows[name]["memory_bytes"] == own.parts.as_json()
 
 
@@ -172,8 +172,8 @@ def test_adapted_experts_are_not_sharded_and_others_are(tmp_path):
 
 
 def test_answers_are_as_long_as_evaluation_lets_them_be(tmp_path):
-    assert plan.worst_batch(configured(tmp_path)) == WorstBatch(512, 512)
-    assert plan.worst_batch(configured(tmp_path, "evaluate.max_new_tokens=32")) == WorstBatch(512, 32)
+    assert WorstBatch.planned(configured(tmp_path)) == WorstBatch(512, 512)
+    assert WorstBatch.planned(configured(tmp_path, "evaluate.max_new_tokens=32")) == WorstBatch(512, 32)
 
 
 def test_advice_is_the_lowest_stage_then_no_recomputation_then_the_largest_micro_batch(lora_7b):

@@ -5,7 +5,7 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
-from ray_jobs.planning.capacity import disk_bytes, require_disk
+from ray_jobs.planning.capacity import disk_bytes
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models.shapes import LLAMA_2_70B
 
@@ -31,12 +31,12 @@ def in_pods(*changes: str) -> RunConfig:
 
 
 def test_a_base_that_a_pods_disk_does_not_hold_is_refused_before_it_is_downloaded():
-    stats = Rehearsal.of(in_pods(), LLAMA_2_70B).stats
-    assert disk_bytes(in_pods(), LLAMA_2_70B, stats) == 2 * PARAMETERS
+    needed = disk_bytes(in_pods(), LLAMA_2_70B, Rehearsal.of(in_pods(), LLAMA_2_70B).stats)
+    assert needed == 2 * PARAMETERS
     with pytest.raises(ConfigError, match=r"writes 128 GiB .*disk_gib is 100, .* set ray\.cluster\.disk_gib=161"):
-        require_disk(in_pods(), LLAMA_2_70B, stats)
-    require_disk(in_pods("ray.cluster.disk_gib=129"), LLAMA_2_70B, stats)
-    require_disk(configured(), LLAMA_2_70B, stats)
+        in_pods().ray.require_disk("llama", needed)
+    in_pods("ray.cluster.disk_gib=129").ray.require_disk("llama", needed)
+    assert disk_bytes(configured(), LLAMA_2_70B, Rehearsal.of(configured(), LLAMA_2_70B).stats) is None
 
 
 def test_a_base_in_nf4_that_the_run_makes_lies_beside_the_original():
