@@ -113,11 +113,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "fits": device.holds(choice.parts.total),
         "margin": MARGIN if device.gpu else 0.0,
         "advice": better
-        and {
-            "settings": better.settings(),
-            "changes": better.changes(choice),
-            "memory_bytes": better.parts.as_json(),
-        },
+        and {"settings": better.settings(), "changes": better.changes(choice), "memory_bytes": better.parts.as_json()},
         "full_fine_tuning": _full_fine_tuning(config, base, batch, choice.parts),
         **_progress(config, stats, batch, device),
     }

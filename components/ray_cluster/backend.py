@@ -143,7 +143,6 @@ class LogCopy:
         self.text = text
 
     def restart(self) -> None:
-        """Start over: the job begins anew, and its log with it."""
         self.text, self._copied = "", 0
 
 

@@ -10,17 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from components.ray_cluster.backend import (
-    STOP_S,
-    UNREACHABLE_S,
-    Job,
-    JobEnd,
-    LiveJob,
-    LogCopy,
-    State,
-    Turns,
-    repeated,
-)
+from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, Turns, repeated
 from components.shared.errors import JobError, UserError
 from components.shared.machine import in_environment
 
@@ -46,7 +36,6 @@ class JobsApi:
         return f"fineloop-{job.run_id}-{job.task}-{attempt}"
 
     def attempts(self, job: Job) -> dict[int, State]:
-        """The attempts by the number at the end of their submission ids."""
         pattern = re.compile(re.escape(self.job_id(job, 0)[:-1]) + r"(\d+)")
         return {
             int(match[1]): _state(found.status)

@@ -122,7 +122,6 @@ class KubernetesApi:
         return deleted is not None
 
     def pod_owners(self, name: str) -> Sequence[Resource]:
-        """The owner references of a pod; none when there is no such pod."""
         pods = self.call(
             f"read pod {name}",
             lambda: self._core.list_namespaced_pod(
@@ -191,7 +190,6 @@ class KubernetesApi:
             raise self.refusal(what, exc) from exc
 
     def refusal(self, what: str, error: Exception) -> JobError:
-        """The error for an answer of the API server: what it means and what to do about it."""
         code, answer = getattr(error, "status", None), _status_of(error)
         denied = _DENIED.search(answer.get("message", ""))
         if denied:
@@ -303,14 +301,12 @@ def _status_of(error: Exception) -> dict[str, Any]:
     return status if isinstance(status, dict) else {}
 
 
-# The Argo workflow of the Kubeflow run that this step belongs to. It owns what the step starts.
-#
-# The step's pod does not own it: draining a node removes the pod while the run goes on, and Argo runs the step again in
-# another pod. So a stop must be told from a drain, which a signal does not: after SIGTERM a step's Python lives for 0.2
-# to 1.0 s without a stdout (measured on Kubeflow 2.17 with Argo 4.0), too short to ask the API. A stop is written into
-# the workflow before any pod receives a signal: the step watches it, `fineloop runs stop` stops the run's jobs itself,
-# and `fineloop reap` does so every minute. The job has no lease, which would end every training whose step waits for
-# another node.
+# The Argo workflow of the Kubeflow run that this step belongs to owns what the step starts. Its pod does not:
+# draining a node removes the pod while the run goes on, and Argo runs the step again in another pod. So a stop must
+# be told from a drain, which a signal does not: after SIGTERM a step's Python lives for 0.2 to 1.0 s without a stdout
+# (measured on Kubeflow 2.17 with Argo 4.0), too short to ask the API. A stop is written into the workflow before any
+# pod receives a signal: the step watches it, `fineloop runs stop` stops the run's jobs itself, and `fineloop reap`
+# does so every minute. The job has no lease, which would end every training whose step waits for another node.
 
 API_VERSION, KIND = "argoproj.io/v1alpha1", "Workflow"
 OVER = ("Succeeded", "Failed", "Error")

@@ -50,13 +50,8 @@ def submit_and_wait(
     In a Kubeflow step the job is stopped when its run is, and left alone when only the step's pod goes, as from a node
     that is drained: the run's next attempt at the step follows it. Elsewhere SIGTERM and SIGINT stop it.
 
-    Args:
-        job: what to run.
-        ray: where to run it; None means a cluster that exists.
-        output: where the job's log goes; None means stdout.
-        poll_s: how often the log is read.
-        after: the line of the log where this caller's part of the job begins.
-        upto: the line where it ends, and with it the waiting.
+    Without `ray` it runs on the cluster of RAY_ADDRESS. The caller's part of the job begins after the line `after` of
+    its log, and ends with the line `upto`.
 
     Raises:
         FineloopError: the job printed a failure; the error is of the class that it names.
@@ -97,10 +92,7 @@ def submit_step(
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
 
     Steps that name one task share its job, and wait for their parts of it. `ray` replaces the config's section, and
-    `deadline_key` and `asks_by` say where its deadline and its size come from.
-
-    Raises:
-        FineloopError: as for `submit_and_wait`.
+    `deadline_key` and `asks_by` say where its deadline and its size come from. Raises as `submit_and_wait`.
     """
     config, ray = step_run.config, ray or step_run.config.ray
     config_uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.CONFIG))

@@ -4,12 +4,11 @@ import contextlib
 import os
 import platform
 import pwd
-import re
 import resource
 import threading
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 # The processor that this process runs on, and how fast its instructions are at bfloat16.
 
@@ -144,36 +143,14 @@ def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# Sums up Ray's message that it ended processes because their node ran out of memory; pure.
-#
-# The message has fifty lines, and a reader notices the last ones: a table of processes.
+def ran_low(text: str) -> str:
+    """Say what to do where Ray reports that it ended processes because their node ran out of memory, else nothing.
 
-# The message of the raylet of Ray 2.60.
-_SAID = re.compile(
-    r"killed due to the node running low on memory\. Memory on the node \(IP: ([^,\s]+)[^)]*\) was (\S+)GB used / "
-    r"(\S+)GB limit"
-)
-_LARGEST = re.compile(r"Top \d+ memory users: PID\s+MEM\(GB\)\s+COMMAND\n((?:[ \t]*\d+\t[^\n]*\n?)+)")
-_ROW = re.compile(r"(\d+)\t([\d.]+)\t?([^\s]*)[^\n]*\n?")
-"""A process, its memory, and the first word of its command, which is missing if the process has ended."""
-LARGEST_SHOWN = 3
-
-
-def ran_low(text: str) -> str | None:
-    """Say which node ran out of memory, what filled it, and the remedy, by the last such message; None without one.
-
-    Only the names of programs are shown: their arguments may hold what not every reader of a report may see.
+    Ray's own fifty lines show the arguments of other programs, which not every reader of a report may see.
     """
-    found = [*_SAID.finditer(text)]
-    if not found:
-        return None
-    address, used, limit = found[-1].groups()
-    said = f"node {address} ran out of memory ({used} of {limit} GB in use), and Ray ended processes of the run there"
-    if largest := _LARGEST.search(text, found[-1].end()):
-        rows = _ROW.findall(largest[1])[:LARGEST_SHOWN]
-        shown = ", ".join(f"{gb} GB {PurePosixPath(name).name or 'unknown'} (pid {pid})" for pid, gb, name in rows)
-        said += f"; the largest were {shown}"
+    if "killed due to the node running low on memory" not in text:
+        return ""
     return (
-        f"{said}. End other programs there, lower train.micro_batch_size or ray.num_workers, or give its pods more "
-        "(ray.cluster.worker.memory_gib)"
+        "a node ran out of memory, and Ray ended processes of the run there. End other programs there, lower "
+        "train.micro_batch_size or ray.num_workers, or give its pods more (ray.cluster.worker.memory_gib)"
     )

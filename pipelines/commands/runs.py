@@ -24,8 +24,9 @@ from pipelines.commands.arguments import (
 )
 
 if TYPE_CHECKING:
+    from components.report.report import Beside
     from pipelines.kubeflow.runs import Run, TaskRun
-    from pipelines.local.past_runs import Compared, Reproduced, Side
+    from pipelines.local.past_runs import Reproduced, Side
 
 STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
 LOSS = "loss"
@@ -260,16 +261,16 @@ def _watch(options: argparse.Namespace) -> Answer:
 
 
 def _follow(options: argparse.Namespace) -> Answer:
-    from pipelines.local.display import Display, Elsewhere, follow, is_live
+    from components.records import runs as records
+    from components.records.steps import Decision
+    from pipelines.local.display import Display, Elsewhere, is_live
     from pipelines.local.past_runs import find
 
     with opened_registry(options) as store:
         run_id = find(store, options.run)
-        display = Display(sys.stderr, live=is_live(sys.stderr))
-        run = Elsewhere(store, run_id, display)
-        follow(run, display.tick)
-        display.close()
-        decision = run.decision()
+        run = Elsewhere(store, run_id, Display(sys.stderr, live=is_live(sys.stderr)))
+        run.follow()
+        decision = records.find(store, run_id, Decision, to_show=True)
     body: dict[str, Any] = {"run_id": run_id, "decision": decision.decision if decision else None, "error": None}
     if run.failed:
         error = run.failed.result.get("error", {})
@@ -327,20 +328,20 @@ def _compare(options: argparse.Namespace) -> Answer:
     return Answer(body, "\n".join(lines))
 
 
-def _comparison_page(sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Compared]") -> str:
-    from components.report.report import Beside, Column, build_side_by_side
+def _comparison_page(sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Beside]") -> str:
+    from components.report.report import Column, build_side_by_side
 
     return build_side_by_side(
         [Column(each.name, each.run_id, each.version or "", each.note, each.metrics) for each in sides],
         {key: list(map(_value_text, values)) for key, values in keys.items()},
-        [Beside(**vars(each)) for each in beside],
+        beside,
         {each.name: each.curve for each in sides},
         generated_at=datetime.now(UTC),
     )
 
 
 def _comparison_lines(
-    sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Compared]"
+    sides: "Sequence[Side]", keys: Mapping[str, list[Any]], beside: "Sequence[Beside]"
 ) -> Iterator[str]:
     from components.report.report import gain_text, metric_rows
     from components.shared.metrics import metric_of
@@ -455,7 +456,7 @@ def _reproduce(options: argparse.Namespace) -> Answer:
         "name": version.name,
         "version": version.version,
         "run_id": outcome.run_id,
-        "reproduced_as": found.found,
+        "reproduced_as": found.again,
         "same": found.is_same,
         "agrees": found.agrees,
         "differs": dict(found.differs),
@@ -472,7 +473,7 @@ def _reproduction_lines(name: str, found: "Reproduced") -> Iterator[str]:
         yield f"{name} {found.version}: reproduced, byte by byte"
         return
     how = "other bytes, and the same metrics within their bounds" if found.agrees else "other bytes and other metrics"
-    yield f"{name} {found.version}: {how}, as {found.found}"
+    yield f"{name} {found.version}: {how}, as {found.again}"
     for key, gain in found.compared.gains.items():
         yield f"  {metric_of(key).label}: {gain_text(key, gain, found.compared.confidence)}"
     for key, (then, now) in found.differs.items():

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
 
 from components.records import runs
-from components.records.steps import Decision, Evaluation
+from components.records.steps import Evaluation
 from components.report.report import parse_metrics
 from components.shared.errors import StoreError
 from components.shared.protocol import STARTED, Line
@@ -19,15 +19,9 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 
-PLAIN_EVERY_S = 5.0
-"""Seconds between lines of progress without a terminal, such as in a CI log."""
-ROW = "| "
-"""Prefix of a line that is a row of a table, with cells separated by spaces: a sweep's trials."""
-WIDTHS = (8, 4, 5, 9, 4, 8, 9)
+PLAIN_EVERY_S = 5.0  # seconds between lines of progress without a terminal, such as in a CI log
+WIDTHS = (8, 4, 5, 9, 4, 8, 9)  # of the columns of a sweep's trials, but the last
 _PROGRESS = re.compile(r"\b\d+ ?(/|of) ?\d+\b|\d%")
-_RESULT = re.compile(r"held-out loss")
-"""Pattern of the message that stays beside a finished step, whatever the step says after it."""
-_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 class Display:
@@ -47,7 +41,7 @@ class Display:
 
     def start(self, step: str) -> None:
         """Show that a step begins; the step before it is over."""
-        self._settle()
+        self.close()
         self._over.discard(step)
         self._step, self._note, self._result, self._began, self._seconds = step, "", "", self._clock(), None
         self._printed_at = float("-inf")
@@ -57,10 +51,8 @@ class Display:
             self._write(f"[{step}] {STARTED}\n")
 
     def line(self, line: Line) -> None:
-        """Show a line of the step protocol, from whichever step is running.
-
-        A worker's lines arrive a little later than its driver's, and may belong to a step that is over.
-        """
+        """Show a line of the step protocol, from whichever step is running. A worker's lines arrive a little later than
+        its driver's, and may belong to a step that is over."""
         if line.step != self._step:
             if line.step in self._over and line.text != STARTED:
                 return
@@ -86,15 +78,10 @@ class Display:
             self._rewrite(f"{self._paint('31', '✗')} {self._row(self._clock() - self._began)}\n")
         self._step = ""
 
-    def close(self) -> None:
-        """End the display: no more lines follow."""
-        self._settle()
-
     def tick(self) -> None:
-        """Update the running step's clock."""
         if self._live and self._step and self._seconds is None:
             now = self._clock()
-            mark = _SPINNER[int(now * 8) % len(_SPINNER)]
+            mark = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(now * 8) % 10]
             self._rewrite(f"{self._paint('36', mark)} {self._row(now - self._began)}")
 
     def message(self, text: str) -> None:
@@ -104,15 +91,21 @@ class Display:
             self.tick()
             return
         if self._live:
-            self._settle()
+            self.close()
         self._write(f"{text}\n")
 
     def _say(self, text: str) -> None:
-        if text.startswith(ROW):
-            self._add_row(text)
+        if text.startswith("| "):  # a row of a table, with cells separated by spaces, stays above the step's line
+            *cells, last = text.removeprefix("| ").split(maxsplit=len(WIDTHS))
+            row = "  ".join([*(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=False)), last])
+            if self._live:
+                self._rewrite(f"  {row}\n")
+                self.tick()
+            else:
+                self._write(f"[{self._step}] {row}\n")
             return
         self._note = text
-        if _RESULT.search(text):
+        if "held-out loss" in text:  # stays beside the finished step, whatever it says after it
             self._result = text
         if self._live:
             self.tick()
@@ -124,17 +117,7 @@ class Display:
             self._printed_at = self._clock()
         self._write(f"[{self._step}] {text}\n")
 
-    def _add_row(self, text: str) -> None:
-        """Add a row to a table above the running step's line; the last column is not padded."""
-        *cells, last = text.removeprefix(ROW).split(maxsplit=len(WIDTHS))
-        row = "  ".join([*(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=False)), last])
-        if self._live:
-            self._rewrite(f"  {row}\n")
-            self.tick()
-        else:
-            self._write(f"[{self._step}] {row}\n")
-
-    def _settle(self) -> None:
+    def close(self) -> None:
         if self._step and self._live:
             if self._seconds is None:
                 self.finish()
@@ -148,7 +131,8 @@ class Display:
 
     def _rewrite(self, text: str) -> None:
         """Replace the current line. Text that ends with a newline is kept whole; other text is cut to the width."""
-        width = shutil.get_terminal_size().columns - 1 + (len(text) - len(_without_codes(text)))
+        codes = sum(map(len, re.findall(r"\x1b\[[0-9;]*m", text)))
+        width = shutil.get_terminal_size().columns - 1 + codes
         self._write("\r\x1b[2K" + (text if text.endswith("\n") else text[:width]))
 
     def _write(self, text: str) -> None:
@@ -164,23 +148,14 @@ def is_live(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def _without_codes(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-# The display of a run that executes elsewhere, from what it writes to the store meanwhile.
-#
-# Every run, however it was started, writes each step's record when the step ends, and its training curve every 15 s.
-
 EVERY_S = 5.0
 QUIET_S = 180.0
 TRAINING = "finetune"
-LAST = "report"
-"""The last step of each run in a pipeline, failed runs included."""
 
 
 class Elsewhere:
-    """A run that executes elsewhere, and what of it has been shown so far."""
+    """A run that executes elsewhere, shown from what every run writes to the store: each step's record when it
+    ends, and the training's curve every 15 s."""
 
     def __init__(self, store: "Store", run_id: str, display: "Display") -> None:
         self._store, self._run_id, self._display = store, run_id, display
@@ -196,7 +171,7 @@ class Elsewhere:
                 self._show_curve()
             for step in steps:
                 self._show(step)
-            if self.failed or LAST in self._shown:
+            if self.failed or "report" in self._shown:  # the last step of each run in a pipeline
                 return True
             if runs.find(self._store, self._run_id, Evaluation) is None:
                 return False
@@ -206,10 +181,6 @@ class Elsewhere:
         except StoreError as exc:
             self._display.message(f"the store does not answer, and is asked again: {exc}")
             return False
-
-    def decision(self) -> Decision | None:
-        """Return the gate's decision; None if the run did not get that far."""
-        return runs.find(self._store, self._run_id, Decision, to_show=True)
 
     def _show(self, step: "StepRecord") -> None:
         if step.step in self._shown:
@@ -225,8 +196,8 @@ class Elsewhere:
 
     def _show_curve(self) -> None:
         key = runs.run_key(self._run_id, runs.METRICS)
-        found = self._store.read(key)
-        records = parse_metrics(found[0].decode(), origin=key) if found else []
+        curve = self._store.read(key)
+        records = parse_metrics(curve[0].decode(), origin=key) if curve else []
         if not records:
             return
         if not self._is_training:
@@ -234,18 +205,14 @@ class Elsewhere:
             self._display.start(TRAINING)
         steps = [record for record in records if record["kind"] == "train"]
         measured = [record for record in records if record["kind"] == "eval" and record["loss"] is not None]
-        said = []
-        if steps:
-            said.append(f"step {steps[-1]['step']}/{steps[-1]['num_steps']}  loss {steps[-1]['loss']:.3f}")
-        if measured:
-            said.append(f"held-out {measured[-1]['loss']:.4f} at step {measured[-1]['step']}")
-        self._display.line(Line(TRAINING, "  ".join(said)))
+        text = [f"step {step['step']}/{step['num_steps']}  loss {step['loss']:.3f}" for step in steps[-1:]]
+        text += [f"held-out {point['loss']:.4f} at step {point['step']}" for point in measured[-1:]]
+        self._display.line(Line(TRAINING, "  ".join(text)))
 
-
-def follow(run: Elsewhere, tick: Callable[[], None], *, every_s: float = EVERY_S) -> None:
-    """Show the run until it is over."""
-    while not run.look():
-        until = time.monotonic() + every_s
-        while time.monotonic() < until:
-            tick()
-            time.sleep(min(0.25, every_s))
+    def follow(self) -> None:
+        while not self.look():
+            until = time.monotonic() + EVERY_S
+            while time.monotonic() < until:
+                self._display.tick()
+                time.sleep(min(0.25, EVERY_S))
+        self._display.close()

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -16,26 +15,20 @@ from components.shared.errors import FineloopError, StoreError
 from components.shared.machine import available_bytes, in_environment, machine_bytes, this_cpu
 from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
-from pipelines.local.server import LOOPBACK
 
 GIB = 1024**3
 HOME_DISK_BYTES = 3 * GIB  # a converted 135M base model, its checkpoints and the embedded store's volumes
-TEMP_DISK_BYTES = 1 * GIB  # Ray spills and logs there
 MEMORY_BYTES = 6 * GIB  # two CPU workers on the built-in example, the Ray head and the store
 STEP_PACKAGES = ("boto3", "pyarrow", "pydantic", "kfp", "ray", "jinja2", "tomli_w")
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "safetensors", "gguf")
 WAYS_OUT = "set ray.use_gpu=false to train on its processors, or name a cluster with RAY_ADDRESS"
-Found = tuple[bool, str, str]
-"""Whether it is well, what was seen, and what to do where it is not."""
+Found = tuple[bool, str, str]  # whether it is well, what was seen, and what to do where it is not
 
 
 def checks(home: Path, *, config: RunConfig | None = None) -> list[Check]:
-    """Check the machine, the packages, the store and Ray, as far as each is installed, configured or up.
-
-    Starts nothing. With `config`, a few small objects under the registry's prefix are written, read and removed again,
-    in the store that the environment names, or else in the embedded one that is up; and the GPUs that the config asks
-    for are checked.
-    """
+    """Check the machine, the packages, the store and Ray, as far as each is configured or up. Starts nothing. With
+    `config` the store is tried with a few small objects under the registry's prefix, and the GPUs that the config asks
+    for are checked."""
     return [
         check(name, *look(home, config)) for name, look in CHECKS.items() if name != "/dev/shm" or Path(name).is_dir()
     ]
@@ -65,18 +58,6 @@ def _weed(_home: Path, _config: RunConfig | None) -> Found:
         return True, seaweedfs.find_binary(), ""
     except FineloopError as exc:
         return False, "no weed binary", str(exc)
-
-
-def _loopback(_home: Path, _config: RunConfig | None) -> Found:
-    try:
-        with socket.socket() as server, socket.socket() as client:
-            server.bind((LOOPBACK, 0))
-            server.listen()
-            client.settimeout(2)
-            client.connect(server.getsockname())
-    except OSError as exc:
-        return False, str(exc), f"allow TCP connections on {LOOPBACK}"
-    return True, f"connections on {LOOPBACK} work", ""
 
 
 def _store(home: Path, config: RunConfig | None) -> Found:
@@ -132,7 +113,7 @@ def _gpu(_home: Path, config: RunConfig | None) -> Found:
 CHECKS: dict[str, Callable[[Path, RunConfig | None], Found]] = {
     "python": lambda *_: (True, platform.python_version(), ""),
     "disk at --home": lambda home, _: _disk(home, HOME_DISK_BYTES, "free some space or take another --home"),
-    "temporary disk": lambda *_: _disk(Path(tempfile.gettempdir()), TEMP_DISK_BYTES, "free some space or set TMPDIR"),
+    "temporary disk": lambda *_: _disk(Path(tempfile.gettempdir()), GIB, "free some space or set TMPDIR"),  # for Ray
     "memory": _memory,
     "processor": lambda *_: (True, f"{this_cpu().name}, {this_cpu().kind}", ""),
     "cores": lambda *_: (this_cpu().cores >= 2, str(this_cpu().cores), "two workers share one core: it works, slowly"),
@@ -144,7 +125,6 @@ CHECKS: dict[str, Callable[[Path, RunConfig | None], Found]] = {
     "packages": lambda *_: _packages(STEP_PACKAGES, "."),
     "train packages": lambda *_: _packages(TRAIN_PACKAGES, ".[train]"),
     "embedded store": _weed,
-    "loopback": _loopback,
     "store": _store,
     "ray": _ray,
     "gpu": _gpu,
@@ -152,10 +132,7 @@ CHECKS: dict[str, Callable[[Path, RunConfig | None], Found]] = {
 
 
 def lacking(config: RunConfig, *, address: str = "") -> str:
-    """Say which GPUs a run here lacks, and what to do; empty if none are lacking, or it runs on another cluster.
-
-    It is asked before the local Ray head starts or data are read.
-    """
+    """Say which GPUs a run here lacks, and what to do; empty if none are lacking, or it runs on another cluster."""
     ray = config.ray
     if not ray.use_gpu or address or local_services.ray_configured() or not ray.cluster.has_address:
         return ""

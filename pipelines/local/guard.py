@@ -28,9 +28,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def run(command: list[str], stdin: int) -> int:
     """Run `command` until it ends, this process gets a signal to stop, or standard input ends. Returns its exit status.
-
-    `stdin` is the command's own standard input, a descriptor or subprocess.DEVNULL.
-    """
+    `stdin` is the command's own standard input, a descriptor or subprocess.DEVNULL."""
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stopping.append(number))

@@ -23,14 +23,9 @@ from pipelines.local import guard
 from pipelines.local.server import job_environment
 from pipelines.step_secrets import without_secrets
 
-# Runs a command under a guard, so that it leaves no process behind, and reads its output.
-#
-# kfp.local prints a lot, leaves a step running when it is killed, and reports success if a branch was skipped silently.
-# So the pipeline runs in its own process. All of its output goes to a log; only the lines of steps that have said that
-# they started are passed on.
-
 TICK_S = 0.25
 DRAIN_S = 1.0
+LOG_TAIL = 20  # lines of stderr to show if a process failed without reporting an error
 
 
 @dataclass(frozen=True)
@@ -40,8 +35,7 @@ class Ended:
     exit_code: int
     failure: Failure | None
     failed_step: str
-    finished: frozenset[str] = frozenset()
-    """Names of the steps that reported that they finished."""
+    finished: frozenset[str]  # names of the steps that reported that they finished
 
     @property
     def killed_by(self) -> str:
@@ -61,11 +55,10 @@ def watch(
     on_tick: Callable[[], None],
     on_text: Callable[[str], None] | None = None,
 ) -> Ended:
-    """Run the command to its end. If an exception such as KeyboardInterrupt leaves this call, the command is stopped.
-
-    `on_text` gets each line that the process prints, `on_line` only those for people.
-    """
-    found: list[tuple[str, Failure]] = []
+    """Run a pipeline to its end. If an exception such as KeyboardInterrupt leaves this call, it is stopped. kfp.local
+    prints a lot, leaves a step running when it is killed, and reports success if a branch was skipped: so it runs in a
+    process of its own. `on_text` gets all that it prints, `on_line` the lines of steps that have started."""
+    failures: list[tuple[str, Failure]] = []
     begun: set[str] = set()
     finished: set[str] = set()
     last: Line | None = None
@@ -87,11 +80,11 @@ def watch(
             if line.seconds is not None:
                 finished.add(line.step)
             if line.failure is not None:
-                found.append((line.step, line.failure))
+                failures.append((line.step, line.failure))
             on_line(line)
 
         exit_code = run_heard(command, environment=environment, directory=directory, on_text=hear, on_tick=on_tick)
-    failed_step, failure = found[0] if found else ("", None)
+    failed_step, failure = failures[0] if failures else ("", None)
     return Ended(exit_code, failure, failed_step, frozenset(finished))
 
 
@@ -104,18 +97,12 @@ def run_heard(
     on_tick: Callable[[], None] = lambda: None,
     stderr: int | None = subprocess.STDOUT,
 ) -> int:
-    """Run the command under a guard to its end and return its exit code; `on_text` gets each line of its output.
-
-    `stderr` is as for subprocess.Popen. If an exception leaves this call, the command is stopped.
-    """
+    """Run the command under a guard to its end and return its exit code; `on_text` gets each line of its output. If an
+    exception leaves this call, the command is stopped."""
     read_end, write_end = os.pipe()
     with os.fdopen(read_end, "rb", buffering=0) as output:
         process = guard.start(
-            list(command),
-            environment=dict(environment),
-            directory=directory,
-            stdout=write_end,
-            stderr=stderr,
+            list(command), environment=dict(environment), directory=directory, stdout=write_end, stderr=stderr
         )
         os.close(write_end)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -138,13 +125,10 @@ def run_heard(
     return process.returncode
 
 
-LOG_TAIL = 20  # lines of stderr to show if a process failed without reporting an error
-
-
 @dataclass(frozen=True)
 class Job:
-    """A module to run. `config` is a file or the s3:// address of one. `environment` is added to this process's own
-    environment without the secrets, because the job may run a base's code."""
+    """A module to run without this process's secrets, because the job may run a base's code. `config` is a file or the
+    s3:// address of one."""
 
     module: str
     config: str
@@ -152,27 +136,19 @@ class Job:
     overrides: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
     def command(self) -> list[str]:
-        """Return the command line."""
         overrides = [part for override in self.overrides for part in ("--set", override)]
         return [sys.executable, "-m", self.module, "--config", self.config, *overrides, *self.arguments]
 
+    @property
     def whole_environment(self) -> dict[str, str]:
-        """Return all environment variables of the process."""
         return {**without_secrets(os.environ), **self.environment, **job_environment(os.environ)}
 
 
-def answer(
-    job: Job,
-    *,
-    on_line: Callable[[str], None] = lambda text: None,
-    verbose: bool = False,
-) -> dict[str, Any]:
-    """Run the job and return its answer. `on_line` gets its lines of progress; its stderr is shown if `verbose`.
-
-    Raises:
-        FineloopError: the job failed; the exception has the class of the job's own error.
-    """
+def answer(job: Job, *, on_line: Callable[[str], None] = lambda _: None, verbose: bool = False) -> dict[str, Any]:
+    """Run the job and return its answer. `on_line` gets its lines of progress; its stderr is shown if `verbose`. Raises
+    FineloopError: the job failed; the exception has the class of the job's own error."""
     failures: list[Failure] = []
     last = ""
 
@@ -187,8 +163,8 @@ def answer(
 
     with tempfile.TemporaryFile() as log:
         exit_code = run_heard(
-            job.command(),
-            environment=job.whole_environment(),
+            job.command,
+            environment=job.whole_environment,
             directory=Path.cwd(),
             on_text=hear,
             stderr=None if verbose else log.fileno(),
@@ -203,13 +179,11 @@ def answer(
 
 
 def talk(job: Job, *, stdout: int | None = None) -> int:
-    """Run the job on this process's own standard streams until it ends, and return its exit code.
-
-    An interrupt is passed on to the job, which decides what to end. `stdout` is a descriptor that replaces our own.
-    """
+    """Run the job on this process's own standard streams until it ends, and return its exit code. An interrupt is
+    passed on to the job, which decides what to end. `stdout` is a descriptor that replaces our own."""
     process = guard.start(
-        job.command(),
-        environment=job.whole_environment(),
+        job.command,
+        environment=job.whole_environment,
         directory=Path.cwd(),
         stdin=sys.stdin.fileno(),
         stdout=sys.stdout.fileno() if stdout is None else stdout,

@@ -1,8 +1,8 @@
 """Keeps one shared server up while a process uses it: `python -m pipelines.local.keeper store|ray HOME [BUCKET]`.
 
-server.py starts it. It belongs to no user's session, so that Ctrl-C at a terminal ends the user and not the server
-under other users. Killed by force it leaves nothing: the server runs under guard.py, whose standard input ends with it.
-Its own standard output says why the server did not come up, and is closed when it has.
+server.py starts it, in a session of its own: Ctrl-C at a terminal ends the user and not the server under other users.
+Killed by force it leaves nothing: the server runs under guard.py, whose standard input ends with it. Its own standard
+output says why the server did not come up, and is closed when it has.
 """
 
 import contextlib
@@ -23,11 +23,8 @@ LOOK_S = 0.25
 
 
 def keep(service: Service, server: Server) -> None:
-    """Keep the server until it has no user and is not pinned, a signal asks to stop, or it ends.
-
-    Raises:
-        GroundError: it did not start, or ended by itself.
-    """
+    """Keep the server until it has no user and is not pinned, a signal asks to stop, or it ends. Raises GroundError: it
+    did not start, or ended by itself."""
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: signals.append(number))
@@ -80,7 +77,7 @@ def main(name: str, home: Path, bucket: str) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:  # held by one that stops its server, or whose starter was killed
+        except BlockingIOError:  # held by one that stops its server, or by one that starts it
             if service.endpoint() is not None:
                 return 0
             time.sleep(POLL_S)

@@ -21,7 +21,7 @@ will."""
 
 
 def store_service(home: Path) -> Service:
-    """Return the shared S3 server of `home`."""
+    """The shared S3 server of `home`."""
     return Service("store", SeaweedFS.title, home.absolute())
 
 
@@ -44,8 +44,8 @@ def ray_configured() -> bool:
 def local_services(home: Path, *, bucket: str, ray: bool = True) -> Iterator[dict[str, str]]:
     """Yield the environment variables that steps and Ray jobs need, valid while this context is open.
 
-    The embedded servers of `home` are started if none is configured and they are not up yet. They stop when the last
-    run on `home` has ended in any way. `bucket` is created in the embedded store if it is missing.
+    The embedded servers of `home` are started if none is configured and they are not up yet, with the bucket. They stop
+    when the last run on `home` has ended in any way.
 
     Raises:
         GroundError: the store or the head did not start, or the head that is up uses another store.
@@ -97,13 +97,7 @@ def _using_store(home: Path, bucket: str) -> Iterator[dict[str, str]]:
 
 
 def up(name: str, home: Path, bucket: str) -> dict[str, str]:
-    """Start `store`, or `ray` with the store that it uses, and keep it up until `down`.
-
-    Returns the variables that clients need.
-
-    Raises:
-        GroundError: it did not start.
-    """
+    """Start `store`, or `ray` with the store that it uses, and keep it up until `down`; return a client's variables."""
     if name == "store":
         with _using_store(home, bucket) as environment:
             store_service(home).pin()
@@ -115,11 +109,7 @@ def up(name: str, home: Path, bucket: str) -> dict[str, str]:
 
 
 def down(name: str, home: Path) -> bool:
-    """Stop `store` or `ray`; return False if it was not up.
-
-    Raises:
-        GroundError: a process uses it.
-    """
+    """Stop `store` or `ray`; return False if it was not up. Raises GroundError if a process uses it."""
     head = ray_service(home)
     if name == "ray":
         return head.down()
@@ -130,11 +120,7 @@ def down(name: str, home: Path) -> bool:
 
 
 def client_environment(name: str, home: Path) -> dict[str, str]:
-    """Return the variables that a client needs to use the `store` or `ray` that is up now. Starts nothing.
-
-    Raises:
-        GroundError: none is up.
-    """
+    """Return the variables of a client of the `store` or `ray` that is up now; raises GroundError if none is."""
     service = store_service(home) if name == "store" else ray_service(home)
     if (endpoint := service.endpoint()) is None:
         raise GroundError(f"{service.title} is not up under {home}: start it with `fineloop {name} up`")

@@ -1,6 +1,7 @@
 """The runs in a store, however they were started: one line for each."""
 
 import fcntl
+import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,11 +21,12 @@ from components.records import runs
 from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
 from components.records.sweep import TunedRate
 from components.registry.between_runs import require_none_erased
-from components.registry.versions import Version, read_lineage
+from components.registry.versions import Version, read_lineage, resolve
+from components.report.report import Beside
 from components.report.run_files import last_turn
 from components.shared.errors import ConfigError, DataError, IntegrityError, ObjectMissing, UnknownName, UserError
 from components.shared.metrics import metrics_of
-from components.shared.paired import Bounds, bounds
+from components.shared.paired import bounds
 from components.shared.parquet import table_of
 from components.store import folders
 
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 LOSS = "loss"
-ORDER = ("prepare", "tune", "finetune", "evaluate", "gate", "promote")
-"""Steps of a run that trains."""
+ORDER = ("prepare", "tune", "finetune", "evaluate", "gate", "promote")  # steps of a run that trains
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -43,23 +44,18 @@ class PastRun:
     """A run by what it left in the store, as far as it got."""
 
     run_id: str
-    began: str
-    """Start time in ISO 8601, in UTC."""
+    began: str  # start time in ISO 8601, in UTC
     adapter: str
     outcome: str
     """The gate's verdict; `trained` for a run without a gate; otherwise how far it got, or `damaged` and why."""
     version: str | None = None
-    metric: str = LOSS
-    """Key of the metric by which the gate compares models."""
-    metrics: dict[str, float | None] = Field(default_factory=dict)
-    """Metrics of the candidate, by key."""
+    metric: str = LOSS  # key of the metric by which the gate compares models
+    metrics: dict[str, float | None] = Field(default_factory=dict)  # metrics of the candidate, by key
     learning_rate: float | None = None
     steps: int | None = None
     note: str = ""
-    hours: float | None = None
-    """Worker-hours, as the training recorded them: GPU-hours if it trained on GPUs."""
-    price: float | None = None
-    """US dollars for `hours`; None without GPUs."""
+    hours: float | None = None  # worker-hours, as the training recorded them: GPU-hours if it trained on GPUs
+    price: float | None = None  # US dollars for `hours`; None without GPUs
     report: str | None = None
     """Path of its report on this machine, or else its address in the store; None if it has none."""
 
@@ -69,24 +65,18 @@ class PastRun:
 
 
 def listed(store: "Store", home: Path, *, adapter: str = "", limit: int) -> list[PastRun]:
-    """Return at most `limit` runs, the newest first; only those of `adapter`, if one is named.
-
-    `home` is where runs of this machine keep their files.
-    """
+    """Return at most `limit` runs, the newest first; only those of `adapter`, if one is named."""
     infos = list(store.list("runs/"))
     keys = {info.key for info in infos}
-    configs = (each for each in infos if each.key.count("/") == 2 and each.key.endswith(f"/{runs.CONFIG}"))
-    began = sorted(((each.last_modified, each.key.split("/")[1]) for each in configs), reverse=True)
-    found = (_read(store, run_id, moment, home, keys) for moment, run_id in began)
-    return list(islice((run for run in found if adapter in ("", run.adapter)), limit))
+    configs = (info for info in infos if info.key.count("/") == 2 and info.key.endswith(f"/{runs.CONFIG}"))
+    began = sorted(((info.last_modified, info.key.split("/")[1]) for info in configs), reverse=True)
+    past = (_read(store, run_id, moment, home, keys) for moment, run_id in began)
+    return list(islice((run for run in past if adapter in ("", run.adapter)), limit))
 
 
 def one(store: "Store", home: Path, run_id: str) -> PastRun:
-    """Return the run with this id; its report is fetched from the store to this machine.
-
-    Raises:
-        UnknownName: the folder is not one of a run.
-    """
+    """Return the run with this id; its report is fetched from the store to this machine. Raises UnknownName: the folder
+    is not one of a run."""
     infos = {info.key: info for info in store.list(runs.run_key(run_id))}
     began_with = infos.get(runs.run_key(run_id, runs.CONFIG))
     if began_with is None:
@@ -98,34 +88,18 @@ def one(store: "Store", home: Path, run_id: str) -> PastRun:
 
 
 def find(store: "Store", wanted: str) -> str:
-    """Return the id of the run that `wanted` names: NAME@VERSION for the version's run, an id, or the start of one.
-
-    Raises:
-        UnknownName: there is no such run.
-        UserError: several ids begin so, or the version names no run.
-    """
-    from components.registry.versions import resolve
-
+    """Return the id of the run that `wanted` names: NAME@VERSION for the version's run, an id, or the start of one."""
     if "@" in wanted:
         version = resolve(store, wanted)
         if not version.run_id:
             raise UserError(f"the lineage of {wanted} names no run: name a version that a run has trained")
         return version.run_id
-    found = [run_id for run_id in store.folders("runs/") if run_id.startswith(wanted)]
-    if wanted in found or len(found) == 1:
-        return wanted if wanted in found else found[0]
-    if found:
-        raise UserError(f"{len(found)} runs begin with {wanted!r}, such as {found[0]} and {found[1]}: give more of it")
+    ids = [run_id for run_id in store.folders("runs/") if run_id.startswith(wanted)]
+    if wanted in ids or len(ids) == 1:
+        return wanted if wanted in ids else ids[0]
+    if ids:
+        raise UserError(f"{len(ids)} runs begin with {wanted!r}, such as {ids[0]} and {ids[1]}: give more of it")
     raise UnknownName(f"there is no run {wanted!r} in {store.uri('runs/')}: `fineloop runs list` shows those there are")
-
-
-def rate_of(config: Mapping[str, Any], tuned: TunedRate | None) -> float | None:
-    """Return the learning rate that a run trained at."""
-    if tuned is not None:
-        return tuned.learning_rate
-    set_to = config.get("train", {}).get("learning_rate")
-    method = METHODS.get(config.get("method", {}).get("name", ""))
-    return set_to if set_to is not None else method.learning_rate if method else None
 
 
 def _read(store: "Store", run_id: str, written: datetime, home: Path, keys: Collection[str]) -> PastRun:
@@ -151,6 +125,9 @@ def _sound(
     trained = runs.find(store, run_id, TrainResult)
     candidate = evaluation.model("candidate") if evaluation else None
     used = trained.usage if trained else None
+    tuned = runs.find(store, run_id, TunedRate)
+    method = METHODS.get(config.get("method", {}).get("name", ""))
+    rate = config.get("train", {}).get("learning_rate") or (method.learning_rate if method else None)
     page, here = runs.run_key(run_id, runs.REPORT), home / "runs" / run_id
     if (here / runs.REPORT).is_file():
         report: str | None = str(here / runs.REPORT)
@@ -169,7 +146,7 @@ def _sound(
         version=trained.version if trained else None,
         metric=config.get("gate", {}).get("metric", LOSS),
         metrics=dict(candidate.metrics) if candidate else {},
-        learning_rate=rate_of(config, runs.find(store, run_id, TunedRate)),
+        learning_rate=tuned.learning_rate if tuned else rate,
         steps=trained.steps if trained else None,
         note=config.get("adapter", {}).get("note", ""),
         hours=used.hours if used else None,
@@ -210,13 +187,10 @@ def lock_of(folder: Path) -> tuple[str, bool]:
     return started_by, False
 
 
-# Comparison of runs, from what they left in the store: configs, metrics, and the records that turned right or wrong.
-#
-# Gains and their bounds are computed by the gate's code, from the stored losses of one run's candidate and the other's.
+# Comparison of runs, from what they left in the store, with gains and bounds by the gate's code.
 
 OURS, THEIRS = "candidate_", "champion_"
-UNCOMPARED = ("adapter.note",)
-"""Config keys that make no difference to a training."""
+UNCOMPARED = ("adapter.note",)  # config keys that make no difference to a training
 Key = tuple[str, str, str]
 
 
@@ -224,25 +198,15 @@ Key = tuple[str, str, str]
 class Side:
     """One of the runs that are compared."""
 
-    name: str
-    """The name by which the run was asked for."""
+    name: str  # the name by which the run was asked for
     run_id: str
     version: str | None
     note: str
-    config: Mapping[str, Any]
-    """The run's config, by dotted keys."""
-    confidence: float
-    """Confidence of each of the gate's bounds."""
-    evaluation: Evaluation
+    config: Mapping[str, Any]  # the run's config, by dotted keys
+    confidence: float  # of each of the gate's bounds
+    metrics: Mapping[str, float | None]  # of the run's candidate, by key
     records: "pa.Table"
-    curve: Sequence[Mapping[str, Any]]
-    """Records of metrics.jsonl."""
-
-    @property
-    def metrics(self) -> Mapping[str, float | None]:
-        """Metrics of the run's candidate, by key."""
-        candidate = self.evaluation.model("candidate")
-        return candidate.metrics if candidate else {}
+    curve: Sequence[Mapping[str, Any]]  # records of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -257,25 +221,9 @@ class Turned:
     is_right: bool
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A run compared with the first one, on the records that both were measured on."""
-
-    name: str
-    records: int
-    confidence: float
-    gains: Mapping[str, Bounds]
-    """Gain with its bounds, by metric; positive is better than the first run."""
-    turned: Sequence[Turned]
-
-
 def read_side(store: "Store", wanted: str) -> Side:
-    """Read what the run that `wanted` names left.
-
-    Raises:
-        UserError: there is no such run, or it compared nothing.
-        IntegrityError: one of its records is malformed.
-    """
+    """Read what the run that `wanted` names left. Raises UserError: there is no such run, or it compared nothing;
+    IntegrityError: one of its records is malformed."""
     from components.report.report import parse_metrics
 
     run_id = find(store, wanted)
@@ -293,7 +241,7 @@ def read_side(store: "Store", wanted: str) -> Side:
         note=config.get("adapter", {}).get("note", ""),
         config=dict(_flat(config)),
         confidence=config.get("gate", {}).get("confidence", GateConfig().confidence),
-        evaluation=evaluation,
+        metrics=candidate.metrics if candidate else {},
         records=table_of(body),
         curve=parse_metrics(curve[0].decode() if curve else "", origin=f"{runs.METRICS} of {run_id}"),
     )
@@ -302,39 +250,36 @@ def read_side(store: "Store", wanted: str) -> Side:
 def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
     """Return the config keys in which the runs differ, with each run's value; None if a run has none."""
     keys = sorted({key for side in sides for key in side.config} - {*UNCOMPARED})
-    values = {key: [side.config.get(key) for side in sides] for key in keys}
-    return {key: found for key, found in values.items() if any(each != found[0] for each in found)}
+    table = {key: [side.config.get(key) for side in sides] for key in keys}
+    return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
 
 
-def compare(first: Side, other: Side) -> Compared:
-    """Compare the second run's candidate with the first one's.
-
-    Raises:
-        DataError: they were measured on no common record.
-    """
-    theirs, ours = _rows(first.records), _rows(other.records)
-    common = [key for key in ours if key in theirs]
+def compare(first: Side, other: Side) -> Beside:
+    """Compare the second run's candidate with the first's on the records that both were measured on; a positive gain is
+    better than the first. Raises DataError: there is no such record."""
+    of_first, of_other = _rows(first.records), _rows(other.records)
+    common = [key for key in of_other if key in of_first]
     if not common:
         raise DataError(
             f"{first.name} and {other.name} were measured on no common record: compare runs on the same data, or "
             "evaluate one of the versions on the other's dataset"
         )
-    before = first.records.take([theirs[key] for key in common])
-    after = other.records.take([ours[key] for key in common])
-    found = parse_evidence(_as_the_gate_reads(before, after), f"{other.name} beside {first.name}")
+    before = first.records.take([of_first[key] for key in common])
+    after = other.records.take([of_other[key] for key in common])
+    evidence = parse_evidence(_as_the_gate_reads(before, after), f"{other.name} beside {first.name}")
     same_tokens = before.column(TOKENS).equals(after.column(TOKENS))
     gains = {}
     for metric in metrics_of({*first.metrics} & {*other.metrics}):
-        pairs = found.pairs(metric, "champion")
+        pairs = evidence.pairs(metric, "champion")
         if pairs is None or metric.probe or (metric.per_token and not same_tokens):
             continue
         if (between := bounds(pairs, other.confidence)) is not None:
             gains[metric.key] = between
-    return Compared(other.name, len(common), other.confidence, gains, list(_turned(common, before, after)))
+    return Beside(other.name, len(common), other.confidence, gains, list(_turned(common, before, after)))
 
 
 def _as_the_gate_reads(before: "pa.Table", after: "pa.Table") -> bytes:
-    """Return evaluation_records.parquet with the second run's candidate, and the first one's as the champion."""
+    """Return evaluation_records.parquet with the second run's candidate, and the first one's as champion."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -343,34 +288,32 @@ def _as_the_gate_reads(before: "pa.Table", after: "pa.Table") -> bytes:
     columns |= {
         THEIRS + name.removeprefix(OURS): before.column(name) for name in before.column_names if name.startswith(OURS)
     }
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink)
-    body: bytes = sink.getvalue().to_pybytes()
-    return body
+    return sink.getvalue()
 
 
 def _rows(records: "pa.Table") -> dict[Key, int]:
     """Return the row of each record, by its id, prompt and reference."""
-    texts = [
-        records.column(name).to_pylist() if name in records.column_names else [""] * len(records)
-        for name in ("id", "prompt", "reference")
-    ]
-    return {(str(a), str(b), str(c)): place for place, (a, b, c) in enumerate(zip(*texts, strict=True))}
+    texts = [_texts(records, name) for name in ("id", "prompt", "reference")]
+    return {(a, b, c): place for place, (a, b, c) in enumerate(zip(*texts, strict=True))}
+
+
+def _texts(records: "pa.Table", name: str) -> list[str]:
+    column = records.column(name).to_pylist() if name in records.column_names else [""] * len(records)
+    return [str(text) for text in column]
 
 
 def _turned(common: Sequence[Key], before: "pa.Table", after: "pa.Table") -> Iterator[Turned]:
-    right, answer = f"{OURS}exact_match", f"{OURS}answer"
+    right = f"{OURS}exact_match"
     if not all(right in table.column_names for table in (before, after)):
         return
-    marks = [table.column(right).to_pylist() for table in (before, after)]
-    answers = [
-        table.column(answer).to_pylist() if answer in table.column_names else [""] * len(table)
-        for table in (before, after)
-    ]
+    was, now = (table.column(right).to_pylist() for table in (before, after))
+    answered, answers = (_texts(table, f"{OURS}answer") for table in (before, after))
     for place, (name, prompt, reference) in enumerate(common):
-        if (was := marks[0][place]) != (now := marks[1][place]):
-            said, says = (str(column[place]) for column in answers)
-            yield Turned(name, last_turn(prompt), reference, said, says, now > was)
+        if was[place] != now[place]:
+            is_right = now[place] > was[place]
+            yield Turned(name, last_turn(prompt), reference, answered[place], answers[place], is_right)
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -381,7 +324,7 @@ def _flat(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
             yield f"{path}{key}", value
 
 
-# A version trained again from its lineage: the config for that, and the comparison with the first one.
+# A version trained again from its lineage.
 
 PACKAGES = ("bitsandbytes", "deepspeed", "fineloop", "peft", "torch", "transformers")
 COMPUTING = ("code.commit", "image", "python", *(f"packages.{name}" for name in PACKAGES))
@@ -402,21 +345,19 @@ class Reproduced:
     """A version and the one that was trained again."""
 
     version: str
-    found: str
-    differs: Mapping[str, Sequence[Any]]
-    """Differences between what the two ran on: key to values then and now."""
-    compared: Compared | None
-    """The comparison of the new version with the first; None if they are the same bytes."""
+    again: str
+    differs: Mapping[str, Sequence[Any]]  # of what the two ran on: key to values then and now
+    compared: Beside | None  # the new version beside the first; None if they are the same bytes
 
     @property
     def is_same(self) -> bool:
         """Whether weights and adapter config are equal byte by byte: a version is named after them."""
-        return self.version == self.found
+        return self.version == self.again
 
     @property
     def agrees(self) -> bool:
         """Whether every metric's gain has zero between its bounds."""
-        return self.compared is None or all(each.lower <= 0 <= each.upper for each in self.compared.gains.values())
+        return self.compared is None or all(gain.lower <= 0 <= gain.upper for gain in self.compared.gains.values())
 
 
 def recipe_of(store: "Store", version: Version, config: RunConfig, overrides: Sequence[str], *, note: str) -> Recipe:
@@ -457,22 +398,17 @@ def recipe_of(store: "Store", version: Version, config: RunConfig, overrides: Se
     return Recipe(own.model_copy(update=changed), dataset_uri, lineage)
 
 
-def reproduced(store: "Store", first: Version, found: str, made_from: Recipe) -> Reproduced:
-    """Return the version trained again, with its comparison with the first one.
-
-    Raises:
-        IntegrityError: what the runs left is malformed.
-    """
-    again = f"{first.name}@{found}"
-    if found == first.version:
-        return Reproduced(first.version, found, {}, None)
-    from components.registry.versions import resolve
-
+def reproduced(store: "Store", first: Version, version: str, made_from: Recipe) -> Reproduced:
+    """Return the version trained again, compared with the first one. Raises IntegrityError: what the runs left is
+    malformed."""
+    if version == first.version:
+        return Reproduced(first.version, version, {}, None)
+    again = f"{first.name}@{version}"
     other = read_lineage(store, resolve(store, again))
-    then, now = (_computing(each) for each in (made_from.lineage, other))
+    then, now = (_computing(lineage) for lineage in (made_from.lineage, other))
     differs = {key: [then.get(key), now.get(key)] for key in then if then.get(key) != now.get(key)}
     beside = compare(read_side(store, f"{first.name}@{first.version}"), read_side(store, again))
-    return Reproduced(first.version, found, differs, beside)
+    return Reproduced(first.version, version, differs, beside)
 
 
 def _start(lineage: Mapping[str, Any]) -> dict[str, Any]:
@@ -486,14 +422,7 @@ def _start(lineage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _computing(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    environment = lineage.get("environment", {})
-    found: dict[str, Any] = {key: _at(environment, key.split(".")) for key in COMPUTING} | {
-        f"hardware.{key}": value for key, value in lineage.get("hardware", {}).items()
-    }
-    return {**found, "base": lineage.get("base", {}).get("identity")}
-
-
-def _at(table: Any, path: Sequence[str]) -> Any:
-    for part in path:
-        table = table.get(part) if isinstance(table, dict) else None
-    return table
+    environment = dict(_flat(lineage.get("environment", {})))
+    hardware = {f"hardware.{key}": value for key, value in lineage.get("hardware", {}).items()}
+    computing = {key: environment.get(key) for key in COMPUTING}
+    return {**computing, **hardware, "base": lineage.get("base", {}).get("identity")}

@@ -42,11 +42,8 @@ RAY_DIR = "ray"
 
 @dataclass(frozen=True)
 class RayHead:
-    """A head whose jobs inherit this process's environment.
-
-    Its token, ports and logs are under `directory`, its sockets in a temporary directory with a short path, and its
-    jobs' temporary files in another temporary directory.
-    """
+    """A head whose jobs inherit this process's environment. Token, ports and logs are under `directory`, the sockets
+    in a temporary directory with a short path, and its jobs' temporary files in another."""
 
     directory: Path
     title: ClassVar[str] = "the local Ray head"
@@ -54,7 +51,6 @@ class RayHead:
     start_timeout_s: ClassVar[float] = 180.0
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
-        """Return the command line of `ray start --head` and its environment."""
         from components.config.schema import TRACKED_RUNS  # `fineloop --help` imports this module's neighbours
 
         *own_ports, dashboard_metrics_port = ports

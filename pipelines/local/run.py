@@ -56,8 +56,7 @@ class Place:
     home: Path
     terminal: TextIO
     verbose: bool = False
-    address: str = ""
-    """Jobs API of a Ray cluster; empty means RAY_ADDRESS, or else the local head."""
+    address: str = ""  # Jobs API of a Ray cluster; empty means RAY_ADDRESS, or else the local head
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,8 @@ class Finished:
 
     store: "Store"
     run_id: str
-    folder: Path
-    """Its folder on this machine."""
-    ground_s: float
-    """Seconds that the servers' start took."""
+    folder: Path  # its folder on this machine
+    ground_s: float  # seconds that the servers' start took
     total_s: float
 
 
@@ -91,8 +88,8 @@ def finished(
     SIGTERM arrive as KeyboardInterrupt, which leaves no process and no Ray job behind.
 
     Raises:
-        UserError: an address is given to a config whose `ray.cluster` takes none, this machine lacks the GPUs that
-            it asks for, the home cannot be written, or another command is executing this run.
+        UserError: the config takes no address, this machine lacks its GPUs, the home cannot be written, or another
+            command is executing this run.
         FineloopError: a step failed; the exception has the class of the step's own error.
         GroundError: the store or the Ray head did not start.
     """
@@ -143,13 +140,8 @@ def finished(
 
 @contextlib.contextmanager
 def _alone(folder: Path, what: What) -> Iterator[None]:
-    """Lock the run's folder against other commands; the lock ends with the context, or this process in any way.
-
-    Its file names what runs, for `fineloop runs`.
-
-    Raises:
-        UserError: another command holds the lock.
-    """
+    """Lock the run's folder against other commands. The lock's file names what runs, for `fineloop runs`. Raises
+    UserError: another command holds the lock."""
     with (folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,11 +233,8 @@ def _explained(store: "Store", run_id: str, folder: Path, ended: Ended) -> Itera
         raise
 
 
-EVENTS_FOLDER = "tensorboard"
-EVENTS_EVERY_S = 15.0
-"""Seconds between reads of the curve; a training uploads it as often."""
-EVENTS_LAST_S = 10.0
-"""Seconds that the end of a run waits at most for the rest of the curve, such as when the store is unavailable."""
+EVENTS_EVERY_S = 15.0  # seconds between reads of the curve; a training uploads it as often
+EVENTS_LAST_S = 10.0  # seconds that the end of a run waits at most for the rest of the curve
 
 
 @contextlib.contextmanager
@@ -255,7 +244,7 @@ def event_files_beside(store: "Store", run_id: str, folder: Path) -> Iterator[No
         yield
         return
     is_over = threading.Event()
-    follow = threading.Thread(target=_write_events, args=(store, run_id, folder / EVENTS_FOLDER, is_over), daemon=True)
+    follow = threading.Thread(target=_write_events, args=(store, run_id, folder / "tensorboard", is_over), daemon=True)
     follow.start()
     try:
         yield
@@ -295,7 +284,7 @@ def _write_events(store: "Store", run_id: str, folder: Path, is_over: threading.
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The object that `fineloop run --json` prints; `train` leaves the decision out. A skipped run has no version."""
+    """What `fineloop run --json` prints; `train` leaves the decision out. A skipped run has no version."""
 
     run_id: str
     adapter: str
@@ -310,11 +299,9 @@ class Outcome:
     report: str | None = None
     store: dict[str, str]
     timings_s: dict[str, float]
-    untold: dict[str, str] = field(default_factory=dict)
-    """Notifications of the promotion that failed, and why."""
+    untold: dict[str, str] = field(default_factory=dict)  # notifications of the promotion that failed, and why
 
     def as_json(self) -> dict[str, Any]:
-        """Return the object with the keys that scripts rely on."""
         fields = dict(vars(self))
         del fields["alias"]
         if not self.untold:
@@ -327,12 +314,8 @@ class Outcome:
 
 def read_outcome(ended: Finished) -> Outcome:
     """Read the outcome of a run of the whole pipeline. Copy its report to HOME/runs/RUN/report.html, and the registry's
-    pages to HOME/pages/, where the report's links lead.
-
-    Raises:
-        ObjectMissing: the run has no decision or no report.
-        FineloopError: the run decided to promote and the alias did not move, or the other way round.
-    """
+    pages to HOME/pages/, where the report's links lead. Raises ObjectMissing: the run has no decision or no report;
+    FineloopError: the run decided to promote and the alias did not move, or the other way round."""
     store, run_id, report = ended.store, ended.run_id, ended.folder / runs.REPORT
     decision, steps = runs.read(store, run_id, Decision, to_show=True), runs.steps(store, run_id)
     promoted = any(step.moved_alias for step in steps)
@@ -386,10 +369,8 @@ def _of_every_run(ended: Finished, *, is_compared: bool) -> dict[str, Any]:
 
 
 def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
-    """Format the outcome for people.
-
-    `home_option` is the --home option that the suggested commands need, `program` the name of `fineloop` in this shell.
-    """
+    """Format the outcome for people; `home_option` is the --home option that the suggested commands need, `program` the
+    name of `fineloop` in this shell."""
     reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
     headline = {
         "skipped": f"skipped: {outcome.adapter}@{outcome.alias} stays as it is, and nothing was trained",
@@ -443,11 +424,8 @@ def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[st
 
 
 def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
-    """Run a sweep to its end, or resume the sweep with this id where it was interrupted.
-
-    Raises:
-        FineloopError: as `finished`.
-    """
+    """Run a sweep to its end, or resume the sweep with this id where it was interrupted. Raises FineloopError: as
+    `finished`."""
     sweeping = config.model_copy(update={"tune": config.tune.model_copy(update={"when": "always"})})
     with finished(sweeping, place, what="sweep", run_id=run_id) as ended:
         result = runs.read(ended.store, ended.run_id, SweepResult)
@@ -492,10 +470,7 @@ def changes(config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
 
 def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
     """Write the sweep's result to a config file, leaving the rest of its text as it is; return the keys that changed.
-
-    Raises:
-        ConfigError: the changed file could not be read, or would not have the learning rate that was found.
-    """
+    Raises ConfigError: the changed file could not be read, or would not have the learning rate that was found."""
     new = changes(config, best)
     text = path.read_text(encoding="utf-8")
     for key, value in new.items():

@@ -15,10 +15,8 @@ from pipelines.step_secrets import of_step, without_secrets
 
 
 def main(arguments: list[str]) -> int:
-    """Run the pipeline to its end. SIGTERM is passed on to every step, which kfp.local does not do.
-
-    Each step inherits this process's environment without the secrets, and is given only its own secrets.
-    """
+    """Run the pipeline to its end. SIGTERM is passed on to every step, which kfp.local does not do. Each step inherits
+    this process's environment without the secrets, and is given only its own secrets."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.local.run_pipeline")
     parser.add_argument("what", choices=("retrain", "train", "sweep"))
     parser.add_argument("--config", type=Path, required=True)

@@ -36,11 +36,9 @@ class Endpoint:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Endpoint":
-        """Read the endpoint from the record that the server's keeper wrote."""
         return cls(*(record[field.name] for field in fields(cls)))
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that an S3 client needs to find and use this server."""
         environment = {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -65,7 +63,6 @@ class SeaweedFS:
     start_timeout_s: ClassVar[float] = 30.0
 
     def command(self, ports: Sequence[int]) -> tuple[list[str], dict[str, str]]:
-        """Return the command line of `weed mini` and its environment."""
         data = self.directory / "data"
         data.mkdir(exist_ok=True)
         access_key, secret_key = _credentials(self.directory)
@@ -102,7 +99,6 @@ class SeaweedFS:
         return command, environment
 
     def endpoint(self, ports: Sequence[int]) -> dict[str, Any]:
-        """Return the fields of its `Endpoint`."""
         return asdict(self._endpoint(ports))
 
     def answers(self, ports: Sequence[int]) -> bool:
@@ -121,11 +117,8 @@ class SeaweedFS:
 
 
 def _security(certificate: Path, key: Path) -> str:
-    """Return security.toml, which `weed` reads from its working directory: services and shell share one certificate.
-
-    Without it the volume server's HTTP port would take blobs from any user of the machine, and the others tell what
-    they hold. S3's own port needs none: it asks for credentials.
-    """
+    """Return security.toml, which `weed` reads from its working directory: services and shell share one certificate, or
+    the volume server's HTTP port would take blobs from any user of the machine. S3's own port asks for credentials."""
     own = f'cert = "{certificate.name}"\nkey = "{key.name}"\n'
     authority = f'ca = "{certificate.name}"\n'
     grpc = [f"[grpc.{side}]\n{own}" for side in (*SERVICES, "client", "worker")]
@@ -134,11 +127,8 @@ def _security(certificate: Path, key: Path) -> str:
 
 
 def write_certificate(directory: Path) -> tuple[Path, Path]:
-    """Write a new self-signed certificate and its key; whoever can read the key may use the server.
-
-    Both ends of the connections belong to the same server and share the certificate, which names the address that they
-    compare.
-    """
+    """Write a new self-signed certificate, which both ends of the connections share, and its key; whoever can read the
+    key may use the server."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -164,11 +154,8 @@ def write_certificate(directory: Path) -> tuple[Path, Path]:
 
 
 def make_bucket(endpoint: Endpoint, bucket: str) -> bool:
-    """Create `bucket` unless it exists; return whether an object could be written to it, read and removed.
-
-    Raises:
-        GroundError: the server refuses the bucket's name.
-    """
+    """Create `bucket` unless it exists; return whether an object could be written to it, read and removed. Raises
+    GroundError: the server refuses the bucket's name."""
     import boto3  # not at the top: `fineloop --help` imports this module's neighbours
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError

@@ -36,7 +36,6 @@ class Server(Protocol):
     """What is specific to one kind of server. `ports` are always those that it was, or is to be, started on."""
 
     title: ClassVar[str]
-    """What people call it."""
     num_ports: ClassVar[int]
     start_timeout_s: ClassVar[float]
 
@@ -67,11 +66,9 @@ class Running:
 
     @property
     def endpoint(self) -> dict[str, Any]:
-        """What its clients need to know."""
         return self.server.endpoint(self.ports)
 
     def ended(self) -> bool:
-        """Whether it ended by itself."""
         return self.process.poll() is not None
 
     def stop(self) -> None:
@@ -81,11 +78,8 @@ class Running:
 
 
 def start(server: Server, *, is_unwanted: Callable[[], bool] = lambda: False) -> Running:
-    """Start it, on the ports of last time where they are free, and wait until it answers.
-
-    Raises:
-        GroundError: it is not installed, did not answer in time, or became unwanted meanwhile.
-    """
+    """Start it, on the ports of last time where they are free, and wait until it answers. Raises GroundError: it is not
+    installed, did not answer in time, or became unwanted meanwhile."""
     remembered, what = private_folder(server.directory) / "ports.json", ""
     for _ in range(ATTEMPTS):
         earlier: list[int] = []
@@ -115,10 +109,8 @@ def start(server: Server, *, is_unwanted: Callable[[], bool] = lambda: False) ->
 
 
 def choose_ports(count: int, *, earlier: Sequence[int] = ()) -> list[int]:
-    """`count` different ports that no process listens on now, `earlier` ones first and in their order.
-
-    Another process may take one before its server binds it: a caller that starts a server tries again with other ports.
-    """
+    """`count` different ports that no process listens on now, `earlier` ones first and in their order. Another process
+    may take one before its server binds it: a caller that starts a server tries again with other ports."""
     offset = random.randrange(len(NEW_PORTS))
     # Side by side: servers that start at once then choose the same port a fifth as often as with each drawn by itself.
     new = itertools.chain(NEW_PORTS[offset:], NEW_PORTS[:offset])
@@ -145,13 +137,12 @@ def _is_free(port: int) -> bool:
 class Service:
     """A server that processes share: it is up while one of them uses it, or while it is pinned.
 
-    HOME/<name> is closed to all users but its owner. It has the server's data, secrets, ports and logs, and what its
-    users agree by; all locks are flock(2), which the kernel releases when a process dies in any way:
+    HOME/<name>, closed to all users but its owner, has its data, secrets, ports and logs, and what its users agree by;
+    all locks are flock(2), which the kernel releases when a process dies in any way:
 
         users.lock      held shared by every process that uses the server; the keeper (keeper.py), a detached process,
                         stops the server when it gets it exclusively
-        starting.lock   held by the user that starts a keeper, until its server answers
-        keeper.lock     held by the keeper for its life
+        keeper.lock     held by the keeper for its life: of several, one starts the server and the others wait for it
         endpoint.json   where the server answers; valid while the keeper holds its lock
         pinned          a plain file; while it exists, the server stays up without users (`fineloop store up`)
     """
@@ -162,36 +153,27 @@ class Service:
 
     @property
     def directory(self) -> Path:
-        """Folder of its locks, logs and data."""
         return self.home / self.name
 
     @property
     def pinned(self) -> bool:
-        """Whether the server stays up without users."""
         return (self.directory / "pinned").exists()
 
     def path(self, name: str) -> Path:
-        """Return the path of a file in its directory, which is created if it is missing."""
+        """Return the path of a file in its directory, which is made where it is missing."""
         return private_folder(self.directory) / name
 
     @contextlib.contextmanager
     def use(self, *, bucket: str, environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-        """Use the server, and start it if it is not up; it stays up while this context, or another one, is open.
-
-        Yields the endpoint once the server answers. `bucket` and `environment` are for a keeper that is started.
-
-        Raises:
-            GroundError: the server did not start; the message is the keeper's.
-        """
+        """Use the server, and start it if it is not up; it stays up while this context, or another one, is open. Yields
+        the endpoint once the server answers. `bucket` and `environment` are for a keeper that is started. Raises
+        GroundError: the server did not start; the message is the keeper's."""
         try:
             with self.path("users.lock").open("a") as users:
                 fcntl.flock(users, fcntl.LOCK_SH)
-                with self.path("starting.lock").open("a") as starting:
-                    fcntl.flock(starting, fcntl.LOCK_EX)
-                    if (endpoint := self.endpoint()) is None:
-                        why = self._start(bucket, environment)
-                        if (endpoint := self.endpoint()) is None:
-                            raise GroundError(why or f"{self.title} ended: see {self.path('keeper.log')}")
+                why = "" if self.endpoint() else self._start(bucket, environment)
+                if (endpoint := self.endpoint()) is None:
+                    raise GroundError(why or f"{self.title} ended: see {self.path('keeper.log')}")
                 try:
                     yield endpoint
                 except FineloopError as exc:
@@ -226,7 +208,6 @@ class Service:
         return json.loads(path.read_text(encoding="utf-8")) if _is_locked(path) else None
 
     def is_kept(self) -> bool:
-        """Whether a keeper lives."""
         return _is_locked(self.directory / "keeper.lock")
 
     def pin(self) -> None:
@@ -234,11 +215,8 @@ class Service:
         self.path("pinned").touch()
 
     def down(self) -> bool:
-        """Unpin the server and wait until it has stopped; return False if it was not up.
-
-        Raises:
-            GroundError: it is in use, and stops when that use ends, or it does not stop.
-        """
+        """Unpin the server and wait until it has stopped; return False if it was not up. Raises GroundError: it is in
+        use, and stops when that ends, or it does not stop."""
         (self.directory / "pinned").unlink(missing_ok=True)
         was_up, deadline = self.is_kept(), time.monotonic() + STOP_TIMEOUT_S
         while self.is_kept():
@@ -253,34 +231,25 @@ class Service:
         return was_up
 
     def _is_used(self) -> bool:
-        path = self.path("users.lock")
-        if _is_locked(path):  # by the keeper, which stops the server
-            return False
-        with path.open("a") as users, contextlib.suppress(BlockingIOError):
-            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-        return True
+        """Whether a process uses it, which the keeper that stops it does not."""
+        users = self.directory / "users.lock"
+        return not _is_locked(users) and _is_locked(users, wanted=fcntl.LOCK_EX)
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether another process holds the lock on the file exclusively."""
+def _is_locked(path: Path, *, wanted: int = fcntl.LOCK_SH) -> bool:
+    """Whether another process holds a lock on the file that excludes this kind: for a shared one, an exclusive one."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, wanted | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
 
 
 def private_folder(path: Path) -> Path:
-    """Create the folder if it is missing, close it to all users but its owner, and return it.
-
-    A folder that only its owner may enter protects everything in it, whatever the modes of its files. It does not
-    protect TCP ports: the servers behind them require a certificate, a key or a token.
-
-    Raises:
-        UserError: it cannot be created or written.
-    """
+    """Create the folder if it is missing, close it to all users but its owner, and return it: that protects everything
+    in it, whatever the modes of its files, but no TCP port, whose server requires a certificate, a key or a token.
+    Raises UserError: it cannot be created or written."""
     try:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         for folder in reversed(missing):
@@ -311,10 +280,7 @@ def python_path(environment: Mapping[str, str]) -> str:
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that are set only for the processes of this machine's jobs.
-
-    Without a GPU nothing is compiled here, so that PyTorch's compiler is disabled: bitsandbytes would load it in each
-    process, which takes 0.8 s. A user's own setting stays.
-    """
+    """Return the variables for this machine's jobs alone. Without a GPU, PyTorch's compiler is disabled, which
+    bitsandbytes would load in 0.8 s in each process; a user's own setting stays."""
     compiles = "TORCHDYNAMO_DISABLE" in environment or shutil.which("nvidia-smi")
     return {"PYTHONPATH": python_path(environment)} | ({} if compiles else {"TORCHDYNAMO_DISABLE": "1"})

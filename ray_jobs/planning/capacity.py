@@ -111,7 +111,6 @@ class Choice:
     parts: Parts
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the memory, by their keys in the config."""
         train = self.config.train
         keys = ("zero_stage", "max_tokens", "micro_batch_size", "gradient_checkpointing", "activation_offloading")
         return {"method.base": self.config.method.row.base, **{f"train.{key}": getattr(train, key) for key in keys}}

@@ -1,10 +1,8 @@
 """One training step rehearsed on fake tensors: real model code, adapter and shapes, but no memory allocated.
 
-What a step keeps for its backward pass depends on the architecture, the adapter and the versions of three libraries;
-a formula for each would be wrong with the next release. Here the model itself is measured, in a second and at any size:
-its layers run forward and backward on PyTorch's fake tensors, and every storage that is created or freed is counted.
-
-Shapes: B records of a micro-batch, T tokens of each.
+What a step keeps for its backward pass depends on the architecture, the adapter and the versions of three libraries.
+So the model's layers run forward and backward on PyTorch's fake tensors, in a second and at any size, and every storage
+that is created or freed is counted. Shapes: B records of a micro-batch, T tokens of each.
 """
 
 import logging
@@ -254,7 +252,6 @@ class Rehearsal:
 
     @cached_property
     def _decoder(self) -> torch.nn.Module:
-        """The layers without the output head, on fake tensors."""
         self._model.train()
         with self._fake:
             _replace_tensors(self._model)

@@ -49,9 +49,7 @@ class Held:
     def evict(self, pods: Sequence[str]) -> None:
         """By the API, as `kubectl drain` does."""
         for name in pods:
-            body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
-            where = f"/api/v1/namespaces/{self._kube.namespace}/pods/{name}/eviction"
-            self._kube.kubectl("create", "--raw", where, "-f", "-", body=body)
+            self._kube.evict(name)
         self._gone |= {self._uids[name] for name in pods}
 
     def evict_each(self) -> str:

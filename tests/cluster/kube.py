@@ -20,6 +20,7 @@ SOON_S = 600.0
 STOP_S = 60.0
 """By when nothing of a stopped run may hold a processor."""
 LEFT = "pods,jobs,services,configmaps,secrets,pvc,pv,rayclusters,rayjobs,workloads.kueue.x-k8s.io"
+STEP = {"pipelines.kubeflow.org/v2_component": "true"}  # by which the network policies know a step
 T = TypeVar("T")
 STEPS = re.compile(r"step (\d+)/\d+ ")
 
@@ -139,6 +140,12 @@ class Kube:
         kind = [f"app.kubernetes.io/component=ray-{component}"] if component else []
         return self.pods(f"fineloop.dev/run-id={run_id}", *kind)
 
+    def evict(self, pod_name: str) -> None:
+        """By the API, as `kubectl drain` does."""
+        body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod_name}}
+        where = f"/api/v1/namespaces/{self.namespace}/pods/{pod_name}/eviction"
+        self.kubectl("create", "--raw", where, "-f", "-", body=body)
+
     def everything(self) -> set[str]:
         """Kind and name of all that a run may leave in the namespace, and volumes; not what the reaper leaves."""
         found = self.kubectl("get", LEFT, "-o", "name").split()
@@ -223,3 +230,18 @@ def until(look: Callable[[], T | None], what: str, timeout_s: float = SOON_S) ->
         assert time.monotonic() < deadline, f"after {timeout_s:.0f} s not: {what}"
         time.sleep(1)
     return seen
+
+
+def pod(name: str, labels: dict[str, str], image: str, *command: str) -> dict[str, Any]:
+    """A pod of the smallest size, which a restricted namespace admits."""
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    size = {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "256Mi"}}
+    container = {"name": "try", "image": image, "command": command, "securityContext": security, "resources": size}
+    user = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"restartPolicy": "Never", "automountServiceAccountToken": False, "securityContext": user}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {**spec, "containers": [container]},
+    }

@@ -142,16 +142,6 @@ class Live:
         """Change a RayJob."""
         self._custom.patch_namespaced_custom_object("ray.io", "v1", self.namespace, "rayjobs", name, body)
 
-    def workload_events(self, run_id: str) -> str:
-        """What Kueue has reported of the run's jobs."""
-        found = self._core.list_namespaced_event(self.namespace).items
-        names = tuple(f"rayjob-{each['metadata']['name']}" for each in self.rayjobs(run_id))
-        return "\n".join(
-            f"{event.reason}: {event.message}"
-            for event in found
-            if event.involved_object.kind == "Workload" and event.involved_object.name.startswith(names)
-        )
-
     def start_reaper(self, name: str) -> None:
         """The cluster's own CronJob, now."""
         template = self._batch.read_namespaced_cron_job("fineloop-reap", self.namespace).spec.job_template

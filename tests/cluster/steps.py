@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.kube import Kube, until
-from tests.cluster.pods import STEP, pod
+from tests.cluster.kube import STEP, Kube, pod, until
 from tests.infra.retries import Ended
 
 ARGO = "argoproj.io"
+ANYTHING = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
 KIND = {
     "apiVersion": "apiextensions.k8s.io/v1",
     "kind": "CustomResourceDefinition",
@@ -22,16 +22,7 @@ KIND = {
         "group": ARGO,
         "scope": "Namespaced",
         "names": {"kind": "Workflow", "plural": "workflows"},
-        "versions": [
-            {
-                "name": "v1alpha1",
-                "served": True,
-                "storage": True,
-                "schema": {
-                    "openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
-                },
-            }
-        ],
+        "versions": [{"name": "v1alpha1", "served": True, "storage": True, "schema": {"openAPIV3Schema": ANYTHING}}],
     },
 }
 FOLLOWS = Path(__file__).with_name("follow.py").read_text(encoding="utf-8")
@@ -127,9 +118,7 @@ class Step:
 
     def evict(self) -> None:
         """By the API, as `kubectl drain` does."""
-        where = f"/api/v1/namespaces/{self._kube.namespace}/pods/{self.pod}/eviction"
-        body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": self.pod}}
-        self._kube.kubectl("create", "--raw", where, "-f", "-", body=body)
+        self._kube.evict(self.pod)
 
     def fill_its_disk(self) -> None:
         """Past its limit, for which the kubelet evicts."""

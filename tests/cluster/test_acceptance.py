@@ -28,7 +28,6 @@ def test_a_run_promotes_in_one_job_and_a_run_without_new_data_skips(live: Live) 
     assert f"promoted: {live.adapter}@production is now {first.body['version']}" in first.stderr
     assert states(live.run(first.body["run_id"])) == {"SUCCEEDED", "SKIPPED"}
     assert len(live.rayjobs(first.body["run_id"])) <= 1  # none where ray.cluster.ttl_s has passed
-
     second = live.submit(settings=["data.min_new_records=1"])
     assert second.exit_code == 0, second.stderr
     assert second.body["decision"] == "skipped"
@@ -84,7 +83,6 @@ def test_a_run_that_loses_a_pod_goes_on_with_its_job(live: Live, lost: str) -> N
     for name in victims[:1]:
         live.delete_pod(name)
     live.until(lambda: not set(victims[:1]) & set(live.pods(*labels)), f"{victims[0]} is gone")
-
     ended = live.ended(run_id)
     assert (ended["state"], ended["decision"]) == ("SUCCEEDED", "promote"), ended["message"]
     assert live.production() == ended["version"]
@@ -97,7 +95,6 @@ def test_a_schedule_starts_runs_one_at_a_time_and_is_updated_and_paused(live: Li
     live.training(first["run_id"])
     time.sleep(90)  # a time of the schedule falls into the run
     assert [run["run_id"] for run in live.runs()] == [first["run_id"]]
-
     updated = live.schedule("update", "--set", "data.min_new_records=1", "--set", "train.max_steps=6")
     assert updated.body["live_runs"] == [first["run_id"]]
     live.until(lambda: len(live.runs()) > 1, "the updated schedule has fired", 300)
@@ -106,17 +103,6 @@ def test_a_schedule_starts_runs_one_at_a_time_and_is_updated_and_paused(live: Li
     number = len(live.runs())
     assert live.ended(first["run_id"])["decision"] == "promote"
     assert len(live.runs()) == number
-
-
-def test_what_is_scheduled_goes_before_what_a_person_started_and_that_goes_on_after_it(live: Live) -> None:
-    """Wants a quota that holds one job at a time."""
-    mine = live.submit(settings=MINUTES, wait=False).body["run_id"]
-    live.training(mine)
-    urgent = live.submit(settings=["ray.cluster.priority_class=fineloop-scheduled", "train.seed=1"], wait=False)
-    live.until(lambda: "Preempted" in live.workload_events(mine), "the job is preempted", RUN_S)
-    assert live.ended(urgent.body["run_id"])["state"] == "SUCCEEDED"
-    ended = live.ended(mine)
-    assert ended["state"] == "SUCCEEDED", ended["message"]
 
 
 def test_the_reaper_ends_a_job_whose_run_is_over(live: Live) -> None:

@@ -16,8 +16,7 @@ import pytest
 
 from components.step.step import IMAGE
 from pipelines.kubeflow.doctor import KUBEFLOW_CONTROLLERS
-from tests.cluster.kube import ROOT, Kube
-from tests.cluster.pods import pod
+from tests.cluster.kube import ROOT, Kube, pod
 from tests.doubles.kfp_server.server import serving
 
 pytestmark = pytest.mark.cluster

@@ -45,9 +45,7 @@ def cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[tuple[KfpServer, Ku
 
 
 @pytest.mark.full
-def test_the_suite_passes_against_the_doubles_and_leaves_nothing(
-    cluster: tuple[KfpServer, KubernetesDouble, dict[str, str]], s3_server: Endpoint
-) -> None:
+def test_the_suite_passes_against_the_doubles_and_leaves_nothing(cluster, s3_server):
     kubeflow, kubernetes, environment = cluster
     keys = [f"registry.bucket={s3_server.bucket}", "ray.cluster.kind=rayjob", 'ray.cluster.queue=""']
     options = ["--host", kubeflow.url, *(word for key in keys for word in ("--set", key)), "-k", FOR_DOUBLES]

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from tests.cluster.kube import Kube, until
-from tests.cluster.pods import STEP, pod
+from tests.cluster.kube import STEP, Kube, pod, until
 
 pytestmark = pytest.mark.cluster
 

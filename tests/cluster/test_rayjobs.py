@@ -126,9 +126,7 @@ def test_a_step_whose_api_server_is_away_for_a_minute_follows_its_job_to_the_end
 
 @pytest.mark.parametrize("operator", [("kuberay-operator", "ray-system"), ("kueue-controller-manager", "kueue-system")])
 @pytest.mark.parametrize("when", ["RayJob: ", "began"], ids=["starting", "running"])
-def test_an_operator_that_is_restarted_in_the_middle_harms_no_job(
-    kube: Kube, operator: tuple[str, str], when: str
-) -> None:
+def test_an_operator_that_is_restarted_in_the_middle_harms_no_job(kube, operator, when):
     name, namespace = operator
     job = sleeping(kube, 45)
     job.says(when)

@@ -38,9 +38,7 @@ def step(kube: Kube, kind_of_runs: None, step_image: str) -> Iterator[Step]:
 
 
 @pytest.mark.parametrize(("taken", "when"), TAKEN)
-def test_a_step_that_is_taken_is_run_again_each_time_and_follows_its_job_to_the_end(
-    kube: Kube, step: Step, taken: tuple[str, ...], when: str
-) -> None:
+def test_a_step_that_is_taken_is_run_again_each_time_and_follows_its_job_to_the_end(kube, step, taken, when):
     step.says(when)
     uid = kube.rayjob(step.run_id)["metadata"]["uid"]
     for how in taken:

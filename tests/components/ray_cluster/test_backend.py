@@ -34,9 +34,7 @@ def test_the_cluster_remembers_run_task_lifetime_kubeflows_run_and_what_else_is_
     ("environment", "run_id", "found"),
     [({"KFP_RUN_ID": "k"}, KFP_RUN, "k"), ({}, KFP_RUN, KFP_RUN), ({}, "night-7", ""), ({}, f"{KFP_RUN}-2", "")],
 )
-def test_kubeflows_run_is_the_environments_or_a_run_id_of_kubeflows_kind(
-    environment: dict[str, str], run_id: str, found: str
-) -> None:
+def test_kubeflows_run_is_the_environments_or_a_run_id_of_kubeflows_kind(environment, run_id, found):
     assert kubeflow_run(environment, run_id) == found
 
 

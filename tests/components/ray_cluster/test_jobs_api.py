@@ -68,14 +68,10 @@ class SlowLog:
 @pytest.mark.parametrize(
     ("dropped", "read_at"), [(0, [0, 10, 15]), (6, [6, 15])], ids=["slow", "out of reach for six seconds"]
 )
-def test_the_end_of_a_job_is_seen_at_once_however_slowly_its_log_is_read(
-    api: JobsApi, monkeypatch: pytest.MonkeyPatch, dropped: int, read_at: list[float]
-) -> None:
+def test_the_end_of_a_job_is_seen_at_once_however_slowly_its_log_is_read(api, monkeypatch, dropped, read_at):
     client, head = jobs_api.JobsApi(api.address), SlowLog(ends=15, dropped=dropped)
     monkeypatch.setattr(client, "_client", head)
     for module in (jobs_api, backend):
         monkeypatch.setattr(module, "time", head)
-
     assert client.follow(JOB, "j", LogCopy(io.StringIO()), 0.5) == JobEnd("SUCCEEDED")
-
     assert [round(at) for at in head.read_at] == read_at

@@ -21,9 +21,7 @@ def deployment(found: Resource) -> str:
 
 
 @pytest.mark.parametrize(("verb", "resource"), [("create", "rayjobs"), ("list", "rayjobs"), ("watch", "rayjobs")])
-def test_a_right_that_is_missing_is_named_with_the_account_and_the_role(
-    cluster: Cluster, verb: str, resource: str
-) -> None:
+def test_a_right_that_is_missing_is_named_with_the_account_and_the_role(cluster, verb, resource):
     cluster.api.denied.add((verb, resource))
     with pytest.raises(JobError, match=f"fineloop-pipeline may not {verb} {resource}.*kubectl apply -k infra/rbac"):
         cluster.submit("")
@@ -35,9 +33,7 @@ def test_a_cluster_without_kuberay_is_said(cluster: Cluster) -> None:
         cluster.submit("")
 
 
-def test_credentials_that_do_not_count_are_said(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_credentials_that_do_not_count_are_said(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(cluster.api.kubeconfig(tmp_path / "old", token="expired")))
     with pytest.raises(JobError, match="401 Unauthorized"):
         cluster.submit("")
@@ -118,9 +114,7 @@ def stages(cluster: Cluster) -> list[str]:
     return [line.removeprefix("RayJob: ") for line in cluster.caplog.messages if line.startswith("RayJob: ")]
 
 
-def test_a_person_hears_where_the_job_stands_and_what_kueue_says_of_one_that_it_does_not_let_in(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_person_hears_where_the_job_stands_and_what_kueue_says_of_one_that_it_does_not_let_in(cluster, monkeypatch):
     monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
     why = "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, "
     why += "previously considered podsets requests (0) + current podset request (16) > maximum capacity (8)"
@@ -131,9 +125,7 @@ def test_a_person_hears_where_the_job_stands_and_what_kueue_says_of_one_that_it_
     assert stages(cluster)[-2:] == ["running", "complete"]
 
 
-def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_what_to_do(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_what_to_do(cluster, monkeypatch):
     monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
     monkeypatch.setattr("components.ray_cluster.rayjob.HOPELESS_S", 0.0)
     quota = {"type": "QuotaReserved", "status": "False", "reason": "ExceedsMaxQuota", "message": "16 > 8"}
@@ -165,9 +157,7 @@ def test_a_job_that_kubernetes_cannot_place_ends_with_the_setting(cluster: Clust
     ["", '[finetune] failed {"error": "WorkersMissing", "message": "0 of 2 CPUs", "exit_code": 1}'],
     ids=["without a word", "workers that did not come, which is a matter of the cluster"],
 )
-def test_a_failed_job_is_tried_on_another_cluster_and_its_last_log_counts(
-    cluster: Cluster, tmp_path: Path, failure: str
-) -> None:
+def test_a_failed_job_is_tried_on_another_cluster_and_its_last_log_counts(cluster, tmp_path, failure):
     mark = tmp_path / "tried"
     code = f"import pathlib, sys; p = pathlib.Path({str(mark)!r}); s = p.exists(); p.touch(); "
     code += f"s or print({failure!r}, flush=True); sys.exit(0 if s else 1)"
@@ -176,9 +166,7 @@ def test_a_failed_job_is_tried_on_another_cluster_and_its_last_log_counts(
 
 
 @pytest.mark.parametrize(("code", "stays_s"), [("print('well')", 0), ("raise SystemExit(1)", 600)])
-def test_the_cluster_of_a_job_that_succeeded_goes_at_once_and_that_of_another_can_be_looked_at(
-    cluster: Cluster, code: str, stays_s: int
-) -> None:
+def test_the_cluster_of_a_job_that_succeeded_goes_at_once_and_that_of_another_can_be_looked_at(cluster, code, stays_s):
     with contextlib.suppress(JobError):
         cluster.submit(code)
     (found,) = cluster.api.rayjobs.values()
@@ -211,9 +199,7 @@ def test_the_submitters_log_serves_when_the_dashboard_is_closed_to_us(cluster: C
 
 
 @pytest.mark.parametrize("dashboard", ["open", "closed"])
-def test_the_log_of_a_job_whose_head_was_replaced_goes_on_with_the_second_submitters(
-    cluster: Cluster, tmp_path: Path, dashboard: str
-) -> None:
+def test_the_log_of_a_job_whose_head_was_replaced_goes_on_with_the_second_submitters(cluster, tmp_path, dashboard):
     if dashboard == "closed":
         cluster.operator.dashboard_url = "127.0.0.1:9"
     code = f"""
@@ -291,9 +277,7 @@ def in_a_step_of(cluster: Cluster, workflow: str, monkeypatch: pytest.MonkeyPatc
     return pod
 
 
-def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_it(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_it(cluster, monkeypatch):
     for workflow in ("first", "first", "second"):
         in_a_step_of(cluster, workflow, monkeypatch)
         cluster.submit("")
@@ -321,9 +305,7 @@ def lose_this_step(cluster: Cluster, tmp_path: Path) -> None:
 WAITS_FOR_A_FILE = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
 
 
-def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(cluster, monkeypatch, tmp_path):
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
     lose_this_step(cluster, tmp_path)
     (found,) = cluster.api.rayjobs.values()
@@ -358,9 +340,7 @@ def test_the_job_of_a_run_that_ends_is_stopped_by_its_step_before_any_signal(
     assert not [found for found in cluster.api.rayjobs.values() if not found["metadata"].get("deletionTimestamp")], why
 
 
-def test_a_run_that_goes_on_keeps_its_job_whatever_is_written_into_its_workflow(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_run_that_goes_on_keeps_its_job_whatever_is_written_into_its_workflow(cluster, monkeypatch, tmp_path):
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
 
     def report(_name: str) -> None:
@@ -372,9 +352,7 @@ def test_a_run_that_goes_on_keeps_its_job_whatever_is_written_into_its_workflow(
 
 
 @pytest.mark.parametrize("verb", ["list", "watch"])
-def test_a_run_whose_end_cannot_be_asked_for_keeps_its_job(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
-) -> None:
+def test_a_run_whose_end_cannot_be_asked_for_keeps_its_job(cluster, monkeypatch, tmp_path, verb):
     """`fineloop runs stop` and `fineloop reap` stop it if the run is over."""
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch, activeDeadlineSeconds=0 if verb == "list" else None)
     cluster.api.denied.add((verb, "workflows"))

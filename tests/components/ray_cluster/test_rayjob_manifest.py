@@ -81,11 +81,7 @@ def test_what_ray_runs_is_the_command_known_by_the_attempts_name() -> None:
     assert spec["submitterConfig"]["backoffLimit"] > 2
     assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
     assert "serviceAccountName" not in spec["submitterPodTemplate"]["spec"]
-    assert spec["metadata"] == {
-        "fineloop_run_id": "r",
-        "fineloop_task": "finetune",
-        "fineloop_lifetime_s": "60",
-    }
+    assert spec["metadata"] == {"fineloop_run_id": "r", "fineloop_task": "finetune", "fineloop_lifetime_s": "60"}
 
 
 def test_each_setting_of_the_cluster_is_where_it_is_read() -> None:
@@ -222,9 +218,7 @@ def test_a_variable_or_a_table_of_a_template_takes_the_place_of_ours() -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["pod_template", "worker_template"])
-def test_a_template_sets_nothing_that_the_cluster_or_another_step_answers_for(
-    key: str, template: dict[str, Any], message: str
-) -> None:
+def test_a_template_sets_nothing_that_the_cluster_or_another_step_answers_for(key, template, message):
     with pytest.raises(ValidationError, match=message):
         config({key: template})
 

@@ -139,9 +139,7 @@ def wait_for(path: Path) -> None:
 
 def test_success_returns_the_first_attempt_and_copies_the_log(cluster: Cluster, run_id: str) -> None:
     output = io.StringIO()
-
     submission_id = cluster.submit(job(run_id, "print('[finetune] one'); print('last', end='')"), output)
-
     assert submission_id == cluster.job_id(job(run_id, "pass"), 1)
     assert "[finetune] one\nlast\n" in output.getvalue()
     assert cluster.status_of(submission_id) == "SUCCEEDED"
@@ -150,9 +148,7 @@ def test_success_returns_the_first_attempt_and_copies_the_log(cluster: Cluster, 
 def test_arguments_reach_the_entry_point_whatever_they_hold(cluster: Cluster, run_id: str) -> None:
     awkward = ["it's", 'a "quoted" word', "$HOME; rm -rf x", "two\nlines", ""]
     output = io.StringIO()
-
     cluster.submit(job(run_id, "import sys; print(repr(sys.argv[1:]))", *awkward), output)
-
     assert repr(awkward) in output.getvalue()
 
 
@@ -171,18 +167,14 @@ def test_the_log_comes_while_the_job_runs(cluster: Cluster, run_id: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", [DataError, Conflict])
-def test_a_failure_comes_back_as_the_error_that_the_job_raised(
-    cluster: Cluster, run_id: str, kind: type[Exception]
-) -> None:
+def test_a_failure_comes_back_as_the_error_that_the_job_raised(cluster, run_id, kind):
     code = (
         "import sys\nfrom components.shared import errors\nfrom components.shared.protocol import say_failure\n"
         f"error = errors.{kind.__name__}('data.source is empty: it\\'s \"nothing\"\\nat all')\n"
         "say_failure('finetune', error)\nsys.exit(error.exit_code)\n"
     )
-
     with pytest.raises(kind) as caught:
         cluster.submit(job(run_id, code))
-
     assert type(caught.value) is kind
     assert str(caught.value) == 'data.source is empty: it\'s "nothing"\nat all'
 
@@ -199,7 +191,7 @@ def test_a_job_that_ray_ended_for_its_node_s_memory_says_so(cluster: Cluster, ru
         "was 10.41GB used / 23.54GB limit (0.442091)"
     )
     code = f"print({said!r})\nfor line in range(40): print(line)\nraise SystemExit(1)"
-    with pytest.raises(JobError, match=r"failed: node 10\.0\.0\.7 ran out of memory \(10\.41 of 23\.54 GB in use\)"):
+    with pytest.raises(JobError, match="failed: a node ran out of memory"):
         cluster.submit(job(run_id, code))
 
 
@@ -207,9 +199,7 @@ def test_a_failed_attempt_is_followed_by_the_next_number_with_its_own_log(cluste
     with pytest.raises(JobError):
         cluster.submit(job(run_id, "print('attempt one'); raise SystemExit(9)"))
     output = io.StringIO()
-
     submission_id = cluster.submit(job(run_id, "print('attempt two')"), output)
-
     assert submission_id.endswith("-2")
     assert "attempt one" not in output.getvalue()
 
@@ -217,10 +207,8 @@ def test_a_failed_attempt_is_followed_by_the_next_number_with_its_own_log(cluste
 def test_a_success_is_reused_and_not_run_again(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     count = tmp_path / "count"
     counting = job(run_id, "import sys; open(sys.argv[1], 'a').write('x')", str(count))
-
     first = cluster.submit(counting)
     second = cluster.submit(counting)
-
     assert first == second
     assert count.read_text() == "x"
 
@@ -231,19 +219,15 @@ WAITING = (
 )
 
 
-def test_two_steps_share_a_job_and_each_waits_for_its_part_of_the_log(
-    cluster: Cluster, run_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_steps_share_a_job_and_each_waits_for_its_part_of_the_log(cluster, run_id, tmp_path, caplog):
     caplog.set_level("INFO", logger="components")
     both = job(run_id, f"print('[finetune] one'); print('[finetune] {TRAINED}')\n{WAITING}", str(tmp_path))
     first, second = io.StringIO(), io.StringIO()
-
     job_id = cluster.submit(both, first, upto=TRAINED)
     assert cluster.status_of(job_id) == "RUNNING"
     wait_for(tmp_path / "up")
     (tmp_path / "go").touch()
     assert cluster.submit(both, second, after=TRAINED) == job_id
-
     assert cluster.status_of(job_id) == "SUCCEEDED"
     assert "[finetune] one\n" in first.getvalue()
     assert first.getvalue().endswith(f"[finetune] {TRAINED}\n")
@@ -260,9 +244,7 @@ MISTAKEN = (
 
 
 @pytest.mark.parametrize("kind", ["DataError", "JobError"])
-def test_a_failed_job_is_run_again_by_the_next_attempt_at_its_step(
-    cluster: Cluster, run_id: str, tmp_path: Path, kind: str
-) -> None:
+def test_a_failed_job_is_run_again_by_the_next_attempt_at_its_step(cluster, run_id, tmp_path, kind):
     """A user's mistake too: who presses Kubeflow's Retry has mended it, and Argo does not try again by itself."""
     failing = replace(job(run_id, MISTAKEN, str(tmp_path / "count"), kind), kfp_run_id="3f2a")
     for _ in range(2):
@@ -272,67 +254,51 @@ def test_a_failed_job_is_run_again_by_the_next_attempt_at_its_step(
     assert (tmp_path / "count").read_text() == "xx"
 
 
-def test_a_job_that_fails_in_the_part_of_one_step_has_done_that_of_the_one_before(
-    cluster: Cluster, run_id: str, tmp_path: Path
-) -> None:
+def test_a_job_that_fails_in_the_part_of_one_step_has_done_that_of_the_one_before(cluster, run_id, tmp_path):
     failing = job(run_id, MISTAKEN, str(tmp_path / "count"), "DataError")
     assert cluster.submit(failing, upto=TRAINED)
 
 
-def test_a_step_killed_outright_finds_its_running_job_again(
-    cluster: Cluster, run_id: str, tmp_path: Path, start_step: StartStep
-) -> None:
+def test_a_step_killed_outright_finds_its_running_job_again(cluster, run_id, tmp_path, start_step):
     waiting = job(run_id, WAITING, str(tmp_path))
     first = start_step(waiting)
     wait_for(tmp_path / "up")
     first.kill()
     first.wait()
-
     output = io.StringIO()
     (tmp_path / "go").touch()
     submission_id = cluster.submit(waiting, output)
-
     assert submission_id.endswith("-1")
     assert "[finetune] waiting\n" in output.getvalue()
     assert "[finetune] went\n" in output.getvalue()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_job_before_the_step_ends(
-    cluster: Cluster, run_id: str, tmp_path: Path, start_step: StartStep, number: signal.Signals
-) -> None:
+def test_a_signal_stops_the_job_before_the_step_ends(cluster, run_id, tmp_path, start_step, number):
     waiting = job(run_id, WAITING, str(tmp_path))
     step = start_step(waiting)
     wait_for(tmp_path / "up")
-
     step.send_signal(number)
     step.communicate(timeout=PATIENCE_S)
-
     assert step.returncode != 0
     assert cluster.is_stopped(waiting)
 
 
 def test_a_job_past_its_deadline_is_stopped_and_the_field_named(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     waiting = job(run_id, WAITING, str(tmp_path), timeout_s=0.5)
-
     with pytest.raises(JobError, match="ray\\.timeout_s"):
         cluster.submit(waiting)
-
     assert cluster.is_stopped(waiting)
 
 
-def test_stop_run_stops_the_runs_jobs_and_no_others(
-    cluster: Cluster, run_id: str, tmp_path: Path, start_step: StartStep
-) -> None:
+def test_stop_run_stops_the_runs_jobs_and_no_others(cluster, run_id, tmp_path, start_step):
     started = []
     for name in (run_id, f"{run_id}x"):
         folder = tmp_path / name
         folder.mkdir()
         started.append(start_step(job(name, WAITING, str(folder))))
         wait_for(folder / "up")
-
     assert stop_run(run_id, cluster.ray) == [cluster.job_id(job(run_id, "pass"))]
-
     _, errors = started[0].communicate(timeout=PATIENCE_S)
     assert b"was stopped by someone else" in errors
     assert cluster.status_of(cluster.job_id(job(f"{run_id}x", "pass"))) == "RUNNING"

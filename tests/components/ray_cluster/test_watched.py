@@ -10,9 +10,7 @@ from components.ray_cluster.kubernetes_api import Watched
 from components.shared.errors import JobError
 
 
-def test_an_api_server_that_is_away_for_minutes_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_api_server_that_is_away_for_minutes_is_waited_for(monkeypatch, caplog):
     """The job goes on without it; the step that follows it is not lost with the run. The clock is the test's."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, sleep=lambda _: None)
     monkeypatch.setattr(kubernetes_api, "time", clock)

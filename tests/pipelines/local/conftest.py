@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,38 +59,31 @@ class Machine:
         self.home = home
         self.users: list[User] = []
 
-    def user(self, *, bucket: str = "bucket-one", ray: bool = False, **added: str) -> User:
-        process = subprocess.Popen(
-            [sys.executable, "-c", USER, str(self.home), bucket, "ray" if ray else "no"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **added},
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, "the user did not get its servers"
-        user = User(process, json.loads(line))
-        self.users.append(user)
-        return user
-
-    def begins(self, *, bucket: str = "bucket-one") -> subprocess.Popen[str]:
+    def begins(self, *, bucket: str = "bucket-one", ray: bool = False, **added: str) -> subprocess.Popen[str]:
         """A user whose servers may not be up yet."""
         return subprocess.Popen(
-            [sys.executable, "-c", USER, str(self.home), bucket, "no"],
+            [sys.executable, "-c", USER, str(self.home), bucket, "ray" if ray else "no"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={**os.environ, **added},
         )
+
+    def user(self, **options: Any) -> User:
+        process = self.begins(**options)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"the user did not get its servers: {process.communicate()[1]}"
+        user = User(process, json.loads(line))
+        self.users.append(user)
+        return user
 
     def processes(self, service: Service) -> dict[int, str]:
         """The keeper and all that descends from it: process id and start time, which together are unique."""
-        endpoint = service.endpoint()
-        assert endpoint is not None
-        pids = {endpoint["keeper_pid"], *guard.descendants(endpoint["keeper_pid"])}
+        keeper = self.keeper_pid(service)
+        pids = {keeper, *guard.descendants(keeper)}
         return {pid: started for pid in pids if (started := _start_time(pid)) is not None}
 
     def keeper_pid(self, service: Service) -> int:
@@ -127,11 +121,8 @@ class Machine:
         for name in ("ray", "store"):
             (self.home / name / "pinned").unlink(missing_ok=True)
         for name in ("ray", "store"):
-            wait_until(lambda name=name: _stopped(self.home, name), f"{name} still runs after its last user")
-
-
-def _stopped(home: Path, name: str) -> bool:
-    return not Service(name, name, home).is_kept()
+            service = Service(name, name, self.home)
+            wait_until(lambda service=service: not service.is_kept(), f"{name} still runs after its last user")
 
 
 def _start_time(pid: int) -> str | None:

@@ -24,9 +24,7 @@ def test_every_check_says_what_it_saw_and_a_bad_one_says_what_to_do(tmp_path):
     found = doctor.checks(tmp_path / "home")
     assert all(check.detail for check in found)
     assert all(bool(check.fix) is not check.ok for check in found)
-    assert {"python", "memory", "cores", "packages", "embedded store", "loopback", "store", "ray"} <= set(
-        by_name(found)
-    )
+    assert {"python", "memory", "cores", "packages", "embedded store", "store", "ray"} <= set(by_name(found))
     assert not (tmp_path / "home").exists()
 
 

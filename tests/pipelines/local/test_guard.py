@@ -3,10 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from pipelines.local import guard
-from tests.waiting import PATIENCE_S, wait_until
+from tests.waiting import wait_until
 
 # A command that ignores SIGTERM and leaves a daemon in a session of its own, as a Ray job's driver does.
 STUBBORN = """
@@ -66,25 +64,9 @@ def test_stop_ends_the_command_with_sigterm_first(tmp_path):
     script = 'trap "echo asked > asked; exit 0" TERM; touch up; while :; do sleep 0.05; done'
     with (tmp_path / "log").open("wb") as log:
         process = guard.start(
-            ["/bin/sh", "-c", script],
-            environment=dict(os.environ),
-            stdout=log.fileno(),
-            directory=tmp_path,
+            ["/bin/sh", "-c", script], environment=dict(os.environ), stdout=log.fileno(), directory=tmp_path
         )
     wait_until((tmp_path / "up").exists)
     guard.stop(process)
     assert (tmp_path / "asked").read_text() == "asked\n"
     guard.stop(process)  # harmless
-
-
-@pytest.mark.parametrize("status", [0, 3])
-def test_the_guard_ends_with_the_commands_status(tmp_path, status):
-    with (tmp_path / "log").open("wb") as log:
-        process = guard.start(
-            ["/bin/sh", "-c", f"exit {status}"],
-            environment=dict(os.environ),
-            stdout=log.fileno(),
-            directory=tmp_path,
-        )
-    assert process.wait(PATIENCE_S) == status
-    guard.stop(process)

@@ -15,7 +15,7 @@ import pytest
 
 from components.shared.errors import UserError
 from pipelines.local import ray_head, seaweedfs
-from pipelines.local.seaweedfs import CERTIFICATE, KEY, SeaweedFS, write_certificate
+from pipelines.local.seaweedfs import CERTIFICATE, KEY, write_certificate
 from pipelines.local.server import LOOPBACK, Service, private_folder
 
 ANSWERS_IN_S = 10
@@ -65,9 +65,7 @@ def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3
         assert _asked(address, _with_certificate(tmp_path, authority)) == grpc.StatusCode.UNAVAILABLE
 
 
-def test_the_store_takes_and_tells_nothing_over_http_without_its_certificate(
-    s3_server: SeaweedFS, s3_directory: Path
-) -> None:
+def test_the_store_takes_and_tells_nothing_over_http_without_its_certificate(s3_server, s3_directory):
     """A blob that another user writes could take the place of the next one, and stop the owner's publications."""
     ports = json.loads((s3_directory / "ports.json").read_text())[: len(seaweedfs.SERVICES)]
     found = dict(zip(seaweedfs.SERVICES, ports, strict=True))

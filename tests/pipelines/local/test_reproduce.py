@@ -42,7 +42,6 @@ def test_a_version_is_trained_again_on_its_dataset_though_its_sources_are_gone(
     again = runs.read(store, printed["run_id"], TrainResult)
     assert again.dataset_uri == first["dataset"]["uri"]
     assert b"reproduces sums@" in store.get(runs.run_key(printed["run_id"], runs.CONFIG))
-
     other = fineloop(
         *("reproduce", f"sums@{trained}", "-c", config_path, "--set", "train.weight_decay=1.25", "--json"), cwd=tmp_path
     )
@@ -53,9 +52,7 @@ def test_a_version_is_trained_again_on_its_dataset_though_its_sources_are_gone(
     assert (gain["gain"], gain["upper"]) == (-0.25, -0.25)
 
 
-def test_what_the_recipe_lacks_or_does_not_allow_is_said_before_anything_runs(
-    store: Store, make_config: Callable[..., RunConfig]
-) -> None:
+def test_what_the_recipe_lacks_or_does_not_allow_is_said_before_anything_runs(store, make_config):
     records = [Record(str(place), [Message("user", f"question {place}")], "answer") for place in range(9)]
     dataset = datasets.publish(store, train=records[:6], evaluation=records[6:])
     config = make_config()

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
 from components.records import runs
+from components.records.steps import Decision
 from components.registry import aliases, event_log, signing, versions
 from components.registry.audit import audit
-from components.shared.errors import ConfigError, DataError, IntegrityError, JobError, UserError
+from components.report.registry_page import write_pages
+from components.report.report import PAGES_FROM_RUN, build_report
+from components.report.run_files import RunFiles
+from components.shared.errors import ConfigError, DataError, IntegrityError, UserError
 from components.store.store import Store
-from pipelines.local.run import Outcome, Place, run, summary
+from pipelines.local.run import Finished, Outcome, Place, event_files_beside, read_outcome, run, summary
 from tests.doubles.jobs_api import JobsApi
+from tests.waiting import wait_until
 
 RUN_KEYS = {
     "run_id",
@@ -45,19 +52,12 @@ def place(tmp_path: Path, terminal: io.StringIO) -> Place:
     return Place(tmp_path / "home", terminal)
 
 
-def test_a_good_candidate_is_promoted_and_a_worse_one_held(
-    stub_cluster: JobsApi,
-    store: Store,
-    make_config: Callable[..., RunConfig],
-    place: Place,
-    terminal: io.StringIO,
-) -> None:
+def test_a_good_candidate_is_promoted_and_a_worse_one_held(stub_cluster, store, make_config, place, terminal):
     first = run(make_config("announce.webhook=http://127.0.0.1:9/"), place, what="retrain")
     screen = terminal.getvalue()
     assert "Connection refused" in first.as_json()["untold"]["webhook"]
     assert "`fineloop adapters announce sums@production` notifies it again" in summary(first, home_option="")
     second = run(make_config("train.weight_decay=1.5"), place, what="retrain")
-
     assert (first.decision, first.promoted) == ("promote", True)
     assert (second.decision, second.promoted) == ("hold", False)
     pointer = aliases.read_alias(store, "sums", "production")
@@ -96,7 +96,6 @@ def test_where_keys_are_trusted_a_job_of_its_own_compares_and_a_training_cannot_
     assert stub_cluster.jobs == {}
     first = run(make_config(*keys), place, what="retrain")
     forging = run(make_config(*keys, "train.weight_decay=1.5", "method.dropout=0.4"), place, what="retrain")
-
     assert (first.decision, forging.decision, forging.promoted) == ("promote", "hold", False)
     jobs = [job.rpartition("-")[0].rpartition("-")[2] for job in stub_cluster.jobs]
     assert jobs == ["candidate", "evaluate"] * 2
@@ -138,11 +137,8 @@ def check_what_a_person_sees(screen: str, log_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_alone_publishes_and_leaves_the_alias(
-    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
-) -> None:
+def test_training_alone_publishes_and_leaves_the_alias(stub_cluster, store, make_config, place):
     outcome = run(make_config(), place, what="train")
-
     assert aliases.read_alias(store, "sums", "production") is None
     assert [version.version for version in versions.list_versions(store, "sums")] == [outcome.version]
     assert outcome.as_json().keys() == RUN_KEYS - {"decision", "verdict", "promoted", "reasons", "report"}
@@ -152,10 +148,7 @@ def test_training_alone_publishes_and_leaves_the_alias(
 
 @pytest.mark.slow
 def test_a_trackers_secret_lies_in_a_private_file_of_the_run_for_as_long_as_it_goes_on(
-    stub_cluster: JobsApi,
-    make_config: Callable[..., RunConfig],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, int, str]] = []
 
@@ -176,20 +169,13 @@ def test_a_trackers_secret_lies_in_a_private_file_of_the_run_for_as_long_as_it_g
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret of" in path.read_bytes()]
 
 
-def test_an_explicit_address_wins_over_the_environments(
-    stub_cluster: JobsApi,
-    make_config: Callable[..., RunConfig],
-    place: Place,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_explicit_address_wins_over_the_environments(stub_cluster, make_config, place, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     run(make_config(), Place(place.home, place.terminal, address=stub_cluster.address), what="train")
     assert len(stub_cluster.jobs) == 1
 
 
-def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(
-    make_config: Callable[..., RunConfig], place: Place
-) -> None:
+def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(make_config, place):
     elsewhere = Place(place.home, place.terminal, address="http://127.0.0.1:9")
     with pytest.raises(UserError, match="Drop --address"):
         run(make_config("ray.cluster.kind=rayjob"), elsewhere, what="train")
@@ -197,12 +183,9 @@ def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(
 
 
 @pytest.mark.parametrize("what", ["retrain", pytest.param("train", marks=pytest.mark.slow)])
-def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(
-    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, what: str
-) -> None:
+def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(stub_cluster, store, make_config, place, what):
     with pytest.raises(DataError, match="every answer is empty") as caught:
         run(make_config("method.dropout=0.1"), place, what=what)  # type: ignore[arg-type]
-
     note, *more = caught.value.__notes__
     assert note.startswith("step finetune; log: ")
     assert Path(note.rpartition(": ")[2]).is_file()
@@ -214,26 +197,14 @@ def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(
     assert versions.list_adapters(store) == []
 
 
-@pytest.mark.slow
-def test_a_crash_inside_a_ray_job_shows_its_last_lines(
-    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
-) -> None:
-    with pytest.raises(JobError, match="MemoryError: no memory for the adapter"):
-        run(make_config("method.dropout=0.2"), place, what="retrain")
-
-
 @pytest.mark.parametrize("run_id", ["..", "a/b", "-x"])
-def test_what_is_no_name_of_a_run_makes_no_folder(
-    make_config: Callable[..., RunConfig], place: Place, run_id: str
-) -> None:
+def test_what_is_no_name_of_a_run_makes_no_folder(make_config, place, run_id):
     with pytest.raises(UserError, match=r"run_id .*: takes letters"):
         run(make_config(), place, what="retrain", run_id=run_id)
     assert not place.home.exists()
 
 
-def test_a_gpu_that_is_not_there_is_said_before_anything_starts(
-    make_config: Callable[..., RunConfig], place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_is_not_there_is_said_before_anything_starts(make_config, place, monkeypatch):
     config = make_config("ray.use_gpu=true", "ray.num_workers=1024", "train.batch_size=8192")  # no machine has so many
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"ray.*asks for a GPU.*(Ray sees none|this machine has)"):
@@ -241,9 +212,7 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(
     assert not place.home.exists()
 
 
-def test_missing_data_is_said_before_any_ray_job(
-    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
-) -> None:
+def test_missing_data_is_said_before_any_ray_job(stub_cluster, make_config, place):
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):
         run(make_config("data.source=/nowhere.jsonl"), place, what="retrain")
     assert stub_cluster.jobs == {}
@@ -260,13 +229,10 @@ def test_a_run_that_its_gate_cannot_decide_on_is_refused_before_any_ray_job_and_
 
 
 @pytest.mark.slow
-def test_a_run_that_finds_nothing_new_is_skipped(
-    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, data_path: Path
-) -> None:
+def test_a_run_that_finds_nothing_new_is_skipped(stub_cluster, store, make_config, place, data_path):
     config = make_config("data.min_new_records=5")
     first = run(config, place, what="retrain")
     skipped = run(config, place, what="retrain")
-
     assert first.promoted
     assert (skipped.decision, skipped.promoted, skipped.version) == ("skipped", False, None)
     assert skipped.as_json().keys() == RUN_KEYS
@@ -278,32 +244,63 @@ def test_a_run_that_finds_nothing_new_is_skipped(
     assert len(stub_cluster.jobs) == 2
     assert "data.min_new_records=0" in summary(skipped, home_option="")
     assert "there is too little new to train on" in Path(str(skipped.report)).read_text()
-
     more = [{"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)} for n in range(60, 65)]
     data_path.write_text(data_path.read_text() + "".join(json.dumps(row) + "\n" for row in more))
     assert run(make_config("data.min_new_records=5", "train.weight_decay=0.5"), place, what="retrain").promoted
 
 
 @pytest.mark.slow
-def test_a_run_that_promoted_and_was_cut_off_goes_on_to_the_same_version(
-    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
-) -> None:
+@pytest.mark.parametrize("num_jobs", [0, 1], ids=["on a head that starts anew", "on the same head"])
+def test_a_repeated_run_id_repeats_nothing(stub_cluster, store, make_config, place, num_jobs):
     first = run(make_config(), place, what="retrain", run_id="again")
-    stub_cluster.jobs.clear()  # a head that starts anew knows of none
+    if num_jobs == 0:
+        stub_cluster.jobs.clear()
     second = run(make_config(), place, what="retrain", run_id="again")
     assert (first.promoted, second.promoted, second.decision) == (True, True, "promote")
     assert second.version == first.version
-    assert [event.kind for event in event_log.events(store, "sums")] == ["published", "promoted"]
-
-
-@pytest.mark.slow
-def test_a_repeated_run_id_repeats_nothing(
-    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place
-) -> None:
-    first = run(make_config(), place, what="retrain", run_id="again")
-    second = run(make_config(), place, what="retrain", run_id="again")
-
-    assert second.version == first.version
-    assert second.promoted
     assert len(stub_cluster.jobs) == 1
     assert [event.kind for event in event_log.events(store, "sums")] == ["published", "promoted"]
+
+
+def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store: Store, tmp_path: Path) -> None:
+    about = {"adapter": "sums", "alias": "production", "run_id": "r", "reasons": ()}
+    runs.write(store, "r", Decision(decision="skipped", **about))
+    report = build_report(RunFiles(run_id="r", adapter="sums"), pages_at=PAGES_FROM_RUN)
+    store.put("runs/r/report.html", report.encode())
+    write_pages(store, "sums", generated_at="now")
+    store.put("pages/sums.html", b"its versions")
+    folder = tmp_path / "runs" / "r"
+    folder.mkdir(parents=True)
+    (tmp_path / "pages").mkdir(mode=0o755)  # as an earlier release left it
+    read_outcome(Finished(store, "r", folder, 0, 0))
+    links = re.findall(r'href="(\.\./[^"]+)"', (folder / "report.html").read_text())
+    assert [(folder / link).resolve().name for link in links] == ["sums.html", "index.html"]
+    assert all((folder / link).is_file() for link in links)
+    assert (tmp_path / "pages").stat().st_mode & 0o777 == 0o700
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    from tensorboardX.proto.event_pb2 import Event  # once the code under test has imported the package
+
+    (file,) = folder.glob("tensorboard/events.out.tfevents.*")
+    body, found = file.read_bytes(), []
+    while len(body) > 12:  # a length of 8 bytes and its checksum of 4, the message, and its checksum of 4
+        (length,) = struct.unpack("<Q", body[:8])
+        event = Event.FromString(body[12 : 12 + length])
+        found += [(each.tag, event.step, each.simple_value) for each in event.summary.value]
+        body = body[16 + length :]
+    return found
+
+
+def test_each_record_of_the_curve_is_written_once_as_it_comes(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.local.run.EVENTS_EVERY_S", 0.01)
+    records = [{"kind": "train", "step": 1, "loss": 2.0, "num_steps": 3}, {"kind": "eval", "step": 1, "loss": 1.5}]
+    lines = [json.dumps(record) + "\n" for record in records]
+    with event_files_beside(store, "r", tmp_path):
+        assert list(tmp_path.iterdir()) == []  # nothing was recorded yet
+        store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
+        wait_until(lambda: (tmp_path / "tensorboard").is_dir() and len(scalars(tmp_path)) == 3)
+        lines += ['{"kind": "train", "step": 2, "loss": 1.0}\n', '{"kind": "train", "step": 3, "loss": null}\n']
+        store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
+    first = [("train/loss", 1, 2.0), ("train/num_steps", 1, 3.0), ("eval/loss", 1, 1.5)]
+    assert scalars(tmp_path) == [*first, ("train/loss", 2, 1.0)]

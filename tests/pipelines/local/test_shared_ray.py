@@ -14,14 +14,7 @@ import pytest
 
 from components.shared.errors import GroundError
 from pipelines.local import ray_head
-from pipelines.local.local_services import (
-    client_environment,
-    down,
-    local_services,
-    ray_service,
-    store_service,
-    up,
-)
+from pipelines.local.local_services import client_environment, down, local_services, ray_service, store_service, up
 from pipelines.local.server import ROOT
 from tests.waiting import PATIENCE_S
 
@@ -91,7 +84,6 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     user = machine.user(ray=True)
     head, shared = ray_service(machine.home), store_service(machine.home)
     processes = machine.processes(head) | machine.processes(shared)
-
     # Only whoever can read the token gets in, and only from this machine.
     url, token_path = user.environment["RAY_ADDRESS"], Path(user.environment["RAY_AUTH_TOKEN_PATH"])
     token = token_path.read_text()
@@ -99,7 +91,6 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     assert [status_of(url, each) for each in (token, None, "0" * 64)] == [200, 401, 403]
     addresses = set(machine.listeners(machine.processes(head)).values())
     assert addresses == {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, ::ffff:127.0.0.1
-
     with another_ray():
         answer = run_job(user.environment)
     assert answer.startswith("SUCCEEDED"), answer
@@ -110,7 +101,6 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     assert inherited["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
     assert inherited["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert (machine.home / "ray" / "logs" / "raylet.out").exists()
-
     temp_dir = Path((machine.home / "ray" / "temp_dir").read_text().splitlines()[0])
     assert (temp_dir / "ray").stat().st_mode & 0o777 == 0o777  # Ray's own doing, for which it lies in a closed folder
     assert temp_dir.stat().st_mode & 0o777 == 0o700
@@ -132,7 +122,6 @@ def test_neither_head_nor_driver_nor_worker_outlives_a_killed_keeper(machine):
     temp_dir = Path((machine.home / "ray" / "temp_dir").read_text().splitlines()[0])
     os.kill(machine.keeper_pid(service), signal.SIGKILL)
     machine.wait_gone(processes)
-
     # The next user gets a new head at the same address, and what the killed one left in the temporary folder is gone.
     second = machine.user(ray=True)
     assert second.environment == user.environment
@@ -152,7 +141,6 @@ def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_d
     user = machine.user(ray=True)
     assert machine.keeper_pid(head) in processes
     user.leave()
-
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "theirs")
     refused = pytest.raises(GroundError, match=rf"the store {environment['AWS_ENDPOINT_URL']}, .* `fineloop ray down`")

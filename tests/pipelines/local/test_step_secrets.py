@@ -39,9 +39,7 @@ def test_what_a_cluster_gives_to_one_step_alone_no_other_is_given_here(make_conf
         assert of_step("finetune", shell) == {}
 
 
-def test_the_secret_of_a_notifier_that_is_added_goes_to_what_moves_an_alias_alone(
-    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_secret_of_a_notifier_that_is_added_goes_to_what_moves_an_alias_alone(make_config, monkeypatch):
     monkeypatch.setitem(NOTIFIERS, "slack", Notifier(lambda *_: None, ("FINELOOP_SLACK_TOKEN",)))
     shell = {"FINELOOP_SLACK_TOKEN": "x"}
     assert without_secrets(shell) == {}

@@ -59,16 +59,6 @@ def test_what_is_trained_of_llama_2_7b_is_what_the_papers_say(name):
     assert stats.trainable == trained_7b(name)
 
 
-def test_shares_of_llama_2_7b_are_as_published():
-    share = {name: rehearsal(name).stats.trainable / BASE_7B for name in METHODS}
-    assert 0.001 < share["lora"] < 0.01
-    assert share["dora"] - share["lora"] == pytest.approx(0.0002, rel=0.05)
-    assert rehearsal("vera").stats.trainable == pytest.approx(
-        1.4e6, rel=0.02
-    )  # arXiv:2310.11454, 7B instruction tuning
-    assert share["dvora"] - share["vera"] == pytest.approx(0.0002, rel=0.05)
-
-
 def test_vera_shares_one_pair_of_matrices_that_is_as_large_as_the_largest_layer():
     assert rehearsal("vera").stats.frozen_adapter == 256 * (11008 + 11008)
     assert rehearsal("lora").stats.frozen_adapter == 0
@@ -157,21 +147,12 @@ def test_the_plan_is_what_a_step_really_allocates(settings, checkpointing, small
     stats, step = rehearsed.stats, rehearsed.step(BATCH, LENGTH, checkpointing=checkpointing)
     answers = BATCH * ANSWERS
     parts = plan(stats, step, base=method.row.base, answers=answers, sharing=ALONE, use_gpu=False)
-
     saved_logits = answers * stats.vocabulary * FLOAT32
     assert step.kept + saved_logits == pytest.approx(real.kept, rel=0.1)
     buffers = buffer_bytes(stats, method.row.base, ALONE, trains_base=False)
     assert parts.activations + parts.logits + buffers == pytest.approx(real.peak, rel=0.1)
     assert parts.weights == pytest.approx(real.weights, rel=0.01)
     assert parts.adapter == pytest.approx(real.adapter, rel=0.01)
-
-
-def test_of_what_is_kept_only_rotary_positions_do_not_grow_with_the_records():
-    """Cosines and sines in float32, for each layer. Matrices that fused layers make once are the base's weights."""
-    layers, head = 6, 128 // 4
-    rehearsed = Rehearsal(small(layers), MethodConfig(name="lora"), reference="small", use_gpu=False)
-    one, eight = (rehearsed.step(records, LENGTH, checkpointing=False).kept for records in (1, 8))
-    assert (8 * one - eight) / 7 == pytest.approx(layers * 2 * LENGTH * head * FLOAT32, rel=0.01)
 
 
 def test_a_step_with_sharded_weights_is_planned_as_layers_with_hooks_take_it(small_base):
@@ -197,7 +178,6 @@ def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
         master.grad = torch.ones_like(master)
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-
     stats = Rehearsal(small(), MethodConfig(name="lora"), reference="small").stats
     parts = plan(stats, NO_STEP, base="bf16", answers=0, sharing=ALONE)
     assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained)
@@ -256,10 +236,8 @@ def test_offloading_moves_the_optimizer_to_the_host_and_at_stage_3_the_base():
     base_too = plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 3, cpu_offload=True))
     assert base_too.weights == 0
     assert base_too.host > moved.host + 6e9
-
-
-def test_four_bits_that_are_offloaded_are_not_counted_as_gone():
-    # PEFT's guide, accelerate/deepspeed.md: ZeRO-3 with QLoRA and offloading takes more GPU memory than without.
+    # Not a base in four bits: ZeRO-3 with QLoRA and offloading takes more GPU memory than without (PEFT's guide,
+    # accelerate/deepspeed.md).
     stats = rehearsal("qlora").stats
     here, moved = (
         plan(stats, NO_STEP, base="nf4", answers=0, sharing=Sharing(2, 3, cpu_offload=is_moved))

@@ -38,6 +38,4 @@ def test_a_training_that_ray_ends_for_memory_says_so(
     config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
     with own_ray.driver(2) as pool:
         said = pool.submit(run, config).result(timeout=600)
-    assert said.startswith("the workers failed: node ")
-    assert " ran out of memory (" in said
-    assert "End other programs there" in said
+    assert said.startswith("the workers failed: a node ran out of memory")
