@@ -5,52 +5,32 @@ texts, and for their own texts. Shingles are the sets of five consecutive charac
 white space. A prompt's own text is the prompt without shared text. Shared text is every run of eight words that occurs
 in more than ten different prompts, such as a task's instruction, a document with many questions, or a form letter.
 
-So a common instruction does not make two messages near, nor a common page two questions. The same question about two
-pages is not near either, because the whole texts differ. Prompts with the same words are always near-duplicates.
+So a common instruction does not make two messages near, nor a common page two questions; nor is the same question about
+two pages near. Prompts with the same words always are near-duplicates.
 
 The bound of ten is from GPT-3 (arXiv:2005.14165, appendix C), whose authors took an overlap with more than ten
 documents for boilerplate and not for a leak. A page with ten questions or fewer is therefore not shared text, and its
 questions are near if the page is most of each prompt: data.group keeps them together.
 
-Shingles that occur in more than a twentieth of the held-out prompts are ignored, so that a common short phrase, of
-fewer than eight words, does not count as similarity.
-
-`minhash` finds the candidates, and the exact sets decide. The cost is linear in the number of prompts; texts are read
-in batches, and what is kept of each is on disk.
+Shingles that occur in more than a twentieth of the held-out prompts are ignored, so that a common short phrase does not
+count as similarity. `MinHash` finds the candidates, and the exact sets decide. The cost is linear in the number of
+prompts; texts are read in batches, and what is kept of each is on disk.
 """
 
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-# MinHash with banding (LSH): find the pairs of similar sets of hashes without comparing all pairs; pure.
-#
-# Broder (1997); Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.
-#
-# Each text has two sets, the shingles of the whole text and those of its own part (see `near_duplicates`). Two texts
-# are similar if both are. So each band holds minima of both sets, and a pair with only one of them similar seldom
-# shares a band.
-#
-# The minima come from one permutation (Li, Owen and Zhang, 2012, arXiv:1208.1259): the hashes of a set are divided into
-# as many bins as there are minima, and each bin gives its smallest. An empty bin copies the minimum of a bin that is
-# not empty, the first in an order that depends on the empty bin alone (optimal densification: Shrivastava, 2017,
-# arXiv:1703.04664). So the share of equal minima is an unbiased estimate of the similarity.
-#
-# Of pairs exactly at the threshold (0.5, 0.8, 0.9), a few in ten thousand are missed if the larger set has ten hashes
-# or more. With two to four hashes in it, three in a hundred are missed at 0.5.
-
-# Hashes to compare texts by: of shingles of characters, of words and of runs of words, a batch at once; pure.
-#
-# All hashes have 64 bits and depend on the text alone, so that the same texts are judged alike on every machine.
+# Hashes to compare texts by: of shingles of characters, of words and of runs of words, a batch at once; pure. All have
+# 64 bits and depend on the text alone, so that the same texts are judged alike on every machine.
 
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
@@ -117,11 +97,6 @@ class Batch:
         return cls(characters, ends)
 
     @cached_property
-    def starts(self) -> Places:
-        """The index of each text's first character."""
-        return np.concatenate([[0], self.ends[:-1]])
-
-    @cached_property
     def is_word(self) -> Marks:
         """One flag per character: whether it belongs to a word."""
         return self.characters != SPACE
@@ -145,22 +120,17 @@ class Batch:
 
     def texts(self) -> Hashes:
         """One hash per text, of all of it."""
-        return self._hashed(self._values, self.starts)
+        return self._hashed(self._values, np.concatenate([[0], self.ends[:-1]]))
 
     def words(self) -> "Words":
         """The words of the batch, and where each begins."""
-        begins, is_alone = self.is_word.copy(), self._are_alone()
+        begins, is_alone = self.is_word.copy(), np.zeros(len(self.characters), bool)
+        for start, end in UNSPACED if self.characters.dtype == np.uint32 else ():
+            is_alone |= (self.characters >= start) & (self.characters <= end)
         begins[1:] &= ~self.is_word[:-1] | is_alone[1:] | is_alone[:-1]
         first = np.flatnonzero(begins)
         values = np.where(self.is_word, self._values, np.uint64(0))  # a space adds nothing
         return Words(self._hashed(values, first), first, np.searchsorted(first, self.ends))
-
-    def _are_alone(self) -> Marks:
-        points = self.characters
-        is_alone = np.zeros(len(points), bool)
-        for first, last in UNSPACED if points.dtype == np.uint32 else ():
-            is_alone |= (points >= first) & (points <= last)
-        return is_alone
 
     @cached_property
     def _values(self) -> Hashes:
@@ -198,10 +168,6 @@ class Words:
         within = np.flatnonzero(is_one[:size])
         return mixed(hashes[within]), within
 
-    def row_of(self, words: Places) -> Rows:
-        """For each of these words, which ascend, the index of its text."""
-        return np.searchsorted(self.ends, words, "right")
-
     def outside(self, shared: "Known", batch: Batch) -> Marks:
         """One flag per character of the batch: whether it belongs to a word that no shared run covers."""
         hashes, first = self.runs()
@@ -223,36 +189,32 @@ def mixed(hashes: Hashes) -> Hashes:
 
 
 class Known:
-    """A set of hashes for look-ups: a table with one hash per slot, and a list of those whose slot was taken."""
+    """Sorted hashes with mixed bits, to look others up. A table of four bits or more for each rules most others out."""
 
-    def __init__(self, hashes: Hashes) -> None:
-        """`hashes` are sorted, and their bits are mixed."""
-        bits = (4 * len(hashes)).bit_length()
-        self._shift = np.uint64(64 - bits)
-        slots = self._slots(hashes)
-        self._table = np.full(2**bits, hashes[0] if len(hashes) else 0, np.uint64)
-        self._table[slots] = hashes
-        self._others = hashes[self._table[slots] != hashes]
-        self._is_crowded = np.zeros(2**bits, bool)
-        self._is_crowded[self._slots(self._others)] = True
-        self._size = len(hashes)
+    def __init__(self, hashes: "Hashes | Minima") -> None:
+        self.hashes = hashes
+        bits = min((4 * len(hashes)).bit_length(), 8 * hashes.itemsize)
+        self._shift = hashes.dtype.type(8 * hashes.itemsize - bits)
+        is_taken = np.zeros(max(8, 2**bits), bool)
+        is_taken[hashes >> self._shift] = True
+        self._taken = np.packbits(is_taken, bitorder="little")
 
     def __len__(self) -> int:
-        return self._size
+        return len(self.hashes)
+
+    def find(self, hashes: "Hashes | Minima") -> tuple[Places, Places]:
+        """Which of these hashes are in the set, and the first place of each there."""
+        slots = hashes >> self._shift
+        found = np.flatnonzero(self._taken[slots >> 3] >> (slots & 7) & 1)
+        begin = np.searchsorted(self.hashes, hashes[found])
+        is_there = self.hashes[begin.clip(max=len(self) - 1)] == hashes[found]
+        return found[is_there], begin[is_there]
 
     def has(self, hashes: Hashes) -> Marks:
         """One flag per hash: whether it is in the set."""
-        if not len(self):
-            return np.zeros(len(hashes), bool)
-        slots = self._slots(hashes)
-        is_known = self._table[slots] == hashes
-        rest = np.flatnonzero(self._is_crowded[slots] & ~is_known)
-        places = np.searchsorted(self._others, hashes[rest]).clip(max=len(self._others) - 1)
-        is_known[rest] = self._others[places] == hashes[rest]
+        is_known = np.zeros(len(hashes), bool)
+        is_known[self.find(hashes)[0]] = True
         return is_known
-
-    def _slots(self, hashes: Hashes) -> Places:
-        return (hashes >> self._shift).view(np.int64)
 
 
 def frequent(
@@ -268,26 +230,26 @@ def frequent(
         np.add.at(coarse, _cell(hashes), np.uint32(1))
     if not (coarse > more_than).any():
         return np.zeros(0, np.uint64)
-    pending: list[Hashes] = []
-    seen, counts, size = np.zeros(0, np.uint64), np.zeros(0, np.int64), 0
+    pending = [(np.zeros(0, np.uint64), np.zeros(0, np.int64))]
+    size, most = 0, CELLS
     for hashes, rows in again():
-        kept = coarse[_cell(hashes)] > more_than
-        pending.append(_once_a_text(hashes[kept], rows[kept]))
-        size += len(pending[-1])
-        if size > max(CELLS, len(seen)):
-            seen, counts, pending, size = *_merged(seen, counts, pending), [], 0
-    seen, counts = _merged(seen, counts, pending)
+        is_kept = coarse[_cell(hashes)] > more_than
+        pending.append(np.unique(_once_a_text(hashes[is_kept], rows[is_kept]), return_counts=True))
+        size += len(pending[-1][0])
+        if size > most:
+            pending = [_merged(pending)]
+            size = len(pending[0][0])
+            most = max(CELLS, 2 * size)
+    seen, counts = _merged(pending)
     return seen[counts > more_than]
 
 
-def _merged(
-    seen: Hashes, counts: npt.NDArray[np.int64], pending: Sequence[Hashes]
-) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    new, how_often = np.unique(np.concatenate([seen[:0], *pending]), return_counts=True)
-    both, inverse = np.unique(np.concatenate([seen, new]), return_inverse=True)
-    total = np.zeros(len(both), np.int64)
-    np.add.at(total, inverse, np.concatenate([counts, how_often]))
-    return both, total
+def _merged(counted: Sequence[tuple[Hashes, Places]]) -> tuple[Hashes, Places]:
+    """Each hash once, and the sum of its counts."""
+    hashes, inverse = np.unique(np.concatenate([each for each, _ in counted]), return_inverse=True)
+    counts = np.zeros(len(hashes), np.int64)
+    np.add.at(counts, inverse, np.concatenate([each for _, each in counted]))
+    return hashes, counts
 
 
 def _once_a_text(hashes: Hashes, rows: Rows) -> Hashes:
@@ -304,13 +266,8 @@ def _cell(hashes: Hashes) -> Places:
 
 
 def _powers(base: int, count: int) -> Hashes:
-    return _some_powers(base, count.bit_length())[:count]
-
-
-@lru_cache(maxsize=8)
-def _some_powers(base: int, bits: int) -> Hashes:
-    powers = np.full(2**bits, base, np.uint64)
-    powers[0] = 1
+    powers = np.full(count, base, np.uint64)
+    powers[:1] = 1
     return np.cumprod(powers, dtype=np.uint64)
 
 
@@ -337,25 +294,36 @@ def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2
         yield batch
 
 
+# MinHash with banding (Broder, 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4): find the
+# pairs of similar sets of hashes without comparing all pairs.
+#
+# Each text has two sets, the shingles of the whole text and those of its own part, and two texts are similar if both
+# are. So each band holds minima of both sets, and a pair with only one of them similar seldom shares a band.
+#
+# The minima come from one permutation (Li, Owen and Zhang, 2012, arXiv:1208.1259): the hashes of a set are divided into
+# as many bins as there are minima, and each bin gives its smallest. An empty bin copies the minimum of the first bin
+# that is not empty, in an order that depends on the empty bin alone (Shrivastava, 2017, arXiv:1703.04664), so that the
+# share of equal minima is an unbiased estimate of the similarity.
+#
+# Of pairs exactly at the threshold (0.5, 0.8, 0.9), a few in ten thousand are missed if the larger set has ten hashes
+# or more. With two to four hashes in it, three in a hundred are missed at 0.5.
+
 MISSED = 1e-4
-"""Probability that no band finds a pair exactly at the threshold, if the minima were independent. Pairs of more
-similarity are missed less often."""
+"""Probability that no band finds a pair exactly at the threshold, if the minima were independent."""
 SELECTIVITY = 0.3
 """Approximate probability that one band finds such a pair. It decides how many minima a band holds."""
 FEWEST_MINIMA, MOST_MINIMA, MOST_BANDS = 2, 8, 256
 DEVIATIONS = 5
-"""How many standard deviations, of independent minima, an estimate may lie below the threshold. Copied minima increase
-the deviation, by at most an eighth, for texts of about twenty shingles."""
-
+"""How many standard deviations, of independent minima, an estimate may lie below the threshold."""
 EMPTY = np.uint32(2**32 - 1)
 """The minimum of an empty set."""
-FEW = 16
-"""If fewer than one bin in this number is still empty, the empty ones are filled one by one, else all at once."""
-ROUNDING_OF_LIKELY = 1e-6
-PAIRS_AT_ONCE = 2**16
+PAIRS_AT_ONCE = 2**12
+ROUNDING = 1e-6
 
 Numbers = npt.NDArray[np.int64]
 Minima = npt.NDArray[np.uint32]
+MinimaAt = Callable[[Numbers], npt.NDArray[np.uint8]]
+"""One byte of each minimum of the texts at these places, a row per text: of the whole text, then of its own part."""
 
 
 @dataclass(frozen=True)
@@ -364,59 +332,23 @@ class Signatures:
 
     bands: Minima
     """One row per band, one column per text."""
-    whole: npt.NDArray[np.uint8]
-    """One row per text, as in `own`."""
-    own: npt.NDArray[np.uint8]
+    minima: npt.NDArray[np.uint8]
+    """One row per text, as in `MinimaAt`."""
     is_found: Marks
     """False for a text without an own part, which no band proposes."""
 
-    @classmethod
-    def joined(cls, parts: Iterable["Signatures"], *, texts: int) -> "Signatures":
-        """Join the parts, which hold `texts` texts (at least one) together, in order. No part is kept in memory."""
-        arrays: list[npt.NDArray[Any]] = []
-        filled = 0
-        for part in parts:
-            given: list[npt.NDArray[Any]] = [part.bands.T, part.whole, part.own, part.is_found]
-            if not arrays:
-                arrays = [np.empty((texts, *each.shape[1:]), each.dtype) for each in given[1:]]
-                arrays.insert(0, np.empty((len(part.bands), texts), np.uint32).T)
-            for array, each in zip(arrays, given, strict=True):
-                array[filled : filled + len(each)] = each
-            filled += len(part.is_found)
-        return cls(arrays[0].T, *arrays[1:])
-
-    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """One byte of each minimum, one row per text: of the whole texts, and of their own parts."""
-        return self.whole[places], self.own[places]
-
-
-class Minimal(Protocol):
-    """The part of signatures that estimates need."""
-
-    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """As `Signatures.minima_at`."""
-
 
 class Band:
-    """An index of texts by their hash in one band."""
+    """An index of texts by their hash in one band, of nine or ten bytes per text."""
 
     def __init__(self, hashes: Minima, rows: Numbers) -> None:
-        """`hashes` and `rows` as `sorted_band` returns them. The index takes nine or ten bytes per text."""
-        self._hashes, self._rows = hashes, rows.astype(np.uint32)
-        bits = min((4 * len(rows)).bit_length(), 32)
-        self._shift = np.uint32(32 - bits)
-        is_taken = np.zeros(max(8, 2**bits), bool)
-        is_taken[hashes >> self._shift] = True
-        self._taken = np.packbits(is_taken, bitorder="little")
+        """`hashes` and `rows` as `Signed.in_band` returns them."""
+        self._known, self._rows = Known(hashes), rows.astype(np.uint32)
 
     def with_hash(self, hashes: Minima, *, most: int) -> tuple[Numbers, Numbers]:
         """Pairs of an index into `hashes` and a text with that hash, at most `most` texts per index."""
-        slots = hashes >> self._shift  # most hashes have no text: a table of one bit per slot rules them out first
-        places = np.flatnonzero(self._taken[slots >> np.uint32(3)] >> (slots & np.uint32(7)) & np.uint32(1))
-        begin = np.searchsorted(self._hashes, hashes[places])
-        is_there = self._hashes[begin.clip(max=len(self._hashes) - 1)] == hashes[places]
-        places, begin = places[is_there], begin[is_there]
-        found = np.minimum(np.searchsorted(self._hashes, hashes[places], "right") - begin, most)
+        places, begin = self._known.find(hashes)
+        found = np.minimum(np.searchsorted(self._known.hashes, hashes[places], "right") - begin, most)
         offsets = np.arange(found.sum()) - np.repeat(np.cumsum(found) - found, found)
         return np.repeat(places, found), self._rows[np.repeat(begin, found) + offsets].astype(np.int64)
 
@@ -439,38 +371,23 @@ class MinHash:
         whole = minima_of(hashes, rows, is_whole, texts=texts, bins=self._whole)
         own = minima_of(hashes * np.uint64(BASE), rows, is_own, texts=texts, bins=self._own)
         of_a_band = np.concatenate([whole.reshape(self.bands, -1, texts), own.reshape(self.bands, -1, texts)], axis=1)
-        is_found = own[0] != EMPTY
-        return Signatures(_combined(of_a_band), whole.T.astype(np.uint8), own.T.astype(np.uint8), is_found)
+        factors = mixed(np.arange(1, of_a_band.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
+        bands = (mixed((of_a_band * factors[:, np.newaxis]).sum(axis=1)) >> np.uint64(32)).astype(np.uint32)
+        return Signatures(bands, np.concatenate([whole, own]).T.astype(np.uint8), own[0] != EMPTY)
 
-    def likely(self, ours: Minimal, rows: Numbers, theirs: Minimal, others: Numbers) -> npt.NDArray[np.float32]:
+    def likely(self, ours: MinimaAt, rows: Numbers, theirs: MinimaAt, others: Numbers) -> npt.NDArray[np.float32]:
         """Estimated similarity of each pair, the lower one of both sets, or -1 if it is surely below the threshold."""
-        starts = range(0, len(rows), PAIRS_AT_ONCE)
-        parts = [slice(start, start + PAIRS_AT_ONCE) for start in starts]
-        found = [self._likely(ours, rows[part], theirs, others[part]) for part in parts]
-        return np.concatenate([np.zeros(0, np.float32), *found])
-
-    def _likely(self, ours: Minimal, rows: Numbers, theirs: Minimal, others: Numbers) -> npt.NDArray[np.float32]:
-        estimates = []
-        for one, other in zip(ours.minima_at(rows), theirs.minima_at(others), strict=True):
-            agreeing = (one == other).mean(axis=1, dtype=np.float32)
-            deviation = math.sqrt(self.similarity * (1 - self.similarity) / one.shape[1])
-            estimates.append(
-                np.where(agreeing >= self.similarity - DEVIATIONS * deviation - ROUNDING_OF_LIKELY, agreeing, -1)
-            )
-        return np.minimum(*estimates)
-
-
-def sorted_band(hashes: Minima, marked: Marks) -> tuple[Minima, Numbers]:
-    """The hashes of the marked texts, sorted, and the texts' indices. Equal hashes are in the order of the texts."""
-    packed = np.flatnonzero(marked).view(np.uint64)
-    upper = hashes[marked].astype(np.uint64)
-    upper <<= np.uint64(32)  # in place, as there may be millions
-    packed |= upper
-    del upper
-    packed.sort()
-    keys = (packed >> np.uint64(32)).astype(np.uint32)
-    packed &= np.uint64(2**32 - 1)
-    return keys, packed.view(np.int64)
+        found = [np.zeros(0, np.float32)]
+        for start in range(0, len(rows), PAIRS_AT_ONCE):
+            part = slice(start, start + PAIRS_AT_ONCE)
+            is_equal, estimates = ours(rows[part]) == theirs(others[part]), []
+            for of_a_set in (is_equal[:, : self._whole], is_equal[:, self._whole :]):
+                agreeing = of_a_set.mean(axis=1, dtype=np.float32)
+                deviation = math.sqrt(self.similarity * (1 - self.similarity) / of_a_set.shape[1])
+                least = self.similarity - DEVIATIONS * deviation - ROUNDING
+                estimates.append(np.where(agreeing >= least, agreeing, np.float32(-1)))
+            found.append(np.minimum(*estimates))
+        return np.concatenate(found)
 
 
 def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int) -> Minima:
@@ -481,22 +398,13 @@ def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int
     found = np.full((texts, bins), EMPTY, np.uint32)
     cells = rows * bins + ((hashes >> np.uint64(32)) * np.uint64(bins) >> np.uint64(32)).view(np.int64)
     np.minimum.at(found.reshape(-1), cells, np.where(is_in, hashes.astype(np.uint32), EMPTY))
-    return _densified(np.ascontiguousarray(found.T))
-
-
-def _densified(sparse: Minima) -> Minima:
-    """Fill each empty bin from another bin of the same text."""
-    dense = sparse.copy()
-    lenders = iter(lenders_of(len(sparse)))
-    is_empty = (dense == EMPTY) & (dense.min(axis=0) != EMPTY)
-    while np.count_nonzero(is_empty) > is_empty.size // FEW:
-        dense &= sparse[next(lenders)] | (is_empty.astype(np.uint32) - np.uint32(1))  # EMPTY has every bit
-        is_empty &= dense == EMPTY
-    bins, texts = np.divmod(np.flatnonzero(is_empty), sparse.shape[1])
-    while len(bins):
-        dense[bins, texts] = lent = sparse[next(lenders)[bins], texts]
+    sparse = np.ascontiguousarray(found.T)
+    dense, lenders = sparse.copy(), iter(lenders_of(bins))
+    empty, of_texts = np.nonzero((sparse == EMPTY) & (sparse.min(axis=0) != EMPTY))
+    while len(empty):
+        dense[empty, of_texts] = lent = sparse[next(lenders)[empty], of_texts]
         is_still = lent == EMPTY
-        bins, texts = bins[is_still], texts[is_still]
+        empty, of_texts = empty[is_still], of_texts[is_still]
     return dense
 
 
@@ -506,22 +414,10 @@ def lenders_of(bins: int) -> Numbers:
     return np.argsort(mixed(np.arange(bins * bins, dtype=np.uint64) + np.uint64(BASE)).reshape(bins, bins), axis=0)
 
 
-def _combined(minima: Minima) -> Minima:
-    """Hash the numbers along the second axis into one."""
-    factors = mixed(np.arange(1, minima.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
-    return (mixed((minima * factors[:, np.newaxis]).sum(axis=1)) >> np.uint64(32)).astype(np.uint32)
-
-
-# Signatures of many texts on disk; nine bytes per text stay in memory.
-
-_AT_ONCE = 2**11
-"""Texts to read in one batch: the kernel maps 64 KiB of the file around each one's numbers meanwhile."""
-
-
 class Signed:
-    """Signatures that were added a part at a time, and one hash of all of each text.
+    """Signatures of many texts on disk, added a batch at a time; nine bytes per text stay in memory.
 
-    The file of bands holds the parts one after the other, each with a row per band; the file of minima a row per text.
+    The file of bands holds the batches one after the other, each a row per band; the file of minima a row per text.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -529,69 +425,55 @@ class Signed:
         self._bands, self._minima = folder / f"{name}.bands", folder / f"{name}.minima"
         for path in (self._bands, self._minima):
             path.write_bytes(b"")
-        self._sizes: list[int] = []
-        self._equals: list[Hashes] = []
-        self._are_found: list[Marks] = []
-        self._num_bands = self._num_whole = 0
+        self._num_bands = 0
+        self._equals = [np.zeros(0, np.uint64)]
+        self._are_found = [np.zeros(0, bool)]
 
     def add(self, signatures: Signatures, equals: Hashes) -> None:
         """Add the signatures and the hashes of some more texts."""
-        for path, array in (
-            (self._bands, signatures.bands),
-            (self._minima, np.concatenate([signatures.whole, signatures.own], axis=1)),
-        ):
+        for path, array in ((self._bands, signatures.bands), (self._minima, signatures.minima)):
             with path.open("ab") as file:
                 file.write(np.ascontiguousarray(array).data)
-        self._num_bands, self._num_whole = len(signatures.bands), signatures.whole.shape[1]
-        self._sizes.append(len(equals))
+        self._num_bands = len(signatures.bands)
         self._equals.append(equals)
         self._are_found.append(signatures.is_found)
 
     def __len__(self) -> int:
-        return sum(self._sizes)
+        return sum(map(len, self._equals))
 
     @property
     def equals(self) -> Hashes:
         """One hash per text, of all of it."""
-        return np.concatenate([np.zeros(0, np.uint64), *self._equals])
+        return np.concatenate(self._equals)
 
     def in_band(self, band: int, kept: Marks) -> tuple[Minima, Numbers]:
-        """The band's hashes of the texts marked in `kept`, as `sorted_band` returns them."""
+        """The band's hashes of the texts marked in `kept`, sorted, and the texts; those of equal hashes in order."""
         hashes, begin = np.empty(len(kept), np.uint32), 0
         with self._bands.open("rb") as file:
-            for size in self._sizes:
+            for size in map(len, self._equals):
                 file.seek(hashes.itemsize * (begin * self._num_bands + band * size))
                 file.readinto(hashes[begin : begin + size].data)
                 begin += size
-        return sorted_band(hashes, kept & np.concatenate([kept[:0], *self._are_found]))
+        rows = np.flatnonzero(kept & np.concatenate(self._are_found))
+        rows = rows[np.argsort(hashes[rows], kind="stable")]
+        return hashes[rows], rows
 
-    def minima_at(self, places: Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """The same as `Signatures.minima_at`."""
-        wanted, where = np.unique(places, return_inverse=True)
-        parts = []
-        for start in range(0, max(1, len(wanted)), _AT_ONCE):
-            # Opened anew for each batch, so that no mapped page stays in memory.
-            mapped = np.memmap(self._minima, np.uint8, "r").reshape(len(self), -1)
-            parts.append(np.asarray(mapped[wanted[start : start + _AT_ONCE]]))
-        found = np.concatenate(parts)[where]
-        return found[:, : self._num_whole], found[:, self._num_whole :]
+    def minima_at(self, places: Numbers) -> npt.NDArray[np.uint8]:
+        """`MinimaAt` of these signatures. The file is mapped anew each time, so that no page stays in memory."""
+        return np.asarray(np.memmap(self._minima, np.uint8, "r").reshape(len(self), -1)[places])
 
 
 COMMON, COMMON_AT_LEAST = 0.05, 3
 """A shingle in more than this share of the held-out prompts, and in more than this number of them, is ignored."""
 SHARED, SHARED_AT_LEAST = 0.01, 10
 """A run of words in more than this share of all prompts, and in more than this number of different ones, is shared."""
-ROUNDING = 1e-9
 MOST_IN_BAND, MOST_COMPARED = 64, 16
 """At most how many held-out prompts one band may propose, and how many of all proposals, the most similar first, are
 compared exactly. It bounds the work where many prompts are alike, of which any one may stand for the others."""
-AT_ONCE = 4096
 KEPT_BYTES = 2**27
 """Bound on the cache of shingle sets that the next comparison may need."""
 AHEAD = 64
 """Texts whose shingles are made in one batch."""
-LOOKED_UP = 2**20
-"""Hashes that are looked up in one batch."""
 
 
 class _ShingleSets(NamedTuple):
@@ -599,11 +481,6 @@ class _ShingleSets(NamedTuple):
 
     whole: Hashes
     own: Hashes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both sets."""
-        return self.whole.nbytes + self.own.nbytes
 
 
 class _Shingled(NamedTuple):
@@ -626,7 +503,6 @@ class Comparison:
         """`similarity` is above 0 and at most 1. The texts are kept, and not copied; their signatures lie in files in
         `folder`, which are the caller's to remove."""
         self._held_out = held_out
-        self._similarity = similarity
         self._minhash = MinHash(similarity)
         self._signed = Signed(folder, "prompts")
         """Signatures of the prompts that were compared with the held-out ones."""
@@ -635,9 +511,8 @@ class Comparison:
         shingles = (hashes for hashes, _ in _shingles_in(held_out))
         self._common = Known(frequent(shingles, lambda: _shingles_in(held_out), more_than=most))
         most = max(SHARED_AT_LEAST, SHARED * (len(prompts) + len(held_out)))
-        runs = _Runs(held_out, prompts)
-        self._shared = Known(frequent(runs.of_all(), runs.of_different, more_than=most))
-        for batch in _batched(held_out):
+        self._shared = Known(_frequent_runs(held_out, prompts, more_than=most))
+        for batch in in_batches(held_out):
             self._signed_held_out.add(*self._signatures(batch))
 
     def near_held_out(self, prompts: Iterable[str]) -> Iterator[int | None]:
@@ -647,19 +522,18 @@ class Comparison:
         bands = [Band(*theirs.in_band(band, every)) for band in range(self._minhash.bands)]
         known, first = np.unique(theirs.equals, return_index=True)
         sets = _Sets(self, self._held_out)
-        for batch in _batched(prompts):
+        for batch in in_batches(prompts):
             ours, equals = self._signatures(batch)
             self._signed.add(ours, equals)
             places = np.searchsorted(known, equals).clip(max=len(known) - 1)
             is_equal = known[places] == equals
             found = [row if each else None for row, each in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
-            open_rows = np.flatnonzero(ours.is_found & ~is_equal)
-            own_sets, candidates = _Sets(self, batch), self._candidates(ours, open_rows, bands)
-            while some := list(islice(candidates, AHEAD)):
-                own_sets.make(row for row, _ in some)
-                sets.make(others[0] for _, others in some)
-                for row, others in some:
-                    found[row] = next((each for each in others if self._are_near(own_sets[row], sets[each])), None)
+            candidates = list(self._candidates(ours, np.flatnonzero(ours.is_found & ~is_equal), bands))
+            own_sets = _Sets(self, batch)
+            own_sets.make(row for row, _ in candidates)
+            sets.make(others[0] for _, others in candidates)
+            for row, others in candidates:
+                found[row] = next((each for each in others if self._are_near(own_sets[row], sets[each])), None)
             yield from found
 
     def repeats(self, prompts: Sequence[str], kept: Marks) -> int:
@@ -670,12 +544,14 @@ class Comparison:
         """
         size = len(self._signed)
         kept, is_repeat = kept[:size], np.zeros(size, bool)
-        is_repeat[kept] = _came_before(self._signed.equals[kept])
+        same = np.flatnonzero(kept)
+        is_repeat[same] = True
+        is_repeat[same[np.unique(self._signed.equals[same], return_index=True)[1]]] = False
         sets, known = _Sets(self, prompts), np.zeros(0, np.int64)
         for band in range(self._minhash.bands):
             pairs = np.setdiff1d(_neighbours(*self._signed.in_band(band, kept), size=size), known, assume_unique=True)
             rows, others = np.divmod(pairs[~is_repeat[pairs // size]], size)
-            likely = self._minhash.likely(self._signed, rows, self._signed, others) >= 0
+            likely = self._minhash.likely(self._signed.minima_at, rows, self._signed.minima_at, others) >= 0
             pending, compared = zip(rows[likely].tolist(), others[likely].tolist(), strict=True), []
             while some := list(islice(pending, AHEAD)):
                 sets.make(chain.from_iterable(pair for pair in some if not is_repeat[pair[0]]))
@@ -696,33 +572,29 @@ class Comparison:
                 yield _ShingleSets(whole, whole if (is_own == is_whole).all() else np.unique(hashes[is_own]))
 
     def _are_near(self, one: _ShingleSets, other: _ShingleSets) -> bool:
-        least = self._similarity - ROUNDING
+        least = self._minhash.similarity - 1e-9
         if _jaccard(one.own, other.own) < least:
             return False
         return (one.own is one.whole and other.own is other.whole) or _jaccard(one.whole, other.whole) >= least
 
     def _shingled(self, texts: Iterable[str]) -> Iterator[_Shingled]:
-        for some in in_batches(texts):
-            batch = Batch.of(some)
-            hashes, is_whole = batch.shingles()
-            if len(self._common):
-                is_whole &= ~self._common.has(hashes)
-            outside = batch.words().outside(self._shared, batch) if len(self._shared) else batch.is_word
-            is_own = np.zeros(len(hashes), bool)
-            for place in range(CHARS):
-                is_own |= outside[place : place + len(hashes)]
-            yield _Shingled(hashes, batch.row_of[: len(hashes)], is_whole, is_own & is_whole, batch.texts())
+        return map(self._shingled_together, in_batches(texts))
+
+    def _shingled_together(self, texts: Sequence[str]) -> _Shingled:
+        batch = Batch.of(texts)
+        hashes, is_whole = batch.shingles()
+        if len(self._common):
+            is_whole &= ~self._common.has(hashes)
+        outside = batch.words().outside(self._shared, batch) if len(self._shared) else batch.is_word
+        is_own = np.zeros(len(hashes), bool)
+        for place in range(CHARS):
+            is_own |= outside[place : place + len(hashes)]
+        return _Shingled(hashes, batch.row_of[: len(hashes)], is_whole, is_own & is_whole, batch.texts())
 
     def _signatures(self, texts: Sequence[str]) -> tuple[Signatures, Hashes]:
-        equals: list[Hashes] = []
-
-        def parts() -> Iterator[Signatures]:
-            for found in self._shingled(texts):
-                equals.append(found.equals)
-                marks = (found.is_whole, found.is_own)
-                yield self._minhash.signatures(found.hashes, found.rows, *marks, texts=len(found.equals))
-
-        return Signatures.joined(parts(), texts=len(texts)), np.concatenate(equals)
+        found = self._shingled_together(texts)
+        marks = (found.is_whole, found.is_own)
+        return self._minhash.signatures(found.hashes, found.rows, *marks, texts=len(texts)), found.equals
 
     def _candidates(self, ours: Signatures, rows: Numbers, bands: Sequence[Band]) -> Iterator[tuple[int, list[int]]]:
         """For each row that has any, the held-out texts to compare it with, the most similar first."""
@@ -732,7 +604,7 @@ class Comparison:
         places, others = np.concatenate(found, axis=1)
         pairs = np.unique(rows[places] * len(self._held_out) + others)
         rows, others = np.divmod(pairs, len(self._held_out))
-        likely = self._minhash.likely(ours, rows, self._signed_held_out, others)
+        likely = self._minhash.likely(ours.minima.__getitem__, rows, self._signed_held_out.minima_at, others)
         order = np.lexsort((others, -likely, rows))
         order = order[likely[order] >= 0]
         sorted_pairs = zip(rows[order].tolist(), others[order].tolist(), strict=True)
@@ -741,83 +613,59 @@ class Comparison:
 
 
 class _Sets:
-    """The sets of some texts, made on first use. A cache keeps the most recent ones."""
+    """The sets of some texts, made on first use, and kept until they are many."""
 
     def __init__(self, comparison: Comparison, texts: Sequence[str]) -> None:
         self._comparison = comparison
         self._texts = texts
-        self._kept: OrderedDict[int, _ShingleSets] = OrderedDict()
+        self._kept: dict[int, _ShingleSets] = {}
         self._bytes = 0
 
     def make(self, rows: Iterable[int]) -> None:
         """Make the sets of these texts in one batch, which is faster than one by one."""
+        if self._bytes > KEPT_BYTES:
+            self._kept, self._bytes = {}, 0
         missing = [row for row in dict.fromkeys(rows) if row not in self._kept]
-        for row, found in zip(missing, self._comparison.shingle_sets(self._texts[row] for row in missing), strict=True):
-            self._kept[row] = found
-            self._bytes += found.nbytes
-            while self._bytes > KEPT_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        for row, sets in zip(missing, self._comparison.shingle_sets(self._texts[row] for row in missing), strict=True):
+            self._kept[row] = sets
+            self._bytes += sets.whole.nbytes + sets.own.nbytes
 
     def __getitem__(self, row: int) -> _ShingleSets:
         self.make([row])
         return self._kept[row]
 
 
-class _Runs:
-    """The runs of eight words in some texts, which are read twice."""
+def _frequent_runs(*parts: Iterable[str], more_than: float) -> Hashes:
+    """The runs of eight words in more than `more_than` different texts, sorted. The texts are read twice."""
+    equals = [np.zeros(0, np.uint64)]
 
-    def __init__(self, *parts: Iterable[str]) -> None:
-        self._parts = parts
-        self._equals = [np.zeros(0, np.uint64)]
-        """For each text, one hash of all of it."""
+    def batches() -> Iterator[Batch]:
+        return (Batch.of(texts) for part in parts for texts in in_batches(part))
 
-    def of_all(self) -> Iterator[Hashes]:
-        """Yield the runs' hashes, a batch of texts at a time."""
-        for batch in self._batches():
-            self._equals.append(batch.texts())
+    def of_all() -> Iterator[Hashes]:
+        for batch in batches():
+            equals.append(batch.texts())
             yield batch.words().runs()[0]
 
-    def of_different(self) -> Iterator[tuple[Hashes, Rows]]:
-        """Yield the runs' hashes and the rows of their texts, without repeated texts. Call it after `of_all`."""
-        equals = np.concatenate(self._equals)
-        is_new = np.zeros(len(equals), bool)
-        is_new[np.unique(equals, return_index=True)[1]] = True
+    def of_different() -> Iterator[tuple[Hashes, Rows]]:
+        is_new = np.zeros(sum(map(len, equals)), bool)
+        is_new[np.unique(np.concatenate(equals), return_index=True)[1]] = True
         start = 0
-        for batch in self._batches():
+        for batch in batches():
             words = batch.words()
             hashes, first = words.runs()
-            rows = words.row_of(first)
+            rows = np.searchsorted(words.ends, first, "right")
             of_new = is_new[start + rows]
             start += len(batch.ends)
             yield hashes[of_new], rows[of_new]
 
-    def _batches(self) -> Iterator[Batch]:
-        for part in self._parts:
-            yield from map(Batch.of, in_batches(part))
-
-
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    pending = iter(texts)
-    while batch := list(islice(pending, AT_ONCE)):
-        yield batch
+    return frequent(of_all(), of_different, more_than=more_than)
 
 
 def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
     for batch in map(Batch.of, in_batches(texts)):
         hashes, is_one = batch.shingles()
         yield hashes[is_one], batch.row_of[: len(hashes)][is_one]
-
-
-def _came_before(hashes: Hashes) -> Marks:
-    """For each hash, whether an earlier one is equal. Most hashes are unique, so their positions are not sorted."""
-    in_order = np.sort(hashes)
-    several = Known(np.unique(in_order[1:][in_order[1:] == in_order[:-1]]))
-    del in_order
-    parts = [several.has(hashes[start : start + LOOKED_UP]) for start in range(0, len(hashes), LOOKED_UP)]
-    found = np.concatenate([np.zeros(0, bool), *parts])
-    places = np.flatnonzero(found)
-    found[places[np.unique(hashes[places], return_index=True)[1]]] = False
-    return found
 
 
 def _neighbours(keys: Minima, rows: Numbers, *, size: int) -> Numbers:

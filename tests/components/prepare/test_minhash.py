@@ -1,10 +1,11 @@
 import random
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from components.prepare.near_duplicates import EMPTY, Band, Hashes, MinHash, lenders_of, minima_of, sorted_band
+from components.prepare.near_duplicates import EMPTY, Band, Hashes, MinHash, Signatures, Signed, lenders_of, minima_of
 
 
 def rows_of(sizes: list[int]) -> np.ndarray:
@@ -63,16 +64,19 @@ def test_two_sets_agree_in_as_many_minima_as_they_are_similar(both: int, ours: i
 
 @pytest.mark.parametrize("similarity", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize("size", [10, 20, 70, 500])
-def test_pairs_of_just_the_similarity_are_found_however_small_the_sets(size: int, similarity: float) -> None:
+def test_pairs_of_just_the_similarity_are_found_however_small_the_sets(
+    size: int, similarity: float, tmp_path: Path
+) -> None:
     count = 4000
     hashes, rows, in_one, in_other = pairs(round(size * similarity), size - round(size * similarity), 0, count=count)
     minhash = MinHash(similarity)
     ours, theirs = (minhash.signatures(hashes, rows, is_in, is_in, texts=count) for is_in in (in_one, in_other))
-    is_found = np.zeros(count, bool)
-    for keys, others in zip(ours.bands, theirs.bands, strict=True):
-        places, texts = Band(*sorted_band(others, theirs.is_found)).with_hash(keys, most=64)
+    is_found, signed = np.zeros(count, bool), Signed(tmp_path, "theirs")
+    signed.add(theirs, np.zeros(count, np.uint64))
+    for band, keys in enumerate(ours.bands):
+        places, texts = Band(*signed.in_band(band, np.ones(count, bool))).with_hash(keys, most=64)
         is_found[places[places == texts]] = True
-    likely = minhash.likely(ours, np.arange(count), theirs, np.arange(count)) >= 0
+    likely = minhash.likely(ours.minima.__getitem__, np.arange(count), signed.minima_at, np.arange(count)) >= 0
     assert np.count_nonzero(~(is_found & likely)) <= 0.001 * count
 
 
@@ -86,17 +90,28 @@ def test_sets_that_have_little_in_common_seldom_share_a_band() -> None:
 
 
 @pytest.mark.parametrize("texts", [0, 1, 3000])
-def test_a_band_finds_every_text_with_the_hash_and_no_other(texts: int) -> None:
+def test_a_band_finds_every_text_with_the_hash_and_no_other(texts: int, tmp_path: Path) -> None:
+    """However many parts they come in."""
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**32, (2, texts), np.uint32) // 2**22 * 2**22
     hashes[:, ::3] = rng.integers(0, 2**32, hashes[:, ::3].shape, np.uint32)
-    is_found = rng.random(texts) < 0.9
-    band = Band(*sorted_band(hashes[1], is_found))
+    is_found, kept = rng.random(texts) < 0.9, rng.random(texts) < 0.9
+    signed = Signed(tmp_path, "some")
+    for part in (slice(0, 1), slice(1, 700), slice(700, texts)):
+        size = len(is_found[part])
+        minima = np.arange(2 * texts, dtype=np.uint8).reshape(texts, 2)[part]
+        signed.add(Signatures(hashes[:, part], minima, is_found[part]), np.zeros(size, np.uint64))
+    if texts > 1:
+        assert signed.minima_at(np.array([texts - 1, 0])).tolist() == [
+            [(2 * texts - 2) % 256, (2 * texts - 1) % 256],
+            [0, 1],
+        ]
+    band = Band(*signed.in_band(1, kept))
     asked = np.concatenate([hashes[1, ::2], rng.integers(0, 2**32, 500, np.uint32)])
     for most in (1, 3, 10**6):
         found = list(zip(*(each.tolist() for each in band.with_hash(asked, most=most)), strict=True))
         assert found == [
             (place, text)
             for place, value in enumerate(asked.tolist())
-            for text in np.flatnonzero((hashes[1] == value) & is_found)[:most].tolist()
+            for text in np.flatnonzero((hashes[1] == value) & is_found & kept)[:most].tolist()
         ]

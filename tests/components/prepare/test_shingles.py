@@ -15,7 +15,7 @@ def said(texts: list[str]) -> list[str]:
     """What a batch holds of each text."""
     batch = Batch.of(texts)
     points = batch.characters.tolist()
-    return ["".join(map(chr, points[start:end])) for start, end in zip(batch.starts, batch.ends, strict=True)]
+    return ["".join(map(chr, points[start:end])) for start, end in zip([0, *batch.ends], batch.ends, strict=False)]
 
 
 def words_of(text: str) -> list[str]:
@@ -71,7 +71,7 @@ def test_equal_words_have_equal_hashes_wherever_they_stand_and_others_have_other
     flat = [word for text in texts for word in text.split()]
     assert len(flat) == len(found.hashes)
     assert len(set(zip(flat, found.hashes.tolist(), strict=True))) == len(set(flat)) == len(set(found.hashes.tolist()))
-    assert found.row_of(np.arange(len(flat))).tolist() == [row for row, text in enumerate(texts) for _ in text.split()]
+    assert np.diff(found.ends, prepend=0).tolist() == [len(text.split()) for text in texts]
 
 
 def test_texts_of_a_batch_do_not_run_into_each_other() -> None:
@@ -86,7 +86,6 @@ def test_texts_of_a_batch_do_not_run_into_each_other() -> None:
     words = batch.words()
     runs, begin = words.runs()
     assert begin.tolist() == [10, 11]
-    assert words.row_of(begin).tolist() == [2, 2]
     assert len(set(runs.tolist())) == 2
     assert len(set(batch.texts().tolist())) == 3
     assert batch.texts().tolist() == [value for text in texts for value in Batch.of([text]).texts().tolist()]
