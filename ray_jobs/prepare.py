@@ -8,13 +8,13 @@ little memory as `data.memory_gib` says, by the very functions that prepare data
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.prepare import prepare as preparing
 from components.prepare.prepare import PreparedDataset, prepare_if_new
 from components.prepare.sources import Source
-from components.prepare.validate import Batch, Reader, Rules, Validation, nothing_old_collected, read_here, rows_of
+from components.prepare.validate import Reader, Rules, Validated, Validation, nothing_old_collected, read_here, rows_of
 from components.records import runs
 from components.records.steps import Prepared
 from components.shared.errors import FineloopError
@@ -54,22 +54,14 @@ def main() -> None:
 
 
 def prepare_run(config: RunConfig, *, run_id: str, is_decided: bool = False) -> None:
-    """Run the prepare step, and write its result to runs/<run_id>/prepared.json.
-
-    Raises:
-        FineloopError: as `components.prepare.prepare.prepare_if_new`.
-    """
+    """Run the prepare step, and write its result to runs/<run_id>/prepared.json."""
     run = StepRun(STEP, run_id, config, Store.open(config.registry))
     prepare_if_new(run, is_decided=is_decided, reader=reader_of(config))
     runs.write(run.store, run_id, Prepared(result=run.result))
 
 
 def prepare(config: RunConfig, store: Store) -> PreparedDataset:
-    """Prepare the data in a job that was given no dataset.
-
-    Raises:
-        FineloopError: as `components.prepare.prepare.prepare`.
-    """
+    """Prepare the data in a job that was given no dataset; raises as `components.prepare.prepare.prepare`."""
     return preparing.prepare(config, store, reader=reader_of(config))
 
 
@@ -78,7 +70,7 @@ def reader_of(config: RunConfig) -> Reader:
     return read_on_ray if config.data.engine == "ray" else read_here
 
 
-def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[Batch]:
+def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Validated]]:
     """Read and validate the sources with Ray Data, on the cluster of this driver.
 
     A task that is lost with its worker is retried from the same file: its result does not depend on the worker.
@@ -93,14 +85,13 @@ def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[Batch]:
     context.enable_progress_bars = False
     placed = [*enumerate(sources)]
     of_one_task = -(-len(placed) // MOST_READERS)
+    how: dict[str, Any] = {"batch_format": "pyarrow", "fn_args": (rules,)}
     with ray.data.DataContext.current(context):
         files = ray.data.from_arrow(
             [_block(*placed[at : at + of_one_task]) for at in range(0, len(placed), of_one_task)]
         )
-        rows = files.map_batches(_read, batch_size=None, batch_format="pyarrow", fn_args=(rules,), num_cpus=OF_READING)
-        batches = rows.map_batches(
-            _validate, batch_size=1, batch_format="pyarrow", fn_args=(rules,), num_cpus=OF_VALIDATING
-        )
+        rows = files.map_batches(_read, batch_size=None, num_cpus=OF_READING, **how)
+        batches = rows.map_batches(_validate, batch_size=1, num_cpus=OF_VALIDATING, **how)
         for block in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
             for found in block["item"].to_pylist():
                 if isinstance(found, FineloopError):
@@ -118,7 +109,7 @@ def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
 
 
 def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
-    """Validate raw rows, and yield a Batch for each portion; errors are passed on."""
+    """Validate raw rows, and yield the result of each portion; errors are passed on."""
     with _errors_as_items() as failed, nothing_old_collected():
         validation = Validation(rules)
         for found in block["item"].to_pylist():
@@ -126,7 +117,7 @@ def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
                 yield _block(found)
             else:
                 place, source, rows = found
-                yield _block(Batch(place, len(rows.lines), validation.of(source, rows)))
+                yield _block((place, validation.of(source, rows)))
     yield from failed
 
 

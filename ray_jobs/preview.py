@@ -6,6 +6,7 @@ stdout is one JSON object; `fineloop data` formats it for the terminal.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -57,19 +58,12 @@ def previewed(config: RunConfig) -> dict[str, Any]:
     sources = find_sources(config.data.source)
     say(STEP, f"reading {', '.join(source.name for source in sources)}")
     with preview(config, sources) as (profile, parts):
-        body: dict[str, Any] = {
-            "profile": profile,
-            "gate": _gate(config, list(parts.evaluation)),
-            "base": config.model.base,
-            "tokens": None,
-            "positions": None,
-            "shown": [],
-            "unread_because": "",
-            "refused": "",
-        }
-        if body["gate"]["independent"] == 0 or config.gate.too_few_records != "hold":
-            body["refused"] = body["gate"]["lacking"]
-        train = parts.train.head(SAMPLED)
+        gate, train = _gate(config, list(parts.evaluation)), parts.train.head(SAMPLED)
+    body: dict[str, Any] = {
+        **{"profile": profile, "gate": gate, "base": config.model.base, "unread_because": ""},
+        **{"tokens": None, "positions": None, "shown": []},
+        "refused": gate["lacking"] if gate["independent"] == 0 or config.gate.too_few_records != "hold" else "",
+    }
     try:
         base = base_model.Base(config.model.base, base_model.locate(config.model), {})
         shape = base_model.load_config(base.path, config.model)
@@ -111,8 +105,8 @@ def _tokens(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> d
     split = whole if fits else tokenize(records, chat, config.model.max_length, config.data.loss_on)
     return {
         "records": len(records),
-        "length": percentiles(whole.lengths.tolist()) if len(whole) else None,
-        "trained": percentiles(whole.num_answer_tokens.tolist()) if len(whole) else None,
+        "length": percentiles(Counter(whole.lengths.tolist())) if len(whole) else None,
+        "trained": percentiles(Counter(whole.num_answer_tokens.tolist())) if len(whole) else None,
         "max_length": config.model.max_length,
         "cut": len(split.cut),
         "cut_system": len(split.cut_system),

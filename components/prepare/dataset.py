@@ -1,5 +1,6 @@
 """What a dataset is: its records, as objects and as Arrow batches, its files, its folder, and which hold a record."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -120,17 +121,13 @@ class Hashes(NamedTuple):
 
 
 def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
-    """Read one split of the dataset at `uri`, verified against its manifest, in the order of the records' key hash.
-
-    Raises:
-        ObjectMissing: there is no dataset, or it has no manifest.
-        IntegrityError: a file is not what the manifest lists.
-    """
+    """All of one split, as `read_split` reads it."""
     return [record for batch in read_split(store, uri, split) for record in batch]
 
 
 def read_split(store: "Store", uri: str, split: SplitName) -> Iterator[list[Record]]:
-    """Read one split as `load_split` does, RECORDS_AT_ONCE records at a time, so that they need not all be in memory.
+    """Read one split of the dataset at `uri`, verified against its manifest, some records at a time, in the order of
+    their key hash.
 
     Raises:
         ObjectMissing: there is no dataset, or it has no manifest.
@@ -165,12 +162,10 @@ def record_of(row: Mapping[str, Any]) -> Record:
     return Record(row["id"], turns, row["answer"], *(row.get(name, "") for name in WHERE_ANY))
 
 
-# Records as Arrow batches: the columns of a dataset's files, and each record's identity as a line of JSON; pure.
+# Records as Arrow batches, and each record's identity as a line of JSON; pure.
 
 NOT_ALWAYS = frozenset({*WHERE_ANY, "more"})
 """The optional columns, and the optional field of a turn: a dataset has them only if any of its records needs them."""
-_ESCAPED = r'["\\\x00-\x1f]'
-"""Pattern of a character that JSON has to escape in a text."""
 
 
 def batch_of(records: Sequence[Record], *, ids: Sequence[str] | None = None) -> "pa.RecordBatch":
@@ -206,11 +201,6 @@ def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]
         **{name: column(values) for name, values in hashes._asdict().items()},
         **dict(zip(records.schema.names, records.columns, strict=True)),
     })  # fmt: skip
-
-
-def records_of(batch: "pa.RecordBatch") -> Iterator[Record]:
-    """The records of a batch, which may lack optional columns."""
-    return map(record_of, batch.to_pylist())
 
 
 def present(batch: "pa.RecordBatch") -> set[str]:
@@ -270,22 +260,15 @@ def identities(batch: "pa.RecordBatch") -> memoryview:
     prompt = batch["prompt"]
     turns = prompt.flatten()
     more = turns.field("more")
-    of_turns = _joined(
-        "[",
-        _quoted(turns.field("role")),
-        ", ",
-        _quoted(turns.field("content")),
-        _where(pc.not_equal(more, ""), ", ", _quoted(more)),
-        "]",
-    )
+    role, content = (_quoted(turns.field(name)) for name in ("role", "content"))
+    of_turns = _joined("[", role, ", ", content, _where(pc.not_equal(more, ""), ", ", _quoted(more)), "]")
     prompts = pc.binary_join(pa.ListArray.from_arrays(_offsets(prompt), of_turns), ", ")
     has_group = pc.not_equal(batch["group"], "")
     has_any = pc.or_(has_group, pc.or_(pc.not_equal(batch["calls"], ""), pc.not_equal(batch["tools"], "")))
     tools = _where(has_any, ", ", _quoted(batch["calls"]), ", ", _quoted(batch["tools"]))
     group = _where(has_group, ", ", _quoted(batch["group"]))
-    lines = _joined(
-        *("[", _quoted(batch["id"]), ", [", prompts, "], ", _quoted(batch["answer"]), tools, group, "]\n"),
-    )
+    names, answers = _quoted(batch["id"]), _quoted(batch["answer"])
+    lines = _joined("[", names, ", [", prompts, "], ", answers, tools, group, "]\n")
     offsets = memoryview(lines.buffers()[1]).cast("i")
     first, last = offsets[lines.offset], offsets[lines.offset + len(lines)]
     return memoryview(lines.buffers()[2] or b"")[first:last]
@@ -297,7 +280,7 @@ def _quoted(texts: "pa.Array") -> "pa.Array":
     import pyarrow.compute as pc
 
     plain = _joined('"', texts, '"')
-    is_escaped = pc.match_substring_regex(texts, _ESCAPED)
+    is_escaped = pc.match_substring_regex(texts, r'["\\\x00-\x1f]')
     escaped = [json.dumps(text, ensure_ascii=False) for text in texts.filter(is_escaped).to_pylist()]
     return pc.replace_with_mask(plain, is_escaped, pa.array(escaped, pa.string())) if escaped else plain
 
@@ -322,13 +305,10 @@ def _offsets(lists: "pa.ListArray") -> "pa.Array":
     return pc.subtract(lists.offsets, lists.offsets[0])
 
 
-# Writes a dataset's files as its records come, computes its id from them, and publishes its folder to the store.
-
 MOST_RECORDS, MOST_BYTES = 2**17, 2**28
 """Bounds on one part: its records, and bytes of prompts and answers. It ends with the record that reaches either."""
 _GROUP_BYTES = 2**25
 """Approximate bytes of a row group, which a writer buffers."""
-_READ_RECORDS = 1024
 
 
 @dataclass(frozen=True)
@@ -340,26 +320,18 @@ class Part:
     records: int
 
     def __len__(self) -> int:
-        """The number of records."""
         return self.records
 
     def __iter__(self) -> Iterator[Record]:
-        """Iterate over the records, reading them in batches."""
         import pyarrow.parquet as pq
 
         for path in self.paths:
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(_READ_RECORDS, use_threads=False):
-                    yield from records_of(batch)
+                for batch in file.iter_batches(RECORDS_AT_ONCE, use_threads=False):
+                    yield from map(record_of, batch.to_pylist())
 
     def head(self, count: int) -> list[Record]:
-        """The first `count` records, or all where there are fewer."""
         return list(islice(self, count))
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """The local files, by their paths within the dataset's folder."""
-        return {f"{self.name}/{path.name}": path for path in self.paths}
 
 
 @dataclass(frozen=True)
@@ -375,7 +347,6 @@ class Parts:
 
     @property
     def splits(self) -> list[Part]:
-        """All splits that the dataset has."""
         return [self.train, self.evaluation, *([self.replay] if self.replay else [])]
 
 
@@ -427,29 +398,26 @@ def publish_dataset(
     at once, profile and rejects may come from different ones.
     """
     key = f"datasets/{parts.dataset_id}"
-    folder = DatasetFolder(parts.dataset_id, store.uri(key), created=True)
-    known = DatasetFolder(parts.dataset_id, store.uri(key), created=False)
-    if folders.find_manifest(store, key) is not None:
-        return known
-    files: dict[str, bytes | Path] = {
-        **{path: file for split in parts.splits for path, file in split.files.items()},
-        REJECTS: rejects,
-        "profile.json": json.dumps(profile, ensure_ascii=False, indent=2).encode(),
-    }
-    about = {
-        "kind": "dataset",
-        "format": FORMAT,
-        "dataset_id": parts.dataset_id,
-        **{f"{split.name}_records": len(split) for split in parts.splits},
-        "rejected": rejected,
-    }
-    try:
-        folders.publish(store, key, files, about=about, identity=(), apart=[TOKENS])
-    except Conflict:
-        # Another run published the same records meanwhile, with a profile of its own: either will do.
-        logger.info("%s was published by another run at the same time", folder.uri)
-        return known
-    return folder
+    created = folders.find_manifest(store, key) is None
+    if created:
+        files: dict[str, bytes | Path] = {
+            **{f"{split.name}/{path.name}": path for split in parts.splits for path in split.paths},
+            REJECTS: rejects,
+            "profile.json": json.dumps(profile, ensure_ascii=False, indent=2).encode(),
+        }
+        about = {
+            "kind": "dataset",
+            "format": FORMAT,
+            "dataset_id": parts.dataset_id,
+            **{f"{split.name}_records": len(split) for split in parts.splits},
+            "rejected": rejected,
+        }
+        try:
+            folders.publish(store, key, files, about=about, identity=(), apart=[TOKENS])
+        except Conflict:
+            # Another run published the same records meanwhile, with a profile of its own: either will do.
+            created = False
+    return DatasetFolder(parts.dataset_id, store.uri(key), created)
 
 
 class _Writer:
@@ -616,57 +584,36 @@ def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
     pointers = {name: list_aliases(store, name) for name, _ in why}
     for (name, version), (reason, dataset) in sorted(why.items()):
         aliases = tuple(each.alias for each in pointers[name] if each.version == version)
-        uri, revoked = store.uri(version_key(name, version)), _is_revoked(store, name, version)
-        yield Exposed(name, version, uri, aliases, dataset, reason, revoked)
-
-
-def _is_revoked(store: Store, name: str, version: str) -> bool:
-    try:
-        return bool(store.trusted_keys) and signing.is_revoked(store, name, version)
-    except ObjectMissing:  # its publication has not ended
-        return False
+        revoked = False
+        with contextlib.suppress(ObjectMissing):  # its publication has not ended
+            revoked = bool(store.trusted_keys) and signing.is_revoked(store, name, version)
+        yield Exposed(name, version, store.uri(version_key(name, version)), aliases, dataset, reason, revoked)
 
 
 def _held(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str] | None:
-    """The given ids that the file holds; None where it cannot be read."""
+    """The given ids that the file's column `id` holds, or the text of rejected rows; None where it cannot be read."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    search = _rejected if info.key.endswith(f"/{REJECTS}") else _among
+    column, found = "row" if info.key.endswith(f"/{REJECTS}") else "id", set[str]()
     try:
-        return search(store, info, record_ids)
+        with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
+            for batch in file.iter_batches(columns=[column], use_threads=False):
+                values = batch[column].to_pylist()
+                if column == "id":
+                    found.update(set(record_ids).intersection(values))
+                else:
+                    found.update(each for row in values for each in record_ids if each in row and _names(row, each))
     except ObjectMissing:  # deleted since the listing
         return set()
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as exc:
         logger.warning("%s cannot be read: %s", store.uri(info.key), exc)
         return None
-
-
-def _among(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str]:
-    """The given ids that are in the file's `id` column."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    wanted, found = pa.array(sorted(record_ids), pa.string()), set()
-    with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
-        for batch in file.iter_batches(columns=["id"], use_threads=False):
-            found |= set(batch["id"].filter(pc.is_in(batch["id"], value_set=wanted)).to_pylist())
-    return found
-
-
-def _rejected(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str]:
-    """The given ids that a rejected row's text holds as a value, or as a word where it is not a JSON object."""
-    import pyarrow.parquet as pq
-
-    found: set[str] = set()
-    with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
-        for batch in file.iter_batches(columns=["row"], use_threads=False):
-            for row in batch["row"].to_pylist():
-                found |= {each for each in record_ids if each in row and _names(row, each)}
     return found
 
 
 def _names(row: str, record_id: str) -> bool:
+    """Whether a value of the row is this id, or a word of it where it is not a JSON object."""
     try:
         values = json.loads(row).values()
     except (ValueError, AttributeError, RecursionError):

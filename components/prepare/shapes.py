@@ -32,10 +32,6 @@ PAIRS = (
 )  # fmt: skip
 """Columns of prompt and answer, in any case of letters. Of several pairs in a row only the first of these is read."""
 _PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem", "request", "text", "body", "sentence")
-_BESIDE = ("context", "input", "passage", "document", "background", "knowledge")
-"""Names of columns that belong to a prompt in another column."""
-_SYSTEMS = ("system", "system_prompt", "system_message")
-_MOST_SHOWN = 10
 _ANSWERS = ("completion", "answer", "output", "response", "chosen", "solution", "reply", "target", "label", "summary")
 
 
@@ -47,23 +43,16 @@ class Shape(NamedTuple):
     """The columns that are read, beside those that every shape may have."""
     convert: Callable[[Row], dict[str, Any]]
     """The row's texts as prompt and completion, or as messages."""
-    prompts: tuple[str, ...] = ()
-    """The columns that the prompt is joined from; none in a conversation."""
-    answer: str = ""
-    """The column of the answer; none in a conversation."""
-
-
-def has_known_form(columns: tuple[str, ...]) -> bool:
-    """Whether a row with these columns is in one of the two forms."""
-    return "messages" in columns or ("prompt" in columns and "completion" in columns)
 
 
 def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     """The shape of rows with these columns; None where it is unknown."""
     if named.messages or named.completion or named.prompt:
         return _as_named(columns, named)
-    if has_known_form(tuple(columns)):
-        return MESSAGES if "messages" in columns else PLAIN
+    if "messages" in columns:
+        return MESSAGES
+    if "prompt" in columns and "completion" in columns:
+        return PLAIN
     if "instruction" in columns and "output" in columns:
         return ALPACA
     if "conversations" in columns:
@@ -72,13 +61,8 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     known = [(prompt, answer) for prompt, answer in pairs if prompt and answer]
     if known and (len(known) == 1 or known[0] == PAIRS[0]):
         prompt, answer = known[0]
-        return Shape(f"{prompt} and {answer}", (prompt, answer), _joined([prompt], answer), (prompt,), answer)
+        return Shape(f"{prompt} and {answer}", (prompt, answer), _joined([prompt], answer))
     return None
-
-
-def is_record(shape: Shape | None, named: ColumnsConfig) -> bool:
-    """Whether `as_record` returns rows in this shape unchanged."""
-    return (shape is None or shape in (PLAIN, MESSAGES)) and named == ColumnsConfig()
 
 
 def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str = "") -> Row:
@@ -87,9 +71,10 @@ def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str
     Raises:
         DataError: a text is missing, or a turn of a conversation is from an unknown speaker.
     """
-    if is_record(shape, named):
+    is_plain = shape is None or shape in (PLAIN, MESSAGES)
+    if is_plain and named == UNNAMED:
         return row
-    record = {**row, **shape.convert(row)} if shape in (PLAIN, MESSAGES) else shape.convert(row) if shape else dict(row)
+    record = {**(row if is_plain else {}), **(shape.convert(row) if shape else {})}
     kept = {"id": named.id or "id", "tools": named.tools or "tools", group: group}
     record |= {name: row[column] for name, column in kept.items() if column and column in row}
     return _with_system(record, row.get(named.system or "system")) if named.system or shape in _WITH_SYSTEM else record
@@ -104,70 +89,41 @@ def columns_read(columns: Collection[str], named: ColumnsConfig, *, group: str =
 
 def advice(columns: Collection[str], named: ColumnsConfig) -> str:
     """The advice for rows whose shape is unknown."""
-    if named != ColumnsConfig():
+    if named != UNNAMED:
         named_columns = ", ".join(f"{key} = {value!r}" for key, value in named.model_dump().items() if value)
         return f"No row has the columns that data.columns names: {named_columns}"
     if {"chosen", "rejected"} <= set(columns):
         return "Of preference pairs the better answer can be trained on: set data.columns.completion=chosen"
-    if {"request", "response"} <= set(columns):
-        return (
-            "Of a trace write the request's messages and the response's as one list in a column messages; where both "
-            f"are texts: {_options(['request'], 'response', None)}"
-        )
-    prompt, answer = (_first(columns, names) for names in (_PROMPTS, _ANSWERS))
+    prompt, answer = _first(columns, _PROMPTS), _first(columns, _ANSWERS)
     if answer is None and prompt in ("text", "body", "sentence") and len(columns) == 1:
         return f"A column {prompt!r} alone does not say which part is the answer: write prompt and completion apart"
-    prompts = [prompt, *(each for each in _beside(columns) if each != prompt)] if prompt else ["COLUMN"]
-    options = _options(prompts, answer or "COLUMN", _first(columns, _SYSTEMS))
+    keys = {"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"}
+    options = " ".join(f"--set {shlex.quote(f'data.columns.{key}={value}')}" for key, value in keys.items())
     return f"Or say which column is which: {options}"
 
 
-def unread_text(unread: Mapping[str, int], columns: Collection[str], named: ColumnsConfig) -> str:
-    """Name the columns that nothing is read from, and the options that would read those that look like part of the
-    prompt. `unread` has the number of rows with each such column, `columns` are all that the rows have."""
+def unread_text(unread: Mapping[str, int]) -> str:
+    """Name the columns that nothing is read from, by the number of rows with each, and what reads them."""
     shown = [f"{name} ({counted(rows, 'row')})" for name, rows in unread.items()]
-    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
-    text = f"columns not read: {', '.join(shown[:_MOST_SHOWN])}{more}"
+    more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
+    text = f"columns not read: {', '.join(shown[:10])}{more}"
     if any(name.endswith("[].reasoning_content") for name in unread):
         text += ". To train on reasoning, write it before the answer as <think>...</think>, and set model.thinking=true"
-    shape = recognised(columns, named)
-    prompts, answer = (shape.prompts, shape.answer) if shape else ((), "")
-    beside = _beside(unread) if prompts else []
-    # Alpaca's own system column is no longer read once columns are named.
-    system = None if named.system else _first(columns if beside else unread, _SYSTEMS)
-    if not beside and not system:
-        return text
-    wanted = " and ".join([*beside, *([system] if system and system in unread else [])])
-    options = _options([*prompts, *beside], answer, system) if beside else _options([], "", system)
-    return f"{text}. To read {wanted} too: {options}"
+    return f"{text}. data.columns.prompt takes a list of columns that make up the prompt, data.columns.system one more"
 
 
 def _first(columns: Collection[str], names: Sequence[str]) -> str | None:
     return next((each for name in names for each in columns if each.lower() == name), None)
 
 
-def _beside(columns: Collection[str]) -> list[str]:
-    return [each for each in columns if each.lower() in _BESIDE]
-
-
-def _options(prompts: Sequence[str], answer: str, system: str | None) -> str:
-    """The command-line options that name these columns."""
-    keys = {
-        "prompt": prompts[0] if len(prompts) == 1 else json.dumps(prompts, ensure_ascii=False) if prompts else "",
-        "completion": answer,
-        "system": system,
-    }
-    return " ".join(f"--set {shlex.quote(f'data.columns.{key}={value}')}" for key, value in keys.items() if value)
-
-
 def _as_named(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     if named.messages:
         shape = Shape("data.columns", (named.messages,), _conversation(named.messages))
     else:
-        given = [named.prompt] if isinstance(named.prompt, str) else named.prompt
-        prompts = tuple(each for each in given if each) or ("prompt",)
+        names = [named.prompt] if isinstance(named.prompt, str) else named.prompt
+        prompts = tuple(filter(None, names)) or ("prompt",)
         answer = named.completion or "completion"
-        shape = Shape("data.columns", (*prompts, answer), _joined(prompts, answer), prompts, answer)
+        shape = Shape("data.columns", (*prompts, answer), _joined(prompts, answer))
     return shape if set(shape.columns) & set(columns) else None
 
 
@@ -244,10 +200,9 @@ def _with_system(record: dict[str, Any], system: Any) -> dict[str, Any]:
     }
 
 
-PLAIN = Shape("prompt and completion", ("prompt", "completion"), dict, ("prompt",), "completion")
+UNNAMED = ColumnsConfig()
+PLAIN = Shape("prompt and completion", ("prompt", "completion"), dict)
 MESSAGES = Shape("messages", ("messages",), dict)
-ALPACA = Shape(
-    "Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca, ("instruction", "input"), "output"
-)
+ALPACA = Shape("Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca)
 SHARE_GPT = Shape("ShareGPT", ("conversations", "system"), _conversation("conversations"))
 _WITH_SYSTEM = (ALPACA, SHARE_GPT)

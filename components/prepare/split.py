@@ -8,15 +8,15 @@ import contextlib
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, load_split, write_splits
-from components.prepare.workspace import Texts, Workspace
+from components.prepare.workspace import Texts, Workspace, position
 from components.registry import signing
 from components.registry.aliases import read_alias
 from components.registry.event_log import decided_before, events, next_part
@@ -29,34 +29,23 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import pyarrow as pa
 
-    from components.prepare.near_duplicates import Comparison
-
-
-# What is new since the adapter's last finished run, and which records fall into the window.
 
 Span = tuple[int, int]
 """A range of record numbers, in the order in which they were read: the first, and one more than the last."""
 
 
-@dataclass(frozen=True)
-class Narrowed:
-    """How many records from before the window were left out, and how many were taken."""
-
-    before_window: int
-    """Left out because the window begins after them."""
-    replayed: int
-    """Taken from before the window."""
-
-
-def narrow(work: Workspace, window: Sequence[Span] | None, *, replay_share: float, apart: bool = False) -> Narrowed:
+def narrow(
+    work: Workspace, window: Sequence[Span] | None, *, replay_share: float, apart: bool = False
+) -> tuple[int, int]:
     """Keep in the table `others` the records whose content is in the window, and enough earlier records to make up
     `replay_share` of the result; with `apart` the earlier ones go to the table `replayed`.
 
     A hash salted with the window's content chooses the earlier records: each refresh replays others, and the same data
-    always gives the same choice. `window` None keeps everything.
+    always gives the same choice. `window` None keeps everything. Returns how many records from before the window were
+    left out, and how many were taken.
     """
     if window is None:
-        return Narrowed(0, 0)
+        return 0, 0
     import pyarrow as pa
 
     starts, ends = ([span[place] for span in window] for place in (0, 1))
@@ -81,7 +70,7 @@ def narrow(work: Workspace, window: Sequence[Span] | None, *, replay_share: floa
             "CREATE TABLE replayed AS FROM others WHERE number IN (SELECT number FROM earlier);"
             "DELETE FROM others WHERE number IN (SELECT number FROM replayed)"
         )
-    return Narrowed(num_earlier - wanted, wanted)
+    return num_earlier - wanted, wanted
 
 
 CLUSTERS_SHOWN, WORDS_SHOWN, CHARS_SHOWN = 5, 12, 100
@@ -96,7 +85,7 @@ class Deduplicated:
     duplicates: int
     """Records with the same prompt and answer as another record."""
     superseded: int
-    """Records with the same id as a later row, and other content."""
+    """Records with the same id as a later row, and other content; or with the same as one that an id was given to."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +112,10 @@ class TrainEvalSplit:
 
     @property
     def train(self) -> Part:
-        """The records to train on."""
         return self.parts.train
 
     @property
     def evaluation(self) -> Part:
-        """The records that are held out."""
         return self.parts.evaluation
 
 
@@ -152,29 +139,21 @@ def deduplicate(work: Workspace) -> Deduplicated:
         "CREATE TABLE chosen AS SELECT number, position, place, key, content, asked, named"
         "  FROM records JOIN latest USING (number)"
     )
-    work.run("DROP TABLE latest")
     work.run(
+        "DROP TABLE latest;"
         "CREATE TABLE rivals AS SELECT number FROM ("
         "  SELECT number, row_number() OVER (PARTITION BY content ORDER BY place, key) AS rank FROM chosen"
-        "  WHERE content IN (SELECT content FROM chosen GROUP BY content HAVING count(*) > 1)) WHERE rank > 1"
+        "  WHERE content IN (SELECT content FROM chosen GROUP BY content HAVING count(*) > 1)) WHERE rank > 1;"
+        "DELETE FROM chosen WHERE number IN (FROM rivals)"
     )
-    work.run("DELETE FROM chosen WHERE number IN (FROM rivals)")
-    _name_apart(work)
-    (num_rivals,) = work.row("SELECT count(*) FROM rivals")
-    (records,) = work.row("SELECT count(*) FROM chosen")
-    return Deduplicated(records, duplicates + num_rivals, superseded)
-
-
-def _name_apart(work: Workspace) -> None:
-    """Make ids unique: where a row gave an id that another record has by its content, the latter gets a longer one, in
-    the table `renamed`."""
+    # A row that gives the id that another has by its content is a later state of that one.
+    before, rivals = work.row("SELECT (SELECT count(*) FROM chosen), (SELECT count(*) FROM rivals)")
     work.run(
-        "CREATE TEMP VIEW given_ids AS SELECT records.id FROM records JOIN chosen USING (number) WHERE chosen.named;"
-        "CREATE TABLE renamed AS SELECT number, lower(hex(content)) AS id FROM chosen"
-        "  WHERE NOT named AND left(lower(hex(content)), 16) IN (FROM given_ids)"
+        "DELETE FROM chosen WHERE NOT named AND left(lower(hex(content)), 16) IN"
+        "  (SELECT records.id FROM records JOIN chosen USING (number) WHERE chosen.named)"
     )
-    while work.row("SELECT count(*) FROM renamed WHERE id IN (FROM given_ids)") != (0,):
-        work.run("UPDATE renamed SET id = id || '-' WHERE id IN (FROM given_ids)")
+    (records,) = work.row("SELECT count(*) FROM chosen")
+    return Deduplicated(records, duplicates + rivals, superseded + before - records)
 
 
 def split(
@@ -188,18 +167,13 @@ def split(
     replay_share: float = 0.0,
     replay_apart: bool = False,
 ) -> TrainEvalSplit:
-    """Divide the distinct records by the hash of what they belong to: their group's name or else their own key.
+    """Divide the distinct records in `chosen`: held out are those whose hash of what they belong to, their group's name
+    or else their own key, is, as a fraction of all hashes, below `eval_share`.
 
-    Args:
-        work: Its table `chosen` holds distinct records.
-        eval_share: Records whose hash, as a fraction of all hashes, is below this are held out.
-        max_records: Keep this many, the smallest hashes of each split, in eval_share's proportion; 0 keeps all.
-        near_duplicates: Prompts as similar as this to one in eval are left out of train; 0 leaves none out. With
-            max_records and without a window only as many records are compared as are needed.
-        max_near_share: Share of the compared records that may be left out for that reason.
-        window: Rows whose contents to train on, None for all; what is held out comes from all records.
-        replay_share: Share of train to draw from outside the window.
-        replay_apart: Whether the records drawn from outside the window form a separate split.
+    `max_records` keeps as many, the smallest hashes of each split, in eval_share's proportion, and 0 all. Prompts as
+    similar as `near_duplicates` to one in eval are left out of train, at most the share `max_near_share` of those that
+    are compared; 0 leaves none out. `window`, None for all, are the rows whose contents to train on, and `replay_share`
+    is the share of train to draw from outside of it, with `replay_apart` as a split of its own.
 
     Raises:
         DataError: a split is empty, or too much is near what is held out.
@@ -215,52 +189,39 @@ def split(
     enough = None if window is not None or not max_records else _most_train(max_records, num_held_out, eval_share)
     unlike = _unlike(work, similarity=near_duplicates, enough=enough)
     _require_few(unlike, max_near_share=max_near_share, similarity=near_duplicates)
-    narrowed = narrow(work, window, replay_share=replay_share, apart=replay_apart)
+    before_window, num_earlier = narrow(work, window, replay_share=replay_share, apart=replay_apart)
     (found,) = work.row("SELECT count(*) FROM others")
     num_train, num_eval = _sizes(found, num_held_out, eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
-        raise _too_few(total, num_train, num_eval, eval_share=eval_share, max_records=max_records)
-    num_replayed = narrowed.replayed
+        limited = f" and data.max_records = {max_records}" if max_records else ""
+        remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
+        raise DataError(
+            f"{total} distinct records are too few: with data.eval_share = {eval_share:g}{limited}, "
+            f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
+            f"{', or raise data.max_records' if max_records else ''}."
+        )
+    num_replayed = num_earlier
     if replay_apart:
         num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
     return TrainEvalSplit(
         parts=_written(work, num_train, num_eval, num_replayed if replay_apart else None),
         prompt_in_eval=total - num_held_out - num_others,
         near_duplicate_of_eval=unlike.left_out,
-        before_window=narrowed.before_window,
+        before_window=before_window,
         replayed=num_replayed,
-        over_max_records=found - num_train + num_held_out - num_eval + narrowed.replayed - num_replayed + unlike.unread,
+        over_max_records=found - num_train + num_held_out - num_eval + num_earlier - num_replayed + unlike.unread,
         near_share=unlike.share,
         near_clusters=unlike.clusters,
-        near_in_train=unlike.repeats(work, num_train),
-    )
-
-
-def _too_few(total: int, num_train: int, num_eval: int, *, eval_share: float, max_records: int) -> DataError:
-    limited = f" and data.max_records = {max_records}" if max_records else ""
-    remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
-    return DataError(
-        f"{total} distinct records are too few: with data.eval_share = {eval_share:g}{limited}, "
-        f"{num_train} are in train and {num_eval} in eval, and neither may be empty. Add records or {remedy}"
-        f"{', or raise data.max_records' if max_records else ''}."
+        near_in_train=unlike.repeats(num_train),
     )
 
 
 def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | None) -> Parts:
     """Write the first records of each split, as many as given; `num_apart` None writes no split `replay`."""
-    import pyarrow as pa
 
-    renamed = pa.Table.from_batches(
-        work.batches("SELECT number, id FROM renamed ORDER BY number"),
-        pa.schema({"number": pa.int64(), "id": pa.string()}),
-    )
-
-    def first(table: str, count: int) -> Iterator[pa.RecordBatch]:
+    def first(table: str, count: int) -> "Iterator[pa.RecordBatch]":
         numbers = work.numbers(f"SELECT number FROM {table} {_IN_ORDER} LIMIT {count}")
-        start = 0
-        for batch in work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY)):
-            yield _with_ids(batch, numbers[start : start + len(batch)], renamed)
-            start += len(batch)
+        return work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY))
 
     replay = None if num_apart is None else first("replayed", num_apart)
     return write_splits(
@@ -268,48 +229,19 @@ def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | No
     )
 
 
-def _with_ids(batch: "pa.RecordBatch", numbers: "npt.NDArray[np.int64]", renamed: "pa.Table") -> "pa.RecordBatch":
-    """The batch with renamed records' new ids. `numbers` are its records' numbers; `renamed` is sorted by number."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if not len(renamed):
-        return batch
-    known = renamed["number"].to_numpy()
-    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
-    is_renamed = known[places] == numbers
-    ids = renamed["id"].combine_chunks().take(pa.array(places[is_renamed]))
-    names = pc.replace_with_mask(batch["id"], pa.array(is_renamed), ids)
-    return batch.set_column(batch.schema.get_field_index("id"), "id", names)
-
-
-@dataclass(frozen=True)
-class _Unlike:
+class _Unlike(NamedTuple):
     """The result of the comparison with the held-out records."""
 
     looked_at: int
     left_out: int = 0
     unread: int = 0
     clusters: tuple[tuple[str, int], ...] = ()
-    comparison: "Comparison | None" = None
-    numbers: "npt.NDArray[np.int64] | None" = None
-    """The record numbers of `texts`, in their order."""
-    texts: Texts | None = None
+    repeats: Callable[[int], int] = lambda num_train: 0
+    """How many of the first so many records to train on are near an earlier one."""
 
     @property
     def share(self) -> float:
-        """The share that was left out of the records that were looked at."""
         return self.left_out / max(1, self.looked_at)
-
-    def repeats(self, work: Workspace, num_train: int) -> int:
-        """How many of the first `num_train` records to train on are near an earlier one."""
-        if self.comparison is None or self.numbers is None or self.texts is None:
-            return 0
-        import numpy as np
-
-        kept = work.numbers(f"SELECT number FROM others {_IN_ORDER} LIMIT {num_train}")
-        return self.comparison.repeats(self.texts, np.isin(self.numbers, kept))
 
 
 def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlike:
@@ -342,22 +274,20 @@ def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlik
     begins: Counter[str] = Counter()
     for row, count in near.items():
         begins[" ".join(held_out[row].split()[:WORDS_SHOWN])[:CHARS_SHOWN]] += count
-    return _Unlike(
-        looked_at,
-        looked_at - num_kept,
-        len(numbers) - looked_at,
-        tuple(begins.most_common(CLUSTERS_SHOWN)),
-        comparison,
-        numbers,
-        prompts,
-    )
+
+    def repeats(num_train: int) -> int:
+        kept = work.numbers(f"SELECT number FROM others {_IN_ORDER} LIMIT {num_train}")
+        return comparison.repeats(prompts, np.isin(numbers, kept))
+
+    clusters = tuple(begins.most_common(CLUSTERS_SHOWN))
+    return _Unlike(looked_at, looked_at - num_kept, len(numbers) - looked_at, clusters, repeats)
 
 
 def _prompts(work: Workspace, table: str) -> "tuple[npt.NDArray[np.int64], Texts]":
     """The numbers of a table's records, and their prompts, in order."""
     numbers = work.numbers(f"SELECT number FROM {table} {_IN_ORDER}")
     batches = work.in_order(numbers, ("prompt",))
-    return numbers, Texts.write(Path(work.folder, f"{table}.txt"), map(asked, batches))
+    return numbers, Texts(Path(work.folder, f"{table}.txt"), map(asked, batches))
 
 
 def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -> None:
@@ -374,11 +304,6 @@ def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -
     )
 
 
-def position(place: bytes) -> float:
-    """Where a hash lies among all hashes, in [0, 1]."""
-    return int.from_bytes(place[:8]) / 2**64
-
-
 def _sizes(num_train: int, num_eval: int, *, eval_share: float, max_records: int) -> tuple[int, int]:
     """How many records of each split to keep; where one has too few for its share, the other makes up for it."""
     if not max_records or num_train + num_eval <= max_records:
@@ -392,7 +317,7 @@ def _most_train(max_records: int, num_eval: int, eval_share: float) -> int:
     return max_records - min(num_eval, max(1, round(max_records * eval_share)))
 
 
-# Divides the held-out records into those that choose the weights and those that judge them; pure.
+# The held-out records: those that choose the weights, and those that judge them.
 
 
 def validation_and_test(records: Sequence[Record], *, validation_share: float) -> tuple[list[Record], list[Record]]:
@@ -411,20 +336,10 @@ def is_validation(record: Record, validation_share: float) -> bool:
     return _position(record, "validation") < validation_share
 
 
-def folds(records: Sequence[Record], *, number: int) -> list[list[Record]]:
-    """Divide test records into `number` parts. Another hash of the group's name or the id keeps each in its part."""
-    parts: list[list[Record]] = [[] for _ in range(number)]
-    for record in records:
-        parts[int(number * _position(record, "fold"))].append(record)
-    return parts
-
-
 def _position(record: Record, purpose: str) -> float:
     belongs_to = f"group:{record.group}" if record.group else record.id
     return position(hashlib.sha256(f"{purpose}:{belongs_to}".encode()).digest())
 
-
-# The held-out records that a run is judged by: those that no training looks at, or the part whose turn it is.
 
 SAMPLED = 16
 """Number of a test set's records by which it is recognised later."""
@@ -476,7 +391,10 @@ def parts_of(held_out: Sequence[Record], config: RunConfig) -> list[Judges]:
     number = config.evaluate.folds
     if number == 1:
         return [Judges(records)]
-    parts = [Judges(part, fold) for fold, part in enumerate(folds(records, number=number), start=1)]
+    # Another hash of the group's name or the id keeps each record in its part.
+    parts = [Judges([], fold) for fold in range(1, number + 1)]
+    for record in records:
+        parts[int(number * _position(record, "fold"))].records.append(record)
     if not all(part.records for part in parts):
         raise DataError(
             f"{len(records)} held-out records are too few for evaluate.folds {number}: lower it, raise data.eval_share "

@@ -1,34 +1,31 @@
 """One row in, one normalised record or one clear reason out. Every source passes through here, the example too.
 
-A row is an object in one of two forms, as it came or as `shapes` made it, each with an optional `id`; other columns are
-ignored:
+A row is an object in one of two forms, each with an optional `id` and other columns that are ignored:
 
     {"prompt": "ICD-10 chapter: Mpox", "completion": "Infections"}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
-`prompt` may also be a list of messages and `completion` a list of one assistant message (TRL's conversational form).
-Beside either form `tools` may list the tools that can be called, as JSON Schemas of functions; an assistant's message
-may have tool_calls, and a tool's message a result, as chat templates read them. Lists may be JSON text, as in Parquet.
-An assistant's message with weight 0 (OpenAI's) is context, and not an answer to learn.
+`prompt` and `completion` may be lists of messages (TRL's conversational form), and lists may be JSON text. `tools`,
+tool_calls and results are as chat templates read them. An assistant's message with weight 0 (OpenAI's) is context, and
+not an answer to learn.
 """
 
 import contextlib
 import gc
 import hashlib
-import itertools
 import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.config.train import ColumnsConfig, DataConfig, LossOn
 from components.prepare.dataset import WEIGHT, Hashes, Message, Record, Reject, Role, batch_of, keyed_batch
 from components.prepare.personal import Action, Kind, Screen
 from components.prepare.rows import Rows, SourceRow, Unreadable, read_rows
-from components.prepare.shapes import SPEAKERS, Shape, as_record, columns_read, is_record, recognised
+from components.prepare.shapes import SPEAKERS, as_record, columns_read, recognised
 from components.prepare.sources import Source, local_copies
 from components.registry.between_runs import NONE_ERASED, Erased
 from components.shared.errors import DataError
@@ -53,12 +50,7 @@ MAX_NAME_CHARS = 4096
 """Bound on an id or a group's name."""
 ID_DIGITS = 16
 """Hex digits of the content's hash that are the id of a row without one."""
-MAX_MARKS = 30
-"""Bound on combining characters in a row, as in Unicode's Stream-Safe Text Format (UAX #15, section 13): sorting them
-takes time quadratic in their number, and no language uses more."""
-
-
-_MAX_ROW_CHARS, _MAX_SHOWN_CHARS = 2000, 300
+_MAX_ROW_CHARS = 2000
 _OF_NOBODY_KNOWN = "[withheld: records were erased, and this row has no id that says it is none of them]"
 
 
@@ -95,10 +87,7 @@ def validate(row: object, *, group: str = "", source: str = "", loss_on: LossOn 
     belongs_to = _name(row.get(group), group) if group else ""
     tools = _tools(row.get("tools"))
     calls = _json(json.loads(answer.more)["tool_calls"]) if answer.more else ""
-    row_id = row.get("id")
-    if row_id == "":
-        raise DataError("id is empty: give it a value or leave it out")
-    name = "" if row_id is None else _name(row_id, "id")
+    name = _name(row["id"], "id") if row.get("id") is not None else ""
     return Record(name, turns, answer.content, calls, tools, belongs_to, source)
 
 
@@ -184,9 +173,7 @@ def _calls(calls: object, field: str) -> list[dict[str, Any]]:
     """Tool calls as chat templates read them: the arguments an object, not the JSON text that APIs make of them."""
     result: list[dict[str, Any]] = []
     for index, call in enumerate(_list(calls, field)):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{field}[{index}] names no function: expected {{function: {{name, arguments}}}}")
+        function = _function(call, f"{field}[{index}]", "{function: {name, arguments}}")
         arguments = _parsed(function.get("arguments", {}), f"{field}[{index}].function.arguments")
         if not isinstance(arguments, Mapping):
             raise DataError(f"{field}[{index}].function.arguments is {_kind(arguments)}: expected an object")
@@ -196,14 +183,17 @@ def _calls(calls: object, field: str) -> list[dict[str, Any]]:
 
 
 def _tools(tools: object) -> str:
-    if tools is None:
-        return ""
-    listed = _list(tools, "tools")
+    listed = _list(tools, "tools") if tools is not None else []
     for index, tool in enumerate(listed):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"tools[{index}] names no function: expected {{type, function: {{name, parameters}}}}")
+        _function(tool, f"tools[{index}]", "{type, function: {name, parameters}}")
     return _json(listed) if listed else ""
+
+
+def _function(value: Any, field: str, expected: str) -> Mapping[str, Any]:
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(f"{field} names no function: expected {expected}")
+    return function
 
 
 def _list(value: object, field: str) -> list[Any]:
@@ -233,10 +223,7 @@ def _completion(completion: object) -> Message:
     if isinstance(completion, list):
         turns = _messages(completion, "completion")
         if len(turns) != 1 or turns[0].role != "assistant":
-            raise DataError(
-                f"completion has messages from {', '.join(turn.role for turn in turns)[:_MAX_VALUE_CHARS]}: "
-                "expected one, from assistant"
-            )
+            raise DataError("completion has other messages than one from assistant")
         return turns[0]
     return Message("assistant", _text(completion, "completion"))
 
@@ -245,7 +232,7 @@ def _name(value: object, field: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f"{field} is {_kind(value)}{': expected text or a whole number' if value is not None else ''}")
     if value == "":
-        raise DataError(f"{field} is empty")
+        raise DataError(f"{field} is empty: give it a value or leave it out")
     name = _encodable(str(value))
     if len(name) > MAX_NAME_CHARS:
         raise DataError(f"{field} has {len(name)} characters: expected at most {MAX_NAME_CHARS}")
@@ -258,9 +245,6 @@ def _text(value: object, field: str) -> str:
     if len(value) > MAX_TEXT_CHARS:
         raise DataError(f"{field} has {len(value)} characters: expected at most {MAX_TEXT_CHARS}")
     if not value.isascii() and not unicodedata.is_normalized("NFC", value):
-        marks = itertools.groupby(value, key=lambda each: unicodedata.combining(each) > 0)
-        if max((sum(1 for _ in run) for is_mark, run in marks if is_mark), default=0) > MAX_MARKS:
-            raise DataError(f"{field} has more than {MAX_MARKS} combining characters in a row")
         value = unicodedata.normalize("NFC", value)
     text = _encodable(value.rstrip())
     if not text:
@@ -277,9 +261,7 @@ def _encodable(text: str) -> str:
 
 
 def _value(value: object) -> str:
-    if isinstance(value, str):
-        return repr(value[:_MAX_VALUE_CHARS])
-    return _kind(value)
+    return repr(value[:_MAX_VALUE_CHARS]) if isinstance(value, str) else _kind(value)
 
 
 def _kind(value: Any) -> str:
@@ -291,9 +273,6 @@ def _kind(value: Any) -> str:
         return "a number"
     kinds: dict[Any, str] = {str: "text", list: "a list", dict: "an object", bytes: "bytes"}
     return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-# Validates the rows of one source, a batch at a time: into records and rejected rows, with counts of both.
 
 
 def canonical_prompt(turns: Sequence[tuple[str, str, str]]) -> str:
@@ -337,6 +316,8 @@ def _weightless(turn: Message) -> Message:
 class Validated(NamedTuple):
     """The result of validating some rows."""
 
+    rows: int
+    """How many rows were read."""
     batch: "pa.RecordBatch"
     """The records that may be used, in order, with the columns of `keyed_batch`."""
     rejects: list[Reject]
@@ -352,8 +333,6 @@ class Validated(NamedTuple):
     """Number of pieces of personal data in the records, by kind."""
     with_personal: int
     """Number of records that hold any personal data."""
-    shown: list[tuple[str, str]]
-    """Shapes that this validation first met in these rows: name, and in words a row and the record that it becomes."""
 
 
 class Validation:
@@ -366,20 +345,17 @@ class Validation:
         """
         self._rules = rules
         self._screen = Screen(rules.personal, regions=rules.phone_regions, names=rules.personal_names)
-        self._shapes: dict[tuple[str, ...], tuple[Shape | None, bool]] = {}
-        """By columns the shape of rows with these and no other, and whether they are those of a record."""
-        self._shown: dict[str, str] = {}
+        self._shape_of = cache(partial(recognised, named=rules.columns))
 
     def of(self, source: Source, rows: Rows) -> Validated:
-        """Validate these rows, which all come from this source."""
         import pyarrow as pa
 
         rules, columns, unread = self._rules, Counter[tuple[str, ...]](), Counter[str]()
         records: dict[int, Record] = {}
         rejects: list[Reject] = []
-        erased, known, new = 0, len(self._shown), dict[int, Shape]()
-        for place, value in enumerate(rows.values):
-            names = ()
+        erased = 0
+        for place, row in enumerate(rows.rows):
+            value, names = row.value, ()
             if isinstance(value, dict):
                 names = tuple(value) + rows.unread_columns
                 columns[names] += 1
@@ -391,16 +367,13 @@ class Validation:
                 if isinstance(value, Unreadable):
                     raise DataError(value.reason)
                 if isinstance(value, dict):
-                    shape, is_as_it_is = self._shape_of(names)
-                    value = value if is_as_it_is else as_record(value, shape, rules.columns, group=rules.group)
+                    value = as_record(value, self._shape_of(names), rules.columns, group=rules.group)
                     unread.update(unread_keys(value))
-                    if shape and shape.name not in self._shown:
-                        new[place] = shape
                 records[place] = validate(value, group=rules.group, source=source.entry, loss_on=rules.loss_on)
             except DataError as exc:
                 is_known = row_id is not None or not rules.erased
-                row = self._screen.kept(_text_of(rows.row(place))) if is_known else _OF_NOBODY_KNOWN
-                rejects.append(Reject(source.name, rows.lines[place], str(exc), row))
+                text = self._screen.kept(_text_of(row)) if is_known else _OF_NOBODY_KNOWN
+                rejects.append(Reject(source.name, row.line, str(exc), text))
         personal = {}
         for place in self._screen.suspects(records):
             records[place], kinds = self._screen.record(records[place])
@@ -414,18 +387,8 @@ class Validation:
             gone |= personal.keys()
         if gone:
             batch = batch.filter(pa.array([place not in gone for place in records]))
-        for place, shape in new.items():
-            if place in records and place not in gone and shape.name not in self._shown:
-                row = self._screen.kept(_text_of(rows.row(place)))
-                self._shown[shape.name] = _described(source, rows.lines[place], row, shape, records[place])
-        shown, found = [*self._shown.items()][known:], sum(counted, Counter[Kind]())
-        return Validated(batch, rejects, withheld, erased, columns, unread, found, len(counted), shown)
-
-    def _shape_of(self, names: tuple[str, ...]) -> tuple[Shape | None, bool]:
-        if names not in self._shapes:
-            shape = recognised(names, self._rules.columns)
-            self._shapes[names] = shape, is_record(shape, self._rules.columns)
-        return self._shapes[names]
+        found = sum(counted, Counter[Kind]())
+        return Validated(len(rows.rows), batch, rejects, withheld, erased, columns, unread, found, len(counted))
 
     def _erased(self, batch: "pa.RecordBatch", places: Sequence[int]) -> set[int]:
         """Which of the records at these places were erased, by the ids that they may have in a dataset."""
@@ -441,14 +404,6 @@ def _id_of(row: object, named: ColumnsConfig) -> str | None:
     with contextlib.suppress(DataError):
         return _name(row.get(named.id or "id"), "id") if isinstance(row, Mapping) else None
     return None
-
-
-def _described(source: Source, line: int, row_text: str, shape: Shape, record: Record) -> str:
-    asked = record.asked if isinstance(record.asked, str) else json.dumps(record.asked, ensure_ascii=False)
-    return (
-        f"{source.name}:{line} is read as {shape.name}: {row_text[:_MAX_SHOWN_CHARS]} becomes the prompt "
-        f"{asked[:_MAX_SHOWN_CHARS]!r} and the answer {record.answer_text[:_MAX_SHOWN_CHARS]!r}"
-    )
 
 
 def _text_of(row: SourceRow) -> str:
@@ -480,32 +435,21 @@ class Rules:
 
     @classmethod
     def of(cls, data: DataConfig, erased: Erased = NONE_ERASED) -> "Rules":
-        """The rules of a config, with the records that were erased."""
         regions = tuple(data.phone_regions)
         return cls(data.group, data.columns, data.personal, regions, data.personal_names, data.loss_on, erased)
 
 
-class Batch(NamedTuple):
-    """Some rows of one source, in order."""
-
-    place: int
-    """The index of the source among all sources."""
-    rows: int
-    """How many rows were read."""
-    validated: Validated
+Reader = Callable[[Sequence[Source], Rules], Iterator[tuple[int, Validated]]]
+"""A function that validates every row of every source, and yields the results in order, each with the index of its
+source; it raises DataError where a source cannot be opened, and StoreError where one in S3 cannot be read."""
 
 
-Reader = Callable[[Sequence[Source], Rules], Iterator[Batch]]
-"""A function that validates every row of every source, and yields the results in order; it raises DataError where a
-source cannot be opened, and StoreError where one in S3 cannot be read."""
-
-
-def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[Batch]:
+def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Validated]]:
     """The reader that runs in this process alone."""
     validation = Validation(rules)
     with nothing_old_collected():
         for place, rows in rows_of(sources, rules):
-            yield Batch(place, len(rows.lines), validation.of(sources[place], rows))
+            yield place, validation.of(sources[place], rows)
 
 
 def rows_of(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Rows]]:

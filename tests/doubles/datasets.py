@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from components.prepare import dataset, prepare, workspace
 from components.prepare import split as splitting
-from components.prepare.dataset import DatasetFolder, Hashes, Record, Reject, batch_of, keyed_batch, records_of
+from components.prepare.dataset import DatasetFolder, Hashes, Record, Reject, batch_of, keyed_batch, record_of
 from components.prepare.prepare import Intake
 from components.prepare.sources import Source
 from components.prepare.validate import Rules, keyed
@@ -57,7 +57,7 @@ class KeyedRecord:
 def keyed_records(batch: pa.RecordBatch) -> Iterator[KeyedRecord]:
     """The records of a batch of `keyed`."""
     hashes = batch.select([*Hashes._fields, "named"]).to_pylist()
-    return (KeyedRecord(record, **each) for record, each in zip(records_of(batch), hashes, strict=True))
+    return (KeyedRecord(record, **each) for record, each in zip(map(record_of, batch.to_pylist()), hashes, strict=True))
 
 
 def validate(row: object, **rules: Any) -> KeyedRecord:
@@ -99,14 +99,10 @@ def holding(rows: Iterable[KeyedRecord], *, memory_bytes: int = SMALL) -> Iterat
 
 
 def deduplicate(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL) -> SimpleNamespace:
-    """The rows that stay, with the ids that they are given, and the counts of those that do not."""
+    """The rows that stay, and the counts of those that do not."""
     with holding(rows, memory_bytes=memory_bytes) as work:
         counts = splitting.deduplicate(work)
-        numbers = work.rows("SELECT number, renamed.id FROM chosen LEFT JOIN renamed USING (number) ORDER BY number")
-    kept = [
-        rows[number] if name is None else replace(rows[number], record=replace(rows[number].record, id=name))
-        for number, name in numbers
-    ]
+        kept = [rows[number] for (number,) in work.rows("SELECT number FROM chosen ORDER BY number")]
     assert counts.records == len(kept)
     return SimpleNamespace(records=kept, duplicates=counts.duplicates, superseded=counts.superseded)
 

@@ -1,6 +1,137 @@
-from components.prepare.dataset import Message, Record, load_split
+"""Who saw a record: datasets, the versions made of them, those that grew from these, and runs that keep its text."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from components.config.schema import RunConfig
+from components.prepare.dataset import Message, Record, exposure_of, load_split
+from components.prepare.prepare import prepare
+from components.registry import signing
+from components.registry.aliases import promote
+from components.registry.versions import Version, publish_version
 from components.store import folders
+from components.store.store import Store
 from tests.doubles.datasets import dataset_id, publish
+
+Prepared = Callable[..., str]
+
+
+@pytest.fixture
+def dataset_of(write_rows: Callable[..., str], store: Store, run_config: Callable[..., RunConfig]) -> Prepared:
+    """The id of a dataset of these rows."""
+
+    def build(rows: list[Any], name: str) -> str:
+        return prepare(
+            run_config(write_rows(rows, f"{name}.jsonl"), eval_share=0.3, max_reject_share=0.5), store
+        ).dataset_id
+
+    return build
+
+
+def rows(start: int, end: int) -> list[Any]:
+    return [{"id": i, "prompt": f"question {i}", "completion": f"answer {i}"} for i in range(start, end)]
+
+
+def published(store: Store, name: str, weights: str, *, dataset: str = "", parents: tuple[str, ...] = ()) -> Version:
+    files = {"adapter_model.safetensors": weights.encode(), "adapter_config.json": b"{}"}
+    return publish_version(
+        store, name, files, lineage={"run_id": "", "dataset": {"dataset_id": dataset}, "parents": list(parents)}
+    )
+
+
+def as_parquet(columns: dict[str, list[Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def test_each_dataset_is_named_with_the_part_that_holds_the_record(dataset_of: Prepared, store: Store) -> None:
+    first, second, without = dataset_of(rows(0, 60), "1"), dataset_of(rows(3, 80), "2"), dataset_of(rows(50, 99), "3")
+    for record_id in map(str, range(60)):
+        holders = exposure_of(store, [record_id]).datasets
+        # The judge reads every byte of every part.
+        wanted = {
+            (dataset, part)
+            for dataset in (first, second, without)
+            for part in ("train", "eval")
+            for info in store.list(f"datasets/{dataset}/{part}/")
+            if record_id in pq.read_table(io.BytesIO(store.get(info.key)))["id"].to_pylist()
+        }
+        assert {(each.dataset_id, part) for each in holders for part in each.parts} == wanted
+    several = exposure_of(store, ["3", "70", "none"]).datasets
+    ids = {first: ("3",), second: ("3", "70"), without: ("70",)}
+    assert {each.dataset_id: each.ids for each in several} == ids
+
+
+def test_a_rejected_row_holds_a_record_too_and_nobody_was_trained_on_it(dataset_of: Prepared, store: Store) -> None:
+    bad = [{"id": 4711, "prompt": "secret", "completion": ""}, '{"id": "4712", "prompt": "secret', '{"age": 47113}']
+    dataset = dataset_of([*rows(0, 60), *bad], "1")
+    published(store, "sums", "1", dataset=dataset)
+    for record_id in ("4711", "4712"):
+        found = exposure_of(store, [record_id])
+        assert [(each.dataset_id, each.parts) for each in found.datasets] == [(dataset, ("rejects",))]
+        assert found.versions == ()
+    assert exposure_of(store, ["471"]).datasets == ()
+
+
+def test_versions_of_the_dataset_and_those_that_grew_from_them_are_named(dataset_of: Prepared, store: Store) -> None:
+    seen, other = dataset_of(rows(0, 60), "1"), dataset_of(rows(60, 120), "2")
+    one = published(store, "sums", "1", dataset=seen)
+    two = published(store, "sums", "2", dataset=other, parents=(one.uri,))
+    three = published(store, "products", "3", dataset=other, parents=(two.uri,))
+    published(store, "sums", "4", dataset=other)
+    promote(store, "sums", one.version)
+    promote(store, "products", three.version, "staging")
+    found = {each.uri: each for each in exposure_of(store, ["5"]).versions}
+    assert {uri: (each.why, each.dataset_id, each.aliases) for uri, each in found.items()} == {
+        one.uri: ("dataset", seen, ("production",)),
+        two.uri: ("parent", "", ()),
+        three.uri: ("parent", "", ("staging",)),
+    }
+    assert exposure_of(store, ["none"]).versions == ()
+
+
+def test_a_version_whose_lineage_cannot_be_read_may_have_seen_it(dataset_of: Prepared, store: Store) -> None:
+    dataset_of(rows(0, 60), "1")
+    version = published(store, "sums", "1")
+    store.put(f"adapters/sums/versions/{version.version}/lineage.json", b"{")
+    (found,) = exposure_of(store, ["5"]).versions
+    assert (found.uri, found.why) == (version.uri, "unknown")
+
+
+def test_a_revoked_version_is_known_as_revoked(dataset_of: Prepared, store: Store) -> None:
+    key = Ed25519PrivateKey.generate()
+    version = published(store, "sums", "1", dataset=dataset_of(rows(0, 60), "1"))
+    store.trusted_keys = (signing.public_text(key),)
+    (before,) = exposure_of(store, ["5"]).versions
+    signing.revoke(store, "sums", version.version, key, reason="erased")
+    assert exposure_of(store, ["5"]).versions == (replace(before, revoked=True),)
+    assert before.revoked is False
+
+
+def test_a_run_that_evaluated_on_it_keeps_its_text(store: Store) -> None:
+    columns = {"id": ["1", "4711"], "prompt": [json.dumps("q")] * 2, "answer_tokens": [1, 1]}
+    store.put("runs/a/evaluation_records.parquet", as_parquet(columns))
+    store.put("runs/b/evaluation_records.parquet", as_parquet({**columns, "id": ["1", "2"]}))
+    assert exposure_of(store, ["4711"]).runs == ("a",)
+
+
+@pytest.mark.parametrize("body", [b"junk", as_parquet({"text": ["x"]})])
+def test_a_file_that_cannot_be_searched_hides_no_other(body: bytes, dataset_of: Prepared, store: Store) -> None:
+    dataset = dataset_of(rows(0, 60), "1")
+    store.put("datasets/d0/train/part-00000.parquet", body)
+    found = exposure_of(store, ["5"])
+    assert found.unread == (store.uri("datasets/d0/train/part-00000.parquet"),)
+    assert [each.dataset_id for each in found.datasets] == [dataset]
+
 
 A = Record("a", [Message("user", "p")], "x")
 B = Record("b", [Message("system", "s"), Message("user", "p")], "y")
@@ -9,20 +140,6 @@ B = Record("b", [Message("system", "s"), Message("user", "p")], "y")
 def test_the_id_is_fixed_by_the_records() -> None:
     assert dataset_id([A], [B]) == dataset_id([Record("a", [Message("user", "p")], "x")], [B])
     assert dataset_id([A], [B]) == "d1770dff0ee6de82"
-
-
-def test_the_id_changes_with_anything_that_training_or_evaluation_sees() -> None:
-    variants = [
-        ([A], [B]),
-        ([B], [A]),
-        ([A, B], []),
-        ([Record("a", [Message("user", "p")], "z")], [B]),
-        ([Record("a", [Message("user", "q")], "x")], [B]),
-        ([Record("a", [Message("system", "p")], "x")], [B]),
-        ([Record("c", [Message("user", "p")], "x")], [B]),
-        ([Record("a", [Message("user", "p")], "x", group="g")], [B]),
-    ]
-    assert len({dataset_id(train, evaluation) for train, evaluation in variants}) == len(variants)
 
 
 def test_tools_calls_and_groups_survive_the_store(store) -> None:

@@ -59,21 +59,15 @@ def test_the_training_files_of_a_data_set_are_read_at_one_commit(ask: Ask, folde
     with serving("org/name", folder, "datasets") as served:
         for entry in ("hf://org/name/main", "hf://datasets/org/name@v1/main/train-*.jsonl"):
             assert ask(entry, served.url) == [[f"hf://datasets/org/name@{COMMIT}/main/train-0.jsonl"], ["m"]]
-        assert ask("hf://org/name/main/test-0.jsonl", served.url) == [
-            [f"hf://datasets/org/name@{COMMIT}/main/test-0.jsonl"],
-            ["t"],
-        ]
+        name = "main/test-0.jsonl"
+        assert ask(f"hf://org/name/{name}", served.url) == [[f"hf://datasets/org/name@{COMMIT}/{name}"], ["t"]]
         assert served.sent == {"main/train-0.jsonl", "main/test-0.jsonl"}
 
 
-def test_of_several_folders_one_has_to_be_named(ask: Ask, folder: Path) -> None:
+def test_a_data_set_that_cannot_be_read_is_named_with_the_reason(ask: Ask, folder: Path) -> None:
     with serving("org/name", folder, "datasets") as served:
-        message = "which has 2 folders of data: name one, such as hf://org/name/main, hf://org/name/socratic"
-        assert message in str(ask("hf://org/name", served.url))
-
-
-def test_a_data_set_that_there_is_not_or_that_has_no_data_is_named(ask: Ask, folder: Path) -> None:
-    with serving("org/name", folder, "datasets") as served:
+        several = "which has 2 folders of data: name one, such as hf://org/name/main, hf://org/name/socratic"
+        assert several in str(ask("hf://org/name", served.url))
         assert "'hf://org/other', and the hub refuses it: " in str(ask("hf://org/other", served.url))
         assert "which has no data files" in str(ask("hf://org/name/none", served.url))
 
@@ -88,10 +82,10 @@ def test_without_a_hub_it_says_what_else_to_do(ask: Ask) -> None:
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DataError, match=r"pip install 'fineloop\[hub\]'"):
-        sources.find("hf://org/name")
+        sources.find_sources("hf://org/name")
 
 
 @pytest.mark.parametrize("entry", ["hf://", "hf://name", "hf://org/name@"])
 def test_an_address_that_is_none_is_named(entry: str) -> None:
     with pytest.raises(DataError, match=r"expected hf://ORG/NAME"):
-        sources.find(entry)
+        sources.find_sources(entry)

@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare.prepare import Intake, require_usable
-from components.prepare.sources import find_sources
+from components.prepare import prepare
+from components.prepare.prepare import Counts, Intake, require_usable
+from components.prepare.sources import Source, find_sources
 from components.shared.errors import DataError
 from tests.doubles.datasets import Read, read
 
@@ -40,13 +42,6 @@ def test_the_text_of_a_bad_row_is_cut_to_2000_characters(write_rows: Callable[..
     assert len(reject.row) == 2000
 
 
-def test_parquet_rows_are_rejected_by_row_number(tmp_path: Path) -> None:
-    path = tmp_path / "x.parquet"
-    pq.write_table(pa.Table.from_pylist([*good(2), {"prompt": "x", "completion": None}]), path)
-    (reject,) = read_of(str(path)).rejects
-    assert (reject.line, reject.reason, reject.row) == (3, "completion is missing", '{"prompt": "x"}')
-
-
 def test_a_time_that_python_does_not_reach_spoils_its_row_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     times = pa.array([0, 2**62, -(2**62), 1], pa.timestamp("us"))
@@ -59,29 +54,20 @@ def test_a_time_that_python_does_not_reach_spoils_its_row_alone(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("num_bad", "stops"), [(4, False), (5, False), (6, True)])
-def test_rows_are_refused_only_above_the_limit(num_bad: int, stops: bool, write_rows: Callable[..., str]) -> None:
+def test_rows_are_refused_only_above_the_limit(
+    num_bad: int, stops: bool, write_rows: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     intake = intake_of(write_rows([*good(100 - num_bad), *["{}"] * num_bad]))
     if not stops:
         require_usable(intake, max_reject_share=0.05)
+        assert f"{num_bad}.00 % of rows are unusable" in caplog.text
         return
     with pytest.raises(DataError, match=r"6\.0% .*\(6 of 100\).*data\.max_reject_share = 0\.05"):
         require_usable(intake, max_reject_share=0.05)
 
 
-@pytest.mark.parametrize(("num_bad", "share"), [(0, []), (2, ["2.00 % of rows are unusable"])])
-def test_the_log_counts_the_unusable_rows_of_a_source_once(
-    num_bad: int, share: list[str], write_rows: Callable[..., str], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    name = write_rows([*good(100 - num_bad), *["{}"] * num_bad])
-    require_usable(intake_of(name), max_reject_share=0.05)
-    lines = [each.message.partition(";")[0] for each in caplog.records if "unusable" in each.message]
-    assert lines == [f"{name}: 100 rows, {num_bad} unusable", *share]
-
-
-def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(
-    write_rows: Callable[..., str],
-) -> None:
+def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(write_rows: Callable[..., str]) -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "critic", "content": "x"}]
     bad = [
         *[{"prompt": "a", "completion": ""}] * 3,
@@ -112,32 +98,13 @@ def test_empty_data_is_refused(content: list[str], write_rows: Callable[..., str
         require_usable(intake_of(name), max_reject_share=1.0)
 
 
-def test_unknown_columns_are_refused_by_name_with_what_is_expected(write_rows: Callable[..., str]) -> None:
-    name = write_rows([{"prompt": "a", "reply": "b"}] * 3)
-    with pytest.raises(DataError, match=r"found 'prompt', 'reply'; expected prompt and completion, or messages"):
-        require_usable(intake_of(name), max_reject_share=1.0)
-
-
 def test_unknown_columns_of_parquet_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"topic": ["a", "b"], "output": ["c", "d"]}), path)
     intake = intake_of(str(path))
-    assert intake.num_rows == 2
+    assert intake.total.rows == 2
     with pytest.raises(DataError, match=r"found 'topic', 'output'; expected"):
         require_usable(intake, max_reject_share=1.0)
-
-
-def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_bytes('{"prompt": "caf\u00e9", "completion": "b"}\n'.encode("latin-1") * 3)
-    with pytest.raises(DataError, match=r"no usable row among \d.*\n.*not UTF-8 at byte N .*x\.jsonl:1"):
-        require_usable(intake_of(str(path)), max_reject_share=1.0)
-
-
-def test_data_without_one_usable_row_is_refused_whatever_the_limit(write_rows: Callable[..., str]) -> None:
-    name = write_rows([{"prompt": "", "completion": "b"}] * 3)
-    with pytest.raises(DataError, match=r"no usable row among 3:\n  3 x prompt is empty"):
-        require_usable(intake_of(name), max_reject_share=1.0)
 
 
 def test_columns_and_sources_are_counted(write_rows: Callable[..., str]) -> None:
@@ -145,5 +112,34 @@ def test_columns_and_sources_are_counted(write_rows: Callable[..., str]) -> None
     second = write_rows([*good(1), "{}"], "b.jsonl")
     intake = intake_of([first, second])
     assert intake.columns == {"prompt": 3, "completion": 3, "topic": 2}
-    assert [(each.source.name, each.rows, each.rejected) for each in intake.sources] == [(first, 2, 0), (second, 2, 1)]
-    assert intake.sources[0].source.size_bytes == Path(first).stat().st_size
+    assert [(source.name, counts.rows, counts.rejected) for source, counts in intake.sources] == [
+        (first, 2, 0),
+        (second, 2, 1),
+    ]
+
+
+NEWEST = datetime(2026, 3, 31, tzinfo=UTC)
+
+
+def source(name: str, days_old: float | None = 0) -> Source:
+    return Source(name, 1, "1", None if days_old is None else NEWEST - timedelta(days=days_old))
+
+
+def in_window(*parts: tuple[Source, int], days: float) -> set[int]:
+    """Which of the records that the sources gave, so many each, are in the window."""
+    read = Intake(sources=[(each, Counts(count)) for each, count in parts])
+    return {number for start, end in prepare.in_window(read, days=days) for number in range(start, end)}
+
+
+def test_the_window_ends_at_the_newest_source_and_keeps_what_has_no_time() -> None:
+    parts = (source("old", 8), 2), (source("edge", 7), 1), (source("new"), 1), (source("example", None), 1)
+    assert in_window(*parts, days=7) == {2, 3, 4}
+
+
+def test_rows_that_gave_no_record_are_not_counted_to_the_window() -> None:
+    read = Intake(sources=[(source("old", 30), Counts(5, 2, 1)), (source("new"), Counts(4, 1, 1))])
+    assert prepare.in_window(read, days=7) == [(2, 4)]
+
+
+def test_without_times_everything_is_in_the_window() -> None:
+    assert in_window((source("example", None), 3), days=1) == {0, 1, 2}

@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import random
 import re
+from collections.abc import Iterable
 
 import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.prepare.split import judges, require_enough, too_few_to_replace
+from components.prepare.split import judges, require_enough, too_few_to_replace, validation_and_test
 from components.records import runs
 from components.records.steps import Decision
 from components.registry.aliases import promote
@@ -21,7 +23,7 @@ from tests.doubles import datasets
 NUMBER = 400
 
 
-def records(numbers: range) -> list[Record]:
+def records(numbers: Iterable[int]) -> list[Record]:
     return [Record(f"r{number}", [Message("user", f"{number}?")], "a") for number in numbers]
 
 
@@ -76,14 +78,6 @@ def test_the_parts_are_apart_and_a_refresh_moves_no_record(config, store, publis
     assert all(sum(len(one & other) > 0 for other in after) == 1 for one in before)
 
 
-def test_a_test_set_is_known_again_however_much_of_it_was_used(config, store, published):
-    uri = published()
-    asked = [config_file.loads(config_file.dumps(config), [f"evaluate.records={number}"]) for number in (20, 300)]
-    few, many = (judges(store, uri, each, run_id="r").sample for each in asked)
-    assert few == many
-    assert len(few) == 16
-
-
 def test_parts_without_records_are_refused(config, store, published):
     with pytest.raises(DataError, match=r"too few for evaluate\.folds 9"):
         judges(store, published(range(6)), in_folds(config, 9), run_id="r")
@@ -100,10 +94,7 @@ def test_parts_without_records_are_refused(config, store, published):
             ["gate.min_records=200", "evaluate.records=20", "evaluate.max_records=20"],
             "^20 records .* evaluate.records,",
         ),
-        (
-            ["gate.min_records=200", "evaluate.folds=3"],
-            "for 200, so that this run is refused: raise data.eval_share",
-        ),
+        (["gate.min_records=200", "evaluate.folds=3"], "for 200, so that this run is refused: raise data.eval_share"),
     ],
     ids=str,
 )
@@ -151,3 +142,31 @@ def test_that_no_candidate_can_replace_a_version_is_said_beforehand(config, stor
     promote(store, "colours", version)
     said = too_few_to_replace(store, uri, asked, run_id="r")
     assert re.search(f"{message}.* may replace {version}", said) if message else said == ""
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_held_out_records_either_choose_or_judge_in_the_proportion_asked_for(share):
+    validation, test = validation_and_test(records(range(2000)), validation_share=share)
+    assert {each.id for each in validation} | {each.id for each in test} == {f"r{number}" for number in range(2000)}
+    assert len(validation) + len(test) == 2000
+    assert len(validation) / 2000 == pytest.approx(share, abs=0.03)
+    assert [each.id for each in test] == sorted((each.id for each in test), key=lambda name: int(name[1:]))
+
+
+def test_no_record_moves_when_others_come_or_go():
+    before, _ = validation_and_test(records(range(300)), validation_share=0.2)
+    some = random.Random(1).sample(range(300), 150)
+    after, _ = validation_and_test(records([*some, *range(1000, 1400)]), validation_share=0.2)
+    assert {each.id for each in after if int(each.id[1:]) < 300} == {
+        each.id for each in before if int(each.id[1:]) in some
+    }
+
+
+def test_records_of_a_group_choose_or_judge_together():
+    grouped = [dataclasses.replace(each, group=f"g{number // 3}") for number, each in enumerate(records(range(300)))]
+    validation, test = ({each.group for each in part} for part in validation_and_test(grouped, validation_share=0.4))
+    assert len(validation) + len(test) == len(validation | test) == 100
+
+
+def test_of_a_single_record_both_hold_it():
+    assert validation_and_test(records([1]), validation_share=0.2) == (records([1]), records([1]))

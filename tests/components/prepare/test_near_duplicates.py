@@ -1,16 +1,30 @@
 import random
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from components.prepare import near_duplicates as compared
-from components.prepare.near_duplicates import COMMON, MOST_COMPARED, Comparison
+from components.prepare.near_duplicates import (
+    EMPTY,
+    Band,
+    Batch,
+    Comparison,
+    Hashes,
+    Known,
+    MinHash,
+    Signatures,
+    Signed,
+    frequent,
+    lenders_of,
+    minima_of,
+    mixed,
+)
 from components.prepare.rows import example_rows
 
 
@@ -27,84 +41,15 @@ def terms(count: int) -> list[str]:
     return found[5000 : 5000 + count]
 
 
-def jaccard(one: str, other: str, common: set[str]) -> float:
-    """By the definition, on sets of texts."""
-    sets = []
-    for text in (one, other):
-        said = re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
-        sets.append({said[start : start + 5] for start in range(len(said) - 4)} - common)
-    union = sets[0] | sets[1]
-    return len(sets[0] & sets[1]) / len(union) if union else 0.0
-
-
-@pytest.mark.parametrize("similarity", [0.8, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.5, 1.0))])
-def test_every_pair_that_is_as_similar_is_found_and_no_other(similarity: float) -> None:
-    some = [term for term in terms(700) if term.isascii() and "_" not in term and len(term) >= 5]
-    random.Random(0).shuffle(some)
-    held_out, prompts = some[:140], some[140:]
-    shingles = [{said[i : i + 5] for i in range(len(said) - 4)} for said in map(_said, held_out)]
-    counts = {each: sum(each in one for one in shingles) for each in set().union(*shingles)}
-    common = {each for each, count in counts.items() if count > COMMON * len(held_out)}
-    expected = [any(jaccard(ours, theirs, common) >= similarity for theirs in held_out) for ours in prompts]
-    assert near_duplicates(prompts, held_out, similarity=similarity) == expected
-    assert sum(expected) < len(prompts)
-    assert any(expected) or similarity == 1.0
-
-
 def _said(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
-
-
-def test_case_punctuation_and_white_space_hide_nothing() -> None:
-    held_out = terms(400)
-    changed = [f"  {term.upper()}." for term in held_out]
-    assert sum(near_duplicates(changed, held_out, similarity=1.0)) == 400
-
-
-def test_what_every_prompt_says_makes_none_like_another() -> None:
-    asked = "Answer in one word and without a full stop. Which of the twenty-two chapters has "
-    held_out = [asked + term for term in ("Mpox", "Stye", "Noma", "Glaucoma", "Gout", "Scurvy")]
-    prompts = [asked + term for term in ("Rickets", "Zoster", "Glaucomas", "stye!")]
-    assert near_duplicates(prompts, held_out, similarity=0.8) == [False, False, True, True]
-
-
-def test_texts_too_short_to_compare_are_like_their_equals_alone() -> None:
-    assert near_duplicates(["a", "A", "b", ""], ["a", "abc"], similarity=0.8) == [True, True, False, False]
-
-
-def test_a_share_that_is_just_the_one_asked_for_is_as_similar() -> None:
-    """55 of 100 shingles are held out, and 0.55 times 100 is 55.00000000000001."""
-    text = "".join(chr(0x4E00 + place) for place in range(104))
-    assert near_duplicates([text], [text[:59]], similarity=0.55) == [True]
-    assert near_duplicates([text], [text[:58]], similarity=0.55) == [False]
-
-
-# What follows is judged by `Judge`, which reckons with sets of texts and loops over all pairs.
-
-VOCABULARY = ["".join(random.Random(n).choices("etaoinshrdlucmfwyp", k=2 + n % 8)) for n in range(6000)]
-
-
-def prose(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choices(VOCABULARY, k=words))
-
-
-def edited(rng: random.Random, text: str) -> str:
-    """Another case and punctuation, or a word added, lost or changed."""
-    words = text.split()
-    place = rng.randrange(len(words))
-    changes = [
-        [word.upper() for word in words],
-        [*words[:place], prose(rng, 1), *words[place:]],
-        [*words[:place], *words[place + 1 :]],
-        [*words[:place], prose(rng, 1), *words[place + 1 :]],
-    ]
-    return ", ".join(rng.choice(changes)) + "!"
 
 
 class Judge:
     """The rule by its words: five characters in a row, but for common ones, with and without shared runs of words."""
 
-    def __init__(self, corpus: list[str], held_out: list[str]) -> None:
+    def __init__(self, corpus: list[str], held_out: list[str], similarity: float = 0.8) -> None:
+        self.similarity = similarity
         fives = Counter(each for text in held_out for each in self.fives(_said(text)))
         self.common = {each for each, count in fives.items() if count > max(3, len(held_out) / 20)}
         runs = Counter(run for words in {_said(text) for text in corpus} for run in set(self.runs(words.split())))
@@ -136,7 +81,57 @@ class Judge:
         if _said(one) == _said(other):
             return True
         pairs = zip(self.sets(one), self.sets(other), strict=True)
-        return all(len(a & b) >= 0.8 * len(a | b) and a and b for a, b in pairs)
+        return all(len(a & b) >= self.similarity * len(a | b) and a and b for a, b in pairs)
+
+
+@pytest.mark.parametrize("similarity", [0.8, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.5, 1.0))])
+def test_every_pair_that_is_as_similar_is_found_and_no_other(similarity: float) -> None:
+    some = [term for term in terms(700) if term.isascii() and "_" not in term and len(term) >= 5]
+    random.Random(0).shuffle(some)
+    held_out, prompts = some[:140], some[140:]
+    judge = Judge(some, held_out, similarity)
+    expected = [any(judge.are_near(ours, theirs) for theirs in held_out) for ours in prompts]
+    assert near_duplicates(prompts, held_out, similarity=similarity) == expected
+    assert sum(expected) < len(prompts)
+    assert any(expected) or similarity == 1.0
+
+
+def test_what_every_prompt_says_makes_none_like_another() -> None:
+    asked = "Answer in one word and without a full stop. Which of the twenty-two chapters has "
+    held_out = [asked + term for term in ("Mpox", "Stye", "Noma", "Glaucoma", "Gout", "Scurvy")]
+    prompts = [asked + term for term in ("Rickets", "Zoster", "Glaucomas", "stye!")]
+    assert near_duplicates(prompts, held_out, similarity=0.8) == [False, False, True, True]
+
+
+def test_texts_too_short_to_compare_are_like_their_equals_alone() -> None:
+    assert near_duplicates(["a", "A", "b", ""], ["a", "abc"], similarity=0.8) == [True, True, False, False]
+
+
+def test_a_share_that_is_just_the_one_asked_for_is_as_similar() -> None:
+    """55 of 100 shingles are held out, and 0.55 times 100 is 55.00000000000001."""
+    text = "".join(chr(0x4E00 + place) for place in range(104))
+    assert near_duplicates([text], [text[:59]], similarity=0.55) == [True]
+    assert near_duplicates([text], [text[:58]], similarity=0.55) == [False]
+
+
+VOCABULARY = ["".join(random.Random(n).choices("etaoinshrdlucmfwyp", k=2 + n % 8)) for n in range(6000)]
+
+
+def prose(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choices(VOCABULARY, k=words))
+
+
+def edited(rng: random.Random, text: str) -> str:
+    """Another case and punctuation, or a word added, lost or changed."""
+    words = text.split()
+    place = rng.randrange(len(words))
+    changes = [
+        [word.upper() for word in words],
+        [*words[:place], prose(rng, 1), *words[place:]],
+        [*words[:place], *words[place + 1 :]],
+        [*words[:place], prose(rng, 1), *words[place + 1 :]],
+    ]
+    return ", ".join(rng.choice(changes)) + "!"
 
 
 @pytest.mark.parametrize("instructions", [0, 10, 30, 60])
@@ -159,14 +154,6 @@ def test_planted_near_duplicates_are_found_among_templates_and_nothing_else_is(i
     )
     assert missed <= 0.01 * sum(expected)
     assert wrong == 0
-
-
-@pytest.mark.parametrize("instructions", [10, 30, 60])
-def test_a_tasks_instruction_makes_no_two_messages_near(instructions: int) -> None:
-    rng = random.Random(0)
-    forms = [prose(rng, 70) for _ in range(instructions)]
-    rows = [f"{rng.choice(forms)}\n\n{prose(rng, rng.randint(6, 14))}" for _ in range(8000)]
-    assert not any(near_duplicates(rows[800:], rows[:800], similarity=0.8))
 
 
 def test_a_document_makes_no_two_of_its_questions_near() -> None:
@@ -247,39 +234,214 @@ def test_repeats_are_counted_once_each(tmp_path: Path, monkeypatch: pytest.Monke
     assert repeats(given, kept) == repeats(some) > 10
 
 
-def test_of_a_band_each_is_compared_with_the_first_of_its_hash_and_with_the_one_before() -> None:
-    keys, rows = np.array([5, 5, 5, 5, 7, 8, 8], np.uint32), np.array([0, 3, 6, 9, 2, 1, 4])
-    pairs = compared._neighbours(keys, rows, size=10)
-    assert [divmod(pair, 10) for pair in pairs.tolist()] == [(3, 0), (4, 1), (6, 0), (6, 3), (9, 0), (9, 6)]
+# MinHash.
 
 
-def test_prompts_of_a_long_form_with_short_gaps_take_no_longer_the_more_there_are(tmp_path: Path) -> None:
-    """They share no run of eight words, and most pairs are candidates: at most sixteen of them are compared."""
+def rows_of(sizes: list[int]) -> np.ndarray:
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def test_each_bin_holds_its_smallest_number_or_what_the_first_lender_with_any_holds() -> None:
+    """By the definition, a bin and a hash at a time."""
+    rng, bins = random.Random(0), 24
+    texts = [[rng.getrandbits(64) for _ in range(size)] for size in (0, 1, 2, 5, 24, 100, 1, 1000, 0)]
+    marks = [[rng.random() < 0.8 for _ in text] for text in texts]
+    expected = []
+    for text, marked in zip(texts, marks, strict=True):
+        numbers = defaultdict(list)
+        for value, is_in in zip(text, marked, strict=True):
+            if is_in:
+                numbers[(value // 2**32) * bins // 2**32].append(value % 2**32)
+        own = {each: min(found) for each, found in numbers.items()}
+        lent = [[own[other] for other in lenders_of(bins)[:, each].tolist() if other in own] for each in range(bins)]
+        expected.append([own.get(each, lent[each][0] if own else int(EMPTY)) for each in range(bins)])
+    found = minima_of(
+        np.array([value for text in texts for value in text], np.uint64),
+        rows_of([len(text) for text in texts]),
+        np.array([is_in for marked in marks for is_in in marked]),
+        texts=len(texts),
+        bins=bins,
+    )
+    assert found.T.tolist() == expected
+
+
+def test_each_bin_asks_every_other_in_an_order_of_its_own() -> None:
+    orders = lenders_of(72).T.tolist()
+    assert all(sorted(order) == list(range(72)) for order in orders)
+    assert len(set(map(tuple, orders))) == 72
+    first = [order[0] for order in orders]
+    assert max(map(first.count, first)) < 8
+
+
+def pairs(both: int, ours: int, theirs: int, *, count: int) -> tuple[Hashes, np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes of so many pairs of sets, whose pair each is of, and of which of the two sets."""
+    size = both + ours + theirs
+    hashes = np.random.default_rng(size).integers(0, 2**64, size * count, np.uint64)
+    place = np.tile(np.arange(size), count)
+    return hashes, rows_of([size] * count), place < both + ours, (place < both) | (place >= both + ours)
+
+
+@pytest.mark.parametrize(("both", "ours", "theirs"), [(1, 0, 1), (4, 1, 0), (8, 1, 1), (30, 15, 15), (900, 50, 50)])
+def test_two_sets_agree_in_as_many_minima_as_they_are_similar(both: int, ours: int, theirs: int) -> None:
+    """Within four standard errors over 3,000 pairs, which are independent of each other."""
+    hashes, rows, in_one, in_other = pairs(both, ours, theirs, count=3000)
+    one, other = (minima_of(hashes, rows, is_in, texts=3000, bins=72) for is_in in (in_one, in_other))
+    agreeing = (one == other).mean(axis=0)
+    similarity = both / (both + ours + theirs)
+    assert abs(agreeing.mean() - similarity) < 4 * agreeing.std() / 3000**0.5
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize("size", [10, 20, 70, 500])
+def test_pairs_of_just_the_similarity_are_found_however_small_the_sets(
+    size: int, similarity: float, tmp_path: Path
+) -> None:
+    count = 4000
+    hashes, rows, in_one, in_other = pairs(round(size * similarity), size - round(size * similarity), 0, count=count)
+    minhash = MinHash(similarity)
+    ours, theirs = (minhash.signatures(hashes, rows, is_in, is_in, texts=count) for is_in in (in_one, in_other))
+    is_found, signed = np.zeros(count, bool), Signed(tmp_path, "theirs")
+    signed.add(theirs, np.zeros(count, np.uint64))
+    for band, keys in enumerate(ours.bands):
+        places, texts = Band(*signed.in_band(band, np.ones(count, bool))).with_hash(keys, most=64)
+        is_found[places[places == texts]] = True
+    likely = minhash.likely(ours.minima.__getitem__, np.arange(count), signed.minima_at, np.arange(count)) >= 0
+    assert np.count_nonzero(~(is_found & likely)) <= 0.001 * count
+
+
+def test_sets_that_have_little_in_common_seldom_share_a_band() -> None:
+    hashes, rows, in_one, in_other = pairs(30, 35, 35, count=4000)
+    minhash = MinHash(0.8)
+    ours, theirs = (minhash.signatures(hashes, rows, is_in, is_in, texts=4000) for is_in in (in_one, in_other))
+    assert (ours.bands == theirs.bands).any(axis=0).mean() < 24 * 0.3**5 * 2
+    own_differs = minhash.signatures(hashes, rows, in_one, in_other & ~in_one, texts=4000)
+    assert not (ours.bands == own_differs.bands).any()
+
+
+@pytest.mark.parametrize("texts", [0, 1, 3000])
+def test_a_band_finds_every_text_with_the_hash_and_no_other(texts: int, tmp_path: Path) -> None:
+    """However many parts they come in."""
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**32, (2, texts), np.uint32) // 2**22 * 2**22
+    hashes[:, ::3] = rng.integers(0, 2**32, hashes[:, ::3].shape, np.uint32)
+    is_found, kept = rng.random(texts) < 0.9, rng.random(texts) < 0.9
+    signed = Signed(tmp_path, "some")
+    for part in (slice(0, 1), slice(1, 700), slice(700, texts)):
+        size = len(is_found[part])
+        minima = np.arange(2 * texts, dtype=np.uint8).reshape(texts, 2)[part]
+        signed.add(Signatures(hashes[:, part], minima, is_found[part]), np.zeros(size, np.uint64))
+    if texts > 1:
+        assert signed.minima_at(np.array([texts - 1, 0])).tolist() == [
+            [(2 * texts - 2) % 256, (2 * texts - 1) % 256],
+            [0, 1],
+        ]
+    band = Band(*signed.in_band(1, kept))
+    asked = np.concatenate([hashes[1, ::2], rng.integers(0, 2**32, 500, np.uint32)])
+    for most in (1, 3, 10**6):
+        found = list(zip(*(each.tolist() for each in band.with_hash(asked, most=most)), strict=True))
+        assert found == [
+            (place, text)
+            for place, value in enumerate(asked.tolist())
+            for text in np.flatnonzero((hashes[1] == value) & is_found & kept)[:most].tolist()
+        ]
+
+
+# Hashes of words and shingles.
+
+
+def said(texts: list[str]) -> list[str]:
+    """What a batch holds of each text."""
+    batch = Batch.of(texts)
+    points = batch.characters.tolist()
+    return ["".join(map(chr, points[start:end])) for start, end in zip([0, *batch.ends], batch.ends, strict=False)]
+
+
+def words_of(text: str) -> list[str]:
+    """The words as the hashes have them."""
+    batch = Batch.of([text])
+    (points,) = said([text])
+    first = batch.words().first.tolist()
+    return [points[start:end].strip() for start, end in pairwise([*first, len(points)])]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Stye, left EYE!", ["stye", "left", "eye"]),
+        ("a", ["a"]),
+        ("...", []),
+        ("", []),
+        ("请问 Mpox是什么", ["请", "问", "mpox", "是", "什", "么"]),
+        ("สวัสดี abc", [*"สวสด", "abc"]),
+        ("안녕 세상", ["안녕", "세상"]),
+    ],
+)
+def test_words_are_what_stands_between_spaces_and_characters_where_scripts_have_none(
+    text: str, words: list[str]
+) -> None:
+    assert words_of(text) == words
+
+
+@pytest.mark.parametrize(
+    "alphabet", ["aB3_ \n-.\x1f\x00'", "aB \u00e9\u0130\u00df\u0301\u0e31\u8bf7\U00020000\U0001f600\ud800\u2019\u00bd-"]
+)
+def test_texts_say_what_their_words_are_as_a_pattern_finds_them(alphabet: str) -> None:
     rng = random.Random(0)
-    gaps = [prose(rng, 4) for _ in range(6)]
-    rows = [" ".join(f"{part} {prose(rng, 1)}" for part in gaps) for _ in range(1200)]
-    compared: list[object] = []
-
-    class Counting(Comparison):
-        def _are_near(self, one: Any, other: Any) -> bool:
-            compared.append(one)
-            return super()._are_near(one, other)
-
-    comparison = Counting(rows[600:], rows[:600], similarity=0.8, folder=tmp_path)
-    assert len(list(comparison.near_held_out(rows[600:]))) == 600
-    assert len(compared) <= 600 * MOST_COMPARED
+    texts = ["", "".join(map(chr, range(128))), "...", *("".join(rng.choices(alphabet, k=n % 30)) for n in range(600))]
+    assert said(texts) == [" ".join(re.findall(r"\w+", text.casefold())).ljust(5) + " " for text in texts]
+    assert [said([text]) for text in texts[:40]] == [[text] for text in said(texts)[:40]]
 
 
-def test_what_is_asked_for_lazily_is_compared_no_further(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [0, 1, 50, 5000])
+def test_what_is_known_is_found_whether_there_is_more_or_less_of_it_than_asked_for(known: int) -> None:
+    rng = np.random.default_rng(0)
+    given, asked = (rng.integers(0, 2**64, size, np.uint64) for size in (known, 500))
+    given[: known // 2] >>= np.uint64(5)  # so that many want the same slot
+    asked[::3] = rng.choice(given, len(asked[::3])) if known else 0
+    expected = np.array([each in set(given.tolist()) for each in asked.tolist()])
+    assert Known(np.sort(given)).has(asked).tolist() == expected.tolist()
+
+
+def test_equal_words_have_equal_hashes_wherever_they_stand_and_others_have_others() -> None:
     rng = random.Random(0)
-    rows = [prose(rng, 10) for _ in range(60)]
-    read: list[str] = []
+    texts = [" ".join(rng.choices(["ab", "ba", "abc", "a", "aa", "b"], k=rng.randint(1, 9))) for _ in range(300)]
+    found = Batch.of(texts).words()
+    flat = [word for text in texts for word in text.split()]
+    assert len(flat) == len(found.hashes)
+    assert len(set(zip(flat, found.hashes.tolist(), strict=True))) == len(set(flat)) == len(set(found.hashes.tolist()))
+    assert np.diff(found.ends, prepend=0).tolist() == [len(text.split()) for text in texts]
 
-    def reading() -> Iterator[str]:
-        for row in rows * 400:
-            read.append(row)
-            yield row
 
-    found = Comparison(rows, rows[:10], similarity=0.8, folder=tmp_path).near_held_out(reading())
-    assert [next(found) for _ in range(11)] == [*range(10), None]
-    assert len(read) <= 512
+def test_texts_of_a_batch_do_not_run_into_each_other() -> None:
+    texts = ["one two three four five", "six seven eight nine ten", "a b c d e f g h i"]
+    batch = Batch.of(texts)
+    hashes, is_one = batch.shingles()
+    first = np.flatnonzero(is_one)
+    assert Counter(batch.row_of[first].tolist()) == {row: len(text) - 4 for row, text in enumerate(texts)}
+    alone = [Batch.of([text]).shingles() for text in texts]
+    assert hashes[first].tolist() == [value for found, kept in alone for value in found[kept].tolist()]
+    assert [chr(batch.characters[place]) for place in first[:3]] == ["o", "n", "e"]
+    words = batch.words()
+    runs, begin = words.runs()
+    assert begin.tolist() == [10, 11]
+    assert len(set(runs.tolist())) == 2
+    assert len(set(batch.texts().tolist())) == 3
+    assert batch.texts().tolist() == [value for text in texts for value in Batch.of([text]).texts().tolist()]
+
+
+@pytest.mark.parametrize("cells", [4, 2**12])
+def test_frequent_is_what_more_texts_hold_than_asked(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fall into one counter of the coarse count."""
+    monkeypatch.setattr(compared, "CELLS", cells)
+    rng = np.random.default_rng(0)
+    texts = [np.unique(mixed(rng.zipf(1.3, 40).astype(np.uint64))) for _ in range(200)]
+    counts = Counter(value for text in texts for value in text.tolist())
+
+    def batches() -> Iterator[tuple[Hashes, compared.Rows]]:
+        for start in range(0, len(texts), 10):
+            part = [np.concatenate([text, text[:3]]) for text in texts[start : start + 10]]
+            yield np.concatenate(part), np.repeat(np.arange(len(part)), [len(text) for text in part])
+
+    for most in (0, 3, 19.5, 1000):
+        expected = sorted(value for value, count in counts.items() if count > most)
+        assert frequent((hashes for hashes, _ in batches()), batches, more_than=most).tolist() == expected

@@ -43,7 +43,7 @@ def test_each_parameter_replaces_its_key() -> None:
         "learning_rate": 3e-4,
         "num_workers": 2,
     }
-    assert given.keys() == KEYS.keys()
+    assert given.keys() == KEYS.keys() <= inspect.signature(prepare.python_func).parameters.keys()
     changes = overrides(**given, train_without_new_data=True)
     assert changes.keys() == {*given, "train_without_new_data"}
     config = config_file.loads(CONFIG, [*changes.values()])
@@ -54,11 +54,6 @@ def test_each_parameter_replaces_its_key() -> None:
     assert config.train.learning_rate == 3e-4
     assert config.ray.num_workers == 2
     assert config.data.min_new_records == 0
-
-
-@pytest.mark.parametrize("name", KEYS)
-def test_each_parameter_is_one_of_the_step(name: str) -> None:
-    assert name in inspect.signature(prepare.python_func).parameters
 
 
 @pytest.fixture

@@ -69,11 +69,11 @@ def test_known_sources_are_skipped_without_being_opened(
 def test_new_records_are_trained_on_with_the_earlier_ones(write_rows: Write, prepare_run: Prepare) -> None:
     write_rows(rows(0, 100), "in/1.jsonl")
     prepare_run("first", decided=True)
-    write_rows(rows(95, 130), "in/2.jsonl")
+    write_rows([*rows(95, 130), {"id": 3, "prompt": "question 3", "completion": "corrected"}], "in/2.jsonl")
     prepared, step = prepare_run("second")
     assert prepared is not None
     assert prepared.train_records + prepared.eval_records == 130
-    assert step.result["new_records"] == 30
+    assert step.result["new_records"] == 31
 
 
 def test_too_few_new_records_wait_for_more(write_rows: Write, prepare_run: Prepare, store: Store) -> None:
@@ -97,35 +97,21 @@ def test_a_file_that_is_rewritten_with_the_same_records_is_no_news(write_rows: W
     assert step.result["new_records"] == 0
 
 
-def test_a_corrected_answer_is_news(write_rows: Write, prepare_run: Prepare) -> None:
-    write_rows(rows(0, 100), "in/1.jsonl")
-    prepare_run("first", decided=True)
-    write_rows([{"id": 3, "prompt": "question 3", "completion": "corrected"}], "in/2.jsonl")
-    assert prepare_run("second")[1].result["new_records"] == 1
-
-
 def test_a_run_that_came_to_no_decision_has_consumed_nothing(write_rows: Write, prepare_run: Prepare) -> None:
     write_rows(rows(0, 100), "in/1.jsonl")
     prepare_run("failed")
     assert prepare_run("next")[0] is not None
 
 
-def test_zero_never_skips(write_rows: Write, prepare_run: Prepare) -> None:
+def test_a_decided_run_that_is_repeated_or_asks_for_no_news_does_not_skip(
+    write_rows: Write, prepare_run: Prepare, store: Store
+) -> None:
     write_rows(rows(0, 100), "in/1.jsonl")
-    first, _ = prepare_run("first", decided=True)
-    second, _ = prepare_run("second", min_new_records=0)
-    assert first is not None
-    assert second is not None
-    assert second.dataset_id == first.dataset_id
-
-
-def test_a_decided_run_that_is_repeated_does_not_skip_itself(write_rows: Write, prepare_run: Prepare) -> None:
-    write_rows(rows(0, 100), "in/1.jsonl")
-    first, _ = prepare_run("first", decided=True)
+    first, step = prepare_run("first", decided=True)
     again, _ = prepare_run("first")
-    assert again is not None
-    assert first is not None
-    assert again.dataset_id == first.dataset_id
+    other, _ = prepare_run("second", min_new_records=0)
+    ids = [each and each.dataset_id for each in (first, again, other)]
+    assert ids == [prepare(step.config, store).dataset_id] * 3
 
 
 def test_objects_of_the_store_are_known_by_their_etag(write_rows: Write, prepare_run: Prepare, store: Store) -> None:
@@ -138,14 +124,22 @@ def test_objects_of_the_store_are_known_by_their_etag(write_rows: Write, prepare
     assert prepare_run("third", source=source)[1].result["new_records"] == 3
 
 
-def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(
-    write_rows: Write, prepare_run: Prepare, store: Store
-) -> None:
-    day = 86_400
-    for name, span, age in (("1", (0, 200), 40), ("2", (200, 260), 3), ("3", (260, 300), 0)):
-        path = write_rows(rows(*span), f"in/{name}.jsonl")
-        os.utime(path, (1e9 - age * day, 1e9 - age * day))
+@pytest.fixture
+def aged(write_rows: Write) -> Callable[..., None]:
+    """Write files of rows, each given by the first, one more than the last, and its age in days."""
 
+    def write(*parts: tuple[int, int, int]) -> None:
+        for start, end, days in parts:
+            path = write_rows(rows(start, end), f"in/{start}.jsonl")
+            os.utime(path, (1e9 - days * 86_400, 1e9 - days * 86_400))
+
+    return write
+
+
+def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(
+    aged: Callable[..., None], prepare_run: Prepare, store: Store
+) -> None:
+    aged((0, 200, 40), (200, 260, 3), (260, 300, 0))
     prepared, _ = prepare_run("first", window_days=7)
     assert prepared is not None
     train = {int(record.id) for record in load_split(store, prepared.uri, "train")}
@@ -164,12 +158,9 @@ def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(
 
 
 def test_what_production_is_to_answer_is_what_would_be_replayed_and_stands_apart(
-    write_rows: Write, prepare_run: Prepare, store: Store
+    aged: Callable[..., None], prepare_run: Prepare, store: Store
 ) -> None:
-    day = 86_400
-    for name, span, age in (("1", (0, 200), 40), ("2", (200, 300), 0)):
-        path = write_rows(rows(*span), f"in/{name}.jsonl")
-        os.utime(path, (1e9 - age * day, 1e9 - age * day))
+    aged((0, 200, 40), (200, 300, 0))
     asked = {"window_days": 7, "replay_share": 0.25}
     mixed, _ = prepare_run("mixed", **asked)
     apart, _ = prepare_run("apart", **asked, replay_from="production")
@@ -181,29 +172,19 @@ def test_what_production_is_to_answer_is_what_would_be_replayed_and_stands_apart
     assert sorted(train + earlier, key=key) == sorted(load_split(store, mixed.uri, "train"), key=key)
     assert load_split(store, apart.uri, "eval") == load_split(store, mixed.uri, "eval")
     assert apart.dataset_id != mixed.dataset_id
-    assert (
-        f"{len(train)} records to train on, {apart.eval_records} held out, {len(earlier)} earlier ones" in apart.summary
-    )
+    assert f"{len(train)} records to train on, {apart.eval_records} held out, {len(earlier)} earlier" in apart.summary
 
 
 def test_of_few_records_to_train_on_production_answers_as_few(
-    write_rows: Write, prepare_run: Prepare, store: Store
+    aged: Callable[..., None], prepare_run: Prepare, store: Store
 ) -> None:
-    for name, span, age in (("1", (0, 200), 40), ("2", (200, 300), 0)):
-        path = write_rows(rows(*span), f"in/{name}.jsonl")
-        os.utime(path, (1e9 - age * 86_400, 1e9 - age * 86_400))
+    aged((0, 200, 40), (200, 300, 0))
     few, _ = prepare_run("few", window_days=7, replay_share=0.5, replay_from="production", max_records=40)
     assert few is not None
     assert few.replay_records == few.train_records < 40
     profile = store.get_json(f"datasets/{few.dataset_id}/profile.json")
     dropped = sum(profile["dropped"].values())
     assert dropped + few.train_records + few.eval_records + few.replay_records == 300
-
-
-def test_an_ad_hoc_run_asks_for_no_news(write_rows: Write, prepare_run: Prepare, store: Store) -> None:
-    write_rows(rows(0, 100), "in/1.jsonl")
-    first, step = prepare_run("first", decided=True)
-    assert prepare(step.config, store).uri == (first and first.uri)
 
 
 def test_replay_without_a_window_is_refused(run_config: Callable[..., RunConfig]) -> None:

@@ -1,7 +1,12 @@
+import codecs
 import gzip
 import json
+import random
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -11,40 +16,38 @@ import pytest
 
 from components.config.train import ColumnsConfig
 from components.prepare import rows
-from components.prepare.rows import SourceRow, Unreadable
+from components.prepare.dataset import Record
+from components.prepare.personal import Screen, find
+from components.prepare.prepare import require_usable
+from components.prepare.rows import CHAPTERS, TASK, SourceRow, Unreadable, example_rows
 from components.prepare.shapes import columns_read
 from components.prepare.sources import find_sources, local_copies
+from components.registry.between_runs import Erased, record_hash
 from components.shared.errors import DataError
+from components.store.client import client_from_environment
 from components.store.store import Store
+from tests.doubles.datasets import read as read_validated
 
 
-def read_rows(name: str, *, group: str = "") -> list[SourceRow]:
+def source_rows(name: str, *, group: str = "") -> list[SourceRow]:
     return [
-        found.row(place)
+        row
         for source, path in local_copies(find_sources(name))
         for found in rows.read_rows(
             source.name, path, wanted=lambda names: columns_read(names, ColumnsConfig(), group=group)
         )
-        for place in range(len(found.lines))
+        for row in found.rows
     ]
 
 
 def read(name: str) -> list[tuple[int, object]]:
-    return [(row.line, row.value) for row in read_rows(name)]
+    return [(row.line, row.value) for row in source_rows(name)]
 
 
-def test_lines_are_counted_from_one_and_blank_ones_count_but_give_no_row(write_rows: Callable[..., str]) -> None:
-    assert read(write_rows([{"a": 1}, "", "  ", {"a": 2}])) == [(1, {"a": 1}), (4, {"a": 2})]
-
-
-def test_a_byte_order_mark_and_windows_line_ends_are_ignored(write_rows: Callable[..., str]) -> None:
-    assert read(write_rows([b'\xef\xbb\xbf{"a": 1}\r', b'{"a": 2}\r'])) == [(1, {"a": 1}), (2, {"a": 2})]
-
-
-def test_the_last_line_needs_no_line_end(tmp_path: Path) -> None:
+def test_lines_are_counted_from_one_and_blank_ones_count_but_give_no_row(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}')
-    assert read(str(path)) == [(1, {"a": 1})]
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}\r\n{"a": 3}')
+    assert read(str(path)) == [(1, {"a": 1}), (4, {"a": 2}), (5, {"a": 3})]
 
 
 @pytest.mark.parametrize(
@@ -85,11 +88,11 @@ def test_parquet_gives_the_same_rows_as_jsonl_without_nulls(tmp_path: Path) -> N
     ]
     path = tmp_path / "x.parquet"
     pq.write_table(pa.Table.from_pylist([{**row, "embedding": [0.5]} for row in given]), path)
-    first, second = read_rows(str(path))
-    assert (first.line, first.value) == (1, {"id": "1", "messages": [{"role": "user", "content": "a"}]})
-    assert (second.line, second.value) == (2, {"prompt": "b"})
-    assert first.unread_columns == ("embedding",)
-    assert read_rows(str(path), group="embedding")[0].value == {**first.value, "embedding": [0.5]}
+    first = {"id": "1", "messages": [{"role": "user", "content": "a"}]}
+    assert read(str(path)) == [(1, first), (2, {"prompt": "b"})]
+    assert source_rows(str(path), group="embedding")[0].value == {**first, "embedding": [0.5]}
+    (found,) = rows.read_rows(path.name, path, wanted=lambda names: ["prompt"])
+    assert found.unread_columns == ("id", "messages", "embedding")
 
 
 def test_parquet_rows_are_numbered_across_batches(tmp_path: Path) -> None:
@@ -108,21 +111,15 @@ def test_text_in_parquet_that_is_not_utf8_spoils_only_its_own_row(tmp_path: Path
     assert read(str(path)) == [(1, {"prompt": "good"}), (2, Unreadable("not UTF-8 at byte 3")), (3, {"prompt": "fine"})]
 
 
-def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.parquet"
-    path.write_text("hello")
-    with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
-        read(str(path))
-
-
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"prompt": [str(i) * 50 for i in range(5000)]}), path, use_dictionary=False)
     body = bytearray(path.read_bytes())
     body[4:2000] = bytes(1996)
-    path.write_bytes(body)
-    with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
-        read(str(path))
+    for damaged in (body, b"hello"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
+            read(str(path))
 
 
 def test_a_file_that_may_not_be_opened_is_refused(write_rows: Callable[..., str]) -> None:
@@ -237,7 +234,9 @@ def test_files_in_a_bucket_are_read_in_order_by_one_client_some_ahead(
     for number in range(12):
         store.put(f"incoming/{number:02}.jsonl", json.dumps({"prompt": number}).encode() + b"\n")
     opened: list[str] = []
-    monkeypatch.setattr("components.store.store.client_from_environment", _counting(opened))
+    monkeypatch.setattr(
+        "components.store.store.client_from_environment", lambda: opened.append("client") or client_from_environment()
+    )
     sources = find_sources(store.uri("incoming/"))
     copies = local_copies(sources)
     paths = []
@@ -249,23 +248,313 @@ def test_files_in_a_bucket_are_read_in_order_by_one_client_some_ahead(
         assert not any(each.exists() for each in paths[:-1])
     assert len(paths) == 12
     assert len(opened) == 2  # one to list, one to read
-    stopped = local_copies(sources)
-    _, first = next(stopped)
-    stopped.close()
-    assert first is not None
-    assert not first.exists()
 
 
-def _counting(opened: list[str]) -> Callable[[], Any]:
-    from components.store.client import client_from_environment
+# The files that people have: each is taken as it is, or the refusal names the way in which it would be.
 
-    def counted() -> Any:
-        opened.append("client")
-        return client_from_environment()
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARE_GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+HUMAN = [{"role": "human", "content": "q"}, {"role": "bot", "content": "a"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]
+PLAIN = {"prompt": "q", "completion": "a"}
 
-    return counted
+
+def lines_of(*rows: Any, count: int = 20) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows * count).encode()
 
 
-def test_no_line_goes_on_in_the_next_one(write_rows: Callable[..., str]) -> None:
-    found = read(write_rows(['{"a": [1', "2]}", '{"b": 1}, {"b": 2}', {"c": 1}]))
-    assert [isinstance(value, Unreadable) for _, value in found] == [True, True, True, False]
+def accepted(path: Path, **columns: Any) -> set[tuple[str, str]]:
+    """What is asked and answered in the file's records; DataError where a run would stop."""
+    named = ColumnsConfig(**columns)
+    found = read_validated(find_sources(str(path)), columns=named)
+    require_usable(found.counts, max_reject_share=0.05, columns=named)
+    return {(each.record.prompt[-1].content, each.record.answer) for each in found.accepted}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.jsonl", lines_of(PLAIN)),
+        ("messages.jsonl", lines_of({"messages": CHAT})),
+        ("windows.jsonl", b"\xef\xbb\xbf" + lines_of(PLAIN).replace(b"\n", b"\r\n")),
+        ("dirt.jsonl", lines_of(PLAIN, count=100) + b'{"prompt": "q", "completion": null}\n' + b"{broken\n"),
+        ("alpaca.jsonl", lines_of({"instruction": "q", "input": "", "output": "a"})),
+        ("questions.jsonl", lines_of({"question": "q", "answer": "a"})),
+        ("sharegpt.jsonl", lines_of({"conversations": SHARE_GPT})),
+        ("openai.jsonl", lines_of({"messages": PARTS})),
+        ("rows.csv", b"prompt,completion\nq,a\n"),
+        ("rows.tsv", b"prompt\tcompletion\nq\ta\n"),
+        ("rows.json", json.dumps([PLAIN], indent=1).encode()),
+        ("within.json", json.dumps({"version": 1, "data": [PLAIN]}).encode()),
+        ("packed.jsonl.gz", gzip.compress(lines_of(PLAIN), mtime=0)),
+        ("response.jsonl", lines_of({"prompt": "q", "response": "a", "model": "m"})),
+        ("capitals.jsonl", lines_of({"Prompt": "q", "Completion": "a"})),
+        ("speakers.jsonl", lines_of({"user": "q", "assistant": "a"})),
+        ("input.csv", b"Input,Output\nq,a\n"),
+        ("excel.csv", b"sep=;\r\nprompt;completion\r\nq;a\r\n"),
+        ("one line.json", json.dumps({"data": [PLAIN] * 500}).encode()),
+        ("lines.json", lines_of({**PLAIN, "x": "x" * 9000})),
+        ("array.jsonl", json.dumps([PLAIN] * 5, indent=1).encode()),
+    ],
+)
+def test_a_file_is_taken_as_it_is(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert accepted(path) == {("q", "a")}
+
+
+@pytest.mark.parametrize(
+    ("row", "advice", "columns"),
+    [
+        (
+            {"prompt": "q", "response": "a", "input": "", "output": "b"},
+            "data.columns.prompt=.* --set data.columns.completion=output",
+            {"completion": "response"},
+        ),
+        (
+            {"Ask": "q", "Reply": "a"},
+            "data.columns.prompt=COLUMN --set data.columns.completion=Reply",
+            {"prompt": "Ask", "completion": "Reply"},
+        ),
+        (
+            {"request": "q", "response": "a"},
+            "--set data.columns.prompt=request --set data.columns.completion=response",
+            {"prompt": "request", "completion": "response"},
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "set data.columns.completion=chosen",
+            {"completion": "chosen"},
+        ),
+        ({"messages": HUMAN}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
+        ({"messages": SHARE_GPT}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
+    ],
+)
+def test_the_advice_of_a_refusal_is_one_that_works(
+    row: dict[str, Any], advice: str, columns: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines_of(row))
+    with pytest.raises(DataError, match=advice):
+        accepted(path)
+    assert accepted(path, **columns) == {("q", "a")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "way"),
+    [
+        (
+            "nulls.jsonl",
+            lines_of(*[PLAIN] * 9, {**PLAIN, "completion": None}),
+            "Fix these rows or raise data.max_reject",
+        ),
+        ("text.jsonl", lines_of({"text": "q a"}), "write prompt and completion apart"),
+        (
+            "latin.jsonl",
+            lines_of(PLAIN).replace(b'"q"', b'"\xe4"'),
+            "Windows or in Latin-1 iconv -f CP1252 -t UTF-8 does so",
+        ),
+        ("windows.json", '[{"prompt": "“q”"}]'.encode("cp1252"), r"not UTF-8 at byte 14\. Save it as UTF-8: .* CP1252"),
+        (
+            "split.json",
+            json.dumps({"train": [PLAIN], "test": [PLAIN]}).encode(),
+            "no row with the expected columns .*: found 'train', 'test'",
+        ),
+        ("pandas.json", pd.DataFrame([PLAIN] * 3).to_json().encode(), "1 x prompt is an object: expected text"),
+        (
+            "joined.jsonl",
+            lines_of(PLAIN).replace(b"\n", b" "),
+            "another object begins at column 36: write each on a line of",
+        ),
+        (
+            "joined.json",
+            lines_of(PLAIN).replace(b"\n", b" "),
+            "is not JSON: Extra data.*; write each object on a line of its",
+        ),
+        (
+            "bare.csv",
+            b"Mpox,Infections\nStye,Eye\n" * 9,
+            "Where the first row holds data, write one with the columns' n",
+        ),
+        (
+            "utf16.jsonl",
+            lines_of(PLAIN).decode().encode("utf-16"),
+            "is UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8",
+        ),
+        ("utf16.csv", codecs.BOM_UTF16_BE + "prompt,completion\nq,a\n".encode("utf-16-be"), "is UTF-16"),
+        ("rows.xlsx", b"PK", r"expected a name ending in \.jsonl.*; save the sheet as CSV \(UTF-8\)"),
+        ("rows.zip", b"PK", "; unpack it"),
+        (
+            "data.arrow",
+            b"ARROW1",
+            r"; write it as Parquet, as datasets\.load_from_disk\(FOLDER\)\.to_parquet\(FILE\) does",
+        ),
+    ],
+)
+def test_what_no_config_reads_is_refused_with_what_to_do_about_it(
+    name: str, content: bytes, way: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=way):
+        accepted(path)
+
+
+def test_a_folder_of_save_to_disk_is_named_as_one_and_not_read_as_its_description(tmp_path: Path) -> None:
+    dataset = pa.table({"prompt": ["q"], "completion": ["a"]})
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        with pa.ipc.new_stream(tmp_path / split / "data-00000-of-00001.arrow", dataset.schema) as file:
+            file.write_table(dataset)
+        for name in ("dataset_info.json", "state.json"):
+            (tmp_path / split / name).write_text(json.dumps({"citation": "", "features": {}}))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for folder in (tmp_path, tmp_path / "train"):
+        with pytest.raises(
+            DataError, match=r"a folder of datasets\.save_to_disk, .*\.to_parquet\(FILE\) does for each split"
+        ):
+            accepted(folder)
+    dataset.to_pandas().to_parquet(tmp_path / "train" / "train.parquet")
+    assert accepted(tmp_path) == {("q", "a")}
+
+
+# Rows that are taken together become what each becomes by itself.
+
+TEXTS = (
+    "Zoë 🤦🏼‍♂️ 傷",
+    "write to ann@example.com",
+    "risk-free @ 5, right?",
+    "+49 30 901820, or 2024-01-02 03:04",
+    "٠١٢٣٤٥٦٧٨",
+)
+
+
+def test_rows_read_together_are_records_or_rejects_by_their_lines(
+    write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.prepare.rows.BYTES_AT_ONCE", 500)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
+    kinds: list[tuple[Any, str]] = [
+        ({"prompt": "write to", "completion": "ann@example.com", "g": "u"}, "withheld"),
+        ({"prompt": "q", "completion": "Zoë", "g": 3}, ""),
+        ({"instruction": "q", "input": "i", "output": "a", "g": "v"}, ""),
+        ({"messages": turns, "g": "é"}, ""),
+        ({"prompt": "q", "completion": " ", "g": "u"}, "completion is empty"),
+        ({"messages": turns}, "g is missing"),
+        (["x"], "row is a list: expected an object with prompt and completion, or messages"),
+    ]
+    given = random.Random(0).choices(kinds, k=2000)
+    found = read_validated(find_sources(write_rows([row for row, _ in given])), group="g", personal="drop")
+    reasons = [(line, outcome) for line, (_, outcome) in enumerate(given, 1) if outcome not in ("", "withheld")]
+    assert [(each.line, each.reason.partition(" (a list")[0]) for each in found.rejects] == reasons
+    groups = [str(row["g"]) for row, outcome in given if outcome == ""]
+    assert [each.record.group for each in found.accepted] == groups
+    outcomes = [outcome for _, outcome in given]
+    total = found.counts.total
+    assert (total.rows, total.withheld, total.accepted) == (2000, outcomes.count("withheld"), len(groups))
+    assert found.counts.unread == {"messages[].reasoning_content": sum("messages" in row for row, _ in given)}
+
+
+def test_rows_of_parquet_become_what_those_of_json_lines_do(
+    tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.prepare.rows.BYTES_AT_ONCE", 999)
+    rng = random.Random(0)
+    rows = [
+        {"id": rng.choice([None, str(number)]), "messages": [{"role": "user", "content": f"q{number}"}]}
+        for number in range(500)
+    ]
+    for each in rows:
+        answer = {"role": "assistant", "content": rng.choice(["a ", "b", "", "ü"])}
+        each["messages"] = [*each["messages"], answer]  # type: ignore[misc]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    one, other = (read_validated(find_sources(name)) for name in (str(tmp_path / "x.parquet"), write_rows(rows)))
+    assert one.accepted == other.accepted
+    assert [(each.line, each.reason) for each in one.rejects] == [(each.line, each.reason) for each in other.rejects]
+
+
+def test_records_that_were_erased_are_left_out_by_id_and_by_content(write_rows: Callable[..., str]) -> None:
+    rows: list[Any] = [{"prompt": f"q{number}", "completion": "a"} for number in range(20)]
+    rows += [{"id": str(number), "prompt": f"p{number}", "completion": "a"} for number in range(20)]
+    name = write_rows(rows)
+    everything = read_validated(find_sources(name)).accepted
+    of_nobody, of_content = everything[7].record.id, everything[9].content.hex()
+    erased = Erased(frozenset(map(record_hash, (of_nobody, of_content, "3"))))
+    found = read_validated(find_sources(name), erased=erased)
+    left = [each for place, each in enumerate(everything) if place not in (7, 9, 23)]
+    assert (found.accepted, found.counts.total.erased) == (left, 3)
+
+
+def suspects(*texts: str) -> list[int]:
+    return Screen().suspects({place: Record("r", [], text) for place, text in enumerate(texts)})
+
+
+def test_no_text_with_personal_data_is_passed_over() -> None:
+    lines = Path(__file__).with_name("personal.jsonl").read_text().splitlines()
+    texts = [*(json.loads(line)["text"] for line in lines), *(each for each in TEXTS if each.isprintable())]
+    found = [place for place, text in enumerate(texts) if find(text, regions=["DE", "US", "GB"])]
+    assert {*found} <= {*suspects(*texts)}
+    digits = [chr(each) for each in range(sys.maxunicode + 1) if chr(each).isdecimal()]
+    assert len(suspects(*(each + "12 34" + each + "56" for each in digits))) == len(digits)
+    assert not suspects("Why is the sky blue?", "risk-free, right through the night", "12 + 34 = 46", "at 5 @ home")
+
+
+def test_a_document_is_read_or_refused_however_deeply_it_is_nested(tmp_path: Path) -> None:
+    path, outcomes = tmp_path / "x.json", []
+    for depth in range(900, 1000):
+        path.write_text('[{"prompt": "q", "completion": "a", "x": ' + "[" * depth + "]" * depth + "}]")
+        try:
+            outcomes.append(len(read_validated(find_sources(str(path))).accepted))
+        except DataError:
+            outcomes.append(0)
+    assert set(outcomes) == {0, 1}
+
+
+# The example.
+
+
+@pytest.fixture(scope="module")
+def example() -> list[dict[str, str]]:
+    """Term and chapter of every row."""
+    found = []
+    for row in example_rows():
+        system, user, assistant = row["messages"]
+        assert system == {"role": "system", "content": TASK}
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        found.append({"id": row["id"], "term": user["content"], "chapter": assistant["content"]})
+    return found
+
+
+def test_every_row_of_the_example_is_usable() -> None:
+    found = read_validated(find_sources("example://icd10"))
+    require_usable(found.counts, max_reject_share=0.0)
+    assert len(found.accepted) == 12_533
+
+
+def test_a_known_term_has_its_chapter(example: list[dict[str, str]]) -> None:
+    assert {"id": "icd10cm/Mpox", "term": "Mpox", "chapter": "Infections"} in example
+    chapters = {row["id"].removeprefix("icd10cm/"): row["chapter"] for row in example}
+    assert chapters["Stye"] == "Eye"
+    assert chapters["RARS"] == "Neoplasms"
+    assert chapters["Noma"] == "Infections"
+
+
+def test_every_chapter_occurs_and_none_is_larger_than_an_eighth(example: list[dict[str, str]]) -> None:
+    counts = Counter(row["chapter"] for row in example)
+    assert set(counts) == set(CHAPTERS)
+    assert len(counts) == 22
+    assert max(counts.values()) / len(example) < 0.126
+
+
+def test_a_term_under_two_chapters_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = {"2": [], "C1": ["a", "b"], "14": [], "N1": ["b", "c"]}
+    icd = SimpleNamespace(get_all_codes=lambda: [*terms], is_chapter=str.isdigit, get_inclusion_term=terms.__getitem__)
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", icd)
+    found = {row["id"]: (row["code"], row["messages"][2]["content"]) for row in example_rows()}
+    assert found == {"icd10cm/a": ("C1", "Neoplasms"), "icd10cm/c": ("N1", "Urogenital")}
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
+    with pytest.raises(DataError, match=r"pip install 'fineloop\[local\]'"):
+        next(example_rows())
