@@ -6,8 +6,7 @@ most of the memory and a large part of the time of a small model's step.
 Shapes: A labelled tokens of a batch, H the hidden width, V the vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,17 +25,17 @@ from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, common_begi
 CHUNK_LOGITS = 2**26
 """Maximum number of logits in memory at once: 256 MiB in float32, and still matrix products of hundreds of rows."""
 
-AfterHead = Callable[[torch.Tensor], torch.Tensor]
+AfterHead = Callable[[Tensor], Tensor]
 _after_head: "WeakKeyDictionary[torch.nn.Module, AfterHead | None]" = WeakKeyDictionary()
 """For each output head that was used: the function that the model applies to its logits; None where it is unknown."""
 
 
 def chunk_positions(vocabulary: int) -> int:
-    """Number of positions per chunk, whose logits are in memory at once."""
+    """Number of positions per chunk."""
     return max(1, CHUNK_LOGITS // vocabulary)
 
 
-def answer_nll(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def answer_nll(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each labelled token in nats, float32 of shape (A,), row after row.
 
     `model` may be a transformers model, a peft model or a DeepSpeed engine; its rows are padded on the right.
@@ -45,7 +44,7 @@ def answer_nll(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> tor
     return next_token_nll(model, input_ids, torch.cat([labels[:, 1:], nothing], dim=1), use_cache=False)
 
 
-def next_token_nll(model: Any, input_ids: torch.Tensor, targets: torch.Tensor, **given: Any) -> torch.Tensor:
+def next_token_nll(model: Any, input_ids: Tensor, targets: Tensor, **given: Any) -> Tensor:
     """Negative log-likelihood of `targets` in nats, float32 of shape (A,): the token that follows each token of
     `input_ids`, or IGNORED. `given` are further arguments of the model's forward.
 
@@ -77,21 +76,19 @@ def _is_shared(head: torch.nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
-def _logits(
-    model: Any, module: Any, head: torch.nn.Module, input_ids: torch.Tensor, wanted: torch.Tensor, **given: Any
-) -> torch.Tensor:
+def _logits(model: Any, module: Any, head: torch.nn.Module, input_ids: Tensor, wanted: Tensor, **given: Any) -> Tensor:
     """The logits (A, V) at the positions `wanted`, as the model's own forward computes them."""
-    raw: list[torch.Tensor] = []
+    raw: list[Tensor] = []
 
-    def select(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def select(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][wanted],)
 
-    def keep(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+    def keep(_: torch.nn.Module, __: Any, output: Tensor) -> None:
         raw.append(output[:1].detach())
 
     handles = [head.register_forward_pre_hook(select), head.register_forward_hook(keep)]
     try:
-        logits: torch.Tensor = model(input_ids=input_ids, **given).logits
+        logits: Tensor = model(input_ids=input_ids, **given).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -105,7 +102,7 @@ def _logits(
 def _known_after_head(config: Any) -> AfterHead:
     """The function that Granite, Cohere and Gemma apply to logits, according to the config. The caller verifies it."""
 
-    def after(logits: torch.Tensor) -> torch.Tensor:
+    def after(logits: Tensor) -> Tensor:
         if divisor := getattr(config, "logits_scaling", None):
             logits = logits / divisor
         if factor := getattr(config, "logit_scale", None):
@@ -121,23 +118,29 @@ def _in_chunks(
     model: Any,
     head: torch.nn.Module,
     after: AfterHead,
-    input_ids: torch.Tensor,
-    wanted: torch.Tensor,
-    targets: torch.Tensor,
+    input_ids: Tensor,
+    wanted: Tensor,
+    targets: Tensor,
     positions: int,
     **given: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """`next_token_nll` in one forward pass, in which the head computes the losses in chunks and returns no logits."""
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
     forward = head.forward
 
-    def loss(hidden: torch.Tensor) -> torch.Tensor:
+    def loss(hidden: Tensor) -> Tensor:
         rows = hidden[wanted]
         found.append(_ChunkedNll.apply(rows, targets, lambda chunk: after(forward(chunk)), positions))
         return forward(rows[:1].detach())  # the rest of the model's forward gets one row of logits
 
-    with _forward_is(head, loss):
+    before = head.__dict__.get("forward")
+    head.forward = loss  # its hooks still run
+    try:
         model(input_ids=input_ids, **given)
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
     return found[0]
 
 
@@ -148,9 +151,7 @@ class _ChunkedNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, targets: torch.Tensor, logits_of: AfterHead, positions: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, targets: Tensor, logits_of: AfterHead, positions: int) -> Tensor:
         """Compute the losses (A,) of `rows` (A, H) for `targets` (A,)."""
         needs_grad = ctx.needs_input_grad[0]
         losses, gradients = [], []
@@ -166,38 +167,20 @@ class _ChunkedNll(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         """Scale the rows' gradients; `outer[0]` is the gradient of each loss, shape (A,)."""
         (gradients,) = ctx.saved_tensors
         return (gradients.float() * outer[0].unsqueeze(-1)).to(gradients.dtype), None, None, None
 
 
-@contextmanager
-def _forward_is(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Context in which `forward` replaces the module's forward; its hooks still run."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-# A micro-batch in one row: the common prefix of its records once, then the rest of each, with no padding in between.
-#
-# [common] [rest of record 1] [rest of record 2] ... [rest of record N]
+# A micro-batch in one row, without padding: [common] [rest of record 1] [rest of record 2] ... [rest of record N]
 #
 # In a causal model the common prefix (a system message, an instruction) has the same activations in every record; so it
-# is computed once, and receives the gradients of all records. Layers that process tokens separately handle fewer
-# tokens. Only attention handles records: each token attends to the common prefix and to the earlier tokens of its own
-# record.
+# is computed once, and receives the gradients of all records. Only attention handles records: each token attends to the
+# common prefix and to the earlier tokens of its own record.
 #
-# Shapes: N records, T tokens of the row, C of the common prefix, S of the longest rest, X heads of D.
+# Shapes: N records, T tokens of the row.
 
-CPU = torch.device("cpu")
 WORTH = 0.1
 """Share of the padded tokens that packing must save: below that, splitting the row in every layer costs more."""
 
@@ -257,7 +240,9 @@ def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) 
     """Pack the records into one row; None where that saves too little."""
     records = [split.tokens[split.offsets[i] : split.offsets[i + 1]].astype(np.int64) for i in indices]
     labelled = [split.labelled[split.offsets[i] : split.offsets[i + 1]] for i in indices]
-    common = common_beginning(records, min(map(_before_labels, labelled)))
+    # No label may be shared, nor the token whose logits predict the first one.
+    first = min(int(flags.argmax()) if flags.any() else len(flags) for flags in labelled)
+    common = common_beginning(records, max(0, first - 1))
     lengths = [len(record) for record in records]
     total = common + sum(length - common for length in lengths)
     if total > min(MOST_TOKENS, (1 - WORTH) * len(records) * max(lengths)):
@@ -275,9 +260,3 @@ def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) 
             common, tuple(length - common for length in lengths), read=(row != IGNORED).nonzero().flatten()
         ),
     )
-
-
-def _before_labels(flags: npt.NDArray[np.bool_]) -> int:
-    """Tokens that other records may share: none that is labelled, nor the one whose logits predict the first label."""
-    first = int(flags.argmax()) if flags.any() else len(flags)
-    return max(0, first - 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 
-# Tokenising texts in pieces, prompt and answer in turn, with each piece's tokens as generation will see them.
-
 CHARACTERS_AT_ONCE = 2**20  # of rows tokenised together: an encoding takes 100 B per token
 
 
 def read_pieces(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """Tokenise each piece of each row in its context, after the pieces before it: shapes [rows][pieces][tokens].
-
-    A text alone may have other tokens: a SentencePiece tokenizer adds a space in front. Only where two pieces merge
-    across their border is the second tokenised alone, since generation will see the tokens of the first.
-    """
+    """Tokenise each piece of each row after the pieces before it: shapes [rows][pieces][tokens]. Only where two pieces
+    merge across their border is the second tokenised alone, since generation will see the tokens of the first."""
     sizes = np.cumsum([sum(map(len, row)) for row in rows])
     parts = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(sizes // CHARACTERS_AT_ONCE)) + 1)
     return [pieces for part in parts for pieces in _read_whole(tokenizer, [rows[row] for row in part])]
@@ -51,30 +46,20 @@ def _read_whole(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list
     encodings = _encode(tokenizer, ["".join(row) for row in rows]).encodings or [] if rows else []
     added = frozenset(tokenizer.added_tokens_decoder)
     found = [_borders(row, encoding, added) for row, encoding in zip(rows, encodings, strict=False)]
-    tails = list(dict.fromkeys(border.tail for borders in found for border in borders or ()))
+    tails = list(dict.fromkeys(tail for borders in found for _, _, tail in borders or ()))
     reads = dict(zip(tails, _encode(tokenizer, tails)["input_ids"], strict=True)) if tails else {}
     result: list[list[list[int]] | None] = [None] * len(rows)
     for place, borders in enumerate(found):
         ids = encodings[place].ids
-        if borders is not None and all(ids[each.start : each.end] == reads[each.tail] for each in borders):
-            result[place] = [ids[a:b] for a, b in pairwise([0, *(each.end for each in borders), len(ids)])]
+        if borders is not None and all(ids[start:end] == reads[tail] for start, end, tail in borders):
+            result[place] = [ids[a:b] for a, b in pairwise([0, *(end for _, end, _ in borders), len(ids)])]
     rest = iter(_read_from_beginnings(tokenizer, [row for row, pieces in zip(rows, result, strict=True) if not pieces]))
     return [pieces or next(rest) for pieces in result]
 
 
-class _Border(NamedTuple):
-    """The end of a piece in a row."""
-
-    start: int
-    """Index of the last added token before the border; 0 where there is none."""
-    end: int
-    """Index of the first token after the border."""
-    tail: str
-    """Text from `start` up to the border."""
-
-
-def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[_Border] | None:
-    """The borders between a row's pieces; None where one does not lie between two tokens."""
+def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[tuple[int, int, str]] | None:
+    """The borders between a row's pieces: the index of the last added token before each, or 0, the index of the first
+    token after it, and the text between the two. None where a border does not lie between two tokens."""
     text, ids, found, end = "".join(row), encoding.ids, [], 0
     for piece in row[:-1]:
         end += len(piece)
@@ -83,7 +68,7 @@ def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[_
         if not behind:
             return None
         start = next((place for place in range(behind - 1, 0, -1) if ids[place] in added), 0)
-        found.append(_Border(start, behind, text[encoding.token_to_chars(start)[0] if start else 0 : end]))
+        found.append((start, behind, text[encoding.token_to_chars(start)[0] if start else 0 : end]))
     return found
 
 
@@ -117,13 +102,9 @@ def _encode(tokenizer: Any, texts: list[str]) -> Any:
 
 Pieces = list[list[int]]
 MOST_TRIES = 16
-"""Maximum number of rounds. Each removes as many exchanges, or characters of one text, as on average hold the excess
-tokens."""
-KEPT_CHARS = 8
-"""Minimum number of characters that are kept of a text that is cut."""
-QUESTION_CHARS = 64
-"""Number of characters of the other texts, enough for a question, that are kept while the system message has an end to
-lose."""
+"""Rounds, of which each removes as many exchanges, or characters of one text, as on average hold the excess tokens."""
+KEPT_CHARS, QUESTION_CHARS = 8, 64
+"""Characters that are kept of a text that is cut; of other texts, while the system message has an end to lose."""
 
 
 def fitted(
@@ -217,14 +198,12 @@ class TokenizedSplit:
 
     @cached_property
     def num_answer_tokens(self) -> npt.NDArray[np.int64]:
-        """Number of labelled tokens of each row."""
         if self.answers is not None:
             return self.answers.astype(np.int64)
         return np.add.reduceat(self.labelled, self.offsets[:-1], dtype=np.int64) if len(self) else self.offsets[:0]
 
     @property
     def digest(self) -> str:
-        """A sha256 over the rows' tokens and labels, in hex."""
         return hashlib.sha256(
             b"".join(each.tobytes() for each in (self.offsets, self.tokens, self.labelled))
         ).hexdigest()
@@ -252,17 +231,12 @@ class TokenizedSplit:
 
 
 class Lengths(Protocol):
-    """The lengths of a split's rows, without their tokens: what the planning of a training needs."""
-
-    def __len__(self) -> int: ...
+    """The number of tokens, and of labelled ones, of each of a split's rows."""
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Number of tokens of each row."""
-
+    def lengths(self) -> npt.NDArray[np.int64]: ...
     @property
-    def num_answer_tokens(self) -> npt.NDArray[np.int64]:
-        """Number of labelled tokens of each row."""
+    def num_answer_tokens(self) -> npt.NDArray[np.int64]: ...
 
 
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:
@@ -272,63 +246,56 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
     Raises:
         DataError: a record cannot be formatted with the base's chat template.
     """
-    starts = range(0, max(1, len(records)), AT_ONCE)
-    parts = [_tokenized(records[start : start + AT_ONCE], chat, max_length, loss_on) for start in starts]
-    return TokenizedSplit(
-        ids=[name for part in parts for name in part.ids],
-        tokens=np.concatenate([part.tokens for part in parts]),
-        labelled=np.concatenate([part.labelled for part in parts]),
-        offsets=_offsets(np.concatenate([part.lengths for part in parts])),
-        num_prompt_tokens=np.concatenate([part.num_prompt_tokens for part in parts]),
-        too_long=list(dict.fromkeys(name for part in parts for name in part.too_long)),
-        cut=list(dict.fromkeys(name for part in parts for name in part.cut)),
-        cut_system=list(dict.fromkeys(name for part in parts for name in part.cut_system)),
-    )
-
-
-def _tokenized(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn) -> TokenizedSplit:
-    rows_of = [(record, chat.rows(record, loss_on)) for record in records]
-    owners = [(record, len(rows)) for record, rows in rows_of for _ in rows]
-    read = read_pieces(chat.tokenizer, [row for _, rows in rows_of for row in rows])
     excess = partial(_excess, chat=chat, max_length=max_length)
-    no_room = [
-        max_length - len(_ended(row[-1], chat)) < min(MIN_PROMPT_TOKENS, sum(map(len, row[:-1])))
-        or chat.ends_early(record, loss_on)
-        for (record, _), row in zip(owners, read, strict=True)
-    ]
-    is_cut = [not is_out and excess(row) > 0 for is_out, row in zip(no_room, read, strict=True)]
-    # Records with one row per answer are not shortened: a shorter conversation would have other rows.
-    alone = [place for place, (_, num_rows) in enumerate(owners) if is_cut[place] and num_rows == 1]
-    shorter = fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
-    cut_system: list[str] = []
-    for place, found in zip(alone, shorter, strict=True):
-        if found is not None:
-            left, read[place] = found
-            if _systems(left) != _systems(owners[place][0]):
-                cut_system.append(left.id)
-    rows, labels, num_prompt_tokens = [], [], []
-    kept = [place for place, is_out in enumerate(no_room) if not is_out]
-    for place in kept:
-        *before, last = read[place]
-        answer = _ended(last, chat)
-        prompt = [token for piece in before for token in piece]
-        lost = max(0, len(prompt) + len(answer) - max_length)  # tokens to cut where shortening did not suffice
-        if lost and _systems(owners[place][0]):
-            cut_system.append(owners[place][0].id)
-        earlier = _earlier_answers(before, chat)[lost:]
-        earlier &= ~np.logical_and.accumulate(earlier)  # the remainder of an answer that was cut is not labelled
-        rows.append(np.array(prompt[lost:] + answer, dtype=np.int32))
-        labels.append(np.concatenate([earlier, np.ones(len(answer), dtype=np.bool_)]))
-        num_prompt_tokens.append(len(prompt) - lost)
+    ids, lengths, num_prompt_tokens = list[str](), list[int](), list[int]()
+    too_long, cut, cut_system = list[str](), list[str](), list[str]()
+    tokens, labelled = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
+    for start in range(0, len(records), AT_ONCE):
+        rows_of = [(record, chat.rows(record, loss_on)) for record in records[start : start + AT_ONCE]]
+        owners = [(record, len(rows)) for record, rows in rows_of for _ in rows]
+        read = read_pieces(chat.tokenizer, [row for _, rows in rows_of for row in rows])
+        has_room = [
+            max_length - len(_ended(row[-1], chat)) >= min(MIN_PROMPT_TOKENS, sum(map(len, row[:-1])))
+            and not chat.ends_early(record, loss_on)
+            for (record, _), row in zip(owners, read, strict=True)
+        ]
+        is_cut = [has and excess(row) > 0 for has, row in zip(has_room, read, strict=True)]
+        # Records with one row per answer are not shortened: a shorter conversation would have other rows.
+        alone = [place for place, (_, num_rows) in enumerate(owners) if is_cut[place] and num_rows == 1]
+        shorter = fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
+        for place, found in zip(alone, shorter, strict=True):
+            if found is not None:
+                left, read[place] = found
+                cut_system += [left.id] if _systems(left) != _systems(owners[place][0]) else []
+        rows, labels = [tokens[0]], [labelled[0]]
+        for place, (record, _) in enumerate(owners):
+            if not has_room[place]:
+                too_long.append(record.id)
+                continue
+            *before, last = read[place]
+            answer = _ended(last, chat)
+            prompt = [token for piece in before for token in piece]
+            lost = max(0, len(prompt) + len(answer) - max_length)  # tokens to cut where shortening did not suffice
+            cut += [record.id] if is_cut[place] else []
+            cut_system += [record.id] if lost and _systems(record) else []
+            earlier = _earlier_answers(before, chat)[lost:]
+            earlier &= ~np.logical_and.accumulate(earlier)  # the remainder of an answer that was cut is not labelled
+            rows.append(np.array(prompt[lost:] + answer, dtype=np.int32))
+            labels.append(np.concatenate([earlier, np.ones(len(answer), dtype=np.bool_)]))
+            ids.append(record.id)
+            lengths.append(len(rows[-1]))
+            num_prompt_tokens.append(len(prompt) - lost)
+        tokens.append(np.concatenate(rows))
+        labelled.append(np.concatenate(labels))
     return TokenizedSplit(
-        ids=[owners[place][0].id for place in kept],
-        tokens=np.concatenate([np.zeros(0, dtype=np.int32), *rows]),
-        labelled=np.concatenate([np.zeros(0, dtype=np.bool_), *labels]),
-        offsets=_offsets([len(row) for row in rows]),
+        ids=ids,
+        tokens=np.concatenate(tokens),
+        labelled=np.concatenate(labelled),
+        offsets=_offsets(lengths),
         num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
-        too_long=[record.id for (record, _), is_out in zip(owners, no_room, strict=True) if is_out],
-        cut=[record.id for (record, _), each in zip(owners, is_cut, strict=True) if each],
-        cut_system=cut_system,
+        too_long=list(dict.fromkeys(too_long)),
+        cut=list(dict.fromkeys(cut)),
+        cut_system=list(dict.fromkeys(cut_system)),
     )
 
 
@@ -337,7 +304,7 @@ def _systems(record: Record) -> list[str]:
 
 
 def _excess(row: Sequence[Sequence[int]], *, chat: ChatFormat, max_length: int) -> int:
-    """Number of tokens by which a row exceeds `max_length`; its last piece is the answer."""
+    """Number of tokens by which a row, whose last piece is the answer, exceeds `max_length`."""
     return sum(map(len, row[:-1])) + len(_ended(list(row[-1]), chat)) - max_length
 
 
@@ -389,7 +356,6 @@ def share(
 
 
 def _filled(batch: npt.NDArray[np.int64], step: int) -> npt.NDArray[np.int64]:
-    """Pad a batch with NO_RECORD to a multiple of `step`."""
     return np.pad(batch, (0, -len(batch) % step), constant_values=NO_RECORD)
 
 
@@ -410,7 +376,7 @@ def collate(
 
 
 def common_beginning(rows: Sequence[npt.NDArray[Any]], most: int) -> int:
-    """Length of the rows' common prefix, up to `most` tokens; each row has at least `most`."""
+    """Length of the rows' common prefix, up to `most` tokens, which each row has."""
     equal = np.logical_and.reduce([row[:most] == rows[0][:most] for row in rows])
     return most if equal.all() else int(equal.argmin())
 

@@ -39,10 +39,6 @@ Turn = Mapping[str, Any]
 _TEXT = "0xTEXT"  # a placeholder, to find what the template writes around a text
 
 
-class RefusedByTemplate(Exception):
-    """The template does not accept these turns: jinja's own error, or one that the template's expressions raised."""
-
-
 @dataclass(frozen=True)
 class ChatFormat:
     """A tokenizer with a chat template, and what follows from the two."""
@@ -74,13 +70,11 @@ class ChatFormat:
 
     @property
     def begins(self) -> bool:
-        """Whether the tokenizer puts its beginning-of-sequence token before a text by itself."""
         return _begins(self.tokenizer)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The rendered prompt for an answer to these turns; empty where the template refuses them."""
-        how = {"thinking": self.thinking, "in_parts": self.in_parts}
-        return _shown(self.tokenizer, turns, **how, add_generation_prompt=True)
+        return _shown(self.tokenizer, turns, thinking=self.thinking, in_parts=self.in_parts, add_generation_prompt=True)
 
     def rows(self, record: Record, loss_on: LossOn = "last") -> list[list[str]]:
         """The record as rows of text, each in pieces: prompt and answer, alternating.
@@ -120,12 +114,11 @@ class ChatFormat:
         turns: list[Turn] = [*map(self._asked, record.prompt), answered]
         roles = [*(turn.role if turn.is_learned else "context" for turn in record.prompt), "assistant"]
         places = [place for place, role in enumerate(roles) if role == "assistant" and "user" in roles[:place]]
-        if loss_on == "last":
-            places = places[-1:]
+        places = places[-1:] if loss_on == "last" else places
         return [(turns[:place], self._without_reasoning(record, turns[place])) for place in places]
 
     def _asked(self, message: Message) -> Turn:
-        """An earlier turn. Without thinking, an assistant's turn has only what follows its block of reasoning."""
+        """An earlier turn, without thinking only what follows its block of reasoning."""
         more = json.loads(message.more) if message.more else {}
         more.pop(WEIGHT, None)  # templates know none
         turn = {"role": message.role, "content": message.content, **more}
@@ -148,7 +141,7 @@ class ChatFormat:
             how: dict[str, Any] = {"thinking": self.thinking, "in_parts": self.in_parts, "tools": record.tools}
             try:
                 texts.append(_rendered(self.tokenizer, turns, add_generation_prompt=add_generation_prompt, **how))
-            except RefusedByTemplate as exc:
+            except DataError as exc:
                 roles = ", ".join(turn["role"] for turn in turns)
                 raise DataError(
                     f"the chat template of model.base refuses record {record.id!r}, with turns of {roles}: {exc}; "
@@ -208,10 +201,9 @@ class ChatFormat:
 
 
 def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFormat:
-    """Load the base's own tokenizer and chat template, or the plain template where it has none.
-
-    For a published adapter, whose files are in `version`, load those that it was trained with. With `trust_remote_code`
-    a version's files must not name code to run: then the tokenizer is the base's, and only the template the version's.
+    """Load the base's tokenizer and chat template, or the plain template where it has none; for a published adapter,
+    whose files are in `version`, those that it was trained with. With `trust_remote_code` a version's files must not
+    name code to run: then the tokenizer is the base's, and only the template the version's.
 
     Raises:
         ConfigError: its tokenizer has no end-of-sequence token.
@@ -258,7 +250,6 @@ def without_reasoning(text: str) -> str:
 
 
 def _opens(prompt: str) -> bool:
-    """Whether a prompt ends with an open block of reasoning."""
     return prompt.rstrip().endswith(THINK)
 
 
@@ -274,7 +265,7 @@ def _rendered(
     """Render turns with the template, in the sandbox of jinja that transformers renders in. `tools` is their JSON.
 
     Raises:
-        RefusedByTemplate: the template does not accept them.
+        DataError: the template does not accept them: jinja's own error, or one that its expressions raised.
     """
     if in_parts:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
@@ -289,18 +280,16 @@ def _rendered(
             )
         )
     except Exception as exc:  # many types, for turns that the template refuses
-        raise RefusedByTemplate(str(exc)) from exc
+        raise DataError(str(exc)) from exc
 
 
 def _shown(tokenizer: Any, turns: Sequence[Turn], **how: Any) -> str:
-    """The text that the template renders for these turns; empty where it refuses them."""
-    with contextlib.suppress(RefusedByTemplate):
+    with contextlib.suppress(DataError):
         return _rendered(tokenizer, turns, **how)
     return ""
 
 
 def _begins(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its beginning-of-sequence token before a text by itself."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -317,10 +306,8 @@ def _template_in(folder: Path) -> str | None:
     """The chat template of a saved tokenizer, from chat_template.jinja or tokenizer_config.json; None without one."""
     if (alone := folder / "chat_template.jinja").is_file():
         return alone.read_text(encoding="utf-8")
-    template: str | None = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(
-        "chat_template"
-    )
-    return template
+    saved: dict[str, str | None] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return saved.get("chat_template")
 
 
 def _declared_stops(folder: Path) -> Iterator[int]:

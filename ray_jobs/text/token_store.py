@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
@@ -29,13 +28,8 @@ from ray_jobs.base.local_cache import cache_dir, forget_unused, once, touch
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
 
-# One split of a dataset as tokens, in memory-mapped files that processes share.
-#
-# tokens.npy int32, the tokens of all rows, concatenated labelled.npy bool, one flag per token: whether it is labelled,
-# that is, contributes to the loss rows.npy dtype ROW, one entry for each row, and one of length 0 for each row that is
-# left out ids.npy uint8, the ids of the rows' records in UTF-8, concatenated
-#
-# The same rows give the same bytes.
+# One split as tokens, in memory-mapped .npy files that processes share: the tokens of all rows, concatenated, whether
+# each is labelled, an entry for each row, and the ids of the rows' records in UTF-8. The same rows give the same bytes.
 
 TOKENS_FILE, LABELLED, ROWS, IDS = FILES = ("tokens.npy", "labelled.npy", "rows.npy", "ids.npy")
 ROW = np.dtype(
@@ -55,18 +49,15 @@ Rows = npt.NDArray[Any]
 def write_files(folder: Path, parts: Iterable[tuple[Sequence[Record], TokenizedSplit]]) -> None:
     """Write the tokens of all parts, each some records with their tokens; memory holds only one part at a time."""
     number = 0
-    with ExitStack() as files:
-        tokens = files.enter_context(_GrowingArray(folder / TOKENS_FILE, "<i4"))
-        labelled = files.enter_context(_GrowingArray(folder / LABELLED, "|b1"))
-        rows = files.enter_context(_GrowingArray(folder / ROWS, ROW))
-        ids = files.enter_context(_GrowingArray(folder / IDS, "|u1"))
+    with ExitStack() as stack:
+        kinds: dict[str, npt.DTypeLike] = {TOKENS_FILE: "<i4", LABELLED: "|b1", ROWS: ROW, IDS: "|u1"}
+        files = [stack.enter_context(_GrowingArray(folder / name, kind)) for name, kind in kinds.items()]
         for records, split in parts:
-            part = _rows(split, {record.id: number + place for place, record in enumerate(records)})
+            rows = _rows(split, {record.id: number + place for place, record in enumerate(records)})
             number += len(records)
-            tokens.append(split.tokens)
-            labelled.append(split.labelled)
-            rows.append(part)
-            ids.append(np.frombuffer("".join([*split.ids, *split.too_long]).encode(), np.uint8))
+            ids = np.frombuffer("".join([*split.ids, *split.too_long]).encode(), np.uint8)
+            for file, values in zip(files, (split.tokens, split.labelled, rows, ids), strict=True):
+                file.append(values)
 
 
 def _rows(split: TokenizedSplit, numbers: dict[str, int]) -> Rows:
@@ -83,23 +74,23 @@ def _rows(split: TokenizedSplit, numbers: dict[str, int]) -> Rows:
 
 
 def mapped_rows(folder: Path) -> Rows:
-    """The rows of rows.npy, including those that are left out."""
+    """All rows, including those that are left out."""
     return _mapped(folder / ROWS)
 
 
 def is_kept(rows: Rows) -> npt.NDArray[np.bool_]:
-    """One flag per row: whether it has tokens, that is, is not left out."""
+    """One flag per row: whether it is not left out."""
     kept: npt.NDArray[np.bool_] = rows["length"] > 0
     return kept
 
 
 def mapped_ids(folder: Path) -> "Ids":
-    """The ids of the records of all rows in rows.npy."""
+    """The ids of the records of all rows."""
     return Ids(_mapped(folder / IDS), np.cumsum(mapped_rows(folder)["id"], dtype=np.int64))
 
 
 def mapped_split(folder: Path) -> TokenizedSplit:
-    """Load the whole split; its tokens are memory-mapped, and read only on access."""
+    """The whole split; its tokens are read on access."""
     rows = mapped_rows(folder)
     names, kept = mapped_ids(folder), is_kept(rows)
     return TokenizedSplit(
@@ -190,9 +181,7 @@ class _GrowingArray:
     def __enter__(self) -> "_GrowingArray":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._file:
             self._file.seek(0)
             self._write_header()
@@ -211,8 +200,7 @@ LIBRARIES = ("jinja2", "tokenizers", "transformers")
 KEPT_S = 24 * 3600.0
 """Seconds for which a machine keeps tokens that no process uses."""
 SAMPLE = 256
-"""Number of records whose stored tokens are compared before each training: where 2 of 100 are not what the dataset
-gives, it is seen in 99 of 100 cases."""
+"""Records whose stored tokens are compared before each training: if 2 of 100 are others, 99 of 100 trainings see it."""
 PROBE = Record("probe", [Message("user", "question")], "answer")
 
 
@@ -315,8 +303,7 @@ def load(store: Store, stored: StoredTokens) -> TokenizedSplit:
 
 
 def load_rows(store: Store, stored: StoredTokens) -> tuple[Rows, Ids]:
-    """The entries of all rows without their tokens, including rows that are left out, and their records' ids; raises as
-    `load`."""
+    """The entries of all rows, including those that are left out, and their records' ids; raises as `load`."""
     folder = _pulled(store, stored)
     return mapped_rows(folder), mapped_ids(folder)
 
@@ -334,7 +321,7 @@ def _root() -> Path:
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str:
-    """A sha256 of the tokenizer's definition, without its padding and truncation, which are not used here."""
+    """A sha256 of the tokenizer's definition, without its padding and truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and type(tokenizer).__module__.startswith("transformers."):
         made_of = json.loads(backend.to_str())

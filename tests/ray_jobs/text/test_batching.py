@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import pickle
 import tracemalloc
 from pathlib import Path
 
@@ -34,6 +33,11 @@ def chat(tiny_base: Path):
     return chat_format.load(base_model.resolve(config), config)
 
 
+def of_family(name: str, folder: Path):
+    folder = chat_families.build(folder, FAMILIES[name])
+    return chat_format.load(base_model.Base(name, folder, {}), ModelConfig(base=str(folder)))
+
+
 def record(prompt: str, answer: str, name: str = "r") -> Record:
     return Record(name, [Message("user", prompt)], answer)
 
@@ -56,14 +60,10 @@ def test_labels_are_the_answer_and_its_end_and_nothing_else(chat):
     labelled = batch["labels"][0] != IGNORED
     assert chat.tokenizer.decode(batch["input_ids"][0][labelled]) == "blue<|end|>"
     assert chat.tokenizer.decode(batch["input_ids"][0][~labelled]) == "<|user|>sky<|end|>\n<|assistant|>"
-
-
-def test_the_prompt_is_what_generation_will_see(chat):
-    split = tokenize([record("sky", "blue")], chat, 64)
-    expected = chat.tokenizer.apply_chat_template(
+    asked = chat.tokenizer.apply_chat_template(
         [{"role": "user", "content": "sky"}], add_generation_prompt=True, return_dict=False
     )
-    assert split.tokens[: split.num_prompt_tokens[0]].tolist() == expected
+    assert split.prompt(0).tolist() == asked
 
 
 def test_a_long_prompt_loses_the_beginning_of_its_text_and_the_answer_stays_whole(chat):
@@ -77,8 +77,7 @@ def test_a_long_prompt_loses_the_beginning_of_its_text_and_the_answer_stays_whol
 @pytest.mark.parametrize("family", ["chatml", "llama-3", "mistral", "gemma", "qwen-3", "none"])
 def test_what_is_left_of_a_long_record_reads_as_a_record_of_its_own(family, tmp_path):
     """The judge is the same function on a short record: what a long one kept of its text, read out of its tokens."""
-    folder = chat_families.build(tmp_path, FAMILIES[family])
-    chat = chat_format.load(base_model.Base(family, folder, {}), ModelConfig(base=str(folder)))
+    chat = of_family(family, tmp_path)
     text = " ".join(f"line {number}," for number in range(200)) + " what is it?"
     earlier = [Message("user", "hello"), Message("assistant", "hi")]
     split = tokenize([Record("r", [*earlier, Message("user", text)], "paper")], chat, 160)
@@ -116,19 +115,13 @@ def test_padding_is_on_the_right_and_carries_no_label(chat):
 
 
 @pytest.mark.parametrize("group_by_length", [True, False])
-@pytest.mark.parametrize("count", [16, 50, 333])
+@pytest.mark.parametrize("count", [3, 16, 50, 333])
 def test_an_epoch_holds_every_record_and_whole_batches(count, group_by_length):
     lengths = np.random.default_rng(0).integers(5, 50, count)
     batches = plan_epoch(lengths, batch_size=16, group_by_length=group_by_length, seed=1, epoch=0)
     assert {len(batch) for batch in batches} == {16}
     assert len(batches) == -(-count // 16)
     assert set(np.concatenate(batches)) == set(range(count))
-
-
-def test_fewer_records_than_a_batch_are_repeated():
-    batches = plan_epoch(np.array([3, 4, 5]), batch_size=8, group_by_length=True, seed=0, epoch=0)
-    assert len(batches) == 1
-    assert set(batches[0]) == {0, 1, 2}
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
@@ -210,8 +203,7 @@ def test_taking_records_keeps_their_tokens():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_records_tokens_are_those_of_its_whole_text(tmp_path, name):
     # SentencePiece's dummy prefix (google/sentencepiece, add_dummy_prefix): a text read alone begins with a space.
-    folder = chat_families.build(tmp_path, FAMILIES[name])
-    chat = chat_format.load(base_model.Base("family", folder, {}), ModelConfig(base=str(folder)))
+    chat = of_family(name, tmp_path)
     asked = record("What is the sky?", "deep blue")
     text = "".join(chat.rows(asked)[0])
     whole = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -236,8 +228,7 @@ ODD = ["blue", " deep  blue", "\n\nblue\n", "1\n2", "ê\u00a0東京 🙂", "<|en
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_reads_as_it_does_alone_and_an_answer_as_it_follows_it_whatever_stands_at_the_border(tmp_path, name):
-    folder = chat_families.build(tmp_path, FAMILIES[name])
-    chat = chat_format.load(base_model.Base("family", folder, {}), ModelConfig(base=str(folder)))
+    chat = of_family(name, tmp_path)
 
     def read(text: str) -> list[int]:
         return list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -251,34 +242,6 @@ def test_a_prompt_reads_as_it_does_alone_and_an_answer_as_it_follows_it_whatever
         follows = whole[len(alone) :] if whole[: len(alone)] == alone else read(answer)
         assert split.prompt(row).tolist() == alone
         assert follows[: len(split.answer(row)) - 1] == split.answer(row).tolist()[:-1]
-
-
-@dataclasses.dataclass
-class Counting:
-    """A tokenizer that counts the characters that it reads."""
-
-    tokenizer: object
-    characters: int = 0
-
-    def __call__(self, texts, **how):
-        self.characters += sum(map(len, texts))
-        return self.tokenizer(texts, **how)
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-
-@pytest.mark.parametrize(("loss_on", "turns"), [("last", 1), ("all", 12)])
-def test_every_text_is_read_once(tmp_path, loss_on, turns):
-    folder = chat_families.build(tmp_path, FAMILIES["chatml"])
-    chat = chat_format.load(base_model.Base("chatml", folder, {}), ModelConfig(base=str(folder)))
-    chat = dataclasses.replace(chat, tokenizer=Counting(chat.tokenizer))
-    talk = [Message(role, f"{role} says {place} " * 20) for place in range(turns) for role in ("user", "assistant")]
-    records = [Record(str(place), talk[:-1], "black " * 20) for place in range(8)]
-    written = sum(len("".join(row)) for each in records for row in chat.rows(each, loss_on))
-    chat.tokenizer.characters = 0
-    tokenize(records, chat, 8192, loss_on)
-    assert written <= chat.tokenizer.characters < 1.05 * written
 
 
 TALK = Record(
@@ -324,8 +287,7 @@ def unlearned(talk: Record, *places: int) -> Record:
 @pytest.mark.parametrize("family", ["chatml", "mistral", "qwen-3"])
 def test_a_turn_of_weight_0_is_read_and_not_learned(family, tmp_path):
     """The judge is the same conversation without weights: the same tokens, of which that turn's labels are gone."""
-    folder = chat_families.build(tmp_path, FAMILIES[family])
-    chat = chat_format.load(base_model.Base(family, folder, {}), ModelConfig(base=str(folder)))
+    chat = of_family(family, tmp_path)
     given = [unlearned(TALK, 4), unlearned(TALK, 2, 4)]
     everything, marked = tokenize([TALK], chat, 256, "all"), tokenize(given, chat, 256, "all")
     answers = [[text for row in learned(marked.take([place]), chat) for text in row] for place in range(len(marked))]
@@ -387,8 +349,7 @@ def test_a_system_message_is_shortened_last_and_from_its_end(chat, system, quest
 
 
 def test_where_a_template_rewrites_earlier_turns_each_answer_has_a_row(tmp_path):
-    folder = chat_families.build(tmp_path, FAMILIES["qwen-3"])
-    chat = chat_format.load(base_model.Base("qwen-3", folder, {}), ModelConfig(base=str(folder)))
+    chat = of_family("qwen-3", tmp_path)
     split = tokenize([TALK], chat, 256, "all")
     assert split.ids == ["talk"] * 3
     assert learned(split, chat) == [["blue<|im_end|>"], ["green<|im_end|>"], ["black<|im_end|>"]]
@@ -424,9 +385,3 @@ def test_tokens_take_the_room_of_their_arrays_and_little_more(chat):
     tracemalloc.stop()
     # Twice, while the parts are joined: 8 bytes a token; and a part's own lists, a fourth of all at some 100 bytes.
     assert peak < 40 * len(split.tokens)
-
-
-def test_lengths_are_counted_once():
-    split = split_of([3, 5])
-    assert split.lengths is split.lengths
-    assert pickle.loads(pickle.dumps(split)).lengths.tolist() == [3, 5]  # noqa: S301 - as Ray carries it

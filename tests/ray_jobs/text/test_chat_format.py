@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
 from components.config.schema import ModelConfig
@@ -79,13 +78,6 @@ def test_without_a_generation_config_the_models_own_end_is_a_stop_too(tmp_path):
     assert end_of_text not in chat.stops
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": end_of_text}))
     assert end_of_text in chat_of(folder).stops
-
-
-def test_decoding_is_greedy_and_nothing_else(tmp_path):
-    chat = chat_of(chat_families.build(tmp_path, FAMILIES["gemma"]))
-    said = chat.generation_config().to_diff_dict()
-    assert set(said) <= {"do_sample", "eos_token_id", "pad_token_id", "transformers_version"}
-    assert said["eos_token_id"] == sorted(chat.stops)
 
 
 @pytest.mark.parametrize("loss_on", ["last", "all"])
@@ -267,17 +259,6 @@ def test_a_template_that_refuses_a_bare_question_still_loads(tmp_path):
     chat = chat_of(chat_families.build(tmp_path, family))
     [[prompt, _]] = chat.rows(Record("r", [Message("system", "Be brief."), Message("user", "sky")], "blue"))
     assert prompt.endswith("<|im_start|>assistant\n")
-
-
-def test_a_record_reads_as_jinja_and_the_tokenizer_write_it(tiny_base):
-    chat = chat_of(tiny_base)
-    record = Record("9", [Message("user", "\ud800 sky " * 9)], "blue")
-    ((prompt, _),) = chat.rows(record)
-    asked = [{"role": "user", "content": record.prompt[0].content}]
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # jinja's own, in this process
-    written = sandbox.from_string(chat.tokenizer.chat_template).render(messages=asked, add_generation_prompt=True)
-    assert prompt == written
-    assert prompt == chat.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("template", ["{% for a in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}", "{{ messages + 1 }}"])

@@ -165,22 +165,6 @@ def test_two_who_make_them_at_once_make_the_same(store, uri, tiny_base, monkeypa
     assert token_store.load(store, first).digest == tokenize(TRAIN, chats[0], 64).digest
 
 
-def test_a_writer_that_dies_leaves_nothing_that_is_read_and_the_next_completes_it(store, uri, chat, monkeypatch):
-    create = Store.create
-
-    def killed(self, key, body, **how):
-        if key.endswith(folders.MANIFEST):
-            raise KeyboardInterrupt
-        return create(self, key, body, **how)
-
-    monkeypatch.setattr(Store, "create", killed)
-    with pytest.raises(KeyboardInterrupt):
-        token_store.ensure(store, uri, "eval", chat, max_length=64)
-    monkeypatch.undo()
-    found = token_store.load(store, token_store.ensure(store, uri, "eval", chat, max_length=64))
-    assert found.digest == tokenize([TALK], chat, 64).digest
-
-
 def test_a_machine_fetches_them_once(store, uri, chat, cache):
     stored = token_store.ensure(store, uri, "train", chat, max_length=64)
     assert list(cache.iterdir()) == []
