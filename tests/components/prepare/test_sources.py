@@ -21,12 +21,6 @@ def names(source: str | list[str], folder: Path) -> list[str]:
     return [str(Path(each.name).relative_to(folder)) for each in find_sources(source)]
 
 
-def test_a_path_is_one_source_with_its_size(folder: Path) -> None:
-    (source,) = find_sources(str(folder / "a.jsonl"))
-    assert source.name == str(folder / "a.jsonl")
-    assert source.size_bytes == 3
-
-
 def test_a_folder_gives_its_visible_data_files_sorted(folder: Path) -> None:
     assert names(str(folder), folder) == ["a.jsonl", "b.jsonl", "d.NDJSON", "deep/c.parquet"]
 
