@@ -56,7 +56,8 @@ def write_files(folder: Path, parts: Iterable[tuple[Sequence[Record], TokenizedS
             rows = _rows(split, {record.id: number + place for place, record in enumerate(records)})
             number += len(records)
             ids = np.frombuffer("".join([*split.ids, *split.too_long]).encode(), np.uint8)
-            for file, values in zip(files, (split.tokens, split.labelled, rows, ids), strict=True):
+            arrays: list[npt.NDArray[Any]] = [split.tokens, split.labelled, rows, ids]
+            for file, values in zip(files, arrays, strict=True):
                 file.append(values)
 
 
