@@ -6,7 +6,6 @@ names, and deletes them again.
 """
 
 import json
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -55,16 +54,11 @@ KUBERAY = "/apis/ray.io/v1"
 KUBEFLOW_CONTROLLERS = ("workflow-controller", "ml-pipeline-persistenceagent", "ml-pipeline-scheduledworkflow")
 """Kubeflow's deployments: the first starts steps, the second reports that runs have ended, the third starts schedules'
 runs."""
-KUBERAY_OPERATOR, KUEUE_MANAGER = "kuberay-operator", "kueue-controller-manager"
-
-
-# Access to a Kubernetes cluster: objects, kinds and rights, as plain JSON.
 
 Resource = dict[str, Any]
 Finding = tuple[bool, str, str]
 """Whether it is right, what was seen, and what mends it."""
-_NO_RIGHT = re.compile(r"cannot \w+ resource")
-"""Wording of RBAC's refusals, to tell them from those of pod security and quotas, which are 403 too."""
+Ask = Callable[[], Finding]
 
 
 class NotSeen(Exception):
@@ -72,7 +66,7 @@ class NotSeen(Exception):
 
 
 class Refused(NotSeen):
-    """The API server rejected the object that it was asked to create."""
+    """The API server, or an admission webhook, rejected the object that it was asked to create."""
 
 
 class Cluster:
@@ -94,52 +88,33 @@ class Cluster:
             raise UserError("the kubeconfig's context has no namespace: name the one of your runs with --namespace")
         self._api = client.ApiClient(configured)
 
-    def path(self, what: str) -> str:
-        """The path of something in the namespace, such as pods/NAME."""
-        return f"/api/v1/namespaces/{self.namespace}/{what}"
+    def get(self, path: str) -> Resource:
+        """Return the object at a path of the API; empty if there is none."""
+        resource: Resource = json.loads(self.ask("GET", path) or "{}")
+        return resource
 
-    def data(self, what: str) -> Mapping[str, str]:
+    def items(self, path: str) -> list[Resource]:
+        return self.get(path).get("items") or []
+
+    def data(self, name: str) -> Mapping[str, str]:
         """Return the data of a ConfigMap or Secret; empty if there is none."""
-        return (self.get(self.path(what)) or {}).get("data") or {}
+        return self.get(name).get("data") or {}
 
-    def get(self, path: str) -> Resource | None:
-        """Return the object at a path of the API; None if there is none.
-
-        Raises:
-            NotSeen: we may not read it, or the server does not answer.
-        """
-        return self._ask("GET", path)
-
-    def create(self, path: str, body: Resource) -> Resource:
-        """Create an object and return the API server's response, such as the result of an access review.
+    def ask(self, method: str, path: str, body: Resource | None = None) -> str:
+        """Return the text that a path of the API, or such as pods/NAME of the namespace, answers; empty for a 404.
 
         Raises:
-            Refused: the server, or an admission webhook, rejects the object.
-            NotSeen: we may not create it, or the server does not answer.
+            Refused: what was to be created is rejected.
+            NotSeen: we may not do that, or the server does not answer.
         """
-        return self._ask("POST", path, body) or {}
-
-    def delete(self, path: str) -> None:
-        """Delete an object if it exists.
-
-        Raises:
-            NotSeen: we may not delete it, or the server does not answer.
-        """
-        self._ask("DELETE", path)
-
-    def log(self, pod: str) -> str:
-        return str(self._ask("GET", self.path(f"pods/{pod}/log"), raw=True) or "")
-
-    def _ask(self, method: str, path: str, body: Resource | None = None, *, raw: bool = False) -> Any:
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        headers = {"Accept": "*/*" if raw else "application/json", "Content-Type": "application/json"}
         try:
             response = self._api.call_api(
-                path,
+                path if path.startswith("/") else f"/api/v1/namespaces/{self.namespace}/{path}".rstrip("/"),
                 method,
-                header_params=headers,
+                header_params={"Accept": "application/json, */*", "Content-Type": "application/json"},
                 body=body,
                 auth_settings=["BearerToken"],
                 _preload_content=False,
@@ -148,21 +123,17 @@ class Cluster:
             )
         except ApiException as exc:
             if exc.status == 404:
-                return None
-            reason = _reason(exc)
-            is_ours = exc.status in (401, 403) and (exc.status == 401 or _NO_RIGHT.search(reason))
+                return ""
+            try:
+                reason = str(json.loads(exc.body)["message"])
+            except (TypeError, ValueError, KeyError):
+                reason = f"refused with {exc.status}"
+            # Refusals of RBAC, and not of pod security or a quota, which are 403 too.
+            is_ours = exc.status == 401 or (exc.status == 403 and " cannot " in reason and " resource " in reason)
             raise (Refused if method == "POST" and not is_ours else NotSeen)(reason) from exc
         except (HTTPError, OSError) as exc:
             raise NotSeen(f"{self.address} does not answer: {exc}") from exc
-        text = response.data.decode("utf-8", errors="replace")
-        return text if raw else json.loads(text)
-
-
-def _reason(error: Any) -> str:
-    try:
-        return str(json.loads(error.body)["message"])
-    except (TypeError, ValueError, KeyError):
-        return f"refused with {error.status}"
+        return str(response.data.decode("utf-8", errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -203,21 +174,25 @@ def cluster_checks(
         return
     yield Check("kubernetes", True, f"{version.get('gitVersion', 'unknown version')} at {cluster.address}", "")
     try:
-        found = cluster.get(cluster.path("").rstrip("/"))
-    except NotSeen:
-        found = {}  # a person of one namespace may not read the namespace itself
-    if found is None:
-        yield Check("namespace", False, f"there is no {cluster.namespace}", "kubectl apply -k infra/namespace")
-        return
-    level = (found.get("metadata", {}).get("labels") or {}).get("pod-security.kubernetes.io/enforce")
+        namespaced = cluster.get("")
+        if not namespaced:
+            yield Check("namespace", False, f"there is no {cluster.namespace}", "kubectl apply -k infra/namespace")
+            return
+        level = (namespaced["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce")
+    except NotSeen:  # a person of one namespace may not read the namespace itself
+        level = None
     yield Check("namespace", True, f"{cluster.namespace}{f', which admits {level} pods' if level else ''}", "")
     accounts = [service_account, *config.ray.cluster.accounts[: 2 if config.registry.trusted_keys else 1]]
     # In a namespace of a user the profile controller makes the launcher's config, which needs no providers there.
     environments = {name: key for name, key in ENVIRONMENTS.items() if not (has_many_users and name == LAUNCHER)}
-    checks: dict[str, Callable[[], Finding]] = {
+    checks: dict[str, Ask] = {
         "kubeflow's controllers": partial(_deployments, cluster, *KUBEFLOW_CONTROLLERS),
         "nodes": partial(_nodes, cluster),
-        **{f"account {name}": partial(_account, cluster, name) for name in accounts if name},
+        **{
+            f"account {name}": partial(_there, cluster, f"serviceaccounts/{name}", "kubectl apply -k infra/rbac")
+            for name in accounts
+            if name
+        },
         "rights of the steps": partial(_rights, cluster, service_account),
         **{name: partial(_environment, cluster, name, key) for name, key in environments.items()},
         "openlineage": partial(_open_lineage, cluster),
@@ -238,10 +213,10 @@ def cluster_checks(
             yield Check(name, True, f"not seen: {exc}", "", seen=False)
 
 
-def _account(cluster: Cluster, account: str) -> Finding:
-    found = cluster.get(cluster.path(f"serviceaccounts/{account}"))
-    detail = "is there" if found else f"{cluster.namespace} has no such service account"
-    return found is not None, detail, "kubectl apply -k infra/rbac"
+def _there(cluster: Cluster, path: str, fix: str) -> Finding:
+    is_there = bool(cluster.get(path))
+    kind, name = path.split("/")[-2:]
+    return is_there, "is there" if is_there else f"{cluster.namespace} has no such {kind.rstrip('s')} {name}", fix
 
 
 def _rights(cluster: Cluster, account: str) -> Finding:
@@ -252,26 +227,26 @@ def _rights(cluster: Cluster, account: str) -> Finding:
     for (group, resource), verbs in RIGHTS.items():
         kind, _, part = resource.partition("/")
         for verb in verbs:
-            wanted = {"namespace": cluster.namespace, "group": group, "resource": kind, "subresource": part}
+            about = {"namespace": cluster.namespace, "group": group, "resource": kind, "subresource": part}
             review = {
                 "apiVersion": "authorization.k8s.io/v1",
                 "kind": "LocalSubjectAccessReview",
                 "metadata": {"namespace": cluster.namespace},
-                "spec": {"user": user, "resourceAttributes": {**wanted, "verb": verb}},
+                "spec": {"user": user, "resourceAttributes": {**about, "verb": verb}},
             }
-            if not cluster.create(path, review).get("status", {}).get("allowed"):
+            if not json.loads(cluster.ask("POST", path, review) or "{}").get("status", {}).get("allowed"):
                 missing.append(f"{verb} {resource}")
     detail = f"{user} may not {', '.join(missing)}" if missing else "all that a run asks for"
     return not missing, detail, "kubectl apply -k infra/rbac"
 
 
 def _environment(cluster: Cluster, name: str, key: str) -> Finding:
-    found = cluster.get(cluster.path(name))
     kind, _, object_name = name.partition("/")
-    if found is None and object_name == STORE_SECRET:
+    resource = cluster.get(name)
+    if not resource and object_name == STORE_SECRET:
         return True, "absent: right where the service account's role gives access to the store", ""
-    has_key = key in ((found or {}).get("data") or {})
-    detail = f"has {key}" if has_key else f"has no key {key}" if found else f"{cluster.namespace} has none"
+    has_key = key in (resource.get("data") or {})
+    detail = f"{'has' if has_key else 'has no'} key {key}" if resource else f"{cluster.namespace} has none"
     return has_key, detail, f"make the {kind[:-1]} {object_name} as infra/README.md says"
 
 
@@ -291,167 +266,131 @@ def _ray_address(cluster: Cluster) -> Finding:
     return bool(address), address or "no RAY_ADDRESS for the steps", fix
 
 
-def _rayjob_checks(cluster: Cluster, config: RunConfig) -> dict[str, Callable[[], Finding]]:
+def _rayjob_checks(cluster: Cluster, config: RunConfig) -> dict[str, Ask]:
     ray = config.ray.cluster
     assert isinstance(ray, RayJobCluster)
-    wanted = rayjob(config.ray, Job("doctor", "finetune", ("true",), 60.0), 1, namespace=cluster.namespace)
+    job = rayjob(config.ray, Job("doctor", "finetune", ("true",), 60.0), 1, namespace=cluster.namespace)
     path = f"{KUBERAY}/namespaces/{cluster.namespace}/rayjobs?dryRun=All&fieldValidation=Strict"
-    checks: dict[str, Callable[[], Finding]] = {
-        "kuberay": partial(_kind, cluster, KUBERAY, "rayjobs", "install KubeRay: infra/README.md"),
-        "kuberay's operator": partial(_deployments, cluster, KUBERAY_OPERATOR),
-        "a RayJob of this config": partial(_dry, cluster, path, wanted),
+    checks: dict[str, Ask] = {
+        "kuberay": partial(_served, cluster, KUBERAY, "rayjobs", "install KubeRay: infra/README.md"),
+        "kuberay's operator": partial(_deployments, cluster, "kuberay-operator"),
+        "a RayJob of this config": partial(_dry, cluster, path, job),
     }
     if ray.queue:
-        checks["kueue"] = partial(
-            _kind, cluster, KUEUE, "localqueues", "install Kueue, or leave ray.cluster.queue empty"
-        )
-        checks["kueue's manager"] = partial(_deployments, cluster, KUEUE_MANAGER)
+        fix = "install Kueue, or leave ray.cluster.queue empty"
+        checks["kueue"] = partial(_served, cluster, KUEUE, "localqueues", fix)
+        checks["kueue's manager"] = partial(_deployments, cluster, "kueue-controller-manager")
         checks["queue"] = partial(_queue, cluster, config, ray.queue)
         if ray.priority_class:
-            checks[f"priority {ray.priority_class}"] = partial(_priority, cluster, ray.priority_class)
+            path = f"{KUEUE}/workloadpriorityclasses/{ray.priority_class}"
+            checks[f"priority {ray.priority_class}"] = partial(_there, cluster, path, "kubectl apply -k infra/kueue")
     return checks
 
 
-RAY_CHECKS: Mapping[str, Callable[[Cluster, RunConfig], dict[str, Callable[[], Finding]]]] = {
-    "rayjob": _rayjob_checks,
-}
+RAY_CHECKS: Mapping[str, Callable[[Cluster, RunConfig], dict[str, Ask]]] = {"rayjob": _rayjob_checks}
 """What else has to be there for a way to a Ray cluster, by `ray.cluster.kind`."""
 
 
-def _kind(cluster: Cluster, path: str, resource: str, fix: str) -> Finding:
-    found = cluster.get(path) or {}
-    is_there = any(each.get("name") == resource for each in found.get("resources", []))
-    return is_there, f"{path.removeprefix('/apis/')} is {'' if is_there else 'not '}served", fix
+def _served(cluster: Cluster, path: str, resource: str, fix: str) -> Finding:
+    is_served = any(kind["name"] == resource for kind in cluster.get(path).get("resources", []))
+    return is_served, f"{path.removeprefix('/apis/')} is {'' if is_served else 'not '}served", fix
 
 
 def _deployments(cluster: Cluster, *names: str) -> Finding:
     """Whether each deployment has a ready pod, in any namespace.
 
     Raises:
-        NotSeen: we may not list deployments in the cluster, and cannot list them, or find none, in our namespace.
+        NotSeen: we may not list deployments in the cluster, and find none in our namespace.
     """
-    wrong, fixes, absent = list[str](), list[str](), list[str]()
+    absent = []
     for name in names:
         by_name = f"deployments?fieldSelector=metadata.name%3D{name}"
         try:
-            items = (cluster.get(f"/apis/apps/v1/{by_name}") or {}).get("items", [])
+            deployments = cluster.items(f"/apis/apps/v1/{by_name}")
         except NotSeen:
-            items = (cluster.get(f"/apis/apps/v1/namespaces/{cluster.namespace}/{by_name}") or {}).get("items", [])
-            if not items:
+            deployments = cluster.items(f"/apis/apps/v1/namespaces/{cluster.namespace}/{by_name}")
+            if not deployments:
                 raise
-        if not items:
+        if not deployments:
             absent.append(name)
-        elif not any((each.get("status") or {}).get("availableReplicas") for each in items):
-            wrong.append(f"{name} has no pod that is ready")
-            kubectl = f"kubectl -n {items[0]['metadata']['namespace']}"
-            is_off = items[0]["spec"].get("replicas") == 0
-            fixes.append(
-                f"{kubectl} scale deployment {name} --replicas 1" if is_off else f"{kubectl} describe deployment {name}"
-            )
-    if absent and not wrong:
+        elif not any((each.get("status") or {}).get("availableReplicas") for each in deployments):
+            namespace = deployments[0]["metadata"]["namespace"]
+            fix = f"kubectl -n {namespace} scale deployment {name} --replicas 1, or describe it"
+            return False, f"{name} has no pod that is ready", fix
+    if absent:
         raise NotSeen(f"there is no deployment of the name {', '.join(absent)}")
-    return not wrong, "; ".join(wrong) or f"{', '.join(names)} run{'' if names[1:] else 's'}", "; ".join(fixes)
+    return True, f"{', '.join(names)} run{'' if names[1:] else 's'}", ""
 
 
 def _nodes(cluster: Cluster) -> Finding:
     """Whether at least one node is ready and accepts pods."""
-    found = (cluster.get("/api/v1/nodes") or {}).get("items", [])
-    cordoned = [each["metadata"]["name"] for each in found if each["spec"].get("unschedulable")]
-    ready = [
-        each
-        for each in found
-        if any(
-            c["type"] == "Ready" and c["status"] == "True" for c in (each.get("status") or {}).get("conditions") or []
-        )
-    ]
-    free = [each for each in ready if not each["spec"].get("unschedulable")]
+    nodes = cluster.items("/api/v1/nodes")
+    cordoned = [node["metadata"]["name"] for node in nodes if node["spec"].get("unschedulable")]
+    free = [node for node in nodes if not node["spec"].get("unschedulable") and "Ready" in _conditions(node, "True")]
     fix = f"kubectl uncordon {cordoned[0]}" if cordoned else "kubectl describe nodes"
-    return bool(free), f"{len(free)} of {len(found)} are ready and take pods", fix
+    return bool(free), f"{len(free)} of {len(nodes)} are ready and take pods", fix
+
+
+def _conditions(resource: Resource, *statuses: str) -> dict[str, Resource]:
+    """The conditions of an object that have one of these statuses, by type."""
+    conditions = (resource.get("status") or {}).get("conditions") or []
+    return {condition["type"]: condition for condition in conditions if condition["status"] in statuses}
 
 
 def _dry(cluster: Cluster, path: str, body: Resource) -> Finding:
     try:
-        cluster.create(path if path.startswith("/") else cluster.path(path), body)
+        cluster.ask("POST", path, body)
     except Refused as exc:
         fix = next((fix for words, fix in REFUSALS.items() if words in str(exc)), IN_MESSAGE)
         return False, f"refused: {exc}", fix
     return True, "the API server would take it", ""
 
 
-def _priority(cluster: Cluster, priority_class: str) -> Finding:
-    found = cluster.get(f"{KUEUE}/workloadpriorityclasses/{priority_class}")
-    detail = "is there" if found else "the cluster has none of that name"
-    return found is not None, detail, "kubectl apply -k infra/kueue"
-
-
 def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Finding:
     local = cluster.get(f"{KUEUE}/namespaces/{cluster.namespace}/localqueues/{queue}")
-    if local is None:
+    if not local:
         fix = "kubectl apply -k infra/kueue, or name yours in ray.cluster.queue"
         return False, f"{cluster.namespace} has no LocalQueue {queue}", fix
     name = local["spec"]["clusterQueue"]
     whole = cluster.get(f"{KUEUE}/clusterqueues/{name}")
-    if whole is None:
+    if not whole:
         return False, f"{queue} belongs to ClusterQueue {name}, which is not there", "create it"
-    inactive = [
-        condition["message"]
-        for condition in whole.get("status", {}).get("conditions", [])
-        if condition["type"] == "Active" and condition["status"] != "True"
-    ]
+    inactive = _conditions(whole, "False", "Unknown").get("Active")
     if inactive or whole["spec"].get("stopPolicy", "None") != "None":
-        return False, f"ClusterQueue {name} admits no job: {'; '.join(inactive) or 'stopped'}", "start it"
+        return False, f"ClusterQueue {name} admits no job: {inactive['message'] if inactive else 'stopped'}", "start it"
     jobs, keys = [config.ray], "ray.num_workers, ray.cluster.worker"
     if config.data.engine == "ray":
         jobs, keys = [*jobs, config.ray.for_data(timeout_s=config.data.timeout_s)], f"{keys}, ray.cluster.data"
-    short = list(dict.fromkeys(lack for job in jobs for lack in lacking(demand(job), whole)))
+    short = list(dict.fromkeys(lack for job in jobs for lack in lacking(job, whole)))
     fix = f"raise the quota of ClusterQueue {name}, or ask for less: {keys}"
     return not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix
 
 
-# Resources that a config's Ray job requests from Kueue, and whether a ClusterQueue can ever grant them.
-
-Resources = Mapping[str, Decimal]
-
-
-def demand(ray: RayConfig) -> Resources:
-    """Return the sum of the requests of head, workers and submitter, which Kueue admits together."""
+def lacking(ray: RayConfig, cluster_queue: Mapping[str, Any]) -> Iterator[str]:
+    """Why the queue can never grant what head, workers and submitter request, which Kueue admits together."""
     from kubernetes.utils.quantity import parse_quantity
 
     spec = rayjob(ray, Job("quota", "finetune", ("true",), 60.0), 1, namespace="any")["spec"]
     cluster = spec["rayClusterSpec"]
     pods = [(1, cluster["headGroupSpec"]["template"]), (1, spec["submitterPodTemplate"])]
     pods += [(group["replicas"], group["template"]) for group in cluster["workerGroupSpecs"]]
-    total: dict[str, Decimal] = {}
+    needs: dict[str, Decimal] = {}
     for count, template in pods:
         for container in template["spec"]["containers"]:
             for name, quantity in container["resources"]["requests"].items():
-                total[name] = total.get(name, Decimal(0)) + count * parse_quantity(quantity)
-    return total
-
-
-def lacking(wanted: Resources, cluster_queue: Mapping[str, Any]) -> list[str]:
-    """Return why the queue can never grant this, in words: resources that it does not cover, or too small a quota."""
-    from kubernetes.utils.quantity import parse_quantity
-
+                needs[name] = needs.get(name, Decimal(0)) + count * parse_quantity(quantity)
+    # Without a limit it may borrow all that its cohort has.
+    borrowed = "1Ei" if cluster_queue["spec"].get("cohortName") else "0"
     room: dict[str, Decimal] = {}
-    for name, quota, borrowed in _quotas(cluster_queue):
-        room[name] = max(room.get(name, Decimal(0)), parse_quantity(quota) + parse_quantity(borrowed))
-    return [
-        f"{name}: {_formatted(need)} asked for, at most {_formatted(room[name])} given"
-        if name in room
-        else f"{name}: not covered by the queue"
-        for name, need in wanted.items()
-        if need > room.get(name, Decimal(-1))
-    ]
-
-
-def _quotas(cluster_queue: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    in_cohort = bool(cluster_queue["spec"].get("cohortName"))
     for group in cluster_queue["spec"].get("resourceGroups", []):
-        for flavor in group["flavors"]:
-            for resource in flavor["resources"]:
-                unlimited = "1Ei" if in_cohort else "0"  # without a limit it may borrow all that its cohort has
-                yield resource["name"], str(resource["nominalQuota"]), str(resource.get("borrowingLimit", unlimited))
+        for quota in (resource for flavor in group["flavors"] for resource in flavor["resources"]):
+            most = parse_quantity(quota["nominalQuota"]) + parse_quantity(quota.get("borrowingLimit", borrowed))
+            room[quota["name"]] = max(room.get(quota["name"], Decimal(0)), most)
+    for name, need in needs.items():
+        if name not in room:
+            yield f"{name}: not covered by the queue"
+        elif need > room[name]:
+            yield f"{name}: {_formatted(need)} asked for, at most {_formatted(room[name])} given"
 
 
 def _formatted(quantity: Decimal) -> str:
@@ -464,6 +403,7 @@ def _formatted(quantity: Decimal) -> str:
 PROBE_S = 180.0
 """Seconds to schedule the pod, pull the image and try the store."""
 POLL_S = 2.0
+STUCK = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError")
 STEP_POD = {"pipelines.kubeflow.org/v2_component": "true"}
 RAY_POD = {"ray.io/is-ray-node": "yes"}
 """Labels by which the network policies select the pods of steps, and those of Ray."""
@@ -581,56 +521,29 @@ def run_probe(cluster: Cluster, question: Question, account: str, image: str) ->
         NotSeen: we may not create pods, or the API server does not answer.
     """
     name = f"fineloop-doctor-{secrets.token_hex(4)}"
-    cluster.create(cluster.path("pods"), probe_pod(cluster, account, image, question.script, name, question.labels))
-    try:
-        return _followed(cluster, name, question, image)
-    finally:
-        cluster.delete(cluster.path(f"pods/{name}"))
-
-
-def _followed(cluster: Cluster, name: str, question: Question, image: str) -> Finding:
+    pod = probe_pod(cluster, account, image, question.script, name, question.labels)
+    cluster.ask("POST", "pods", pod)
     began = time.monotonic()
-    found: Resource = {}
-    while (waited := time.monotonic() - began) < PROBE_S:
-        found = cluster.get(cluster.path(f"pods/{name}")) or {}
-        phase = found.get("status", {}).get("phase", "Pending")
-        if phase == "Succeeded":
-            return True, f"{image} runs, and {question.yes}", ""
-        if phase == "Failed":
-            lines = cluster.log(name).strip().splitlines()
-            return False, lines[-1] if lines else _why(found), question.fix
-        if stuck := _stuck(found):
-            return False, stuck, "give an image that the nodes may pull: --image, imagePullSecrets"
-        if waited > UNPLACED_S and (nowhere := _unplaced(found)):
-            fix = "kubectl get nodes; where nodes have to be made first, ask again in some minutes"
-            return False, f"no node takes the pod: {nowhere}", fix
-        time.sleep(POLL_S)
-    why = f"the pod did not end within {PROBE_S:.0f} s: {_why(found)}"
-    return False, why, f"kubectl -n {cluster.namespace} get events"
-
-
-def _stuck(found: Resource) -> str:
-    """Return why a container cannot start without a change, such as an image that cannot be pulled; else empty."""
-    for status in found.get("status", {}).get("containerStatuses") or []:
-        waiting = status.get("state", {}).get("waiting") or {}
-        if waiting.get("reason") in (
-            "ErrImagePull",
-            "ImagePullBackOff",
-            "InvalidImageName",
-            "CreateContainerConfigError",
-        ):
-            return f"{waiting['reason']}: {waiting.get('message', status.get('image', ''))}"
-    return ""
-
-
-def _unplaced(found: Resource) -> str:
-    """Return why the scheduler has no node for the pod; empty if it has one."""
-    conditions = found.get("status", {}).get("conditions") or []
-    reasons = [each for each in conditions if each["type"] == "PodScheduled" and each.get("reason") == "Unschedulable"]
-    return str(reasons[0].get("message") or "Unschedulable") if reasons else ""
-
-
-def _why(found: Resource) -> str:
-    conditions = found.get("status", {}).get("conditions") or []
-    messages = [each["message"] for each in conditions if each.get("status") != "True" and each.get("message")]
-    return "; ".join(messages) or found.get("status", {}).get("phase", "it was never made")
+    try:
+        while (waited := time.monotonic() - began) < PROBE_S:
+            pod = cluster.get(f"pods/{name}")
+            status = pod.get("status", {})
+            why = "; ".join(c["message"] for c in _conditions(pod, "False", "Unknown").values() if c.get("message"))
+            if status.get("phase") == "Succeeded":
+                return True, f"{image} runs, and {question.yes}", ""
+            if status.get("phase") == "Failed":
+                lines = cluster.ask("GET", f"pods/{name}/log").strip().splitlines()
+                return False, lines[-1] if lines else why, question.fix
+            for container in status.get("containerStatuses") or []:
+                waiting = container.get("state", {}).get("waiting") or {}
+                if waiting.get("reason") in STUCK:
+                    fix = "give an image that the nodes may pull: --image, imagePullSecrets"
+                    return False, f"{waiting['reason']}: {waiting.get('message', '')}", fix
+            if waited > UNPLACED_S and _conditions(pod, "False").get("PodScheduled", {}).get("reason"):
+                fix = "kubectl get nodes; where nodes have to be made first, ask again in some minutes"
+                return False, f"no node takes the pod: {why}", fix
+            time.sleep(POLL_S)
+        fix = f"kubectl -n {cluster.namespace} get events"
+        return False, f"the pod did not end within {PROBE_S:.0f} s: {why or status.get('phase', '')}", fix
+    finally:
+        cluster.ask("DELETE", f"pods/{name}")

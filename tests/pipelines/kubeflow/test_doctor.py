@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from components.config import config_file
-from components.config.ray import JobsApiCluster
 from components.store import client
 from infra.checks.manifests import INFRA, ROOT, Loader
 from pipelines.configs import DEFAULT_CONFIG
@@ -62,6 +61,8 @@ def ask(cluster: AppliedCluster, server: KfpServer, fineloop: Fineloop) -> Calla
 def test_a_cluster_that_the_overlay_was_applied_to_is_sound(
     ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
 ) -> None:
+    assert "store, from a pod" not in ask()
+    assert cluster.made == []
     found = ask(*RAYJOB, *IMAGE)
     assert [check for check in found.values() if not check["ok"] or not check["seen"]] == []
     assert found["namespace"]["detail"] == "fineloop, which admits restricted pods"
@@ -112,19 +113,6 @@ def test_the_script_of_a_worker_finds_its_tracker_as_the_tracker_will(
     assert words in done.stderr
 
 
-def test_without_an_image_nothing_is_made(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:
-    assert "store, from a pod" not in ask()
-    assert cluster.made == []
-
-
-def _no_role(cluster: AppliedCluster) -> None:
-    cluster.drop("rolebindings", "fineloop-pipeline")
-
-
-def _kinds(path: str) -> Callable[[AppliedCluster], Any]:
-    return lambda cluster: cluster.kinds.pop(path)
-
-
 def _without(kind: str, name: str) -> Callable[[AppliedCluster], None]:
     return lambda cluster: cluster.drop(kind, name)
 
@@ -132,10 +120,6 @@ def _without(kind: str, name: str) -> Callable[[AppliedCluster], None]:
 def _small_quota(cluster: AppliedCluster) -> None:
     queue = cluster.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]
     queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"][1]["nominalQuota"] = "8Gi"
-
-
-def _stopped_queue(cluster: AppliedCluster) -> None:
-    cluster.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]["spec"]["stopPolicy"] = "Hold"
 
 
 def _inactive_queue(cluster: AppliedCluster) -> None:
@@ -152,16 +136,13 @@ def _inactive_queue(cluster: AppliedCluster) -> None:
             "there is no fineloop",
             "infra/namesp",
         ),
-        ("account fineloop-pipeline", _without("serviceaccounts", "fineloop-pipeline"), "has no such", "infra/rbac"),
         ("account fineloop-trainer", _without("serviceaccounts", "fineloop-trainer"), "has no such", "infra/rbac"),
         (
             "rights of the steps",
-            _no_role,
+            _without("rolebindings", "fineloop-pipeline"),
             "system:serviceaccount:fineloop:fineloop-pipeline may not create rayjobs, get rayjobs",
             "infra/rbac",
         ),
-        ("configmaps/fineloop-env", _without("configmaps", "fineloop-env"), "has none", "config"),
-        ("secrets/fineloop-ray", _without("secrets", "fineloop-ray"), "has none", "make the secret fineloop-ray"),
         (
             "secrets/fineloop-ray",
             lambda c: c.put(f"{CORE}/secrets/fineloop-ray", {"data": {"token": "eA=="}}),
@@ -169,12 +150,18 @@ def _inactive_queue(cluster: AppliedCluster) -> None:
             "make the secret",
         ),
         ("configmaps/kfp-launcher", _without("configmaps", "kfp-launcher"), "has none", "make the configmap"),
-        ("kuberay", _kinds("/apis/ray.io/v1"), "ray.io/v1 is not served", "KubeRay"),
-        ("kueue", _kinds("/apis/kueue.x-k8s.io/v1beta2"), "kueue.x-k8s.io/v1beta2 is not served", "Kueue"),
+        ("kuberay", lambda c: c.kinds.pop("/apis/ray.io/v1"), "ray.io/v1 is not served", "KubeRay"),
         ("queue", _without("localqueues", "fineloop"), "has no LocalQueue fineloop", "ray.cluster.queue"),
         ("queue", _without("clusterqueues", "fineloop"), "which is not there", "create it"),
         ("queue", _small_quota, "12 GiB asked for, at most 8 GiB given", "ray.num_workers"),
-        ("queue", _stopped_queue, "admits no job: stopped", "start it"),
+        (
+            "queue",
+            lambda c: c.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]["spec"].update(
+                stopPolicy="Hold"
+            ),
+            "admits no job: stopped",
+            "start it",
+        ),
         ("queue", _inactive_queue, "admits no job: references missing ResourceFlavor", "start it"),
         *(
             (
@@ -185,8 +172,6 @@ def _inactive_queue(cluster: AppliedCluster) -> None:
             )
             for title, where, name in (
                 ("kuberay's operator", "ray-system", "kuberay-operator"),
-                ("kueue's manager", "kueue-system", "kueue-controller-manager"),
-                ("kubeflow's controllers", NAMESPACE, "workflow-controller"),
                 ("kubeflow's controllers", NAMESPACE, "ml-pipeline-persistenceagent"),
             )
         ),
@@ -233,25 +218,10 @@ def test_an_openlineage_server_is_told_with_a_key_that_nobody_else_can_read(
     environment = cluster.objects[f"{CORE}/configmaps/fineloop-env"]["data"]
     environment["OPENLINEAGE_URL"] = "http://marquez:5000"
     assert ask()["openlineage"]["ok"]
-    assert ask()["openlineage"]["detail"] == "http://marquez:5000, without the key of secret fineloop-report"
     cluster.put(f"{CORE}/secrets/fineloop-report", {"data": {"OPENLINEAGE_API_KEY": "eA=="}})
     assert not ask()["openlineage"]["ok"]
-    assert "https://" in ask()["openlineage"]["fix"]
     environment["OPENLINEAGE_URL"] = "https://lineage.example"
-    assert ask()["openlineage"]["ok"]
     assert ask()["openlineage"]["detail"] == "https://lineage.example, with the key of secret fineloop-report"
-
-
-def test_what_we_may_not_see_is_said_and_is_no_fault(
-    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
-) -> None:
-    cluster.denied = {f"{CORE}/secrets", "/apis/authorization.k8s.io"}
-    found = ask()
-    for name in ("secrets/fineloop-ray", "rights of the steps"):
-        assert found[name]["ok"]
-        assert not found[name]["seen"]
-        assert found[name]["detail"].startswith("not seen: ")
-        assert "forbidden" in found[name]["detail"]
 
 
 def test_a_person_who_may_read_one_namespace_hears_what_was_not_seen_and_no_false_alarm(
@@ -265,6 +235,7 @@ def test_a_person_who_may_read_one_namespace_hears_what_was_not_seen_and_no_fals
     found = ask()
     unseen = {name for name, check in found.items() if not check["seen"]}
     assert [check for check in found.values() if not check["ok"]] == []
+    assert "forbidden" in found["secrets/fineloop-ray"]["detail"]
     assert unseen == {
         *("nodes", "kuberay's operator", "kueue's manager", "queue", "rights of the steps"),
         *("secrets/fineloop-ray", "secrets/fineloop-s3", "a RayJob of this config", "a step's pod"),
@@ -286,39 +257,20 @@ def test_a_webhook_that_is_away_is_not_taken_for_a_wrong_version(
     assert found["a RayJob of this config"]["fix"].startswith("start what answers it")
 
 
+WAITING = {"reason": "ImagePullBackOff", "message": "Back-off pulling image x"}
+UNPLACED = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available"}
+
+
 @pytest.mark.parametrize(
     ("status", "log", "detail"),
     [
+        ({"phase": "Failed"}, "Traceback\nStoreError: no bucket fineloop\n", "no bucket fineloop"),
         (
-            {"phase": "Failed"},
-            "Traceback\nStoreError: bucket fineloop does not exist\n",
-            "bucket fineloop does not exist",
-        ),
-        (
-            {
-                "phase": "Pending",
-                "containerStatuses": [
-                    {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image x"}}}
-                ],
-            },
+            {"phase": "Pending", "containerStatuses": [{"state": {"waiting": WAITING}}]},
             "",
             "ImagePullBackOff: Back-off pulling image x",
         ),
-        (
-            {
-                "phase": "Pending",
-                "conditions": [
-                    {
-                        "type": "PodScheduled",
-                        "status": "False",
-                        "reason": "Unschedulable",
-                        "message": "0/1 nodes are available: 1 node(s) were unschedulable.",
-                    }
-                ],
-            },
-            "",
-            "no node takes the pod: 0/1 nodes are available",
-        ),
+        ({"phase": "Pending", "conditions": [UNPLACED]}, "", "no node takes the pod: 0/1 nodes are available"),
     ],
 )
 def test_a_store_or_an_image_that_pods_cannot_reach_is_told(
@@ -341,13 +293,6 @@ def test_a_shared_ray_cluster_needs_its_address(ask: Callable[..., dict[str, Any
     assert ask("--namespace", NAMESPACE)["ray address"]["detail"] == "no RAY_ADDRESS for the steps"
     cluster.objects[f"{CORE}/configmaps/fineloop-env"]["data"]["RAY_ADDRESS"] = "http://ray-head:8265"
     assert ask("--namespace", NAMESPACE)["ray address"]["ok"]
-
-
-def test_a_cluster_that_is_found_otherwise_needs_no_address(
-    ask: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(JobsApiCluster, "has_address", False)
-    assert "ray address" not in ask("--namespace", NAMESPACE)
 
 
 def test_an_api_server_that_is_away_is_one_sentence(
