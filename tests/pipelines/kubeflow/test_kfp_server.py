@@ -56,8 +56,6 @@ def refusal(call: Any, *arguments: Any, **options: Any) -> tuple[int, str]:
         ({"config": 1}, "config requires type struct"),
         ({"config": {}, "rows": "3"}, "rows requires type double or integer"),
         ({"config": {}, "rows": True}, "rows requires type double or integer"),
-        ({"config": {}, "fails": "true"}, "fails requires type boolean"),
-        ({"config": {}, "tags": {}}, "tags requires type list"),
         ({"config": {}, "mode": "slow"}, "not one of"),
     ],
 )
@@ -69,34 +67,10 @@ def test_parameters_that_do_not_fit_are_refused(
     assert message in said
 
 
-def test_a_missing_parameter_is_refused(client: kfp.Client, path: Path) -> None:
-    spec = yaml.safe_load(path.read_text())
-    del spec["root"]["inputDefinitions"]["parameters"]["config"]["defaultValue"]
-    path.write_text(yaml.safe_dump(spec))
-    status, said = refusal(client.create_run_from_pipeline_package, str(path), {}, run_name="r")
-    assert (status, "parameter config is not optional" in said) == (400, True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"surprise": 1}, 'no field named "surprise"'),
-        ({"schemaVersion": "2.0.0"}, "schema version 2.1.0"),
-        ({"pipelineInfo": {}}, "name is empty"),
-        ({"root": {"dag": {"tasks": {"a": {"componentRef": {"nome": "x"}}}}}}, "nome"),
-    ],
-)
-def test_a_pipeline_that_is_none_is_refused(
-    client: kfp.Client, path: Path, change: dict[str, Any], message: str
-) -> None:
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
+def test_a_pipeline_that_is_none_is_refused_and_the_real_one_is_not(client: kfp.Client, path: Path) -> None:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "surprise": 1}))
     status, said = refusal(client.upload_pipeline, str(path), pipeline_name="p")
-    assert status == 400
-    assert message in said
-
-
-def test_the_real_pipeline_is_accepted(client: kfp.Client, tmp_path: Path) -> None:
-    path = tmp_path / "real.yaml"
+    assert (status, 'no field named "surprise"' in said) == (400, True)
     path.write_text(compile_pipeline(config_file.load(DEFAULT_CONFIG)))
     assert client.upload_pipeline(str(path)).display_name == "fineloop-retrain"
 
@@ -124,11 +98,8 @@ def test_unknown_ids_are_404(client: kfp.Client, path: Path) -> None:
 @pytest.mark.parametrize(
     ("trigger", "message"),
     [
-        ({"max_concurrency": 0}, "Support 1-10"),
         ({"max_concurrency": 11}, "Support 1-10"),
-        ({"cron_expression": "0 0 25 * * *"}, "End of range (25) above maximum (23)"),
         ({"cron_expression": "0 0 0 * * 7"}, "above maximum (6)"),
-        ({"cron_expression": "0 0 0 L * *"}, "Failed to parse int from L"),
         ({"cron_expression": "0 0 2 *"}, "Expected 5 to 6 fields"),
     ],
 )
@@ -194,17 +165,6 @@ def test_an_importer_takes_its_uri_from_the_pipeline_around_it_alone(
     tasks = {task.display_name: task.state for task in run.run_details.task_details}
     assert tasks["importer"] == state
     assert running.run(started.run_id).reason == (reason and f"task importer: {reason}")
-
-
-def test_a_step_that_wants_pip_fails(client: kfp.Client, running: KfpServer, path: Path) -> None:
-    spec = yaml.safe_load(path.read_text())
-    spec["deploymentSpec"]["executors"]["exec-promote"]["container"]["command"][:0] = [
-        *("sh", "-c", 'python3 -m pip --version && exec "$0" "$@"'),
-    ]
-    path.write_text(yaml.safe_dump(spec))
-    started = client.create_run_from_pipeline_package(str(path), {}, run_name="r")
-    assert running.run(started.run_id).wait() == "FAILED"
-    assert "the image of a step has no pip" in running.run(started.run_id).log
 
 
 def test_deleting_a_schedule_ends_what_it_started_unless_orphaned(
