@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# A move of an alias, with facts about the version that it moved to.
-
-
 @dataclass(frozen=True)
 class Announcement:
-    """The content of a notification. A text that was not recorded is empty."""
+    """A move of an alias, with facts about the version that it moved to. A text that was not recorded is empty."""
 
     event_id: str
     """The id of the event; the same whenever the notification is repeated."""
@@ -94,24 +91,17 @@ def announcement_of(store: "Store", name: str, event: "Event") -> Announcement:
     )
 
 
-# JSON over HTTP for notifications, with few tries and short waits, so that nothing holds up a run.
-
-TRIES = 3
 PAUSE_S = 0.5
 """Half of the pause before the third try; the second comes at once."""
-BUSY = (429, 502, 503, 504)
-TIMEOUT_S = (5, 15)
-"""Limits in seconds: to connect, and between two pieces of an answer."""
-MOST_BYTES = 4 * 2**20
-"""The most bytes read of an answer."""
 PATIENCE_S = 30
 """Limit in seconds for all requests of one notification together."""
-SHOWN = 200
 
 
 class HttpApi:
-    """A server. Requests are repeated while it is away or busy, and redirects not followed: that would forward the
-    token."""
+    """JSON over HTTP for notifications, with few tries and short waits, so that nothing holds up a run.
+
+    Redirects are not followed: that would forward the token.
+    """
 
     def __init__(self, url: str, *, token: str = "", login: tuple[str, str] | None = None) -> None:
         """`token` is a bearer token, `login` a user's name and password."""
@@ -120,9 +110,9 @@ class HttpApi:
         from urllib3 import Retry
 
         again = Retry(
-            TRIES - 1,
+            2,
             backoff_factor=PAUSE_S,
-            status_forcelist=BUSY,
+            status_forcelist=(429, 502, 503, 504),
             allowed_methods=None,
             raise_on_status=False,
             respect_retry_after_header=False,  # which may ask for hours
@@ -138,49 +128,46 @@ class HttpApi:
         # If it were only a header, an entry of ~/.netrc would replace it.
         self._session.auth = bearing if token else login
 
-    def get(self, path: str, **query: str) -> dict[str, Any]:
-        """Get an object.
+    def get(self, path: str, *, may_lack: bool = False, **query: str) -> dict[str, Any]:
+        """Get an object; empty if there is none (404) and it `may_lack`.
 
         Raises:
             AnnounceError: the server is away, or its answer is not a success, or not a JSON object.
         """
-        return self.send("GET", path, params=query)
+        return self._object("GET", path, may_lack=may_lack, params=query)
 
-    def find(self, path: str, **query: str) -> dict[str, Any]:
-        """Get an object as `get` does; empty if there is none (404)."""
-        return self.send("GET", path, may_lack=True, params=query)
+    def post(self, path: str, body: Mapping[str, Any], *, verb: str = "POST") -> dict[str, Any]:
+        """Send an object, and return the answer as for `get`."""
+        return self._object(verb, path, json=body)
 
-    def send(self, verb: str, path: str, *, may_lack: bool = False, **sent: Any) -> dict[str, Any]:
-        """Send what `requests` takes, `json` for example, and return the answer as for `get`."""
-        body = self.deliver(verb, path, may_lack=may_lack, **sent)
+    def _object(self, verb: str, path: str, **request: Any) -> dict[str, Any]:
+        body = self.send(verb, path, **request)
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise AnnounceError(f"{verb} {self._url}{path} answered no JSON object: {_excerpt(body)}")
+            raise AnnounceError(f"{verb} {self._url}{path} answered no JSON object: {body[:200]!r}")
         return value
 
-    def deliver(self, verb: str, path: str = "", *, may_lack: bool = False, **sent: Any) -> bytes:
+    def send(self, verb: str, path: str = "", *, may_lack: bool = False, **request: Any) -> bytes:
         """Send what `requests` takes, and return the answer's body; `{}` for a 404 where that is allowed."""
         from urllib3.exceptions import HTTPError
 
-        url = f"{self._url}{path}"
-        how: dict[str, Any] = {"timeout": TIMEOUT_S, "allow_redirects": False, "stream": True}
+        url, timeouts_s = f"{self._url}{path}", (5, 15)  # to connect, and between two pieces of an answer
         try:
-            with self._session.request(verb, url, **sent, **how) as response:
-                body = response.raw.read(MOST_BYTES, decode_content=True)
+            with self._session.request(
+                verb, url, timeout=timeouts_s, allow_redirects=False, stream=True, **request
+            ) as response:
+                body = bytes(response.raw.read(4 * 2**20, decode_content=True))
         except (OSError, HTTPError) as exc:  # requests' errors are OSErrors
             raise AnnounceError(f"{verb} {url}: {exc}") from exc
         if may_lack and response.status_code == 404:
             return b"{}"
         if not 200 <= response.status_code < 300:
-            raise AnnounceError(f"{verb} {response.url} answered {response.status_code}: {_excerpt(body)}")
-        return bytes(body)
-
-
-def _excerpt(body: bytes) -> str:
-    return " ".join(body.decode(errors="replace").split())[:SHOWN]
+            text = " ".join(body[:200].decode(errors="replace").split())
+            raise AnnounceError(f"{verb} {response.url} answered {response.status_code}: {text}")
+        return body
 
 
 # MLflow, by its REST API (mlflow.org/docs/latest/rest-api.html, 2.0): its own client would add a dozen packages to the
@@ -200,8 +187,8 @@ def notify_mlflow(url: str, announcement: Announcement, environment: Mapping[str
     token = environment.get("MLFLOW_TRACKING_TOKEN", "")
     api = HttpApi(f"{url.rstrip('/')}/api/2.0/mlflow", token=token, login=(user, password) if user else None)
     name = announcement.adapter
-    if not api.find("/registered-models/get", name=name):
-        api.send("POST", "/registered-models/create", json={"name": name})
+    if not api.get("/registered-models/get", may_lack=True, name=name):
+        api.post("/registered-models/create", {"name": name})
     query = f"name = '{name}' and source_path = '{announcement.version_uri}'"
     if not (numbered := api.get("/model-versions/search", filter=query).get("model_versions")):
         tags = {
@@ -212,35 +199,35 @@ def notify_mlflow(url: str, announcement: Announcement, environment: Mapping[str
         tagged = [{"key": key, "value": value} for key, value in tags.items()]
         run_id = _mlflow_run(api, announcement, tagged)
         version = {"name": name, "source": announcement.version_uri, "run_id": run_id, "tags": tagged}
-        numbered = [api.send("POST", "/model-versions/create", json=version)["model_version"]]
+        numbered = [api.post("/model-versions/create", version)["model_version"]]
     alias = {"name": name, "alias": announcement.alias, "version": str(numbered[0]["version"])}
-    api.send("POST", "/registered-models/alias", json=alias)
+    api.post("/registered-models/alias", alias)
 
 
 def _mlflow_run(api: HttpApi, announcement: Announcement, tags: list[dict[str, str]]) -> str:
     """The id of the version's run, in the experiment with the adapter's name. The run is created or completed; nothing
     that it has is removed."""
-    name = {"name": announcement.adapter}
-    found = api.find("/experiments/get-by-name", experiment_name=announcement.adapter)
-    experiment = found["experiment"] if found else api.send("POST", "/experiments/create", json=name)
-    query = f"tags.`{VERSION_TAG}` = '{announcement.version}'"
-    of_version = {"experiment_ids": [experiment["experiment_id"]], "filter": query}
-    runs = api.send("POST", "/runs/search", json=of_version).get("runs", [])
+    name = announcement.adapter
+    if known := api.get("/experiments/get-by-name", may_lack=True, experiment_name=name):
+        experiment_id = known["experiment"]["experiment_id"]
+    else:
+        experiment_id = api.post("/experiments/create", {"name": name})["experiment_id"]
+    query = {"experiment_ids": [experiment_id], "filter": f"tags.`{VERSION_TAG}` = '{announcement.version}'"}
     time_ms = int(datetime.fromisoformat(announcement.time).timestamp() * 1000)
     begun = {
-        "experiment_id": experiment["experiment_id"],
+        "experiment_id": experiment_id,
         "run_name": announcement.trained_by or announcement.version,
         "start_time": time_ms,
         "tags": tags,
     }
-    run = runs[0] if runs else api.send("POST", "/runs/create", json=begun)["run"]
-    run_id = str(run["info"]["run_id"])
+    runs = api.post("/runs/search", query).get("runs") or [api.post("/runs/create", begun)["run"]]
+    run_id = str(runs[0]["info"]["run_id"])
     metrics = [
         {"key": key, "value": value, "timestamp": time_ms, "step": 0} for key, value in announcement.metrics.items()
     ]
     params = [{"key": key, "value": getattr(announcement, key)} for key in ("method", "base", "dataset_uri")]
-    api.send("POST", "/runs/log-batch", json={"run_id": run_id, "metrics": metrics, "params": params})
-    api.send("POST", "/runs/update", json={"run_id": run_id, "status": "FINISHED", "end_time": time_ms})
+    api.post("/runs/log-batch", {"run_id": run_id, "metrics": metrics, "params": params})
+    api.post("/runs/update", {"run_id": run_id, "status": "FINISHED", "end_time": time_ms})
     return run_id
 
 
@@ -249,10 +236,6 @@ def _mlflow_run(api: HttpApi, announcement: Announcement, tags: list[dict[str, s
 # registered model, with the version as its value.
 
 REGISTRY_TOKEN = "FINELOOP_MODEL_REGISTRY_TOKEN"
-NEWEST, OLDER = "v1", "v1alpha3"
-"""Versions of the API, with the same requests. Servers from before 2026 know only the older one, which is to end with
-April 2027."""
-AUTHOR = "fineloop"
 
 
 def notify_model_registry(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
@@ -261,24 +244,24 @@ def notify_model_registry(url: str, announcement: Announcement, environment: Map
     Raises:
         AnnounceError: the registry cannot be reached, or refuses.
     """
+    # The same requests. Servers from before 2026 know only the older API, which is to end with April 2027.
     newest, older = (
         HttpApi(f"{url.rstrip('/')}/api/model_registry/{version}", token=environment.get(REGISTRY_TOKEN, ""))
-        for version in (NEWEST, OLDER)
+        for version in ("v1", "v1alpha3")
     )
-    api = newest if newest.find("/registered_models", pageSize="1") else older
-    name = announcement.adapter
-    model = api.find("/registered_model", name=name) or api.send(
-        "POST", "/registered_models", json={"name": name, "owner": AUTHOR}
-    )
-    version = api.find("/model_version", name=announcement.version, parentResourceId=model["id"])
+    api = newest if newest.get("/registered_models", may_lack=True, pageSize="1") else older
+    name, author = announcement.adapter, "fineloop"
+    model = api.get("/registered_model", may_lack=True, name=name)
+    model = model or api.post("/registered_models", {"name": name, "owner": author})
+    version = api.get("/model_version", may_lack=True, name=announcement.version, parentResourceId=model["id"])
     if not version:
         keys = ("manifest_sha256", "method", "base", "dataset_uri")
         texts = {"run_id": announcement.trained_by, **{key: getattr(announcement, key) for key in keys}}
         properties: dict[str, Any] = {key: _text_property(value) for key, value in texts.items()}
         for key, value in announcement.metrics.items():
             properties[key] = {"metadataType": "MetadataDoubleValue", "double_value": value}
-        new = {"name": announcement.version, "registeredModelId": model["id"], "author": AUTHOR}
-        version = api.send("POST", "/model_versions", json={**new, "customProperties": properties})
+        new = {"name": announcement.version, "registeredModelId": model["id"], "author": author}
+        version = api.post("/model_versions", {**new, "customProperties": properties})
     artifacts = f"/model_versions/{version['id']}/artifacts"
     if not api.get(artifacts).get("items"):
         artifact = {
@@ -289,9 +272,9 @@ def notify_model_registry(url: str, announcement: Announcement, environment: Map
             "modelFormatName": "peft",
             "modelFormatVersion": "1",
         }
-        api.send("POST", artifacts, json=artifact)
+        api.post(artifacts, artifact)
     properties = {**model.get("customProperties", {}), announcement.alias: _text_property(announcement.version)}
-    api.send("PATCH", f"/registered_models/{model['id']}", json={"customProperties": properties})
+    api.post(f"/registered_models/{model['id']}", {"customProperties": properties}, verb="PATCH")
 
 
 def _text_property(value: str) -> dict[str, str]:
@@ -320,7 +303,7 @@ def notify_webhook(url: str, announcement: Announcement, environment: Mapping[st
     }
     if secret := environment.get(WEBHOOK_SECRET):
         headers["X-Hub-Signature-256"] = signature(body, secret)
-    HttpApi(url).deliver("POST", data=body, headers=headers)
+    HttpApi(url).send("POST", data=body, headers=headers)
 
 
 def signature(body: bytes, secret: str) -> str:
@@ -364,12 +347,9 @@ def announce(
         if not address:
             continue
         notify, names = NOTIFIERS[key]
+        own = {secret: environment[secret] for secret in names if secret in environment}
         try:
-            moved = announcement_of(store, name, event)
-            _in_time(
-                address,
-                partial(notify, address, moved, {each: environment[each] for each in names if each in environment}),
-            )
+            _in_time(address, partial(notify, address, announcement_of(store, name, event), own))
             outcomes[key] = NOTIFIED
         except (FineloopError, LookupError, TypeError) as exc:  # the last two: not an answer of the API
             outcomes[key] = str(exc) if isinstance(exc, FineloopError) else f"{address} answers strangely: {exc!r}"
@@ -379,18 +359,18 @@ def announce(
 
 def _in_time(address: str, notify: Callable[[], None]) -> None:
     """Notify in a thread: a server that sends a byte now and then would never exceed a limit on a single wait."""
-    done: Future[None] = Future()
+    outcome: Future[None] = Future()
 
     def run() -> None:
         try:
             notify()
-            done.set_result(None)
+            outcome.set_result(None)
         except Exception as exc:  # passed to the thread that waits
-            done.set_exception(exc)
+            outcome.set_exception(exc)
 
     Thread(target=run, daemon=True).start()
     try:
-        done.result(PATIENCE_S)
+        outcome.result(PATIENCE_S)
     except TimeoutError as exc:
         raise AnnounceError(f"{address}: no whole answer after {PATIENCE_S} s") from exc
 

@@ -61,17 +61,16 @@ def move_by_hand(
 
     from components.config.schema import AnnounceConfig, RegistryConfig
     from components.promote.announce import announce as notify
-    from components.promote.promote import Request, as_markdown, carry_out
+    from components.promote.promote import Person, as_markdown, carry_out
     from components.registry.cache import forget
     from components.store.store import Store
 
-    others = AnnounceConfig.model_validate(announce)
-    request = Request(adapter_name, action, version, alias, reason, person, job_id)
+    others, by = AnnounceConfig.model_validate(announce), Person(person, reason, otherwise="Kubeflow UI")
     keys = {"trusted_keys": trusted_keys, "evaluation_keys": evaluation_keys}
     store = Store.open(RegistryConfig(bucket=bucket, prefix=prefix, **keys))
     store.check()
-    event = carry_out(store, request)
-    Path(summary.path).write_text(as_markdown(store, request, event), encoding="utf-8")
+    event = carry_out(store, adapter_name, action, by, alias=alias, version=version, run_id=job_id)
+    Path(summary.path).write_text(as_markdown(store, adapter_name, event), encoding="utf-8")
     forget(store, adapter_name)
     notify(others, store, adapter_name, event, os.environ)
     return event.uri

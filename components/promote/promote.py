@@ -6,7 +6,7 @@ A run with a decision has consumed its data, so that it advances the adapter's w
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from components.promote.announce import announce
 from components.records import runs
@@ -17,10 +17,6 @@ from components.shared.errors import DataError, IntegrityError, UserError
 from components.shared.metrics import metrics_of
 from components.step.step import StepRun
 from components.store.store import Store
-
-if TYPE_CHECKING:
-    from components.registry.event_log import Event
-    from components.store.store import Store
 
 
 def promote(step_run: StepRun, decision_sha256: str) -> str:
@@ -110,21 +106,15 @@ class Person:
     """Who moves an alias, and why."""
 
     by: str = ""
-    """The name that they gave."""
     reason: str = ""
     otherwise: str = ""
     """The name to log if they gave none."""
 
     def cause(self, run_id: str, evidence: Mapping[str, Any] | None = None) -> aliases.Cause:
-        """The cause of a move, for the log."""
         return aliases.Cause(run_id, self.by or self.otherwise, self.reason, evidence or {})
 
     def require_name_and_reason(self, what: str) -> None:
-        """Require both.
-
-        Raises:
-            UserError: one of them is missing.
-        """
+        """Raise UserError if one of them is missing."""
         if not (self.by.strip() and self.reason.strip()):
             raise UserError(
                 f"{what}: say who answers for it and why (--by and --reason; person and reason in the form)"
@@ -132,14 +122,14 @@ class Person:
 
 
 def promote_by_hand(
-    store: "Store",
+    store: Store,
     reference: str,
     person: Person,
     *,
     alias: str = aliases.PRODUCTION,
     expected: str | None = aliases.ANYONE,
     run_id: str = "",
-) -> "Event":
+) -> Event:
     """Point the alias at the version that the reference means, whatever the gate said.
 
     The event is "overridden" if a gate holds the version back from this alias, which requires a name and a reason; else
@@ -153,8 +143,8 @@ def promote_by_hand(
         AliasConflict: the alias is not at `expected`, or was moved at the same time.
     """
     version = versions.resolve(store, reference)
-    held = is_held(event_log.events(store, version.name), version.version, alias)
-    if held:
+    overrides = is_held(event_log.events(store, version.name), version.version, alias)
+    if overrides:
         person.require_name_and_reason(f"the gate holds {version.name} {version.version}, and this overrides it")
     holder = aliases.read_alias(store, version.name, alias)
     evidence = {"anchor": version.version}
@@ -167,12 +157,12 @@ def promote_by_hand(
         version.version,
         alias,
         expected=expected,
-        kind="overridden" if held else "promoted",
+        kind="overridden" if overrides else "promoted",
         cause=person.cause(run_id, evidence),
     )
 
 
-def approve(store: "Store", reference: str, person: Person, *, alias: str = aliases.PRODUCTION) -> "Event":
+def approve(store: Store, reference: str, person: Person, *, alias: str = aliases.PRODUCTION) -> Event:
     """Approve a version, by carrying out the decision that left it to a person. Approving it again changes nothing.
 
     Raises:
@@ -184,8 +174,8 @@ def approve(store: "Store", reference: str, person: Person, *, alias: str = alia
     person.require_name_and_reason("an approval is a person's")
     version = versions.resolve(store, reference)
     about = {"version": version.version, "alias": alias}.items()
-    log = event_log.events(store, version.name)
-    proposals = [event.body for event in log if event.kind == "proposed" and about <= event.body.items()]
+    events = [event for event in event_log.events(store, version.name) if about <= event.body.items()]
+    proposals = [event.body for event in events if event.kind == "proposed"]
     if not proposals:
         raise UserError(
             f"{version.name} {version.version} does not wait for an approval to take {alias}: see `fineloop adapters "
@@ -193,11 +183,8 @@ def approve(store: "Store", reference: str, person: Person, *, alias: str = alia
         )
     run_id, sha256 = (str(proposals[-1][key]) for key in ("run_id", "decision_sha256"))
     decision = runs.read(store, run_id, Decision, sha256=sha256)
-    if not decision.waits or (decision.adapter, decision.version, decision.alias) != (
-        version.name,
-        version.version,
-        alias,
-    ):
+    decided = (decision.adapter, decision.version, decision.alias)
+    if not decision.waits or decided != (version.name, version.version, alias):
         raise IntegrityError(
             f"the log names a decision of run {run_id} that leaves {version.name} {version.version} and {alias} to a "
             f"person, and that one is to {decision.verdict or decision.decision} {decision.adapter} {decision.version} "
@@ -207,7 +194,7 @@ def approve(store: "Store", reference: str, person: Person, *, alias: str = alia
 
 
 def roll_back_by_hand(
-    store: "Store",
+    store: Store,
     name: str,
     person: Person,
     *,
@@ -215,7 +202,7 @@ def roll_back_by_hand(
     to: str | None = None,
     expected: str | None = aliases.ANYONE,
     run_id: str = "",
-) -> "Event":
+) -> Event:
     """Run `aliases.rollback` for a person, who gives a name and a reason if that overrides a gate. `to` may be the
     first digits of a version.
 
@@ -230,61 +217,49 @@ def roll_back_by_hand(
     return aliases.rollback(store, name, alias, to, expected=expected, cause=person.cause(run_id))
 
 
-PROMOTE, APPROVE, ROLL_BACK = "promote", "approve", "roll back"
-ACTIONS = (PROMOTE, APPROVE, ROLL_BACK)
+PROMOTE, APPROVE, ROLL_BACK = ACTIONS = ("promote", "approve", "roll back")
 
 
-@dataclass(frozen=True)
-class Request:
-    """A person's entries in the form of the pipeline that moves an alias."""
+def carry_out(
+    store: Store, name: str, action: str, person: Person, *, alias: str, version: str = "", run_id: str
+) -> Event:
+    """Promote, approve or roll back, as somebody asked in the form of the pipeline that moves an alias.
 
-    name: str
-    action: str
-    version: str
-    """The version; empty means the newest, or for a rollback the one that held the alias before."""
-    alias: str
-    reason: str
-    person: str
-    job_id: str
-    """The id of the Kubeflow run, so that a step that is run again does not roll back further."""
-
-
-def carry_out(store: "Store", request: Request) -> "Event":
-    """Promote, approve or roll back, as the request says.
+    An empty `version` means the newest, or for a rollback the one that held the alias before. `run_id` is the Kubeflow
+    run's, so that a step that is run again does not roll back further.
 
     Raises:
         UserError: the action is none of these, the reference fits no version, or a name or reason is missing.
         ObjectMissing: there is no such version, or nothing to go back to.
         AliasConflict: the alias was moved at the same time.
     """
-    name, alias, run_id = request.name, request.alias, request.job_id
-    person = Person(request.person, request.reason, otherwise="Kubeflow UI")
-    if request.action == ROLL_BACK:
-        return roll_back_by_hand(store, name, person, alias=alias, to=request.version or None, run_id=run_id)
-    if request.action not in ACTIONS:
-        raise UserError(f"action is {request.action!r}: expected {PROMOTE!r}, {APPROVE!r} or {ROLL_BACK!r}")
-    newest = None if request.version else versions.newest(store, name)
-    if not (version := request.version or (newest and newest.version)):
-        raise UserError(f"adapter_name is {name!r}, which has no version: publish one first")
-    reference = f"{name}@{version}"
-    if request.action == APPROVE:
-        return approve(store, reference, person, alias=alias)
-    return promote_by_hand(store, reference, person, alias=alias, run_id=run_id)
+    if action == ROLL_BACK:
+        return roll_back_by_hand(store, name, person, alias=alias, to=version or None, run_id=run_id)
+    if action not in ACTIONS:
+        raise UserError(f"action is {action!r}: expected {PROMOTE!r}, {APPROVE!r} or {ROLL_BACK!r}")
+    if not version:
+        newest = versions.newest(store, name)
+        if newest is None:
+            raise UserError(f"adapter_name is {name!r}, which has no version: publish one first")
+        version = newest.version
+    if action == APPROVE:
+        return approve(store, f"{name}@{version}", person, alias=alias)
+    return promote_by_hand(store, f"{name}@{version}", person, alias=alias, run_id=run_id)
 
 
-def as_markdown(store: "Store", request: Request, event: "Event") -> str:
+def as_markdown(store: Store, name: str, event: Event) -> str:
     """The move, with the metrics of both versions, as Markdown for the Kubeflow UI."""
-    before, after = event.body["from"], event.body["to"]
+    before, after, reason = (event.body[key] for key in ("from", "to", "reason"))
     measured = {
-        version: versions.evaluated(store, versions.resolve(store, f"{request.name}@{version}")).metrics
+        version: versions.evaluated(store, versions.resolve(store, f"{name}@{version}")).metrics
         for version in (before, after)
         if version
     }
     lines = [
-        f"# {request.name}@{request.alias} is now {after}",
+        f"# {name}@{event.body['alias']} is now {after}",
         "",
         f"It was {before or 'empty'}. {event.kind.replace('_', ' ').capitalize()} by {event.body['actor']}"
-        f"{f': {reason}' if (reason := event.body['reason']) else ''}.",
+        f"{f': {reason}' if reason else ''}.",
         "",
         f"| | {' | '.join(measured)} |",
         f"|---|{'---|' * len(measured)}",

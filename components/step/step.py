@@ -24,12 +24,9 @@ from components.shared.errors import ConfigError, Conflict, FineloopError, Integ
 from components.shared.protocol import STARTED, say, say_failure
 from components.store.store import Store, open_uri
 
-PARAMETER = "run parameter"
-"""The name that the form of the Kubeflow UI has for its fields."""
-CONFIG = f"{PARAMETER} config"
+CONFIG = "run parameter config"
+"""As the form of the Kubeflow UI names its fields."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
-
-_RUN_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
 
 @dataclass
@@ -82,10 +79,6 @@ def last_step(name: str, config: Mapping[str, Any], run_id: str) -> contextlib.A
     """Run the last step of a run, whether or not the run got as far as recording its config.
 
     If the config was recorded, that one is used, and the given one only says where the store is.
-
-    Raises:
-        ConfigError: the config is not valid.
-        StoreError: the store cannot be used.
     """
     return _step(name, lambda: _as_begun(name, config, run_id))
 
@@ -94,6 +87,21 @@ def last_step(name: str, config: Mapping[str, Any], run_id: str) -> contextlib.A
 def _step(name: str, opened: Callable[[], StepRun], overrides: Mapping[str, str] = NOTHING) -> Iterator[StepRun]:
     started_at, began = datetime.now(UTC), time.monotonic()
     step_run: StepRun | None = None
+
+    def record(status: Status) -> None:
+        if step_run is not None:
+            runs.write(
+                step_run.store,
+                step_run.run_id,
+                StepRecord(
+                    step=name,
+                    status=status,
+                    started_at=started_at.isoformat(),
+                    seconds=round(time.monotonic() - began, 3),
+                    result=step_run.result,
+                ),
+            )
+
     garbage.leave_at_exit()  # a step is a process
     with _components_log_as(name):
         say(name, STARTED)
@@ -101,15 +109,15 @@ def _step(name: str, opened: Callable[[], StepRun], overrides: Mapping[str, str]
             with _naming_parameters(overrides):
                 step_run = opened()
                 yield step_run
-            _record(step_run, "succeeded", started_at, time.monotonic() - began)
+            record("succeeded")
         except Exception as exc:  # a step is a process entry point: its error crosses to another process
             if not isinstance(exc, FineloopError):
                 traceback.print_exc()
             say_failure(name, exc)
             if step_run is not None:
                 step_run.result.setdefault("error", {"kind": type(exc).__name__, "message": str(exc)})
-                with contextlib.suppress(FineloopError):
-                    _record(step_run, "failed", started_at, time.monotonic() - began)
+            with contextlib.suppress(FineloopError):
+                record("failed")
             raise
         say(name, f"finished in {time.monotonic() - began:.1f} s")
 
@@ -124,24 +132,24 @@ def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
         names = [name for name, override in overrides.items() if override.partition("=")[0] in message]
         if not names:
             raise
-        to_blame = f"{PARAMETER} {', '.join(names)}"
-        is_of_config = message.startswith(CONFIG)
-        raise type(exc)(message.replace(CONFIG, to_blame, 1) if is_of_config else f"{to_blame}: {message}") from exc
+        to_blame, rest = f"run parameter {', '.join(names)}", message.removeprefix(CONFIG)
+        raise type(exc)(f"{to_blame}: {message}" if rest == message else f"{to_blame}{rest}") from exc
 
 
 def _begun(name: str, given: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> StepRun:
     config = _validated(given, run_id, overrides)
-    store = Store.open(config.registry)
+    store, key = Store.open(config.registry), runs.run_key(run_id, runs.CONFIG)
     body = config_file.dumps(config).encode()
     try:
-        store.create(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
+        store.create(key, body, content_type="application/toml")
     except Conflict:
-        first = _recorded(store, run_id, store.get(runs.run_key(run_id, runs.CONFIG)))
+        first = config_file.loads(store.get(key).decode(), origin=store.uri(key))
         if first.training_digest != config.training_digest:
-            uri = store.uri(runs.run_key(run_id, runs.CONFIG))
-            raise ConfigError(f"run {run_id} began with another config ({uri}): take another run_id") from None
+            raise ConfigError(
+                f"run {run_id} began with another config ({store.uri(key)}): take another run_id"
+            ) from None
         if first.digest != config.digest:  # the run goes on with other workers
-            store.put(runs.run_key(run_id, runs.CONFIG), body, content_type="application/toml")
+            store.put(key, body, content_type="application/toml")
     return StepRun(name, run_id, config, store)
 
 
@@ -158,18 +166,15 @@ def _reopened(name: str, run_uri: str, config_digest: str) -> StepRun:
 
 def _as_begun(name: str, given: Mapping[str, Any], run_id: str) -> StepRun:
     config = _validated(given, run_id, NOTHING)
-    store = Store.open(config.registry)
-    begun = store.read(runs.run_key(run_id, runs.CONFIG))
-    return StepRun(name, run_id, _recorded(store, run_id, begun[0]) if begun else config, store)
+    store, key = Store.open(config.registry), runs.run_key(run_id, runs.CONFIG)
+    if begun := store.read(key):
+        config = config_file.loads(begun[0].decode(), origin=store.uri(key))
+    return StepRun(name, run_id, config, store)
 
 
 def require_run_id(run_id: str) -> None:
-    """Require that the id can name a run and its folder.
-
-    Raises:
-        ConfigError: the id cannot.
-    """
-    if not _RUN_ID.match(run_id):
+    """Raise ConfigError if the id cannot name a run and its folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):
         raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
 
 
@@ -177,21 +182,6 @@ def _validated(given: Mapping[str, Any], run_id: str, overrides: Mapping[str, st
     require_run_id(run_id)
     table = config_file.whole_numbers(given)
     return config_file.validate(table, [*overrides.values()], origin=CONFIG, overriding="")
-
-
-def _recorded(store: Store, run_id: str, body: bytes) -> RunConfig:
-    return config_file.loads(body.decode(), origin=store.uri(runs.run_key(run_id, runs.CONFIG)))
-
-
-def _record(step_run: StepRun, status: Status, started_at: datetime, seconds: float) -> None:
-    record = StepRecord(
-        step=step_run.name,
-        status=status,
-        started_at=started_at.isoformat(),
-        seconds=round(seconds, 3),
-        result=step_run.result,
-    )
-    runs.write(step_run.store, step_run.run_id, record)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,10 @@
 import pytest
 
-from components.promote.promote import (
-    Person,
-    Request,
-    approve,
-    as_markdown,
-    carry_out,
-    promote_by_hand,
-    roll_back_by_hand,
-)
+from components.promote.promote import Person, approve, as_markdown, carry_out, promote_by_hand, roll_back_by_hand
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Measured
 from components.registry import aliases, event_log, versions
-from components.registry.event_log import EventKind
+from components.registry.event_log import Event, EventKind
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
 from components.store.store import Store
 from pipelines.commands.adapters import move_shown
@@ -32,9 +24,12 @@ def published(store: Store) -> list[str]:
     return found
 
 
-def request(action: str, version: str = "", **fields: str) -> Request:
-    asked = {"reason": "", "person": "", "job_id": "job-1", **fields}
-    return Request("sums", action, version, "production", **asked)
+NOBODY = Person()
+
+
+def ask(store: Store, action: str, version: str = "", person: Person = NOBODY, run_id: str = "job-1") -> Event:
+    """What somebody enters in the form."""
+    return carry_out(store, "sums", action, person, alias="production", version=version, run_id=run_id)
 
 
 def holder(store: Store) -> str | None:
@@ -43,7 +38,7 @@ def holder(store: Store) -> str | None:
 
 
 def test_the_newest_version_is_promoted_when_none_is_named(store: Store, published: list[str]) -> None:
-    event = carry_out(store, request("promote", person="ada", reason="looks right"))
+    event = ask(store, "promote", person=Person("ada", "looks right"))
     assert holder(store) == published[-1]
     assert (event.kind, event.body["actor"], event.body["reason"]) == ("promoted", "ada", "looks right")
 
@@ -66,13 +61,13 @@ def test_later_candidates_are_held_to_what_a_person_promotes_and_its_event_says_
 
 def test_rolling_back_takes_the_version_before_once_for_each_run(store: Store, published: list[str]) -> None:
     for version in published:
-        carry_out(store, request("promote", version[:8]))
-    carry_out(store, request("roll back"))
-    carry_out(store, request("roll back"))  # the step is run again
+        ask(store, "promote", version[:8])
+    ask(store, "roll back")
+    ask(store, "roll back")  # the step is run again
     assert holder(store) == published[1]
-    carry_out(store, request("roll back", job_id="job-2"))
+    ask(store, "roll back", run_id="job-2")
     assert holder(store) == published[0]
-    carry_out(store, request("roll back", published[2], job_id="job-3"))
+    ask(store, "roll back", published[2], run_id="job-3")
     assert holder(store) == published[2]
 
 
@@ -81,19 +76,19 @@ def test_what_its_own_run_promoted_and_a_person_rolled_back_can_be_promoted_agai
 ) -> None:
     aliases.promote(store, "sums", published[0], cause=aliases.Cause("run-1"))
     aliases.promote(store, "sums", published[1], cause=aliases.Cause("run-2"))
-    carry_out(store, request("roll back"))
+    ask(store, "roll back")
     promote_by_hand(store, f"sums@{published[1]}", Person())
     assert holder(store) == published[1]
-    carry_out(store, request("roll back", job_id="job-2"))
-    carry_out(store, request("promote", published[1], job_id="job-3"))
-    carry_out(store, request("promote", published[1], job_id="job-3"))  # the step is run again
+    ask(store, "roll back", run_id="job-2")
+    ask(store, "promote", published[1], run_id="job-3")
+    ask(store, "promote", published[1], run_id="job-3")  # the step is run again
     assert holder(store) == published[1]
 
 
 def test_the_page_tells_both_versions_and_who_asked(store: Store, published: list[str]) -> None:
-    carry_out(store, request("promote", published[0]))
-    asked = request("promote", published[1], person="ada", reason="fewer errors")
-    text = as_markdown(store, asked, carry_out(store, asked))
+    ask(store, "promote", published[0])
+    person = Person("ada", "fewer errors")
+    text = as_markdown(store, "sums", ask(store, "promote", published[1], person))
     assert text.startswith(f"# sums@production is now {published[1]}\n")
     assert f"It was {published[0]}. Promoted by ada: fewer errors." in text
     assert f"| | {published[0]} | {published[1]} |" in text
@@ -101,20 +96,15 @@ def test_the_page_tells_both_versions_and_who_asked(store: Store, published: lis
     assert "| prompt gain | - | - |" in text
 
 
-def test_a_first_promotion_says_that_the_alias_was_empty(store: Store, published: list[str]) -> None:
-    asked = request("promote", published[0])
-    assert "It was empty. Promoted by Kubeflow UI." in as_markdown(store, asked, carry_out(store, asked))
-
-
 def test_what_cannot_be_done_is_said(store: Store, published: list[str]) -> None:
     with pytest.raises(UserError, match="expected 'promote', 'approve' or 'roll back'"):
-        carry_out(store, request("demote"))
+        ask(store, "demote")
     with pytest.raises(ObjectMissing, match="promote a version first"):
-        carry_out(store, request("roll back"))
+        ask(store, "roll back")
     with pytest.raises(ObjectMissing):
-        carry_out(store, request("promote", "vffff"))
+        ask(store, "promote", "vffff")
     with pytest.raises(UserError, match="which has no version"):
-        carry_out(store, Request("none", "promote", "", "production", "", "", "job-1"))
+        carry_out(store, "none", "promote", Person(), alias="production", run_id="job-1")
     assert holder(store) is None
 
 
@@ -158,8 +148,7 @@ def test_an_approval_carries_out_the_decision_and_names_the_person(store: Store,
 
 def test_an_approval_from_the_form_is_the_same(store: Store, published: list[str]) -> None:
     proposed(store, published[2], alias="staging")
-    asked = Request("sums", "approve", "", "staging", "read fifty answers", "ada", "job-1")
-    event = carry_out(store, asked)
+    event = carry_out(store, "sums", "approve", ADA, alias="staging", run_id="job-1")
     assert (event.kind, event.body["actor"], event.body["to"]) == ("promoted", "ada", published[2])
     pointer = aliases.read_alias(store, "sums", "staging")
     assert pointer is not None

@@ -95,8 +95,8 @@ def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
     later = {"created_at": "2030-01-01T00:00:00.000000Z"}
     forge(store, "versions", lambda name, entry: {**entry, **(later if name == made[0] else {})})
     assert versions.list_versions(store, "icd")[0].version == made[0]  # shown, and no more than that
-    asked = promote.Request("icd", promote.PROMOTE, "", "production", "", "", "j1")
-    assert promote.carry_out(store, asked).body["to"] == made[-1]
+    event = promote.carry_out(store, "icd", promote.PROMOTE, promote.Person(), alias="production", run_id="j1")
+    assert event.body["to"] == made[-1]
     assert versions.resolve(store, f"icd@{made[0][:12]}").created_at < "2030"
     for junk in (5, {"a": 1}, {"settled": True, "made_from": 5}):
         forge(store, "versions", lambda _name, _entry, junk=junk: junk)
