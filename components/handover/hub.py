@@ -8,10 +8,8 @@ from pathlib import Path
 from components.shared.errors import FineloopError, UserError
 
 TOKEN = "HF_TOKEN"
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HARMLESS = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
 """Endings of the files that may be pushed: nothing that runs where it is loaded."""
-CARD = "README.md"
 
 
 def push(
@@ -26,7 +24,7 @@ def push(
             without `is_public`.
         FineloopError: the hub cannot be reached, or fails.
     """
-    if not REPOSITORY.fullmatch(repository):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository, re.ASCII):
         raise UserError(f"{repository!r} is no repository: expected ORG/NAME")
     if not environment.get(TOKEN):
         raise UserError(f"{TOKEN} is not set: put a token that may write to {repository} into the environment")
@@ -52,20 +50,14 @@ def push(
     except OfflineModeIsEnabled as exc:
         raise UserError("HF_HUB_OFFLINE is set, and a push needs the hub: unset it") from exc
     except HfHubHTTPError as exc:
-        status = exc.response.status_code
-        if status in (401, 403, 404):
-            raise UserError(
-                f"the hub refuses {repository} ({status}): {TOKEN} must be a token that may write there "
-                f"({_first_line(exc)})"
-            ) from exc
-        raise FineloopError(f"the hub fails at {repository} ({status}): {_first_line(exc)}") from exc
+        why = f"{repository} ({exc.response.status_code}): {_first_line(exc)}"
+        if exc.response.status_code in (401, 403, 404):
+            raise UserError(f"the hub refuses {why}; {TOKEN} must be a token that may write there") from exc
+        raise FineloopError(f"the hub fails at {why}") from exc
     except no_answer as exc:
-        raise FineloopError(
-            f"the hub at {hub.endpoint} cannot be reached ({_first_line(exc)}): nothing is pushed; try again, or copy "
-            f"{folder} to a machine that reaches it"
-        ) from exc
+        raise FineloopError(f"the hub at {hub.endpoint} cannot be reached ({_first_line(exc)}): try again") from exc
     except ValueError as exc:  # raised by the library for an invalid card
-        raise UserError(f"the hub does not take {CARD}: {' '.join(str(exc).split())}") from exc
+        raise UserError(f"the hub does not take README.md: {' '.join(str(exc).split())}") from exc
     except RuntimeError as exc:  # raised by an upload that had begun
         raise FineloopError(f"{_first_line(exc)} {exc.__cause__ or ''}: push again, which goes on with it") from exc
 
@@ -78,20 +70,14 @@ def _require_harmless(folder: Path) -> None:
         raise UserError(f"{folder} holds no safetensors: name a folder of `fineloop adapters export`")
     if other := sorted(path.name for path in files if not path.name.endswith(HARMLESS)):
         raise UserError(f"{folder} holds {other[0]}: weights go as safetensors alone, and nothing that runs")
-    base = _base_of(folder)
+    if not (config := folder / "adapter_config.json").is_file():
+        return
+    base = str(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
     if base and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", base, re.ASCII):
         raise UserError(
             f"the adapter was trained on {base}, which nobody else can load: push what `fineloop adapters export "
             "--merged` writes, with --from"
         )
-
-
-def _base_of(folder: Path) -> str:
-    """The base that an adapter names; empty if the folder holds a whole model."""
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        return ""
-    return str(json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
 
 
 def _first_line(exc: Exception) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.config.config_file import COMMIT
-from components.config.methods import Method
+from components.config.methods import OWN_BASE, Method
 from components.registry.signing import require_signed
 from components.registry.versions import Version, read_file, read_lineage
 from components.shared.errors import IntegrityError, UserError
@@ -40,6 +40,12 @@ VLLM_MODULES = {
 """Layers that vLLM wraps, by the last part of their name: the linear layers of the models that it implements."""
 
 
+QUANTISED = {
+    "nf4": "trained on NF4 weights: --quantization bitsandbytes serves the like, a 16-bit base differs slightly",
+    "int8": "trained on int8 weights and activations, which vLLM does not make: measure it on a 16-bit base",
+}
+
+
 @dataclass(frozen=True)
 class Serving:
     """How one version can be served, with notes for whoever serves it."""
@@ -56,9 +62,20 @@ def serving(method: Method, *, rank: int, target_modules: Sequence[str]) -> Serv
     For experts that are adapted as one parameter they are the last two parts, such as experts.down_proj: servers differ
     in how they want LoRA of those.
     """
-    if obstacles := _obstacles(method, rank, target_modules):
+    obstacles = []
+    if method.adapter in ("dora", "dvora"):
+        obstacles.append("its magnitudes make it no LoRA, and vLLM does not load DoRA")
+    if max_lora_rank(rank) is None:
+        obstacles.append(f"rank {rank} is above vLLM's largest --max-lora-rank, {VLLM_MAX_LORA_RANKS[-1]}")
+    if strange := sorted(set(target_modules) - VLLM_MODULES):
+        obstacles.append(f"vLLM is not known to wrap {', '.join(strange)}")
+    if obstacles:
         return Serving("merged", [*obstacles, "adapters export --merged makes a model that every server loads"])
-    notes = [f"with vLLM: --enable-lora --max-lora-rank {max_lora_rank(rank)}", *_base_notes(method)]
+    notes = [f"with vLLM: --enable-lora --max-lora-rank {max_lora_rank(rank)}"]
+    if method.init in OWN_BASE:
+        notes.append("it belongs to the base of its own that adapter_config.json names, and to no other")
+    elif method.base != "bf16":
+        notes.append(QUANTISED[method.base])
     if method.adapter == "vera":
         exact = "adapters export --lora turns VeRA's shared matrices and vectors into plain LoRA, exactly"
         return Serving("lora-export", [exact, *notes])
@@ -77,44 +94,13 @@ def max_lora_rank(rank: int) -> int | None:
     return next((choice for choice in VLLM_MAX_LORA_RANKS if rank <= choice), None)
 
 
-def _obstacles(method: Method, rank: int, target_modules: Sequence[str]) -> list[str]:
-    """The reasons why it cannot be served as a LoRA adapter."""
-    obstacles = []
-    if method.adapter in ("dora", "dvora"):
-        obstacles.append("its magnitudes make it no LoRA, and vLLM does not load DoRA")
-    if max_lora_rank(rank) is None:
-        obstacles.append(f"rank {rank} is above vLLM's largest --max-lora-rank, {VLLM_MAX_LORA_RANKS[-1]}")
-    if strange := sorted(set(target_modules) - VLLM_MODULES):
-        obstacles.append(f"vLLM is not known to wrap {', '.join(strange)}")
-    return obstacles
-
-
-def _base_notes(method: Method) -> list[str]:
-    if method.init != "default":
-        return ["it belongs to the base of its own that adapter_config.json names, and to no other"]
-    if method.base == "nf4":
-        return ["trained on NF4 weights: --quantization bitsandbytes serves the like, a 16-bit base differs slightly"]
-    if method.base == "int8":
-        return ["trained on int8 weights and activations, which vLLM does not make: measure it on a 16-bit base"]
-    return []
-
-
 Server = Literal["ray-serve", "kserve", "vllm", "vllm-resolver"]
-KSERVE_MAX_RANK = 64
-"""The --max-lora-rank that KServe's own runtime starts vLLM with; a larger one is set in the manifest."""
 MOST_ADAPTERS = 16
 CONFIG = "adapter_config.json"
 HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 """A model id on a hub. It cannot begin like an option: it comes from a version's files and goes into a command."""
 FOLDER = re.compile(r"/[^\x00-\x1f]*")
 S3_FOLDER = re.compile(r"s3://[^\x00-\x1f]+")
-READ_BY: Mapping[Server, Sequence[re.Pattern[str]]] = {
-    "ray-serve": [HUB_ID, FOLDER, S3_FOLDER],
-    "kserve": [HUB_ID, S3_FOLDER],
-    "vllm": [HUB_ID, FOLDER],
-    "vllm-resolver": [HUB_ID, FOLDER],
-}
-"""The forms of a base's name that each server reads. vLLM, and so Ray Serve LLM, also reads a folder on its machine."""
 
 
 @dataclass(frozen=True)
@@ -169,24 +155,22 @@ def manifest(facts: Served, server: Server) -> Any:
         UserError: the server cannot read a base by that name, or would load versions that nobody has signed.
     """
     packaged = facts.base.startswith("pkg://")  # which no server reads
-    if not any(pattern.fullmatch(facts.base) for pattern in READ_BY[server]):
+    patterns, write = MANIFESTS[server]
+    if not any(pattern.fullmatch(facts.base) for pattern in patterns):
         raise UserError(
             f"{facts.name} {facts.version} was trained on {facts.base!r}, which --for {server} cannot fetch: "
             f"{'' if packaged else 'choose another server, publish the base on a hub, or '}"
             f"`fineloop adapters export {facts.name}@{facts.version} --merged` writes a model of its own"
         )
-    return MANIFESTS[server](facts)
+    return write(facts)
 
 
 def _ray_serve(facts: Served) -> dict[str, Any]:
     """The Ray Serve config. Requests name any version of the adapter as model="BASE:VERSION", and it is loaded then.
 
     The folder of all versions is Ray Serve LLM's dynamic_lora_loading_path: the name of a folder below it is taken as
-    the adapter's name (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids). BASE ends at the first colon,
-    so it is written without its scheme.
-
-    Raises:
-        UserError: only signed versions are to be served: Ray Serve LLM loads any folder there, and checks no signature.
+    the adapter's name (ray/llm/_internal/common/utils/lora_utils.py, get_lora_model_ids), and no signature is checked.
+    BASE ends at the first colon, so it is written without its scheme.
     """
     if facts.signed_alone:
         raise UserError(
@@ -226,9 +210,8 @@ def _kserve(facts: Served) -> dict[str, Any]:
         "lora": {"adapters": [{"name": facts.version, "uri": facts.uri}]},
     }
     spec: dict[str, Any] = {"model": model}
-    if facts.max_lora_rank > KSERVE_MAX_RANK:
-        arguments = f"--max-lora-rank={facts.max_lora_rank}"
-        environment = [{"name": "VLLM_ADDITIONAL_ARGS", "value": arguments}]
+    if facts.max_lora_rank > 64:  # with which KServe's own runtime starts vLLM
+        environment = [{"name": "VLLM_ADDITIONAL_ARGS", "value": f"--max-lora-rank={facts.max_lora_rank}"}]
         spec["template"] = {"containers": [{"name": "main", "env": environment}]}
     return {
         "apiVersion": "serving.kserve.io/v1alpha1",
@@ -256,9 +239,11 @@ def _vllm_with_lora(facts: Served) -> list[str]:
     ]
 
 
-MANIFESTS: Mapping[Server, Callable[[Served], Any]] = {
-    "ray-serve": _ray_serve,
-    "kserve": _kserve,
-    "vllm": _vllm,
-    "vllm-resolver": _vllm_resolver,
+MANIFESTS: Mapping[Server, tuple[Sequence[re.Pattern[str]], Callable[[Served], Any]]] = {
+    "ray-serve": ((HUB_ID, FOLDER, S3_FOLDER), _ray_serve),
+    "kserve": ((HUB_ID, S3_FOLDER), _kserve),
+    "vllm": ((HUB_ID, FOLDER), _vllm),
+    "vllm-resolver": ((HUB_ID, FOLDER), _vllm_resolver),
 }
+"""The forms of a base's name that each server reads, and its manifest. vLLM, and so Ray Serve LLM, also reads a folder
+on its machine."""

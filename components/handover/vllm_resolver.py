@@ -34,16 +34,13 @@ CONFIG_VARIABLE = "FINELOOP_LORA_CONFIG"
 """The variable with the path of a config whose section `registry` applies; without it, that section's defaults."""
 ANY_VARIABLE = "FINELOOP_LORA_ANY_VERSION"
 """The variable that, set to 1, also serves versions that no alias ever held, such as one that the gate refused."""
-NAME = "fineloop"
-COPIES = "copies"
-"""The subfolder for copies; the folder itself may hold other files."""
 
 
 class RegistryResolver:
     """A resolver with the interface of vLLM's `LoRAResolver`."""
 
     def __init__(self, store: Store, folder: Path, *, any_version: bool = False) -> None:
-        self._store, self._folder, self._any_version = store, folder / COPIES, any_version
+        self._store, self._folder, self._any_version = store, folder / "copies", any_version
         self._one_at_a_time = asyncio.Lock()
         self._lock: int | None = None
 
@@ -129,4 +126,4 @@ def register() -> None:
     resolver = RegistryResolver(
         Store.open(registry), Path(folder).absolute(), any_version=os.environ.get(ANY_VARIABLE) == "1"
     )
-    LoRAResolverRegistry.register_resolver(NAME, resolver)
+    LoRAResolverRegistry.register_resolver("fineloop", resolver)
