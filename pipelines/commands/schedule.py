@@ -216,7 +216,7 @@ def _shown(schedule: "Schedule", going_on: Sequence[str] = (), *, beside: str = 
     at_once = body["max_concurrency"]
     times = _short(body["next"]) or ("none" if body["enabled"] else "none while it is paused")
     rows = [
-        ("schedule", schedule.name),
+        ("schedule", body["name"]),
         ("state", "enabled" if body["enabled"] else "paused"),
         ("when", f"{body['words'] or body['kfp_cron']}, UTC"),
         ("next", times),
@@ -224,7 +224,7 @@ def _shown(schedule: "Schedule", going_on: Sequence[str] = (), *, beside: str = 
         *((name, _short([body[name]])) for name in ("start", "end") if body[name]),
         ("adapter", body["adapter"] or "-"),
         ("config", f"sha256 {body['config_digest']}" if body["config_digest"] else "-"),
-        ("url", schedule.url),
+        ("url", body["url"]),
     ]
     return Answer({**body, "live_runs": list(going_on)}, "\n".join([table(rows), *_going_on(going_on, beside)]))
 
