@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -35,10 +35,6 @@ from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.folders import MANIFEST
 from components.store.store import JSON, ObjectInfo, Store, decode_json
-
-# An adapter as one listing of it shows it: its versions with what they need, its log, its aliases; and all adapters.
-#
-# What is small is read through `Index.documents`: of an adapter that has not changed, that is two requests in all.
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,12 @@ class Listing:
 
     @classmethod
     def of(cls, store: Store, name: str) -> "Listing":
-        """List it."""
         return cls(store, name, list(store.list(adapter_key(name, ""))))
 
     @cached_property
     def by_version(self) -> dict[str, list[ObjectInfo]]:
         """The objects of each version, those included whose publication has not ended."""
-        return self._grouped(version_key(self.name, ""))
+        return _of_versions(self.objects, version_key(self.name, ""))
 
     @cached_property
     def whole(self) -> set[str]:
@@ -95,8 +90,8 @@ class Listing:
         Raises:
             IntegrityError: a manifest or a lineage is damaged.
         """
-        found = [each for version in self.by_version if (each := self._published(version))]
-        return sorted(found, key=lambda each: (each.created_at, each.version), reverse=True)
+        published = [each for version in self.by_version if (each := self._published(version))]
+        return sorted(published, key=lambda each: (each.created_at, each.version), reverse=True)
 
     def log(self) -> list[Event]:
         """The events, oldest first.
@@ -119,9 +114,9 @@ class Listing:
         Raises:
             IntegrityError: an alias is damaged.
         """
-        found = ((key, body, "") for key, body in self._within(aliases_key(self.name)))
-        pointers = parse_aliases(self.store, self.name, found, pass_over_damaged=False)
-        return {each.alias: each.version for each in pointers}
+        objects = ((key, body, "") for key, body in self._within(aliases_key(self.name)))
+        pointers = parse_aliases(self.store, self.name, objects, pass_over_damaged=False)
+        return {pointer.alias: pointer.version for pointer in pointers}
 
     @cached_property
     def _bodies(self) -> dict[str, bytes]:
@@ -136,7 +131,7 @@ class Listing:
 
     @cached_property
     def _signatures(self) -> dict[str, list[ObjectInfo]]:
-        return self._grouped(signing.signatures_key(self.name)) if self.store.trusted_keys else {}
+        return _of_versions(self.objects, signing.signatures_key(self.name)) if self.store.trusted_keys else {}
 
     def _published(self, version: str) -> Needing | None:
         store, uri = self.store, self.store.uri(version_key(self.name, version))
@@ -167,22 +162,13 @@ class Listing:
         """Read by itself where the listing lacks it, whose pages are not all of one moment."""
         if key in self._bodies:
             return self._bodies[key]
-        found = self.store.read(key)
-        return found[0] if found else None
+        stored = self.store.read(key)
+        return stored[0] if stored else None
 
     def _within(self, folder: str) -> Iterator[tuple[str, bytes]]:
         for info in self.objects:
             if info.key.startswith(folder) and (body := self._content(info.key)) is not None:
                 yield info.key, body
-
-    def _grouped(self, folder: str) -> dict[str, list[ObjectInfo]]:
-        """The objects of each version's folder in this one."""
-        found: dict[str, list[ObjectInfo]] = {}
-        for info in self.objects:
-            version, slash, _ = info.key.removeprefix(folder).partition("/")
-            if slash and info.key.startswith(folder) and VERSION_PATTERN.fullmatch(version):
-                found.setdefault(version, []).append(info)
-        return found
 
 
 def _key(name: str, version: str, file: str) -> str:
@@ -194,24 +180,24 @@ def all_adapters(store: Store) -> dict[str, Summary]:
     # The marks first, then the list, then the adapters: what changes meanwhile has another mark the next time.
     marks = {info.key.removeprefix(cache.CHANGED): info for info in store.list(cache.CHANGED)}
     was, now = cache.read_entries(store), datetime.now(UTC)
-    entries, _ = was
+    listed = {name: entry.get(cache.LISTING) for name, entry in was[0].items()}
 
     def one(name: str) -> Summary:
         mark = marks[name].etag if name in marks else ""
         try:
-            known = _SUMMARY.validate_python(entries.get(name, {}).get(cache.LISTING))
+            known = _SUMMARY.validate_python(listed.get(name))
         except ValidationError:
             return summary(store, name, mark)
         return known if known.mark == mark else summary(store, name, mark)
 
     names = versions.list_adapters(store)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = dict(zip(names, pool.map(one, names), strict=True))
-    settled = {name: asdict(each) for name, each in found.items() if cache.is_settled(marks.get(name), now)}
-    if any(entries.get(name, {}).get(cache.LISTING) != each for name, each in settled.items()):
+        summaries = dict(zip(names, pool.map(one, names), strict=True))
+    settled = {name: asdict(each) for name, each in summaries.items() if cache.is_settled(marks.get(name), now)}
+    if any(listed.get(name) != each for name, each in settled.items()):
         changed = {name: {cache.LISTING: each} for name, each in settled.items()}
         cache.write_entries(store, lambda old: old | {n: old.get(n, {}) | new for n, new in changed.items()}, was)
-    return found
+    return summaries
 
 
 def summary(store: Store, name: str, mark: str) -> Summary:
@@ -222,8 +208,7 @@ def summary(store: Store, name: str, mark: str) -> Summary:
     bodies = (event.body for key in log if (event := event_at(store, name, key)) and event.kind == "published")
     first = (body for body in bodies if not body.get("again"))  # not by a run that trained the same
     newest = next((version for body in first if (version := body.get("version")) in listing.whole), None)
-    held = ((key, *found) for key in keys if key.startswith(aliases_key(name)) and (found := store.read(key)))
-    aliases = {each.alias: each.version for each in parse_aliases(store, name, held)}
+    aliases = {pointer.alias: pointer.version for pointer in list_aliases(store, name)}
     return Summary(newest, len(listing.whole), aliases, mark)
 
 
@@ -243,11 +228,14 @@ class Rules:
     older_than: timedelta = timedelta(days=30)
 
 
+Kind = Literal["version", "unfinished", "checkpoints", "dataset", "base"]
+
+
 @dataclass(frozen=True)
 class Removal:
     """Something that may be removed, and the objects that go with it."""
 
-    kind: Literal["version", "unfinished", "checkpoints", "dataset", "base"]
+    kind: Kind
     name: str
     """NAME@VERSION for a version or what is left of one, the run's id for checkpoints, otherwise the folder's name."""
     why: str
@@ -255,7 +243,7 @@ class Removal:
     size_bytes: int
     manifest_sha256: str = ""
     """SHA-256 of a version's manifest; empty for other kinds."""
-    runs_seen: AbstractSet[str] = frozenset()
+    runs_seen: frozenset[str] = frozenset()
     """The runs that existed then; a newer run may have come to need it."""
     log_seen: dict[str, str] = field(default_factory=dict)
     """The keys of the events that have been seen: those of newer publications with the version, others with nothing."""
@@ -274,17 +262,14 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     still = min(oldest, now - A_RUN_RESTS)
     recent = [_under_way(store, run_id) for run_id, objects in by_run.items() if _newest(objects) > still]
     under_way = [run for run in recent if run]
-    everything = versions.list_adapters(store)
-    kept: dict[str, list[Needing]] = {}
-    found = []
     all_trained = all(run.made for run in under_way)
+    runs_seen = frozenset(by_run)
 
-    def look(name: str) -> tuple[Sequence[Needing] | None, list[Removal]]:
+    def look(name: str) -> tuple[list[Needing] | None, list[Removal]]:
         listing = Listing.of(store, name)
+        killed = partial(_removal, "unfinished", why="left by a killed publication or removal", runs_seen=runs_seen)
         left = [
-            _removal(
-                "unfinished", f"{name}@{version}", "left by a killed publication or removal", objects, by_run.keys()
-            )
+            killed(f"{name}@{version}", objects=objects)
             for version, objects in listing.by_version.items()
             if all_trained and version not in listing.whole and _newest(objects) <= oldest
         ]
@@ -296,31 +281,27 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
         for each in unneeded:
             why = f"published {each.created_at[:10]}, {'revoked' if each.is_revoked else 'never held an alias'}"
             objects = listing.by_version[each.version]
-            removal = _removal("version", f"{name}@{each.version}", why, objects, by_run.keys())
+            removal = _removal("version", f"{name}@{each.version}", why, objects, runs_seen)
             removable.append(replace(removal, manifest_sha256=each.manifest_sha256, log_seen=log))
         return needed, [*removable, *left]
 
+    everything = versions.list_adapters(store)
     looked_at = [name for name in everything if name in names]
     with ThreadPoolExecutor(ADAPTERS_AT_ONCE) as pool:
-        for name, (needed, removable) in zip(looked_at, pool.map(look, looked_at), strict=True):
-            found += removable
-            if needed is not None:
-                kept[name] = list(needed)
+        looks = dict(zip(looked_at, pool.map(look, looked_at), strict=True))
+    removable = [removal for _, of_adapter in looks.values() for removal in of_adapter]
     for run_id, objects in by_run.items():
         checkpoints = [info for info in objects if info.key.startswith(runs.run_key(run_id, runs.CHECKPOINTS))]
-        if not checkpoints or _newest(checkpoints) > oldest:
-            continue
-        decision = runs.decision_of(store, run_id)
+        decision = runs.decision_of(store, run_id) if checkpoints and _newest(checkpoints) <= oldest else None
         if decision is not None and decision.adapter in names:
-            found.append(_removal("checkpoints", run_id, f"the run decided to {decision.decision}", checkpoints))
+            removable.append(_removal("checkpoints", run_id, f"the run decided to {decision.decision}", checkpoints))
     if set(everything) <= set(names):
         # These are read only if something shared may be removed.
-        others = (Listing.of(store, name) for name in everything if name not in kept)
-        stays = chain.from_iterable(
-            chain(kept.values(), (_sorted_out(each, rules, oldest, under_way)[0] for each in others))
+        kept = (
+            looks[name][0] or _sorted_out(Listing.of(store, name), rules, oldest, under_way)[0] for name in everything
         )
-        found += _shared(store, stays, by_run.keys(), under_way, oldest)
-    return found
+        removable += _shared(store, chain.from_iterable(kept), runs_seen, under_way, oldest)
+    return removable
 
 
 def remove(store: Store, removal: Removal) -> bool:
@@ -342,10 +323,9 @@ def remove(store: Store, removal: Removal) -> bool:
     name, _, version = removal.name.partition("@")
     manifest_key = f"{version_key(name, version)}/{MANIFEST}"
     if removal.kind == "unfinished":
-        if store.exists(manifest_key):
-            return False
-        store.delete(removal.keys)
-        return True
+        is_unfinished = not store.exists(manifest_key)
+        store.delete(removal.keys if is_unfinished else ())
+        return is_unfinished
     if _is_needed(store, removal, name, version):
         return False
     manifest = store.get(manifest_key)
@@ -372,7 +352,7 @@ def _sorted_out(
     published, log, holders = listing.published(), listing.log(), listing.holders()
     held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
     held |= {*holders.values(), *waiting(log, holders)}
-    made = {each for run in under_way for each in (run.run_id, run.made) if each}
+    made = {uri_or_id for run in under_way for uri_or_id in (run.run_id, run.made) if uri_or_id}
     young = oldest.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
     held |= {str(event.body.get("version")) for event in log if event.kind == "published" and event.time > young}
     starts = tuple(start for run in under_way for start in run.starts)
@@ -398,33 +378,34 @@ def _sorted_out(
 def _shared(
     store: Store,
     kept: Iterable[Needing],
-    runs_seen: AbstractSet[str],
+    runs_seen: frozenset[str],
     under_way: Sequence["_UnderWay"],
     oldest: datetime,
 ) -> list[Removal]:
     """Return the old datasets and bases that no kept version was made from and no run under way may need."""
-    old_datasets, old_bases = (
-        {} if is_kept else {name: each for name, each in _grouped(store, folder).items() if _newest(each) <= oldest}
-        for folder, is_kept in (
-            (DATASETS, any(run.may_need_any_dataset for run in under_way)),
-            (BASES, any(run.may_need_a_base for run in under_way)),
-        )
-    )
+
+    def old(folder: str, may_be_needed: Iterable[bool]) -> dict[str, list[ObjectInfo]]:
+        grouped = {} if any(may_be_needed) else _grouped(store, folder)
+        return {name: objects for name, objects in grouped.items() if _newest(objects) <= oldest}
+
+    old_datasets = old(DATASETS, (run.may_need_any_dataset for run in under_way))
+    old_bases = old(BASES, (run.may_need_a_base for run in under_way))
     if not (old_datasets or old_bases):
         return []  # and nothing of what is kept is read
     made_from = [ancestor for version in kept for ancestor in version.made_from]
     datasets = {*_names(made_from, "dataset"), *(dataset for run in under_way for dataset in run.datasets)}
     bases = set(_names(made_from, "base"))
-    found = [
+    needs_base = {store.uri(f"{BASES}{name}"): name for name in old_bases}
+    used = {name for uri, name in needs_base.items() if any(f"{each}/".startswith(f"{uri}/") for each in bases)}
+    return [
         _removal("dataset", name, "no version or run needs it", objects, runs_seen)
         for name, objects in old_datasets.items()
         if name not in datasets
+    ] + [
+        _removal("base", name, "no version stands on it", objects, runs_seen)
+        for name, objects in old_bases.items()
+        if name not in used
     ]
-    for name, objects in old_bases.items():
-        uri = store.uri(f"{BASES}{name}")
-        if not any(each == uri or each.startswith(f"{uri}/") for each in bases):
-            found.append(_removal("base", name, "no version stands on it", objects, runs_seen))
-    return found
 
 
 @dataclass(frozen=True)
@@ -447,33 +428,29 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
     Raises:
         IntegrityError: one of its records is damaged.
     """
+    start = runs.run_key(run_id, runs.START)
     try:
         decision = runs.find(store, run_id, Decision, to_show=True)
         if decision is not None and not decision.promoted:
             return None
         trained = runs.find(store, run_id, TrainResult)
         made = trained.version_uri if trained else ""
-        if decision or runs.find(
-            store, run_id, Evaluation, to_show=True
-        ):  # what is left is its version taking the alias
-            return _UnderWay(run_id, made)
-        prepared = {str(found) for step in runs.steps(store, run_id) if (found := step.result.get("dataset_id"))}
+        if decision or runs.find(store, run_id, Evaluation, to_show=True):
+            return _UnderWay(run_id, made)  # what is left is its version taking the alias
+        prepared = {str(dataset) for step in runs.steps(store, run_id) if (dataset := step.result.get("dataset_id"))}
         if replayed := runs.find(store, run_id, Replayed):
             prepared.add(replayed.dataset_uri.rpartition("/")[2])
-        chosen, config = store.read(runs.run_key(run_id, runs.START)), runs.config_of(store, run_id)
+        chosen, config = store.read(start), runs.config_of(store, run_id)
         starts = [str(config.get("train", {}).get("start_from", ""))]
-        starts += (
-            [str(decode_json(chosen[0], store.uri(runs.run_key(run_id, runs.START)))["version"])] if chosen else []
-        )
+        starts += [str(decode_json(chosen[0], store.uri(start))["version"])] if chosen else []
         needs_a_base = not config or _makes_a_base(config)
     except (IntegrityError, LookupError, TypeError) as exc:
         raise IntegrityError(
             f"{store.uri(runs.run_key(run_id))} is damaged ({exc}), so it is unknown what the run needs, and nothing "
             "is removed: remove that folder, unless the run still goes on"
         ) from exc
-    return _UnderWay(
-        run_id, made, prepared, not prepared, needs_a_base, tuple(start for start in starts if "@" in start)
-    )
+    references = tuple(reference for reference in starts if "@" in reference)
+    return _UnderWay(run_id, made, prepared, not prepared, needs_a_base, references)
 
 
 def _makes_a_base(config: Mapping[str, Any]) -> bool:
@@ -489,12 +466,22 @@ def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:
 
 def _grouped(store: Store, folder: str) -> dict[str, list[ObjectInfo]]:
     """Return the objects of each subfolder of `folder`."""
-    found: dict[str, list[ObjectInfo]] = {}
-    for info in store.list(folder):
+    return _by_folder(store.list(folder), folder)
+
+
+def _of_versions(objects: Iterable[ObjectInfo], folder: str) -> dict[str, list[ObjectInfo]]:
+    """Return the objects of each version's subfolder of `folder`."""
+    grouped = _by_folder((info for info in objects if info.key.startswith(folder)), folder)
+    return {version: infos for version, infos in grouped.items() if VERSION_PATTERN.fullmatch(version)}
+
+
+def _by_folder(objects: Iterable[ObjectInfo], folder: str) -> dict[str, list[ObjectInfo]]:
+    grouped: dict[str, list[ObjectInfo]] = {}
+    for info in objects:
         name, slash, _ = info.key.removeprefix(folder).partition("/")
         if slash:
-            found.setdefault(name, []).append(info)
-    return found
+            grouped.setdefault(name, []).append(info)
+    return grouped
 
 
 def _newest(objects: Iterable[ObjectInfo]) -> datetime:
@@ -502,14 +489,10 @@ def _newest(objects: Iterable[ObjectInfo]) -> datetime:
 
 
 def _removal(
-    kind: Literal["version", "unfinished", "checkpoints", "dataset", "base"],
-    name: str,
-    why: str,
-    objects: Sequence[ObjectInfo],
-    runs_seen: AbstractSet[str] = frozenset(),
+    kind: Kind, name: str, why: str, objects: Sequence[ObjectInfo], runs_seen: frozenset[str] = frozenset()
 ) -> Removal:
     keys, size = tuple(info.key for info in objects), sum(info.size for info in objects)
-    return Removal(kind, name, why, keys, size, runs_seen=frozenset(runs_seen))
+    return Removal(kind, name, why, keys, size, runs_seen=runs_seen)
 
 
 def _is_needed(store: Store, removal: Removal, name: str, version: str) -> bool:
