@@ -5,14 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.config import config_file
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import attention, base_model
 from ray_jobs.base.architecture import auto_class
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models import zoo
-from tests.ray_jobs.conftest import CONFIG
 
 
 @pytest.mark.parametrize("name", zoo.KINDS)
@@ -82,9 +80,3 @@ def test_flash_attention_is_taken_where_its_package_is_installed_and_not_on_a_cp
     )
     assert not flash.is_estimate
     assert flash == fused
-
-
-def test_flash_attention_without_gpus_is_a_mistake_of_the_config():
-    with pytest.raises(ConfigError, match=r"flash_attention_2 runs on GPUs alone: set ray\.use_gpu=true"):
-        config_file.loads(CONFIG.format(base="x"), ["model.attention=flash_attention_2"])
-    config_file.loads(CONFIG.format(base="x"), ["model.attention=flash_attention_2", "ray.use_gpu=true"])

@@ -31,10 +31,13 @@ def test_of_an_s3_folder_the_config_alone_is_read(store: Store):
         ("{tmp}/nowhere", "there is no such folder"),
         ("{tmp}", r"no config\.json there"),
         ("ftp://host/model", "expected a hub id"),
-        ("not a hub id", "neither a local folder nor a hub id"),
+        ("~/no-such-folder", "there is no such folder"),
+        ("a/b/c", "neither a local folder nor a hub id"),
         ("org/model", "the model hub cannot be reached"),
         ("pkg://no_such_package/x.gguf", "'no_such_package' is not installed"),
-        ("pkg://json/x.gguf", "holds no 'x.gguf'"),
+        ("pkg://json.decoder/x.gguf", "'json.decoder' is not installed"),
+        ("pkg://this/x.gguf", "'this' is not installed"),
+        ("pkg://json/__init__.py", r"holds no '__init__.py'; its GGUF files are \[\]"),
     ],
 )
 def test_a_base_that_is_not_there_is_the_users_mistake(base, message, tmp_path, monkeypatch):

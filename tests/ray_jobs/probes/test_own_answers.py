@@ -265,11 +265,3 @@ def test_a_prompt_is_told_in_the_chat_template_and_leaves_room_for_an_answer(con
     assert result_of.split.prompt(4).tolist() == expected
     tight = undrawn(chat, config)
     assert tight.split.num_prompt_tokens.max() + tight.new_tokens <= config.model.max_length
-
-
-def test_nobody_is_asked_by_default(config, store, version) -> None:
-    by_default = config_file.loads(config_file.dumps(config), ["evaluate.own_answers=0"])
-    nobody = asked(by_default, store, version)
-    assert nobody.roles == frozenset()
-    assert nobody.outcome([], None).record is None
-    assert RunConfig.model_fields["evaluate"].default.own_answers == 0
