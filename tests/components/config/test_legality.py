@@ -5,10 +5,8 @@ from itertools import product
 
 import pytest
 
-from components.config import config_file
 from components.config.methods import FIELDS, METHODS, Cell, nearest_legal, refusals
 from components.config.schema import RunConfig
-from components.shared.errors import ConfigError
 from tests.components.config.cells import AXES
 from tests.components.config.loading import message_of, set_in
 
@@ -64,11 +62,3 @@ def test_the_fields_named_to_a_person_are_the_config_s_own() -> None:
     for path in FIELDS.values():
         section, _, key = path.partition(".")
         assert key in RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-
-
-def test_a_file_that_asks_for_an_illegal_cell_is_refused_at_load() -> None:
-    text = (
-        '[adapter]\nname="a"\n[model]\nbase="b/c"\n[data]\nsource="d"\n[method]\nbase="int8"\n[train]\nzero_stage=3\n'
-    )
-    with pytest.raises(ConfigError, match="int8"):
-        config_file.loads(text)
