@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from components.config.ray import JobsApiCluster, NumWorkers, RayJobCluster
 from components.config.schema import MethodConfig, ModelConfig, RunConfig
-from components.config.section import REMOVED, Section, descriptions
+from components.config.section import REMOVED, Section
 from components.shared.errors import ConfigError
 
 # What transformers, peft, TRL, Axolotl and LLaMA-Factory call keys of the config. None of these is a key of ours.
@@ -218,12 +218,8 @@ def whole_numbers(value: Any) -> Any:
 
 def json_schema() -> str:
     """JSON Schema of the config for editors, as indented JSON."""
-    schema = RunConfig.model_json_schema()
-    sections = {section.__name__: section for section in Section.__subclasses__()}
-    for name, shown in {RunConfig.__name__: schema, **schema["$defs"]}.items():
-        for key, text in descriptions(sections[name]).items():
-            shown["properties"][key] = dict(sorted({**shown["properties"][key], "description": text}.items()))
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -267,7 +263,7 @@ def _explain(error: Any) -> str:
     if kind == "missing" and section:
         return f"section [{name}] is missing: it needs {', '.join(_required(section))}"
     if kind == "missing":
-        return f"{name} is required: {_described(where)}"
+        return f"{name} is required: {field.description if field else ''}"
     if kind == "value_error":
         return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
     if field and field.annotation in EITHER:
@@ -279,7 +275,7 @@ def _explain(error: Any) -> str:
     elif kind == "list_type" and section:
         message = f"expected a list of sections, each headed [[{name}]]"
     elif kind == "string_pattern_mismatch" and field:
-        message = f"expected {error['ctx']['pattern']} ({_described(where)})"
+        message = f"expected {error['ctx']['pattern']} ({field.description})"
     return f"{name} = {value!r}: {message.removeprefix('Input ').removeprefix('String ')}"
 
 
@@ -328,11 +324,6 @@ def _located(where: Sequence[str | int]) -> tuple[FieldInfo | None, type[BaseMod
 def _held(field: FieldInfo) -> type[BaseModel] | None:
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _described(where: Sequence[str | int]) -> str:
-    section = _located(where[:-1])[1]
-    return descriptions(section)[str(where[-1])] if section else ""
 
 
 def _required(section: type[BaseModel]) -> list[str]:

@@ -1,11 +1,7 @@
 """What every section of the config is, and what makes two configs the same."""
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -14,7 +10,9 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """Frozen, strict about types, and closed: a key nobody reads is a mistake, not a comment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 @dataclass(frozen=True)
@@ -57,21 +55,6 @@ REMOVED = {
 def without_removed(values: Mapping[str, Any], section: str) -> dict[str, Any]:
     """A section's values as another release recorded them, without keys that are gone."""
     return {key: value for key, value in values.items() if f"{section}.{key}" not in REMOVED}
-
-
-def descriptions(section: type[BaseModel]) -> dict[str, str]:
-    """Each key's docstring, read from the source.
-
-    pydantic's `use_attribute_docstrings` reads all of them at import, a fifth of a command's start.
-    """
-    found = {}
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(definition, ast.ClassDef)
-    for above, below in pairwise(definition.body):
-        match above, below:
-            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
-                found[key] = inspect.cleandoc(text)
-    return found
 
 
 def identity(section: BaseModel) -> dict[str, Any]:
