@@ -1,14 +1,12 @@
 """Choosing a base's attention kernel from `model.attention`, what the base's code supports, and the worker's device.
 
-sdpa_float32        PyTorch's fused kernel in float32, for CPU workers
+sdpa_float32        PyTorch's fused kernel in float32, for CPUs, whose bfloat16 one is slower backward, and less precise
 sdpa_records        the same kernel in the base's dtype, for GPU workers
 sdpa                the same kernel as transformers ships it, for bases that take no other kernels
 flash_attention_2   the kernel of the flash-attn package, on GPUs
 eager               the formula written out, which every base supports
 
-On CPU the backward pass of the fused bfloat16 kernel is two and a half times slower than the float32 one at the lengths
-of short records (8.4 ms against 3.4 ms for 8 x 9 x 49 x 64, one AMX core), and less precise. The first two handle the
-records of a packed row: see `packed`.
+The first two handle the records of a packed row: see `packing`.
 """
 
 import importlib.util

@@ -1,9 +1,8 @@
 """Four-bit quantisation on CPUs, bit-identical to that of bitsandbytes and more than ten times as fast.
 
-bitsandbytes 0.50 has a kernel for GPUs; on CPUs it finds each weight's code by bisection among the midpoints of the 16
-code values (backends/default/ops.py), 20 to 30 ns per weight: minutes for 7 billion weights, in every worker. Here all
-weights of a piece that fits the cache are compared with one midpoint after the other, and the number of midpoints
-below a weight gives its code.
+bitsandbytes 0.50 finds each weight's code by bisection among the 16 code values (backends/default/ops.py), which takes
+minutes for 7 billion weights. Here all weights of a piece are compared with one midpoint after the other, and the
+number of midpoints below a weight gives its code.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,9 +1,7 @@
 """The interface to the kernels: choose the dtype of products, adopt a model's layers, and restore them.
 
-Code that loads a base or attaches an adapter does not depend on kernels. The caller that runs the model chooses once
-(`choose`, `agree`), loads with `load_model`, and calls `Kernels.adopt` again once an adapter is attached. `part` undoes
-what an adapter's training needs, before the base is reused for the next one. On a GPU, and on a CPU with fast bfloat16
-products, weights stay in the layers that transformers, bitsandbytes and peft made.
+Who runs a model chooses once (`choose`, `agree`), loads with `load_model`, and calls `Kernels.adopt` again once an
+adapter is attached; `part` undoes what an adapter's training needs. Who loads a base knows no kernels.
 """
 
 import ctypes
@@ -31,9 +29,8 @@ if TYPE_CHECKING:
 
 # The compute dtype of CPU workers for bfloat16 operands: bfloat16 or float32, whichever is faster on this processor.
 #
-# Measured in milliseconds rather than looked up: the list of instruction sets keeps growing, and PyTorch's kernels for
-# them change. The ratios are far from the threshold: FLOP/s in float32 over those in bfloat16 (one thread, forward and
-# backward, torch 2.13) are 0.5 with AVX-512 BF16, less with AMX, 2.4 with AVX-512 alone, and 15 or more with AVX2.
+# Measured, as the list of instruction sets keeps growing. FLOP/s in float32 over those in bfloat16 (one thread, forward
+# and backward, torch 2.13) are 0.5 with AVX-512 BF16, less with AMX, 2.4 with AVX-512 alone, and 15 or more with AVX2.
 
 CLEARLY = 1.2
 """How many times as fast float32 must be to be chosen: far from all ratios above, so that noise does not decide."""

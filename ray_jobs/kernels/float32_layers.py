@@ -1,13 +1,8 @@
 """Layers that store low-precision weights and multiply in float32, for CPUs that multiply bfloat16 slowly.
 
-Without AMX or AVX-512 BF16 a bfloat16 product takes two to forty times as long as a float32 one (torch 2.13). Here the
-operands of each product are converted to float32, in the forward and the backward pass, and the result is rounded once
-to the dtype of the input: never less precise than a bfloat16 product. Storage, training and published files stay the
-same.
-
-Each class replaces the class of the same name in torch, transformers or bitsandbytes; peft checks that name.
-`multiply_in_float32` converts a model's layers in place; other modules' products stay as they are. LoRA's factors are
-linear layers.
+The operands of each product are converted to float32, and the result is rounded once to the dtype of the input: never
+less precise than a bfloat16 product. Each class replaces the class of the same name in torch, transformers or
+bitsandbytes; peft checks that name.
 
 Shapes: I input, O output, R rank, N tokens, K experts of a token.
 """

@@ -1,10 +1,8 @@
 """LoRA on a frozen layer as one product with a single backward pass: y = x W^T + b + s (x A^T) B^T.
 
-peft's layers compute the same product in eight steps, each of which reads or writes a whole activation, and round four
-times to 16 bits; here the update is added to the base's product in place, and both are rounded once. What is trained,
-stored and published is the same as with peft. peft's forward is still used for DoRA and other variants, dropout,
-several adapters at once, weights sharded by ZeRO-3, and on GPUs without gradients: there, during generation,
-bitsandbytes multiplies single tokens directly with the 4-bit weights.
+peft computes it in eight steps and rounds four times; here base and update are rounded once, together. `adapted` says
+what still goes peft's way. On GPUs that is all without gradients: in generation bitsandbytes multiplies single tokens
+directly with 4-bit weights.
 
 Shapes: I input, O output, R rank, T tokens.
 """

@@ -1,10 +1,9 @@
-"""Attention forward and backward for the fused layer: of records in rows, or packed into one row.
+"""Attention forward and backward for the fused layer, in float32: of records in rows, or packed into one row.
 
-PyTorch's kernel computes each head of each record separately: for short records these are products of 30 by 40 numbers,
-which take longer to launch than to compute. Here the query heads that share keys are rows of one product, and all
-records are computed at once; for long records, as many queries at a time as have scores that fit the caches. Everything
-is in float32. Queries, keys and values are saved for the backward pass, and so are the attention weights where they
-take no more memory than the output; otherwise they are recomputed.
+PyTorch's kernel computes each head of each record separately, which for short records takes longer to launch than to
+compute. Here the query heads that share keys are rows of one product, and all records are computed at once; of long
+ones as many queries at a time as have scores that fit the caches. Attention weights are kept for the backward pass
+where they take no more memory than the output, and else recomputed.
 
 Shapes: see the layouts below.
 """

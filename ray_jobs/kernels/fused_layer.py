@@ -3,17 +3,11 @@
     n = norm(x)     q, k, v = products of n            y = x + product of attention(q, k, v)
     m = norm(y)     gate, up = products of m           z = y + product of (silu(gate) up)
 
-Most of a small base's step is not multiplication: activations are written and read again, and autograd records every
-operation. Here additions are fused into matrix products, attention and rotary embeddings stay in float32, and the LoRA
-factors need no separate products: the layers that share an input have their W, A and B in one matrix M,
+Additions are fused into matrix products, and the layers that share an input have their W, A and B in one matrix M:
 
     y = [x, x s A^T] [W, B]^T          gradient of x: [g, g B] [W; s A]          M = [W, B; s A, 0]
 
-For packed records the last layer computes only keys and values for tokens that are not read, such as a prompt's.
-
-The trained, stored and published parameters are peft's own. A layer that this function does not cover uses its own
-forward: see `_form`. Results are closer to float64 than those of transformers' and peft's modules, which round after
-each operation.
+The trained, stored and published parameters are peft's own. What this does not cover goes a layer's own way: `_form`.
 
 Shapes: N records of S tokens, T = N S, U tokens that are read, H hidden, I input, O output, R ranks, X heads of size D,
 the first K of them queries. A + stands for the additional columns of the factors, R rounded up. Outside attention,

@@ -1,10 +1,8 @@
 """Linear layers that use matrix-vector products for a single row where that is faster, as when decoding one prompt.
 
-A matrix-matrix product in 16 bits reads the weights twice where oneDNN packs them first; a matrix-vector product in
-PyTorch reads them once. Which is faster depends on the processor: on two cores with AMX the matrix-vector product, with
-AVX-512 BF16 alone the matrix-matrix product, by a factor of 1.8. Both accumulate in float32. For an adapter's small
-factors, matrix-vector products are always faster. Several rows are multiplied as before, and so is an adapter that one
-product cannot express: see `fused`.
+A matrix-matrix product in 16 bits reads the weights twice where oneDNN packs them first; which is faster depends on the
+processor (AMX: the vector's, AVX-512 BF16: the matrix', by 1.8), so it is measured. For an adapter's small factors
+vectors always are. Several rows are multiplied as before, and so is what `fused` does not cover.
 
 Shapes: I input, O output, R rank.
 """

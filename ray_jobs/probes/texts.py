@@ -176,11 +176,8 @@ class Drawing(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_B1.clamp(max=scores.shape[-1] - 1), 0.0)
 
 
-# General-domain text, which shows whether an adapter forgets what its base knows.
-#
-# general_text.json holds the passages and their sources: modern encyclopaedic and technical prose, fiction and old
-# science, ordered so that any prefix contains all kinds evenly. A passage is read as plain text, without a chat
-# template, and the loss is taken over all its tokens but the first.
+# General-domain text, which shows whether an adapter forgets what its base knows: the passages of general_text.json,
+# ordered so that any prefix contains all kinds evenly, read as plain text, with the loss over all tokens but the first.
 
 MAX_TOKENS = 128
 """Maximum number of tokens read per passage: the beginning shows as much as the whole, in less time."""
@@ -219,16 +216,11 @@ def unread_passages(chat: ChatFormat, config: RunConfig) -> Passages:
 
 # How far a model has moved from its base outside the training data, measured on the base's own answers.
 #
-# own_answers.json holds the prompts, ordered so that any prefix contains all kinds evenly. The base answers each once,
-# in the run's chat template, by sampling at temperature 1 from the full distribution: truncated sampling would bias the
-# estimate. Then every model, including the base, scores these answers, and
-#
-#     KL(base || model) = E [log p_base(y | x) - log p_model(y | x)]   over answers y that the base draws
-#
-# is estimated by the mean of that difference over the samples. The estimate per answer, whole or cut, is unbiased; per
-# token it is a ratio of two sums. It may be negative. Summing over all next tokens instead of the sampled one would
-# have a lower variance (Amini, Vieira and Cotterell, arXiv:2504.10637), but needs both models' distributions at every
-# token. This needs one number per answer and model, which is stored, so later runs do not need the base for it.
+# The base answers the prompts of own_answers.json once, by sampling at temperature 1 from the full distribution. Every
+# model scores these answers, and the mean of log p_base(y | x) - log p_model(y | x) over them estimates
+# KL(base || model), per answer without bias. Summing over all next tokens would have a lower variance (Amini, Vieira
+# and Cotterell, arXiv:2504.10637), but needs both models' distributions at every token; of this, one number per answer
+# and model is stored, so that later runs do not need the base for it.
 
 NEW_TOKENS = 64
 """Maximum tokens of an answer: its beginning shows as much as the whole, in less time."""
