@@ -312,106 +312,81 @@ class RunConfig(Section):
     def _sections_agree(self) -> "RunConfig":
         for num_workers in (self.ray.min_workers, self.ray.max_workers):
             self.train.require_even_shares(num_workers)
-        if self.model.revision and "://" in self.model.base:
-            raise ValueError(
-                f"model.revision belongs to a hub id; model.base is {self.model.base}: remove model.revision"
-            )
-        if self.model.attention == "flash_attention_2" and not self.ray.use_gpu:
-            raise ValueError(
-                "model.attention flash_attention_2 runs on GPUs alone: set ray.use_gpu=true, or model.attention=auto"
-            )
-        if (self.evaluate.max_new_tokens or 0) >= self.model.max_length:
-            raise ValueError(
-                f"evaluate.max_new_tokens {self.evaluate.max_new_tokens} leaves no room for a prompt in "
-                f"model.max_length {self.model.max_length}"
-            )
+        if conflict := next(self._conflicts(), None):
+            raise ValueError(conflict)
         return self
 
-    @model_validator(mode="after")
-    def _measures_what_decides(self) -> "RunConfig":
-        gate, evaluate = self.gate, self.evaluate
-        for key, bound, field, count, least in (
-            (
-                "worse_on_general_text_by",
-                gate.worse_on_general_text_by,
-                "general_passages",
-                evaluate.general_passages,
-                16,
-            ),
-            ("kl_from_base_at_most", gate.kl_from_base_at_most, "own_answers", evaluate.own_answers, 24),
+    def _conflicts(self) -> Iterator[str]:
+        """What keys of several sections do not go together, and how to mend it."""
+        model, method, train, gate, evaluate = self.model, self.method, self.train, self.gate, self.evaluate
+        on_gpu = self.ray.use_gpu
+        if model.revision and "://" in model.base:
+            yield f"model.revision belongs to a hub id; model.base is {model.base}: remove model.revision"
+        if model.attention == "flash_attention_2" and not on_gpu:
+            yield "model.attention flash_attention_2 runs on GPUs alone: set ray.use_gpu=true, or model.attention=auto"
+        if (evaluate.max_new_tokens or 0) >= model.max_length:
+            yield (
+                f"evaluate.max_new_tokens {evaluate.max_new_tokens} leaves no room for a prompt in model.max_length "
+                f"{model.max_length}"
+            )
+        for key, bound, field, least in (
+            ("worse_on_general_text_by", gate.worse_on_general_text_by, "general_passages", 16),
+            ("kl_from_base_at_most", gate.kl_from_base_at_most, "own_answers", 24),
         ):
-            if bound is not None and count < 2:
-                raise ValueError(
+            if bound is not None and (count := getattr(evaluate, field)) < 2:
+                yield (
                     f"gate.{key} asks for what evaluate.{field} {count} does not measure: raise that to {least} or "
                     "more, or remove it"
                 )
-        if unmeasured := self.gate.lm_eval_worse_by.keys() - {*self.evaluate.lm_eval}:
-            raise ValueError(
+        if unmeasured := gate.lm_eval_worse_by.keys() - {*evaluate.lm_eval}:
+            yield (
                 f"gate.lm_eval_worse_by asks for {', '.join(sorted(unmeasured))}, which evaluate.lm_eval does not run: "
                 "name it there, or remove it"
             )
-        if self.data.replay_from == "production" and self.model.thinking:
-            raise ValueError(
+        if self.data.replay_from == "production" and model.thinking:
+            yield (
                 "data.replay_from production trains on answers without their reasoning, and model.thinking trains on "
                 'reasoning: set data.replay_from="records"'
             )
-        return self
-
-    @model_validator(mode="after")
-    def _is_legal(self) -> "RunConfig":
-        if self.method.alpha is not None and not self.method.row.has_alpha:
-            raise ValueError(
-                f"method.alpha {self.method.alpha:g} scales nothing in {self.method.row.adapter}, whose vectors are "
-                "trained: remove it"
+        if method.alpha is not None and not method.row.has_alpha:
+            yield (
+                f"method.alpha {method.alpha:g} scales nothing in {method.row.adapter}, whose vectors are trained: "
+                "remove it"
             )
-        broken = list(refusals(self.cell))
-        if broken:
-            reasons = "; ".join(rule.reason for rule in broken)
-            raise ValueError(
-                f"method.name {self.method.name} cannot be trained like this: {reasons}. "
+        if broken := list(refusals(self.cell)):
+            yield (
+                f"method.name {method.name} cannot be trained like this: {'; '.join(rule.reason for rule in broken)}. "
                 f"Nearest to it: {nearest_legal(self.cell).described(than=self.cell)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _has_its_device(self) -> "RunConfig":
-        if self.train.dtype == "float16" and not self.ray.use_gpu:
-            raise ValueError(
+        if train.dtype == "float16" and not on_gpu:
+            yield (
                 "train.dtype float16 is for GPUs without bfloat16, and CPU workers have that: train.dtype=auto, or "
                 "ray.use_gpu=true"
             )
-        if self.train.dense_base and (self.ray.use_gpu or self.train.zero_stage == 3):
-            where = "ray.use_gpu" if self.ray.use_gpu else "train.zero_stage 3, which shares the base out"
-            raise ValueError(
+        if train.dense_base and (on_gpu or train.zero_stage == 3):
+            where = "ray.use_gpu" if on_gpu else "train.zero_stage 3, which shares the base out"
+            yield (
                 f"train.dense_base is for CPU workers that hold a whole base each, not with {where}: "
                 "remove train.dense_base"
             )
-        if self.train.activation_offloading and not self.ray.use_gpu:
-            raise ValueError(
+        if train.activation_offloading and not on_gpu:
+            yield (
                 "train.activation_offloading moves activations from a GPU to its host, where they lie without "
                 "ray.use_gpu: remove train.activation_offloading"
             )
-        if self.train.optimizer == "paged_adamw_8bit" and (not self.ray.use_gpu or self.train.cpu_offload):
-            where = "with train.cpu_offload" if self.ray.use_gpu else "without ray.use_gpu"
-            raise ValueError(
+        if train.optimizer == "paged_adamw_8bit" and (not on_gpu or train.cpu_offload):
+            where = "with train.cpu_offload" if on_gpu else "without ray.use_gpu"
+            yield (
                 f"train.optimizer paged_adamw_8bit lets its state leave a GPU, and {where} it lies in host memory "
                 "already. Nearest to it: train.optimizer=adamw_8bit"
             )
-        return self
 
     @property
     def cell(self) -> Cell:
         """Where this run stands in the matrix of what can be combined."""
         row, train = self.method.row, self.train
-        return Cell(
-            row.adapter,
-            row.scaling,
-            row.init,
-            row.base,
-            train.zero_stage,
-            train.cpu_offload,
-            train.gradient_checkpointing,
-        )
+        stored = (train.zero_stage, train.cpu_offload, train.gradient_checkpointing)
+        return Cell(row.adapter, row.scaling, row.init, row.base, *stored)
 
     @property
     def metrics(self) -> list[str]:

@@ -191,16 +191,12 @@ class TrainConfig(Section):
     """Steps between resumable checkpoints; 0 writes none."""
 
     @model_validator(mode="after")
-    def _shares_with_something(self) -> "TrainConfig":
+    def _keys_agree(self) -> "TrainConfig":
         if self.start_share and self.start_from == "base":
             raise ValueError(
                 f"start_share {self.start_share:g} keeps some of what the training starts from, and that is the base: "
                 "set train.start_from=production, or remove train.start_share"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _offloads_what_is_kept(self) -> "TrainConfig":
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError(
                 "activation_offloading moves what gradient_checkpointing keeps: set train.gradient_checkpointing=true, "
