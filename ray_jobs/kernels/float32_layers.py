@@ -4,7 +4,7 @@ The operands of each product are converted to float32, and the result is rounded
 less precise than a bfloat16 product. Each class replaces the class of the same name in torch, transformers or
 bitsandbytes; peft checks that name.
 
-Shapes: I input, O output, R rank, N tokens, K experts of a token.
+Shapes: I input, O output, R rank. A mixture's stacked experts stay as they are.
 """
 
 import logging
@@ -21,8 +21,6 @@ import transformers.pytorch_utils
 from bitsandbytes.functional import int8_vectorwise_dequant
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
 
 from components.config.ray import MatmulDtype
 from components.shared.machine import available_bytes, this_cpu
@@ -62,8 +60,6 @@ def pays() -> bool:
 
 # Elements of a weight that are converted at a time: 4 MiB in float32, about what the caches of one core hold.
 BLOCK_ELEMENTS = 2**20
-EXPERTS = "float32"
-"""Name under which `experts` is registered with transformers."""
 
 Blocks = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
 """A function that yields a weight's rows in float32: their slice, and their values (rows, I)."""
@@ -158,34 +154,6 @@ def reader(layer: Any) -> Blocks | None:
     return _dense_blocks if isinstance(layer, Linear) else None
 
 
-def experts(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_: Any, **__: Any
-) -> Tensor:
-    """Run the stacked experts of any transformers model, one after the other, each on the tokens routed to it.
-
-    `hidden_states` is (N, I), `top_k_index` and `top_k_weights` are (N, K); returns (N, I).
-    """
-
-    def multiply(x: Tensor, name: str, expert: int) -> Tensor:
-        weight = getattr(module, name)[expert]
-        bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-        return linear(x, weight.T if module.is_transposed else weight, bias)
-
-    result = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
-        tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
-        if module.has_gate:
-            inner = module._apply_gate(multiply(hidden_states[tokens], "gate_up_proj", expert))
-        else:
-            inner = module.act_fn(multiply(hidden_states[tokens], "up_proj", expert))
-        out = multiply(inner, "down_proj", expert)
-        if module.has_post_expert_norm:
-            out = module.post_expert_norm(out)
-        weighted = out * top_k_weights[tokens, places, None]
-        result = result.index_add(0, tokens, weighted.to(result.dtype))
-    return result
-
-
 class VeraLinear(peft.tuners.vera.layer.Linear):
     """A linear layer with VeRA adapters."""
 
@@ -226,9 +194,6 @@ def multiply_in_float32(model: torch.nn.Module) -> None:
     """Replace the classes of a model's layers as LAYERS says; layers replaced already stay."""
     for module in model.modules():
         module.__class__ = LAYERS.get(type(module), type(module))
-    if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
-        ExpertsInterface.register(EXPERTS, experts)
-        model.set_experts_implementation(EXPERTS)
 
 
 def _dense_blocks(weight_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
