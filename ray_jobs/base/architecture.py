@@ -15,11 +15,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+def _class_and_mapping(base: "PretrainedConfig") -> tuple[Any, Any]:
+    """The Auto class, and its classes by configuration; the one for images only where there is no other."""
+    import transformers as theirs
+
+    if (
+        type(base) in theirs.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(base) not in theirs.MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return theirs.AutoModelForImageTextToText, theirs.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return theirs.AutoModelForCausalLM, theirs.MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def auto_class(base: "PretrainedConfig") -> Any:
     """The transformers Auto class that creates and loads the base."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    return _class_and_mapping(base)[0]
 
-    return AutoModelForImageTextToText if _is_known_by_images_alone(base) else AutoModelForCausalLM
+
+def model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
+    """The transformers class that the base is loaded as; None where the base brings its own class."""
+    found: type[PreTrainedModel] | None = _class_and_mapping(base)[1].get(type(base), None)
+    return found
 
 
 def from_config(config: "PretrainedConfig", **how: Any) -> Any:
@@ -30,14 +46,6 @@ def from_config(config: "PretrainedConfig", **how: Any) -> Any:
     """
     allowed = type(config).__module__.startswith("transformers_modules.")
     return auto_class(config).from_config(config, trust_remote_code=allowed, **how)
-
-
-def model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
-    """The transformers class that the base is loaded as; None where the base brings its own class."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if _is_known_by_images_alone(base) else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping.get(type(base), None)
 
 
 def read_by_the_model(base: "PretrainedConfig") -> tuple[str, ...]:
@@ -57,26 +65,17 @@ def require_causal(base: "PretrainedConfig", *, reference: str) -> None:
             f"model.base {reference} is of the type doge, which chooses the tokens that it looks at, padding among "
             "them: in a batch its losses would be wrong. Name another, such as a Llama, Qwen or Mistral"
         )
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     brings_its_own = "AutoModelForCausalLM" in (getattr(base, "auto_map", None) or {})
-    if not brings_its_own and (model_class(base) is None or _sees_ahead(base)):
+    # transformers has causal classes for encoders too, and for pairs of encoder and decoder.
+    is_encoder = type(base) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(base, "is_decoder", False)
+    sees_ahead = is_encoder or getattr(base, "is_encoder_decoder", False)
+    if not brings_its_own and (model_class(base) is None or sees_ahead):
         raise ConfigError(
             f"model.base {reference} is of the type {base.model_type}, which is no language model that writes from "
             "left to right: name one that is, such as a Llama, Qwen or Mistral"
         )
-
-
-def _is_known_by_images_alone(base: "PretrainedConfig") -> bool:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    return type(base) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(base) not in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _sees_ahead(base: "PretrainedConfig") -> bool:
-    """Whether the base is an encoder, or has one: transformers has causal classes for those too."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
-    is_encoder = type(base) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(base, "is_decoder", False)
-    return bool(getattr(base, "is_encoder_decoder", False)) or is_encoder
 
 
 # How a base's weights are stored, and how they are loaded in the format of `method.base`.
@@ -103,16 +102,31 @@ def quantization(
 
     stored = _stored(shape)
     if base_format not in (possible := formats(shape)):
+        kind = stored.get("quant_method", "a kind that it does not name")
+        if kind == "bitsandbytes":
+            kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")
         mend = f"set method.base={possible[0]}, or name" if possible else "name"
         raise ConfigError(
-            f"method.base {base_format}: the weights of {reference} are quantised already, as {_named(stored)}: {mend} "
+            f"method.base {base_format}: the weights of {reference} are quantised already, as {kind}: {mend} "
             "the unquantised model that they were made from"
         )
-    if not stored:
-        return {"quantization_config": _config_of(base_format, dtype, never=read_by_the_model(shape))}
-    if base_format == "bf16":
+    if stored and base_format != "bf16":
+        return {}  # passing quantization_config=None would drop the folder's own configuration
+    if stored:
         return {"quantization_config": getattr(transformers, WIDENED[stored["quant_method"]])(dequantize=True)}
-    return {}  # passing quantization_config=None would drop the folder's own configuration
+    if base_format == "bf16":
+        return {}
+    never = read_by_the_model(shape)
+    skipped = ["lm_head", *never] if never else None  # by default transformers skips the head alone
+    four_bits = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": dtype,  # what ZeRO-3 needs to shard 4-bit weights
+    }
+    how = four_bits if base_format == "nf4" else {"load_in_8bit": True}
+    return {"quantization_config": transformers.BitsAndBytesConfig(**how, llm_int8_skip_modules=skipped)}
 
 
 def formats(shape: "PretrainedConfig") -> tuple[BaseFormat, ...]:
@@ -136,29 +150,6 @@ def stored_as(shape: "PretrainedConfig") -> BaseFormat | None:
 def _stored(shape: "PretrainedConfig") -> dict[str, Any]:
     found = getattr(shape, "quantization_config", None) or {}
     return found if isinstance(found, dict) else found.to_dict()
-
-
-def _named(stored: dict[str, Any]) -> str:
-    kind = stored.get("quant_method", "a kind that it does not name")
-    if kind != "bitsandbytes":
-        return str(kind)
-    return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type", "fp4"))
-
-
-def _config_of(base_format: BaseFormat, dtype: "torch.dtype", *, never: tuple[str, ...]) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    skipped = ["lm_head", *never] if never else None  # by default transformers skips the head alone
-    if base_format == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,  # what ZeRO-3 needs to shard 4-bit weights
-            llm_int8_skip_modules=skipped,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if base_format == "int8" else None
 
 
 # The 16-bit dtype of weights, activations and gradients.
