@@ -137,20 +137,12 @@ class Speed:
 # records than they have.
 ROUGH_SPEED = [
     Speed(
-        TORCHTUNE,
-        "LLAMA_3_8B",
-        3083,
-        "RTX4090",
-        "bf16",
-        8,
-        2048,
+        TORCHTUNE, "LLAMA_3_8B", 3083, "RTX4090", "bf16", 8, 2048,
         why="compiled; and twice the data sheet's rate, if sums are in float16",
     ),
     Speed(TORCHTUNE, "LLAMA_3_8B", 2413, "RTX4090", "nf4", 8, 2048, why="the same"),
-    Speed(
-        FACTORY, "LLAMA_2_7B", 3542, "A100-40G", "nf4", 8, 16384, why="a table of lengths whose speed rises with them"
-    ),
-]
+    Speed(FACTORY, "LLAMA_2_7B", 3542, "A100-40G", "nf4", 8, 16384, why="a table whose speed rises with lengths"),
+]  # fmt: skip
 
 SPEED = [
     Speed(FACTORY, "LLAMA_2_7B", 2954, "A100-40G", "bf16", 8, 1024),

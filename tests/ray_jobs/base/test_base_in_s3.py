@@ -137,9 +137,3 @@ def test_an_empty_s3_folder_says_so_and_leaves_nothing_in_the_cache(store, cache
     with pytest.raises(ConfigError, match="there is nothing in this folder"):
         resolve(store.uri("bases/none"))
     assert not cache.exists()
-
-
-def test_an_s3_folder_that_is_no_model_is_refused(store):
-    store.put("bases/odd/weights.bin", b"x")
-    with pytest.raises(ConfigError, match=r"bases/odd: no config\.json there"):
-        resolve(store.uri("bases/odd"))

@@ -11,10 +11,13 @@ import sys
 
 import pytest
 
-FAULTS = """
+STEPS = """
 import ctypes, resource, sys
 import torch
 from ray_jobs.kernels import door
+
+def resident():  # proc(5), statm, in pages of 4 KiB
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault for each small page, also where pages are huge
 if sys.argv[1] == "keep":
@@ -22,46 +25,27 @@ if sys.argv[1] == "keep":
 def step():
     return [torch.zeros(12 * 2**20) for _ in range(4)]  # 48 MiB each
 
+start = resident()
 for _ in range(8):  # until the heap has found its places
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-GIVEN_BACK = """
-import torch
-from ray_jobs.kernels import door
-
-def resident():  # proc(5), statm, in pages of 4 KiB
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-door.keep_freed_memory()
-before = resident()
-blocks = [torch.ones(2**20) for _ in range(64)]
-del blocks
-kept = resident() - before
+faults, kept = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident() - start
 door.give_back()
-print(kept, resident() - before)
+print(faults, kept, resident() - start)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
 @pytest.mark.slow
-def test_memory_that_was_freed_is_not_asked_for_again() -> None:
-    def faults(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-        return int(done.stdout)
+def test_memory_that_was_freed_is_not_asked_for_again_but_can_be_given_back() -> None:
+    def found(how: str) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True)
+        return [int(number) for number in done.stdout.split()]
 
     pages = 10 * 4 * 48 * 2**20 // resource.getpagesize()
-    assert faults("as it is") > 0.9 * pages
-    assert faults("keep") < 0.1 * pages
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps memory")
-@pytest.mark.slow
-def test_memory_that_was_kept_is_given_back_where_it_is_not_needed_again() -> None:
-    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
-    kept, left = map(int, done.stdout.split())
-    assert kept > 200 * 2**20 > 20 * left
+    assert found("as it is")[0] > 0.9 * pages
+    faults, kept, left = found("keep")
+    assert faults < 0.1 * pages
+    assert kept > 150 * 2**20 > 10 * left
