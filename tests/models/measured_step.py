@@ -1,6 +1,7 @@
 """What a training step here really allocates, measured by PyTorch's own allocator through its profiler."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +48,7 @@ def measure(adapted: Any, *, batch: int, length: int, answers: int) -> Measured:
         loss.backward()
 
     step()  # gradients, and what is made once, exist from here on
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    kept = alive = peak = 0
-    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-        elif event.name() == "between the passes":
-            kept = alive
+    kept, peak = _traced(step)
     tensors = {name: tensor for name, tensor in [*adapted.named_parameters(), *adapted.named_buffers()]}
     in_adapter = {name for name in tensors if "lora" in name or "vera" in name}
     quantised = [tensor for name, tensor in tensors.items() if name not in in_adapter]
@@ -74,15 +66,22 @@ def measure_reading(adapted: Any, *, batch: int, length: int) -> int:
     decoder = adapted.get_base_model().get_decoder()
     input_ids = torch.randint(0, adapted.config.vocab_size, (batch, length))
     decoder(input_ids=input_ids, use_cache=False)
+    return _traced(lambda: decoder(input_ids=input_ids, use_cache=False))[1]
+
+
+def _traced(step: Callable[[], object]) -> tuple[int, int]:
+    """Bytes alive between the passes, and at the peak."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        decoder(input_ids=input_ids, use_cache=False)
-    alive = peak = 0
+        step()
+    kept = alive = peak = 0
     for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
-    return peak
+        elif event.name() == "between the passes":
+            kept = alive
+    return kept, peak
 
 
 def _constants(adapted: Any):
