@@ -168,5 +168,4 @@ class GateConfig(Section):
 
     @property
     def total_budget(self) -> float:
-        """`worse_than_best_by` in force."""
         return 2.5 * self.worse_than_champion_by if self.worse_than_best_by is None else self.worse_than_best_by

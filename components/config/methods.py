@@ -40,7 +40,6 @@ class Method:
 
     @property
     def has_alpha(self) -> bool:
-        """Whether the update is scaled by alpha at all."""
         return self.adapter in ("lora", "dora")
 
     def alpha(self, rank: int) -> float:

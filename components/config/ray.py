@@ -256,7 +256,6 @@ class JobsApiCluster(Section):
         """None: the cluster is not known before a job runs on it."""
 
     def pods(self, num_workers: int) -> int:
-        """As many as workers, as far as is known."""
         return num_workers
 
     def worker_bytes(self, num_workers: int) -> int | None:
@@ -401,19 +400,16 @@ class RayJobCluster(Section):
 
     @property
     def pod_labels(self) -> dict[str, str]:
-        """The labels of every pod, which RayJob and steps have as well."""
         return dict(self.pod_template.get("metadata", {}).get("labels", {}))
 
     @property
     def accounts(self) -> tuple[str, ...]:
-        """The accounts of pods that train, and of those that only evaluate."""
         return self.service_account, self.evaluation_service_account
 
     def pods(self, num_workers: int) -> int:
         return self.nodes or num_workers
 
     def worker_bytes(self, num_workers: int) -> int | None:
-        """One worker's part of the pods' memory."""
         return self.worker.memory_gib * GIB * self.pods(num_workers) // num_workers
 
     def for_evaluation(self) -> "RayJobCluster":
@@ -523,7 +519,6 @@ class RayConfig(Section):
 
     @property
     def min_workers(self) -> int:
-        """The fewest that train, and so those of which each has the most to hold."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property

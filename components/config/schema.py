@@ -249,7 +249,6 @@ class MethodConfig(Section):
 
     @property
     def lora_alpha(self) -> float:
-        """The alpha in force; without meaning where the method has none."""
         return self.alpha if self.alpha is not None else self.row.alpha(self.r)
 
 
@@ -317,7 +316,6 @@ class RunConfig(Section):
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        """What keys of several sections do not go together, and how to mend it."""
         model, method, train, gate, evaluate = self.model, self.method, self.train, self.gate, self.evaluate
         on_gpu = self.ray.use_gpu
         if model.revision and "://" in model.base:
@@ -383,7 +381,6 @@ class RunConfig(Section):
 
     @property
     def cell(self) -> Cell:
-        """Where this run stands in the matrix of what can be combined."""
         row, train = self.method.row, self.train
         stored = (train.zero_stage, train.cpu_offload, train.gradient_checkpointing)
         return Cell(row.adapter, row.scaling, row.init, row.base, *stored)

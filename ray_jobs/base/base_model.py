@@ -305,7 +305,6 @@ def _from_package(reference: str, gguf: Path) -> Base:
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder in the cache for a GGUF in transformers' format."""
     return cache_dir() / f"gguf-{remembered(gguf, cache_dir().with_name('digests'))[:16]}"
 
 
@@ -334,7 +333,6 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 @contextmanager
 def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
-    """Context in which the results of these functions of a module are cached."""
     functions = {name: getattr(module, name) for name in names}
     try:
         for name, function in functions.items():

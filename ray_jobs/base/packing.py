@@ -39,7 +39,6 @@ class Packing:
 
     @property
     def longest(self) -> int:
-        """S: tokens of the longest rest."""
         return max(self.rests)
 
     @cached_property

@@ -84,7 +84,6 @@ class _Product:
 
 
 def _there_and_back(weight: torch.Tensor) -> torch.Tensor:
-    """The weight after a round trip through NF4 with double quantisation (arXiv:2305.14314)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     four_bits.register()

@@ -117,7 +117,6 @@ class Kernels:
 
     @property
     def linear(self) -> "Callable[..., Tensor]":
-        """x W^T + b, with the signature of `torch.nn.functional.linear`."""
         from ray_jobs.kernels import float32_layers
 
         return float32_layers.linear if self.dtype == "float32" else torch.nn.functional.linear

@@ -74,7 +74,6 @@ class _Fused(nn.Module):
     """One of peft's LoRA layers, computed as one product where that covers it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output: (..., I) to (..., O), in the dtype of `x`."""
         found = None if args or kwargs else adapted(self, x)
         if found is None:
             plain: Tensor = super().forward(x, *args, **kwargs)

@@ -42,7 +42,6 @@ class Heads:
 
     @property
     def per_key(self) -> int:
-        """R: query heads per key head."""
         return self.queries // self.keys
 
 

@@ -74,7 +74,6 @@ class Joined:
                 layer.weight.data = place
 
     def holds(self, layers: Sequence[Adapted]) -> bool:
-        """Whether M is still the storage of these layers' weights; False after one was replaced."""
         return all(
             layer.weight.untyped_storage() is own.untyped_storage()
             and layer.weight.storage_offset() == own.storage_offset()

@@ -36,7 +36,6 @@ class AdaptedLinear(fused.Linear):
     """Whether the base layer's weight uses a matrix-vector product too; the LoRA factors always do."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """(..., I) to (..., O), in the type of `x`."""
         base = self.get_base_layer()
         if not _is_row(x) or type(base) is not nn.Linear or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)

@@ -200,7 +200,6 @@ def parsed(found: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; None otherwise, as lm-eval writes "N/A" where there is none."""
     try:
         number = float(value)
     except (TypeError, ValueError):

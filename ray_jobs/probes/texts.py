@@ -67,11 +67,9 @@ class Texts(ABC):
         return replace(self, split=self.split.take(rows(len(self.split))))
 
     def held_together(self) -> Self:
-        """The same texts: they can be read with a sharded base too."""
         return self
 
     def run(self, subject: Subject, found: Findings) -> Read | None:
-        """Measure a model's loss on each text; None where it is already known."""
         if subject.role not in self.roles:
             return None
         return Read(label_nll(subject.model, self.split, subject.batch_size, subject.chat.pad))
@@ -189,7 +187,6 @@ class Passages(Texts):
     METRIC, KIND = "general_loss", "general_text"
 
     def value(self, role: Role) -> float | None:
-        """The mean loss per token, in nats."""
         return self.known.loss(role)
 
 
@@ -238,11 +235,9 @@ class OwnAnswers(Texts):
     METRIC, KIND = "kl_from_base", "own_answers"
 
     def value(self, role: Role) -> float | None:
-        """The KL divergence from the base, per token."""
         return self.known.above_base(role)
 
     def run(self, subject: Subject, found: Findings) -> Read | None:
-        """Have a model score the answers; the base draws them first, if that is still to be done."""
         if not self.new_tokens:
             return super().run(subject, found)
         if subject.role == "base":
@@ -260,7 +255,6 @@ class OwnAnswers(Texts):
         return self.answered(answers).read(shares)
 
     def answered(self, answers: Sequence[Sequence[int]]) -> Self:
-        """This probe with the base's answer to each prompt."""
         prompts = [self.split.prompt(row).tolist() for row in range(len(self.split))]
         split = as_split(
             [prompt + list(answer) for prompt, answer in zip(prompts, answers, strict=True)],
