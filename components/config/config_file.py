@@ -122,8 +122,9 @@ def validate(
 def _suites_as_tasks(table: dict[str, Any], origin: str) -> None:
     """Turn evaluate.suites and gate.suite_worse_by, which are accepted for one release, into what took their place."""
     evaluate, gate = table.get("evaluate"), table.get("gate", {})
-    suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
-    if isinstance(gate, dict) and suites and isinstance(suites, list):
+    if not (isinstance(evaluate, dict) and isinstance(gate, dict)):
+        return
+    if (suites := evaluate.get("suites")) and isinstance(suites, list):
         tasks = [f"fineloop_{name}" for name in evaluate.pop("suites")]
         margin = gate.pop("suite_worse_by", None)
         evaluate["lm_eval"] = [*evaluate.get("lm_eval", []), *tasks]
