@@ -51,8 +51,6 @@ from ray_jobs.training.trainer import workers_with_room
 
 logger = logging.getLogger(__name__)
 NO_OUTCOMES: Mapping[str, Outcome] = {}
-SAMPLES = 12
-"""Number of answers that the report shows side by side."""
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
 """Metrics that every evaluation lists, with None where they were not measured."""
 
@@ -222,7 +220,7 @@ def compared(
     """The evaluation that follows from the scores and the probes' outcomes; a pure function."""
     records_of = {key: outcome.record for key, outcome in outside.items()}
     versions = {c.role: c.version.version if c.version else None for c in contenders}
-    shown, groups = range(min(SAMPLES, len(records))), [record.group for record in records]
+    shown, groups = range(min(config.evaluate.samples, len(records))), [record.group for record in records]
     return Evaluation(
         run_id=run_id,
         records=len(records),

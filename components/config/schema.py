@@ -270,6 +270,8 @@ class EvaluateConfig(Section):
     """Longest answer generated, in tokens; absent means as long as the longest reference, and at least 8."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Maximum number of records in one forward pass or generation; fewer where memory does not hold as many."""
+    samples: Annotated[int, Field(ge=0)] = 12
+    """Answers shown side by side in the report."""
     metrics: Annotated[list[RequestedMetric], Added("0.2.0")] = []
     """Metrics to measure beside loss, exact match, token F1 and those that the gate names: a metric that is measured on
     request, or your own function as module:function, which is imported and run where evaluation runs. It takes an

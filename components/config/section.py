@@ -38,7 +38,6 @@ class Removed:
 
 
 REMOVED = {
-    "evaluate.samples": Removed(12, "reports show twelve answers side by side"),
     "evaluate.suites": Removed([], "evaluate.lm_eval names their tasks", in_digest=False),
     "gate.much_worse_by": Removed(1.5, "a record is much worse by 1.5 nats per token", in_digest=False),
     "gate.slice_worse_by": Removed(None, "slices may be as much worse as gate.worse_than_best_by", in_digest=False),

@@ -116,7 +116,7 @@ def test_a_config_that_holds_earlier_keys_at_their_defaults_says_nothing_and_is_
 ) -> None:
     plain = set_in("tune.when=always")
     tune = {"when": "always", "learning_rates": [], **FORMER}
-    table = {**config_file.as_table(plain), "tune": tune, "evaluate": {"suites": [], "samples": 12}}
+    table = {**config_file.as_table(plain), "tune": tune, "evaluate": {"suites": []}}
     whole = config_file.validate(table)
     assert (whole, whole.digest) == (plain, plain.digest)
     assert not caplog.messages
