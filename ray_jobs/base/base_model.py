@@ -223,8 +223,7 @@ def _never_replace() -> None:
 
 def _from_hub(config: ModelConfig, weights: bool) -> Base:
     path = local_cache.snapshot(config, FILES if weights else [pattern for pattern in FILES if pattern != WEIGHTS])
-    has_weights = any(path.glob(WEIGHTS)) or (not weights and local_cache.offers(config.base, path.name, WEIGHTS))
-    _require_model(path, config.base, has_weights=has_weights)
+    _require_model(path, config.base, has_weights=None if weights else True)  # else the worker that loads them hears it
     return Base(config.base, path, {"kind": "hub", "commit": path.name})
 
 

@@ -191,18 +191,6 @@ def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
         raise ConfigError(f"model.base {reference!r}{where}: the model hub refuses it: {exc}") from exc
 
 
-def offers(name: str, commit: str, pattern: str) -> bool:
-    """Whether a hub model has files that match `pattern`; their listing was cached with the first download."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    try:
-        found = snapshot_download(name, revision=commit, allow_patterns=pattern, ignore_patterns=NEVER, dry_run=True)
-    except DryRunError:  # the listing is not cached and the hub cannot be reached
-        return False
-    return bool(found)
-
-
 def _patiently(reference: str, ask: Callable[[], T]) -> T:
     """Call `ask` and retry while the hub is too busy; returns its result.
 
