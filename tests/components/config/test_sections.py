@@ -1,11 +1,18 @@
-"""What keys take together, what of them a training depends on, and which keys of earlier configs are read."""
+"""What keys take together, what of them a training depends on, what is hardly ever meant, and earlier keys."""
 
+import json
 import logging
+from dataclasses import fields
+from itertools import product
 
 import pytest
 
 from components.config import config_file
+from components.config.methods import FIELDS, METHODS, Cell, nearest_legal, refusals
+from components.config.schema import RunConfig, cautions
+from components.config.section import REMOVED
 from components.config.tune import FORMER
+from tests.components.config.cells import AXES
 from tests.components.config.loading import GOOD, message_of, set_in
 
 
@@ -128,3 +135,114 @@ def test_suites_are_read_as_tasks_for_one_release(caplog: pytest.LogCaptureFixtu
     assert (old.evaluate.lm_eval, old.gate.lm_eval_worse_by) == (["a", "fineloop_json"], {"fineloop_json": 0.1})
     config_file.loads(GOOD, ["gate.suite_worse_by=0.2"])
     assert "gate.suite_worse_by is gone, and 0.2 is not used: gate.lm_eval_worse_by has a margin" in caplog.text
+
+
+def test_every_cell_is_legal_or_has_a_legal_one_near() -> None:
+    for values in product(*AXES.values()):
+        cell = Cell(*values)
+        near = nearest_legal(cell)
+        assert not list(refusals(near)), cell
+        assert bool(list(refusals(cell))) == (near != cell), cell
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_legal_by_its_name_alone(name: str) -> None:
+    row = set_in(f"method.name={name}").method.row
+    assert row == METHODS[name]  # type: ignore[comparison-overlap]
+
+
+def test_axes_spell_what_has_no_name() -> None:
+    config = set_in("method.name=dora", "method.scaling=rslora", "method.base=int8")
+    assert (config.method.row.adapter, config.method.row.scaling, config.method.row.base) == ("dora", "rslora", "int8")
+
+
+def test_rank_rate_and_alpha_are_the_methods_own_until_set() -> None:
+    lora, vera = set_in("method.name=lora"), set_in("method.name=vera")
+    assert (lora.method.r, lora.method.lora_alpha, vera.method.r) == (16, 32.0, 256)
+    assert lora.learning_rate == pytest.approx(2e-4)
+    assert vera.learning_rate > lora.learning_rate
+    assert set_in("method.name=vera", "train.learning_rate=0.5", "method.rank=8").learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason", "near"),
+    [
+        (["method.base=int8", "train.zero_stage=3"], "bitsandbytes#1451", "Nearest to it: train.zero_stage=2"),
+        (["method.name=loftq", "method.base=bf16"], "this base is not NF4", "Nearest to it: method.base=nf4"),
+        (["method.name=vera", "method.scaling=rslora"], "no alpha to scale", "method.scaling=classic"),
+        (["train.cpu_offload=true", "train.zero_stage=0"], "no partition", "train.zero_stage=1"),
+        (["method.name=dora", "method.init=loftq"], "this adapter has others", "method.init=default"),
+        (["method.name=vera", "method.alpha=8"], "method.alpha 8 scales nothing in vera", "remove it"),
+    ],
+)
+def test_an_illegal_cell_is_refused_with_its_reason_and_the_nearest_legal_one(
+    overrides: list[str], reason: str, near: str
+) -> None:
+    message = message_of(*overrides)
+    assert reason in message
+    assert near in message
+
+
+def test_the_fields_named_to_a_person_are_the_config_s_own() -> None:
+    assert set(FIELDS) == {field.name for field in fields(Cell)}
+    for path in FIELDS.values():
+        section, _, key = path.partition(".")
+        assert key in RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+
+
+def said(*changes: str, num_steps: int | None = None) -> list[str]:
+    return list(cautions(set_in("method.name=lora", *changes), num_steps))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.learning_rate=0.9"], "train.learning_rate 0.9 is 4.5e+03 times the 0.0002 of lora at rank 16"),
+        (["train.learning_rate=0.03"], "train.learning_rate 0.03 is 150 times the 0.0002 of lora"),
+        (
+            ["method.name=vera", "train.learning_rate=2e-5"],
+            "train.learning_rate 2e-05 is a 300th of the 0.006 of vera at rank 256",
+        ),
+        (["method.rank=4", "method.alpha=10000"], "method.alpha 10000 is 1.25e+03 times the 8 of lora at rank 4"),
+        (["method.rank=256", "method.alpha=0.01"], "method.alpha 0.01 is a 5.12e+04th of the 512 of lora at rank 256"),
+    ],
+)
+def test_a_setting_that_is_far_from_any_in_use_is_named(changes, message):
+    (line,) = said(*changes)
+    assert line.startswith(message)
+
+
+def test_few_steps_are_said():
+    assert said(num_steps=7) == [
+        "7 optimizer steps are few: raise train.epochs, lower train.batch_size (now 16) and train.micro_batch_size, or "
+        "add data"
+    ]
+    assert not said(num_steps=200)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_said_of_what_methods_set_themselves_and_of_what_sweeps_try(name):
+    own = METHODS[name].learning_rate
+    for rate in (own / 10, own, own * 10):
+        assert not said(f"method.name={name}", f"train.learning_rate={rate:.12f}")
+
+
+@pytest.mark.parametrize("path", [*REMOVED])
+def test_a_removed_key_is_read_and_said_to_be_gone_and_moves_no_digest(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, removed = set_in(), REMOVED[path]
+    for value in [each for each in (removed.default, 7) if each is not None]:
+        caplog.clear()
+        found = set_in(f"{path}={json.dumps(value)}")
+        assert (found, found.digest, found.training_digest) == (plain, plain.digest, plain.training_digest)
+        assert (path in caplog.text and removed.instead in caplog.text) is (value == 7)
+
+
+def test_an_old_key_is_read_and_said_to_be_old(caplog: pytest.LogCaptureFixture) -> None:
+    found = set_in("ray.cluster.kind=rayjob", "ray.cluster.spot=true")
+    assert len(found.ray.cluster.worker_template["spec"]["tolerations"]) == 3
+    assert "ray.cluster.spot: read for this release only" in caplog.text
+    caplog.clear()
+    config_file.loads(config_file.dumps(set_in("ray.cluster.kind=rayjob")))
+    assert not caplog.text

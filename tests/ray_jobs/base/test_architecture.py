@@ -1,17 +1,20 @@
-"""Which bases are language models, and by which of transformers' classes each is loaded."""
+"""Which bases are language models and by which classes they are loaded; which GPUs know bfloat16 or have kernels."""
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 
 from components.config import config_file
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import base_model
-from ray_jobs.base.architecture import auto_class, require_causal
+from ray_jobs.base.architecture import auto_class, dtype_on, require_causal
 from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.training import zero
 from tests.models import zoo
 from tests.ray_jobs.conftest import CONFIG
 
@@ -62,3 +65,33 @@ def test_an_encoder_that_was_made_a_decoder_and_a_base_that_brings_its_code_are_
     ):
         require_causal(shape, reference="x")
         assert auto_class(shape) is transformers.AutoModelForCausalLM
+
+
+V100, T4, A100, RTX4090, H100 = (7, 0), (7, 5), (8, 0), (8, 9), (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        (None, torch.bfloat16),
+        (V100, torch.float16),
+        (T4, torch.float16),
+        (A100, torch.bfloat16),
+        (RTX4090, torch.bfloat16),
+        (H100, torch.bfloat16),
+    ],
+)
+def test_a_gpu_that_does_not_know_bfloat16_trains_in_float16(capability, expected):
+    assert dtype_on("auto", capability) is expected
+    assert dtype_on("bfloat16", capability) is torch.bfloat16
+    assert dtype_on("float16", capability) is torch.float16
+
+
+def test_a_gpu_without_kernels_is_refused_before_a_base_is_fetched_for_it(monkeypatch):
+    def ones(*_, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(get_device_name=lambda: "Tesla V100"))
+    with pytest.raises(ConfigError, match=r"does not run on Tesla V100 .*no kernel image.*: take a newer ray\.gpu"):
+        zero.prepare_environment(use_gpu=True)

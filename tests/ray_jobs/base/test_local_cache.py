@@ -1,15 +1,25 @@
-"""What several processes of a machine build once, and what none of them asks for any more."""
+"""What processes of a machine build, read and ask a hub for once, and when again."""
 
+import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from filelock import FileLock
 
-from ray_jobs.base.local_cache import forget_unused, once, touch
+from components.config.schema import ModelConfig
+from components.shared.errors import ConfigError, JobError
+from ray_jobs.base import base_model, local_cache
+from ray_jobs.base.local_cache import forget_unused, once, remembered, touch
+from tests.doubles import hub
 
 ROOT = Path(__file__).parents[3]
 DAY_S = 86400.0
@@ -47,3 +57,128 @@ def test_what_nobody_asks_for_is_forgotten_and_what_is_asked_for_is_not(tmp_path
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"asked", "locked", "young"}
     touch(tmp_path / "never-there")
     assert not (tmp_path / "never-there").exists()
+
+
+opened: list[str] = []
+sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
+
+
+def sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+def test_a_file_is_read_once_by_all_processes_of_a_machine(tmp_path):
+    path, known = tmp_path / "weights", tmp_path / "known"
+    path.write_bytes(b"one")
+    assert remembered(path, known) == sha256(b"one")
+    opened.clear()
+    assert remembered(path, known) == sha256(b"one")
+    assert str(path) not in opened
+    assert len([each for each in known.iterdir() if each.is_file()]) == 1
+
+
+def test_of_processes_that_ask_at_once_one_reads(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    path, known, another = tmp_path / "weights", tmp_path / "known", threading.Event()
+    path.write_bytes(b"one")
+    read, begun = local_cache.sha256, []
+
+    def slowly(file: Path) -> str:
+        begun.append(file)
+        if len(begun) > 1:
+            another.set()
+        another.wait(1.0)  # as long as a reading lasts, in which any other one would begin
+        return read(file)
+
+    monkeypatch.setattr(local_cache, "sha256", slowly)
+    with ThreadPoolExecutor(8) as pool:  # a lock of files, which is the same among threads as among processes
+        assert set(pool.map(lambda _: remembered(path, known), range(8))) == {sha256(b"one")}
+    assert begun == [path]
+
+
+def test_a_file_that_changed_is_read_again_though_its_size_and_its_time_did_not(tmp_path):
+    path, known = tmp_path / "weights", tmp_path / "known"
+    path.write_bytes(b"one")
+    before = path.stat()
+    remembered(path, known)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -t leaves it
+    assert remembered(path, known) == sha256(b"two")
+
+
+def test_where_nothing_can_be_remembered_it_is_read_each_time(tmp_path):
+    path, nowhere = tmp_path / "weights", tmp_path / "file"
+    path.write_bytes(b"one")
+    nowhere.touch()
+    assert {remembered(path, nowhere / "known") for _ in range(2)} == {sha256(b"one")}
+
+
+def test_a_local_base_is_resolved_again_without_reading_its_weights(
+    tiny_base, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path))
+    config = ModelConfig(base=str(tiny_base))
+    first = base_model.resolve(config)
+    opened.clear()
+    assert base_model.resolve(config) == first
+    assert not [each for each in opened if Path(each).suffix == ".safetensors"]
+
+
+NAME = "org/name"
+
+
+@pytest.fixture
+def repository(tiny_base: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_base, tmp_path / "repository")
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """A cache of its own, and the seconds that nobody has to wait for."""
+    found: list[float] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub's own waits
+    monkeypatch.setattr(local_cache, "time", SimpleNamespace(sleep=found.append))
+    return found
+
+
+def fetched(served: hub.Hub, monkeypatch: pytest.MonkeyPatch, revision: str = hub.COMMIT) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+    template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return local_cache.snapshot(ModelConfig(base=NAME, revision=revision), ["*.json"])
+
+
+# Of a commit huggingface_hub itself asks six times.
+@pytest.mark.parametrize(("revision", "refusals"), [("", [429, 503]), (hub.COMMIT, [429] * 14)])
+def test_a_hub_that_is_too_busy_is_asked_again_later_and_not_all_at_the_same_time(
+    repository, monkeypatch, waits, revision, refusals
+):
+    with hub.serving(NAME, repository) as served:
+        served.refusals.extend(refusals)
+        folder = fetched(served, monkeypatch, revision)
+    assert (folder / "config.json").read_bytes() == (repository / "config.json").read_bytes()
+    assert len(set(waits)) == 2
+    assert all(0.5 <= wait / local_cache.AGAIN_S / 2**number <= 1.5 for number, wait in enumerate(waits))
+
+
+def test_a_hub_that_stays_too_busy_is_no_mistake_of_the_user(repository, monkeypatch, waits):
+    with hub.serving(NAME, repository) as served:
+        served.refusals.extend([429] * 100)
+        with pytest.raises(JobError, match=r"the model hub is too busy, with status 429 after 6 tries: set HF_TOKEN"):
+            fetched(served, monkeypatch)
+
+
+def test_what_the_hub_does_not_know_is_not_asked_for_again(repository, monkeypatch, waits):
+    with hub.serving("org/other", repository) as served, pytest.raises(ConfigError, match="the model hub"):
+        fetched(served, monkeypatch)
+    assert waits == []
+
+
+def test_the_next_worker_of_a_machine_asks_the_hub_nothing(repository, monkeypatch, waits):
+    with hub.serving(NAME, repository) as served:
+        first = fetched(served, monkeypatch)
+        asked = len(served.asked)
+        assert asked > 0
+        assert fetched(served, monkeypatch) == first
+        assert len(served.asked) == asked

@@ -1,8 +1,9 @@
-"""Who decides what CPU workers multiply in: the rates of each class of processor, a real measurement, and a group."""
+"""What CPU workers multiply in and with, and what they do with freed memory."""
 
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +19,8 @@ from transformers import AutoConfig, GPT2Config
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from ray_jobs.kernels import door
+from components.shared.machine import Cpu
+from ray_jobs.kernels import door, float32_layers
 from tests.models.train_group import in_group
 
 FAST, SLOW = 0.5, 15.9
@@ -101,3 +104,94 @@ def test_the_layer_that_is_measured_is_the_feed_forwards_of_any_architecture(tin
     written = json.loads((tiny_base / "config.json").read_text())
     assert door.typical_shape(AutoConfig.from_pretrained(tiny_base)) == (written["intermediate_size"], 64)
     assert door.typical_shape(GPT2Config(n_embd=96)) == (384, 96)
+
+
+settings = torch.backends.mkldnn.matmul
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "inner", "columns"), [(48, 60, 64, 36), (12, 192, 64, 1024), (1, 330, 608, 576)]
+)
+def test_they_are_as_exact_as_float32_is(batch, rows, inner, columns):
+    draw = torch.Generator().manual_seed(1)
+    x, y = torch.randn(batch, rows, inner, generator=draw), torch.randn(batch, inner, columns, generator=draw)
+    with float32_layers.by_onednn():
+        found = torch.bmm(x, y).numpy()
+    exact = x.numpy().astype(np.float64) @ y.numpy().astype(np.float64)
+    terms = np.abs(x.numpy()).astype(np.float64) @ np.abs(y.numpy())
+    assert (np.abs(found - exact) / terms).max() < inner * 2.0**-24
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_setting_is_given_where_it_pays_and_taken_back(pays, monkeypatch):
+    monkeypatch.setattr(float32_layers, "pays", lambda: pays)
+    before, within = settings.fp32_precision, []
+
+    def fail():
+        with float32_layers.by_onednn():
+            within.append(settings.fp32_precision)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert within == ["bf16" if pays else before]
+    assert settings.fp32_precision == before
+    with float32_layers.by_onednn(may_round=True):
+        assert settings.fp32_precision == "bf16"
+    assert settings.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "capability", "pays"),
+    [
+        ("AMD EPYC 9R14", "AVX-512 BF16", "AVX512", True),
+        ("AMD EPYC 9R14", "AVX-512 BF16", "AVX2", False),
+        ("AMD Ryzen 9 3900X", "AVX2", "AVX2", False),
+        ("AMD of some day", "AMX", "AVX512", False),
+        ("Intel(R) Xeon(R) Platinum 8275CL", "AVX-512", "AVX512", False),
+    ],
+)
+def test_it_pays_on_amds_processors_with_avx_512(name, kind, capability, pays, monkeypatch):
+    monkeypatch.setattr(float32_layers, "this_cpu", lambda: Cpu(name, kind, 2))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert float32_layers.pays.__wrapped__() is pays
+
+
+STEPS = """
+import ctypes, resource, sys
+import torch
+from ray_jobs.kernels import door
+
+def resident():  # proc(5), statm, in pages of 4 KiB
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault for each small page, also where pages are huge
+if sys.argv[1] == "keep":
+    door.keep_freed_memory()
+def step():
+    return [torch.zeros(12 * 2**20) for _ in range(4)]  # 48 MiB each
+
+start = resident()
+for _ in range(8):  # until the heap has found its places
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+faults, kept = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident() - start
+door.give_back()
+print(faults, kept, resident() - start)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+@pytest.mark.slow
+def test_memory_that_was_freed_is_not_asked_for_again_but_can_be_given_back() -> None:
+    def found(how: str) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True)
+        return [int(number) for number in done.stdout.split()]
+
+    pages = 10 * 4 * 48 * 2**20 // resource.getpagesize()
+    assert found("as it is")[0] > 0.9 * pages
+    faults, kept, left = found("keep")
+    assert faults < 0.1 * pages
+    assert kept > 150 * 2**20 > 10 * left
