@@ -1,4 +1,4 @@
-"""`fineloop`: the command line. Nothing heavy is imported before a command needs it, so that help answers at once."""
+"""`fineloop`: the command line."""
 
 import argparse
 import errno
@@ -16,18 +16,40 @@ from typing import Any
 from components.shared import garbage
 from components.shared.errors import FineloopError
 from components.shared.protocol import printable
-from pipelines.commands import adapters, chat, completion, data, doctor, init, run, runs, schedule, servers
-from pipelines.commands.arguments import EXIT_CODES, Answer, Parser, print_err
+from pipelines.commands import (  # noqa: F401 - who is imported declares its commands
+    adapters,
+    chat,
+    data,
+    doctor,
+    init,
+    run,
+    runs,
+    schedule,
+    servers,
+)
+from pipelines.commands.arguments import COMMANDS, EXIT_CODES, Answer, Parser, print_err
 
 INTERRUPTED = 130
-GROUPS = {
+LISTED = {
     "make an adapter": ("init", "data", "plan", "run", "train", "sweep"),
-    "use and keep adapters": ("chat", "serve", "adapters", "push", "reproduce"),
+    "use and keep adapters": ("chat", "adapters", "push"),
     "look at runs": ("runs", "compare"),
     "on Kubeflow": ("submit", "schedule"),
-    "this machine": ("doctor", "store", "ray", "completion"),
+    "this machine": ("doctor", "store"),
 }
-"""The commands of the help; those that machines call, and old names, are left out, and in docs/cli.md."""
+"""The commands of the help; the others are named below them, and docs/cli.md has all."""
+UNLISTED = {
+    *("adapters announce", "adapters approve", "adapters audit", "adapters history", "adapters lineage"),
+    *("adapters page", "adapters serve-manifest", "schedule show", "store env"),
+}
+"""Those of the groups that are named below the others."""
+GROUPS = {
+    "adapters": "list, show, promote, roll back, verify, fetch and export adapters",
+    "runs": "list, show and follow runs; stop those on Kubeflow",
+    "schedule": "retrain by the clock on Kubeflow: create, list, update, pause, resume, delete",
+    "store": "this machine's own S3 server: up, down",
+    "ray": "this machine's own Ray head: up, down",
+}
 
 
 class _Grouped(argparse.RawDescriptionHelpFormatter):
@@ -39,32 +61,36 @@ class _Grouped(argparse.RawDescriptionHelpFormatter):
         lines = {
             each.dest: super(_Grouped, self)._format_action(each) for each in self._iter_indented_subactions(action)
         }
-        return "\n".join(f"  {title}\n{''.join(lines[name] for name in names)}" for title, names in GROUPS.items())
+        return "\n".join(f"  {title}\n{''.join(lines[name] for name in names)}" for title, names in LISTED.items())
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line."""
+    listed = [name for names in LISTED.values() for name in names]
+    names = sorted({name.split()[0]: None for name in COMMANDS}, key=lambda name: (*listed, name).index(name))
     root = Parser(
         prog="fineloop",
         description="Keeps a language model's domain adapters fresh: data in, a promoted and traceable adapter out.",
         epilog=f"start here:\n  fineloop run              the built-in example, end to end, on this machine\n"
         f"  fineloop run FILE         the same with your own data\n"
-        f"  fineloop COMMAND --help   what a command does, with an example\n\n{EXIT_CODES}",
+        f"  fineloop COMMAND --help   what a command does, with an example\n\n"
+        f"also: {', '.join(name for name in names if name not in listed)} (docs/cli.md)\n\n{EXIT_CODES}",
         formatter_class=_Grouped,
-        allow_abbrev=False,
     )
     root.add_argument("--version", action="store_true", help="say which release this is")
     root.set_defaults(command=_alone, root=root, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (
-        *(init.add_init, data.add_data, data.add_schema),
-        *(run.add_plan, run.add_run, run.add_train, run.add_sweep, run.add_submit, run.add_compile),
-        *(chat.add_chat, chat.add_serve, adapters.add_adapters, adapters.add_push),
-        *(runs.add_runs, runs.add_compare, runs.add_reproduce, runs.add_replay, runs.add_watch),
-        *(schedule.add_schedules, doctor.add_doctor, servers.add_store, servers.add_ray, servers.add_reap),
-        completion.add_completion,
-    ):
-        add(commands)
+    for name in names:
+        verbs = {full: full.split()[1] for full in COMMANDS if full.startswith(f"{name} ")}
+        if name in COMMANDS:  # which may have verbs beside its own arguments
+            group: Any = COMMANDS[name].add_to(commands, name)
+        else:
+            also = ", ".join(verb for full, verb in verbs.items() if full in UNLISTED)
+            text, epilog = GROUPS[name], f"also: {also} (docs/cli.md)\n\n{EXIT_CODES}" if also else EXIT_CODES
+            group = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.", epilog=epilog)
+            group = group.add_subparsers(metavar="COMMAND", required=True)
+        for full, verb in verbs.items():
+            COMMANDS[full].add_to(group, verb, is_listed=full not in UNLISTED)
     return root
 
 
@@ -87,26 +113,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer: Answer = options.command(options)
     except KeyboardInterrupt as exc:
-        print_err("\n".join(["interrupted: nothing of this command is left running", *_notes(exc)]))
-        return _fail(options, {"error": {"kind": "Interrupted", "message": "interrupted"}}, INTERRUPTED)
+        text = "interrupted: nothing of this command is left running"
+        return _fail(options, exc, text, {"error": {"kind": "Interrupted", "message": "interrupted"}}, INTERRUPTED)
     except FineloopError as exc:
-        print_err("\n".join([f"fineloop: {exc}", *_notes(exc)]))
-        return _fail(options, exc.as_json(), exc.exit_code)
+        return _fail(options, exc, f"fineloop: {exc}", exc.as_json(), exc.exit_code)
     except Exception as exc:  # the entry point: a bug of ours, shown with its traceback
         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):  # not a bug: no disk space
-            print_err("\n".join([f"fineloop: {exc}: free some space", *_notes(exc)]))
+            text = f"fineloop: {exc}: free some space"
         else:
             traceback.print_exc()
-        return _fail(options, {"error": {"kind": type(exc).__name__, "message": str(exc)}}, 1)
-    return _finish(options, answer)
-
-
-def _escape(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), None
-    return True
-
-
-def _finish(options: argparse.Namespace, answer: Answer) -> int:
+            text = "this is a bug of Fineloop's"
+        return _fail(options, exc, text, {"error": {"kind": type(exc).__name__, "message": str(exc)}}, 1)
     try:
         if answer.text:
             aside = options.json or answer.is_aside
@@ -119,14 +136,16 @@ def _finish(options: argparse.Namespace, answer: Answer) -> int:
     return answer.exit_code
 
 
-def _notes(exc: BaseException) -> list[str]:
-    return [f"  {note}" for note in getattr(exc, "__notes__", [])]
-
-
-def _fail(options: argparse.Namespace, body: dict[str, Any], exit_code: int) -> int:
+def _fail(options: argparse.Namespace, exc: BaseException, text: str, body: dict[str, Any], exit_code: int) -> int:
+    print_err("\n".join([text, *(f"  {note}" for note in getattr(exc, "__notes__", []))]))
     if options.json:
         print(json.dumps({**body, "exit_code": exit_code}), flush=True)  # noqa: T201
     return exit_code
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

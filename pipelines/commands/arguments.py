@@ -1,8 +1,9 @@
-"""Arguments that many commands share, the values parsed from them, and what commands print."""
+"""How a command is declared, the arguments that many share and the values made from them, and what commands print."""
 
 import argparse
 import contextlib
 import difflib
+import inspect
 import json
 import os
 import re
@@ -11,21 +12,26 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.registry.versions import Version, resolve
 from components.shared.errors import UserError
 from components.shared.machine import in_environment
 from components.shared.protocol import printable
+from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
+from pipelines.local import job
+from pipelines.local.job import Job
+from pipelines.local.local_services import local_services, store_configured
 
-if TYPE_CHECKING:
-    from components.config.schema import RunConfig
-    from components.store.store import Store
+if TYPE_CHECKING:  # kfp takes longer to load than all else, and most commands do without
     from pipelines.kubeflow.client import Kubeflow
     from pipelines.kubeflow.compile import Package
 
-HELP_WIDTH = 88
 EXIT_CODES = """exit codes:
   0  done; for a run: completed, whether the candidate was promoted or held
   2  the input is wrong (config, data, arguments), said in one message
@@ -36,11 +42,12 @@ class Parser(argparse.ArgumentParser):
     """Parser that suggests a command for a mistyped one, and may have subcommands (verbs) beside its own arguments."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self.allow_abbrev = False
         self.verbs: dict[str, Parser] = {}
         self.words: list[str] = []
 
-    def add_parser(self, name: str, *, help: str, **options: Any) -> "Parser":
+    def add_parser(self, name: str, *, help: str = "", **options: Any) -> "Parser":
         """Add a verb, as argparse's subparsers do: if it is the first argument, its parser reads the rest.
 
         Argparse itself does not allow subparsers beside an optional positional argument.
@@ -57,12 +64,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error, with a suggestion for what is mistyped, on stdout as JSON with --json; exit with code 2."""
+        near: list[str] = []
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)
-            message += "".join(f": did you mean {each}?" for each in near)
         elif unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message += "".join(f": did you mean {each}?" for each in near)
+        message += "".join(f": did you mean {name}?" for name in near)
         if "--json" in self.words:
             print(json.dumps({"error": {"kind": "UserError", "message": message}, "exit_code": 2}), flush=True)  # noqa: T201 - the answer
         super().error(message)
@@ -79,145 +86,184 @@ class Answer:
     """The text accompanies other output and goes to stderr even without --json."""
 
 
-Command = Callable[[argparse.Namespace], Answer]
+Handler = Callable[[argparse.Namespace], Answer]
+Takes = Callable[[Any], object]
+"""Adds an argument, or what concerns several, to a parser."""
 
 
-def add_group(commands: Any, name: str, *, does: str, more: str, example: str) -> Any:
-    """Add a group of commands with its help; returns what its commands are added to."""
-    group = commands.add_parser(
-        name,
-        help=does,
-        description=more,
-        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    return group.add_subparsers(metavar="COMMAND", required=True)
+@dataclass(frozen=True)
+class Command:
+    """A function that is a command."""
+
+    run: Handler
+    takes: Sequence[Takes]
+    example: str
+
+    def add_to(self, commands: Any, verb: str, *, is_listed: bool = True) -> Parser:
+        """Add its parser, with the docstring as help, of which lists of commands show the first line."""
+        text = inspect.getdoc(self.run) or ""
+        first = text.partition("\n")[0].rstrip(".")
+        parser: Parser = commands.add_parser(
+            verb,
+            **({"help": first[:1].lower() + first[1:]} if is_listed else {}),  # argparse lists what has a help
+            description=textwrap.fill(" ".join(text.split()), 88),
+            epilog=f"example:\n  {self.example}\n\n{EXIT_CODES}",
+        )
+        parser.set_defaults(command=self.run, parser=parser)
+        for add in (*EVERYWHERE, *self.takes):
+            add(parser)
+        return parser
 
 
-def add_command(
-    commands: Any,
-    name: str,
-    command: Command,
-    *,
-    does: str,
-    more: str = "",
-    example: str,
-    is_listed: bool = True,
-    opens_registry: bool = False,
-) -> argparse.ArgumentParser:
-    """Add a command with its help: a sentence, an example, its exit codes, and the options that all commands take.
-
-    If it is not `is_listed`, it is left out of the list of commands, as argparse does with what has no help. If it
-    `opens_registry`, it takes a config and --home as well.
-    """
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        **({"help": does[:1].lower() + does[1:].rstrip(".")} if is_listed else {}),
-        description=textwrap.fill(f"{does} {more}".strip(), HELP_WIDTH),
-        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=command, parser=parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print everything that happens, on stderr")
-    if opens_registry:
-        add_config(parser)
-        add_home(parser)
-    return parser
+COMMANDS: dict[str, Command] = {}
+"""Every command by its name; that of a verb of a group begins with the group's."""
 
 
-def add_home(parser: argparse.ArgumentParser) -> None:
-    """Add --home, the folder of the local store, the Ray head and the runs' logs."""
-    parser.add_argument(
-        "--home",
-        type=Path,
-        default=Path(".fineloop"),
-        metavar="DIR",
-        help="where this machine's store, logs and reports lie (default: ./.fineloop)",
-    )
+def command(name: str, *takes: Takes, example: str) -> Callable[[Handler], Handler]:
+    """Make a function the command `name`, with its docstring as help."""
+
+    def register(run: Handler) -> Handler:
+        COMMANDS[name] = Command(run, takes, example)
+        return run
+
+    return register
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add --config, and --set for single keys of it."""
-    parser.add_argument(
-        "-c",
-        "--config",
+def option(*names: str, **settings: Any) -> Takes:
+    """An argument of a command, as argparse's `add_argument` takes it."""
+    return methodcaller("add_argument", *names, **settings)
+
+
+def either(*options: Takes, required: bool = False) -> Takes:
+    """Options of which at most one may be given."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group(required=required)
+        for each in options:
+            each(group)
+
+    return add
+
+
+EVERYWHERE = (
+    option("--json", action="store_true", help="print one JSON object as the last line of stdout"),
+    option("-v", "--verbose", action="store_true", help="print everything that happens, on stderr"),
+)
+SET = option(
+    "--set",
+    action="append",
+    default=[],
+    dest="overrides",
+    metavar="KEY=VALUE",
+    help="replace one key, such as train.learning_rate=2e-4; may be repeated",
+)
+CONFIG = (
+    option(
+        *("-c", "--config"),
         type=Path,
         default=DEFAULT_CONFIG,
         metavar="FILE",
         help="TOML config (default: the built-in example, pipelines/configs/icd10.toml)",
-    )
-    add_set(parser)
+    ),
+    SET,
+)
+HOME = option(
+    "--home",
+    type=Path,
+    default=Path(".fineloop"),
+    metavar="DIR",
+    help="where this machine's store, logs and reports lie (default: ./.fineloop)",
+)
+REGISTRY = (*CONFIG, HOME)
+"""What `opened_registry` needs."""
+REFERENCE = option(
+    "reference",
+    metavar="NAME[@ALIAS|@VERSION]",
+    help="NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice",
+)
+NOTE = option(
+    "--note",
+    action="append",
+    dest="overrides",
+    type=lambda text: f"adapter.note={json.dumps(text, ensure_ascii=False)}",
+    metavar="TEXT",
+    help="what this run is for, shown in its report and in lists of runs (adapter.note)",
+)
 
+# Of the commands for Kubeflow.
 
-def add_set(parser: argparse.ArgumentParser) -> None:
-    """Add --set, which replaces single keys of the config."""
-    parser.add_argument(
-        "--set",
+KUBEFLOW = (
+    option(
+        "--host",
+        default="",
+        metavar="URL",
+        help="Kubeflow Pipelines (default: KFP_ENDPOINT, the pod's, the kubeconfig's)",
+    ),
+    option(
+        "--namespace",
+        default="",
+        metavar="NAME",
+        help="your namespace on a multi-user Kubeflow (default: KFP_NAMESPACE)",
+    ),
+)
+IMAGE = option("--image", default="", metavar="IMAGE", help="image of every step, pinned by digest")
+SERVICE_ACCOUNT = "fineloop-pipeline"
+PIPELINE = (
+    IMAGE,
+    option(
+        "--param",
         action="append",
         default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="replace one key, such as train.learning_rate=2e-4; may be repeated",
-    )
+        dest="parameters",
+        metavar="NAME=VALUE",
+        help="another parameter of the pipeline; may be repeated",
+    ),
+    option(
+        "--service-account",
+        default=SERVICE_ACCOUNT,
+        metavar="NAME",
+        help=f"Kubernetes account of the steps (default: {SERVICE_ACCOUNT}, or as it is; '' means the server's)",
+    ),
+)
+EXPERIMENT = option(
+    "--experiment", default="fineloop", metavar="NAME", help="group of runs in the UI (default: fineloop)"
+)
 
 
-def add_note(parser: argparse.ArgumentParser) -> None:
-    """Add --note, the purpose of the run; it is stored in the config."""
-    parser.add_argument(
-        "--note",
-        action="append",
-        default=[],
-        dest="overrides",
-        type=lambda text: f"adapter.note={json.dumps(text, ensure_ascii=False)}",
-        metavar="TEXT",
-        help="what this run is for, shown in its report and in lists of runs (adapter.note)",
-    )
-
-
-def load_config(options: argparse.Namespace) -> "RunConfig":
+def load_config(options: argparse.Namespace) -> RunConfig:
     """Return the validated config with its relative paths made absolute, because steps run in other folders.
+
+    DATA of the command line is an override. Other data in the example's config are used whole, and DATA gives the
+    adapter its name, unless --set says otherwise.
 
     Raises:
         ConfigError: the file is missing, or it or an override is wrong.
     """
-    from components.config import config_file
+    data, own = vars(options).pop("data", None), dict[str, str]()
+    overridden = {override.partition("=")[0].strip() for override in options.overrides}
+    if data:
+        own["data.source"] = json.dumps(data, ensure_ascii=False)
+    if options.config == DEFAULT_CONFIG:
+        own |= {"adapter.name": name_from(data)} if data else {}
+        own |= {"data.max_records": "0"} if "data.source" in {*own, *overridden} else {}
+    set_here = [f"{key}={value}" for key, value in own.items() if key not in overridden]
+    options.overrides = [*set_here, *options.overrides]
 
-    _take_own_data(options)
     config = config_file.load(options.config, options.overrides)
-    here = Path.cwd()
-    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
-    absolute = [source if "://" in source else str(here / Path(source).expanduser()) for source in sources]
-    source = absolute[0] if isinstance(config.data.source, str) else absolute
+    given = config.data.source
+    sources = [
+        source if "://" in source else str(Path(source).expanduser().absolute())
+        for source in ([given] if isinstance(given, str) else given)
+    ]
     base = config.model.base
-    if "://" not in base and (here / Path(base).expanduser()).is_dir():  # else it is a hub id
-        base = str(here / Path(base).expanduser())
+    if "://" not in base and Path(base).expanduser().is_dir():  # else it is a hub id
+        base = str(Path(base).expanduser().absolute())
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"source": source}),
+            "data": config.data.model_copy(update={"source": sources[0] if isinstance(given, str) else sources}),
             "model": config.model.model_copy(update={"base": base}),
         }
     )
-
-
-def _take_own_data(options: argparse.Namespace) -> None:
-    """Make DATA of the command line an override; in the example's config, also what else the example says of its own.
-
-    Other data in the example's config are used whole, and DATA gives the adapter its name, unless --set says otherwise.
-    """
-    data, own = vars(options).pop("data", None), []
-    if data:
-        options.overrides = [*options.overrides, f"data.source={json.dumps(data, ensure_ascii=False)}"]
-    if options.config == DEFAULT_CONFIG:
-        overridden = {override.partition("=")[0].strip() for override in options.overrides}
-        if data:
-            own.append(("adapter.name", name_from(data)))
-        if "data.source" in overridden:
-            own.append(("data.max_records", "0"))
-        own = [(key, value) for key, value in own if key not in overridden]
-    options.overrides = [*(f"{key}={value}" for key, value in own), *options.overrides]
 
 
 def name_from(source: str) -> str:
@@ -228,16 +274,12 @@ def name_from(source: str) -> str:
 
 def home_option(options: argparse.Namespace) -> str:
     """Return the --home option to append to a suggested command; empty for the default home."""
-    default = options.home == Path(".fineloop")
-    return "" if default else f" --home {shlex.quote(str(options.home))}"
+    return "" if options.home == Path(".fineloop") else f" --home {shlex.quote(str(options.home))}"
 
 
 def print_err(text: str, end: str = "\n") -> None:
     """Print progress, a warning or an error on stderr; stdout is for the answer."""
     print(printable(text), file=sys.stderr, end=end, flush=True)  # noqa: T201 - the screen, beside the answer
-
-
-# Format rows as a text table.
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -247,55 +289,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
         for row in rows
-    )
-
-
-# Arguments that the commands for Kubeflow share, and the values parsed from them.
-
-SERVICE_ACCOUNT = "fineloop-pipeline"
-EXPERIMENT = "fineloop"
-
-
-def add_kubeflow(parser: argparse.ArgumentParser) -> None:
-    """Add the server's address and the user's namespace on it."""
-    parser.add_argument(
-        "--host",
-        default="",
-        metavar="URL",
-        help="Kubeflow Pipelines (default: KFP_ENDPOINT, the pod's, the kubeconfig's)",
-    )
-    parser.add_argument(
-        "--namespace",
-        default="",
-        metavar="NAME",
-        help="your namespace on a multi-user Kubeflow (default: KFP_NAMESPACE)",
-    )
-
-
-def add_pipeline(parser: argparse.ArgumentParser, *, keeps: bool = False) -> None:
-    """Add the pipeline's image, parameters and service account. With `keeps`, those omitted stay as they are."""
-    parser.add_argument("--image", default="", metavar="IMAGE", help="image of every step, pinned by digest")
-    parser.add_argument(
-        "--param",
-        action="append",
-        default=[],
-        dest="parameters",
-        metavar="NAME=VALUE",
-        help="another parameter of the pipeline; may be repeated",
-    )
-    default = "as it is" if keeps else SERVICE_ACCOUNT
-    parser.add_argument(
-        "--service-account",
-        default=None if keeps else SERVICE_ACCOUNT,
-        metavar="NAME",
-        help=f"Kubernetes account of the steps (default: {default}; '' means the server's)",
-    )
-
-
-def add_experiment(parser: argparse.ArgumentParser) -> None:
-    """Add --experiment, the group in which Kubeflow shows the runs."""
-    parser.add_argument(
-        "--experiment", default=EXPERIMENT, metavar="NAME", help=f"group of runs in the UI (default: {EXPERIMENT})"
     )
 
 
@@ -316,20 +309,20 @@ def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
     return built, resolved
 
 
-# The registry, opened for one command.
+def answer_of(options: argparse.Namespace, module: str, *arguments: str) -> dict[str, Any]:
+    """Run a Ray job's module on this machine, with the command's config, and return its answer."""
+    started = Job(module, str(options.config.absolute()), arguments, options.overrides)
+    return job.answer(started, on_line=print_err, verbose=options.verbose)
 
 
 @contextlib.contextmanager
-def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
+def opened_registry(options: argparse.Namespace) -> Iterator[Store]:
     """Open the registry that the config names, in the configured store or in the home's own.
 
     Raises:
         UserError: the home has no store, and none is configured.
         GroundError: the home's store does not start.
     """
-    from components.store.store import Store
-    from pipelines.local.local_services import local_services, store_configured
-
     config = load_config(options)
     if not store_configured() and not (options.home / "store").is_dir():
         raise UserError(
@@ -339,3 +332,10 @@ def opened_registry(options: argparse.Namespace) -> Iterator["Store"]:
     services = local_services(options.home, bucket=config.registry.bucket, ray=False)
     with services as environment, in_environment(environment):
         yield Store.open(config.registry)
+
+
+@contextlib.contextmanager
+def opened_version(options: argparse.Namespace) -> Iterator[tuple[Store, Version]]:
+    """Open the registry, and find the version in it that the command names."""
+    with opened_registry(options) as store:
+        yield store, resolve(store, options.reference)

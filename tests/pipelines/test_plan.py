@@ -1,19 +1,14 @@
 """`fineloop plan` as a person calls it: a process, its two streams and its exit code."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipelines import cli
 from pipelines.commands import run
-from pipelines.commands.run import _method_lines
-from tests.waiting import PATIENCE_S
+from tests.pipelines.command_line import fineloop
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 [adapter]
 name = "sums"
@@ -48,18 +43,6 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def fineloop(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_S,
-    )
-
-
 def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> None:
     done = fineloop("plan", "-c", "plan.toml", "--json", cwd=here)
     assert done.returncode == 0, done.stderr
@@ -68,15 +51,6 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
     assert done.stderr.startswith("rehearsing a training step of ")
     for line in ("qlora on", "weights", "total", "fits: 22.5 on L4", "full fine-tuning", "$0.805", "advised"):
         assert line in done.stderr
-
-
-@pytest.mark.slow
-def test_a_plan_of_all_methods_has_a_line_for_each(here: Path) -> None:
-    done = fineloop("plan", "-c", "plan.toml", "--json", "--all-methods", cwd=here)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["methods"]) == 8
-    assert "all 8 methods" in done.stderr
-    assert "dvora" in done.stderr
 
 
 @pytest.mark.slow
@@ -92,10 +66,10 @@ def test_a_plan_that_does_not_fit_is_exit_1(here: Path) -> None:
 def test_a_base_that_no_pods_disk_holds_is_exit_1(
     here: Path, monkeypatch: pytest.MonkeyPatch, kind: str, gib: int, exit_code: int
 ) -> None:
-    monkeypatch.setattr("pipelines.local.job.answer", lambda *_, **__: {"fits": True, "disk_bytes": gib * 2**30})
+    monkeypatch.setattr(run, "answer_of", lambda *_: {"fits": True, "disk_bytes": gib * 2**30})
     monkeypatch.setattr(run, "plan_lines", lambda *_: [])
     arguments = ["plan", "-c", str(here / "plan.toml"), "--set", f"ray.cluster.kind={kind}"]
-    assert run._plan(cli.parser().parse_args(arguments)).exit_code == exit_code
+    assert run.plan(cli.parser().parse_args(arguments)).exit_code == exit_code
 
 
 @pytest.mark.slow
@@ -115,7 +89,13 @@ def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_method_that_does_not_go_with_the_base_is_told_with_its_reason():
-    row = {"method": "qdora", "base": "nf4", "rank": 16, "learning_rate": 2e-4, "refused": "method.base nf4: no"}
-    *_, line = _method_lines([row])
-    assert line == "qdora    nf4     16  refused: method.base nf4: no"
+@pytest.mark.slow
+def test_a_plan_of_all_methods_has_a_line_for_each_and_the_reason_why_one_is_refused(here: Path) -> None:
+    kept = ("--set", "method.base=bf16", "--set", "method.name=lora")
+    done = fineloop("plan", "-c", "plan.toml", *kept, "--json", "--all-methods", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["methods"]) == 8
+    refused = {row["method"]: row["refused"] for row in json.loads(done.stdout)["methods"] if "refused" in row}
+    for method, why in refused.items():
+        assert any(line.startswith(method) and line.endswith(f"refused: {why}") for line in done.stderr.splitlines())
+    assert "dvora" in done.stderr
