@@ -6,11 +6,15 @@ keeps its base from one trial to the next. An interrupted sweep resumes under it
 ended.
 """
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import ray
+from ray import tune
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -18,30 +22,27 @@ from components.records import runs
 from components.records.sweep import SweepResult, Trial
 from components.registry import lineage
 from components.registry.between_runs import require_none_erased
-from components.shared import garbage
 from components.shared.errors import JobError
 from components.shared.protocol import say
 from components.store.store import Store
-
-with garbage.importing():
-    import ray
-    from ray import tune
-
-    from ray_jobs import entry
-    from ray_jobs.adapters import own_base
-    from ray_jobs.base import attention, base_model
-    from ray_jobs.base.base_model import Base
-    from ray_jobs.prepare import prepare
-    from ray_jobs.probes.texts import unread_passages
-    from ray_jobs.replaying import with_answers
-    from ray_jobs.sweeping import verdict
-    from ray_jobs.sweeping.plan import Plan, point_of, prior_rate, servable_as, swept_methods, trial_config
-    from ray_jobs.sweeping.trial import Ledger, Progress, as_config, make_base, run, run_trial
-    from ray_jobs.text import chat_format
-    from ray_jobs.training import starting, train_loop
-    from ray_jobs.training.starting import PlannedSplit
+from ray_jobs import entry
+from ray_jobs.adapters import own_base
+from ray_jobs.base import attention, base_model
+from ray_jobs.base.base_model import Base
+from ray_jobs.planning.capacity import before_training
+from ray_jobs.prepare import prepare
+from ray_jobs.probes.texts import unread_passages
+from ray_jobs.replaying import with_answers
+from ray_jobs.sweeping import verdict
+from ray_jobs.sweeping.plan import Plan, point_of, prior_rate, servable_as, swept_methods, trial_config
+from ray_jobs.sweeping.trial import Ledger, as_config, make_base, run, run_trial
+from ray_jobs.text import chat_format
+from ray_jobs.training import starting, train_loop
+from ray_jobs.training.starting import PlannedSplit
+from ray_jobs.training.trainer import wait_for_room
 
 STEP = "tune"
+tell = functools.partial(say, STEP)
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
         result = sweep(config, run_id=run_id, dataset_uri=arguments.dataset)
-        say(STEP, result.verdict)
+        tell(result.verdict)
 
     entry.run(STEP, job)
 
@@ -69,43 +70,37 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
         UserError: config or data cannot work; raised before any trial is started where possible.
         JobError: every trial failed, or training diverged at every rate.
     """
-
     began = time.monotonic()
     methods = swept_methods(config)
     attention.require_installed(config.model.attention)
     store = Store.open(config.registry)
     store.check()
     if dataset_uri is None:
-        say(STEP, f"preparing {config.data.source}")
+        tell(f"preparing {config.data.source}")
         prepared = prepare(config, store)
-        say(STEP, prepared.summary)
+        tell(prepared.summary)
         dataset_uri = prepared.uri
     require_none_erased(store, dataset_uri)
-    dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
+    dataset_uri = with_answers(config, store, dataset_uri, tell, run_id=run_id)
     base = base_model.resolve(config.model, weights=False, registry=store)
     shape = base_model.load_config(base.path, config.model)
-    config = base_model.fitted(config, shape, lambda line: say(STEP, line))
+    config = base_model.fitted(config, shape, tell)
     chat = chat_format.load(base, config.model)
-    train_split, validation = starting.read_splits(store, dataset_uri, chat, config, lambda line: say(STEP, line))
+    train_split, validation = starting.read_splits(store, dataset_uri, chat, config, tell)
     starting.require_embedded(store, chat, shape, config, train_split, validation)
     plan = Plan(config, methods, _ended(config, methods, store, run_id, len(train_split)))
     if plan.trials:
-        say(STEP, f"going on after {len(plan.trials)} trials that have ended")
-    say(
-        STEP,
-        f"sweeping {', '.join(methods)} on {len(train_split):,} records, judged on "
-        f"{len(validation)} that no trial trains on",
-    )
+        tell(f"going on after {len(plan.trials)} trials that have ended")
+    judged = f"judged on {len(validation)} that no trial trains on"
+    tell(f"sweeping {', '.join(methods)} on {len(train_split):,} records, {judged}")
     passages = unread_passages(chat, config)
     if plan.compares and len(passages.split):
-        say(
-            STEP,
+        tell(
             f"each training that compares methods also reads {len(passages.split)} passages of general text, for what "
             "the method forgets (evaluate.general_passages; 0 reads none and saves the time)",
         )
     entry.connect()
     memory = _planned(config, methods, base, train_split)
-    _make_bases(config, methods, len(train_split))
     dataset = starting.dataset_record(store, dataset_uri)
     identity = lineage.Base(config.model.base, base.identity)
     resolved = {"run_id": run_id, "dataset": dataset, "base": identity, "pad": chat.pad}
@@ -114,15 +109,14 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
 
     def keep(trial: Trial) -> None:
         runs.write(store, run_id, trial)
-        say(STEP, verdict.row(trial))
+        tell(verdict.row(trial))
 
-    progress = Progress(plan)
-    say(STEP, verdict.header())
+    tell(verdict.HEADER)
     run(
         tune.with_resources(trainable, config.ray.per_worker),
         plan,
         lambda point: as_config(config, point, len(train_split)),
-        Ledger(plan, keep, lambda trial: say(STEP, progress.line(trial))),
+        Ledger(plan, keep, tell),
         num_steps=config.tune.max_steps or train_loop.num_steps(config.train, len(train_split)),
         storage_path=store.uri(runs.run_key(run_id).rstrip("/")),
     )
@@ -144,35 +138,24 @@ def _ended(config: RunConfig, methods: Sequence[str], store: Store, run_id: str,
     return [trial for trial in runs.trials(store, run_id) if trial.method in methods and is_alike(trial)]
 
 
-def _first_trial(config: RunConfig, method: str, num_records: int) -> RunConfig:
-    """The config of a method's training at the rate to search around."""
-    return trial_config(config, point_of(config, method, prior_rate(config, method), config.train.seed), num_records)
-
-
 def _planned(config: RunConfig, methods: Sequence[str], base: Base, train_split: PlannedSplit) -> dict[str, int | None]:
-    """Planned bytes of one worker for each method; refuses what cannot fit before a trial is started."""
-    from ray_jobs.planning.capacity import before_training
-    from ray_jobs.training.trainer import wait_for_room
-
-    found: dict[str, int | None] = {}
-    for method in methods:
-        trial = _first_trial(config, method, len(train_split))
-        if not found:
-            wait_for_room(trial.ray.cluster, trial.ray.per_worker, 1, lambda line: say(STEP, line))
+    """Planned bytes of one worker for each method. Refuses what cannot fit, and creates the methods' own bases, once
+    and on a worker: trials that start together would otherwise each create one."""
+    num_records, memory = len(train_split), dict[str, int | None]()
+    points = [point_of(config, method, prior_rate(config, method), config.train.seed) for method in methods]
+    trials = {point.method: trial_config(config, point, num_records) for point in points}
+    for method, trial in trials.items():
+        if not memory:
+            wait_for_room(trial.ray.cluster, trial.ray.per_worker, 1, tell)
         outlook = before_training(trial, base.path, train_split, ray.nodes())
-        found[method] = outlook.stored_bytes if len(methods) > 1 else None
-    return found
-
-
-def _make_bases(config: RunConfig, methods: Sequence[str], num_records: int) -> None:
-    """Create, once and on a worker, the bases that trials which start together would otherwise each create."""
-    for method in methods:
-        trial = _first_trial(config, method, num_records)
+        memory[method] = outlook.stored_bytes if len(methods) > 1 else None
+    for method, trial in trials.items():
         if own_base.is_needed(trial.method):
-            say(STEP, f"making the base of {method}, or finding it made")
+            tell(f"making the base of {method}, or finding it made")
             each = trial.ray.per_worker
             make = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))(make_base)
             ray.get(make.remote(config_file.dumps(trial)))
+    return memory
 
 
 def _result(
@@ -187,20 +170,22 @@ def _result(
 ) -> SweepResult:
     tuned = {method: found for method, planned in memory.items() if (found := plan.found(method, planned))}
     if not tuned:
-        raise JobError(_why_nothing(list(plan.trials.values())))
-    reference = verdict.reference_of([*tuned])
-    compared = [
-        verdict.compare(
-            tuned[method],
-            plan.seeds_of(method),
-            tuned[reference],
-            plan.seeds_of(reference),
-            servable_as(config, method),
+        failed = [trial for trial in plan.trials.values() if trial.status == "failed"]
+        if failed:
+            first = f"the first, {failed[0].name}: {failed[0].why}"
+            raise JobError(f"no trial ended well, and {len(failed)} of {len(plan.trials)} failed; {first}")
+        lowest = min((trial.learning_rate for trial in plan.trials.values()), default=math.nan)
+        raise JobError(
+            f"all {len(plan.trials)} trainings diverged, at rates down to {lowest:.3g}: check the data, or name lower "
+            "rates in tune.learning_rates"
         )
-        for method in tuned
-        if plan.compares and method != reference
-    ]
-    comparisons = [each for each in compared if each]
+    reference = verdict.reference_of([*tuned])
+    theirs = plan.seeds_of(reference) if plan.compares else []
+    comparisons = []
+    for method in [name for name in tuned if plan.compares and name != reference]:
+        how = servable_as(config, method)
+        if each := verdict.compare(tuned[method], plan.seeds_of(method), tuned[reference], theirs, how):
+            comparisons.append(each)
     best = tuned[verdict.advised(comparisons, reference)]
     trials = sorted(plan.trials.values(), key=lambda trial: (trial.method, trial.learning_rate, trial.seed))
     return SweepResult(
@@ -220,18 +205,6 @@ def _result(
         advised_method=best.method,
         trials=[trial.model_copy(update={"record_nll": [], "record_tokens": []}) for trial in trials],
         seconds=round(seconds, 1),
-    )
-
-
-def _why_nothing(trials: Sequence[Trial]) -> str:
-    failed = [trial for trial in trials if trial.status == "failed"]
-    if failed:
-        first = f"the first, {failed[0].name}: {failed[0].why}"
-        return f"no trial ended well, and {len(failed)} of {len(trials)} failed; {first}"
-    lowest = min((trial.learning_rate for trial in trials), default=math.nan)
-    return (
-        f"all {len(trials)} trainings diverged, at rates down to {lowest:.3g}: check the data, or name lower rates in "
-        "tune.learning_rates"
     )
 
 

@@ -14,8 +14,6 @@ from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
 from components.store import folders
 
-# Estimates the best learning rate after rank, batch size or data have changed: advice, until a sweep measures it.
-
 SOURCE = "arXiv:2602.04998"
 # In that paper LoRA's best rate fell 5.6 times from rank 4 to 256, rose 5.6 times from batches of 16 to 128, and fell
 # 3.1 times from 5,000 records to 395,000. These are the slopes of straight lines on logarithmic axes.
@@ -27,31 +25,28 @@ LEAST = math.log(10) / 4
 
 
 def advised(known: Sequence[FoundRate], config: RunConfig, train_records: int) -> str:
-    """Advice on the rate: the one found in the most similar circumstances, moved along the paper's slopes. Empty if no
-    rate is known, or it hardly moves."""
-    moves = [(found, moved(found, config, train_records)) for found in known]
-    found, move = min(moves, key=lambda each: sum(map(abs, each[1].values())), default=(None, {}))
-    if found is None or abs(sum(move.values())) < LEAST:
+    """Advice on the rate, until a sweep measures it: the one found in the most similar circumstances, moved along the
+    paper's slopes. Empty if no rate is known, or it hardly moves."""
+
+    def moves(rate: FoundRate) -> dict[str, float]:
+        """The changes since the rate was found, each with what it adds to the logarithm of the best rate."""
+        circumstances = (
+            ("rank", rate.rank, config.method.r, PER_RANK),
+            ("batches of", rate.batch_size, config.train.batch_size, PER_BATCH_SIZE),
+            ("records", rate.train_records, train_records, PER_RECORDS),
+        )
+        changed = [each for each in circumstances if each[1] != each[2]]
+        return {f"{what} {then:,} to {now:,}": slope * math.log(now / then) for what, then, now, slope in changed}
+
+    nearest = min(known, key=lambda rate: sum(map(abs, moves(rate).values())), default=None)
+    if nearest is None or abs(sum(moves(nearest).values())) < LEAST:
         return ""
-    times = math.exp(sum(move.values()))
+    times = math.exp(sum(moves(nearest).values()))
     return (
-        f"run {found.run_id} found {found.learning_rate:.3g}, and since then: {', '.join(move)}. By {SOURCE} LoRA's "
-        f"best rate is then {times:.2g} times what it was, here about {found.learning_rate * times:.2g}"
+        f"run {nearest.run_id} found {nearest.learning_rate:.3g}, and since then: {', '.join(moves(nearest))}. By "
+        f"{SOURCE} LoRA's best rate is then {times:.2g} times what it was, here about "
+        f"{nearest.learning_rate * times:.2g}"
     )
-
-
-def moved(found: FoundRate, config: RunConfig, train_records: int) -> dict[str, float]:
-    """The changes since a rate was found, in words, each with what it adds to the logarithm of the best rate."""
-    circumstances = [
-        ("rank", found.rank, config.method.r, PER_RANK),
-        ("batches of", found.batch_size, config.train.batch_size, PER_BATCH_SIZE),
-        ("records", found.train_records, train_records, PER_RECORDS),
-    ]
-    return {
-        f"{what} {then:,} to {now:,}": slope * math.log(now / then)
-        for what, then, now, slope in circumstances
-        if then != now
-    }
 
 
 def tune(step_run: StepRun, *, dataset_uri: str) -> float:
@@ -65,38 +60,30 @@ def tune(step_run: StepRun, *, dataset_uri: str) -> float:
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
     require_none_erased(store, dataset_uri)
     dataset = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about
-    found = between_runs.recall_rate(store, config)
-    advice = advised([found] if found else between_runs.similar_rates(store, config), config, dataset["train_records"])
+    known, prior = between_runs.recall_rate(store, config), config.learning_rate
+    advice = advised([known] if known else between_runs.similar_rates(store, config), config, dataset["train_records"])
     if advice:
         step_run.say(advice)
-    if is_due(config.tune.when, found, dataset["dataset_id"]) and (
+    if is_due(config.tune.when, known, dataset["dataset_id"]) and (
         swept := _swept(step_run, dataset_uri, dataset["train_records"])
     ):
-        found, advice = swept, ""
-    if found is None:
-        step_run.say(f"tune.methods leaves {config.method.name} out: the rate is {config.learning_rate:g}")
-        rate = TunedRate(learning_rate=config.learning_rate, prior=config.learning_rate, advice=advice)
+        known, advice = swept, ""
+    if known is None:
+        step_run.say(f"tune.methods leaves {config.method.name} out: the rate is {prior:g}")
+        rate = TunedRate(learning_rate=prior, prior=prior, advice=advice)
     else:
-        step_run.say(f"the rate is {found.learning_rate:g}, which the sweep of run {found.run_id} found")
-        rate = TunedRate(
-            learning_rate=found.learning_rate, prior=config.learning_rate, sweep_run_id=found.run_id, advice=advice
-        )
+        step_run.say(f"the rate is {known.learning_rate:g}, which the sweep of run {known.run_id} found")
+        rate = TunedRate(learning_rate=known.learning_rate, prior=prior, sweep_run_id=known.run_id, advice=advice)
     runs.write(store, run_id, rate)
     step_run.result.update(rate.model_dump(mode="json", exclude={"format"}))
     return rate.learning_rate
 
 
-def is_due(when: When, found: FoundRate | None, dataset_id: str) -> bool:
+def is_due(when: When, known: FoundRate | None, dataset_id: str) -> bool:
     """Whether a run sweeps, given the remembered rate and the dataset that it trains on."""
-    match when:
-        case "never":
-            return False
-        case "always":
-            return True
-        case "no_prior_sweep":
-            return found is None
-        case "data_changed":
-            return found is None or found.dataset_id != dataset_id
+    if when == "data_changed":
+        return known is None or known.dataset_id != dataset_id
+    return when == "always" or (when == "no_prior_sweep" and known is None)
 
 
 def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate | None:
@@ -107,26 +94,16 @@ def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate
         result = runs.read(store, run_id, SweepResult)
     except ObjectMissing as exc:
         raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
-    own = _of_config(result, config, train_records)
-    if own is not None:
-        between_runs.remember_rate(store, config, own)
-    return own
-
-
-def _of_config(result: SweepResult, config: RunConfig, train_records: int) -> FoundRate | None:
     trained = (config.method.name, config.method.r, config.train.batch_size)
     for tuned in result.tuned:
         if (tuned.method, tuned.rank, tuned.batch_size) == trained:
-            return FoundRate(
-                learning_rate=tuned.learning_rate,
-                loss=tuned.loss,
-                is_inside=tuned.is_inside,
-                method=tuned.method,
+            own = FoundRate(
+                **tuned.model_dump(include={"learning_rate", "loss", "is_inside", "method", "rank", "batch_size"}),
                 run_id=result.run_id,
                 dataset_id=str(result.dataset["dataset_id"]),
                 base=config.model.base,
-                rank=tuned.rank,
-                batch_size=tuned.batch_size,
                 train_records=train_records,
             )
+            between_runs.remember_rate(store, config, own)
+            return own
     return None

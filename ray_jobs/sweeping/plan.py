@@ -161,11 +161,6 @@ class Grid:
         beside = [best - 1, best + 1] if best % HALF == 0 and math.isfinite(losses[best]) else []
         return [place for place in beside if place not in losses and min(losses) < place < max(losses)]
 
-    def num_refining(self, losses: Mapping[int, float]) -> int:
-        """Number of quarter decades that will probably still be tried, while the best rate is not yet known."""
-        is_open = not self.rates and bool(wanted := self.wanted(losses))
-        return 2 if is_open and all(place % HALF == 0 for place in (*losses, *wanted)) else 0
-
 
 def best_place(losses: Mapping[int, float]) -> int:
     """The place with the lowest loss; among equals, and where every training diverged, the lowest rate."""
@@ -203,12 +198,9 @@ class Plan:
 
     @property
     def num_to_come(self) -> int:
-        """Number of trials that have not ended yet, as far as is known: a grid that widens adds more, and a method
-        whose trainings all diverge is not compared."""
-        searching = sum(
-            len(self._searching(method)) + grid.num_refining(self.losses(method)) * self._config.tune.seeds
-            for method, grid in self._grids.items()
-        )
+        """Number of trials that have not ended yet, as far as is known: a grid that widens or is refined adds more, and
+        a method whose trainings all diverge is not compared."""
+        searching = sum(len(self._searching(method)) for method in self._grids)
         compared = sum(trial.compares for trial in self.trials.values())
         return searching + (len(self._grids) * COMPARE_SEEDS - compared if self.compares else 0)
 
@@ -217,10 +209,10 @@ class Plan:
         searching = {method: self._searching(method) for method in self._grids}
         for points in searching.values():
             yield from points
-        if self.compares:
-            for method in self.contenders():
-                if not searching[method]:
-                    yield from (point for point in self._compared(method) if point.name not in self.trials)
+        for method in self._grids if self.compares else ():
+            # Not where every training diverged.
+            if not searching[method] and math.isfinite(min(self.losses(method).values(), default=math.inf)):
+                yield from (point for point in self._compared(method) if point.name not in self.trials)
 
     def _searching(self, method: str) -> list[Point]:
         wanted = self._grids[method].wanted(self.losses(method))
@@ -245,10 +237,6 @@ class Plan:
                 found[place] = sum(losses) / len(losses) if losses else math.inf
         return found
 
-    def contenders(self) -> list[str]:
-        """The methods that are compared: those of which not every training diverged."""
-        return [method for method in self._grids if math.isfinite(min(self.losses(method).values(), default=math.inf))]
-
     def seeds_of(self, method: str) -> list[Trial]:
         """The finished trials of the method in the comparison of methods, in the order of their seeds."""
         trials = [self.trials.get(point.name) for point in self._compared(method)]
@@ -260,9 +248,9 @@ class Plan:
         best = best_place(losses) if losses else 0
         if not math.isfinite(losses.get(best, math.inf)):
             return None
-        rates = {place: self._rate_loss(method, place, losses[place]) for place in sorted(losses)}
-        below = max((place for place in losses if place < best), default=None)
-        above = min((place for place in losses if place > best), default=None)
+        rates = [self._rate_loss(method, place, losses[place]) for place in sorted(losses)]
+        at = sorted(losses).index(best)
+        below, above = rates[at - 1] if at else None, rates[at + 1] if at + 1 < len(rates) else None
         grid = self._grids[method]
         prior = next((loss for place, loss in losses.items() if grid.rate(place) == grid.center), math.inf)
         steps = [trial.step_s for point in self._at(method, best) if (trial := self.trials[point.name]).step_s]
@@ -271,13 +259,13 @@ class Plan:
             rank=_method(self._config, method).r,
             batch_size=self._config.train.batch_size,
             prior=grid.center,
-            learning_rate=rates[best].learning_rate,
+            learning_rate=rates[at].learning_rate,
             loss=losses[best],
-            below=None if below is None else rates[below],
-            above=None if above is None else rates[above],
+            below=below,
+            above=above,
             is_inside=below is not None and above is not None,
             gain_over_prior=prior - losses[best] if math.isfinite(prior) else None,
-            rates=list(rates.values()),
+            rates=rates,
             step_s=min(steps, default=None),
             memory_bytes=memory_bytes,
             forgotten=forgotten_by(self.seeds_of(method), self.trials.values()),

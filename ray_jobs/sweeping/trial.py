@@ -4,7 +4,6 @@ Ray Tune calls `run_trial` in a thread of an actor that it reuses for the next t
 decides whether the trial continues; if not, `ray.tune.report` ends the thread, and the training with it.
 """
 
-import functools
 import json
 import math
 import os
@@ -15,17 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from components.config import config_file
 from components.config.schema import RunConfig
-from components.records.steps import Role, TextLosses
+from components.records.steps import Role
 from components.records.sweep import Trial
 from components.shared.errors import Diverged
 from components.shared.protocol import estimated_duration
@@ -34,21 +31,18 @@ from ray_jobs import entry
 from ray_jobs.adapters import own_base
 from ray_jobs.base import base_model
 from ray_jobs.probes.texts import Texts
+from ray_jobs.scoring.generation import label_nll
 from ray_jobs.scoring.measure import HeldBase
 from ray_jobs.sweeping.plan import Plan, Point, trial_config
 from ray_jobs.sweeping.verdict import cause
 from ray_jobs.text import token_store
-from ray_jobs.text.answer_loss import records_nll
-from ray_jobs.text.batching import TokenizedSplit, by_length
+from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import train_loop, zero
 from ray_jobs.training.spec import TrainingConfig, TrainSpec
 from ray_jobs.training.train_loop import Splits
 from ray_jobs.training.worker import fit
 from ray_jobs.training.zero import Worker
-
-ENDING_S = 60
-"""Seconds that a stopped trial may take to release its resources, before its process is replaced."""
 
 
 @dataclass
@@ -62,17 +56,17 @@ class Course:
     ended_step: float | None = None
     step_seconds: list[float] = field(default_factory=list)
 
+    def update(self, **changes: Any) -> None:
+        self.trial = self.trial.model_copy(update=changes)
+
     def step(self, record: Mapping[str, Any]) -> None:
         now = time.monotonic()
         if self.ended_step is None:
-            seconds = record["elapsed_s"]
-            self.trial = self.trial.model_copy(
-                update={"ready_s": round(now - self.began - seconds, 3), "num_steps": record["num_steps"]}
-            )
+            self.update(ready_s=round(now - self.began - record["elapsed_s"], 3), num_steps=record["num_steps"])
         else:
             self.step_seconds.append(now - self.ended_step)
         self.ended_step = now
-        self.trial = self.trial.model_copy(update={"steps": record["step"]})
+        self.update(steps=record["step"])
 
     def measured(self, step: int, loss: float) -> None:
         """Record a measurement.
@@ -83,19 +77,9 @@ class Course:
         start = self.trial.start_loss
         assert start is not None, "measured before the base was"
         self.ended_step = time.monotonic() if self.ended_step else None  # excludes the measurement from step times
-        self.trial = self.trial.model_copy(update={"curve": [*self.trial.curve, (step, loss)], "loss": loss})
+        self.update(curve=[*self.trial.curve, (step, loss)], loss=loss)
         if not loss <= start:  # also true for NaN
             raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, and {start:.4g} at its start")
-
-    def read(self, role: Role, nll: list[float], *, text: TextLosses, seconds: float) -> None:
-        """Record the losses on the passages of general text, of the base before training or the candidate after it."""
-        known = self.trial.general_text or text
-        self.trial = self.trial.model_copy(
-            update={
-                "general_text": known.model_copy(update={"nll": {**known.nll, role: nll}}),
-                "general_s": round((self.trial.general_s or 0.0) + seconds, 3),
-            }
-        )
 
     def record(self, **changes: Any) -> Trial:
         known = {"seconds": round(time.monotonic() - self.began, 3)}
@@ -120,7 +104,8 @@ def run_trial(
 ) -> None:
     """The trainable for Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known;
     `resolved` are the fields of its TrainSpec that the config does not have."""
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(ENDING_S)
+    # Seconds that a stopped trial may take to release its resources, before its process is replaced.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     entry.quiet_libraries()
     spec = TrainSpec.of(config_file.loads(given["config"]), **resolved)
 
@@ -128,14 +113,13 @@ def run_trial(
         loss = math.inf if trial.loss is None or trial.status == "diverged" else trial.loss
         tune.report({"loss": loss, "step": trial.steps, "trial": trial.model_dump(mode="json")})
 
-    held = _HELD
-    course = Course(Trial.model_validate(given["trial"]), free_since=held.free_since)
+    course = Course(Trial.model_validate(given["trial"]), free_since=_HELD.free_since)
     store = Store.open(spec.registry)
     train_split, validation = (token_store.load(store, each) for each in (train_tokens, validation_tokens))
     try:
-        trained = train_trial(spec, course, (train_split, validation), passages, held, report)
+        trained = train_trial(spec, course, (train_split, validation), passages, _HELD, report)
     finally:
-        held.free_since = time.monotonic()
+        _HELD.free_since = time.monotonic()
     report(trained)
 
 
@@ -151,27 +135,33 @@ def train_trial(
 
     The passages of general text are read only if the trial compares methods.
     """
-    worker, validation = alone(spec), splits[1]
-    measure = functools.partial(
-        record_nll, split=validation, batch_size=spec.train.micro_batch_size, pad=spec.pad, device=worker.device
-    )
+    worker, validation = _alone(spec), splits[1]
+    num_tokens = validation.num_answer_tokens
     reads = course.trial.compares and len(passages.split) > 0
 
+    def measure(model: Any, split: TokenizedSplit) -> list[float]:
+        """Negative log-likelihood of each record's answer, in nats."""
+        model.eval()
+        with torch.no_grad():
+            return [round(nll, 5) for nll in label_nll(model, split, spec.train.micro_batch_size, spec.pad)]
+
     def read(model: Any, role: Role, known: list[float] | None = None) -> list[float]:
+        """Record the losses on the passages, of the base before training or the candidate after it."""
         began = time.monotonic()
-        nll = known or [round(float(each), 5) for each in measure(model, split=passages.split)]
-        text = passages.known.model_copy(update={"base_format": spec.method.row.base})
-        course.read(role, nll, text=text, seconds=time.monotonic() - began)
+        nll = known or measure(model, passages.split)
+        text = course.trial.general_text or passages.known.model_copy(update={"base_format": spec.method.row.base})
+        seconds = (course.trial.general_s or 0.0) + time.monotonic() - began
+        text = text.model_copy(update={"nll": {**text.nll, role: nll}})
+        course.update(general_text=text, general_s=round(seconds, 3))
         return nll
 
-    def load(*asked: Any, **how: Any) -> Any:
-        model = held.load(*asked, **how)
+    def load(*base: Any, **how: Any) -> Any:
+        model = held.load(*base, **how)
         if held.start_loss is None:
-            held.start_loss = float(measure(model).sum() / validation.num_answer_tokens.sum())
+            held.start_loss = float(sum(measure(model, validation)) / num_tokens.sum())
         if reads and not own_base.is_needed(spec.method):
             held.general_nll = read(model, "base", held.general_nll)
-        known = {"start_loss": held.start_loss, "bases_loaded": held.num_loaded}
-        course.trial = course.trial.model_copy(update=known)
+        course.update(start_loss=held.start_loss, bases_loaded=held.num_loaded)
         return model
 
     def hear(record: dict[str, Any]) -> None:
@@ -186,14 +176,14 @@ def train_trial(
         adapted = fit(spec, worker, Store.open(spec.registry), splits, report=hear, load=load).adapted
     except Diverged as exc:
         return course.record(status="diverged", loss=None, why=str(exc))
-    nll = measure(adapted)
+    nll = measure(adapted, validation)
     if reads:
         read(adapted, "candidate")
     return course.record(
         status="finished",
-        loss=float(nll.sum() / validation.num_answer_tokens.sum()),
-        record_nll=[round(float(each), 5) for each in nll],
-        record_tokens=validation.num_answer_tokens.tolist(),
+        loss=float(sum(nll) / num_tokens.sum()),
+        record_nll=nll,
+        record_tokens=num_tokens.tolist(),
     )
 
 
@@ -206,7 +196,7 @@ def make_base(config_toml: str) -> None:
     own_base.prepare(config, base_model.resolve(config.model, registry=store), store)
 
 
-def alone(config: TrainingConfig) -> Worker:
+def _alone(config: TrainingConfig) -> Worker:
     """Set up this process as a process group of one, which the training code needs."""
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)
@@ -216,54 +206,6 @@ def alone(config: TrainingConfig) -> Worker:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         dist.init_process_group("nccl" if use_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     return Worker(0, 1, torch.device("cuda", 0) if use_gpu else torch.device("cpu"))
-
-
-@torch.no_grad()
-def record_nll(
-    model: Any, *, split: TokenizedSplit, batch_size: int, pad: int, device: torch.device
-) -> npt.NDArray[np.float64]:
-    """Negative log-likelihood of each record's answer in nats, shape (N,)."""
-    model.eval()
-    sums = np.zeros(len(split))
-    for indices in by_length(split.lengths, batch_size):
-        nll = records_nll(model, split, indices, pad, device=device).double().cpu().numpy()
-        ends = np.cumsum(split.num_answer_tokens[indices])[:-1]
-        sums[indices] = [part.sum() for part in np.split(nll, ends)]
-    return sums
-
-
-# The progress of a sweep, and its estimated remaining time.
-
-
-class Progress:
-    """Progress of a sweep that starts, or resumes, when this is created.
-
-    The rate is trainings per second since the first one's first step: those that have ended since, whatever their
-    outcome, plus the completed part of those that are running. The remaining trainings are assumed to be as fast.
-    """
-
-    def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
-        self._plan, self._clock = plan, clock
-        self._num_before = len(plan.trials)
-        self._began: float | None = None
-        self._under_way: dict[str, float] = {}
-
-    def line(self, trial: Trial) -> str:
-        now = self._clock()
-        if self._began is None:
-            self._began = now - ((trial.seconds or 0.0) - (trial.ready_s or 0.0))
-        self._under_way[trial.name] = trial.steps / trial.num_steps
-        ended, to_come = len(self._plan.trials), self._plan.num_to_come
-        part = sum(share for name, share in self._under_way.items() if name not in self._plan.trials)
-        left_s = (now - self._began) / (ended - self._num_before + part) * max(0.0, to_come - part)
-        loss = f": loss {trial.loss:.4f}" if trial.loss is not None else ""
-        return (
-            f"{ended}/{ended + to_come} trials, about {estimated_duration(left_s)} left; "
-            f"{trial.method} {trial.learning_rate:.3g} step {trial.steps}/{trial.num_steps}{loss}"
-        )
-
-
-# Ray Tune integration of a sweep: choosing the next trial, stopping trials early, and recording those that ended.
 
 
 class PlanSearcher(Searcher):
@@ -287,55 +229,73 @@ class PlanSearcher(Searcher):
                 return self._as_config(point)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Do nothing: `Ledger` records trials, before Tune asks for the next."""
+        """Do nothing, as in the others: `Ledger` records trials, before Tune asks for the next."""
 
-    def save(self, checkpoint_path: str) -> None:
-        """Do nothing, as there is no state."""
+    def save(self, checkpoint_path: str) -> None: ...
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing, as there is no state."""
+    def restore(self, checkpoint_path: str) -> None: ...
 
 
 class Ledger(tune.Callback):
-    """Adds every trial that has ended to the plan, and passes it to `keep`.
+    """Adds every trial that has ended to the plan, and passes it to `keep`. `report` gets a line at each measurement
+    of a running one, with the time left.
 
-    `report` receives each measurement of a running trial.
+    The rate is trainings per second since the first one's first step: those that have ended since, whatever their
+    outcome, plus the completed part of those that are running. The remaining trainings are assumed to be as fast.
     """
 
-    def __init__(self, plan: Plan, keep: Callable[[Trial], None], report: Callable[[Trial], None]) -> None:
-        self._plan, self._keep, self._report = plan, keep, report
+    def __init__(
+        self,
+        plan: Plan,
+        keep: Callable[[Trial], None],
+        report: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._plan, self._keep, self._report, self._clock = plan, keep, report, clock
+        self._num_before = len(plan.trials)
+        self._began: float | None = None
+        self._under_way: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:
         if (record := _record(result["trial"])).status == "running":
-            self._report(record)
+            self._report(self.line(record))
+
+    def line(self, trial: Trial) -> str:
+        now = self._clock()
+        if self._began is None:
+            self._began = now - ((trial.seconds or 0.0) - (trial.ready_s or 0.0))
+        self._under_way[trial.name] = trial.steps / trial.num_steps
+        ended, to_come = len(self._plan.trials), self._plan.num_to_come
+        part = sum(share for name, share in self._under_way.items() if name not in self._plan.trials)
+        left_s = (now - self._began) / (ended - self._num_before + part) * max(0.0, to_come - part)
+        loss = f": loss {trial.loss:.4f}" if trial.loss is not None else ""
+        return (
+            f"{ended}/{ended + to_come} trials, about {estimated_duration(left_s)} left; "
+            f"{trial.method} {trial.learning_rate:.3g} step {trial.steps}/{trial.num_steps}{loss}"
+        )
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         """Record a trial that ended by itself or that the scheduler stopped."""
         record = _record(trial.last_result["trial"])
-        self._add(record.model_copy(update={"status": "stopped"}) if record.status == "running" else record)
+        self._add(record, {"status": "stopped"} if record.status == "running" else {})
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        known = (trial.last_result or {}).get("trial") or trial.config["trial"]
-        self._add(
-            _record(known).model_copy(
-                update={
-                    "status": "failed",
-                    "loss": None,
-                    "why": cause(Path(trial.error_file).read_text(encoding="utf-8")),
-                }
-            )
-        )
+        why = cause(Path(trial.error_file).read_text(encoding="utf-8"))
+        record = _record((trial.last_result or {}).get("trial") or trial.config["trial"])
+        self._add(record, {"status": "failed", "loss": None, "why": why})
 
-    def _add(self, record: Trial) -> None:
+    def _add(self, record: Trial, changes: Mapping[str, Any]) -> None:
+        record = record.model_copy(update=changes)
         self._plan.add(record)
         self._keep(record)
 
 
 class StopsWorseHalf(FIFOScheduler):
-    """Stops a trial halfway that is then in the worse half of its method's (asynchronous halving, arXiv:1810.05934).
+    """Stops a trial halfway that is then worse than the median of its method's before it (asynchronous halving,
+    arXiv:1810.05934).
 
     Methods learn at different paces; within one, the order of the learning rates is what matters. Before halfway a low
     rate has not had time to learn. Trials that compare methods all run to their end.
@@ -344,39 +304,19 @@ class StopsWorseHalf(FIFOScheduler):
     def __init__(self, num_steps: int) -> None:
         super().__init__()
         self._halfway = max(1, num_steps // 2)
-        self._num_steps = max(num_steps, self._halfway + 1)
-        self._by_method: dict[str, TrialScheduler] = {}
+        self._losses: dict[str, dict[str, float]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def _of(self, trial: Any) -> TrialScheduler | None:
-        """The scheduler of the trial's method; None for a trial that compares methods."""
-        record = trial.config["trial"]
-        if record["compares"]:
-            return None
-        if record["method"] not in self._by_method:
-            self._by_method[record["method"]] = AsyncHyperBandScheduler(
-                time_attr="step",
-                metric="loss",
-                mode="min",
-                grace_period=self._halfway,
-                max_t=self._num_steps,
-                reduction_factor=2,
-            )
-        return self._by_method[record["method"]]
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        if scheduler := self._of(trial):
-            scheduler.on_trial_add(tune_controller, trial)
-
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        scheduler = self._of(trial)
-        return scheduler.on_trial_result(tune_controller, trial, result) if scheduler else TrialScheduler.CONTINUE
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if scheduler := self._of(trial):
-            scheduler.on_trial_complete(tune_controller, trial, result)
+        record = trial.config["trial"]
+        losses = self._losses.setdefault(record["method"], {})
+        if record["compares"] or record["name"] in losses or result["step"] < self._halfway:
+            return TrialScheduler.CONTINUE
+        is_worse = bool(losses) and result["loss"] > statistics.median(losses.values())
+        losses[record["name"]] = result["loss"]
+        return TrialScheduler.STOP if is_worse else TrialScheduler.CONTINUE
 
 
 def run(

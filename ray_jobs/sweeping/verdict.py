@@ -11,19 +11,13 @@ from components.records.sweep import Forgotten, MethodComparison, Trial, Tuned
 from components.shared.errors import FineloopError
 from components.shared.protocol import duration
 
-# Confidence intervals of a loss, or of the difference of two, over the measured records and over seeds.
-#
-# The mean is per answer token. Its variance is the sum of the variance over records (every seed has the same records)
-# and that over seeds (every record has the same seeds), as for two crossed samples; the residual variance is part of
-# both, so that the interval tends to be too wide. Degrees of freedom are Satterthwaite's.
-
-CONFIDENCE = 0.95
-
 
 def interval(nll_KN: npt.ArrayLike, tokens_N: npt.ArrayLike) -> tuple[float, float, float]:
     """Mean per token of K seeds on N records, and the two ends of its 95 % interval.
 
-    With one seed it covers only the variation over records: another seed could have given a different result.
+    Its variance is the sum of that over records and that over seeds, as for two crossed samples; the residual variance
+    is part of both, so that the interval tends to be too wide. Degrees of freedom are Satterthwaite's. With one seed it
+    covers only the variation over records: another seed could have given a different result.
     """
     from scipy import stats
 
@@ -40,15 +34,13 @@ def interval(nll_KN: npt.ArrayLike, tokens_N: npt.ArrayLike) -> tuple[float, flo
     if variance <= 0:
         return mean, mean, mean
     freedom = variance**2 / sum(part**2 / each for part, each in parts)
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom) * np.sqrt(variance))
+    reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
     return mean, mean - reach, mean + reach
 
 
-# How much a method forgets: the rise of the loss on general text from the base to the method's trained models.
-
-
 def forgotten_by(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | None:
-    """The forgetting of one method's trainings `ours`, paired by passage and seed; None with fewer than two passages.
+    """How much the trainings `ours` of one method forget: the rise of the loss on general text from the base to the
+    trained models, paired by passage and seed; None with fewer than two passages.
 
     The base's loss may come from any of the sweep's `trials`. A method's own base (LoftQ's) is no reference for
     forgetting, so the original base in the same format is used; where no trial used that, the original in another
@@ -156,17 +148,15 @@ def comparison_sentence(each: MethodComparison) -> str:
 
 def forgotten_sentence(tuned: Sequence[Tuned]) -> str:
     """One sentence on what the methods forget; empty where it was not measured."""
-    known = [(each.method, each.forgotten) for each in tuned if each.forgotten]
-    if not known:
+    measured = [(each.method, each.forgotten) for each in tuned if each.forgotten]
+    if not measured:
         return ""
-    (_, first), *_ = known
-    rises = ", ".join(_rise_text(method, forgotten) for method, forgotten in known)
-    return f" What is forgotten: on {first.passages} passages of general text, the loss less the base's is {rises}."
-
-
-def _rise_text(method: str, forgotten: Forgotten) -> str:
-    low, high = forgotten.ci95
-    return f"{forgotten.rise:+.4f} with {method} (95 % interval {low:+.4f} to {high:+.4f})"
+    rises = ", ".join(
+        f"{forgotten.rise:+.4f} with {method} (95 % interval {forgotten.ci95[0]:+.4f} to {forgotten.ci95[1]:+.4f})"
+        for method, forgotten in measured
+    )
+    num_passages = measured[0][1].passages
+    return f" What is forgotten: on {num_passages} passages of general text, the loss less the base's is {rises}."
 
 
 def verdict(best: Tuned, tuned: Sequence[Tuned], comparisons: Sequence[MethodComparison], reference: str) -> str:
@@ -185,15 +175,8 @@ def verdict(best: Tuned, tuned: Sequence[Tuned], comparisons: Sequence[MethodCom
     )
 
 
-# A trial as text: a row of a table, which the command line aligns, and the reason why it failed.
-
-COLUMNS = ("method", "rank", "batch", "rate", "seed", "loss", "steps", "outcome")
+HEADER = "| method rank batch rate seed loss steps outcome"
 _ERROR = re.compile(r"^(?P<module>([a-z_]\w*\.)*)(?P<whole>[A-Z]\w+: (?P<text>.+))$")
-
-
-def header() -> str:
-    """The header of the table."""
-    return " ".join(["|", *COLUMNS])
 
 
 def row(trial: Trial) -> str:

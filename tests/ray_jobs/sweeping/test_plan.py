@@ -12,8 +12,8 @@ from components.records.sweep import MethodComparison, Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
 from ray_jobs.sweeping import verdict
-from ray_jobs.sweeping.plan import Grid, Plan, at_rate, point_of, prior_rate, servable_as, swept_methods, trial_config
-from ray_jobs.sweeping.trial import Progress
+from ray_jobs.sweeping.plan import Grid, Plan, at_rate, point_of, servable_as, swept_methods, trial_config
+from ray_jobs.sweeping.trial import Ledger
 from ray_jobs.sweeping.verdict import forgotten_by
 
 TOKENS = [2, 3, 1, 4]
@@ -214,22 +214,13 @@ def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
     assert verdict.row(trials[0]).endswith("finished, general text 2.5000 (its base 2.0000)")
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["tune.seeds=2"],
-        ["tune.learning_rates=[1e-3, 1e-2]"],
-        ['tune.methods=["lora", "rslora"]'],
-    ],
-)
-def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_no_grid_widens(config, overrides):
-    named = changed(config, *overrides)
-    centers = {method: prior_rate(named, method) for method in swept_methods(named)}
-    _, begun = swept(named, lambda point: bowl(centers[point.method])(point))
+def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_rates_are_named(config):
+    named = changed(config, "tune.learning_rates=[1e-3, 1e-2]", 'tune.methods=["lora", "rslora"]')
+    _, begun = swept(named, bowl(1e-2))
     plan, left = Plan(named, swept_methods(named)), []
     while (point := plan.next()) != "done":
         left.append(plan.num_to_come)
-        plan.add(ended(point, named, bowl(centers[point.method])(point)))
+        plan.add(ended(point, named, bowl(1e-2)(point)))
     assert left == list(range(len(begun), 0, -1))
     assert plan.num_to_come == 0
 
@@ -238,7 +229,7 @@ def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(confi
     three = changed(config, "tune.learning_rates=[1e-3, 3e-3, 1e-2]")
     clock = iter([100.0, 220.0])
     plan = Plan(three, swept_methods(three))
-    progress = Progress(plan, clock=lambda: next(clock))
+    progress = Ledger(plan, print, print, clock=lambda: next(clock))
     first, second = (ended(_at(three, rate), three, 1.5) for rate in (1e-3, 3e-3))
     half = {"status": "running", "steps": 4, "num_steps": 8, "seconds": 70.0, "ready_s": 40.0}
     # Half a training in the 30 s after its start-up.

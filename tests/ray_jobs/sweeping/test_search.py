@@ -42,7 +42,7 @@ def swept(config_toml, storage_path, failing):
     def with_losses(point):
         return {**as_config(config, point, 256), "failing": failing, "losses": LOSSES}
 
-    ledger = Ledger(plan, kept.append, lambda trial: None)
+    ledger = Ledger(plan, kept.append, print)
     pretended = tune.with_resources(pretend, {"CPU": 1})
     run(pretended, plan, with_losses, ledger, num_steps=16, storage_path=storage_path)
     return plan.found(*swept_methods(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
@@ -71,15 +71,25 @@ def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, 
     assert best == 1e-3
 
 
-@pytest.mark.full
-def test_asha_stops_halfway_who_is_then_in_the_worse_half(five, tmp_path):
-    _, kept = swept_elsewhere(five, tmp_path, failing={})
-    # In this order: nobody to compare the first with; each of the next two is the best so far; then worse, and worst.
-    assert [(trial.status, trial.steps) for trial in kept.values()] == [
-        *[("finished", 16)] * 3,
-        ("finished", 16),
-        ("stopped", 8),
-    ]
+def test_a_trial_stops_halfway_where_it_is_worse_than_the_median_of_its_method_s_before_it():
+    from types import SimpleNamespace
+
+    from ray_jobs.sweeping.trial import StopsWorseHalf
+
+    scheduler = StopsWorseHalf(16)
+
+    def stops(name, loss, step=8, method="lora", compares=False):
+        trial = SimpleNamespace(config={"trial": {"name": name, "method": method, "compares": compares}})
+        return scheduler.on_trial_result(None, trial, {"step": step, "loss": loss}) == "STOP"
+
+    # Nobody to compare the first with; the next two are the best so far; then one in the middle, and the worst.
+    losses = [4.0, 3.0, 1.0, 2.0, 5.0]
+    assert [stops(str(place), loss) for place, loss in enumerate(losses)] == [False, False, False, False, True]
+    assert not stops("early", 9.0, step=4)
+    assert not stops("0", 9.0, step=12)  # which has been judged
+    assert not stops("other", 9.0, method="dora")
+    assert not stops("compared", 9.0, compares=True)
+    assert stops("early", 9.0, step=8)
 
 
 @pytest.mark.parametrize(
