@@ -5,9 +5,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
-from components.registry.versions import resolve
 from components.shared import garbage
-from components.store.store import Store
 from ray_jobs import entry
 
 if TYPE_CHECKING:
@@ -35,25 +33,12 @@ def main() -> None:
 
 
 def opened(config: RunConfig, reference: str, against: str, port: int) -> "Server":
-    """The server with its models loaded, listening but not yet answering.
-
-    Raises:
-        UserError: there is no such version, or the port is taken.
-            ConfigError: a base has code of its own that `config` does not allow to run.
-            IntegrityError: a base no longer exists as it was during training.
-    """
+    """The server with its models loaded, listening but not yet answering; raises UserError where the port is taken."""
     with garbage.importing():
         from ray_jobs.talking import speaker
         from ray_jobs.talking.server import Server
 
-    store = Store.open(config.registry)
-    version = resolve(store, reference)
-    trained = speaker.as_trained(config, store, version)
-    names = [f"{version.name}@{version.version}"]
-    speakers = speaker.load(config, store, version, names[0], with_base=against == "base")
-    if against not in ("base", "none"):
-        other = resolve(store, against)
-        speakers += speaker.load(config, store, other, f"{other.name}@{other.version}", with_base=False)
+    trained, speakers = speaker.load_both(config, reference, against)
     about = {"models": [each.name for each in speakers], "system": trained.system, "keeps_turns": trained.in_turns}
     return Server(port, {each.name: each for each in speakers}, about)
 

@@ -1,5 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine, for trying models out, and a web page for it. It is no production
-server: one answer at a time, no batching.
+"""An OpenAI-compatible endpoint on this machine, for trying models out, and a web page for it.
 
 It listens on the loopback interface only, and asks for the token that its address has. Pages of other sites can neither
 read from it nor send requests to it: the Host header must name this machine, and the content type must be JSON, for
@@ -29,13 +28,22 @@ from components.shared.protocol import script_source
 from ray_jobs.talking.speaker import Said, Speaker
 from ray_jobs.text.chat_format import without_reasoning
 
-# The supported part of OpenAI's chat completions format, for requests and responses; pure functions.
-
 UNSERVED = ("tools", "functions", "stop", "logprobs", "response_format", "logit_bias", "seed")
 """Unsupported parameters, which are refused since they would change the answer."""
 NEUTRAL: Mapping[str, Any] = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
 """Parameters that are accepted only at these values."""
 ROLES = ("system", "developer", "user", "assistant")
+LOOPBACK = "127.0.0.1"
+PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+SCRIPTS = re.findall(r"<script>(.*?)</script>", PAGE, flags=re.DOTALL)
+POLICY = (  # only the page's own script runs, and only its own server can be reached
+    f"default-src 'none'; script-src {' '.join(map(script_source, SCRIPTS))}; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+MOST_BYTES = 2**20
+"""Maximum size of a request's body, in bytes."""
+PATIENCE_S = 60.0
+"""Seconds that a client has to send a request, or to read what was sent to it."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +94,9 @@ def _turn(message: Any) -> Message:
     return Message("system" if role == "developer" else role, text)
 
 
-def error_body(message: str, *, kind: str) -> dict[str, Any]:
+def error_body(message: str, *, kind: str = "invalid_request_error") -> dict[str, Any]:
     """An error response."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-LOOPBACK = "127.0.0.1"
-PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-MOST_BYTES = 2**20
-"""Maximum size of a request's body, in bytes."""
-PATIENCE_S = 60.0
-"""Seconds that a client has to send a request, or to read what was sent to it."""
 
 
 class Server:
@@ -154,7 +154,7 @@ class Server:
     async def _get(self, request: web.Request) -> web.Response:
         match request.path:
             case "/":
-                headers = {"Content-Security-Policy": _policy(), "Referrer-Policy": "no-referrer"}
+                headers = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"}
                 return web.Response(text=PAGE, content_type="text/html", headers=headers)
             case "/health":
                 return web.json_response({"status": "ok"})
@@ -189,9 +189,8 @@ class Server:
 
         def spoken() -> Said:
             require_reader()
-            return speaker.answer(
-                asked.turns, on_text=on_text, max_tokens=asked.max_tokens, temperature=asked.temperature
-            )
+            how = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
+            return speaker.answer(asked.turns, on_text=on_text, **how)
 
         def completion(kind: str, choice: dict[str, Any], said: Said | None = None) -> dict[str, Any]:
             reason = said and ("stop" if said.ended else "length")
@@ -204,11 +203,8 @@ class Server:
             if not asked.stream:
                 said = await answer
                 message = {"role": "assistant", "content": said.text}
-                usage = {
-                    "prompt_tokens": said.prompt_tokens,
-                    "completion_tokens": said.tokens,
-                    "total_tokens": said.prompt_tokens + said.tokens,
-                }
+                usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens}
+                usage["total_tokens"] = said.prompt_tokens + said.tokens
                 whole = completion("chat.completion", {"message": message, "logprobs": None}, said)
                 return web.json_response({**whole, "usage": usage})
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -228,13 +224,10 @@ class Server:
                 try:
                     last = [chunk({}, await answer), "[DONE]"]
                 except FineloopError as exc:
-                    last = [json.dumps(error_body(str(exc), kind="invalid_request_error"))]
+                    last = [json.dumps(error_body(str(exc)))]
                 for data in last:
                     await event(data)
-            except (
-                ConnectionError,
-                TimeoutError,
-            ):  # it has hung up, or does not read, which the model did not wait for
+            except (ConnectionError, TimeoutError):  # it has hung up, or does not read, for which no model waits
                 if request.transport is not None:
                     request.transport.abort()
             return response
@@ -250,12 +243,3 @@ async def _unsniffed(_request: web.Request, response: web.StreamResponse) -> Non
 def _wrong(status: int, message: str) -> web.Response:
     kind = "invalid_request_error" if status != 404 else "not_found_error"
     return web.json_response(error_body(message, kind=kind), status=status)
-
-
-def _policy() -> str:
-    """The page's Content-Security-Policy: only its own script runs, and only its own server can be reached."""
-    scripts = re.findall(r"<script>(.*?)</script>", PAGE, flags=re.DOTALL)
-    return (
-        f"default-src 'none'; script-src {' '.join(map(script_source, scripts))}; style-src 'unsafe-inline'; "
-        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

@@ -13,14 +13,12 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.versions import Version, pull_version
+from components.registry.versions import Version, pull_version, resolve
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base, recorded
-from ray_jobs.adapters.recorded import Recorded
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
-from ray_jobs.kernels.door import Kernels
 from ray_jobs.planning import capacity
 from ray_jobs.scoring.generation import OnText, greedy, sampled
 from ray_jobs.text import chat_format
@@ -99,6 +97,27 @@ def as_trained(config: RunConfig, store: Store, version: Version) -> AsTrained:
     return AsTrained(profile.get("system_message") or "", in_turns)
 
 
+def load_both(
+    config: RunConfig, reference: str, against: str, *, digits: int | None = None
+) -> tuple[AsTrained, list[Speaker]]:
+    """Load the version and what it is compared with: base, none, or NAME@VERSION; and the form of its training records.
+
+    With `digits`, the version is called by its adapter's name, and another by so many digits of its id.
+
+    Raises:
+        UserError: there is no such version.
+        ConfigError, IntegrityError: as `load`.
+    """
+    store = Store.open(config.registry)
+    version = resolve(store, reference)
+    name = version.name if digits else f"{version.name}@{version.version}"
+    speakers = load(config, store, version, name, with_base=against == "base")
+    if against not in ("base", "none"):
+        other = resolve(store, against)
+        speakers += load(config, store, other, f"{other.name}@{other.version[:digits]}", with_base=False)
+    return as_trained(config, store, version), speakers
+
+
 def load(config: RunConfig, store: Store, version: Version, name: str, *, with_base: bool) -> list[Speaker]:
     """Load the version as a speaker `name`, and with `with_base` the base that it was trained on as another. Both share
     one base in memory, unless the version has a base of its own.
@@ -114,8 +133,14 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
     use_gpu = capacity.on_gpus(own, base)
     stands_on = own_base.find(own, base, store, sha256=its_run.stands_on_sha256)
     kernels = door.choose(config, base_model.load_config(base.path, own.model), on_gpu=use_gpu)
-    model = _load(stands_on, own, kernels, use_gpu=use_gpu)
-    alone = _load(base, own, kernels, use_gpu=use_gpu) if with_base and stands_on != base else None
+
+    def load_base(base: Base) -> Any:
+        model = door.load_model(base, own.model, own.method.row.base, kernels, use_gpu=use_gpu, across_gpus=True).eval()
+        kernels.hold_dense_if_room(model)
+        return model
+
+    model = load_base(stands_on)
+    alone = load_base(base) if with_base and stands_on != base else None
     logger.info("loading %s %s", version.name, version.version)
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
@@ -125,18 +150,6 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
     for each in (adapted, alone):
         if each is not None:
             door.adopt_single_rows(each)
-    return [
-        _speaker(name, chat_as, its_run, adapted),
-        *([_speaker("base", chat_as, its_run, alone or adapted, is_base=True)] if with_base else []),
-    ]
-
-
-def _speaker(name: str, chat_as: ChatFormat, its_run: Recorded, model: Any, *, is_base: bool = False) -> Speaker:
-    longest = its_run.max_new_tokens or LONGEST_ANSWER
-    return Speaker(name, chat_as, its_run.config.model.max_length, longest, model, is_base)
-
-
-def _load(base: Base, own: RunConfig, kernels: Kernels, *, use_gpu: bool) -> Any:
-    model = door.load_model(base, own.model, own.method.row.base, kernels, use_gpu=use_gpu, across_gpus=True).eval()
-    kernels.hold_dense_if_room(model)
-    return model
+    how = (chat_as, own.model.max_length, its_run.max_new_tokens or LONGEST_ANSWER)
+    speakers = [Speaker(name, *how, adapted)]
+    return [*speakers, Speaker("base", *how, alone or adapted, is_base=True)] if with_base else speakers

@@ -16,9 +16,8 @@ from components.prepare.dataset import Message, Record
 from components.prepare.prepare import prepare
 from components.registry.versions import Version, pull_version
 from components.store.store import Store
-from pipelines import cli
 from pipelines.local.seaweedfs import Endpoint
-from ray_jobs.chat import Answering, converse
+from ray_jobs.chat import converse
 from ray_jobs.scoring.generation import score
 from ray_jobs.talking import speaker
 from ray_jobs.talking.speaker import Speaker
@@ -70,8 +69,7 @@ def exact(long_config: RunConfig, kept: Store, version: Version) -> list[Speaker
 
 def talk(speakers: Sequence[Speaker], *prompts: str, system: str = "", **how: Any) -> list[dict[str, Any]]:
     begun = [Message("system", system)] if system else []
-    how = {"keeps_turns": True, "say": lambda _: None, **how}
-    return list(converse(speakers, iter(prompts), begun, how.pop("answering", Answering()), **how))
+    return list(converse(speakers, iter(prompts), begun, **{"keeps_turns": True, "say": lambda _: None, **how}))
 
 
 def plainly(base: Path, adapter: Path | None, turns: list[dict[str, str]]) -> str:
@@ -160,11 +158,11 @@ def test_a_reset_and_prompts_that_stand_alone_begin_anew(speakers: list[Speaker]
 
 
 def test_answers_are_as_long_as_asked_and_drawn_more_freely_the_warmer(exact: list[Speaker]) -> None:
-    (short,) = talk(exact[:1], "the sky?", answering=Answering(max_tokens=2))
+    (short,) = talk(exact[:1], "the sky?", max_tokens=2)
     (greedy,) = talk(exact[:1], "the sky?")
     assert len(short["answers"][0]["text"]) <= 2 < len(greedy["answers"][0]["text"])
-    assert talk(exact[:1], "the sky?", answering=Answering(temperature=1e-4)) == [greedy]
-    warm = [talk(exact[:1], "the sky?", answering=Answering(temperature=5.0))[0] for _ in range(3)]
+    assert talk(exact[:1], "the sky?", temperature=1e-4) == [greedy]
+    warm = [talk(exact[:1], "the sky?", temperature=5.0)[0] for _ in range(3)]
     assert any(each != greedy for each in warm)
 
 
@@ -215,10 +213,3 @@ def test_prompts_follow_one_another_where_the_data_are_conversations(
     config = long_config.model_copy(update={"data": data})
     version = publish(config, store, tmp_path, data_uri=prepare(config, store).uri)
     assert speaker.as_trained(config, store, version) == speaker.AsTrained("Be brief.", in_turns)
-
-
-def test_the_help_names_the_longest_answer_of_who_sets_none(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["chat", "--help"])
-    words = " ".join(capsys.readouterr().out.split())
-    assert f"(default: evaluate.max_new_tokens of its run, or else {speaker.LONGEST_ANSWER})" in words
