@@ -51,13 +51,11 @@ from pipelines.commands.arguments import (
     table,
 )
 
-LONGEST_EVENT = 100
-
 
 @command(
     "adapters list",
     *REGISTRY,
-    option("name", nargs="?", default="", metavar="NAME", help="adapter whose versions to list"),
+    option("name NAME", "adapter whose versions to list", nargs="?"),
     example="fineloop adapters list",
 )
 def list_(options: argparse.Namespace) -> Answer:
@@ -128,11 +126,11 @@ def show(options: argparse.Namespace) -> Answer:
     return Answer({**_described(version), "servable_as": served.servable_as, "serving": served.notes}, table(rows))
 
 
-ALIAS = option("--alias", default=PRODUCTION, metavar="ALIAS", help="default: production")
-EXPECT = option("--expect", metavar="VERSION", help="only when this version holds the alias now")
+ALIAS = option("--alias ALIAS", "default: production", default=PRODUCTION)
+EXPECT = option("--expect VERSION", "only when this version holds the alias now", default=None)
 PERSON = (
-    option("--by", default="", metavar="NAME", help="who answers for it, needed to override the gate"),
-    option("--reason", default="", metavar="TEXT", help="kept in the event log, needed likewise"),
+    option("--by NAME", "who answers for it, needed to override the gate"),
+    option("--reason TEXT", "kept in the event log, needed likewise"),
 )
 
 
@@ -149,8 +147,8 @@ def promote(options: argparse.Namespace) -> Answer:
 @command(
     "adapters approve",
     *(*REGISTRY, REFERENCE),
-    option("--by", required=True, metavar="NAME", help="who answers for it"),
-    option("--reason", required=True, metavar="TEXT", help="kept in the event log"),
+    option("--by NAME", "who answers for it", required=True),
+    option("--reason TEXT", "kept in the event log", required=True),
     ALIAS,
     example="fineloop adapters approve icd10-chapters@v3f2 --by ada --reason 'read fifty answers'",
 )
@@ -162,8 +160,8 @@ def approve(options: argparse.Namespace) -> Answer:
 @command(
     "adapters rollback",
     *REGISTRY,
-    option("reference", metavar="NAME", help="adapter"),
-    option("--to", metavar="VERSION", help="go back to this one instead; first digits suffice"),
+    option("reference NAME", "adapter"),
+    option("--to VERSION", "go back to this one instead; first digits suffice", default=None),
     *(EXPECT, *PERSON, ALIAS),
     example="fineloop adapters rollback icd10-chapters",
 )
@@ -203,16 +201,15 @@ def move_shown(name: str, event: Event, announced: Mapping[str, str], *, moved: 
 @command(
     "adapters announce",
     *REGISTRY,
-    option("alias", metavar="NAME[@ALIAS]", help="adapter, and alias if it is not production"),
+    option("alias NAME[@ALIAS]", "adapter, and alias if it is not production"),
     example="fineloop adapters announce icd10-chapters@production",
 )
 def announce_again(options: argparse.Namespace) -> Answer:
     """Notify Model Registry, MLflow and webhook, as far as the config names them, of where an alias points."""
     config = load_config(options).announce
     if not any(dict(config).values()):
-        raise UserError(
-            f"the config names nothing to notify: set one of {', '.join(f'announce.{key}' for key in NOTIFIERS)}"
-        )
+        keys = ", ".join(f"announce.{key}" for key in NOTIFIERS)
+        raise UserError(f"the config names nothing to notify: set one of {keys}")
     name, _, alias = options.alias.partition("@")
     with opened_registry(options) as store:
         event = last_move(store, name, alias or PRODUCTION)
@@ -227,7 +224,7 @@ def announce_again(options: argparse.Namespace) -> Answer:
 @command(
     "adapters history",
     *REGISTRY,
-    option("name", metavar="NAME", help="adapter"),
+    option("name NAME", "adapter"),
     example="fineloop adapters history NAME",
 )
 def history(options: argparse.Namespace) -> Answer:
@@ -245,7 +242,7 @@ def history(options: argparse.Namespace) -> Answer:
         else:
             text, why = body.get("version", ""), " ".join(body.get("reasons", []))
         text += f": {why}" if why else ""
-        text = text if len(text) <= LONGEST_EVENT else text[: LONGEST_EVENT - 3] + "..."
+        text = text if len(text) <= 100 else f"{text[:97]}..."
         rows.append((event.time[:19], event.kind, text))
     return Answer({"name": options.name, "events": [vars(event) for event in log]}, table(rows))
 
@@ -253,18 +250,15 @@ def history(options: argparse.Namespace) -> Answer:
 @command(
     "adapters lineage",
     *(*REGISTRY, REFERENCE),
-    option("--tree", action="store_true", help="draw it, with the versions that it grew from"),
-    option(
-        "--of",
-        action="append",
-        default=[],
-        metavar="KIND=NAME",
-        help="instead, list the adapter's versions made of it: dataset, source, base, commit, config or parent",
-    ),
+    option("--tree", "draw it, with the versions that it grew from"),
+    option("--of KIND=NAME", "instead, list the adapter's versions made of it", action="append", default=[]),
     example="fineloop adapters lineage icd10-chapters --of dataset=4f1c",
 )
 def lineage(options: argparse.Namespace) -> Answer:
-    """Print what a version was made of: config, data, base, code; or which versions were made of something."""
+    """Print what a version was made of: config, data, base, code; or which versions were made of something.
+
+    KIND is dataset, source, base, commit, config or parent.
+    """
     if terms := parse_terms(options.of):
         with opened_registry(options) as store:
             require_adapter(store, options.reference)
@@ -291,11 +285,11 @@ def verify(options: argparse.Namespace) -> Answer:
     "adapters sign",
     *REGISTRY,
     either(
-        option("reference", nargs="?", metavar="NAME[@ALIAS|@VERSION]", help="the version"),
-        option("--held", metavar="NAME", help="all that is needed of this adapter, each for its alias"),
+        option("reference NAME[@ALIAS|@VERSION]", "the version", nargs="?"),
+        option("--held NAME", "all that is needed of this adapter, each for its alias"),
         required=True,
     ),
-    option("--alias", default="", metavar="ALIAS", help="default: that of the reference, else production"),
+    option("--alias ALIAS", "default: that of the reference, else production"),
     example="fineloop adapters sign icd10-chapters@v3f2",
 )
 def sign(options: argparse.Namespace) -> Answer:
@@ -321,7 +315,7 @@ def sign(options: argparse.Namespace) -> Answer:
 @command(
     "adapters revoke",
     *(*REGISTRY, REFERENCE),
-    option("--reason", required=True, metavar="TEXT", help="signed with it"),
+    option("--reason TEXT", "signed with it", required=True),
     example="fineloop adapters revoke icd10-chapters@v3f2 --reason 'it was trained on the wrong data'",
 )
 def revoke(options: argparse.Namespace) -> Answer:
@@ -358,7 +352,7 @@ def _names(options: argparse.Namespace, store: Store) -> list[str]:
 @command(
     "adapters audit",
     *REGISTRY,
-    option("name", nargs="?", default="", metavar="NAME", help="default: every adapter"),
+    option("name NAME", "default: every adapter", nargs="?"),
     example="fineloop adapters audit",
 )
 def audit_all(options: argparse.Namespace) -> Answer:
@@ -385,12 +379,12 @@ def audit_all(options: argparse.Namespace) -> Answer:
 @command(
     "adapters gc",
     *REGISTRY,
-    option("name", nargs="?", default="", metavar="NAME", help="default: every adapter, and what they share"),
-    option("--keep-last", type=int, default=10, metavar="N", help="newest versions of an adapter to keep (10)"),
-    option("--older-than-days", type=float, default=30, metavar="DAYS", help="keep what is younger (30)"),
+    option("name NAME", "default: every adapter, and what they share", nargs="?"),
+    option("--keep-last N", "newest versions of an adapter to keep (10)", type=int, default=10),
+    option("--older-than-days DAYS", "keep what is younger (30)", type=float, default=30),
     either(
-        option("--dry-run", action="store_true", help="only print what would be removed; the default"),
-        option("--delete", action="store_true", help="remove it"),
+        option("--dry-run", "only print what would be removed; the default"),
+        option("--delete", "remove it"),
     ),
     example="fineloop adapters gc icd10-chapters --keep-last 5",
 )
@@ -417,8 +411,8 @@ def collect(options: argparse.Namespace) -> Answer:
 @command(
     "adapters pull",
     *(*REGISTRY, REFERENCE),
-    option("--to", type=Path, metavar="DIR", help="default: ./NAME-VERSION"),
-    option("--with-base", action="store_true", help="also fetch the base that LoftQ made for it, to DIR-base"),
+    option("--to DIR", "default: ./NAME-VERSION", type=Path),
+    option("--with-base", "also fetch the base that LoftQ made for it, to DIR-base"),
     example="fineloop adapters pull NAME",
 )
 def pull(options: argparse.Namespace) -> Answer:
@@ -440,10 +434,8 @@ def _pull_base(store: Store, version: Version, target: Path) -> None:
     recipe = read_lineage(store, version)["recipe"]
     stands_on, sha256 = recipe.get("stands_on", ""), recipe.get("stands_on_sha256")
     if not stands_on.startswith(store.uri("bases/")):
-        raise UserError(
-            f"{version.name} {version.version} has no base of its own in this registry, it stands on "
-            f"{stands_on or 'the base of its config'}: leave out --with-base"
-        )
+        base = stands_on or "the base of its config"
+        raise UserError(f"{version.name} {version.version} stands on {base}, not on one here: leave out --with-base")
     if not sha256:
         raise IntegrityError(f"{version.name} {version.version} does not say which bytes {stands_on} has to have")
     folders.pull(store, store.key(stands_on), target, manifest_sha256=sha256)
@@ -467,8 +459,8 @@ def manifest(options: argparse.Namespace) -> Answer:
 @command(
     "adapters page",
     *REGISTRY,
-    option("name", nargs="?", default="", metavar="NAME", help="default: every adapter"),
-    option("--to", type=Path, default=Path("registry-page"), metavar="DIR", help="default: ./registry-page"),
+    option("name NAME", "default: every adapter", nargs="?"),
+    option("--to DIR", "default: ./registry-page", type=Path, default=Path("registry-page")),
     example="fineloop adapters page --to ./registry",
 )
 def page(options: argparse.Namespace) -> Answer:
@@ -503,46 +495,28 @@ def _rank(text: str) -> int:
     "adapters export",
     *(*REGISTRY, REFERENCE),
     either(
-        option("--merged", action="store_const", dest="form", const="merged", help="a model that needs no peft"),
-        option("--lora", action="store_const", dest="form", const="lora", help="plain LoRA, where it is one"),
-        option("--gguf", action="store_const", dest="form", const="gguf", help="for llama.cpp and Ollama"),
+        option("--merged", "a model that needs no peft", action="store_const", dest="form", const="merged"),
+        option("--lora", "plain LoRA, where it is one", action="store_const", dest="form", const="lora"),
+        option("--gguf", "for llama.cpp and Ollama", action="store_const", dest="form", const="gguf"),
         required=True,
     ),
-    option("--to", type=Path, metavar="DIR", help="default: ./NAME-VERSION-merged, -lora or -gguf"),
-    option(
-        "--base",
-        choices=("dequantised", "original"),
-        help="with --merged or --gguf: into the weights that it was trained on, exactly (default), or into those from "
-        "before quantising, with the error measured",
-    ),
-    option(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="with --merged or --gguf: how the weights are saved (default: bfloat16, in a GGUF float16); float16 "
-        "rounds eight times finer",
-    ),
-    option(
-        "--approximate",
-        type=_rank,
-        metavar="RANK",
-        help="with --lora: if it is not a LoRA, the nearest one of this rank, with the error measured",
-    ),
-    option(
-        "--converter",
-        type=Path,
-        metavar="FILE",
-        help="with --gguf: llama.cpp's convert_hf_to_gguf.py (default: the one on PATH)",
-    ),
+    option("--to DIR", "default: ./NAME-VERSION-merged, -lora or -gguf", type=Path),
+    option("--base", "into which weights a quantised one is merged", choices=("dequantised", "original")),
+    option("--dtype", "how the weights are saved", choices=("float32", "bfloat16", "float16")),
+    option("--approximate RANK", "with --lora: if it is not a LoRA, the nearest one of this rank", type=_rank),
+    option("--converter FILE", "with --gguf: llama.cpp's convert_hf_to_gguf.py (default: the one on PATH)", type=Path),
     example="fineloop adapters export icd10-chapters@production --merged",
 )
 def export(options: argparse.Namespace) -> Answer:
     """Write a version merged into its base, as a folder or a GGUF, or as plain LoRA.
 
-    Before it is rounded to --dtype, the merged model must predict the same in float32 as the adapter on its base;
-    otherwise nothing is written. The cost of rounding is measured on the folder: its exact match and loss on held-out
-    records beside the adapter's, with a warning if it is more than a tenth of the adapter's effect. --gguf writes one
-    file for llama.cpp with llama.cpp's converter, compares its tensors with the merged model's, and writes a Modelfile
-    for Ollama beside it.
+    With --merged and --gguf, --base is the weights that it was trained on, exactly (dequantised, the default), or those
+    from before quantising, with the error measured, as --approximate does; --dtype is bfloat16, in a GGUF float16,
+    unless given. Before it is rounded to that, the merged model must predict the same in float32 as the adapter on its
+    base; otherwise nothing is written. The cost of rounding is measured on the folder: its exact match and loss on
+    held-out records beside the adapter's, with a warning if it is more than a tenth of the adapter's effect. --gguf
+    writes one file for llama.cpp with llama.cpp's converter, compares its tensors with the merged model's, and writes a
+    Modelfile for Ollama beside it.
     """
     chosen = {name: getattr(options, name) for name in FORMS_OF if getattr(options, name) is not None}
     for name in chosen:
@@ -561,15 +535,9 @@ def export(options: argparse.Namespace) -> Answer:
 @command(
     "push",
     *(*REGISTRY, REFERENCE),
-    option("repository", metavar="ORG/NAME", help="repository of models on the hub"),
-    option(
-        "--from",
-        dest="folder",
-        type=Path,
-        metavar="DIR",
-        help="push this folder, written by `adapters export`, instead",
-    ),
-    option("--public", action="store_true", help="make a repository that anyone may read"),
+    option("repository ORG/NAME", "repository of models on the hub"),
+    option("--from DIR", "push this folder, written by `adapters export`, instead", dest="folder", type=Path),
+    option("--public", "make a repository that anyone may read"),
     example="fineloop push icd10-chapters@production acme/icd10-chapters",
 )
 def push(options: argparse.Namespace) -> Answer:
@@ -582,27 +550,18 @@ def push(options: argparse.Namespace) -> Answer:
     with opened_version(options) as (store, version), tempfile.TemporaryDirectory(prefix="fineloop-push-") as scratch:
         folder, tag = options.folder or Path(scratch) / "version", version.version
         if options.folder:
-            tag += f"-{_exported_form(folder, version.version)}"
+            record = folder / "export.json"
+            if not record.is_file():
+                raise UserError(
+                    f"{folder} has no export.json: name a folder that `fineloop adapters export` has written"
+                )
+            exported = json.loads(record.read_text(encoding="utf-8"))
+            if exported["version"] != tag:
+                raise UserError(f"{folder} was made of {exported['version']}, not of {tag}")
+            tag += f"-{exported['form']}"
         else:
             versions.pull_version(store, version, folder)
-        url = hub.push(
-            folder,
-            options.repository,
-            message=f"{version.name} {version.version}",
-            tag=tag,
-            is_public=options.public,
-            environment=os.environ,
-        )
+        about = {"message": f"{version.name} {version.version}", "tag": tag, "is_public": options.public}
+        url = hub.push(folder, options.repository, **about, environment=os.environ)
     body = {**_named(version), "repository": options.repository, "tag": tag, "url": url}
     return Answer(body, f"{version.name} {version.version} is at {url}")
-
-
-def _exported_form(folder: Path, version: str) -> str:
-    """The form in which an export has written this version to the folder."""
-    record = folder / "export.json"
-    if not record.is_file():
-        raise UserError(f"{folder} has no export.json: name a folder that `fineloop adapters export` has written")
-    about = json.loads(record.read_text(encoding="utf-8"))
-    if about["version"] != version:
-        raise UserError(f"{folder} was made of {about['version']}, not of {version}")
-    return str(about["form"])

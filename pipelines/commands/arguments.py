@@ -129,9 +129,18 @@ def command(name: str, *takes: Takes, example: str) -> Callable[[Handler], Handl
     return register
 
 
-def option(*names: str, **settings: Any) -> Takes:
-    """An argument of a command, as argparse's `add_argument` takes it."""
-    return methodcaller("add_argument", *names, **settings)
+def option(usage: str, help: str | None = None, **settings: Any) -> Takes:
+    """An argument of a command, as argparse's `add_argument` takes it: `usage` is its names and, if it takes one, its
+    value. Without a value it is true or false, and a text that may be left out is empty then."""
+    *names, value = usage.split()
+    if not names or value.startswith("-"):
+        names.append(value)
+        if value.startswith("-") and not settings.keys() & {"action", "choices"}:
+            settings["action"] = "store_true"
+    else:
+        settings["metavar"] = value
+        settings |= {} if settings.keys() & {"type", "default", "action"} else {"default": ""}
+    return methodcaller("add_argument", *names, help=help, **settings)
 
 
 def either(*options: Takes, required: bool = False) -> Takes:
@@ -146,88 +155,46 @@ def either(*options: Takes, required: bool = False) -> Takes:
 
 
 EVERYWHERE = (
-    option("--json", action="store_true", help="print one JSON object as the last line of stdout"),
-    option("-v", "--verbose", action="store_true", help="print everything that happens, on stderr"),
+    option("--json", "print one JSON object as the last line of stdout"),
+    option("-v --verbose", "print everything that happens, on stderr"),
 )
-SET = option(
-    "--set",
-    action="append",
-    default=[],
-    dest="overrides",
-    metavar="KEY=VALUE",
-    help="replace one key, such as train.learning_rate=2e-4; may be repeated",
-)
-CONFIG = (
-    option(
-        *("-c", "--config"),
-        type=Path,
-        default=DEFAULT_CONFIG,
-        metavar="FILE",
-        help="TOML config (default: the built-in example, pipelines/configs/icd10.toml)",
-    ),
-    SET,
-)
-HOME = option(
-    "--home",
-    type=Path,
-    default=Path(".fineloop"),
-    metavar="DIR",
-    help="where this machine's store, logs and reports lie (default: ./.fineloop)",
-)
+EXAMPLE = "TOML config (default: the built-in example, pipelines/configs/icd10.toml)"
+MORE = {"action": "append", "default": [], "dest": "overrides"}
+SET = option("--set KEY=VALUE", "replace one key, such as train.learning_rate=2e-4; may be repeated", **MORE)
+CONFIG = (option("-c --config FILE", EXAMPLE, type=Path, default=DEFAULT_CONFIG), SET)
+HERE = "where this machine's store, logs and reports lie (default: ./.fineloop)"
+HOME = option("--home DIR", HERE, type=Path, default=Path(".fineloop"))
 REGISTRY = (*CONFIG, HOME)
 """What `opened_registry` needs."""
 REFERENCE = option(
-    "reference",
-    metavar="NAME[@ALIAS|@VERSION]",
-    help="NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice",
+    "reference NAME[@ALIAS|@VERSION]", "NAME, NAME@ALIAS or NAME@VERSION; first digits of a version suffice"
 )
 NOTE = option(
-    "--note",
-    action="append",
-    dest="overrides",
+    "--note TEXT",
+    "what this run is for, shown in its report and in lists of runs (adapter.note)",
+    **MORE,
     type=lambda text: f"adapter.note={json.dumps(text, ensure_ascii=False)}",
-    metavar="TEXT",
-    help="what this run is for, shown in its report and in lists of runs (adapter.note)",
 )
 
 # Of the commands for Kubeflow.
 
 KUBEFLOW = (
-    option(
-        "--host",
-        default="",
-        metavar="URL",
-        help="Kubeflow Pipelines (default: KFP_ENDPOINT, the pod's, the kubeconfig's)",
-    ),
-    option(
-        "--namespace",
-        default="",
-        metavar="NAME",
-        help="your namespace on a multi-user Kubeflow (default: KFP_NAMESPACE)",
-    ),
+    option("--host URL", "Kubeflow Pipelines (default: KFP_ENDPOINT, the pod's, the kubeconfig's)"),
+    option("--namespace NAME", "your namespace on a multi-user Kubeflow (default: KFP_NAMESPACE)"),
 )
-IMAGE = option("--image", default="", metavar="IMAGE", help="image of every step, pinned by digest")
+IMAGE = option("--image IMAGE", "image of every step, pinned by digest")
 SERVICE_ACCOUNT = "fineloop-pipeline"
+ACCOUNT = option(
+    "--service-account NAME",
+    f"Kubernetes account of the steps (default: {SERVICE_ACCOUNT}, or as it is; '' means the server's)",
+    default=SERVICE_ACCOUNT,
+)
 PIPELINE = (
     IMAGE,
-    option(
-        "--param",
-        action="append",
-        default=[],
-        dest="parameters",
-        metavar="NAME=VALUE",
-        help="another parameter of the pipeline; may be repeated",
-    ),
-    option(
-        "--service-account",
-        default=SERVICE_ACCOUNT,
-        metavar="NAME",
-        help=f"Kubernetes account of the steps (default: {SERVICE_ACCOUNT}, or as it is; '' means the server's)",
-    ),
+    option("--param NAME=VALUE", "another parameter; may be repeated", action="append", default=[], dest="parameters"),
+    ACCOUNT,
 )
-EXPERIMENT = option(
-    "--experiment", default="fineloop", metavar="NAME", help="group of runs in the UI (default: fineloop)"
-)
+EXPERIMENT = option("--experiment NAME", "group of runs in the UI (default: fineloop)", default="fineloop")
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:

@@ -17,39 +17,19 @@ from pipelines.local.guard import SIGNALLED
 from pipelines.local.job import Job, talk
 
 AGAINST = option(
-    "--against",
+    "--against base|champion|VERSION|none",
+    "what answers beside it: its base (default), the version in production, another version or alias, nothing",
     default="base",
-    metavar="base|champion|VERSION|none",
-    help="what answers beside it: its base (default), the version in production, another version or alias, nothing",
 )
 
 
 @command(
     "chat",
     *(*REGISTRY, REFERENCE, AGAINST),
-    option(
-        "--system",
-        metavar="TEXT",
-        help="a system message before each conversation; without it, the training data's, if all had the same",
-    ),
-    option(
-        "--turns",
-        choices=("keep", "alone"),
-        help="whether a prompt follows those before it (default: as in the training data)",
-    ),
-    option(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="longest answer (default: evaluate.max_new_tokens of its run, or else 256)",
-    ),
-    option(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="how freely words are drawn; 0 (default) always takes the likeliest, as evaluation does",
-    ),
+    option("--system TEXT", "before each conversation (default: the training data's, if they share one)", default=None),
+    option("--turns", "whether prompts follow one another (default: as in training)", choices=("keep", "alone")),
+    option("--max-tokens N", "longest answer (default: evaluate.max_new_tokens of its run, or else 256)", type=int),
+    option("--temperature T", "of sampling; 0 (default) is greedy, as evaluation decodes", type=float, default=0.0),
     example="echo Mpox | fineloop chat icd10-chapters --against none",
 )
 def chat(options: argparse.Namespace) -> Answer:
@@ -80,7 +60,7 @@ def chat(options: argparse.Namespace) -> Answer:
 @command(
     "serve",
     *(*REGISTRY, REFERENCE, AGAINST),
-    option("--port", type=int, default=8008, metavar="N", help="default: 8008; 0 takes any that is free"),
+    option("--port N", "default: 8008; 0 takes any that is free", type=int, default=8008),
     example="fineloop serve icd10-chapters --port 8008",
 )
 def serve(options: argparse.Namespace) -> Answer:

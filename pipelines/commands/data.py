@@ -31,15 +31,12 @@ from pipelines.commands.arguments import (
 )
 from pipelines.configs import DEFAULT_CONFIG
 
-ANSWERS_SHOWN = 5
-LENGTHS = ("p10", "p50", "p90", "p100")
-
 
 @command(
     "data",
     *CONFIG,
-    option("data", nargs="?", metavar="FILE", help="in place of data.source: a file, a glob, s3://..."),
-    option("--html", type=Path, metavar="FILE", help="write it as a web page too"),
+    option("data FILE", "in place of data.source: a file, a glob, s3://...", nargs="?"),
+    option("--html FILE", "write it as a web page too", type=Path),
     example="fineloop data rows.jsonl -c mine.toml --html data.html",
 )
 def data(options: argparse.Namespace) -> Answer:
@@ -84,9 +81,11 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
     lengths = {"prompt, characters": train["prompt_chars"], "answer, characters": train["answer_chars"]}
     if tokens and tokens["length"]:
         lengths |= {"record, tokens": tokens["length"], "trained on, tokens": tokens["trained"]}
-    described = [(name, *(f"{values[each]:,}" for each in LENGTHS)) for name, values in lengths.items()]
+    described = [
+        (name, *(f"{values[each]:,}" for each in ("p10", "p50", "p90", "p100"))) for name, values in lengths.items()
+    ]
     yield "\n" + table([("", "10 %", "median", "90 %", "longest"), *described])
-    if top := train["most_frequent_answers"][:ANSWERS_SHOWN]:
+    if top := train["most_frequent_answers"][:5]:
         yield f"\n{train['distinct_answers']:,} different answers; the most frequent:"
         yield from (f"  {each['share']:>6.1%}  {' '.join(each['answer'].split())[:80]}" for each in top)
     yield ""
@@ -144,9 +143,9 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
 @command(
     "data erase",
     *REGISTRY,
-    option("ids", nargs="+", metavar="ID", help="a record's id, as in the id column of its dataset"),
-    option("--by", default="", metavar="NAME", help="who answers for it (default: your login)"),
-    option("--dry-run", action="store_true", help="erase nothing, only list what saw them"),
+    option("ids ID", "a record's id, as in the id column of its dataset", nargs="+"),
+    option("--by NAME", "who answers for it (default: your login)"),
+    option("--dry-run", "erase nothing, only list what saw them"),
     example="fineloop data erase 4711",
 )
 def data_erase(options: argparse.Namespace) -> Answer:
@@ -175,10 +174,9 @@ def data_erase(options: argparse.Namespace) -> Answer:
     if erased:
         before = sum(not each.is_new for each in erased.values())
         lines = [f"{counted(len(erased), 'record')} erased for good{f', {before} of them before' if before else ''}"]
-    if missing := [each for each in ids if not any(each in holder.ids for holder in exposure.datasets)]:
-        lines += [
-            f"in no dataset under this id: {', '.join(missing)}. A copy of the text under another id is a record too"
-        ]
+    if missing := set(ids) - {record_id for holder in exposure.datasets for record_id in holder.ids}:
+        names = ", ".join(sorted(missing))
+        lines += [f"in no dataset under this id: {names}. A copy of the text under another id is a record too"]
     rows = [("dataset", each.dataset_id, ", ".join(each.parts), ", ".join(each.ids)) for each in exposure.datasets]
     for each in exposure.versions:
         why = {"dataset": f"trained on {each.dataset_id}", "parent": "grew from one that was"}
@@ -205,10 +203,7 @@ def _next_steps(exposure: Exposure, *, revocable: bool) -> Iterator[tuple[str, s
             revoke = f"fineloop adapters revoke {reference} --reason 'trained on an erased record'"
             yield revoke, "so that it is not used again"
     if exposure.versions and not revocable:
-        yield (
-            "",
-            "a version that ever held an alias goes only when it is revoked, and registry.trusted_keys names no key",
-        )
+        yield "", "what ever held an alias goes only when it is revoked, and registry.trusted_keys names no key"
     if exposure.datasets or exposure.versions:
         gone = "the versions that are revoked or never held an alias, then the datasets that none needs"
         yield "fineloop adapters gc --delete", f"removes, when they are as old as --older-than-days says, {gone}"

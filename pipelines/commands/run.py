@@ -39,15 +39,13 @@ if TYPE_CHECKING:
     from pipelines.kubeflow.runs import Run
 
 RUNS = (
-    option(
-        "data", nargs="?", metavar="DATA", help="train on it: a file, a glob, a folder, s3:// or hf:// (data.source)"
-    ),
+    option("data DATA", "train on it: a file, a glob, a folder, s3:// or hf:// (data.source)", nargs="?"),
     *CONFIG,
     HOME,
     NOTE,
-    option("--run-id", default="", metavar="ID", help="name of the run (default: its time)"),
+    option("--run-id ID", "name of the run (default: its time)"),
 )
-ADDRESS = option("--address", default="", metavar="URL", help="Jobs API of a Ray cluster, such as http://HOST:8265")
+ADDRESS = option("--address URL", "Jobs API of a Ray cluster, such as http://HOST:8265")
 
 
 @command("run", *RUNS, example="fineloop run FILE.jsonl --set train.learning_rate=5e-4")
@@ -84,8 +82,8 @@ def _run_here(options: argparse.Namespace, place: Place, what: Literal["retrain"
 @command(
     "sweep",
     *RUNS,
-    option("--methods", default="", metavar="A,B", help="methods to compare, as tune.methods"),
-    option("--apply", action="store_true", help="write the best rate to the config that -c names"),
+    option("--methods A,B", "methods to compare, as tune.methods"),
+    option("--apply", "write the best rate to the config that -c names"),
     ADDRESS,
     example="fineloop sweep -c mine.toml --set tune.max_steps=64 --apply\n"
     "  fineloop sweep --methods lora,dora,rslora --set tune.max_steps=64",
@@ -100,9 +98,7 @@ def sweep(options: argparse.Namespace) -> Answer:
     its --run-id, without the trials that have ended.
     """
     if options.apply and options.config.resolve() == DEFAULT_CONFIG:
-        raise UserError(
-            f"--apply would write into the built-in example, {DEFAULT_CONFIG}: name a config of your own with -c"
-        )
+        raise UserError("--apply would write into the built-in example: name a config of your own with -c")
     if options.methods:
         names = [name.strip() for name in options.methods.split(",")]
         options.overrides = [*options.overrides, f"tune.methods={names}"]
@@ -120,12 +116,11 @@ def sweep(options: argparse.Namespace) -> Answer:
 
 
 GIB = 2**30
-BAR = 30  # characters of the largest part
 
 
 @command(
     "plan",
-    option("--all-methods", action="store_true", help="compare every method on this base, each at its rank"),
+    option("--all-methods", "compare every method on this base, each at its rank"),
     *CONFIG,
     example="fineloop plan --set model.base=meta-llama/Llama-2-7b-hf --set method.name=qlora \\\n"
     "      --set ray.use_gpu=true --set ray.gpu=A10G --set ray.num_workers=1",
@@ -185,7 +180,7 @@ def _memory_lines(body: dict[str, Any]) -> Iterator[str]:
         f"{checkpointing}{offloading}, ZeRO stage {body['zero_stage']}"
     )
     for name, size in parts.items():
-        yield f"  {name:<12} {size:7.2f}  {'#' * round(BAR * size / largest)}".rstrip()
+        yield f"  {name:<12} {size:7.2f}  {'#' * round(30 * size / largest)}".rstrip()
     yield f"  {'total':<12} {total:7.2f}  {_verdict(body)}"
     if body["dense_base"]:
         yield "  the weights are held dense, for speed: train.dense_base=false leaves them as they are stored"
@@ -206,8 +201,6 @@ def _memory_lines(body: dict[str, Any]) -> Iterator[str]:
         fitting = evaluation["fitting_batch_size"]
         line += ": DOES NOT FIT, " + (f"evaluate.batch_size={fitting} does" if fitting else "whatever the batch")
     yield line
-    if body["cpu_offload"] and body["zero_stage"] == 3 and body["base"] == "nf4":
-        yield "  of four bits, offloading the base was seen to save no GPU memory: none is planned for"
     if body["activations_are_rough"]:
         yield "  activations are a rough estimate: this architecture cannot be rehearsed"
     full = body["full_fine_tuning"]
@@ -232,11 +225,8 @@ def _speed_lines(body: dict[str, Any]) -> Iterator[str]:
     if body["tokens_per_s"] is None:
         yield f"speed, time and cost: unknown; {body['speed_unknown_because']}"
         return
-    trust = (
-        "a rough figure: no published training like it is known, and the nearest are up to twice as fast"
-        if body["speed_is_rough"]
-        else "published trainings lie within a third of this"
-    )
+    rough = "a rough figure: published trainings that are not like it are up to twice as fast"
+    trust = rough if body["speed_is_rough"] else "published trainings lie within a third of this"
     on = f"{body['num_workers']} x {body['device']}"
     yield f"speed   about {body['tokens_per_s']:,.0f} tokens/s on {on}; {trust}"
     if body["dtype"] == "float16":
@@ -262,10 +252,8 @@ def _advice_lines(body: dict[str, Any]) -> Iterator[str]:
     elif advice is not None:
         yield "advised as it is"
     elif body["fits"] is False:
-        yield (
-            "advised a smaller model.base, a shorter model.max_length, a larger GPU, or more workers with "
-            "train.zero_stage=3: not one record fits, on NF4 either"
-        )
+        ways = "a smaller model.base, a shorter model.max_length, a larger GPU, or more workers with train.zero_stage=3"
+        yield f"advised {ways}: not one record fits, on NF4 either"
     yield (
         f"rate    train.learning_rate {body['learning_rate']:g} in force. Start with lora or qlora and tune the rate: "
         "tuned, the variants are within 1 to 2 % of each other (arXiv:2602.04998)"
@@ -283,8 +271,8 @@ def _method_line(row: dict[str, Any]) -> str:
 @command(
     "submit",
     *(*CONFIG, *KUBEFLOW, *PIPELINE, EXPERIMENT, NOTE),
-    option("--run-name", default="", metavar="NAME", help="default: the adapter's name and the time"),
-    option("--no-wait", action="store_true", help="end as soon as the run is started"),
+    option("--run-name NAME", "default: the adapter's name and the time"),
+    option("--no-wait", "end as soon as the run is started"),
     example="fineloop submit -c pipelines/configs/icd10.toml --host http://localhost:8080 --set method.name=dora",
 )
 def submit(options: argparse.Namespace) -> Answer:
@@ -311,10 +299,8 @@ def submit(options: argparse.Namespace) -> Answer:
     try:
         run = follow(run, print_err, progress=recorded.progress)
     except KeyboardInterrupt:
-        text = (
-            f"no longer followed; {run.name} goes on\n"
-            f"  see it    fineloop runs show {run.run_id}\n  stop it   fineloop runs stop {run.run_id}"
-        )
+        follow_up = f"  see it    fineloop runs show {run.run_id}\n  stop it   fineloop runs stop {run.run_id}"
+        text = f"no longer followed; {run.name} goes on\n{follow_up}"
         return Answer({**_body(run), "interrupted": True}, text, 130, is_aside=True)
     body = {**_body(run), **as_json(run, recorded)}
     lines = [f"{run.name} {run.state.lower()}", *outcome_lines(run, recorded), run.url]
@@ -329,8 +315,8 @@ def _body(run: "Run") -> dict[str, Any]:
 @command(
     "compile",
     *CONFIG,
-    option("--pipeline", choices=("retrain", "promotion"), default="retrain", help="default: retrain"),
-    option("-o", "--output", type=Path, metavar="FILE", help="where to (default: PIPELINE.yaml)"),
+    option("--pipeline", "default: retrain", choices=("retrain", "promotion"), default="retrain"),
+    option("-o --output FILE", "where to (default: PIPELINE.yaml)", type=Path),
     IMAGE,
     example="fineloop compile -c pipelines/configs/icd10.toml -o retrain.yaml --image REGISTRY/fineloop@sha256:...",
 )

@@ -35,7 +35,7 @@ from pipelines.commands.arguments import (
 )
 from pipelines.local import past_runs
 from pipelines.local.display import Display, Elsewhere, is_live
-from pipelines.local.past_runs import Reproduced, Side
+from pipelines.local.past_runs import Side
 from pipelines.local.run import LOG, Place, run
 
 if TYPE_CHECKING:
@@ -43,17 +43,17 @@ if TYPE_CHECKING:
 
 STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
 LOSS = "loss"
-RUN = option("run", metavar="RUN", help="id, the first digits of it, or name")
-STORE = option("--store", action="store_true", help="the store's, even where a Kubeflow is named")
+RUN = option("run RUN", "id, the first digits of it, or name")
+STORE = option("--store", "the store's, even where a Kubeflow is named")
 
 
 @command(
     "runs list",
     *REGISTRY,
-    option("--adapter", default="", metavar="NAME", help="only runs that retrain this adapter"),
-    option("--experiment", default="", metavar="NAME", help="only runs of this experiment"),
-    option("--state", default="", choices=STATES, metavar="STATE", help=", ".join(STATES)),
-    option("--limit", type=int, default=20, metavar="N", help="maximum number of runs (default: 20)"),
+    option("--adapter NAME", "only runs that retrain this adapter"),
+    option("--experiment NAME", "only runs of this experiment"),
+    option("--state STATE", ", ".join(STATES), default="", choices=STATES),
+    option("--limit N", "maximum number of runs (default: 20)", type=int, default=20),
     *(STORE, *KUBEFLOW),
     example="fineloop runs list --adapter icd10-chapters --state failed",
 )
@@ -85,15 +85,13 @@ def _kept(options: argparse.Namespace) -> Answer:
     for one in listed:
         values = [one.metrics.get(each.key) if each.key == one.metric else None for each in chosen]
         shown = [each.text(value) if value is not None else "-" for each, value in zip(chosen, values, strict=True)]
-        rows.append(
-            (
-                *(one.run_id, one.began[:16].replace("T", " "), one.adapter, one.outcome),
-                *("-" if one.loss is None else metric_of(LOSS).text(one.loss), *shown),
-                *("-" if one.learning_rate is None else f"{one.learning_rate:.3g}", str(one.steps or "-")),
-                *("-" if one.hours is None else f"{one.hours:.2f}", "-" if one.price is None else f"${one.price:,.2f}"),
-                one.note,
-            )
-        )
+        rate = "-" if one.learning_rate is None else f"{one.learning_rate:.3g}"
+        loss = "-" if one.loss is None else metric_of(LOSS).text(one.loss)
+        hours = "-" if one.hours is None else f"{one.hours:.2f}"
+        price = "-" if one.price is None else f"${one.price:,.2f}"
+        began = one.began[:16].replace("T", " ")
+        steps = str(one.steps or "-")
+        rows.append((one.run_id, began, one.adapter, one.outcome, loss, *shown, rate, steps, hours, price, one.note))
     text = table(rows) if listed else "no such runs yet: `fineloop run` starts one"
     if reports := [one.report.replace(one.run_id, "RUN") for one in listed if one.report]:
         text += f"\nreports at {', '.join(dict.fromkeys(reports))}; fineloop runs show RUN says what came of one"
@@ -103,7 +101,7 @@ def _kept(options: argparse.Namespace) -> Answer:
 @command(
     "runs show",
     *REGISTRY,
-    option("--follow", action="store_true", help="show the progress of one in the store until it is over"),
+    option("--follow", "show the progress of one in the store until it is over"),
     *(RUN, STORE, *KUBEFLOW),
     example="fineloop runs show 20261101-0300 --follow -c mine.toml",
 )
@@ -245,16 +243,12 @@ def _follow(options: argparse.Namespace) -> Answer:
     return Answer(body, f"{run_id} is over: {(decision.verdict or decision.decision) + why if decision else 'trained'}")
 
 
-SHOWN = 5
-"""Records that turned, on the screen; --json and --html have all."""
-
-
 @command(
     "compare",
     *REGISTRY,
-    option("first", metavar="RUN|NAME@VERSION", help="a run, by its id or the beginning of it, or a version"),
-    option("others", nargs="+", metavar="RUN|NAME@VERSION", help="what to compare with it"),
-    option("--html", type=Path, metavar="FILE", help="write it as a page, with curves and all records"),
+    option("first RUN|NAME@VERSION", "a run, by its id or the beginning of it, or a version"),
+    option("others RUN|NAME@VERSION", "what to compare with it", nargs="+"),
+    option("--html FILE", "write it as a page, with curves and all records", type=Path),
     example="fineloop compare 20261126-0200 icd10-chapters@production --html side-by-side.html",
 )
 def compare(options: argparse.Namespace) -> Answer:
@@ -267,26 +261,18 @@ def compare(options: argparse.Namespace) -> Answer:
         sides = [past_runs.read_side(store, name) for name in (options.first, *options.others)]
     keys = past_runs.differing(sides)
     beside = [past_runs.compare(sides[0], other) for other in sides[1:]]
-    columns = [Column(side.name, side.run_id, side.version or "", side.note, side.metrics) for side in sides]
+    about = ("name", "run_id", "version", "note")
     body: dict[str, Any] = {
-        "runs": [
-            {"name": side.name, "run_id": side.run_id, "version": side.version, "note": side.note}
-            | {"metrics": dict(side.metrics)}
-            for side in sides
-        ],
+        "runs": [{key: getattr(side, key) for key in about} | {"metrics": dict(side.metrics)} for side in sides],
         "config": keys,
         "against_first": [asdict(each) for each in beside],
     }
     texts = {key: ["-" if value is None else str(value) for value in values] for key, values in keys.items()}
     lines = list(_comparison_lines(sides, texts, beside))
     if options.html is not None:
-        page = build_side_by_side(
-            columns,
-            texts,
-            beside,
-            {side.name: side.curve for side in sides},
-            generated_at=datetime.now(UTC),
-        )
+        columns = [Column(side.name, side.run_id, side.version or "", side.note, side.metrics) for side in sides]
+        curves = {side.name: side.curve for side in sides}
+        page = build_side_by_side(columns, texts, beside, curves, generated_at=datetime.now(UTC))
         options.html.write_text(page, encoding="utf-8")
         body["page"] = str(options.html)
         lines += ["", f"page: {options.html}"]
@@ -308,7 +294,7 @@ def _comparison_lines(
         yield from _gain_lines(each)
         right = sum(record.is_right for record in each.turned)
         yield f"  {right} turned right, {len(each.turned) - right} wrong"
-        for record in each.turned[:SHOWN]:
+        for record in each.turned[:5]:  # --json and --html have all
             sign = "right" if record.is_right else "wrong"
             yield f"    {sign}  {_clip(record.prompt)} -> {_clip(record.after)} (was {_clip(record.before)})"
 
@@ -326,7 +312,7 @@ def _clip(text: str) -> str:
 @command(
     "replay",
     *REGISTRY,
-    option("run", metavar="RUN", help="the run's id in the store"),
+    option("run RUN", "the run's id in the store"),
     example="fineloop replay 20261126-0200-icd10",
 )
 def replay(options: argparse.Namespace) -> Answer:
@@ -382,17 +368,11 @@ def reproduce(options: argparse.Namespace) -> Answer:
         "same": again.is_same,
         "agrees": again.agrees,
         "differs": dict(again.differs),
-        "compared": None if again.compared is None else asdict(again.compared),
+        "compared": again.compared and asdict(again.compared),
     }
-    return Answer(body, "\n".join(_reproduction_lines(version.name, again)), exit_code=0 if again.agrees else 1)
-
-
-def _reproduction_lines(name: str, again: Reproduced) -> Iterator[str]:
-    if again.compared is None:
-        yield f"{name} {again.version}: reproduced, byte by byte"
-        return
-    how = "other bytes, and the same metrics within their bounds" if again.agrees else "other bytes and other metrics"
-    yield f"{name} {again.version}: {how}, as {again.again}"
-    yield from _gain_lines(again.compared)
-    for key, (then, now) in again.differs.items():
-        yield f"  {key} was {then} and is {now}"
+    lines = [f"{version.name} {again.version}: reproduced, byte by byte"]
+    if again.compared is not None:
+        how = "and the same metrics within their bounds" if again.agrees else "and other metrics"
+        lines = [f"{version.name} {again.version}: other bytes, {how}, as {again.again}", *_gain_lines(again.compared)]
+        lines += [f"  {key} was {then} and is {now}" for key, (then, now) in again.differs.items()]
+    return Answer(body, "\n".join(lines), exit_code=0 if again.agrees else 1)

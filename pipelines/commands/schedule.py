@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from pipelines.kubeflow.schedule import Schedule, Timing
 
 ALLOWED = 3
-NAME = option("name", metavar="NAME", help="the schedule")
+OVERLAP = "when a run is under way at the next time: skip waits for its end and then runs once; allow runs beside it"
+CRON = "minute, hour, day of month, month, day of week, in UTC: '0 2 * * *', '30 6 * * MON-FRI', or @daily"
+NAME = option("name NAME", "the schedule")
 
 
 def _moment(text: str) -> datetime:
@@ -42,29 +44,11 @@ def _moment(text: str) -> datetime:
 def _timing(*, is_new: bool) -> tuple[Takes, ...]:
     """The options of when a schedule starts runs; those left out of an old one stay as they are."""
     return (
-        option(
-            "--cron",
-            required=is_new,
-            default="",
-            metavar="CRON",
-            help="minute, hour, day of month, month, day of week, in UTC: '0 2 * * *', '30 6 * * MON-FRI', or @daily",
-        ),
-        option(
-            "--overlap",
-            choices=("skip", "allow"),
-            default="skip" if is_new else "",
-            help="when a run is under way at the next time: skip waits for its end and then runs once; allow runs "
-            "beside it",
-        ),
-        option(
-            "--max-concurrency",
-            type=int,
-            default=0,
-            metavar="N",
-            help=f"with --overlap allow: runs at once (default: {ALLOWED})",
-        ),
-        option("--start", type=_moment, metavar="TIME", help="not before, such as 2027-01-31T06:00"),
-        option("--end", type=_moment, metavar="TIME", help="not after"),
+        option("--cron CRON", CRON, required=is_new),
+        option("--overlap", OVERLAP, choices=("skip", "allow"), default="skip" if is_new else ""),
+        option("--max-concurrency N", f"with --overlap allow: runs at once (default: {ALLOWED})", type=int, default=0),
+        option("--start TIME", "not before, such as 2027-01-31T06:00", type=_moment),
+        option("--end TIME", "not after", type=_moment),
     )
 
 

@@ -92,8 +92,8 @@ def _env(options: argparse.Namespace, name: str) -> Answer:
 @command(
     "reap",
     *KUBEFLOW,
-    option("--dry-run", action="store_true", help="only say what would be stopped"),
-    option("--rayjobs", default="", metavar="NAMESPACE", help="where RayJobs are (default: this pod's namespace)"),
+    option("--dry-run", "only say what would be stopped"),
+    option("--rayjobs NAMESPACE", "where RayJobs are (default: this pod's namespace)"),
     example="fineloop reap --dry-run",
 )
 def reap(options: argparse.Namespace) -> Answer:

@@ -100,7 +100,7 @@ def test_an_error_of_the_arguments_is_one_object_with_json(arguments: list[str],
     [
         (["rows.jsonl", "--html", "x.html"], "rows.jsonl"),
         (["--html", "x.html", "rows.jsonl"], "rows.jsonl"),
-        ([], None),
+        ([], ""),
         (["./erase"], "./erase"),
         (["--json", "erase"], "erase"),
     ],
