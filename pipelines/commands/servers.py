@@ -3,8 +3,8 @@
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster.backend import Backend

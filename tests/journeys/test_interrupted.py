@@ -17,19 +17,18 @@ import subprocess
 import tempfile
 import termios
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.journeys.conftest import Person
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.e2e]
 
-WITHIN_S = 300
 RUN = "fineloop run -c colours.toml --set train.checkpoint_every_steps=5 --set train.epochs=8 --json"
 PREPARES, LOADS, COMPARES = r"prepare +\d", r"finetune .*data s3://", r"evaluate +\d"
 TRAINS = r"(?s)step-\d+/shared.*step-\d+/shared"
@@ -47,30 +46,34 @@ class Traveller(Person):
 
     def left(self) -> dict[int, str]:
         """Processes that inherited the mark: their ids and command lines."""
-        found = {}
+        commands = {}
         for environ in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
                 if f"JOURNEY={self.mark}".encode() in environ.read_bytes().split(b"\0"):
-                    found[int(environ.parent.name)] = _command(int(environ.parent.name))
-        return found
+                    command = environ.with_name("cmdline").read_text()
+                    commands[int(environ.parent.name)] = command.replace("\0", " ")
+        return commands
 
     def process(self, *words: str) -> int:
         """The id of the one whose command line holds all of these; its guard's does too."""
         found = {pid: command for pid, command in self.left().items() if "guard.py" not in command}
         return next(pid for pid, command in found.items() if all(word in command for word in words))
 
+    def ports(self, home: str) -> set[int]:
+        return {port for path in (self.folder / home).glob("*/ports.json") for port in json.loads(path.read_text())}
+
     def listens(self, home: str) -> set[int]:
         """Ports of this home's servers that somebody listens on: state 0A in /proc/net/tcp."""
-        ports = {port for path in (self.folder / home).glob("*/ports.json") for port in json.loads(path.read_text())}
         lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-        return ports & {int(line.split()[1].split(":")[1], 16) for line in lines if line.split()[3] == "0A"}
+        return self.ports(home) & {int(line.split()[1].split(":")[1], 16) for line in lines if line.split()[3] == "0A"}
 
     def leaves_nothing(self, home: str) -> None:
         """Neither process nor port, nor a file outside the home."""
         assert self.left() == {}
         assert self.listens(home) == set()
         assert list(Path(self.variables["TMPDIR"]).iterdir()) == []
-        assert not [path for path in Path("/tmp").glob("seaweedfs-*.sock") if _ends_with_port_of(path, self, home)]
+        ports = self.ports(home)
+        assert not [path for path in Path("/tmp").glob("seaweedfs-*.sock") if int(path.stem.split("-")[-1]) in ports]
 
     def at_a_terminal(self, line: str) -> "Terminal":
         """Begin a command there."""
@@ -116,8 +119,8 @@ class Terminal:
         assert self.process.stdout is not None
         with self.process.stdout:
             out = self.process.stdout.read()
-        code = self.process.wait(WITHIN_S)
-        self._reader.join(WITHIN_S)
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
         return code, out.decode()
 
     def _read(self) -> None:
@@ -125,24 +128,6 @@ class Terminal:
             while chunk := os.read(self._hand, 4096):
                 self.screen += chunk.decode(errors="replace")
         os.close(self._hand)
-
-
-def wait_until(condition: Callable[[], object], within_s: float = WITHIN_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s"
-        time.sleep(0.1)
-
-
-def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    return ""
-
-
-def _ends_with_port_of(path: Path, person: Traveller, home: str) -> bool:
-    ports = {port for found in (person.folder / home).glob("*/ports.json") for port in json.loads(found.read_text())}
-    return int(path.stem.rpartition("-")[2]) in ports
 
 
 @pytest.fixture(scope="module")
@@ -205,127 +190,94 @@ def test_another_user_reads_nothing_in_a_home_that_stood_open(somebody: Travelle
     assert [path for path in seen if path.startswith(str(somebody.folder / "undisturbed"))] == []
 
 
-@dataclass
-class Course:
-    """One run, interrupted again and again: in each test they type what the screen of the one before said."""
-
-    person: Traveller
-    line: str
-    home: str = "disk/home"
-
-    def begins(self, shown: str) -> Terminal:
-        """Go on with the run until the screen shows this."""
-        wait_until(lambda: not self.person.left())  # servers end a little later than what used them
-        at = self.person.at_a_terminal(self.line)
-        at.shows(shown)
-        return at
-
-    def names_the_resume_command(self, at: Terminal) -> None:
-        """The screen says how to go on."""
-        assert "Traceback" not in at.screen
-        (said,) = re.findall(r"to go on from where it was: (fineloop run .*?)\r?\n", at.screen)
-        self.line = f"{said} --json"
-
-    def all_ends(self) -> None:
-        """By itself, and with it what was outside the home."""
-        wait_until(lambda: not self.person.left())
-        self.person.leaves_nothing(self.home)
+KILLED = "its process was ended by SIGKILL"
+STORE, HEAD = (f"the local {server} ended while it was in use" for server in ("S3 server", "Ray head"))
+CTRL_C, KILL, DISK = "ctrl-c", "kill", "disk"
+STRIKES = [
+    *((shown, CTRL_C, "") for shown in (PREPARES, LOADS, TRAINS)),
+    (TRAINS, "pipelines.local.run_pipeline", KILLED),
+    (TRAINS, "/weed -logtostderr=true mini", STORE),
+    (TRAINS, "/raylet/raylet ", HEAD),
+    *((shown, KILL, "") for shown in (PREPARES, TRAINS)),
+    pytest.param(TRAINS, DISK, r"the disk of \S+ is full|No space left on device", marks=AS_ROOT),
+    (COMPARES, CTRL_C, ""),
+    (COMPARES, KILL, ""),
+]
+"""What the screen shows, who is struck then, and what the screen says of it."""
 
 
 @pytest.fixture(scope="module")
-def course(somebody: Traveller) -> Iterator[Course]:
-    """Its home is a small disk of its own, where somebody may mount one."""
+def course(somebody: Traveller) -> Iterator[list[str]]:
+    """The line that goes on with one run, interrupted again and again: each test types what the screen said before. Its
+    home is a small disk of its own, where somebody may mount one."""
     disk = somebody.folder / "disk"
     disk.mkdir()
     if os.geteuid() == 0:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "none", str(disk)], check=True)
-    yield Course(somebody, f"{RUN} --home disk/home --run-id mine")
+    yield [f"{RUN} --home disk/home --run-id mine"]
     if os.geteuid() == 0:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("shown", [PREPARES, LOADS, TRAINS], ids=["prepares", "loads", "trains"])
-def test_at_ctrl_c_the_prompt_comes_back_when_nothing_runs_and_says_how_to_go_on(course: Course, shown: str) -> None:
-    at = course.begins(shown)
-    at.ctrl_c()
-    code, _ = at.ends()
-    course.person.leaves_nothing(course.home)
-    assert code == 130, at.screen
-    assert "interrupted: nothing of this command is left running" in at.screen
-    course.names_the_resume_command(at)
+def begins(person: Traveller, course: list[str], shown: str) -> Terminal:
+    wait_until(lambda: not person.left())  # servers end a little later than what used them
+    at = person.at_a_terminal(course[-1])
+    at.shows(shown)
+    return at
 
 
-KILLED = "its process was ended by SIGKILL"
-STORE, HEAD = (f"the local {server} ended while it was in use" for server in ("S3 server", "Ray head"))
+def names_the_resume_command(at: Terminal, course: list[str]) -> None:
+    assert "Traceback" not in at.screen
+    (resume,) = re.findall(r"to go on from where it was: (fineloop run .*?)\r?\n", at.screen)
+    course.append(f"{resume} --json")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("victim", "message"),
-    [
-        pytest.param("pipelines.local.run_pipeline", KILLED, id="the pipeline"),
-        pytest.param("/weed -logtostderr=true mini", STORE, id="the store"),
-        pytest.param("/raylet/raylet ", HEAD, id="the head"),
-    ],
-)
-def test_what_was_killed_is_named(course: Course, victim: str, message: str) -> None:
-    at = course.begins(TRAINS)
-    os.kill(course.person.process(victim), signal.SIGKILL)
-    code, out = at.ends()
-    assert code == 1, at.screen
-    assert message in at.screen
-    assert json.loads(out.splitlines()[-1])["exit_code"] == 1
-    course.names_the_resume_command(at)
-    course.all_ends()
+@pytest.mark.parametrize(("shown", "victim", "message"), STRIKES)
+def test_whatever_is_struck_nothing_is_left_and_the_screen_says_how_to_go_on(
+    somebody: Traveller, course: list[str], shown: str, victim: str, message: str
+) -> None:
+    at = begins(somebody, course, shown)
+    if victim == KILL:
+        second = somebody.types(course[-1])
+        at.process.kill()
+        at.ends()
+        wait_until(lambda: not somebody.left())
+        assert second.exit_code == 2
+        refusal = r"fineloop: run \S+ is under way in another process: wait for its end, or take another --run-id\n"
+        assert re.fullmatch(refusal, second.screen)
+        return
+    if victim == CTRL_C:
+        at.ctrl_c()
+        code, _ = at.ends()
+        somebody.leaves_nothing("disk/home")
+        assert code == 130, at.screen
+        assert "interrupted: nothing of this command is left running" in at.screen
+    else:
+        filler = somebody.folder / "disk" / "filler"
+        if victim == DISK:
+            filled = subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False)
+            assert filled.returncode == 1  # no space left
+        else:
+            os.kill(somebody.process(victim), signal.SIGKILL)
+        code, out = at.ends()
+        filler.unlink(missing_ok=True)
+        assert code == 1, at.screen
+        assert re.search(message, at.screen)
+        assert json.loads(out.splitlines()[-1])["exit_code"] == 1
+        wait_until(lambda: not somebody.left())
+        somebody.leaves_nothing("disk/home")
+    names_the_resume_command(at, course)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shown", [PREPARES, TRAINS], ids=["prepares", "trains"])
-def test_a_command_is_alone_at_its_run_and_when_it_is_killed_takes_all_with_it(course: Course, shown: str) -> None:
-    at = course.begins(shown)
-    second = course.person.types(course.line)
-    at.process.kill()
-    at.ends()
-    wait_until(lambda: not course.person.left())
-    assert second.exit_code == 2
-    refusal = r"fineloop: run \S+ is under way in another process: wait for its end, or take another --run-id\n"
-    assert re.fullmatch(refusal, second.screen)
-
-
-@pytest.mark.full
-@AS_ROOT
-def test_a_full_disk_is_called_that(course: Course) -> None:
-    at = course.begins(TRAINS)
-    filler = course.person.folder / "disk" / "filler"
-    filled = subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False)
-    assert filled.returncode == 1  # no space left
-    code, _ = at.ends()
-    filler.unlink()
-    assert code == 1, at.screen
-    assert re.search(r"the disk of \S+ is full|No space left on device", at.screen)
-    course.names_the_resume_command(at)
-    course.all_ends()
-
-
-@pytest.mark.full
-def test_a_comparison_is_interrupted_as_a_training_is(course: Course) -> None:
-    at = course.begins(COMPARES)
-    at.ctrl_c()
-    at.ends()
-    course.person.leaves_nothing(course.home)
-    at = course.begins(COMPARES)
-    at.process.kill()
-    at.ends()
-    wait_until(lambda: not course.person.left())
-
-
-@pytest.mark.full
-def test_after_all_of_this_the_run_makes_the_version_of_an_undisturbed_one(course: Course, undisturbed: str) -> None:
-    done = course.person.does(course.line)
-    assert done.answer["version"] == undisturbed
-    assert done.answer["run_id"] in course.line
-    assert done.answer["promoted"]
-    again = course.person.does(course.line).answer
+def test_after_all_of_this_the_run_makes_the_version_of_an_undisturbed_one(
+    somebody: Traveller, course: list[str], undisturbed: str
+) -> None:
+    wait_until(lambda: not somebody.left())
+    done = somebody.does(course[-1]).answer
+    assert (done["version"], done["promoted"], done["run_id"] in course[-1]) == (undisturbed, True, True)
+    again = somebody.does(course[-1]).answer
     assert (again["version"], again["promoted"]) == (undisturbed, True)  # as it was decided, and nothing moved anew
-    course.all_ends()  # and what a killed one left in the temporary directory went with a later one
+    wait_until(lambda: not somebody.left())
+    somebody.leaves_nothing("disk/home")  # what a killed one left in the temporary directory went with a later one

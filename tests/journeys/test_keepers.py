@@ -5,7 +5,7 @@ there before and after is judged by boto3's own listing of the bucket.
 """
 
 import signal
-import time
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +17,7 @@ from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.faulty_proxy import FaultyProxy, Hold, faulty_proxy
 from tests.doubles.jobs_api import TOKEN, stub_cluster
 from tests.journeys.keeper import Keeper, ended, keeper_at
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.e2e]
 GC = "fineloop adapters gc --keep-last 0 --older-than-days 0 --delete -c sums.toml"
@@ -53,10 +53,7 @@ def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: 
         stack.enter_context(under_way)
         stack.callback(under_way.send_signal, signal.SIGINT)
         hangs = cluster.directory / "hanging"
-        deadline = time.monotonic() + 120
-        while not hangs.exists() and time.monotonic() < deadline and under_way.poll() is None:
-            time.sleep(0.2)
-        assert hangs.exists()
+        wait_until(hangs.exists)
         begun = keeper.keys() - before
         assert {key.split("/")[0] for key in begun} == {"runs", "datasets"}
 
@@ -71,54 +68,64 @@ def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: 
     keeper.does("fineloop adapters audit sums -c sums.toml")
 
 
-@pytest.mark.slow
-def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_alias(
-    keeper: Keeper, proxy: FaultyProxy
-) -> None:
-    one, two = keeper.publishes("1"), keeper.publishes("2")
+@pytest.fixture
+def two(keeper: Keeper) -> tuple[str, str]:
+    """The version in production, and another."""
+    one, other = keeper.publishes("1"), keeper.publishes("2")
     keeper.does(f"fineloop adapters promote sums@{one} -c sums.toml")
+    return one, other
+
+
+def promoting(keeper: Keeper, proxy: FaultyProxy, version: str) -> "tuple[subprocess.Popen[str], Hold]":
+    """A promotion that is held before its swap."""
     swap = Hold("PUT", "aliases/production")
     proxy.holds.append(swap)
-    promoter = keeper.begins(f"fineloop adapters promote sums@{two} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
+    promoter = keeper.begins(f"fineloop adapters promote sums@{version} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
     assert swap.reached.wait(PATIENCE_S)
+    return promoter, swap
+
+
+@pytest.mark.slow
+def test_a_version_that_goes_between_a_promotions_look_and_its_swap_holds_no_alias(
+    keeper: Keeper, proxy: FaultyProxy, two: tuple[str, str]
+) -> None:
+    one, other = two
+    promoter, swap = promoting(keeper, proxy, other)
     keeper.does(GC)
-    assert keeper.files(two) == set()
+    assert keeper.files(other) == set()
     swap.let_go.set()
     exit_code, output = ended(promoter)
     assert exit_code == 1
-    assert f"sums {two} was removed or exchanged while production moved to it" in output
+    assert f"sums {other} was removed or exchanged while production moved to it" in output
     assert keeper.holder() == one
     keeper.does("fineloop adapters audit sums -c sums.toml")
 
 
 @pytest.mark.slow
 def test_a_version_that_takes_an_alias_while_it_is_being_removed_stays_whole(
-    keeper: Keeper, proxy: FaultyProxy
+    keeper: Keeper, proxy: FaultyProxy, two: tuple[str, str]
 ) -> None:
-    one, two = keeper.publishes("1"), keeper.publishes("2")
-    keeper.does(f"fineloop adapters promote sums@{one} -c sums.toml")
-    whole = keeper.files(two)
+    _, other = two
+    whole = keeper.files(other)
     removal = Hold("POST", "delete")
     proxy.holds.append(removal)
     collector = keeper.begins(GC, AWS_ENDPOINT_URL=proxy.url)
     assert removal.reached.wait(PATIENCE_S)
-    keeper.does(f"fineloop adapters promote sums@{two} -c sums.toml")
+    keeper.does(f"fineloop adapters promote sums@{other} -c sums.toml")
     removal.let_go.set()
     assert ended(collector)[0] == 0
-    assert (keeper.holder(), keeper.files(two)) == (two, whole)
+    assert (keeper.holder(), keeper.files(other)) == (other, whole)
     keeper.does("fineloop adapters audit sums -c sums.toml")
 
 
 def test_whichever_of_removal_and_promotion_is_answered_late_no_alias_points_at_nothing(
-    keeper: Keeper, proxy: FaultyProxy
+    keeper: Keeper, proxy: FaultyProxy, two: tuple[str, str]
 ) -> None:
-    one, two = keeper.publishes("1"), keeper.publishes("2")
-    keeper.does(f"fineloop adapters promote sums@{one} -c sums.toml")
-    swap, removal = Hold("PUT", "aliases/production"), Hold("POST", "delete", is_answered=True)
-    proxy.holds.append(swap)
-    promoter = keeper.begins(f"fineloop adapters promote sums@{two} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
-    assert swap.reached.wait(PATIENCE_S)
-    proxy.holds.append(removal)  # not before: the promotion tries the store first, and deletes what it wrote for that
+    one, other = two
+    promoter, swap = promoting(keeper, proxy, other)
+    # Not before: the promotion tries the store first, and deletes what it wrote for that.
+    removal = Hold("POST", "delete", is_answered=True)
+    proxy.holds.append(removal)
     collector = keeper.begins(GC, AWS_ENDPOINT_URL=proxy.url)
     assert removal.reached.wait(PATIENCE_S)  # the manifest is gone, and gc has not looked at the aliases again
     swap.let_go.set()
@@ -134,18 +141,14 @@ def test_what_nothing_held_before_is_told_and_audited_until_another_version_take
     keeper: Keeper, proxy: FaultyProxy
 ) -> None:
     one = keeper.publishes("1")
-    swap = Hold("PUT", "aliases/production")
-    proxy.holds.append(swap)
-    promoter = keeper.begins(f"fineloop adapters promote sums@{one} -c sums.toml", AWS_ENDPOINT_URL=proxy.url)
-    assert swap.reached.wait(PATIENCE_S)
+    promoter, swap = promoting(keeper, proxy, one)
     keeper.does(GC)
-    two = keeper.publishes("2")
+    other = keeper.publishes("2")
     swap.let_go.set()
     assert ended(promoter)[0] == 1
-    assert keeper.files(one) == set()
     audited = keeper.types("fineloop adapters audit sums -c sums.toml")
     assert audited.exit_code == 1
     assert f"points at {one}, which is damaged or gone" in audited.stdout
-    keeper.does(f"fineloop adapters promote sums@{two} -c sums.toml")
-    assert keeper.holder() == two
+    keeper.does(f"fineloop adapters promote sums@{other} -c sums.toml")
+    assert keeper.holder() == other
     keeper.does("fineloop adapters audit sums -c sums.toml")

@@ -110,9 +110,8 @@ def nights(bucket: Bucket, answers: list[Done]) -> list[Night]:
         of_roles = {column.removesuffix("_nll"): table[column] for column in table if column.endswith("_nll")}
         tokens = sum(table["answer_tokens"])
         losses = {role: sum(values) / tokens for role, values in of_roles.items() if not role.endswith("_prompt")}
-        return Night(
-            run_id, *(bucket.json(f"runs/{run_id}/{file}.json") for file in ("evaluation", "decision")), losses
-        )
+        evaluation, decision = (bucket.json(f"runs/{run_id}/{file}.json") for file in ("evaluation", "decision"))
+        return Night(run_id, evaluation, decision, losses)
 
     return [read(done.answer["run_id"]) for done in answers]
 
@@ -120,17 +119,6 @@ def nights(bucket: Bucket, answers: list[Done]) -> list[Night]:
 def version_of(night: Night, role: str) -> str | None:
     model = night.evaluation["models"].get(role)
     return model["version"] if model else None
-
-
-def held_before(log: list[dict[str, Any]], night: Night) -> dict[str, Any] | None:
-    """The last move before the night's version was published, or promoted."""
-    decided_at = next(
-        event["time"]
-        for event in log
-        if event["body"].get("run_id") == night.run_id and event["kind"] in ("promoted", "refused")
-    )
-    moves = [event for event in log if "to" in event["body"] and event["time"] < decided_at]
-    return moves[-1] if moves else None
 
 
 def test_production_answers_the_earlier_records_and_all_are_replayed(bucket: Bucket, nights: list[Night]) -> None:
@@ -164,7 +152,9 @@ def test_each_candidate_met_who_held_the_alias_and_the_best_that_its_move_names(
     """The best version so far, once a version holds the alias: by its run's decision, or a person's word."""
     met_another = []
     for number, night in enumerate(nights):
-        move = held_before(log, night)
+        ends = ("promoted", "refused")
+        decided_at = next(e["time"] for e in log if e["body"].get("run_id") == night.run_id and e["kind"] in ends)
+        move = next((e for e in reversed(log) if "to" in e["body"] and e["time"] < decided_at), None)
         champion = move["body"]["to"] if move else None
         if move and not move["body"]["run_id"] and move["kind"] != "rolled_back":
             best_by[champion] = champion

@@ -4,12 +4,11 @@ Of the log the judge is each object as it lies in the store, read with plain bot
 """
 
 import re
-from typing import Any
 
 import pytest
 
 from tests.journeys.bucket import Bucket
-from tests.journeys.conftest import Done, Person
+from tests.journeys.conftest import Person
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 RUN = "fineloop run -c colours.toml --json"
@@ -17,63 +16,39 @@ UNLEARNED = "--set train.learning_rate=1e-6"
 """A training that makes another version, and a worse one."""
 
 
-@pytest.fixture(scope="module")
-def runs(person: Person) -> list[Done]:
+def test_the_same_run_again_and_then_a_worse_one(person: Person) -> None:
     person.has_colours(rows=600)
-    return [person.does("fineloop ray up && " + RUN), person.does(RUN), person.does(f"{RUN} {UNLEARNED}")]
-
-
-@pytest.fixture(scope="module")
-def bucket(person: Person, runs: list[Done]) -> Bucket:
-    return Bucket.of(person)
-
-
-@pytest.fixture(scope="module")
-def log(bucket: Bucket) -> list[dict[str, Any]]:
-    """The events of the three runs, oldest first."""
-    return bucket.log("colours")
-
-
-def test_the_same_run_again_makes_the_same_version_and_says_that_nothing_changed(runs: list[Done]) -> None:
-    first, again, _ = (each.answer for each in runs)
+    lines = ("fineloop ray up && " + RUN, RUN, f"{RUN} {UNLEARNED}")
+    first, again, worse = (person.does(line).answer for line in lines)
     assert (first["decision"], first["promoted"]) == ("promote", True)
     assert (again["version"], again["decision"], again["promoted"]) == (first["version"], "hold", False)
     assert again["reasons"] == [
         f"Nothing changed: the candidate is {first['version']}, the very version that production points to now."
     ]
-
-
-def test_that_is_no_refusal(runs: list[Done], log: list[dict[str, Any]]) -> None:
-    first, _, worse = (each.answer for each in runs)
     assert worse["decision"] == "hold"
-    moves_made = [(event["kind"], event["body"].get("version", event["body"].get("to"))) for event in log]
-    assert moves_made == [
+
+    bucket = Bucket.of(person)
+    log = bucket.log("colours")
+    moves = [(event["kind"], event["body"].get("version", event["body"].get("to"))) for event in log]
+    assert moves == [
         ("published", first["version"]),
         ("promoted", first["version"]),
         ("published", worse["version"]),
         ("refused", worse["version"]),
     ]
-
-
-def test_and_no_decision_on_the_held_out_records(runs: list[Done], bucket: Bucket, log: list[dict[str, Any]]) -> None:
-    """The next night's is the second: the log names the test set in the promotion, and in that night's refusal."""
+    # The log names the test set in the promotion and in the refusal: the same run again is no decision on it.
     named = [event["body"].get("test_set") or event["body"].get("evidence", {}).get("test_set") for event in log]
     decided = [sample for sample in named if sample]
-    assert len(decided) == 2
-    assert decided[0] == decided[1]
-    assert bucket.json(f"runs/{runs[2].answer['run_id']}/decision.json")["look"] == len(decided)
+    assert (len(decided), len(set(decided))) == (2, 1)
+    assert bucket.json(f"runs/{worse['run_id']}/decision.json")["look"] == 2
 
-
-def test_the_version_stays_the_gates_choice(person: Person, runs: list[Done]) -> None:
-    first, _, worse = (each.answer["version"] for each in runs)
-    refused = person.types(f"fineloop adapters promote colours@{worse}")
+    refused = person.types(f"fineloop adapters promote colours@{worse['version']}")
     assert refused.exit_code == 2
     assert "--by and --reason" in refused.screen
-    person.does(f"fineloop adapters promote colours@{worse} --by ann --reason 'to see what users say'")
-    person.does(f"fineloop adapters promote colours@{first}")
+    person.does(f"fineloop adapters promote colours@{worse['version']} --by ann --reason 'to see what users say'")
+    person.does(f"fineloop adapters promote colours@{first['version']}")
     history = person.does("fineloop adapters history colours --json").answer["events"]
     assert [event["kind"] for event in history[-2:]] == ["overridden", "promoted"]
     person.does("fineloop adapters page colours --to pages")
     page = re.sub(r"<[^>]*>", " ", (person.folder / "pages" / "colours.html").read_text())
-    assert page.count("refused by the gate") == 1
-    assert page.count("although the gate refused it") == 1
+    assert page.count("refused by the gate") == page.count("although the gate refused it") == 1

@@ -13,18 +13,25 @@ from docs.json_keys import FREE, JSON_KEYS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def fineloop(
-    *arguments: str | Path, cwd: Path, typed: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def begun(*arguments: str | Path, cwd: Path, **environment: str) -> "subprocess.Popen[bytes]":
+    """The command as a process in a session of its own, that goes on beside the test."""
+    return subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        input=typed,
-        capture_output=True,
-        text=True,
-        check=False,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
+
+
+def fineloop(
+    *arguments: str | Path, cwd: Path, typed: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    with begun(*arguments, cwd=cwd, **environment) as process:
+        out, err = process.communicate(typed.encode())
+    return subprocess.CompletedProcess(process.args, process.returncode, out.decode(), err.decode())
 
 
 def body(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -34,8 +34,7 @@ def adapters(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Adapters:
 def test_a_move_is_announced_and_told_again_on_request(
     store: Store, adapters: Adapters, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = {"adapter_model.safetensors": b"one", "adapter_config.json": b"{}"}
-    version = publish_version(store, "sums", files, lineage={}).version
+    version = publish(store, "one")
     heard: list[dict[str, Any]] = []
 
     def handle(_verb: str, _path: str, _query: Any, body: bytes, _headers: Any) -> tuple[int, Any]:
@@ -55,6 +54,11 @@ def test_a_move_is_announced_and_told_again_on_request(
     assert "names nothing to notify" in adapters("announce", "sums", exit_code=2)["error"]["message"]
 
 
+def publish(store: Store, weights: str, **lineage: Any) -> str:
+    files = {"adapter_model.safetensors": weights.encode(), "adapter_config.json": b"{}"}
+    return publish_version(store, "sums", files, lineage=lineage).version
+
+
 def a_key() -> str:
     """A private key in PEM."""
     pem = Ed25519PrivateKey.generate().private_bytes(
@@ -66,12 +70,7 @@ def a_key() -> str:
 def test_what_is_held_is_signed_by_one_command_and_a_version_is_revoked_by_another(
     store: Store, adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = (
-        publish_version(
-            store, "sums", {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}, lineage={}
-        ).version
-        for weights in (b"one", b"two")
-    )
+    one, two = (publish(store, weights) for weights in ("one", "two"))
     monkeypatch.setenv("FINELOOP_SIGNING_KEY", a_key())
     promote(store, "sums", one)
     public = adapters("sign", "sums")["public_key"]
@@ -95,13 +94,7 @@ def test_a_registry_is_audited_signed_asked_and_collected(
     store: Store, adapters: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = (
-        publish_version(
-            store,
-            "sums",
-            {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"},
-            lineage={"run_id": "r", "dataset": {"dataset_id": f"d-{weights.decode()}"}},
-        ).version
-        for weights in (b"one", b"two")
+        publish(store, weights, run_id="r", dataset={"dataset_id": f"d-{weights}"}) for weights in ("one", "two")
     )
     for dataset in ("d-one", "d-two"):
         folders.publish(store, f"datasets/{dataset}", {"profile.json": b"{}"}, about={})

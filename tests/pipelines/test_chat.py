@@ -1,11 +1,8 @@
 """`fineloop chat` as a process, on a real store and a real version of the tiny base."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +15,7 @@ from components.registry.versions import Version
 from components.store.store import Store
 from tests.models.tiny import build_base
 from tests.models.tiny_version import publish
-from tests.pipelines.command_line import ROOT, body, fineloop
+from tests.pipelines.command_line import begun, body, fineloop
 
 
 @pytest.fixture
@@ -66,16 +63,7 @@ def test_json_holds_the_answers_of_adapter_and_champion(version: Version, store:
 @pytest.mark.slow
 def test_an_interrupt_ends_an_answer_and_not_the_chat(version: Version, tmp_path: Path) -> None:
     arguments = ["chat", "colours", "-c", "where.toml", "--against", "none", "--max-tokens", "400", "--json"]
-    arguments += ["--set", "evaluate.max_new_tokens=4"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as talk:
+    with begun(*arguments, "--set", "evaluate.max_new_tokens=4", cwd=tmp_path) as talk:
         assert talk.stdin
         assert talk.stdout
         assert talk.stderr
@@ -97,14 +85,7 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(version: Version, tmp_path
 @pytest.mark.slow
 def test_it_is_served_over_http_until_an_interrupt(version: Version, tmp_path: Path) -> None:
     arguments = ["serve", "colours", "--port", "0", "--against", "none", "-c", "where.toml", "--json"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as serving:
+    with begun(*arguments, cwd=tmp_path) as serving:
         assert serving.stdout
         assert serving.stderr
         said = read_until(serving.stderr, b"Ctrl-C ends it")

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.doubles.jobs_api import JobsApi
-from tests.pipelines.command_line import ROOT, body, fineloop
+from tests.pipelines.command_line import begun, body, fineloop
 from tests.waiting import PATIENCE_S, wait_until
 
 
@@ -27,16 +26,7 @@ from tests.waiting import PATIENCE_S, wait_until
 def test_an_interrupted_run_leaves_nothing_behind(
     command: str, number: signal.Signals, stub_cluster: JobsApi, config_path: Path, tmp_path: Path
 ) -> None:
-    mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
-    running = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", command, "-c", config_path, "--set", "method.dropout=0.3"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), mark: "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    running, mark = begin(command, config_path, tmp_path)
     wait_for(stub_cluster.directory / "hanging")
     assert len(processes_with(mark)) > 1
     (folder,) = (tmp_path / ".fineloop" / "runs").iterdir()
@@ -46,10 +36,8 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert outcome_of(folder.name, config_path, tmp_path)["outcome"] == "running: finetune"
 
     running.send_signal(number)
-    out, err = running.communicate(timeout=PATIENCE_S)
-
-    assert running.returncode == 130
-    assert out == ""
+    out, err = (each.decode() for each in running.communicate(timeout=PATIENCE_S))
+    assert (running.returncode, out) == (130, "")
     said, goes_on = err.splitlines()[-2:]
     assert said.startswith("interrupted")
     resume = f"fineloop {command} -c .fineloop/runs/{folder.name}/config.toml --run-id {folder.name}"
@@ -64,13 +52,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
 def test_a_run_killed_outright_takes_its_steps_with_it(
     stub_cluster: JobsApi, config_path: Path, tmp_path: Path
 ) -> None:
-    mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
-    running = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "run", "-c", config_path, "--set", "method.dropout=0.3"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), mark: "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    running, mark = begin("run", config_path, tmp_path)
     wait_for(stub_cluster.directory / "hanging")
     running.kill()
     running.wait()
@@ -83,23 +65,23 @@ def test_a_run_killed_outright_takes_its_steps_with_it(
 def test_a_run_whose_pipeline_is_killed_says_so_and_how_it_goes_on(
     stub_cluster: JobsApi, config_path: Path, tmp_path: Path
 ) -> None:
-    running = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "run", "-c", config_path, "--set", "method.dropout=0.3"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    running, _ = begin("run", config_path, tmp_path)
     wait_for(stub_cluster.directory / "hanging")
     for found in Path("/proc").glob("[0-9]*/cmdline"):
         words = found.read_text().split("\0")
         if words[1:3] == ["-m", "pipelines.local.run_pipeline"] and str(tmp_path) in words[5]:
             os.kill(int(found.parent.name), signal.SIGKILL)
-    _, err = running.communicate(timeout=PATIENCE_S)
+    err = running.communicate(timeout=PATIENCE_S)[1].decode()
     assert running.returncode == 1
     assert "no step said why: its process was ended by SIGKILL" in err
     assert "to go on from where it was: fineloop run -c .fineloop/runs/" in err
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+
+
+def begin(command: str, config_path: Path, cwd: Path) -> "tuple[subprocess.Popen[bytes], str]":
+    """A command whose training hangs, and a variable that all of its processes inherit."""
+    mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
+    return begun(command, "-c", config_path, "--set", "method.dropout=0.3", cwd=cwd, **{mark: "1"}), mark
 
 
 def outcome_of(run_id: str, config_path: Path, cwd: Path) -> dict[str, Any]:

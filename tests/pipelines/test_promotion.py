@@ -32,11 +32,10 @@ promotion(**json.loads(sys.argv[1]))
 def test_a_person_moves_the_alias_and_back(
     store: Store, s3_server: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    files: dict[str, bytes] = {"adapter_config.json": b"{}"}
     first, second = (
-        versions.publish_version(
-            store, "sums", {"adapter_model.safetensors": body, "adapter_config.json": b"{}"}, lineage={}
-        ).version
-        for body in (b"one", b"two")
+        versions.publish_version(store, "sums", {**files, "adapter_model.safetensors": weights}, lineage={}).version
+        for weights in (b"one", b"two")
     )
     for name, value in {**s3_server.environment(), "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
@@ -65,10 +64,8 @@ def test_a_person_moves_the_alias_and_back(
     assert refused.returncode != 0
     assert "is signed by none of registry.trusted_keys" in refused.stdout + refused.stderr
     assert aliases.read_alias(store, "sums", "production").version == first  # type: ignore[union-attr]
-    assert [event.body.get("actor") for event in event_log.events(store, "sums") if event.kind == "promoted"] == [
-        "Kubeflow UI",
-        "ada",
-    ]
+    promoted = [event for event in event_log.events(store, "sums") if event.kind == "promoted"]
+    assert [event.body.get("actor") for event in promoted] == ["Kubeflow UI", "ada"]
     pages = [path.read_text() for path in (tmp_path / "out").rglob("summary")]
     assert sum(page.startswith("# sums@production is now") for page in pages) == 3
 

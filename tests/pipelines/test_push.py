@@ -57,13 +57,8 @@ def test_a_version_goes_to_a_private_repository_under_a_tag_of_its_own(
     there = hub.repositories["acme/sums"]
     assert there.private
     assert there.files["adapter_model.safetensors"] == b"weights of acme/base"
-    assert set(there.files) == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "README.md",
-        "lineage.json",
-        "manifest.json",
-    }
+    adapter = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert set(there.files) == {*adapter, "lineage.json", "manifest.json"}
     assert there.tags == {version: there.commits[-1]}
     assert answer == {
         **{"name": "sums", "version": version, "repository": "acme/sums", "tag": version},
@@ -100,9 +95,6 @@ def test_what_an_export_wrote_goes_in_place_of_the_version(
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     message = push(f"sums@{version}", "acme/sums", "--from", str(folder), exit_code=2)["error"]["message"]
     assert "holds pytorch_model.bin: weights go as safetensors alone" in message
-    (folder / "model.gguf").write_bytes(b"GGUF")
-    message = push(f"sums@{version}", "acme/sums", "--from", str(folder), exit_code=2)["error"]["message"]
-    assert "holds a GGUF, and weights go as safetensors alone: push what --merged writes" in message
 
 
 @pytest.mark.parametrize(
@@ -134,21 +126,9 @@ def test_what_the_hub_would_refuse_is_said(
 def test_a_card_that_the_hub_does_not_take_ends_the_push_before_any_upload(
     store: Store, hub: WritableHub, push: Push
 ) -> None:
-    wrong = CARD.replace("acme/base", "./base").encode()
-    version = publish_version(
-        store,
-        "sums",
-        {
-            "adapter_model.safetensors": b"w",
-            "adapter_config.json": b'{"base_model_name_or_path": "acme/base"}',
-            "README.md": wrong,
-        },
-        lineage={},
-    ).version
+    version = version_of(store, **{"README.md": CARD.replace("acme/base", "./base").encode()})
     message = push(f"sums@{version}", "acme/sums", exit_code=2)["error"]["message"]
-    assert (
-        'the hub does not take README.md: Invalid metadata in README.md. - "base_model" with value "./base"' in message
-    )
+    assert "the hub does not take README.md: Invalid metadata" in message
     assert hub.uploaded == {}
 
 

@@ -25,21 +25,10 @@ def keep(store: Store, config_path: Path, run_id: str, began: str, *overrides: s
 
 
 USED = Usage(
-    workers=4,
-    gpu="NVIDIA H100 80GB HBM3",
-    held_s=6 * 3600.0,
-    in_steps_s=16_200.0,
-    tokens=12_000_000,
-    restarts=0,
-    steps_repeated=0,
-    flops=None,
-    flops_with_parents=None,
-    s3_requests=12,
-    s3_read_bytes=0,
-    s3_written_bytes=0,
-    price=41.28,
-    price_source="a list",
-)
+    workers=4, gpu="NVIDIA H100 80GB HBM3", held_s=6 * 3600.0, in_steps_s=16_200.0, tokens=12_000_000, restarts=0,
+    steps_repeated=0, flops=None, flops_with_parents=None, s3_requests=12, s3_read_bytes=0, s3_written_bytes=0,
+    price=41.28, price_source="a list",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -64,12 +53,15 @@ def three(store: Store, config_path: Path) -> list[str]:
 
 
 def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(
-    three: list[str], config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    three: list[str], store: Store, config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     done = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
     listed = body(done)["runs"]
     assert sorted(run["run_id"] for run in listed) == sorted(three)
+    of_sums = past_runs.listed(store, tmp_path, adapter="sums", limit=9)
+    assert {run.run_id for run in of_sums} == {"aa-one", "ab-two"}
+    assert len(past_runs.listed(store, tmp_path, limit=2)) == 2
     of = {run["run_id"]: run for run in listed}
     assert [of[run_id]["outcome"] for run_id in three] == ["failed in finetune", "trained", "promote"]
     assert (of["aa-one"]["learning_rate"], of["ab-two"]["learning_rate"]) == (0.25, 0.5)
@@ -77,11 +69,6 @@ def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(
     assert of["b-three"]["began"] == "2026-11-29T03:00:00+00:00"
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("aa-one")]
     assert " ".join(line.split()[1:]) == "2026-11-29 01:00 sums promote 1.250 0.25 40 6.00 $41.28 half the data"
-
-
-def test_one_adapters_runs_and_as_many_as_asked(three: list[str], store: Store, tmp_path: Path) -> None:
-    assert {run.run_id for run in past_runs.listed(store, tmp_path, adapter="sums", limit=9)} == {"aa-one", "ab-two"}
-    assert len(past_runs.listed(store, tmp_path, limit=2)) == 2
 
 
 def test_a_run_is_shown_with_what_came_of_it_its_report_and_what_to_do_next(
@@ -101,11 +88,7 @@ def test_a_run_is_shown_with_what_came_of_it_its_report_and_what_to_do_next(
     for part in ("sums: a new version may go to production", shown["report"], shown["next"][0]):
         assert part in done.stderr
     listed = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
-    assert {run["run_id"]: run["report"] for run in body(listed)["runs"]} == {
-        "aa-one": ".fineloop/runs/aa-one/report.html",
-        "ab-two": None,
-        "b-three": None,
-    }
+    assert [run["report"] for run in body(listed)["runs"] if run["report"]] == [shown["report"]]
     assert "reports at .fineloop/runs/RUN/report.html" in listed.stderr
 
 
@@ -162,9 +145,7 @@ JUNK = {
     "not UTF-8": (runs.CONFIG, b"\xff\xfe"),
     "not TOML": (runs.CONFIG, b"[" * 100_000),
     "no section": (runs.CONFIG, b"adapter = 5"),
-    "a number for a name": (runs.CONFIG, b"[adapter]\nname = 5"),
     "a text for a rate": (runs.CONFIG, b'[adapter]\nname = "sums"\n[train]\nlearning_rate = "high"'),
-    "a list for a method": (runs.CONFIG, b"[method]\nname = []"),
     "a broken decision": (runs.DECISION, b"{"),
     "a broken step": (f"{runs.STEPS}gate.json", b"[]"),
     "nothing but junk": ("junk", b"x"),
@@ -184,9 +165,7 @@ def test_one_damaged_run_hides_no_other(
     done = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     listed = {run["run_id"]: run["outcome"] for run in body(done)["runs"]}
-    assert {run_id: listed.pop(run_id) for run_id in three} == dict(
-        zip(three, ["failed in finetune", "trained", "promote"], strict=True)
-    )
+    assert [listed.pop(run_id) for run_id in three] == ["failed in finetune", "trained", "promote"]
     assert all(outcome.startswith("damaged: ") for outcome in listed.values())
     assert len(listed) == (file != "junk")
     shown = fineloop("runs", "show", "odd", "-c", config_path, cwd=tmp_path)
