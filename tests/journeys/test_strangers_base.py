@@ -81,26 +81,21 @@ def stranger(person: Person) -> tuple[Person, str, Path]:
     return person, version, ran
 
 
-def test_nothing_of_another_base_runs_for_chat_or_export(stranger: tuple[Person, str, Path]) -> None:
+def test_nothing_of_another_base_runs_for_chat_or_export_or_where_its_version_is_the_champion(
+    stranger: tuple[Person, str, Path],
+) -> None:
     person, version, ran = stranger
     for line in (
         f"echo sky | fineloop chat colours@{version} -c colours.toml",
         f"fineloop adapters export colours@{version} --merged -c colours.toml",
         f"fineloop adapters export colours@{version} --lora -c colours.toml",
+        "fineloop run -c colours.toml --set train.max_steps=2",
     ):
         done = person.types(line)
         assert done.exit_code == 2, (line, done.screen)
         assert f"its base {person.folder / 'strangers'} comes with Python code of its own" in done.screen
         assert f"allows that of {person.folder / 'base'} alone" in done.screen
         assert not ran.exists(), line
-
-
-def test_nothing_of_another_base_runs_where_its_version_is_the_champion(stranger: tuple[Person, str, Path]) -> None:
-    person, _, ran = stranger
-    done = person.types("fineloop run -c colours.toml --set train.max_steps=2")
-    assert done.exit_code == 2, done.screen
-    assert f"its base {person.folder / 'strangers'} comes with Python code of its own" in done.screen
-    assert not ran.exists()
 
 
 def test_who_has_read_the_other_bases_code_says_so_by_its_name(stranger: tuple[Person, str, Path]) -> None:

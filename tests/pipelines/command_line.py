@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.config import config_file
+from components.registry.versions import Version
+from components.store.store import Store
 from docs.json_keys import FREE, JSON_KEYS
+from tests.models.tiny import build_base
+from tests.models.tiny_version import publish
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,3 +50,13 @@ def require_documented(arguments: Sequence[str], printed: dict[str, Any]) -> Non
     command = next(name for name in (" ".join(arguments[:2]), arguments[0]) if name in {*JSON_KEYS, *FREE})
     if "error" not in printed and command not in FREE:
         assert set(printed) <= set(JSON_KEYS[command].split())
+
+
+def colours(store: Store, folder: Path, method: str, more: str = "") -> Version:
+    """A real version of the tiny base; where.toml, in the folder, says where its registry lies."""
+    (folder / "where.toml").write_text(
+        f'[adapter]\nname = "colours"\n[data]\nsource = "none.jsonl"\n[method]\nname = "{method}"\nrank = 8\n'
+        f'[model]\nbase = "{build_base(folder / "base")}"\nmax_length = 64\n'
+        f'[registry]\nbucket = "{store.bucket}"\nprefix = "{store.prefix}"\n{more}'
+    )
+    return publish(config_file.load(folder / "where.toml"), store, folder)

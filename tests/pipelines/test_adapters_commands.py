@@ -1,4 +1,4 @@
-"""What `fineloop adapters` says of a registry: audit, sign, lineage back and gc."""
+"""What `fineloop adapters` says of a registry, who moves an alias by it, and what it asks them for."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from components.records import runs
+from components.records.steps import Decision
 from components.registry.aliases import promote, read_alias
+from components.registry.cache import LISTED
+from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.store import folders
 from components.store.store import Store
@@ -153,7 +157,9 @@ def test_a_move_that_changes_nothing_says_since_when_and_going_back_takes_first_
     pointer = read_alias(store, "sums", "production")
     assert pointer is not None
     since = f"{pointer.since[:10]} {pointer.since[11:16]} UTC"
-    assert "held by" in adapters("promote", f"sums@{one}", "--expect", "vdead", exit_code=1)["error"]["message"]
+    lost = adapters("promote", f"sums@{two}", "--expect", "vdead", exit_code=1)
+    assert "held by" in lost["error"]["message"]
+    assert lost["conflict"]["version"] == one
     for words in (["--expect", one], []):
         assert main(["adapters", "promote", f"sums@{one}", "-c", str(config_path), *words]) == 0
         assert capsys.readouterr().out.strip() == f"sums@production: already {one} since {since}"
@@ -162,3 +168,54 @@ def test_a_move_that_changes_nothing_says_since_when_and_going_back_takes_first_
     back = adapters("rollback", "sums", "--to", one[:6])
     assert (back["from"], back["to"]) == (two, one)
     assert adapters("rollback", "sums", "--expect", two)["moved"] is False
+
+
+def test_a_refused_version_promoted_by_hand_is_overridden(
+    store: Store, published: list[str], adapters: Adapters
+) -> None:
+    new = published[1]
+    append_event(store, "sums", "refused", {"version": new, "alias": "production", "run_id": "r"})
+    store.put_json(LISTED, {"sums": {"in_production": "the old one"}, "other": {"in_production": "its own"}})
+    refused = adapters("promote", f"sums@{new}", exit_code=2)["error"]["message"]
+    assert f"the gate holds sums {new}, and this overrides it: say who answers for it and why" in refused
+    assert store.get_json(LISTED).keys() == {"sums", "other"}
+    adapters("promote", f"sums@{new}", "--by", "ada", "--reason", "the test set is wrong")
+    event = adapters("history", "sums")["events"][-1]
+    assert event["kind"] == "overridden"
+    assert (event["body"]["actor"], event["body"]["reason"]) == ("ada", "the test set is wrong")
+    assert store.get_json(LISTED).keys() == {"other"}  # the next run reads what is in production of sums
+
+
+def test_what_stands_in_staging_goes_to_production(published: list[str], adapters: Adapters) -> None:
+    old, new = published
+    moved = adapters("promote", f"sums@{new}", "--alias", "staging")
+    assert (moved["alias"], moved["from"], moved["to"]) == ("staging", None, new)
+    assert [adapters("show", f"sums@{alias}")["version"] for alias in ("staging", "production")] == [new, old]
+    assert adapters("promote", "sums@staging")["to"] == new
+    assert adapters("show", f"sums@{new}")["aliases"] == ["production", "staging"]
+    assert adapters("rollback", "sums")["to"] == old
+    assert adapters("show", "sums@staging")["version"] == new
+
+
+def test_what_the_gate_left_to_a_person_is_approved_by_name(
+    store: Store, published: list[str], adapters: Adapters, config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = published
+    verdict = {"decision": "hold", "verdict": "needs approval", "reasons": ["A person has to approve it."]}
+    about = {"version": new, "alias": "production", "run_id": "r9", "champion": old}
+    decision = Decision.model_validate_json(json.dumps({**verdict, **about, "adapter": "sums"}))
+    runs.write(store, "r9", decision)
+    append_event(store, "sums", "proposed", {**about, **verdict, "decision_sha256": decision.sha256})
+    why = ("--reason", "read fifty answers")
+    with pytest.raises(SystemExit):
+        adapters("approve", f"sums@{new}", *why)
+    assert "--by" in capsys.readouterr().out
+    approved = adapters("approve", f"sums@{new}", *why, "--by", "ada")
+    assert (approved["from"], approved["to"]) == (old, new)
+    again = adapters("approve", f"sums@{old}", *why, "--by", "ada", exit_code=2)["error"]["message"]
+    assert "does not wait for an approval to take production" in again
+    assert main(["adapters", "history", "sums", "-c", str(config_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[1] for line in lines] == ["proposed", "promoted"]
+    assert "A person has to approve it." in lines[0]
+    assert "by ada: read fifty answers" in lines[1]

@@ -13,19 +13,13 @@ from components.config import config_file
 from components.registry.aliases import promote
 from components.registry.versions import Version
 from components.store.store import Store
-from tests.models.tiny import build_base
 from tests.models.tiny_version import publish
-from tests.pipelines.command_line import begun, body, fineloop
+from tests.pipelines.command_line import begun, body, colours, fineloop
 
 
 @pytest.fixture
 def version(store: Store, tmp_path: Path) -> Version:
-    (tmp_path / "where.toml").write_text(
-        '[adapter]\nname = "colours"\n[data]\nsource = "none.jsonl"\n[method]\nname = "lora"\nrank = 4\n'
-        f'[model]\nbase = "{build_base(tmp_path / "base")}"\nmax_length = 64\n'
-        f'[registry]\nbucket = "{store.bucket}"\nprefix = "{store.prefix}"\n[evaluate]\nmax_new_tokens = 4\n'
-    )
-    return publish(config_file.load(tmp_path / "where.toml"), store, tmp_path)
+    return colours(store, tmp_path, "lora", "[evaluate]\nmax_new_tokens = 4\n")
 
 
 @pytest.mark.slow

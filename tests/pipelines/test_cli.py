@@ -12,7 +12,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config import config_file
-from components.registry import aliases, signing, versions
+from components.registry import signing, versions
 from components.store import folders
 from components.store.store import Store
 from docs.generate import commands
@@ -207,20 +207,8 @@ def test_adapters_are_listed_shown_verified_and_pulled(
     assert (tmp_path / "here" / "adapter_model.safetensors").read_bytes() == b"two"
 
 
-def test_an_adapter_is_pulled_with_the_base_of_its_own(store: Store, config_path: Path, tmp_path: Path) -> None:
-    base = folders.publish(store, "bases/b0", {"config.json": b"{}"})
-    recipe = {"adapter": "lora", "stands_on": store.uri("bases/b0"), "stands_on_sha256": base.sha256}
-    files = {"adapter_model.safetensors": b"three", "adapter_config.json": b"{}"}
-    version = versions.publish_version(store, "sums", files, lineage={"run_id": "run-three", "recipe": recipe})
-    arguments = ("--to", "here", "--with-base", "-c", config_path, "--json")
-    for _ in range(2):
-        pulled = body(fineloop("adapters", "pull", f"sums@{version.version}", *arguments, cwd=tmp_path))
-        assert pulled["base_path"] == str(tmp_path / "here-base")
-        assert (tmp_path / "here-base" / "config.json").read_bytes() == b"{}"
-
-
-def test_where_keys_are_trusted_a_base_is_pulled_by_the_digest_that_the_signed_version_names(
-    store: Store, config_path: Path, tmp_path: Path
+def test_an_adapter_is_pulled_with_the_base_of_its_own_by_the_digest_that_its_signed_version_names(
+    store: Store, published: list[str], config_path: Path, tmp_path: Path
 ) -> None:
     base = folders.publish(store, "bases/b1", {"weights": b"good"})
     key = Ed25519PrivateKey.generate()
@@ -231,40 +219,23 @@ def test_where_keys_are_trusted_a_base_is_pulled_by_the_digest_that_the_signed_v
         made.append(versions.publish_version(store, "sums", files, lineage=lineage).version)
         signing.sign(store, "sums", made[-1], key, alias="production")
     trusting = ("--set", f'registry.trusted_keys=["{signing.public_text(key)}"]')
-    rest = ("--with-base", "-c", config_path, *trusting)
-    named, unnamed = (("adapters", "pull", f"sums@{each}") for each in made)
-    assert fineloop(*named, "--to", "one", *rest, cwd=tmp_path).returncode == 0
-    done = fineloop(*unnamed, "--to", "two", *rest, cwd=tmp_path)
+
+    def pull(reference: str, to: str, *more: str) -> subprocess.CompletedProcess[str]:
+        where = ("--to", to, "--with-base", "-c", config_path, "--json")
+        return fineloop("adapters", "pull", reference, *where, *more, cwd=tmp_path)
+
+    for _ in range(2):
+        assert body(pull(f"sums@{made[0]}", "one", *trusting))["base_path"] == str(tmp_path / "one-base")
+        assert (tmp_path / "one-base" / "weights").read_bytes() == b"good"
+    done = pull(f"sums@{made[1]}", "two", *trusting)
     assert (done.returncode, "does not say which bytes" in done.stderr) == (1, True)
     store.delete([info.key for info in store.list("bases/b1/")])
     folders.publish(store, "bases/b1", {"weights": b"EVIL"})  # manifest and all
-    done = fineloop(*named, "--to", "three", *rest, cwd=tmp_path)
+    done = pull(f"sums@{made[0]}", "three", *trusting)
     assert (done.returncode, (tmp_path / "three-base").exists()) == (1, False)
     assert base.sha256 in done.stderr
-
-
-def test_a_base_that_lies_elsewhere_is_not_pulled(published: list[str], config_path: Path, tmp_path: Path) -> None:
-    done = fineloop("adapters", "pull", "sums", "--to", "here", "--with-base", "-c", config_path, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "leave out --with-base" in done.stderr
-
-
-def test_a_promotion_and_its_way_back_are_told_in_the_history(
-    store: Store, published: list[str], config_path: Path, tmp_path: Path
-) -> None:
-    where = ("-c", config_path)
-    old, new = published
-
-    moved = fineloop("adapters", "promote", f"sums@{new}", *where, "--reason", "by hand", "--json", cwd=tmp_path)
-    assert moved.returncode == 0, moved.stderr
-    assert body(moved).keys() == {"alias", "from", "to", "event_uri"}
-    assert (body(moved)["from"], body(moved)["to"]) == (old, new)
-    back = body(fineloop("adapters", "rollback", "sums", *where, "--json", cwd=tmp_path))
-    assert (back["from"], back["to"]) == (new, old)
-    history = fineloop("adapters", "history", "sums", *where, cwd=tmp_path)
-    kinds = [line.split()[1] for line in history.stdout.splitlines()]
-    assert kinds == ["published", "published", "promoted", "promoted", "rolled_back"]
-    assert "by hand" in history.stdout
+    done = pull(f"sums@{published[0]}", "four")
+    assert (done.returncode, "leave out --with-base" in done.stderr) == (2, True)
 
 
 def test_pages_replace_their_own_index_and_nobody_elses(
@@ -279,16 +250,6 @@ def test_pages_replace_their_own_index_and_nobody_elses(
     assert refused.returncode == 2
     assert f"{index} is no page of Fineloop's" in refused.stderr
     assert index.read_text() == "<h1>My own</h1>"
-
-
-def test_who_loses_a_race_learns_who_won(store: Store, published: list[str], config_path: Path, tmp_path: Path) -> None:
-    old, new = published
-    lost = fineloop(
-        *("adapters", "promote", f"sums@{new}", "-c", config_path, "--expect", "v000", "--json"), cwd=tmp_path
-    )
-    assert lost.returncode == 1
-    assert body(lost)["conflict"]["version"] == old
-    assert aliases.read_alias(store, "sums", "production").version == old  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("group", ["store", "ray"])
@@ -318,3 +279,19 @@ def test_doctor_says_once_that_a_server_is_away_and_what_to_set(tmp_path: Path) 
     assert kubeflow.startswith("FAIL  kubeflow pipelines")
     assert kubernetes.startswith("FAIL  kubernetes          no Kubernetes API is named by /nowhere")
     assert kubernetes.endswith("run inside the cluster, or set KUBECONFIG to one that you may read")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["adapters", "ro"], {"rollback"}),
+        (["adapters", "export", "--conf"], {"--config"}),
+        (["completion", "z"], {"zsh"}),
+    ],
+)
+def test_bash_completes_commands_options_and_choices(typed: list[str], offered: set[str], tmp_path: Path) -> None:
+    (tmp_path / "fineloop").write_text(fineloop("completion", "bash", cwd=tmp_path).stdout)
+    offer = 'source ./fineloop; COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); _shtab_fineloop; echo "${COMPREPLY[@]}"'
+    command = ["bash", "-c", offer, "bash", "fineloop", *typed]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered

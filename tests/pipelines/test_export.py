@@ -5,23 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from components.config import config_file
 from components.registry.versions import Version
 from components.store.store import Store
-from tests.models.tiny import build_base
-from tests.models.tiny_version import publish
-from tests.pipelines.command_line import body, fineloop
+from tests.pipelines.command_line import body, colours, fineloop
 
 
 @pytest.fixture
 def published(store: Store, tmp_path: Path) -> Version:
-    """A VeRA version; where.toml says where its registry lies."""
-    (tmp_path / "where.toml").write_text(
-        '[adapter]\nname = "colours"\n[data]\nsource = "none.jsonl"\n[method]\nname = "vera"\nrank = 8\n'
-        f'[model]\nbase = "{build_base(tmp_path / "base")}"\nmax_length = 64\n'
-        f'[registry]\nbucket = "{store.bucket}"\nprefix = "{store.prefix}"\n'
-    )
-    return publish(config_file.load(tmp_path / "where.toml"), store, tmp_path)
+    return colours(store, tmp_path, "vera")
 
 
 @pytest.mark.slow

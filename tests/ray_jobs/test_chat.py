@@ -1,6 +1,5 @@
 """A conversation with a version of the tiny base; the judge of its answers is plain transformers with peft."""
 
-import contextlib
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -12,16 +11,14 @@ import pytest
 
 from components.config import config_file
 from components.config.schema import RegistryConfig, RunConfig
-from components.prepare.dataset import Message, Record
+from components.prepare.dataset import Message
 from components.prepare.prepare import prepare
 from components.registry.versions import Version, pull_version
 from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.chat import converse
-from ray_jobs.scoring.generation import score
 from ray_jobs.talking import speaker
 from ray_jobs.talking.speaker import Speaker
-from ray_jobs.text.batching import tokenize
 from tests.models.tiny_version import publish
 
 LONGEST = 8
@@ -119,34 +116,6 @@ def test_three_turns_are_answered_as_plain_transformers_answers_the_conversation
     assert sum(same) >= 5
     assert [each["model"] for each in said[0]["answers"]] == ["colours", "base"]
     assert said[0]["answers"][0]["text"] != said[0]["answers"][1]["text"]
-
-
-def test_three_turns_are_answered_as_evaluation_answers_the_same_messages(
-    exact: list[Speaker], long_config: RunConfig
-) -> None:
-    asked = ["the sky?", "and the grass?", "and coal?"]
-    said = talk(exact, *asked, system="Name the colour.")
-    for number, each in enumerate(exact):
-        answers = [turn["answers"][number]["text"] for turn in said]
-        records = []
-        for place in range(len(asked)):
-            turns = [Message("system", "Name the colour.")]
-            for prompt, answer in zip(asked[:place], answers, strict=False):
-                turns += [Message("user", prompt), Message("assistant", answer)]
-            records.append(Record(str(place), [*turns, Message("user", asked[place])], "blue"))
-        with each.model.disable_adapter() if each.is_base else contextlib.nullcontext():
-            scores = score(
-                each.model,
-                each.chat_as,
-                records,
-                tokenize(records, each.chat_as, each.max_length),
-                with_other_prompts=None,
-                batch_size=long_config.evaluate.batch_size,
-                max_new_tokens=LONGEST,
-                advance=lambda _: None,
-            )
-        assert [found.text for found in scores] == answers
-        assert len(set(answers)) == 3
 
 
 def test_a_reset_and_prompts_that_stand_alone_begin_anew(speakers: list[Speaker]) -> None:

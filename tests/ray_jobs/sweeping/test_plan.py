@@ -1,7 +1,8 @@
-"""Which rates a sweep tries, from made-up losses, and what it says of them."""
+"""Which rates a sweep tries, from made-up losses, what it says of them, and its intervals against scipy's own."""
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -14,7 +15,7 @@ from ray_jobs import sweep
 from ray_jobs.sweeping import verdict
 from ray_jobs.sweeping.plan import Grid, Plan, at_rate, point_of, servable_as, swept_methods, trial_config
 from ray_jobs.sweeping.trial import Ledger
-from ray_jobs.sweeping.verdict import forgotten_by
+from ray_jobs.sweeping.verdict import forgotten_by, interval
 
 TOKENS = [2, 3, 1, 4]
 
@@ -93,14 +94,8 @@ def test_a_plan_made_from_the_trials_that_have_ended_begins_none_of_them_again(c
         resumed, rest = swept(config, bowl(1e-2), before)
         assert rest == begun[cut:]
         assert resumed.found(*swept_methods(config)) == whole.found(*swept_methods(config))
-
-
-def test_a_failed_trial_is_left_out_and_tried_again_by_a_sweep_that_goes_on(config):
-    plan, begun = swept(config, bowl(1e-2))
-    failed = plan.trials[begun[0]].model_copy(update={"status": "failed", "loss": None})
-    resumed, rest = swept(config, bowl(1e-2), [failed])
-    assert begun[0] in rest
-    assert resumed.found(*swept_methods(config)).learning_rate == 1e-2
+    failed = whole.trials[begun[0]].model_copy(update={"status": "failed", "loss": None})
+    assert begun[0] in swept(config, bowl(1e-2), [failed])[1]
 
 
 def test_of_one_validation_record_a_rate_is_found_without_an_interval(config):
@@ -264,12 +259,33 @@ def test_of_rates_that_the_config_names_none_is_added_and_the_one_in_force_is_kn
 
 def test_a_sweep_goes_on_from_the_stored_trials_of_its_own_config_alone(config, store):
     methods = swept_methods(config)
-    rates = [1e-3, 3.16e-3]
-    mine, older = (ended(_at(config, rate), config, 2.0) for rate in rates)
+    mine, older = (ended(_at(config, rate), config, 2.0) for rate in (1e-3, 3.16e-3))
     for trial in (mine, older.model_copy(update={"config_digest": "0" * 64})):
         runs.write(store, "sweep", trial)
     assert sweep._ended(config, methods, store, "sweep", 160) == [mine]
     assert sweep._ended(changed(config, "train.weight_decay=0.3"), methods, store, "sweep", 160) == []
-    plan, begun = swept(config, bowl(1e-3), [mine])
-    assert mine.name in plan.trials
-    assert mine.name not in begun
+
+
+def test_one_seed_with_a_token_each_is_the_students_interval_of_the_records():
+    nll = np.random.default_rng(0).normal(1.0, 0.3, 40)
+    mean, low, high = interval([nll], np.ones(40))
+    expected = stats.ttest_1samp(nll, 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose([mean, low, high], [nll.mean(), *expected], rtol=1e-9)
+
+
+def test_seeds_that_differ_on_records_that_do_not_are_the_students_interval_of_the_seeds():
+    of_seeds = np.array([1.0, 1.2, 0.9, 1.1])
+    found = interval(np.repeat(of_seeds[:, None], 30, axis=1), np.ones(30))
+    expected = stats.ttest_1samp(of_seeds, 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose(found, [of_seeds.mean(), *expected], rtol=1e-9)
+
+
+def test_the_interval_of_a_gain_holds_it_as_often_as_it_says():
+    rng, true, held = np.random.default_rng(1), 0.05, 0
+    tokens = rng.integers(1, 6, 60)
+    for _ in range(400):
+        records, seeds, rest = rng.normal(0, 0.2, 60), rng.normal(0, 0.03, (3, 1)), rng.normal(0, 0.2, (3, 60))
+        gain, low, high = interval((true + records + seeds + rest) * tokens, tokens)
+        assert low <= gain <= high
+        held += low <= true <= high
+    assert held / 400 > 0.93  # and 0.95 less two standard errors of 400 draws is 0.928
