@@ -1,9 +1,7 @@
 """Sweep learning rates, and compare methods at their best: `python -m ray_jobs.sweep --config FILE`.
 
-Ray Tune runs the trials, as many at once as the cluster has workers for; each is trained like a run's own training.
-Nothing is done twice: the dataset is prepared and tokenised once, an adapter's own base is created once, and a worker
-keeps its base from one trial to the next. An interrupted sweep resumes under its run id, without the trials that have
-ended.
+Ray Tune runs the trials, as many at once as the cluster has workers for. The dataset is prepared and tokenised once. An
+interrupted sweep resumes under its run id, without the trials that have ended.
 """
 
 import functools

@@ -367,10 +367,8 @@ def audit_all(options: argparse.Namespace) -> Answer:
         "adapters": [{"name": each.name, "versions": each.versions, "events": each.events} for each in audits],
         "findings": [asdict(finding) for finding in findings],
     }
-    read = (
-        f"{counted(len(audits), 'adapter')}, {counted(sum(each.versions for each in audits), 'version')}, "
-        f"{counted(sum(each.events for each in audits), 'event')}"
-    )
+    versions_read, events_read = (sum(getattr(each, what) for each in audits) for what in ("versions", "events"))
+    read = f"{counted(len(audits), 'adapter')}, {counted(versions_read, 'version')}, {counted(events_read, 'event')}"
     lines = [f"{read}: {counted(len(findings), 'finding') if findings else 'no findings'}"]
     lines += [f"{finding.where}: {finding.what}" for finding in findings]
     return Answer(body, "\n".join(lines), exit_code=1 if findings else 0)

@@ -121,15 +121,13 @@ def reap(options: argparse.Namespace) -> Answer:
             raise KubeflowError(str(exc)) from exc
 
     verdicts, failures = reaping.reap(backends, reaping.state_on(kubeflow), dry_run=options.dry_run)
-    orphans = [verdict for verdict in verdicts if verdict.is_orphan]
-    kept = [verdict for verdict in verdicts if not verdict.is_orphan]
     did = "would stop" if options.dry_run else "stopped"
-    lines = [f"{did} {each.job.job_id}: {each.why}" for each in orphans]
-    lines += [f"kept {each.job.job_id}: {each.why}" for each in kept]
+    in_order = sorted(verdicts, key=lambda verdict: not verdict.is_orphan)
+    lines = [f"{did if each.is_orphan else 'kept'} {each.job.job_id}: {each.why}" for each in in_order]
     lines += [f"could not look at {failure}" for failure in failures]
     body = {
-        "stopped": [each.as_json() for each in orphans],
-        "kept": [each.as_json() for each in kept],
+        "stopped": [each.as_json() for each in verdicts if each.is_orphan],
+        "kept": [each.as_json() for each in verdicts if not each.is_orphan],
         "dry_run": options.dry_run,
         "failures": failures,
     }

@@ -29,12 +29,11 @@ class Point:
     """One training of a method."""
 
     name: str
-    """Name of the point, unique within a sweep; its trial's record has the same name."""
+    """Unique within a sweep; its trial's record has the same name."""
     method: str
     learning_rate: float
     seed: int
     compares: bool = False
-    """Whether it belongs to the comparison of methods."""
 
 
 def point_of(config: RunConfig, method: str, learning_rate: float, seed: int, *, compares: bool = False) -> Point:
@@ -116,11 +115,6 @@ def _method(config: RunConfig, name: str) -> MethodConfig:
     return MethodConfig.model_validate({"name": name, **shared})
 
 
-# Which learning rates a sweep tries next, from the losses so far: a pure function, so a restart changes nothing.
-#
-# Rates lie on a grid of quarter decades around a centre; the rate at place q is centre x 10^(q/4). First come half
-# decades, and the grid widens while the best is at an end; then come the quarter decades beside the best.
-
 HALF = 2
 """Number of places from one half decade to the next."""
 PER_DECADE = 4
@@ -130,7 +124,8 @@ FIRST, WIDEST = 2 * HALF, 6 * HALF
 
 @dataclass(frozen=True)
 class Grid:
-    """The learning rates of one method."""
+    """The learning rates of one method, on a grid of quarter decades: the rate at place q is center x 10^(q/4). First
+    come half decades, and the grid widens while the best is at an end; then the quarter decades beside the best."""
 
     center: float
     rates: tuple[float, ...] = ()
@@ -174,15 +169,12 @@ class Plan:
         self._config = config
         rates = tuple(sorted(set(config.tune.learning_rates)))
         self._grids = {method: Grid(prior_rate(config, method), rates) for method in methods}
+        self.compares = len(methods) > 1
         self._begun: set[str] = set()
         self.trials: dict[str, Trial] = {}
         for trial in ended:
             if trial.is_outcome:
                 self.add(trial)
-
-    @property
-    def compares(self) -> bool:
-        return len(self._grids) > 1
 
     def next(self) -> Point | Literal["wait", "done"]:
         """The next point to start; "wait" where that depends on running trials, "done" at the end."""

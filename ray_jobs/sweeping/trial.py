@@ -1,8 +1,5 @@
-"""One trial in its worker: trained like a run's own training, on a base that the process keeps between trials.
-
-Ray Tune calls `run_trial` in a thread of an actor that it reuses for the next trial. After each measurement Tune
-decides whether the trial continues; if not, `ray.tune.report` ends the thread, and the training with it.
-"""
+"""One trial in its worker, trained like a run's own training on a base that the process keeps, and what Ray Tune needs.
+After a measurement at which Tune stops a trial, `ray.tune.report` ends the thread, and the training with it."""
 
 import json
 import math
@@ -52,7 +49,7 @@ class Course:
     trial: Trial
     began: float = field(default_factory=time.monotonic)
     free_since: float | None = None
-    """Time at which the previous trial in the same process ended, on the monotonic clock; None for the first."""
+    """When the previous trial in the same process ended, on the monotonic clock; None for the first."""
     ended_step: float | None = None
     step_seconds: list[float] = field(default_factory=list)
 

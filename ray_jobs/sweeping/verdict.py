@@ -64,13 +64,9 @@ def forgotten_by(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | 
     )
 
 
-PLAIN = ("lora", "qlora")
-"""Plain methods in order of preference, one of which is advised unless another method is clearly better."""
-
-
 def reference_of(methods: Sequence[str]) -> str:
-    """The method that the others are compared with."""
-    return next((name for name in PLAIN if name in methods), methods[0])
+    """The method that the others are compared with: a plain one, which is advised unless another is clearly better."""
+    return next((name for name in ("lora", "qlora") if name in methods), methods[0])
 
 
 SERVED = {

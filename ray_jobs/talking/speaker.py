@@ -37,9 +37,9 @@ class Said:
     text: str
     prompt_tokens: int
     tokens: int
-    """Number of tokens of the answer, its stop token included."""
+    """Of the answer, its stop token included."""
     ended: bool
-    """Whether the model ended the answer with a stop token, rather than reaching the maximum length."""
+    """By a stop token, rather than by the maximum length."""
 
 
 @dataclass(frozen=True)
