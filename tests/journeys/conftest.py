@@ -61,7 +61,6 @@ class Person:
 
     @property
     def home(self) -> Path:
-        """Where Fineloop keeps what is theirs."""
         return self.folder / ".fineloop"
 
     @property
@@ -72,7 +71,6 @@ class Person:
         return {**clean, "PATH": path, **self.variables}
 
     def with_variables(self, **variables: str) -> "Person":
-        """The same person in a shell with these exported too."""
         return Person(self.folder, {**self.variables, **variables})
 
     def types(self, line: str, *, typed: str = "", timeout_s: float = 900) -> Done:
@@ -96,7 +94,6 @@ class Person:
         return done
 
     def has(self, name: str, text: str) -> Path:
-        """Write a file in their folder."""
         path = self.folder / name
         path.write_text(text)
         return path

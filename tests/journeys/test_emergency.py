@@ -6,7 +6,6 @@ Whether production went back is read with boto3 from the alias itself.
 
 import gzip
 import json
-import time
 from collections.abc import Callable, Iterator
 
 import boto3
@@ -15,7 +14,6 @@ import pytest
 from components.registry.aliases import promote
 from components.registry.event_log import append_event
 from pipelines.local.seaweedfs import Endpoint
-from tests.doubles.faulty_proxy import faulty_proxy
 from tests.journeys.keeper import Keeper, keeper_at
 
 pytestmark = [pytest.mark.e2e]
@@ -104,19 +102,6 @@ def test_production_goes_back_past_a_damaged_index(keeper: Keeper, good: str) ->
         keeper.writes(f"{INDEX}adapter.json.gz", body)
         goes_back(keeper, good, "--to", good[:8])
         promote(keeper.store, "sums", keeper.publishes("bad"))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("seconds", [12, 60])
-def test_production_goes_back_when_a_store_that_sheds_load_answers_again(
-    keeper: Keeper, good: str, s3_server: Endpoint, seconds: int
-) -> None:
-    with faulty_proxy(s3_server.url) as proxy:
-        variables = {**keeper.variables, "AWS_ENDPOINT_URL": proxy.url}
-        behind = Keeper(keeper.folder, variables, keeper.bucket, keeper.prefix)
-        proxy.busy_until = time.monotonic() + seconds
-        goes_back(behind, good, "--to", good[:8])
-        assert len(proxy.asked) > 3
 
 
 def test_production_goes_back_from_an_alias_of_a_clock_far_ahead(keeper: Keeper, good: str) -> None:

@@ -75,10 +75,6 @@ class Traveller(Person):
         ports = self.ports(home)
         assert not [path for path in Path("/tmp").glob("seaweedfs-*.sock") if int(path.stem.split("-")[-1]) in ports]
 
-    def at_a_terminal(self, line: str) -> "Terminal":
-        """Begin a command there."""
-        return Terminal(self, line)
-
 
 class Terminal:
     """A command in the foreground of a terminal of its own, and all that the terminal shows."""
@@ -152,7 +148,7 @@ def undisturbed(somebody: Traveller) -> str:
 
 
 def test_at_ctrl_c_while_servers_start_the_prompt_comes_back_when_nothing_runs(somebody: Traveller) -> None:
-    at = somebody.at_a_terminal(f"{RUN} --home starting")
+    at = Terminal(somebody, f"{RUN} --home starting")
     wait_until(lambda: any(" mini " in command for command in somebody.left().values()))
     at.ctrl_c()
     code, _ = at.ends()
@@ -221,7 +217,7 @@ def course(somebody: Traveller) -> Iterator[list[str]]:
 
 def begins(person: Traveller, course: list[str], shown: str) -> Terminal:
     wait_until(lambda: not person.left())  # servers end a little later than what used them
-    at = person.at_a_terminal(course[-1])
+    at = Terminal(person, course[-1])
     at.shows(shown)
     return at
 

@@ -134,21 +134,3 @@ def test_whichever_of_removal_and_promotion_is_answered_late_no_alias_points_at_
     assert ended(collector)[0] == 0
     assert keeper.holder() == one
     keeper.does("fineloop adapters audit sums -c sums.toml")
-
-
-@pytest.mark.full
-def test_what_nothing_held_before_is_told_and_audited_until_another_version_takes_it(
-    keeper: Keeper, proxy: FaultyProxy
-) -> None:
-    one = keeper.publishes("1")
-    promoter, swap = promoting(keeper, proxy, one)
-    keeper.does(GC)
-    other = keeper.publishes("2")
-    swap.let_go.set()
-    assert ended(promoter)[0] == 1
-    audited = keeper.types("fineloop adapters audit sums -c sums.toml")
-    assert audited.exit_code == 1
-    assert f"points at {one}, which is damaged or gone" in audited.stdout
-    keeper.does(f"fineloop adapters promote sums@{other} -c sums.toml")
-    assert keeper.holder() == other
-    keeper.does("fineloop adapters audit sums -c sums.toml")

@@ -122,11 +122,6 @@ def test_screen_json_and_page_say_what_differs_and_what_turned(store: Store, con
     assert page.count("<circle") >= 4  # a held-out loss and an interval's middle of each
     assert page.count("<script") == page.count(f"<script>{SEARCH}</script>") == 1
 
-
-def test_of_one_version_named_twice_it_is_said_that_both_are_the_same(
-    store: Store, config_path: Path, tmp_path: Path
-) -> None:
-    two_runs(store, config_path)
     done = fineloop("compare", "run-two", "run-two", "run-one", "-c", config_path, cwd=tmp_path)
     assert "run-two and run-two are the same version, v2\n" in done.stdout
     assert done.stdout.count(" turned right, ") == 1

@@ -81,15 +81,6 @@ def test_a_plan_without_a_gpu_leaves_the_time_to_the_runs_first_steps(here: Path
 
 
 @pytest.mark.slow
-def test_a_base_that_is_not_there_is_exit_2_in_one_message(here: Path) -> None:
-    done = fineloop("plan", "-c", "plan.toml", "--set", "model.base=./nowhere", "--json", cwd=here)
-    assert done.returncode == 2
-    assert json.loads(done.stdout)["error"]["kind"] == "ConfigError"
-    assert done.stderr.strip().startswith("fineloop: model.base ./nowhere: there is no such folder")
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
 def test_a_plan_of_all_methods_has_a_line_for_each_and_the_reason_why_one_is_refused(here: Path) -> None:
     kept = ("--set", "method.base=bf16", "--set", "method.name=lora")
     done = fineloop("plan", "-c", "plan.toml", *kept, "--json", "--all-methods", cwd=here)

@@ -162,12 +162,6 @@ def test_a_conversation_beyond_the_trained_length_loses_its_beginning_and_says_s
     assert "the conversation is longer than 256 tokens" in caplog.text
 
 
-def rows_of(tmp_path: Path, rows: Iterator[dict[str, Any]]) -> str:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.parametrize("in_turns", [True, False])
 def test_prompts_follow_one_another_where_the_data_are_conversations(
     in_turns: bool, long_config: RunConfig, store: Store, tmp_path: Path
@@ -177,8 +171,9 @@ def test_prompts_follow_one_another_where_the_data_are_conversations(
         turns += [("user", "and again"), ("assistant", f"colour {number}")] if in_turns else []
         return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
-    source = rows_of(tmp_path, (conversation(number) for number in range(40)))
-    data = long_config.data.model_copy(update={"source": source, "eval_share": 0.2})
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(conversation(number)) + "\n" for number in range(40)))
+    data = long_config.data.model_copy(update={"source": str(source), "eval_share": 0.2})
     config = long_config.model_copy(update={"data": data})
     version = publish(config, store, tmp_path, data_uri=prepare(config, store).uri)
     assert speaker.as_trained(config, store, version) == speaker.AsTrained("Be brief.", in_turns)
