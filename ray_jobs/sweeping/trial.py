@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from ray import tune
@@ -28,12 +30,12 @@ from ray_jobs import entry
 from ray_jobs.adapters import own_base
 from ray_jobs.base import base_model
 from ray_jobs.probes.texts import Texts
-from ray_jobs.scoring.generation import label_nll
 from ray_jobs.scoring.measure import HeldBase
 from ray_jobs.sweeping.plan import Plan, Point, trial_config
 from ray_jobs.sweeping.verdict import cause
 from ray_jobs.text import token_store
-from ray_jobs.text.batching import TokenizedSplit
+from ray_jobs.text.answer_loss import records_nll
+from ray_jobs.text.batching import TokenizedSplit, by_length
 from ray_jobs.text.token_store import StoredTokens
 from ray_jobs.training import train_loop, zero
 from ray_jobs.training.spec import TrainingConfig, TrainSpec
@@ -136,16 +138,20 @@ def train_trial(
     num_tokens = validation.num_answer_tokens
     reads = course.trial.compares and len(passages.split) > 0
 
-    def measure(model: Any, split: TokenizedSplit) -> list[float]:
-        """Negative log-likelihood of each record's answer, in nats."""
+    def measure(model: Any, split: TokenizedSplit) -> npt.NDArray[np.float64]:
+        """Negative log-likelihood of each record's answer in nats, in batches as of the training's own measurements."""
         model.eval()
-        with torch.no_grad():
-            return [round(nll, 5) for nll in label_nll(model, split, spec.train.micro_batch_size, spec.pad)]
+        sums = np.zeros(len(split))
+        for indices in by_length(split.lengths, spec.train.micro_batch_size):
+            with torch.no_grad():
+                nll = records_nll(model, split, indices, spec.pad, device=worker.device).double().cpu().numpy()
+            sums[indices] = [part.sum() for part in np.split(nll, np.cumsum(split.num_answer_tokens[indices])[:-1])]
+        return sums
 
     def read(model: Any, role: Role, known: list[float] | None = None) -> list[float]:
         """Record the losses on the passages, of the base before training or the candidate after it."""
         began = time.monotonic()
-        nll = known or measure(model, passages.split)
+        nll = known or measure(model, passages.split).round(5).tolist()
         text = course.trial.general_text or passages.known.model_copy(update={"base_format": spec.method.row.base})
         seconds = (course.trial.general_s or 0.0) + time.monotonic() - began
         text = text.model_copy(update={"nll": {**text.nll, role: nll}})
@@ -155,7 +161,7 @@ def train_trial(
     def load(*base: Any, **how: Any) -> Any:
         model = held.load(*base, **how)
         if held.start_loss is None:
-            held.start_loss = float(sum(measure(model, validation)) / num_tokens.sum())
+            held.start_loss = float(measure(model, validation).sum() / num_tokens.sum())
         if reads and not own_base.is_needed(spec.method):
             held.general_nll = read(model, "base", held.general_nll)
         course.update(start_loss=held.start_loss, bases_loaded=held.num_loaded)
@@ -178,8 +184,8 @@ def train_trial(
         read(adapted, "candidate")
     return course.record(
         status="finished",
-        loss=float(sum(nll) / num_tokens.sum()),
-        record_nll=nll,
+        loss=float(nll.sum() / num_tokens.sum()),
+        record_nll=nll.round(5).tolist(),
         record_tokens=num_tokens.tolist(),
     )
 

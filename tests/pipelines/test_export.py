@@ -36,6 +36,15 @@ def test_a_version_is_exported_where_told_and_never_over_something(published: Ve
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("published")
+def test_a_gguf_without_a_converter_is_a_mistake_in_the_input(tmp_path: Path) -> None:
+    what = ("adapters", "export", "colours", "--gguf", "--converter", "llama.cpp/convert_hf_to_gguf.py", "--json")
+    done = fineloop(*what, "-c", "where.toml", cwd=tmp_path)
+    assert (done.returncode, body(done)["error"]["kind"]) == (2, "UserError")
+    assert "there is no such file" in body(done)["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -55,7 +55,7 @@ def test_a_run_killed_outright_takes_its_steps_with_it(
     running, mark = begin("run", config_path, tmp_path)
     wait_for(stub_cluster.directory / "hanging")
     running.kill()
-    running.wait()
+    running.communicate()
 
     wait_until(lambda: not processes_with(mark), lambda: processes_with(mark))
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
