@@ -63,7 +63,6 @@ def data(options: argparse.Namespace) -> Answer:
 
 
 def _lines(body: Mapping[str, Any]) -> Iterator[str]:
-    """For a person."""
     profile, tokens = body["profile"], body["tokens"]
     rows, train = profile["rows"], profile["splits"]["train"]
     yield f"{rows['read']:,} rows: {rows['rejected']:,} unusable"

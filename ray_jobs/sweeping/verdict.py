@@ -74,7 +74,6 @@ SERVED = {
     "lora-export": "; servers load it after `adapters export --lora`",
     "merged": "; servers load it merged into its base alone",
 }
-"""What serving a method requires, by its kind of servability."""
 
 
 def compare(
