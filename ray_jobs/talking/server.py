@@ -189,7 +189,7 @@ class Server:
 
         def spoken() -> Said:
             require_reader()
-            how = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
+            how: dict[str, Any] = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
             return speaker.answer(asked.turns, on_text=on_text, **how)
 
         def completion(kind: str, choice: dict[str, Any], said: Said | None = None) -> dict[str, Any]:
