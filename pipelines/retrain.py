@@ -59,10 +59,8 @@ def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any, 
         candidate.after(step(tune(**run, dataset_uri=dataset_uri), "Tune the learning rate"))
     version_uri = candidate.outputs["Output"]
     register(version_uri=version_uri).set_display_name("Register the version")
-    return step(
-        evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri),
-        "Compare it with base and champion",
-    )
+    compared = evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri)
+    return step(compared, "Compare it with base and champion")
 
 
 def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> dsl.base_component.BaseComponent:
@@ -141,21 +139,10 @@ def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> d
 
 def _prepared(step: AsStep, config: Any, run_id: Any) -> dsl.PipelineTask:
     """Add the step that prepares the data, whether it is new or not."""
-    task = prepare(
-        config=config,
-        adapter_name="",
-        base_model="",
-        data_source="",
-        method_name="",
-        rank=0,
-        learning_rate=0.0,
-        epochs=0,
-        num_workers=0,
-        train_without_new_data=True,
-        run_id=run_id,
-        job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-    )
-    return step(task, "Prepare the data")
+    texts = dict.fromkeys(("adapter_name", "base_model", "data_source", "method_name"), "")
+    numbers = {"rank": 0, "learning_rate": 0.0, "epochs": 0, "num_workers": 0}
+    this_run = {"run_id": run_id, "job_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+    return step(prepare(config=config, **texts, **numbers, train_without_new_data=True, **this_run), "Prepare the data")
 
 
 def build_train(*, tunes: bool = False) -> dsl.base_component.BaseComponent:

@@ -4,6 +4,7 @@ Steps that train or compare may run the code of a base, a metric or a task, whic
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import NamedTuple
 
 
@@ -14,7 +15,7 @@ class OwnSecrets(NamedTuple):
     """Name of the Secret that holds them on a cluster."""
     names: tuple[str, ...]
     prefixes: tuple[str, ...]
-    """On this machine, whatever begins so is kept from other processes, such as the path of a key."""
+    """What is kept from other processes on this machine, such as the path of a key."""
 
 
 def of_its_own() -> dict[str, OwnSecrets]:
@@ -22,8 +23,9 @@ def of_its_own() -> dict[str, OwnSecrets]:
     measured, report sends events to an OpenLineage server."""
     from components.promote import announce  # not at the top: `fineloop --help` imports this module's neighbours
 
-    told = announce.secrets()
-    moves = OwnSecrets("fineloop-promote", ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER", *told), ("FINELOOP_SIGN", *told))
+    notify = announce.secrets()
+    signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
+    moves = OwnSecrets("fineloop-promote", (*signing, *notify), ("FINELOOP_SIGN", *notify))
     evaluation = ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER")
     return {
         "promote": moves,
@@ -36,13 +38,13 @@ def of_its_own() -> dict[str, OwnSecrets]:
 def of_step(name: str, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the secrets of this step."""
     own = of_its_own().get(name)
-    return {each: value for each, value in environment.items() if own and each.startswith(own.prefixes)}
+    return {variable: value for variable, value in environment.items() if own and variable.startswith(own.prefixes)}
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without the secrets of any step or tracker."""
     from components.config.schema import TRACKER_SECRETS
 
-    own = [each.prefixes for each in of_its_own().values()]
-    every = tuple(prefix for prefixes in (*own, *TRACKER_SECRETS.values()) for prefix in prefixes)
-    return {name: value for name, value in environment.items() if not name.startswith(every)}
+    own = [secrets.prefixes for secrets in of_its_own().values()]
+    prefixes = tuple(chain(*own, *TRACKER_SECRETS.values()))
+    return {name: value for name, value in environment.items() if not name.startswith(prefixes)}

@@ -21,8 +21,7 @@ def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evalua
     """Measure the version on held-out records and return the result that the job wrote.
 
     Raises:
-        FineloopError: the error that the job failed with.
-        JobError: the job failed without saying why, or ended without a result.
+        FineloopError: the error that the job failed with; a JobError where it said none or left no result.
     """
     apart, key = bool(step_run.store.trusted_keys), signing.signer_from(os.environ, signing.OF_EVALUATIONS)
     if apart:

@@ -21,8 +21,7 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
         ConfigError: the config wants its rate tuned, and no step has done that; or no pod's disk is large enough for
             the base.
         DataError: a record of the dataset was erased.
-        FineloopError: the error that the job failed with.
-        JobError: the job failed without saying why, or ended without a result.
+        FineloopError: the error that the job failed with; a JobError where it said none or left no result.
     """
     when = step_run.config.tune.when
     if when != "never" and runs.find(step_run.store, step_run.run_id, TunedRate) is None:

@@ -118,12 +118,12 @@ class Served:
 
 
 def served(store: Store, version: Version) -> Served:
-    """The facts needed to serve a version. Rank and base come from its adapter_config.json, which servers read.
+    """The facts needed to serve a version. Rank and base come from its adapter_config.json, which servers read; the
+    signature is checked here, as they check none.
 
     Raises:
         UserError: it cannot be served as it is.
-        IntegrityError: it does not name its base, its files are not those of its manifest, or no trusted key has signed
-            it. Servers check no signature: they fetch what the manifest names.
+        IntegrityError: its files are not those of its manifest, or no trusted key has signed it.
     """
     require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
     lineage, adapter = read_lineage(store, version), read_file(store, version, CONFIG)
@@ -149,11 +149,8 @@ def served(store: Store, version: Version) -> Served:
 
 
 def manifest(facts: Served, server: Server) -> Any:
-    """The manifest for this server, as values to write as YAML; for vLLM the words of its command line.
-
-    Raises:
-        UserError: the server cannot read a base by that name, or would load versions that nobody has signed.
-    """
+    """The manifest for this server, as values to write as YAML; for vLLM the words of its command line. Raises
+    UserError: the server cannot read a base by that name, or would load versions that nobody has signed."""
     packaged = facts.base.startswith("pkg://")  # which no server reads
     patterns, write = MANIFESTS[server]
     if not any(pattern.fullmatch(facts.base) for pattern in patterns):
@@ -184,10 +181,7 @@ def _ray_serve(facts: Served) -> dict[str, Any]:
         "max_loras": MOST_ADAPTERS,
         **({"revision": facts.revision} if facts.revision else {}),
     }
-    lora = {
-        "dynamic_lora_loading_path": facts.uri.rpartition("/")[0],
-        "max_num_adapters_per_replica": MOST_ADAPTERS,
-    }
+    lora = {"dynamic_lora_loading_path": facts.uri.rpartition("/")[0], "max_num_adapters_per_replica": MOST_ADAPTERS}
     config = {"model_loading_config": model, "lora_config": lora, "engine_kwargs": engine}
     application = {
         "name": facts.name,

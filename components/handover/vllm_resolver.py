@@ -110,11 +110,8 @@ def _taken(folder: Path) -> int:
 
 
 def register() -> None:
-    """Add the resolver to vLLM's, if FINELOOP_LORA_FOLDER names the folder for its copies.
-
-    Raises:
-        ConfigError: the config that FINELOOP_LORA_CONFIG names does not exist or is not valid.
-    """
+    """Add the resolver to vLLM's, if FINELOOP_LORA_FOLDER names the folder for its copies. Raises ConfigError: the
+    config that FINELOOP_LORA_CONFIG names does not exist or is not valid."""
     folder = os.environ.get(FOLDER_VARIABLE, "")
     if not folder:
         return

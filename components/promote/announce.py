@@ -35,7 +35,7 @@ class Announcement:
     """A move of an alias, with facts about the version that it moved to. A text that was not recorded is empty."""
 
     event_id: str
-    """The id of the event; the same whenever the notification is repeated."""
+    """The same whenever the notification is repeated."""
     kind: "EventKind"
     time: str
     """ISO 8601, in UTC."""
@@ -57,15 +57,11 @@ class Announcement:
     base: str
     dataset_uri: str
     metrics: Mapping[str, float]
-    """The version's metrics as its run measured them, without those that are not finite."""
+    """As the version's run measured them, without those that are not finite."""
 
 
 def announcement_of(store: "Store", name: str, event: "Event") -> Announcement:
-    """The notification of a moved alias.
-
-    Raises:
-        StoreError: the version cannot be read.
-    """
+    """The notification of a moved alias. Raises StoreError: the version cannot be read."""
     body = event.body
     version = versions.evaluated(store, versions.resolve(store, f"{name}@{body['to']}"))
     lineage = versions.read_lineage(store, version)
@@ -77,9 +73,7 @@ def announcement_of(store: "Store", name: str, event: "Event") -> Announcement:
         alias=body["alias"],
         version=version.version,
         previous=body["from"],
-        actor=body.get("actor", ""),
-        reason=body.get("reason", ""),
-        run_id=body.get("run_id", ""),
+        **{key: body.get(key, "") for key in ("actor", "reason", "run_id")},
         version_uri=version.uri,
         manifest_sha256=version.manifest_sha256,
         event_uri=event.uri,
@@ -129,11 +123,8 @@ class HttpApi:
         self._session.auth = bearing if token else login
 
     def get(self, path: str, *, may_lack: bool = False, **query: str) -> dict[str, Any]:
-        """Get an object; empty if there is none (404) and it `may_lack`.
-
-        Raises:
-            AnnounceError: the server is away, or its answer is not a success, or not a JSON object.
-        """
+        """Get an object; empty if there is none (404) and it `may_lack`. Raises AnnounceError: the server is away, or
+        its answer is not a success, or not a JSON object."""
         return self._object("GET", path, may_lack=may_lack, params=query)
 
     def post(self, path: str, body: Mapping[str, Any], *, verb: str = "POST") -> dict[str, Any]:
@@ -178,11 +169,8 @@ VERSION_TAG = "fineloop.version"
 
 
 def notify_mlflow(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
-    """Record the version's run and the version, each once, and set the alias.
-
-    Raises:
-        AnnounceError: the server cannot be reached, or refuses.
-    """
+    """Record the version's run and the version, each once, and set the alias. Raises AnnounceError: the server cannot
+    be reached, or refuses."""
     user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     token = environment.get("MLFLOW_TRACKING_TOKEN", "")
     api = HttpApi(f"{url.rstrip('/')}/api/2.0/mlflow", token=token, login=(user, password) if user else None)
@@ -239,11 +227,8 @@ REGISTRY_TOKEN = "FINELOOP_MODEL_REGISTRY_TOKEN"
 
 
 def notify_model_registry(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
-    """Register the adapter, the version and its address, each once, and point the alias at the version.
-
-    Raises:
-        AnnounceError: the registry cannot be reached, or refuses.
-    """
+    """Register the adapter, the version and its address, each once, and point the alias at the version. Raises
+    AnnounceError: the registry cannot be reached, or refuses."""
     # The same requests. Servers from before 2026 know only the older API, which is to end with April 2027.
     newest, older = (
         HttpApi(f"{url.rstrip('/')}/api/model_registry/{version}", token=environment.get(REGISTRY_TOKEN, ""))

@@ -27,7 +27,6 @@ def promote(step_run: StepRun, decision_sha256: str) -> str:
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
-        ObjectMissing: the run has no decision, or the candidate is gone.
         DataError: the decision is not to promote, or is about another run, adapter or alias.
         IntegrityError: the decision is not the gate's, or the candidate's files are not those of its manifest.
     """
@@ -56,7 +55,6 @@ def take_alias(store: Store, decision: Decision, decision_sha256: str, *, actor:
 
     Raises:
         AliasConflict: another version took the alias after the candidate was compared with its holder.
-        ObjectMissing: the candidate is gone.
         IntegrityError: the candidate's files are not those of its manifest; or the registry trusts keys, and none of
             those for evaluations has signed what the decision rests on.
     """
@@ -139,7 +137,6 @@ def promote_by_hand(
 
     Raises:
         UserError: the reference is malformed or ambiguous, or a gate is overridden without name or reason.
-        ObjectMissing: there is no such version.
         AliasConflict: the alias is not at `expected`, or was moved at the same time.
     """
     version = versions.resolve(store, reference)
@@ -167,7 +164,6 @@ def approve(store: Store, reference: str, person: Person, *, alias: str = aliase
 
     Raises:
         UserError: name or reason is missing, or the version does not wait for approval.
-        ObjectMissing: there is no such version, or its run's decision is gone.
         IntegrityError: the decision is not the one that the gate made, or the version is damaged.
         AliasConflict: another version took the alias after this one was compared with its holder.
     """
@@ -203,14 +199,8 @@ def roll_back_by_hand(
     expected: str | None = aliases.ANYONE,
     run_id: str = "",
 ) -> Event:
-    """Run `aliases.rollback` for a person, who gives a name and a reason if that overrides a gate. `to` may be the
-    first digits of a version.
-
-    Raises:
-        UserError: `to` fits several versions, or is held back by a gate and never held the alias, and name or reason
-            is missing.
-        ObjectMissing, IntegrityError, AliasConflict: as `aliases.rollback`.
-    """
+    """Run `aliases.rollback` for a person, who must give a name and a reason if that overrides a gate. `to` may be the
+    first digits of a version."""
     to = versions.resolve(store, f"{name}@{to}").version if to else None
     if to is not None and is_override(event_log.events(store, name), to, alias):
         person.require_name_and_reason(f"the gate holds {name} {to}, and this overrides it")
@@ -228,10 +218,7 @@ def carry_out(
     An empty `version` means the newest, or for a rollback the one that held the alias before. `run_id` is the Kubeflow
     run's, so that a step that is run again does not roll back further.
 
-    Raises:
-        UserError: the action is none of these, the reference fits no version, or a name or reason is missing.
-        ObjectMissing: there is no such version, or nothing to go back to.
-        AliasConflict: the alias was moved at the same time.
+    Raises UserError where the action is none of these or there is no version, and all that the three raise.
     """
     if action == ROLL_BACK:
         return roll_back_by_hand(store, name, person, alias=alias, to=version or None, run_id=run_id)

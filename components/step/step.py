@@ -60,18 +60,13 @@ def first_step(
 
     Raises:
         ConfigError: the config is not valid, or the run began with another one.
-        StoreError: the store cannot be used.
     """
     return _step(name, lambda: _begun(name, config, run_id, overrides), overrides)
 
 
 def step(name: str, run_uri: str, config_digest: str) -> contextlib.AbstractContextManager[StepRun]:
-    """Run one step of a run that has begun, and record its outcome in runs/<run_id>/steps/<name>.json.
-
-    Raises:
-        IntegrityError: the recorded config is not the one with this digest.
-        StoreError: the store cannot be used.
-    """
+    """Run one step of a run that has begun, and record its outcome in runs/<run_id>/steps/<name>.json. Raises
+    IntegrityError: the recorded config is not the one with this digest."""
     return _step(name, lambda: _reopened(name, run_uri, config_digest))
 
 

@@ -1,9 +1,8 @@
 """Creates the `kfp.Client`, here only, and turns the server's refusals into messages.
 
-The server is the first of: --host, KFP_ENDPOINT, kfp's own KF_PIPELINES_ENDPOINT. Otherwise, in a pod, it is the
-service ml-pipeline of the pod's namespace or of namespace kubeflow; elsewhere, the one of namespace kubeflow behind the
-API server that the kubeconfig names. Credentials are the first of: KFP_TOKEN, the file KFP_TOKEN_FILE, the token that
-Kubernetes projects for Kubeflow Pipelines; or else the cookies of kfp's context file, or the kubeconfig's user.
+The server is the first of: --host, KFP_ENDPOINT, KF_PIPELINES_ENDPOINT, in a pod the service ml-pipeline of its
+namespace or of namespace kubeflow, and the one of namespace kubeflow behind the kubeconfig's API server. Credentials
+are the first of: KFP_TOKEN, KFP_TOKEN_FILE, the token that Kubernetes projects, kfp's cookies, the kubeconfig's user.
 """
 
 import contextlib
@@ -84,7 +83,7 @@ def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = 
     if not isinstance(getattr(health, "multi_user", None), bool):
         raise KubeflowError(
             f"{shown_host} answers, but not as Kubeflow Pipelines does: is it another service, or a login page? "
-            f"Set --host or KFP_ENDPOINT to the API, such as the one of `{FORWARD}`"
+            "Set --host or KFP_ENDPOINT to the API"
         )
     namespace = namespace or environment.get("KFP_NAMESPACE", "") or client.get_user_namespace()
     if health.multi_user and not namespace:
@@ -174,8 +173,10 @@ def _asking(host: str, what: str) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):  # kfp prints links on stdout, from which scripts read JSON
             yield
     except urllib3.exceptions.HTTPError as exc:
+        cause = getattr(exc, "reason", None) or exc
+        why = str(cause).rpartition(": ")[2] or type(cause).__name__  # urllib3 puts addresses of objects before it
         raise KubeflowAway(
-            f"{host} cannot be reached ({_reason(exc)}): check --host or KFP_ENDPOINT; from outside the cluster "
+            f"{host} cannot be reached ({why}): check --host or KFP_ENDPOINT; from outside the cluster "
             f"`{FORWARD}` makes it http://localhost:8080"
         ) from exc
     except kfp_server_api.ApiException as exc:
@@ -200,11 +201,3 @@ def _refusal(host: str, what: str, exc: kfp_server_api.ApiException) -> Kubeflow
         return UserError(f"{host} refuses to {what}: {answer}")
     kind = KubeflowAway if exc.status in (0, 502, 503, 504) else KubeflowError
     return kind(f"{host} failed to {what} ({exc.status}: {answer})")
-
-
-def _reason(exc: BaseException) -> str:
-    """Return the innermost cause, without the object addresses that urllib3 puts before it."""
-    inner = getattr(exc, "reason", None)
-    if isinstance(inner, BaseException):
-        return _reason(inner)
-    return str(exc).rpartition(": ")[2] or type(exc).__name__

@@ -22,14 +22,7 @@ from components.config.methods import MethodName
 from components.config.schema import RunConfig
 from components.prepare.prepare import ANYWAY, KEYS, overrides
 from components.promote.promote import ACTIONS
-from components.ray_cluster.rayjob_manifest import (
-    CA_FOLDER,
-    CA_VARIABLES,
-    CONFIG_MAP,
-    RAY_SECRET,
-    STAYS,
-    STORE_SECRET,
-)
+from components.ray_cluster.rayjob_manifest import CA_FOLDER, CA_VARIABLES, CONFIG_MAP, RAY_SECRET, STAYS, STORE_SECRET
 from components.shared.errors import ConfigError, UserError
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow
@@ -37,11 +30,7 @@ from pipelines.step_secrets import of_its_own
 
 
 def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", image: str = "") -> dict[str, Any]:
-    """Write a compiled pipeline, `retrain` or `promotion`, and return {"path", "sha256", "pipeline", "image"}.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a compiled pipeline, `retrain` or `promotion`, and return {"path", "sha256", "pipeline", "image"}."""
     body = PIPELINES[pipeline](config, image=image).encode()
     try:
         path.write_bytes(body)
@@ -54,11 +43,11 @@ def write_pipeline(path: Path, config: RunConfig, *, pipeline: str = "retrain", 
 
 
 def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig | None = None) -> str:
-    """Compile the retraining pipeline to YAML, with the platform spec as a second document.
+    """Compile the retraining pipeline to YAML, with the platform spec as a second document; the same arguments give the
+    same text.
 
     The steps' deadlines, labels and certificates, and whether the run tunes, are compiled in. The default of the
-    parameter `config` is `default`, or `config` itself if `default` is None. The same arguments give the same text. An
-    empty image means the project's own.
+    parameter `config` is `default`, else `config` itself. An empty image means the project's own.
     """
     from pipelines.retrain import build
 
@@ -200,7 +189,7 @@ def resolve_parameters(
     replaces them.
 
     Raises:
-        UserError: a name is unknown or missing, or a value does not have the parameter's type.
+        UserError: a name is unknown, or a value does not have the parameter's type; the server checks the rest.
     """
     parameters = defined(spec)
     values = {name: value for name, value in (kept or {}).items() if name in parameters}
@@ -217,9 +206,6 @@ def resolve_parameters(
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted({*parameters} - {CONFIG}))}"
             raise UserError(f"--param {name}: the pipeline has no such parameter; {hint}")
         values[name] = _typed(name, text, parameters[name])
-    for name, parameter in parameters.items():
-        if name not in values and not parameter.get("isOptional") and "defaultValue" not in parameter:
-            raise UserError(f"the pipeline needs --param {name}=VALUE")
     return values
 
 
@@ -234,9 +220,6 @@ def _typed(name: str, text: str, parameter: Mapping[str, Any]) -> Any:
             value = None
         if not isinstance(value, types) or (isinstance(value, bool) and kind != "BOOLEAN"):
             raise UserError(f"--param {name}={text}: expected {expected}")
-    literals = parameter.get("literals")
-    if literals and value not in literals:
-        raise UserError(f"--param {name}={text}: expected one of {', '.join(map(str, literals))}")
     return value
 
 
@@ -244,11 +227,8 @@ def _typed(name: str, text: str, parameter: Mapping[str, Any]) -> Any:
 
 
 def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
-    """Refuse a config that names a local path, or a parameter that replaces a key by one.
-
-    Raises:
-        UserError: `data.source`, `model.base`, or the parameter that replaces it is a local path.
-    """
+    """Refuse a config that names a local path, or a parameter that replaces a key by one. Raises UserError:
+    `data.source`, `model.base`, or the parameter that replaces it is a local path."""
     field, sources = "data.source", [config.data.source] if isinstance(config.data.source, str) else config.data.source
     if replaced := parameters.get("data_source"):
         field, sources = "--param data_source", [str(replaced)]
@@ -291,9 +271,8 @@ class GivenConfig:
     def adapter(self) -> str:
         """Name of the adapter to retrain; empty if the config has none."""
         section = self.table.get("adapter")
-        if not isinstance(section, Mapping):
-            return ""
-        return str(self.fields.get("adapter_name") or section.get("name", ""))
+        name = section.get("name", "") if isinstance(section, Mapping) else ""
+        return str(name and (self.fields.get("adapter_name") or name))
 
     @property
     def digest(self) -> str:

@@ -9,10 +9,9 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.config.schema import RunConfig
@@ -73,11 +72,8 @@ class Cluster:
     """Client of the API server that the pod's service account or the kubeconfig names."""
 
     def __init__(self, namespace: str = "") -> None:
-        """Connect; an empty `namespace` means the kubeconfig context's.
-
-        Raises:
-            UserError: no API server is configured, or no namespace.
-        """
+        """Connect; an empty `namespace` means the kubeconfig context's. Raises UserError: no API server is configured,
+        or no namespace."""
         from kubernetes import client
 
         configured, context_namespace = configuration()
@@ -136,8 +132,7 @@ class Cluster:
         return str(response.data.decode("utf-8", errors="replace"))
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What one pod tries, and how the answer is told."""
 
     title: str
@@ -149,13 +144,7 @@ class Question:
 
 
 def cluster_checks(
-    config: RunConfig,
-    environment: Mapping[str, str],
-    *,
-    host: str,
-    namespace: str,
-    service_account: str,
-    image: str,
+    config: RunConfig, environment: Mapping[str, str], *, host: str, namespace: str, service_account: str, image: str
 ) -> Iterator[Check]:
     """Look at Kubeflow Pipelines and at the Kubernetes namespace where the runs live, in the order of a run."""
     has_many_users = False
@@ -185,6 +174,7 @@ def cluster_checks(
     accounts = [service_account, *config.ray.cluster.accounts[: 2 if config.registry.trusted_keys else 1]]
     # In a namespace of a user the profile controller makes the launcher's config, which needs no providers there.
     environments = {name: key for name, key in ENVIRONMENTS.items() if not (has_many_users and name == LAUNCHER)}
+    address = (f"configmaps/{CONFIG_MAP}", "RAY_ADDRESS")
     checks: dict[str, Ask] = {
         "kubeflow's controllers": partial(_deployments, cluster, *KUBEFLOW_CONTROLLERS),
         "nodes": partial(_nodes, cluster),
@@ -196,7 +186,7 @@ def cluster_checks(
         "rights of the steps": partial(_rights, cluster, service_account),
         **{name: partial(_environment, cluster, name, key) for name, key in environments.items()},
         "openlineage": partial(_open_lineage, cluster),
-        **({"ray address": partial(_ray_address, cluster)} if config.ray.cluster.has_address else {}),
+        **({"ray address": partial(_environment, cluster, *address)} if config.ray.cluster.has_address else {}),
         **RAY_CHECKS.get(config.ray.cluster.kind, lambda *_: {})(cluster, config),
         "a step's pod": partial(
             _dry, cluster, "pods?dryRun=All", probe_pod(cluster, service_account, image or IMAGE, "")
@@ -245,7 +235,7 @@ def _environment(cluster: Cluster, name: str, key: str) -> Finding:
     resource = cluster.get(name)
     if not resource and object_name == STORE_SECRET:
         return True, "absent: right where the service account's role gives access to the store", ""
-    has_key = key in (resource.get("data") or {})
+    has_key = bool((resource.get("data") or {}).get(key))
     detail = f"{'has' if has_key else 'has no'} key {key}" if resource else f"{cluster.namespace} has none"
     return has_key, detail, f"make the {kind[:-1]} {object_name} as infra/README.md says"
 
@@ -258,12 +248,6 @@ def _open_lineage(cluster: Cluster) -> Finding:
     detail = f"{url}, {'with' if has_key else 'without'} the key of secret {name}" if url else "not configured"
     fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"
     return not (has_key and url.startswith("http://")), detail, fix
-
-
-def _ray_address(cluster: Cluster) -> Finding:
-    address = cluster.data(f"configmaps/{CONFIG_MAP}").get("RAY_ADDRESS", "")
-    fix = f"set RAY_ADDRESS in the config map {CONFIG_MAP}, or ray.cluster.kind = 'rayjob' in the config"
-    return bool(address), address or "no RAY_ADDRESS for the steps", fix
 
 
 def _rayjob_checks(cluster: Cluster, config: RunConfig) -> dict[str, Ask]:
@@ -297,11 +281,8 @@ def _served(cluster: Cluster, path: str, resource: str, fix: str) -> Finding:
 
 
 def _deployments(cluster: Cluster, *names: str) -> Finding:
-    """Whether each deployment has a ready pod, in any namespace.
-
-    Raises:
-        NotSeen: we may not list deployments in the cluster, and find none in our namespace.
-    """
+    """Whether each deployment has a ready pod, in any namespace. Raises NotSeen: we may not list deployments in the
+    cluster, and find none in our namespace."""
     absent = []
     for name in names:
         by_name = f"deployments?fieldSelector=metadata.name%3D{name}"
@@ -515,11 +496,8 @@ def probe_pod(
 
 
 def run_probe(cluster: Cluster, question: Question, account: str, image: str) -> Finding:
-    """Start the probe, wait until it ends, and delete it in any case.
-
-    Raises:
-        NotSeen: we may not create pods, or the API server does not answer.
-    """
+    """Start the probe, wait until it ends, and delete it in any case. Raises NotSeen: we may not create pods, or the
+    API server does not answer."""
     name = f"fineloop-doctor-{secrets.token_hex(4)}"
     pod = probe_pod(cluster, account, image, question.script, name, question.labels)
     cluster.ask("POST", "pods", pod)

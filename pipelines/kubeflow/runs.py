@@ -161,11 +161,8 @@ def get(kubeflow: Kubeflow, run_id: str) -> Run:
 
 
 def find(kubeflow: Kubeflow, reference: str) -> Run:
-    """Find a run by its id, the first digits of its id, or its name; of several with the same name, the newest.
-
-    Raises:
-        UserError: there is none, or the digits match several.
-    """
+    """Find a run by its id, the first digits of its id, or its name; of several with the same name, the newest. Raises
+    UserError: there is none, or the digits match several."""
     newest = list(itertools.islice(_details(kubeflow), NUM_SEARCHED))
     matches = [detail for detail in newest if reference in (detail.run_id, detail.display_name)][:1]
     matches = matches or [detail for detail in newest if detail.run_id.startswith(reference)]
@@ -179,11 +176,7 @@ def find(kubeflow: Kubeflow, reference: str) -> Run:
 def listed(
     kubeflow: Kubeflow, *, experiment: str = "", state: str = "", adapter: str = "", limit: int = 20
 ) -> list[Run]:
-    """Return the newest runs of ours that match, at most `limit`.
-
-    Raises:
-        UserError: there is no such experiment.
-    """
+    """Return the newest runs of ours that match, at most `limit`. Raises UserError: there is no such experiment."""
     filters: dict[str, Any] = {}
     if experiment:
         namespace = kubeflow.namespace or None
@@ -300,12 +293,7 @@ def stop(run: Run, namespace: str = "", *, timeout_s: float = STOP_S) -> tuple[R
 
     A run that is already being stopped is awaited. Its jobs are stopped when it is being stopped, and again when it is
     over, because a step may have started one in between. A cluster that cannot be reached from here is no error.
-
-    Returns:
-        The run as it is then, the ids of the stopped jobs, and lines about these for people.
-
-    Raises:
-        KubeflowError: it is not over after `timeout_s` seconds.
+    Returns the run as it is then, the ids of the stopped jobs, and lines about these for people.
     """
     section = run.config.table.get("ray", {})
     cluster = section.get("cluster", {}) if isinstance(section, Mapping) else {}

@@ -30,9 +30,8 @@ class Timing:
     """When a schedule starts runs. `cron` has five parsed fields, in UTC.
 
     If `max_concurrency` is 1 and several times pass during a run, only the last of them starts a run, when that run
-    ends. Runs that were started before an update of the schedule do not count: Kubeflow counts those of one
-    ScheduledWorkflow, and an update makes another (kubeflow/pipelines 2.16, scheduled_workflow.go,
-    GetNextScheduledEpoch).
+    ends. Runs from before an update of the schedule do not count, as that makes another ScheduledWorkflow
+    (kubeflow/pipelines 2.16, scheduled_workflow.go, GetNextScheduledEpoch).
     """
 
     cron: str
@@ -46,11 +45,8 @@ class Timing:
         return [time for time in times if self.end is None or time <= self.end]
 
     def checked(self, now: datetime) -> "Timing":
-        """Return this timing, after a check that it will start a run.
-
-        Raises:
-            UserError: it will not start a run, or Kubeflow does not accept it.
-        """
+        """Return this timing, after a check that it will start a run. Raises UserError: it will not start a run, or
+        Kubeflow does not accept it."""
         if not 1 <= self.max_concurrency <= MAX_CONCURRENCY:
             raise UserError(f"--max-concurrency {self.max_concurrency}: Kubeflow takes 1 to {MAX_CONCURRENCY}")
         if not self.cron:
@@ -125,11 +121,7 @@ def listed(kubeflow: Kubeflow, name: str = "") -> list[Schedule]:
 
 
 def find(kubeflow: Kubeflow, name: str) -> Schedule:
-    """Return the schedule with this name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the schedule with this name. Raises UserError: there is none."""
     for schedule in listed(kubeflow, name):
         return schedule
     raise UserError(f"{kubeflow.host} has no schedule {name!r}: see `fineloop schedule list`")
@@ -145,11 +137,7 @@ def create(
     experiment: str,
     service_account: str = "",
 ) -> Schedule:
-    """Create a schedule, enabled.
-
-    Raises:
-        UserError: the name is taken, or is not valid.
-    """
+    """Create a schedule, enabled. Raises UserError: the name is taken, or is not valid."""
     if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
         raise UserError(f"schedule {name!r}: a name is lower-case letters, digits and '-', at most 63 characters")
     if next(_recurring_runs(kubeflow, name), None):
@@ -164,12 +152,7 @@ def create(
 
 
 def update(
-    old: Schedule,
-    package: Package,
-    timing: Timing,
-    *,
-    parameters: dict[str, Any],
-    service_account: str | None = None,
+    old: Schedule, package: Package, timing: Timing, *, parameters: dict[str, Any], service_account: str | None = None
 ) -> Schedule:
     """Replace a schedule; a paused one stays paused, and the runs that it has started continue.
 
@@ -205,11 +188,7 @@ def delete(schedule: Schedule) -> None:
 
 
 def config_of(schedule: Schedule) -> Mapping[str, Any]:
-    """Return the config of a schedule's runs.
-
-    Raises:
-        ConfigError: the schedule was made elsewhere, and has no config.
-    """
+    """The config of a schedule's runs. Raises ConfigError: the schedule was made elsewhere, and has none."""
     if not schedule.config.table:
         raise ConfigError(
             f"schedule {schedule.name} was not made by Fineloop and holds no config: give one with -c FILE"
@@ -273,20 +252,14 @@ NUM_FIELDS = 5
 
 
 def parse(text: str) -> str:
-    """Check a cron expression and return its five fields, with nicknames such as @daily replaced.
-
-    Raises:
-        UserError: it is not valid, never matches a time, or uses what Kubeflow's scheduler does not support.
-    """
+    """Check a cron expression and return its five fields, with nicknames such as @daily replaced. Raises UserError: it
+    is not valid, never matches a time, or uses what Kubeflow's scheduler does not support."""
     expression = " ".join(NICKNAMES.get(text.strip().lower(), text).upper().split())
-    if expression.startswith("@"):
-        raise UserError(f"--cron {text!r}: expected five fields, or one of {', '.join(NICKNAMES)}")
     fields = expression.split()
     if len(fields) != NUM_FIELDS:
-        without = f"; without seconds it is {' '.join(fields[1:])!r}" if len(fields) == NUM_FIELDS + 1 else ""
         raise UserError(
-            f"--cron {text!r}: expected five fields (minute, hour, day of month, month, day of week), "
-            f"got {len(fields)}{without}"
+            f"--cron {text!r}: expected five fields (minute, hour, day of month, month, day of week) or one of "
+            f"{', '.join(NICKNAMES)}, got {len(fields)}"
         )
     try:
         cron = CronSim(expression, datetime.now(UTC))
