@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from components.config.methods import METHODS
@@ -41,21 +43,18 @@ def test_the_smallest_rank_of_vllm_that_holds_the_adapter_is_named(rank: int, ch
     assert any(note in each for each in of("lora", rank=rank).notes)
 
 
-def test_a_rank_beyond_vllms_is_merged_and_the_reason_named() -> None:
-    for name in ("lora", "vera"):
-        found = of(name, rank=513)
-        assert found.servable_as == "merged"
-        assert found.notes[0] == "rank 513 is above vLLM's largest --max-lora-rank, 512"
-
-
-def test_a_layer_that_vllm_does_not_wrap_is_merged_and_named() -> None:
-    found = of("qlora", targets=[*TARGETS, "router", "conv"])
-    assert found.servable_as == "merged"
-    assert found.notes[0] == "vLLM is not known to wrap conv, router"
-
-
-def test_dora_is_merged_for_its_magnitudes() -> None:
-    assert "vLLM does not load DoRA" in of("qdora").notes[0]
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("lora", {"rank": 513}, "rank 513 is above vLLM's largest --max-lora-rank, 512"),
+        ("vera", {"rank": 513}, "rank 513 is above vLLM's largest --max-lora-rank, 512"),
+        ("qlora", {"targets": [*TARGETS, "router", "conv"]}, "vLLM is not known to wrap conv, router"),
+        ("qdora", {}, "its magnitudes make it no LoRA, and vLLM does not load DoRA"),
+    ],
+)
+def test_what_vllm_does_not_load_is_merged_and_the_reason_named(name: str, settings: Any, reason: str) -> None:
+    found = of(name, **settings)
+    assert (found.servable_as, found.notes[0]) == ("merged", reason)
 
 
 @pytest.mark.parametrize(

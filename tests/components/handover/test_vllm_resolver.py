@@ -128,12 +128,6 @@ def test_only_what_an_alias_points_at_or_held_is_served_unless_an_option_says_ot
     assert asyncio.run(anew.resolve_lora(f"icd@{refused}"))
 
 
-def test_a_lineage_without_its_base_is_one_sentence(server: Server, store: Store) -> None:
-    promote(store, "icd", published(store, b"one", recipe={}))
-    with pytest.raises(IntegrityError, match="does not say how it is served"):
-        asyncio.run(server.resolve_lora("icd"))
-
-
 @pytest.mark.parametrize("in_use", [True, False])
 def test_copies_of_vllms_that_have_ended_are_removed_and_of_one_that_runs_they_are_not(
     server: Server, store: Store, tmp_path: Path, in_use: bool

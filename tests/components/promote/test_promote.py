@@ -16,12 +16,8 @@ Decide = Callable[..., StepRun]
 
 @pytest.fixture
 def published(store: Store) -> list[str]:
-    return [
-        versions.publish_version(
-            store, "sums", {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}, lineage={}
-        ).version
-        for weights in (b"one", b"two", b"three")
-    ]
+    files = [{"adapter_model.safetensors": weights, "adapter_config.json": b"{}"} for weights in (b"1", b"2", b"3")]
+    return [versions.publish_version(store, "sums", each, lineage={}).version for each in files]
 
 
 @pytest.fixture
@@ -33,10 +29,8 @@ def decided(store: Store) -> Decide:
         store.put_json("runs/r/decision.json", {**record, "decision": decision, "reasons": ["better", "by far"]})
         contents = between_runs.content_ids([hashlib.sha256(b"a").digest()])
         between_runs.note_consumed(store, "r", as_of="2026-01-01T00:00:00Z", sources={"data": "1"}, contents=contents)
-        adapter = {"name": "sums", "alias": alias}
-        config = RunConfig.model_validate(
-            {"adapter": adapter, "model": {"base": "x"}, "data": {"source": "x"}, **sections}
-        )
+        needed = {"adapter": {"name": "sums", "alias": alias}, "model": {"base": "x"}, "data": {"source": "x"}}
+        config = RunConfig.model_validate({**needed, **sections})
         return StepRun("promote", "r", config, store)
 
     return decide

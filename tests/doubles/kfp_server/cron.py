@@ -1,41 +1,21 @@
-"""Cron as the server reads it (robfig/cron v1): seconds first, a missing last field means any day of the week."""
+"""Cron as the server reads it (robfig/cron v1): seconds first, a missing last field means any day of the week.
+
+Names of months and days, and words such as @daily, which the server knows too, are none here: nobody sends them.
+"""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from tests.doubles.kfp_server.errors import ApiError, invalid
 
-MONTHS = {
-    name: number
-    for number, name in enumerate(
-        ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"), start=1
-    )
-}
-DAYS = {name: number for number, name in enumerate(("sun", "mon", "tue", "wed", "thu", "fri", "sat"))}
-BOUNDS: tuple[tuple[int, int, dict[str, int]], ...] = (
-    (0, 59, {}),
-    (0, 59, {}),
-    (0, 23, {}),
-    (1, 31, {}),
-    (1, 12, MONTHS),
-    (0, 6, DAYS),
-)
-DESCRIPTORS = {
-    "@yearly": "0 0 0 1 1 *",
-    "@annually": "0 0 0 1 1 *",
-    "@monthly": "0 0 0 1 * *",
-    "@weekly": "0 0 0 * * 0",
-    "@daily": "0 0 0 * * *",
-    "@midnight": "0 0 0 * * *",
-    "@hourly": "0 0 * * * *",
-}
+BOUNDS = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
 
 
 class Cron:
     """A cron expression of the server."""
 
     def __init__(self, text: str) -> None:
-        fields = DESCRIPTORS.get(text, text).split()
+        fields = text.split()
         if len(fields) not in (5, 6):
             raise _refusal(f"Expected 5 to 6 fields, found {len(fields)}: {text}")
         fields += ["*"] * (6 - len(fields))
@@ -60,7 +40,7 @@ class Cron:
         return day.month in self.months and (in_month or in_week if self._either else in_month and in_week)
 
 
-def _field(text: str, low: int, high: int, names: dict[str, int]) -> tuple[set[int], bool]:
+def _field(text: str, low: int, high: int) -> tuple[set[int], bool]:
     values: set[int] = set()
     starred = False
     for part in text.split(","):
@@ -69,21 +49,19 @@ def _field(text: str, low: int, high: int, names: dict[str, int]) -> tuple[set[i
         if first in ("*", "?"):
             starred, start, end = True, low, high
         else:
-            start = _number(first, names)
-            end = _number(last, names) if dash else high if step else start
+            start = _number(first)
+            end = _number(last) if dash else high if step else start
         if start < low:
             raise _refusal(f"Beginning of range ({start}) below minimum ({low}): {part}")
         if end > high:
             raise _refusal(f"End of range ({end}) above maximum ({high}): {part}")
         if start > end:
             raise _refusal(f"Beginning of range ({start}) beyond end of range ({end}): {part}")
-        values.update(range(start, end + 1, _number(step, {}) if step else 1))
+        values.update(range(start, end + 1, _number(step) if step else 1))
     return values, starred
 
 
-def _number(text: str, names: dict[str, int]) -> int:
-    if text.lower() in names:
-        return names[text.lower()]
+def _number(text: str) -> int:
     if not text.isdigit():
         raise _refusal(f"Failed to parse int from {text}")
     return int(text)

@@ -1,9 +1,8 @@
 """A recurring run: when it is due, and the run that it then asks for."""
 
+import copy
 import itertools
-import json
-import re
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from tests.doubles.kfp_server.cron import Cron
@@ -40,15 +39,6 @@ class Schedule:
         if not missed:
             return None
         self._last = missed[-1] if self.record.get("no_catchup") else missed[0]
-        return self._run(self._last)
-
-    def _run(self, tick: datetime) -> dict[str, Any]:
-        stamp = tick.astimezone(UTC).strftime("%Y%m%d%H%M%S")
-        config = json.loads(json.dumps(self.record["runtime_config"]))
-        config["parameters"] = {
-            name: re.sub(r"\[\[CurrentTime\]\]", stamp, value) if isinstance(value, str) else value
-            for name, value in (config.get("parameters") or {}).items()
-        }
         carried = {key: self.record[key] for key in CARRIED if self.record.get(key)}
-        name = f"{self.record['display_name']}-{next(self._index)}-{tick.timestamp():.0f}"
-        return {**carried, "display_name": name, "runtime_config": config}
+        name = f"{self.record['display_name']}-{next(self._index)}-{self._last.timestamp():.0f}"
+        return {**carried, "display_name": name, "runtime_config": copy.deepcopy(self.record["runtime_config"])}

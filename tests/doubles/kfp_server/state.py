@@ -14,8 +14,6 @@ from tests.doubles.kfp_server.execution import Execution, now
 from tests.doubles.kfp_server.schedules import Schedule
 from tests.doubles.kfp_server.specs import Pipeline, check_fields, check_parameters, parse_package, parse_pipeline
 
-PROPAGATIONS = {"", "DELETE_PROPAGATION_POLICY_UNSPECIFIED", "FOREGROUND", "BACKGROUND", "ORPHAN"}
-
 
 class State:
     """`namespaces` turns multi-user mode on: the ones that the caller may use."""
@@ -117,7 +115,7 @@ class State:
 
     def delete_schedule(self, schedule_id: str, policy: str) -> None:
         """Its workflows belong to it: unless they are orphaned, they are deleted with it."""
-        if policy not in PROPAGATIONS:
+        if policy not in ("", "ORPHAN"):
             raise invalid(f"unknown propagation policy {policy}")
         self.find(self.schedules, "Job", schedule_id)
         del self.schedules[schedule_id]

@@ -54,9 +54,7 @@ def test_no_host_at_all_is_a_users_mistake_that_names_the_ways() -> None:
         connect({})
 
 
-def test_in_a_pod_it_is_the_service_of_the_pods_namespace_or_else_of_kubeflow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_in_a_pod_it_is_the_service_of_the_pods_namespace_or_else_of_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as running:
         asked = _answer_for_every_name(running, monkeypatch)
         own = {"ML_PIPELINE_SERVICE_HOST": "10.96.0.7", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}

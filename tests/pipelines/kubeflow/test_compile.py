@@ -125,21 +125,6 @@ def test_a_person_can_start_a_run_without_filling_in_anything(spec: dict[str, An
     assert parameters["method_name"]["literals"] == ["", *METHODS]
 
 
-def test_what_people_look_at_is_an_artifact_of_its_step(spec: dict[str, Any]) -> None:
-    shown = {
-        (name.removeprefix("comp-"), artifact["artifactType"]["schemaTitle"])
-        for name, component in spec["components"].items()
-        for artifact in component.get("outputDefinitions", {}).get("artifacts", {}).values()
-    }
-    assert shown == {
-        ("evaluate", "system.Metrics"),
-        ("evaluate", "system.ClassificationMetrics"),
-        ("gate", "system.Markdown"),
-        ("importer", "system.Model"),
-        ("report", "system.HTML"),
-    }
-
-
 def test_reading_the_data_may_take_as_long_as_the_config_says(make_config: Callable[..., RunConfig]) -> None:
     found = deadlines(compile_pipeline(make_config("data.timeout_s=20000")))
     assert (found["prepare"], found["gate"]) == (20_000, 3600)
@@ -247,15 +232,6 @@ def test_the_default_is_the_example_as_its_file_has_it(spec: dict[str, Any]) -> 
     parameter = spec["root"]["inputDefinitions"]["parameters"]["config"]
     assert parameter["parameterType"] == "STRUCT"
     assert parameter["defaultValue"] == tomllib.loads(DEFAULT_CONFIG.read_text())
-
-
-def test_no_field_of_the_form_holds_several_lines(spec: dict[str, Any]) -> None:
-    """The page has one line for a string, and drops the ends of others on any edit.
-
-    (kubeflow/pipelines 2.17.0, frontend/src/components/NewRunParametersV2.tsx:374, a TextField without multiline)
-    """
-    parameters = spec["root"]["inputDefinitions"]["parameters"].values()
-    assert not [each for each in parameters if "\n" in str(each["defaultValue"])]
 
 
 def test_between_the_steps_goes_the_runs_address_and_never_its_config(spec: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +123,10 @@ def _small_quota(cluster: AppliedCluster) -> None:
     queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"][1]["nominalQuota"] = "8Gi"
 
 
+def stopped(where: str, name: str, cluster: AppliedCluster) -> None:
+    cluster.deploy(where, name, 0)
+
+
 def _inactive_queue(cluster: AppliedCluster) -> None:
     inactive = {"type": "Active", "status": "False", "message": "references missing ResourceFlavor"}
     cluster.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]["status"] = {"conditions": [inactive]}
@@ -130,12 +135,7 @@ def _inactive_queue(cluster: AppliedCluster) -> None:
 @pytest.mark.parametrize(
     ("name", "break_it", "detail", "fix"),
     [
-        (
-            "namespace",
-            lambda c: c.objects.pop(f"/api/v1/namespaces/{NAMESPACE}"),
-            "there is no fineloop",
-            "infra/namesp",
-        ),
+        ("namespace", lambda c: c.objects.pop(CORE), "there is no fineloop", "infra/namesp"),
         ("account fineloop-trainer", _without("serviceaccounts", "fineloop-trainer"), "has no such", "infra/rbac"),
         (
             "rights of the steps",
@@ -166,9 +166,9 @@ def _inactive_queue(cluster: AppliedCluster) -> None:
         *(
             (
                 title,
-                lambda c, where=where, name=name: c.deploy(where, name, 0),
+                partial(stopped, where, name),
                 f"{name} has no pod that is ready",
-                f"kubectl -n {where} scale deployment {name} --replicas 1",
+                f"-n {where} scale deployment {name}",
             )
             for title, where, name in (
                 ("kuberay's operator", "ray-system", "kuberay-operator"),
@@ -290,7 +290,7 @@ def test_a_store_or_an_image_that_pods_cannot_reach_is_told(
 
 
 def test_a_shared_ray_cluster_needs_its_address(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:
-    assert ask("--namespace", NAMESPACE)["ray address"]["detail"] == "no RAY_ADDRESS for the steps"
+    assert ask("--namespace", NAMESPACE)["ray address"]["detail"] == "has no key RAY_ADDRESS"
     cluster.objects[f"{CORE}/configmaps/fineloop-env"]["data"]["RAY_ADDRESS"] = "http://ray-head:8265"
     assert ask("--namespace", NAMESPACE)["ray address"]["ok"]
 

@@ -21,7 +21,6 @@ SPEC = {
                 "dry": {"parameterType": "BOOLEAN", "defaultValue": False},
                 "tags": {"parameterType": "LIST", "defaultValue": []},
                 "marks": {"parameterType": "STRUCT", "defaultValue": {}},
-                "mode": {"parameterType": "STRING", "defaultValue": "full", "literals": ["full", "quick"]},
             }
         }
     }
@@ -44,7 +43,6 @@ def test_the_resolved_config_alone_is_sent_when_nothing_else_is_given() -> None:
         ("dry=true", True),
         ('tags=["a", 1]', ["a", 1]),
         ('marks={"a": [1]}', {"a": [1]}),
-        ("mode=quick", "quick"),
     ],
 )
 def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None:
@@ -58,7 +56,7 @@ def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None
     [
         ("rows", "expected NAME=VALUE"),
         ("row=1", "did you mean rows?"),
-        ("colour=1", "it takes dry, marks, mode, name, rows, share, tags"),
+        ("colour=1", "it takes dry, marks, name, rows, share, tags"),
         ("config=x", "-c FILE and --set"),
         ("rows=many", "expected a whole number"),
         ("rows=true", "expected a whole number"),
@@ -66,19 +64,11 @@ def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None
         ("dry=yes", "expected true or false"),
         ("tags={}", "expected a JSON list"),
         ("marks=[]", "expected a JSON object"),
-        ("mode=slow", "expected one of full, quick"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(given: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--param {given.partition('=')[0]}.*{re.escape(message)}"):
         resolve_parameters(SPEC, CONFIG, [given])
-
-
-def test_a_parameter_without_default_must_be_given() -> None:
-    spec = {"root": {"inputDefinitions": {"parameters": {"key": {"parameterType": "STRING"}}}}}
-    with pytest.raises(UserError, match="--param key=VALUE"):
-        resolve_parameters(spec, CONFIG, [])
-    assert resolve_parameters(spec, CONFIG, ["key=a"]) == {"key": "a"}
 
 
 def test_values_of_before_stay_unless_the_pipeline_has_lost_them_or_others_are_given() -> None:
