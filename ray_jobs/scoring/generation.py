@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-# Reading each prompt once (prefill), both for the losses of answers and for greedy decoding.
-#
-# A prefix that all prompts share, such as a system message and an instruction, is read only once. This needs a model
-# that caches keys and values of every token and nothing else: no sliding windows, chunks or recurrent states.
+# Each prompt is read once (prefill), both for the losses of answers and for greedy decoding, and a prefix that all
+# prompts share once in all. This needs a model that caches keys and values of every token and nothing else: no sliding
+# windows, chunks or recurrent states.
 #
 # Shapes: B prompts, T positions in the cache of each, S tokens that are read at once.
 
@@ -148,11 +147,8 @@ def _to_grow(cache: DynamicCache) -> DynamicCache:
     return found
 
 
-# Batch sizes for inference: the configured number of records, as far as memory allows.
-
 logger = logging.getLogger(__name__)
 
-BF16 = 2  # bytes
 CACHE_SHARE = 0.7
 """Share of the free memory that the KV cache may take; the rest is for the activations of the prefill."""
 
@@ -199,13 +195,6 @@ def in_batches(
         torch.cuda.empty_cache()  # outside the handler, whose traceback keeps references to tensors
 
 
-def agreed(batch_size: int, device: torch.device) -> int:
-    """The smallest `batch_size` of all workers (an all-reduce)."""
-    least = torch.tensor(batch_size, device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
-
-
 def with_room(batch_size: int, base: "PretrainedConfig", tokens: int, free_bytes: int | None) -> int:
     """The largest batch size up to `batch_size` whose KV cache fits, with `tokens` tokens per record; at least 1.
 
@@ -221,7 +210,7 @@ def cache_bytes_per_token(base: "PretrainedConfig") -> int:
     text = base.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * BF16 * text.num_hidden_layers * heads * width)
+    return int(2 * 2 * text.num_hidden_layers * heads * width)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -229,8 +218,8 @@ def free_bytes(device: torch.device) -> int | None:
     processes share the memory."""
     if device.type != "cuda":
         return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + kept)
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + reserve)
 
 
 Advance = Callable[[int], None]
@@ -264,7 +253,7 @@ def greedy(
         batch = [prompts[index] for index in indices]
         words = None if on_text is None else _Words(chat, on_text, on_token)
         if reader is None:
-            found = _texts(chat, generated(model, chat, batch, max_new_tokens, streamer=words))
+            found = [*map(chat.text_of, generated(model, chat, batch, max_new_tokens, streamer=words).tolist())]
         else:
             found = answers_to(reader, reader.read(batch), batch, chat, max_new_tokens, words)
         for index, text in zip(indices, found, strict=True):
@@ -299,7 +288,8 @@ def sampled(
             top_k=0,
             top_p=1.0,
         )
-    return _texts(chat, tokens)[0]
+    text: str = chat.text_of(tokens[0].tolist())
+    return text
 
 
 def answer_all(
@@ -316,7 +306,11 @@ def answer_all(
     longest = int(lengths.max(initial=1)) + max_new_tokens
     at_once = with_room(batch_size, model.config, longest, free_bytes(model.device))
     with _decoding(model, chat):
-        in_batches(lengths, agreed(at_once, model.device) if together else at_once, answer, together=together)
+        if together:  # the smallest of all workers
+            least = torch.tensor(at_once, device=model.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            at_once = int(least)
+        in_batches(lengths, at_once, answer, together=together)
 
 
 def answers_to(
@@ -335,7 +329,7 @@ def answers_to(
     found = reader.greedy(read, chat.stops, most, put=words.put if words is not None else lambda _: None)
     if words is not None:
         words.end()
-    return _texts(chat, found)
+    return [*map(chat.text_of, found)]
 
 
 def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, **given: Any) -> Any:
@@ -361,11 +355,6 @@ def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_t
 
 def _most(max_new_tokens: int, reach: int | None, num_prompt_tokens: int) -> int:
     return max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - num_prompt_tokens))
-
-
-def _texts(chat: ChatFormat, answers: Any) -> list[str]:
-    rows = answers.tolist() if isinstance(answers, torch.Tensor) else answers
-    return [chat.text_of(tokens) for tokens in rows]
 
 
 @contextmanager
@@ -440,7 +429,11 @@ def score(
             nll.append(label_nll(model, with_other_prompts, batch_size, chat.pad))
         texts = greedy(model, chat, split, batch_size, max_new_tokens, advance)
     answers = [without_reasoning(text) for text in texts]
-    references = [_reference(chat, record, split, row) for row, record in enumerate(records)]
+    # Of tool calls, the text that the chat template writes for them.
+    references = [
+        without_reasoning(chat.text_of(split.answer(row)) if record.calls else record.answer)
+        for row, record in enumerate(records)
+    ]
     return [
         Score(
             nll=nll[0][row],
@@ -494,13 +487,6 @@ def _reading_once(
         for row, loss in zip(cut, label_nll(model, part.take(cut), batch_size, chat.pad), strict=True):
             found[row] = loss
     return nll, texts
-
-
-def _reference(chat: ChatFormat, record: Record, split: TokenizedSplit, row: int) -> str:
-    """The text that the answer is compared with; for tool calls, the text that the chat template writes for them."""
-    if not record.calls:
-        return without_reasoning(record.answer)
-    return without_reasoning(chat.text_of(split.answer(row)))
 
 
 def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:

@@ -102,15 +102,12 @@ def run_all(probes: Probes, subject: Subject, found: Mapping[str, Findings]) -> 
             found[key][subject.role] = said
 
 
-# One frozen base per process, reused by successive trainings: what a training adds to it is removed again.
-#
-# Reading and quantising a base takes longer than many trials' training, and as long as scoring many records.
-
-
 class HeldBase:
-    """Loads as `door.load_model` does, and returns the same model again for the same arguments.
+    """One frozen base per process, for successive trainings and measurements: reading and quantising it takes longer
+    than many trials' training, or scoring many records.
 
-    One model at a time: the previous one is released before another is read.
+    Loads as `door.load_model` does, and returns the same model again for the same arguments, without what a training
+    has added to it. The previous model is released before another is read.
     """
 
     def __init__(self) -> None:
@@ -176,9 +173,6 @@ def strip(model: "PreTrainedModel") -> bool:
     return bool(wrapped)
 
 
-# The models that an evaluation compares.
-
-
 @dataclass(frozen=True)
 class Contender:
     """A model to measure: the base alone, or an adapter on the base that it was trained on."""
@@ -212,13 +206,8 @@ def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Con
     return Contender(role, theirs.config, found, theirs.base_identity, theirs.stands_on_sha256)
 
 
-PROGRESS_EVERY_S = 2.0
-
-
-# Reusing what earlier runs measured on this run's contenders, so that it is not measured again.
-#
-# A contender on another base than the first one is left out: its tokens differ, and it never had the abilities and the
-# knowledge of that base.
+# What earlier runs measured of this run's contenders is not measured again. A contender on another base than the first
+# one is left out: its tokens differ, and it never had the abilities and the knowledge of that base.
 
 
 def on_the_first_base(contenders: Sequence[Contender]) -> list[Contender]:
@@ -310,22 +299,10 @@ class LocalContender:
         return architecture.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
 
     def load_base(
-        self,
-        kernels: Kernels,
-        *,
-        in_host_memory: bool = False,
-        load: Callable[..., Any] = door.load_model,
+        self, kernels: Kernels, *, in_host_memory: bool = False, load: Callable[..., Any] = door.load_model
     ) -> Any:
-        config = self.config
-        return load(
-            self.base,
-            config.model,
-            config.method.row.base,
-            kernels,
-            use_gpu=config.ray.use_gpu,
-            in_host_memory=in_host_memory,
-            dtype=self.dtype,
-        )
+        how = {"use_gpu": self.config.ray.use_gpu, "in_host_memory": in_host_memory, "dtype": self.dtype}
+        return load(self.base, self.config.model, self.config.method.row.base, kernels, **how)
 
     def scores(self, model: Any, records: Sequence[Record], rows: Sequence[int], progress: "Progress") -> list[Score]:
         """Score the records at `rows` with `model`, which has this contender's adapter on it, if there is one."""
@@ -343,6 +320,11 @@ class LocalContender:
             max_new_tokens=self.config.evaluate.max_new_tokens or USUAL_NEW_TOKENS,
             advance=progress.advance,
         )
+
+    @property
+    def answer_tokens(self) -> dict[str, int]:
+        """Number of answer tokens by record id."""
+        return dict(zip(self.split.ids, self.split.num_answer_tokens.tolist(), strict=True))
 
     def subject(self, model: Any) -> Subject:
         return Subject(self.role, model.eval(), self.chat, self.config.evaluate.batch_size)
@@ -377,7 +359,7 @@ def measure_shard(
     kernels: Kernels = PLAIN,
     held: HeldBase | None = None,
 ) -> ShardResult:
-    """Measure every contender on some records and with some probes, one after the other; runs as a Ray task.
+    """Measure every contender on some records and with some probes, one after the other.
 
     `held` is a base that this process already holds: contenders on it need not load it.
 
@@ -409,13 +391,7 @@ def measure_shard(
                 if each.adapter:
                     model.unload()  # removes the adapter from the base
             del base, model  # another base may need the memory
-        return ShardResult(answer_tokens(local), scores, [found], progress.first_scored_at, kernels.dtype)
-
-
-def answer_tokens(local: Sequence[LocalContender]) -> dict[str, int]:
-    """Number of answer tokens by record id, in the candidate's tokenizer."""
-    split = local[-1].split
-    return dict(zip(split.ids, split.num_answer_tokens.tolist(), strict=True))
+        return ShardResult(local[-1].answer_tokens, scores, [found], progress.first_scored_at, kernels.dtype)
 
 
 def _local(contender: Contender, records: Sequence[Record], folder: Path) -> LocalContender:
@@ -444,18 +420,15 @@ class Progress:
     """Progress of a worker's measurements; only one worker prints it."""
 
     def __init__(self, total: int, *, prints: bool) -> None:
-        self.role = ""
-        self.first_scored_at = ""
-        self._prints = prints
-        self._total = total
-        self._done = 0
-        self._said_at = 0.0
+        self.role = self.first_scored_at = ""
+        self._prints, self._total = prints, total
+        self._done, self._said_at = 0, 0.0
 
     def advance(self, count: int) -> None:
         self._done += count
         self.first_scored_at = self.first_scored_at or datetime.now(UTC).isoformat(timespec="microseconds")
         now = time.monotonic()
-        if self._prints and now - self._said_at >= PROGRESS_EVERY_S:
+        if self._prints and now - self._said_at >= 2.0:
             self._said_at = now
             say(STEP, f"{self.role}: {self._done / self._total:.0%} of all answers")
 

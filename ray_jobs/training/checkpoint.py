@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -63,17 +63,16 @@ class TrainingProgress:
     best_step: int = 0
     best_loss: float = float("inf")
     evals_without_gain: int = 0
+    # Older checkpoints lack the following fields.
     matmul_dtype: MatmulDtype = "bfloat16"
-    """The dtype of the matrix products; older checkpoints lack it, and were trained in bfloat16."""
     loss_scale: float | None = None
-    """The loss scale of a training in float16; None in bfloat16."""
+    """Of a training in float16; None in bfloat16."""
     magnitudes: str = "whole"
-    """How DoRA magnitudes are stored, if there are any: "change" from their start, or "whole", as in older checkpoints,
-    which lack this field."""
+    """How DoRA magnitudes are stored, if there are any: "whole", or as the "change" from their start."""
     held_out: str = ""
-    """Digest of the records that `best_loss` was measured on; older checkpoints lack it, and used other records."""
+    """Digest of the records that `best_loss` was measured on."""
     base: dict[str, str] = field(default_factory=dict)
-    """Identity of the base that was trained on; empty in older checkpoints."""
+    """Identity of the base that was trained on."""
 
     def measured(self, loss: float) -> bool:
         """Record a held-out loss; returns whether it is the best so far."""
@@ -93,7 +92,7 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A full copy of the adapter's weights in host memory. Under ZeRO-3 every worker must call it."""
     parameters = trainable(module)
     with gathered(parameters.values()):
-        return _contiguous(parameters)
+        return _copied(parameters)
 
 
 def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None:
@@ -113,18 +112,8 @@ def newest(store: Store, run_id: str) -> TrainingProgress | None:
     return None
 
 
-def discard_after(store: Store, run_id: str, step: int) -> None:
-    """Delete the checkpoints that a lost worker group wrote, or began to write, after `step`."""
-    for key, found in [*_steps(store, run_id), *_steps(store, run_id, "best")]:
-        if found > step:
-            _delete(store, key)
-
-
 def keep_newest(store: Store, run_id: str, count: int) -> None:
-    """Delete all but the `count` newest checkpoints, including older incomplete ones.
-
-    Anything after the newest complete one stays: other workers may be writing it, as they do not wait for deletions.
-    """
+    """Delete all but the `count` newest checkpoints; what other workers may be writing after the newest one stays."""
     kept = complete(store, run_id)[:count]
     for key, step in _steps(store, run_id):
         if kept and step < kept[0] and step not in kept:
@@ -139,14 +128,16 @@ def keep_newest(store: Store, run_id: str, count: int) -> None:
 
 def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
     """A copy in host memory of this worker's master weights and the optimizer state of each."""
-    tensors = {}
-    for index, (master, state) in enumerate(zero.master_partitions(engine)):
-        held = {"master": master.detach(), **zero.saved(state)}
-        tensors.update({f"{index}.{name}": tensor for name, tensor in held.items()})
-    return _contiguous(tensors)
+    return _copied(
+        {
+            f"{index}.{name}": tensor
+            for index, (master, state) in enumerate(zero.master_partitions(engine))
+            for name, tensor in {"master": master, **zero.saved(state)}.items()
+        }
+    )
 
 
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -162,17 +153,12 @@ def progress_of(store: Store, run_id: str, step: int) -> TrainingProgress:
         IntegrityError: its state.json cannot be parsed.
     """
     key = f"{key_of(run_id, step)}/shared/{STATE}"
-    return parse_progress(store.get(key), store.uri(key))
+    return _parsed(store.get(key), store.uri(key))
 
 
-def parse_progress(body: bytes, uri: str) -> TrainingProgress:
-    """Parse a checkpoint's state.json.
-
-    Raises:
-        IntegrityError: it is not valid.
-    """
+def _parsed(state: bytes, uri: str) -> TrainingProgress:
     try:
-        return TrainingProgress(**json.loads(body))  # the best loss is Infinity until one is measured
+        return TrainingProgress(**json.loads(state))  # the best loss is Infinity until one is measured
     except (TypeError, ValueError) as exc:
         raise IntegrityError(f"{uri} is no state of a training: {exc}") from exc
 
@@ -366,7 +352,6 @@ class CheckpointWriter:
     def __init__(self, store: Store, spec: TrainSpec, *, rank: int) -> None:
         self._store, self._run_id, self._rank = store, spec.run_id, rank
         self._patience = Patience(STORE_PATIENCE_S)
-        self._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         self._group: dist.ProcessGroup | None = None
         """Process group of the writer threads alone: the collectives of one group must come in the same order on all
         workers."""
@@ -382,7 +367,7 @@ class CheckpointWriter:
             StoreError: as `finish`.
         """
         self.finish()
-        self._group = self._group or dist.new_group(backend="gloo", timeout=self._timeout)
+        self._group = self._group or dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         progress.loss_scale = zero.loss_scale(engine)
         snapshot = _Snapshot(
             dataclasses.replace(progress),
@@ -413,9 +398,7 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             try:
                 self.finish()
@@ -431,37 +414,37 @@ class CheckpointWriter:
         Raises:
             StoreError: the store was unavailable to one of the workers; raised on all of them.
         """
-        key = key_of(self._run_id, taken.progress.step)
-        self._together(key, lambda: self._write_part(key, taken))
-        self._best_step = taken.progress.best_step
-        self._together(key, lambda: self._write_shared(key, taken))
+        progress, key = taken.progress, key_of(self._run_id, taken.progress.step)
+        state = json.dumps(asdict(progress)).encode()
+
+        def write_part() -> None:
+            pieces = {PIECES: json.dumps(taken.pieces)}
+            self._publish(f"{key}/rank-{self._rank}", OPTIMIZER, taken.optimizer, metadata=pieces)
+            if self._rank == 0 and progress.best_step != self._best_step:
+                self._publish(key_of(self._run_id, progress.best_step, "best"), BEST, taken.best)
+
+        self._together(key, write_part)
+        self._best_step = progress.best_step
+        shared = partial(self._publish, f"{key}/shared", ADAPTER, taken.adapter, {STATE: state})
+        self._together(key, shared if self._rank == 0 else lambda: None)
         if self._rank == 0:
             try:
                 keep_newest(self._store, self._run_id, KEPT)
             except StoreError as exc:
                 logger.warning("older checkpoints are deleted later: %s", exc)
 
-    def _write_part(self, key: str, taken: _Snapshot) -> None:
+    def _publish(
+        self,
+        key: str,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        beside: Mapping[str, bytes] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
-            path = Path(scratch) / OPTIMIZER
-            save_file(taken.optimizer, path, metadata={PIECES: json.dumps(taken.pieces)})
-            self._publish(f"{key}/rank-{self._rank}", path)
-            if self._rank == 0 and taken.progress.best_step != self._best_step:
-                path = Path(scratch) / BEST
-                save_file(dict(taken.best), path)
-                self._publish(key_of(self._run_id, taken.progress.best_step, "best"), path)
-
-    def _write_shared(self, key: str, taken: _Snapshot) -> None:
-        if self._rank > 0:
-            return
-        with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
-            adapter, state = Path(scratch) / ADAPTER, Path(scratch) / STATE
-            save_file(taken.adapter, adapter)
-            state.write_text(json.dumps(asdict(taken.progress)), encoding="utf-8")
-            self._publish(f"{key}/shared", adapter, state)
-
-    def _publish(self, key: str, *paths: Path) -> None:
-        folders.publish(self._store, key, {path.name: path for path in paths}, about={"kind": "checkpoint"})
+            path = Path(scratch) / name
+            save_file(dict(tensors), path, metadata=metadata)
+            folders.publish(self._store, key, {name: path, **(beside or {})}, about={"kind": "checkpoint"})
 
     def _together(self, key: str, act: Callable[[], None]) -> None:
         """Call `act`, and return when all workers have.
@@ -476,29 +459,11 @@ class CheckpointWriter:
             if not is_away(exc):
                 raise
             failure = exc
-        has_failed = torch.tensor([int(failure is not None)])
-        dist.all_reduce(has_failed, group=self._group)
-        if has_failed.item():
+        if _sum(int(failure is not None), self._group):
             raise failure or StoreError(f"another worker could not write its part of {self._store.uri(key)}")
 
 
 # Resuming from a run's newest intact checkpoint, whatever number of workers wrote it.
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The verified contents of a checkpoint that this worker needs."""
-
-    progress: TrainingProgress
-    adapter: Mapping[str, torch.Tensor]
-    best: dict[str, torch.Tensor] | None
-    """The best weights; None where none were better than the initial ones."""
-    states: list[dict[str, torch.Tensor]]
-    """For each of this worker's partitions: its master weights and its optimizer state."""
-
-
-_Written = tuple[list[Piece], list[dict[str, torch.Tensor]]]
-"""The part of a checkpoint that one worker wrote: its pieces, and the state of each partition."""
 
 
 def resume(
@@ -511,76 +476,87 @@ def resume(
     its pieces. A checkpoint that is damaged for any worker is logged, and the one before it is used. Later checkpoints,
     which a lost worker group left, are deleted.
 
-    A new release may hold out other records of a dataset than the one that wrote the checkpoint: then the best loss is
-    reset, so that later losses are compared only with each other.
-
     Raises:
         ConfigError: the checkpoint belongs to another config, or has DoRA magnitudes in another form.
     """
-    run_id = spec.run_id
+    run_id, found = spec.run_id, None
     steps = complete(store, run_id) if rank == 0 else []
-    found = None
-    while step := _sum(steps.pop(0) if steps else 0, engine.device):
+    while step := _sum(steps.pop(0) if steps else 0, device=engine.device):
         try:
             found = _read(store, spec, step, engine, fresh, rank=rank)
         except (IntegrityError, ObjectMissing) as exc:
             logger.warning("going on from a checkpoint before step %d, which cannot be resumed from: %s", step, exc)
-        if not _sum(int(found is None), engine.device):
+        if not _sum(int(found is None), device=engine.device):
             break
         found = None
     if rank == 0:
-        discard_after(store, run_id, step)
+        for key, left in [*_steps(store, run_id), *_steps(store, run_id, "best")]:
+            if left > step:
+                _delete(store, key)
     dist.barrier()
     if found is None:
         return fresh, weights(engine.module)
-    best = found.best or weights(engine.module)
-    _restore(engine, found)
-    progress = found.progress
+    progress, adapter, best, states = found
+    best = best or weights(engine.module)
+    copy_weights(adapter, engine.module)
+    for (master, _), state in zip(zero.master_partitions(engine), states, strict=True):
+        master.data.copy_(state["master"].view_as(master))
+        zero.restore(engine.optimizer.optimizer, master, {n: each for n, each in state.items() if n != "master"})
+    zero.set_loss_scale(engine, progress.loss_scale)
     by = f" of {counted(progress.num_workers, 'worker')}" if progress.num_workers != fresh.num_workers else ""
     logger.info("resumed from step %d%s", step, by)
     progress.config_digest, progress.num_workers, progress.base = fresh.config_digest, fresh.num_workers, fresh.base
-    if progress.held_out != fresh.held_out:
+    if progress.held_out != fresh.held_out:  # a new release may hold out other records of a dataset
         logger.info("step %d was judged on other held-out records: the best weights are sought from here on", step)
         progress.best_loss, progress.evals_without_gain = float("inf"), 0
         progress.held_out = fresh.held_out
     return progress, best
 
 
-def _sum(number: int, device: torch.device) -> int:
+def _sum(number: int, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> int:
     """Sum a number over all workers (an all-reduce)."""
     total = torch.tensor([number], device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return int(total.item())
+
+
+_Found = tuple[
+    TrainingProgress, dict[str, torch.Tensor], dict[str, torch.Tensor] | None, Sequence[Mapping[str, torch.Tensor]]
+]
+"""Of a checkpoint: the progress, the adapter's weights, the best ones, or None where none were better than the initial
+ones, and for each of this worker's partitions its master weights and its optimizer state."""
 
 
 def _read(store: Store, spec: TrainSpec, step: int, engine: Any, fresh: TrainingProgress, *, rank: int) -> _Found:
     key = key_of(spec.run_id, step)
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
-        shared = Path(scratch) / "shared"
-        folders.pull(store, f"{key}/shared", shared)
-        progress = parse_progress((shared / STATE).read_bytes(), store.uri(key))
-        uri = store.uri(key)
+        folder = Path(scratch)
+        folders.pull(store, f"{key}/shared", folder / "shared")
+        progress = _parsed((folder / "shared" / STATE).read_bytes(), store.uri(key))
         if progress.config_digest != spec.training_digest:
-            raise ConfigError(f"{uri} was written with another config: start a new run, or use the config of that one")
+            raise ConfigError(
+                f"{store.uri(key)} was written with another config: start a new run, or use the config of that one"
+            )
         if progress.magnitudes != fresh.magnitudes and any(True for _ in dora.magnitudes(engine.module)):
-            raise ConfigError(f"{uri} was written by a release that trained magnitudes whole: start a new run")
-        parts = _parts(store, key, Path(scratch), progress.num_workers, first=rank)
-        return _Found(
-            progress,
-            load_file(shared / ADAPTER),
-            _best(store, spec.run_id, Path(scratch) / "best", progress),
-            _states(engine, parts, progress, fresh),
-        )
+            raise ConfigError(
+                f"{store.uri(key)} was written by a release that trained magnitudes whole: start a new run"
+            )
+        best = None
+        if progress.best_step:
+            folders.pull(store, key_of(spec.run_id, progress.best_step, "best"), folder / "best")
+            best = load_file(folder / "best" / BEST)
+        pieces, parts = here(engine, trainable(engine.module)), _parts(store, key, folder, progress.num_workers, rank)
+        first = next(parts)
+        if progress.num_workers == fresh.num_workers and first.pieces == pieces:
+            states = first.states
+        else:
+            sizes = [master.numel() for master, _ in zero.master_partitions(engine)]
+            every = (Part(p, [zero.in_float32(state) for state in of]) for p, of in chain([first], parts))
+            states = deal(every, pieces, sizes)
+        return progress, load_file(folder / "shared" / ADAPTER), best, states
 
 
-def _best(store: Store, run_id: str, target: Path, progress: TrainingProgress) -> dict[str, torch.Tensor] | None:
-    if not progress.best_step:
-        return None
-    folders.pull(store, key_of(run_id, progress.best_step, "best"), target)
-    return dict(load_file(target / BEST))
-
-
-def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: int) -> Iterator[_Written]:
+def _parts(store: Store, key: str, scratch: Path, num_workers: int, first: int) -> Iterator[Part]:
     """Yield what each worker wrote, starting with rank `first`."""
     for number in range(num_workers):
         folder = scratch / f"rank-{(first + number) % num_workers}"
@@ -591,26 +567,4 @@ def _parts(store: Store, key: str, scratch: Path, num_workers: int, *, first: in
             for stored in file.keys():  # noqa: SIM118 - the file is no dict, and has no other way
                 index, _, name = stored.partition(".")
                 states.setdefault(int(index), {})[name] = file.get_tensor(stored)
-        yield [Piece(*each) for each in pieces], [states[index] for index in sorted(states)]
-
-
-def _states(
-    engine: Any, parts: Iterator[_Written], progress: TrainingProgress, fresh: TrainingProgress
-) -> list[dict[str, torch.Tensor]]:
-    """The state of each of this worker's partitions: as stored, if its pieces are the same, otherwise redistributed."""
-    wanted = here(engine, trainable(engine.module))
-    pieces, states = next(parts)
-    if progress.num_workers == fresh.num_workers and pieces == wanted:
-        return states
-    sizes = [master.numel() for master, _ in zero.master_partitions(engine)]
-    held = (Part(p, [zero.in_float32(each) for each in s]) for p, s in chain([(pieces, states)], parts))
-    return deal(held, wanted, sizes)
-
-
-def _restore(engine: Any, found: _Found) -> None:
-    copy_weights(found.adapter, engine.module)
-    for (master, _), state in zip(zero.master_partitions(engine), found.states, strict=True):
-        held = dict(state)
-        master.data.copy_(held.pop("master").view_as(master))
-        zero.restore(engine.optimizer.optimizer, master, held)
-    zero.set_loss_scale(engine, found.progress.loss_scale)
+        yield Part([Piece(*each) for each in pieces], [states[index] for index in sorted(states)])

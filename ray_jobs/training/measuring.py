@@ -34,7 +34,6 @@ from ray_jobs.scoring.measure import (
     Probes,
     Progress,
     ShardResult,
-    answer_tokens,
     further,
     local_contenders,
     measure_shard,
@@ -251,7 +250,7 @@ def measure_shards(
                     run_all(my_probes, each.subject(sharded), probed)
             scores[each.role] = _gathered(mine, found)
         shares = _all_gather(dict[str, dict[Role, Finding]], probed)
-        return ShardResult(answer_tokens(local), scores, shares, progress.first_scored_at, worker.kernels.dtype)
+        return ShardResult(local[-1].answer_tokens, scores, shares, progress.first_scored_at, worker.kernels.dtype)
 
 
 def _own_rows(count: int, worker: Worker) -> list[int]:

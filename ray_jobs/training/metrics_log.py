@@ -1,6 +1,6 @@
-"""The recorded metrics of a training, step by step, and the progress line for a person.
+"""The metrics of a training: recorded step by step, sent to trackers, and as a progress line for a person.
 
-A thread uploads them, so a slow or unavailable store delays no step: each upload contains everything before it.
+Threads send them, so that a slow or unavailable store or tracker delays no step.
 """
 
 import contextlib
@@ -27,15 +27,10 @@ from components.store.store import JSON, Store, encode_json
 from ray_jobs.training.checkpoint import patiently
 from ray_jobs.training.spec import TRACKED_RUNS, TRACKER_SECRETS_FILE, TrainSpec
 
-# Sending a training's metrics to MLflow, Weights & Biases and trackio while it runs, as far as the config names them.
-#
-# A thread sends them from a bounded queue: no step waits for a tracker, and a slow or unavailable one only loses
-# points.
-
 MOST_WAITING = 10_000
+"""Points that wait for a tracker; further ones are lost to it."""
 LAST_S = 30.0
 """Seconds that the end of a training waits for points that have not been sent yet."""
-Point = tuple[int, dict[str, float]]
 
 
 class Tracker(Protocol):
@@ -106,11 +101,7 @@ def _about(spec: TrainSpec) -> dict[str, Any]:
 
 # accelerate.tracking has these and more, but logs through a PartialState, which sets a worker's number of threads and
 # its process group anew.
-TRACKERS: Mapping[str, Callable[[str, TrainSpec], Tracker]] = {
-    "mlflow": Mlflow,
-    "wandb": _wandb,
-    "trackio": _trackio,
-}
+TRACKERS: Mapping[str, Callable[[str, TrainSpec], Tracker]] = {"mlflow": Mlflow, "wandb": _wandb, "trackio": _trackio}
 
 
 def secrets(spec: TrainSpec) -> dict[str, str]:
@@ -127,32 +118,29 @@ class Trackers:
     def __init__(self, spec: TrainSpec) -> None:
         self._named = {name: target for name in TRACKERS if (target := getattr(spec.track, name))}
         self._spec = spec
-        self._waiting: queue.Queue[Point | None] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MOST_WAITING)
         self._lost = 0
         self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._send, name="trackers", daemon=True)
         if self._named:
             self._thread.start()
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Queue the record of a step or a held-out evaluation, and return at once."""
+    def add(self, record: Mapping[str, Any] | None) -> None:
+        """Queue the record of a step or a held-out evaluation, or None for the end, and return at once."""
         if self._named:
-            self._put((int(record["step"]), scalars(record)))
+            try:
+                self._waiting.put_nowait((int(record["step"]), scalars(record)) if record else None)
+            except queue.Full:
+                self._lost += 1
 
     def close(self) -> None:
         """Wait up to LAST_S for the points that are still queued."""
         if not self._named:
             return
-        self._put(None)
+        self.add(None)
         self._thread.join(LAST_S)
         if self._thread.is_alive() or self._lost:
             logger.warning("%s lacks points of this training: metrics.jsonl has all of them", ", ".join(self._named))
-
-    def _put(self, point: Point | None) -> None:
-        try:
-            self._waiting.put_nowait(point)
-        except queue.Full:
-            self._lost += 1
 
     def _send(self) -> None:
         with in_environment(secrets(self._spec)):
@@ -163,8 +151,7 @@ class Trackers:
             trackers = {name: tracker for name, tracker in begun.items() if tracker is not None}
             while (point := self._waiting.get()) is not None:
                 for name, tracker in trackers.items():
-                    step, values = point
-                    self._tried(name, partial(tracker.log, values, step=step))
+                    self._tried(name, partial(tracker.log, point[1], step=point[0]))
             for name, tracker in trackers.items():
                 self._tried(name, tracker.finish)
 
@@ -214,16 +201,17 @@ class MetricsLog:
         patience_s: float = 0,
         trackers: Trackers | None = None,
     ) -> None:
-        self._store = store
-        self._trackers = trackers
-        self._patience_s = patience_s
-        self._key = runs.run_key(run_id, runs.METRICS)
+        self._store, self._trackers, self._patience_s = store, trackers, patience_s
         self._checkpoint_every = checkpoint_every_steps
-        found = store.read(self._key)
-        self._restarts_key = runs.run_key(run_id, runs.RESTARTS)
-        self.restarts, self.steps_repeated = _restarts(store, self._restarts_key) if found else (0, 0)
-        # After a restart the metrics continue; points after the checkpoint are replaced as their steps are repeated.
-        self._points = [_point(json.loads(line)) for line in found[0].splitlines()] if found else []
+        self._key, self._restarts_key = (runs.run_key(run_id, name) for name in (runs.METRICS, runs.RESTARTS))
+        self.restarts = self.steps_repeated = 0
+        self._points: list[_Point] = []
+        if found := store.read(self._key):
+            # After a restart the metrics continue; points after the checkpoint are replaced as steps are repeated.
+            self._points = [_point(json.loads(line)) for line in found[0].splitlines()]
+            with contextlib.suppress(ObjectMissing, IntegrityError, LookupError, TypeError, ValueError):
+                counts = store.get_json(self._restarts_key)
+                self.restarts, self.steps_repeated = int(counts["restarts"]), int(counts["steps_repeated"])
         self._taken = max((point.step for point in self._points if point.kind == "train"), default=0)
         """Last step of the lost worker group; 0 without a restart, and once this group has taken a step."""
         self._every = 1
@@ -261,8 +249,10 @@ class MetricsLog:
             self._said_at = now
             say("finetune", progress_line(record))
         is_checkpoint = kind == "train" and self._checkpoint_every and step % self._checkpoint_every == 0
-        if is_checkpoint or now - self._uploaded_at >= METRICS_EVERY_S:
-            self._upload_beside()
+        is_uploading = self._uploading is not None and not self._uploading.done()  # the next one includes these points
+        if (is_checkpoint or now - self._uploaded_at >= METRICS_EVERY_S) and not is_uploading:
+            self._uploaded_at = now
+            self._uploading = self._thread.submit(self._try, self._body())
 
     def upload(self) -> None:
         """Upload the whole file, and wait until it is stored.
@@ -290,13 +280,6 @@ class MetricsLog:
             self._thread.shutdown()
             self._try(self._body())
 
-    def _upload_beside(self) -> None:
-        """Upload the whole file in the background, since objects in the store cannot be appended to."""
-        if self._uploading is not None and not self._uploading.done():
-            return  # the next upload includes these points
-        self._uploaded_at = time.monotonic()
-        self._uploading = self._thread.submit(self._try, self._body())
-
     def _try(self, body: bytes, key: str = "", content_type: str = NDJSON) -> None:
         try:
             self._store.put(key or self._key, body, content_type=content_type)
@@ -312,15 +295,6 @@ class MetricsLog:
 
     def _is_kept(self, point: _Point) -> bool:
         return point.kind != "train" or point.step % self._every == 0
-
-
-def _restarts(store: Store, key: str) -> tuple[int, int]:
-    """Restarts and repeated steps as earlier workers counted them; zeros where that cannot be read."""
-    try:
-        found = store.get_json(key)
-        return int(found["restarts"]), int(found["steps_repeated"])
-    except (ObjectMissing, IntegrityError, LookupError, TypeError, ValueError):
-        return 0, 0
 
 
 def _point(record: Mapping[str, Any]) -> _Point:

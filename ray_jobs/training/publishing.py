@@ -70,7 +70,7 @@ def recipe_of(
 def publish(
     spec: TrainSpec, store: Store, fitted: Fitted, worker: Worker, *, started_at: datetime, usage: Usage | None = None
 ) -> Version:
-    """Publish the trained adapter as a version, which is not visible before it is complete; on rank 0 only."""
+    """Publish the trained adapter as a version; on rank 0 only."""
     trained, progress = fitted.trained, fitted.trained.progress
     record = lineage.Lineage(
         asked=spec.asked,
@@ -171,14 +171,19 @@ MEASURED = {
 
 def model_card(config: TrainSpec, lineage: Mapping[str, Any]) -> str:
     """The model card: what the adapter is, its base, how it was trained and how to load it. Markdown."""
-    training, dataset, recipe = lineage["training"], lineage["dataset"], lineage["recipe"]
+    training, dataset, recipe, served = lineage["training"], lineage["dataset"], lineage["recipe"], recorded(lineage)
     identity = ", ".join(f"{key} `{value}`" for key, value in lineage["base"]["identity"].items())
     eval_loss = training["eval_loss"]
-    share = recipe["trainable_share"]
     auto_class = recipe.get("auto_class", "AutoModelForCausalLM")
-    trained = f"{recipe['trainable_parameters']:,} of {recipe['parameters']:,} ({share:.2%})"
+    trained = f"{recipe['trainable_parameters']:,} of {recipe['parameters']:,} ({recipe['trainable_share']:.2%})"
     pace = f"{training['wall_s']:.0f} s on {training['world_size']} workers"
-    effort = f"{training['steps']} steps, {training['tokens']:,} tokens, {pace}"
+    notes = "".join(f"\n- {note[:1].upper()}{note[1:]}." for note in served.notes)
+    own_base = (
+        ""
+        if config.method.row.init == "default"
+        else f"\n| Stands on | `{recipe['stands_on']}`: weights that were chosen together with the adapter's start. "
+        "It is wrong on any other base; `fineloop adapters pull --with-base` fetches both |"
+    )
     return f"""---
 library_name: peft
 base_model: {config.model.base}
@@ -192,10 +197,10 @@ A {config.method.name} adapter (rank {config.method.r}) for `{config.model.base}
 
 | | |
 |---|---|
-| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{_own_base(config, recipe)}{_chat(recipe)}
+| Base | `{config.model.base}` ({identity}), loaded as {recipe["base"]} |{own_base}{_chat(recipe)}
 | Data | `{dataset["dataset_id"]}`: {dataset["train_records"]} records trained on, {dataset["eval_records"]} held out |
 | Trained parameters | {trained} |
-| Training | {effort} |
+| Training | {training["steps"]} steps, {training["tokens"]:,} tokens, {pace} |
 | Held-out loss | {f"{eval_loss:.4f} nats per answer token" if eval_loss is not None else "not measured"} |
 
 ```python
@@ -208,17 +213,8 @@ model = PeftModel.from_pretrained(base, ADAPTER_FOLDER)
 
 ## Serving
 
-{_serving(lineage)}
+{HOW_SERVED[served.servable_as]}{notes and chr(10) + notes}
 """
-
-
-def _own_base(config: TrainSpec, recipe: Mapping[str, Any]) -> str:
-    if config.method.row.init == "default":
-        return ""
-    return (
-        f"\n| Stands on | `{recipe['stands_on']}`: weights that were chosen together with the adapter's start. "
-        "It is wrong on any other base; `fineloop adapters pull --with-base` fetches both |"
-    )
 
 
 def _chat(recipe: Mapping[str, Any]) -> str:
@@ -231,53 +227,41 @@ def _chat(recipe: Mapping[str, Any]) -> str:
     return f"\n| Chat template | {whose}, beside this file with the tokenizer{asked}. Answers end with {stops} |"
 
 
-def _serving(lineage: Mapping[str, Any]) -> str:
-    found = recorded(lineage)
-    notes = [f"- {note[:1].upper()}{note[1:]}." for note in found.notes]
-    return "\n".join([HOW_SERVED[found.servable_as], *(["", *notes] if notes else [])])
-
-
 def export_card(method: str, record: Mapping[str, Any]) -> str:
     """The README.md of an exported folder: what it is, its source, and how far the two differ. Markdown."""
-    base = record["base_model"]
-    is_lora = record["form"] == "lora"
-    read_by = {
-        "merged": "a transformers model that needs no peft",
-        "gguf": "a file for llama.cpp; Ollama takes it with `ollama create NAME -f Modelfile` in this folder",
-    }
-    what = (
-        f"`{base['reference']}` with the adapter merged into its {record['base']} weights, saved as "
-        f"{record['dtype']}: {read_by[record['form']]}."
-        if not is_lora
-        else f"{'The adapter' if record['exact'] else 'The nearest LoRA to the adapter, not the adapter itself,'} as "
-        f"plain LoRA of rank {record['rank']}, for the base `{base['stands_on']}`."
-    )
-    parity = record["parity"]
-    figures = [
+    base, parity, form = record["base_model"], record["parity"], record["form"]
+    if form == "lora":
+        which = "The adapter" if record["exact"] else "The nearest LoRA to the adapter, not the adapter itself,"
+        what = f"{which} as plain LoRA of rank {record['rank']}, for the base `{base['stands_on']}`."
+    else:
+        read_by = {
+            "merged": "a transformers model that needs no peft",
+            "gguf": "a file for llama.cpp; Ollama takes it with `ollama create NAME -f Modelfile` in this folder",
+        }[form]
+        what = (
+            f"`{base['reference']}` with the adapter merged into its {record['base']} weights, saved as "
+            f"{record['dtype']}: {read_by}."
+        )
+    library = {"merged": "transformers", "gguf": "gguf", "lora": "peft"}[form]
+    figures = "".join(
         f"| {MEASURED[name]} | {found['argmax_agreement']:.2%} | {found['max_abs_logit_difference']:.3g} "
-        f"| {found['mean_kl_nats']:.3g} |"
+        f"| {found['mean_kl_nats']:.3g} |\n"
         for name, found in parity.items()
         if name in MEASURED
-    ]
-    library = {"merged": "transformers", "gguf": "gguf", "lora": "peft"}[record["form"]]
-    front = {"library_name": library, "base_model": base["reference"]}
-    return "\n".join(
-        [
-            "---",
-            *(f"{key}: {value}" for key, value in front.items()),
-            f"tags: [{record['form']}, fineloop]",
-            "---",
-            "",
-            f"# {record['adapter']}",
-            "",
-            f"{what} Made from version `{record['version']}` ({method}, base trained on as "
-            f"{base['format']}), manifest sha256 `{record['manifest_sha256']}`; `export.json` holds the record.",
-            "",
-            f"Compared on {parity['compared_on']}:",
-            "",
-            "| | same token | largest logit difference | mean KL, nats |",
-            "|---|---|---|---|",
-            *figures,
-            "",
-        ]
     )
+    return f"""---
+library_name: {library}
+base_model: {base["reference"]}
+tags: [{form}, fineloop]
+---
+
+# {record["adapter"]}
+
+{what} Made from version `{record["version"]}` ({method}, base trained on as {base["format"]}), manifest sha256 \
+`{record["manifest_sha256"]}`; `export.json` holds the record.
+
+Compared on {parity["compared_on"]}:
+
+| | same token | largest logit difference | mean KL, nats |
+|---|---|---|---|
+{figures}"""

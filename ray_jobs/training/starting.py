@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +27,6 @@ from ray_jobs.text.token_store import Ids, Rows, StoredTokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-BASE, PRODUCTION = "base", "production"
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
         IntegrityError: it stands on another base, or its lineage is damaged.
     """
     wanted = config.train.start_from
-    if wanted == BASE:
+    if wanted == "base":
         return None
-    if wanted == PRODUCTION:
+    if wanted == "production":
         pointer = read_alias(store, config.adapter.name, config.adapter.alias)
         wanted = f"{config.adapter.name}@{pointer.version}" if pointer else ""
     found = resolve(store, wanted) if wanted else None
@@ -72,7 +70,13 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
     theirs = recorded.read(config, store, version)
     if base.is_known:  # otherwise the workers compare it, when they read it, with the identity from `base_of`
         base_model.require_same(base, theirs.base_identity)
-    _require_same_shape(config, theirs.config, version)
+    other = _shape(theirs.config)
+    for field, value in _shape(config).items():
+        if other[field] != value:
+            raise ConfigError(
+                f"train.start_from = {config.train.start_from!r}: {version.name} {version.version} was trained with "
+                f"method.{field} = {other[field]!r}, and this run has {value!r}: set it so, or start from the base"
+            )
     return Start(version, theirs.base_identity, theirs.stands_on_sha256)
 
 
@@ -84,16 +88,6 @@ def flops_of(store: Store, version: Version | None) -> float | None:
     more = read_lineage(store, version).get("training", {}).get("more", {})
     found = (more.get("usage") or {}).get("flops_with_parents")
     return None if found is None else float(found)
-
-
-def _require_same_shape(config: RunConfig, theirs: RunConfig, version: Version) -> None:
-    ours, other = _shape(config), _shape(theirs)
-    for field, value in ours.items():
-        if other[field] != value:
-            raise ConfigError(
-                f"train.start_from = {config.train.start_from!r}: {version.name} {version.version} was trained with "
-                f"method.{field} = {other[field]!r}, and this run has {value!r}: set it so, or start from the base"
-            )
 
 
 def _shape(config: RunConfig) -> dict[str, Any]:
@@ -138,7 +132,11 @@ def read_splits(
     train_split = _planned_split(train, rows, token_store.is_kept(rows))
     held_out = token_store.ensure(store, dataset_uri, "eval", chat, **how)
     rows, ids = token_store.load_rows(store, held_out)
-    chosen = _validation(store, dataset_uri, config)[rows["record"]]
+    # Validation records, by which weights are chosen; all held-out ones where there would otherwise be none.
+    share = config.data.validation_share
+    each = chain.from_iterable(read_split(store, dataset_uri, "eval"))
+    flags = np.array([is_validation(record, share) for record in each], dtype=np.bool_)
+    chosen = (flags if flags.any() and not flags.all() else np.ones_like(flags))[rows["record"]]
     _check_lengths(rows[chosen], ids.take(np.flatnonzero(chosen)), config, log)
     places = np.flatnonzero(token_store.is_kept(rows) & chosen)[: config.train.eval_records]
     kept = np.cumsum(token_store.is_kept(rows)) - 1
@@ -169,20 +167,6 @@ def require_embedded(
 
 def _planned_split(stored: StoredTokens, rows: Rows, places: npt.NDArray[Any]) -> PlannedSplit:
     return PlannedSplit(stored, rows["length"][places].astype(np.int64), rows["answers"][places].astype(np.int64))
-
-
-def _validation(store: Store, dataset_uri: str, config: RunConfig) -> npt.NDArray[np.bool_]:
-    """One flag per held-out record: whether `validation_and_test` makes it a validation record, by which weights are
-    chosen; all are True where it would otherwise be none."""
-    found = np.array(
-        [
-            is_validation(record, config.data.validation_share)
-            for some in read_split(store, dataset_uri, "eval")
-            for record in some
-        ],
-        dtype=np.bool_,
-    )
-    return found if found.any() and not found.all() else np.ones_like(found)
 
 
 def _check_lengths(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:

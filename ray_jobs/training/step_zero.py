@@ -39,10 +39,8 @@ KNOWN = "bases/first-checks/"
 RECORDS = 4
 TOKENS = 512
 ANSWER_TOKENS = 200
-# How far other kernels, which round otherwise and sum in another order, may move an answer token's loss on average: in
-# nats, and as a share of the mean loss.
-TOLERANCE = 0.2
-RELATIVE_TOLERANCE = 0.02
+TOLERANCE, RELATIVE_TOLERANCE = 0.2, 0.02
+"""In nats, and as a share of the mean loss."""
 
 
 def probe(split: TokenizedSplit, pad: int) -> dict[str, torch.Tensor]:
@@ -64,23 +62,6 @@ def probe_nll(
         nll = answer_nll(model, batch["input_ids"].to(device), batch["labels"].to(device)).double()
     model.train(was_training)
     return nll
-
-
-def base_nll(
-    config: TrainingConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels, dtype: torch.dtype
-) -> torch.Tensor:
-    """`probe_nll` of the base in the training's dtype and attention, unsharded and on the CPU; only one layer is in
-    memory at a time where possible."""
-    cpu, base_format = torch.device("cpu"), config.method.row.base
-    here = {"linear": kernels.linear, "like_gpu": config.ray.use_gpu, "dtype": dtype}
-    try:
-        with streamed(base, config.model, base_format, **here) as model:
-            return probe_nll(model, probe, cpu)
-    except NotImplementedError as exc:
-        # Llama 4 moves its token ids to the device of its embedding, which is the meta device.
-        logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
-    model = load_model(base, config.model, base_format, kernels, use_gpu=False, dtype=dtype)
-    return probe_nll(model, probe, cpu)
 
 
 def known_base_nll(
@@ -111,6 +92,23 @@ def known_base_nll(
         with suppress(StoreError):  # otherwise the next start computes it again
             store.claim(key, encode_json({"of": of, "losses": losses.tolist()}), content_type=JSON)
     return losses
+
+
+def base_nll(
+    config: TrainingConfig, base: Base, probe: dict[str, torch.Tensor], kernels: Kernels, dtype: torch.dtype
+) -> torch.Tensor:
+    """`probe_nll` of the base in the training's dtype and attention, unsharded and on the CPU; only one layer is in
+    memory at a time where possible."""
+    cpu, base_format = torch.device("cpu"), config.method.row.base
+    here = {"linear": kernels.linear, "like_gpu": config.ray.use_gpu, "dtype": dtype}
+    try:
+        with streamed(base, config.model, base_format, **here) as model:
+            return probe_nll(model, probe, cpu)
+    except NotImplementedError as exc:
+        # Llama 4 moves its token ids to the device of its embedding, which is the meta device.
+        logger.info("the base cannot be read layer by layer, and is read whole for the first check: %s", exc)
+    model = load_model(base, config.model, base_format, kernels, use_gpu=False, dtype=dtype)
+    return probe_nll(model, probe, cpu)
 
 
 @contextmanager
@@ -146,7 +144,8 @@ def require_same(losses: torch.Tensor, expected: torch.Tensor | None, *, worker:
     *sharded, plain = table.mean(dim=1).tolist()
     distances = (table[:-1] - table[-1]).abs().mean(dim=1).nan_to_num(math.inf).tolist()
     rank = distances.index(max(distances))
-    most = limit(plain)
+    # How far other kernels, which round otherwise and sum in another order, may move a token's loss on average.
+    most = TOLERANCE + RELATIVE_TOLERANCE * plain
     logger.info("loss before the first step: %.4f, unsharded %.4f", sharded[rank], plain)
     if math.isfinite(plain) and distances[rank] > most:  # a NaN in the plain loss is not due to sharding
         raise JobError(
@@ -155,8 +154,3 @@ def require_same(losses: torch.Tensor, expected: torch.Tensor | None, *, worker:
             f"{distances[rank]:.3f} apart on average, and rounding explains up to {most:.3f}: training would go on "
             "other weights than the base's. Use a lower train.zero_stage"
         )
-
-
-def limit(plain: float) -> float:
-    """How far the losses of tokens may be apart on average, where the plain loss is this."""
-    return TOLERANCE + RELATIVE_TOLERANCE * plain

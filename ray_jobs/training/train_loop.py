@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Never
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,19 +58,6 @@ class Watch:
             return False
         self._asked_at = time.monotonic()
         return ray.train.get_preemption_info() is not None
-
-
-def leave(step: int) -> Never:
-    """End this worker, as all workers of the group do; the checkpoint of `step` is complete.
-
-    Raises:
-        RayActorError: always; Ray Train takes it for a worker whose node was preempted.
-    """
-    from ray.exceptions import RayActorError
-
-    raise RayActorError(
-        error_msg=f"a node of the workers is about to be taken: they go on from step {step} elsewhere", preempted=True
-    )
 
 
 # Detecting a worker that slows down the others, since all of them wait for the slowest in each step.
@@ -146,20 +133,11 @@ class TrainedAdapter:
 
     weights: dict[str, torch.Tensor]
     progress: TrainingProgress
-    num_steps: int
     stopped_early: bool
     first_loss: float | None = None
     last_loss: float | None = None
     eval_loss: float | None = None
     resumed_from: int = 0
-
-    def stepped(self, loss: float, num_tokens: int, *, elapsed_s: float) -> None:
-        """Record a step that has been taken."""
-        self.progress.step += 1
-        self.progress.tokens += num_tokens
-        self.progress.elapsed_s = elapsed_s
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.last_loss = loss
 
 
 def learning_rate_at(step: int, *, peak: float, num_steps: int, warmup_share: float) -> float:
@@ -211,9 +189,16 @@ def run(
     num_records = len(train_split)
     total, measured = num_steps(train, num_records), eval_steps(train, num_records)
     measure = partial(held_out_loss, engine, eval_split, worker=worker, batch_size=train.micro_batch_size, pad=spec.pad)
-    fresh = _fresh(spec, worker, eval_split)
+    fresh = TrainingProgress(
+        spec.training_digest,
+        worker.num_workers,
+        matmul_dtype=worker.kernels.dtype,
+        magnitudes="change",
+        held_out=eval_split.digest,
+        base=dict(spec.base.identity),
+    )
     progress, best = checkpoint.resume(store, spec, engine, fresh, rank=worker.rank)
-    trained = TrainedAdapter(best, progress, total, stopped_early=False, resumed_from=progress.step)
+    trained = TrainedAdapter(best, progress, stopped_early=False, resumed_from=progress.step)
     started, pace = time.monotonic() - progress.elapsed_s, Pace(worker, zero_stage=train.zero_stage)
     with CheckpointWriter(store, spec, rank=worker.rank) as checkpoints:
         for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
@@ -221,12 +206,32 @@ def run(
             loss, grad_norm, num_tokens = take_step(
                 engine, batch, spec=spec, worker=worker, split=train_split, step=progress.step, total=total, pace=pace
             )
-            _require_finite(loss, step=progress.step, learning_rate=spec.learning_rate)
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"training diverged: the loss at step {progress.step} is {loss}; lower train.learning_rate, now "
+                    f"{spec.learning_rate:g}"
+                )
             ended = time.monotonic()
-            trained.stepped(loss, num_tokens, elapsed_s=ended - started)
+            progress.step += 1
+            progress.tokens += num_tokens
+            progress.elapsed_s = ended - started
+            trained.first_loss = loss if trained.first_loss is None else trained.first_loss
+            trained.last_loss = loss
             pace.compare(progress.step)
-            found = {"epoch": epoch, "loss": loss, "grad_norm": grad_norm, "tokens_per_s": num_tokens / (ended - began)}
-            report(_of_step(trained, engine, **found))
+            report(
+                {
+                    "kind": "train",
+                    "step": progress.step,
+                    "num_steps": total,
+                    "tokens": progress.tokens,
+                    "learning_rate": engine.optimizer.param_groups[0]["lr"],
+                    "elapsed_s": progress.elapsed_s,
+                    "epoch": epoch,
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "tokens_per_s": num_tokens / (ended - began),
+                }
+            )
             if progress.step in measured:
                 trained.eval_loss = measure()
                 report({"kind": "eval", "step": progress.step, "loss": trained.eval_loss, "records": len(eval_split)})
@@ -239,50 +244,23 @@ def run(
             if is_preempted or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
                 checkpoints.write(engine, progress, best)
                 if is_preempted and checkpoints.finish():
-                    leave(progress.step)
+                    from ray.exceptions import RayActorError
 
-    _settle(trained, engine, train, best, start, measure)
-    return trained
+                    raise RayActorError(  # Ray Train takes it for a worker whose node was preempted
+                        error_msg=f"a node of the workers is about to be taken: they go on from step {progress.step} "
+                        "elsewhere",
+                        preempted=True,
+                    )
 
-
-def _fresh(spec: TrainSpec, worker: Worker, eval_split: TokenizedSplit) -> TrainingProgress:
-    """The progress of a training that has taken no step."""
-    return TrainingProgress(
-        spec.training_digest,
-        worker.num_workers,
-        matmul_dtype=worker.kernels.dtype,
-        magnitudes="change",
-        held_out=eval_split.digest,
-        base=dict(spec.base.identity),
-    )
-
-
-def _of_step(trained: TrainedAdapter, engine: Any, **found: float) -> dict[str, Any]:
-    """The record of the last step, for `report`."""
-    progress = trained.progress
-    return {
-        "kind": "train", "step": progress.step, "num_steps": trained.num_steps, "tokens": progress.tokens,
-        "learning_rate": engine.optimizer.param_groups[0]["lr"], "elapsed_s": progress.elapsed_s, **found,
-    }  # fmt: skip
-
-
-def _settle(
-    trained: TrainedAdapter,
-    engine: Any,
-    train: TrainConfig,
-    best: dict[str, torch.Tensor],
-    start: Mapping[str, torch.Tensor] | None,
-    measure: Callable[[], float],
-) -> None:
-    """Choose the weights to publish: the best with early stopping, else the last, interpolated with the start's."""
     if train.early_stopping_patience:
-        trained.weights, trained.eval_loss = best, trained.progress.best_loss
+        trained.weights, trained.eval_loss = best, progress.best_loss
     else:
         trained.weights = checkpoint.weights(engine.module)
     if start is not None and train.start_share:
         trained.weights = between(trained.weights, start, train.start_share)
         checkpoint.copy_weights(trained.weights, engine.module)
         trained.eval_loss = measure()
+    return trained
 
 
 def between(
@@ -319,12 +297,7 @@ def _batches(
     """Yield the batches of the steps from `start` up to, not including, `stop`, each with its epoch."""
     per_epoch = math.ceil(len(split) / train.batch_size)
     for epoch in range(start // per_epoch, math.ceil(stop / per_epoch)):
-        plan = plan_epoch(
-            split.lengths,
-            batch_size=train.batch_size,
-            seed=train.seed,
-            epoch=epoch,
-        )
+        plan = plan_epoch(split.lengths, batch_size=train.batch_size, seed=train.seed, epoch=epoch)
         first = epoch * per_epoch
         for batch in plan[max(0, start - first) : stop - first]:
             yield batch, epoch
@@ -344,9 +317,9 @@ def take_step(
     """Take one optimizer step; returns the mean loss over the batch's answer tokens, the gradient norm and the number
     of tokens."""
     train = spec.train
-    zero.set_learning_rate(
-        engine, learning_rate_at(step, peak=spec.learning_rate, num_steps=total, warmup_share=train.warmup_share)
-    )
+    rate = learning_rate_at(step, peak=spec.learning_rate, num_steps=total, warmup_share=train.warmup_share)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
     torch.manual_seed(hash((train.seed, step, worker.rank)))
     answer_tokens = int(split.num_answer_tokens[batch].sum())
     rounds = share(
@@ -374,10 +347,3 @@ def take_step(
         nll_sum += nll.detach().double()
     dist.all_reduce(nll_sum)
     return float(nll_sum) / answer_tokens, float(engine.get_global_grad_norm() or 0.0), int(split.lengths[batch].sum())
-
-
-def _require_finite(loss: float, *, step: int, learning_rate: float) -> None:
-    if not math.isfinite(loss):
-        raise Diverged(
-            f"training diverged: the loss at step {step} is {loss}; lower train.learning_rate, now {learning_rate:g}"
-        )

@@ -21,6 +21,7 @@ from components.records import runs
 from components.shared import garbage
 from components.shared.errors import ConfigError, JobError, UserError, WorkersMissing
 from components.shared.machine import ran_low
+from components.shared.protocol import counted
 from components.store.store import Store
 
 RESIZE_EVERY_S = 60.0
@@ -53,11 +54,22 @@ def run(
         JobError: the workers failed for another reason.
     """
     from ray.exceptions import OutOfMemoryError
-    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig, UserCallback
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+    class EndsAtMistake(UserCallback):
+        """Called by the controller at each failure; an error that it raises is not retried."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            # A worker that lost its connection to the worker with the mistake may have failed as well.
+            for _, found in sorted(worker_exceptions.items()):
+                if is_mistake(found):
+                    _quieten()  # the controller ends with this error
+                    raise found
+
+    most = config.ray.max_workers
     # The patch prints and logs what a worker prints: every line would appear twice.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     trainer = TorchTrainer(
@@ -65,7 +77,7 @@ def run(
         train_loop_config=dict(arguments),
         torch_config=_torch_config(backend="nccl" if config.ray.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=_num_workers(config),
+            num_workers=(config.ray.min_workers, most) if config.ray.is_elastic else most,
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=config.ray.use_gpu,
             resources_per_worker=config.ray.per_worker,
@@ -74,7 +86,7 @@ def run(
             name=name,
             storage_path=store.uri(runs.key_of(store, run_id, name)).removesuffix(f"/{name}"),
             failure_config=FailureConfig(max_failures=max_failures, max_preemption_failures=-1),  # without a limit
-            callbacks=[_ending_at_mistakes()],
+            callbacks=[EndsAtMistake()],
         ),
     )
     try:
@@ -170,26 +182,6 @@ def _quieten() -> None:
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
 
 
-def _ending_at_mistakes() -> Any:
-    """A callback for Ray Train's controller, called at each failure; an error that it raises is not retried."""
-    from ray.train import UserCallback
-
-    class EndsAtMistake(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            # A worker that lost its connection to the worker with the mistake may have failed as well.
-            for _, found in sorted(worker_exceptions.items()):
-                if is_mistake(found):
-                    _quieten()  # the controller ends with this error
-                    raise found
-
-    return EndsAtMistake()
-
-
-def _num_workers(config: RunConfig) -> int | tuple[int, int]:
-    fewest, most = config.ray.min_workers, config.ray.max_workers
-    return (fewest, most) if config.ray.is_elastic else most
-
-
 def _failed(why: str) -> JobError:
     return JobError(f"the workers failed: {ran_low(why) or why}")
 
@@ -204,16 +196,14 @@ def _root(exc: Any) -> str:
 # A cluster that was created for the job has workers for it, or will have: after the loss of a head node they return
 # later than the driver, and what an autoscaler reports meanwhile is ignored.
 #
-# Any other cluster can grow if its autoscaler, version 2, reports its state to the GCS (KubeRay runs one beside a head
-# if the RayCluster enables it): ray.autoscaler.v2.monitor.AutoscalerMonitor reports it, ray.autoscaler.v2.sdk reads it.
-# The GCS knows the cluster's maximum size only where a platform reports it; Ray Train compares with that. Otherwise a
+# Any other cluster can grow if its autoscaler, version 2, reports its state to the GCS (KubeRay runs one if the
+# RayCluster enables it). The GCS knows the cluster's maximum size only where a platform reports it. Otherwise a
 # placement group is a demand to the autoscaler, which it either fulfils or reports as infeasible.
 
 POLL_S = 1.0
 STABLE_S = 60.0
 """Seconds for which an autoscaler must keep reporting that it cannot grow enough: after the loss of a head, nodes may
 still be reconnecting."""
-CALL_S = 10
 
 
 def has_room(per_worker: Mapping[str, float], num_workers: int) -> bool:
@@ -300,7 +290,10 @@ def _wait_for_growth(
             said, before = _autoscaling_state(), has
             has = ray.cluster_resources()
             # Resources that others hold may become free, and the report may be older than their release.
-            if said is None or has != before or not _is_infeasible(group.id.hex(), said) or _is_busy(name):
+            is_busy = ray.available_resources().get(name, 0) < has.get(name, 0)
+            # For a placement group the autoscaler's details read "ID:STRATEGY|STATE".
+            infeasible = [each.details for each in said.infeasible_gang_resource_requests] if said else []
+            if has != before or is_busy or not any(each.startswith(group.id.hex()) for each in infeasible):
                 refused.clear()
                 since = time.monotonic()
                 continue
@@ -322,9 +315,9 @@ def _short_of(needed: Mapping[str, float], limit: Mapping[str, float]) -> str | 
 
 
 def _too_small(name: str, needed: Mapping[str, float], why: str) -> ConfigError:
-    is_one = needed[name] == 1
-    ways = [*(() if is_one else ("lower ray.num_workers",)), *(("set ray.use_gpu=false",) if name == "GPU" else ())]
-    asked = f"{needed[name]:g} {name}{'' if is_one else 's'}"
+    ways = ["lower ray.num_workers"] if needed[name] > 1 else []
+    ways += ["set ray.use_gpu=false"] if name == "GPU" else []
+    asked = counted(int(needed[name]), name)
     return ConfigError(
         f"ray.num_workers asks for {asked} and {why}: {', or '.join([*ways, 'train on a larger cluster'])}"
     )
@@ -335,16 +328,5 @@ def _autoscaling_state() -> Any:
     from ray._private.worker import global_worker
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
-    reply = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status(timeout_s=CALL_S))
+    reply = GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status(timeout_s=10))
     return reply.autoscaling_state if reply.HasField("autoscaling_state") else None
-
-
-def _is_infeasible(group_id: str, said: Any) -> bool:
-    # For a placement group the autoscaler's details read "ID:STRATEGY|STATE".
-    return any(each.details.startswith(group_id) for each in said.infeasible_gang_resource_requests)
-
-
-def _is_busy(name: str) -> bool:
-    import ray
-
-    return bool(ray.available_resources().get(name, 0) < ray.cluster_resources().get(name, 0))

@@ -144,9 +144,13 @@ def fit(
         # A hub branch may have moved since, and the objects of an S3 folder may have changed.
         original = base_model.resolve(spec.model, recorded=spec.base.identity, registry=store)
         spec = spec.model_copy(update={"base": lineage.Base(spec.base.reference, original.identity)})
-        shared, sha256 = {"rank": worker.rank, "num_workers": worker.num_workers}, spec.stands_on_sha256
-        base = own_base.prepare(spec, original, store, sha256=sha256, **shared)
-        _require_trainable(dtype, base)
+        place = {"rank": worker.rank, "num_workers": worker.num_workers}
+        base = own_base.prepare(spec, original, store, sha256=spec.stands_on_sha256, **place)
+        if dtype is torch.float16 and base_model.is_quantised(base):
+            raise ConfigError(
+                f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
+                "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
+            )
         start = start_weights(store, spec.start) if spec.start else None
         together.meet(group)
         on_cpu = _kernels(spec, original, store)
@@ -170,7 +174,9 @@ def fit(
             worker.kernels.hold_dense_if_room(adapted, sharers=worker.num_workers)
         check.require_same(engine, worker)
         if worker.rank == 0:
-            say("finetune", _how(worker))
+            how = ", products in float32" if worker.kernels.dtype == "float32" else ""
+            how += ", in float16" if worker.dtype is torch.float16 else ""
+            say("finetune", f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{how}")
         stopwatch.lap("optimizer and first check")
         began = checkpoint.weights(engine.module) if start is not None and spec.train.start_share else None
         trained = train_loop.run(engine, spec, store, worker, splits, report=report, watch=watch, start=began)
@@ -179,25 +185,6 @@ def fit(
         parameter.data = trained.weights[name].to(parameter.device)
     dora.settle(adapted)
     return Fitted(adapted, trained, recipe, original)
-
-
-def _require_trainable(dtype: torch.dtype, base: base_model.Base) -> None:
-    """Require that the base can be trained on in this dtype.
-
-    Raises:
-        ConfigError: it is quantised for bfloat16, and some GPU supports only float16.
-    """
-    if dtype is torch.float16 and base_model.is_quantised(base):
-        raise ConfigError(
-            f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
-            "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
-        )
-
-
-def _how(worker: Worker) -> str:
-    products = ", products in float32" if worker.kernels.dtype == "float32" else ""
-    products += ", in float16" if worker.dtype is torch.float16 else ""
-    return f"training on {counted(worker.num_workers, f'{worker.device.type} worker')}{products}"
 
 
 def _kernels(spec: TrainSpec, original: base_model.Base, store: Store) -> Kernels:
@@ -306,14 +293,11 @@ class FirstCheck:
         """Compute the expected loss under ZeRO-3, on rank 0, before anything is sharded."""
         if self.config.train.zero_stage < 3 or worker.rank > 0:
             return
+        how = {"kernels": self.on_cpu, "dtype": worker.dtype}
         if self.is_read_alone:
-            self.expected = step_zero.known_base_nll(
-                store, self.config, self.base, self.probe, self.on_cpu, worker.dtype
-            )
+            self.expected = step_zero.known_base_nll(store, self.config, self.base, self.probe, **how)
         else:
-            whole = assemble(
-                self.config, self.base, use_gpu=False, kernels=self.on_cpu, dtype=worker.dtype, start=self.start
-            )
+            whole = assemble(self.config, self.base, use_gpu=False, start=self.start, **how)
             self.expected = step_zero.probe_nll(whole, self.probe, torch.device("cpu"))
 
     def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:

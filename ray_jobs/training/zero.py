@@ -19,7 +19,7 @@ from components.shared.errors import JobError
 from components.shared.machine import in_environment
 from ray_jobs.adapters import dora
 from ray_jobs.base import architecture
-from ray_jobs.base.four_bits import gathered
+from ray_jobs.base.four_bits import dequantize_4bit, gathered
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.training.spec import TrainingConfig
 
@@ -27,8 +27,7 @@ from ray_jobs.training.spec import TrainingConfig
 BUCKET_ELEMENTS = 20_000_000
 # Stage 3: weights, in elements, that may stay gathered because a layer needs them again soon.
 LIVE_ELEMENTS = 100_000_000
-# Dynamic loss scaling from a high scale down: an overflow halves it at once, and `loss_scale_window` steps without one
-# double it. A training has few steps, so none is spent on seeing the same overflow twice (hysteresis 1).
+# A training has few steps, so none is spent on seeing the same overflow twice (hysteresis 1).
 LOSS_SCALING = {
     "enabled": True,
     "loss_scale": 0,  # dynamic
@@ -37,8 +36,6 @@ LOSS_SCALING = {
     "hysteresis": 1,
     "min_loss_scale": 1,
 }
-# Environment variable that keeps transformers from reading weights ahead.
-ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 # Tolerated ratio of a worker's sharded weights to its exact share: shards are padded to equal sizes.
 PADDING = 1.05
 
@@ -75,26 +72,19 @@ def prepare_environment(*, use_gpu: bool) -> None:
 
 def accumulation(config: TrainingConfig) -> int:
     """Gradient accumulation steps: forward passes per worker and optimizer step; with train.max_tokens the maximum."""
-    return math.ceil(config.train.batch_size / _records_at_once(config))
-
-
-def _records_at_once(config: TrainingConfig) -> int:
-    """Number of records in one forward pass, over all workers."""
-    return _micro_batch_size(config) * config.ray.max_workers
+    return math.ceil(config.train.batch_size / (_micro_batch_size(config) * config.ray.max_workers))
 
 
 def _micro_batch_size(config: TrainingConfig) -> int:
-    """Number of records per worker in one forward pass, as DeepSpeed is told."""
     return 1 if config.train.max_tokens else config.train.micro_batch_size
 
 
 def settings(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16, *, longest_vector: int = 0) -> dict[str, Any]:
     """The DeepSpeed configuration, with DeepSpeed's own keys.
 
-    float16 uses dynamic loss scaling: a step whose gradients overflow is skipped, and the scale is lowered.
     `longest_vector`: at stage 3, weights of up to this number of elements stay whole on every worker.
     """
-    train = config.train
+    train, micro_batch_size, rounds = config.train, _micro_batch_size(config), accumulation(config)
     host = {"device": "cpu", "pin_memory": config.ray.use_gpu}
     zero: dict[str, Any] = {
         # Without ZeRO, DeepSpeed 0.19 divides float16 gradients by a loss scale that it has not multiplied the loss by
@@ -110,14 +100,13 @@ def settings(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16, *, lon
     if train.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = longest_vector
         zero["stage3_prefetch_bucket_size"] = min(BUCKET_ELEMENTS, LIVE_ELEMENTS)
-        zero["stage3_max_live_parameters"] = LIVE_ELEMENTS
-        zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
         if train.cpu_offload:
             zero["offload_param"] = host
     return {
-        "train_batch_size": accumulation(config) * _records_at_once(config),  # some places may be empty
-        "train_micro_batch_size_per_gpu": _micro_batch_size(config),
-        "gradient_accumulation_steps": accumulation(config),
+        "train_batch_size": rounds * micro_batch_size * config.ray.max_workers,  # some places may be empty
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": rounds,
         "gradient_clipping": train.max_grad_norm,
         **({"fp16": LOSS_SCALING} if dtype is torch.float16 else {"bf16": {"enabled": True}}),
         "zero_optimization": zero,
@@ -170,24 +159,18 @@ def initialize(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtyp
         optimizer=make(model, config.train),
         config=settings(config, dtype, longest_vector=_longest_vector(model)),
     )
-    _leave_overflow_to_the_norm(engine.optimizer)
+    if getattr(engine.optimizer, "compute_grad_norm", False):
+        # Stages 1 and 2 check each gradient for values that are not finite, which takes four times as long as AdamW on
+        # a CPU and thousands of kernel launches on a GPU. The global norm is then not finite either, and the step is
+        # skipped just the same (DeepSpeed 0.19, runtime/zero/stage_1_and_2.py, step).
+        nothing = torch.zeros(1, dtype=torch.bool, device=engine.optimizer.device)
+        engine.optimizer.has_overflow_partitioned_grads_serial = lambda: nothing
     for _, state in master_partitions(engine):
-        forget_steps(state)  # without ZeRO DeepSpeed takes one, which would spoil Adam's bias correction
+        if "step" in state:  # without ZeRO DeepSpeed takes one, which would spoil Adam's bias correction
+            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
     if config.train.zero_stage == 3:
         require_shared(engine.module, num_workers=config.ray.max_workers)
     return engine
-
-
-def _leave_overflow_to_the_norm(wrapped: Any) -> None:
-    """Keep stages 1 and 2 from checking each gradient separately for values that are not finite.
-
-    The global gradient norm is then not finite either, and the step is skipped just the same (DeepSpeed 0.19,
-    runtime/zero/stage_1_and_2.py, step). The check takes eight small operations for each of an adapter's hundreds of
-    factors: four times as long as AdamW itself on a CPU, and thousands of kernel launches on a GPU.
-    """
-    if getattr(wrapped, "compute_grad_norm", False) and hasattr(wrapped, "has_overflow_partitioned_grads_serial"):
-        nothing = torch.zeros(1, dtype=torch.bool, device=wrapped.device)
-        wrapped.has_overflow_partitioned_grads_serial = lambda: nothing
 
 
 @contextmanager
@@ -211,12 +194,6 @@ def for_inference(
         yield engine.module
     finally:
         engine.destroy()
-
-
-def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Set the learning rate of the next optimizer step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
 
 
 def loss_scale(engine: Any) -> float | None:
@@ -269,7 +246,7 @@ def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
         )
 
 
-def _share_out(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+def _share_out(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtype) -> None:
     """Shard the weights that are still whole, one by one: DeepSpeed would first move the whole model to the GPU."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -314,7 +291,8 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
 
     def set_and_share_out(model: torch.nn.Module, name: str, *others: Any) -> None:
         set_param(model, name, *others)
-        if isinstance(parameter := _at(model, name), torch.nn.Parameter):
+        place, _, last = name.rpartition(".")
+        if isinstance(parameter := getattr(model.get_submodule(place), last), torch.nn.Parameter):
             init._convert_to_zero_parameters([parameter])  # moves its data alone to the GPU
             _move_statistics(parameter, init.local_device)
 
@@ -322,15 +300,10 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     gather = peft_dora.gather_params_ctx
     core_model_loading.set_param_for_module, peft_dora.gather_params_ctx = set_and_share_out, gathered
     try:
-        with in_environment({ONE_BY_ONE: "1"}):
+        with in_environment({"HF_DEACTIVATE_ASYNC_LOAD": "1"}):
             yield
     finally:
         core_model_loading.set_param_for_module, peft_dora.gather_params_ctx = set_param, gather
-
-
-def _at(model: torch.nn.Module, name: str) -> Any:
-    place, _, last = name.rpartition(".")
-    return getattr(model.get_submodule(place), last)
 
 
 @contextmanager
@@ -367,10 +340,8 @@ class _Product4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        from ray_jobs.base import four_bits
-
         with gathered([ctx.weight] if not ctx.weight.numel() else []):
-            weight = four_bits.dequantize_4bit(ctx.weight, ctx.quant_state)
+            weight = dequantize_4bit(ctx.weight, ctx.quant_state)
         return gradient @ weight.to(gradient.dtype), None, None, None
 
 
@@ -383,18 +354,24 @@ class _Product4bit(torch.autograd.Function):
 #
 # In every case DeepSpeed holds the master weights.
 
-# bitsandbytes' code books for its two 8-bit data types, signed and unsigned, which it keeps in the optimizer state.
-CONSTANTS = ("qmap1", "qmap2")
 BLOCK = 256
 
 
 def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Create the optimizer of all trained parameters. The caller must set its learning rate before every step."""
-    groups = _groups(model, train.weight_decay)
+    """Create the optimizer of all trained parameters; DoRA magnitudes are a group without weight decay. The caller must
+    set its learning rate before every step."""
+    magnitudes = list(dora.magnitudes(model))
+    held = {id(parameter) for parameter in magnitudes}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((others, train.weight_decay), (magnitudes, 0.0))
+        if parameters
+    ]
     if train.optimizer == "adamw":
         # The fused kernel takes a third of the time on CPUs; on GPUs it would keep its step counts there. DeepSpeed's
         # master weights are in host memory with train.cpu_offload, wherever the parameters are.
-        is_on_cpu = all(each.device.type == "cpu" for group in groups for each in group["params"])
+        is_on_cpu = all(each.device.type == "cpu" for each in [*others, *magnitudes])
         return torch.optim.AdamW(groups, lr=0.0, fused=is_on_cpu or train.cpu_offload or None)
     from bitsandbytes import optim
 
@@ -403,28 +380,12 @@ def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of all trained parameters; DoRA magnitudes, if any, are a second group without weight decay."""
-    magnitudes = list(dora.magnitudes(model))
-    held = {id(parameter) for parameter in magnitudes}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-    groups = [(others, weight_decay), (magnitudes, 0.0)]
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
-
-
-def forget_steps(state: dict[str, Any]) -> None:
-    """Reset a parameter's step count to 0, where DeepSpeed has taken an empty step to create the optimizer state."""
-    if "step" in state:
-        state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
-
-
 def saved(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """A parameter's optimizer state as tensors for a checkpoint; the step count is float32."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and name != "step"}
-    return {
-        "step": torch.as_tensor(float(state["step"])),
-        **{name: value for name, value in tensors.items() if name not in CONSTANTS},
-    }
+    code_books = ("qmap1", "qmap2")  # bitsandbytes' own, of its two 8-bit data types
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors["step"] = torch.as_tensor(float(state["step"]))
+    return {name: value for name, value in tensors.items() if name not in code_books}
 
 
 def in_float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -452,6 +413,8 @@ def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Map
     state = optimizer.state[master]
     step = tensors["step"]
     if hasattr(optimizer, "init_state"):  # bitsandbytes allocates its (paged) state by itself
+        from bitsandbytes import functional
+
         if not state:
             # It reads the parameter from its group, where ZeRO-3 puts parameters only during a step.
             group = optimizer.param_groups[0]
@@ -460,20 +423,15 @@ def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Map
             group["params"] = held
         state["step"] = int(step)
         for name in tensors.keys() - {"step"}:
-            _copy(tensors[name], state, name)
+            tensor = tensors[name]
+            if state[name].dtype is torch.uint8 and tensor.is_floating_point():
+                number = name.removeprefix("state")
+                codes, how = functional.quantize_blockwise(
+                    tensor.to(state[name].device), code=state[f"qmap{number}"], blocksize=BLOCK
+                )
+                state[f"absmax{number}"].copy_(how.absmax)
+                tensor = codes
+            state[name].copy_(tensor.view_as(state[name]))
         return
     state["step"] = step.clone()  # AdamW keeps its count on the CPU
     state.update({name: tensors[name].to(master.device).view_as(master) for name in tensors.keys() - {"step"}})
-
-
-def _copy(tensor: torch.Tensor, state: dict[str, Any], name: str) -> None:
-    from bitsandbytes import functional
-
-    if state[name].dtype is torch.uint8 and tensor.is_floating_point():
-        number = name.removeprefix("state")
-        codes, how = functional.quantize_blockwise(
-            tensor.to(state[name].device), code=state[f"qmap{number}"], blocksize=BLOCK
-        )
-        state[f"absmax{number}"].copy_(how.absmax)
-        tensor = codes
-    state[name].copy_(tensor.view_as(state[name]))

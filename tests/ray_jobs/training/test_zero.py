@@ -256,7 +256,7 @@ def steps_around_a_spoiled_one(config_toml: str, value: float) -> dict[str, Any]
         input_ids = torch.arange(4)[None]
         for number in range(3):
             is_spoiled = number == 1 and torch.distributed.get_rank() == 0
-            zero.set_learning_rate(engine, 0.01)
+            engine.optimizer.param_groups[0]["lr"] = 0.01
             before = {name: tensor.clone() for name, tensor in checkpoint.weights(engine.module).items()}
             for _ in range(zero.accumulation(loaded)):
                 engine.backward(engine(input_ids=input_ids, labels=input_ids).loss)
