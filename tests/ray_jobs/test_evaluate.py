@@ -115,17 +115,6 @@ def test_a_champion_that_another_release_trained_is_still_measured(config, store
     assert len(found.scores["champion"]) == 4
 
 
-@pytest.mark.slow
-def test_a_champion_on_the_same_base_leaves_no_trace_in_the_candidate(config, store, tmp_path):
-    old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
-    alone = measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
-    promote(store, config.adapter.name, old.version)
-    beside = measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
-    assert beside.scores["candidate"] == alone.scores["candidate"]
-    assert beside.scores["base"] == alone.scores["base"]
-    assert beside.scores["champion"] != beside.scores["candidate"]
-
-
 def test_prompt_gain_is_the_loss_behind_the_next_prompt_minus_the_loss_behind_its_own(config, store, tmp_path):
     version = published(config, store, tmp_path, seed=1)
     records = RECORDS[:3]
@@ -302,12 +291,6 @@ def test_where_a_key_is_trusted_a_run_compares_its_own_candidate_unsigned_and_no
         measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0)
     signing.sign(store, config.adapter.name, old.version, key, alias="production")
     assert "champion" in measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores
-
-
-def test_a_record_that_does_not_fit_is_left_out(config, store):
-    long = Record("long", [Message("user", "sky")], "x" * 80)
-    base = Contender("base", config, None, base_model.resolve(config.model).identity)
-    assert list(measure_shard([base], [RECORDS[0], long, RECORDS[1]], shard_index=0).tokens) == ["0", "1"]
 
 
 def test_labels_that_only_their_writing_tells_apart_are_scored_as_such(config):

@@ -25,7 +25,7 @@ def published(config, store, base):
     one = Worker(0, 1, torch.device("cpu"))
     recipe = publishing.recipe_of(config, adapted, base, base, one)
     spec = spec_of(config, run_id="", base=lineage.Base(config.model.base, base.identity))
-    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
+    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), stopped_early=False)
     return publishing.publish(
         spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)
     )

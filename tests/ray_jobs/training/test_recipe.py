@@ -50,7 +50,3 @@ def test_adapted_experts_are_served_merged_and_the_reason_is_named(recipe):
 def test_a_router_that_was_asked_for_is_named(recipe):
     found = recipe("Mixtral", "method.target_modules=['q_proj', 'gate']")[1]
     assert (found["target_modules"], found["target_parameters"]) == (["q_proj"], ["gate.weight"])
-
-
-def test_where_only_layers_are_adapted_nothing_else_is_named(recipe):
-    assert "target_parameters" not in recipe("Llama, tied")[1]

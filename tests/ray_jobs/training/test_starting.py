@@ -46,7 +46,7 @@ def published(config, store, *, moved: float = 1.0, start: Version | None = None
             parameter.add_(moved)
     one = Worker(0, 1, torch.device("cpu"))
     spec = spec_of(config, run_id="earlier", base=lineage.Base(config.model.base, told or base.identity), start=start)
-    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), 1, stopped_early=False)
+    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), stopped_early=False)
     recipe = publishing.recipe_of(config, adapted, base, base, one)
     return publishing.publish(
         spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)

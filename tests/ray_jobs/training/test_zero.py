@@ -79,7 +79,7 @@ def held_bytes(config_toml: str) -> Held:
         adapted: Any = worker.assemble(loaded, base, use_gpu=False)
         most = max(most, live_bytes())
         if loaded.train.zero_stage == 3:
-            zero._share_out(adapted, loaded)
+            zero._share_out(adapted, loaded, torch.bfloat16)
         after_loading = kept_bytes()
         engine = zero.initialize(adapted, loaded)
         idle = kept_bytes()
