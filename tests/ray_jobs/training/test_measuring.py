@@ -20,7 +20,8 @@ from ray_jobs.base import base_model
 from ray_jobs.evaluate import _contenders, plan
 from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
-from ray_jobs.probes import PROBES, suites
+from ray_jobs.probes import PROBES
+from ray_jobs.probes.texts import Read
 from ray_jobs.scoring.measure import Findings, Rows, ShardResult, Subject, measure_shard
 from ray_jobs.text import chat_format
 from ray_jobs.training.measuring import Task
@@ -62,13 +63,9 @@ def test_several_workers_find_the_scores_of_one(config, store, tmp_path, name, s
     promote(store, config.adapter.name, old.version)
     contenders = _contenders(config, store, new)
     records = RECORDS[:11]  # no even share for two workers, and of the passages neither
-    three = changed(config, "evaluate.general_passages=3", "evaluate.own_answers=3", "evaluate.suites=['refusal']")
+    three = changed(config, "evaluate.general_passages=3", "evaluate.own_answers=3")
     base = base_model.resolve(config.model)
     chat = chat_format.load(base, config.model)
-    refusal = suites.shipped()["refusal"]
-    monkeypatch.setattr(
-        suites, "shipped", lambda: {"refusal": {**refusal, "items": refusal["items"][:5], "max_new_tokens": 4}}
-    )
     probes = {key: kind.prepare(store, chat, three, contenders) for key, kind in PROBES.items()}
     threads = torch.get_num_threads()
     if shared:  # LoRA goes peft's way there: here it does too, as a model of chance has ties that rounding breaks
@@ -97,7 +94,6 @@ def test_several_workers_find_the_scores_of_one(config, store, tmp_path, name, s
             assert ours[text].nll[role] == pytest.approx(nll, rel=0.01)
             assert len(nll) == 3
     assert ours["own_answers"].answers == theirs["own_answers"].answers
-    assert ours["suites"] == theirs["suites"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +118,7 @@ class Trouble:
     def at(self, rows: Rows) -> "Trouble":
         return self
 
-    def run(self, subject: Subject, found: Findings) -> dict[str, list[str]] | None:
+    def run(self, subject: Subject, found: Findings) -> Read | None:
         if subject.role != "candidate":
             return None
         is_first = not any(self.folder.glob("asked-*"))
@@ -131,7 +127,7 @@ class Trouble:
             raise DataError("no answer is there")
         if is_first or self.what == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"answers": ["a"]}
+        return Read([1.0])
 
 
 def finetuned(config_toml: str, dataset_uri: str, trouble: Trouble) -> tuple[str, ShardResult | None]:
