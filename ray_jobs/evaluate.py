@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 from components.config.schema import RunConfig
@@ -50,7 +51,6 @@ from ray_jobs.training.measuring import Task, measured
 from ray_jobs.training.trainer import workers_with_room
 
 logger = logging.getLogger(__name__)
-NO_OUTCOMES: Mapping[str, Outcome] = {}
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
 """Metrics that every evaluation lists, with None where they were not measured."""
 
@@ -183,9 +183,10 @@ def evaluate(
     runs.write(store, run_id, evaluation)
     if line := cut_short(tokens, config.evaluate.max_new_tokens):
         say(STEP, line)
-    for contender in contenders:
-        say(STEP, f"{contender.role}: {', '.join(_metric_texts(evaluation, contender.role))}")
-    for line in [line for outcome in outside.values() for line in outcome.lines]:
+    for role, model in [(role, evaluation.model(role)) for role in scores]:
+        values = [(each, evaluation.metric(role, each.key)) for each in metrics_of(model.metrics if model else ())]
+        say(STEP, f"{role}: {', '.join(f'{each.label} {each.text(x)}' for each, x in values if x is not None)}")
+    for line in chain.from_iterable(outcome.lines for outcome in outside.values()):
         say(STEP, line)
     return evaluation
 
@@ -199,68 +200,55 @@ def _stands(planned: Planned, store: Store, candidate: Version, run_id: str, dat
     )
 
 
-def _metric_texts(evaluation: Evaluation, role: Role) -> Iterator[str]:
-    measured = evaluation.model(role)
-    for metric in metrics_of(measured.metrics if measured else ()):
-        value = evaluation.metric(role, metric.key)
-        if value is not None:
-            yield f"{metric.label} {metric.text(value)}"
-
-
 def compared(
     config: RunConfig,
     contenders: Sequence[Contender],
     records: Sequence[Record],
     tokens: Sequence[int],
     scores: Mapping[Role, Sequence[Score]],
-    outside: Mapping[str, Outcome] = NO_OUTCOMES,
+    outside: Mapping[str, Outcome] | None = None,
     *,
     run_id: str,
 ) -> Evaluation:
     """The evaluation that follows from the scores and the probes' outcomes; a pure function."""
+    outside = outside or {}
     records_of = {key: outcome.record for key, outcome in outside.items()}
     versions = {c.role: c.version.version if c.version else None for c in contenders}
-    shown, groups = range(min(config.evaluate.samples, len(records))), [record.group for record in records]
+    groups, ours = [record.group for record in records], scores["candidate"]
+    measured: dict[str, Measured] = {
+        role: Measured(
+            version=versions[role],
+            metrics={
+                **metrics(theirs, tokens),
+                **dict.fromkeys(BY_PROBES),
+                **{key: value for each in outside.values() for key, value in each.metrics.get(role, {}).items()},
+            },
+        )
+        for role, theirs in scores.items()
+    }
     return Evaluation(
         run_id=run_id,
         records=len(records),
-        models={
-            **dict.fromkeys(ROLES),
-            **{
-                role: Measured(
-                    version=versions[role],
-                    metrics={
-                        **metrics(found, tokens),
-                        **dict.fromkeys(BY_PROBES),
-                        **{
-                            key: value for each in outside.values() for key, value in each.metrics.get(role, {}).items()
-                        },
-                    },
-                )
-                for role, found in scores.items()
-            },
-        },
+        models={**dict.fromkeys(ROLES), **measured},
         **{key: record for key, record in records_of.items() if key in Evaluation.model_fields},
         probes={key: record for key, record in records_of.items() if key not in Evaluation.model_fields},
-        changed_answers=changed_share(scores["champion"], scores["candidate"]) if "champion" in scores else None,
+        changed_answers=changed_share(scores["champion"], ours) if "champion" in scores else None,
         paired={
-            role: paired_difference(scores["candidate"], scores[role], tokens, config.gate.metric, groups)
-            if role in scores
-            else None
+            role: paired_difference(ours, scores[role], tokens, config.gate.metric, groups) if role in scores else None
             for role in ROLES
             if role != "candidate"
         },
         confusion=confusion(
-            [without_reasoning(record.answer_text) for record in records], [score.text for score in scores["candidate"]]
+            [without_reasoning(record.answer_text) for record in records], [score.text for score in ours]
         ),
         samples=[
             {
-                "id": records[row].id,
-                "prompt": records[row].asked,
-                "reference": records[row].answer_text,
+                "id": record.id,
+                "prompt": record.asked,
+                "reference": record.answer_text,
                 **{role: scores[role][row].text if role in scores else None for role in ROLES},
             }
-            for row in shown
+            for row, record in enumerate(records[: config.evaluate.samples])
         ],
         generation={"max_new_tokens": config.evaluate.max_new_tokens, "decoding": "greedy"},
     )

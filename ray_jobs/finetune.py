@@ -6,6 +6,7 @@ named), the base, and that the records fit its context. Then Ray Train starts th
 
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from components.config import config_file
@@ -67,29 +68,37 @@ def finetune(
     """
     import ray
 
+    log = partial(say, STEP)
     watch = Stopwatch()
     attention.require_installed(config.model.attention)
     store = Store.open(config.registry)
     store.check()
-    dataset_uri = dataset_uri or _prepared(config, store)
+    if dataset_uri is None:
+        say(STEP, f"preparing {config.data.source}")
+        prepared = prepare(config, store)
+        say(STEP, prepared.summary)
+        dataset_uri = prepared.uri
     require_none_erased(store, dataset_uri)
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
-    config = _at_tuned_rate(config, store, run_id)
-    dataset_uri = with_answers(config, store, dataset_uri, lambda line: say(STEP, line), run_id=run_id)
+    if tuned := runs.find(store, run_id, TunedRate):
+        tuned_train = config.train.model_copy(update={"learning_rate": tuned.learning_rate})
+        config = config.model_copy(update={"train": tuned_train})
+    dataset_uri = with_answers(config, store, dataset_uri, log, run_id=run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
 
     base = _base(config, store, run_id)
     shape = base_model.load_config(base.path, config.model)
-    config = base_model.fitted(config, shape, lambda line: say(STEP, line))
+    config = base_model.fitted(config, shape, log)
     chat = chat_format.load(base, config.model)
     start = starting.choose_start(config, store, run_id, base)
     if start is not None:
         say(STEP, f"going on from {start.version.name} {start.version.version}")
         base = start.base_of(base)
-    train_split, eval_split = starting.read_splits(store, dataset_uri, chat, config, lambda line: say(STEP, line))
+    train_split, eval_split = starting.read_splits(store, dataset_uri, chat, config, log)
     starting.require_embedded(store, chat, shape, config, train_split, eval_split)
     size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
-    say(STEP, f"{size}; starting {counted(config.ray.min_workers, 'worker')}{_or_more(config)}")
+    more = f", or up to {config.ray.max_workers} where they have room" if config.ray.is_elastic else ""
+    say(STEP, f"{size}; starting {counted(config.ray.min_workers, 'worker')}{more}")
     watch.lap("data")
 
     outlook = _planned(config, base, train_split)
@@ -123,14 +132,6 @@ def finetune(
     return result, from_plain(answer["measured"]) if "measured" in answer else None
 
 
-def _prepared(config: RunConfig, store: Store) -> str:
-    """Prepare the dataset from the config's data source; returns its address."""
-    say(STEP, f"preparing {config.data.source}")
-    prepared = prepare(config, store)
-    say(STEP, prepared.summary)
-    return prepared.uri
-
-
 def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
     """The base, without its weights; if an earlier attempt of the run left a checkpoint, the base of that checkpoint.
 
@@ -160,25 +161,11 @@ def _planned(config: RunConfig, base: base_model.Base, train_split: starting.Pla
 
     entry.connect()
     # Wait before checking the memory: a cluster that scales up from zero nodes has none.
-    trainer.wait_for_room(
-        config.ray.cluster, config.ray.per_worker, config.ray.min_workers, lambda line: say(STEP, line)
-    )
+    trainer.wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, partial(say, STEP))
     outlook = before_training(config, base.path, train_split, ray.nodes())
     for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
         say(STEP, line)
     return outlook
-
-
-def _or_more(config: RunConfig) -> str:
-    return f", or up to {config.ray.max_workers} where they have room" if config.ray.is_elastic else ""
-
-
-def _at_tuned_rate(config: RunConfig, store: Store, run_id: str) -> RunConfig:
-    """The config with the learning rate that the run's own sweep has found, if it had one."""
-    tuned = runs.find(store, run_id, TunedRate)
-    if tuned is None:
-        return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": tuned.learning_rate})})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *,
         UserError: the version in production cannot be run.
         JobError: a Ray task failed.
     """
-    prepared = folders.read_manifest(store, _key(store, dataset_uri))
+    prepared = folders.read_manifest(store, store.key(dataset_uri).rstrip("/"))
     if not prepared.about.get("replay_records"):
         return dataset_uri
     before = runs.find(store, run_id, Replayed)
@@ -68,11 +68,14 @@ def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *,
 def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, log: Log) -> Replayed:
     pointer = read_alias(store, config.adapter.name, config.adapter.alias)
     version = pointer.version if pointer else None
-    key = _answers_key(config, store, dataset_uri, version)
+    # Inside the prepared dataset's folder, so that the answers are deleted with it.
+    how = [FORMAT, version, config.data.replay_metric, config.data.replay_least, config.evaluate.max_new_tokens]
+    digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
+    key = f"{store.key(dataset_uri).rstrip('/')}/{TOKENS}/replayed-{digest}.json"
     if (known := store.read(key)) is not None:
         found = Replayed.from_json(known[0], store.uri(key))
         with suppress(ObjectMissing):  # garbage collection may have deleted the answers, but not this reference to them
-            folders.read_manifest(store, _key(store, found.dataset_uri))
+            folders.read_manifest(store, store.key(found.dataset_uri).rstrip("/"))
             log(
                 f"{found.version} has answered these records before"
                 if found.version
@@ -134,7 +137,7 @@ def _right(
 
 def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> str:
     """Publish a copy of the dataset with `answered` appended to its training records; returns its URI."""
-    key = _key(store, dataset_uri)
+    key = store.key(dataset_uri).rstrip("/")
     splits: tuple[SplitName, ...] = ("train", "eval", "replay")
     every = (some for split in splits for some in read_split(store, dataset_uri, split))
     columns = {name for some in every for name in present(batch_of(some))}  # optional ones that a record needs
@@ -150,15 +153,3 @@ def _published(store: Store, dataset_uri: str, answered: Sequence[Record]) -> st
         profile = {**store.get_json(f"{key}/profile.json"), "replayed_beside": dataset_uri}
         rejected = folders.read_manifest(store, key).about["rejected"]
         return dataset.publish_dataset(store, written, rejects=rejects, rejected=rejected, profile=profile).uri
-
-
-def _answers_key(config: RunConfig, store: Store, dataset_uri: str, version: str | None) -> str:
-    """Key in the store of the version's answers: inside the prepared dataset's folder, so it is deleted with it."""
-    data, longest = config.data, config.evaluate.max_new_tokens
-    how = [FORMAT, version, data.replay_metric, data.replay_least, longest]
-    digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
-    return f"{_key(store, dataset_uri)}/{TOKENS}/replayed-{digest}.json"
-
-
-def _key(store: Store, dataset_uri: str) -> str:
-    return store.key(dataset_uri).rstrip("/")

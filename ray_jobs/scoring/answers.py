@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import regex
 
 from components.records.steps import PairedDifference
 from components.shared.errors import ConfigError, DataError
-from components.shared.metrics import Metric, alike, label, metric_of, normal
+from components.shared.metrics import alike, label, metric_of, normal
 from components.shared.paired import Pairs, bounds
 
 MAX_CLASSES = 30
@@ -112,7 +112,10 @@ def pairs_of(
 ) -> Pairs:
     """Paired results of two models on the same records in one metric; `groups` names each record's group, if any."""
     chosen = metric_of(metric)
-    ours, theirs = (np.array([_of_record(each, chosen) for each in scores]) for scores in (candidate, other))
+    ours, theirs = (
+        np.array([each.nll if chosen.column == "nll" else each.marks[chosen.key] for each in scores])
+        for scores in (candidate, other)
+    )
     weights = np.array(num_answer_tokens, dtype=np.float64) if chosen.per_token else np.ones(len(ours))
     numbered = np.unique(groups, return_inverse=True)[1] if any(groups) else None
     return Pairs(ours, theirs, weights, numbered, chosen.lower_is_better, chosen.exponential, relative)
@@ -137,11 +140,6 @@ def paired_difference(
     return PairedDifference(
         metric=metric, difference=found.gain, ci95=ends if is_bounded else None, records=found.records
     )
-
-
-def _of_record(score: Score, metric: Metric) -> float:
-    """A record's contribution to the metric, as in the columns of evaluation_records.parquet."""
-    return score.nll if metric.column == "nll" else score.marks[metric.key]
 
 
 def as_columns(role: str, scores: Sequence[Score]) -> Mapping[str, list[object]]:
@@ -206,7 +204,7 @@ def json_valid(answer: str, reference: str) -> float:
     A single number is JSON too, but no valid answer where an object is asked for.
     """
     try:
-        found = json.loads(answer, parse_constant=_refuse)
+        found = json.loads(answer, parse_constant=int)  # NaN and Infinity are no JSON, nor integers
     except (ValueError, RecursionError):
         return 0.0
     try:
@@ -280,7 +278,3 @@ def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
 def _squad_words(text: str) -> list[str]:
     plain = unicodedata.normalize("NFC", text.lower()).translate(PUNCTUATION)
     return SQUAD_WORD.findall(re.sub(r"\b(a|an|the)\b", " ", plain))
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")

@@ -167,11 +167,8 @@ def in_batches(
 ) -> None:
     """Call `work` on all indices in batches of similar length, longest first; halve the batch when out of memory.
 
-    Set `together` where other workers make the same forward passes: then a worker must not make more of them, and
-    running out of memory is raised.
-
-    Raises:
-        JobError: memory does not hold even one record.
+    Set `together` where other workers make the same forward passes: then running out of memory is raised. Memory that
+    does not hold even one record is a JobError.
     """
     order = np.argsort(-lengths, kind="stable")
     done = 0
@@ -240,10 +237,8 @@ def greedy(
 ) -> list[str]:
     """The greedy answer to each prompt of `split`, without its stop token and surrounding white space.
 
-    An answer ends at a stop token, after `max_new_tokens`, or where the base has no more positions. At most
-    `batch_size` prompts are answered at once, and fewer where their KV cache would not fit. For a single prompt,
-    `on_text` receives the answer word by word as it is generated: the joined pieces are the answer. `on_token` then
-    receives its tokens, including the stop token.
+    An answer ends at a stop token, after `max_new_tokens`, or where the base has no more positions. For one prompt,
+    `on_text` receives the answer word by word as it is generated, and `on_token` its tokens and the stop token.
     """
     result = [""] * len(split)
     prompts = [split.prompt(row) for row in range(len(split))]
@@ -277,17 +272,9 @@ def sampled(
 ) -> str:
     """Sample an answer to the single prompt of `split` from all tokens at `temperature`, which is above 0."""
     with _decoding(model, chat):
-        tokens = generated(
-            model,
-            chat,
-            [split.prompt(0)],
-            max_new_tokens,
-            streamer=_Words(chat, on_text, on_token),
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-        )
+        words = _Words(chat, on_text, on_token)
+        chance = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        tokens = generated(model, chat, [split.prompt(0)], max_new_tokens, streamer=words, **chance)
     text: str = chat.text_of(tokens[0].tolist())
     return text
 

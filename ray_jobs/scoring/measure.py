@@ -196,10 +196,7 @@ class Contender:
 def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Contender:
     """The contender for a version of the config's adapter, with the base and the method of its own run.
 
-    Raises:
-        ObjectMissing: there is no such version.
-        IntegrityError: its lineage is damaged.
-        ConfigError: this release cannot run it.
+    Raises as `resolve` and `recorded.read` do.
     """
     found = resolve(store, f"{config.adapter.name}@{version}")
     theirs = recorded.read(config, store, found)
@@ -219,10 +216,8 @@ def earlier_evaluations(store: Store, contenders: Sequence[Contender]) -> Iterat
     """Yield each such contender's role, the evaluation of the run that trained it (as candidate), and whether that
     run's base is the same as this one's. Contenders without a complete evaluation are left out."""
     for contender in on_the_first_base(contenders):
-        if contender.version is None:
-            continue
         try:
-            before = evaluation(store, contender.version)
+            before = evaluation(store, contender.version) if contender.version else None
         except IntegrityError as exc:
             logger.info("%s: what it found is measured again", exc)
             continue
@@ -240,9 +235,7 @@ def earlier_measurements(
     measurements by that run's roles, or None if the run did not measure this."""
     result: dict[Role, T] = {}
     for role, before, same_base in earlier_evaluations(store, contenders):
-        if (theirs := found(before)) is None:
-            continue
-        base_format, by_role = theirs
+        base_format, by_role = found(before) or ("", {})
         if "candidate" in by_role:
             result[role] = by_role["candidate"]
         if "base" in by_role and same_base and base_format == config.method.row.base:
@@ -362,9 +355,6 @@ def measure_shard(
     """Measure every contender on some records and with some probes, one after the other.
 
     `held` is a base that this process already holds: contenders on it need not load it.
-
-    Raises:
-        DataError: no record fits the context.
     """
     import torch
 

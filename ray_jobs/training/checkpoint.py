@@ -104,8 +104,7 @@ def copy_weights(source: Mapping[str, torch.Tensor], module: torch.nn.Module) ->
 
 
 def newest(store: Store, run_id: str) -> TrainingProgress | None:
-    """The progress in the newest readable checkpoint: resuming uses the same base and the same dtype of products. None
-    where there is no such checkpoint."""
+    """The progress in the newest readable checkpoint: resuming uses its base and its dtype of products."""
     for step in complete(store, run_id):
         with contextlib.suppress(IntegrityError, ObjectMissing):
             return progress_of(store, run_id, step)
@@ -147,11 +146,7 @@ def key_of(run_id: str, step: int, kind: str = "step") -> str:
 
 
 def progress_of(store: Store, run_id: str, step: int) -> TrainingProgress:
-    """The progress in a checkpoint, without its tensors.
-
-    Raises:
-        IntegrityError: its state.json cannot be parsed.
-    """
+    """The progress in a checkpoint, without its tensors."""
     key = f"{key_of(run_id, step)}/shared/{STATE}"
     return _parsed(store.get(key), store.uri(key))
 
@@ -238,10 +233,8 @@ def _pieces(wrapped: Any, parameters: Mapping[str, torch.nn.Parameter]) -> Itera
 def deal(parts: Iterable[Part], pieces: Sequence[Piece], sizes: Sequence[int]) -> list[dict[str, torch.Tensor]]:
     """Redistribute optimizer states: from the `parts` of other workers to partitions of `sizes` that hold `pieces`.
 
-    Elements that belong to no piece, such as the padding at a partition's end, are zero.
-
-    Raises:
-        IntegrityError: the parts lack some of the elements.
+    Elements that belong to no piece, such as the padding at a partition's end, are zero. Parts that lack some of the
+    elements are an IntegrityError.
     """
     states: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
     wanted: dict[str, list[Piece]] = defaultdict(list)
@@ -288,11 +281,11 @@ STORE_PATIENCE_S = 1_800
 
 
 class Patience:
-    """Tracks how long the store has been unreachable."""
+    """How long the store has been unreachable."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._since: float | None = None
+        self.since: float | None = None
 
     def lose(self, exc: StoreError, then: str) -> None:
         """Record that the store is unreachable; `then` says what continues meanwhile, for the log.
@@ -301,23 +294,15 @@ class Patience:
             StoreError: `exc`, where retrying would not help, or the time is up.
         """
         now = time.monotonic()
-        self._since = now if self._since is None else self._since
-        left = self._since + self._seconds - now
+        self.since = now if self.since is None else self.since
+        left = self.since + self._seconds - now
         if not is_away(exc) or left <= 0:
             raise exc
         logger.warning("%s, for another %.0f s at most: %s", then, left, exc)
 
-    def regain(self) -> None:
-        """Record that the store is reachable again."""
-        self._since = None
-
 
 def patiently(seconds: float, act: Callable[[], T], then: str) -> T:
-    """Call `act`, and retry while the store is unreachable; returns its result.
-
-    Raises:
-        StoreError: the store was unreachable for too long, or its content is wrong.
-    """
+    """Call `act`, and retry while the store is unreachable, for so many seconds at most."""
     patience = Patience(seconds)
     while True:
         try:
@@ -392,7 +377,7 @@ class CheckpointWriter:
         except StoreError as exc:
             self._patience.lose(exc, f"training goes on without a checkpoint of step {step}")
             return False
-        self._patience.regain()
+        self._patience.since = None
         return True
 
     def __enter__(self) -> Self:
@@ -471,10 +456,9 @@ def resume(
 ) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
     """Load the newest intact checkpoint into the engine; returns the progress and the best weights.
 
-    Without a checkpoint these are `fresh` and the current weights. Every worker must call it, and reads its own part;
-    if another number of workers or another ZeRO stage wrote the checkpoint, it reads as many parts as it takes to cover
-    its pieces. A checkpoint that is damaged for any worker is logged, and the one before it is used. Later checkpoints,
-    which a lost worker group left, are deleted.
+    Without a checkpoint these are `fresh` and the current weights. Every worker must call it, and reads its own part,
+    or as many as cover its pieces where another number of workers or ZeRO stage wrote them. If it is damaged for any
+    worker, the checkpoint before it is used. Later ones, which a lost worker group left, are deleted.
 
     Raises:
         ConfigError: the checkpoint belongs to another config, or has DoRA magnitudes in another form.
@@ -502,7 +486,8 @@ def resume(
     for (master, _), state in zip(zero.master_partitions(engine), states, strict=True):
         master.data.copy_(state["master"].view_as(master))
         zero.restore(engine.optimizer.optimizer, master, {n: each for n, each in state.items() if n != "master"})
-    zero.set_loss_scale(engine, progress.loss_scale)
+    if progress.loss_scale is not None and engine.fp16_enabled():
+        engine.optimizer.loss_scale = progress.loss_scale
     by = f" of {counted(progress.num_workers, 'worker')}" if progress.num_workers != fresh.num_workers else ""
     logger.info("resumed from step %d%s", step, by)
     progress.config_digest, progress.num_workers, progress.base = fresh.config_digest, fresh.num_workers, fresh.base

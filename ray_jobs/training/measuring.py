@@ -4,6 +4,7 @@ other on the base that the training has read."""
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -216,10 +217,7 @@ def from_plain(plain: Any) -> ShardResult:
 
 
 def measure_shards(
-    contenders: Sequence[Contender],
-    records: Sequence[Record],
-    probes: Probes,
-    worker: Worker,
+    contenders: Sequence[Contender], records: Sequence[Record], probes: Probes, worker: Worker
 ) -> ShardResult:
     """Measure every contender on all records and with all probes on a base that the workers shard; the same result on
     each. Every worker of a process group must call this: under ZeRO-3 every layer's forward pass is collective.
@@ -228,14 +226,14 @@ def measure_shards(
         DataError: no record fits the context.
         JobError: a worker holds more than its share of the base.
     """
-    config = contenders[-1].config
-    zero.prepare_environment(use_gpu=config.ray.use_gpu)
-    if not config.ray.use_gpu:
-        torch.set_num_threads(config.ray.cpus_per_worker)
+    zero.prepare_environment(use_gpu=contenders[-1].config.ray.use_gpu)
     with together.gloo_group(worker.num_workers) as group, local_contenders(contenders, records) as (kept, local):
         together.meet(group)  # bases and adapters are fetched, by each node at its own pace
-        mine = _own_rows(len(kept), worker)
-        my_probes = {key: probe.at(lambda count: _own_rows(count, worker)) for key, probe in probes.items()}
+        mine = _rows(len(kept), worker.rank, worker.num_workers)
+        my_probes = {
+            key: probe.at(partial(_rows, rank=worker.rank, num_workers=worker.num_workers))
+            for key, probe in probes.items()
+        }
         probed: dict[str, Findings] = {key: {} for key in probes}
         progress = Progress(2 * len(mine) * len(contenders), prints=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
@@ -246,28 +244,21 @@ def measure_shards(
                 if each.adapter:
                     model = worker.kernels.adopt(build.load(model, each.adapter))
                 with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
-                    found = each.scores(sharded, kept, mine, progress)
+                    scores[each.role] = each.scores(sharded, kept, mine, progress)
                     run_all(my_probes, each.subject(sharded), probed)
-            scores[each.role] = _gathered(mine, found)
-        shares = _all_gather(dict[str, dict[Role, Finding]], probed)
-        return ShardResult(local[-1].answer_tokens, scores, shares, progress.first_scored_at, worker.kernels.dtype)
+        own = ShardResult(local[-1].answer_tokens, scores, [probed], progress.first_scored_at, worker.kernels.dtype)
+        parts = [from_plain(plain) for plain in together.all_gather(_as_plain(own))]
+    every: dict[Role, dict[int, Score]] = {role: {} for role in scores}
+    for rank, part in enumerate(parts):
+        rows = _rows(len(kept), rank, worker.num_workers)
+        for role, found in part.scores.items():
+            every[role].update(zip(rows, found, strict=True))
+    whole = {role: [of_row[row] for row in sorted(of_row)] for role, of_row in every.items()}
+    return replace(own, scores=whole, shares=[share for part in parts for share in part.shares])
 
 
-def _own_rows(count: int, worker: Worker) -> list[int]:
+def _rows(count: int, rank: int, num_workers: int) -> list[int]:
     """A worker's rows, as many for each worker, since all take part in every batch; rows repeat to fill up."""
-    dealt = np.resize(np.arange(count), -(-count // worker.num_workers) * worker.num_workers)
-    rows: list[int] = dealt[worker.rank :: worker.num_workers].tolist()
+    dealt = np.resize(np.arange(count), -(-count // num_workers) * num_workers)
+    rows: list[int] = dealt[rank::num_workers].tolist()
     return rows
-
-
-def _gathered(rows: Sequence[int], found: Sequence[Score]) -> list[Score]:
-    """All workers' scores, in the order of the rows."""
-    parts = _all_gather(dict[int, Score], dict(zip(rows, found, strict=True)))
-    every = {row: value for part in parts for row, value in part.items()}
-    return [every[row] for row in sorted(every)]
-
-
-def _all_gather(kind: Any, value: Any) -> list[Any]:
-    """The value of each worker, of a type that pydantic knows."""
-    adapter = TypeAdapter(kind)
-    return [adapter.validate_python(each) for each in together.all_gather(adapter.dump_python(value))]

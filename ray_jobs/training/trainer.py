@@ -66,7 +66,7 @@ def run(
             # A worker that lost its connection to the worker with the mistake may have failed as well.
             for _, found in sorted(worker_exceptions.items()):
                 if is_mistake(found):
-                    _quieten()  # the controller ends with this error
+                    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # the controller ends with this error
                     raise found
 
     most = config.ray.max_workers
@@ -94,12 +94,13 @@ def run(
     except ControllerError as exc:
         if is_mistake(exc.controller_failure):
             raise exc.controller_failure from None
-        raise _failed(str(exc.controller_failure)) from exc
-    except OutOfMemoryError as exc:  # raised by the controller itself
-        raise _failed(str(exc)) from exc
-    except TrainingFailedError as exc:
-        raise _failed(_root(exc)) from exc
-    return answer
+        why, cause = str(exc.controller_failure), exc
+    except (OutOfMemoryError, TrainingFailedError) as exc:  # the first is raised by the controller itself
+        failures = sorted((getattr(exc, "worker_failures", None) or {}).items())
+        why, cause = f"rank {failures[0][0]}: {failures[0][1]}".strip() if failures else str(exc), exc
+    else:
+        return answer
+    raise JobError(f"the workers failed: {ran_low(why) or why}") from cause
 
 
 def _torch_config(**settings: Any) -> Any:
@@ -172,23 +173,9 @@ def _saying_mistakes_once(
     """Run the function in a worker, without Ray Train's log of a mistake's stack: the driver reports it in one line."""
     try:
         return function(arguments)
-    except Exception as exc:  # raised on: only its log differs
-        if is_mistake(exc):
-            _quieten()
+    except (UserError, JobError):
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
-
-
-def _quieten() -> None:
-    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-
-
-def _failed(why: str) -> JobError:
-    return JobError(f"the workers failed: {ran_low(why) or why}")
-
-
-def _root(exc: Any) -> str:
-    failures = getattr(exc, "worker_failures", None) or {}
-    return "; ".join(f"rank {rank}: {failure}".strip() for rank, failure in sorted(failures.items())[:1]) or str(exc)
 
 
 # Waiting for the workers' resources: those that the cluster has, or those that its autoscaler can add.
@@ -206,18 +193,15 @@ STABLE_S = 60.0
 still be reconnecting."""
 
 
-def has_room(per_worker: Mapping[str, float], num_workers: int) -> bool:
-    """Whether the cluster's total resources suffice for all workers, whatever else runs there now."""
-    import ray
-
-    return _short_of(_needed(per_worker, num_workers), ray.cluster_resources()) is None
-
-
 def workers_with_room(config: RunConfig) -> int:
     """The largest number of elastic workers for which the cluster's total resources suffice, including those that
     others use now; at least ray.min_workers, which without elasticity means all workers."""
+    import ray
+
     numbers = range(config.ray.max_workers, config.ray.min_workers, -1)
-    return next((each for each in numbers if has_room(config.ray.per_worker, each)), config.ray.min_workers)
+    has = ray.cluster_resources() if numbers else {}
+    fitting = (each for each in numbers if _short_of(_needed(config.ray.per_worker, each), has) is None)
+    return next(fitting, config.ray.min_workers)
 
 
 def wait_for_room(

@@ -54,13 +54,8 @@ class Worker:
 
 
 def prepare_environment(*, use_gpu: bool) -> None:
-    """Keep DeepSpeed from compiling a kernel at its first use on CPU; call this before anything imports DeepSpeed.
-
-    Compiling takes a C++ compiler and 40 s, and gloo is as fast as the kernel.
-
-    Raises:
-        ConfigError: PyTorch has no kernels for this worker's GPU.
-    """
+    """Keep DeepSpeed from compiling a kernel at its first use on CPU, which takes a C++ compiler and 40 s; gloo is as
+    fast. Call this before anything imports DeepSpeed. A GPU that PyTorch has no kernels for is a ConfigError."""
     if use_gpu:
         architecture.require_kernels()
         return
@@ -199,12 +194,6 @@ def for_inference(
 def loss_scale(engine: Any) -> float | None:
     """The current loss scale; None in bfloat16, where the loss is not scaled."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
-
-
-def set_loss_scale(engine: Any, scale: float | None) -> None:
-    """Set the loss scale of the next step, where the loss is scaled."""
-    if scale is not None and engine.fp16_enabled():
-        engine.optimizer.loss_scale = scale
 
 
 def finish_forward(engine: Any) -> None:

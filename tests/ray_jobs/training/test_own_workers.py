@@ -6,7 +6,6 @@ import pytest
 
 from components.config.schema import RunConfig
 from components.shared.errors import UserError, WorkersMissing
-from ray_jobs.training import trainer
 from ray_jobs.training.trainer import wait_for_own, workers_with_room
 
 NEEDED = {"CPU": 2.0}
@@ -52,7 +51,7 @@ def test_workers_that_do_not_come_are_the_clusters_fault_and_not_the_users() -> 
 def test_elastic_workers_measure_with_as_many_as_have_room(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, has: int, counted: int
 ) -> None:
-    monkeypatch.setattr(trainer, "has_room", lambda _, num_workers: num_workers <= has)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": has * config.ray.per_worker["CPU"]})
     ray = config.ray.model_copy(update={"num_workers": [2, 4]})
     assert workers_with_room(config.model_copy(update={"ray": ray})) == counted
     assert workers_with_room(config.on(5)) == 5
