@@ -1,9 +1,15 @@
+"""What an answer is worth, against what the field's own programs say, and what follows for all answers."""
+
+import itertools
 import math
+import random
 
 import pytest
 
 from components.records.steps import PairedDifference
-from components.shared.metrics import METRICS
+from components.shared.errors import ConfigError, DataError
+from components.shared.metrics import METRICS, alike
+from ray_jobs.scoring import answers
 from ray_jobs.scoring.answers import (
     MARKS,
     MAX_CLASSES,
@@ -13,9 +19,14 @@ from ray_jobs.scoring.answers import (
     changed_share,
     confusion,
     cut_short,
+    exact_match,
+    json_valid,
     label_accuracy,
     metrics,
+    named,
     paired_difference,
+    rouge_l,
+    token_f1,
 )
 
 
@@ -129,3 +140,252 @@ def test_references_that_no_answer_can_reach_are_counted():
     assert said is not None
     assert said.startswith("2 of 4 references are longer than evaluate.max_new_tokens 8: no answer to them is an exact")
     assert cut_short([8, 9, 410, 3], 410) is cut_short([1], None) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("Skin", "Skin", 1),
+        (" Skin\n", "Skin", 1),
+        ("External  causes", "External causes", 1),
+        ("e\u0301", "\u00e9", 1),
+        ("skin", "Skin", 0),
+        ("Skin and hair", "Skin", 0),
+        ("", "Skin", 0),
+    ],
+)
+def test_exact_match_ignores_white_space_and_unicode_form_alone(answer, reference, expected):
+    assert exact_match(answer, reference) == expected
+
+
+# What torchmetrics 1.9.0 computes (functional/text/squad.py, _compute_f1_score), whose words are the official scripts'.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("The cat, sat!", "the cat sat", 1.0),
+        ("the cat", "the cat sat", 2 / 3),
+        ("a a b", "a c", 0.0),
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("don't", "dont", 1.0),
+        ("1,000", "1000", 1.0),
+        ("\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}", 0.0),
+        ("an answer", "the answer", 1.0),
+        ("Denver Broncos", "The Denver Broncos", 1.0),
+        ("in the  year 1976.", "1976", 0.5),
+        ("state-of-the-art", "state of the art", 0.0),
+        ("ÉCOLE", "école", 1.0),
+        ("24\N{EN DASH}10", "2410", 0.0),
+    ],
+)
+def test_token_f1_is_squads(answer, reference, expected):
+    assert token_f1(answer, reference) == pytest.approx(expected)
+
+
+# compute_f1 of evaluate-v2.0.py: "If either is no-answer, then F1 is 1 if they agree, 0 otherwise", after its words
+# have lost punctuation and articles.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [("", "", 1.0), ("A", "A", 1.0), ("...", "!", 1.0), ("a", "the", 1.0), ("the", "cat", 0.0), ("cat", "+", 0.0)],
+)
+def test_without_words_token_f1_is_whether_the_other_has_none_either(answer, reference, expected):
+    assert token_f1(answer, reference) == expected
+
+
+# What rouge-score 0.1.2 gives as rougeL's fmeasure, without stemming; the first pair is its README's.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog", 0.588235),
+        ("the cat the cat sat", "the cat sat on the cat", 0.727273),
+        ("", "a b", 0.0),
+        ("a b c d", "d c b a", 0.25),
+        ("state-of-the-art", "state of the art", 1.0),
+        ("Neoplasms", "neoplasms.", 1.0),
+        ("x", "y", 0.0),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 0.5),
+        ("police killed the gunman", "police kill the gunman", 0.75),
+        ("the gunman kill police", "police killed the gunman", 0.5),
+    ],
+)
+def test_rouge_l_is_rouge_scores(answer, reference, expected):
+    assert rouge_l(answer, reference) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rouge_l_of_long_texts_is_rouge_scores_too():
+    """200 pairs of up to 89 words drawn from six, whose sum rouge-score 0.1.2 gives."""
+    rng = random.Random(0)
+    total = 0.0
+    for _ in range(200):
+        answer, reference = (" ".join(rng.choices("abcdef", k=rng.randrange(1, 90))) for _ in range(2))
+        total += rouge_l(answer, reference)
+    assert total == pytest.approx(83.61908485986208, abs=1e-9)
+
+
+def test_rouge_l_reads_every_alphabet():
+    assert rouge_l("Новообразования кожи", "новообразования крови") == 0.5
+
+
+# By hand: a mark belongs to its letter, and another mark makes another word.
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("किताब", "कुतुब", 0.0),
+        ("पानी", "पिन", 0.0),
+        ("नई किताब", "नई कलम", 0.5),
+        ("שָׁלוֹם", "שָׁלוֹם", 1.0),
+        ("cafe\u0301 noir", "caf\u00e9 noir", 1.0),
+    ],
+)
+def test_words_are_whole_where_a_script_writes_vowels_as_marks(answer, reference, expected):
+    assert rouge_l(answer, reference) == token_f1(answer, reference) == expected
+
+
+# By hand, a letter a word: common letters, and the letters in common in the same order, over their mean number.
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1", "rouge"),
+    [
+        ("今天天气很好", "今天天气不错", 4 / 6, 4 / 6),
+        ("今天天气很好。", "今天天气很好", 1.0, 1.0),
+        ("好很", "很好", 1.0, 1 / 2),
+        ("東京タワー", "東京 タワー", 1.0, 1.0),
+        ("กิน", "กัน", 1 / 2, 1 / 2),
+        ("COVID-19疫苗", "COVID-19病毒", 1 / 3, 2 / 4),
+        ("ភាសាខ្មែរ", "ភាសាខ្មែរ", 1.0, 1.0),
+    ],
+)
+def test_scripts_without_spaces_are_compared_letter_by_letter(answer, reference, f1, rouge):
+    assert (token_f1(answer, reference), rouge_l(answer, reference)) == pytest.approx((f1, rouge))
+
+
+# RFC 8259, which knows no NaN, no comments, no single quotes and no trailing comma.
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ('{"a": [1, 2.5e3, null]}', 1),
+        (' ["x"] ', 1),
+        ("3", 1),
+        ("", 0),
+        ("{'a': 1}", 0),
+        ('{"a": 1,}', 0),
+        ('{"a": NaN}', 0),
+        ("-Infinity", 0),
+        ('```json\n{"a": 1}\n```', 0),
+        ('{"a": 1} as you asked', 0),
+        ("[" * 100_000, 0),
+    ],
+)
+def test_json_is_what_its_standard_says(answer, expected):
+    assert json_valid(answer, "whatever") == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("skin.", "Skin", 1),
+        (' "Skin"', "Skin", 1),
+        ("STRASSE", "straße", 1),
+        ("**Skin**", "Skin", 1),
+        ("\u201cSkin.\u201d", "(Skin)", 1),
+        ("\u76ae\u80a4\u3002", "\u76ae\u80a4", 1),
+        ("Skin and hair", "Skin", 0),
+        ("", "Skin", 0),
+    ],
+)
+def test_a_label_is_the_same_however_it_is_written(answer, reference, expected):
+    assert label_accuracy(answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        (">50K", "<=50K"),
+        ("A*", "A+", "A", "A-"),
+        ("C", "C#", "C++"),
+        ("-1", "1", "+1", ".1", "1 %"),
+        ("<", ">", "+", "-", "?", "!", ":)", ":("),
+        ("*", "**", "***"),
+    ],
+)
+def test_signs_that_tell_labels_apart_count(labels):
+    for answer, reference in itertools.product(labels, labels):
+        assert label_accuracy(answer, reference) == (answer == reference), (answer, reference)
+
+
+def test_labels_that_only_their_writing_tells_apart_have_to_be_written_the_same():
+    labels = ("US", "us", "Yes!", "Yes?", "Skin")
+    mark = named(["label_accuracy"], alike([*labels, "Skin "]))["label_accuracy"]
+    for answer, reference in itertools.product(labels, labels):
+        assert mark(answer, reference) == (answer == reference), (answer, reference)
+    assert mark("skin.", "Skin") == 1
+    assert mark("us.", "us") == 0
+
+
+OWN = """
+def brevity(answer, reference):
+    return len(answer) <= len(reference)
+
+def too_much(answer, reference):
+    return 7
+
+def broken(answer, reference):
+    return answer.missing
+
+CONSTANT = 1
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_own_marks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_function_of_the_configs_is_a_mark_like_the_others(own):
+    found = answers.named(["loss", "exact_match", "my_own_marks:brevity"])
+    assert found.keys() == {"exact_match", "my_own_marks:brevity"}
+    assert found["my_own_marks:brevity"]("ab", "abc") == 1.0
+    assert found["my_own_marks:brevity"]("abcd", "abc") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("my_own_marks:nobody", "has no attribute 'nobody'"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
+        ("my_own_marks:CONSTANT", "is no function"),
+    ],
+)
+def test_a_function_that_is_not_there_is_said_by_its_name(own, key, message):
+    with pytest.raises(ConfigError, match=rf"names the metric {key}, .*{message}"):
+        answers.named([key])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("my_own_marks:too_much", r"is 7\.0: a metric's function gives a number in 0\.\.1"),
+        ("my_own_marks:broken", "failed: AttributeError: 'str' object has no attribute 'missing'"),
+    ],
+)
+def test_a_function_that_gives_no_mark_stops_the_evaluation_with_the_answer(own, key, message):
+    mark = answers.named([key])[key]
+    with pytest.raises(DataError, match=rf"{key}\('ab', 'abc'\) {message}"):
+        mark("ab", "abc")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ('{"dose": 5}', '{"dose": 6}', 1),
+        ("42", '{"dose": 6}', 0),
+        ('"x"', '{"dose": 6}', 0),
+        ("[1]", '{"dose": 6}', 0),
+        ("[]", "[1, 2]", 1),
+        ("null", "[1, 2]", 0),
+        ("42", "7", 1),
+        ('{"dose": 5}', "7", 1),
+    ],
+)
+def test_where_an_object_or_an_array_is_asked_for_json_is_one(answer: str, reference: str, expected: float) -> None:
+    assert json_valid(answer, reference) == expected

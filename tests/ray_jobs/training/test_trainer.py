@@ -1,4 +1,4 @@
-"""A worker that fails alone, on a real Ray Train with real process groups; the others wait for it in an all_reduce."""
+"""Workers that fail alone, or for memory, on a real Ray Train with real process groups."""
 
 import ipaddress
 import os
@@ -66,12 +66,11 @@ def compared(config: RunConfig) -> tuple[list[str], list[list[str]]]:
     return of_ray, found["workers"]
 
 
-def run(error: Exception, folder: Path, config: RunConfig) -> tuple[str, str]:
+def run(function: Any, arguments: dict[str, Any], config: RunConfig) -> tuple[str, str]:
     """In a driver's process: what `trainer.run` raises."""
-    arguments = {"error": error, "folder": str(folder)}
     store = Store.open(config.registry)
     try:
-        trainer.run(one_raises, arguments, config, store, run_id="r", name="ray", max_failures=1)
+        trainer.run(function, arguments, config, store, run_id="r", name="ray", max_failures=1)
     except FineloopError as exc:
         return type(exc).__name__, str(exc)
     return "nothing", ""
@@ -105,7 +104,27 @@ def test_workers_of_one_machine_meet_where_no_other_user_of_it_gets_in(driver, c
 )
 def test_what_one_worker_raises_ends_all_of_them_with_its_words(driver, tmp_path, config, store, error, kind, attempts):
     config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
-    found, message = driver.submit(run, error, tmp_path, config).result(timeout=600)
+    found, message = driver.submit(run, one_raises, {"error": error, "folder": str(tmp_path)}, config).result(
+        timeout=600
+    )
     assert found == kind
     assert str(error) in message
     assert len(list(tmp_path.glob("began-1-*"))) == attempts
+
+
+def waits(arguments: dict[str, Any]) -> dict[str, Any]:
+    """On each worker, for what ends it."""
+    import time
+
+    time.sleep(600)
+    return {}
+
+
+def test_a_training_that_ray_ends_for_memory_says_so(
+    config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
+    with own_ray.driver(2) as pool:
+        _, said = pool.submit(run, waits, {}, config).result(timeout=600)
+    assert said.startswith("the workers failed: a node ran out of memory")

@@ -1,4 +1,4 @@
-"""What ZeRO-3 and offloading promise, seen from inside two real ranks."""
+"""What ZeRO-3, offloading and the optimizer promise, seen from inside two real ranks."""
 
 import gc
 import time
@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, modeling_utils
 
 from components.config import config_file
 from components.config import schema as config
 from components.config.schema import RunConfig
+from components.config.train import TrainConfig
 from components.shared.errors import JobError
+from ray_jobs.base import base_model
+from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.training import zero
+from ray_jobs.training.worker import assemble
 from tests.models.tiny import build_base
 from tests.models.train_group import in_group
+from tests.ray_jobs.conftest import CONFIG
 
 
 def changed(base: RunConfig, *changes: str) -> str:
@@ -273,3 +281,49 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_by_every_rank(con
     toml = changed(config, f"train.zero_stage={zero_stage}")
     for found in in_group(steps_around_a_spoiled_one, toml, value, directory=tmp_path, num_workers=2):
         assert found == {"moved": [True, False, True], "looks": 0}  # the norm of all says so
+
+
+@pytest.mark.parametrize(
+    ("device", "is_offloaded", "fused"), [("cpu", False, True), ("meta", False, None), ("meta", True, True)]
+)
+def test_master_weights_in_host_memory_take_the_fused_kernel_wherever_the_parameters_are(
+    device, is_offloaded, fused, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: given.append(settings["fused"]))
+    layer = torch.nn.Linear(2, 2, device=device)
+    zero.make(layer, TrainConfig(cpu_offload=is_offloaded, zero_stage=2))
+    assert given == [fused]
+
+
+BATCH, LENGTH = 4, 48
+
+
+@pytest.mark.slow
+def test_the_input_of_every_layer_leaves_and_the_gradients_are_what_they_were(tiny_base, monkeypatch):
+    gone: list[torch.Tensor] = []
+
+    def to_host(*, pin_memory: bool, device_type: str) -> saved_tensors_hooks:
+        """As torch's save_on_cpu, without a GPU to copy from."""
+        assert pin_memory
+        return saved_tensors_hooks(lambda tensor: gone.append(tensor) or tensor.clone(), lambda tensor: tensor.clone())
+
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", to_host)
+    tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 256
+    gradients = []
+    for is_offloaded in (False, True):
+        changes = ["ray.use_gpu=true", "train.gradient_checkpointing=true"]
+        config = config_file.loads(
+            CONFIG.format(base=tiny_base), [*changes, f"train.activation_offloading={str(is_offloaded).lower()}"]
+        )
+        adapted = assemble(config, base_model.resolve(config.model), use_gpu=False)
+        answer_nll(adapted, tokens, tokens).mean().backward()
+        gradients.append([each.grad for each in adapted.parameters() if each.requires_grad])
+        assert len(gone) == 2 * is_offloaded  # the base's layers
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert any(gradient.any() for gradient in gradients[0])
+
+    shape = AutoConfig.from_pretrained(tiny_base)
+    planned = Rehearsal.of(config, shape).step(BATCH, LENGTH, checkpointing=True)
+    assert planned.inputs == sum(tensor.nbytes for tensor in gone)
+    assert planned.inputs <= planned.kept

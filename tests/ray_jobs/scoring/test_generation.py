@@ -1,0 +1,243 @@
+"""Answers and their losses: in batches that fit, in the order of the records, and word by word."""
+
+import logging
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, TextStreamer
+
+from components.prepare.dataset import Message, Record
+from components.shared.errors import JobError
+from ray_jobs.scoring.generation import (
+    _Words,
+    cache_bytes_per_token,
+    greedy,
+    in_batches,
+    other_prompts,
+    score,
+    with_room,
+)
+from ray_jobs.text.batching import TokenizedSplit, tokenize
+from tests.models.shapes import LLAMA_2_7B, LLAMA_3_8B
+from tests.models.tiny import colour_rows
+
+RECORDS = [
+    Record(str(i), [Message("user", prompt)], answer)
+    for i, (prompt, answer) in enumerate([("sky", "blue"), ("a longer one about grass", "green"), ("coal", "black")])
+]
+
+
+def split_of(*records: tuple[list[int], list[int]]) -> TokenizedSplit:
+    rows = [prompt + answer for prompt, answer in records]
+    return TokenizedSplit(
+        ids=[str(i) for i in range(len(rows))],
+        tokens=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
+        labelled=np.concatenate([np.repeat([False, True], [len(prompt), len(answer)]) for prompt, answer in records]),
+        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+        num_prompt_tokens=np.array([len(prompt) for prompt, _ in records], dtype=np.int32),
+        too_long=[],
+        cut=[],
+    )
+
+
+def rows_of(split: TokenizedSplit) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of each record."""
+    rows = [split.tokens[start:end].tolist() for start, end in zip(split.offsets, split.offsets[1:], strict=False)]
+    return [(row[:cut], row[cut:]) for row, cut in zip(rows, split.num_prompt_tokens, strict=True)]
+
+
+def test_each_answer_stands_behind_the_next_prompt_and_the_last_behind_the_first():
+    split = split_of(([1, 2], [10]), ([3], [20, 21]), ([4, 5, 6], [30]))
+    found = other_prompts(split, 64)
+    assert rows_of(found) == [([3], [10]), ([4, 5, 6], [20, 21]), ([1, 2], [30])]
+    assert found.ids == split.ids
+    assert found.num_answer_tokens.tolist() == split.num_answer_tokens.tolist()
+
+
+def test_a_prompt_that_does_not_fit_its_new_answer_loses_its_beginning():
+    split = split_of(([1], [10, 11, 12, 13]), ([2, 3, 4, 5], [20]))
+    assert rows_of(other_prompts(split, 6)) == [([4, 5], [10, 11, 12, 13]), ([1], [20])]
+
+
+def test_an_answer_is_never_cut_and_keeps_a_token_before_it():
+    split = split_of(([1], [10, 11, 12]), ([2, 3], [20]))
+    assert rows_of(other_prompts(split, 3))[0] == ([3], [10, 11, 12])
+
+
+def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
+    model, chat = tiny
+    split = tokenize(RECORDS, chat, 64)
+    done = []
+
+    def scored(batch_size):
+        done.clear()
+        return score(
+            model,
+            chat,
+            RECORDS,
+            split,
+            with_other_prompts=None,
+            batch_size=batch_size,
+            max_new_tokens=4,
+            advance=done.append,
+        )
+
+    one, all_at_once = scored(1), scored(3)
+    assert sum(done) == 2 * len(RECORDS)
+    assert [s.nll for s in one] == pytest.approx([s.nll for s in all_at_once], abs=0.1)  # bfloat16
+    assert len({round(s.nll, 1) for s in one}) == len(RECORDS)
+    assert all(s.other_prompt_nll is None for s in one)
+
+
+@contextmanager
+def saying(model, chat, *tokens):
+    """The model says these tokens to every prompt, and no others; gives those that it was not asked for."""
+    left = chat.tokenizer.convert_tokens_to_ids(list(tokens))
+
+    def say(_, inputs, logits):
+        spoken = torch.full(logits.shape[:-1], left.pop(0))
+        return torch.nn.functional.one_hot(spoken, logits.shape[-1]).to(logits.dtype)
+
+    handle = model.get_output_embeddings().register_forward_hook(say)
+    try:
+        yield left
+    finally:
+        handle.remove()
+
+
+def test_an_answer_ends_at_the_end_of_its_turn_which_is_no_part_of_it(tiny):
+    model, chat = tiny
+    split = tokenize(RECORDS, chat, 64)
+    with saying(model, chat, "Ġ", "x", "Ġ", "<|end|>", "y", "y") as left:
+        assert greedy(model, chat, split, 3, 6) == ["x", "x", "x"]
+    assert left == [chat.tokenizer.convert_tokens_to_ids("y")] * 2
+
+
+@pytest.mark.parametrize("reads_once", [True, False])
+def test_an_answer_that_names_other_special_tokens_is_read_with_them(tiny, monkeypatch, reads_once):
+    model, chat = tiny
+    monkeypatch.setattr("ray_jobs.scoring.generation.Reader.takes", lambda model: reads_once)
+    tagged = Record("0", [Message("user", "Ada")], "<|user|>x<|system|>")
+    pieces: list[str] = []
+    with saying(model, chat, "<|user|>", "x", "<|system|>", "<|end|>"):
+        (found,) = greedy(model, chat, tokenize([tagged], chat, 64), 1, 6, on_text=pieces.append)
+    assert found == "".join(pieces) == tagged.answer
+
+
+LENGTHS = np.array([3, 9, 5, 7, 1, 8])
+LONGEST_FIRST = [1, 5, 3, 2, 0, 4]
+
+
+def test_without_trouble_records_go_in_batches_longest_first():
+    seen: list[list[int]] = []
+    in_batches(LENGTHS, 4, lambda indices: seen.append(indices.tolist()))
+    assert seen == [LONGEST_FIRST[:4], LONGEST_FIRST[4:]]
+
+
+def test_out_of_memory_halves_the_batches_from_there_on(caplog):
+    tried, done = [], []
+
+    def work(indices):
+        tried.append(len(indices))
+        if len(indices) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.extend(indices.tolist())
+
+    with caplog.at_level(logging.WARNING):
+        in_batches(LENGTHS, 6, work)
+    assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert done == LONGEST_FIRST
+    assert [record.message for record in caplog.records] == [
+        "out of memory with 6 records at once: going on with 3",
+        "out of memory with 3 records at once: going on with 1",
+    ]
+
+
+def test_one_record_that_does_not_fit_is_told_with_its_length():
+    def work(indices):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(JobError, match=r"does not hold one record of 9 tokens .* model\.max_length"):
+        in_batches(LENGTHS, 2, work)
+
+
+def test_keys_and_values_are_counted_as_published():
+    # arXiv:2309.06180 (vLLM), section 3: 800 KB for a token of OPT-13B: 2 x 5120 x 40 layers x 2 bytes.
+    opt = LlamaConfig(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40)
+    assert cache_bytes_per_token(opt) == 800 * 1024
+    assert cache_bytes_per_token(LLAMA_2_7B) == 512 * 1024
+    assert cache_bytes_per_token(LLAMA_3_8B) == 128 * 1024  # 8 of 32 heads
+
+
+def test_no_more_records_are_answered_at_once_than_their_keys_and_values_have_room_for():
+    gib = 2**30
+    # Llama-2-7B, 1,024 tokens and 256 new ones: 0.625 GiB a record.
+    assert with_room(32, LLAMA_2_7B, 1280, 80 * gib) == 32
+    assert with_room(32, LLAMA_2_7B, 1280, 10 * gib) == 11
+    assert with_room(32, LLAMA_2_7B, 1280, gib // 4) == 1
+    assert with_room(32, LLAMA_2_7B, 1280, None) == 32
+
+
+def test_scores_are_the_same_where_memory_held_fewer_records_at_once(tiny, monkeypatch):
+    model, chat = tiny
+    records = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(8)]
+    split = tokenize(records, chat, 64)
+
+    def scored(batch_size):
+        done = []
+        found = score(
+            model,
+            chat,
+            records,
+            split,
+            with_other_prompts=None,
+            batch_size=batch_size,
+            max_new_tokens=4,
+            advance=done.append,
+        )
+        assert sum(done) == 2 * len(records)
+        return found
+
+    expected = scored(2)
+
+    def fits(_, arguments, named):
+        if named["input_ids"].shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.register_forward_pre_hook(fits, with_kwargs=True)
+    try:
+        found = scored(8)
+    finally:
+        handle.remove()
+    assert [(each.text, each.nll) for each in found] == [(each.text, each.nll) for each in expected]
+
+
+def test_the_pieces_are_the_answer_and_the_first_comes_before_the_last_token(tiny):
+    model, chat = tiny
+    split = tokenize([Record("0", [Message("user", "sky")], "-")], chat, 64)
+    passes, pieces = [], []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        answer = greedy(model, chat, split, 1, 40, on_text=lambda text: pieces.append((len(passes), text)))
+    finally:
+        handle.remove()
+    assert answer == greedy(model, chat, split, 1, 40)
+    assert "".join(text for _, text in pieces) == answer[0]
+    assert len(pieces) > 1
+    assert pieces[0][0] < len(passes)
+
+
+@pytest.mark.parametrize("text", ["  one two \n three  ", "one", " ", "", "a  b", "\n\nx\n"])
+def test_outer_white_space_is_never_passed_on(tiny, text):
+    _, chat = tiny
+    pieces: list[str] = []
+    words = _Words(chat, pieces.append)
+    assert isinstance(words, TextStreamer)
+    words.put(torch.tensor([0]))  # the prompt
+    for token in chat.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        words.put(torch.tensor([token]))
+    words.end()
+    assert "".join(pieces) == text.strip()
+    assert all(pieces)
