@@ -81,10 +81,8 @@ class Probe(Protocol):
         """The probe for workers that shard the base, where every forward pass is a collective operation."""
 
     def run(self, subject: Subject, found: Findings) -> Any | None:
-        """Measure a model on this share; None if its result is known already.
-
-        `found` holds the results of the models measured before, the base first.
-        """
+        """Measure a model on this share; None if its result is known already. `found` holds the results of the models
+        measured before, the base first."""
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
         """The outcome over all shares, among which the items were dealt in turn, and over what was known before."""
@@ -104,11 +102,7 @@ def run_all(probes: Probes, subject: Subject, found: Mapping[str, Findings]) -> 
 
 class HeldBase:
     """One frozen base per process, for successive trainings and measurements: reading and quantising it takes longer
-    than many trials' training, or scoring many records.
-
-    Loads as `door.load_model` does, and returns the same model again for the same arguments, without what a training
-    has added to it. The previous model is released before another is read.
-    """
+    than many trials' training, or scoring many records."""
 
     def __init__(self) -> None:
         self.num_loaded = 0
@@ -127,7 +121,8 @@ class HeldBase:
     def load(
         self, base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
     ) -> "PreTrainedModel":
-        """Load the base, or return the held one without any adapter; its previous use must have ended."""
+        """Load the base as `door.load_model` does, or return the held one for the same arguments, without what a
+        training has added to it; its previous use must have ended. Another base is released first."""
         key = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
         if self._model is None or key != self._key:
             self._model = self.start_loss = self.general_nll = None
@@ -152,10 +147,7 @@ class HeldBase:
 
 
 def strip(model: "PreTrainedModel") -> bool:
-    """Remove what peft and a training have added to a base: layers, hooks, and peft's attributes.
-
-    Returns whether there were any adapter layers.
-    """
+    """Remove what peft and a training have added to a base; returns whether there were any adapter layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -288,11 +288,8 @@ class Patience:
         self.since: float | None = None
 
     def lose(self, exc: StoreError, then: str) -> None:
-        """Record that the store is unreachable; `then` says what continues meanwhile, for the log.
-
-        Raises:
-            StoreError: `exc`, where retrying would not help, or the time is up.
-        """
+        """Record that the store is unreachable; `then` says what continues meanwhile, for the log. Raises `exc` where
+        retrying would not help, or the time is up."""
         now = time.monotonic()
         self.since = now if self.since is None else self.since
         left = self.since + self._seconds - now
@@ -346,11 +343,7 @@ class CheckpointWriter:
         """Step of the best weights that are already written; 0 for none."""
 
     def write(self, engine: Any, progress: TrainingProgress, best: Mapping[str, torch.Tensor]) -> None:
-        """Start to write a checkpoint of the current state, after waiting for the previous one.
-
-        Raises:
-            StoreError: as `finish`.
-        """
+        """Start to write a checkpoint of the current state, after waiting for the previous one as `finish` does."""
         self.finish()
         self._group = self._group or dist.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
         progress.loss_scale = zero.loss_scale(engine)
@@ -364,11 +357,8 @@ class CheckpointWriter:
         self._writing = progress.step, self._thread.submit(self._write, snapshot)
 
     def finish(self) -> bool:
-        """Wait for the checkpoint that is being written; returns False, on every worker, if the store is unavailable.
-
-        Raises:
-            StoreError: it has been unavailable for too long.
-        """
+        """Wait for the checkpoint that is being written; False, on every worker, if the store is unavailable, and a
+        StoreError if it has been so for too long."""
         if self._writing is None:
             return True
         (step, writing), self._writing = self._writing, None
@@ -394,11 +384,7 @@ class CheckpointWriter:
             dist.destroy_process_group(self._group)
 
     def _write(self, taken: _Snapshot) -> None:
-        """Write the checkpoint; returns once it is complete on every worker.
-
-        Raises:
-            StoreError: the store was unavailable to one of the workers; raised on all of them.
-        """
+        """Write the checkpoint; returns once it is complete on every worker. A StoreError is raised on all of them."""
         progress, key = taken.progress, key_of(self._run_id, taken.progress.step)
         state = json.dumps(asdict(progress)).encode()
 
@@ -432,11 +418,7 @@ class CheckpointWriter:
             folders.publish(self._store, key, {name: path, **(beside or {})}, about={"kind": "checkpoint"})
 
     def _together(self, key: str, act: Callable[[], None]) -> None:
-        """Call `act`, and return when all workers have.
-
-        Raises:
-            StoreError: the store is unavailable to this worker or to another.
-        """
+        """Call `act`, and return when all workers have; a store that is unavailable to one is so to all."""
         failure: StoreError | None = None
         try:
             act()

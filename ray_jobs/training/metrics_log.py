@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from components.records import runs
 from components.records.steps import scalars
@@ -31,16 +31,6 @@ MOST_WAITING = 10_000
 """Points that wait for a tracker; further ones are lost to it."""
 LAST_S = 30.0
 """Seconds that the end of a training waits for points that have not been sent yet."""
-
-
-class Tracker(Protocol):
-    """One run at one tracker, as the runs of wandb and trackio are."""
-
-    def log(self, values: dict[str, float], *, step: int) -> None:
-        """Add the values of a step."""
-
-    def finish(self) -> None:
-        """End the run, after waiting for what has not been sent yet."""
 
 
 class Mlflow:
@@ -75,22 +65,20 @@ class Mlflow:
         self._client.set_terminated(self._run_id)
 
 
-def _wandb(target: str, spec: TrainSpec) -> Tracker:
+def _wandb(target: str, spec: TrainSpec) -> Any:
     """A run with our id (wandb.init). By default it would send console, command line, code and machine as well."""
     wandb = importlib.import_module("wandb")
     entity, _, project = target.rpartition("/")
     off = ("disable_git", "disable_code", "x_disable_meta", "x_disable_stats", "x_disable_machine_info")
     settings = wandb.Settings(console="off", x_save_requirements=False, **dict.fromkeys(off, True))
     about = {"config": _about(spec), "id": spec.run_id, "name": spec.run_id, "resume": "allow"}
-    run: Tracker = wandb.init(entity=entity or None, project=project, settings=settings, **about)
-    return run
+    return wandb.init(entity=entity or None, project=project, settings=settings, **about)
 
 
-def _trackio(target: str, spec: TrainSpec) -> Tracker:
+def _trackio(target: str, spec: TrainSpec) -> Any:
     """A run with our id as its name (trackio.init)."""
     trackio = importlib.import_module("trackio")
-    run: Tracker = trackio.init(project=target, name=spec.run_id, resume="allow", config=_about(spec), embed=False)
-    return run
+    return trackio.init(project=target, name=spec.run_id, resume="allow", config=_about(spec), embed=False)
 
 
 def _about(spec: TrainSpec) -> dict[str, Any]:
@@ -101,7 +89,7 @@ def _about(spec: TrainSpec) -> dict[str, Any]:
 
 # accelerate.tracking has these and more, but logs through a PartialState, which sets a worker's number of threads and
 # its process group anew.
-TRACKERS: Mapping[str, Callable[[str, TrainSpec], Tracker]] = {"mlflow": Mlflow, "wandb": _wandb, "trackio": _trackio}
+TRACKERS: Mapping[str, Callable[[str, TrainSpec], Any]] = {"mlflow": Mlflow, "wandb": _wandb, "trackio": _trackio}
 
 
 def secrets(spec: TrainSpec) -> dict[str, str]:

@@ -44,9 +44,7 @@ class Start:
 
 
 def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Start | None:
-    """The version that `train.start_from` names; None for the base alone.
-
-    Where nothing is in production yet, "production" means the base. `base` is the base that this run trains on.
+    """The version that `train.start_from` names; None for the base alone, as where nothing is in production yet.
 
     Raises:
         ConfigError: the version was trained with another method, rank or layers.

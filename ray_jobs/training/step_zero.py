@@ -1,11 +1,9 @@
 """The check before the first step: a sharded model must have the same loss as the unsharded one.
 
 A library that shards weights it does not support trains on wrong ones without an error (bitsandbytes#1451: int8 under
-ZeRO-3, loss 13 instead of 1). Rank 0 computes the loss of a few records in a plain forward pass, before DeepSpeed has
-changed anything; then every worker computes it through its engine.
-
-So that no process has to hold the whole model, the plain pass under ZeRO-3 reads the base layer by layer and leaves out
-the adapter's initial weights. Only a base that is stored quantised is read whole.
+ZeRO-3, loss 13 instead of 1). Rank 0 computes the loss of a few records before DeepSpeed has changed anything, then
+every worker through its engine. Under ZeRO-3 no process has to hold the whole model: the base is read layer by layer,
+without the adapter's initial weights, unless it is stored quantised.
 """
 
 import hashlib

@@ -126,19 +126,9 @@ def _torch_config(**settings: Any) -> Any:
             worker_group.execute(_set_torch_distributed_env_vars)
             self.folder = worker_group.execute_single(0, tempfile.mkdtemp, prefix="fineloop-group-")
             group = {"init_method": f"file://{self.folder}/store", "timeout_s": backend_config.timeout_s}
-            ray.get(
-                [
-                    worker_group.execute_single_async(
-                        rank,
-                        _setup_torch_process_group,
-                        backend=backend_config.backend,
-                        world_rank=rank,
-                        world_size=len(nodes),
-                        **group,
-                    )
-                    for rank in range(len(nodes))
-                ]
-            )
+            group |= {"backend": backend_config.backend, "world_size": len(nodes)}
+            meet, each = worker_group.execute_single_async, range(len(nodes))
+            ray.get([meet(rank, _setup_torch_process_group, world_rank=rank, **group) for rank in each])
 
         def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
             try:
@@ -227,19 +217,16 @@ def wait_for_own(
     resources: Callable[[], Mapping[str, float]],
     patience_s: float,
     log: Callable[[str], None],
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Wait for the workers of a cluster that was created for the job.
+    """Wait for the workers of a cluster that was created for the job, as long as nodes, images and pods may take.
 
     Raises:
-        WorkersMissing: they did not appear within `patience_s`, the time that nodes, images and pods may take.
+        WorkersMissing: they did not appear within `patience_s`.
     """
-    began, said = clock(), False
+    began, said = time.monotonic(), False
     while name := _short_of(needed, has := resources()):
         what = f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s"
-        if clock() - began > patience_s:
+        if time.monotonic() - began > patience_s:
             raise WorkersMissing(
                 f"{what} after ray.cluster.pre_running_timeout_s = {patience_s:g} s: its workers are missing; "
                 "kubectl describe pods says what they wait for"
@@ -247,7 +234,7 @@ def wait_for_own(
         if not said:
             log(f"{what}: waiting for its workers")
         said = True
-        sleep(POLL_S)
+        time.sleep(POLL_S)
 
 
 def _wait_for_growth(

@@ -51,12 +51,7 @@ def train(
     *,
     load: LoadModel = door.load_model,
 ) -> dict[str, Any]:
-    """Train and publish a version; on rank 0, its TrainResult, which the run has then. `load` reads the base.
-
-    Raises:
-        UserError: the user's mistake, which may occur on one worker only.
-        JobError: the model cannot be held or sharded as required.
-    """
+    """Train and publish a version; on rank 0, its TrainResult, which the run has then. `load` reads the base."""
     import ray.train
 
     context = ray.train.get_context()
@@ -234,12 +229,7 @@ def assemble(
 
 
 def start_weights(store: Store, version: Version) -> dict[str, torch.Tensor]:
-    """Load a version's adapter weights, with the same verification of digests and signatures as `pull_version`.
-
-    Raises:
-        IntegrityError: they differ from the version's manifest, the manifest is not the published one, or no trusted
-            key signed it.
-    """
+    """Load a version's adapter weights, with the same verification of digests and signatures as `pull_version`."""
     from safetensors.torch import load
 
     key = version_key(version.name, version.version)
@@ -253,11 +243,8 @@ def start_weights(store: Store, version: Version) -> dict[str, torch.Tensor]:
 
 
 def load_start(adapted: "PeftModel", start: Mapping[str, torch.Tensor]) -> None:
-    """Load a version's weights into a fresh adapter, including DoRA's magnitudes and VeRA's matrices.
-
-    Raises:
-        ConfigError: they belong to other layers, or have other shapes.
-    """
+    """Load a version's weights into a fresh adapter, including DoRA's magnitudes and VeRA's matrices; those of other
+    layers or shapes are a ConfigError."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     ours = get_peft_model_state_dict(adapted, save_embedding_layers=False)

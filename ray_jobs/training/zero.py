@@ -140,11 +140,7 @@ def sharding(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> Ite
 
 
 def initialize(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Wrap a model with an adapter in a DeepSpeed engine. Its weights, in `dtype`, get float32 master weights.
-
-    Raises:
-        JobError: at stage 3, this worker holds more than its share of the weights.
-    """
+    """Wrap a model with an adapter in a DeepSpeed engine. Its weights, in `dtype`, get float32 master weights."""
     import deepspeed
 
     if config.train.zero_stage == 3:
@@ -172,11 +168,7 @@ def initialize(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtyp
 def for_inference(
     model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[torch.nn.Module]:
-    """Context in which the frozen model is sharded over the workers, as at stage 3; to be used within `sharding`.
-
-    Raises:
-        JobError: this worker holds more than its share of the weights.
-    """
+    """Context in which the frozen model is sharded over the workers, as at stage 3; to be used within `sharding`."""
     import deepspeed
 
     model.requires_grad_(False)
@@ -197,11 +189,8 @@ def loss_scale(engine: Any) -> float | None:
 
 
 def finish_forward(engine: Any) -> None:
-    """Release gathered weights; every worker must call it after forward passes that no backward pass follows.
-
-    At stage 3 DeepSpeed is by then prefetching the weights for a next pass, and weights in flight can be neither read
-    nor sharded.
-    """
+    """Release gathered weights; every worker must call it after forward passes that no backward pass follows. At stage
+    3 DeepSpeed is by then prefetching weights for a next pass, and in flight they can be neither read nor sharded."""
     engine.empty_partition_cache()
 
 
@@ -217,11 +206,8 @@ def master_partitions(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, tor
 
 
 def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
-    """Check that at stage 3 this worker holds only its share of the sharded weights.
-
-    Raises:
-        JobError: it holds more: that would train correctly, but not in the planned memory.
-    """
+    """Check that at stage 3 this worker holds only its share of the sharded weights; more would train correctly, but
+    not in the planned memory, and is a JobError."""
     longest_vector = _longest_vector(module)
     sharded = [parameter for parameter in module.parameters() if _shape(parameter).numel() > longest_vector]
     total = sum(_shape(parameter).numel() * parameter.element_size() for parameter in sharded)
@@ -378,10 +364,8 @@ def saved(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def in_float32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state from `saved` as flat tensors with one number per parameter element, so that it can be split anywhere.
-
-    8-bit moments are dequantised; `restore` quantises them again, in possibly different blocks.
-    """
+    """A state from `saved` as flat tensors with one number per parameter element, so that it can be split anywhere;
+    `restore` quantises 8-bit moments again, in possibly different blocks."""
     from bitsandbytes import functional
 
     state = {name: tensor.flatten() for name, tensor in tensors.items() if not name.startswith("absmax")}

@@ -1,6 +1,6 @@
 """A job's own cluster, whose workers are known: when they are there, and when they are not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
@@ -11,37 +11,32 @@ from ray_jobs.training.trainer import wait_for_own, workers_with_room
 NEEDED = {"CPU": 2.0}
 
 
-class Clock:
-    """Time that passes when one sleeps."""
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], float]]:
+    """What it says, and how long it waits, on a clock that only sleeping moves."""
+    passed = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: passed[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def waited(seen: Iterator[Mapping[str, float]], patience_s: float) -> tuple[list[str], float]:
+        lines = list[str]()
+        wait_for_own(NEEDED, lambda: next(seen), patience_s, lines.append)
+        return lines, passed[0]
 
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-def wait(seen: Iterator[Mapping[str, float]], patience_s: float) -> tuple[list[str], float]:
-    """What it says, and how long it waits."""
-    clock, lines = Clock(), list[str]()
-    wait_for_own(NEEDED, lambda: next(seen), patience_s, lines.append, clock=clock, sleep=clock.sleep)
-    return lines, clock.now
+    return waited
 
 
-def test_workers_that_are_there_are_not_waited_for() -> None:
+def test_workers_that_are_there_are_not_waited_for(wait) -> None:
     assert wait(iter([{"CPU": 2.0}]), 60) == ([], 0)
 
 
-def test_workers_that_come_back_to_a_new_head_after_its_driver_are_waited_for() -> None:
+def test_workers_that_come_back_to_a_new_head_after_its_driver_are_waited_for(wait) -> None:
     """Measured on KubeRay 1.7: a driver starts on a new head while the workers' nodes have yet to come back to it."""
     seen = [*([{}] * 100), *([{"CPU": 1.0}] * 50), {"CPU": 2.0}]
     assert wait(iter(seen), 600) == (["the cluster has 0 of 2 CPUs: waiting for its workers"], 150)
 
 
-def test_workers_that_do_not_come_are_the_clusters_fault_and_not_the_users() -> None:
+def test_workers_that_do_not_come_are_the_clusters_fault_and_not_the_users(wait) -> None:
     with pytest.raises(WorkersMissing, match=r"has 1 of 2 CPUs after ray\.cluster\.pre_running_timeout_s = 60 s") as no:
         wait(iter([{"CPU": 1.0}] * 1000), 60)
     assert not isinstance(no.value, UserError)
