@@ -125,21 +125,6 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
     assert kinds.count("refused") == 1
 
 
-@pytest.mark.full
-def test_a_rate_so_high_that_the_base_is_forgotten_is_held_for_that_alone(home: Home):
-    fast = {"adapter.name": "forgetful", "train.learning_rate": 5e-3, "train.max_steps": 24, "data.max_records": 600}
-    short = {"evaluate.records": 60, "evaluate.max_new_tokens": 4, "gate.worse_on_general_text_by": 0.5}
-    settings = [part for key, value in {**fast, **short}.items() for part in ("--set", f"{key}={value}")]
-    held = home.fineloop("run", *settings)
-    assert held.exit_code == 0, held.stderr
-    assert held.answer["decision"] == "hold"
-    (reason,) = held.answer["reasons"]
-    assert "loss on general text" in reason
-    base, candidate = held.answer["metrics"]["base"], held.answer["metrics"]["candidate"]
-    assert candidate["general_loss"] > base["general_loss"] + 0.5
-    assert candidate["loss"] < 0.5 * base["loss"]  # on its task it has learned
-
-
 def _turns(prompt: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in json.loads(prompt)]
 

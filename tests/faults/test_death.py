@@ -2,10 +2,7 @@
 
 import contextlib
 import os
-import random
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import pytest
 
 from components.config.schema import RegistryConfig
-from components.registry.aliases import Cause, promote, read_alias
+from components.registry.aliases import Cause, promote
 from components.registry.event_log import events
 from components.registry.identity import verify_whole, version_key
 from components.registry.versions import Version, list_versions, resolve, verify_version
@@ -22,7 +19,6 @@ from components.store.store import Store
 from pipelines.local import guard, seaweedfs, server
 
 WRITES = ("put_object", "complete_multipart_upload", "delete_objects")
-KILLS = 60
 
 
 class Died(BaseException):
@@ -97,45 +93,6 @@ def said_of(store: Store, version: Version) -> bool:
             promote(store, version.name, version.version)
         return False
     return True
-
-
-PROMOTER = """
-import sys
-from components.config.schema import RegistryConfig
-from components.registry.aliases import promote
-from components.store.store import Store
-from components.registry.versions import publish_version
-store = Store.open(RegistryConfig(bucket=sys.argv[1], prefix=sys.argv[2]))
-for number in range(int(sys.argv[3]), 10**6):
-    files = {"adapter_model.safetensors": str(number).encode(), "adapter_config.json": b"{}"}
-    version = publish_version(store, "icd", files, lineage={"run_id": f"run-{number}"}).version
-    print(promote(store, "icd", version).body["to"], flush=True)
-"""
-
-
-@pytest.mark.full
-def test_processes_killed_at_random_lose_nothing_that_they_were_told(store: Store, assert_sound) -> None:
-    chance, reported = random.Random(0), []
-    for kill in range(KILLS):
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROMOTER, store.bucket, store.prefix, str(1000 * kill)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        reported += [process.stdout.readline().strip()]
-        killer = threading.Timer(chance.uniform(0.0, 0.2), process.kill)
-        killer.start()
-        reported += [line.strip() for line in process.stdout if line.endswith("\n")]
-        process.wait()
-        process.stdout.close()
-        killer.join()
-        pointer = read_alias(store, "icd", "production")
-        assert pointer is not None
-        logged = [event.body["to"] for event in events(store, "icd") if event.kind == "promoted"]
-        assert set(reported) <= {*logged, pointer.version}
-    promote(store, "icd", reported[0])
-    assert_sound(store)
 
 
 @pytest.mark.slow

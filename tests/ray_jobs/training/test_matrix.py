@@ -36,7 +36,6 @@ SETTINGS = [
     "train.early_stopping_patience=0",
     "ray.cpu_matmul_dtype=bfloat16",
 ]
-AGAIN = "again"  # the first cell of a row once more, when all others have been trained
 IN_FLOAT32 = "in float32, ZeRO stage {}"
 
 
@@ -67,7 +66,6 @@ FIRST = {
     "vera-classic-default-int8-zero0",
 }
 LONG = {"dora-classic-default-bf16-zero0", "lora-classic-default-nf4-zero0"}
-REPEATED = REFERENCES[::7]
 
 
 def tier(cell: Cell) -> str:
@@ -107,8 +105,6 @@ class Matrix:
         if reference in cells:
             for cell in in_float32(reference):
                 configs[IN_FLOAT32.format(cell.zero_stage)] = self._toml(cell, "ray.cpu_matmul_dtype=float32")
-            if reference in REPEATED:
-                configs[AGAIN] = configs[name_of(reference)]
         directory = self._directory / f"{name_of(reference)}-{marker}"
         return train_all(configs, ROWS, directory, num_workers=2)
 
@@ -168,11 +164,3 @@ def test_with_products_in_float32_a_method_takes_those_steps_too(reference: Cell
         found = matrix.of(reference)[IN_FLOAT32.format(cell.zero_stage)]
         assert found.matmul_dtype == "float32"
         assert_same_curve(found, matrix.plain(reference))
-
-
-@pytest.mark.parametrize("reference", in_turn(REPEATED))
-def test_a_process_that_trained_every_other_cell_trains_the_first_as_before(reference: Cell, matrix: Matrix):
-    row = matrix.of(reference)
-    first, again = row[name_of(reference)], row[AGAIN]
-    assert again.losses == first.losses
-    assert all((again.weights[name] == weight).all() for name, weight in first.weights.items())

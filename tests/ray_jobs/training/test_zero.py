@@ -157,13 +157,6 @@ def test_under_zero_3_a_weight_and_its_statistics_move_to_the_gpu_together(confi
     assert set(seen) == {("cuda:0", "cuda:0")}
 
 
-def test_int8_under_zero_3_would_be_held_whole_and_the_shards_with_it(config, wide_base, tmp_path):
-    # Why it is refused.
-    changes = [f"model.base={wide_base}", "method.base=int8"]
-    whole = min(held.loaded for held in held_at(2, config, *changes, directory=tmp_path))
-    assert all(held.loaded > whole for held in held_at(3, config, *changes, directory=tmp_path))
-
-
 def engine_facts(config_toml: str) -> dict[str, Any]:
     """How DeepSpeed has set itself up."""
     from ray_jobs.base import base_model
