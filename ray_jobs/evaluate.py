@@ -34,15 +34,7 @@ from ray_jobs.base import attention, base_model
 from ray_jobs.planning.capacity import is_shared
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP
-from ray_jobs.scoring.answers import (
-    Score,
-    as_columns,
-    changed_share,
-    confusion,
-    cut_short,
-    metrics,
-    paired_difference,
-)
+from ray_jobs.scoring.answers import Score, as_columns, changed_share, confusion, cut_short, metrics, paired_difference
 from ray_jobs.scoring.measure import Contender, Outcome, ShardResult, of_version, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize

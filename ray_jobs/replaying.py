@@ -17,15 +17,7 @@ from pathlib import Path
 
 from components.config.schema import RunConfig
 from components.prepare import dataset
-from components.prepare.dataset import (
-    REJECTS,
-    Record,
-    SplitName,
-    batch_of,
-    load_split,
-    present,
-    read_split,
-)
+from components.prepare.dataset import REJECTS, Record, SplitName, batch_of, load_split, present, read_split
 from components.records import runs
 from components.records.runs import Replayed
 from components.registry.aliases import read_alias

@@ -175,12 +175,7 @@ def _measured_in_turn(task: Task, held: HeldBase, here: Worker, group: "ProcessG
 
 
 def _measured(
-    task: Task,
-    records: Sequence[Record],
-    probes: Probes,
-    held: HeldBase,
-    here: Worker,
-    group: "ProcessGroup | None",
+    task: Task, records: Sequence[Record], probes: Probes, held: HeldBase, here: Worker, group: "ProcessGroup | None"
 ) -> ShardResult:
     # At least two records in each: an answer is also scored after another record's prompt.
     num_shards = here.num_workers if task.together else max(1, min(here.num_workers, len(records) // 2))

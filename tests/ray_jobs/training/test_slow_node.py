@@ -24,11 +24,7 @@ def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
     rank, num_workers = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        timeout=timedelta(seconds=STEP_S),
-        rank=rank,
-        world_size=num_workers,
+        "gloo", init_method=f"file://{meeting}", timeout=timedelta(seconds=STEP_S), rank=rank, world_size=num_workers
     )
     resolve, measure_whole, calls = base_model.resolve, FirstCheck.measure_whole, []
 

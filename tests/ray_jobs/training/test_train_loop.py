@@ -356,11 +356,7 @@ def test_a_checkpoint_that_holds_magnitudes_whole_is_refused_and_one_without_any
 
 @pytest.mark.parametrize("zero_stage", [STAGES[1], 3])
 def test_a_checkpoint_holds_adapter_and_optimizer_and_never_the_base(run, store, zero_stage):
-    weights = run(
-        "train.checkpoint_every_steps=12",
-        f"train.zero_stage={zero_stage}",
-        run_id="kept",
-    ).weights
+    weights = run("train.checkpoint_every_steps=12", f"train.zero_stage={zero_stage}", run_id="kept").weights
     objects = list(store.list("runs/kept/checkpoints/"))
     assert {o.key.split("/")[3] for o in objects} == {"best-000012", "step-000012"}
     trained = sum(weight.size for weight in weights.values())
