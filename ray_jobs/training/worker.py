@@ -1,9 +1,8 @@
 """The steps of each Ray Train worker: load the base, attach the adapter, train, and on rank 0 publish the version."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -150,15 +149,25 @@ def fit(
         together.meet(group)
         on_cpu = _kernels(spec, original, store)
         worker = replace(worker, dtype=dtype, kernels=worker.kernels if spec.ray.use_gpu else on_cpu)
-        check = FirstCheck(spec, base, step_zero.probe(splits[0], spec.pad), start, on_cpu)
-        check.measure_whole(worker, store)
+        # For the first check, the losses of the unsharded model (see `step_zero`), on rank 0.
+        probe, is_sharded = step_zero.probe(splits[0], spec.pad), spec.train.zero_stage == 3
+        losses: torch.Tensor | None = None
+        reads_base_alone = is_sharded and not base_model.is_quantised(base)
+        if is_sharded and worker.rank == 0:
+            if reads_base_alone:
+                losses = step_zero.known_base_nll(store, spec, base, probe, on_cpu, dtype)
+            else:
+                whole = assemble(spec, base, use_gpu=False, kernels=on_cpu, dtype=dtype, start=start)
+                losses = step_zero.probe_nll(whole, probe, torch.device("cpu"))
+                del whole
         together.meet(group)
     with zero.sharding(spec, dtype), contextlib.ExitStack() as ends:
         adapted = assemble(
             spec, base, use_gpu=spec.ray.use_gpu, kernels=worker.kernels, dtype=dtype, load=load, start=start
         )
         stopwatch.lap("base and adapter")
-        check.measure_unsharded(adapted, worker)
+        if not is_sharded:
+            losses = step_zero.probe_nll(adapted, probe, worker.device)
         recipe = publishing.recipe_of(spec, adapted, original, base, worker)
         engine = zero.initialize(adapted, spec, dtype)
         ends.callback(engine.destroy)
@@ -167,7 +176,13 @@ def fit(
             worker.kernels.hold_dense(adapted)
         elif spec.dense_base:
             worker.kernels.hold_dense_if_room(adapted, sharers=worker.num_workers)
-        check.require_same(engine, worker)
+        # A fresh adapter does not change the loss; the initial weights of LoftQ or of an earlier version do.
+        with_adapter = not reads_base_alone or (start is None and spec.method.row.init == "default")
+        found = step_zero.probe_nll(engine.module, probe, worker.device, with_adapter=with_adapter)
+        zero.finish_forward(engine)
+        step_zero.require_same(
+            found, losses if worker.rank == 0 else None, worker=worker, zero_stage=spec.train.zero_stage
+        )
         if worker.rank == 0:
             how = ", products in float32" if worker.kernels.dtype == "float32" else ""
             how += ", in float16" if worker.dtype is torch.float16 else ""
@@ -256,51 +271,3 @@ def load_start(adapted: "PeftModel", start: Mapping[str, torch.Tensor]) -> None:
             f"({theirs.get(differing[0])}, here {shapes.get(differing[0])}): set method.target_modules as it had them"
         )
     set_peft_model_state_dict(adapted, dict(start))
-
-
-@dataclass
-class FirstCheck:
-    """Checks that the sharded model has the loss of the unsharded one before its first step; see `step_zero`."""
-
-    config: TrainingConfig
-    base: base_model.Base
-    probe: dict[str, torch.Tensor]
-    start: Mapping[str, torch.Tensor] | None
-    on_cpu: Kernels
-    """Kernels for the products of the whole model on a CPU."""
-    expected: torch.Tensor | None = None
-    """The losses of the unsharded model's answer tokens, on rank 0."""
-
-    @property
-    def is_read_alone(self) -> bool:
-        """Whether the base's loss is computed layer by layer from its files, without an adapter."""
-        return self.config.train.zero_stage == 3 and not base_model.is_quantised(self.base)
-
-    def measure_whole(self, worker: Worker, store: Store) -> None:
-        """Compute the expected loss under ZeRO-3, on rank 0, before anything is sharded."""
-        if self.config.train.zero_stage < 3 or worker.rank > 0:
-            return
-        how = {"kernels": self.on_cpu, "dtype": worker.dtype}
-        if self.is_read_alone:
-            self.expected = step_zero.known_base_nll(store, self.config, self.base, self.probe, **how)
-        else:
-            whole = assemble(self.config, self.base, use_gpu=False, start=self.start, **how)
-            self.expected = step_zero.probe_nll(whole, self.probe, torch.device("cpu"))
-
-    def measure_unsharded(self, adapted: "PeftModel", worker: Worker) -> None:
-        """Compute the expected loss below ZeRO-3, where every worker holds the whole model."""
-        if self.config.train.zero_stage < 3:
-            self.expected = step_zero.probe_nll(adapted, self.probe, worker.device)
-
-    def require_same(self, engine: Any, worker: Worker) -> None:
-        """Compare the losses; raises as `step_zero.require_same` does."""
-        # A fresh adapter does not change the loss; the initial weights of LoftQ or of an earlier version do.
-        is_fresh = self.start is None and self.config.method.row.init == "default"
-        with_adapter = is_fresh or not self.is_read_alone
-        losses = step_zero.probe_nll(engine.module, self.probe, worker.device, with_adapter=with_adapter)
-        zero.finish_forward(engine)
-        expected = self.expected if worker.rank == 0 else None
-        step_zero.require_same(losses, expected, worker=worker, zero_stage=self.config.train.zero_stage)
-
-
-logger = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from components.config import config_file
 from ray_jobs.base import base_model
-from ray_jobs.training import train_loop
-from ray_jobs.training.worker import FirstCheck
+from ray_jobs.training import step_zero, train_loop
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 
@@ -26,7 +25,7 @@ def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", timeout=timedelta(seconds=STEP_S), rank=rank, world_size=num_workers
     )
-    resolve, measure_whole, calls = base_model.resolve, FirstCheck.measure_whole, []
+    resolve, probe, calls = base_model.resolve, step_zero.probe, []
 
     def slowly(*given: Any, **more: Any) -> Any:
         calls.append(given)
@@ -34,12 +33,12 @@ def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
             time.sleep(FETCH_S)
         return resolve(*given, **more)
 
-    def reading(self: FirstCheck, *given: Any) -> None:
-        measure_whole(self, *given)
+    def reading(*given: Any) -> Any:
         if rank == 0:
             time.sleep(FETCH_S)
+        return probe(*given)
 
-    with mock.patch.object(base_model, "resolve", slowly), mock.patch.object(FirstCheck, "measure_whole", reading):
+    with mock.patch.object(base_model, "resolve", slowly), mock.patch.object(step_zero, "probe", reading):
         return fit_in_rank(config_file.loads(config_toml), colour_rows(32), run_id="slow").trained.progress.step
 
 
