@@ -219,7 +219,6 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
         chat,
         records,
         split,
-        with_other_prompts=None,
         batch_size=BATCH,
         max_new_tokens=MAX_NEW_TOKENS,
         advance=lambda _: None,

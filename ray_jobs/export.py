@@ -373,7 +373,6 @@ def _answers(source: ExportSource, model: Any) -> dict[str, float]:
         source.chat,
         source.records,
         source.split,
-        with_other_prompts=None,
         batch_size=source.config.evaluate.batch_size,
         max_new_tokens=source.max_new_tokens,
         advance=lambda _: None,

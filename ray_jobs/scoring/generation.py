@@ -394,26 +394,23 @@ def score(
     model: Any,
     chat: ChatFormat,
     records: Sequence[Record],
-    split: TokenizedSplit,
-    *,
-    with_other_prompts: TokenizedSplit | None,
+    *splits: TokenizedSplit,
     batch_size: int,
     max_new_tokens: int,
-    advance: Advance,
+    advance: Advance = lambda _: None,
     marks: Mapping[str, Mark] = MARKS,
 ) -> list[Score]:
-    """Score `model`, in evaluation mode, on every record; `split` and `with_other_prompts` hold them in order.
+    """Score `model`, in evaluation mode, on every record, whose tokens the first split holds in order; the second, if
+    there is one, its answers behind other prompts.
 
     `advance` receives the number of records of each finished batch twice: once for its loss, once for its answers.
     """
-    nll: list[list[float]]
+    split, *others = splits
     if len(split) and Reader.takes(model):
-        parts = [part for part in (split, with_other_prompts) if part is not None]
-        nll, texts = _reading_once(model, chat, parts, batch_size, max_new_tokens, advance)
+        nll, texts = _reading_once(model, chat, splits, batch_size, max_new_tokens, advance)
     else:
         nll = [label_nll(model, split, batch_size, chat.pad, advance)]
-        if with_other_prompts is not None:
-            nll.append(label_nll(model, with_other_prompts, batch_size, chat.pad))
+        nll += [label_nll(model, other, batch_size, chat.pad) for other in others]
         texts = greedy(model, chat, split, batch_size, max_new_tokens, advance)
     answers = [without_reasoning(text) for text in texts]
     # Of tool calls, the text that the chat template writes for them.
@@ -424,7 +421,7 @@ def score(
     return [
         Score(
             nll=nll[0][row],
-            other_prompt_nll=nll[1][row] if with_other_prompts is not None else None,
+            other_prompt_nll=nll[1][row] if others else None,
             text=answer,
             marks={key: mark(answer, reference) for key, mark in marks.items()},
         )

@@ -117,7 +117,6 @@ def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
         chat,
         RECORDS,
         split,
-        with_other_prompts=None,
         marks={},
         batch_size=4,
         max_new_tokens=4,

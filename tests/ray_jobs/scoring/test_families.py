@@ -55,7 +55,6 @@ def exact_match(model, chat, records=RIGHT) -> float:
         chat,
         records,
         split,
-        with_other_prompts=None,
         batch_size=4,
         max_new_tokens=96,
         advance=lambda _: None,
