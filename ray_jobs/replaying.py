@@ -45,7 +45,7 @@ def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *,
 
     Raises:
         UserError: the version in production cannot be run.
-        JobError: a Ray task failed.
+        JobError: the workers failed.
     """
     prepared = folders.read_manifest(store, store.key(dataset_uri).rstrip("/"))
     if not prepared.about.get("replay_records"):
