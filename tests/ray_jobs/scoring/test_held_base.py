@@ -73,8 +73,6 @@ def measured_by_a_task(config_toml: str, version: str) -> Any:
         ("loftq", "float32", True, 3),  # its own base, the one that it is compared with, and its own again
         pytest.param("qlora", "float32", True, 1, marks=pytest.mark.slow),
         pytest.param("lora", "bfloat16", False, 1, marks=pytest.mark.slow),
-        pytest.param("lora", "float32", True, 1, marks=pytest.mark.full),
-        pytest.param("dora", "float32", False, 1, marks=pytest.mark.full),
         pytest.param("dvora", "bfloat16", False, 1, marks=pytest.mark.slow),
     ],
 )

@@ -60,10 +60,7 @@ def trained(config: RunConfig, store, tmp_path):
     [
         ("lora", "int8", "float32"),
         ("dora", "nf4", "float32"),
-        pytest.param("lora", "nf4", "float32", marks=pytest.mark.slow),
-        pytest.param("lora", "nf4", "bfloat16", marks=pytest.mark.full),
         pytest.param("dora", "nf4", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("dora", "int8", "float32", marks=pytest.mark.full),
     ],
 )
 def test_losses_and_what_is_published_are_the_same_to_the_bit(trained, adapter, base, dtype):

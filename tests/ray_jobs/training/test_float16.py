@@ -67,10 +67,8 @@ def test_a_base_of_few_bits_that_was_made_for_bfloat16_is_refused(config, store,
     ("zero_stage", "first_scale"),
     [
         pytest.param(0, 2**12, id="0-fitting", marks=pytest.mark.full),
-        pytest.param(2, 2**12, id="2-fitting", marks=pytest.mark.full),
         pytest.param(3, 2**12, id="3-fitting", marks=pytest.mark.full),
         pytest.param(0, 2**22, id="0-far too large", marks=pytest.mark.slow),
-        pytest.param(2, 2**22, id="2-far too large", marks=pytest.mark.full),
         pytest.param(3, 2**22, id="3-far too large", marks=pytest.mark.full),
     ],
 )

@@ -107,13 +107,10 @@ def test_measuring_in_between_does_not_change_an_nf4_training(run):
 RESUMED = [
     "method.name=dora method.dropout=0.1 train.zero_stage=3",
     "method.name=qdora method.dropout=0.1 train.max_tokens=72",
-    "method.name=qlora train.zero_stage=3 train.cpu_offload=true train.micro_batch_size=4",
     "method.name=dvora method.base=nf4 train.zero_stage=3",
     "method.name=loftq method.scaling=rslora",
-    "method.name=dora train.optimizer=adamw_8bit",
     "method.name=qlora train.optimizer=adamw_8bit train.zero_stage=3 train.cpu_offload=true",
     "method.name=vera method.base=int8 train.zero_stage=1 train.cpu_offload=true",
-    "method.name=lora method.base=int8 train.zero_stage=0 train.gradient_checkpointing=true",
 ]
 
 
