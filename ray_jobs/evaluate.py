@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -40,7 +41,7 @@ from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import Task, measured
-from ray_jobs.training.trainer import workers_with_room
+from ray_jobs.training.trainer import wait_for_room, workers_with_room
 
 logger = logging.getLogger(__name__)
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
@@ -97,13 +98,14 @@ def plan(
     if candidate is None and (config.train.zero_stage == 3 or not base.is_known):
         return None
     shape = base_model.load_config(base.path, config.model)
-    config = base_model.fitted(config, shape, lambda line: say(STEP, line))
+    config = base_model.fitted(config, shape, partial(say, STEP))
     chat = chat_format.load(base, config.model)
     records = judging.records[: config.evaluate.records]
     if config.evaluate.max_new_tokens is None:
         config = with_room_for_answers(config, tokenize(records, chat, config.model.max_length))
     if candidate is not None:
         entry.connect()
+        wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, partial(say, STEP))
         config = config.on(workers_with_room(config))
     labels = alike(without_reasoning(record.answer_text) for record in judging.records)
     to_come = Contender("candidate", config, None, base.identity)

@@ -122,6 +122,8 @@ def work(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if task is not None:
             if rank == 0:
                 entry.log_as(STEP)
+            else:
+                entry.log_warnings()
             device = ray.train.torch.get_device() if task.config.ray.use_gpu else torch.device("cpu")
             here = Worker(rank, num_workers, device)
             if "trained" in answer:
