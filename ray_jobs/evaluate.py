@@ -7,7 +7,6 @@ as the function that was trained. A base that no single worker can hold is shard
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +42,6 @@ from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import Task, measured
 from ray_jobs.training.trainer import wait_for_room, workers_with_room
 
-logger = logging.getLogger(__name__)
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
 """Metrics that every evaluation lists, with None where they were not measured."""
 

@@ -4,7 +4,6 @@ The driver checks everything that it can check without a worker: the store, the 
 named), the base, and that the records fit its context. Then Ray Train starts the workers; rank 0 publishes the version.
 """
 
-import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from ray_jobs.scoring.measure import ShardResult
     from ray_jobs.training.measuring import Task
 
-logger = logging.getLogger(__name__)
 
 STEP = "finetune"
 
