@@ -39,8 +39,8 @@ from ray_jobs.scoring.measure import Contender, Outcome, ShardResult, of_version
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
-from ray_jobs.training.measuring import Task, measured
-from ray_jobs.training.trainer import wait_for_room, workers_with_room
+from ray_jobs.training.measuring import Task
+from ray_jobs.training.trainer import measured, wait_for_room, workers_with_room
 
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
 """Metrics that every evaluation lists, with None where they were not measured."""

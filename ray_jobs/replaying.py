@@ -103,8 +103,8 @@ def _right(
     import ray
 
     from ray_jobs.planning.capacity import is_shared
-    from ray_jobs.training.measuring import Task, measured
-    from ray_jobs.training.trainer import wait_for_room, workers_with_room
+    from ray_jobs.training.measuring import Task
+    from ray_jobs.training.trainer import measured, wait_for_room, workers_with_room
 
     entry.connect()
     wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, log)

@@ -41,7 +41,7 @@ from ray_jobs.scoring.measure import (
     merged,
     run_all,
 )
-from ray_jobs.training import trainer, zero
+from ray_jobs.training import zero
 from ray_jobs.training.spec import TrainSpec
 from ray_jobs.training.worker import train
 from ray_jobs.training.zero import Worker
@@ -90,16 +90,6 @@ class Task:
             published_sha256=trained.manifest_sha256,
         )
         return replace(self, contenders=[*self.contenders[:-1], candidate])
-
-
-def measured(task: Task, store: Store, *, run_id: str, name: str = runs.RAY_EVALUATE) -> ShardResult:
-    """Measure on a group of workers of its own."""
-    import ray
-
-    answer = trainer.run(
-        trainer.work, {"task": ray.put(task)}, task.config, store, run_id=run_id, name=name, max_failures=1
-    )
-    return from_plain(answer["measured"])
 
 
 def work(arguments: Mapping[str, Any]) -> dict[str, Any]:

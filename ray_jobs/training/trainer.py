@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.config.ray import COLLECTIVE_TIMEOUT_S, Cluster
 from components.config.schema import RunConfig
@@ -24,6 +24,10 @@ from components.shared.machine import ran_low
 from components.shared.protocol import counted
 from components.store.store import Store
 
+if TYPE_CHECKING:
+    from ray_jobs.scoring.measure import ShardResult
+    from ray_jobs.training.measuring import Task
+
 RESIZE_EVERY_S = 60.0
 """Seconds between checks for room for more workers in an elastic training. They start from its newest checkpoint."""
 
@@ -33,6 +37,16 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     with garbage.importing():
         from ray_jobs.training import measuring
     return measuring.work(arguments)
+
+
+def measured(task: "Task", store: Store, *, run_id: str, name: str = runs.RAY_EVALUATE) -> "ShardResult":
+    """What a group of workers of its own measures; raises as `run` does."""
+    import ray
+
+    from ray_jobs.training.measuring import from_plain
+
+    answer = run(work, {"task": ray.put(task)}, task.config, store, run_id=run_id, name=name, max_failures=1)
+    return from_plain(answer["measured"])
 
 
 def run(
