@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from components.config.ray import JobsApiCluster, NumWorkers, RayJobCluster
+from components.config.ray import CLUSTERS, NumWorkers
 from components.config.schema import MethodConfig, ModelConfig, RunConfig
 from components.config.section import REMOVED, Section
 from components.shared.errors import ConfigError
@@ -56,8 +56,6 @@ EITHER: dict[Any, str] = {
     NumWorkers: "an integer, at least 1, or two of them: [min, max]",
 }
 """What a key of several types takes."""
-CLUSTERS: dict[str, type[BaseModel]] = {"jobs-api": JobsApiCluster, "rayjob": RayJobCluster}
-"""The sections of ray.cluster, by their kind."""
 WITH_SET = " with --set"
 Read = TypeVar("Read", bound=Section)
 

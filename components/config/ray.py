@@ -449,6 +449,8 @@ class RayJobCluster(Section):
 Cluster = Annotated[JobsApiCluster | RayJobCluster, Field(discriminator="kind")]
 """Each says whether RAY_ADDRESS names it, how long a job may wait in its queue, which workers it cannot hold, and what
 its pods have: None where Fineloop creates none."""
+CLUSTERS: Mapping[str, type[Section]] = {"jobs-api": JobsApiCluster, "rayjob": RayJobCluster}
+"""The same, by their kind."""
 
 
 class RayConfig(Section):
