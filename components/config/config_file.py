@@ -100,7 +100,7 @@ def validate(
     for override in overrides:
         _override(table, override)
     origin = f"{origin}{overriding}" if overrides else origin
-    _suites_as_tasks(table, origin)
+    _in_new_words(table, origin)
     _without_removed(table, origin)
     try:
         return RunConfig.model_validate(table)
@@ -117,8 +117,12 @@ def validate(
         ) from exc
 
 
-def _suites_as_tasks(table: dict[str, Any], origin: str) -> None:
-    """Turn evaluate.suites and gate.suite_worse_by, which are accepted for one release, into what took their place."""
+def _in_new_words(table: dict[str, Any], origin: str) -> None:
+    """Turn keys that are accepted for one release into what took their place."""
+    tune = table.get("tune")
+    space = tune.get("space") if isinstance(tune, dict) else None
+    if isinstance(tune, dict) and isinstance(space, dict) and space.get("learning_rates"):
+        tune["learning_rates"] = space["learning_rates"]
     evaluate, gate = table.get("evaluate"), table.get("gate", {})
     if not (isinstance(evaluate, dict) and isinstance(gate, dict)):
         return

@@ -184,18 +184,6 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that the base model's repository ships. Only for a base whose code you have read."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _keeps_no_copy(cls, given: Any) -> Any:
-        """Configs that were stored with every key hold `keep_nf4 = false`."""
-        if not isinstance(given, dict) or "keep_nf4" not in given:
-            return given
-        if given["keep_nf4"] is not False:
-            raise ValueError(
-                "keep_nf4 is gone, because whoever may write to the bucket chose the weights for everyone: remove it"
-            )
-        return {key: value for key, value in given.items() if key != "keep_nf4"}
-
 
 class MethodConfig(Section):
     """How the base is adapted. Start with lora or qlora and tune the learning rate (arXiv:2602.04998).
@@ -424,7 +412,8 @@ class RunConfig(Section):
         values["adapter"].pop("note", None)
         for path, removed in REMOVED.items():
             section, key = path.split(".")
-            values[section].update({key: removed.default} if removed.in_digest else {})
+            if removed.in_digest:
+                values[section][key] = removed.default
         if "tune" in values:
             values["tune"] = with_former_keys(values["tune"])
         if self.evaluate.records == EvaluateConfig().records:

@@ -42,6 +42,7 @@ REMOVED = {
     "gate.much_worse_by": Removed(1.5, "a record is much worse by 1.5 nats per token", in_digest=False),
     "gate.slice_worse_by": Removed(None, "slices may be as much worse as gate.worse_than_best_by", in_digest=False),
     "gate.suite_worse_by": Removed(None, "gate.lm_eval_worse_by has a margin for each task", in_digest=False),
+    "model.keep_nf4": Removed(False, "whoever may write to the bucket chose the weights for everyone", in_digest=False),
     "train.group_by_length": Removed(True, "records of like length share a batch"),
     "train.keep_checkpoints": Removed(2, "the newest two checkpoints are kept"),
     "train.store_patience_s": Removed(1_800, "a training waits half an hour for a store that is away", in_digest=False),

@@ -1,15 +1,12 @@
 """The config's `tune` section: which rates a sweep tries, and when a run sweeps by itself."""
 
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from components.config.methods import MethodName
-from components.config.section import Section
-
-logger = logging.getLogger(__name__)
+from components.config.section import REMOVED, Removed, Section
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
 When = Literal["never", "always", "no_prior_sweep", "data_changed"]
@@ -23,6 +20,8 @@ FORMER: Mapping[str, Any] = {
     "space": {"learning_rates": [], "ranks": [], "batch_sizes": []},
 }
 """Keys of earlier configs, and the values that they had by default, which are those of every sweep now."""
+for key, value in FORMER.items():
+    REMOVED[f"tune.{key}"] = Removed(value, "it is the same in every sweep", in_digest=False)
 
 
 class TuneConfig(Section):
@@ -40,23 +39,6 @@ class TuneConfig(Section):
     """Trainings at each rate, with different seeds; their mean loss counts."""
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of a trial, with the schedule fitted to them; 0 trains as long as a run does."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_former_keys(cls, values: Any) -> Any:
-        """Accept FORMER for one release: the rates of `space` as `learning_rates`, all else without effect."""
-        if not isinstance(values, Mapping) or not (former := FORMER.keys() & values.keys()):
-            return values
-        if any(values[key] != FORMER[key] for key in former):
-            logger.warning(
-                "tune.%s: no longer read, and refused by the next release. tune.learning_rates, once "
-                "tune.space.learning_rates, names the rates to try; the rest is the same in every sweep",
-                ", tune.".join(sorted(former)),
-            )
-        space = values.get("space")
-        rates = space.get("learning_rates") if isinstance(space, Mapping) else None
-        kept = {key: value for key, value in values.items() if key not in former}
-        return {**kept, "learning_rates": rates} if rates else kept
 
 
 def with_former_keys(values: Mapping[str, Any]) -> dict[str, Any]:
