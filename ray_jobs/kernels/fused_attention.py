@@ -18,11 +18,11 @@ from torch import Tensor
 from ray_jobs.base.packing import Packing
 from ray_jobs.kernels import float32_layers
 
-# Attention's vectors lie as rows of tokens with all heads, or in parts, grouped by the keys attended to.
+# Two layouts of attention's vectors: as rows of tokens with all heads, or in parts, grouped by the keys attended to.
 #
-# A part is one batch of matrix products: the rests of packed records, and their common prefix. Records in separate rows
-# are rests without a prefix. Parts are stored flat, one vector of D after another: for each part all queries, then all
-# keys, then all values.
+# A part is one batch of matrix products. Records in separate rows are one part. Packed records are two parts: the
+# rests, and the common prefix. Parts are stored flat, one vector of D after another: for each part all queries, then
+# all keys, then all values.
 #
 # Shapes: N records of S tokens, X heads of size D: K query heads, then G key heads and G value heads; R = K / G query
 # heads share a key head. Packed (see `text.answer_loss`): T tokens of the row, C of the common prefix, S of the longest
@@ -43,6 +43,53 @@ class Heads:
     @property
     def per_key(self) -> int:
         return self.queries // self.keys
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The layout of records in separate rows."""
+
+    heads: Heads
+    num_records: int
+    num_tokens: int
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return [(self.num_records * self.heads.keys, self.num_tokens, self.num_tokens)]
+
+    def apart(self, qkv_NSXD: Tensor) -> Tensor:
+        """Rearrange queries, keys and values from rows into flat parts."""
+        flat = qkv_NSXD.new_empty(qkv_NSXD[..., 0].numel(), qkv_NSXD.shape[-1])
+        for of_row, of_part in self._pairs(qkv_NSXD, flat):
+            of_part.copy_(of_row)
+        return flat
+
+    def queries(self, x_NSKD: Tensor) -> Tensor:
+        """Rearrange a tensor that has only the query heads from rows into flat parts."""
+        return self._by_keys(x_NSKD).reshape(-1, x_NSKD.shape[-1])
+
+    def together(self, flat: Tensor) -> Tensor:
+        """The inverse of `queries`."""
+        by_keys = flat.view(self.num_records, self.heads.keys, self.num_tokens, self.heads.per_key, -1)
+        return by_keys.transpose(1, 2).reshape(self.num_records, self.num_tokens, self.heads.queries, -1)
+
+    def gradients(self, flat: Tensor) -> Tensor:
+        """The inverse of `apart`."""
+        heads = self.heads.queries + 2 * self.heads.keys
+        found = flat.new_empty(self.num_records, self.num_tokens, heads, flat.shape[-1])
+        for of_row, of_part in self._pairs(found, flat):
+            of_row.copy_(of_part)
+        return found
+
+    def _by_keys(self, x_NSKD: Tensor) -> Tensor:
+        """Query heads grouped by the key head that they share: (N, G, S, R, D)."""
+        return x_NSKD.unflatten(2, (self.heads.keys, self.heads.per_key)).transpose(1, 2)
+
+    def _pairs(self, qkv_NSXD: Tensor, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        K = self.heads.queries
+        of_rows = [self._by_keys(qkv_NSXD[:, :, :K]), qkv_NSXD[:, :, K:].unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)]
+        of_parts = flat.split([each[..., 0].numel() for each in of_rows])
+        return [(row, part.view(row.shape)) for row, part in zip(of_rows, of_parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -128,10 +175,9 @@ def packed(packing: Packing, heads: Heads) -> Packed:
     )
 
 
-def layout_of(x_NSXD: Tensor, heads: Heads, packing: Packing | None) -> Packed:
-    """The layout for such rows, of which each is a record where there is no packing."""
-    num_records, num_tokens = x_NSXD.shape[:2]
-    return packed(packing or Packing(common=0, rests=(num_tokens,) * num_records), heads)
+def layout_of(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> Rows | Packed:
+    """The layout for such rows: `Packed` with a packing, else `Rows`."""
+    return Rows(heads, *qkv_NSXD.shape[:2]) if packing is None else packed(packing, heads)
 
 
 LONG = 512
@@ -227,7 +273,7 @@ def forward(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> tuple[Te
         ):
             part.q.mul_(heads.scaling)
             weights += part.attend(attended, keeps=keeps)
-    return layout.together(found).view(*qkv_NSXD.shape[:2], heads.queries, -1), (flat, *weights)
+    return layout.together(found), (flat, *weights)
 
 
 def backward(
@@ -242,7 +288,7 @@ def backward(
         for number, gradient in enumerate(_queries(layout.queries(gradient_NSKD), layout.shapes, heads)):
             parts[number].back(gradient, weights[number] if weights else None, to[number])
             to[number].q.mul_(heads.scaling)
-    return layout.gradients(found).view(*gradient_NSKD.shape[:2], heads.queries + 2 * heads.keys, -1)
+    return layout.gradients(found)
 
 
 def _parts(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Part]:
