@@ -109,7 +109,8 @@ def validate(
         for error in exc.errors():
             found.setdefault(_path(error["loc"]), _explain(error))
         problems = list(found.values())
-        to_blame = [next((each for each in overrides if _sets(each, path)), None) for path in found]
+        keys = {each.partition("=")[0].strip(): each for each in reversed(overrides)}
+        to_blame = [next((keys[key] for key in keys if f"{path}.".startswith(f"{key}.")), None) for path in found]
         if overriding == WITH_SET and all(to_blame):  # the file has nothing to do with it
             origin = f"--set {to_blame[0]}" if not problems[1:] else "--set"
         raise ConfigError(
@@ -237,11 +238,6 @@ def _override(raw: dict[str, Any], override: str) -> None:
             held = ".".join(path[:depth])
             raise ConfigError(f"--set {override}: {held} is no section but {table!r}: set it whole, as {held}=...")
     table[path[-1]] = _parse(value, override)
-
-
-def _sets(override: str, path: str) -> bool:
-    key = override.partition("=")[0].strip()
-    return f"{path}.".startswith(f"{key}.")
 
 
 def _parse(value: str, override: str) -> Any:

@@ -18,7 +18,7 @@ from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import model_class
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
     from ray_jobs.base.packing import Packing
 
@@ -46,7 +46,14 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
     if model is None:
         return None if wanted == "auto" else wanted
     if wanted == FLASH and use_gpu:
-        return _flash(model)
+        # For a class that lists its own compatible kernels, transformers would fetch one of them from the hub.
+        own = model._compatible_flash_implementations
+        if not model._supports_flash_attn or (own is not None and FLASH not in own):
+            raise ConfigError(
+                f"model.attention {FLASH}: {model.__name__} has no attention through flash-attn: set model.attention "
+                "to auto, which takes the fastest that it has"
+            )
+        return FLASH
     if model._supports_sdpa:
         return register(RECORDS if use_gpu else FLOAT32) if takes_kernels(base) else "sdpa"
     if wanted == "sdpa":
@@ -146,14 +153,3 @@ def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: "Pack
     rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias.to(query.dtype))
     beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
     return packing.together(beginning.transpose(1, 2), rest.transpose(1, 2))[None]
-
-
-def _flash(model: "type[PreTrainedModel]") -> str:
-    # For a class that lists its own compatible kernels, transformers would fetch one of them from the hub.
-    own = model._compatible_flash_implementations
-    if not model._supports_flash_attn or (own is not None and FLASH not in own):
-        raise ConfigError(
-            f"model.attention {FLASH}: {model.__name__} has no attention through flash-attn: set model.attention to "
-            "auto, which takes the fastest that it has"
-        )
-    return FLASH
