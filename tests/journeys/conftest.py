@@ -37,8 +37,6 @@ max_new_tokens = 8
 
 @dataclass(frozen=True)
 class Done:
-    """A finished command."""
-
     exit_code: int
     stdout: str
     screen: str
@@ -46,7 +44,6 @@ class Done:
 
     @property
     def answer(self) -> dict[str, Any]:
-        """What `--json` printed."""
         found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
         return found
 

@@ -48,24 +48,19 @@ class Keeper(Person):
         return {each["Key"].removeprefix(f"{self.prefix}/") for page in listed for each in page.get("Contents", [])}
 
     def files(self, version: str) -> set[str]:
-        """Names of a version's files."""
         return self.keys(f"adapters/sums/versions/{version}/")
 
     def reads(self, key: str) -> Any:
-        """An object's JSON, by boto3."""
         return json.loads(boto3.client("s3").get_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}")["Body"].read())
 
     def writes(self, key: str, body: bytes) -> None:
-        """Put an object there, by boto3."""
         boto3.client("s3").put_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}", Body=body)
 
     def holder(self, alias: str = "production") -> str:
-        """Whom the alias points at."""
         return str(self.reads(f"adapters/sums/aliases/{alias}.json")["version"])
 
     @property
     def store(self) -> Store:
-        """The registry, for the product's own functions."""
         return Store.open(RegistryConfig(bucket=self.bucket, prefix=self.prefix))
 
     def publishes(self, weights: str) -> str:
@@ -86,7 +81,6 @@ class Keeper(Person):
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Exit code and screen of a command that began."""
     output, _ = process.communicate(timeout=PATIENCE_S)
     return process.returncode, output
 

@@ -96,7 +96,6 @@ class Terminal:
         self._reader.start()
 
     def shows(self, pattern: str) -> None:
-        """Wait until it does."""
         try:
             wait_until(lambda: re.search(pattern, self.screen) or self.process.poll() is not None)
             assert self.process.poll() is None, self.screen
@@ -110,7 +109,6 @@ class Terminal:
         os.write(self._hand, b"\x03")
 
     def ends(self) -> tuple[int, str]:
-        """Its exit code and its standard output, once it has ended."""
         assert self.process.stdout is not None
         with self.process.stdout:
             out = self.process.stdout.read()

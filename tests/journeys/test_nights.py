@@ -65,8 +65,6 @@ LATER = "--set train.max_steps=2 --set train.learning_rate={rate} --set train.se
 
 @dataclass(frozen=True)
 class Night:
-    """What lies in the store of a run."""
-
     run_id: str
     evaluation: dict[str, Any]
     decision: dict[str, Any]

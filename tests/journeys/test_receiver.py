@@ -34,8 +34,6 @@ MB = 2**20
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command's process ended."""
-
     exit_code: int
     screen: str
     seconds: float
