@@ -30,8 +30,7 @@ from components.registry.cache import LISTED
 from components.registry.collect import all_adapters
 from components.registry.event_log import append_event, events
 from components.registry.versions import ancestors, descendants, list_versions, publish_version, resolve, version_ids
-from components.report.registry_index import Listed
-from components.report.registry_page import write_pages
+from components.report.registry_page import Listed, write_pages
 from components.report.report import run_report
 from components.store.store import Store, encode_json
 from pipelines.commands.arguments import table

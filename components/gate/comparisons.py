@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from annotated_types import Le
 
-from components.config.gate import MUCH_WORSE, GateConfig, Guard
+from components.config.gate import MUCH_WORSE, GateConfig, Guard, Limit
 from components.config.schema import EvaluateConfig
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Lead, Measured, Role, RuleResult, TextLosses, finite
@@ -71,20 +71,25 @@ class Evidence:
         of = self.texts.get(metric.probe) if metric.probe else self
         if of is None:
             return None
-        ours, theirs = (of.columns.get(f"{role}_{metric.column or metric.key}") for role in ("candidate", against))
-        if ours is None or theirs is None:
-            return None
-        return Pairs(ours, theirs, of._weights(metric), of.groups, metric.lower_is_better, metric.exponential, relative)
+        column = metric.column or metric.key
+        return of._paired(
+            metric,
+            f"candidate_{column}",
+            f"{against}_{column}",
+            lower_is_better=metric.lower_is_better,
+            exponential=metric.exponential,
+            relative=relative,
+        )
 
     def prompts(self, metric: Metric) -> Pairs | None:
         """The candidate's losses given each record's own prompt and another's; None where they were not measured."""
-        ours, others = (self.columns.get(f"candidate_{name}") for name in ("nll", "other_prompt_nll"))
-        if ours is None or others is None:
-            return None
-        return Pairs(ours, others, self._weights(metric), self.groups, lower_is_better=True)
+        return self._paired(metric, "candidate_nll", "candidate_other_prompt_nll", lower_is_better=True)
 
-    def _weights(self, metric: Metric) -> Array:
-        return self.tokens if metric.per_token else np.ones(len(self.tokens))
+    def _paired(self, metric: Metric, ours: str, theirs: str, **kind: bool) -> Pairs | None:
+        if ours not in self.columns or theirs not in self.columns:
+            return None
+        weights = self.tokens if metric.per_token else np.ones(len(self.tokens))
+        return Pairs(self.columns[ours], self.columns[theirs], weights, self.groups, **kind)
 
 
 def read_evidence(store: "Store", evaluation: Evaluation) -> Evidence:
@@ -96,32 +101,29 @@ def read_evidence(store: "Store", evaluation: Evaluation) -> Evidence:
     """
     lying = runs.lying(store, evaluation.run_id, runs.EVALUATION_RECORDS)
     if lying is None:
-        raise ObjectMissing(
-            f"{store.uri(runs.key_of(store, evaluation.run_id, runs.EVALUATION_RECORDS))} does not exist"
-        )
+        key = runs.key_of(store, evaluation.run_id, runs.EVALUATION_RECORDS)
+        raise ObjectMissing(f"{store.uri(key)} does not exist")
     body, uri = lying[0], store.uri(lying[1])
-    found = hashlib.sha256(body).hexdigest()
-    if found != evaluation.records_sha256:
+    again = f"evaluate {evaluation.run_id} again"
+    sha256 = hashlib.sha256(body).hexdigest()
+    if sha256 != evaluation.records_sha256:
         raise IntegrityError(
-            f"{uri} has sha256 {found}, but the evaluation was made of {evaluation.records_sha256}: evaluate "
-            f"{evaluation.run_id} again"
+            f"{uri} has sha256 {sha256}, but the evaluation was made of {evaluation.records_sha256}: {again}"
         )
     evidence = parse_evidence(body, uri)
     if len(evidence.tokens) != evaluation.records:
-        raise IntegrityError(
-            f"{uri} has {len(evidence.tokens)} records, and the evaluation is of {evaluation.records}: evaluate "
-            f"{evaluation.run_id} again"
-        )
+        records = len(evidence.tokens)
+        raise IntegrityError(f"{uri} has {records} records, and the evaluation is of {evaluation.records}: {again}")
     return replace(evidence, texts=dict(of_texts(evaluation)))
 
 
 def of_texts(evaluation: Evaluation) -> Iterator[tuple[str, Evidence]]:
     """Yield each kind of text with its evidence: a row per passage of general text, or per answer of the base's own."""
     for kind in filter(None, (metric.probe for metric in METRICS.values())):
-        found = getattr(evaluation, kind, None)
-        if isinstance(found, TextLosses):
-            columns = {f"{role}_nll": np.array(nll) for role, nll in found.nll.items()}
-            yield kind, Evidence(np.array(found.tokens, dtype=float), columns)
+        texts = getattr(evaluation, kind, None)
+        if isinstance(texts, TextLosses):
+            columns = {f"{role}_nll": np.array(nll) for role, nll in texts.nll.items()}
+            yield kind, Evidence(np.array(texts.tokens, dtype=float), columns)
 
 
 def parse_evidence(body: bytes, uri: str) -> Evidence:
@@ -162,68 +164,54 @@ def _slices(table: Any) -> Iterator[tuple[str, Names]]:
         lengths = np.array([len(a) + len(b) for a, b in zip(texts["prompt"], references, strict=True)])
         short, long = np.quantile(lengths, [1 / 3, 2 / 3], method="nearest")
         thirds = [f"up to {short} characters", f"{short + 1} to {long} characters"]
-        yield (
-            "length",
-            np.select([lengths <= short, lengths <= long], thirds, f"more than {long} characters"),
-        )
+        yield "length", np.select([lengths <= short, lengths <= long], thirds, f"more than {long} characters")
 
 
 def _numbers(column: Any) -> Array:
     return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
 
 
-# How much of the champion's lead is luck with the records that chose it.
-#
-# A champion took its place because it did well on the very records that later candidates are compared on, so on these
-# it looks better than it is, and an equal candidate looks worse: the winner's curse. Its measured score is shrunk
-# towards the recipe's scores in all decisions on these records, by the share of their scatter that is due to the
-# records (empirical Bayes: Efron, Tweedie's formula and selection bias, JASA 106, 2011; the share is estimated as in
-# Morris, JASA 78, 1983). Measuring it again on records that did not choose it would take half of the records away from
-# each decision.
+# The winner's curse: a champion was chosen on the very records that later candidates are compared on, so on these it
+# looks better than it is. Its score is shrunk towards the scores of all decisions on these records, by the share of
+# their variance that is due to the records (empirical Bayes: Efron, Tweedie's formula and selection bias, JASA 106,
+# 2011; the share is estimated as in Morris, JASA 78, 1983).
 
 FEWEST = 8
-"""The smallest number of decisions to estimate a scatter from."""
+"""The smallest number of decisions to estimate a variance from."""
 
 
 def lead_of(champion: str | None, metric: str, earlier: Sequence[Decision]) -> Lead | None:
-    """The champion's lead over the candidates of `earlier` decisions on these records, given in their order.
+    """The champion's lead over the candidates of `earlier` decisions on these records, given in their order: the
+    distance of its gain over the base from a line fitted to all, because a recipe whose data grows gets better.
 
-    None if the champion is not among them, or they are fewer than FEWEST. The lead is the distance from a line fitted
-    to all gains, because a recipe whose data grows gets better.
+    None if the champion is not among them, or they are fewer than FEWEST.
     """
-    found = [(each.version, gain) for each in earlier if (gain := _gain_over_base(metric, each)) is not None]
-    place = max((index for index, (version, _) in enumerate(found) if version == champion), default=None)
-    if place is None or len(found) < FEWEST:
+    sign = -1.0 if metric_of(metric).lower_is_better else 1.0
+    judged = [
+        (decision.version, sign * (rule.candidate - rule.other))
+        for decision in earlier
+        for rule in decision.rules
+        if rule.name == "better_than_base" and rule.metric == metric
+        if rule.candidate is not None and rule.other is not None
+    ]
+    place = max((index for index, (version, _) in enumerate(judged) if version == champion), default=None)
+    if place is None or len(judged) < FEWEST:
         return None
-    nights, gains = np.arange(len(found)), np.array([gain for _, gain in found])
+    nights, gains = np.arange(len(judged)), np.array([gain for _, gain in judged])
     above = gains - np.polyval(np.polyfit(nights, gains, 1), nights)
-    free = len(found) - 2
-    return Lead(gain=float(above[place]), variance=float(above @ above) / free, decisions=len(found))
+    return Lead(gain=float(above[place]), variance=float(above @ above) / (len(judged) - 2), decisions=len(judged))
 
 
 def luck_of(lead: Lead | None, error: float) -> float:
     """The part of the lead that is expected to be luck. `error` is the standard error of the candidate's gain over the
-    champion.
-
-    Two models were measured, so half of its square is the records' part in the variance of one model's score.
+    champion: of two models, so half of its square is the records' part in the variance of one model's score.
     """
     if lead is None or lead.gain <= 0 or lead.variance <= 0:
         return 0.0
-    free = lead.decisions - 2
-    return lead.gain * min(1.0, (free - 2) / free * error**2 / 2 / lead.variance)
+    degrees = lead.decisions - 2
+    return lead.gain * min(1.0, (degrees - 2) / degrees * error**2 / 2 / lead.variance)
 
 
-def _gain_over_base(metric: str, decision: Decision) -> float | None:
-    """The candidate's gain over the base, in the metric's own unit; the base was measured on the same records."""
-    rule = next((each for each in decision.rules if each.name == "better_than_base"), None)
-    if rule is None or rule.metric != metric or rule.candidate is None or rule.other is None:
-        return None
-    sign = -1.0 if metric_of(metric).lower_is_better else 1.0
-    return sign * (rule.candidate - rule.other)
-
-
-REVISION = 1
-"""Number of the rules on rare losses. Those of 0 count records whatever their length, and compare losses alone."""
 # Bounds are inclusive in decimal numbers: 0.30 - 0.25 counts as 0.05, although it is less in binary floating point.
 ROUNDING = 1e-9
 TEXTS: dict[str, tuple[str, str]] = {
@@ -246,13 +234,10 @@ class Compared:
     confidence: float
     relative: bool = False
     """Whether the required gain is a share of the other model's metric."""
-    revision: int = REVISION
 
     @property
     def allows_for_rare(self) -> bool:
         """Whether its bounds need rules of their own on rare losses; the score bounds of right and wrong do not."""
-        if self.revision == 0:
-            return self.metric.column == METRICS["loss"].column
         return self.pairs is None or not self.pairs.are_binary
 
     @property
@@ -273,7 +258,7 @@ class Compared:
     def theirs(self) -> float | None:
         return number(self.evaluation.model(self.against), self.metric)
 
-    @property
+    @cached_property
     def pairs(self) -> Pairs | None:
         """Both models' values, record by record; None where a number is missing."""
         if self.ours is None or self.theirs is None:
@@ -285,10 +270,25 @@ class Compared:
         """The confidence bounds of the gain; None where a number is missing or not finite."""
         return bounds(pairs, self.confidence) if (pairs := self.pairs) else None
 
+    def result(self, *, passed: bool, text: str = "", **fields: Any) -> RuleResult:
+        """The result of a rule, with the numbers that were compared, and their bounds where they are known."""
+        fields = {
+            "metric": self.metric.key,
+            "against": self.against,
+            "candidate": self.ours,
+            "other": self.theirs,
+            **fields,
+        }
+        if self.bounds is None:
+            return RuleResult(**fields, passed=passed, text=text or unmeasured(self))
+        ends = {name: getattr(self.bounds, name) for name in ("gain", "lower", "upper")}
+        known = {**ends, "confidence": self.confidence, "relative": self.relative}
+        return RuleResult(**fields, **known, passed=passed, text=text)
+
 
 def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:
     """The candidate is sure to be better than the base by the policy's minimum."""
-    metric, margin = compared.metric, policy.better_than_base_by
+    margin = policy.better_than_base_by
     at_least = f"better by at least {compared.margin_text(margin)}"
     return _required(
         compared,
@@ -296,7 +296,7 @@ def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:
         demand=f"it has to be {at_least}",
         name="better_than_base",
         field="gate.better_than_base_by",
-        title=f"{metric.title} better than the base model's",
+        title=f"{compared.metric.title} better than the base model's",
         bound=margin,
         bound_text=at_least,
         line_words=", to beat the base",
@@ -305,7 +305,7 @@ def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:
 
 def not_worse_than_best(policy: GateConfig, compared: Compared, *, version: str, look: int) -> RuleResult:
     """The candidate is sure to be worse than the best version so far by no more than the total budget."""
-    found = not_worse(
+    result = not_worse(
         compared,
         policy.total_budget,
         name="not_worse_than_best",
@@ -314,9 +314,8 @@ def not_worse_than_best(policy: GateConfig, compared: Compared, *, version: str,
         line_words=", not to fall behind the best so far",
     )
     times = "the first decision" if look == 1 else f"decision {look}"
-    return found.model_copy(
-        update={"text": f"{found.text} The best version so far is {version}; this is {times} on this test set."}
-    )
+    text = f"{result.text} The best version so far is {version}; this is {times} on this test set."
+    return result.model_copy(update={"text": text})
 
 
 def remembers(tolerance: float, compared: Compared) -> RuleResult:
@@ -338,25 +337,25 @@ def stays_near_base(most: float, compared: Compared) -> RuleResult:
     """
     metric, between = compared.metric, compared.bounds
     at_most = f"at most {metric.bound_text(most)}"
-    found = not_worse(
+    result = not_worse(
         compared,
         most,
         name="near_base",
         field="gate.kl_from_base_at_most",
         title="Answers as its base outside the domain",
         line_words=", to answer as the base does",
-    ).model_copy(update={"bound_text": at_most})
-    if between is None or found.candidate is None:
-        return found
-    low, high = (metric.text(0.0 - end, most) for end in (between.upper, between.lower))
-    text = (
-        f"The candidate's {metric.label} is {metric.with_unit(found.candidate, most)} on {between.records} of the "
-        f"base's own answers, between {low} and {high}, each with {compared.confidence * 100:.6g} % confidence; it may "
-        f"be {at_most}."
     )
-    if found.undecided:
-        text += f" {_not_enough(compared, found.records_needed)}"
-    return found.model_copy(update={"text": text})
+    text = result.text
+    if between is not None and compared.ours is not None:
+        low, high = (metric.text(0.0 - end, most) for end in (between.upper, between.lower))
+        text = (
+            f"The candidate's {metric.label} is {metric.with_unit(compared.ours, most)} on {between.records} of the "
+            f"base's own answers, between {low} and {high}, each with {compared.confidence * 100:.6g} % confidence; it "
+            f"may be {at_most}."
+        )
+        if result.undecided:
+            text += f" {_not_enough(compared, result.records_needed)}"
+    return result.model_copy(update={"bound_text": at_most, "text": text})
 
 
 def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
@@ -372,66 +371,80 @@ def guarded(guard: Guard, index: int, compared: Compared) -> RuleResult:
             title=title,
             line_words=f", not to fall behind {called}",
         )
-    parts: dict[str, Any] = {"name": "guard", "field": f"gate.guards[{index}]", "title": title, **numbers(compared)}
-    parts |= {"bound_text": "not shown to be worse"}
-    found, pairs = compared.bounds, compared.pairs
-    if found is None or pairs is None:
-        return RuleResult(**parts, passed=False, text=unmeasured(compared))
-    how = _how(compared, found.gain)
-    if pairs.are_binary:
-        won, lost = wins_and_losses(pairs)
-        chance = mcnemar(won, lost)
-        passed = chance > 1 - compared.confidence
-        text = (
-            f"{how}: it alone is right on {won} records, and {called} alone on {lost}, which by chance happens with "
-            f"probability {chance:.2g} if they are equally good (McNemar's exact test); below "
-            f"{1 - compared.confidence:.2g} it counts as worse."
-        )
-    else:
-        passed = found.upper >= -ROUNDING
-        text = f"{how}. {_sure(compared, found)}; it must not be shown to be worse."
-    return RuleResult(**parts, **_bounds(compared, found), passed=passed, text=text)
-
-
-def depends_on_prompts(
-    minimum: float, index: int, metric: Metric, candidate: Measured, prompts: Pairs, confidence: float
-) -> RuleResult:
-    """The candidate is sure to predict an answer better by `minimum` from its own prompt than from another record's."""
-    ours, found = number(candidate, metric), bounds(prompts, confidence)
-    parts: dict[str, Any] = {
-        "name": "limit_min",
-        "field": f"gate.limits[{index}].min",
-        "title": "Answers depend on their prompts",
-        "metric": metric.key,
-        "candidate": ours,
-        "bound": minimum,
-        "bound_text": f"at least {metric.bound_text(minimum)}",
-        "line": minimum,
-        "line_text": f"limit: at least {metric.text(minimum)}",
-    }
-    if ours is None or found is None:
-        return RuleResult(**parts, passed=False, text=unmeasured_number(metric, candidate, "candidate"))
-    passed = found.lower >= minimum - ROUNDING
-    undecided = not passed and found.upper >= minimum - ROUNDING
-    text = (
-        f"Answers {'' if passed else 'may not ' if undecided else 'do not '}depend on their prompts: seeing its own "
-        f"prompt instead of another record's helps by {metric.with_unit(found.gain, minimum)}, between "
-        f"{metric.text(found.lower)} and {metric.text(found.upper)}, each with {confidence * 100:.6g} % confidence; "
-        f"at least {metric.bound_text(minimum)} is required."
-    )
-    if not passed:
-        text += " Are prompts and answers shuffled or mislabelled in the data?"
-    return RuleResult(
-        **parts,
-        gain=found.gain,
-        lower=found.lower,
-        upper=found.upper,
-        confidence=confidence,
+    passed, text, between, pairs = False, "", compared.bounds, compared.pairs
+    if between is not None and pairs is not None:
+        how = _how(compared, between.gain)
+        if pairs.are_binary:
+            won, lost = wins_and_losses(pairs)
+            chance, error = mcnemar(won, lost), 1 - compared.confidence
+            passed = chance > error
+            text = (
+                f"{how}: it alone is right on {won} records, and {called} alone on {lost}, which by chance happens "
+                f"with probability {chance:.2g} if they are equally good (McNemar's exact test); below {error:.2g} it "
+                "counts as worse."
+            )
+        else:
+            passed = between.upper >= -ROUNDING
+            text = f"{how}. {_sure(compared, between)}; it must not be shown to be worse."
+    return compared.result(
+        name="guard",
+        field=f"gate.guards[{index}]",
+        title=title,
+        bound_text="not shown to be worse",
         passed=passed,
-        undecided=undecided,
-        records_needed=records_to_decide(found, minimum, confidence) if undecided else None,
         text=text,
     )
+
+
+def within(
+    limit: Limit, index: int, candidate: Measured, evidence: Evidence, confidence: float
+) -> Iterator[RuleResult]:
+    """Bound one of the candidate's own metrics. That answers depend on their prompts has to be sure, where the losses
+    of single records given other prompts were measured."""
+    metric = metric_of(limit.metric)
+    ours = number(candidate, metric)
+    pairs = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
+    between = bounds(pairs, confidence) if pairs else None
+    for side, bound, words in (("min", limit.min, "at least"), ("max", limit.max, "at most")):
+        if bound is None:
+            continue
+        is_min, on_prompts = side == "min", metric.of_prompts and side == "min"
+        fields: dict[str, Any] = {
+            "name": f"limit_{side}",
+            "field": f"gate.limits[{index}].{side}",
+            "title": "Answers depend on their prompts"
+            if on_prompts
+            else f"{metric.title} {'high' if is_min else 'low'} enough",
+            "metric": metric.key,
+            "candidate": ours,
+            "bound": bound,
+            "bound_text": f"{words} {metric.bound_text(bound)}",
+            "line": bound,
+            "line_text": f"limit: {words} {metric.text(bound)}",
+        }
+        if ours is None or (pairs and between is None):
+            yield RuleResult(**fields, passed=False, text=unmeasured_number(metric, candidate, "candidate"))
+            continue
+        lower, gain, upper = (between.lower, between.gain, between.upper) if between else (ours, ours, ours)
+        passed = lower >= bound - ROUNDING if is_min else ours <= bound + ROUNDING
+        undecided = on_prompts and not passed and upper >= bound - ROUNDING
+        demand = f"{words} {metric.bound_text(bound)} is required."
+        if on_prompts:
+            ends = ""
+            if between:
+                sure = f"each with {confidence * 100:.6g} % confidence"
+                ends = f", between {metric.text(lower)} and {metric.text(upper)}, {sure}"
+                fields |= {"gain": gain, "lower": lower, "upper": upper, "confidence": confidence}
+                fields["records_needed"] = records_to_decide(between, bound, confidence) if undecided else None
+            text = (
+                f"Answers {'' if passed else 'may not ' if undecided else 'do not '}depend on their prompts: seeing "
+                f"its own prompt instead of another record's helps by {metric.with_unit(gain, bound)}{ends}; {demand}"
+            )
+            text += "" if passed else " Are prompts and answers shuffled or mislabelled in the data?"
+        else:
+            where = "within" if passed else "below" if is_min else "above"
+            text = f"The candidate's {metric.label} of {metric.with_unit(ours, bound)} is {where} the limit: {demand}"
+        yield RuleResult(**fields, passed=passed, undecided=undecided, text=text)
 
 
 def unmeasured(compared: Compared) -> str:
@@ -460,14 +473,8 @@ def number(measured: Measured | None, metric: Metric) -> float | None:
 def not_worse(compared: Compared, tolerance: float, *, luck: float = 0.0, **words: Any) -> RuleResult:
     """The candidate is sure to be worse by no more than `tolerance` plus the other model's `luck`."""
     allowed = at_most(compared, tolerance)
-    return _required(
-        compared,
-        -tolerance - luck,
-        demand=f"it may be {allowed}" if tolerance else "it may not be worse at all",
-        bound=tolerance,
-        bound_text=allowed,
-        **words,
-    )
+    demand = f"it may be {allowed}" if tolerance else "it may not be worse at all"
+    return _required(compared, -tolerance - luck, demand=demand, bound=tolerance, bound_text=allowed, **words)
 
 
 def at_most(compared: Compared, tolerance: float) -> str:
@@ -479,44 +486,21 @@ def _required(
     compared: Compared, required: float, *, demand: str, line_words: str, unseen: float = 0.0, **words: Any
 ) -> RuleResult:
     """The gain is sure to be `required` or more, even if it is lower by `unseen`."""
-    metric, found = compared.metric, compared.bounds
-    parts = {**words, **numbers(compared)}
+    metric, between = compared.metric, compared.bounds
     if compared.theirs is not None and compared.ours is not None:
-        parts["line"] = line = metric.better_by(
-            compared.theirs, required * abs(compared.theirs) if compared.relative else required
-        )
-        parts["line_text"] = f"{'at most' if metric.lower_is_better else 'at least'} {metric.text(line)}{line_words}"
-    if found is None:
-        return RuleResult(**parts, passed=False, text=unmeasured(compared))
-    passed = found.lower - unseen >= required - ROUNDING
-    undecided = not passed and found.upper >= required - ROUNDING
-    may_tell = undecided and math.isfinite(found.lower)
-    needed = records_to_decide(found, required + unseen, compared.confidence) if may_tell else None
-    text = f"{_how(compared, found.gain, abs(required))}; {demand}. {_sure(compared, found, required)}"
-    text += f". {_not_enough(compared, needed)}" if undecided else "."
-    return RuleResult(
-        **parts,
-        **_bounds(compared, found),
-        passed=passed,
-        undecided=undecided,
-        records_needed=needed,
-        text=text,
-    )
-
-
-def numbers(compared: Compared) -> dict[str, Any]:
-    """The fields of a result that say which numbers were compared."""
-    return {
-        "metric": compared.metric.key,
-        "against": compared.against,
-        "candidate": compared.ours,
-        "other": compared.theirs,
-    }
-
-
-def _bounds(compared: Compared, found: Bounds) -> dict[str, Any]:
-    ends = {"gain": found.gain, "lower": found.lower, "upper": found.upper}
-    return {**ends, "confidence": compared.confidence, "relative": compared.relative}
+        gain = required * abs(compared.theirs) if compared.relative else required
+        words["line"] = line = metric.better_by(compared.theirs, gain)
+        words["line_text"] = f"{'at most' if metric.lower_is_better else 'at least'} {metric.text(line)}{line_words}"
+    if between is None:
+        return compared.result(**words, passed=False)
+    passed = between.lower - unseen >= required - ROUNDING
+    undecided = not passed and between.upper >= required - ROUNDING
+    may_tell = undecided and math.isfinite(between.lower)
+    needed = records_to_decide(between, required + unseen, compared.confidence) if may_tell else None
+    text = f"{_how(compared, between.gain, abs(required))}; {demand}. {_sure(compared, between, required)}."
+    if undecided:
+        text += f" {_not_enough(compared, needed)}"
+    return compared.result(**words, passed=passed, undecided=undecided, records_needed=needed, text=text)
 
 
 def _how(compared: Compared, gain: float, *beside: float) -> str:
@@ -531,13 +515,11 @@ def _how(compared: Compared, gain: float, *beside: float) -> str:
     return f"The candidate's {metric.label} of {metric.with_unit(ours, theirs)} is {how}"
 
 
-def _sure(compared: Compared, found: Bounds, *beside: float) -> str:
-    records = (
-        f"{found.records} of them" if found.groups == found.records else f"{found.records} in {found.groups} groups"
-    )
-    lies = compared.amounts.range_text(found.lower, found.upper, *beside, confidence=compared.confidence)
-    each = "Passage by passage" if compared.metric.probe else "Record by record"
-    return f"{each} ({records}), the gain lies {lies}"
+def _sure(compared: Compared, between: Bounds, *beside: float) -> str:
+    independent = "of them" if between.groups == between.records else f"in {between.groups} groups"
+    lies = compared.amounts.range_text(between.lower, between.upper, *beside, confidence=compared.confidence)
+    one = "Passage by passage" if compared.metric.probe else "Record by record"
+    return f"{one} ({between.records} {independent}), the gain lies {lies}"
 
 
 def _not_enough(compared: Compared, needed: int | None) -> str:
@@ -557,82 +539,62 @@ def _not_enough(compared: Compared, needed: int | None) -> str:
     return f"That does not tell: about {needed} {what} would ({used})."
 
 
-# The rule that the candidate is worse than the champion by no more than the margin.
-#
-# It allows for two things that the records do not show. The candidate need not match the part of the champion's lead
-# that is luck. It has to make up for the expected cost of losses that are rarer than those drawn.
-
-
 def not_worse_than_champion(
     policy: GateConfig, champion: Measured | None, compared: Compared, lead: Lead | None = None
 ) -> RuleResult:
     """Check that the candidate is sure to be worse than the champion by no more than the policy allows.
 
-    The part of the champion's `lead` that is taken for luck does not count against the candidate.
+    The part of the champion's `lead` that is taken for luck does not count against the candidate; the expected cost of
+    losses that are rarer than those drawn does.
     """
-    tolerance = policy.worse_than_champion_by
-    words: dict[str, Any] = {
-        "name": "not_worse_than_champion",
-        "field": "gate.worse_than_champion_by",
-        "title": f"{compared.metric.title} not worse than {compared.called}'s",
-    }
+    tolerance, called = policy.worse_than_champion_by, compared.called
+    words: dict[str, Any] = {"name": "not_worse_than_champion", "field": "gate.worse_than_champion_by"}
     if champion is None:
-        text = (
-            f"The alias {compared.called} points to no version yet, so there is none that the candidate could be worse "
-            "than."
+        return compared.result(
+            **words,
+            title=f"No version in {called} to be worse than",
+            bound=tolerance,
+            bound_text=at_most(compared, tolerance),
+            passed=True,
+            text=f"The alias {called} points to no version yet, so there is none that the candidate could be worse "
+            "than.",
         )
-        words["title"] = f"No version in {compared.called} to be worse than"
-        parts = {**words, **numbers(compared), "bound": tolerance, "bound_text": at_most(compared, tolerance)}
-        return RuleResult(**parts, passed=True, text=text)
-    luck, unseen = _luck(compared, lead), _unseen(policy, compared)
-    found = not_worse(
+    luck, unseen, pairs, between, theirs = 0.0, 0.0, compared.pairs, compared.bounds, compared.theirs
+    if between is not None and pairs is not None and theirs is not None:
+        if lead and theirs:
+            unit = abs(theirs) if compared.relative else 1.0
+            luck = luck_of(lead, between.error * unit) / unit
+        if policy.much_worse_share != 1 and compared.allows_for_rare:
+            few = few_unseen(pairs, between, policy.rare_loss(theirs), compared.confidence)
+            unseen = max(much_worse_unseen(pairs), few)
+    result = not_worse(
         compared,
         tolerance,
         luck=luck,
         unseen=unseen,
         **words,
-        line_words=f", not to fall behind {compared.called}",
+        title=f"{compared.metric.title} not worse than {called}'s",
+        line_words=f", not to fall behind {called}",
     )
-    text = found.text
+    text = result.text
     if luck and lead is not None:
         text += (
-            f" {compared.called.capitalize()} was chosen on these records: beside the {lead.decisions} candidates that "
-            f"they judged, {compared.margin_text(luck)} of its lead is luck, which is not asked of this one."
+            f" {called.capitalize()} was chosen on these records: beside the {lead.decisions} candidates that they "
+            f"judged, {compared.margin_text(luck)} of its lead is luck, which is not asked of this one."
         )
-    if found.undecided and found.lower is not None and found.lower >= -tolerance - luck - ROUNDING:
+    if result.undecided and between is not None and between.lower >= -tolerance - luck - ROUNDING:
         text += (
             f" Large losses are rare: beyond those drawn they are expected to cost {compared.margin_text(unseen)}, and "
             "the bound holds only without that."
         )
-    return found.model_copy(update={"luck": luck or None, "unseen": unseen or None, "text": text})
+    return result.model_copy(update={"luck": luck or None, "unseen": unseen or None, "text": text})
 
 
-def _luck(compared: Compared, lead: Lead | None) -> float:
-    """The part of the champion's lead that is luck, in the unit of the gain."""
-    found, theirs = compared.bounds if lead else None, compared.theirs
-    if found is None or not theirs:
-        return 0.0
-    unit = abs(theirs) if compared.relative else 1.0
-    return luck_of(lead, found.error * unit) / unit
-
-
-def _unseen(policy: GateConfig, compared: Compared) -> float:
-    """The expected cost of losses beyond those drawn; 0 unless the policy asks for rare losses to be seen."""
-    pairs, found, theirs = compared.pairs, compared.bounds, compared.theirs
-    if pairs is None or found is None or theirs is None or policy.much_worse_share == 1 or not compared.allows_for_rare:
-        return 0.0
-    of_the_tail = much_worse_unseen(pairs)
-    if compared.revision == 0:
-        return of_the_tail
-    return max(of_the_tail, few_unseen(pairs, found, policy.rare_loss(theirs), compared.confidence))
-
-
-# The rule on what a mean over a few hundred records cannot show: a small share of records that gets much worse.
-#
-# If one record in a hundred loses two nats a token, a draw of 240 contains none of them in one case of eleven, and no
-# bound of the mean shows the loss. So there have to be enough records to show such a share, by the exact binomial
-# distribution of their effective number: the longer an answer, the likelier it is to go wrong, and the more it weighs.
-# A share that was drawn counts in the mean's own bounds; a separate limit can be set for it.
+# What a mean over a few hundred records cannot show: a small share of records that gets much worse. If one record in a
+# hundred loses two nats a token, a draw of 240 contains none of them in one case of eleven, and no bound of the mean
+# shows the loss. So there have to be enough records to show such a share, by the exact binomial distribution of their
+# effective number: the longer an answer, the likelier it is to go wrong, and the more it weighs. A share that was drawn
+# counts in the mean's own bounds; a separate limit can be set for it.
 
 
 def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | None:
@@ -657,7 +619,7 @@ def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | N
     beyond = pairs.ours - pairs.theirs - MUCH_WORSE * pairs.weights
     of_each = beyond if pairs.groups is None else np.bincount(pairs.groups, weights=beyond)
     seen = int((of_each > 0).sum()) if is_limit else 0
-    of = independent if is_limit or compared.revision == 0 else int(pairs.num_effective + ROUNDING)
+    of = independent if is_limit else int(pairs.num_effective + ROUNDING)
     most, least = binomial.upper(seen, of, confidence), binomial.lower(seen, of, confidence)
     passed, failed = most <= share, least > share
     per_cent, sure = 100 * share, f"{confidence * 100:.6g} %"

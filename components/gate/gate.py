@@ -10,7 +10,7 @@ from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig, RunConfig
 from components.config.section import without_removed
 from components.gate.comparisons import lead_of, read_evidence
-from components.gate.policy import BEFORE, decide
+from components.gate.policy import LEGACY_POLICY, decide
 from components.records import runs
 from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry import signing
@@ -99,9 +99,6 @@ def _record(store: "Store", decision: Decision) -> None:
     logger.info("recorded that %s %s was %s in run %s", decision.adapter, decision.version, kind, decision.run_id)
 
 
-# Repeats a decision from the files that the run left, without Ray and without a model.
-
-
 @dataclass(frozen=True)
 class Replayed:
     """The recorded decision, and the decision that the same evidence gives today."""
@@ -136,28 +133,23 @@ def replay(store: "Store", run_id: str) -> Replayed:
     evaluation = runs.read(store, run_id, Evaluation, sha256=recorded.evaluation_sha256 or None, to_show=True)
     unsigned = ""
     try:
-        about = recorded.adapter, recorded.version, run_id, recorded.evaluation_sha256
-        signing.require_evaluated(store, *about)
+        signing.require_evaluated(store, recorded.adapter, recorded.version, run_id, recorded.evaluation_sha256)
     except (IntegrityError, ConfigError) as exc:
         unsigned = str(exc)
     found = decide(
         evaluation,
         read_evidence(store, evaluation),
-        GateConfig.model_validate(without_removed({**BEFORE, **recorded.policy}, "gate")),
+        GateConfig.model_validate(without_removed({**LEGACY_POLICY, **recorded.policy}, "gate")),
         AdapterConfig(name=recorded.adapter, alias=recorded.alias),
         look=recorded.look or 1,
         passed_before=recorded.passed_before,
         lead=recorded.lead,
-        revision=recorded.revision,
     )
     return Replayed(recorded, found, unsigned)
 
 
-# The decision as Markdown, which the Kubeflow UI shows with the step; pure.
-
-
 def as_markdown(decision: Decision) -> str:
-    """The decision as Markdown: the outcome, the reasons, and every rule with the numbers that it compared."""
+    """The decision as the Kubeflow UI shows it with the step: outcome, reasons, and every rule with its numbers."""
 
     def row(rule: RuleResult) -> str:
         ours, theirs = (

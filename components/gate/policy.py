@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from components.config.gate import ApprovalConfig, GateConfig, Limit
+from components.config.gate import ApprovalConfig, GateConfig
 from components.config.schema import AdapterConfig
 from components.config.section import identity
 from components.gate import comparisons
@@ -24,9 +24,8 @@ from components.gate.comparisons import (
     Evidence,
     few_get_much_worse,
     not_worse_than_champion,
-    number,
     unmeasured,
-    unmeasured_number,
+    within,
 )
 from components.records.steps import (
     Decision,
@@ -44,11 +43,11 @@ from components.records.steps import (
 )
 from components.registry.event_log import confidence_at
 from components.shared.errors import DataError
-from components.shared.metrics import Metric, metric_of, metrics_of
+from components.shared.metrics import metric_of, metrics_of
 from components.shared.paired import Pairs, bounds, shown_worse
 from components.store.store import decode_json, encode_json
 
-BEFORE: Mapping[str, Any] = {"much_worse_share": 1.0}
+LEGACY_POLICY: Mapping[str, Any] = {"much_worse_share": 1.0}
 """The values that policies recorded before a key existed stand for, where they differ from the key's default."""
 
 
@@ -61,12 +60,10 @@ def decide(
     look: int = 1,
     passed_before: int = 0,
     lead: Lead | None = None,
-    revision: int = comparisons.REVISION,
 ) -> Decision:
     """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set.
 
     `passed_before` is how many earlier decisions replaced a version; `lead` is the champion's lead among them.
-    `revision` is that of the rules on rare losses.
 
     Raises:
         DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
@@ -80,8 +77,12 @@ def decide(
     _, best = _best(evaluation)
     best_confidence = confidence_at(look, policy.confidence, passed_before)
     rules = [
-        *_compared(evaluation, evidence, policy, adapter, look, best_confidence, lead, revision),
-        *_limited(candidate, evidence, policy),
+        *_compared(evaluation, evidence, policy, adapter, look, best_confidence, lead),
+        *(
+            rule
+            for index, limit in enumerate(policy.limits)
+            for rule in within(limit, index, candidate, evidence, policy.confidence)
+        ),
     ]
     rules += _broken_numbers(candidate, {rule.metric for rule in rules})
     rules += _approval(policy.approval, evaluation, adapter.alias)
@@ -104,7 +105,7 @@ def decide(
         lead=lead,
         test_set=evaluation.test_set,
         policy=policy.model_dump(mode="json"),
-        revision=revision,
+        revision=1,  # of the rules on rare losses
     )
     return decision.model_copy(update={"basis_sha256": _basis_sha256(evaluation, policy, decision)})
 
@@ -123,7 +124,6 @@ def _compared(
     look: int,
     best_confidence: float,
     lead: Lead | None,
-    revision: int,
 ) -> list[RuleResult]:
     """The rules that compare the candidate with other models."""
     candidate, champion = _required(evaluation, "candidate"), evaluation.model("champion")
@@ -131,19 +131,20 @@ def _compared(
     def against(role: Role, metric: str, confidence: float = policy.confidence) -> Compared:
         called = {"base": "the base model", "anchor": "the best version"}.get(role, adapter.alias)
         relative = policy.margins == "relative" and metric == policy.metric
-        return Compared(evaluation, evidence, metric_of(metric), role, called, confidence, relative, revision)
+        return Compared(evaluation, evidence, metric_of(metric), role, called, confidence, relative)
 
     rules: list[RuleResult] = []
     if champion is not None and champion.version is not None:
         is_new = candidate.version != champion.version
-        text = (
-            f"The candidate is a new version; {adapter.alias} points to {champion.version}."
-            if is_new
-            else f"Nothing changed: the candidate is {candidate.version}, the very version that {adapter.alias} points "
-            "to now."
+        text = f"The candidate is a new version; {adapter.alias} points to {champion.version}."
+        if not is_new:
+            text = (
+                f"Nothing changed: the candidate is {candidate.version}, the very version that {adapter.alias} points "
+                "to now."
+            )
+        rules.append(
+            RuleResult(name="new_version", field="adapter.alias", title="Is a new version", passed=is_new, text=text)
         )
-        new: dict[str, Any] = {"name": "new_version", "field": "adapter.alias", "title": "Is a new version"}
-        rules.append(RuleResult(**new, passed=is_new, text=text))
     rules.extend(_too_few_records(evidence, policy.min_records))
     rules.append(comparisons.better_than_base(policy, against("base", policy.metric)))
     rules.append(not_worse_than_champion(policy, champion, against("champion", policy.metric), lead))
@@ -172,26 +173,13 @@ def _compared(
     return rules
 
 
-def _limited(candidate: Measured, evidence: Evidence, policy: GateConfig) -> Iterator[RuleResult]:
-    """The rules that bound the candidate's own metrics."""
-    for index, limit in enumerate(policy.limits):
-        metric = metric_of(limit.metric)
-        prompts = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
-        if limit.min is not None and prompts is not None:
-            yield comparisons.depends_on_prompts(limit.min, index, metric, candidate, prompts, policy.confidence)
-        else:
-            yield from _within(limit, index, candidate)
-
-
 def verdict_of(rules: Sequence[RuleResult]) -> tuple[Verdict, Sequence[RuleResult]]:
     """The verdict, and the rules that it follows from."""
-    failed = [rule for rule in rules if not (rule.passed or rule.undecided or rule.needs_approval)]
-    undecided = [rule for rule in rules if rule.undecided]
-    waiting = [rule for rule in rules if rule.needs_approval]
-    if failed:
+    if failed := [rule for rule in rules if not (rule.passed or rule.undecided or rule.needs_approval)]:
         return "hold", failed
-    if undecided:
+    if undecided := [rule for rule in rules if rule.undecided]:
         return "cannot tell", undecided
+    waiting = [rule for rule in rules if rule.needs_approval]
     return ("needs approval", waiting) if waiting else ("promote", rules)
 
 
@@ -201,7 +189,7 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
     basis = {
         "adapter": [decision.adapter, decision.alias],
         # A rule that asks for nothing is left out, as in decisions older than it.
-        "policy": {key: value for key, value in identity(policy).items() if BEFORE.get(key) != value},
+        "policy": {key: value for key, value in identity(policy).items() if LEGACY_POLICY.get(key) != value},
         **({"revision": decision.revision} if decision.revision else {}),
         "dataset": evaluation.dataset_id,
         "records_sha256": evaluation.records_sha256,
@@ -211,12 +199,7 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
         "base": evaluation.base,
         **evaluation.model_dump(
             mode="json",
-            include={
-                "general_text",
-                "own_answers",
-                "changed_answers",
-                *(["harness"] if policy.lm_eval_worse_by else []),
-            },
+            include={"general_text", "own_answers", "changed_answers", *(["harness"] * bool(policy.lm_eval_worse_by))},
             exclude_none=True,
         ),
         "models": decode_json(evaluation.model_dump_json(include={"models"}).encode(), Evaluation.FILE),
@@ -235,8 +218,8 @@ def _required(evaluation: Evaluation, role: Role) -> Measured:
 
 
 def _too_few_records(evidence: Evidence, minimum: int) -> Iterator[RuleResult]:
-    found, kind = evidence.num_independent, "records" if evidence.groups is None else "groups of records"
-    if found < minimum:
+    records, kind = evidence.num_independent, "records" if evidence.groups is None else "groups of records"
+    if records < minimum:
         yield RuleResult(
             name="enough_records",
             field="gate.min_records",
@@ -245,36 +228,8 @@ def _too_few_records(evidence: Evidence, minimum: int) -> Iterator[RuleResult]:
             passed=False,
             undecided=True,
             records_needed=minimum,
-            text=f"The models were compared on {found} {kind}, and at least {minimum} are asked for: raise "
+            text=f"The models were compared on {records} {kind}, and at least {minimum} are asked for: raise "
             "data.eval_share or evaluate.records, or add data.",
-        )
-
-
-def _within(limit: Limit, index: int, candidate: Measured) -> Iterator[RuleResult]:
-    metric = metric_of(limit.metric)
-    ours = number(candidate, metric)
-    for side, bound, words in (("min", limit.min, "at least"), ("max", limit.max, "at most")):
-        if bound is None:
-            continue
-        if ours is None:
-            passed = False
-            text = unmeasured_number(metric, candidate, "candidate")
-        else:
-            passed = ours >= bound - ROUNDING if side == "min" else ours <= bound + ROUNDING
-            text = _limit_text(metric, side, ours, bound, passed=passed)
-        enough = f"{metric.title} {'high' if side == 'min' else 'low'} enough"
-        yield RuleResult(
-            name=f"limit_{side}",
-            field=f"gate.limits[{index}].{side}",
-            title="Answers depend on their prompts" if metric.of_prompts and side == "min" else enough,
-            metric=metric.key,
-            candidate=ours,
-            bound=bound,
-            bound_text=f"{words} {metric.bound_text(bound)}",
-            line=bound,
-            line_text=f"limit: {words} {metric.text(bound)}",
-            passed=passed,
-            text=text,
         )
 
 
@@ -298,15 +253,16 @@ def _approval(policy: ApprovalConfig, evaluation: Evaluation, alias: str) -> Ite
         how = f"How many of {alias}'s answers change was not measured"
     else:
         how = f"{changed * 100:.1f} % of the answers are other ones than {alias}'s"
+    per_cent = f"{bound * 100:.10g} %"
     yield RuleResult(
         name="approval",
         field="gate.approval.changed_answers_above",
         title="Changes few enough answers to need no approval",
         bound=bound,
-        bound_text=f"at most {bound * 100:.10g} % changed",
+        bound_text=f"at most {per_cent} changed",
         passed=passed,
         needs_approval=not passed,
-        text=f"{how}; above {bound * 100:.10g} % a person has to approve that.",
+        text=f"{how}; above {per_cent} a person has to approve that.",
     )
 
 
@@ -323,23 +279,6 @@ def _broken_numbers(candidate: Measured, compared: set[str | None]) -> Iterator[
                 passed=False,
                 text=f"The candidate's {metric.label} is {value}: the evaluation is not sound.",
             )
-
-
-def _limit_text(metric: Metric, side: str, ours: float, bound: float, *, passed: bool) -> str:
-    shown = metric.with_unit(ours, bound)
-    demand = f"{'at least' if side == 'min' else 'at most'} {metric.bound_text(bound)} is required"
-    if not metric.of_prompts or side != "min":
-        direction = "within" if passed else "below" if side == "min" else "above"
-        return f"The candidate's {metric.label} of {shown} is {direction} the limit: {demand}."
-    if passed:
-        return (
-            f"Answers depend on their prompts: seeing its own prompt instead of another record's helps by {shown}; "
-            f"{demand}."
-        )
-    return (
-        f"Answers do not depend on their prompts: seeing its own prompt instead of another record's helps by {shown}; "
-        f"{demand}. Are prompts and answers shuffled or mislabelled in the data?"
-    )
 
 
 # Multiple comparisons with one error rate for all of them together, by Holm's procedure (Scandinavian Journal of
@@ -397,9 +336,24 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
         for index, ((kind, name, _), between) in enumerate(zip(slices, at_once, strict=True))
         if between is not None
     ]
-    results.sort(key=lambda each: each.gain)
-    allowed = compared.margin_text(margin)
-    measured = len(results) == len(slices)
+    results.sort(key=lambda result: result.gain)
+    allowed, measured = compared.margin_text(margin), len(results) == len(slices)
+
+    def described(result: SliceResult) -> str:
+        lies = compared.amounts.range_text(result.lower, result.upper)
+        return f"{result.kind} {result.name!r} ({result.records} records, gain {lies})"
+
+    ours, than = compared.metric.label, f"worse than {compared.called}'s by more than {allowed}"
+    if not measured:
+        text = unmeasured(compared)
+    elif worse:
+        named = "; ".join(described(result) for result in results if result.worse)
+        text = f"The candidate's {ours} is {than} in {len(worse)} of {len(results)} slices of the records: {named}."
+    else:
+        text = (
+            f"In none of {len(results)} slices of the records is the candidate's {ours} shown to be {than}; lowest is "
+            f"{described(results[0])}."
+        )
     return RuleResult(
         name="slices",
         field="gate.slices",
@@ -412,7 +366,7 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
         relative=compared.relative,
         slices=tuple(results),
         passed=measured and not worse,
-        text=_slices_text(results, compared, allowed) if measured else unmeasured(compared),
+        text=text,
     )
 
 
@@ -428,24 +382,6 @@ def _slices(policy: GateConfig, compared: Compared) -> Iterator[tuple[str, str, 
             part = pairs.where(of_records == name)
             if part.num_independent >= policy.min_records:
                 yield kind, str(name), part
-
-
-def _slices_text(results: Sequence[SliceResult], compared: Compared, allowed: str) -> str:
-    ours, called, worse = compared.metric.label, compared.called, [each for each in results if each.worse]
-
-    def described(each: SliceResult) -> str:
-        lies = compared.amounts.range_text(each.lower, each.upper)
-        return f"{each.kind} {each.name!r} ({each.records} records, gain {lies})"
-
-    if worse:
-        return (
-            f"The candidate's {ours} is worse than {called}'s by more than {allowed} in {len(worse)} of "
-            f"{len(results)} slices of the records: {'; '.join(map(described, worse))}."
-        )
-    return (
-        f"In none of {len(results)} slices of the records is the candidate's {ours} shown to be worse than "
-        f"{called}'s by more than {allowed}; lowest is {described(results[0])}."
-    )
 
 
 # The rule that the candidate has not unlearned what the base can do outside the domain.

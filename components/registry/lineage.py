@@ -3,8 +3,6 @@
 Secrets cannot get in: the config holds none, and a git URL is kept without user and password.
 """
 
-import hashlib
-import json
 import platform
 import re
 import subprocess
@@ -263,20 +261,6 @@ def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
         *[("parent", parent) for parent in _at(lineage, "parents") or []],
     ]
     return [Ancestor(kind, str(name)) for kind, name in named if name]
-
-
-def trained(lineage: Mapping[str, Any]) -> dict[str, str]:
-    """Return the dataset, the parent version (empty if none) and the sha256 of the config without its start."""
-    config, parents, train = _at(lineage, "config"), _at(lineage, "parents"), _at(lineage, "config", "train")
-    train = dict(train) if isinstance(train, Mapping) else {}
-    for key in ("start_from", "start_share"):
-        train.pop(key, None)
-    config = {**(config if isinstance(config, Mapping) else {}), "train": train}
-    return {
-        "dataset": str(_at(lineage, "dataset", "dataset_id") or ""),
-        "parent": str(next(filter(None, parents), "")) if isinstance(parents, list) else "",
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-    }
 
 
 def _at(lineage: Mapping[str, Any], *path: str) -> Any:

@@ -26,7 +26,7 @@ from components.registry.identity import (
     version_id,
     version_key,
 )
-from components.registry.lineage import Ancestor, Kind, of_record, trained
+from components.registry.lineage import Ancestor, Kind, of_record
 from components.registry.signing import require_signed
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
 from components.store import folders
@@ -136,8 +136,7 @@ class Entry(Part):
     settled: bool
     """Whether it will not change any more."""
     made_from: tuple[Ancestor, ...] | None
-    """None where the lineage is damaged, which an audit reports; the same holds for `trained`."""
-    trained: dict[str, str] | None
+    """None where the lineage is damaged, which an audit reports."""
     evaluation: Evaluation | None
     decision: Decision | None
 
@@ -199,8 +198,7 @@ def _entry(store: Store, name: str, version: str) -> dict[str, Any] | None:
         "run_id": described.run_id,
         "settled": is_old or decision is not None,
         "made_from": None if lineage is None else [asdict(ancestor) for ancestor in of_record(lineage)],
-        "trained": None if lineage is None else trained(lineage),
-        "evaluation": evaluation and _reduced(evaluation, {"run_id", "records", "models", "paired"}),
+        "evaluation": evaluation and _reduced(evaluation, {"run_id", "records", "models"}),
         "decision": reduced_decision(decision),
     }
 

@@ -3,18 +3,19 @@
 Only new ones are read from the store: the adapter's index has the rest; see `cache`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from components.records import runs
-from components.records.steps import Decision
+from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry import event_log, versions
 from components.registry.aliases import list_aliases
 from components.registry.cache import Index, mark_of
 from components.registry.versions import Entry, Version
-from components.report.published import Published
-from components.store.store import ReadOnce, encode_json
+from components.report.html import when
+from components.shared.metrics import is_metric, metric_of
+from components.store.store import ReadOnce
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
@@ -23,6 +24,32 @@ if TYPE_CHECKING:
 
 DIFFERS = ("config", "dataset", "base", "environment")
 """Parts of the lineage for which the pages show changes between versions."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version with what its run measured and decided."""
+
+    version: Version
+    evaluation: Evaluation | None
+    decision: Decision | None = None
+
+    @property
+    def published(self) -> str:
+        return when(self.version.created_at)
+
+    def metric(self, key: str) -> str:
+        """Return the candidate's metric as text; a dash if it was not measured."""
+        value = self.evaluation.metric("candidate", key) if self.evaluation else None
+        return "-" if value is None else metric_of(key).text(value)
+
+    @property
+    def against_champion(self) -> RuleResult | None:
+        """The rule that compared it with the champion of its day; None if none set a bound of the gain."""
+        for rule in self.decision.rules if self.decision else ():
+            if rule.name == "not_worse_than_champion" and is_metric(rule.metric) and rule.gain is not None:
+                return rule if (rule.lower, rule.upper) != (None, None) else None
+        return None
 
 
 class AdapterFiles:
@@ -77,35 +104,6 @@ class AdapterFiles:
             if old.get(path) != new.get(path)
         ]
 
-    def decisions(self, run_ids: Iterable[str]) -> list[Decision]:
-        """Return the decisions of these runs that are kept, in the runs' order, reduced to what the pages show.
-
-        Raises:
-            IntegrityError: a decision is damaged.
-        """
-        return self._decisions(run_ids, lambda run_id: runs.find(self.store, run_id, Decision, to_show=True))
-
-    def sound_decisions(self, run_ids: Iterable[str]) -> list[Decision]:
-        """Return the same as `decisions`, without damaged ones, which an audit reports."""
-        return self._decisions(run_ids, lambda run_id: runs.decision_of(self.store, run_id, to_show=True))
-
-    def _decisions(self, run_ids: Iterable[str], find: Callable[[str], Decision | None]) -> list[Decision]:
-        of_versions = {entry.run_id: entry.decision for entry in self.entries.values()}
-
-        def read(run_id: str) -> Any | None:
-            return versions.reduced_decision(of_versions.get(run_id) or find(run_id))
-
-        def parsed(body: Any) -> Decision:
-            return Decision.model_validate_json(encode_json(body))
-
-        def is_so(_run_id: str, body: Any) -> bool:
-            try:
-                return bool(parsed(body))
-            except ValueError:  # another release wrote the index, or somebody else
-                return False
-
-        return [parsed(body) for body in self._index.of("decisions", run_ids, read, is_so=is_so).values()]
-
     def _compared(self, version: str) -> dict[str, str] | None:
         """What the pages compare of the version's lineage, by path; None if the lineage is damaged."""
         lineage = versions.sound_lineage(self.store, self.published(version).version)
@@ -114,7 +112,7 @@ class AdapterFiles:
         return {path: text for part in DIFFERS for path, text in _leaves(lineage.get(part), part)}
 
 
-def _are_texts(_key: str, found: Any) -> bool:
+def _are_texts(_key: str, found: object) -> bool:
     return isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
 
 

@@ -7,22 +7,14 @@ with the page while its text does not; a picture of lines has units of its own, 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from components.records.steps import finite
 from components.records.sweep import SweepResult
 from components.report.html import count, number, template
-from components.shared.metrics import Metric
 
 Point = tuple[float, float]
-
-
-class Tick(NamedTuple):
-    """A label on an axis and where it stands."""
-
-    position: float
-    label: str
 
 
 @dataclass(frozen=True)
@@ -36,18 +28,15 @@ class Axis:
     ticks: tuple[float, ...] = ()
     is_log: bool = False
 
-    def share(self, value: float) -> float:
-        """How far along the axis the value lies, from 0 to 1."""
-        scale = math.log if self.is_log else float
-        return (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
-
     def place(self, value: float) -> float:
         """Where the value lies in the picture."""
-        return round(self.start + self.share(value) * (self.end - self.start), 2)
+        scale = math.log if self.is_log else float
+        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+        return round(self.start + share * (self.end - self.start), 2)
 
-    def labels(self, text: Callable[[float], str]) -> tuple[Tick, ...]:
-        """The ticks with their texts."""
-        return tuple(Tick(self.place(value), text(value)) for value in self.ticks)
+    def labels(self, text: Callable[[float], str]) -> list[tuple[float, str]]:
+        """The place and the text of each tick."""
+        return [(self.place(value), text(value)) for value in self.ticks]
 
 
 def axis_of(values: Iterable[float], *, pad: float = 0.0, start: float = 0.0, end: float = 100.0) -> Axis:
@@ -108,9 +97,6 @@ def bar(axis: Axis, low: float, high: float, *, kind: str, name: str, text: str)
     return Bar(kind, name, start, max(axis.place(high) - start, 0.4), text)
 
 
-# Several gains between their bounds, one below the other, on one axis: a forest plot.
-
-
 @dataclass(frozen=True)
 class Gain:
     """A gain and its bounds, with what is said about them. A bound that is None is not finite."""
@@ -124,67 +110,35 @@ class Gain:
     bad: bool = False
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A gain where it is drawn, with no difference and the bound that it should reach, if any."""
-
-    name: str
-    about: str
-    text: str
-    bad: bool
-    position: float
-    low: float
-    high: float
-    zero: float
-    bound: float | None
-    bound_text: str
-
-
-@dataclass(frozen=True)
 class Forest:
-    """The whole plot, with the gains in the order given."""
+    """A forest plot: gains between their bounds, one below the other, on one axis that holds zero and the bound that
+    they should reach, if any."""
 
-    rows: tuple[Interval, ...]
-    note: str
+    def __init__(self, gains: Sequence[Gain], bound: float | None = None, note: str = "") -> None:
+        self.gains, self.bound, self.note = gains, bound, note
+        ends = [end for each in gains for end in (each.gain, each.lower, each.upper, bound) if end is not None]
+        self.axis = axis_of([0.0, *ends], pad=0.05)
 
-
-def intervals_of(gains: Sequence[Gain], bound: float | None = None, bound_text: str = "") -> tuple[Interval, ...]:
-    """Place gains on an axis that holds every interval, zero, and the bound."""
-    ends = [end for each in gains for end in (each.gain, each.lower, each.upper) if end is not None]
-    axis = axis_of([0.0, *ends, *([] if bound is None else [bound])], pad=0.05)
-    return tuple(
-        Interval(
-            name=each.name,
-            about=each.about,
-            text=each.text,
-            bad=each.bad,
-            position=axis.place(each.gain),
-            low=axis.start if each.lower is None else axis.place(each.lower),
-            high=axis.end if each.upper is None else axis.place(each.upper),
-            zero=axis.place(0.0),
-            bound=None if bound is None else axis.place(bound),
-            bound_text=bound_text,
+    def ends(self, gain: Gain) -> Point:
+        """Where the gain's bounds lie; at the ends of the axis, where they are not finite."""
+        axis = self.axis
+        return (
+            axis.start if gain.lower is None else axis.place(gain.lower),
+            axis.end if gain.upper is None else axis.place(gain.upper),
         )
-        for each in gains
-    )
 
 
-def bounded_text(amounts: Metric, gain: float, lower: float | None, upper: float | None) -> str:
-    """A gain with its bounds, in words."""
-    lies = amounts.range_text(lower, upper)
-    if lower is not None and upper is not None:
-        lies = f"{amounts.signed_text(lower)} to {amounts.signed_text(upper)}"
-    return f"{amounts.signed_text(gain)} ({lies})"
+# Several lines in one picture: a self-contained SVG, part of a page, and a file beside a sweep's record.
 
-
-# Losses over the steps of a training.
-
+SIZE = (720, 380)
+LEFT, RIGHT, TOP, BOTTOM = 64.0, 570.0, 24.0, 332.0
+# Distinguishable to most people with a colour vision deficiency (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#8c6d31")
 MAX_POINTS = 400  # more would not be seen and would only make the page larger
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A measurement, the ends of its interval if it has one, and the name beneath it if it is shown."""
+class Dot(NamedTuple):
+    """A measurement, and the ends of its interval if it has one."""
 
     x: float
     y: float
@@ -192,65 +146,63 @@ class Dot:
     is_best: bool = False
     low: float | None = None
     high: float | None = None
-    name: str = ""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """The loss curve of one run, ready to draw. Paths live in a box of 100 by 100."""
+class Line(NamedTuple):
+    """One line of the picture, such as the rates of one method."""
 
-    points: str
-    smooth: str
-    learning_rate: str
-    held_out: str
-    dots: tuple[Dot, ...]
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    peak_learning_rate: float | None
-    is_log: bool
-    """Whether the loss has a logarithmic scale."""
-    num_above: int
-    """Points above the top of the plot, which are left out."""
-    text: str
-    """What the curve shows, for those who do not see it."""
+    name: str
+    path: str
+    dots: Sequence[Dot]
+    points: str = ""
+    """Path of single measurements, behind the line."""
+    diverged: Sequence[tuple[float, str]] = ()
+    """Where on the axis, and as text: the rates that diverged."""
 
 
-def loss_curve(records: Sequence[Mapping[str, Any]]) -> Curve | None:
-    """The curve of metrics.jsonl, or None when it has no finite training or held-out loss."""
-    train, held_out = series(records, "train", "loss"), series(records, "eval", "loss")
-    if not train and not held_out:
+def loss_picture(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, str] | None:
+    """The SVG of the smoothed training losses of runs as lines and their held-out losses as circles, and the same in
+    words; of a single run also the loss of each step. None if no run has any.
+
+    `runs` are the records of each run's metrics.jsonl, by its name.
+    """
+    trained = {name: series(records, "train", "loss") for name, records in runs.items()}
+    held_out = {name: series(records, "eval", "loss") for name, records in runs.items()}
+    smooth = {name: smoothed(points) for name, points in trained.items()}
+    shown = [point for points in (*smooth.values(), *held_out.values()) for point in points]
+    if not shown:
         return None
-    smooth, rates = smoothed(train), series(records, "train", "learning_rate")
-    x = _steps_axis([step for step, _ in train + held_out])
-    y = loss_axis([loss for _, loss in train], [loss for _, loss in smooth + held_out])
-    inside = [point for point in train if point[1] <= y.high]
-    peak = max((rate for _, rate in rates), default=0.0)
-    best_at, best = min(held_out, key=lambda point: point[1], default=(0.0, 0.0))
-    sentences = []
-    if smooth:
-        sentences.append(
-            f"The smoothed training loss went from {number(smooth[0][1])} to {number(smooth[-1][1])} "
-            f"over {count(smooth[-1][0])} steps."
-        )
-    if held_out:
-        sentences.append(f"The best held-out loss is {number(best)}, at step {count(best_at)}.")
-    return Curve(
-        points=" ".join(f"M{x.place(step)} {y.place(loss)}h0" for step, loss in thinned(inside)),
-        smooth=_path(thinned(smooth), x, y),
-        # The rate has no axis: its peak touches 40 % of the height, out of the way of the early, high losses.
-        learning_rate=_path(thinned(rates), x, Axis(0.0, peak, 100.0, 60.0)) if peak else "",
-        held_out=_path(held_out, x, y),
-        dots=tuple(
-            Dot(x.place(step), y.place(loss), f"step {count(step)}: held-out loss {number(loss)}", loss == best)
-            for step, loss in held_out
-        ),
+    each_step = next(iter(trained.values())) if len(runs) == 1 else []
+    last = max(step for step, _ in shown)
+    x = Axis(0.0, max(last, 1.0), LEFT, RIGHT, tuple(nice_ticks(0.0, last, 5, whole=True)))
+    y = loss_axis([loss for _, loss in each_step], [loss for _, loss in shown], BOTTOM, TOP)
+    lines, words = [], []
+    for name in runs:
+        best_at, best = min(held_out[name], key=lambda point: point[1], default=(0.0, 0.0))
+        dots = [
+            Dot(x.place(step), y.place(loss), f"{name}, step {count(step)}: held-out loss {number(loss)}", loss == best)
+            for step, loss in held_out[name]
+        ]
+        inside = thinned([(step, loss) for step, loss in each_step if loss <= y.high])
+        points = "".join(f"M{x.place(step)} {y.place(loss)}h0" for step, loss in inside)
+        lines.append(Line(name, _path(thinned(smooth[name]), x, y), dots, points))
+        facts = []
+        if losses := [loss for _, loss in smooth[name]]:
+            facts.append(
+                f"training loss {number(losses[0])} to {number(losses[-1])} in {count(smooth[name][-1][0])} steps"
+            )
+        if dots:
+            facts.append(f"best held-out loss {number(best)} at step {count(best_at)}")
+        words.append(f"{name}: {', '.join(facts) or 'no loss'}")
+    picture = _drawn(
+        title="Loss against optimizer step",
+        x_name="optimizer step",
+        lines=lines,
         x_ticks=x.labels(count),
         y_ticks=y.labels("{:g}".format),
-        peak_learning_rate=peak or None,
-        is_log=y.is_log,
-        num_above=len(train) - len(inside),
-        text=" ".join(sentences),
+        text="; ".join(words),
     )
+    return picture, "; ".join(words)
 
 
 def series(records: Sequence[Mapping[str, Any]], kind: str, key: str) -> list[Point]:
@@ -287,32 +239,8 @@ def thinned(series: Sequence[Point]) -> Sequence[Point]:
     return [series[round(index * stride)] for index in range(MAX_POINTS)]
 
 
-def _steps_axis(steps: Sequence[float], start: float = 0.0, end: float = 100.0) -> Axis:
-    first, last = min(steps), max(steps)
-    return Axis(first, max(last, first + 1), start, end, tuple(nice_ticks(first, last, 5, whole=True)))
-
-
 def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
     return "M" + "L".join(f"{x.place(across)} {y.place(up)}" for across, up in points) if points else ""
-
-
-# Several lines in one picture: a self-contained SVG, part of a page, and a file beside a sweep's record.
-
-SIZE = (720, 380)
-LEFT, RIGHT, TOP, BOTTOM = 64.0, 570.0, 24.0, 332.0
-# Distinguishable to most people with a colour vision deficiency (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#8c6d31")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the picture, such as the rates of one method."""
-
-    name: str
-    path: str
-    dots: Sequence[Dot]
-    diverged: Sequence[Tick] = field(default=())
-    """The rates that diverged."""
 
 
 def rates_picture(result: SweepResult) -> str:
@@ -335,48 +263,18 @@ def rates_picture(result: SweepResult) -> str:
                 at = x.place(rate.learning_rate), y.place(rate.loss)
                 dots.append(Dot(*at, text + stopped, is_best, y.place(low), y.place(high)))
         points = [(rate.learning_rate, rate.loss) for rate in tuned.rates if rate.loss is not None]
-        diverged = [rate.learning_rate for rate in tuned.rates if rate.loss is None]
-        crossed = replace(x, ticks=tuple(diverged)).labels("{:.3g}".format)
-        lines.append(Line(f"{tuned.method}, rank {tuned.rank}", _path(points, x, y), dots, crossed))
-    labels = x.labels("{:.3g}".format), y.labels(number)
-    return _drawn("Validation loss against learning rate", "learning rate", lines, labels, result.verdict)
-
-
-def curves_picture(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """The SVG with the smoothed training losses of several runs as lines and held-out losses as circles; None if no run
-    has any. `runs` are the records of each run's metrics, by its name."""
-    trained = {name: smoothed(series(records, "train", "loss")) for name, records in runs.items()}
-    held_out = {name: series(records, "eval", "loss") for name, records in runs.items()}
-    points = [point for each in (*trained.values(), *held_out.values()) for point in each]
-    if not points:
-        return None
-    x = _steps_axis([0.0, *(step for step, _ in points)], LEFT, RIGHT)
-    y = loss_axis([], [loss for _, loss in points], BOTTOM, TOP)
-    lines, words = [], []
-    for name in runs:
-        dots = [
-            Dot(x.place(step), y.place(loss), f"{name}, step {count(step)}: held-out loss {number(loss)}")
-            for step, loss in held_out[name]
-        ]
-        lines.append(Line(name, _path(thinned(trained[name]), x, y), dots))
-        both = (("training", trained[name]), ("held-out", held_out[name]))
-        ends = " and ".join(f"{what} {number(losses[-1][1])}" for what, losses in both if losses)
-        words.append(f"{name} ends at {ends}" if ends else f"{name} has no curve")
-    labels = x.labels(count), y.labels("{:g}".format)
-    return _drawn("Loss against optimizer step", "optimizer step", lines, labels, "; ".join(words))
-
-
-def _drawn(
-    title: str, x_name: str, lines: Sequence[Line], labels: tuple[tuple[Tick, ...], tuple[Tick, ...]], text: str
-) -> str:
-    return template("lines.html").render(
-        title=title,
-        x_name=x_name,
-        size=SIZE,
-        box=(LEFT, TOP, RIGHT, BOTTOM),
+        crossed = replace(x, ticks=tuple(rate.learning_rate for rate in tuned.rates if rate.loss is None))
+        name = f"{tuned.method}, rank {tuned.rank}"
+        lines.append(Line(name, _path(points, x, y), dots, diverged=crossed.labels("{:.3g}".format)))
+    return _drawn(
+        title="Validation loss against learning rate",
+        x_name="learning rate",
         lines=lines,
-        colours=COLOURS,
-        x_ticks=labels[0],
-        y_ticks=labels[1],
-        text=text,
+        x_ticks=x.labels("{:.3g}".format),
+        y_ticks=y.labels(number),
+        text=result.verdict,
     )
+
+
+def _drawn(**parts: Any) -> str:
+    return template("lines.html").render(size=SIZE, box=(LEFT, TOP, RIGHT, BOTTOM), colours=COLOURS, **parts)

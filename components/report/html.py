@@ -23,6 +23,11 @@ def count(value: int | float | None) -> str:
     return "unknown" if value is None else f"{value:,.0f}"
 
 
+def share(value: float) -> str:
+    """A share in per cent."""
+    return f"{100 * value:.1f} %"
+
+
 MAX_TEXT_CHARS = 900
 
 
@@ -78,15 +83,13 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["tight"] = _tight
+    # Keeps a number and its per cent sign on one line.
+    environment.filters["tight"] = lambda text: text.replace(" %", "\u00a0%")
+    environment.filters |= {"count": count, "clipped": clipped}
+    environment.globals["zip"] = zip
     # A page with a search sets this: {% set searches = true %}.
     environment.globals |= {"searches": False, "search_script": SEARCH, "search_source": script_source(SEARCH)}
     return environment.get_template(name)
-
-
-def _tight(text: str) -> str:
-    """Keep a number and its per cent sign on one line."""
-    return text.replace(" %", "\u00a0%")
 
 
 # Events of an adapter in words.

@@ -1,47 +1,66 @@
 """The registry as static pages that need nothing else: what is in production, since when and why, and what was."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from components.records import runs
 from components.records.runs import PAGES
-from components.records.steps import Evaluation
-from components.registry import versions
+from components.records.steps import Decision, Evaluation
+from components.registry import event_log, versions
 from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
 from components.registry.cache import LISTING, Entries, read_entries, write_entries
 from components.registry.collect import Summary
-from components.report.adapter_files import AdapterFiles
-from components.report.charts import Axis, Dot, Tick, axis_of
-from components.report.html import template, what, when, who, why
-from components.report.published import Published
-from components.report.registry_index import Listed, list_adapter, listed
-from components.shared.metrics import Metric, metrics_of
+from components.report.adapter_files import AdapterFiles, Published
+from components.report.charts import Forest, Gain
+from components.report.comparison import amounts_of
+from components.report.html import parse_moment, template, what, when, who, why
+from components.shared.errors import IntegrityError
+from components.shared.metrics import Metric, metric_of, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
     from components.registry.event_log import Event
     from components.store.store import Store
 
-_LISTED = TypeAdapter(Listed)
 MOST_VERSIONS = 60
+MOST_GAINS = 20
 MOST_EVENTS = 200
-MOST_NAMED = 12
-"""Dots of the picture that are named beneath it."""
+DECIDED = ("promoted", "refused", "proposed")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Gains over time; heights in per cent of the picture, from its top."""
+class Listed:
+    """A row of the list of adapters."""
 
-    dots: tuple[Dot, ...]
-    zero: float
-    ticks: tuple[Tick, ...]
-    metric: Metric
-    bounds: str
-    """What the lines through the dots are."""
+    name: str
+    in_production: str
+    """The version in production, or the text to show in its place."""
+    since: str
+    """Since when it is in production, in UTC, as stored in the alias; empty if nothing is in production."""
+    num_versions: int
+    last: str = ""
+    """What happened last, and when."""
+    verdict: str = ""
+    """Verdict of the last decision; empty if there is none."""
+    run_id: str = ""
+    """The run of the last decision."""
+
+    def held(self, now: datetime | None = None) -> str:
+        """Return for how many days it has been in production, and since when; empty if nothing is."""
+        began = parse_moment(self.since)
+        if began is None:
+            return ""
+        days = max(((now or datetime.now(UTC)) - began).days, 0)
+        age = f"for {days} day{'s' * (days > 1)}" if days else "for less than a day"
+        return f"{age}, since {when(self.since)}"
+
+
+_LISTED = TypeAdapter(Listed)
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,45 @@ class AdapterPage:
         return [metric for metric in metrics_of(keys) if metric.repeats not in keys]
 
 
+def list_adapter(store: "Store", name: str) -> Listed:
+    """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
+    pointer, damaged = None, ""
+    try:
+        pointer = read_alias(store, name, PRODUCTION)
+    except IntegrityError:
+        damaged = "unknown: the alias is damaged"
+    log, num_versions = event_log.events(store, name), len(versions.version_ids(store, name))
+    return _listed(
+        name, log, num_versions, pointer, lambda run_id: runs.decision_of(store, run_id, to_show=True), damaged
+    )
+
+
+def _listed(
+    name: str,
+    log: "Sequence[Event]",
+    num_versions: int,
+    pointer: "Pointer | None",
+    decision_of: Callable[[str], Decision | None],
+    damaged: str = "",
+) -> Listed:
+    """`log` is the adapter's newest events, oldest first."""
+    decided = [
+        str(event.body["run_id"])
+        for event in log
+        if event.kind in DECIDED and event.body.get("alias", PRODUCTION) == PRODUCTION and event.body.get("run_id")
+    ]
+    decision = decision_of(decided[-1]) if decided else None
+    return Listed(
+        name,
+        in_production=damaged or (pointer.version if pointer else "nothing"),
+        since=pointer.since if pointer else "",
+        num_versions=num_versions,
+        last=f"{what(log[-1].kind, log[-1].body)}, {when(log[-1].time)}" if log else "",
+        verdict=decision.verdict or decision.decision if decision else "",
+        run_id=decision.run_id if decision else "",
+    )
+
+
 def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterFiles | None = None) -> str:
     """Write the page of the adapter and the list of all to pages/ in the store; returns the list's address.
 
@@ -78,7 +136,12 @@ def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterF
     """
     files = files or AdapterFiles(store, name)
     own = _page_of(files)
-    new: Entries = {name: asdict(listed(name, own.events[::-1], own.num_versions, own.pointer, files.sound_decisions))}
+    decisions = {entry.run_id: entry.decision for entry in files.entries.values()}
+
+    def decision_of(run_id: str) -> Decision | None:
+        return decisions.get(run_id) or runs.decision_of(files.store, run_id, to_show=True)
+
+    new: Entries = {name: asdict(_listed(name, own.events[::-1], own.num_versions, own.pointer, decision_of))}
     if files.mark is not None:
         held = {each.alias: each.version for each in files.aliases}
         new[name][LISTING] = asdict(Summary(next(iter(files.entries), None), own.num_versions, held, files.mark))
@@ -102,11 +165,11 @@ def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterF
 
 def _sound(entries: Entries) -> dict[str, Listed]:
     """What the pages show of each adapter that a run has listed; an entry that cannot be read is made anew."""
-    found = {}
+    sound = {}
     for name, entry in entries.items():
         with contextlib.suppress(ValidationError):
-            found[name] = _LISTED.validate_python(entry)
-    return found
+            sound[name] = _LISTED.validate_python(entry)
+    return sound
 
 
 def read_adapter(store: "Store", name: str) -> AdapterPage:
@@ -146,58 +209,62 @@ def _page_of(files: AdapterFiles) -> AdapterPage:
     )
 
 
+def _measured(evaluation: Evaluation | None, before: str) -> Iterator[tuple[str, str, str]]:
+    champion = evaluation.model("champion") if evaluation else None
+    if evaluation is None or champion is None or champion.version != before:
+        return
+    for metric in metrics_of(champion.metrics):
+        old, new = evaluation.metric("champion", metric.key), evaluation.metric("candidate", metric.key)
+        if old is not None and new is not None:
+            yield f"measured.{metric.key}", metric.text(old), metric.text(new)
+
+
 def sentence(page: AdapterPage) -> str:
     """Whether what is in production is better than what it replaced, and how sure that is."""
     if page.held is None:
         return "Nothing is in production."
-    found = page.held.against_champion
-    if found is None or page.held.evaluation is None:
-        return "It was compared with no version in production before it."
-    better = "better" if found.gain > 0 else "worse" if found.gain < 0 else "neither better nor worse"
-    records = page.held.evaluation.records
-    text = f"On {records} held-out records its {found.metric.label} was {better} than the champion's of that day"
-    if found.gain:
-        text += f", by {found.amounts.amount_text(found.gain)}"
-    if not found.bounds_text:
-        return f"{text}; no interval was measured."
-    sure = "so that it is hardly chance" if found.excludes_zero else "so that it may be chance"
-    return f"{text}; {found.bounds_text}, {sure}."
-
-
-def picture(page: AdapterPage) -> Picture | None:
-    """The gains over time in the newest one's metric, oldest left, on one axis that holds every interval and zero;
-    None without any."""
-    gains = [(each, gain) for each in reversed(page.published) if (gain := each.against_champion)]
-    newest = gains[-1][1] if gains else None
-    compared = [
-        (each, gain.gain, (gain.lower, gain.upper))
-        for each, gain in gains
-        if newest and (gain.metric, gain.amounts) == (newest.metric, newest.amounts)
-        if gain.lower is not None and gain.upper is not None
-    ]
-    if newest is None or not compared:
-        return None
-    axis = axis_of([0.0, *(end for _, _, interval in compared for end in interval)], start=95, end=5)
-    across = Axis(0, max(len(compared) - 1, 1), 5, 95)
-
-    def signed(value: float) -> str:
-        text = newest.amounts.signed_text(value) if newest.amounts.is_share else f"{value:+.2g}"
-        return text if value else "0"
-
-    dots = tuple(
-        Dot(
-            across.place(position),
-            axis.place(gain),
-            f"{each.version.version}, {each.published}: {newest.amounts.signed_text(gain)}",
-            low=axis.place(low),
-            high=axis.place(high),
-            name=each.version.version[:6] if len(compared) <= MOST_NAMED else "",
-        )
-        for position, (each, gain, (low, high)) in enumerate(compared)
+    rule, evaluation = page.held.against_champion, page.held.evaluation
+    if rule is None or evaluation is None:
+        return "The gate compared it with no version in production before it."
+    gain, amounts = rule.gain or 0.0, amounts_of(rule)
+    better = "better" if gain > 0 else "worse" if gain < 0 else "neither better nor worse"
+    by = f", by {amounts.amount_text(gain)}" if gain else ""
+    sure = "it is hardly chance" if (rule.lower or 0) > 0 or (rule.upper or 0) < 0 else "it may be chance"
+    return (
+        f"On {evaluation.records} held-out records its {metric_of(rule.metric or '').label} was {better} than the "
+        f"champion's of that day{by}; the gain lies "
+        f"{amounts.range_text(rule.lower, rule.upper, confidence=rule.confidence)}, so that {sure}."
     )
-    ticks = replace(axis, ticks=tuple(sorted({0.0, axis.low, axis.high}))).labels(signed)
-    bounds = "its 95 % interval" if newest.confidence is None else "the bounds that the gate decided by"
-    return Picture(dots, axis.place(0.0), ticks, newest.metric, bounds)
+
+
+def gains(page: AdapterPage) -> Forest | None:
+    """The versions' gains over the champion of their day, in the newest one's metric, newest first; None without
+    any."""
+    compared = [(each, rule) for each in page.published if (rule := each.against_champion)]
+    if not compared:
+        return None
+    newest = compared[0][1]
+    amounts = amounts_of(newest)
+    shown = [
+        Gain(
+            each.version.version,
+            each.published,
+            rule.gain or 0.0,
+            rule.lower,
+            rule.upper,
+            f"{amounts.signed_text(rule.gain or 0.0)} ({amounts.range_text(rule.lower, rule.upper)})",
+            bad=each.decision is not None and not each.decision.promoted,
+        )
+        for each, rule in compared[:MOST_GAINS]
+        if (rule.metric, rule.relative) == (newest.metric, newest.relative)
+    ]
+    bound = -(newest.bound or 0.0)
+    note = (
+        f"Each version's gain in {metric_of(newest.metric or '').label} over what was in production when it was "
+        "compared, between the bounds that the gate decided by. Solid: no difference. Dashed: "
+        f"{amounts.signed_text(bound)}, what the newest had to stay above."
+    )
+    return Forest(shown, bound, note)
 
 
 def build_pages(
@@ -212,16 +279,6 @@ def build_pages(
     common |= {"pipeline": PIPELINE, "what": what, "who": who, "why": why, "when": when}
     built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
-        content = {"sentence": sentence(page), "picture": picture(page), "metrics": page.metrics}
+        content = {"sentence": sentence(page), "gains": gains(page), "metrics": page.metrics}
         built[f"{page.name}.html"] = page_template.render(**common, **content, page=page)
     return built
-
-
-def _measured(evaluation: Evaluation | None, before: str) -> Iterator[tuple[str, str, str]]:
-    champion = evaluation.model("champion") if evaluation else None
-    if evaluation is None or champion is None or champion.version != before:
-        return
-    for metric in metrics_of(champion.metrics):
-        old, new = evaluation.metric("champion", metric.key), evaluation.metric("candidate", metric.key)
-        if old is not None and new is not None:
-            yield f"measured.{metric.key}", metric.text(old), metric.text(new)

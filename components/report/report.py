@@ -23,14 +23,11 @@ from components.records.sweep import SweepResult, TunedRate
 from components.registry.identity import version_key
 from components.registry.lineage import Ancestor, of_record
 from components.registry.versions import LINEAGE
-from components.report import charts, comparison, run_files, sections
+from components.report import charts, comparison, sections
 from components.report.adapter_files import AdapterFiles
-from components.report.charts import loss_curve
-from components.report.comparison import harness, past_decisions, slices
-from components.report.html import clipped, count, moment, sure_once, template
+from components.report.html import count, moment, sure_once, template
 from components.report.registry_page import write_pages
-from components.report.run_files import RunFiles, find_afresh, wrong_answers
-from components.report.sections import EXPLAINED, headline, next_steps
+from components.report.run_files import RunFiles, by_class, wrong_answers
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 from components.shared.metrics import metric_of, metrics_of
 from components.shared.paired import Bounds
@@ -40,7 +37,6 @@ from components.store.store import Store
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent
 
-MOST_DECISIONS = 20
 PAGES_FROM_RUN = f"../../{runs.PAGES}"
 """The path from runs/<run_id>/report.html to the registry's pages."""
 
@@ -57,7 +53,7 @@ def run_report(config: RunConfig, store: Store, run_id: str) -> str:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
     """
     files = AdapterFiles(store, config.adapter.name)
-    run = read_run(config, store, run_id, files)
+    run = read_run(config, files.store, run_id)
     page = build_report(run, pages_at=PAGES_FROM_RUN)
     key = runs.run_key(run_id, runs.REPORT)
     store.put(key, page.encode(), content_type="text/html; charset=utf-8")
@@ -71,14 +67,9 @@ def run_report(config: RunConfig, store: Store, run_id: str) -> str:
     return store.uri(key)
 
 
-def read_run(config: RunConfig, store: Store, run_id: str, files: AdapterFiles | None = None) -> RunFiles:
-    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist is left out.
-
-    `files` holds what has been read of the adapter so far; what is read here is added to it.
-    """
-    files = files or AdapterFiles(store, config.adapter.name)
-    store = files.store
-    store.list(runs.run_key(run_id))  # the listing shows what is missing, so that it is not requested
+def read_run(config: RunConfig, store: Store, run_id: str) -> RunFiles:
+    """Collect the run's files, its dataset's profile and its version's lineage; what does not exist is left out."""
+    store.list(runs.run_key(run_id))  # shows a store that reads once what is missing, so that it is not requested
     metrics_key = runs.run_key(run_id, runs.METRICS)
     records = runs.lying(store, run_id, runs.EVALUATION_RECORDS)
     run = RunFiles(
@@ -96,22 +87,13 @@ def read_run(config: RunConfig, store: Store, run_id: str, files: AdapterFiles |
         replayed=runs.find(store, run_id, Replayed),
         rate=runs.find(store, run_id, TunedRate),
         steps=runs.steps(store, run_id),
-        decided_before=decided_before(files, config.adapter.alias, run_id),
     )
     dataset_id = run.dataset_id
-    run = replace(
+    return replace(
         run,
         profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
         lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
     )
-    return replace(run, afresh=find_afresh(files, run))
-
-
-def decided_before(files: AdapterFiles, alias: str, run_id: str) -> list[Decision]:
-    """The gate's decisions on the alias in earlier runs, as far as they are kept, newest first."""
-    bodies = [event.body for event in reversed(files.log) if event.body.get("alias") == alias]
-    run_ids = [each for each in dict.fromkeys(body.get("run_id") for body in bodies) if each not in (None, "", run_id)]
-    return files.decisions(run_ids[:MOST_DECISIONS])
 
 
 def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
@@ -128,10 +110,8 @@ def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as exc:
-            if number == len(lines):
-                logger.info("%s ends in the middle of line %d, which is left out", origin, number)
-                continue
-            raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
+            if number < len(lines):
+                raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
     return records
 
 
@@ -156,39 +136,39 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
 
     `pages_at` is the path from this page to the registry's pages; if it is empty, none is linked.
     """
-    shown = sections.samples(run)
+    shown, names = sections.samples(run), comparison.names(run)
     wrong, rest = sections.wrong_answers(run)
-    champion, top, rules = run.model("champion"), headline(run), comparison.rules(run)
-    sentences = sure_once("\0".join([*top.reasons, *(row.rule.text for row in rules)])).split("\0")
+    champion, top, rules = run.model("champion"), sections.headline(run), comparison.rules(run)
+    sentences = sure_once("\0".join([*top.reasons, *(rule.text for rule, _, _ in rules)])).split("\0")
+    drawn = charts.loss_picture({"This run": run.metrics})
+    scores = run.evaluation.harness if run.evaluation else None
     return template("report.html").render(
         run=run,
         pages_at=pages_at,
-        explained=EXPLAINED,
+        explained=sections.EXPLAINED,
         forgotten=sections.forgotten(run),
         headline=top,
         reasons=sentences[: len(top.reasons)],
         rule_texts=sentences[len(top.reasons) :],
         facts=sections.run_facts(run),
         costs=sections.costs(run),
-        names=comparison.names(run),
+        names=names,
         champion=champion.version or "a version without a name" if champion is not None else None,
-        num_evaluated=count(run.evaluation.records) if run.evaluation else None,
         panels=comparison.panels(run),
         table=comparison.table(run),
         intervals=comparison.intervals(run),
-        slices=slices(run),
-        harness=harness(run),
-        past_decisions=past_decisions(run),
+        slices=comparison.slices(run),
+        scores=scores,
+        harness=comparison.harness(scores) if scores else [],
         rules=rules,
         samples=shown,
-        next_steps=next_steps(run),
-        classes=run_files.by_class(run.evaluation.confusion if run.evaluation else None),
-        matrix=run_files.matrix(run.evaluation.confusion if run.evaluation else None),
+        next_steps=sections.next_steps(run),
+        classes=by_class(run.evaluation.confusion if run.evaluation else None),
         wrong=wrong,
         rest=rest,
         counted=counted,
-        right_counts=sections.right_counts(shown),
-        curve=loss_curve(run.metrics),
+        right_counts=sections.right_counts(shown, names),
+        curve=(Markup(drawn[0]), drawn[1]) if drawn else None,
         rates=Markup(charts.rates_picture(run.sweep)) if run.sweep else None,
         data=sections.data_profile(run.profile, run.replayed),
         steps=sections.step_times(run),
@@ -233,6 +213,23 @@ class Beside:
     turned: Sequence[Any]
     """The records that turned right or wrong, each with id, prompt, reference, before, after and is_right."""
 
+    @property
+    def text(self) -> str:
+        """How many records turned."""
+        right = sum(each.is_right for each in self.turned)
+        wrong = len(self.turned) - right
+        return f"{count(right)} records turned right and {count(wrong)} wrong, of {count(self.records)}"
+
+    @property
+    def intervals(self) -> list[charts.Forest]:
+        """Each metric's gain between its bounds."""
+        gains = {metric_of(key): (gain_text(key, each, self.confidence), each) for key, each in self.gains.items()}
+        return [
+            comparison.interval(charts.Gain(metric.title, "", each.gain, each.lower, each.upper, text), metric)
+            for metric, (text, each) in gains.items()
+            if math.isfinite(each.lower) and math.isfinite(each.upper)
+        ]
+
 
 def build_side_by_side(
     columns: Sequence[Column],
@@ -243,15 +240,14 @@ def build_side_by_side(
     generated_at: datetime,
 ) -> str:
     """Render several runs side by side; `records` are those of each run's metrics.jsonl, by the run's name."""
-    drawn = charts.curves_picture(records)
+    drawn = charts.loss_picture(records)
     return template("side_by_side.html").render(
         title=" and ".join(f"“{each.note}”" if each.note else each.name for each in columns),
         columns=columns,
         metrics=metric_rows([each.metrics for each in columns]),
         differing=differing,
-        beside=[(each, *_beside(each)) for each in beside],
-        curves=Markup(drawn) if drawn else None,
-        clipped=clipped,
+        beside=beside,
+        curves=Markup(drawn[0]) if drawn else None,
         generated_at=moment(generated_at),
     )
 
@@ -266,27 +262,10 @@ def metric_rows(of_each: Sequence[Mapping[str, float | None]]) -> list[tuple[str
     return rows
 
 
-def gain_text(key: str, found: Bounds, confidence: float) -> str:
+def gain_text(key: str, gain: Bounds, confidence: float) -> str:
     """A gain with its bounds, in words."""
     metric = metric_of(key)
-    return f"{metric.gain_text(found.gain)}, {metric.range_text(found.lower, found.upper, confidence=confidence)}"
-
-
-def _beside(beside: Beside) -> tuple[list[charts.Interval], str]:
-    intervals = [
-        comparison.interval(
-            metric_of(key).title,
-            gain_text(key, bounds, beside.confidence),
-            metric_of(key),
-            bounds.gain,
-            (bounds.lower, bounds.upper),
-        )
-        for key, bounds in beside.gains.items()
-        if math.isfinite(bounds.lower) and math.isfinite(bounds.upper)
-    ]
-    right = sum(each.is_right for each in beside.turned)
-    wrong = len(beside.turned) - right
-    return intervals, f"{count(right)} records turned right and {count(wrong)} wrong, of {count(beside.records)}"
+    return f"{metric.gain_text(gain.gain)}, {metric.range_text(gain.lower, gain.upper, confidence=confidence)}"
 
 
 # A run's start and end as OpenLineage events (openlineage.io, spec 2-0-2). OpenLineage's own client sends them to the
@@ -295,7 +274,6 @@ def _beside(beside: Beside) -> tuple[list[charts.Interval], str]:
 
 CONFIGURED_BY = ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG")
 NAMESPACE = "fineloop"
-PRODUCER = "urn:fineloop"
 
 
 def emit(config: RunConfig, store: Store, run: RunFiles) -> None:
@@ -321,53 +299,41 @@ def emit(config: RunConfig, store: Store, run: RunFiles) -> None:
 def events_of(config: RunConfig, store: Store, run: RunFiles) -> list["RunEvent"]:
     """The START event with the inputs that the config names, and the FAIL or COMPLETE event with what the version was
     made from, as far as the run got."""
-    from openlineage.client.event_v2 import RunState
+    from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
+    from openlineage.client.facet_v2 import dataset_version_dataset, error_message_run, job_type_job
+
+    job_type = job_type_job.JobTypeJobFacet(processingType="BATCH", integration="FINELOOP", jobType="PIPELINE")
+    job = Job(namespace=NAMESPACE, name=config.adapter.name, facets={"jobType": job_type})
+
+    def event(state: Any, at: str, made_from: Iterable[Ancestor], facets: Mapping[str, Any], outputs: Any) -> RunEvent:
+        inputs = dict.fromkeys(place for each in made_from if (place := _place(store, each)))
+        return RunEvent(
+            eventTime=at,
+            producer="urn:fineloop",
+            eventType=state,
+            run=Run(runId=run_uuid(store, run.run_id), facets=facets),
+            job=job,
+            inputs=[InputDataset(namespace=namespace, name=name) for namespace, name in inputs],
+            outputs=outputs,
+        )
 
     began_at = min((step.started_at for step in run.steps), default=run.generated_at.isoformat())
     sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
-    asked_for = [*(Ancestor("source", each) for each in sources), Ancestor("base", config.model.base)]
+    named = [*(Ancestor("source", each) for each in sources), Ancestor("base", config.model.base)]
     failed = [step for step in run.steps if not step.succeeded]
     error = "; ".join(f"{step.step}: {step.result.get('error', {}).get('message', 'failed')}" for step in failed)
-    made_from = of_record(run.lineage) if run.lineage else asked_for
-    version = run.version if run.lineage else None
-    end = RunState.FAIL if error else RunState.COMPLETE
-    return [
-        _event(config, store, run, RunState.START, began_at, asked_for),
-        _event(config, store, run, end, run.generated_at.isoformat(), made_from, version=version, error=error),
-    ]
-
-
-def _event(
-    config: RunConfig,
-    store: Store,
-    run: RunFiles,
-    state: Any,
-    at: str,
-    made_from: Iterable[Ancestor],
-    *,
-    version: str | None = None,
-    error: str = "",
-) -> "RunEvent":
-    from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent
-    from openlineage.client.facet_v2 import dataset_version_dataset, error_message_run, job_type_job
-
+    message = error_message_run.ErrorMessageRunFacet(message=error, programmingLanguage="python")
     outputs = []
-    if version:
-        namespace, name = _named(store.uri(version_key(config.adapter.name, version)))
-        facets = {"version": dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=version)}
+    if run.lineage and run.version:
+        namespace, name = _named(store.uri(version_key(config.adapter.name, run.version)))
+        facets = {"version": dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=run.version)}
         outputs = [OutputDataset(namespace=namespace, name=name, facets=facets)]
-    inputs = dict.fromkeys(place for each in made_from if (place := _place(store, each)))
-    job_type = job_type_job.JobTypeJobFacet(processingType="BATCH", integration="FINELOOP", jobType="PIPELINE")
-    failed = error_message_run.ErrorMessageRunFacet(message=error, programmingLanguage="python")
-    return RunEvent(
-        eventTime=at,
-        producer=PRODUCER,
-        eventType=state,
-        run=Run(runId=run_uuid(store, run.run_id), facets={"errorMessage": failed} if error else {}),
-        job=Job(namespace=NAMESPACE, name=config.adapter.name, facets={"jobType": job_type}),
-        inputs=[InputDataset(namespace=namespace, name=name) for namespace, name in inputs],
-        outputs=outputs,
-    )
+    made_from = of_record(run.lineage) if run.lineage else named
+    end, ended_at = RunState.FAIL if error else RunState.COMPLETE, run.generated_at.isoformat()
+    return [
+        event(RunState.START, began_at, named, {}, []),
+        event(end, ended_at, made_from, {"errorMessage": message} if error else {}, outputs),
+    ]
 
 
 def run_uuid(store: Store, run_id: str) -> str:

@@ -2,9 +2,6 @@
 
 import math
 
-STEPS = 60
-"""Number of bisection steps: they give a share to the last digit of a float."""
-
 
 def at_most(seen: int, of: int, share: float) -> float:
     """Return the probability of `seen` or fewer successes in `of` trials, if the true share is `share`."""
@@ -12,14 +9,15 @@ def at_most(seen: int, of: int, share: float) -> float:
         return float(seen >= of)
     if share <= 0.0:
         return 1.0
-    logs = [_log_choose(of, k) + k * math.log(share) + (of - k) * math.log1p(-share) for k in range(seen + 1)]
+    choose = [math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1) for k in range(seen + 1)]
+    logs = [choose[k] + k * math.log(share) + (of - k) * math.log1p(-share) for k in range(seen + 1)]
     return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 def upper(seen: int, of: int, confidence: float) -> float:
     """Return the upper bound of the share, at `confidence`."""
     low, high = seen / of, 1.0
-    for _ in range(STEPS):
+    for _ in range(60):  # to the last digit of a float
         middle = (low + high) / 2
         low, high = (middle, high) if at_most(seen, of, middle) > 1 - confidence else (low, middle)
     return high
@@ -39,7 +37,3 @@ def least_of(seen: int, share: float, confidence: float) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if at_most(seen, middle, share) > 1 - confidence else (low, middle)
     return high
-
-
-def _log_choose(of: int, seen: int) -> float:
-    return math.lgamma(of + 1) - math.lgamma(seen + 1) - math.lgamma(of - seen + 1)

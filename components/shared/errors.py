@@ -1,25 +1,7 @@
 """All errors that Fineloop raises on purpose, except those with an underscore, which their own module catches.
 
-FineloopError                    exit 1: something failed that the user's input did not cause
-├── UserError                    exit 2: the user's input is wrong, said in one message
-│   ├── ConfigError              a config key, value or combination (ValueError)
-│   │   └── Diverged             the loss of a training is no longer a number
-│   ├── DataError                the data itself (ValueError)
-│   └── UnknownName              no adapter, version, alias or run of that name (ObjectMissing)
-├── StoreError                   the object store refused, vanished or cannot be trusted (OSError)
-│   ├── ObjectMissing            no such object, or a folder without its manifest
-│   ├── IntegrityError           bytes differ from the manifest that vouches for them
-│   └── Conflict                 another process moved an alias or created an object first
-│       └── AliasConflict        another version holds the alias than the move began from; names the holder
-├── JobError                     a Ray job ended without success (RuntimeError)
-│   └── WorkersMissing           the workers of its own cluster did not come; another cluster may have them
-├── KubeflowError                Kubeflow Pipelines is away, or refuses a request (RuntimeError)
-│   └── KubeflowAway             it could not be reached just now; asking again may help
-├── AnnounceError                a server to notify of a moved alias is away, or refuses (RuntimeError)
-└── GroundError                  the local store or Ray head could not be started (RuntimeError)
-
-To add one: subclass the branch that sets its exit code, keep `__init__` to one message so that it survives pickling
-between workers and steps, and draw it above.
+To add one: subclass the branch that sets its exit code, and keep `__init__` to one message so that it survives pickling
+between workers and steps.
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ import platform
 import pwd
 import resource
 import threading
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ CPUINFO = Path("/proc/cpuinfo")
 # Flags of /proc/cpuinfo and the kinds they show, fastest at bfloat16 first: a processor's first match counts.
 X86 = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
 ARM = (("bf16", "ARM with BF16"), ("asimd", "ARM"))
+KINDS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,8 @@ def cpu_of(cpuinfo: str, *, machine: str, cores: int) -> Cpu:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     flags = set(fields.get("flags", fields.get("Features", "")).split())
-    return Cpu(fields.get("model name") or machine, kind_of(flags, machine=machine), cores)
-
-
-def kind_of(flags: Set[str], *, machine: str) -> str:
-    """The class of a processor with these flags."""
-    table = X86 if machine in ("x86_64", "AMD64") else ARM if machine in ("aarch64", "arm64") else ()
-    return next((kind for flag, kind in table if flag in flags), machine)
+    kind = next((kind for flag, kind in KINDS.get(machine, ()) if flag in flags), machine)
+    return Cpu(fields.get("model name") or machine, kind, cores)
 
 
 def usable_cores() -> int:
@@ -73,7 +69,7 @@ _one_at_a_time = threading.RLock()
 
 
 def machine_bytes() -> int:
-    """Return the memory that this process may use, in bytes: the machine's, or the container's limit if lower."""
+    """The memory that this process may use: the machine's, or the container's limit if lower."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [path.read_text(encoding="ascii").strip() for path in CGROUP_LIMITS if path.is_file()]
     return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
@@ -110,22 +106,14 @@ def at_most(more_bytes: int) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-# The account that runs this process, from the environment or the machine.
-
-VARIABLE = "FINELOOP_USER"
-
-
 def account(environment: Mapping[str, str]) -> str:
     """The name of the person or service: FINELOOP_USER if a deployment sets it, else the login. Cron and containers
     leave the login out of the environment, so the machine is asked for it; empty if it knows no name either."""
-    if named := next((name for key in (VARIABLE, "USER", "LOGNAME") if (name := environment.get(key, ""))), ""):
+    if named := next(filter(None, map(environment.get, ("FINELOOP_USER", "USER", "LOGNAME"))), ""):
         return named
     with contextlib.suppress(KeyError):
         return pwd.getpwuid(os.getuid()).pw_name
     return ""
-
-
-# Sets environment variables of this process for a while.
 
 
 @contextlib.contextmanager

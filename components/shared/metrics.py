@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeGuard
 
 from components.shared.protocol import counted
@@ -56,20 +57,18 @@ class Metric:
 
     def text(self, value: float, *beside: float) -> str:
         """Format a value in its usual precision, or with enough digits to differ from the values `beside` it."""
-        usual = 1 if self.is_share else usual_decimals(value)
-        for decimals in range(usual, 10):
+        for decimals in range(1 if self.is_share else usual_decimals(value), 10):
             shown = self._digits(value, decimals)
             if all(abs(value - other) < SAME or shown != self._digits(other, decimals) for other in beside):
                 return shown + (" %" if self.is_share else "")
         return repr(value)
 
+    def with_unit(self, value: float, *beside: float) -> str:
+        return f"{self.text(value, *beside)} {self.unit}".rstrip()
+
     def amount_text(self, amount: float, *beside: float) -> str:
         """Format a difference without its sign: like a value, but for a share in points."""
         return self._difference(self.text(abs(amount), *beside))
-
-    def with_unit(self, value: float, *beside: float) -> str:
-        """Format a value with its unit."""
-        return f"{self.text(value, *beside)} {self.unit}".rstrip()
 
     def bound_text(self, bound: float) -> str:
         """Format a bound as stated in the config, shares in per cent."""
@@ -127,95 +126,57 @@ def usual_decimals(value: float) -> int:
     return next((decimals for below, decimals in LARGE if abs(value) < below), 0)
 
 
+_share = partial(Metric, lower_is_better=False, is_share=True)
+_gain = partial(Metric, lower_is_better=False, may_compare=False, of_prompts=True)
+_nll = partial(Metric, lower_is_better=True, column="nll")
+NATS, OF_TOKENS, OF_ANSWERS = "nats per token", "nats per answer token", "nats per answer"
+
 METRICS: dict[str, Metric] = {
     metric.key: metric
     for metric in (
-        Metric("exact_match", "exact match", "answers that equal the reference", lower_is_better=False, is_share=True),
-        Metric("token_f1", "token F1", "words shared with the reference", lower_is_better=False, is_share=True),
-        Metric(
-            "rouge_l",
-            "ROUGE-L",
-            "words shared with the reference in the same order",
-            lower_is_better=False,
-            is_share=True,
-            on_request=True,
-        ),
-        Metric(
-            "json_valid", "valid JSON", "answers that are JSON", lower_is_better=False, is_share=True, on_request=True
-        ),
-        Metric(
+        _share("exact_match", "exact match", "answers that equal the reference"),
+        _share("token_f1", "token F1", "words shared with the reference"),
+        _share("rouge_l", "ROUGE-L", "words shared with the reference in the same order", on_request=True),
+        _share("json_valid", "valid JSON", "answers that are JSON", on_request=True),
+        _share(
             "label_accuracy",
             "label accuracy",
             "answers with the reference's label, but for case, quotes and a full stop",
-            lower_is_better=False,
-            is_share=True,
             on_request=True,
         ),
-        Metric(
-            "loss",
-            "loss",
-            "surprise at the reference answer",
-            lower_is_better=True,
-            unit="nats per answer token",
-            column="nll",
-            per_token=True,
-        ),
-        Metric(
+        _nll("loss", "loss", "surprise at the reference answer", unit=OF_TOKENS, per_token=True),
+        _nll(
             "perplexity",
             "perplexity",
             "the same surprise, as a count of choices",
-            lower_is_better=True,
             repeats="loss",
-            column="nll",
             per_token=True,
             exponential=True,
         ),
-        Metric(
-            "answer_loss",
-            "answer loss",
-            "the same surprise, at a whole answer",
-            lower_is_better=True,
-            unit="nats per answer",
-            repeats="loss",
-            column="nll",
+        _nll("answer_loss", "answer loss", "the same surprise, at a whole answer", unit=OF_ANSWERS, repeats="loss"),
+        _gain(
+            "prompt_gain", "prompt gain", "how much the answer depends on its prompt", unit=OF_TOKENS, per_token=True
         ),
-        Metric(
-            "prompt_gain",
-            "prompt gain",
-            "how much the answer depends on its prompt",
-            lower_is_better=False,
-            unit="nats per answer token",
-            may_compare=False,
-            per_token=True,
-            of_prompts=True,
-        ),
-        Metric(
+        _gain(
             "answer_prompt_gain",
             "prompt gain of an answer",
             "the same, of a whole answer",
-            lower_is_better=False,
-            unit="nats per answer",
-            may_compare=False,
+            unit=OF_ANSWERS,
             repeats="prompt_gain",
-            of_prompts=True,
         ),
-        Metric(
+        _nll(
             "general_loss",
             "loss on general text",
             "surprise at text of no domain: what the base knows, and may forget",
-            lower_is_better=True,
-            unit="nats per token",
-            column="nll",
+            unit=NATS,
             per_token=True,
             probe="general_text",
         ),
-        Metric(
+        _nll(
             "kl_from_base",
             "KL divergence from the base",
             "how far it has moved from what the base itself answers to prompts of no domain",
-            lower_is_better=True,
-            unit="nats per answer token",
-            column="nll",
+            unit=OF_TOKENS,
             per_token=True,
             probe="own_answers",
         ),

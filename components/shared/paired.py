@@ -121,10 +121,7 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
 
 
 def much_worse_unseen(pairs: Pairs) -> float:
-    """Return how much lower the gain is expected to be if the tail of the losses extends beyond the records drawn.
-
-    In the unit of the gain, and never below 0; see `tails`.
-    """
+    """Return how much lower the gain is expected to be as the tail of the losses extends beyond the records drawn."""
     lost = _residuals(pairs, _summed(pairs)) * (1.0 if pairs.lower_is_better else -1.0)
     return unseen(lost) / float(pairs.weights.sum())
 
@@ -133,9 +130,8 @@ def few_unseen(pairs: Pairs, found: Bounds, loss: float, confidence: float) -> f
     """Return how much lower than in `found` the gain's bound is as if one more record lost `loss`, where a few do; 0
     where none or many do. In the unit of the gain, as `loss` is.
 
-    A bootstrap repeats these few as often and as long as they were drawn. So the sum of all records is weighted at
-    random, with one more whose length is that of a token's record on average: Gaffke's bound of a mean (Mathematical
-    Methods of Statistics 14, 2005), which is Clopper and Pearson's if all others lose nothing.
+    Gaffke's bound of a mean (Mathematical Methods of Statistics 14, 2005), with one more record whose length is that of
+    a token's record on average; it is Clopper and Pearson's if all others lose nothing.
     """
     sums = _summed(pairs)
     weights, gains = sums[:, 2], _residuals(pairs, sums) * (-1.0 if pairs.lower_is_better else 1.0)
@@ -298,11 +294,8 @@ def _gains_and_parts(pairs: Pairs, means: Array) -> tuple[Array, Array]:
     return gains, np.concatenate([slopes, -(slopes * means).sum(axis=1, keepdims=True)], axis=1)
 
 
-# What a heavy tail has beyond what was drawn of it; pure.
-#
-# A mean over skewed values is most often too low: the rare large ones were not drawn, and neither was their spread, so
-# that no bound from the sample itself knows of them. The largest values are taken for those of a generalised Pareto
-# distribution, as extreme value theory has it, whose mean is known.
+# The cost of losses beyond those drawn: the largest values are taken for the tail of a generalised Pareto distribution,
+# whose mean over a threshold is scale / (1 - shape).
 
 FEWEST = 10
 """Values that a tail is judged by."""
@@ -311,18 +304,15 @@ SURELY = 2.0
 LEAST_SHAPE = -0.5
 """From here on up the standard error of a shape is known."""
 HEAVIER, HEAVIEST = 0.25, 0.95
-"""By how many of its standard errors a shape is taken to be heavier than it was found, but for no heavier than this:
-with a quarter, a lognormal of sigma 1.5 keeps one in twenty at 300 records."""
+"""A shape is raised by a quarter of its standard error, to 0.95 at most: its estimate is too small as often as not."""
 
 
 def unseen(values: Array) -> float:
-    """By how much the sum falls short of what is expected of its upper tail, where that is heavier than the lower one.
+    """By how much the sum falls short of what is expected of its upper tail, where that is heavier than the lower one:
+    n (scale / (1 - shape) - mean) of the n values over the threshold.
 
     A tail is a fifth of all values, at most four times their root; Pareto-smoothed importance sampling takes three
     times (Vehtari et al., JMLR 25, 2024), with which a lognormal of sigma 1.5 fails in more than one in twenty.
-    One with a shape of 1 or more has no mean: that is no tail, but some values that are far from all others, and the
-    sample shows how many they are. What tails that are alike lack is about the same, and the sum knows of neither.
-    Since a shape that was found too small is what makes a bound fail, it is taken `HEAVIER`.
     """
     number = min(len(values) // 5, int(np.ceil(4 * np.sqrt(len(values)))))
     over, under = _beyond(values, number), _beyond(-values, number)
@@ -332,7 +322,7 @@ def unseen(values: Array) -> float:
     other = generalised_pareto(under)[0] if len(under) >= FEWEST else LEAST_SHAPE
     # Of each (1 + shape) / sqrt(number) (Smith, Annals of Statistics 15, 1987).
     error = np.hypot(1 + shape, 1 + max(other, LEAST_SHAPE)) / np.sqrt(number)
-    if not (shape < 1 and shape - other > SURELY * error):
+    if not (shape < 1 and shape - other > SURELY * error):  # from a shape of 1 on there is no mean
         return 0.0
     heavier = max(shape, min(shape + HEAVIER * (1 + shape) / np.sqrt(number), HEAVIEST))
     return max(0.0, len(over) * float(scale / (1 - heavier) - over.mean()))

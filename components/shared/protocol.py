@@ -105,7 +105,7 @@ def readable(log: str) -> str:
 
 
 def end_of(log: str, text: str) -> int | None:
-    """The place where the first line with this text ends, whichever step printed it; None if there is none."""
+    """Where the first line with this text ends, whichever step printed it; None if there is none."""
     at = log.find(text)
     while at >= 0:
         end = log.find("\n", at) + 1 or len(log)
@@ -123,9 +123,6 @@ def find_failure(log: str) -> Failure | None:
         if line is not None and line.failure is not None:
             return line.failure
     return None
-
-
-# Formats lengths of time for people.
 
 
 def duration(seconds: float) -> str:
@@ -148,17 +145,11 @@ def estimated_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-# Formats numbers with the noun that they count.
-
-
 def counted(number: int, noun: str) -> str:
     """The number with its noun, as in `1 record` and `1,200 records`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-# The parts of a page's Content-Security-Policy that say what it may run.
-
-
 def script_source(script: str) -> str:
-    """The source that allows exactly this inline script, and no other that gets into the page."""
+    """The source of a Content-Security-Policy that allows exactly this inline script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -28,8 +28,7 @@ from components.registry.lineage import parse_terms
 from components.registry.signing import Signer
 from components.registry.versions import Version, read_lineage, require_adapter
 from components.report.html import moment
-from components.report.registry_index import list_adapter
-from components.report.registry_page import build_pages, read_adapter
+from components.report.registry_page import build_pages, list_adapter, read_adapter
 from components.shared.errors import IntegrityError, UserError
 from components.shared.machine import account
 from components.shared.metrics import metrics_of

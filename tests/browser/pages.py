@@ -1,16 +1,13 @@
 """Every page that Fineloop writes, as a reader gets it: whole, of one night of the example's adapter."""
 
-import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
-from components.records import runs
-from components.records.steps import Evaluation, Measured, PairedDifference, TextLosses
-from components.registry.aliases import PIPELINE, Cause, promote
-from components.registry.event_log import append_event
-from components.registry.versions import Version, publish_version, resolve
+from components.records.steps import TextLosses
+from components.registry.versions import publish_version
 from components.report.registry_page import write_pages
 from components.report.report import Beside, Column, build_preview, build_report, build_side_by_side
 from components.report.run_files import RunFiles, Wrong
@@ -21,11 +18,9 @@ from tests.components.report import example_runs
 from tests.components.report.example_runs import (
     CANDIDATE,
     CHAMPION,
-    CONFIG,
     PROFILE,
     SAMPLES,
     bounded,
-    decision,
     metrics,
 )
 
@@ -142,75 +137,15 @@ def previewed() -> str:
 
 
 def registry(store: Store) -> dict[str, str]:
-    """The index and the adapter's page of a registry with some nights behind it, and two other adapters."""
-    nights(store, "icd10-chapters", losses=(1.31, 1.12, 1.14, 1.02, 0.951, 0.912))
-    nights(store, "support-replies-in-german", losses=(1.2, 1.1, 1.15))
-    publish(store, "meeting-notes", 0)
-    for name in ("icd10-chapters", "support-replies-in-german", "meeting-notes"):
+    """The index and the adapter's page of a registry with some nights behind it, and another adapter."""
+    for number in range(6):
+        example_runs.night(store, number, promotes=number % 3 == 0)
+    files = {"adapter_model.safetensors": b"notes", "adapter_config.json": b"{}"}
+    publish_version(store, "meeting-notes", files, lineage={"run_id": "notes"})
+    for name in ("icd", "meeting-notes"):
         write_pages(store, name, generated_at="24 November 2026, 02:06 UTC")
-    folder = "pages/"
-    found = {
-        info.key.removeprefix(folder): store.get(info.key).decode().replace(store.uri(""), "s3://fineloop/")
-        for info in store.list(folder)
-    }
-    return {name.removesuffix(".html"): page for name, page in found.items() if name.endswith(".html")}
-
-
-def nights(store: Store, name: str, losses: Sequence[float]) -> None:
-    """A version a night; one that is not better than the champion is refused, the last is promoted by a person."""
-    champion: tuple[str, float] | None = None
-    for night, loss in enumerate(losses):
-        version = publish(store, name, night)
-        evaluation = judged(version, loss, champion)
-        runs.write(store, version.run_id, evaluation)
-        decided = bounded(decision(evaluation)).model_copy(update={"version": version.version, "adapter": name})
-        runs.write(store, version.run_id, decided)
-        if champion and champion[1] <= loss:
-            body = {"version": version.version, "run_id": version.run_id, "alias": "production"}
-            append_event(
-                store, name, "refused", body | {"reasons": ["The candidate's loss is worse than production's."]}
-            )
-            continue
-        last = night == len(losses) - 1
-        by = Cause(
-            version.run_id,
-            "Ann Example" if last else PIPELINE,
-            "Looked at 40 answers." if last else "Every rule passed.",
-        )
-        promote(store, name, version.version, cause=by)
-        champion = (version.version, loss)
-
-
-def publish(store: Store, name: str, night: int) -> Version:
-    files = {"adapter_model.safetensors": f"{name}{night}".encode(), "adapter_config.json": b"{}"}
-    rate = {"learning_rate": 1e-3 / (1 + night // 3)}
-    lineage = {"run_id": f"{name[:5]}-202611{18 + night}-0200", "config": {"train": rate, "method": {"rank": 16}}}
-    return resolve(store, f"{name}@{publish_version(store, name, files, lineage=lineage).version}")
-
-
-def judged(version: Version, loss: float, champion: tuple[str, float] | None) -> Evaluation:
-    right = math.exp(-loss) * 1.75
-    models = {
-        "base": Measured(metrics=metrics(2.306, 0.023, 0.061, None)),
-        "champion": Measured(version=champion[0], metrics=metrics(champion[1], math.exp(-champion[1]) * 1.75, 0.7, 1.2))
-        if champion
-        else None,
-        "candidate": Measured(version=version.version, metrics=metrics(loss, right, right + 0.03, 1.384)),
-    }
-    paired = {}
-    if champion:
-        gain = champion[1] - loss
-        paired["champion"] = PairedDifference(
-            metric="loss", difference=gain, ci95=(gain - 0.021, gain + 0.021), records=300
-        )
-    return Evaluation(
-        run_id=version.run_id,
-        dataset_id="d0",
-        records=300,
-        models=models,
-        paired=paired,
-        base={"reference": CONFIG.model.base},
-    )
+    found = {info.key: store.get(info.key).decode() for info in store.list("pages/") if info.key.endswith(".html")}
+    return {Path(key).stem: page.replace(store.uri(""), "s3://fineloop/") for key, page in found.items()}
 
 
 def all_pages(store: Store) -> Iterator[tuple[str, str]]:

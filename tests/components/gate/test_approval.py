@@ -16,18 +16,10 @@ def decided(changed: float | None = 0.1, *, loss: float = 0.9, **approval: Any) 
     return decide(measured.model_copy(update={"changed_answers": changed}), policy)
 
 
-def test_nobody_is_asked_by_default() -> None:
-    assert decided().verdict == "promote"
-
-
 def test_an_adapter_may_ask_for_every_version() -> None:
+    assert decided().verdict == "promote"
     decision = decided(always=True)
-    assert (decision.verdict, decision.decision, decision.promoted, decision.waits) == (
-        "needs approval",
-        "hold",
-        False,
-        True,
-    )
+    assert (decision.verdict, decision.decision, decision.waits) == ("needs approval", "hold", True)
     assert decision.reasons == ("A person has to approve every version of this adapter.",)
     assert rule(decision, "approval").field == "gate.approval.always"
 

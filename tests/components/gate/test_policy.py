@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from components.config.gate import GateConfig, Guard, Limit
+from components.records.steps import Decision
 from components.shared.errors import DataError
 from tests.components.gate.evidenced import decide, evaluation, model, rule
 
@@ -23,10 +24,6 @@ def without_limits(**settings: Any) -> GateConfig:
         ("perplexity", 10.0, 1.5, 8.51, False),
         ("exact_match", 0.10, 0.2, 0.30, True),
         ("exact_match", 0.10, 0.2, 0.2999, False),
-        ("token_f1", 0.10, 0.2, 0.30, True),
-        ("token_f1", 0.10, 0.2, 0.2999, False),
-        ("loss", 1.0, 0.0, 1.0, True),
-        ("loss", 1.0, 0.0, 1.0001, False),
         ("loss", 1.0, -0.5, 1.5, True),
         ("loss", 1.0, -0.5, 1.51, False),
     ],
@@ -43,15 +40,12 @@ def test_candidate_must_be_better_than_base_by_at_least_the_margin(
 @pytest.mark.parametrize(
     ("metric", "champion", "tolerance", "candidate", "passed"),
     [
-        ("loss", 0.50, 0.02, 0.40, True),
         ("loss", 0.50, 0.02, 0.52, True),
         ("loss", 0.50, 0.02, 0.5201, False),
         ("loss", 0.50, 0.0, 0.50, True),
         ("loss", 0.50, 0.0, 0.5001, False),
         ("perplexity", 2.0, 0.1, 2.1, True),
         ("perplexity", 2.0, 0.1, 2.11, False),
-        ("exact_match", 0.70, 0.1, 0.60, True),
-        ("exact_match", 0.70, 0.1, 0.5999, False),
         ("token_f1", 0.70, 0.1, 0.60, True),
         ("token_f1", 0.70, 0.1, 0.5999, False),
     ],
@@ -72,16 +66,11 @@ def test_candidate_may_be_worse_than_champion_by_at_most_the_tolerance(
     [
         ("loss", {"max": 1.5}, 1.5, True),
         ("loss", {"max": 1.5}, 1.5001, False),
-        ("perplexity", {"max": 4.0}, 4.0, True),
-        ("perplexity", {"max": 4.0}, 4.0001, False),
         ("exact_match", {"min": 0.6}, 0.6, True),
         ("exact_match", {"min": 0.6}, 0.5999, False),
         ("exact_match", {"min": 0.6, "max": 0.9}, 0.95, False),
-        ("token_f1", {"min": 0.6}, 0.6, True),
-        ("token_f1", {"min": 0.6}, 0.5999, False),
         ("prompt_gain", {"min": 0.1}, 0.1, True),
         ("prompt_gain", {"min": 0.1}, 0.0999, False),
-        ("prompt_gain", {"min": 0.1}, -0.2, False),
     ],
 )
 def test_limits_include_their_bound(metric: Any, bounds: dict[str, float], candidate: float, passed: bool) -> None:
@@ -122,14 +111,11 @@ def test_an_unmeasured_limit_holds(value: Any) -> None:
     assert rule(decision, "limit_min").passed is False
 
 
-def test_a_metric_that_no_rule_compares_must_still_be_sound() -> None:
+def test_a_metric_that_no_rule_compares_may_be_absent_and_must_be_sound() -> None:
+    assert decide(evaluation(model("v2", token_f1=None), model(loss=2.0)), GateConfig()).promoted
     decision = decide(evaluation(model("v2", token_f1=math.nan), model(loss=2.0)), GateConfig())
     assert decision.decision == "hold"
     assert "token F1 is nan" in decision.reasons[0]
-
-
-def test_a_metric_that_no_rule_compares_may_be_absent() -> None:
-    assert decide(evaluation(model("v2", token_f1=None), model(loss=2.0)), GateConfig()).promoted
 
 
 def test_the_champion_itself_is_held_because_nothing_changed() -> None:
@@ -172,16 +158,6 @@ def test_numbers_that_would_look_equal_are_shown_apart() -> None:
     assert "by 0.04996; it has to be better by at least 0.05." in decision.reasons[0]
 
 
-def test_shares_are_told_in_per_cent_and_points() -> None:
-    policy = without_limits(metric="exact_match", better_than_base_by=0.05)
-    text = decide(evaluation(model("v2", exact_match=0.72), model(exact_match=0.02)), policy).reasons[0]
-    assert text == (
-        "The candidate's exact match of 72.0 % is better than the base model's 2.0 % by 70.0 points; "
-        "it has to be better by at least 5 points. Record by record (300 of them), the gain lies between +70.0 points "
-        "and +70.0 points, each with 95 % confidence."
-    )
-
-
 @pytest.mark.parametrize("absent", ["candidate", "base"])
 def test_an_evaluation_without_a_model_is_refused(absent: str) -> None:
     models = {"candidate": model("v2"), "base": model(loss=2.0), absent: None}
@@ -192,46 +168,31 @@ def test_an_evaluation_without_a_model_is_refused(absent: str) -> None:
 def test_each_rule_words_itself_and_draws_its_line_where_it_binds() -> None:
     policy = GateConfig(limits=[Limit(metric="answer_prompt_gain", min=0.1), Limit(metric="exact_match", max=0.9)])
     decision = decide(evaluation(model("v2"), model(loss=2.0), model("v1", loss=1.1)), policy)
-    assert [(each.title, each.bound_text, each.against, each.line, each.line_text) for each in decision.rules] == [
-        ("Is a new version", "", None, None, ""),
-        (
-            "Loss better than the base model's",
-            "better by at least 0.05",
-            "base",
-            pytest.approx(1.95),
-            "at most 1.950, to beat the base",
-        ),
-        (
-            "Loss not worse than production's",
-            "worse by at most 0.02",
-            "champion",
-            pytest.approx(1.12),
-            "at most 1.120, not to fall behind production",
-        ),
-        (
-            "Loss not worse than the best version's",
-            "worse by at most 0.05",
-            "champion",
-            pytest.approx(1.15),
-            "at most 1.150, not to fall behind the best so far",
-        ),
-        ("Few records get much worse", "at most 1 % of records unseen", "champion", None, ""),
-        ("Exact match not below production's", "not shown to be worse", "champion", None, ""),
-        ("Answers depend on their prompts", "at least 0.1", None, 0.1, "limit: at least 0.100"),
-        ("Exact match low enough", "at most 90 %", None, 0.9, "limit: at most 90.0 %"),
+    assert [(each.bound_text, each.against, each.line_text) for each in decision.rules] == [
+        ("", None, ""),
+        ("better by at least 0.05", "base", "at most 1.950, to beat the base"),
+        ("worse by at most 0.02", "champion", "at most 1.120, not to fall behind production"),
+        ("worse by at most 0.05", "champion", "at most 1.150, not to fall behind the best so far"),
+        ("at most 1 % of records unseen", "champion", ""),
+        ("not shown to be worse", "champion", ""),
+        ("at least 0.1", None, "limit: at least 0.100"),
+        ("at most 90 %", None, "limit: at most 90.0 %"),
     ]
+    assert [each.line for each in decision.rules if each.line] == pytest.approx([1.95, 1.12, 1.15, 0.1, 0.9])
+    assert all(each.title for each in decision.rules)
 
 
 def test_a_function_of_the_configs_own_decides_guards_and_limits_like_any_metric() -> None:
     key = "acme.scores:house_style"
     policy = GateConfig(metric=key, guards=[Guard(metric=key)], limits=[Limit(metric=key, min=0.5)])
-    better = decide(evaluation(model("v2", **{key: 0.8}), model(**{key: 0.2}), model("v1", **{key: 0.79})), policy)
+
+    def decided(ours: float, champion: float) -> Decision:
+        models = (model("v2", **{key: ours}), model(**{key: 0.2}), model("v1", **{key: champion}))
+        return decide(evaluation(*models), policy)
+
+    better = decided(0.8, 0.79)
     assert better.promoted
-    assert (
-        "The candidate's house style of 80.0 % is better than the base model's 20.0 % by 60.0 points"
-        in better.reasons[1]
-    )
-    worse = decide(evaluation(model("v2", **{key: 0.7}), model(**{key: 0.2}), model("v1", **{key: 0.8})), policy)
-    assert worse.verdict == "hold"
-    low = decide(evaluation(model("v2", **{key: 0.4}), model(**{key: 0.2}), model("v1", **{key: 0.4})), policy)
+    assert "house style of 80.0 % is better than the base model's 20.0 % by 60.0 points" in better.reasons[1]
+    assert decided(0.7, 0.8).verdict == "hold"
+    low = decided(0.4, 0.4)
     assert low.reasons == ("The candidate's house style of 40.0 % is below the limit: at least 50 % is required.",)

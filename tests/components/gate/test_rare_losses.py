@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from components.config.gate import GateConfig
 from components.gate.comparisons import Compared, Evidence, few_get_much_worse, not_worse_than_champion
-from components.gate.policy import BEFORE
+from components.gate.policy import LEGACY_POLICY
 from components.records.steps import Decision, RuleResult
 from components.shared.metrics import METRICS
 from tests.components.gate.evidenced import TOKENS, decide, evaluation, evidence, model, rule
@@ -137,30 +137,11 @@ def test_a_bound_leaves_room_for_what_the_tail_costs_beyond_the_records_drawn():
     assert with_heavy_tail(worse_than_champion_by=between + unseen).passed
 
 
-@pytest.mark.parametrize(
-    ("metric", "basis_sha256"),
-    [
-        ("loss", "0a7994a1252c69f07f4d4e11258016a84ad94935d34d35ab166d8f4e659f5e87"),
-        ("token_f1", "511879f72fde58a957f0a3e7ee212759d642d11201be44ba6ec04654a91c04f3"),
-    ],
-)
-def test_a_decision_from_before_records_were_weighed_is_repeated_by_the_rules_of_its_time(metric, basis_sha256):
-    """The sums are those that these rules gave when they were the gate's."""
-    measured = evaluation(**EQUAL).model_copy(update={"records": 300})
-    found = replace(evidence(measured), tokens=np.arange(300) % 9 + 2.0)
-    policy = GateConfig(metric=metric, better_than_base_by=-1.0)
-    now = decide(measured, policy, found)
-    older = Decision.model_validate(now.model_dump(exclude={"revision"}))
-    then = decide(measured, policy, found, revision=older.revision)
-    assert (then.verdict, then.basis_sha256) == ("promote", basis_sha256)
-    assert now.basis_sha256 != basis_sha256
-
-
 def test_a_decision_from_before_the_rule_is_repeated_without_it():
     policy = GateConfig(much_worse_share=1.0)
     measured = evaluation(**EQUAL).model_copy(update={"records": 100})
     then = decide(measured, policy)
     recorded = {key: value for key, value in then.policy.items() if not key.startswith("much_worse")}
-    again = decide(measured, GateConfig.model_validate({**BEFORE, **recorded}))
+    again = decide(measured, GateConfig.model_validate({**LEGACY_POLICY, **recorded}))
     assert (again.verdict, again.basis_sha256) == (then.verdict, then.basis_sha256) == ("promote", then.basis_sha256)
     assert decide(measured, GateConfig()).basis_sha256 != then.basis_sha256

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from components.gate.gate import replay, run_gate
 from components.promote import promote as promoting
@@ -29,7 +30,8 @@ FORGED = 30
 
 @pytest.fixture
 def trusting(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv(signing.KEY_VARIABLE, pem(VERSIONS))
+    pem = VERSIONS.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    monkeypatch.setenv(signing.KEY_VARIABLE, pem)
     store.trusted_keys, store.evaluation_keys = (TRUSTED,), (EVALUATING,)
     return store
 
@@ -38,12 +40,6 @@ def trusting(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
 def made(store: Store) -> list[str]:
     """Two published versions: the first for production, the second a run's candidate."""
     return [published(store, run_id) for run_id in ("first", "run-1")]
-
-
-def pem(key: Ed25519PrivateKey) -> str:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 
 
 def published(store: Store, run_id: str) -> str:

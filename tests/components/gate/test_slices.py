@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from scipy import stats
 
 from components.config.gate import GateConfig
@@ -64,26 +63,6 @@ def test_records_of_one_group_are_one_in_a_slice_too() -> None:
     measured = evaluation(model("v2"), model(loss=9.0), model("v1"))
     judged = rule(decide(measured, GateConfig(better_than_base_by=-99.0), found), "slices")
     assert [each.name for each in judged.slices] == ["Eye"]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_slices_are_called_worse_by_holms_procedure(seed: int) -> None:
-    """Against the definition, on the p-values of scipy's t-tests: sorted, times m, m - 1, ..., and never falling."""
-    means = np.random.default_rng(seed).uniform(-0.25, 0.0, 12)
-    gains = {f"s{index:02}": around(mean, 0.3, 60, 100 * seed + index) for index, mean in enumerate(means)}
-    margin = 0.05
-    p = np.array([stats.ttest_1samp(each, -margin, alternative="less").pvalue for each in gains.values()])
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * np.arange(12, 0, -1))
-    # Student's bounds and the bootstrap's differ a little: what lies on the line is left to either.
-    clear = np.abs(np.log(adjusted / 0.05)) > 0.35
-    called = {
-        name for name, value in zip(np.array(list(gains))[order][clear], adjusted[clear], strict=True) if value < 0.05
-    }
-    unclear = set(np.array(list(gains))[order][~clear])
-    found = {each.name for each in rule(decided(gains, GateConfig()), "slices").slices if each.worse}
-    assert found - unclear == called
-    assert called
 
 
 def test_more_slices_ask_for_more_of_each() -> None:

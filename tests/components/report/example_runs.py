@@ -119,8 +119,6 @@ def evaluation(
             }
             for index, (prompt, reference, of_base, of_champion, of_candidate) in enumerate(SAMPLES)
         ],
-        generation={"max_new_tokens": 64},
-        seconds={"base": 38.0, "champion": 41.2, "candidate": 41.0},
     )
 
 
@@ -146,20 +144,8 @@ def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:
     for step in range(1, num_steps + 1):
         share = step / num_steps
         loss = final + (2.6 - final) * math.exp(-9 * share)
-        rate = 1e-3 * min(share / 0.05, 0.5 * (1 + math.cos(math.pi * max(share - 0.05, 0) / 0.95)))
-        records.append(
-            {
-                "kind": "train",
-                "step": step,
-                "epoch": share,
-                "loss": loss + noise.gauss(0, 0.16) * (0.6 + loss / 3),
-                "learning_rate": rate,
-                "grad_norm": 1.0 + noise.random(),
-                "tokens": step * 470,
-                "tokens_per_s": 325.0,
-                "elapsed_s": step * 1.42,
-            }
-        )
+        noisy = loss + noise.gauss(0, 0.16) * (0.6 + loss / 3)
+        records.append({"kind": "train", "step": step, "loss": noisy, "learning_rate": 1e-3 * (1 - share)})
         if step % (num_steps // 4) == 0:
             records.append({"kind": "eval", "step": step, "loss": loss + 0.06 + 0.02 * share, "records": 128})
     return records
@@ -171,22 +157,18 @@ def steps(*names: str, failed: str | None = None) -> list[StepRecord]:
         "prepare": {"dataset_id": DATASET, "train_records": 2000},
         "finetune": {"version": CANDIDATE},
     }
+    error = {"error": {"kind": "JobError", "message": "worker 1 was lost: out of memory"}}
     begin = datetime(2026, 11, 24, 2, 0, 3, tzinfo=UTC).timestamp()
-    found = []
+    records = []
     for name in names:
-        found.append(
-            StepRecord(
-                step=name,
-                status="failed" if name == failed else "succeeded",
-                started_at=datetime.fromtimestamp(begin, UTC).isoformat(),
-                seconds=seconds[name],
-                result={"error": {"kind": "JobError", "message": "worker 1 was lost: out of memory"}}
-                if name == failed
-                else results.get(name, {}),
-            )
-        )
+        started, result = datetime.fromtimestamp(begin, UTC).isoformat(), results.get(name, {})
+        about: dict[str, Any] = {"step": name, "started_at": started, "seconds": seconds[name]}
+        if name == failed:
+            records.append(StepRecord(**about, status="failed", result=error))
+        else:
+            records.append(StepRecord(**about, status="succeeded", result=result))
         begin += seconds[name] + 2.5
-    return found
+    return records
 
 
 PROFILE: dict[str, Any] = {
@@ -266,11 +248,11 @@ def promoted_run() -> RunFiles:
     )
 
 
-def forgetful_run() -> RunFiles:
+def forgetful_run(nll: float = 455.0) -> RunFiles:
     """As good on its task as the promoted one, and no longer what its base was outside of it."""
     measured = promoted_run().evaluation
     assert measured is not None
-    text = TextLosses(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [455.0] * 64})
+    text = TextLosses(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [nll] * 64})
     own = TextLosses(text_sha256="1", tokens=[50] * 24, nll={"base": [80.0] * 24, "candidate": [125.0] * 24})
     models = {
         role: model and model.model_copy(update={"metrics": {**model.metrics, **found}})

@@ -1,25 +1,42 @@
+"""How the compared models are drawn, and the tables of what was asked outside the domain."""
+
 import math
 from dataclasses import replace
 
 import pytest
 
 from components.config.gate import GateConfig, Limit
-from components.records.steps import RuleResult, SliceResult
-from components.report import charts
-from components.report.comparison import intervals, panels, rules, slices
-from components.report.report import gain_text
+from components.records.steps import Evaluation, HarnessScores, RuleResult, SliceResult, TaskScore
+from components.report.charts import Forest, Gain
+from components.report.comparison import Panel, harness, intervals, panels, rules, slices
+from components.report.report import build_report, gain_text
 from components.report.run_files import RunFiles
-from components.shared.metrics import METRICS, metric_of
+from components.shared.metrics import metric_of
 from components.shared.paired import Bounds
 from tests.components.report import example_runs
+from tests.components.report.example_runs import promoted_run
 
 
-def loss_panel(run: RunFiles):  # type: ignore[no-untyped-def]
-    return next(panel for panel in panels(run) if panel.metric.key == "loss")
+def panel(run: RunFiles, key: str = "loss") -> Panel:
+    return next(panel for panel in panels(run) if panel.metric.key == key)
+
+
+def decided(policy: GateConfig) -> RunFiles:
+    """The promoted run, decided on by another policy."""
+    run = promoted_run()
+    assert run.evaluation is not None
+    return replace(run, decision=example_runs.decision(run.evaluation, policy))
+
+
+def places(picture: Forest) -> tuple[float, float, float, float]:
+    """Where the lower bound, the gain, the upper bound and zero of the first gain lie."""
+    gain = picture.gains[0]
+    low, high = picture.ends(gain)
+    return low, picture.axis.place(gain.gain), high, picture.axis.place(0.0)
 
 
 def test_bars_are_in_proportion_and_start_at_zero() -> None:
-    base, champion, candidate = loss_panel(example_runs.promoted_run()).bars
+    base, champion, candidate = panel(promoted_run()).bars
     assert [bar.kind for bar in (base, champion, candidate)] == ["base", "champion", "candidate"]
     assert base.start == candidate.start == 0
     assert candidate.width / base.width == pytest.approx(0.912 / 2.306, abs=1e-4)
@@ -27,46 +44,52 @@ def test_bars_are_in_proportion_and_start_at_zero() -> None:
 
 
 def test_the_gates_bounds_are_drawn_where_they_bind() -> None:
-    to_beat_base, to_keep_up = loss_panel(example_runs.held_run()).marks
+    to_beat_base, to_keep_up = panel(example_runs.held_run()).marks
     assert to_beat_base.position == pytest.approx((2.306 - 0.05) / 2.306 * 100, abs=0.01)
     assert to_keep_up.position == pytest.approx((0.951 + 0.02) / 2.306 * 100, abs=0.01)
     assert (to_beat_base.passed, to_keep_up.passed) == (True, False)
     assert to_keep_up.text == "at most 0.971, not to fall behind production"
 
 
-def test_what_was_forgotten_is_drawn_against_the_base_and_its_margin() -> None:
+@pytest.mark.parametrize(
+    ("key", "text", "line", "position", "rule"),
+    [
+        (
+            "general_loss",
+            "Loss on general text: Base model 3.400; Candidate 4.550",
+            "at most 3.900, not to forget what the base knows",
+            3.9 / 4.55 * 100,
+            "remembers",
+        ),
+        (
+            "kl_from_base",
+            "KL divergence from the base: Base model 0.000; Candidate 0.900",
+            "at most 0.500, to answer as the base does",
+            0.5 / 0.9 * 100,
+            "near_base",
+        ),
+    ],
+)
+def test_what_changed_outside_the_domain_is_drawn_with_its_line(
+    key: str, text: str, line: str, position: float, rule: str
+) -> None:
     run = example_runs.forgetful_run()
-    panel = next(panel for panel in panels(run) if panel.metric.key == "general_loss")
-    assert panel.text == "Loss on general text: Base model 3.400; Candidate 4.550"
-    (mark,) = panel.marks
-    assert (mark.text, mark.passed) == ("at most 3.900, not to forget what the base knows", False)
-    assert mark.position == pytest.approx(3.9 / 4.55 * 100, abs=0.01)
-    drawn = next(interval for interval in intervals(run) if interval.name == "Remembers what the base knows")
-    assert drawn.text.startswith("Loss on general text: 1.150 worse, between")
+    shown = panel(run, key)
+    assert shown.text == text
+    (mark,) = shown.marks
+    assert (mark.text, mark.passed) == (line, False)
+    assert mark.position == pytest.approx(position, abs=0.01)
+    (drawn,) = (
+        each for each in intervals(run) if each.gains[0].name == next(r.title for r in run.rules if r.name == rule)
+    )
     assert drawn.bound is not None
-    assert drawn.position < drawn.bound < drawn.zero
-
-
-def test_how_far_an_adapter_has_moved_from_its_base_is_drawn_with_its_line() -> None:
-    run = example_runs.forgetful_run()
-    panel = next(panel for panel in panels(run) if panel.metric.key == "kl_from_base")
-    assert panel.text == "KL divergence from the base: Base model 0.000; Candidate 0.900"
-    (mark,) = panel.marks
-    assert (mark.text, mark.passed) == ("at most 0.500, to answer as the base does", False)
-    drawn = next(each for each in intervals(run) if each.name == "Answers as its base outside the domain")
-    assert drawn.bound is not None
-    assert drawn.position < drawn.bound < drawn.zero
-    (row,) = (row for row in rules(run) if row.rule.name == "near_base")
-    assert (row.candidate, row.other, row.bound) == ("0.900", "0.000", "at most 0.5")
+    assert places(drawn)[1] < drawn.axis.place(drawn.bound) < places(drawn)[3]
+    assert rule in [result.name for result, _, _ in rules(run)]
 
 
 def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> None:
-    run = example_runs.promoted_run()
-    assert run.evaluation is not None
-    policy = GateConfig(metric="exact_match", better_than_base_by=0.1, worse_than_champion_by=0.02, limits=[])
-    run = replace(run, decision=example_runs.decision(run.evaluation, policy))
-    marks = next(panel for panel in panels(run) if panel.metric.key == "exact_match").marks
-    assert [mark.text for mark in marks] == [
+    run = decided(GateConfig(metric="exact_match", better_than_base_by=0.1, worse_than_champion_by=0.02, limits=[]))
+    assert [mark.text for mark in panel(run, "exact_match").marks] == [
         "at least 12.3 %, to beat the base",
         "at least 66.3 %, not to fall behind production",
         "at least 63.3 %, not to fall behind the best so far",
@@ -76,16 +99,13 @@ def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> No
 def test_a_negative_value_grows_to_the_left_of_zero() -> None:
     candidate = example_runs.metrics(1.0, 0.5, 0.5, -0.5)
     run = replace(example_runs.held_run(), evaluation=example_runs.evaluation("r", candidate, None), decision=None)
-    (bar,) = next(panel for panel in panels(run) if panel.metric.key == "prompt_gain").bars
+    (bar,) = panel(run, "prompt_gain").bars
     assert (bar.start, bar.width) == (0.0, 100.0)
 
 
 def test_perplexity_is_drawn_only_when_the_gate_looks_at_it() -> None:
-    run = example_runs.promoted_run()
-    assert run.evaluation is not None
-    assert "perplexity" not in [panel.metric.key for panel in panels(run)]
-    policy = GateConfig(limits=[Limit(metric="perplexity", max=5.0)])
-    run = replace(run, decision=example_runs.decision(run.evaluation, policy))
+    assert "perplexity" not in [panel.metric.key for panel in panels(promoted_run())]
+    run = decided(GateConfig(limits=[Limit(metric="perplexity", max=5.0)]))
     assert "perplexity" in [panel.metric.key for panel in panels(run)]
 
 
@@ -102,73 +122,52 @@ def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
     assert slices(run) is None
     shown = slices(replace(run, decision=run.decision.model_copy(update={"rules": (rule,)})))
     assert shown is not None
-    assert [(row.name, row.bad, row.about) for row in shown.rows] == [
-        ("label: Eye", True, "60 records"),
-        ("label: Skin", False, "60 records"),
-    ]
-    eye, skin = shown.rows
-    per_nat = (skin.position - eye.position) / 0.4
-    assert eye.high - eye.low == pytest.approx(0.2 * per_nat, rel=1e-3)
-    assert (eye.zero - (eye.bound or 0)) / per_nat == pytest.approx(0.05, rel=1e-3)
-    assert eye.bound is not None
-    assert 0 < eye.low < eye.high < eye.bound < eye.zero < skin.high < 100
-    assert eye.text == "\N{MINUS SIGN}0.300 (\N{MINUS SIGN}0.400 to \N{MINUS SIGN}0.200)"
+    eye, skin = shown.gains
+    assert (eye.name, eye.bad, eye.about) == ("label: Eye", True, "60 records")
+    assert (skin.name, skin.bad) == ("label: Skin", False)
+    minus = "\N{MINUS SIGN}"
+    assert eye.text == f"{minus}0.300 (between {minus}0.400 and {minus}0.200)"
+    place = shown.axis.place
+    assert shown.bound == -0.05
+    assert 0 < place(-0.4) < place(-0.2) < place(-0.05) < place(0) < place(0.2) < 100
 
 
 def test_every_comparison_of_the_gate_is_drawn_between_its_bounds_and_against_its_line() -> None:
-    run = example_runs.promoted_run()
+    run = promoted_run()
     assert run.decision is not None
-    rules = [
+    changed = [
         rule if rule.gain is None else rule.model_copy(update={"lower": rule.gain - 0.021, "upper": rule.gain + 0.03})
-        for rule in run.decision.rules
+        for rule in run.rules
     ]
-    shown = intervals(replace(run, decision=run.decision.model_copy(update={"rules": tuple(rules)})))
-    assert [each.name for each in shown] == [
+    shown = intervals(replace(run, decision=run.decision.model_copy(update={"rules": tuple(changed)})))
+    assert [each.gains[0].name for each in shown] == [
         "Loss better than the base model's",
         "Loss not worse than production's",
         "Loss not worse than the best version's",
         "Exact match not below production's",
     ]
     for each in shown:
-        assert 0 <= each.low < each.position < each.high <= 100
-    assert shown[1].text == "Loss: 0.039 better, between +0.018 and +0.069"
-    assert [each.bound_text for each in shown[1:]] == ["required: −0.020 or more", "required: −0.050 or more", ""]  # noqa: RUF001
-    assert shown[1].bound is not None
-    assert shown[1].bound < shown[1].zero < shown[1].low
+        low, gain, high, _ = places(each)
+        assert 0 <= low < gain < high <= 100
+    assert shown[1].gains[0].text == "Loss: 0.039 better, between +0.018 and +0.069"
+    assert [each.note for each in shown[1:]] == ["required: −0.020 or more", "required: −0.050 or more", ""]  # noqa: RUF001
+    assert shown[1].bound == pytest.approx(-0.02)
 
 
 def test_without_a_gate_the_intervals_are_those_of_the_evaluation() -> None:
     against_base, against_champion = intervals(example_runs.undecided_run())
     for each in (against_base, against_champion):
-        assert 0 <= each.low < each.position < each.high <= 100
+        low, gain, high, _ = places(each)
+        assert 0 <= low < gain < high <= 100
     assert against_champion.bound is None
-    assert "0.039 better, 95 % interval +0.018 to +0.060, 300 records" in against_champion.text
-
-
-@pytest.mark.parametrize(
-    ("key", "ours", "theirs", "words"),
-    [
-        ("loss", 0.9, 1.0, "0.100 better"),
-        ("loss", 1.0, 0.9, "0.100 worse"),
-        ("exact_match", 0.72, 0.68, "4.0 points better"),
-        ("exact_match", 0.68, 0.72, "4.0 points worse"),
-        ("token_f1", 0.5, 0.5, "no difference"),
-    ],
-)
-def test_differences_are_told_as_better_or_worse(key: str, ours: float, theirs: float, words: str) -> None:
-    metric = METRICS[key]
-    assert metric.gain_text(metric.gain(ours, theirs)) == words
+    assert "0.039 better, 95 % interval +0.018 to +0.060, 300 records" in against_champion.gains[0].text
 
 
 def test_a_gain_without_a_bound_is_drawn_over_the_whole_axis() -> None:
-    gains = [
-        charts.Gain(name, "", *bounds, charts.bounded_text(metric_of("loss"), *bounds))
-        for name, bounds in (("label: Eye", (0.1, 0.05, 0.15)), ("label: Skin", (0.02, None, None)))
-    ]
-    eye, skin = charts.intervals_of(gains, -0.05)
-    assert 0 < eye.low < eye.position < eye.high < 100
-    assert (skin.low, skin.high) == (0, 100)
-    assert skin.text == "+0.020 (anywhere)"
+    picture = Forest([Gain("Eye", "", 0.1, 0.05, 0.15, ""), Gain("Skin", "", 0.02, None, None, "")], -0.05)
+    eye, skin = map(picture.ends, picture.gains)
+    assert 0 < eye[0] < eye[1] < 100
+    assert skin == (0, 100)
 
 
 def test_a_difference_that_is_bounded_on_one_side_alone_is_said_so() -> None:
@@ -177,11 +176,45 @@ def test_a_difference_that_is_bounded_on_one_side_alone_is_said_so() -> None:
     assert loss.range_text(-0.1, 0.2) == "between \N{MINUS SIGN}0.100 and +0.200"
     assert loss.range_text(-math.inf, 0.2) == loss.range_text(None, 0.2) == "below +0.200"
     assert loss.range_text(-0.1, math.inf) == "above \N{MINUS SIGN}0.100"
-    assert loss.range_text(None, math.inf) == "anywhere"
-    assert loss.range_text(None, math.inf, confidence=0.95) == "anywhere"
-    assert gain_text("loss", Bounds(0.1, -0.1, 0.2, 0.1, 30, 30), 0.95).endswith(
-        " and +0.200, each with 95 % confidence"
-    )
-    assert gain_text("loss", Bounds(0.1, -math.inf, 0.2, 0.1, 30, 30), 0.95).endswith(
-        "below +0.200, with 95 % confidence"
-    )
+    assert loss.range_text(None, math.inf) == loss.range_text(None, math.inf, confidence=0.95) == "anywhere"
+    both, one = Bounds(0.1, -0.1, 0.2, 0.1, 30, 30), Bounds(0.1, -math.inf, 0.2, 0.1, 30, 30)
+    assert gain_text("loss", both, 0.95).endswith(" and +0.200, each with 95 % confidence")
+    assert gain_text("loss", one, 0.95).endswith("below +0.200, with 95 % confidence")
+
+
+SCORES = {
+    "base": (TaskScore(task="arc_<easy>", metric="acc", value=0.61234, stderr=0.0487),),
+    "candidate": (
+        TaskScore(task="arc_<easy>", metric="acc", value=0.5, stderr=None),
+        TaskScore(task="wikitext", metric="word_perplexity", value=None),
+    ),
+}
+
+
+def measured(found: HarnessScores) -> RunFiles:
+    promoted = promoted_run()
+    assert promoted.evaluation is not None
+    return replace(promoted, evaluation=promoted.evaluation.model_copy(update={"harness": found}))
+
+
+def test_each_model_has_its_value_of_a_task_with_its_standard_error() -> None:
+    found = HarnessScores(lm_eval="0.4.13", tasks=("arc_<easy>", "wikitext"), limit=50, scores=SCORES)
+    dash = "\N{EN DASH}"
+    assert [(row.title, row.more["Metric"], row.values) for row in harness(found)] == [
+        ("arc_<easy>", "acc", {"base": "0.6123 ± 0.049", "champion": dash, "candidate": "0.5"}),
+        ("wikitext", "word_perplexity", {"base": dash, "champion": dash, "candidate": dash}),
+    ]
+    page = build_report(measured(found))
+    for words in ("arc_&lt;easy&gt;", "0.6123 ± 0.049", "each task's first 50", "lm-eval 0.4.13"):
+        assert words in page
+    left_out = build_report(measured(HarnessScores(lm_eval="0.4.13", tasks=("wikitext",), left_out="as it is so")))
+    assert "Left out, as it is so." in left_out
+    assert "Table of tasks" not in left_out
+    assert "lm-evaluation-harness" not in build_report(promoted_run())
+
+
+def test_the_record_is_read_as_it_was_written_and_keeps_keys_that_came_later() -> None:
+    found = HarnessScores(lm_eval="0.4.13", tasks=("arc_<easy>", "wikitext"), scores=SCORES, later=1)
+    written = measured(found).evaluation
+    assert written is not None
+    assert Evaluation.from_json(written.as_json(), "s3://x").harness == found

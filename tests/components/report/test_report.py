@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
-from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -13,11 +12,9 @@ from markupsafe import escape
 
 from components.records import runs
 from components.records.runs import Replayed
-from components.records.steps import RuleResult, StepRecord
-from components.registry.event_log import append_event
+from components.records.steps import ROLES, RuleResult, StepRecord
 from components.report import report
-from components.report.comparison import past_decisions
-from components.report.html import SEARCH, TEMPLATES
+from components.report.html import SEARCH, sure_once
 from components.report.report import build_report, parse_metrics, read_run, run_report
 from components.report.run_files import RunFiles
 from components.report.sections import EXPLAINED, next_steps, samples
@@ -27,6 +24,7 @@ from components.store.store import Store
 from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
 from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DATASET, promoted_run
+from tests.components.report.page import Page
 
 
 def put(store: Store, run: RunFiles) -> None:
@@ -77,59 +75,17 @@ def test_whose_answers_to_earlier_records_were_replayed_stands_with_the_data(
     assert words in build_report(read_run(CONFIG, store, run.run_id))
 
 
-def test_earlier_decisions_are_drawn_with_their_intervals_the_newest_first(store: Store) -> None:
-    run = example_runs.held_run()
-    put(store, run)
-    assert run.decision is not None
-    for number, alias in enumerate(["production", "staging", "production"]):
-        decision = run.decision.model_copy(update={"run_id": f"before-{number}", "alias": alias})
-        runs.write(store, decision.run_id, decision)
-        append_event(store, CONFIG.adapter.name, "refused", {"alias": alias, "run_id": decision.run_id})
-    append_event(store, CONFIG.adapter.name, "refused", {"alias": "production", "run_id": "removed-since"})
-    append_event(store, CONFIG.adapter.name, "refused", {"alias": "production", "run_id": run.run_id})
-    found = read_run(CONFIG, store, run.run_id)
-    assert [each.run_id for each in found.decided_before] == ["before-2", "before-0"]
-    drawn = past_decisions(found)
-    assert drawn is not None
-    assert [(row.name, row.about, row.bad) for row in drawn.rows] == [
-        (run.run_id, "hold", True),
-        ("before-2", "hold", True),
-        ("before-0", "hold", True),
-    ]
-    assert len({row.position for row in drawn.rows}) == 1
-    newest = drawn.rows[0]
-    assert newest.bound is not None
-    assert newest.position < newest.bound < newest.zero
-    assert "Decisions so far" in build_report(found)
-    assert past_decisions(run) is None
-    run_report(CONFIG, store, run.run_id)  # leaves the index
-    asked: list[str] = []
-    store._client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.url) or None)
-    again = read_run(CONFIG, store, run.run_id)
-    assert past_decisions(again) == drawn
-    assert not any("before-" in url or "/events/" in url for url in asked)
-
-
-def test_the_report_lies_with_its_run(store: Store) -> None:
-    run = example_runs.held_run()
+def test_the_report_lies_with_its_run_beside_the_registry_s_pages_and_does_not_fail_for_them(store: Store) -> None:
+    run, name = example_runs.held_run(), CONFIG.adapter.name
     put(store, run)
     uri = run_report(CONFIG, store, run.run_id)
     assert uri == store.uri(f"runs/{run.run_id}/report.html")
-    page = store.get(store.key(uri)).decode()
-    assert "production stays as it is" in page
-    assert run_report(CONFIG, store, run.run_id) == uri
-
-
-def test_with_the_report_the_registry_s_pages_are_written_and_a_report_does_not_fail_for_them(store: Store) -> None:
-    run = example_runs.held_run()
-    put(store, run)
-    name = CONFIG.adapter.name
-    run_report(CONFIG, store, run.run_id)
+    assert "production stays as it is" in store.get(store.key(uri)).decode()
     assert store.exists(f"pages/{name}.html")
     assert name in store.get("pages/index.html").decode()
     store.delete(["pages/index.html"])
     store.put(f"adapters/{name}/aliases/production.json", b"junk")
-    assert store.exists(store.key(run_report(CONFIG, store, run.run_id)))
+    assert run_report(CONFIG, store, run.run_id) == uri
     assert not store.exists("pages/index.html")
 
 
@@ -170,73 +126,27 @@ EVIL = "<script>alert('x')</script>\"'><img src=https://example.com/x onerror=al
 Build = Callable[[], RunFiles]
 
 
-class Page(HTMLParser):
-    """Checks that tags are balanced and collects tags, attributes and text."""
-
-    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
 @pytest.mark.parametrize("build", VARIANTS)
-def test_page_is_balanced_and_has_one_heading_of_the_first_level(build: Build) -> None:
+def test_every_page_is_whole_loads_nothing_and_runs_nothing_but_its_search(build: Build) -> None:
     html = build_report(build())
+    page = Page(html)
     assert html.startswith("<!doctype html>")
-    assert [tag for tag, _ in Page(html).tags].count("h1") == 1
-
-
-@pytest.mark.parametrize("build", VARIANTS)
-def test_page_loads_nothing_and_runs_nothing_but_its_search(build: Build) -> None:
-    html = build_report(build())
-    for tag, attributes in Page(html).tags:
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+    for tag, attributes in page.tags:
         assert tag not in {"iframe", "object", "embed", "img", "base", "form"}
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href", "srcset", "data", "poster"):
             value = attributes.get(name)
             assert value is None or value == "data:," or value.startswith("#"), f"<{tag} {name}={value}>"
+        assert tag != "svg" or attributes.get("aria-hidden") == "true" or attributes.get("aria-label")
     assert html.count("<script") == html.count(f"<script>{SEARCH}</script>") <= 1
     assert "@import" not in html
     assert "url(" not in html
     assert "default-src 'none'" in html
-
-
-@pytest.mark.parametrize("build", VARIANTS)
-def test_page_leaves_no_number_or_name_blank(build: Build) -> None:
-    text = Page(build_report(build())).text
-    assert not re.search(r"\b(None|nan|inf|Undefined)\b", text)
-
-
-@pytest.mark.parametrize("build", VARIANTS)
-def test_every_svg_is_described_or_hidden_from_screen_readers(build: Build) -> None:
-    for tag, attributes in Page(build_report(build())).tags:
-        assert tag != "svg" or attributes.get("aria-hidden") == "true"
+    assert not re.search(r"\b(None|nan|inf|Undefined)\b", page.text)
+    ids = {attributes["id"] for tag, attributes in page.tags if tag == "h2" and "id" in attributes}
+    links = {str(attributes["href"])[1:] for tag, attributes in page.tags if tag == "a" and "href" in attributes}
+    assert links == (ids if len(ids) > 3 else set())
 
 
 def test_promoted_run_says_what_changed_with_numbers() -> None:
@@ -260,19 +170,20 @@ def test_promotion_that_has_not_happened_is_not_claimed() -> None:
     assert "has not been moved by this run" in text
 
 
-def test_a_promotion_that_failed_after_the_alias_moved_says_that_it_moved() -> None:
-    *before, promote = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
-    moved = promote.model_copy(update={"result": {**promote.result, "event_uri": "s3://b/e"}})
-    text = Page(build_report(replace(example_runs.promoted_run(), steps=[*before, moved]))).text
+@pytest.mark.parametrize(
+    ("result", "words", "other"),
+    [
+        ({}, "Nothing was promoted: the alias production is as it was", "did move"),
+        ({"event_uri": "s3://b/e"}, "The alias production did move", "Nothing was promoted"),
+    ],
+)
+def test_a_failed_promotion_says_whether_the_alias_moved(result: dict[str, Any], words: str, other: str) -> None:
+    *before, last = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
+    last = last.model_copy(update={"result": {**last.result, **result}})
+    text = Page(build_report(replace(example_runs.promoted_run(), steps=[*before, last]))).text
     assert "the promote step failed" in text
-    assert "The alias production did move" in text
-    assert "Nothing was promoted" not in text
-
-
-def test_failed_promotion_is_told_as_a_failure() -> None:
-    steps = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
-    text = Page(build_report(replace(example_runs.promoted_run(), steps=steps))).text
-    assert "the promote step failed" in text
+    assert words in text
+    assert other not in text
     assert "a new version is in production" not in text
 
 
@@ -288,34 +199,47 @@ def test_held_run_says_what_stands_in_the_way() -> None:
     assert "1.237 worse" in page.text
 
 
-def test_a_run_that_waits_for_a_person_says_how_to_approve_it() -> None:
-    text = Page(build_report(example_runs.waiting_run())).text
-    assert "Held: needs approval" in text
-    assert "A person has to approve every version of this adapter." in text
-    assert f"Production keeps {CHAMPION} until a person approves {CANDIDATE}: fineloop adapters approve" in text
-    assert "? needs approval" in text
-
-
-def test_first_run_has_no_column_for_a_champion() -> None:
-    page = Page(build_report(example_runs.first_run()))
-    assert "There was no version in production when this run compared" in page.text
-    assert "and pointed to nothing before it" in page.text
-    assert "against production" not in page.text
-
-
-def test_undecided_run_says_so() -> None:
-    text = Page(build_report(example_runs.undecided_run())).text
-    assert "icd10-chapters: no decision was made" in text
-    assert "no gate was asked to decide" in text
-
-
-def test_failed_run_names_the_step_and_its_error_and_has_no_card_without_content() -> None:
-    text = Page(build_report(example_runs.failed_run())).text
-    assert "the finetune step failed" in text
-    assert "worker 1 was lost: out of memory" in text
-    assert "no lineage record" in text
-    for words in ("How the candidate compares", "The gate's rules", "Sample answers", "Training", "Data "):
-        assert words not in text
+@pytest.mark.parametrize(
+    ("build", "words", "absent"),
+    [
+        (
+            example_runs.waiting_run,
+            [
+                "Held: needs approval",
+                "A person has to approve every version of this adapter.",
+                f"Production keeps {CHAMPION} until a person approves {CANDIDATE}: fineloop adapters approve",
+                "? needs approval",
+            ],
+            [],
+        ),
+        (
+            example_runs.first_run,
+            ["There was no version in production when this run compared", "and pointed to nothing before it"],
+            ["against production"],
+        ),
+        (
+            example_runs.undecided_run,
+            ["icd10-chapters: no decision was made", "no gate was asked to decide"],
+            [],
+        ),
+        (
+            example_runs.failed_run,
+            ["the finetune step failed", "worker 1 was lost: out of memory", "no lineage record"],
+            ["How the candidate compares", "The gate's rules", "Sample answers", "Training", "Data "],
+        ),
+        (
+            example_runs.skipped_run,
+            ["Skipped", "nothing new since run 2026-11-25-0200", "What is new counts again next time"],
+            [],
+        ),
+    ],
+)
+def test_each_outcome_is_told_and_no_section_is_without_content(
+    build: Build, words: list[str], absent: list[str]
+) -> None:
+    text = Page(build_report(build())).text
+    assert [each for each in words if each not in text] == []
+    assert [each for each in absent if each in text] == []
 
 
 @pytest.mark.parametrize(
@@ -347,43 +271,45 @@ def test_a_failed_run_keeps_the_lines_of_its_error_and_says_what_to_do_now(
     assert "no measurements" not in text
 
 
-def test_the_head_says_what_was_decided_and_the_engine_room_is_further_down() -> None:
-    run = replace(example_runs.promoted_run(), note="half the data")
-    finetune = {
-        "began_at": "2026-11-24T02:00:20+00:00",
-        "trained_at": "2026-11-24T02:03:40+00:00",
-        "train_seconds": 180.0,
-        "tokens": 58_750,
-        "until_first_step": [{"part": "data", "seconds": 7.3}],
-    }
+def with_result(run: RunFiles, **result: Any) -> RunFiles:
+    """The run, whose training recorded this as well."""
     steps = [
-        step.model_copy(update={"result": {**step.result, **finetune}}) if step.step == "finetune" else step
+        step.model_copy(update={"result": {**step.result, **result}}) if step.step == "finetune" else step
         for step in run.steps
     ]
-    head, _, rest = build_report(replace(run, steps=steps)).partition("</header>")
+    return replace(run, steps=steps)
+
+
+def test_the_head_says_what_was_decided_and_times_stand_further_down_where_they_were_recorded() -> None:
+    run = example_runs.promoted_run()
+    finetune = run.step("finetune")
+    assert finetune is not None
+    assert run.evaluation is not None
+    for words in ("First training step", "after training"):
+        assert words not in Page(build_report(run)).text
+    run = with_result(
+        run,
+        began_at=(datetime.fromisoformat(finetune.started_at) + timedelta(seconds=3)).isoformat(),
+        trained_at="2026-11-24T02:03:00+00:00",
+        until_first_step=[{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
+    )
+    evaluation = run.evaluation.model_copy(update={"first_scored_at": "2026-11-24T02:03:09.250000+00:00"})
+    html = build_report(replace(run, evaluation=evaluation, note="half the data"))
+    head = html.partition("</header>")[0]
     for words in ("Promoted", "What to do now", "fineloop chat", "Note", "24 November 2026, 02:00 UTC, by ann"):
         assert words in head
-    for words in ("Training cost", "First training step"):
-        assert words not in head
-        assert words in rest.partition('id="time">Time and cost')[2]
+    assert "First training step" not in head
+    text = Page(html).text
+    assert "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s" in text
+    assert "First record compared 9.2 s after training" in text
 
 
 def test_the_confidence_of_bounds_is_named_once_and_again_where_it_changes() -> None:
-    texts = [
-        f"It lies between {n} and 9, each with {sure} % confidence." for n, sure in enumerate((95, 95, 99, 99, 95))
-    ]
-    run = example_runs.promoted_run()
-    assert run.decision is not None
-    rules = [
-        rule.model_copy(update={"text": text, "passed": True, "verdict": "passed"})
-        for rule, text in zip(run.decision.rules, texts[2:], strict=False)
-    ]
-    decision = run.decision.model_copy(update={"reasons": tuple(texts[:2]), "rules": tuple(rules)})
-    text = Page(build_report(replace(run, decision=decision))).text
-    assert "It lies between 0 and 9, each with 95 % confidence." in text
-    assert "It lies between 1 and 9." in text
-    assert "It lies between 2 and 9, each with 99 % confidence." in text
-    assert text.count("% confidence") == 3 - (len(rules) < 3)
+    texts = [f"It lies between {n} and 9, each with {sure} % confidence." for n, sure in enumerate((95, 95, 99, 95))]
+    once = sure_once("\0".join(texts)).split("\0")
+    assert once == [texts[0], "It lies between 1 and 9.", *texts[2:]]
+    said = " ".join(Page(build_report(example_runs.held_run())).text.split())
+    assert said.count("95 % confidence") == 1
 
 
 def test_data_origin_and_times_are_told() -> None:
@@ -404,53 +330,16 @@ def test_data_origin_and_times_are_told() -> None:
         assert words in text
 
 
-def test_the_time_from_the_training_to_the_comparison_is_told_where_both_were_recorded() -> None:
-    run = example_runs.promoted_run()
-    assert "after training" not in Page(build_report(run)).text
-    assert run.evaluation is not None
-    steps = [
-        step.model_copy(update={"result": {**step.result, "trained_at": "2026-11-24T02:03:00+00:00"}})
-        if step.step == "finetune"
-        else step
-        for step in run.steps
-    ]
-    evaluation = run.evaluation.model_copy(update={"first_scored_at": "2026-11-24T02:03:09.250000+00:00"})
-    text = Page(build_report(replace(run, steps=steps, evaluation=evaluation))).text
-    assert "First record compared" in text
-    assert "9.2 s after training" in text
-
-
-def test_what_passed_before_the_first_step_is_told_by_part_where_it_was_recorded() -> None:
-    run = example_runs.promoted_run()
-    assert "First training step" not in Page(build_report(run)).text
-    finetune = run.step("finetune")
-    assert finetune is not None
-    began = datetime.fromisoformat(finetune.started_at)
-    timing = {
-        "began_at": (began + timedelta(seconds=3)).isoformat(),
-        "until_first_step": [{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
-    }
-    steps = [finetune.model_copy(update={"result": {**finetune.result, **timing}})]
-    assert "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s" in " ".join(
-        Page(build_report(replace(run, steps=steps))).text.split()
-    )
-
-
-@pytest.mark.parametrize("role", ["prompt", "reference", "base", "champion", "candidate"])
-def test_sample_text_is_escaped(role: str) -> None:
-    run = example_runs.promoted_run()
-    assert run.evaluation is not None
-    sample = {**run.evaluation.samples[0], role: EVIL}
-    _assert_escaped(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))
-
-
-def test_every_other_text_from_outside_is_escaped() -> None:
+def test_every_text_from_outside_is_escaped() -> None:
     run = example_runs.promoted_run()
     assert run.decision is not None
+    assert run.evaluation is not None
     assert run.profile is not None
     answers = {"answer": EVIL, "records": 1, "share": 0.5}
     evil_rule = RuleResult(name="new_one", field=EVIL, title=EVIL, bound_text=EVIL, passed=False, text=EVIL)
+    samples_of = [{**run.evaluation.samples[0], role: EVIL} for role in ("prompt", "reference", *ROLES)]
     for changed in (
+        *({"evaluation": run.evaluation.model_copy(update={"samples": [sample]})} for sample in samples_of),
         {"config_toml": EVIL},
         {"run_id": EVIL},
         {"adapter": EVIL},
@@ -464,14 +353,10 @@ def test_every_other_text_from_outside_is_escaped() -> None:
         {"lineage": {EVIL: EVIL, "recipe": {EVIL: [EVIL]}}},
         {"steps": [StepRecord(step=EVIL, status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)]},
     ):
-        _assert_escaped(replace(run, **changed))  # type: ignore[arg-type]
-
-
-def _assert_escaped(run: RunFiles) -> None:
-    html = build_report(run)
-    assert "<script" not in html
-    assert "<img" not in html
-    assert " ".join(EVIL.split()) in Page(html).text  # shown, as text
+        html = build_report(replace(run, **changed))  # type: ignore[arg-type]
+        assert "<script" not in html
+        assert "<img" not in html
+        assert " ".join(EVIL.split()) in Page(html).text  # shown, as text
 
 
 def test_right_and_wrong_answers_are_marked_and_changes_named() -> None:
@@ -488,8 +373,7 @@ def test_a_sample_is_right_as_the_metric_counts_it() -> None:
     assert run.evaluation is not None
     sample = {**run.evaluation.samples[0], "reference": "\u00c9pilepsie", "candidate": "E\u0301pilepsie"}
     (shown, *_) = samples(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))
-    (said,) = [answer for answer in shown.answers if answer.role == "candidate"]
-    assert said.right
+    assert [answer.right for answer in shown.answers if answer.role == "candidate"] == [True]
     assert exact_match(sample["candidate"], sample["reference"]) == 1
 
 
@@ -508,7 +392,7 @@ def test_a_long_training_stays_a_small_page() -> None:
     assert len(build_report(run)) < 120_000
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [None, float("nan")])
 def test_numbers_that_were_not_measured_are_words(value: Any) -> None:
     run = example_runs.held_run()
     measured = example_runs.evaluation("r", dict.fromkeys(("loss", "exact_match", "prompt_gain"), value), None)
@@ -517,53 +401,10 @@ def test_numbers_that_were_not_measured_are_words(value: Any) -> None:
     assert "not measured" in text
 
 
-def _palettes() -> list[tuple[str, dict[str, str]]]:
-    css = (TEMPLATES / "styles.html").read_text()
-    blocks = css.split("prefers-color-scheme")
-    light, dark = (dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", block)) for block in blocks[:2])
-    return [("light", light), ("dark", light | dark)]
-
-
-def _luminance(colour: str) -> float:
-    """Relative luminance, WCAG 2.2."""
-    channels = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize(("scheme", "colours"), _palettes())
-def test_every_ink_stands_out_from_what_it_is_printed_on(scheme: str, colours: dict[str, str]) -> None:
-    inks = {"text", "muted", "base", "champion", "candidate", "good", "bad", "open"}
-    assert inks <= set(colours)
-    for ink in inks:
-        for ground in {"card"} | ({"page", "faint"} if ink in {"text", "muted", "good", "bad"} else set()):
-            one, other = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
-            assert (other + 0.05) / (one + 0.05) >= 4.5, f"{scheme}: {ink} on {ground}"
-
-
-def test_a_skipped_run_says_why_and_that_nothing_is_lost() -> None:
-    text = Page(build_report(example_runs.skipped_run())).text
-    assert "Skipped" in text
-    assert "nothing new since run 2026-11-25-0200" in text
-    assert "What is new counts again next time" in text
-
-
-def test_every_metric_with_a_unit_or_a_name_of_the_trade_is_explained_at_a_click() -> None:
-    unexplained = {key for key in METRICS if key not in EXPLAINED}
-    assert unexplained == {"rouge_l", "json_valid", "label_accuracy"}  # whose meaning, beside them, says it all
-    for key in METRICS:
-        assert ("nat" in EXPLAINED.get(key, "")) == METRICS[key].unit.startswith("nats")
+def test_a_metric_with_a_name_of_the_trade_is_explained_at_a_click() -> None:
+    assert {key for key, metric in METRICS.items() if metric.unit} <= EXPLAINED.keys()
     text = Page(build_report(example_runs.promoted_run())).text
     assert "What is that? How much less the model is surprised by an answer behind its own prompt" in text
-
-
-def test_the_contents_lead_to_every_section_and_a_short_page_has_none() -> None:
-    for build in VARIANTS:
-        page = Page(build_report(build()))
-        ids = {attributes["id"] for tag, attributes in page.tags if tag == "h2" and "id" in attributes}
-        links = {str(attributes["href"])[1:] for tag, attributes in page.tags if tag == "a" and "href" in attributes}
-        assert links in (ids, set())
-        assert bool(links) == (len(ids) > 3)
 
 
 @pytest.mark.parametrize(
@@ -581,21 +422,13 @@ def test_the_contents_lead_to_every_section_and_a_short_page_has_none() -> None:
 def test_forgetting_is_said_in_words_and_is_bad_news_where_a_rule_says_so(
     nll: float, limit: float | None, words: str
 ) -> None:
-    run = example_runs.forgetful_run()
+    run = example_runs.forgetful_run(nll)
     assert run.evaluation is not None
-    assert run.evaluation.general_text is not None
-    text = run.evaluation.general_text.model_copy(update={"nll": {"base": [340.0] * 64, "candidate": [nll] * 64}})
-    models = {
-        role: model and model.model_copy(update={"metrics": {**model.metrics, "general_loss": text.loss(role)}})
-        for role, model in run.evaluation.models.items()
-    }
-    evaluation = run.evaluation.model_copy(update={"models": models, "general_text": text})
     policy = example_runs.CONFIG.gate.model_copy(update={"worse_on_general_text_by": limit})
-    html = build_report(replace(run, evaluation=evaluation, decision=example_runs.decision(evaluation, policy)))
+    html = build_report(replace(run, decision=example_runs.decision(run.evaluation, policy)))
     assert words in Page(html).text.replace("\u00a0", " ")
-    assert bool(re.search(r'class="num worse" data-label="against base">1\.150 worse', html)) == (
-        nll == 455.0 and limit is not None
-    )
+    worse = re.search(r'class="num worse" data-label="against base">1\.150 worse', html)
+    assert bool(worse) == (nll == 455.0 and limit is not None)
 
 
 # What an OpenLineage server receives of a run, by OpenLineage's own client, over HTTP.
@@ -684,17 +517,16 @@ def test_a_server_that_refuses_fails_no_run(server: Server, store: Store, caplog
     assert "the-key" not in caplog.text
 
 
-def test_nothing_is_sent_where_no_server_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_known_by_its_id_or_address_and_nothing_is_sent_where_no_server_is_named(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kubeflow = "7506d98d-86d6-4032-ad2c-97c8dca660a4"
+    assert report.run_uuid(store, kubeflow) == kubeflow
+    assert report.run_uuid(store, "r1") == report.run_uuid(store, "r1") != report.run_uuid(store, "r2")
     for name in report.CONFIGURED_BY:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(report, "events_of", None)
     report.emit(CONFIG, store, promoted_run())
-
-
-def test_a_run_is_known_by_kubeflow_s_id_or_by_one_that_its_name_gives(store: Store) -> None:
-    kubeflow = "7506d98d-86d6-4032-ad2c-97c8dca660a4"
-    assert report.run_uuid(store, kubeflow) == kubeflow
-    assert report.run_uuid(store, "r1") == report.run_uuid(store, "r1") != report.run_uuid(store, "r2")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from components.registry.versions import publish_version
 from components.report.registry_page import read_adapter
 from components.report.report import run_report
 from components.store.store import Store
-from tests.components.report.example_runs import CONFIG, leave_files, night
+from tests.components.report.example_runs import CONFIG, night
 
 OF_ICD = CONFIG.model_copy(update={"adapter": CONFIG.adapter.model_copy(update={"name": "icd"})})
 
@@ -57,18 +57,3 @@ def test_the_report_of_a_run_that_promotes_takes_below_20_requests_whatever_ther
     few, many = asked
     assert len(few) == len(many) < 20, "\n".join(many)
     assert [each for each, times in Counter(many).items() if times > 1] == []
-
-
-def test_each_file_of_the_run_is_read_once_and_none_is_asked_for_that_is_not_there(
-    store: Store, sent: list[str]
-) -> None:
-    for number in range(2):
-        night(store, number, promotes=True)
-        folder = f"runs/night-{number}/"
-        leave_files(store, f"night-{number}")
-        files = {info.key for info in store.list(folder)}
-        sent.clear()
-        run_report(OF_ICD, store, f"night-{number}")
-    assert len(files) == 10
-    assert Counter(each for each in sent if each.startswith(f"GET {folder}")) == Counter(f"GET {key}" for key in files)
-    assert len(sent) - len(files) == 18, "\n".join(sent)

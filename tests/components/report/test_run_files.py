@@ -1,4 +1,4 @@
-"""What a report says of errors and of what to do now. The judge of a command is the command line's own parser."""
+"""What a report says of errors, of cost, and of what to do now. The judge of a command is the command line's parser."""
 
 import io
 import json
@@ -11,17 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.records import runs
-from components.records.steps import Evaluation, Measured
-from components.registry.versions import Version, publish_version
 from components.report.comparison import rules
-from components.report.report import build_report, read_run
-from components.report.run_files import Wrong, by_class, matrix, sentence, wrong_answers
-from components.report.sections import headline, next_steps
-from components.store.store import Store
+from components.report.report import build_report
+from components.report.run_files import Wrong, by_class, wrong_answers
+from components.report.sections import cost, costs, headline, next_steps
 from pipelines import cli
 from tests.components.report import example_runs
-from tests.components.report.example_runs import CONFIG
+from tests.components.report.example_runs import CHAMPION
 
 CONFUSION = {"labels": ["red", "blue", "(another answer)"], "counts": [[6, 3, 1], [0, 4, 0], [0, 0, 0]]}
 
@@ -37,16 +33,11 @@ def test_wrong_answers_are_those_that_are_not_exact() -> None:
     columns = {"id": ["a", "b", "c"], "prompt": prompts, "reference": ["x", "y", "z"]}
     body = as_parquet(**columns, candidate_answer=["x", "no", ""], candidate_exact_match=[1.0, 0.0, 0.0])
     assert wrong_answers(body) == [Wrong("b", "question 1", "y", "no"), Wrong("c", "question 2", "z", "")]
-    assert wrong_answers(as_parquet(id=["a"])) == []  # as release 0.1.0's stand-ins
+    assert wrong_answers(as_parquet(id=["a"])) == []
 
 
 def test_classes_stand_worst_first_with_what_they_are_taken_for() -> None:
-    red, blue = by_class(CONFUSION)
-    assert (red.name, red.records, red.share, red.mistaken_for) == ("red", 10, "60%", "blue (3), (another answer) (1)")
-    assert (blue.name, blue.share, blue.mistaken_for) == ("blue", "100%", "")
-    drawn = matrix(CONFUSION)
-    assert drawn is not None
-    assert [label for label, _ in drawn.rows] == ["red", "blue"]
+    assert by_class(CONFUSION) == [("red", 10, 0.6, "blue (3), (another answer) (1)"), ("blue", 4, 1.0, "")]
     assert by_class(None) == []
 
 
@@ -61,81 +52,79 @@ def test_the_page_shows_both_and_escapes_what_was_said() -> None:
     (rest,) = re.findall('<script type="application/json" id="wrong-rest">(.*?)</script>', page)
     assert json.loads(rest) == [[said, str(place), "a", "(empty answer)"] for place in range(100, 2500)]
     assert page.count('data-label="Reference"') == 100
+    assert ">60%</td>" in page
     assert ">blue (3), (another answer) (1)<" in page
+    (matrix,) = re.findall(r'<table class="matrix">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    assert re.findall(r'<tr><th scope="row">(\w+)', matrix) == ["red", "blue"]  # whose records were asked
+    assert re.findall(r"<strong>(\d+)</strong>", matrix) == ["6", "4"]
 
 
 def test_rules_that_failed_come_first() -> None:
-    states = [row.rule.short for row in rules(example_runs.held_run())]
+    states = [rule.short for rule, _, _ in rules(example_runs.held_run())]
     assert states[0] == "failed"
     assert states == sorted(states, key=["failed", "cannot tell", "needs approval", "passed"].index)
 
 
 def test_each_next_step_is_a_command_that_exists() -> None:
-    for run in (example_runs.promoted_run(), example_runs.held_run()):
-        steps = next_steps(run)
-        assert steps[0][0] == f"fineloop chat {run.adapter}@{run.version}"
-        for command, _ in steps:
-            cli.parser().parse_args(shlex.split(command)[1:])
-    assert [step[0].split()[1:3] for step in next_steps(example_runs.promoted_run())][-1] == ["adapters", "rollback"]
-    assert [step[0].split()[1] for step in next_steps(example_runs.held_run())][-1] == "replay"
+    last = []
+    for run in (example_runs.promoted_run(), example_runs.held_run(), example_runs.waiting_run()):
+        steps = [shlex.split(command) for command, _ in next_steps(run)]
+        assert steps[0] == ["fineloop", "chat", f"{run.adapter}@{run.version}"]
+        for command in steps:
+            cli.parser().parse_args(command[1:])
+        last.append(steps[-1][1:3])
+    assert [last[0], last[1][0], last[2]] == [["adapters", "rollback"], "replay", ["adapters", "approve"]]
 
 
-# What the report says of a run that went on from a version.
-
-NAME = CONFIG.adapter.name
-
-
-def trained(
-    store: Store,
-    run_id: str,
-    *,
-    loss: float,
-    parents: tuple[str, ...] = (),
-    dataset: str = "d1",
-    rate: float = 1e-3,
-    records: int = 250,
-) -> Version:
-    """A version with its run's comparison."""
-    start = "production" if parents else "base"
-    kept = 0.5 if parents else 0.0
-    train = {"learning_rate": rate, "start_from": start, "start_share": kept}
-    config = {"train": train, "method": {"name": "lora"}}
-    lineage = {"run_id": run_id, "config": config, "dataset": {"dataset_id": dataset}, "parents": list(parents)}
-    files = {"adapter_model.safetensors": run_id.encode(), "adapter_config.json": b"{}"}
-    version = publish_version(store, NAME, files, lineage=lineage)
-    models = {"candidate": Measured(version=version.version, metrics={"loss": loss})}
-    runs.write(store, run_id, Evaluation(run_id=run_id, dataset_id=dataset, records=records, models=models))
-    return version
+def test_where_a_training_began_is_told() -> None:
+    run = example_runs.promoted_run()
+    assert headline(run).lead.endswith(f"It went on from {CHAMPION}.")
+    assert run.lineage is not None
+    assert "went on" not in headline(replace(run, lineage={**run.lineage, "parents": []})).lead
 
 
-def sentence_of(store: Store, run_id: str) -> str:
-    return sentence(read_run(CONFIG, store, run_id))
-
-
-def test_what_going_on_gained_is_told_against_the_same_training_from_the_base(store: Store) -> None:
-    first = trained(store, "first", loss=0.5, dataset="d0")
-    afresh = trained(store, "afresh", loss=0.3)
-    trained(store, "goes-on", loss=0.27, parents=(first.uri,))
-    assert sentence_of(store, "goes-on") == (
-        f"It went on from {first.version}. Compared with {afresh.version}, which the same config trained from the base "
-        "on the same data: 0.030 better in nats per answer token, as far as one run of each can tell."
-    )
-    assert sentence_of(store, "goes-on") in headline(read_run(CONFIG, store, "goes-on")).lead
-    assert sentence_of(store, "afresh") == ""
+# What a training cost, beside figures worked out by hand: four workers for an hour and a half are 6 hours.
+USED = {
+    "workers": 4, "gpu": "", "held_s": 21600.0, "in_steps_s": 16200.0, "tokens": 12_000_000, "restarts": 0,
+    "steps_repeated": 0, "flops": None, "flops_with_parents": None, "s3_requests": 1, "s3_read_bytes": 2_500_000,
+    "s3_written_bytes": 0, "price": None, "price_source": "",
+}  # fmt: skip
+ASKED = "1 S3 request of the workers, 2.5 MB read, 0.0 MB written"
+PRICED = {"gpu": "NVIDIA H100", "price": 41.28, "price_source": "AWS p5.48xlarge / 8, November 2026"}
+AGAIN = {"restarts": 1, "steps_repeated": 40, "flops": 2e18, "flops_with_parents": 5e18}
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"dataset": "d2"}, {"rate": 2e-3}, {"parents": ("s3://b/adapters/x/versions/v1",)}, {"records": 100}],
+    ("usage", "result", "text"),
+    [
+        (
+            {},
+            {},
+            f"6.00 worker-hours until the last step, 75% of them in steps; 2,000,000 tokens a worker-hour; {ASKED}",
+        ),
+        (
+            PRICED,
+            {},
+            "6.00 GPU-hours until the last step, 75% of them in steps; 2,000,000 tokens a GPU-hour; "
+            f"{ASKED}; $41.28 (AWS p5.48xlarge / 8, November 2026)",
+        ),
+        ({}, {"resumed_from_step": 100}, f"6.00 worker-hours of the job that took the last step; {ASKED}"),
+        (
+            AGAIN,
+            {"resumed_from_step": 100},
+            "6.00 worker-hours of the job that took the last step; 1 restart, 40 steps taken twice; 2e+18 FLOPs, 5e+18 "
+            f"with what it went on from; {ASKED}",
+        ),
+    ],
 )
-def test_a_training_that_differs_in_more_than_its_start_is_no_comparison(store: Store, other: dict[str, Any]) -> None:
-    first = trained(store, "first", loss=0.5, dataset="d0")
-    trained(store, "other", loss=0.3, **other)
-    trained(store, "goes-on", loss=0.27, parents=(first.uri,))
-    assert sentence_of(store, "goes-on") == f"It went on from {first.version}."
-
-
-def test_before_anything_was_measured_only_where_it_began_is_told(store: Store) -> None:
-    first = trained(store, "first", loss=0.5)
-    trained(store, "goes-on", loss=0.27, parents=(first.uri,))
-    assert sentence(replace(read_run(CONFIG, store, "goes-on"), evaluation=None)) == f"It went on from {first.version}."
+def test_a_training_says_what_it_cost(usage: dict[str, Any], result: dict[str, Any], text: str) -> None:
+    run = example_runs.promoted_run()
+    steps = [
+        step.model_copy(update={"result": {**step.result, "usage": {**USED, **usage}, **result}})
+        if step.step == "finetune"
+        else step
+        for step in run.steps
+    ]
+    assert cost(replace(run, steps=steps)) == text
+    assert ("Training cost", text) in costs(replace(run, steps=steps))
+    assert costs(run) == []
