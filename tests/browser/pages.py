@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from components.records.steps import TextLosses
+from components.records.steps import HarnessScores, TaskScore, TextLosses
 from components.registry.versions import publish_version
 from components.report.registry_page import write_pages
 from components.report.report import Beside, Column, build_preview, build_report, build_side_by_side
@@ -48,14 +48,15 @@ def reports() -> dict[str, str]:
 
 def full_run() -> RunFiles:
     """The promoted run with all that an evaluation may measure, its wrong answers and its classes."""
-    run, unlearned = example_runs.promoted_run(), example_runs.unlearned_run()
+    run = example_runs.promoted_run()
     assert run.evaluation
-    assert unlearned.evaluation
     text = TextLosses(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [352.0] * 64})
     models = {
         role: model and model.model_copy(update={"metrics": {**model.metrics, "general_loss": text.loss(role)}})
         for role, model in run.evaluation.models.items()
     }
+    passed = {"base": 0.75, "champion": 0.71, "candidate": 0.17}
+    scores = {role: (TaskScore(task="json", metric="passes", value=share),) for role, share in passed.items()}
     wrong = wrong_answers(WRONG)
     counts = [
         [sum((each.reference, each.answer) == (one, other) for each in wrong) for other in CLASSES] for one in CLASSES
@@ -66,7 +67,7 @@ def full_run() -> RunFiles:
         update={
             "models": models,
             "general_text": text,
-            "harness": unlearned.evaluation.harness,
+            "harness": HarnessScores(lm_eval="0.4.13", tasks=("json",), scores=scores),
             "confusion": {"labels": [*CLASSES], "counts": counts},
         }
     )

@@ -33,12 +33,9 @@ def two_runs() -> list[str]:
     for options in ([], ["--set", "train.epochs=2", "--note", NOTE])[len([*home.glob("runs/*")]) :]:
         done = fineloop("run", "--home", home, *options, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-    runs: list[dict[str, str]] = body(listed())["runs"]
+    listed = fineloop("runs", "list", "--store", "--home", HOME, "--json", cwd=ROOT)
+    runs: list[dict[str, str]] = body(listed)["runs"]
     return [run["run_id"] for run in reversed(runs)]
-
-
-def listed() -> "subprocess.CompletedProcess[str]":
-    return fineloop("runs", "list", "--store", "--home", HOME, "--json", cwd=ROOT)
 
 
 def go_to(file: Path, page: "Page") -> None:

@@ -87,11 +87,6 @@ class Year:
     """How many of them were promoted."""
 
 
-def in_production(trainer: Trainer, policy: GateConfig) -> Sequence[float]:
-    """The true loss of what the alias points to after each night."""
-    return year(trainer, policy).held
-
-
 def year(trainer: Trainer, policy: GateConfig, *, records: int = RECORDS, seed: int = 0, shrinks: bool = True) -> Year:
     """A hundred nights; without `shrinks` a champion is as measured, whatever chose it."""
     random = np.random.default_rng(seed)

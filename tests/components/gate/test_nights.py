@@ -3,9 +3,7 @@
 import pytest
 
 from components.config.gate import GateConfig
-from tests.components.gate.nights import NIGHTS, Trainer, in_production, lost_of_the_best
-
-POLICY = GateConfig()
+from tests.components.gate.nights import NIGHTS, Trainer, lost_of_the_best, year
 
 
 @pytest.mark.parametrize(
@@ -19,13 +17,13 @@ POLICY = GateConfig()
 def test_production_stays_inside_the_total_budget(trainer: Trainer, promoted: int) -> None:
     """It is never truly worse than what it once was by more, though the gate lets some, or most, candidates pass: by
     0.004, 0.040, 0.004 and 0.005 nats per token."""
-    held = in_production(trainer, POLICY)
-    assert lost_of_the_best(held) <= POLICY.total_budget
+    held = year(trainer, GateConfig()).held
+    assert lost_of_the_best(held) <= GateConfig().total_budget
     assert len(set(held)) >= promoted
 
 
 def test_without_the_budget_small_steps_down_add_up() -> None:
     """What the budget is for: each night is within the margin of the one before, and all of them are half a nat."""
     decaying = Trainer(apart=0.1, on_the_whole=0.002, decay=0.005)
-    held = in_production(decaying, GateConfig(worse_than_best_by=99.0))
+    held = year(decaying, GateConfig(worse_than_best_by=99.0)).held
     assert lost_of_the_best(held) == pytest.approx(NIGHTS * decaying.decay, abs=0.02)

@@ -12,14 +12,13 @@ from components.config.gate import ApprovalConfig, GateConfig
 from components.gate.policy import decide
 from components.records import runs
 from components.records.steps import (
+    ROLES,
     Decision,
     Evaluation,
-    HarnessScores,
     Measured,
     PairedDifference,
     RuleResult,
     StepRecord,
-    TaskScore,
     TextLosses,
 )
 from components.registry.aliases import Cause, promote
@@ -113,9 +112,7 @@ def evaluation(
                 "id": f"r{index}",
                 "prompt": [{"role": "user", "content": prompt}],
                 "reference": reference,
-                "base": of_base,
-                "champion": of_champion if champion is not None else None,
-                "candidate": of_candidate,
+                **dict(zip(ROLES, (of_base, of_champion if champion else None, of_candidate), strict=True)),
             }
             for index, (prompt, reference, of_base, of_champion, of_candidate) in enumerate(SAMPLES)
         ],
@@ -260,33 +257,9 @@ def forgetful_run(nll: float = 455.0) -> RunFiles:
         for found in [{"general_loss": text.loss(role), "kl_from_base": own.above_base(role)}]
     }
     measured = measured.model_copy(update={"models": models, "general_text": text, "own_answers": own})
-    return replace(
-        promoted_run(),
-        evaluation=measured,
-        decision=decision(
-            measured, CONFIG.gate.model_copy(update={"worse_on_general_text_by": 0.5, "kl_from_base_at_most": 0.5})
-        ),
-        steps=steps("prepare", "finetune", "evaluate", "gate"),
-    )
-
-
-def unlearned_run() -> RunFiles:
-    """As good on its task as the promoted one; it writes no JSON any more."""
-    measured = promoted_run().evaluation
-    assert measured is not None
-    passed = {"base": 18, "champion": 17, "candidate": 4}
-    scores = {
-        role: (TaskScore(task="json", metric="passes", value=n / 24, passes=tuple(place < n for place in range(24))),)
-        for role, n in passed.items()
-    }
-    harness = HarnessScores(lm_eval="0.4.13", tasks=("json",), scores=scores)
-    measured = measured.model_copy(update={"harness": harness})
-    return replace(
-        promoted_run(),
-        evaluation=measured,
-        decision=decision(measured, CONFIG.gate.model_copy(update={"lm_eval_worse_by": {"json": 0.1}})),
-        steps=steps("prepare", "finetune", "evaluate", "gate"),
-    )
+    policy = CONFIG.gate.model_copy(update={"worse_on_general_text_by": 0.5, "kl_from_base_at_most": 0.5})
+    held = {"decision": decision(measured, policy), "steps": steps("prepare", "finetune", "evaluate", "gate")}
+    return replace(promoted_run(), evaluation=measured, **held)
 
 
 def waiting_run() -> RunFiles:

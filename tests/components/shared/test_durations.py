@@ -6,16 +6,10 @@ from components.shared.protocol import duration, estimated_duration
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0 s"),
-        (0.25, "0.25 s"),
-        (4, "4 s"),
-        (59.9, "59.9 s"),
-        (59.97, "1 min 00 s"),
-        (214, "3 min 34 s"),
-        (3599.6, "1 h 00 min"),
-        (7260, "2 h 01 min"),
+        (0, "0 s"), (0.25, "0.25 s"), (4, "4 s"), (59.9, "59.9 s"), (59.97, "1 min 00 s"), (214, "3 min 34 s"),
+        (3599.6, "1 h 00 min"), (7260, "2 h 01 min"),
     ],
-)
+)  # fmt: skip
 def test_a_measured_duration_is_told_to_what_matters_at_its_length(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 

@@ -23,12 +23,8 @@ def test_a_number_has_as_many_digits_as_people_read_and_as_keep_it_apart(
 
 
 def test_shares_are_in_per_cent_and_their_differences_in_points() -> None:
-    assert (MATCH.text(0.72), MATCH.amount_text(-0.04), MATCH.bound_text(0.3), MATCH.margin_text(0.05)) == (
-        "72.0 %",
-        "4.0 points",
-        "30 %",
-        "5 points",
-    )
+    texts = MATCH.text(0.72), MATCH.amount_text(-0.04), MATCH.bound_text(0.3), MATCH.margin_text(0.05)
+    assert texts == ("72.0 %", "4.0 points", "30 %", "5 points")
     assert MATCH.signed_text(-0.04) == "−4.0 points"  # noqa: RUF001 - a true minus sign
 
 

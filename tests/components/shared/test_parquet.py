@@ -21,20 +21,18 @@ assert os.listdir("/proc/self/task") == before
 """
 
 
-@pytest.fixture
-def table() -> pa.Table:
-    return pa.table({"id": [f"r{number}" for number in range(500)], "loss": [number / 7 for number in range(500)]})
+TABLE = pa.table({"id": [f"r{number}" for number in range(500)], "loss": [number / 7 for number in range(500)]})
 
 
 @pytest.fixture
-def body(table: pa.Table) -> bytes:
+def body() -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=100)
+    pq.write_table(TABLE, sink, row_group_size=100)
     return sink.getvalue()
 
 
-def test_a_table_is_what_was_written(table: pa.Table, body: bytes) -> None:
-    assert table_of(body).equals(table)
+def test_a_table_is_what_was_written(body: bytes) -> None:
+    assert table_of(body).equals(TABLE)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux lists a process's threads")
