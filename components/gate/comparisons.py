@@ -430,20 +430,21 @@ def within(
         undecided = on_prompts and not passed and upper >= bound - ROUNDING
         demand = f"{words} {metric.bound_text(bound)} is required."
         if on_prompts:
-            ends = ""
+            ends, doubt = "", "may not " if undecided else "do not "
             if between:
                 sure = f"each with {confidence * 100:.6g} % confidence"
                 ends = f", between {metric.text(lower)} and {metric.text(upper)}, {sure}"
                 fields |= {"gain": gain, "lower": lower, "upper": upper, "confidence": confidence}
                 fields["records_needed"] = records_to_decide(between, bound, confidence) if undecided else None
             text = (
-                f"Answers {'' if passed else 'may not ' if undecided else 'do not '}depend on their prompts: seeing "
-                f"its own prompt instead of another record's helps by {metric.with_unit(gain, bound)}{ends}; {demand}"
+                f"Answers {'' if passed else doubt}depend on their prompts: seeing its own prompt instead of another "
+                f"record's helps by {metric.with_unit(gain, bound)}{ends}; {demand}"
             )
             text += "" if passed else " Are prompts and answers shuffled or mislabelled in the data?"
         else:
-            where = "within" if passed else "below" if is_min else "above"
-            text = f"The candidate's {metric.label} of {metric.with_unit(ours, bound)} is {where} the limit: {demand}"
+            beyond, shown = "below" if is_min else "above", metric.with_unit(ours, bound)
+            where = "within" if passed else beyond
+            text = f"The candidate's {metric.label} of {shown} is {where} the limit: {demand}"
         yield RuleResult(**fields, passed=passed, undecided=undecided, text=text)
 
 
