@@ -19,20 +19,8 @@ from components.shared.protocol import say
 with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.base import base_model
-    from ray_jobs.planning.capacity import (
-        Device,
-        WorstBatch,
-        advised,
-        chosen,
-        counts,
-        disk_bytes,
-        evaluated,
-        named_device,
-        records_at_once,
-        records_to_evaluate,
-        settled,
-        step_of,
-    )
+    from ray_jobs.planning import capacity
+    from ray_jobs.planning.capacity import Device, WorstBatch
     from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan, speed
     from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
@@ -60,7 +48,7 @@ def main() -> None:
         for line in cautions(config):
             say(STEP, line)
         say(STEP, f"rehearsing a training step of {config.model.base}, without its weights")
-        body = planned(config, base, named_device(config))
+        body = planned(config, base, capacity.named_device(config))
         if arguments.all_methods:
             say(STEP, f"the same for all {len(METHODS)} methods")
             body["methods"] = compared(config, base)
@@ -74,10 +62,11 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     the minimum number, where each holds the most."""
     rehearsal = Rehearsal.of(config, base)
     batch = WorstBatch.planned(config)
-    choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
-    better = advised(config, rehearsal, batch, device.safe) if device.safe else None
+    choice = capacity.chosen(capacity.settled(config, rehearsal, batch, device), rehearsal, batch)
+    better = capacity.advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
-    step, reading = step_of(config, rehearsal, batch), evaluated(config, rehearsal, batch)
+    fitting = capacity.records_to_evaluate(config, rehearsal, batch, device) if device.memory else None
+    step, reading = capacity.step_of(config, rehearsal, batch), capacity.evaluated(config, rehearsal, batch)
     return {
         "method": config.method.name,
         **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
@@ -85,21 +74,21 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "rank": config.method.r,
         "learning_rate": config.learning_rate,
         "parameters": stats.parameters,
-        **counts(stats),
+        **capacity.counts(stats),
         "memory_bytes": choice.parts.as_json(),
         "host_memory_bytes": choice.parts.host,
         "pod_memory_bytes": config.ray.cluster.worker_bytes(config.ray.max_workers),
-        "disk_bytes": disk_bytes(config, base, stats),
+        "disk_bytes": capacity.disk_bytes(config, base, stats),
         "expert_bytes": BF16 * stats.experts,
         "evaluation": {
             "memory_bytes": reading.as_json(),
             "batch_size": config.evaluate.batch_size,
             "fits": device.holds(reading.total),
-            "fitting_batch_size": records_to_evaluate(config, rehearsal, batch, device) if device.memory else None,
+            "fitting_batch_size": fitting,
         },
         "activations_are_rough": step.is_estimate,
         "zero_stage": train.zero_stage,
-        "micro_batch_size": records_at_once(config, batch.length),
+        "micro_batch_size": capacity.records_at_once(config, batch.length),
         "gradient_checkpointing": train.gradient_checkpointing,
         "activation_offloading": train.activation_offloading,
         "cpu_offload": train.cpu_offload,
@@ -145,8 +134,8 @@ def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]
         # The memory of a step depends on the adapter alone, not on how the base is stored or the update is scaled.
         alike = rehearsed.setdefault((method.row.adapter, method.r), rehearsal)
         batch = WorstBatch.planned(other)
-        memory = chosen(other, rehearsal, batch, step_of(other, alike, batch)).parts.as_json()
-        rows.append({**row, **counts(rehearsal.stats), "memory_bytes": memory})
+        memory = capacity.chosen(other, rehearsal, batch, capacity.step_of(other, alike, batch)).parts.as_json()
+        rows.append({**row, **capacity.counts(rehearsal.stats), "memory_bytes": memory})
     return rows
 
 
@@ -154,7 +143,7 @@ def _full_fine_tuning(
     config: RunConfig, base: "PretrainedConfig", batch: WorstBatch, adapter_parts: Parts
 ) -> dict[str, Any]:
     """The same training with all weights of the base trained, in bfloat16 with float32 master weights."""
-    train, records = config.train, records_at_once(config, batch.length)
+    train, records = config.train, capacity.records_at_once(config, batch.length)
     whole = Rehearsal(
         base, None, reference=config.model.base, use_gpu=config.ray.use_gpu, attention=config.model.attention
     )

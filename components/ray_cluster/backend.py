@@ -1,9 +1,8 @@
 """What the two backends have in common: a job, its attempts, its log and how it ended."""
 
-import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TextIO, TypeVar
 
@@ -11,10 +10,6 @@ from components.shared.protocol import end_of, readable
 
 UNREACHABLE_S = 30.0  # how long the cluster may be out of reach in the middle of a job before the step gives up on it
 STOP_S = 10.0  # how long a stopped job may take to end
-
-READING_SHARE = 0.1
-"""Largest share of the time to spend on reading a log: every source returns all of it each time, however long."""
-LONGEST_REST_S = 15.0
 
 T = TypeVar("T")
 
@@ -146,23 +141,9 @@ class LogCopy:
         self.text, self._copied = "", 0
 
 
-class Turns:
-    """When a log is read again: the duration of one reading sets the pause after it."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._rests_until = clock, 0.0
-
-    @property
-    def is_due(self) -> bool:
-        return self._clock() >= self._rests_until
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Measure one reading; one that raises does not count."""
-        began = self._clock()
-        yield
-        ended = self._clock()
-        self._rests_until = ended + min((ended - began) * (1 / READING_SHARE - 1), LONGEST_REST_S)
+def rest_s(took_s: float) -> float:
+    """How long a log is left alone after a reading: every source returns all of it each time, however long."""
+    return min(9 * took_s, 15.0)
 
 
 def _same_place(copied: str, text: str) -> int:

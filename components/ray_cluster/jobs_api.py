@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, Turns, repeated
+from components.ray_cluster.backend import STOP_S, UNREACHABLE_S, Job, JobEnd, LiveJob, LogCopy, State, repeated, rest_s
 from components.shared.errors import JobError, UserError
 from components.shared.machine import in_environment
 
@@ -74,16 +74,14 @@ class JobsApi:
 
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
         """Ask for the status every `poll_s`, and for the log when it is due or the job has ended."""
-        deadline, turns = time.monotonic() + job.timeout_s, Turns(time.monotonic)
-
-        def read() -> str:
-            with turns.reading():
-                return str(self._client.get_job_logs(job_id))
-
+        deadline, due = time.monotonic() + job.timeout_s, 0.0
         while True:
             status = _call("read the job's status", lambda: self._client.get_job_status(job_id), UNREACHABLE_S)
-            if status.is_terminal() or turns.is_due:
-                log.take(_call("read the job's log", read, UNREACHABLE_S), final=status.is_terminal())
+            if status.is_terminal() or time.monotonic() >= due:
+                began = time.monotonic()
+                text = _call("read the job's log", lambda: self._client.get_job_logs(job_id), UNREACHABLE_S)
+                due = time.monotonic() + rest_s(time.monotonic() - began)
+                log.take(str(text), final=status.is_terminal())
             if log.is_done:
                 return JobEnd("SUCCEEDED")
             if status == "FAILED":

@@ -16,7 +16,7 @@ from typing import Any
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster import rayjob_manifest as manifest
-from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State, Turns
+from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State, rest_s
 from components.ray_cluster.kubernetes_api import (
     KubernetesApi,
     Resource,
@@ -353,27 +353,28 @@ class JobLog:
     def __init__(
         self, api: KubernetesApi, name: str, copy: LogCopy, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._api, self._name, self._copy, self._turns = api, name, copy, Turns(clock)
+        self._api, self._name, self._copy, self._clock, self._due = api, name, copy, clock, 0.0
         self._refused: dict[str, float] = {}
 
     def read(self, status: dict[str, Any], *, final: bool) -> None:
         """Copy new output from the first source that answers; at the end also try those that did not answer before."""
-        if not final and not self._turns.is_due:
+        began = self._clock()
+        if not final and began < self._due:
             return
-        with self._turns.reading():
-            for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):
-                if not final and time.monotonic() < self._refused.get(source, 0.0):
-                    continue
-                try:
-                    text = ask(status)
-                except JobError as exc:
-                    if source not in self._refused:
-                        logger.warning("%s", exc)
-                    self._refused[source] = time.monotonic() + AGAIN_S
-                    continue
-                if text is not None:
-                    self._copy.take(text, source=source, final=final)
-                    return
+        for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):
+            if not final and time.monotonic() < self._refused.get(source, 0.0):
+                continue
+            try:
+                text = ask(status)
+            except JobError as exc:
+                if source not in self._refused:
+                    logger.warning("%s", exc)
+                self._refused[source] = time.monotonic() + AGAIN_S
+                continue
+            if text is not None:
+                self._copy.take(text, source=source, final=final)
+                break
+        self._due = self._clock() + rest_s(self._clock() - began)
 
     def restart(self) -> None:
         """Start over, because another cluster runs the job from its beginning."""

@@ -64,14 +64,8 @@ class RayHead:
         logs.unlink(missing_ok=True)
         logs.symlink_to(temp_dir / RAY_DIR / "session_latest" / "logs")
         command = [
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--head",
-            "--block",
-            f"--node-ip-address={LOOPBACK}",
-            f"--dashboard-host={LOOPBACK}",
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            *(f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}"),
             "--include-dashboard=true",  # it serves the Jobs API
             *[f"{flag}={port}" for flag, port in zip(PORT_FLAGS, own_ports, strict=True)],
             "--min-worker-port=0",  # any free one: the default range would collide with a second head's
@@ -98,9 +92,7 @@ class RayHead:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keep 127.0.0.1
             "RAY_START_HOOK": f"{__name__}.{lean.__name__}",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # no other node could take over
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DEDUP_LOGS": "0",
-            "RAY_COLOR_PREFIX": "0",
+            **dict.fromkeys(("RAY_USAGE_STATS_ENABLED", "RAY_DEDUP_LOGS", "RAY_COLOR_PREFIX"), "0"),
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # jobs run in this Python, however the command was started
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this node is never preempted
             "RAY_worker_niceness": "0",  # a worker's default of 15 would starve the training beside any other process

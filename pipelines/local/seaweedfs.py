@@ -71,20 +71,13 @@ class SeaweedFS:
             find_binary(),
             "-logtostderr=true",  # only into server.log, not into files in /tmp that are never removed
             "mini",
-            f"-dir={data}",
-            f"-ip={LOOPBACK}",
-            f"-ip.bind={LOOPBACK}",
-            "-webdav=false",
-            "-admin.ui=false",
-            "-disableHttp",
-            "-master.telemetry=false",
+            *(f"-dir={data}", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}"),
+            *("-webdav=false", "-admin.ui=false", "-disableHttp", "-master.telemetry=false"),
             "-master.resumeState=false",  # as in `weed master`; else the volumes may join only 5 s after a restart
             # Relative to its working directory: a socket's whole path has at most 107 bytes, and the default is /tmp.
             "-s3.localSocket=s3.sock",
             "-filer.localSocket=filer.sock",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            "-s3.autoCreateBucket=false",
+            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false"),
             "-volume.preStopSeconds=0",  # no other server routes to this volume
         ]
         for service, port, grpc_port in zip(SERVICES, ports[: len(SERVICES)], ports[len(SERVICES) :], strict=True):

@@ -1,14 +1,26 @@
-"""What a RayJob's status means: where it stands, how it ended, and how old it is."""
+"""What a RayJob's status and Kueue's conditions (as v0.19 writes them) tell of a job, its log, and a watch on it."""
 
+import io
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from components.config.ray import RayJobCluster
-from components.ray_cluster import rayjob
-from components.ray_cluster.backend import Job, JobEnd
-from components.ray_cluster.rayjob import describe, is_queued, state
+from components.ray_cluster import kubernetes_api, rayjob
+from components.ray_cluster.backend import Job, JobEnd, LogCopy
+from components.ray_cluster.kubernetes_api import Watched
+from components.ray_cluster.rayjob import (
+    HOPELESS_S,
+    QUOTA,
+    JobLog,
+    KueueQueue,
+    describe,
+    is_queued,
+    reason_to_wait,
+    state,
+)
 from components.shared.errors import JobError
 
 CLUSTER = RayJobCluster(kind="rayjob", pre_running_timeout_s=77)
@@ -121,3 +133,155 @@ def test_a_live_job_is_known_by_its_whole_run_id_and_its_age() -> None:
     assert found.age_s == pytest.approx(100, abs=30)
     by_hand = rayjob._live(job(metadata=meta))
     assert (by_hand.run_id, by_hand.kfp_run_id, by_hand.lifetime_s) == ("cut-off", "", 0)
+
+
+NEVER_FITS = (
+    "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, previously "
+    "considered podsets requests (0) + current podset request (16) > maximum capacity (8)"
+)
+"""pkg/scheduler/flavorassigner/flavorassigner.go, fitsResourceQuota."""
+PREEMPTED = (
+    "Preempted to accommodate a workload (UID: 9f5, JobUID: a20) due to prioritization in the ClusterQueue; "
+    "preemptor path: /fineloop; preemptee path: /fineloop"
+)
+"""pkg/scheduler/preemption/preemption.go, preemptionMessage."""
+
+
+def workload(*conditions: tuple[str, str, str], at: str = "2026-11-26T02:00:00Z", **spec: Any) -> dict[str, Any]:
+    listed = [{"type": kind, "status": status, "message": message} for kind, status, message in conditions]
+    return {"metadata": {"creationTimestamp": at}, "spec": spec, "status": {"conditions": listed}}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([], QUOTA),
+        ([workload()], QUOTA),
+        ([workload(("QuotaReserved", "True", "Quota reserved in ClusterQueue fineloop"))], QUOTA),
+        ([workload(("QuotaReserved", "False", NEVER_FITS))], NEVER_FITS),
+        (
+            [workload(("QuotaReserved", "False", "ClusterQueue fineloop is inactive"))],
+            "ClusterQueue fineloop is inactive",
+        ),
+        (
+            [workload(("Evicted", "True", PREEMPTED), ("QuotaReserved", "False", NEVER_FITS))],
+            f"{PREEMPTED}; {NEVER_FITS}",
+        ),
+        # The condition that QuotaReserved takes over from an eviction says the same.
+        ([workload(("Evicted", "True", PREEMPTED), ("QuotaReserved", "False", PREEMPTED))], PREEMPTED),
+        ([workload(("Evicted", "False", PREEMPTED), ("QuotaReserved", "False", NEVER_FITS))], NEVER_FITS),
+        ([workload(("QuotaReserved", "False", "old")), workload(at="2026-11-26T02:00:01Z")], QUOTA),
+    ],
+)
+def test_what_a_job_waits_for_is_said_in_kueues_words(found: list[dict[str, Any]], expected: str) -> None:
+    assert reason_to_wait(found) == expected
+
+
+def test_a_job_that_kueue_gave_up_says_how_it_goes_on() -> None:
+    """spec.active is false after too many times without pods, or because a person wants it so (workload_types.go)."""
+    assert "spec.active" in reason_to_wait([workload(active=False)])
+
+
+def waited(*reasons: str, message: str = NEVER_FITS) -> list[bool]:
+    """Whether there is no hope after each look, a minute apart, at which Kueue gives these reasons and this message."""
+    found, now = list[dict[str, Any]](), 0.0
+
+    class Api:
+        def workloads(self, _job_uid: str) -> list[dict[str, Any]]:
+            return found
+
+    queue, hopeless = KueueQueue(Api(), clock=lambda: now), []  # type: ignore[arg-type]
+    for reason in reasons:
+        found[:] = [workload(("QuotaReserved", "False", message))]
+        found[0]["status"]["conditions"][0]["reason"] = reason
+        assert queue.why("uid") == message
+        hopeless.append(queue.is_hopeless)
+        now += HOPELESS_S / 3 + 1
+    return hopeless
+
+
+@pytest.mark.parametrize("reason", ["ExceedsMaxQuota", "NoMatchingFlavor"])
+def test_a_reason_that_no_waiting_ends_must_stand_for_minutes(reason: str) -> None:
+    assert waited(*[reason] * 5) == [False, False, False, True, True]
+
+
+UNUSED = "couldn't assign flavors to pod set workers: insufficient unused quota for cpu in flavor any, 2 more needed"
+
+
+@pytest.mark.parametrize(
+    ("message", "never"),
+    [
+        (NEVER_FITS, True),
+        ("couldn't assign flavors to pod set workers: resource ephemeral-storage unavailable in ClusterQueue", True),
+        (
+            "couldn't assign flavors to pod set workers: untolerated taint {pool gpu NoSchedule <nil>} in flavor a10g",
+            True,
+        ),
+        (UNUSED, False),
+        (f"{NEVER_FITS}, insufficient unused quota for nvidia.com/gpu in flavor a100, 8 more needed", False),
+        ("The workload has failed admission checks", False),
+    ],
+)
+def test_a_kueue_that_always_says_pending_is_taken_at_its_words(message: str, never: bool) -> None:
+    """As 0.19.2 does by itself: seen on a cluster, with the first of these messages."""
+    assert waited(*["Pending"] * 5, message=message) == [False, False, False, never, never]
+
+
+def test_a_quota_that_is_raised_meanwhile_gives_hope_again() -> None:
+    reasons = ("ExceedsMaxQuota", "ExceedsMaxQuota", "WaitingForQuota", "ExceedsMaxQuota", "ExceedsMaxQuota")
+    assert waited(*reasons) == [False] * 5
+
+
+class Log(JobLog):
+    """The log of a job for which each look takes a second, or another time."""
+
+    look_s = 1.0
+
+    def __init__(self) -> None:
+        self.now, self.num_looks, self.output = 0.0, 0, io.StringIO()
+        super().__init__(None, "r", LogCopy(self.output), clock=lambda: self.now)  # type: ignore[arg-type]
+
+    def _dashboard(self, status: object) -> str:
+        self.now += self.look_s
+        self.num_looks += 1
+        return "".join(f"line {n}\n" for n in range(self.num_looks))
+
+
+def test_reading_a_log_takes_a_tenth_of_the_time_and_its_end_is_read_at_once() -> None:
+    log = Log()
+    while log.now < 1000:
+        log.read({}, final=False)
+        log.now += 0.25
+    assert 95 <= log.num_looks <= 100
+    log.read({}, final=True)
+    assert log.output.getvalue() == "".join(f"line {n}\n" for n in range(log.num_looks))
+    log.look_s = 60.0  # one slow look delays the next by a quarter of a minute
+    log.read({}, final=True)
+    num_looks, log.now = log.num_looks, log.now + 15.0
+    log.read({}, final=False)
+    assert log.num_looks == num_looks + 1
+
+
+def test_an_api_server_that_is_away_for_minutes_is_waited_for(monkeypatch, caplog):
+    """The job goes on without it; the step that follows it is not lost with the run. The clock is the test's."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, sleep=lambda _: None)
+    monkeypatch.setattr(kubernetes_api, "time", clock)
+
+    class Away:
+        def list(self, *_: object, **__: object) -> Any:
+            return [{"metadata": {"name": "job"}}], "1"
+
+        def events(self, *_: object, **__: object) -> Any:
+            raise ConnectionResetError
+
+        def refusal(self, what: str, _error: Exception) -> JobError:
+            return JobError(what)
+
+    watched = Watched(Away(), "job")  # type: ignore[arg-type] - a double of the API
+    watched.wait(0)
+    for clock.now in (1.0, 60.0, 300.0, 590.0):
+        assert watched.wait(0) is not None
+    assert [message.partition(":")[0] for message in caplog.messages] == ["the Kubernetes API is away"]
+    clock.now = 700.0
+    with pytest.raises(JobError, match="watch rayjobs"):
+        watched.wait(0)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from pipelines.local import guard
 from pipelines.local.server import ROOT, Service
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -80,38 +80,26 @@ class Machine:
         self.users.append(user)
         return user
 
-    def processes(self, service: Service) -> dict[int, str]:
-        """The keeper and all that descends from it: process id and start time, which together are unique."""
-        keeper = self.keeper_pid(service)
-        pids = {keeper, *guard.descendants(keeper)}
-        return {pid: started for pid in pids if (started := _start_time(pid)) is not None}
+    def processes(self, service: Service) -> set[psutil.Process]:
+        """The keeper and all that descends from it."""
+        keeper = psutil.Process(self.keeper_pid(service))
+        return {keeper, *keeper.children(recursive=True)}
 
     def keeper_pid(self, service: Service) -> int:
         endpoint = service.endpoint()
         assert endpoint is not None
         return int(endpoint["keeper_pid"])
 
-    def alive(self, processes: dict[int, str]) -> set[int]:
-        return {pid for pid, started in processes.items() if _start_time(pid) == started}
+    def alive(self, processes: set[psutil.Process]) -> set[psutil.Process]:
+        return {each for each in processes if _is_alive(each)}
 
-    def wait_gone(self, processes: dict[int, str]) -> None:
+    def wait_gone(self, processes: set[psutil.Process]) -> None:
         wait_until(lambda: not self.alive(processes), lambda: self.alive(processes))
 
-    def listeners(self, processes: dict[int, str]) -> dict[int, str]:
-        """Listening TCP ports of the processes, and the address that each is bound to, as the kernel writes it."""
-        sockets = set()
-        for pid in processes:
-            for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
-                with contextlib.suppress(OSError):
-                    sockets.add(str(descriptor.readlink()))
-        found = {}
-        for table in ("tcp", "tcp6"):
-            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                    address, port = fields[1].split(":")
-                    found[int(port, 16)] = address
-        return found
+    def listeners(self, processes: set[psutil.Process]) -> dict[int, str]:
+        """Listening TCP ports of the processes, and the address that each is bound to."""
+        sockets = [socket for each in processes for socket in each.net_connections("tcp")]
+        return {each.laddr.port: each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
 
     def close(self) -> None:
         for user in self.users:
@@ -125,12 +113,10 @@ class Machine:
             wait_until(lambda service=service: not service.is_kept(), f"{name} still runs after its last user")
 
 
-def _start_time(pid: int) -> str | None:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture

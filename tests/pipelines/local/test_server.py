@@ -1,17 +1,28 @@
-"""How a server is started, and on which ports, with one that serves files in place of the S3 server or the Ray head."""
+"""How a server is started, on which ports, and ended, with one that serves files in place of ours; and when a Ray head
+counts as up: the agent's path is that of Ray's own health check (dashboard/modules/reporter)."""
 
 import json
+import os
 import socket
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
+import grpc
 import pytest
 
 from components.shared.errors import GroundError
+from pipelines.local import guard
+from pipelines.local.ray_head import AGENT, PORT_FLAGS, RayHead
 from pipelines.local.server import ATTEMPTS, choose_ports, start
+from tests.doubles.http_server import serving
+from tests.waiting import wait_until
 
 FAILS = [sys.executable, "-c", "raise SystemExit('no room')"]
 
@@ -101,3 +112,112 @@ def test_new_ports_are_none_that_a_connection_may_begin_at(monkeypatch: pytest.M
     ports = choose_ports(4)
     assert len(set(ports)) == 4
     assert max(ports) < 32_768
+
+
+# A command that ignores SIGTERM and leaves a daemon in a session of its own, as a Ray job's driver does.
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() > 0:
+        os._exit(0)
+open(sys.argv[1] + f"/{os.getpid()}", "w").close()
+time.sleep(600)
+"""
+OWNER = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from pipelines.local import guard
+process = guard.start(
+    sys.argv[2:],
+    environment=dict(os.environ),
+    directory=Path.cwd(),
+    stdout=2,
+)
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def started(directory: Path, count: int) -> set[int]:
+    wait_until(lambda: len(list(directory.iterdir())) >= count)
+    return {int(path.name) for path in directory.iterdir()}
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {
+        pid
+        for pid in pids
+        if Path(f"/proc/{pid}/stat").exists()
+        and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    }
+
+
+def test_a_command_that_ignores_its_end_and_its_daemon_end_when_the_owner_is_killed(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", STUBBORN, str(tmp_path)]
+    root = str(Path(guard.__file__).parents[2])
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, root, *command], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    guard_pid = int(owner.stdout.readline())
+    pids = started(tmp_path, 2) | {guard_pid}
+    assert alive(pids) == pids
+    owner.kill()
+    owner.communicate()
+    wait_until(lambda: not alive(pids))
+
+
+def test_stop_ends_the_command_with_sigterm_first(tmp_path):
+    script = 'trap "echo asked > asked; exit 0" TERM; touch up; while :; do sleep 0.05; done'
+    with (tmp_path / "log").open("wb") as log:
+        process = guard.start(
+            ["/bin/sh", "-c", script], environment=dict(os.environ), stdout=log.fileno(), directory=tmp_path
+        )
+    wait_until((tmp_path / "up").exists)
+    guard.stop(process)
+    assert (tmp_path / "asked").read_text() == "asked\n"
+    guard.stop(process)  # harmless
+
+
+@contextmanager
+def answering(path: str) -> Iterator[int]:
+    """The port of a server that knows this path alone."""
+    with serving(lambda _verb, asked, *_: (200 if asked == path else 404, {})) as url:
+        port = urlsplit(url).port
+        assert port is not None
+        yield port
+
+
+@pytest.mark.parametrize(
+    ("agent_path", "up"),
+    [
+        pytest.param("/api/local_raylet_healthz", True, id="the agent"),
+        pytest.param("/", False, id="somebody else, who took its port"),
+        pytest.param(None, False, id="nobody yet"),
+    ],
+)
+def test_a_head_is_up_when_its_agent_is_which_starts_the_jobs(tmp_path: Path, agent_path: str | None, up: bool) -> None:
+    head = RayHead(tmp_path)
+    (tmp_path / "token").write_text("0" * 64)
+    ports = choose_ports(head.num_ports)
+    with answering("/api/jobs/") as ports[0]:
+        if agent_path is None:
+            assert head.answers(ports) == up
+            return
+        with answering(agent_path) as ports[PORT_FLAGS.index(AGENT)]:
+            assert head.answers(ports) == up
+
+
+@pytest.mark.parametrize("flag", [AGENT, "--dashboard-port"])
+def test_a_head_is_not_up_while_a_grpc_server_has_its_port(tmp_path: Path, flag: str) -> None:
+    """As another head's may: it greets a request with HTTP/2's settings, which is no status line."""
+    head = RayHead(tmp_path)
+    (tmp_path / "token").write_text("0" * 64)
+    ports = choose_ports(head.num_ports)
+    other = grpc.server(futures.ThreadPoolExecutor(1))
+    with answering("/api/local_raylet_healthz") as ports[PORT_FLAGS.index(AGENT)]:
+        ports[PORT_FLAGS.index(flag)] = other.add_insecure_port("127.0.0.1:0")
+        other.start()
+        assert not head.answers(ports)
+        other.stop(grace=None).wait()
