@@ -44,7 +44,6 @@ def live(request: pytest.FixtureRequest) -> Iterator[Live]:
 
 @pytest.fixture
 def step_image(request: pytest.FixtureRequest) -> str:
-    """Image that every step runs in."""
     return str(request.config.getoption("--step-image") or IMAGE)
 
 
@@ -67,7 +66,6 @@ def kind_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def _empty(settings: list[str], prefix: str) -> None:
-    """Delete all that is under a prefix of the bucket that the settings name."""
     keys = dict(each.split("=", 1) for each in settings)
     store = Store.open(RegistryConfig(bucket=keys.get("registry.bucket", "fineloop"), prefix=prefix))
     store.delete([entry.key for entry in store.list("")])

@@ -16,7 +16,6 @@ TASK = "finetune"
 
 
 def main(run_id: str, *rest: str) -> int:
-    """The exit code of a step that waits for it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     split = rest.index("--")
     config = config_file.load(DEFAULT_CONFIG, rest[:split])

@@ -14,8 +14,7 @@ from tests.cluster.kube import Kube, until
 from tests.cluster.live import OVER
 
 SCRATCH = "/scratch"
-START_S = 600.0
-"""By when an attempt runs: Argo waits for 30 s before the second, and 60 s before the third."""
+START_S = 600.0  # by when an attempt runs: Argo waits for 30 s before the second, and 60 s before the third
 
 
 class Held:
@@ -76,7 +75,6 @@ class Held:
         self._gone |= {self._uids[name] for name in pods}
 
     def state(self) -> str:
-        """Kubeflow's word for the run, once it is over."""
         return str(self._client.wait_for_run_completion(self.run_id, timeout=START_S, sleep_duration=2).state)
 
     def attempts(self) -> list[list[str]]:
@@ -91,7 +89,6 @@ class Held:
         return [[f"{each['phase']}: {each.get('message', '')}" for each in attempts] for attempts in steps]
 
     def clean_up(self) -> None:
-        """The run, which owns all else."""
         self._client.delete_run(self.run_id)
 
 

@@ -15,10 +15,8 @@ from typing import Any, TypeVar
 from infra.checks.manifests import KUBECTL
 
 ROOT = Path(__file__).resolve().parents[2]
-SOON_S = 600.0
-"""How long one thing may take on a busy node whose images are there."""
-STOP_S = 60.0
-"""By when nothing of a stopped run may hold a processor."""
+SOON_S = 600.0  # how long one thing may take on a busy node whose images are there
+STOP_S = 60.0  # by when nothing of a stopped run may hold a processor
 LEFT = "pods,jobs,services,configmaps,secrets,pvc,pv,rayclusters,rayjobs,workloads.kueue.x-k8s.io"
 STEP = {"pipelines.kubeflow.org/v2_component": "true"}  # by which the network policies know a step
 T = TypeVar("T")
@@ -35,12 +33,9 @@ class Followed:
 
     @property
     def text(self) -> str:
-        """All that it said."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def says(self, words: str, timeout_s: float = SOON_S) -> None:
-        """Wait until it does."""
-
         def said() -> bool:
             assert words in self.text or self.process.poll() is None, f"ended without {words!r}:\n{self.text}"
             return words in self.text
@@ -48,8 +43,6 @@ class Followed:
         until(said, f"{self.run_id} says {words!r}", timeout_s)
 
     def has_trained(self, step: int, timeout_s: float = 2 * SOON_S) -> None:
-        """Wait until it says that its training has taken so many steps."""
-
         def is_there() -> bool:
             assert self.process.poll() is None, f"ended before step {step}:\n{self.text}"
             return any(int(number) >= step for number in STEPS.findall(self.text))
@@ -57,7 +50,6 @@ class Followed:
         until(is_there, f"{self.run_id} is at step {step}", timeout_s)
 
     def end(self, timeout_s: float = 2 * SOON_S) -> int:
-        """Its exit code, once it has ended."""
         return self.process.wait(timeout_s)
 
 
@@ -74,12 +66,10 @@ class Kube:
 
     @property
     def prefix(self) -> str:
-        """Prefix of everything that its runs keep in the store."""
         return f"acceptance/{self.name}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment of a process that runs this checkout's code."""
         return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
     def kubectl(self, *arguments: str, body: Mapping[str, Any] | None = None, namespace: str = "") -> str:
@@ -103,7 +93,6 @@ class Kube:
     def start(
         self, *command: str, settings: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> Followed:
-        """Start a job of a command, and a process that waits for it."""
         run_id = f"{self.name}-{len(self.followed)}"
         return self._start(
             run_id, ["-m", "tests.cluster.follow", run_id, *self.settings, *settings, "--", *command], environment
@@ -125,13 +114,11 @@ class Kube:
         return started
 
     def rayjob(self, run_id: str) -> dict[str, Any]:
-        """The run's RayJob; {} where it is gone."""
         selector = f"fineloop.dev/run-id={run_id}"
         found = self.get("rayjobs", "-l", selector).get("items")
         return dict(found[-1]) if found else {}
 
     def pods(self, *labels: str) -> list[str]:
-        """Names of the pods with these labels that are not on their way out."""
         found = self.get("pods", "-l", ",".join(labels)).get("items", [])
         return [pod["metadata"]["name"] for pod in found if not pod["metadata"].get("deletionTimestamp")]
 
@@ -163,7 +150,6 @@ class Kube:
         return list(self.get("pods", "-l", selector).get("items", []))
 
     def clean_up(self) -> None:
-        """End what a test began."""
         for each in self.followed:
             if each.process.poll() is None:
                 each.process.kill()
@@ -224,7 +210,6 @@ class Kube:
 
 
 def until(look: Callable[[], T | None], what: str, timeout_s: float = SOON_S) -> T:
-    """What `look` sees, once it sees something."""
     deadline = time.monotonic() + timeout_s
     while not (seen := look()):
         assert time.monotonic() < deadline, f"after {timeout_s:.0f} s not: {what}"

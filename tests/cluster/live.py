@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_S = 3600.0
-"""How long a short run may take on a cluster whose nodes and images have to come first."""
-SOON_S = 900.0
-"""How long one thing of it may."""
+RUN_S = 3600.0  # how long a short run may take on a cluster whose nodes and images have to come first
+SOON_S = 900.0  # how long one thing of it may
 MINUTES = ("train.max_steps=240", "train.epochs=100", "train.early_stopping_patience=0")
 """What makes a training so long that something can happen to it: ten minutes on two small CPU workers."""
 COMPONENT = "app.kubernetes.io/component"
@@ -43,11 +41,9 @@ class Live:
     adapter: str
     started: list[str] = field(default_factory=list)
     schedules: list[str] = field(default_factory=list)
-    jobs: list[str] = field(default_factory=list)
-    """Names of Kubernetes Jobs."""
+    jobs: list[str] = field(default_factory=list)  # names of Kubernetes Jobs
 
     def fineloop(self, *arguments: str) -> Answered:
-        """Run a command against the server."""
         done = subprocess.run(
             [Path(sys.executable).parent / "fineloop", *arguments, "--json"],
             cwd=ROOT,
@@ -66,7 +62,6 @@ class Live:
         return answered
 
     def schedule(self, verb: str, *arguments: str, settings: Sequence[str] = ()) -> Answered:
-        """Do something with this adapter's schedule."""
         what = self._what(settings) if verb == "create" else ["--host", self.host]
         self.schedules = [self.adapter]
         answered = self.fineloop("schedule", verb, self.adapter, *what, *arguments)
@@ -74,26 +69,22 @@ class Live:
         return answered
 
     def run(self, run_id: str) -> dict[str, Any]:
-        """The run as `runs show` has it."""
         answered = self.fineloop("runs", "show", run_id, "--host", self.host)
         assert answered.exit_code == 0, answered.stderr
         return answered.body
 
     def runs(self) -> list[dict[str, Any]]:
-        """This adapter's runs, newest first."""
         found = self.fineloop("runs", "list", "--adapter", self.adapter, "--host", self.host)
         assert found.exit_code == 0, found.stderr
         listed: list[dict[str, Any]] = found.body["runs"]
         return listed
 
     def ended(self, run_id: str) -> dict[str, Any]:
-        """The run, once it is over."""
         return self.until(
             lambda: run if (run := self.run(run_id))["state"] in OVER else None, f"{run_id} is over", RUN_S
         )
 
     def production(self) -> str | None:
-        """The version that the alias points at."""
         where = [each for key in self.settings if key.startswith("registry.") for each in ("--set", key)]
         answered = self.fineloop("adapters", "list", self.adapter, *where)
         if answered.exit_code:
@@ -103,7 +94,6 @@ class Live:
         return promoted[0] if promoted else None
 
     def rayjobs(self, run_id: str) -> list[dict[str, Any]]:
-        """The run's RayJobs, those on their way out apart."""
         found = self._custom.list_namespaced_custom_object(
             "ray.io", "v1", self.namespace, "rayjobs", label_selector=f"fineloop.dev/run-id={run_id}"
         )
@@ -122,7 +112,6 @@ class Live:
         return rayjob
 
     def pods(self, *labels: str) -> list[str]:
-        """Running pods by their labels."""
         found = self._core.list_namespaced_pod(self.namespace, label_selector=",".join(labels)).items
         return [
             pod.metadata.name for pod in found if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp
@@ -139,7 +128,6 @@ class Live:
         self._core.delete_namespaced_pod(name, self.namespace)
 
     def patch_rayjob(self, name: str, body: dict[str, Any]) -> None:
-        """Change a RayJob."""
         self._custom.patch_namespaced_custom_object("ray.io", "v1", self.namespace, "rayjobs", name, body)
 
     def start_reaper(self, name: str) -> None:
@@ -150,7 +138,6 @@ class Live:
         self._batch.create_namespaced_job(self.namespace, body)
 
     def until(self, look: Callable[[], T | None], what: str, timeout_s: float = SOON_S) -> T:
-        """What `look` sees, once it sees something."""
         deadline = time.monotonic() + timeout_s
         while not (seen := look()):
             assert time.monotonic() < deadline, f"after {timeout_s:.0f} s not: {what}"
@@ -204,7 +191,6 @@ class Live:
 
 
 def _delete(delete: Callable[..., Any], *arguments: str, **options: str) -> None:
-    """Delete something that may go by itself meanwhile."""
     from kubernetes.client import ApiException
 
     try:

@@ -67,7 +67,6 @@ class Step:
 
     @property
     def pod(self) -> str:
-        """Name of the newest attempt's pod."""
         return f"{self.run_id}-{self.attempts}"
 
     def attempt(self) -> None:
@@ -96,11 +95,9 @@ class Step:
 
     @property
     def text(self) -> str:
-        """All that the newest attempt said."""
         return self._kube.kubectl("logs", self.pod)
 
     def says(self, words: str) -> None:
-        """Wait until its log has them."""
         until(lambda: words in self.text, f"{self.pod} says {words!r}")
 
     def ended(self) -> Ended:
@@ -113,7 +110,6 @@ class Step:
         self._kube.kubectl("patch", "workflow", self._kube.name, "--type", "merge", "-p", patch)
 
     def lose(self) -> None:
-        """Its pod, without a last second."""
         self._kube.kubectl("delete", "pod", self.pod, "--grace-period", "0", "--force", "--ignore-not-found")
 
     def evict(self) -> None:
@@ -125,11 +121,9 @@ class Step:
         self._kube.kubectl("exec", self.pod, "--", "dd", "if=/dev/zero", f"of={FILL}/full", "bs=1M", "count=30")
 
     def take_its_memory(self) -> None:
-        """More than there is."""
         self._kube.kubectl("exec", self.pod, "--", "touch", "/tmp/take")
 
     def clean_up(self) -> None:
-        """Its workflow owns all else."""
         self._kube.kubectl("delete", "workflow", self._kube.name, "--ignore-not-found")
 
 

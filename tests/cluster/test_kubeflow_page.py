@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["browser"]
 pytestmark = pytest.mark.cluster
 
-SHOWN_MS = 60_000
-"""The page asks Kubeflow's metadata for each layer of a graph."""
+SHOWN_MS = 60_000  # the page asks Kubeflow's metadata for each layer of a graph
 
 
 def opened(browser: "Browser", live: Live, run_id: str) -> "Page":

@@ -19,8 +19,7 @@ pytestmark = pytest.mark.cluster
 SLEEPS = "import sys, time; print('be' 'gan', flush=1); time.sleep(float(sys.argv[1])); print('is ' 'done', flush=1)"
 """Its words in two parts each, for Ray repeats the command in the log."""
 TRAINS = ("train.max_steps=80", "train.epochs=100", "train.early_stopping_patience=0")
-STOP_S = 60.0
-"""By when nothing of a stopped job may hold a processor."""
+STOP_S = 60.0  # by when nothing of a stopped job may hold a processor
 
 
 def sleeping(kube: Kube, seconds: int, *settings: str) -> Followed:

@@ -33,8 +33,7 @@ def planned_gb(published: Memory) -> float:
     return parts.total / 1e9
 
 
-FIRST = 3
-"""How many of the published trainings `make test` plans; `make slow` plans the others."""
+FIRST = 3  # how many of the published trainings `make test` plans; `make slow` plans the others
 
 
 @pytest.mark.parametrize(
