@@ -1,7 +1,8 @@
 """The table of methods: every name people know, as a row over orthogonal axes.
 
 Torch-free, so that the config refuses an illegal run before anything is started. Adding a method means adding a row
-here and, where peft has no class for it or its start changes the base, one file in `ray_jobs/adapters/`.
+here, also for a start of peft's own (`init_lora_weights`), and where peft has no class for it, one file in
+`ray_jobs/adapters/`.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,8 +63,8 @@ METHODS: dict[str, Method] = {
     "dvora": Method("dvora", "classic", "default", "bf16", 256, 30.0, "arXiv:2402.09353, section on DVoRA"),
     "loftq": Method("lora", "classic", "loftq", "nf4", 16, 0.5, "arXiv:2310.08659"),
 }
-OWN_BASE = frozenset(row.init for row in METHODS.values()) - {"default"}
-"""Values of `init` that make a base for the adapter, in `ray_jobs/adapters/<init>.py`."""
+OWN_BASE = frozenset({"loftq"})
+"""Values of `init` that make a base for the adapter; others are peft's own `init_lora_weights`."""
 
 
 # Which combinations of method, base and ZeRO stage are right, and for each that is not, why and what comes nearest.

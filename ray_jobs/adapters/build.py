@@ -2,17 +2,20 @@
 
 import json
 import re
+import shutil
 import signal
+import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.config.methods import OWN_BASE, Init
 from components.config.schema import MethodConfig
-from components.shared import machine
 from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import read_by_the_model
 
@@ -29,9 +32,6 @@ if TYPE_CHECKING:
 # transformers holds all experts of a layer in one three-dimensional parameter, which only LoRA can adapt (peft's
 # target_parameters) and which bitsandbytes does not quantise. Routers are adapted only where the config names them.
 
-ALL_LINEAR = "all-linear"
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Names that model configurations use for the number of experts in a layer."""
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names that architectures use for their routers: one part of a layer's dotted name."""
 
@@ -46,19 +46,17 @@ class Targets:
 
 
 def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str) -> Targets:
-    """Find the weights of a base, on any device, that `method` adapts.
-
-    Raises:
-        ConfigError: an adapter there could not be merged, peft does not support it, or the base would stay
-            unquantised.
-    """
+    """Find the weights of a base, on any device, that `method` adapts. Raises ConfigError: an adapter there could not
+    be merged, peft does not support it, or the base would stay unquantised."""
     if method.row.base != "bf16" and (dense := left_dense(model)):
-        kinds = " and ".join(dense)
-        share = _share(model, {name: each for weights in dense.values() for name, each in weights.items()})
+        weights = {name: weight for kind in dense.values() for name, weight in kind.items()}
+        share = sum(each.numel() for each in weights.values()) / sum(each.numel() for each in model.parameters())
         raise ConfigError(
-            f"method.base {method.row.base} quantises no {kinds}, and of {base_reference} they are {share:.0%}, which "
-            "would stay in bfloat16: set method.base=bf16"
+            f"method.base {method.row.base} quantises no {' and '.join(dense)}, and of {base_reference} they are "
+            f"{share:.0%}, which would stay in bfloat16: set method.base=bf16"
         )
+    from torch import nn
+
     experts = experts_of(model)
     head = model.get_output_embeddings()
     reading_text = {id(module) for module in (head, *model.get_decoder().modules())}
@@ -68,30 +66,57 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
     linear = {name: module for name, module in linear.items() if not name.endswith(read_by_the_model(model.config))}
     routers = {name for name in text if experts and not ROUTERS.isdisjoint(name.split("."))}
     wanted = method.target_modules
-    if wanted == ALL_LINEAR:
+    if wanted == "all-linear":
         targets = Targets([name for name in linear if name not in routers], _short(experts))
     else:
         matched = _named(layers, wanted)
-        if isinstance(wanted, list):
-            _require_found(wanted, [*layers, *experts], base_reference)
+        every = [*layers, *experts]
+        if missing := [each for each in wanted if not _named(every, [each])] if isinstance(wanted, list) else []:
+            last_parts = {name.rpartition(".")[2] for name in every}
+            raise ConfigError(
+                f"method.target_modules {missing!r} fits no layer of {base_reference}, whose layers are called "
+                f"{', '.join(sorted(part for part in last_parts if not part.isdigit()))}"
+            )
         adapted = [name for name in matched if name in text]
-        _require_mergeable(model, wanted, [layers[name] for name in adapted], base_reference)
-        _require_plain(wanted, {name: layers[name] for name in adapted if name in routers}, base_reference)
+        embeddings = model.get_input_embeddings()
+        if head.weight is embeddings.weight and any(layers[name] in (head, embeddings) for name in adapted):
+            raise ConfigError(
+                f"method.target_modules {wanted!r} reaches the output head or the input embeddings, which are one "
+                f"weight in {base_reference}: an adapter of one of them could never be merged. Leave both out"
+            )
+        for name in (name for name in adapted if name in routers):
+            if isinstance(layers[name], nn.Linear) and type(layers[name]).forward is not nn.Linear.forward:
+                raise ConfigError(
+                    f"method.target_modules {wanted!r} names {name} of {base_reference}, a "
+                    f"{type(layers[name]).__name__}, which gives more than a layer's output: no adapter fits around "
+                    "it. Leave it out"
+                )
         # As in the config, unless that would also match layers that never run.
         modules = adapted if adapted != matched else wanted
         parameters = _short(_named(experts, wanted))
         targets = Targets(modules if matched or not parameters else [], parameters)
-    if targets.parameters:
-        _require_lora(method, sorted({name.rpartition(".")[2] for name in linear.keys() - routers}), base_reference)
+    if targets.parameters and (method.row.adapter != "lora" or method.dropout):
+        others = sorted({name.rpartition(".")[2] for name in linear.keys() - routers})
+        what = f"the experts of {base_reference}, each layer's one parameter of three dimensions"
+        problem, change = f"method.adapter {method.row.adapter} has no form for {what}", "method.adapter=lora"
+        if method.row.adapter == "lora":  # which is added to their weights before the input is seen
+            problem, change = f"method.dropout {method.dropout:g} cannot be applied to {what}", "method.dropout=0"
+        raise ConfigError(
+            f"{problem}: set {change}, or adapt the other layers alone with method.target_modules={others}"
+        )
     return targets
 
 
 def experts_of(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
     """The fused expert parameters, each of shape (experts, ., .), by name."""
-    text = model.config.get_text_config()
-    counts = {getattr(text, name, None) for name in NUM_EXPERTS} - {None}
-    shapes = ((name, parameter, _shape(parameter)) for name, parameter in model.named_parameters())
-    return {name: parameter for name, parameter, shape in shapes if len(shape) == 3 and shape[0] in counts}
+    text, names = model.config.get_text_config(), ("num_experts", "num_local_experts", "n_routed_experts")
+    counts = {getattr(text, name, None) for name in (*names, "moe_num_experts")} - {None}
+    experts = {}
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties sharded parameters
+        if len(shape) == 3 and shape[0] in counts:
+            experts[name] = parameter
+    return experts
 
 
 def left_dense(model: "PreTrainedModel") -> dict[str, dict[str, "nn.Parameter"]]:
@@ -115,48 +140,39 @@ def _is_linear(module: "nn.Module") -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-PATTERN_S, PATTERN_BYTES = 10.0, 128 * 2**20
-"""Limits of time, and of memory beyond what the process has already, for matching a config's regular expression."""
+PATTERN_S = 10.0
+"""Limit of time for matching a config's regular expression."""
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """Limit the code within to PATTERN_S and PATTERN_BYTES. Time is limited only in a process's main thread.
-
-    Raises:
-        TimeoutError: the code took longer.
-        MemoryError: the code needs more memory.
-    """
+def _in_time() -> Iterator[None]:
+    """Raise TimeoutError after PATTERN_S, in a process's main thread."""
 
     def time_is_up(*_: Any) -> None:
         raise TimeoutError
 
-    with machine.at_most(PATTERN_BYTES):
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGALRM, time_is_up)
-        signal.setitimer(signal.ITIMER_REAL, PATTERN_S)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    signal.setitimer(signal.ITIMER_REAL, PATTERN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _named(names: Iterable[str], wanted: str | list[str]) -> list[str]:
     """The names that peft would match: a string is a regular expression for the whole name, a list holds name endings.
-
-    Raises:
-        ConfigError: the expression backtracks for too long.
-    """
+    Raises ConfigError: the expression backtracks for too long."""
     if not isinstance(wanted, str):
         return [name for name in names if any(name == each or name.endswith(f".{each}") for each in wanted)]
     pattern = re.compile(wanted)
     try:
-        with _bounded():
+        with _in_time():
             return [name for name in names if pattern.fullmatch(name)]
-    except (TimeoutError, MemoryError, RecursionError) as exc:
+    except (TimeoutError, RecursionError) as exc:
         raise ConfigError(
             f"method.target_modules {wanted!r} does not come to an end in {PATTERN_S:.0f} s: write it without a "
             "repetition within a repetition"
@@ -167,66 +183,8 @@ def _short(names: Iterable[str]) -> list[str]:
     return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
-def _share(model: "PreTrainedModel", experts: dict[str, "nn.Parameter"]) -> float:
-    return sum(each.numel() for each in experts.values()) / sum(each.numel() for each in model.parameters())
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties sharded parameters
-
-
-def _require_mergeable(
-    model: "PreTrainedModel", wanted: str | list[str], adapted: list["nn.Module"], base_reference: str
-) -> None:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embeddings.weight and any(module is head or module is embeddings for module in adapted):
-        raise ConfigError(
-            f"method.target_modules {wanted!r} reaches the output head or the input embeddings, which are one weight "
-            f"in {base_reference}: an adapter of one of them could never be merged. Leave both out"
-        )
-
-
-def _require_found(wanted: list[str], names: list[str], base_reference: str) -> None:
-    if missing := [each for each in wanted if not _named(names, [each])]:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}))
-        raise ConfigError(
-            f"method.target_modules {missing!r} fits no layer of {base_reference}, whose layers are called {there}"
-        )
-
-
-def _require_plain(wanted: str | list[str], routers: dict[str, "nn.Module"], base_reference: str) -> None:
-    from torch import nn
-
-    for name, module in routers.items():
-        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-            raise ConfigError(
-                f"method.target_modules {wanted!r} names {name} of {base_reference}, a {type(module).__name__}, which "
-                "gives more than a layer's output: no adapter fits around it. Leave it out"
-            )
-
-
-def _require_lora(method: MethodConfig, others: list[str], base_reference: str) -> None:
-    if method.row.adapter != "lora":
-        raise ConfigError(
-            f"method.adapter {method.row.adapter} has no form for the experts of {base_reference}, each layer's one "
-            f"parameter of three dimensions: set method.adapter=lora, or adapt the other layers alone with "
-            f"method.target_modules={others}"
-        )
-    if method.dropout:
-        raise ConfigError(
-            f"method.dropout {method.dropout:g} cannot be applied to the experts of {base_reference}, whose adapter is "
-            f"added to their weights before the input is seen: set method.dropout=0, or adapt the other layers alone "
-            f"with method.target_modules={others}"
-        )
-
-
-# Seed of VeRA's random matrices. Not the training seed: peft puts several adapters on one base only if their seeds
-# agree.
-PROJECTION_SEED = 0
-
-
 def peft_config(method: MethodConfig, targets: Targets) -> "PeftConfig":
-    """The peft configuration of a method."""
+    """The peft configuration of a method, whose start is peft's own unless it has a base of its own."""
     from peft import LoraConfig, VeraConfig
 
     from ray_jobs.adapters.dvora import DvoraConfig
@@ -236,7 +194,7 @@ def peft_config(method: MethodConfig, targets: Targets) -> "PeftConfig":
         return config_class(
             r=method.r,
             vera_dropout=method.dropout,
-            projection_prng_key=PROJECTION_SEED,
+            projection_prng_key=0,  # not the training's seed: several adapters on one base must have the same
             save_projection=True,  # the seed reproduces the matrices only on the same PyTorch release
             target_modules=targets.modules,
             task_type="CAUSAL_LM",
@@ -247,24 +205,21 @@ def peft_config(method: MethodConfig, targets: Targets) -> "PeftConfig":
         lora_dropout=method.dropout,
         use_rslora=method.row.scaling == "rslora",
         use_dora=method.row.adapter == "dora",
+        init_lora_weights=method.row.init if _changes_the_base(method.row.init) else True,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
         task_type="CAUSAL_LM",
     )
 
 
-def attach(
-    model: "PreTrainedModel",
-    method: MethodConfig,
-    *,
-    base_reference: str,
-    seed: int,
-) -> "PeftModel":
-    """Add a fresh adapter to a frozen base. The same seed gives the same initial weights on every worker.
+def _changes_the_base(init: Init) -> bool:
+    """Whether it is a start such as PiSSA's, which peft takes out of the base's weights and `save` puts back."""
+    return init != "default" and init not in OWN_BASE
 
-    Raises:
-        ConfigError: `method.target_modules` matches no layer of this base, or a layer that the method cannot adapt.
-    """
+
+def attach(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str, seed: int) -> "PeftModel":
+    """Add a fresh adapter to a frozen base. The same seed gives the same initial weights on every worker. Raises
+    ConfigError: `method.target_modules` matches no layer of this base, or a layer that the method cannot adapt."""
     import torch
     from peft import get_peft_model
 
@@ -284,6 +239,10 @@ def attach(
     dvora.unify_dtype(adapted, model.dtype)
     # A name that readers of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
+    if _changes_the_base(method.row.init):
+        adapted.first_weights = tempfile.mkdtemp(prefix="fineloop-start-")
+        weakref.finalize(adapted, shutil.rmtree, adapted.first_weights, ignore_errors=True)
+        adapted.save_pretrained(adapted.first_weights, save_embedding_layers=False)
     return adapted
 
 
@@ -300,10 +259,8 @@ def above_full_rank(adapted: "PeftModel", rank: int) -> tuple[int, int]:
 
 
 def to_training(adapted: "PeftModel", dtype: "torch.dtype") -> None:
-    """Convert a fresh adapter for DeepSpeed: weights become 16-bit, and each magnitude its change from the start.
-
-    `dora.settle` turns these changes back into magnitudes.
-    """
+    """Convert a fresh adapter for DeepSpeed: weights become 16-bit, and each magnitude its change from the start, until
+    `dora.settle`."""
     from ray_jobs.adapters import dora
 
     dora.train_as_change(adapted, dtype)
@@ -334,11 +291,18 @@ def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
 
 
 def save(model: "PeftModel", directory: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
+    """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them.
+
+    An adapter whose start came out of the base's weights becomes a LoRA of twice its rank on the base as it was.
+    """
     with warnings.catch_warnings():
         # peft looks the base up to see whether its vocabulary grew; here it never does.
         warnings.simplefilter("ignore", UserWarning)
-        model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(
+            directory,
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=getattr(model, "first_weights", None),
+        )
     (directory / "README.md").unlink(missing_ok=True)  # peft's template; we publish our own model card
     # peft writes sets in hash order, which differs between processes; sorted, as a version is named after its files.
     path = directory / "adapter_config.json"

@@ -1,8 +1,7 @@
 """LoftQ: a base whose NF4 weights are chosen together with the adapter's initial A and B (arXiv:2310.08659).
 
-For one weight, W = Q + L R is approximated by alternating: Q in NF4, L R of rank r. With more than one step Q differs
-from the quantised original. The adapter's initial A and B are R and L; the results include NF4's error in each kind of
-layer, with and without LoftQ. All workers split the layers together; rank 0 writes the model folder.
+For one weight, W = Q + L R is approximated by alternating: Q in NF4, L R of rank r, which are the adapter's initial B
+and A. All workers split the layers together; rank 0 writes the model folder.
 
 Shapes: M rows and N columns of the weight, R rank, K columns of a trial basis. All arithmetic is float32.
 """
@@ -37,9 +36,6 @@ NF4: dict[str, Any] = {
     "compress_statistics": True,
     "quant_storage": torch.bfloat16,
 }
-OVERSAMPLING = 32
-FIRST_POWERS = 4
-MORE_POWERS = 1
 
 
 @dataclass(frozen=True)
@@ -57,18 +53,6 @@ class Split:
     loftq_norm2: float
     """Squared Frobenius norm of W - Q - L R, with L and R in bfloat16 as training holds them."""
 
-    def as_tensors(self) -> dict[str, torch.Tensor]:
-        """All of the split, to be sent between workers."""
-        norms = torch.tensor([self.weight_norm2, self.nf4_norm2, self.loftq_norm2], dtype=torch.float64)
-        factors = {"left_MR": self.left_MR.contiguous(), "right_RN": self.right_RN.contiguous()}
-        return self.packed | factors | {"norms": norms}
-
-    @classmethod
-    def of_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Split":
-        """The split that these tensors hold."""
-        left_MR, right_RN, norms = (tensors.pop(name) for name in ("left_MR", "right_RN", "norms"))
-        return cls(tensors, left_MR, right_RN, *norms.tolist())
-
 
 def split(weight_MN: torch.Tensor, *, rank: int, steps: int, name: str) -> Split:
     """Alternate `steps` times between Q = NF4(W - L R) and L R = the best rank-`rank` fit of W - Q; keep the best pair.
@@ -77,7 +61,7 @@ def split(weight_MN: torch.Tensor, *, rank: int, steps: int, name: str) -> Split
     """
     weight_MN = weight_MN.float()
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    num_trials = min(rank + OVERSAMPLING, *weight_MN.shape)
+    num_trials = min(rank + 32, *weight_MN.shape)
     basis_NK = torch.randn(weight_MN.shape[1], num_trials, generator=generator).to(weight_MN.device)
     target_MN = weight_MN
     best: Split | None = None
@@ -87,8 +71,7 @@ def split(weight_MN: torch.Tensor, *, rank: int, steps: int, name: str) -> Split
         residual_MN = weight_MN - quantized_MN
         if step == 0:
             nf4_norm2 = _norm2(residual_MN)
-        powers = MORE_POWERS if step else FIRST_POWERS
-        left_MR, right_RN, basis_NK = low_rank(residual_MN, rank, basis_NK, powers=powers)
+        left_MR, right_RN, basis_NK = low_rank(residual_MN, rank, basis_NK, powers=1 if step else 4)
         loftq_norm2 = _norm2(residual_MN - left_MR.bfloat16().float() @ right_RN.bfloat16().float())
         if best is None or loftq_norm2 < best.loftq_norm2:
             best = Split(packed, left_MR.cpu(), right_RN.cpu(), _norm2(weight_MN), nf4_norm2, loftq_norm2)
@@ -106,9 +89,8 @@ def quantize(weight_MN: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Te
     # bfloat16 first, as transformers loads a weight before quantising it; dequantisation returns to that dtype.
     stored = Params4bit(weight_MN.bfloat16(), requires_grad=False, **NF4).to(weight_MN.device)
     packed = {"weight": stored.data, **stored.quant_state.as_dict(packed=True)}
-    return {key: tensor.cpu() for key, tensor in packed.items()}, dequantize_4bit(
-        stored.data, stored.quant_state
-    ).float()
+    dense_MN = dequantize_4bit(stored.data, stored.quant_state).float()
+    return {key: tensor.cpu() for key, tensor in packed.items()}, dense_MN
 
 
 def low_rank(
@@ -135,9 +117,6 @@ def _norm2(matrix_MN: torch.Tensor) -> float:
     return matrix_MN.double().square().sum().item()
 
 
-PROGRESS_EVERY_S = 5.0
-
-
 @dataclass(frozen=True)
 class Layer:
     """A layer to split, and the location of its original weight."""
@@ -147,7 +126,6 @@ class Layer:
     tensor: str
 
     def read(self, device: torch.device) -> torch.Tensor:
-        """Read this weight alone from its file."""
         from safetensors import safe_open
 
         with safe_open(self.file, framework="pt") as file:
@@ -155,13 +133,8 @@ class Layer:
         return weight.to(device)
 
 
-def check(config: TrainingConfig, original: Base) -> None:
-    """Raise ConfigError where a layer to be adapted cannot be split."""
-    find_layers(config, original)
-
-
 def made_from(method: MethodConfig, original: Base) -> dict[str, Any]:
-    """The inputs that determine Q, L and R; the adapter's scaling and alpha are not among them."""
+    """The inputs that determine Q, L and R, as JSON values; the adapter's scaling and alpha are not among them."""
     targets = method.target_modules
     return {
         "format": FORMAT,
@@ -193,7 +166,7 @@ def compute(
     for name in parts[rank]:
         weight = layers[name].read(device)
         mine[name] = split(weight, rank=config.method.r, steps=config.method.loftq_steps, name=name)
-        if rank == 0 and time.monotonic() - said_at >= PROGRESS_EVERY_S:
+        if rank == 0 and time.monotonic() - said_at >= 5.0:
             said_at = time.monotonic()
             done, total = (sum(layers[each].size for each in names) for names in (mine, parts[0]))
             say("finetune", f"LoftQ: {done / total:.0%} of the weights")
@@ -201,11 +174,8 @@ def compute(
 
 
 def find_layers(config: TrainingConfig, original: Base) -> dict[str, Layer]:
-    """The layers that peft will adapt, by name, found on the meta device without loading a weight.
-
-    Raises:
-        ConfigError: the base is quantised already, or training would not hold one of the layers in NF4.
-    """
+    """The layers that peft will adapt, by name, found on the meta device without loading a weight. Raises ConfigError:
+    the base is quantised already, or training would not hold one of the layers in NF4."""
     from safetensors import safe_open
     from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
@@ -231,23 +201,20 @@ def find_layers(config: TrainingConfig, original: Base) -> dict[str, Layer]:
     found = {}
     for name in adapted.targeted_module_names:
         layer: Any = adapted.get_base_model().get_submodule(f"{name}.base_layer")
-        if isinstance(layer, Conv1D):
-            raise ConfigError(
-                f"method.init loftq: {name} of {original.reference} is a Conv1D, whose weight lies the other way round "
-                'from what LoftQ splits: set method.init="default"'
-            )
-        if not isinstance(layer, torch.nn.Linear) or not should_convert_module(name, never_quantised):
-            raise ConfigError(
-                f"method.init loftq: {name} of {original.reference} is not quantised, so there is nothing to make up "
-                'for: leave it out of method.target_modules, or set method.init="default"'
-            )
         tensor = f"{name}.weight"
         if tensor not in files:  # a checkpoint saved without the head has no such prefix
             tensor = tensor.removeprefix(prefix)
-        if tensor not in files:
+        why = ""
+        if isinstance(layer, Conv1D):
+            why = "is a Conv1D, whose weight lies the other way round from what LoftQ splits"
+        elif not isinstance(layer, torch.nn.Linear) or not should_convert_module(name, never_quantised):
+            why = "is not quantised, so there is nothing to make up for"
+        elif tensor not in files:
+            why = "has no tensor of this name"
+        if why:
             raise ConfigError(
-                f"method.init loftq: {original.reference} holds no tensor {name}.weight: leave the layer out of "
-                'method.target_modules, or set method.init="default"'
+                f"method.init loftq: {name} of {original.reference} {why}: leave it out of method.target_modules, or "
+                'set method.init="default"'
             )
         found[name] = Layer(layer.in_features * layer.out_features, files[tensor], tensor)
     return found
@@ -265,19 +232,17 @@ def shares(sizes: Mapping[str, int], num_workers: int) -> list[list[str]]:
 
 
 def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
-    """The relative Frobenius error of the weights with NF4 alone and with LoftQ, for each kind of layer.
-
-    Raises:
-        ConfigError: for some kind LoftQ does not reduce the error.
-    """
+    """The relative Frobenius error of the weights with NF4 alone and with LoftQ, for each kind of layer. Raises
+    ConfigError: for some kind LoftQ does not reduce the error."""
     kinds: dict[str, list[Split]] = {}
     for layer in sorted(splits):
         kinds.setdefault(layer.rpartition(".")[2], []).append(splits[layer])
     found: dict[str, dict[str, float]] = {}
     for kind, members in kinds.items():
-        weight = sum(member.weight_norm2 for member in members) ** 0.5
-        nf4 = sum(member.nf4_norm2 for member in members) ** 0.5
-        loftq = sum(member.loftq_norm2 for member in members) ** 0.5
+        weight, nf4, loftq = (
+            sum(getattr(member, norm2) for member in members) ** 0.5
+            for norm2 in ("weight_norm2", "nf4_norm2", "loftq_norm2")
+        )
         if not loftq < nf4:
             raise ConfigError(
                 f"LoftQ gains nothing on {kind}: of weights with norm {weight:.6g}, NF4 loses {nf4:.6g} and LoftQ "
@@ -292,11 +257,7 @@ def write(
     config: TrainingConfig, original: Base, splits: Mapping[str, Split], folder: Path, init_path: Path
 ) -> dict[str, Any]:
     """Write the original in NF4, with the Q of each split as that layer's weight, and the adapter's initial weights;
-    returns the relative error in the weights' norm. The same splits give the same bytes.
-
-    Raises:
-        ConfigError: LoftQ does not reduce the error.
-    """
+    returns the relative error in the weights' norm. The same splits give the same bytes."""
     from bitsandbytes.nn import Params4bit
     from safetensors.torch import save_file
 
@@ -328,7 +289,12 @@ def _gather(
     for owner in range(1, len(parts)):
         for name in parts[owner]:
             if rank == owner:
-                together.send(mine.pop(name).as_tensors(), 0, group)
+                own = mine.pop(name)
+                norms = torch.tensor([own.weight_norm2, own.nf4_norm2, own.loftq_norm2], dtype=torch.float64)
+                factors = {"left_MR": own.left_MR.contiguous(), "right_RN": own.right_RN.contiguous()}
+                together.send({**own.packed, **factors, "norms": norms}, 0, group)
             elif rank == 0:
-                gathered[name] = Split.of_tensors(together.receive(owner, group))
+                tensors = together.receive(owner, group)
+                left_MR, right_RN, norms = (tensors.pop(key) for key in ("left_MR", "right_RN", "norms"))
+                gathered[name] = Split(tensors, left_MR, right_RN, *norms.tolist())
     return gathered

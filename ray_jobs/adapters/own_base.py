@@ -9,14 +9,10 @@ bases/<id>/<content>/<init>_init.safetensors       the first weights: LAYER.lora
 bases/<id>/<content>/<init>.json                   what it was made from, and what its making measured
 
 The id is a hash of all that the base depends on. Other hardware may give other numbers, so each content has a folder:
-files of two builds never mix.
-
-`ray_jobs/adapters/<init>.py` says how one is made: a module with the four functions of `Start`, as LoftQ's is.
-No other code refers to a start by its name.
+files of two builds never mix. `loftq` makes the one kind that there is.
 """
 
 import hashlib
-import importlib
 import json
 import logging
 import re
@@ -25,20 +21,20 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from components.config.methods import OWN_BASE, Init
+from components.config.methods import OWN_BASE
 from components.config.schema import MethodConfig, TrainingConfig
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
+from ray_jobs.adapters import loftq
 from ray_jobs.base import together
 from ray_jobs.base.base_model import DIGESTS, HASHED_AT_ONCE, Base
 from ray_jobs.base.local_cache import cache_dir, once, remembered
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -51,52 +47,16 @@ COPIED = {".json", ".jinja", ".txt", ".model", ".py"}
 INDEX = ".safetensors.index.json"
 
 
-class Start(Protocol):
-    """How adapters of one `method.init` are initialised together with a base of their own."""
-
-    def check(self, config: TrainingConfig, original: Base) -> None:
-        """Refuse an original base that no such base can be made from, without reading its weights."""
-
-    def made_from(self, method: MethodConfig, original: Base) -> Mapping[str, Any]:
-        """Everything that the base and the first weights depend on, as JSON values; the base's id is its hash."""
-
-    def compute(
-        self, config: TrainingConfig, original: Base, *, rank: int, num_workers: int, group: "ProcessGroup | None"
-    ) -> Any:
-        """Compute the base on all workers; rank 0 gets the result. Raises ConfigError on all workers or on none."""
-
-    def write(
-        self, config: TrainingConfig, original: Base, computed: Any, folder: Path, init_path: Path
-    ) -> dict[str, Any]:
-        """Write the model to `folder` and the first weights to `init_path`, on rank 0; returns what was measured.
-
-        The caller copies the other files of the original's folder, such as its tokenizer.
-
-        Raises:
-            ConfigError: the base is no better than the original.
-        """
-
-
-def start_of(init: Init) -> Start:
-    """The module that makes the base of adapters with this start, one of OWN_BASE."""
-    module: Any = importlib.import_module(f"ray_jobs.adapters.{init}")
-    start: Start = module
-    return start
-
-
 def is_needed(method: MethodConfig) -> bool:
     """Whether adapters of this method have a base of their own."""
     return method.row.init in OWN_BASE
 
 
 def check(config: TrainingConfig, original: Base) -> None:
-    """Check what can be checked before any worker is started.
-
-    Raises:
-        ConfigError: `method.init` makes no base of the original.
-    """
+    """Check what can be checked before any worker is started. Raises ConfigError: `method.init` makes no base of the
+    original."""
     if is_needed(config.method):
-        start_of(config.method.row.init).check(config, original)
+        loftq.find_layers(config, original)
 
 
 def prepare(
@@ -104,21 +64,16 @@ def prepare(
 ) -> Base:
     """The base to train on; `sha256` as for `find`, where the training starts from a version.
 
-    Where the store does not have it yet, all workers make it together. With several workers, every one of them must
-    call this in an initialised process group, and before anything, such as ZeRO-3, changes how models are loaded.
-
-    Raises:
-        ConfigError: no such base can be made of the original.
+    Where the store does not have it yet, all workers make it together: each must call this in an initialised process
+    group, and before anything, such as ZeRO-3, changes how models are loaded.
     """
     if not is_needed(config.method):
         return original
-    start = start_of(config.method.row.init)
     key = folder_key(config.method, original)
     with together.gloo_group(num_workers) as group:
-        is_missing = rank == 0 and _chosen(store, key) is None
-        if together.from_rank_0(is_missing, group):
-            computed = start.compute(config, original, rank=rank, num_workers=num_workers, group=group)
-            together.on_rank_0(lambda: _publish(start, config, original, store, computed), rank=rank, group=group)
+        if together.from_rank_0(rank == 0 and _chosen(store, key) is None, group):
+            splits = loftq.compute(config, original, rank=rank, num_workers=num_workers, group=group)
+            together.on_rank_0(lambda: _publish(config, original, store, splits), rank=rank, group=group)
     return find(config, original, store, sha256=sha256)
 
 
@@ -128,12 +83,10 @@ def find(config: TrainingConfig, original: Base, store: Store, *, sha256: str) -
     `sha256` is that of its manifest by the version's lineage. Empty accepts the base that the store has now.
 
     Raises:
-        ObjectMissing: it was never made.
-        IntegrityError: it is damaged, another than the lineage's, or comes with code that is not the original's and may
-            run.
+        IntegrityError: it is damaged, another than the lineage's, or comes with code that may run and is not the
+            original's.
     """
-    init = config.method.row.init
-    if init not in OWN_BASE:
+    if not is_needed(config.method):
         return original
     key = folder_key(config.method, original)
     chosen = _chosen(store, key)
@@ -145,6 +98,7 @@ def find(config: TrainingConfig, original: Base, store: Store, *, sha256: str) -
             f"the adapter was trained on the base in {store.uri(key)} whose manifest has sha256 {sha256}, and today "
             f"that is {today}: put the one that it was trained on back there, or train it again"
         )
+    init = config.method.row.init
     path = cache_dir() / f"{init}-{today[:16]}"
     once(path, lambda target: folders.pull(store, folder, target, manifest_sha256=today))
     if not _is_whole(path, today):
@@ -156,13 +110,13 @@ def find(config: TrainingConfig, original: Base, store: Store, *, sha256: str) -
 
 def _chosen(store: Store, key: str) -> tuple[str, str] | None:
     """Folder, and sha256 of its manifest, of the base that everyone uses; None where it was never made."""
-    found = store.read(f"{key}/{CHOSEN}")
-    if found is None:
+    pointer = store.read(f"{key}/{CHOSEN}")
+    if pointer is None:
         return None
     uri = store.uri(f"{key}/{CHOSEN}")
-    chosen = decode_json(found[0], uri)
-    known = isinstance(chosen, dict) and chosen.get("format") == FORMAT
-    if not known or not all(re.fullmatch(pattern, str(chosen.get(field))) for field, pattern in FIELDS.items()):
+    chosen = decode_json(pointer[0], uri)
+    is_ours = isinstance(chosen, dict) and chosen.get("format") == FORMAT
+    if not is_ours or not all(re.fullmatch(pattern, str(chosen.get(field))) for field, pattern in FIELDS.items()):
         raise IntegrityError(f"{uri} names no base of format {FORMAT}")
     return f"{key}/{chosen['folder']}", str(chosen["manifest_sha256"])
 
@@ -182,13 +136,8 @@ def _is_whole(path: Path, manifest_sha256: str) -> bool:
 
 
 def _require_same_code(folder: Path, original: Base) -> None:
-    """Require that a model's folder comes with no code but the original's, to which alone a config consents.
-
-    transformers runs Python files of a folder, and of repositories that an `auto_map` in its JSON files names.
-
-    Raises:
-        IntegrityError: it has other code.
-    """
+    """Raise IntegrityError if a model's folder comes with code but the original's, to which alone a config consents:
+    transformers runs its Python files, and those of repositories that an `auto_map` in its JSON files names."""
     theirs = _code(original.path)
     if other := sorted(name for name, code in _code(folder).items() if theirs.get(name) != code):
         raise IntegrityError(
@@ -199,12 +148,12 @@ def _require_same_code(folder: Path, original: Base) -> None:
 
 def _code(folder: Path) -> dict[str, Any]:
     """Python files with their bytes, and the entries of each `auto_map`, by file and key."""
-    found: dict[str, Any] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
+    code: dict[str, Any] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
     for path in folder.rglob("*.json"):
         settings = json.loads(path.read_bytes())
         named = settings.get("auto_map") if isinstance(settings, dict) else None
-        found |= {f"{path.name} {key}": value for key, value in (named or {}).items()}
-    return found
+        code |= {f"{path.name} {key}": value for key, value in (named or {}).items()}
+    return code
 
 
 def begin(config: TrainingConfig, adapted: "PeftModel", base: Base) -> None:
@@ -213,10 +162,9 @@ def begin(config: TrainingConfig, adapted: "PeftModel", base: Base) -> None:
     import torch
     from safetensors import safe_open
 
-    init = config.method.row.init
-    if init not in OWN_BASE:
+    if not is_needed(config.method):
         return
-    with safe_open(_init_path(base.path, init), framework="pt") as made, torch.no_grad():
+    with safe_open(_init_path(base.path, config.method), framework="pt") as made, torch.no_grad():
         for layer in adapted.targeted_module_names:
             module: Any = adapted.get_base_model().get_submodule(layer)
             root = module.scaling["default"] ** 0.5
@@ -227,36 +175,32 @@ def begin(config: TrainingConfig, adapted: "PeftModel", base: Base) -> None:
 def recipe(config: TrainingConfig, base: Base) -> dict[str, Any]:
     """What the lineage records of the base: how it was made, what that gained, and its sha256; empty for an original
     base."""
-    init = config.method.row.init
-    if init not in OWN_BASE:
+    if not is_needed(config.method):
         return {}
-    made = json.loads(_report_path(base.path, init).read_text(encoding="utf-8"))
+    init = config.method.row.init
+    made = json.loads((base.path / f"{init}.json").read_text(encoding="utf-8"))
     return {init: made, "stands_on_sha256": base.identity["manifest_sha256"]}
 
 
 def folder_key(method: MethodConfig, original: Base) -> str:
     """Key in the store of this method's own base: a hash of exactly what the base depends on."""
-    made_from = start_of(method.row.init).made_from(method, original)
+    made_from = loftq.made_from(method, original)
     return f"bases/{hashlib.sha256(encode_json(made_from)).hexdigest()[:16]}"
 
 
-def _init_path(folder: Path, init: Init) -> Path:
-    return folder / f"{init}_init.safetensors"  # a name that transformers does not take for the model's weights
+def _init_path(folder: Path, method: MethodConfig) -> Path:
+    return folder / f"{method.row.init}_init.safetensors"  # a name that transformers does not take for the weights
 
 
-def _report_path(folder: Path, init: Init) -> Path:
-    return folder / f"{init}.json"
-
-
-def _publish(start: Start, config: TrainingConfig, original: Base, store: Store, computed: Any) -> None:
-    """Write and publish the model, with the other files of the original's folder; the base that is published first is
-    the one that everyone uses."""
-    init, key = config.method.row.init, folder_key(config.method, original)
+def _publish(config: TrainingConfig, original: Base, store: Store, splits: Mapping[str, loftq.Split]) -> None:
+    """Write and publish the model, with the other files of the original's folder; everyone uses what is first."""
+    method, key = config.method, folder_key(config.method, original)
     with tempfile.TemporaryDirectory(prefix="fineloop-base-") as scratch:
         folder = Path(scratch)
-        found = start.write(config, original, computed, folder, _init_path(folder, init))
-        about = {"original_reference": original.reference, **start.made_from(config.method, original), **found}
-        _report_path(folder, init).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        measured = loftq.write(config, original, splits, folder, _init_path(folder, method))
+        about = {"original_reference": original.reference, **loftq.made_from(method, original), **measured}
+        report = folder / f"{method.row.init}.json"
+        report.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in original.path.iterdir():
             is_other = path.suffix in COPIED and path.name != DIGESTS and not path.name.endswith(INDEX)
             if is_other and not (folder / path.name).exists():

@@ -157,7 +157,8 @@ class Rehearsal:
                 for layer, _, _ in _linear_layers(self._model):
                     _as_int8(layer)
             with torch.device("meta"):
-                adapted = PLAIN.adopt(build.attach(self._model, method, base_reference=reference, seed=0))
+                plain = method.model_copy(update={"init": "default"})  # there are no weights to start from
+                adapted = PLAIN.adopt(build.attach(self._model, plain, base_reference=reference, seed=0))
             self.adapts_experts = bool(adapted.targeted_parameter_names)
         shared = (getattr(adapted.base_model, name, None) for name in ("vera_A", "vera_B")) if adapted else ()
         frozen = sum(matrix.numel() for matrices in shared if matrices is not None for matrix in matrices.values())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from components.config.methods import OWN_BASE
 from components.config.ray import price_per_hour
 from components.handover.serve_manifest import recorded, serving
 from components.records.steps import Usage
@@ -180,7 +181,7 @@ def model_card(config: TrainSpec, lineage: Mapping[str, Any]) -> str:
     notes = "".join(f"\n- {note[:1].upper()}{note[1:]}." for note in served.notes)
     own_base = (
         ""
-        if config.method.row.init == "default"
+        if config.method.row.init not in OWN_BASE
         else f"\n| Stands on | `{recipe['stands_on']}`: weights that were chosen together with the adapter's start. "
         "It is wrong on any other base; `fineloop adapters pull --with-base` fetches both |"
     )

@@ -4,15 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
 
 import pytest
 from safetensors.torch import load_file, save
 
-from components.config import config_file, methods
+from components.config import config_file
 from components.config.schema import RunConfig
 from components.registry.versions import Version, read_lineage
-from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import loftq, own_base
@@ -50,15 +49,6 @@ def stood(config: RunConfig, store: Store) -> Base:
     return own_base.prepare(config, base_model.resolve(config.model), store)
 
 
-def test_every_start_but_the_default_is_a_module_that_makes_its_base():
-    """The table of methods says whose bases to keep, where nothing of Ray's jobs is imported."""
-    assert {*get_args(methods.Init)} - {"default"} == methods.OWN_BASE
-    wanted = {name for name in vars(own_base.Start) if not name.startswith("_")}
-    assert wanted == {"check", "made_from", "compute", "write"}
-    for init in methods.OWN_BASE:
-        assert all(callable(getattr(own_base.start_of(init), name)) for name in wanted)
-
-
 def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsys):
     first = stood(changed(), store)
     assert "splitting 14 weights" in capsys.readouterr().out
@@ -75,7 +65,7 @@ def test_of_two_unequal_bases_everybody_stands_on_the_first_and_neither_is_mixed
     splits = loftq.compute(otherwise, original, rank=0, num_workers=1, group=None)
     key = own_base.folder_key(config.method, original)
     # As by a run on other hardware that began before the first one ended.
-    own_base._publish(loftq, config, original, store, splits)
+    own_base._publish(config, original, store, splits)
     assert stood(config, store) == own_base.find(config, original, store, sha256="") == first
     contents = list(store.folders(f"{key}/"))
     assert len(contents) == 2
@@ -91,27 +81,6 @@ def test_a_reader_never_makes_a_base(changed, store):
 def test_a_sweep_makes_the_base_before_its_trials(changed, store):
     trial.make_base(config_file.dumps(changed()))
     assert own_base.find(changed(), base_model.resolve(changed().model), store, sha256="")
-
-
-def refused(config_toml: str) -> str:
-    """What one rank does: fail to write the base, which rank 0 alone does; gives the error."""
-    import torch.distributed as dist
-
-    def fails(*_: Any) -> dict[str, Any]:
-        raise ConfigError("no better than the original")
-
-    config = config_file.loads(config_toml)
-    original, rank = base_model.resolve(config.model), dist.get_rank()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loftq, "write", fails)
-        with pytest.raises(ConfigError) as raised:
-            own_base.prepare(config, original, Store.open(config.registry), rank=rank, num_workers=2)
-    return str(raised.value)
-
-
-def test_what_rank_0_fails_at_ends_all_workers_with_its_words(changed, tmp_path):
-    ended = in_group(refused, config_file.dumps(changed()), directory=tmp_path / "log", num_workers=2)
-    assert ended == ["no better than the original"] * 2
 
 
 def test_a_cached_base_that_was_changed_is_refused(changed, store):
@@ -216,8 +185,13 @@ def test_a_version_is_run_on_the_base_that_it_was_trained_on_alone(changed, stor
         reader(config, store, version, tmp_path)
 
 
-@pytest.mark.parametrize("field", ["folder", "manifest_sha256"])
-@pytest.mark.parametrize("value", ["/../../../victim", "../" * 8, 7, None, "\0", "0" * 15 + "\n", "0" * 63 + "/"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("folder", value) for value in ("/../../../victim", 7, "0" * 15 + "\n")),
+        *(("manifest_sha256", value) for value in ("../" * 8, None, "\0", "0" * 63 + "/")),
+    ],
+)
 def test_a_pointer_to_a_base_that_leads_elsewhere_is_refused(changed, store, tmp_path, field, value):
     original = base_model.resolve(changed().model)
     key = own_base.folder_key(changed().method, original)
