@@ -53,12 +53,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEP = "export"
-RECORD = "export.json"
-MAX_RECORDS = 64
-MAX_POSITIONS = 1024
+MAX_RECORDS, MAX_POSITIONS = 64, 1024
 """Limits of the comparison: about this many positions, at least one record, as the logits are held in memory."""
-SHARD_SIZE = "5GB"
-TELL_EVERY_S = 10.0
 
 Form = Literal["merged", "lora", "gguf"]
 BaseWeights = Literal["dequantised", "original"]
@@ -103,12 +99,9 @@ class ExportSource:
     records: Sequence[Record]
     """Held-out records, whose tokens are `rows`; empty where the dataset is gone and the rows are random."""
     split: TokenizedSplit
-    """The records' tokens."""
     max_new_tokens: int
     kernels: Kernels
-    """Kernels for the products on this machine."""
     use_gpu: bool
-    """Whether to load the base on this machine's GPUs."""
 
 
 def main() -> None:
@@ -142,9 +135,7 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     """Write the whole of `request.target`, or leave nothing there; returns the content of its export.json.
 
     Raises:
-        ObjectMissing: there is no such version.
-        UserError: the target is not empty, the version cannot be exported in this form, there is no converter, or
-            the base has code of its own that `config` does not allow to run.
+        UserError: the target is not empty, or the version cannot be exported in this form.
         IntegrityError: the base no longer exists as it was during training.
         FineloopError: the exported model does not agree with the adapter on its base.
     """
@@ -168,7 +159,7 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
             (folder / "README.md").write_text(
                 publishing.export_card(source.config.method.name, record), encoding="utf-8"
             )
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         folder.rename(request.target)
     say(STEP, f"{version.name} {version.version} is at {request.target}")
     return record
@@ -226,7 +217,12 @@ def _merged(source: ExportSource, request: ExportRequest, folder: Path) -> dict[
     if "rounded" in parity:
         form["warnings"] += merge.rounding_warnings(request.dtype, parity["rounded"], effect)
     both = {"adapter": answers, "exported": _answers(source, reloaded)} if answers else {}
-    _say_found(parity, form, both, len(source.records))
+    lines = [f"{name}: {result.summary()}" for name, result in parity.items()]
+    for line in [*lines, *(f"warning: {warning}" for warning in form["warnings"])]:
+        say(STEP, line)
+    for who, scores in both.items():
+        right = f"{scores['exact_match']:.1%} of {len(source.records)} as held out"
+        say(STEP, f"answers of the {who}: {right}, loss {scores['loss']:.3f} nats a token")
     if plain != folder:
         shutil.rmtree(plain)
     return _record(source, request, parity, base=weights, dtype=request.dtype, answers=both, **form)
@@ -238,23 +234,9 @@ def _saved(source: ExportSource, request: ExportRequest, merged: "PreTrainedMode
     if overflown := [name for name, weight in merged.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"{overflown[0]} does not fit into {request.dtype}, which ends at 65,504: use --dtype bfloat16")
     merged.generation_config = source.chat.generation_config()  # the exported model generates as it was evaluated
-    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    merged.save_pretrained(folder, max_shard_size="5GB")
     source.chat.tokenizer.save_pretrained(folder)
     return partial(architecture.auto_class(merged.config).from_pretrained, folder)
-
-
-def _say_found(parity: dict[str, Agreement], form: dict[str, Any], answers: dict[str, Any], num_records: int) -> None:
-    """Print the results for the written files."""
-    lines = [f"{name}: {found.summary()}" for name, found in parity.items()]
-    if found := form.get("tensors"):
-        same = f"{found['compared']} tensors of the merged model, largest difference {found['max_abs_difference']:.2g}"
-        lines = [f"the GGUF holds the {same}", *lines]
-    lines += [f"warning: {warning}" for warning in form["warnings"]]
-    for who, found in answers.items():
-        right, loss = found["exact_match"], found["loss"]
-        lines += [f"answers of the {who}: {right:.1%} of {num_records} as held out, loss {loss:.3f} nats a token"]
-    for line in lines:
-        say(STEP, line)
 
 
 def _gguf(
@@ -273,9 +255,9 @@ def _gguf(
     form: dict[str, Any] = {"warnings": merge.write_modelfile(file, source.chat, title, source.system, length)}
 
     def filled(**how: Any) -> Any:
-        read = load(**how)
-        form["tensors"] = asdict(merge.fill(read, file))
-        return read
+        model = load(**how)
+        form["tensors"] = merge.fill(model, file)
+        return model
 
     return form, filled
 
@@ -288,12 +270,14 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
     exact = not (request.approximate and source.config.method.row.adapter in ("dora", "dvora"))
     say(STEP, "rewriting it as plain LoRA" if exact else f"looking for the nearest LoRA of rank {request.approximate}")
     plain = merge.as_lora(adapted) if exact else merge.nearest_lora(adapted, rank=request.approximate)
-    parity = {"converted": merge.agreement(reference, _logits(plain.eval(), rows))}
+    build.save(plain, folder)
+    rank = plain.peft_config["default"].r
+    plain = build.load(plain.unload(), folder).eval()  # as it is read from its files
+    parity = {"converted": merge.agreement(reference, _logits(plain, rows))}
     if exact:
         merge.require_same(parity["converted"], "the converted adapter")
-    build.save(plain, folder)
     say(STEP, f"converted: {parity['converted'].summary()}")
-    return _record(source, request, parity, exact=exact, rank=plain.peft_config["default"].r)
+    return _record(source, request, parity, exact=exact, rank=rank)
 
 
 def _source(given: RunConfig, store: Store, version: Version, its_run: recorded.Recorded, folder: Path) -> ExportSource:
@@ -333,10 +317,9 @@ def _held_out(store: Store, uri: str, chat: ChatFormat, max_length: int) -> tupl
 
 def _loaded(source: ExportSource) -> "PreTrainedModel":
     """The base as it is loaded for training and evaluation."""
-    method, model = source.config.method, source.config.model
-    return door.load_model(
-        source.stands_on, model, method.row.base, source.kernels, use_gpu=source.use_gpu, across_gpus=True
-    )
+    base_format = source.config.method.row.base
+    about = {"use_gpu": source.use_gpu, "across_gpus": True}
+    return door.load_model(source.stands_on, source.config.model, base_format, source.kernels, **about)
 
 
 def _dense(source: ExportSource) -> "PreTrainedModel":
@@ -349,9 +332,7 @@ def _dense(source: ExportSource) -> "PreTrainedModel":
 
 def _trained_on(source: ExportSource, loaded: "PreTrainedModel") -> "PreTrainedModel":
     """The weights that the adapter was trained on, in float32 on the CPU."""
-    if source.config.method.row.base == "bf16":
-        return loaded.float().cpu()
-    return merge.unquantised(loaded)
+    return loaded.float().cpu() if source.config.method.row.base == "bf16" else merge.unquantised(loaded)
 
 
 def _evaluated(source: ExportSource) -> tuple[list["torch.Tensor"], dict[str, float], "PreTrainedModel"]:
@@ -384,12 +365,12 @@ def _answers(source: ExportSource, model: Any) -> dict[str, float]:
 
 def _logits(model: Any, rows: Sequence["torch.Tensor"]) -> Iterator["torch.Tensor"]:
     """Those of `merge.logits`; says how far it is every ten seconds."""
-    told = time.monotonic()
-    for number, found in enumerate(merge.logits(model, rows), start=1):
-        if time.monotonic() - told > TELL_EVERY_S:
+    said_at = time.monotonic()
+    for number, logits in enumerate(merge.logits(model, rows), start=1):
+        if time.monotonic() - said_at > 10:
             say(STEP, f"{number} of {len(rows)} records")
-            told = time.monotonic()
-        yield found
+            said_at = time.monotonic()
+        yield logits
 
 
 def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agreement], **form: Any) -> dict[str, Any]:
@@ -409,7 +390,7 @@ def _record(source: ExportSource, request: ExportRequest, parity: dict[str, Agre
             "format": method.row.base,
         },
         **form,
-        "parity": {"compared_on": source.compared_on, **{name: asdict(found) for name, found in parity.items()}},
+        "parity": {"compared_on": source.compared_on, **{name: asdict(result) for name, result in parity.items()}},
     }
 
 

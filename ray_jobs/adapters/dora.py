@@ -2,10 +2,9 @@
 
     W' = m * (W + s B A) / ||W + s B A||_c
 
-Training moves m / norm away from one by a few thousandths, and bfloat16 has steps of 0.4 to 0.8 % near one: storing m
-or the ratio in it would lose most of what m learned. So norm and ratio are computed in float32. DeepSpeed trains m in
-16 bits with float32 master weights, so during training the parameter holds the difference from m's start value, a small
-number that 16 bits represent well enough; the start value is kept beside it in float32. m is saved in float32.
+Training moves m / norm away from one by a few thousandths, and bfloat16 has steps of 0.4 to 0.8 % near one: it would
+lose most of what m learned. So norm and ratio are computed in float32, and m is saved in it. While DeepSpeed trains m
+in 16 bits, the parameter holds the difference from m's start value, which is kept beside it in float32.
 
 Shapes: I input, O output, R rank, T tokens.
 """

@@ -13,7 +13,7 @@ Shapes: I input, O output, R rank, T tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,25 +109,21 @@ class DvoraLinear(VeraLinear):
         return (scale_O - 1).to(base_result_TO.dtype) * base_result_TO + (scale_O * b_O).to(b_O.dtype) * direction_TO
 
     def _scale(self, adapter: str) -> Tensor:
-        """s = m / norm, one value per output, in float32 or wider."""
         return dora.ratio(dora.whole(self.vera_lambda_m[adapter]), self.weight_norm(adapter))
 
     @torch.no_grad()
     def weight_norm(self, adapter: str) -> Tensor:
         """||W + L_b B L_d A||_c, shape (O,), outside the autograd graph.
 
-        In evaluation it is cached for as long as the vectors keep their values: generation would spend more time on it
-        than on the base. The vectors are compared by value, since DeepSpeed and checkpoint loading write to parameters
-        without increasing autograd's version counter.
-
-        In bfloat16 the rounding of the product moves a norm by a few 1e-4, while training at this method's learning
-        rates moves m / norm by hundredths; at rank 256 a float32 product would cost more on a CPU than the base layer.
+        In evaluation it is cached for as long as the vectors keep their values, as generation would spend more time on
+        it than on the base; by value, since DeepSpeed writes to parameters without increasing autograd's version
+        counter. In bfloat16 the rounding of the product moves a norm by a few 1e-4, and training by hundredths.
         """
         b_O, d_R = self.vera_lambda_b[adapter], self.vera_lambda_d[adapter]
         if not self.training and adapter in self.known_norms:
-            known_b, known_d, known = self.known_norms[adapter]
-            if _same(known_b, b_O) and _same(known_d, d_R):
-                return known
+            cached_b, cached_d, norm_O = self.known_norms[adapter]
+            if _same(cached_b, b_O) and _same(cached_d, d_R):
+                return norm_O
         norm_O = row_norm(self._frozen_weight(), *lora_factors(self, adapter))
         if not self.training:
             self.known_norms[adapter] = b_O.clone(), d_R.clone(), norm_O
@@ -144,13 +140,8 @@ class DvoraLinear(VeraLinear):
         return change_OI.T if self.fan_in_fan_out else change_OI
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge the adapters into the base's weight, with the same change that `forward` applies.
-
-        The change is kept until `unmerge`, as the norm cannot be recovered from the merged weight.
-
-        Raises:
-            ValueError: with `safe_merge`, the merged weight contains values that are not finite.
-        """
+        """Merge the adapters into the base's weight, with the same change that `forward` applies; it is kept until
+        `unmerge`, as the norm cannot be recovered from the merged weight."""
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.vera_lambda_d:
                 continue
@@ -192,17 +183,10 @@ class DvoraModel(VeraModel):
         return DvoraLinear(target, vera_A, vera_B, adapter_name, config, **kwargs)
 
 
-class LoraFactors(NamedTuple):
-    """A layer's update B A as LoRA factors, with a scaling of one."""
-
-    lora_A_RI: Tensor
-    lora_B_OR: Tensor
-
-
-def lora_factors(layer: VeraLayer, adapter: str) -> LoraFactors:
-    """LoRA factors of one layer's VeRA or DVoRA update: A' = L_d A and B' = L_b B."""
+def lora_factors(layer: VeraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) of one layer's VeRA or DVoRA update, with a scaling of one: A' = L_d A and B' = L_b B."""
     A_RI, B_OR = shared_matrices(layer, adapter)
-    return LoraFactors(layer.vera_lambda_d[adapter][:, None] * A_RI, layer.vera_lambda_b[adapter][:, None] * B_OR)
+    return layer.vera_lambda_d[adapter][:, None] * A_RI, layer.vera_lambda_b[adapter][:, None] * B_OR
 
 
 def unify_dtype(model: PeftModel, dtype: torch.dtype) -> None:

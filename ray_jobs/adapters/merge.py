@@ -49,11 +49,9 @@ class Agreement:
 
     @property
     def is_same(self) -> bool:
-        """Whether the two models agree up to float32's rounding."""
         return self.argmax_agreement >= MIN_ARGMAX_AGREEMENT and self.mean_kl_nats <= MAX_MEAN_KL_NATS
 
     def summary(self) -> str:
-        """The figures as one line of text."""
         return (
             f"{self.argmax_agreement:.2%} of {self.positions} positions agree, largest logit difference "
             f"{self.max_abs_logit_difference:.2g}, mean KL {self.mean_kl_nats:.2g} nats"
@@ -79,8 +77,8 @@ def logits(model: Any, rows: Sequence["torch.Tensor"]) -> Iterator["torch.Tensor
         mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True).to(model.device)
         ids = pad_sequence(batch, batch_first=True).to(model.device)
         with torch.inference_mode():
-            found = model(input_ids=ids, attention_mask=None if mask.all() else mask, use_cache=False).logits
-        yield from (each[: len(row)].cpu() for each, row in zip(found, batch, strict=True))
+            logits = model(input_ids=ids, attention_mask=None if mask.all() else mask, use_cache=False).logits
+        yield from (each[: len(row)].cpu() for each, row in zip(logits, batch, strict=True))
         done += len(batch)
 
 
@@ -97,16 +95,12 @@ def agreement(reference: Iterable["torch.Tensor"], other: Iterable["torch.Tensor
     return Agreement(positions, agreeing / positions, largest, divergence / positions)
 
 
-def require_same(found: Agreement, what: str) -> None:
-    """Require that a model predicts the same as the adapter on its base.
-
-    Raises:
-        FineloopError: they differ by more than float32's rounding.
-    """
-    if not found.is_same:
+def require_same(result: Agreement, what: str) -> None:
+    """Raise FineloopError if a model differs from the adapter on its base by more than float32's rounding."""
+    if not result.is_same:
         raise FineloopError(
-            f"nothing is exported, for {what} does not say what the adapter on its base says: {found.summary()}; at "
-            f"least {MIN_ARGMAX_AGREEMENT:.1%} must agree, with a mean KL of at most {MAX_MEAN_KL_NATS:g} nats"
+            f"nothing is exported, for {what} does not say what the adapter on its base says: {result.summary()}; "
+            f"at least {MIN_ARGMAX_AGREEMENT:.1%} must agree, with a mean KL of at most {MAX_MEAN_KL_NATS:g} nats"
         )
 
 
@@ -155,10 +149,7 @@ def unquantised(quantised: "PreTrainedModel") -> "PreTrainedModel":
 
 def merge(adapted: "PeftModel") -> "PreTrainedModel":
     """Merge the adapter's update into the weights of its dense base, layer by layer and in place; returns the base.
-
-    Raises:
-        FineloopError: a merged weight is not finite.
-    """
+    Raises FineloopError: a merged weight is not finite."""
     try:
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except ValueError as exc:
@@ -176,15 +167,11 @@ def vocabulary_rows(vocab_size: int, *, count: int, length: int) -> Sequence["to
 
 # Converting adapters to plain LoRA, for servers that support nothing else.
 #
-# rsLoRA W + (alpha / sqrt(r)) B A alpha' = alpha sqrt(r), so that alpha' / r is the same (arXiv:2312.03732) VeRA W +
-# diag(b) B diag(d) A A' = diag(d) A, B' = diag(b) B, scaling 1 (arXiv:2310.11454) DoRA m (W + s B A) / norm(W + s B A)
-# not a LoRA: the magnitude scales W too; `nearest_lora` is the closest
+# rsLoRA's alpha becomes alpha sqrt(r) (arXiv:2312.03732), VeRA's matrices diag(d) A and diag(b) B with scaling 1
+# (arXiv:2310.11454); DoRA's magnitude scales W too, which no LoRA does.
 
 Factors = tuple["torch.Tensor", "torch.Tensor"]
 """A (r, in) and B (out, r) of a layer's update."""
-
-OVERSAMPLING = 16
-POWER_ITERATIONS = 4
 
 
 def is_plain(folder: Path) -> bool:
@@ -194,26 +181,32 @@ def is_plain(folder: Path) -> bool:
 
 
 def as_lora(adapted: "PeftModel") -> "PeftModel":
-    """Convert an adapter to a plain LoRA that computes the same function, with scaling alpha / r; unloads `adapted`.
+    """Convert an adapter to a plain LoRA that computes the same function, with scaling alpha / r; `adapted` is gone.
+    Raises UserError: no LoRA computes the same function, as with DoRA and DVoRA."""
+    from ray_jobs.adapters.dvora import lora_factors
 
-    Raises:
-        UserError: no LoRA computes the same function, as with DoRA and DVoRA.
-    """
     config = adapted.peft_config["default"]
     if config.peft_type == "VERA":
-        return _rebuilt(adapted, rank=config.r, alpha=config.r, factors=_vera_factors)
+        return _rebuilt(adapted, rank=config.r, factors=lambda layer: lora_factors(layer, "default"))
     if config.peft_type != "LORA" or config.use_dora:
         raise UserError(
             "this adapter's magnitudes scale the base's own weights, so it is no LoRA: use --merged, or --approximate "
             "RANK for the nearest LoRA of that rank, with its error measured"
         )
-    return _classic(adapted)
+    if config.use_rslora:  # the matrices stay, of layers and of experts, and so does the scaling
+        ranks = config.rank_pattern
+        config.lora_alpha *= math.sqrt(config.r)
+        config.alpha_pattern = {
+            layer: alpha * math.sqrt(ranks.get(layer, config.r)) for layer, alpha in config.alpha_pattern.items()
+        }
+        config.use_rslora = False
+    return adapted
 
 
 def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
     """The LoRA of this rank nearest to each layer's update in the Frobenius norm; takes the base out of `adapted`.
 
-    Computed with a randomised SVD (arXiv:0909.4061, algorithm 4.4) of the difference that merging makes to the weight.
+    By a randomised SVD (arXiv:0909.4061, algorithm 4.4) of the difference that merging makes to the weight.
     """
     import torch
 
@@ -227,113 +220,64 @@ def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
         layer.merged_adapters.clear()
         num_values = min(rank, *update.shape)
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(update, q=min(num_values + OVERSAMPLING, *update.shape), niter=POWER_ITERATIONS)
+        u, s, v = torch.svd_lowrank(update, q=min(num_values + 16, *update.shape), niter=4)
         root = s[:num_values].sqrt()
         a, b = update.new_zeros(rank, update.shape[1]), update.new_zeros(update.shape[0], rank)
         a[:num_values] = root[:, None] * v[:, :num_values].T
         b[:, :num_values] = u[:, :num_values] * root
         return a, b
 
-    return _rebuilt(adapted, rank=rank, alpha=rank, factors=factors)
+    return _rebuilt(adapted, rank=rank, factors=factors)
 
 
-def _classic(adapted: "PeftModel") -> "PeftModel":
-    """A plain LoRA with the same matrices, of layers and of experts, and each alpha converted for scaling alpha / r."""
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    config = adapted.peft_config["default"]
-    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-
-    def alpha(own: float, rank: int) -> float:
-        return own * math.sqrt(rank) if config.use_rslora else own
-
-    plain = get_peft_model(
-        adapted.unload(),
-        LoraConfig(
-            r=config.r,
-            lora_alpha=alpha(config.lora_alpha, config.r),
-            rank_pattern=config.rank_pattern,
-            alpha_pattern={
-                layer: alpha(own, config.rank_pattern.get(layer, config.r))
-                for layer, own in config.alpha_pattern.items()
-            },
-            target_modules=config.target_modules,
-            target_parameters=config.target_parameters,
-            fan_in_fan_out=config.fan_in_fan_out,
-            task_type="CAUSAL_LM",
-        ),
-    )
-    plain.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
-    set_peft_model_state_dict(plain, weights)
-    return plain
-
-
-def _rebuilt(adapted: "PeftModel", *, rank: int, alpha: float, factors: Callable[[Any], Factors]) -> "PeftModel":
+def _rebuilt(adapted: "PeftModel", *, rank: int, factors: Callable[[Any], Factors]) -> "PeftModel":
+    """A LoRA of scaling 1 on the base of `adapted`, of each layer's factors."""
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = adapted.peft_config["default"]
-    found = {}
+    update = {}
     with torch.no_grad():
         for name, layer in adapted.base_model.model.named_modules():
             if isinstance(layer, BaseTunerLayer):
-                found[name] = factors(layer)
+                update[name] = factors(layer)
     plain = get_peft_model(
         adapted.unload(),
         LoraConfig(
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=rank,
             target_modules=config.target_modules,
             fan_in_fan_out=config.fan_in_fan_out,
             task_type="CAUSAL_LM",
         ),
     )
     plain.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
-    for name, (a, b) in found.items():
+    for name, (a, b) in update.items():
         layer = plain.base_model.model.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(a)
         layer.lora_B["default"].weight.data.copy_(b)
     return plain
 
 
-def _vera_factors(layer: Any) -> Factors:
-    from ray_jobs.adapters.dvora import lora_factors
-
-    return lora_factors(layer, "default")
-
-
 # A merged model as one GGUF file: llama.cpp's own converter writes it, and transformers reads it back.
 
 NEEDED = "sentencepiece"
-"""A package that llama.cpp's script imports only when it converts the vocabulary, minutes after its start."""
+"""llama.cpp's script imports it only when it converts the vocabulary, minutes after its start."""
 CONVERTERS = ("convert_hf_to_gguf.py", "llama-convert-hf-to-gguf")
 """Names of the converter: the script in a checkout of llama.cpp, and the command that its pyproject.toml installs."""
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 MAX_DIFFERENCE = 1e-6
 """Largest tolerated difference, as a share of a tensor's largest absolute value (at least 1): float32's rounding error
 where a converter stores 1 + w in place of w."""
-LOG_TAIL = 12  # lines of output shown from a converter that failed
-ADDS_BOS = "tokenizer.ggml.add_bos_token"
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """Result of comparing the tensors of a file with those of the model that it was made from."""
-
-    compared: int
-    max_abs_difference: float
 
 
 def converter(named: Path | None) -> list[str]:
-    """The command line of the converter `named`; with None, of the first one found on PATH.
-
-    Raises:
-        UserError: there is no converter, or it cannot run here.
-    """
+    """The command line of the converter `named`; with None, of the first one found on PATH. Raises UserError: there is
+    no converter, or it cannot run here."""
     if named is None:
-        found = next((Path(path) for name in CONVERTERS if (path := shutil.which(name))), None)
-        if found is None:
+        program = next((Path(path) for name in CONVERTERS if (path := shutil.which(name))), None)
+        if program is None:
             raise UserError(
                 f"--gguf needs the converter of llama.cpp, and neither {' nor '.join(CONVERTERS)} is on PATH: clone "
                 f"https://github.com/ggml-org/llama.cpp, run `pip install {NEEDED}`, and name the script with "
@@ -342,53 +286,30 @@ def converter(named: Path | None) -> list[str]:
     elif not named.is_file():
         raise UserError(f"--converter {named}: there is no such file; name llama.cpp's {CONVERTERS[0]}")
     else:
-        found = named.absolute()
-    if found.suffix != ".py":
-        return [str(found)]
+        program = named.absolute()
+    if program.suffix != ".py":
+        return [str(program)]
     if importlib.util.find_spec(NEEDED) is None:
-        raise UserError(f"{found.name} needs {NEEDED}, which is not installed here: pip install {NEEDED}")
-    return [sys.executable, str(found)]  # run a script with this Python, which has torch and transformers
+        raise UserError(f"{program.name} needs {NEEDED}, which is not installed here: pip install {NEEDED}")
+    return [sys.executable, str(program)]  # run a script with this Python, which has torch and transformers
 
 
 def convert_to_gguf(command: list[str], model: Path, file: Path, *, dtype: str, name: str) -> None:
-    """Convert the transformers folder `model` to the GGUF `file`, with matrices stored in `dtype`.
-
-    Raises:
-        FineloopError: the converter failed, or wrote nothing.
-    """
+    """Convert the transformers folder `model` to the GGUF `file`, with matrices stored in `dtype`. Raises
+    FineloopError: the converter failed, or wrote nothing."""
     arguments = [str(model), "--outfile", str(file), "--outtype", OUTTYPES[dtype], "--model-name", name]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, errors="replace")
     if done.returncode or not file.is_file():
-        tail = "\n".join((done.stderr or done.stdout).splitlines()[-LOG_TAIL:])
+        tail = "\n".join((done.stderr or done.stdout).splitlines()[-12:])
         raise FineloopError(f"{' '.join(command)} ended with {done.returncode} and wrote no GGUF:\n{tail}")
 
 
-def fill(model: "PreTrainedModel", file: Path) -> Tensors:
+def fill(model: "PreTrainedModel", file: Path) -> dict[str, Any]:
     """Compare the file's tensors with those of the model that it was made from, then load them into the model.
 
-    Raises:
-        FineloopError: a tensor is missing, has another shape, or differs by more than MAX_DIFFERENCE.
-        UserError: transformers cannot read a GGUF of such a model.
+    Returns how many were `compared`, and their `max_abs_difference`. Raises FineloopError where a tensor is missing,
+    has another shape, or differs by more than MAX_DIFFERENCE.
     """
-    import torch
-
-    found = _weights(model, file)
-    largest = 0.0
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name not in found or found[name].shape != weight.shape:
-                shape = tuple(found[name].shape) if name in found else "nothing"
-                raise FineloopError(f"nothing is exported: the GGUF has {shape} for {name}, {tuple(weight.shape)}")
-            difference = float((found[name] - weight.float()).abs().max())
-            if not difference <= MAX_DIFFERENCE * max(1.0, float(weight.abs().max())):
-                raise FineloopError(f"nothing is exported: {name} differs by {difference:.2g} in the GGUF")
-            largest = max(largest, difference)
-            weight.copy_(found[name])
-    return Tensors(len(dict(model.named_parameters())), largest)
-
-
-def _weights(model: "PreTrainedModel", file: Path) -> dict[str, Any]:
-    """The file's tensors in float32, keyed by the model's parameter names."""
     import torch
     from transformers import GgufConfig
 
@@ -400,16 +321,28 @@ def _weights(model: "PreTrainedModel", file: Path) -> dict[str, Any]:
             f"transformers cannot read a GGUF of a {model.config.model_type}, so that it cannot be checked ({exc}): "
             "export it with --merged, and convert that folder yourself"
         ) from exc
-    return dict(read.named_parameters())
+    stored, largest = dict(read.named_parameters()), 0.0
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name not in stored or stored[name].shape != weight.shape:
+                shape = tuple(stored[name].shape) if name in stored else "nothing"
+                raise FineloopError(f"nothing is exported: the GGUF has {shape} for {name}, {tuple(weight.shape)}")
+            difference = float((stored[name] - weight.float()).abs().max())
+            if not difference <= MAX_DIFFERENCE * max(1.0, float(weight.abs().max())):
+                raise FineloopError(f"nothing is exported: {name} differs by {difference:.2g} in the GGUF")
+            largest = max(largest, difference)
+            weight.copy_(stored[name])
+    return {"compared": len(dict(model.named_parameters())), "max_abs_difference": largest}
 
 
 def write_modelfile(file: Path, chat: ChatFormat, title: str, system: str, context: int) -> list[str]:
-    """Write Ollama's Modelfile beside the GGUF; `context` is in tokens.
+    """Write Ollama's Modelfile beside the GGUF, `context` in tokens; returns warnings about what it cannot express."""
+    from gguf import GGUFReader
 
-    Returns warnings about what a Modelfile cannot express.
-    """
     tokenizer = chat.tokenizer
-    bos = tokenizer.bos_token if _adds_bos(file, chat) else None
+    field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    begins = chat.begins if field is None else bool(field.contents())  # as llama.cpp begins a text
+    bos = tokenizer.bos_token if begins else None
     joints = ollama.joints(chat.prompt, bos or "")
     warnings = []
     if joints is None:
@@ -425,12 +358,3 @@ def write_modelfile(file: Path, chat: ChatFormat, title: str, system: str, conte
     text = ollama.modelfile(file.name, title=title, template=template, system=system, stops=stops, context=context)
     file.with_name("Modelfile").write_text(text, encoding="utf-8")
     return warnings
-
-
-def _adds_bos(file: Path, chat: ChatFormat) -> bool:
-    """Whether llama.cpp prepends the beginning-of-sequence token to a text; where the file does not say, it follows the
-    tokenizer."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).get_field(ADDS_BOS)
-    return chat.begins if field is None else bool(field.contents())

@@ -33,8 +33,7 @@ def read(config: RunConfig, store: Store, version: Version) -> Recorded:
     """Read the version's lineage, verified against its manifest.
 
     Raises:
-        ConfigError: this release does not support the base or the method, or the base has code of its own that
-            `config` does not allow.
+        ConfigError: this release does not support the method, or the base has code that `config` does not allow.
         IntegrityError: the lineage differs from the published one, or lacks one of these fields.
     """
     lineage: Any = read_lineage(store, version)

@@ -15,7 +15,7 @@ from components.config.methods import BaseFormat
 from components.config.schema import MethodConfig, ModelConfig
 from ray_jobs.adapters import build, dvora
 from ray_jobs.adapters.build import Targets
-from ray_jobs.adapters.dvora import DvoraConfig, DvoraLinear
+from ray_jobs.adapters.dvora import DvoraLinear
 from ray_jobs.base import base_model
 
 IDS = torch.arange(12)[None]
@@ -92,17 +92,12 @@ def test_the_norm_follows_the_vectors_however_they_are_written(tiny_base):
     for layer in layers(model):
         layer.vera_lambda_b["default"].data.mul_(2)  # unseen by autograd's version counter, as DeepSpeed writes
     changed = logits(model)
+    model(input_ids=IDS).logits.sum().backward()  # still in evaluation mode: with norms kept while generating
+    assert all(layer.vera_lambda_m["default"].grad is not None for layer in layers(model))
     fresh = adapted_base(tiny_base)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(changed, logits(fresh))
     assert not torch.equal(changed, first)
-
-
-def test_norms_kept_while_generating_can_be_trained_with(tiny_base):
-    model = disturb(adapted_base(tiny_base))
-    logits(model)
-    model(input_ids=IDS).logits.sum().backward()  # still in evaluation mode
-    assert all(layer.vera_lambda_m["default"].grad is not None for layer in layers(model))
 
 
 def test_dropout_reaches_base_and_update_of_the_change_as_in_doras_own_code(tiny_base):
@@ -194,14 +189,6 @@ def test_several_adapters_live_on_one_base_and_merge_as_they_add(tiny_base):
     torch.testing.assert_close(logits(model), second, rtol=1e-4, atol=1e-4)
 
 
-def test_it_loads_with_weights_that_come_only_from_the_file(tiny_base, tmp_path):
-    model = disturb(adapted_base(tiny_base))
-    build.save(model, tmp_path)
-    loaded = PeftModel.from_pretrained(dense(tiny_base), tmp_path, low_cpu_mem_usage=True)
-    assert isinstance(loaded.peft_config["default"], DvoraConfig)
-    assert torch.equal(logits(loaded), logits(model))
-
-
 @pytest.mark.parametrize("name", ["vera", "dvora"])
 def test_it_is_a_lora_or_dora_adapter_of_plain_peft(name, tiny_base):
     model = disturb(adapted_base(tiny_base, MethodConfig(name=name, rank=4)))
@@ -210,11 +197,8 @@ def test_it_is_a_lora_or_dora_adapter_of_plain_peft(name, tiny_base):
     weights: dict[str, Tensor] = {}
     for layer_name, layer in model.named_modules():
         if isinstance(layer, VeraLayer):
-            factors = dvora.lora_factors(layer, "default")
-            weights |= {
-                f"{layer_name}.lora_A.weight": factors.lora_A_RI,
-                f"{layer_name}.lora_B.weight": factors.lora_B_OR,
-            }
+            lora_A, lora_B = dvora.lora_factors(layer, "default")
+            weights |= {f"{layer_name}.lora_A.weight": lora_A, f"{layer_name}.lora_B.weight": lora_B}
         if isinstance(layer, DvoraLinear):
             weights[f"{layer_name}.lora_magnitude_vector"] = layer.vera_lambda_m["default"]
     result = set_peft_model_state_dict(plain, weights)
