@@ -78,12 +78,7 @@ def test_an_overlay_that_does_not_render_says_why() -> None:
 
 def test_every_manifest_is_named_by_the_kustomization_beside_it() -> None:
     """What nobody applies is not checked either."""
-    apart = {
-        "helm-values.yaml",
-        "kind-config.yaml",
-        "metrics.yaml",
-        "rules.test.yaml",
-    }
+    apart = {"helm-values.yaml", "kind-config.yaml", "metrics.yaml", "rules.test.yaml"}
     for file in INFRA.glob("*/**/*.yaml"):
         if file.name not in apart | {"kustomization.yaml"}:
             named = file.with_name("kustomization.yaml").read_text(encoding="utf-8")

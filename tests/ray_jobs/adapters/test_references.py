@@ -21,20 +21,12 @@ ADAPTERS = {  # with a dense base and with a 4-bit one
     "vera": MethodConfig(name="vera", rank=RANK),
     "dvora": MethodConfig(name="dvora", rank=RANK),
 }
-SCALING = {
-    "lora": ALPHA / RANK,
-    "rslora": ALPHA / RANK**0.5,
-    "dora": ALPHA / RANK,
-    "rslora and dora": ALPHA / RANK**0.5,
-}
+SCALING = {"lora": ALPHA / RANK, "dora": ALPHA / RANK}
+SCALING |= {"rslora": ALPHA / RANK**0.5, "rslora and dora": ALPHA / RANK**0.5}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 QUANTISATION = {
     "dense": None,
-    "nf4": BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    ),
+    "nf4": BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }
 
@@ -108,9 +100,5 @@ def test_output_and_gradients_are_those_of_the_papers_formula(name, base, tiny_b
                 ours.grad.double(), reference.grad, rtol=1e-4, atol=1e-4, msg=lambda m, s=short: f"{s}: {m}"
             )
     trained = {short for short, vector in vectors.items() if vector.requires_grad}
-    assert (
-        trained
-        == {"lora": {"A", "B"}, "dora": {"A", "B", "m"}, "vera": {"b", "d"}, "dvora": {"b", "d", "m"}}[
-            ADAPTERS[name].row.adapter
-        ]
-    )
+    all_trained = {"lora": {"A", "B"}, "dora": {"A", "B", "m"}, "vera": {"b", "d"}, "dvora": {"b", "d", "m"}}
+    assert trained == all_trained[ADAPTERS[name].row.adapter]

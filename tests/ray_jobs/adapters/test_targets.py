@@ -40,17 +40,15 @@ def test_of_a_model_that_sees_only_what_reads_text_is_adapted():
     assert trained_in(attached("Gemma 3, with vision", target_modules=r".*\.q_proj")) == {"model.language_model"}
 
 
-def test_layers_are_written_as_the_config_has_them_where_that_reaches_no_other():
-    assert attached("Llama, tied", target_modules=["q_proj"]).peft_config["default"].target_modules == {"q_proj"}
-    pattern = r".*\.q_proj"
-    assert attached("Llama, tied", target_modules=pattern).peft_config["default"].target_modules == pattern
+@pytest.mark.parametrize("wanted", [["q_proj"], r".*\.q_proj"])
+def test_layers_are_written_as_the_config_has_them_where_that_reaches_no_other(wanted):
+    written = attached("Llama, tied", target_modules=wanted).peft_config["default"].target_modules
+    assert written == (set(wanted) if isinstance(wanted, list) else wanted)
 
 
 def test_a_pattern_that_goes_back_and_forth_without_end_is_refused(monkeypatch):
     monkeypatch.setattr(build, "PATTERN_S", 0.4)
-    with pytest.raises(
-        ConfigError, match=r"method\.target_modules '\(\[a-z_0-9\.\]\+\)\+!' does not come to an end in 0 s"
-    ):
+    with pytest.raises(ConfigError, match=r"method\.target_modules '.*' does not come to an end in 0 s"):
         attached("Llama, tied", target_modules="([a-z_0-9.]+)+!")
 
 
@@ -72,9 +70,8 @@ def test_named_experts_are_adapted_and_nothing_beside_them():
 
 
 def test_a_router_is_adapted_where_it_is_named_and_its_class_allows():
-    assert any(
-        key.endswith("gate.weight") for key in attached("Mixtral", target_modules=["gate"]).targeted_parameter_names
-    )
+    routers = attached("Mixtral", target_modules=["gate"]).targeted_parameter_names
+    assert any(key.endswith("gate.weight") for key in routers)
     with pytest.raises(ConfigError, match=r"names model\.layers\.0\.feed_forward\.router of .* a Llama4Router"):
         attached("Llama 4, text", target_modules=["q_proj", "router"])
 
@@ -165,13 +162,9 @@ def test_an_experts_adapter_is_written_in_the_same_order_and_read_by_plain_peft(
 @pytest.mark.parametrize("layers", [2, 6])  # from twenty layers on peft looks for short names that mean the same
 def test_all_linear_is_written_as_peft_writes_it(layers):
     with torch.device("meta"):
-        theirs = get_peft_model(
-            on_no_device("Llama, tied", num_hidden_layers=layers),
-            LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
-        ours = build.attach(
-            on_no_device("Llama, tied", num_hidden_layers=layers), MethodConfig(), base_reference="x", seed=0
-        )
+        bases = [on_no_device("Llama, tied", num_hidden_layers=layers) for _ in range(2)]
+        theirs = get_peft_model(bases[0], LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        ours = build.attach(bases[1], MethodConfig(), base_reference="x", seed=0)
     found, expected = (each.peft_config["default"] for each in (ours, theirs))
     assert found.target_modules == expected.target_modules
     assert found.target_parameters == expected.target_parameters
