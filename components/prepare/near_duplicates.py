@@ -21,13 +21,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 # Hashes to compare texts by: of shingles of characters, of words and of runs of words, a batch at once; pure. All have
 # 64 bits and depend on the text alone, so that the same texts are judged alike on every machine.
@@ -158,10 +160,10 @@ class Words:
         within = np.flatnonzero(is_one[:size])
         return mixed(hashes[within]), within
 
-    def outside(self, shared: "Known", batch: Batch) -> Marks:
+    def outside(self, shared: Hashes, batch: Batch) -> Marks:
         """One flag per character of the batch: whether it belongs to a word that no shared run covers."""
         hashes, first = self.runs()
-        found = first[shared.has(hashes)]
+        found = first[are_in(hashes, shared)]
         if not len(found):
             return batch.is_word
         depth = np.zeros(len(self.hashes) + 1, np.int64)
@@ -178,33 +180,12 @@ def mixed(hashes: Hashes) -> Hashes:
     return hashes ^ (hashes >> np.uint64(31))
 
 
-class Known:
-    """Sorted hashes with mixed bits, to look others up. A table of four bits or more for each rules most others out."""
-
-    def __init__(self, hashes: "Hashes | Minima") -> None:
-        self.hashes = hashes
-        bits = min((4 * len(hashes)).bit_length(), 8 * hashes.itemsize)
-        self._shift = hashes.dtype.type(8 * hashes.itemsize - bits)
-        is_taken = np.zeros(max(8, 2**bits), bool)
-        is_taken[hashes >> self._shift] = True
-        self._taken = np.packbits(is_taken, bitorder="little")
-
-    def __len__(self) -> int:
-        return len(self.hashes)
-
-    def find(self, hashes: "Hashes | Minima") -> tuple[Places, Places]:
-        """Which of these hashes are in the set, and the first place of each there."""
-        slots = hashes >> self._shift
-        found = np.flatnonzero(self._taken[slots >> 3] >> (slots & 7) & 1)
-        begin = np.searchsorted(self.hashes, hashes[found])
-        is_there = self.hashes[begin.clip(max=len(self) - 1)] == hashes[found]
-        return found[is_there], begin[is_there]
-
-    def has(self, hashes: Hashes) -> Marks:
-        """One flag per hash: whether it is in the set."""
-        is_known = np.zeros(len(hashes), bool)
-        is_known[self.find(hashes)[0]] = True
-        return is_known
+def are_in(hashes: Hashes, known: Hashes) -> Marks:
+    """One flag per hash: whether it is one of those that are known."""
+    if not len(known):
+        return np.zeros(len(hashes), bool)
+    marks: Marks = pc.is_in(pa.array(hashes), value_set=pa.array(known)).to_numpy(zero_copy_only=False)
+    return marks
 
 
 def frequent(
@@ -256,8 +237,13 @@ def _cell(hashes: Hashes) -> Places:
 
 
 def _powers(base: int, count: int) -> Hashes:
-    powers = np.full(count, base, np.uint64)
-    powers[:1] = 1
+    return _some_powers(base, count.bit_length())[:count]
+
+
+@lru_cache(maxsize=8)
+def _some_powers(base: int, bits: int) -> Hashes:
+    powers = np.full(2**bits, base, np.uint64)
+    powers[0] = 1
     return np.cumprod(powers, dtype=np.uint64)
 
 
@@ -270,7 +256,7 @@ def _are_of_words() -> Marks:
     return found
 
 
-def in_batches(texts: Iterable[str], *, max_texts: int = 512, max_chars: int = 2**16) -> Iterator[list[str]]:
+def in_batches(texts: Iterable[str], *, max_texts: int = 2048, max_chars: int = 2**17) -> Iterator[list[str]]:
     """Yield the texts in batches, which end with the text that reaches `max_texts` texts or `max_chars` characters."""
     batch: list[str] = []
     chars = 0
@@ -329,12 +315,22 @@ class Band:
     """An index of texts by their hash in one band, of nine or ten bytes per text."""
 
     def __init__(self, hashes: Minima, rows: Places) -> None:
-        self._known, self._rows = Known(hashes), rows.astype(np.uint32)
+        """`hashes` and `rows` as `Signed.in_band` returns them."""
+        self._hashes, self._rows = hashes, rows.astype(np.uint32)
+        bits = min((4 * len(rows)).bit_length(), 32)
+        self._shift = np.uint32(32 - bits)
+        is_taken = np.zeros(max(8, 2**bits), bool)
+        is_taken[hashes >> self._shift] = True
+        self._taken = np.packbits(is_taken, bitorder="little")
 
     def with_hash(self, hashes: Minima, *, most: int) -> tuple[Places, Places]:
         """Pairs of an index into `hashes` and a text with that hash, at most `most` texts per index."""
-        places, begin = self._known.find(hashes)
-        found = np.minimum(np.searchsorted(self._known.hashes, hashes[places], "right") - begin, most)
+        slots = hashes >> self._shift  # most hashes have no text: a table of one bit per slot rules them out first
+        places = np.flatnonzero(self._taken[slots >> 3] >> (slots & 7) & 1)
+        begin = np.searchsorted(self._hashes, hashes[places])
+        is_there = self._hashes[begin.clip(max=len(self._hashes) - 1)] == hashes[places]
+        places, begin = places[is_there], begin[is_there]
+        found = np.minimum(np.searchsorted(self._hashes, hashes[places], "right") - begin, most)
         offsets = np.arange(found.sum()) - np.repeat(np.cumsum(found) - found, found)
         return np.repeat(places, found), self._rows[np.repeat(begin, found) + offsets].astype(np.int64)
 
@@ -494,9 +490,9 @@ class Comparison:
         self._signed_held_out = Signed(folder, "held_out")
         most = max(COMMON_AT_LEAST, COMMON * len(held_out))
         shingles = (hashes for hashes, _ in _shingles_in(held_out))
-        self._common = Known(frequent(shingles, lambda: _shingles_in(held_out), more_than=most))
+        self._common = frequent(shingles, lambda: _shingles_in(held_out), more_than=most)
         most = max(SHARED_AT_LEAST, SHARED * (len(prompts) + len(held_out)))
-        self._shared = Known(_frequent_runs(held_out, prompts, more_than=most))
+        self._shared = _frequent_runs(held_out, prompts, more_than=most)
         for batch in in_batches(held_out):
             self._signed_held_out.add(*self._signatures(batch))
 
@@ -564,8 +560,7 @@ class Comparison:
     def _shingled(self, texts: Sequence[str]) -> _Shingled:
         batch = Batch.of(texts)
         hashes, is_whole = batch.shingles()
-        if len(self._common):
-            is_whole &= ~self._common.has(hashes)
+        is_whole &= ~are_in(hashes, self._common)
         outside = batch.words().outside(self._shared, batch) if len(self._shared) else batch.is_word
         is_own = np.zeros(len(hashes), bool)
         for place in range(CHARS):
