@@ -17,7 +17,7 @@ from components.prepare.prepare import percentiles, preview
 from components.prepare.sources import find_sources
 from components.prepare.split import Judges, lacking, parts_of
 from components.shared import garbage
-from components.shared.errors import DataError, UserError
+from components.shared.errors import DataError, StoreError, UserError
 from components.shared.protocol import say
 
 with garbage.importing():
@@ -68,7 +68,7 @@ def previewed(config: RunConfig) -> dict[str, Any]:
         base = base_model.Base(config.model.base, base_model.locate(config.model), {})
         shape = base_model.load_config(base.path, config.model)
         chat = chat_format.load(base, config.model)
-    except UserError as exc:
+    except (UserError, StoreError) as exc:
         return {**body, "unread_because": str(exc)}
     config = base_model.fitted(config, shape, lambda line: say(STEP, line))
     say(STEP, f"tokenising {len(train)} records as {config.model.base} reads them")
