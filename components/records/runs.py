@@ -55,18 +55,13 @@ R = TypeVar("R", bound=Record)
 
 
 def run_key(run_id: str, file: str = "") -> str:
-    """Return the key of a file of the run in the store; without `file`, the run's folder with a trailing slash."""
+    """Return the key of a file of the run; without `file`, of its folder with a trailing slash."""
     return f"runs/{run_id}/{file}"
 
 
 def key_of(store: Store, run_id: str, file: str) -> str:
     """Return the key of a file of the run: apart if the registry trusts keys and a decision rests on the file."""
     return f"{EVALUATIONS}{run_id}/{file}" if store.trusted_keys and file in APART else run_key(run_id, file)
-
-
-def step_key(run_id: str, step: str) -> str:
-    """Return the key of a step's record."""
-    return run_key(run_id, f"{STEPS}{step}.json")
 
 
 def config_of(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
@@ -94,12 +89,12 @@ def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None,
         ObjectMissing: the run has no such record.
         IntegrityError: the record is malformed, or its SHA-256 is not `sha256`.
     """
-    if (found_at := lying(store, run_id, kind.FILE, to_show=to_show)) is None:
+    if (stored := lying(store, run_id, kind.FILE, to_show=to_show)) is None:
         raise ObjectMissing(f"{store.uri(key_of(store, run_id, kind.FILE))} does not exist")
-    body, key = found_at
-    if sha256 is not None and (found := hashlib.sha256(body).hexdigest()) != sha256:
+    body, key = stored
+    if sha256 is not None and (written := hashlib.sha256(body).hexdigest()) != sha256:
         raise IntegrityError(
-            f"{store.uri(key)} has sha256 {found}, but {sha256} was written: it was changed since, so run the step "
+            f"{store.uri(key)} has sha256 {written}, but {sha256} was written: it was changed since, so run the step "
             "that writes it again"
         )
     return kind.from_json(body, store.uri(key))
@@ -145,7 +140,7 @@ def write(store: Store, run_id: str, record: Record) -> None:
     """Write the run's record of this kind, replacing an earlier one."""
     match record:
         case StepRecord():
-            key = step_key(run_id, record.step)
+            key = run_key(run_id, f"{STEPS}{record.step}.json")
         case Trial():
             key = run_key(run_id, f"{TRIALS}{record.name}.json")
         case Decision(decision="skipped"):  # nothing rests on it, and the job that prepares the data may write it
@@ -161,22 +156,17 @@ def steps(store: Store, run_id: str) -> list[StepRecord]:
     Raises:
         IntegrityError: a record is malformed.
     """
-    keys = [entry.key for entry in store.list(run_key(run_id, STEPS)) if entry.key.endswith(".json")]
-    found = [StepRecord.from_json(store.get(key), store.uri(key)) for key in keys]
-    return sorted(found, key=lambda record: record.started_at)
+    return sorted(_all(store, run_key(run_id, STEPS), StepRecord), key=lambda record: record.started_at)
 
 
 def trials(store: Store, run_id: str) -> list[Trial]:
-    """Read the trials of a sweep that have ended, in any order.
-
-    Raises:
-        IntegrityError: a record is malformed.
-    """
-    keys = [entry.key for entry in store.list(run_key(run_id, TRIALS)) if entry.key.endswith(".json")]
-    return [Trial.from_json(store.get(key), store.uri(key)) for key in keys]
+    """Read the trials of a sweep that have ended, in any order; raises as `steps`."""
+    return _all(store, run_key(run_id, TRIALS), Trial)
 
 
-# Record of a replay: the production version's answers to earlier records of a dataset.
+def _all(store: Store, folder: str, kind: type[R]) -> list[R]:
+    keys = [info.key for info in store.list(folder) if info.key.endswith(".json")]
+    return [kind.from_json(store.get(key), store.uri(key)) for key in keys]
 
 
 class Replayed(Record):
@@ -191,6 +181,5 @@ class Replayed(Record):
     version: str | None
     """The version that was asked; None if nothing was in production."""
     asked: int
-    """Number of earlier records that are replayed."""
     kept: int
     """Number of them that are trained on with the version's answers, as these were right; the others have their own."""

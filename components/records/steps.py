@@ -6,7 +6,7 @@ would misunderstand a record, which it then refuses.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -74,7 +74,6 @@ class Usage(Part):
     """Resources used by the job that took the last step, unless a field says otherwise; None means unknown."""
 
     workers: int
-    """Number of workers at the last step."""
     gpu: str
     """GPU model of each worker; empty if they had no GPU."""
     held_s: float
@@ -85,11 +84,10 @@ class Usage(Part):
     restarts: int
     """How often workers restarted after steps had been taken; like `steps_repeated`, over the whole training."""
     steps_repeated: int
-    """Number of steps taken again after restarts. Only recorded steps count; they are recorded every few seconds."""
     flops: float | None
     """Operations of forward and backward passes, including recomputed ones, by the plan's count per token."""
     flops_with_parents: float | None
-    """`flops` plus the operations of the versions that the training went on from."""
+    """With those of the versions that the training went on from."""
     s3_requests: int
     """S3 requests of the workers that took the last step, without the driver's; the same holds for the bytes below."""
     s3_read_bytes: int
@@ -100,7 +98,6 @@ class Usage(Part):
 
     @property
     def hours(self) -> float:
-        """Worker-hours: `held_s` in hours."""
         return self.held_s / 3600
 
 
@@ -112,11 +109,9 @@ class TaskScore(Part):
 
     task: str
     metric: str
-    """The metric's name in the task; if a filter processed the answers, with the filter's name."""
     value: float | None
     """The metric's value; None if it is not a finite number."""
     stderr: float | None = None
-    """Standard error of `value` over the task's documents; None if the task reports none."""
     lower_is_better: bool = False
     passes: tuple[bool, ...] = ()
     """Whether each document is right; empty where the metric is none of right and wrong, as of a group of tasks."""
@@ -128,35 +123,28 @@ class HarnessScores(Part):
     lm_eval: str
     """Version of lm-evaluation-harness that ran; it also fixes the tasks that it ships, and their versions."""
     tasks: tuple[str, ...]
-    """Names of tasks, groups or tags, as in the config."""
     limit: int | None = None
-    """Maximum number of documents per task; None means all."""
     include_sha256: str = ""
     """SHA-256 of the folder of custom tasks (`evaluate.lm_eval_include`); empty if there is none."""
     base_format: str = ""
     """Number format of the base's weights: bf16, nf4 or int8."""
     left_out: str = ""
-    """Why no model was measured; empty if one was."""
     scores: dict[str, tuple[TaskScore, ...]] = {}
     """Scores by role; roles on another base than the candidate's are left out."""
 
     def same_tasks(self, other: "HarnessScores") -> bool:
         """Whether these scores and the other's are comparable: same harness version, tasks, limit and custom tasks."""
-        return all(
-            getattr(self, name) == getattr(other, name) for name in ("lm_eval", "tasks", "limit", "include_sha256")
-        )
+        compared = ("lm_eval", "tasks", "limit", "include_sha256")
+        return all(getattr(self, name) == getattr(other, name) for name in compared)
 
     def score(self, role: str, task: str, metric: str) -> TaskScore | None:
-        """Return one model's score for one metric of one task; None if it was not measured."""
         return next((each for each in self.scores.get(role, ()) if (each.task, each.metric) == (task, metric)), None)
 
     def main(self, role: str, task: str) -> TaskScore | None:
-        """Return one model's score for the first metric of one task; None if it was not measured."""
         return next((each for each in self.scores.get(role, ()) if each.task == task and each.value is not None), None)
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """The (task, metric) pairs that were measured, in the order of the tasks."""
         return list(dict.fromkeys((each.task, each.metric) for scores in self.scores.values() for each in scores))
 
     @property
@@ -164,20 +152,16 @@ class HarnessScores(Part):
         """One line for each task or group in the config, or for everything measured if the config names tags."""
         if self.left_out:
             return [f"lm-eval: left out, {self.left_out}"]
-        measured = list(dict.fromkeys(task for task, _ in self.rows))
-        shown = self.tasks if set(self.tasks) <= set(measured) else measured
-        return [f"lm-eval {task}: {', '.join(self._scores_of(task))}" for task in shown]
-
-    def _scores_of(self, task: str) -> Sequence[str]:
-        result = []
-        for metric in (metric for name, metric in self.rows if name == task):
-            found: Mapping[str, TaskScore | None] = {role: self.score(role, task, metric) for role in self.scores}
-            result.append(f"{metric} {', '.join(f'{role} {score_text(each)}' for role, each in found.items())}")
-        return result
+        by_task: dict[str, list[str]] = {}
+        for task, metric in self.rows:
+            scores = [f"{role} {score_text(self.score(role, task, metric))}" for role in self.scores]
+            by_task.setdefault(task, []).append(f"{metric} {', '.join(scores)}")
+        shown = self.tasks if set(self.tasks) <= by_task.keys() else by_task
+        return [f"lm-eval {task}: {', '.join(by_task[task])}" for task in shown]
 
 
 def score_text(score: TaskScore | None) -> str:
-    """Format a score with its standard error; a dash if there is no value."""
+    """The score with its standard error; a dash if there is no value."""
     if score is None or score.value is None:
         return "–"  # noqa: RUF001 - a dash for a number that is not there
     return f"{score.value:.4g}" + (f" ± {score.stderr:.2g}" if score.stderr is not None else "")
@@ -189,7 +173,6 @@ class Prepared(Record):
     FILE: ClassVar[str] = "prepared.json"
 
     result: dict[str, Any]
-    """The step's result: the dataset, or why the run was skipped."""
 
 
 class StepRecord(Record):
@@ -200,10 +183,8 @@ class StepRecord(Record):
     step: str
     status: Status
     started_at: str
-    """Start time in ISO 8601, with time zone."""
     seconds: float
     result: dict[str, Any] = {}
-    """The step's result; for a failed step, `error` with kind and message."""
 
     @property
     def succeeded(self) -> bool:
@@ -230,7 +211,6 @@ class TrainResult(Record):
     version: str
     version_uri: str
     manifest_sha256: str = ""
-    """SHA-256 of the version's manifest, as published."""
     dataset_uri: str = ""
     train_seconds: float | None = None
     steps: int | None = None
@@ -242,18 +222,15 @@ class TrainResult(Record):
     trained_at: str = ""
     """When the last step ended, before anything was published; ISO 8601, with time zone."""
     began_at: str = ""
-    """When the job began; same format as `trained_at`."""
     until_first_step: list[Took] = []
     """Parts of the time from `began_at` to the first training step, in order."""
     usage: Usage | None = None
-    """Resources that the training used; None where they were not recorded."""
 
 
 class Measured(Part):
     """One model of a comparison."""
 
     version: str | None = None
-    """The model's version; None for the base, which is not a version."""
     metrics: dict[str, float | None]
     """Value of each metric, by its key in `METRICS`; None if it was not measured."""
 
@@ -266,16 +243,13 @@ class TextLosses(Part):
     base_format: str = ""
     """Number format of the base's weights: bf16, nf4 or int8."""
     tokens: list[int]
-    """Number of tokens of each text; for an answer, without its prompt."""
     nll: dict[Role, list[float]]
     """-log p of each text, in nats, by role; roles on another base than the candidate's are left out."""
     asked_sha256: str | None = None
     """SHA-256 of the base's prompts and of how its answers were sampled; None if the texts are not answers."""
     answers: list[list[int]] | None = None
-    """Token ids of each of the base's answers; None if the texts are not answers."""
 
     def loss(self, role: Role) -> float | None:
-        """Return the mean loss per token, in nats; None if it was not measured."""
         return sum(self.nll[role]) / sum(self.tokens) if role in self.nll and self.tokens else None
 
     def above_base(self, role: Role) -> float | None:
@@ -317,21 +291,15 @@ class Evaluation(Record):
     records_sha256: str = ""
     """SHA-256 of evaluation_records.parquet, which holds record by record what this record sums up."""
     base: dict[str, Any] = {}
-    """Reference and identity of the base model."""
     models: dict[str, Measured | None]
-    """Measurements of each model, by role."""
     general_text: TextLosses | None = None
-    """Losses on general text; None if they were not measured."""
     own_answers: TextLosses | None = None
     """Losses on the base's answers to prompts of no domain; None if the base was not asked."""
     harness: HarnessScores | None = None
-    """Scores on lm-evaluation-harness tasks; None if none were requested."""
     probes: dict[str, Any] = {}
-    """Results of further probes, by the probe's name."""
     changed_answers: float | None = None
     """Share of the records on which candidate and champion answer differently; None if there is no champion."""
     paired: dict[str, PairedDifference | None] = {}
-    """Difference between the candidate and each other model, by its role."""
     confusion: dict[str, Any] | None = None
     """Confusion matrix: labels, and counts[reference][answer]; None if the answers are not classes."""
     samples: list[dict[str, Any]] = []
@@ -343,11 +311,9 @@ class Evaluation(Record):
     seconds: dict[str, float] = {}
 
     def model(self, role: Role) -> Measured | None:
-        """Return the measurements of a role; None if there is no such model."""
         return self.models.get(role)
 
     def metric(self, role: Role, key: str) -> float | None:
-        """Return one metric of a role; None if it was not measured or is not finite."""
         measured = self.model(role)
         return finite(measured.metrics.get(key)) if measured else None
 
@@ -363,7 +329,6 @@ class SliceResult(Part):
     """Lower bound of the gain, at the rule's confidence; None if the records do not bound it."""
     upper: float | None
     worse: bool
-    """Whether the candidate is shown to be worse by more than is allowed."""
 
 
 class Lead(Part):
@@ -374,7 +339,6 @@ class Lead(Part):
     variance: float
     """Variance of all candidates around that line."""
     decisions: int
-    """Number of candidates."""
 
 
 class RuleResult(Part):
@@ -384,13 +348,10 @@ class RuleResult(Part):
     field: str
     """The config field that sets the bound."""
     title: str = ""
-    """What the rule asks for, in a few words."""
     metric: str | None = None
     against: Role | None = None
-    """The model that the candidate was compared with."""
     candidate: float | None = None
     other: float | None = None
-    """The other model's number."""
     bound: float | None = None
     """The bound as stated in the config: a margin or a limit."""
     bound_text: str = ""
@@ -398,7 +359,6 @@ class RuleResult(Part):
     """The bound as a value of the metric: what the candidate had to reach."""
     line_text: str = ""
     gain: float | None = None
-    """How much better the candidate is than the other model."""
     lower: float | None = None
     """The gain is at least this, at `confidence`."""
     upper: float | None = None
@@ -414,17 +374,14 @@ class RuleResult(Part):
     undecided: bool = False
     """Whether the rule neither passed nor failed, because the records do not decide it."""
     needs_approval: bool = False
-    """Whether a person has to approve it."""
     records_needed: int | None = None
     """How many records would decide an undecided rule; None if no useful number is known."""
     slices: tuple[SliceResult, ...] = ()
     """The slices that the rule judged, the worst first; empty for a rule that judges none."""
     text: str
-    """The result in a few sentences."""
 
     @property
     def short(self) -> str:
-        """The result in a word or two."""
         if self.passed:
             return "passed"
         return "cannot tell" if self.undecided else "needs approval" if self.needs_approval else "failed"
@@ -447,7 +404,6 @@ class Decision(Record):
     skipped run, why it was skipped."""
     rules: tuple[RuleResult, ...] = ()
     version: str | None = None
-    """The candidate's version; None for a skipped run, which made none."""
     version_uri: str | None = None
     champion: str | None = None
     """The version that held the alias when the candidate was compared."""
@@ -464,13 +420,11 @@ class Decision(Record):
     evaluation_sha256: str = ""
     """SHA-256 of the evaluation that was decided on, as it was written; empty for a skipped run."""
     policy: dict[str, Any] = {}
-    """Section `gate` of the config."""
     revision: int = 0
     """Number of the gate's rules on rare losses; 0 in decisions made before this was counted."""
     basis_sha256: str = ""
     """SHA-256 of the verdict and everything that it follows from; repeating a decision gives the same value."""
     since_run: str | None = None
-    """For a skipped run, the id of the run that had consumed the data before."""
 
     @property
     def promoted(self) -> bool:

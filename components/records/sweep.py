@@ -24,26 +24,20 @@ class Trial(Record):
     """Whether the trial belongs to the comparison of methods, with a seed that the search has not used."""
     status: TrialStatus
     why: str = ""
-    """Why the trial diverged or failed, in a sentence."""
     loss: float | None = None
     """Validation loss of the weights that would be published, in nats per answer token; for a stopped trial, its last
     one. None if the trial diverged or failed."""
     start_loss: float | None = None
-    """Validation loss of the base, before the first step."""
     steps: int = 0
     num_steps: int = 0
     seconds: float | None = None
-    """Seconds from the trial's beginning to its end."""
     waited_s: float | None = None
     """Seconds between the previous trial in the same process and this one; None for a process's first trial."""
     ready_s: float | None = None
     """Seconds from the trial's beginning to its first step: loading the base and attaching the adapter."""
     step_s: float | None = None
-    """Median duration of an optimizer step, in seconds."""
     bases_loaded: int = 0
-    """Number of bases that the trial's process had loaded by then."""
     curve: list[tuple[int, float]] = []
-    """Pairs of (number of steps, validation loss)."""
     record_nll: list[float] = []
     """Negative log-likelihood of each validation record's answer, in nats; only for a finished trial."""
     record_tokens: list[int] = []
@@ -51,7 +45,6 @@ class Trial(Record):
     """Losses on general text, for a trial that compares methods: `candidate` is measured after the training, `base`
     before it, unless the method makes its own base, which without the adapter is only half of the initial model."""
     general_s: float | None = None
-    """Seconds that measuring `general_text` took."""
 
     @property
     def is_outcome(self) -> bool:
@@ -77,11 +70,9 @@ class Forgotten(Part):
     """Number format of the base compared with: the method's, if a trial of the sweep measured the base in it."""
     base_loss: float
     losses: list[float]
-    """Loss after each training that compares methods, in the order of their seeds."""
     rise: float
     """How far the mean of `losses` is above `base_loss`."""
     ci95: tuple[float, float]
-    """95 % confidence interval of `rise`, over passages and seeds."""
     passages: int
 
 
@@ -103,10 +94,8 @@ class Tuned(Part):
     gain_over_prior: float | None = None
     """How much lower the loss is than the prior rate's, in nats per answer token; None if that diverged."""
     rates: list[RateLoss]
-    """All rates that were tried, in ascending order."""
     step_s: float | None = None
     memory_bytes: int | None = None
-    """Planned memory of one worker, in bytes."""
     forgotten: Forgotten | None = None
     """Rise of the loss on general text; None if not measured, for example if no methods are compared."""
 
@@ -122,7 +111,6 @@ class MethodComparison(Part):
     seeds: int
     records: int
     time_ratio: float | None = None
-    """Ratio of the time of a step to the reference's."""
     memory_ratio: float | None = None
     servable_as: str = "lora"
     """`lora`, `lora-export` or `merged`, as in a version's lineage."""
@@ -136,24 +124,17 @@ class SweepResult(Record):
     run_id: str
     adapter: str
     base: dict[str, Any]
-    """Reference and identity of the base model."""
     dataset: dict[str, Any]
     """The dataset, as in a version's lineage."""
     config_sha256: str
     environment: dict[str, Any]
-    """Code, packages and image, as in a version's lineage."""
     records: int
-    """Number of validation records."""
     start_loss: float | None
-    """Loss of the base on the validation records."""
     margin: float = 0.0
-    """Minimum gain for a method to be advised."""
     best: Tuned
     tuned: list[Tuned]
-    """Results for every method, rank and batch size."""
     comparisons: list[MethodComparison] = []
     verdict: str
-    """The result in words."""
     advised_method: str
     trials: list[Trial]
     """All trials, without the losses of single records, which are in each trial's own file."""
@@ -167,7 +148,6 @@ class TunedRate(Record):
 
     learning_rate: float
     prior: float
-    """The learning rate of the config."""
     sweep_run_id: str | None = None
     """The run whose sweep found the rate: this one or an earlier one; None if the rate is the config's."""
     advice: str = ""

@@ -21,7 +21,7 @@ from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.folders import Manifest, verify
 from components.store.store import Store, decode_json
 
-BASES, CHOSEN, DATASETS = "bases/", "chosen.json", "datasets/"
+DATASETS = "datasets/"
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,12 @@ def audit(store: Store, name: str) -> Audit:
         for info in store.list(adapter_key(name, "aliases/")):
             alias = info.key.rpartition("/")[2].removesuffix(".json")
             try:
-                pointer = read_alias(store, name, alias)
-            except (IntegrityError, UserError) as exc:
-                findings.append(Finding(store.uri(info.key), str(exc)))
-                continue
-            if pointer is None:
-                findings.append(Finding(store.uri(info.key), "is not an alias"))
-            else:
+                if (pointer := read_alias(store, name, alias)) is None:
+                    raise IntegrityError("is not an alias")
                 pointers[alias] = pointer
                 findings += _alias(store, name, pointer, log, whole)
+            except (IntegrityError, UserError) as exc:
+                findings.append(Finding(store.uri(info.key), str(exc)))
         findings += [
             Finding(event.uri, f"moved {name}@{event.body['alias']}, which there is no more")
             for event in log
@@ -133,26 +130,19 @@ def _refusals(
             yield Finding(event.uri, f"is about {version}, which was never published")
         elif not has_decided:
             yield Finding(event.uri, f"is about a decision of run {run_id}, which made none")
-    by_version = {version: str(manifest.about.get("run_id", "")) for version, manifest in whole.items()}
-    found = pool.map(lambda run_id: _decided(store, run_id), by_version.values())
-    for (version, run_id), decision in zip(by_version.items(), found, strict=True):
-        if isinstance(decision, Finding):
-            yield decision
-        elif (
-            decision
-            and decision.version == version
-            and decision.decision == "hold"
-            and not decision.changes_nothing
-            and (version, run_id) not in refused
-        ):
-            yield Finding(store.uri(version_key(name, version)), f"was held by run {run_id}, and no event says so")
 
+    def unlogged(version: str) -> Finding | None:
+        run_id = str(whole[version].about.get("run_id", ""))
+        try:
+            decision = runs.find(store, run_id, Decision, to_show=True) if run_id else None
+        except IntegrityError as exc:
+            return Finding(store.uri(runs.run_key(run_id, Decision.FILE)), str(exc))
+        is_held = decision and decision.version == version and decision.decision == "hold"
+        if decision and is_held and not decision.changes_nothing and (version, run_id) not in refused:
+            return Finding(store.uri(version_key(name, version)), f"was held by run {run_id}, and no event says so")
+        return None
 
-def _decided(store: Store, run_id: str) -> Decision | Finding | None:
-    try:
-        return runs.find(store, run_id, Decision, to_show=True) if run_id else None
-    except IntegrityError as exc:
-        return Finding(store.uri(runs.run_key(run_id, Decision.FILE)), str(exc))
+    yield from filter(None, pool.map(unlogged, whole))
 
 
 def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[Finding]:
@@ -160,22 +150,20 @@ def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[
     files = {runs.DECISION: Decision, runs.EVALUATION: Evaluation, runs.EVALUATION_RECORDS: None}
     known_by = event.uri
     for file, kind in files.items():
-        found, key = runs.lying(store, run_id, file), runs.key_of(store, run_id, file)
-        if found is None:
-            yield Finding(store.uri(key), f"is gone, and {known_by} names it")
-            break
-        key = found[1]
-        if hashlib.sha256(found[0]).hexdigest() != wanted:
-            yield Finding(store.uri(key), f"is another than {known_by} names")
-            break
+        body, key = runs.lying(store, run_id, file) or (None, runs.key_of(store, run_id, file))
+        uri = store.uri(key)
         try:
-            record = kind.from_json(found[0], store.uri(key)) if kind else None
+            if body is None:
+                raise IntegrityError(f"is gone, and {known_by} names it")
+            if hashlib.sha256(body).hexdigest() != wanted:
+                raise IntegrityError(f"is another than {known_by} names")
+            record = kind.from_json(body, uri) if kind else None
         except IntegrityError as exc:
-            yield Finding(store.uri(key), str(exc))
+            yield Finding(uri, str(exc))
             break
         wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
         wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
-        known_by = store.uri(key)
+        known_by = uri
 
 
 def _unsigned(store: Store, name: str, log: list[Event], pool: Executor) -> Iterator[Finding]:
@@ -213,7 +201,7 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor)
                 for folder, sha256 in (dataset.get("tokens") or {}).items():
                     trained_on[f"{key}/{TOKENS}/{folder}", str(sha256)] = version
             for field in BASE_FIELDS:
-                if (base := str(recipe.get(field, ""))).startswith(store.uri(BASES)):
+                if (base := str(recipe.get(field, ""))).startswith(store.uri("bases/")):
                     named.setdefault(store.key(base), (version, recipe.get(f"{field}_sha256")))
         except (IntegrityError, ObjectMissing, AttributeError, TypeError) as exc:
             yield Finding(uri, f"has no sound {versions.LINEAGE}: {exc}")
@@ -221,7 +209,7 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor)
         try:
             manifest = verify(store, key, manifest_sha256=sha256, apart=[TOKENS] if key.startswith(DATASETS) else ())
             folder, _, content = key.rpartition("/")
-            if folder.startswith(BASES):
+            if folder.startswith("bases/"):
                 _require_chosen_base(store, folder, content, manifest)
         except (IntegrityError, ObjectMissing) as exc:
             yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")
@@ -255,9 +243,10 @@ def _require_chosen_base(store: Store, folder: str, content: str, manifest: Mani
     """Require that the base has the content that names it, and is the one that `chosen.json` names for all runs."""
     if not manifest.content_sha256.startswith(content):
         raise IntegrityError(f"{store.uri(f'{folder}/{content}')} holds another base than its name says")
-    chosen, wanted = store.get_json(f"{folder}/{CHOSEN}"), {"folder": content, "manifest_sha256": manifest.sha256}
+    key, wanted = f"{folder}/chosen.json", {"folder": content, "manifest_sha256": manifest.sha256}
+    chosen = store.get_json(key)
     if not isinstance(chosen, dict) or not wanted.items() <= chosen.items():
-        raise IntegrityError(f"{store.uri(f'{folder}/{CHOSEN}')} names another base or manifest")
+        raise IntegrityError(f"{store.uri(key)} names another base or manifest")
 
 
 def _alias(

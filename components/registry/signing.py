@@ -3,15 +3,12 @@
 The statement is SLSA's verification summary (slsa.dev/spec/v1.0/verification_summary). It names the version by the
 sha256 of its manifest and by its address, and says that it passed the policy of a decision and may hold an alias; or,
 with FAILED, that it is revoked, which takes precedence. It holds no time, so that signing again gives the same bytes,
-in adapters/<name>/signatures/<version>/<first digits of the key's id>-<those of the envelope's sha256>.dsse.json: a
-name that only the holder of the key can predict, and so occupy. The private key comes from the signer's environment and
-is stored nowhere else; or a KMS keeps it.
-
-Another key, which signs no version, signs evaluations: the step evaluate signs what its own job has measured, where no
-training may write, and gate and promotion decide on nothing else.
+under a name that only the holder of the key can predict, and so occupy. The private key comes from the signer's
+environment, or a KMS keeps it. Another key signs evaluations: gate and promotion decide on nothing else.
 """
 
 import base64
+import contextlib
 import hashlib
 import importlib
 import json
@@ -19,7 +16,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from components.records import runs
@@ -46,7 +42,6 @@ EVALUATION_TYPE = "urn:fineloop:evaluation:v1"
 LINEAGE = "lineage.json"
 SCHEME = "ed25519:"
 DIGITS = 12
-NOTHING: Mapping[str, bytes] = MappingProxyType({})
 MOST_BYTES = 1 << 16
 """Maximum size of an envelope; ours have two thousand bytes."""
 
@@ -68,11 +63,9 @@ class Said:
 class Signer(Protocol):
     """An Ed25519 key that signs: cryptography's `Ed25519PrivateKey`, or one that a KMS keeps, by the same methods."""
 
-    def sign(self, data: bytes, /) -> bytes:
-        """Return the signature, 64 bytes."""
+    def sign(self, data: bytes, /) -> bytes: ...
 
-    def public_key(self) -> "Ed25519PublicKey":
-        """Return the public key, which verifies signatures."""
+    def public_key(self) -> "Ed25519PublicKey": ...
 
 
 def pre_authentication(payload_type: str, payload: bytes) -> bytes:
@@ -123,7 +116,7 @@ def signer_from(environment: Mapping[str, str], variables: tuple[str, str, str] 
 
 
 def public_text(key: Signer) -> str:
-    """Return the public key in the format of registry.trusted_keys."""
+    """The public key in the format of registry.trusted_keys."""
     return SCHEME + base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
@@ -156,8 +149,8 @@ def sign(
     found = said(store, name, version, manifest.sha256, [*store.trusted_keys, public_text(key)])
     if found.revoked_by:
         raise _revoked(name, version, found)
-    predicate = {"verificationResult": "PASSED", "fineloop_alias": alias}
-    return _write(store, name, version, key, _statement(store, name, version, manifest, predicate, decision))
+    verdict = {"verificationResult": "PASSED", "fineloop_alias": alias}
+    return _write(store, name, version, key, manifest, _summary(store, name, version, manifest, verdict, decision))
 
 
 def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -> str:
@@ -168,8 +161,8 @@ def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -
         IntegrityError: what the key signed is not what its public key verifies.
     """
     manifest = folders.read_manifest(store, version_key(name, version))
-    predicate = {"verificationResult": "FAILED", "fineloop_reason": reason}
-    return _write(store, name, version, key, _statement(store, name, version, manifest, predicate))
+    verdict = {"verificationResult": "FAILED", "fineloop_reason": reason}
+    return _write(store, name, version, key, manifest, _summary(store, name, version, manifest, verdict, None))
 
 
 def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
@@ -186,12 +179,8 @@ def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
     manifest = folders.read_manifest(store, version_key(name, version)).sha256
     # The evaluation names the hash of its records, the dataset, and the version that it compared this one with.
     measured = _measured(store, name, version, run_id, hashlib.sha256(body).hexdigest())
-    statement = {
-        "_type": STATEMENT_TYPE,
-        "subject": [{"name": f"{name}/{version}", "digest": {"sha256": manifest}}],
-        "predicateType": EVALUATION_TYPE,
-        "predicate": {"manifest_sha256": manifest, **measured},
-    }
+    predicate = {"manifest_sha256": manifest, **measured}
+    statement = _statement(name, version, manifest, EVALUATION_TYPE, predicate)
     signature = runs.key_of(store, run_id, runs.EVALUATION_SIGNATURE)
     store.put(signature, _envelope(key, statement), content_type=JSON)
     return store.uri(signature)
@@ -264,8 +253,10 @@ def counts(store: Store, name: str, event: Event) -> bool:
     return runs.has_decided(store, str(event.body.get("run_id", "")))
 
 
-def _write(store: Store, name: str, version: str, key: Signer, statement: Mapping[str, Any]) -> str:
-    envelope = _envelope(key, statement)
+def _write(
+    store: Store, name: str, version: str, key: Signer, manifest: folders.Manifest, summary: Mapping[str, Any]
+) -> str:
+    envelope = _envelope(key, _statement(name, version, manifest.sha256, PREDICATE_TYPE, summary))
     file = f"{key_id(public_text(key))[:DIGITS]}-{hashlib.sha256(envelope).hexdigest()[:DIGITS]}.dsse.json"
     where = f"{_folder(name, version)}{file}"
     if store.claim(where, envelope, content_type=JSON) != envelope:
@@ -282,13 +273,9 @@ def _envelope(key: Signer, statement: Mapping[str, Any]) -> bytes:
         key.public_key().verify(signature, pre_authentication(PAYLOAD_TYPE, payload))
     except InvalidSignature as exc:
         raise IntegrityError(f"the signer does not sign with the key that it names, {public}") from exc
-    return encode_json(
-        {
-            "payloadType": PAYLOAD_TYPE,
-            "payload": base64.b64encode(payload).decode(),
-            "signatures": [{"keyid": key_id(public), "sig": base64.b64encode(signature).decode()}],
-        }
-    )
+    signatures = [{"keyid": key_id(public), "sig": base64.b64encode(signature).decode()}]
+    text = base64.b64encode(payload).decode()
+    return encode_json({"payloadType": PAYLOAD_TYPE, "payload": text, "signatures": signatures})
 
 
 def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] | None:
@@ -309,20 +296,14 @@ def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] 
             raise ValueError(f"it is {kind} and {statement['_type']}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as exc:
         raise IntegrityError(f"{uri} is no DSSE envelope of an in-toto statement: {type(exc).__name__}") from exc
-    forged = ""
-    for public in trusted:
-        signature = signatures.get(key_id(public))
-        if signature is None:
-            continue
-        try:
-            Ed25519PublicKey.from_public_bytes(base64.b64decode(public.removeprefix(SCHEME))).verify(
-                signature, pre_authentication(kind, payload)
-            )
+    named = [public for public in trusted if key_id(public) in signatures]
+    for public in named:
+        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public.removeprefix(SCHEME)))
+        with contextlib.suppress(InvalidSignature):
+            key.verify(signatures[key_id(public)], pre_authentication(kind, payload))
             return statement
-        except InvalidSignature:
-            forged = public
-    if forged:
-        raise IntegrityError(f"{uri} is not what {forged} signed: it was changed, or forged")
+    if named:
+        raise IntegrityError(f"{uri} is not what {named[-1]} signed: it was changed, or forged")
     return None
 
 
@@ -334,7 +315,7 @@ def said(
     trusted: Sequence[str],
     *,
     objects: Iterable[ObjectInfo] | None = None,
-    bodies: Mapping[str, bytes] = NOTHING,
+    bodies: Mapping[str, bytes] | None = None,
 ) -> Said:
     """Return what the trusted keys state about exactly these bytes of the version, in this registry.
 
@@ -347,7 +328,7 @@ def said(
         try:
             if info.size > MOST_BYTES:
                 raise IntegrityError(f"{uri} has {info.size:,} bytes, and an envelope at most {MOST_BYTES:,}")
-            body = bodies[info.key] if info.key in bodies else store.get(info.key)
+            body = bodies[info.key] if bodies and info.key in bodies else store.get(info.key)
             statement = opened(body, uri, trusted) or {}
         except IntegrityError as exc:
             junk[uri] = str(exc)
@@ -407,36 +388,35 @@ def _revoked(name: str, version: str, found: Said) -> IntegrityError:
     )
 
 
-def _statement(
+def _summary(
     store: Store,
     name: str,
     version: str,
     manifest: folders.Manifest,
-    predicate: Mapping[str, str],
-    decision: Decision | None = None,
+    verdict: Mapping[str, str],
+    decision: Decision | None,
 ) -> dict[str, Any]:
     key = version_key(name, version)
     looked_at = [{"uri": store.uri(f"{key}/{LINEAGE}"), "digest": {"sha256": manifest.files[LINEAGE]["sha256"]}}]
     policy: dict[str, Any] = {"uri": "urn:fineloop:a-person"}
     if decision is not None:
-        evaluation = runs.key_of(store, decision.run_id, Evaluation.FILE)
+        evaluation, decided = (runs.key_of(store, decision.run_id, kind.FILE) for kind in (Evaluation, Decision))
         digest = hashlib.sha256(store.get(evaluation)).hexdigest()
         looked_at.append({"uri": store.uri(evaluation), "digest": {"sha256": digest}})
-        decided = runs.key_of(store, decision.run_id, Decision.FILE)
-        policy |= {"uri": store.uri(decided), "digest": {"sha256": decision.sha256}}
+        policy = {"uri": store.uri(decided), "digest": {"sha256": decision.sha256}}
     return {
-        "_type": STATEMENT_TYPE,
-        "subject": [{"name": f"{name}/{version}", "digest": {"sha256": manifest.sha256}}],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": {
-            "verifier": {"id": "urn:fineloop"},
-            "resourceUri": store.uri(key),
-            "policy": policy,
-            "inputAttestations": looked_at,
-            "verifiedLevels": [],
-            **predicate,
-        },
+        "verifier": {"id": "urn:fineloop"},
+        "resourceUri": store.uri(key),
+        "policy": policy,
+        "inputAttestations": looked_at,
+        "verifiedLevels": [],
+        **verdict,
     }
+
+
+def _statement(name: str, version: str, manifest_sha256: str, kind: str, predicate: Mapping[str, Any]) -> Any:
+    subject = {"name": f"{name}/{version}", "digest": {"sha256": manifest_sha256}}
+    return {"_type": STATEMENT_TYPE, "subject": [subject], "predicateType": kind, "predicate": predicate}
 
 
 def _folder(name: str, version: str) -> str:
