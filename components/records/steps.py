@@ -39,10 +39,8 @@ class Record(Part):
 
     @classmethod
     def from_json(cls, body: bytes, uri: str) -> Self:
-        """Parse a record.
-
-        Raises:
-            IntegrityError: the body is not JSON, lacks a key, has a key of the wrong type, or has a later format.
+        """Parse a record. Raises IntegrityError if the body is not JSON, lacks a key, has a key of the wrong type, or
+        has a later format.
         """
         value = decode_json(body, uri)
         written = value.get("format") if isinstance(value, dict) else None

@@ -101,10 +101,8 @@ def _pointer(store: Store, name: str, alias: str, body: bytes, etag: str) -> Poi
 
 
 def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> list[Pointer]:
-    """Read every alias of the adapter, by name; objects that are not named like an alias are left out.
-
-    Raises:
-        IntegrityError: an alias is damaged, and `pass_over_damaged`, which leaves it out with a warning, is False.
+    """Read every alias of the adapter, by name; objects that are not named like an alias are left out. Raises
+    IntegrityError if an alias is damaged, and `pass_over_damaged`, which leaves it out with a warning, is False.
     """
     keys = (info.key for info in store.list(aliases_key(name)))
     objects = ((key, *stored) for key in keys if (stored := store.read(key)))
@@ -136,10 +134,8 @@ def parse_aliases(
 
 
 def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
-    """Return the event of the alias's last move, and write it if the log lacks it.
-
-    Raises:
-        UnknownName: the alias does not exist.
+    """Return the event of the alias's last move, and write it if the log lacks it. Raises UnknownName if the alias does
+    not exist.
     """
     pointer = read_alias(store, name, alias)
     if pointer is None:
@@ -230,10 +226,8 @@ def rollback(
 
 
 def _moves_beneath(store: Store, name: str, move: Event, log: Sequence[Event]) -> Iterator[Event]:
-    """Yield the moves that successive rollbacks from `move` return to; those that `log` lacks are read.
-
-    Raises:
-        IntegrityError: one of them is damaged or gone.
+    """Yield the moves that successive rollbacks from `move` return to; those that `log` lacks are read. Raises
+    IntegrityError if one of them is damaged or gone.
     """
     logged = {event.sha256: event for event in log}
     while (beneath := move.body.get("beneath")) is not None:
@@ -245,10 +239,8 @@ def _moves_beneath(store: Store, name: str, move: Event, log: Sequence[Event]) -
 
 
 def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
-    """Map the version that the alias holds, and those that rollbacks return to, to their manifests' sha256.
-
-    Raises:
-        IntegrityError: the event of one of these moves is damaged or gone.
+    """Map the version that the alias holds, and those that rollbacks return to, to their manifests' sha256. Raises
+    IntegrityError if the event of one of these moves is damaged or gone.
     """
     move = event_of(pointer)
     moves = [move, *_moves_beneath(store, name, move, [])]
@@ -326,10 +318,8 @@ def _held(store: Store, name: str, pointer: Pointer) -> Event:
     """Return the event of a move that has been made, after checking that its version still exists.
 
     `collect.remove` deletes the manifest and then reads the aliases; a move writes the alias and then reads the
-    manifest. The store is strongly consistent, so at least one of the two sees the other.
-
-    Raises:
-        ObjectMissing: the version was removed while the alias moved to it.
+    manifest. The store is strongly consistent, so at least one of the two sees the other. Raises ObjectMissing if the
+    version was removed while the alias moved to it.
     """
     event = event_of(pointer)
     event = replace(event, uri=append_event(store, name, event.kind, event.body, at=event.time))

@@ -83,10 +83,8 @@ def note_consumed(
 
 
 def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
-    """Return the ids of the contents that the run read, sorted; empty if their file is gone.
-
-    Raises:
-        IntegrityError: they are not what the run wrote.
+    """Return the ids of the contents that the run read, sorted; empty if their file is gone. Raises IntegrityError if
+    they are not what the run wrote.
     """
     key = runs.run_key(consumed.run_id, consumed.file)
     stored = store.read(key)
@@ -100,10 +98,8 @@ def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
 
 
 def read_watermark(store: Store, name: str) -> Consumed | None:
-    """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone.
-
-    Raises:
-        IntegrityError: the mark or the note is malformed.
+    """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone. Raises
+    IntegrityError if the mark or the note is malformed.
     """
     marked = _mark(store, name)
     consumed = consumed_by(store, marked[0].run_id) if marked else None
@@ -114,20 +110,13 @@ def read_watermark(store: Store, name: str) -> Consumed | None:
 
 
 def consumed_by(store: Store, run_id: str) -> Consumed | None:
-    """Return what the run read; None if it noted nothing.
-
-    Raises:
-        IntegrityError: the note is malformed.
-    """
+    """Return what the run read; None if it noted nothing. Raises IntegrityError if the note is malformed."""
     return runs.find(store, run_id, Consumed)
 
 
 def advance_watermark(store: Store, name: str, run_id: str) -> bool:
-    """Move the adapter's mark to what the run read; False when a run that looked later has moved it already.
-
-    Raises:
-        ObjectMissing: the run noted nothing.
-        Conflict: other runs kept moving the mark.
+    """Move the adapter's mark to what the run read; False when a run that looked later has moved it already. Raises
+    ObjectMissing if the run noted nothing; Conflict if other runs kept moving the mark.
     """
     mark = Watermark(run_id=run_id, as_of=runs.read(store, run_id, Consumed).as_of)
     key = adapter_key(name, Watermark.FILE)
@@ -204,10 +193,8 @@ def remember_rate(store: Store, config: RunConfig, found: FoundRate) -> None:
 
 
 def recall_rate(store: Store, config: RunConfig) -> FoundRate | None:
-    """Return what the newest sweep found for runs of this config; None if there was no sweep.
-
-    Raises:
-        IntegrityError: the record is malformed.
+    """Return what the newest sweep found for runs of this config; None if there was no sweep. Raises IntegrityError if
+    the record is malformed.
     """
     key = _key(config)
     stored = store.read(key)
@@ -215,10 +202,8 @@ def recall_rate(store: Store, config: RunConfig) -> FoundRate | None:
 
 
 def similar_rates(store: Store, config: RunConfig) -> list[FoundRate]:
-    """Return what sweeps found for the adapter's base and method, at any rank, batch size and data.
-
-    Raises:
-        IntegrityError: a record is malformed.
+    """Return what sweeps found for the adapter's base and method, at any rank, batch size and data. Raises
+    IntegrityError if a record is malformed.
     """
     keys = [info.key for info in store.list(adapter_key(config.adapter.name, "rates/"))]
     rates = [FoundRate.from_json(store.get(key), store.uri(key)) for key in keys]
@@ -276,11 +261,8 @@ def record_hash(record_id: str) -> str:
 
 
 def erase(store: Store, record_id: str, *, by: str) -> Erasure:
-    """Record that the record is never to be trained on again; if it was erased before, the first erasure stays.
-
-    Raises:
-        UserError: the id is empty.
-        IntegrityError: the earlier erasure is damaged.
+    """Record that the record is never to be trained on again; if it was erased before, the first erasure stays. Raises
+    UserError if the id is empty; IntegrityError if the earlier erasure is damaged.
     """
     if not record_id:
         raise UserError("a record's id is empty: give it as the dataset has it")
@@ -298,10 +280,8 @@ def erase(store: Store, record_id: str, *, by: str) -> Erasure:
 
 
 def erased(store: Store) -> Erased:
-    """All records that were erased.
-
-    Raises:
-        IntegrityError: there is another object among them, so that it is unknown which record was meant.
+    """All records that were erased. Raises IntegrityError if there is another object among them, so that it is unknown
+    which record was meant.
     """
     records = set()
     for info in store.list(ERASED):
@@ -313,11 +293,7 @@ def erased(store: Store) -> Erased:
 
 
 def require_none_erased(store: Store, dataset_uri: str) -> None:
-    """Require of a dataset that none of its records was erased after it was made.
-
-    Raises:
-        DataError: some were.
-    """
+    """Require of a dataset that none of its records was erased after it was made. Raises DataError if some were."""
     import pyarrow.parquet as pq
 
     known, root, found = erased(store), f"{store.key(dataset_uri).rstrip('/')}/", set[str]()

@@ -85,20 +85,12 @@ class Listing:
         return {version for version in self.by_version if _key(self.name, version, MANIFEST) in keys}
 
     def published(self) -> list[Needing]:
-        """Every version, newest first.
-
-        Raises:
-            IntegrityError: a manifest or a lineage is damaged.
-        """
+        """Every version, newest first. Raises IntegrityError if a manifest or a lineage is damaged."""
         published = [each for version in self.by_version if (each := self._published(version))]
         return sorted(published, key=lambda each: (each.created_at, each.version), reverse=True)
 
     def log(self) -> list[Event]:
-        """The events, oldest first.
-
-        Raises:
-            IntegrityError: what lies there is none.
-        """
+        """The events, oldest first. Raises IntegrityError if what lies there is none."""
         log, junk = parse_log(self.store, self.name, self._within(events_key(self.name)))
         if junk:
             key, why = next(iter(junk.items()))
@@ -109,11 +101,7 @@ class Listing:
         return log
 
     def holders(self) -> dict[str, str]:
-        """Version by alias.
-
-        Raises:
-            IntegrityError: an alias is damaged.
-        """
+        """Version by alias. Raises IntegrityError if an alias is damaged."""
         objects = ((key, body, "") for key, body in self._within(aliases_key(self.name)))
         pointers = parse_aliases(self.store, self.name, objects, pass_over_damaged=False)
         return {pointer.alias: pointer.version for pointer in pointers}
@@ -252,10 +240,8 @@ class Removal:
 def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime) -> list[Removal]:
     """Return what may be removed of these adapters and of the runs that decided about them; removes nothing.
 
-    If `names` holds all adapters, this includes the datasets and bases that no kept version was made from.
-
-    Raises:
-        IntegrityError: an event, a manifest or a lineage is damaged, so that what is needed cannot be known.
+    If `names` holds all adapters, this includes the datasets and bases that no kept version was made from. Raises
+    IntegrityError if an event, a manifest or a lineage is damaged, so that what is needed cannot be known.
     """
     oldest = now - rules.older_than
     by_run = _grouped(store, RUNS)  # before the versions: what a run has made since, it keeps itself
@@ -376,11 +362,7 @@ def _sorted_out(
 
 
 def _shared(
-    store: Store,
-    kept: Iterable[Needing],
-    runs_seen: frozenset[str],
-    under_way: Sequence["_UnderWay"],
-    oldest: datetime,
+    store: Store, kept: Iterable[Needing], runs_seen: frozenset[str], under_way: Sequence["_UnderWay"], oldest: datetime
 ) -> list[Removal]:
     """Return the old datasets and bases that no kept version was made from and no run under way may need."""
 
@@ -423,10 +405,8 @@ class _UnderWay:
 
 
 def _under_way(store: Store, run_id: str) -> _UnderWay | None:
-    """Return the run if it is under way; None if it has ended: its candidate was held, or it was skipped.
-
-    Raises:
-        IntegrityError: one of its records is damaged.
+    """Return the run if it is under way; None if it has ended: its candidate was held, or it was skipped. Raises
+    IntegrityError if one of its records is damaged.
     """
     start = runs.run_key(run_id, runs.START)
     try:

@@ -26,10 +26,8 @@ def version_id(digests: Mapping[str, FileDigest]) -> str:
 
 
 def require_identity(store: Store, key: str, manifest: Manifest) -> Manifest:
-    """Check the manifest of the version's folder `key`, whose last part is its id, and return it.
-
-    Raises:
-        IntegrityError: the manifest lists other weights or another adapter config than the id says.
+    """Check the manifest of the version's folder `key`, whose last part is its id, and return it. Raises IntegrityError
+    if the manifest lists other weights or another adapter config than the id says.
     """
     if not set(IDENTITY) <= manifest.files.keys() or version_id(manifest.files) != key.rpartition("/")[2]:
         raise IntegrityError(f"{store.uri(key)} holds another adapter than its id says")
@@ -38,11 +36,8 @@ def require_identity(store: Store, key: str, manifest: Manifest) -> Manifest:
 
 def verify_whole(store: Store, key: str, *, manifest_sha256: str | None = None) -> Manifest:
     """Read every byte of the version's folder `key`; check it against the manifest, and the manifest against the id.
-
-    Raises:
-        ObjectMissing: there is no such version.
-        IntegrityError: a file is missing, differs or is not listed, the id does not fit, or the manifest's sha256 is
-            not `manifest_sha256`.
+    Raises ObjectMissing if there is no such version; IntegrityError if a file is missing, differs or is not listed, the
+    id does not fit, or the manifest's sha256 is not `manifest_sha256`.
     """
     return require_identity(store, key, verify(store, key, manifest_sha256=manifest_sha256))
 
@@ -56,10 +51,8 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 def adapter_key(name: str, *parts: str) -> str:
-    """The key of an adapter's folder, or of something in it.
-
-    Raises:
-        UserError: the name is not one that adapter.name allows.
+    """The key of an adapter's folder, or of something in it. Raises UserError if the name is not one that adapter.name
+    allows.
     """
     return "/".join(["adapters", checked_name(name, "adapter name"), *parts])
 
@@ -70,10 +63,8 @@ def version_key(name: str, version: str) -> str:
 
 
 def checked_name(name: str, what: str) -> str:
-    """Check a name and return it. `what` says what it names, for the error.
-
-    Raises:
-        UserError: it has anything but lower-case letters, digits, '.', '_' and '-', or is longer than 63 characters.
+    """Check a name and return it. `what` says what it names, for the error. Raises UserError if it has anything but
+    lower-case letters, digits, '.', '_' and '-', or is longer than 63 characters.
     """
     try:
         return _NAME.validate_python(name)

@@ -233,10 +233,8 @@ class Ancestor:
 
 
 def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
-    """Parse KIND=NAME terms, each kind once, for `descendants`.
-
-    Raises:
-        UserError: a term is not of that form, or of an unknown kind.
+    """Parse KIND=NAME terms, each kind once, for `descendants`. Raises UserError if a term is not of that form, or of
+    an unknown kind.
     """
     found: dict[Kind, str] = {}
     for term in terms:

@@ -154,11 +154,8 @@ def sign(
 
 
 def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -> str:
-    """Sign that the version may hold no alias and not be fetched, and return the statement's URI.
-
-    Raises:
-        ObjectMissing: there is no such version.
-        IntegrityError: what the key signed is not what its public key verifies.
+    """Sign that the version may hold no alias and not be fetched, and return the statement's URI. Raises ObjectMissing
+    if there is no such version; IntegrityError if what the key signed is not what its public key verifies.
     """
     manifest = folders.read_manifest(store, version_key(name, version))
     verdict = {"verificationResult": "FAILED", "fineloop_reason": reason}
@@ -166,11 +163,9 @@ def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -
 
 
 def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
-    """Sign the run's evaluation of a version of this adapter, as it is stored, and return the signature's URI.
-
-    Raises:
-        ObjectMissing: there is no evaluation, or the version is gone.
-        IntegrityError: the evaluation is malformed, or what the key signed is not what its public key verifies.
+    """Sign the run's evaluation of a version of this adapter, as it is stored, and return the signature's URI. Raises
+    ObjectMissing if there is no evaluation, or the version is gone; IntegrityError if the evaluation is malformed, or
+    what the key signed is not what its public key verifies.
     """
     where = runs.key_of(store, run_id, runs.EVALUATION)
     body = store.get(where)
@@ -188,11 +183,8 @@ def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
 
 def require_evaluated(store: Store, name: str, version: str | None, run_id: str, evaluation_sha256: str) -> str | None:
     """Require that a key of registry.evaluation_keys signed this evaluation of the version by this run; return the
-    sha256 of the manifest that the version had. None, and nothing required, where the registry trusts no key.
-
-    Raises:
-        ConfigError: the registry trusts keys, and none for evaluations.
-        IntegrityError: none of them signed it.
+    sha256 of the manifest that the version had. None, and nothing required, where the registry trusts no key. Raises
+    ConfigError if the registry trusts keys, and none for evaluations; IntegrityError if none of them signed it.
     """
     if not store.trusted_keys:
         return None
@@ -279,10 +271,8 @@ def _envelope(key: Signer, statement: Mapping[str, Any]) -> bytes:
 
 
 def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] | None:
-    """Return the statement of an envelope that one of the trusted keys signed; None if none of them did.
-
-    Raises:
-        IntegrityError: it is not an envelope of a statement, or its signature by a trusted key does not verify.
+    """Return the statement of an envelope that one of the trusted keys signed; None if none of them did. Raises
+    IntegrityError if it is not an envelope of a statement, or its signature by a trusted key does not verify.
     """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -347,10 +337,8 @@ def said(
 
 
 def require_signed(store: Store, name: str, version: str, manifest_sha256: str, *, alias: str = "") -> None:
-    """Require a trusted signature, unless the registry's config trusts no key. An empty alias means any.
-
-    Raises:
-        IntegrityError: none of the keys that it trusts has signed the version for the alias, or one has revoked it.
+    """Require a trusted signature, unless the registry's config trusts no key. An empty alias means any. Raises
+    IntegrityError if none of the keys that it trusts has signed the version for the alias, or one has revoked it.
     """
     if not store.trusted_keys:
         return
@@ -373,11 +361,7 @@ def signatures_key(name: str) -> str:
 
 
 def is_revoked(store: Store, name: str, version: str) -> bool:
-    """Whether a trusted key has revoked the version as it is stored.
-
-    Raises:
-        ObjectMissing: there is no such version.
-    """
+    """Whether a trusted key has revoked the stored version. Raises ObjectMissing if there is no such version."""
     sha256 = folders.read_manifest(store, version_key(name, version)).sha256
     return bool(said(store, name, version, sha256, store.trusted_keys).revoked_by)
 

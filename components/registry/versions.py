@@ -73,11 +73,9 @@ def publish_version(
     `files` holds adapter_model.safetensors and adapter_config.json, and beside them what describes the version, such as
     README.md. Of two writers at once, and of one that completes what another left, the lineage that was stored first is
     the version's, and names its run and files: no other file is added, and an empty one takes the place of one that
-    only the first writer has and did not store. The same goes for the content of each file that describes it.
-
-    Raises:
-        UserError: one of the two is missing, or lineage.json is among the files.
-        Conflict: another content has the same id.
+    only the first writer has and did not store. The same goes for the content of each file that describes it. Raises
+    UserError if one of the two is missing, or lineage.json is among the files; Conflict if another content has the same
+    id.
     """
     if missing := [path for path in IDENTITY if path not in files]:
         raise UserError(f"cannot publish a version of {name} without {' and '.join(missing)}: add it to the files")
@@ -118,11 +116,7 @@ def list_adapters(store: Store) -> list[str]:
 
 
 def require_adapter(store: Store, name: str) -> None:
-    """Require that there is such an adapter.
-
-    Raises:
-        UnknownName: there is none.
-    """
+    """Require that there is such an adapter. Raises UnknownName if there is none."""
     if next(store.list(adapter_key(name, "")), None) is None:
         raise UnknownName(f"there is no adapter {name!r} in {store.uri('')}: it has {_some(list_adapters(store))}")
 
@@ -297,10 +291,7 @@ def evaluated(store: Store, version: Version) -> Version:
 
 def evaluation(store: Store, version: Version, *, to_show: bool = False) -> Evaluation | None:
     """What the version's run measured of it; None where it did not, or the evaluation is gone. Where the registry
-    trusts keys, one from before is only `to_show`.
-
-    Raises:
-        IntegrityError: the evaluation is not what it should be.
+    trusts keys, one from before is only `to_show`. Raises IntegrityError if the evaluation is not what it should be.
     """
     measured = runs.find(store, version.run_id, Evaluation, to_show=to_show) if version.run_id else None
     candidate = measured.model("candidate") if measured else None
@@ -344,11 +335,7 @@ def sound_lineage(store: Store, version: Version) -> dict[str, Any] | None:
 
 
 def read_file(store: Store, version: Version, path: str) -> dict[str, Any]:
-    """One of the version's JSON files.
-
-    Raises:
-        IntegrityError: it is not the one in the manifest.
-    """
+    """One of the version's JSON files. Raises IntegrityError if it is not the one in the manifest."""
     manifest, body = folders.read_manifest(store, version.key), store.get(f"{version.key}/{path}")
     if manifest.files.get(path) != folders.digest_of(body):
         raise IntegrityError(f"{version.uri}/{path} is not the one that the manifest lists")
@@ -385,10 +372,8 @@ def _some(names: Iterable[str]) -> str:
 def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancestor]]]:
     """The version and the versions that it grew from, nearest first, each with what it was made from.
 
-    A parent that is gone, or is in another registry, is not followed.
-
-    Raises:
-        IntegrityError: the version's own lineage is damaged.
+    A parent that is gone, or is in another registry, is not followed. Raises IntegrityError if the version's own
+    lineage is damaged.
     """
     lineage, pending, seen = [], [version], {version.uri}
     while pending:

@@ -75,9 +75,7 @@ def _received(event_name: str, response_dict: Any = None, **_: Any) -> None:
 
 def client_from_environment() -> Any:
     """An S3 client with the endpoint, the region and the credentials that boto3 finds. Sends nothing to the store.
-
-    Raises:
-        StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
+    Raises StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
     """
     import boto3
     import botocore.session
@@ -160,10 +158,8 @@ def transfer_config() -> Any:
 def create_from_file(client: Any, bucket: str, full_key: str, path: Path, *, content_type: str) -> str:
     """Upload a file unless the object exists, and return its etag; boto3's managed uploads know no condition.
 
-    In parts, it is the completion that asks If-None-Match: until then there is no object.
-
-    Raises:
-        ClientError: with status 412, the object exists.
+    In parts, it is the completion that asks If-None-Match: until then there is no object. Raises ClientError if with
+    status 412, the object exists.
     """
     size = path.stat().st_size
     target: Any = {"Bucket": bucket, "Key": full_key}
@@ -238,10 +234,8 @@ def translated(*, uri: str, endpoint: str, bucket_field: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(where: object) -> Iterator[None]:
-    """Turn what the local disk raises inside the block into one error that names the file, or else `where`.
-
-    Raises:
-        FineloopError: the disk is full, or a path cannot be read or written.
+    """Turn what the local disk raises inside the block into one error that names the file, or else `where`. Raises
+    FineloopError if the disk is full, or a path cannot be read or written.
     """
     try:
         yield

@@ -78,10 +78,8 @@ def publish(
     stored, and files that the caller did not write are read for it. `identity` names the files that must be as given,
     by default all; of any other file, the one stored first stays. Writers of one folder should agree on the names of
     its files: a file created after the manifest belongs to nothing. `apart` names subfolders that do not belong to it.
-
-    Raises:
-        Conflict: the folder exists with other files, or has no manifest yet and differs in its identity.
-        UserError: a path in `files` is absolute, leaves the folder, or is the manifest's own.
+    Raises Conflict if the folder exists with other files, or has no manifest yet and differs in its identity, UserError
+    if a path in `files` is absolute, leaves the folder, or is the manifest's own.
     """
     if outside := [path for path in files if not _is_inside(path)]:
         raise UserError(f"cannot publish {outside[0]!r} in {store.uri(key)}: use a relative path other than {MANIFEST}")
@@ -123,11 +121,8 @@ def find_manifest(store: Store, key: str) -> Manifest | None:
 
 
 def read_manifest(store: Store, key: str) -> Manifest:
-    """Read the folder's manifest.
-
-    Raises:
-        ObjectMissing: there is no such folder, or its writer has not finished.
-        IntegrityError: it is not a manifest of a format that this version knows.
+    """Read the folder's manifest. Raises ObjectMissing if there is no such folder, or its writer has not finished,
+    IntegrityError if it is not a manifest of a format that this version knows.
     """
     found = find_manifest(store, key)
     if found is None:
@@ -169,11 +164,9 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
 def verify(store: Store, key: str, *, manifest_sha256: str | None = None, apart: Collection[str] = ()) -> Manifest:
     """Check every byte of the folder against its manifest.
 
-    `apart` names subfolders that do not belong to it, and may hold anything.
-
-    Raises:
-        ObjectMissing: there is no such folder.
-        IntegrityError: a file is missing, differs or is not listed, or the manifest's sha256 is not `manifest_sha256`.
+    `apart` names subfolders that do not belong to it, and may hold anything. Raises ObjectMissing if there is no such
+    folder; IntegrityError if a file is missing, differs or is not listed, or the manifest's sha256 is not
+    `manifest_sha256`.
     """
     manifest = _expected(store, key, manifest_sha256)
     _check(store, key, manifest, lambda path: _digest(store.chunks(f"{key}/{path}")), apart)
@@ -202,10 +195,8 @@ def _is_inside(path: str) -> bool:
 
 
 def parse_manifest(body: bytes, uri: str) -> Manifest:
-    """Parse a manifest; `uri` is the address of its object.
-
-    Raises:
-        IntegrityError: it is not a manifest of a format that this version knows.
+    """Parse a manifest; `uri` is the address of its object. Raises IntegrityError if it is not a manifest of a format
+    that this version knows.
     """
     data = decode_json(body, uri)
     try:
@@ -256,9 +247,7 @@ def _check(
     store: Store, key: str, manifest: Manifest, read: Callable[[str], FileDigest], apart: Collection[str] = ()
 ) -> None:
     """Compare the folder with its manifest: the listing first, and if that agrees, what `read` makes of each file.
-
-    Raises:
-        IntegrityError: they differ.
+    Raises IntegrityError if they differ.
     """
     sizes = _sizes(store, key, apart)
     faults = [f"{path} is not in the manifest" for path in sizes if path not in manifest.files and path != MANIFEST]

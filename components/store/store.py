@@ -64,10 +64,8 @@ class Store:
 
     @classmethod
     def open(cls, registry: "RegistryConfig") -> Self:
-        """Open the registry with the endpoint and the credentials that the environment holds. Sends nothing yet.
-
-        Raises:
-            StoreError: AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
+        """Open the registry with the endpoint and the credentials that the environment holds. Sends nothing yet. Raises
+        StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
         """
         trusted, evaluating = registry.trusted_keys, registry.evaluation_keys
         where = client_from_environment(), registry.bucket, registry.prefix
@@ -78,11 +76,7 @@ class Store:
         return f"s3://{self.bucket}/{self._full(key)}"
 
     def key(self, uri: str) -> str:
-        """The inverse of `uri`.
-
-        Raises:
-            UserError: it is no s3:// address, or lies outside this bucket and prefix.
-        """
+        """The inverse of `uri`. Raises UserError if it is no s3:// address, or lies outside this bucket and prefix."""
         bucket, full = split_uri(uri)
         if bucket == self.bucket and not self.prefix:
             return full
@@ -93,11 +87,7 @@ class Store:
         )
 
     def get(self, key: str) -> bytes:
-        """The object's bytes, whole: for small objects.
-
-        Raises:
-            ObjectMissing: there is none.
-        """
+        """The object's bytes, whole: for small objects. Raises ObjectMissing if there is none."""
         found = self.read(key)
         if found is None:
             raise ObjectMissing(f"{self.uri(key)} does not exist")
@@ -124,21 +114,13 @@ class Store:
         raise AssertionError("unreachable")
 
     def chunks(self, key: str) -> Iterator[bytes]:
-        """The object's bytes in pieces of 1 MiB, whatever its size.
-
-        Raises:
-            ObjectMissing: there is none.
-        """
+        """The object's bytes in pieces of 1 MiB, whatever its size. Raises ObjectMissing if there is none."""
         with self._errors(key):
             answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key))
             yield from answer["Body"].iter_chunks(CHUNK_BYTES)
 
     def part(self, key: str, start: int, size: int) -> bytes:
-        """`size` bytes from `start` on, fewer where the object ends.
-
-        Raises:
-            ObjectMissing: there is none.
-        """
+        """`size` bytes from `start` on, fewer where the object ends. Raises ObjectMissing if there is none."""
         with self._errors(key):
             return self._read_whole(key, Range=f"bytes={start}-{start + size - 1}")[0]
 
@@ -176,10 +158,8 @@ class Store:
     def swap(self, key: str, body: bytes, etag: str, *, content_type: str = BINARY) -> str:
         """Replace the object only while its etag is `etag` (If-Match); returns the new one.
 
-        The body should say who wrote it: after a lost answer, an object with these very bytes counts as ours.
-
-        Raises:
-            Conflict: it changed or was deleted since `etag` was read.
+        The body should say who wrote it: after a lost answer, an object with these very bytes counts as ours. Raises
+        Conflict if it changed or was deleted since `etag` was read.
         """
         return self._put_if(key, body, content_type, IfMatch=etag)
 
@@ -193,12 +173,7 @@ class Store:
         return True
 
     def get_json(self, key: str) -> Any:
-        """The object parsed as JSON.
-
-        Raises:
-            ObjectMissing: there is none.
-            IntegrityError: it is not JSON.
-        """
+        """The object parsed as JSON. Raises ObjectMissing if there is none; IntegrityError if it is not JSON."""
         return decode_json(self.get(key), self.uri(key))
 
     def put_json(self, key: str, value: Any) -> None:
@@ -237,11 +212,8 @@ class Store:
                 raise StoreError(f"s3://{self.bucket}/{failure['Key']} could not be deleted: {failure.get('Code')}")
 
     def download(self, key: str, path: Path) -> None:
-        """Stream the object to `path`, in parts when it is large. A failure leaves nothing at `path`.
-
-        Raises:
-            ObjectMissing: there is none.
-            FineloopError: the disk is full or not writable.
+        """Stream the object to `path`, in parts when it is large. A failure leaves nothing at `path`. Raises
+        ObjectMissing if there is none; FineloopError if the disk is full or not writable.
         """
         with self._errors(key):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,10 +222,8 @@ class Store:
     def check(self) -> None:
         """Refuse a store that the registry cannot rely on, before anything is written to it.
 
-        Writes, overwrites and deletes one object under `.check/`.
-
-        Raises:
-            StoreError: unreachable, credentials refused, no such bucket, or conditional writes are not honoured.
+        Writes, overwrites and deletes one object under `.check/`. Raises StoreError if unreachable, credentials
+        refused, no such bucket, or conditional writes are not honoured.
         """
         next(self.list(".check/"), None)  # unlike HeadBucket, a listing says which of the three went wrong
         key = f".check/{uuid.uuid4().hex}"
@@ -321,20 +291,14 @@ def open_uri(uri: str, *, field: str = "the s3:// address") -> tuple[Store, str]
     """A store over the whole bucket that `uri` names, and the key within it; endpoint and credentials as ever.
 
     For reading what lies outside the registry. `field` names the config field that held `uri`, for error messages.
-
-    Raises:
-        UserError: it is no s3:// address.
+    Raises UserError if it is no s3:// address.
     """
     bucket, key = split_uri(uri)
     return Store(client_from_environment(), bucket, "", field=field), key
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of an s3:// address.
-
-    Raises:
-        UserError: it is no s3:// address.
-    """
+    """Bucket and key of an s3:// address. Raises UserError if it is no s3:// address."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
         raise UserError(f"{uri!r} is not an S3 address: write s3://BUCKET/KEY")
@@ -342,20 +306,14 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def encode_json(value: Any) -> bytes:
-    """Canonical JSON: sorted keys, no spaces, UTF-8. Equal values give equal bytes.
-
-    Raises:
-        ValueError: a number is NaN or infinite, which JSON cannot say.
+    """Canonical JSON: sorted keys, no spaces, UTF-8. Equal values give equal bytes. Raises ValueError if a number is
+    NaN or infinite, which JSON cannot say.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def decode_json(body: bytes, uri: str) -> Any:
-    """Parse what `encode_json` or a person wrote.
-
-    Raises:
-        IntegrityError: it is not JSON.
-    """
+    """Parse what `encode_json` or a person wrote. Raises IntegrityError if it is not JSON."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"it holds {constant}")
