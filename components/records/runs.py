@@ -66,8 +66,7 @@ def key_of(store: Store, run_id: str, file: str) -> str:
 
 def config_of(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
     """Read the run's resolved config as its release wrote it, by sections; empty if it wrote none. Raises
-    IntegrityError if it is no such config. Whoever trains may write anything there.
-    """
+    IntegrityError if it is no such config. Whoever trains may write anything there."""
     key = run_key(run_id, CONFIG)
     found = store.read(key)
     try:
@@ -82,8 +81,7 @@ def config_of(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
 def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None, to_show: bool = False) -> R:
     """Read the run's record of this kind; one that is only `to_show`, not to decide on, also from before the registry
     trusted keys. Raises ObjectMissing if the run has no such record; IntegrityError if the record is malformed, or its
-    SHA-256 is not `sha256`.
-    """
+    SHA-256 is not `sha256`."""
     if (stored := lying(store, run_id, kind.FILE, to_show=to_show)) is None:
         raise ObjectMissing(f"{store.uri(key_of(store, run_id, kind.FILE))} does not exist")
     body, key = stored
@@ -97,8 +95,7 @@ def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None,
 
 def find(store: Store, run_id: str, kind: type[R], *, to_show: bool = False) -> R | None:
     """Read the run's record of this kind; None if the run did not get that far. `to_show` is as in `read`. Raises
-    IntegrityError if the record is malformed.
-    """
+    IntegrityError if the record is malformed."""
     found = lying(store, run_id, kind.FILE, to_show=to_show)
     return kind.from_json(found[0], store.uri(found[1])) if found else None
 
@@ -145,8 +142,7 @@ def write(store: Store, run_id: str, record: Record) -> None:
 
 def steps(store: Store, run_id: str) -> list[StepRecord]:
     """Read the records of the run's steps, in the order in which the steps began. Raises IntegrityError if a record is
-    malformed.
-    """
+    malformed."""
     return sorted(_all(store, run_key(run_id, STEPS), StepRecord), key=lambda record: record.started_at)
 
 

@@ -40,8 +40,7 @@ class Record(Part):
     @classmethod
     def from_json(cls, body: bytes, uri: str) -> Self:
         """Parse a record. Raises IntegrityError if the body is not JSON, lacks a key, has a key of the wrong type, or
-        has a later format.
-        """
+        has a later format."""
         value = decode_json(body, uri)
         written = value.get("format") if isinstance(value, dict) else None
         if isinstance(written, int) and written > cls.FORMAT:
@@ -63,9 +62,6 @@ class Record(Part):
     def sha256(self) -> str:
         """SHA-256 of the record as it is written, in hex."""
         return hashlib.sha256(self.as_json()).hexdigest()
-
-
-# Resources that a training used.
 
 
 class Usage(Part):
@@ -97,9 +93,6 @@ class Usage(Part):
     @property
     def hours(self) -> float:
         return self.held_s / 3600
-
-
-# Scores of the compared models on lm-evaluation-harness tasks.
 
 
 class TaskScore(Part):

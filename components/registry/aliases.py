@@ -1,34 +1,23 @@
 """Aliases of an adapter, and how they move.
 
 An alias is one small object that names a version and the sha256 of its manifest; it moves only by compare-and-swap.
-The swap is the commit: the pointer carries the whole event that moved it. If the writer dies before the event is in
-the log, repeating the move, or the next move, writes it. Each move names, by sha256, the previous move and the move
-that a rollback returns to. So the pointer, which only a compare-and-swap changes, leads to that version.
+The swap is the commit: the pointer carries the whole event that moved it, which the next move, or a repetition, writes
+to the log if the writer died before. Each move names, by sha256, the previous one and the one that a rollback returns
+to: so the pointer leads to that version.
 """
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 
-from components.registry import signing
+from components.registry import event_log, signing
 from components.registry.cache import changing
-from components.registry.event_log import (
-    ID_LENGTH,
-    Body,
-    Event,
-    append_event,
-    event_sha256,
-    events,
-    find_event,
-    is_override,
-    read_event,
-    require_published,
-)
+from components.registry.event_log import Body, Event, append_event, events, find_event, is_override
 from components.registry.identity import adapter_key, checked_name, verify_whole, version_key
 from components.registry.signing import require_signed
 from components.shared.errors import AliasConflict, Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
@@ -79,17 +68,15 @@ _POINTER = TypeAdapter(Pointer)
 
 def read_alias(store: Store, name: str, alias: str) -> Pointer | None:
     """Read an alias; None if it does not exist."""
-    stored = store.read(_alias_key(name, alias))
-    return _pointer(store, name, alias, *stored) if stored else None
-
-
-def _pointer(store: Store, name: str, alias: str, body: bytes, etag: str) -> Pointer:
     key = _alias_key(name, alias)
-    data = decode_json(body, store.uri(key))
+    stored = store.read(key)
+    if stored is None:
+        return None
+    data = decode_json(stored[0], store.uri(key))
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise IntegrityError(f"{store.uri(key)} is not an alias of format {FORMAT}: {body[:80]!r}")
+        raise IntegrityError(f"{store.uri(key)} is not an alias of format {FORMAT}: {stored[0][:80]!r}")
     try:
-        pointer = _POINTER.validate_json(encode_json({**data, "alias": alias, "etag": etag}), strict=True)
+        pointer = _POINTER.validate_json(encode_json({**data, "alias": alias, "etag": stored[1]}), strict=True)
         datetime.fromisoformat(pointer.since)
         pointer.event["from"]
         Body.model_validate(pointer.event)
@@ -102,30 +89,15 @@ def _pointer(store: Store, name: str, alias: str, body: bytes, etag: str) -> Poi
 
 def list_aliases(store: Store, name: str, *, pass_over_damaged: bool = True) -> list[Pointer]:
     """Read every alias of the adapter, by name; objects that are not named like an alias are left out. Raises
-    IntegrityError if an alias is damaged, and `pass_over_damaged`, which leaves it out with a warning, is False.
-    """
-    keys = (info.key for info in store.list(aliases_key(name)))
-    objects = ((key, *stored) for key in keys if (stored := store.read(key)))
-    return parse_aliases(store, name, objects, pass_over_damaged=pass_over_damaged)
-
-
-def aliases_key(name: str) -> str:
-    """Key prefix of an adapter's aliases, with a trailing slash."""
-    return adapter_key(name, "aliases/")
-
-
-def parse_aliases(
-    store: Store, name: str, objects: Iterable[tuple[str, bytes, str]], *, pass_over_damaged: bool = True
-) -> list[Pointer]:
-    """Parse aliases as `list_aliases` does, from (key, content, etag) of each object in their folder."""
+    IntegrityError if an alias is damaged, and `pass_over_damaged`, which leaves it out with a warning, is False."""
     pointers = []
-    for key, body, etag in objects:
-        alias = key.rpartition("/")[2].removesuffix(".json")
+    for info in store.list(adapter_key(name, "aliases/")):
+        alias = info.key.rpartition("/")[2].removesuffix(".json")
         try:
-            if key == _alias_key(name, alias):
-                pointers.append(_pointer(store, name, alias, body, etag))
+            if info.key == _alias_key(name, alias) and (pointer := read_alias(store, name, alias)):
+                pointers.append(pointer)
         except UserError as exc:
-            logger.warning("%s is no alias: %s", store.uri(key), exc)
+            logger.warning("%s is no alias: %s", store.uri(info.key), exc)
         except IntegrityError as exc:
             if not pass_over_damaged:
                 raise
@@ -135,8 +107,7 @@ def parse_aliases(
 
 def last_move(store: Store, name: str, alias: str = PRODUCTION) -> Event:
     """Return the event of the alias's last move, and write it if the log lacks it. Raises UnknownName if the alias does
-    not exist.
-    """
+    not exist."""
     pointer = read_alias(store, name, alias)
     if pointer is None:
         raise UnknownName(f"{name} has no alias {alias!r}: promote a version first")
@@ -227,12 +198,11 @@ def rollback(
 
 def _moves_beneath(store: Store, name: str, move: Event, log: Sequence[Event]) -> Iterator[Event]:
     """Yield the moves that successive rollbacks from `move` return to; those that `log` lacks are read. Raises
-    IntegrityError if one of them is damaged or gone.
-    """
+    IntegrityError if one of them is damaged or gone."""
     logged = {event.sha256: event for event in log}
     while (beneath := move.body.get("beneath")) is not None:
         try:
-            move = logged.get(beneath["sha256"]) or read_event(store, name, beneath)
+            move = logged.get(beneath["sha256"]) or event_log.read_event(store, name, beneath)
         except IntegrityError as exc:
             raise IntegrityError(f"{exc}: name the version to go back to with --to") from exc
         yield move
@@ -240,8 +210,7 @@ def _moves_beneath(store: Store, name: str, move: Event, log: Sequence[Event]) -
 
 def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
     """Map the version that the alias holds, and those that rollbacks return to, to their manifests' sha256. Raises
-    IntegrityError if the event of one of these moves is damaged or gone.
-    """
+    IntegrityError if the event of one of these moves is damaged or gone."""
     move = event_of(pointer)
     moves = [move, *_moves_beneath(store, name, move, [])]
     return {str(move.body["to"]): str(move.body["manifest_sha256"]) for move in reversed(moves)}
@@ -275,7 +244,7 @@ def move_alias(
         return _held(store, name, expected)
     vouched = back_to.body["manifest_sha256"] if back_to else None
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=vouched)
-    require_published(store, name, version, manifest)
+    event_log.require_published(store, name, version, manifest)
     require_signed(store, name, version, manifest.sha256, alias=alias)
     # The log must be whole before the pointer that could complete it is replaced.
     last = _logged(store, name, expected).reference if expected else None
@@ -343,22 +312,21 @@ def event_of(pointer: Pointer) -> Event:
     """Return the event that moved the alias to where it points; its `uri` is not looked up, and empty."""
     # `since` tells a move from an equal one made earlier: the same version promoted, rolled back, promoted again.
     body = {**pointer.event, "since": pointer.since}
-    return Event(event_sha256(pointer.kind, body)[:ID_LENGTH], pointer.kind, pointer.since, "", body)
+    return Event(
+        event_log.event_sha256(pointer.kind, body)[: event_log.ID_LENGTH], pointer.kind, pointer.since, "", body
+    )
 
 
 def _conflict(
     name: str, alias: str, version: str, expected: str | None, holder: Pointer | None, *, since: str = ""
 ) -> AliasConflict:
-    by = f"{holder.version} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "no version"
-    if holder and holder.version == expected and not since:
-        message = f"{name}@{alias} was moved meanwhile, and is held by {by} again: run this again"
-    else:
-        how = f"compare {version} with that one in another run, which then promotes it"
-        message = (
-            f"{name}@{alias} was expected to be held by {expected or 'no version'}{since and f' ({since})'}, but it is "
-            f"held by {by}: {'nothing is moved' if holder and holder.version == version else how}"
-        )
-    conflict = AliasConflict(message)
+    held = holder.version if holder else None
+    by = f"{held} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "no version"
+    how = f"compare {version} with that one in another run, which then promotes it"
+    what = f"was expected to be held by {expected or 'no version'}{since and f' ({since})'}, but it is held by {by}"
+    if holder and held == expected and not since:
+        what, how = f"was moved meanwhile, and is held by {by} again", "run this again"
+    conflict = AliasConflict(f"{name}@{alias} {what}: {'nothing is moved' if holder and held == version else how}")
     conflict.holder = {key: getattr(holder, key) for key in ("alias", "version", "since", "run_id")} if holder else {}
     return conflict
 

@@ -1,9 +1,7 @@
 """What a run leaves for later ones: which data it consumed, the learning rates that sweeps found, and erased records.
 
-A run records what it read in runs/<run_id>/consumed/ before it trains: first the contents, in a file named by its hash,
-then the small header.json that names the file. When it ends in a decision, promoted or held,
-adapters/<name>/watermark.json moves to that note by compare-and-swap. A run that fails or is skipped moves nothing, so
-that what it saw is new again for the next one.
+A run records what it read in runs/<run_id>/consumed/ before it trains. When it ends in a decision, promoted or held,
+adapters/<name>/watermark.json moves to that note; what a run saw that fails or is skipped is new again for the next.
 """
 
 import hashlib
@@ -84,8 +82,7 @@ def note_consumed(
 
 def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
     """Return the ids of the contents that the run read, sorted; empty if their file is gone. Raises IntegrityError if
-    they are not what the run wrote.
-    """
+    they are not what the run wrote."""
     key = runs.run_key(consumed.run_id, consumed.file)
     stored = store.read(key)
     if stored is None:
@@ -99,8 +96,7 @@ def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
 
 def read_watermark(store: Store, name: str) -> Consumed | None:
     """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone. Raises
-    IntegrityError if the mark or the note is malformed.
-    """
+    IntegrityError if the mark or the note is malformed."""
     marked = _mark(store, name)
     consumed = consumed_by(store, marked[0].run_id) if marked else None
     if marked and not consumed:
@@ -116,8 +112,7 @@ def consumed_by(store: Store, run_id: str) -> Consumed | None:
 
 def advance_watermark(store: Store, name: str, run_id: str) -> bool:
     """Move the adapter's mark to what the run read; False when a run that looked later has moved it already. Raises
-    ObjectMissing if the run noted nothing; Conflict if other runs kept moving the mark.
-    """
+    ObjectMissing if the run noted nothing; Conflict if other runs kept moving the mark."""
     mark = Watermark(run_id=run_id, as_of=runs.read(store, run_id, Consumed).as_of)
     key = adapter_key(name, Watermark.FILE)
     for _ in range(ATTEMPTS):
@@ -194,8 +189,7 @@ def remember_rate(store: Store, config: RunConfig, found: FoundRate) -> None:
 
 def recall_rate(store: Store, config: RunConfig) -> FoundRate | None:
     """Return what the newest sweep found for runs of this config; None if there was no sweep. Raises IntegrityError if
-    the record is malformed.
-    """
+    the record is malformed."""
     key = _key(config)
     stored = store.read(key)
     return FoundRate.from_json(stored[0], store.uri(key)) if stored else None
@@ -203,8 +197,7 @@ def recall_rate(store: Store, config: RunConfig) -> FoundRate | None:
 
 def similar_rates(store: Store, config: RunConfig) -> list[FoundRate]:
     """Return what sweeps found for the adapter's base and method, at any rank, batch size and data. Raises
-    IntegrityError if a record is malformed.
-    """
+    IntegrityError if a record is malformed."""
     keys = [info.key for info in store.list(adapter_key(config.adapter.name, "rates/"))]
     rates = [FoundRate.from_json(store.get(key), store.uri(key)) for key in keys]
     return [rate for rate in rates if (rate.base, rate.method) == (config.model.base, config.method.name)]
@@ -262,8 +255,7 @@ def record_hash(record_id: str) -> str:
 
 def erase(store: Store, record_id: str, *, by: str) -> Erasure:
     """Record that the record is never to be trained on again; if it was erased before, the first erasure stays. Raises
-    UserError if the id is empty; IntegrityError if the earlier erasure is damaged.
-    """
+    UserError if the id is empty; IntegrityError if the earlier erasure is damaged."""
     if not record_id:
         raise UserError("a record's id is empty: give it as the dataset has it")
     record, at = record_hash(record_id), folders.now()
@@ -281,8 +273,7 @@ def erase(store: Store, record_id: str, *, by: str) -> Erasure:
 
 def erased(store: Store) -> Erased:
     """All records that were erased. Raises IntegrityError if there is another object among them, so that it is unknown
-    which record was meant.
-    """
+    which record was meant."""
     records = set()
     for info in store.list(ERASED):
         named = re.fullmatch(rf"{ERASED}([0-9a-f]{{64}})\.json", info.key)

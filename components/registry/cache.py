@@ -1,9 +1,8 @@
 """The caches of the registry: one object an adapter, and the list of all adapters.
 
-adapters/<name>/index/adapter.json.gz is not part of the registry: objects that it lacks are read, entries of deleted
-objects are left out, and deleting it costs a minute. Its values are checked before they are used (`is_so`): events, and
-what gc decides by, against the objects' etags; the rest is only shown, and nothing that moves an alias, verifies or
-audits reads it. A run's report brings it up to date.
+adapters/<name>/index/adapter.json.gz is not part of the registry: deleting it costs a minute. Its values are checked
+before they are used (`is_so`): events, and what gc decides by, against the objects' etags; the rest is only shown, and
+nothing that moves an alias, verifies or audits reads it.
 """
 
 import contextlib

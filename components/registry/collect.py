@@ -1,15 +1,13 @@
 """Garbage collection of a registry: what it no longer needs, and the removal.
 
-A version is kept if an alias points at it or ever did (a decision put it there, and a rollback returns to it), if it
-waits for a person's approval, or if a run under way made it or goes on from it. The parents of kept versions, the
-newest versions, and all that is younger than an age are kept too. No alias returns to a version that a trusted key has
-revoked: once no alias points at it, it counts neither as held nor as new. Datasets and bases made for adapters are kept
-for the versions that are kept and for the runs under way. A run is under way until it ends or has written nothing for
-the age, at least a day. For a run that has decided, only its checkpoints are removed, which nothing resumes any more.
+A version is kept if an alias points at it or ever did, if it waits for a person's approval, or if a run under way made
+it or goes on from it; so are the parents of kept versions, the newest ones, and all that is younger than an age. One
+that a trusted key has revoked counts neither as held nor as new once no alias points at it. Datasets and bases are kept
+for kept versions and for runs under way: those that have not ended, and wrote something within the age, at least a day.
 No index is trusted: an entry counts only if it has the MD5 that the store gives for the object; see `Index.documents`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +23,7 @@ from components.records import runs
 from components.records.runs import Replayed
 from components.records.steps import Decision, Evaluation, TrainResult
 from components.registry import cache, signing, versions
-from components.registry.aliases import aliases_key, list_aliases, parse_aliases
+from components.registry.aliases import list_aliases
 from components.registry.cache import READS_AT_ONCE, Index, changing
 from components.registry.event_log import MOVE_KINDS, Event, append_event, event_at, events_key, parse_log, waiting
 from components.registry.identity import VERSION_PATTERN, adapter_key, version_key
@@ -91,7 +89,9 @@ class Listing:
 
     def log(self) -> list[Event]:
         """The events, oldest first. Raises IntegrityError if what lies there is none."""
-        log, junk = parse_log(self.store, self.name, self._within(events_key(self.name)))
+        keys = [info.key for info in self.objects if info.key.startswith(events_key(self.name))]
+        objects = ((key, body) for key in keys if (body := self._content(key)) is not None)
+        log, junk = parse_log(self.store, self.name, objects)
         if junk:
             key, why = next(iter(junk.items()))
             raise IntegrityError(
@@ -100,18 +100,12 @@ class Listing:
             )
         return log
 
-    def holders(self) -> dict[str, str]:
-        """Version by alias. Raises IntegrityError if an alias is damaged."""
-        objects = ((key, body, "") for key, body in self._within(aliases_key(self.name)))
-        pointers = parse_aliases(self.store, self.name, objects, pass_over_damaged=False)
-        return {pointer.alias: pointer.version for pointer in pointers}
-
     @cached_property
     def _bodies(self) -> dict[str, bytes]:
-        folders_of = [events_key(self.name), aliases_key(self.name)]
-        folders_of += [signing.signatures_key(self.name)] if self.store.trusted_keys else []
+        signed = (signing.signatures_key(self.name),) if self.store.trusted_keys else ()
         of_versions = {_key(self.name, version, file) for version in self.by_version for file in (MANIFEST, LINEAGE)}
-        deciding = [info for info in self.objects if info.key in of_versions or info.key.startswith(tuple(folders_of))]
+        within = (events_key(self.name), *signed)
+        deciding = [info for info in self.objects if info.key in of_versions or info.key.startswith(within)]
         index = Index(self.store, self.name, "documents")
         bodies = index.documents("documents", deciding)
         index.keep()
@@ -152,11 +146,6 @@ class Listing:
             return self._bodies[key]
         stored = self.store.read(key)
         return stored[0] if stored else None
-
-    def _within(self, folder: str) -> Iterator[tuple[str, bytes]]:
-        for info in self.objects:
-            if info.key.startswith(folder) and (body := self._content(info.key)) is not None:
-                yield info.key, body
 
 
 def _key(name: str, version: str, file: str) -> str:
@@ -335,7 +324,9 @@ def _sorted_out(
     listing: Listing, rules: Rules, oldest: datetime, under_way: Sequence["_UnderWay"]
 ) -> tuple[list[Needing], list[Needing]]:
     """Divide the versions into needed and unneeded ones, each newest first."""
-    published, log, holders = listing.published(), listing.log(), listing.holders()
+    published, log = listing.published(), listing.log()
+    pointers = list_aliases(listing.store, listing.name, pass_over_damaged=False)
+    holders = {pointer.alias: pointer.version for pointer in pointers}
     held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
     held |= {*holders.values(), *waiting(log, holders)}
     made = {uri_or_id for run in under_way for uri_or_id in (run.run_id, run.made) if uri_or_id}
@@ -406,8 +397,7 @@ class _UnderWay:
 
 def _under_way(store: Store, run_id: str) -> _UnderWay | None:
     """Return the run if it is under way; None if it has ended: its candidate was held, or it was skipped. Raises
-    IntegrityError if one of its records is damaged.
-    """
+    IntegrityError if one of its records is damaged."""
     start = runs.run_key(run_id, runs.START)
     try:
         decision = runs.find(store, run_id, Decision, to_show=True)

@@ -140,8 +140,7 @@ def publication(version: str, manifest: Manifest) -> dict[str, Any]:
 
 def require_published(store: Store, name: str, version: str, manifest: Manifest) -> None:
     """Require that the log has the event of the version's publication with exactly this manifest. Raises IntegrityError
-    if the log has no such event.
-    """
+    if the log has no such event."""
     sha256 = event_sha256("published", publication(version, manifest))
     if find_event(store, name, {"time": manifest.created_at, "sha256": sha256}) is None:
         raise IntegrityError(
@@ -164,8 +163,7 @@ def events(store: Store, name: str, *, index: Index | None = None) -> list[Event
 
 def read_event(store: Store, name: str, reference: Reference) -> Event:
     """Read the event that another one names, and verify its content. Raises IntegrityError if the event is gone, or has
-    changed.
-    """
+    changed."""
     event = find_event(store, name, reference)
     if event is None:
         key = _key(name, reference)

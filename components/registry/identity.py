@@ -27,8 +27,7 @@ def version_id(digests: Mapping[str, FileDigest]) -> str:
 
 def require_identity(store: Store, key: str, manifest: Manifest) -> Manifest:
     """Check the manifest of the version's folder `key`, whose last part is its id, and return it. Raises IntegrityError
-    if the manifest lists other weights or another adapter config than the id says.
-    """
+    if the manifest lists other weights or another adapter config than the id says."""
     if not set(IDENTITY) <= manifest.files.keys() or version_id(manifest.files) != key.rpartition("/")[2]:
         raise IntegrityError(f"{store.uri(key)} holds another adapter than its id says")
     return manifest
@@ -37,8 +36,7 @@ def require_identity(store: Store, key: str, manifest: Manifest) -> Manifest:
 def verify_whole(store: Store, key: str, *, manifest_sha256: str | None = None) -> Manifest:
     """Read every byte of the version's folder `key`; check it against the manifest, and the manifest against the id.
     Raises ObjectMissing if there is no such version; IntegrityError if a file is missing, differs or is not listed, the
-    id does not fit, or the manifest's sha256 is not `manifest_sha256`.
-    """
+    id does not fit, or the manifest's sha256 is not `manifest_sha256`."""
     return require_identity(store, key, verify(store, key, manifest_sha256=manifest_sha256))
 
 
@@ -52,8 +50,7 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 def adapter_key(name: str, *parts: str) -> str:
     """The key of an adapter's folder, or of something in it. Raises UserError if the name is not one that adapter.name
-    allows.
-    """
+    allows."""
     return "/".join(["adapters", checked_name(name, "adapter name"), *parts])
 
 
@@ -64,8 +61,7 @@ def version_key(name: str, version: str) -> str:
 
 def checked_name(name: str, what: str) -> str:
     """Check a name and return it. `what` says what it names, for the error. Raises UserError if it has anything but
-    lower-case letters, digits, '.', '_' and '-', or is longer than 63 characters.
-    """
+    lower-case letters, digits, '.', '_' and '-', or is longer than 63 characters."""
     try:
         return _NAME.validate_python(name)
     except ValidationError as exc:

@@ -234,8 +234,7 @@ class Ancestor:
 
 def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
     """Parse KIND=NAME terms, each kind once, for `descendants`. Raises UserError if a term is not of that form, or of
-    an unknown kind.
-    """
+    an unknown kind."""
     found: dict[Kind, str] = {}
     for term in terms:
         kind, _, name = term.partition("=")

@@ -155,8 +155,7 @@ def sign(
 
 def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -> str:
     """Sign that the version may hold no alias and not be fetched, and return the statement's URI. Raises ObjectMissing
-    if there is no such version; IntegrityError if what the key signed is not what its public key verifies.
-    """
+    if there is no such version; IntegrityError if what the key signed is not what its public key verifies."""
     manifest = folders.read_manifest(store, version_key(name, version))
     verdict = {"verificationResult": "FAILED", "fineloop_reason": reason}
     return _write(store, name, version, key, manifest, _summary(store, name, version, manifest, verdict, None))
@@ -165,8 +164,7 @@ def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -
 def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
     """Sign the run's evaluation of a version of this adapter, as it is stored, and return the signature's URI. Raises
     ObjectMissing if there is no evaluation, or the version is gone; IntegrityError if the evaluation is malformed, or
-    what the key signed is not what its public key verifies.
-    """
+    what the key signed is not what its public key verifies."""
     where = runs.key_of(store, run_id, runs.EVALUATION)
     body = store.get(where)
     candidate = Evaluation.from_json(body, store.uri(where)).model("candidate")
@@ -184,8 +182,7 @@ def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
 def require_evaluated(store: Store, name: str, version: str | None, run_id: str, evaluation_sha256: str) -> str | None:
     """Require that a key of registry.evaluation_keys signed this evaluation of the version by this run; return the
     sha256 of the manifest that the version had. None, and nothing required, where the registry trusts no key. Raises
-    ConfigError if the registry trusts keys, and none for evaluations; IntegrityError if none of them signed it.
-    """
+    ConfigError if the registry trusts keys, and none for evaluations; IntegrityError if none of them signed it."""
     if not store.trusted_keys:
         return None
     require_evaluation_keys(store)
@@ -272,8 +269,7 @@ def _envelope(key: Signer, statement: Mapping[str, Any]) -> bytes:
 
 def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] | None:
     """Return the statement of an envelope that one of the trusted keys signed; None if none of them did. Raises
-    IntegrityError if it is not an envelope of a statement, or its signature by a trusted key does not verify.
-    """
+    IntegrityError if it is not an envelope of a statement, or its signature by a trusted key does not verify."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -338,8 +334,7 @@ def said(
 
 def require_signed(store: Store, name: str, version: str, manifest_sha256: str, *, alias: str = "") -> None:
     """Require a trusted signature, unless the registry's config trusts no key. An empty alias means any. Raises
-    IntegrityError if none of the keys that it trusts has signed the version for the alias, or one has revoked it.
-    """
+    IntegrityError if none of the keys that it trusts has signed the version for the alias, or one has revoked it."""
     if not store.trusted_keys:
         return
     found = said(store, name, version, manifest_sha256, store.trusted_keys)

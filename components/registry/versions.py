@@ -12,20 +12,11 @@ from typing import Any
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation, Part, Record
+from components.registry import identity
 from components.registry.aliases import PRODUCTION, Pointer, list_aliases, read_alias
 from components.registry.cache import Index, changing
 from components.registry.event_log import append_event, events, publication, require_published
-from components.registry.identity import (
-    ID_DIGITS,
-    IDENTITY,
-    VERSION_PATTERN,
-    adapter_key,
-    checked_name,
-    require_identity,
-    verify_whole,
-    version_id,
-    version_key,
-)
+from components.registry.identity import IDENTITY, VERSION_PATTERN, adapter_key, checked_name, version_key
 from components.registry.lineage import Ancestor, Kind, of_record
 from components.registry.signing import require_signed
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UnknownName, UserError
@@ -82,7 +73,7 @@ def publish_version(
     if LINEAGE in files:
         raise UserError(f"{LINEAGE} is written from the lineage: leave it out of the files of {name}")
     digests = {path: folders.digest_of(files[path]) for path in IDENTITY}
-    version = version_id(digests)
+    version = identity.version_id(digests)
     key = version_key(name, version)
     run_id = str(lineage.get("run_id", ""))
     with changing(store, name):
@@ -252,7 +243,7 @@ def resolve(store: Store, reference: str) -> Version:
         manifest = folders.find_manifest(store, version_key(name, version))
         return _version(store, name, version, manifest, aliases) if manifest else None
 
-    if is_id and len(wanted) == 1 + ID_DIGITS and (version := whole(wanted)):
+    if is_id and len(wanted) == 1 + identity.ID_DIGITS and (version := whole(wanted)):
         return version
     # Of the other aliases a damaged one is passed over, and this one must not be.
     alias = wanted or PRODUCTION
@@ -291,8 +282,7 @@ def evaluated(store: Store, version: Version) -> Version:
 
 def evaluation(store: Store, version: Version, *, to_show: bool = False) -> Evaluation | None:
     """What the version's run measured of it; None where it did not, or the evaluation is gone. Where the registry
-    trusts keys, one from before is only `to_show`. Raises IntegrityError if the evaluation is not what it should be.
-    """
+    trusts keys, one from before is only `to_show`. Raises IntegrityError if the evaluation is not what it should be."""
     measured = runs.find(store, version.run_id, Evaluation, to_show=to_show) if version.run_id else None
     candidate = measured.model("candidate") if measured else None
     return measured if candidate and candidate.version == version.version else None
@@ -306,7 +296,7 @@ def pull_version(store: Store, version: Version, target: Path, *, published_sha2
     Raises:
         IntegrityError: also where its manifest is not the one that the log says was published.
     """
-    manifest = require_identity(store, version.key, folders.read_manifest(store, version.key))
+    manifest = identity.require_identity(store, version.key, folders.read_manifest(store, version.key))
     require_published(store, version.name, version.version, manifest)
     if version.manifest_sha256 != published_sha256:
         require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
@@ -315,7 +305,7 @@ def pull_version(store: Store, version: Version, target: Path, *, published_sha2
 
 def verify_version(store: Store, version: Version) -> Manifest:
     """Read and check every byte of the version, and what the log says of it; see `identity.verify_whole`."""
-    manifest = verify_whole(store, version.key, manifest_sha256=version.manifest_sha256)
+    manifest = identity.verify_whole(store, version.key, manifest_sha256=version.manifest_sha256)
     require_published(store, version.name, version.version, manifest)
     return manifest
 
@@ -364,9 +354,6 @@ def _some(names: Iterable[str]) -> str:
     shown = list(names)
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
     return ", ".join(shown[:SHOWN]) + more if shown else "none"
-
-
-# Lineage in both directions: what a version was made from, and which versions were made from a thing.
 
 
 def ancestors(store: Store, version: Version) -> list[tuple[Version, list[Ancestor]]]:

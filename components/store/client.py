@@ -75,8 +75,7 @@ def _received(event_name: str, response_dict: Any = None, **_: Any) -> None:
 
 def client_from_environment() -> Any:
     """An S3 client with the endpoint, the region and the credentials that boto3 finds. Sends nothing to the store.
-    Raises StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
-    """
+    Raises StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile."""
     import boto3
     import botocore.session
     from botocore.config import Config
@@ -195,34 +194,26 @@ def translated(*, uri: str, endpoint: str, bucket_field: str) -> Iterator[None]:
     `bucket_field` is what the user changes when the bucket does not exist.
     """
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        HTTPClientError,
-        NoCredentialsError,
-        PartialCredentialsError,
-        ReadTimeoutError,
-    )
-    from botocore.exceptions import ConnectionError as NoConnection
+    from botocore import exceptions as botocore
 
     try:
         with disk_errors(uri):
             yield
     except FineloopError:
         raise
-    except (Boto3Error, BotoCoreError, ClientError) as exc:
+    except (Boto3Error, botocore.BotoCoreError, botocore.ClientError) as exc:
         # boto3's managed transfers hide the error that names the cause behind one of their own.
         match exc.__context__ if isinstance(exc, Boto3Error) and exc.__context__ else exc:
-            case ClientError() as cause:
+            case botocore.ClientError() as cause:
                 raise _refusal(cause, uri=uri, endpoint=endpoint, bucket_field=bucket_field) from cause
-            case NoCredentialsError() | PartialCredentialsError():
+            case botocore.NoCredentialsError() | botocore.PartialCredentialsError():
                 why = f"no credentials for {uri} at {endpoint}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            case ReadTimeoutError():
+            case botocore.ReadTimeoutError():
                 why = (
                     f"the store at {endpoint} did not answer for {READ_TIMEOUT_S} s about {uri}: look whether it is "
                     "overloaded, and run this again"
                 )
-            case NoConnection() | HTTPClientError() as cause:
+            case (botocore.ConnectionError() | botocore.HTTPClientError()) as cause:
                 why = (
                     f"the store at {endpoint} cannot be reached ({type(cause).__name__}) for {uri}: "
                     "start it, or set AWS_ENDPOINT_URL to one that runs"
@@ -235,8 +226,7 @@ def translated(*, uri: str, endpoint: str, bucket_field: str) -> Iterator[None]:
 @contextlib.contextmanager
 def disk_errors(where: object) -> Iterator[None]:
     """Turn what the local disk raises inside the block into one error that names the file, or else `where`. Raises
-    FineloopError if the disk is full, or a path cannot be read or written.
-    """
+    FineloopError if the disk is full, or a path cannot be read or written."""
     try:
         yield
     except OSError as exc:

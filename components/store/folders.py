@@ -122,8 +122,7 @@ def find_manifest(store: Store, key: str) -> Manifest | None:
 
 def read_manifest(store: Store, key: str) -> Manifest:
     """Read the folder's manifest. Raises ObjectMissing if there is no such folder, or its writer has not finished,
-    IntegrityError if it is not a manifest of a format that this version knows.
-    """
+    IntegrityError if it is not a manifest of a format that this version knows."""
     found = find_manifest(store, key)
     if found is None:
         raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {MANIFEST}")
@@ -196,8 +195,7 @@ def _is_inside(path: str) -> bool:
 
 def parse_manifest(body: bytes, uri: str) -> Manifest:
     """Parse a manifest; `uri` is the address of its object. Raises IntegrityError if it is not a manifest of a format
-    that this version knows.
-    """
+    that this version knows."""
     data = decode_json(body, uri)
     try:
         if data["format"] != FORMAT:
@@ -247,8 +245,7 @@ def _check(
     store: Store, key: str, manifest: Manifest, read: Callable[[str], FileDigest], apart: Collection[str] = ()
 ) -> None:
     """Compare the folder with its manifest: the listing first, and if that agrees, what `read` makes of each file.
-    Raises IntegrityError if they differ.
-    """
+    Raises IntegrityError if they differ."""
     sizes = _sizes(store, key, apart)
     faults = [f"{path} is not in the manifest" for path in sizes if path not in manifest.files and path != MANIFEST]
     for path, listed in manifest.files.items():

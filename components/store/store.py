@@ -65,8 +65,7 @@ class Store:
     @classmethod
     def open(cls, registry: "RegistryConfig") -> Self:
         """Open the registry with the endpoint and the credentials that the environment holds. Sends nothing yet. Raises
-        StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile.
-        """
+        StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile."""
         trusted, evaluating = registry.trusted_keys, registry.evaluation_keys
         where = client_from_environment(), registry.bucket, registry.prefix
         return cls(*where, trusted_keys=trusted, evaluation_keys=evaluating)
@@ -213,8 +212,7 @@ class Store:
 
     def download(self, key: str, path: Path) -> None:
         """Stream the object to `path`, in parts when it is large. A failure leaves nothing at `path`. Raises
-        ObjectMissing if there is none; FineloopError if the disk is full or not writable.
-        """
+        ObjectMissing if there is none; FineloopError if the disk is full or not writable."""
         with self._errors(key):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._client.download_file(self.bucket, self._full(key), str(path), Config=transfer_config())
@@ -307,8 +305,7 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 def encode_json(value: Any) -> bytes:
     """Canonical JSON: sorted keys, no spaces, UTF-8. Equal values give equal bytes. Raises ValueError if a number is
-    NaN or infinite, which JSON cannot say.
-    """
+    NaN or infinite, which JSON cannot say."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from components.registry.audit import audit
 from components.registry.collect import Rules
 from components.registry.event_log import append_event, events
 from components.registry.identity import version_key
-from components.registry.versions import Version, list_versions, publish_version
+from components.registry.versions import Version, list_versions
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import ObjectInfo, Store
+from tests.components.registry import adapters
 
 LATER = datetime.now(UTC) + timedelta(days=60)
 
@@ -31,9 +33,8 @@ def published(store: Store) -> list[Version]:
     """Six versions, oldest first: 0 and 1 held the alias, 4 grew from 2."""
     made: list[Version] = []
     for number in range(6):
-        files = {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
         parents = [made[2].uri] if number == 4 else []
-        made.append(publish_version(store, "icd", files, lineage={"run_id": f"r{number}", "parents": parents}))
+        made.append(adapters.published(store, b"%d" % number, run_id=f"r{number}", parents=parents))
     for version in made[:2]:
         promote(store, "icd", version.version)
     rollback(store, "icd")
@@ -70,17 +71,14 @@ def test_a_second_look_asks_less_than_once_a_version_and_sees_all_that_is_new(
     store: Store, published: list[Version]
 ) -> None:
     for number in range(6, 24):
-        files = {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
-        published.append(publish_version(store, "icd", files, lineage={"run_id": f"r{number}"}))
-    rules, sent = Rules(keep_last=2), []
-    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
+        published.append(adapters.published(store, b"%d" % number, run_id=f"r{number}"))
+    rules, sent = Rules(keep_last=2), adapters.requests_of(store)
     gone = removed(store, rules)
     sent.clear()
     assert removed(store, rules) == gone
     assert len(sent) <= 6  # runs, adapters, this one, its index, datasets and bases, for 24 versions
     promote(store, "icd", published[10].version)
-    files = {"adapter_model.safetensors": b"child", "adapter_config.json": b"{}"}
-    publish_version(store, "icd", files, lineage={"run_id": "r", "parents": [published[12].uri]})
+    adapters.published(store, b"child", run_id="r", parents=[published[12].uri])
     assert set(gone) - set(removed(store, rules)) == {f"icd@{published[number].version}" for number in (10, 12)}
 
 
@@ -111,8 +109,7 @@ def test_what_was_revoked_goes_once_no_alias_points_at_it_and_keys_can_still_be_
     strict = Store(store._client, store.bucket, store.prefix, trusted_keys=[*map(signing.public_text, (old, new))])
     made = []
     for weights in (b"one", b"two", b"three"):
-        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
-        made.append(publish_version(store, "icd", files, lineage={"run_id": ""}).version)
+        made.append(adapters.published(store, weights).version)
         signing.sign(store, "icd", made[-1], old, alias="production")
         promote(strict, "icd", made[-1])
     for version in made[1:]:
@@ -169,11 +166,7 @@ class Aged(Store):
             yield info if is_new else replace(info, last_modified=info.last_modified - timedelta(days=60))
 
 
-MADE_FROM = {
-    "run_id": "r",
-    "dataset": {"dataset_id": "used"},
-    "base": {"reference": "org/base"},
-}
+MADE_FROM: dict[str, Any] = {"run_id": "r", "dataset": {"dataset_id": "used"}, "base": {"reference": "org/base"}}
 
 
 @pytest.fixture
@@ -181,8 +174,7 @@ def aged(store: Store) -> Aged:
     """A version that holds the alias; what it was made from, and as much that nothing was made from."""
     aged = Aged(store._client, store.bucket, store.prefix)
     lineage = {**MADE_FROM, "recipe": {"stands_on": store.uri("bases/used/content")}}
-    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
-    promote(store, "icd", publish_version(store, "icd", files, lineage=lineage).version)
+    promote(store, "icd", adapters.published(store, b"1", **lineage).version)
     for dataset in ("used", "left"):
         folders.publish(store, f"datasets/{dataset}", {"train/0.parquet": b"rows"})
         folders.publish(store, f"datasets/{dataset}/tokens/0123", {"tokens.npy": b"tokens"})
@@ -214,9 +206,7 @@ def test_datasets_and_bases_that_no_version_was_made_from_go_whole(aged: Aged) -
 
 
 def test_those_of_another_adapter_stay_and_so_does_what_is_new(aged: Aged) -> None:
-    lineage = {**MADE_FROM, "dataset": {"dataset_id": "left"}}
-    files = {"adapter_model.safetensors": b"2", "adapter_config.json": b"{}"}
-    publish_version(aged, "other", files, lineage=lineage)
+    adapters.published(aged, b"2", name="other", **{**MADE_FROM, "dataset": {"dataset_id": "left"}})
     assert shared(aged) == []  # asked about one adapter alone
     found = collect.removals(aged, ["icd", "other"], Rules(), now=datetime.now(UTC))
     assert [(each.kind, each.name) for each in found] == LEFT[1:]
@@ -225,8 +215,8 @@ def test_those_of_another_adapter_stay_and_so_does_what_is_new(aged: Aged) -> No
 
 
 def test_the_copy_of_a_base_that_a_kept_version_was_trained_on_stays(aged: Aged) -> None:
-    lineage = {**MADE_FROM, "recipe": {"stands_on": "org/base", "nf4_copy": aged.uri("bases/left/content")}}
-    publish_version(aged, "icd", {"adapter_model.safetensors": b"2", "adapter_config.json": b"{}"}, lineage=lineage)
+    recipe = {"stands_on": "org/base", "nf4_copy": aged.uri("bases/left/content")}
+    adapters.published(aged, b"2", **MADE_FROM, recipe=recipe)
     assert shared(aged) == LEFT[:1]
 
 
@@ -263,15 +253,10 @@ def test_what_a_run_that_began_after_the_look_may_need_stays(aged: Aged) -> None
     folders.verify(aged, "datasets/left", apart=["tokens"])
 
 
-def again(store: Store, number: int, run_id: str) -> Version:
-    files = {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
-    return publish_version(store, "icd", files, lineage={"run_id": run_id})
-
-
 @pytest.mark.parametrize("when", ["before the look", "after the look", "while it goes", "once it is gone"])
 def test_an_old_version_that_a_run_trains_again_stays(store: Store, published: list[Version], when: str) -> None:
     """The run has begun, and has not told yet what it made."""
-    old = published[3]
+    old, again = published[3], partial(adapters.published, store, b"3")
 
     class Meanwhile(Store):
         """The run publishes right before, or right after, the manifest is deleted."""
@@ -280,26 +265,24 @@ def test_an_old_version_that_a_run_trains_again_stays(store: Store, published: l
             wanted = [*keys]
             is_manifest = wanted == [f"adapters/icd/versions/{old.version}/manifest.json"]
             if is_manifest and when == "while it goes":
-                again(store, 3, "r9")
+                again(run_id="r9")
             super().delete(wanted)
             if is_manifest and when == "once it is gone":
-                again(store, 3, "r9")
+                again(run_id="r9")
 
-    aged = Aged(store._client, store.bucket, store.prefix)
-    aged.new = ("adapters/", "runs/")
     store.put(runs.run_key("r9", runs.CONFIG), b"[train]")
     rules, now = Rules(keep_last=2, older_than=timedelta(0)), datetime.now(UTC)
     if when == "before the look":
-        again(store, 3, "r9")
+        again(run_id="r9")
     found = collect.removals(store, ["icd"], rules, now=now)
     assert [each.name for each in found] == ([] if when == "before the look" else [f"icd@{old.version}"])
     if when == "after the look":
-        again(store, 3, "r9")
+        again(run_id="r9")
     meanwhile = Meanwhile(store._client, store.bucket, store.prefix)
     assert not any(collect.remove(meanwhile, each) for each in found)
     assert old.version in {each.version for each in list_versions(store, "icd")}
     assert audit(store, "icd").findings == ()
-    assert again(store, 3, "r9") == again(store, 3, "r3")
+    assert again(run_id="r9") == again(run_id="r3")
     assert len([event for event in events(store, "icd") if event.body.get("version") == old.version]) <= 4
 
 
@@ -345,13 +328,7 @@ AT_ONCE = Rules(keep_last=0, older_than=timedelta(0))
 
 def test_what_a_run_under_way_starts_from_made_and_trains_on_stays_whatever_the_age_asked_for(store: Store) -> None:
     start, by_its_digits, made, again, unneeded = (
-        publish_version(
-            store,
-            "icd",
-            {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"},
-            lineage={"run_id": f"r{number}"},
-        )
-        for number in range(5)
+        adapters.published(store, b"%d" % number, run_id=f"r{number}") for number in range(5)
     )
     for dataset in ("trained-on", "left"):
         folders.publish(store, f"datasets/{dataset}", {"train/0.parquet": b"rows"})

@@ -14,9 +14,10 @@ import pytest
 from components.promote import promote
 from components.registry import aliases, event_log, versions
 from components.registry.event_log import decided_before, is_held
-from components.registry.versions import made_from, publish_version
+from components.registry.versions import made_from
 from components.shared.errors import UserError
 from components.store.store import Store
+from tests.components.registry.adapters import published, requests_of
 
 NUMBER = 105
 INDEX = "adapters/icd/index/adapter.json.gz"
@@ -26,9 +27,7 @@ TEST_SET = ["a", "b"]
 @pytest.fixture
 def refused(store: Store) -> str:
     """A version that the gate refused as often as an index is made for."""
-    version = publish_version(
-        store, "icd", {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}, lineage={"run_id": "r"}
-    ).version
+    version = published(store, b"1", run_id="r").version
     for number in range(NUMBER):
         body = {"version": version, "alias": "production", "run_id": f"r{number}", "test_set": TEST_SET}
         event_log.append_event(store, "icd", "refused", body, at=f"2026-01-01T00:00:00.{number:06}Z")
@@ -77,19 +76,13 @@ def test_a_forged_event_is_read_again_from_the_log(store: Store, refused: str, c
 
 
 def test_a_sound_index_spares_the_reading(store: Store, refused: str) -> None:
-    sent: list[str] = []
-    store._client.meta.events.register("before-send.s3", lambda request, **_: sent.append(request.url) or None)
+    sent = requests_of(store)
     assert len(event_log.events(store, "icd")) == NUMBER + 1
     assert len(sent) == 2
 
 
 def test_no_forged_date_makes_a_version_the_newest(store: Store) -> None:
-    made = [
-        publish_version(
-            store, "icd", {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}, lineage={}
-        ).version
-        for number in range(NUMBER)
-    ]
+    made = [published(store, b"%d" % number).version for number in range(NUMBER)]
     versions.list_versions(store, "icd")
     forge(store, "versions", lambda _name, entry: {**entry, "settled": True})
     later = {"created_at": "2030-01-01T00:00:00.000000Z"}

@@ -10,22 +10,17 @@ import pytest
 from components.registry import cache, collect
 from components.registry.aliases import list_aliases, promote, rollback
 from components.registry.collect import all_adapters
-from components.registry.versions import list_adapters, list_versions, publish_version
+from components.registry.versions import list_adapters, list_versions
 from components.report.registry_page import write_pages
 from components.shared.errors import ObjectMissing, StoreError
 from components.store.store import BINARY, Store
+from tests.components.registry.adapters import published, requests_of
 
 NAMES = ("icd", "other", "third")
 
 
 def publish(store: Store, name: str, weights: bytes) -> str:
-    files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
-    return publish_version(store, name, files, lineage={"run_id": weights.hex()}).version
-
-
-def again(store: Store, weights: bytes) -> None:
-    files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
-    publish_version(store, "icd", files, lineage={"run_id": "another"})
+    return published(store, weights, name=name, run_id=weights.hex()).version
 
 
 @pytest.fixture
@@ -40,9 +35,9 @@ def three(store: Store) -> dict[str, list[str]]:
 def judged(store: Store) -> dict[str, tuple[str | None, int, dict[str, str]]]:
     found = {}
     for name in list_adapters(store):
-        published = list_versions(store, name)
+        versions = list_versions(store, name)
         held = {each.alias: each.version for each in list_aliases(store, name)}
-        found[name] = (published[0].version if published else None, len(published), held)
+        found[name] = (versions[0].version if versions else None, len(versions), held)
     return found
 
 
@@ -52,10 +47,7 @@ def listed(store: Store) -> dict[str, tuple[str | None, int, dict[str, str]]]:
 
 @pytest.fixture
 def sent(store: Store) -> list[str]:
-    """The addresses of all requests."""
-    found: list[str] = []
-    store._client.meta.events.register("before-send.s3", lambda request, **_: found.append(request.url) or None)
-    return found
+    return requests_of(store)
 
 
 def collected(store: Store, made: dict[str, list[str]]) -> None:
@@ -69,7 +61,10 @@ CHANGES: dict[str, Callable[[Store, dict[str, list[str]]], Any]] = {
     "a promotion to another alias": lambda store, made: promote(store, "icd", made["icd"][0], "staging"),
     "a rollback": lambda store, made: rollback(store, "icd", to=made["icd"][0]),
     "a publication": lambda store, made: publish(store, "icd", b"new"),
-    "a version trained again": lambda store, made: (publish(store, "icd", b"n"), again(store, b"icd 0")),
+    "a version trained again": lambda store, made: (
+        publish(store, "icd", b"n"),
+        published(store, b"icd 0", run_id="another"),
+    ),
     "a new adapter": lambda store, made: publish(store, "fourth", b"first"),
     "a collection": collected,
 }

@@ -1,11 +1,8 @@
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from components.config.schema import RegistryConfig
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry.aliases import promote, read_alias, rollback
@@ -53,13 +50,7 @@ def test_a_version_holds_its_files_lineage_and_event(store: Store, tmp_path: Pat
     assert version.run_id == "r1"
     assert verify_version(store, version).sha256 == version.manifest_sha256
     pull_version(store, version, tmp_path / "adapter")
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "README.md",
-        "lineage.json",
-        MANIFEST,
-    }
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {*FILES, "lineage.json", MANIFEST}
     assert json.loads((tmp_path / "adapter" / "lineage.json").read_bytes()) == {"run_id": "r1", "files": FILES}
     assert read_lineage(store, version) == {"run_id": "r1", "files": FILES}
     assert [(event.kind, event.body["version"], event.body["run_id"]) for event in events(store, "icd")] == [
@@ -123,26 +114,6 @@ def test_a_left_file_that_is_not_what_the_id_says_is_not_adopted(store: Store) -
     assert list_versions(store, "icd") == []
 
 
-@pytest.mark.slow
-def test_two_runs_that_publish_one_adapter_at_once_are_told_of_one_whole_version(store: Store) -> None:
-    stores = [store, Store.open(RegistryConfig(bucket=store.bucket, prefix=store.prefix))]
-    barrier = threading.Barrier(2)
-
-    def write(writer: int) -> list[Version]:
-        versions_given = []
-        for number in range(20):
-            barrier.wait()
-            versions_given.append(published(stores[writer], f"weights {number}".encode(), run_id=f"run{writer}"))
-        return versions_given
-
-    with ThreadPoolExecutor(2) as pool:
-        for one, other in zip(*pool.map(write, range(2)), strict=True):
-            assert one == other
-            verify_version(store, one)
-            assert read_lineage(store, one) == {"run_id": one.run_id, "files": FILES}
-    assert len([event for event in events(store, "icd") if event.kind == "published"]) == 20
-
-
 def test_versions_are_listed_newest_first_with_their_aliases(store: Store) -> None:
     old, new = published(store, b"old"), published(store, b"new")
     promote(store, "icd", old.version)
@@ -163,29 +134,16 @@ def test_a_reference_is_resolved_by_alias_version_or_first_digits(store: Store) 
     assert resolve(store, "icd@production").aliases == ("production",)
     assert resolve(store, f"icd@{new.version}") == new
     assert resolve(store, f"icd@{new.version[:6]}") == new
-
-
-def test_an_alias_comes_before_first_digits_and_a_whole_version_before_an_alias(store: Store) -> None:
-    old, new = published(store, b"old"), published(store, b"new")
-    promote(store, "icd", old.version, new.version[:4])
-    promote(store, "icd", old.version, new.version)
-    assert resolve(store, f"icd@{new.version[:4]}").version == old.version
-    assert resolve(store, f"icd@{new.version}").version == new.version
-
-
-def test_first_digits_that_fit_several_versions_are_refused(store: Store) -> None:
-    old, new = published(store, b"old"), published(store, b"new")
+    third, number = new, 0
+    while third.version[:2] != old.version[:2] or third == old:
+        third, number = published(store, f"new {number}".encode()), number + 1
     with pytest.raises(UserError, match="give more digits") as raised:
-        resolve(store, _shared_start(store, old, new))
+        resolve(store, f"icd@{old.version[:2]}")
     assert old.version in str(raised.value)
-
-
-def _shared_start(store: Store, old: Version, new: Version) -> str:
-    number = 0
-    while new.version[:2] != old.version[:2]:
-        new = published(store, f"new {number}".encode())
-        number += 1
-    return f"icd@{old.version[:2]}"
+    for alias in (new.version[:4], new.version):
+        promote(store, "icd", old.version, alias)
+    assert resolve(store, f"icd@{new.version[:4]}").version == old.version  # an alias comes before first digits,
+    assert resolve(store, f"icd@{new.version}").version == new.version  # and a whole version before an alias
 
 
 @pytest.mark.parametrize(
@@ -208,31 +166,6 @@ def test_what_is_not_there_is_said_with_what_is(store: Store) -> None:
         resolve(store, "icd@staging")
 
 
-def test_a_rewritten_manifest_is_not_what_the_alias_vouches_for(store: Store, tmp_path: Path) -> None:
-    version = published(store)
-    promote(store, "icd", version.version)
-    key = f"{version_key('icd', version.version)}/{MANIFEST}"
-    store.put(key, store.get(key).replace(b'"r1"', b'"r9"'))
-    with pytest.raises(IntegrityError, match="icd@production vouches for"):
-        resolve(store, "icd")
-    for use in (lambda: verify_version(store, version), lambda: pull_version(store, version, tmp_path / "target")):
-        with pytest.raises(
-            IntegrityError, match=r"vouched for|no event says that icd .* was published with the manifest"
-        ):
-            use()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_exchanged_together_with_the_manifest_do_not_fit_the_id(store: Store) -> None:
-    honest, other = published(store, b"honest"), published(store, b"other")
-    for info in store.list(f"{version_key('icd', other.version)}/"):
-        store.put(info.key.replace(other.version, honest.version), store.get(info.key))
-    with pytest.raises(IntegrityError, match="another adapter than its id says"):
-        verify_version(store, resolve(store, f"icd@{honest.version}"))
-    with pytest.raises(Conflict, match="another content of the same id"):
-        published(store, b"honest")
-
-
 def test_a_version_without_its_two_files_is_refused(store: Store) -> None:
     with pytest.raises(UserError, match=r"without adapter_model\.safetensors"):
         publish_version(store, "icd", {"adapter_config.json": b"{}"}, lineage={})
@@ -243,16 +176,6 @@ def test_a_version_without_its_two_files_is_refused(store: Store) -> None:
         publish_version(store, "Not good", identity, lineage={})
     assert list(store.list("")) == []
     assert publish_version(store, "icd", identity, lineage={}).metrics == {}
-
-
-def test_damaged_weights_are_found_before_and_after_promotion(store: Store) -> None:
-    version = published(store)
-    store.put(f"{version_key('icd', version.version)}/adapter_model.safetensors", b"weights and more")
-    with pytest.raises(IntegrityError, match="16 bytes, the manifest says 7"):
-        promote(store, "icd", version.version)
-    assert read_alias(store, "icd", "production") is None
-    with pytest.raises(IntegrityError):
-        verify_version(store, version)
 
 
 def flipped(store: Store, key: str) -> None:
@@ -281,8 +204,14 @@ def test_no_alias_moves_to_weights_that_were_exchanged_together_with_the_manifes
     honest, other = published(store, b"honest"), published(store, b"other")
     for info in store.list(f"{version_key('icd', other.version)}/"):
         store.put(info.key.replace(other.version, honest.version), store.get(info.key))
-    with pytest.raises(IntegrityError, match="another adapter than its id says"):
-        promote(store, "icd", honest.version)
+    for use in (
+        lambda: promote(store, "icd", honest.version),
+        lambda: verify_version(store, resolve(store, f"icd@{honest.version}")),
+    ):
+        with pytest.raises(IntegrityError, match="another adapter than its id says"):
+            use()
+    with pytest.raises(Conflict, match="another content of the same id"):
+        published(store, b"honest")
     assert read_alias(store, "icd", "production") is None
 
 

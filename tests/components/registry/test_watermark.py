@@ -7,7 +7,7 @@ from components.records import runs
 from components.registry import between_runs
 from components.registry.audit import audit
 from components.registry.between_runs import Consumed
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing
+from components.shared.errors import IntegrityError, ObjectMissing
 from components.store.store import Store
 
 
@@ -25,19 +25,16 @@ def noted(store: Store, run_id: str, hour: int, *, records: int = 2) -> Consumed
     )
 
 
-def test_an_adapter_begins_without_a_mark(store: Store) -> None:
-    assert between_runs.read_watermark(store, "sums") is None
-
-
 def test_the_mark_moves_to_what_a_run_noted(store: Store) -> None:
     first = noted(store, "first", 1)
     assert between_runs.read_watermark(store, "sums") is None  # noted is not yet consumed
-
     assert between_runs.advance_watermark(store, "sums", "first")
 
     assert between_runs.read_watermark(store, "sums") == first
     assert (first.run_id, first.sources, first.num_records) == ("first", {"s3://b/a.jsonl": "etag"}, 2)
     assert between_runs.read_watermark(store, "others") is None
+    store.delete(["runs/first/consumed/header.json"])
+    assert between_runs.read_watermark(store, "sums") is None  # gone: everything counts as new
 
 
 def test_the_mark_never_goes_back(store: Store) -> None:
@@ -53,13 +50,6 @@ def test_a_run_without_a_note_moves_nothing(store: Store) -> None:
         between_runs.advance_watermark(store, "sums", "none")
 
 
-def test_a_note_that_is_gone_makes_everything_new(store: Store) -> None:
-    noted(store, "first", 1)
-    between_runs.advance_watermark(store, "sums", "first")
-    store.delete(["runs/first/consumed/header.json"])
-    assert between_runs.read_watermark(store, "sums") is None
-
-
 def test_two_runs_that_end_together_leave_the_later_look(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, third = [noted(store, run_id, hour) for run_id, hour in (("first", 1), ("second", 2), ("third", 3))]
     between_runs.advance_watermark(store, "sums", "first")
@@ -73,16 +63,6 @@ def test_two_runs_that_end_together_leave_the_later_look(store: Store, monkeypat
     monkeypatch.setattr(Store, "swap", swap_after_another)
     assert not between_runs.advance_watermark(store, "sums", "second")
     assert between_runs.read_watermark(store, "sums") == third
-
-
-def test_a_mark_that_always_moves_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose(*_arguments: object, **_options: object) -> str:
-        raise Conflict("moved")
-
-    noted(store, "first", 1)
-    monkeypatch.setattr(Store, "create", lose)
-    with pytest.raises(Conflict, match="5 times in a row"):
-        between_runs.advance_watermark(store, "sums", "first")
 
 
 @pytest.mark.parametrize("body", [[], {"format": 2, "run_id": "r", "as_of": "t"}, {"format": 1}])
