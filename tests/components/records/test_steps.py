@@ -59,10 +59,7 @@ def test_a_record_of_a_later_format_is_refused_and_one_without_is_the_first() ->
     [
         (b"{", "here is not JSON"),
         (b"[]", r"here is no sound decision\.json: the whole: Input should be an object"),
-        (
-            b'{"decision": "maybe"}',
-            r"no sound decision\.json: decision: Input should be 'promote', 'hold' or 'skipped'",
-        ),
+        (b'{"decision": "maybe"}', r"no sound decision\.json: decision: Input should be 'promote', 'hold' or"),
         (b"{}", r"decision\.json: decision: Field required"),
     ],
 )

@@ -14,12 +14,11 @@ from components.registry import signing
 from components.registry.aliases import promote, rollback
 from components.registry.audit import Finding, audit
 from components.registry.event_log import append_event, events, publication
-from components.registry.versions import publish_version
 from components.store.folders import find_manifest, publish, read_manifest
 from components.store.store import Store, encode_json
+from tests.components.registry.adapters import published
 from tests.waiting import PATIENCE_S
 
-GONE = object()
 ALIAS = "adapters/icd/aliases/production.json"
 
 
@@ -34,8 +33,7 @@ def ids(store: Store, key: Ed25519PrivateKey) -> list[str]:
     store.trusted_keys = (signing.public_text(key),)
     made = []
     for number in range(3):
-        files = {"adapter_model.safetensors": bytes([number]), "adapter_config.json": b"{}", "README.md": b"# Card"}
-        made.append(publish_version(store, "icd", files, lineage={"run_id": f"r{number}"}).version)
+        made.append(published(store, bytes([number]), run_id=f"r{number}").version)
     for version in made[:2]:
         signing.sign(store, "icd", version, key, alias="production")
         promote(store, "icd", version)
@@ -66,7 +64,7 @@ def refile(store: Store, key: str, **changed: object) -> None:
     record = store.get_json(key)
     body = {**record["body"], **changed}
     store.delete([key])
-    append_event(store, "icd", record["kind"], {k: v for k, v in body.items() if v is not GONE}, at=record["time"])
+    append_event(store, "icd", record["kind"], body, at=record["time"])
 
 
 def remove_round_trip(store: Store, ids: list[str]) -> None:
@@ -119,10 +117,6 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         lambda store, _: refile(store, event_key(store, "promoted", 1), actor="eve"),
         "do not lead from one to the next",
     ),
-    "promotion without the hash of the one before": (
-        lambda store, _: refile(store, event_key(store, "promoted", 1), previous=GONE),
-        "do not lead from one to the next",
-    ),
     "first promotion with a hash": (
         lambda store, _: refile(store, event_key(store, "promoted"), previous={"time": "", "sha256": ""}),
         "do not lead from one to the next",
@@ -131,16 +125,8 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         lambda store, _: refile(store, event_key(store, "rolled_back"), reason="nothing"),
         "points elsewhere than its last event says",
     ),
-    "last move without the hash of the one before": (
-        lambda store, _: refile(store, event_key(store, "rolled_back"), previous=GONE),
-        "points elsewhere than its last event says",
-    ),
     "moves removed that lead back to where they began": (remove_round_trip, "do not lead from one to the next"),
     "published again as another": (republish, "another manifest than s3://.* does"),
-    "refusal rewritten": (
-        lambda store, _: rewrite(store, event_key(store, "refused"), "worse", "fine"),
-        "is not an event: its id is not that of its content",
-    ),
     "publication removed": (
         lambda store, _: store.delete([event_key(store, "published", 2)]),
         "no event that says it was",
@@ -183,8 +169,7 @@ def test_the_tokens_of_a_dataset_are_no_part_of_it_and_are_read_too(store: Store
     publish(store, "datasets/d1", {"train/part-00000.parquet": b"rows"})
     publish(store, "datasets/d1/tokens/whole", {"tokens.npy": b"1234"})
     store.put("datasets/d1/tokens/half/tokens.npy", b"12")  # a publication that has not ended
-    files = {"adapter_model.safetensors": b"9", "adapter_config.json": b"{}"}
-    publish_version(store, "icd", files, lineage={"run_id": "r9", "dataset": {"dataset_id": "d1"}})
+    published(store, b"9", run_id="r9", dataset={"dataset_id": "d1"})
     assert audit(store, "icd").findings == ()
     store.put("datasets/d1/tokens/whole/tokens.npy", b"1235")
     store.put("datasets/d1/train/part-00001.parquet", b"rows")
@@ -200,9 +185,7 @@ def test_tokens_that_are_not_those_that_a_version_was_trained_on_are_named(store
 
     def trained(weights: bytes) -> str:
         tokens = {"a1": read_manifest(store, key).content_sha256, "gone": "0" * 64}
-        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
-        lineage = {"run_id": "r9", "dataset": {"dataset_id": "d1", "tokens": tokens}}
-        return publish_version(store, "icd", files, lineage=lineage).version
+        return published(store, weights, run_id="r9", dataset={"dataset_id": "d1", "tokens": tokens}).version
 
     def write(tokens: bytes) -> str:
         store.delete([info.key for info in store.list(f"{key}/")])
@@ -234,8 +217,7 @@ def make_base(store: Store, weights: bytes) -> tuple[str, str]:
 @pytest.mark.parametrize("field", ["stands_on", "nf4_copy"])
 def test_a_base_that_fineloop_made_is_read_too_and_is_the_one_that_the_version_names(store: Store, field: str) -> None:
     key, sha256 = make_base(store, b"weights")
-    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
-    publish_version(store, "icd", files, lineage={"recipe": {field: store.uri(key), f"{field}_sha256": sha256}})
+    published(store, b"1", recipe={field: store.uri(key), f"{field}_sha256": sha256})
     assert audit(store, "icd").findings == ()
     manifest = store.get(f"{key}/manifest.json")
     store.put(f"{key}/manifest.json", manifest.replace(b'"about":{}', b'"about":{"by":"another"}'))

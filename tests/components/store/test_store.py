@@ -1,17 +1,21 @@
 import hashlib
+import io
 import logging
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.config.schema import RegistryConfig
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
 from components.store import client
 from components.store.client import PART_BYTES, client_from_environment
-from components.store.store import Store, open_uri
+from components.store.store import ObjectFile, ReadOnce, Store, open_uri
 from pipelines.local.seaweedfs import Endpoint
 
 
@@ -185,3 +189,72 @@ def test_where_credentials_were_found_stands_in_no_log(
     with caplog.at_level(logging.INFO):
         client_from_environment()
     assert [record for record in caplog.records if record.name.startswith("botocore")] == []
+
+
+@pytest.fixture
+def sent(store: Store) -> list[str]:
+    found: list[str] = []
+    store._client.meta.events.register("before-send.s3", lambda request, **_: found.append(request.method) or None)
+    return found
+
+
+def test_an_object_and_a_listing_are_read_once(store: Store, sent: list[str]) -> None:
+    for key in ("a/1", "a/b/2", "a-c/3"):
+        store.put(key, key.encode())
+    once = ReadOnce(store)
+    sent.clear()
+    for _ in range(2):
+        assert once.get("a-c/3") == b"a-c/3"
+        assert once.read("a-c/4") is None
+        assert [*once.folders("")] == [*store.folders("")] == ["a", "a-c"]
+        assert [info.key for info in once.list("a/")] == ["a/1", "a/b/2"]
+        assert [info.key for info in once.list("a/b/")] == ["a/b/2"]
+        assert once.read("a/b/3") is None
+    assert len(sent) == 4 + 2  # two of them are the store's own
+
+
+def test_what_is_written_meanwhile_is_not_seen(store: Store) -> None:
+    once = ReadOnce(store)
+    store.put("a/1", b"1")
+    assert [*once.folders("")] == ["a"]
+    assert [info.key for info in once.list("a/")] == ["a/1"]
+    assert once.get("a/1") == b"1"
+    store.put("a/1", b"2")
+    store.put("a/2", b"2")
+    assert (once.get("a/1"), once.read("a/2")) == (b"1", None)
+
+
+def test_an_object_reads_like_the_file_that_holds_the_same_bytes(store: Store) -> None:
+    body, choose = random.Random(0).randbytes(10_000), random.Random(1)
+    store.put("x", body)
+    judge, found = io.BytesIO(body), ObjectFile(store, "x", len(body))
+    for _ in range(60):
+        if choose.random() < 0.5:
+            place, whence = choose.choice([(choose.randrange(12_000), 0), (-choose.randrange(9_000), 2)])
+            assert found.seek(place, whence) == judge.seek(place, whence)
+        size = choose.choice([0, 1, 100, 5_000, 20_000, -1, None])
+        assert found.read(size) == judge.read(size)
+        assert found.tell() == judge.tell()
+
+
+def test_of_a_parquet_file_one_column_is_fetched(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [random.Random(n).randbytes(500).hex() for n in range(5_000)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": [str(n) for n in range(5_000)], "text": texts}), sink, compression="zstd")
+    store.put("x.parquet", sink.getvalue())
+    fetched: list[int] = []
+    part = Store.part
+
+    def counting(self: Store, key: str, start: int, size: int) -> bytes:
+        fetched.append(size)
+        return part(self, key, start, size)
+
+    monkeypatch.setattr(Store, "part", counting)
+    with pq.ParquetFile(ObjectFile(store, "x.parquet", len(sink.getvalue()))) as file:
+        assert file.read(columns=["id"])["id"].to_pylist() == [str(n) for n in range(5_000)]
+    assert sum(fetched) < len(sink.getvalue()) / 20
+
+
+def test_an_object_that_is_gone_is_missing(store: Store) -> None:
+    with pytest.raises(ObjectMissing):
+        ObjectFile(store, "none", 10).read()
