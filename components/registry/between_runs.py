@@ -98,16 +98,11 @@ def read_watermark(store: Store, name: str) -> Consumed | None:
     """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone. Raises
     IntegrityError if the mark or the note is malformed."""
     marked = _mark(store, name)
-    consumed = consumed_by(store, marked[0].run_id) if marked else None
+    consumed = runs.find(store, marked[0].run_id, Consumed) if marked else None
     if marked and not consumed:
         run_id = marked[0].run_id
         logger.info("run %s finished last, and its note of what it read is gone: everything counts as new", run_id)
     return consumed
-
-
-def consumed_by(store: Store, run_id: str) -> Consumed | None:
-    """Return what the run read; None if it noted nothing. Raises IntegrityError if the note is malformed."""
-    return runs.find(store, run_id, Consumed)
 
 
 def advance_watermark(store: Store, name: str, run_id: str) -> bool:

@@ -424,7 +424,7 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
 
 
 def _makes_a_base(config: Mapping[str, Any]) -> bool:
-    """Whether a run makes or reads bases in the store; `config` may be too old for the current schema."""
+    """Whether a run makes or reads bases in the store."""
     method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
     rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
     return not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})

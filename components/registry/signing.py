@@ -150,7 +150,7 @@ def sign(
     if found.revoked_by:
         raise _revoked(name, version, found)
     verdict = {"verificationResult": "PASSED", "fineloop_alias": alias}
-    return _write(store, name, version, key, manifest, _summary(store, name, version, manifest, verdict, decision))
+    return _sign(store, name, version, key, manifest, verdict, decision)
 
 
 def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -> str:
@@ -158,7 +158,7 @@ def revoke(store: Store, name: str, version: str, key: Signer, *, reason: str) -
     if there is no such version; IntegrityError if what the key signed is not what its public key verifies."""
     manifest = folders.read_manifest(store, version_key(name, version))
     verdict = {"verificationResult": "FAILED", "fineloop_reason": reason}
-    return _write(store, name, version, key, manifest, _summary(store, name, version, manifest, verdict, None))
+    return _sign(store, name, version, key, manifest, verdict)
 
 
 def sign_evaluation(store: Store, name: str, run_id: str, key: Signer) -> str:
@@ -242,12 +242,34 @@ def counts(store: Store, name: str, event: Event) -> bool:
     return runs.has_decided(store, str(event.body.get("run_id", "")))
 
 
-def _write(
-    store: Store, name: str, version: str, key: Signer, manifest: folders.Manifest, summary: Mapping[str, Any]
+def _sign(
+    store: Store,
+    name: str,
+    version: str,
+    key: Signer,
+    manifest: folders.Manifest,
+    verdict: Mapping[str, str],
+    decision: Decision | None = None,
 ) -> str:
+    folder = version_key(name, version)
+    looked_at = [{"uri": store.uri(f"{folder}/{LINEAGE}"), "digest": {"sha256": manifest.files[LINEAGE]["sha256"]}}]
+    policy: dict[str, Any] = {"uri": "urn:fineloop:a-person"}
+    if decision is not None:
+        evaluation, decided = (runs.key_of(store, decision.run_id, kind.FILE) for kind in (Evaluation, Decision))
+        digest = hashlib.sha256(store.get(evaluation)).hexdigest()
+        looked_at.append({"uri": store.uri(evaluation), "digest": {"sha256": digest}})
+        policy = {"uri": store.uri(decided), "digest": {"sha256": decision.sha256}}
+    summary = {
+        "verifier": {"id": "urn:fineloop"},
+        "resourceUri": store.uri(folder),
+        "policy": policy,
+        "inputAttestations": looked_at,
+        "verifiedLevels": [],
+        **verdict,
+    }
     envelope = _envelope(key, _statement(name, version, manifest.sha256, PREDICATE_TYPE, summary))
     file = f"{key_id(public_text(key))[:DIGITS]}-{hashlib.sha256(envelope).hexdigest()[:DIGITS]}.dsse.json"
-    where = f"{_folder(name, version)}{file}"
+    where = f"{signatures_key(name)}{version}/{file}"
     if store.claim(where, envelope, content_type=JSON) != envelope:
         raise IntegrityError(f"{store.uri(where)} is another's, where this signature belongs: remove it and sign again")
     return store.uri(where)
@@ -309,7 +331,7 @@ def said(
     """
     passed, revoked_by, reason, junk = set(), "", "", {}
     subject = {"name": f"{name}/{version}", "digest": {"sha256": manifest_sha256}}
-    for info in store.list(_folder(name, version)) if objects is None else objects:
+    for info in store.list(f"{signatures_key(name)}{version}/") if objects is None else objects:
         uri = store.uri(info.key)
         try:
             if info.size > MOST_BYTES:
@@ -367,36 +389,6 @@ def _revoked(name: str, version: str, found: Said) -> IntegrityError:
     )
 
 
-def _summary(
-    store: Store,
-    name: str,
-    version: str,
-    manifest: folders.Manifest,
-    verdict: Mapping[str, str],
-    decision: Decision | None,
-) -> dict[str, Any]:
-    key = version_key(name, version)
-    looked_at = [{"uri": store.uri(f"{key}/{LINEAGE}"), "digest": {"sha256": manifest.files[LINEAGE]["sha256"]}}]
-    policy: dict[str, Any] = {"uri": "urn:fineloop:a-person"}
-    if decision is not None:
-        evaluation, decided = (runs.key_of(store, decision.run_id, kind.FILE) for kind in (Evaluation, Decision))
-        digest = hashlib.sha256(store.get(evaluation)).hexdigest()
-        looked_at.append({"uri": store.uri(evaluation), "digest": {"sha256": digest}})
-        policy = {"uri": store.uri(decided), "digest": {"sha256": decision.sha256}}
-    return {
-        "verifier": {"id": "urn:fineloop"},
-        "resourceUri": store.uri(key),
-        "policy": policy,
-        "inputAttestations": looked_at,
-        "verifiedLevels": [],
-        **verdict,
-    }
-
-
 def _statement(name: str, version: str, manifest_sha256: str, kind: str, predicate: Mapping[str, Any]) -> Any:
     subject = {"name": f"{name}/{version}", "digest": {"sha256": manifest_sha256}}
     return {"_type": STATEMENT_TYPE, "subject": [subject], "predicateType": kind, "predicate": predicate}
-
-
-def _folder(name: str, version: str) -> str:
-    return f"{signatures_key(name)}{version}/"

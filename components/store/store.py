@@ -124,7 +124,7 @@ class Store:
             return self._read_whole(key, Range=f"bytes={start}-{start + size - 1}")[0]
 
     def put(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> None:
-        """Write unconditionally. A `Path` is streamed, in parts when it is large."""
+        """Write unconditionally; a `Path` is streamed, in parts when it is large."""
         with self._errors(key):
             if isinstance(body, bytes):
                 self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=body, ContentType=content_type)
@@ -163,7 +163,6 @@ class Store:
         return self._put_if(key, body, content_type, IfMatch=etag)
 
     def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
         try:
             with self._errors(key):
                 self._client.head_object(Bucket=self.bucket, Key=self._full(key))
@@ -176,7 +175,6 @@ class Store:
         return decode_json(self.get(key), self.uri(key))
 
     def put_json(self, key: str, value: Any) -> None:
-        """Write `value` as canonical JSON, unconditionally."""
         self.put(key, encode_json(value), content_type=JSON)
 
     def folders(self, prefix: str) -> Iterator[str]:
@@ -202,7 +200,7 @@ class Store:
                     )
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete the objects; those that do not exist are passed over."""
+        """Those that do not exist are passed over."""
         pending = iter(keys)
         while batch := [{"Key": self._full(key)} for key in islice(pending, DELETE_BATCH)]:
             with self._errors(""):
@@ -333,18 +331,12 @@ class ReadOnce(Store):
         self.trusted_keys, self.evaluation_keys = store.trusted_keys, store.evaluation_keys
         self._objects: dict[str, tuple[bytes, str] | None] = {}
         self._listed: dict[str, dict[str, ObjectInfo]] = {}
-        self._folders: dict[str, list[str]] = {}
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         if key not in self._objects:
             listed = self._listed_at(key)
             self._objects[key] = super().read(key) if listed is None or key in listed else None
         return self._objects[key]
-
-    def folders(self, prefix: str) -> Iterator[str]:
-        if prefix not in self._folders:
-            self._folders[prefix] = [*super().folders(prefix)]
-        return iter(self._folders[prefix])
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """All at once: for folders of a few thousand objects."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from components.config.methods import OWN_BASE
 from components.config.ray import price_per_hour
 from components.handover.serve_manifest import recorded, serving
+from components.records import runs
 from components.records.steps import Usage
 from components.registry import between_runs, lineage
 from components.registry.versions import Version, publish_version
@@ -92,7 +93,7 @@ def publish(
         started=spec.started,
         recipe=fitted.recipe,
         parents=[spec.start.uri] if spec.start else [],
-        sources=read.sources if (read := between_runs.consumed_by(store, spec.run_id)) else {},
+        sources=read.sources if (read := runs.find(store, spec.run_id, between_runs.Consumed)) else {},
         training=lineage.Training(
             steps=progress.step,
             tokens=progress.tokens,

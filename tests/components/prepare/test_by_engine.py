@@ -10,6 +10,7 @@ from components.config.schema import RunConfig
 from components.prepare import by_engine
 from components.prepare.by_engine import prepared
 from components.prepare.validate import read_here
+from components.records import runs
 from components.registry import between_runs
 from components.shared.errors import DataError, JobError
 from components.step.step import StepRun
@@ -64,7 +65,7 @@ def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(
     assert (found.dataset_id, found.summary, found.rejected) == (expected.dataset_id, expected.summary, 1)
     assert there.result == {**here.result, "created": False}
     ids = [
-        between_runs.consumed_contents(store, between_runs.consumed_by(store, run_id)).to_pylist()
+        between_runs.consumed_contents(store, runs.find(store, run_id, between_runs.Consumed)).to_pylist()
         for run_id in ("here", "there")
     ]
     assert sorted(ids[0]) == sorted(ids[1])

@@ -11,6 +11,7 @@ import pytest
 from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new
+from components.records import runs
 from components.registry import between_runs
 from components.shared.errors import DataError
 from components.step.step import StepRun
@@ -63,7 +64,7 @@ def test_known_sources_are_skipped_without_being_opened(
     assert (decision["decision"], decision["since_run"]) == ("skipped", "first")
     assert decision["reasons"] == [f"nothing new since run first, which read {path}"]
     assert step.result["skipped"] == decision["reasons"][0]
-    assert between_runs.consumed_by(store, "second") is None
+    assert runs.find(store, "second", between_runs.Consumed) is None
 
 
 def test_new_records_are_trained_on_with_the_earlier_ones(write_rows: Write, prepare_run: Prepare) -> None:

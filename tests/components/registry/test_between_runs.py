@@ -102,7 +102,7 @@ def test_what_moves_the_mark_and_what_names_the_sources_opens_no_contents(
     consumed = noted(store, "r", 1)
     store.delete([f"runs/r/{consumed.file}"])
     assert between_runs.advance_watermark(store, "sums", "r")
-    assert between_runs.consumed_by(store, "r") == consumed == between_runs.read_watermark(store, "sums")
+    assert runs.find(store, "r", between_runs.Consumed) == consumed == between_runs.read_watermark(store, "sums")
     assert len(between_runs.consumed_contents(store, consumed)) == 0  # gone: everything counts as new
 
 
@@ -116,7 +116,7 @@ def test_a_step_that_breaks_off_leaves_the_note_before_it_whole(store: Store, mo
         context.setattr(runs, "write", fail)
         with pytest.raises(ConnectionError):
             noted(store, "r", 2, records=4)
-    found = between_runs.consumed_by(store, "r")
+    found = runs.find(store, "r", between_runs.Consumed)
     assert found == first
     assert len(between_runs.consumed_contents(store, first)) == 3
 
@@ -135,7 +135,7 @@ def test_contents_that_were_changed_are_refused_and_found_by_an_audit(store: Sto
 def test_a_note_of_a_format_to_come_is_refused(store: Store) -> None:
     store.put_json("runs/r/consumed/header.json", {"format": 2})
     with pytest.raises(IntegrityError, match=r"header\.json has format 2"):
-        between_runs.consumed_by(store, "r")
+        runs.find(store, "r", between_runs.Consumed)
 
 
 def test_of_an_erased_record_the_store_keeps_a_hash_who_and_when(store: Store) -> None:
