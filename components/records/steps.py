@@ -439,9 +439,6 @@ def finite(value: object) -> float | None:
     return float(value)
 
 
-# The points of a training's curve, under the names that charts use.
-
-
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a record of metrics.jsonl, such as train/loss and eval/loss."""
     return {

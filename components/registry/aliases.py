@@ -126,13 +126,10 @@ def promote(
 ) -> Event:
     """Point the alias at a version. Running it again once it succeeded changes nothing and gives the same event.
 
-    A run promotes a version once: repeating it after a rollback is a conflict, not a second promotion.
-    `expected` is the version that the candidate was compared with, None when there was none, ANYONE to skip the check.
-
-    Raises:
-        ObjectMissing: there is no such version.
-        IntegrityError: the version's files do not match its manifest.
-        AliasConflict: another version than `expected` holds the alias or takes it meanwhile, or the run repeats itself.
+    A run promotes a version once: repeating it after a rollback is a conflict, not a second promotion. `expected` is
+    the version that the candidate was compared with, None when there was none, ANYONE to skip the check. Raises
+    ObjectMissing if there is no such version; IntegrityError if the version's files do not match its manifest;
+    AliasConflict if another version than `expected` holds the alias or takes it meanwhile, or the run repeats itself.
     """
     holder = read_alias(store, name, alias)
     held = holder.version if holder else None
@@ -159,14 +156,11 @@ def rollback(
 ) -> Event:
     """Point the alias back at `to`, or else at the version that held it before the present one.
 
-    A second rollback goes one further back, not forward again. With a `cause.run_id`, or with the version
-    that is `expected` to hold the alias, repeating a rollback changes nothing. The event is "overridden" when a gate
-    holds `to` back from this alias, which `to` never held.
-
-    Raises:
-        UnknownName: the alias does not exist, or nothing held it before.
-        IntegrityError: the event that brought the version before is damaged or gone, or the version is.
-        AliasConflict: another version than `expected` holds the alias, or it was moved at the same time.
+    A second rollback goes one further back, not forward again. With a `cause.run_id`, or with the version that is
+    `expected` to hold the alias, repeating a rollback changes nothing. The event is "overridden" when a gate holds `to`
+    back from this alias, which `to` never held. Raises UnknownName if the alias does not exist, or nothing held it
+    before; IntegrityError if the event that brought the version before is damaged or gone, or the version is;
+    AliasConflict if another version than `expected` holds the alias, or it was moved at the same time.
     """
     holder = read_alias(store, name, alias)
     if holder is None:

@@ -133,10 +133,7 @@ def _mark(store: Store, name: str) -> tuple[Watermark, str] | None:
 
 
 def _packed(contents: "pa.UInt64Array") -> bytes:
-    """Pack n ids as Parquet: 5.9 bytes per id for a million and 7.7 for a thousand.
-
-    The least possible is log2(2**64 / n) + 1.44 bits. Compressing the delta-coded ids saves nothing.
-    """
+    """Pack n ids as Parquet: 5.9 bytes per id for a million; the least possible is log2(2**64 / n) + 1.44 bits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -150,10 +147,6 @@ def _packed(contents: "pa.UInt64Array") -> bytes:
         column_encoding={_COLUMN: "DELTA_BINARY_PACKED"},
     )
     return sink.getvalue().to_pybytes()
-
-
-# The learning rates that sweeps have found: adapters/<name>/rates/<key>.json is the newest for one base, recipe and
-# data source. The key is made of all that a rate depends on and that stays the same from one night to the next.
 
 
 class FoundRate(Record):
@@ -199,6 +192,7 @@ def similar_rates(store: Store, config: RunConfig) -> list[FoundRate]:
 
 
 def _key(config: RunConfig) -> str:
+    """Made of all that a rate depends on and that stays the same from one night to the next."""
     row = config.method.row
     depends_on = {
         "base": [config.model.base, config.model.revision],
@@ -212,10 +206,8 @@ def _key(config: RunConfig) -> str:
     return adapter_key(config.adapter.name, f"rates/{digest}.json")
 
 
-# Records that are never to be trained on again, whatever their source still holds.
-#
-# Each has an object erased/<sha256>.json, whose name alone says which record it is: so two erasures at the same time
-# cannot lose one another, and a preparation only needs a listing. Nothing of the record is kept but the hash of its id.
+# Records that are never to be trained on again. Each has an object erased/<sha256>.json, whose name alone says which it
+# is: so two erasures at once cannot lose one another, and nothing of the record is kept but the hash of its id.
 
 ERASED = "erased/"
 

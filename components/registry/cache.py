@@ -117,11 +117,9 @@ class Index:
         return known
 
 
-# The list of all adapters, kept in one object beside the registry's pages, so that it is read in three requests.
-#
-# It is only shown, too. Whoever changes what it says of an adapter writes the adapter's mark, pages/changed/<name>,
-# before and after the change. An entry counts only while the mark is the one from before the adapter was read. So an
-# entry that is missing or lost, or was written by one of two at once, leads to another reading, and to no wrong list.
+# The list of all adapters, beside the registry's pages, is only shown, too. Whoever changes what it says of an adapter
+# writes the adapter's mark before and after. An entry counts only while the mark is the one from before the adapter was
+# read: so an entry that is lost, or was written by one of two at once, leads to another reading, and to no wrong list.
 
 LISTED = f"{PAGES}index.json"
 """The key of the list, with an entry for each adapter: what its page shows, and under `LISTING` what a list needs."""
@@ -129,8 +127,6 @@ LISTING = "listing"
 CHANGED = f"{PAGES}changed/"
 """Key prefix of the marks."""
 BEGUN, DONE = "being changed ", "changed "
-A_CHANGE_TAKES = timedelta(minutes=15)
-"""Age after which a change that has begun is made, or never will be."""
 
 Entries = dict[str, dict[str, Any]]
 
@@ -159,7 +155,8 @@ def mark_of(store: Store, name: str) -> str | None:
 
 def is_settled(mark: ObjectInfo | None, now: datetime) -> bool:
     """Whether an adapter that is read after its mark was listed has all that this mark stands for."""
-    return mark is None or mark.size != len(BEGUN) + len(uuid.uuid4().hex) or now - mark.last_modified > A_CHANGE_TAKES
+    begun_for_good = mark is not None and now - mark.last_modified > timedelta(minutes=15)  # made by now, or never
+    return mark is None or mark.size != len(BEGUN) + 32 or begun_for_good
 
 
 def write_entries(

@@ -190,8 +190,6 @@ def summary(store: Store, name: str, mark: str) -> Summary:
 
 
 DATASETS, BASES, RUNS = "datasets/", "bases/", "runs/"
-ADAPTERS_AT_ONCE = 4
-"""Adapters that are looked at side by side; of each, several objects are read at once."""
 A_RUN_RESTS = timedelta(days=1)
 """How long a run that has not ended may write nothing, such as in a queue, and still count as under way."""
 
@@ -262,7 +260,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
 
     everything = versions.list_adapters(store)
     looked_at = [name for name in everything if name in names]
-    with ThreadPoolExecutor(ADAPTERS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(4) as pool:  # of each adapter, several objects are read at once
         looks = dict(zip(looked_at, pool.map(look, looked_at), strict=True))
     removable = [removal for _, of_adapter in looks.values() for removal in of_adapter]
     for run_id, objects in by_run.items():

@@ -22,7 +22,6 @@ from components.store.store import JSON, Store, decode_json, encode_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 ID_LENGTH = 12
 MOVE_KINDS = ("promoted", "overridden", "rolled_back")
 EventKind = Literal["published", "promoted", "refused", "proposed", "overridden", "rolled_back", "collected"]
@@ -120,7 +119,7 @@ def append_event(store: Store, name: str, kind: EventKind, body: Mapping[str, An
         at = now()
     reference: Reference = {"time": at, "sha256": sha256}
     key = _key(name, reference)
-    event = {"format": FORMAT, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
+    event = {"format": 1, "id": event_id, "kind": kind, "time": at, "adapter": name, "body": dict(body)}
     record = encode_json(event)
     try:
         store.create(key, record, content_type=JSON)
@@ -235,9 +234,6 @@ def _key(name: str, reference: Reference) -> str:
     return adapter_key(name, "events", file)
 
 
-# Reads an adapter's history from its event log; pure.
-
-
 def is_held(log: Sequence[Event], version: str, alias: str) -> bool:
     """Whether a gate refused the version for this alias, or left it to a person who has not approved it yet."""
     about = [event for event in log if event.body.get("version") == version and event.body.get("alias") == alias]
@@ -295,9 +291,6 @@ def is_chain(moves: Sequence[Event]) -> bool:
         (later.body["from"], later.body.get("previous")) == (earlier.body["to"], earlier.reference)
         for earlier, later in pairwise(moves)
     )
-
-
-# Counts of the decisions made on a test set, and the confidence and the fold for the next decision; pure.
 
 
 def decided_before(

@@ -40,8 +40,6 @@ def verify_whole(store: Store, key: str, *, manifest_sha256: str | None = None) 
     return require_identity(store, key, verify(store, key, manifest_sha256=manifest_sha256))
 
 
-# The names of adapters, versions and aliases, and the keys of an adapter's objects.
-
 TOKENS = "tokens"
 """The subfolder of a dataset for what was made from its records: separate folders, which its manifest does not list."""
 

@@ -23,7 +23,6 @@ class Base:
     """The frozen base model."""
 
     reference: str
-    """The model's name in the config."""
     identity: Mapping[str, Any]
     """What fixes its bytes: a commit, or files with their sha256."""
 
@@ -212,8 +211,6 @@ def without_credentials(url: str) -> str:
         return url
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
-
-# Lineage in both directions: what a version was made from, and which versions were made from a thing.
 
 Kind = Literal["dataset", "source", "base", "commit", "config", "parent"]
 

@@ -27,8 +27,6 @@ from components.store.store import JSON, Store, decode_json, encode_json
 logger = logging.getLogger(__name__)
 
 LINEAGE = "lineage.json"
-SETTLED = timedelta(days=7)
-"""Age after which nothing more is measured of a version."""
 SHOWN = 8
 
 
@@ -176,7 +174,8 @@ def _entry(store: Store, name: str, version: str) -> dict[str, Any] | None:
     described = _version(store, name, version, manifest, [])
     evaluation, decision = of_run(store, described)
     lineage = sound_lineage(store, described)
-    is_old = manifest.created_at < (datetime.now(UTC) - SETTLED).isoformat()
+    # After a week, nothing more is measured of a version.
+    is_old = manifest.created_at < (datetime.now(UTC) - timedelta(days=7)).isoformat()
     return {
         "created_at": manifest.created_at,
         "manifest_sha256": manifest.sha256,
@@ -226,12 +225,9 @@ def resolve(store: Store, reference: str) -> Version:
     """The version that NAME@VERSION, NAME@ALIAS or NAME means.
 
     A version may be given by its first digits, when they fit only one. NAME alone means its alias production, or the
-    newest version when there is none. A whole version id comes before an alias, an alias before first digits.
-
-    Raises:
-        UserError: the reference is malformed, or fits several versions.
-        UnknownName: there is no such adapter, version or alias.
-        IntegrityError: the alias vouches for another manifest than the version has.
+    newest version when there is none. A whole version id comes before an alias, an alias before first digits. Raises
+    UserError if the reference is malformed, or fits several versions; UnknownName if there is no such adapter, version
+    or alias; IntegrityError if the alias vouches for another manifest than the version has.
     """
     name, at, wanted = reference.partition("@")
     checked_name(name, "adapter name")
@@ -386,12 +382,12 @@ def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Vers
         is_whole = kind in ("source", "parent")
         return ancestor.kind == kind and (ancestor.name == wanted if is_whole else ancestor.name.startswith(wanted))
 
-    sound = made_from(store, name)
+    aliases = list_aliases(store, name)
     return [
-        version
-        for version in list_versions(store, name)
-        if version.version in sound
-        and all(any(fits(ancestor, *term) for ancestor in sound[version.version]) for term in terms.items())
+        entry.version(store, name, version, aliases)
+        for version, entry in entries(store, name).items()
+        if entry.made_from is not None
+        and all(any(fits(each, *term) for each in entry.made_from) for term in terms.items())
     ]
 
 

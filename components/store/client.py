@@ -19,16 +19,13 @@ from components.shared.errors import Conflict, FineloopError, ObjectMissing, Sto
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
 ATTEMPTS = 3
 ATTEMPTS_WHERE_BUSY = 10  # with the pauses below, 75 to 150 seconds
 BUSY_PAUSE_S = 4.0
 CONFLICT_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 30.0
 PART_BYTES = 16 * 2**20
 TRANSFERS = 4  # parts of one file in flight; TRANSFERS * PART_BYTES bounds the memory of one transfer
-MOST_PARTS = 10_000  # that S3 takes of one object
 HINTS = {
     **dict.fromkeys(
         ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"),
@@ -90,7 +87,7 @@ def client_from_environment() -> Any:
         # A self-hosted store seldom has a DNS name for each bucket.
         s3={"addressing_style": "path" if endpoint else "auto"},
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        connect_timeout=CONNECT_TIMEOUT_S,
+        connect_timeout=5,
         read_timeout=READ_TIMEOUT_S,
         max_pool_connections=64,
     )
@@ -139,7 +136,7 @@ def _pause_s(
         return CONFLICT_PAUSE_S * attempts if is_undecided else None
     if is_away and attempts == ATTEMPTS:
         logger.warning("the store cannot be reached, for which this pod may be too new: trying again for two minutes")
-    return min(BUSY_PAUSE_S * 2 ** (attempts - ATTEMPTS), LONGEST_PAUSE_S) * random.uniform(0.5, 1)
+    return min(BUSY_PAUSE_S * 2 ** (attempts - ATTEMPTS), 30.0) * random.uniform(0.5, 1)
 
 
 def transfer_config() -> Any:
@@ -167,7 +164,7 @@ def create_from_file(client: Any, bucket: str, full_key: str, path: Path, *, con
         with path.open("rb") as body:
             answer = client.put_object(**target, **checked, Body=body, ContentType=content_type, IfNoneMatch="*")
         return str(answer["ETag"])
-    part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
+    part_bytes = max(PART_BYTES, -(-size // 10_000))  # S3 takes so many parts of one object
     target["UploadId"] = client.create_multipart_upload(**target, **checked, ContentType=content_type)["UploadId"]
 
     def send(number: int) -> dict[str, Any]:

@@ -132,12 +132,9 @@ def read_manifest(store: Store, key: str) -> Manifest:
 def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = None) -> Manifest:
     """Copy the folder to `target`, manifest included, every byte verified before anything appears there.
 
-    A target that already holds this very folder is verified and kept; an empty folder is replaced.
-
-    Raises:
-        ObjectMissing: there is no such folder.
-        IntegrityError: a file is missing or differs, or the manifest is not the one with `manifest_sha256`.
-        UserError: the target holds something else.
+    A target that already holds this very folder is verified and kept; an empty folder is replaced. Raises ObjectMissing
+    if there is no such folder; IntegrityError if a file is missing or differs, or the manifest is not the one with
+    `manifest_sha256`; UserError if the target holds something else.
     """
     manifest = _expected(store, key, manifest_sha256)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):

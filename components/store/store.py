@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 BINARY = "application/octet-stream"
 JSON = "application/json"
-DELETE_BATCH = 1000  # most keys that DeleteObjects takes
 CHUNK_BYTES = 2**20
 
 
@@ -52,10 +51,7 @@ class Store:
         evaluation_keys: Sequence[str] = (),
     ) -> None:
         """`field` is the config key that an error message names when the bucket does not exist."""
-        self.trusted_keys = tuple(trusted_keys)
-        """Public keys one of which must have signed a version before an alias moves to it or it is fetched."""
-        self.evaluation_keys = tuple(evaluation_keys)
-        """Public keys one of which must have signed what a decision rests on, where there are trusted keys."""
+        self.trusted_keys, self.evaluation_keys = tuple(trusted_keys), tuple(evaluation_keys)
         self.bucket = bucket
         self.prefix = prefix
         self.endpoint: str = client.meta.endpoint_url
@@ -202,7 +198,7 @@ class Store:
     def delete(self, keys: Iterable[str]) -> None:
         """Those that do not exist are passed over."""
         pending = iter(keys)
-        while batch := [{"Key": self._full(key)} for key in islice(pending, DELETE_BATCH)]:
+        while batch := [{"Key": self._full(key)} for key in islice(pending, 1000)]:  # DeleteObjects takes so many
             with self._errors(""):
                 answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})
             for failure in answer.get("Errors", []):
@@ -362,9 +358,6 @@ class ObjectFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
