@@ -2,7 +2,21 @@
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
+
+from components.config.schema import RunConfig, TrainConfig
+from components.config.section import Added
+
+
+class TrainConfigToCome(TrainConfig):
+    """A release to come, as far as the config goes: one key more, with a default."""
+
+    patience: Annotated[int, Added("9.0.0")] = 3
+
+
+def to_come(config: RunConfig, **keys: int) -> RunConfig:
+    """The config as that release reads it, with the new key set or at its default."""
+    return config.model_copy(update={"train": TrainConfigToCome(**dict(config.train), **keys)})
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,6 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from ray_jobs.training.spec import TrainSpec
     from ray_jobs.training.starting import dataset_record
     from ray_jobs.training.zero import Worker
-    from tests.frozen.config_to_come import to_come
 
     started_at = datetime.now(UTC)
     config = config_file.loads(config_toml)

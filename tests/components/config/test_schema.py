@@ -12,7 +12,7 @@ from components.config.config_file import SYNONYMS
 from components.config.schema import RunConfig
 from components.shared.errors import ConfigError
 from tests.components.config.loading import GOOD, message_of, set_in
-from tests.frozen.config_to_come import to_come
+from tests.frozen.training import to_come
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "pipelines" / "configs").glob("**/*.toml"))
