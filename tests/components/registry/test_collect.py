@@ -76,7 +76,7 @@ def test_a_second_look_asks_less_than_once_a_version_and_sees_all_that_is_new(
     gone = removed(store, rules)
     sent.clear()
     assert removed(store, rules) == gone
-    assert len(sent) <= 6  # runs, adapters, this one, its index, datasets and bases, for 24 versions
+    assert len(sent) <= 8  # runs, adapters, this one, its index and aliases, datasets and bases, for 24 versions
     promote(store, "icd", published[10].version)
     adapters.published(store, b"child", run_id="r", parents=[published[12].uri])
     assert set(gone) - set(removed(store, rules)) == {f"icd@{published[number].version}" for number in (10, 12)}
@@ -97,7 +97,7 @@ def test_no_forged_index_makes_anything_go(store: Store, published: list[Version
     }[forged]
     known = json.loads(gzip.decompress(store.get(key)))
     documents = known["documents"]
-    assert any(champion in text for file, text in documents.items() if file.startswith("aliases/"))
+    assert any(champion in text for text in documents.values())
     packed = {"documents": {file: change(text) for file, text in documents.items()}}
     store.put(key, gzip.compress(json.dumps(packed).encode()))
     assert removed(store, Rules(keep_last=2)) == gone
