@@ -79,14 +79,10 @@ class TrainSpec(BaseModel):
     @classmethod
     def of(cls, config: RunConfig, **resolved: Any) -> "TrainSpec":
         """The spec of a training by this config; `resolved` are the fields that the config does not have."""
+        sections = {name: getattr(config, name) for name in ("adapter", "model", "method", "ray", "registry", "track")}
         return cls(
-            adapter=config.adapter,
-            model=config.model,
-            method=config.method,
+            **sections,
             train=config.train.model_copy(update={"learning_rate": config.learning_rate}),
-            ray=config.ray,
-            registry=config.registry,
-            track=config.track,
             asked=lineage.Asked.of(config),
             training_digest=config.training_digest,
             **resolved,
