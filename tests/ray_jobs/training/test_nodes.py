@@ -1,6 +1,6 @@
-"""A training whose number of workers changes: nodes come and go on a cluster of several nodes on this machine.
+"""Nodes that are drained, come and go in the middle of a training, on a cluster of several nodes on this machine.
 
-The judge is the same training by one worker; that of a plain loop is its equal (test_train_loop.py).
+The judge is the same training on nodes that nobody takes.
 """
 
 import json
@@ -8,13 +8,39 @@ import time
 from typing import Any
 
 import pytest
+from safetensors.torch import load
 
 from components.records import runs
 from tests.ray_jobs import own_cluster
 
-pytestmark = [pytest.mark.e2e, pytest.mark.full]
+NUM_WORKERS = 2
+NUM_STEPS = 300
 
-NUM_STEPS = 600
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_training_whose_node_is_drained_goes_on_elsewhere_and_loses_no_step(config, store, tmp_path):
+    toml = own_cluster.toml_of(config, store, tmp_path, f"train.max_steps={NUM_STEPS}")
+    with own_cluster.driver(NUM_WORKERS + 1) as driver:
+        unbroken, broken = (
+            driver.submit(own_cluster.finetuned, toml, run_id, meanwhile).result(timeout=900)
+            for run_id, meanwhile in (("unbroken", None), ("broken", own_cluster.drain_one))
+        )
+    assert broken["meanwhile"]
+    assert broken["resumed_from_step"] > unbroken["resumed_from_step"] == 0
+    curve, _ = store.read(runs.run_key("broken", runs.METRICS))
+    assert [r["step"] for r in map(json.loads, curve.splitlines()) if r["kind"] == "train"] == [
+        *range(1, NUM_STEPS + 1)
+    ]
+    first, second = (
+        load(store.get(store.key(f"{result['version_uri']}/adapter_model.safetensors")))
+        for result in (unbroken, broken)
+    )
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+ELASTIC_STEPS = 600
 CHECKPOINT_EVERY = 20
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over a few steps
 
@@ -44,9 +70,11 @@ def trained(config_toml: str, run_id: str) -> dict[str, Any]:
     return own_cluster.finetuned(config_toml, run_id, grow_and_shrink if run_id == "elastic" else None)
 
 
+@pytest.mark.e2e
+@pytest.mark.full
 def test_workers_come_and_go_and_the_same_batches_are_trained_on_in_the_same_order(config, store, tmp_path):
     steps = [
-        f"train.max_steps={NUM_STEPS}",
+        f"train.max_steps={ELASTIC_STEPS}",
         f"train.checkpoint_every_steps={CHECKPOINT_EVERY}",
         "train.micro_batch_size=4",
     ]
@@ -57,12 +85,12 @@ def test_workers_come_and_go_and_the_same_batches_are_trained_on_in_the_same_ord
     with own_cluster.driver(1) as driver:
         found = {each: driver.submit(trained, toml[each], each).result(timeout=900) for each in toml}
     assert found["elastic"]["meanwhile"] == [1, 2, 1]
-    assert found["elastic"]["steps"] == NUM_STEPS
+    assert found["elastic"]["steps"] == ELASTIC_STEPS
     one, elastic = (
         [r for r in map(json.loads, store.get(runs.run_key(each, runs.METRICS)).splitlines()) if r["kind"] == "train"]
         for each in toml
     )
-    assert [r["step"] for r in elastic] == [*range(1, NUM_STEPS + 1)]
+    assert [r["step"] for r in elastic] == [*range(1, ELASTIC_STEPS + 1)]
     assert [r["tokens"] for r in elastic] == [r["tokens"] for r in one]
     differing = [i for i, (a, b) in enumerate(zip(one, elastic, strict=True)) if a["loss"] != b["loss"]]
     assert differing, "two workers sum in another order"

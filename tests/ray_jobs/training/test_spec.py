@@ -1,17 +1,28 @@
-"""What travels to the workers of a training."""
+"""What travels to the workers of a training, and the base that an attempt goes on with."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from components.config import config_file
+from components.prepare.dataset import Message, Record
 from components.registry import lineage
+from components.shared.errors import IntegrityError
+from ray_jobs import finetune
+from ray_jobs.base import base_model
+from ray_jobs.training import checkpoint
 from ray_jobs.training.spec import Stopwatch, TrainSpec
+from tests.doubles import datasets
 from tests.models.spec import spec_of
+from tests.models.tiny import colour_rows
+from tests.models.train_group import train
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,3 +53,23 @@ def test_whoever_reads_a_job_without_training_waits_for_no_model_code():
     check = "import sys, ray_jobs.training.trainer as _; print(*{'torch', 'transformers', 'peft'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_base_that_changed_between_two_attempts_is_refused_before_any_worker(config, store, tmp_path, monkeypatch):
+    base = shutil.copytree(config.model.base, tmp_path / "base")
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"model.base={base}"]
+    config = config_file.loads(config_file.dumps(config), [*place, "train.checkpoint_every_steps=2"])
+    monkeypatch.setenv("STOP_AFTER_STEP", "3")
+    with pytest.raises(RuntimeError):
+        train(config_file.dumps(config), colour_rows(64), tmp_path / "run", run_id="mine", num_workers=1)
+    progress = checkpoint.newest(store, "mine")
+    assert progress is not None
+    assert progress.base == base_model.resolve(config.model).identity
+
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += torch.ones(1, dtype=weights["model.norm.weight"].dtype)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    records = [Record(str(place), [Message("user", "sky")], "blue") for place in range(4)]
+    data = datasets.publish(store, train=records[1:], evaluation=records[:1])
+    with pytest.raises(IntegrityError, match="put the files that it was trained on back there"):
+        finetune.finetune(config, run_id="mine", dataset_uri=data.uri)
