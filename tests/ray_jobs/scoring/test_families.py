@@ -50,15 +50,7 @@ def teach(model, chat, records) -> None:
 
 def exact_match(model, chat, records=RIGHT) -> float:
     split = tokenize(records, chat, 256)
-    scores = score(
-        model.eval(),
-        chat,
-        records,
-        split,
-        batch_size=4,
-        max_new_tokens=96,
-        advance=lambda _: None,
-    )
+    scores = score(model.eval(), chat, records, split, batch_size=4, max_new_tokens=96)
     return sum(each.marks["exact_match"] for each in scores) / len(scores)
 
 

@@ -73,15 +73,7 @@ def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
 
     def scored(batch_size):
         done.clear()
-        return score(
-            model,
-            chat,
-            RECORDS,
-            split,
-            batch_size=batch_size,
-            max_new_tokens=4,
-            advance=done.append,
-        )
+        return score(model, chat, RECORDS, split, batch_size=batch_size, max_new_tokens=4, advance=done.append)
 
     one, all_at_once = scored(1), scored(3)
     assert sum(done) == 2 * len(RECORDS)
@@ -186,15 +178,7 @@ def test_scores_are_the_same_where_memory_held_fewer_records_at_once(tiny, monke
 
     def scored(batch_size):
         done = []
-        found = score(
-            model,
-            chat,
-            records,
-            split,
-            batch_size=batch_size,
-            max_new_tokens=4,
-            advance=done.append,
-        )
+        found = score(model, chat, records, split, batch_size=batch_size, max_new_tokens=4, advance=done.append)
         assert sum(done) == 2 * len(records)
         return found
 

@@ -53,7 +53,6 @@ def scored(model, chat, *, batch_size: int = 2, longest: int = 48):
         other_prompts(split, longest),  # by default the longest prompt loses its beginning
         batch_size=batch_size,
         max_new_tokens=12,
-        advance=lambda _: None,
     )
 
 

@@ -21,26 +21,11 @@ from tests.doubles.http_server import serving
 from tests.doubles.mlflow_server import Mlflow
 from tests.models.spec import spec_of
 
-STEPS = [
-    {
-        "kind": "train",
-        "step": 1,
-        "num_steps": 2,
-        "loss": 2.0,
-        "elapsed_s": 1.0,
-        "learning_rate": 0.1,
-        "tokens_per_s": 1.0,
-    },
+TRAIN = {"kind": "train", "num_steps": 2, "elapsed_s": 1.0, "learning_rate": 0.1, "tokens_per_s": 1.0}
+STEPS: list[dict[str, Any]] = [
+    {**TRAIN, "step": 1, "loss": 2.0},
     {"kind": "eval", "step": 1, "loss": 1.5, "records": 9, "perplexity": float("inf")},
-    {
-        "kind": "train",
-        "step": 2,
-        "num_steps": 2,
-        "loss": 1.0,
-        "elapsed_s": 2.0,
-        "learning_rate": 0.1,
-        "tokens_per_s": 1.0,
-    },
+    {**TRAIN, "step": 2, "loss": 1.0},
 ]
 
 
