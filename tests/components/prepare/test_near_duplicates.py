@@ -10,21 +10,7 @@ import numpy as np
 import pytest
 
 from components.prepare import near_duplicates as compared
-from components.prepare.near_duplicates import (
-    EMPTY,
-    Band,
-    Batch,
-    Comparison,
-    Hashes,
-    MinHash,
-    Signatures,
-    Signed,
-    are_in,
-    frequent,
-    lenders_of,
-    minima_of,
-    mixed,
-)
+from components.prepare.near_duplicates import Batch, Comparison, Hashes, MinHash, Signed
 from components.prepare.rows import example_rows
 
 
@@ -253,9 +239,12 @@ def test_each_bin_holds_its_smallest_number_or_what_the_first_lender_with_any_ho
             if is_in:
                 numbers[(value // 2**32) * bins // 2**32].append(value % 2**32)
         own = {each: min(found) for each, found in numbers.items()}
-        lent = [[own[other] for other in lenders_of(bins)[:, each].tolist() if other in own] for each in range(bins)]
-        expected.append([own.get(each, lent[each][0] if own else int(EMPTY)) for each in range(bins)])
-    found = minima_of(
+        lent = [
+            [own[other] for other in compared.lenders_of(bins)[:, each].tolist() if other in own]
+            for each in range(bins)
+        ]
+        expected.append([own.get(each, lent[each][0] if own else int(compared.EMPTY)) for each in range(bins)])
+    found = compared.minima_of(
         np.array([value for text in texts for value in text], np.uint64),
         rows_of([len(text) for text in texts]),
         np.array([is_in for marked in marks for is_in in marked]),
@@ -266,7 +255,7 @@ def test_each_bin_holds_its_smallest_number_or_what_the_first_lender_with_any_ho
 
 
 def test_each_bin_asks_every_other_in_an_order_of_its_own() -> None:
-    orders = lenders_of(72).T.tolist()
+    orders = compared.lenders_of(72).T.tolist()
     assert all(sorted(order) == list(range(72)) for order in orders)
     assert len(set(map(tuple, orders))) == 72
     first = [order[0] for order in orders]
@@ -285,7 +274,7 @@ def pairs(both: int, ours: int, theirs: int, *, count: int) -> tuple[Hashes, np.
 def test_two_sets_agree_in_as_many_minima_as_they_are_similar(both: int, ours: int, theirs: int) -> None:
     """Within four standard errors over 3,000 pairs, which are independent of each other."""
     hashes, rows, in_one, in_other = pairs(both, ours, theirs, count=3000)
-    one, other = (minima_of(hashes, rows, is_in, texts=3000, bins=72) for is_in in (in_one, in_other))
+    one, other = (compared.minima_of(hashes, rows, is_in, texts=3000, bins=72) for is_in in (in_one, in_other))
     agreeing = (one == other).mean(axis=0)
     similarity = both / (both + ours + theirs)
     assert abs(agreeing.mean() - similarity) < 4 * agreeing.std() / 3000**0.5
@@ -303,7 +292,7 @@ def test_pairs_of_just_the_similarity_are_found_however_small_the_sets(
     is_found, signed = np.zeros(count, bool), Signed(tmp_path, "theirs")
     signed.add(theirs, np.zeros(count, np.uint64))
     for band, keys in enumerate(ours.bands):
-        places, texts = Band(*signed.in_band(band, np.ones(count, bool))).with_hash(keys, most=64)
+        places, texts = compared.Band(*signed.in_band(band, np.ones(count, bool))).with_hash(keys, most=64)
         is_found[places[places == texts]] = True
     likely = minhash.likely(ours.minima.__getitem__, np.arange(count), signed.minima_at, np.arange(count)) >= 0
     assert np.count_nonzero(~(is_found & likely)) <= 0.001 * count
@@ -329,13 +318,13 @@ def test_a_band_finds_every_text_with_the_hash_and_no_other(texts: int, tmp_path
     for part in (slice(0, 1), slice(1, 700), slice(700, texts)):
         size = len(is_found[part])
         minima = np.arange(2 * texts, dtype=np.uint8).reshape(texts, 2)[part]
-        signed.add(Signatures(hashes[:, part], minima, is_found[part]), np.zeros(size, np.uint64))
+        signed.add(compared.Signatures(hashes[:, part], minima, is_found[part]), np.zeros(size, np.uint64))
     if texts > 1:
         assert signed.minima_at(np.array([texts - 1, 0])).tolist() == [
             [(2 * texts - 2) % 256, (2 * texts - 1) % 256],
             [0, 1],
         ]
-    band = Band(*signed.in_band(1, kept))
+    band = compared.Band(*signed.in_band(1, kept))
     asked = np.concatenate([hashes[1, ::2], rng.integers(0, 2**32, 500, np.uint32)])
     for most in (1, 3, 10**6):
         found = list(zip(*(each.tolist() for each in band.with_hash(asked, most=most)), strict=True))
@@ -398,7 +387,7 @@ def test_what_is_known_is_found_whether_there_is_more_or_less_of_it_than_asked_f
     given, asked = (rng.integers(0, 2**64, size, np.uint64) for size in (known, 500))
     asked[::3] = rng.choice(given, len(asked[::3])) if known else 0
     expected = np.array([each in set(given.tolist()) for each in asked.tolist()])
-    assert are_in(asked, given).tolist() == expected.tolist()
+    assert compared.are_in(asked, given).tolist() == expected.tolist()
 
 
 def test_equal_words_have_equal_hashes_wherever_they_stand_and_others_have_others() -> None:
@@ -433,7 +422,7 @@ def test_frequent_is_what_more_texts_hold_than_asked(cells: int, monkeypatch: py
     """However many fall into one counter of the coarse count."""
     monkeypatch.setattr(compared, "CELLS", cells)
     rng = np.random.default_rng(0)
-    texts = [np.unique(mixed(rng.zipf(1.3, 40).astype(np.uint64))) for _ in range(200)]
+    texts = [np.unique(compared.mixed(rng.zipf(1.3, 40).astype(np.uint64))) for _ in range(200)]
     counts = Counter(value for text in texts for value in text.tolist())
 
     def batches() -> Iterator[tuple[Hashes, compared.Rows]]:
@@ -443,4 +432,4 @@ def test_frequent_is_what_more_texts_hold_than_asked(cells: int, monkeypatch: py
 
     for most in (0, 3, 19.5, 1000):
         expected = sorted(value for value, count in counts.items() if count > most)
-        assert frequent((hashes for hashes, _ in batches()), batches, more_than=most).tolist() == expected
+        assert compared.frequent((hashes for hashes, _ in batches()), batches, more_than=most).tolist() == expected
