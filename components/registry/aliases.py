@@ -202,7 +202,7 @@ def _moves_beneath(store: Store, name: str, move: Event, log: Sequence[Event]) -
         yield move
 
 
-def needed(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
+def rollback_versions(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
     """Map the version that the alias holds, and those that rollbacks return to, to their manifests' sha256. Raises
     IntegrityError if the event of one of these moves is damaged or gone."""
     move = event_of(pointer)
@@ -235,7 +235,7 @@ def move_alias(
         AliasConflict: the alias is no longer where `expected` says; carries who holds it now.
     """
     if expected is not None and expected.version == version:
-        return _held(store, name, expected)
+        return _confirm_version(store, name, expected)
     vouched = back_to.body["manifest_sha256"] if back_to else None
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=vouched)
     event_log.require_published(store, name, version, manifest)
@@ -262,12 +262,12 @@ def move_alias(
     except Conflict as exc:
         holder = read_alias(store, name, alias)
         if holder is not None and holder.version == version:  # another process made the same move
-            return _held(store, name, holder)
+            return _confirm_version(store, name, holder)
         raise _conflict(name, alias, version, before, holder) from exc
     logger.info("%s@%s: %s -> %s (%s)", name, alias, body["from"] or "nothing", version, kind)
     moved = Pointer(alias, **fields, kind=kind, event=body, etag=etag)
     try:
-        return _held(store, name, moved)
+        return _confirm_version(store, name, moved)
     except ObjectMissing:
         if expected is not None:
             undo, came = replace(cause, reason=f"{version} was removed meanwhile", evidence={}), event_of(expected)
@@ -277,7 +277,7 @@ def move_alias(
         raise
 
 
-def _held(store: Store, name: str, pointer: Pointer) -> Event:
+def _confirm_version(store: Store, name: str, pointer: Pointer) -> Event:
     """Return the event of a move that has been made, after checking that its version still exists.
 
     `collect.remove` deletes the manifest and then reads the aliases; a move writes the alias and then reads the
@@ -358,13 +358,13 @@ def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
     signed = []
     for version in sorted(store.folders(adapter_key(name, "signatures/"))):
         manifest = folders.find_manifest(store, version_key(name, version))
-        said = manifest and signing.said(store, name, version, manifest.sha256, store.trusted_keys)
-        if said and said.revoked_by:
-            signed.append(Signed(version, "", signing.revoke(store, name, version, key, reason=said.reason)))
+        statements = manifest and signing.statements(store, name, version, manifest.sha256, store.trusted_keys)
+        if statements and statements.revoked_by:
+            signed.append(Signed(version, "", signing.revoke(store, name, version, key, reason=statements.reason)))
     revoked = {each.version for each in signed}
     for pointer in list_aliases(store, name):
-        for version, sha256 in needed(store, name, pointer).items():
-            gone_since = signing.said(store, name, version, sha256, store.trusted_keys).revoked_by
+        for version, sha256 in rollback_versions(store, name, pointer).items():
+            gone_since = signing.statements(store, name, version, sha256, store.trusted_keys).revoked_by
             if version not in revoked and not gone_since:
                 uri = signing.sign(store, name, version, key, alias=pointer.alias, manifest_sha256=sha256)
                 signed.append(Signed(version, pointer.alias, uri))

@@ -269,18 +269,18 @@ def _signatures(
     store: Store, name: str, whole: dict[str, Manifest], pointers: list[Pointer], pool: Executor
 ) -> Iterator[Finding]:
     ids = sorted(whole)
-    signed = pool.map(lambda each: signing.said(store, name, each, whole[each].sha256, store.trusted_keys), ids)
-    said = dict(zip(ids, signed, strict=True))
-    for found in said.values():
+    signed = pool.map(lambda each: signing.statements(store, name, each, whole[each].sha256, store.trusted_keys), ids)
+    statements = dict(zip(ids, signed, strict=True))
+    for found in statements.values():
         yield from (Finding(uri, f"is no signature: {why}") for uri, why in found.junk.items())
     for pointer in pointers if store.trusted_keys else []:
         try:
-            needed = aliases.needed(store, name, pointer)
+            needed = aliases.rollback_versions(store, name, pointer)
         except IntegrityError as exc:
             yield Finding(store.uri(adapter_key(name, "aliases", f"{pointer.alias}.json")), str(exc))
             needed = {pointer.version: pointer.manifest_sha256}
-        for version in needed.keys() & said.keys():
-            uri, found = store.uri(version_key(name, version)), said[version]
+        for version in needed.keys() & statements.keys():
+            uri, found = store.uri(version_key(name, version)), statements[version]
             is_held = version == pointer.version
             why = f"is in use as {pointer.alias}" if is_held else f"is what a rollback of {pointer.alias} may need"
             if found.revoked_by and is_held:

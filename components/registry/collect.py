@@ -52,7 +52,7 @@ _SUMMARY = TypeAdapter(Summary)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needing(Version):
+class VersionWithInputs(Version):
     """A version with what decides whether it is needed, and what it needs."""
 
     made_from: tuple[Ancestor, ...]
@@ -82,7 +82,7 @@ class Listing:
         keys = {info.key for info in self.objects}
         return {version for version in self.by_version if _key(self.name, version, MANIFEST) in keys}
 
-    def published(self) -> list[Needing]:
+    def published(self) -> list[VersionWithInputs]:
         """Every version, newest first. Raises IntegrityError if a manifest or a lineage is damaged."""
         published = [each for version in self.by_version if (each := self._published(version))]
         return sorted(published, key=lambda each: (each.created_at, each.version), reverse=True)
@@ -115,7 +115,7 @@ class Listing:
     def _signatures(self) -> dict[str, list[ObjectInfo]]:
         return _of_versions(self.objects, signing.signatures_key(self.name)) if self.store.trusted_keys else {}
 
-    def _published(self, version: str) -> Needing | None:
+    def _published(self, version: str) -> VersionWithInputs | None:
         store, uri = self.store, self.store.uri(version_key(self.name, version))
         body = self._bodies.get(_key(self.name, version, MANIFEST))
         if body is None:  # a publication that has not ended
@@ -128,8 +128,10 @@ class Listing:
                 f"nothing is removed; `fineloop adapters audit {self.name}` tells what is damaged"
             )
         objects, trusted = self._signatures.get(version, []), store.trusted_keys
-        said = signing.said(store, self.name, version, manifest.sha256, trusted, objects=objects, bodies=self._bodies)
-        return Needing(
+        statements = signing.statements(
+            store, self.name, version, manifest.sha256, trusted, objects=objects, bodies=self._bodies
+        )
+        return VersionWithInputs(
             name=self.name,
             version=version,
             uri=uri,
@@ -137,7 +139,7 @@ class Listing:
             manifest_sha256=manifest.sha256,
             run_id=str(manifest.about.get("run_id", "")),
             made_from=tuple(of_record(decode_json(lineage, uri))),
-            is_revoked=bool(said.revoked_by),
+            is_revoked=bool(statements.revoked_by),
         )
 
     def _content(self, key: str) -> bytes | None:
@@ -238,7 +240,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     all_trained = all(run.made for run in under_way)
     runs_seen = frozenset(by_run)
 
-    def look(name: str) -> tuple[list[Needing] | None, list[Removal]]:
+    def look(name: str) -> tuple[list[VersionWithInputs] | None, list[Removal]]:
         listing = Listing.of(store, name)
         killed = partial(_removal, "unfinished", why="left by a killed publication or removal", runs_seen=runs_seen)
         left = [
@@ -320,7 +322,7 @@ def remove(store: Store, removal: Removal) -> bool:
 
 def _sorted_out(
     listing: Listing, rules: Rules, oldest: datetime, under_way: Sequence["_UnderWay"]
-) -> tuple[list[Needing], list[Needing]]:
+) -> tuple[list[VersionWithInputs], list[VersionWithInputs]]:
     """Divide the versions into needed and unneeded ones, each newest first."""
     published, log = listing.published(), listing.log()
     pointers = list_aliases(listing.store, listing.name, pass_over_damaged=False)
@@ -351,7 +353,11 @@ def _sorted_out(
 
 
 def _shared(
-    store: Store, kept: Iterable[Needing], runs_seen: frozenset[str], under_way: Sequence["_UnderWay"], oldest: datetime
+    store: Store,
+    kept: Iterable[VersionWithInputs],
+    runs_seen: frozenset[str],
+    under_way: Sequence["_UnderWay"],
+    oldest: datetime,
 ) -> list[Removal]:
     """Return the old datasets and bases that no kept version was made from and no run under way may need."""
 

@@ -102,7 +102,7 @@ class Started:
     ray_job_id: str = ""
 
 
-NOBODY_SAID = Started()
+UNKNOWN_STARTER = Started()
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Lineage:
     recipe: Mapping[str, Any]
     """What was built rather than what was asked for, such as resolved target modules."""
     training: Training
-    started: Started = NOBODY_SAID
+    started: Started = UNKNOWN_STARTER
     parents: Sequence[str] = ()
     """URIs of the versions that this one was trained from."""
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -47,7 +47,7 @@ MOST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Said:
+class Statements:
     """What the trusted keys state about exactly these bytes of a version."""
 
     passed: frozenset[str]
@@ -146,7 +146,7 @@ def sign(
     """
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=manifest_sha256)
     require_published(store, name, version, manifest)
-    found = said(store, name, version, manifest.sha256, [*store.trusted_keys, public_text(key)])
+    found = statements(store, name, version, manifest.sha256, [*store.trusted_keys, public_text(key)])
     if found.revoked_by:
         raise _revoked(name, version, found)
     verdict = {"verificationResult": "PASSED", "fineloop_alias": alias}
@@ -315,7 +315,7 @@ def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] 
     return None
 
 
-def said(
+def statements(
     store: Store,
     name: str,
     version: str,
@@ -324,7 +324,7 @@ def said(
     *,
     objects: Iterable[ObjectInfo] | None = None,
     bodies: Mapping[str, bytes] | None = None,
-) -> Said:
+) -> Statements:
     """Return what the trusted keys state about exactly these bytes of the version, in this registry.
 
     `objects` are those in its folder of signatures, and `bodies` their content by key, as far as the caller has them.
@@ -351,7 +351,7 @@ def said(
                 revoked_by, reason = uri, str(predicate.get("fineloop_reason"))
             case {"verificationResult": "PASSED", "fineloop_alias": str(alias)}:
                 passed.add(alias)
-    return Said(frozenset(passed), revoked_by, reason, junk)
+    return Statements(frozenset(passed), revoked_by, reason, junk)
 
 
 def require_signed(store: Store, name: str, version: str, manifest_sha256: str, *, alias: str = "") -> None:
@@ -359,7 +359,7 @@ def require_signed(store: Store, name: str, version: str, manifest_sha256: str, 
     IntegrityError if none of the keys that it trusts has signed the version for the alias, or one has revoked it."""
     if not store.trusted_keys:
         return
-    found = said(store, name, version, manifest_sha256, store.trusted_keys)
+    found = statements(store, name, version, manifest_sha256, store.trusted_keys)
     for why in found.junk.values():
         logger.warning("%s; passed over", why)
     if found.revoked_by:
@@ -380,10 +380,10 @@ def signatures_key(name: str) -> str:
 def is_revoked(store: Store, name: str, version: str) -> bool:
     """Whether a trusted key has revoked the stored version. Raises ObjectMissing if there is no such version."""
     sha256 = folders.read_manifest(store, version_key(name, version)).sha256
-    return bool(said(store, name, version, sha256, store.trusted_keys).revoked_by)
+    return bool(statements(store, name, version, sha256, store.trusted_keys).revoked_by)
 
 
-def _revoked(name: str, version: str, found: Said) -> IntegrityError:
+def _revoked(name: str, version: str, found: Statements) -> IntegrityError:
     return IntegrityError(
         f"{name} {version} is revoked ({found.reason}; {found.revoked_by}): take another version, by --to in a rollback"
     )

@@ -25,7 +25,7 @@ from aiohttp.typedefs import Handler
 from components.prepare.dataset import Message
 from components.shared.errors import FineloopError, UserError
 from components.shared.protocol import script_source
-from ray_jobs.talking.speaker import Said, Speaker
+from ray_jobs.talking.speaker import Reply, Speaker
 from ray_jobs.text.chat_format import without_reasoning
 
 UNSERVED = ("tools", "functions", "stop", "logprobs", "response_format", "logit_bias", "seed")
@@ -187,12 +187,12 @@ class Server:
             require_reader()
             loop.call_soon_threadsafe(words.put_nowait, text)
 
-        def spoken() -> Said:
+        def spoken() -> Reply:
             require_reader()
             how: dict[str, Any] = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
             return speaker.answer(asked.turns, on_text=on_text, **how)
 
-        def completion(kind: str, choice: dict[str, Any], said: Said | None = None) -> dict[str, Any]:
+        def completion(kind: str, choice: dict[str, Any], said: Reply | None = None) -> dict[str, Any]:
             reason = said and ("stop" if said.ended else "length")
             head = {"id": f"chatcmpl-{number}", "object": kind, "created": int(time.time()), "model": asked.model}
             return {**head, "choices": [{"index": 0, **choice, "finish_reason": reason}]}
@@ -214,7 +214,7 @@ class Server:
                 async with asyncio.timeout(PATIENCE_S):
                     await response.write(f"data: {data}\n\n".encode())
 
-            def chunk(delta: dict[str, str], said: Said | None = None) -> str:
+            def chunk(delta: dict[str, str], said: Reply | None = None) -> str:
                 return json.dumps(completion("chat.completion.chunk", {"delta": delta}, said))
 
             try:

@@ -31,7 +31,7 @@ LONGEST_ANSWER = 256  # tokens, where the run sets no evaluate.max_new_tokens
 
 
 @dataclass(frozen=True)
-class Said:
+class Reply:
     """An answer."""
 
     text: str
@@ -58,7 +58,7 @@ class Speaker:
 
     def answer(
         self, turns: Sequence[Message], *, on_text: OnText, max_tokens: int | None = None, temperature: float = 0.0
-    ) -> Said:
+    ) -> Reply:
         """Answer the last turn, greedily at temperature 0; `on_text` receives the text word by word as it comes."""
         # A record needs an answer, hence the placeholder; generation sees only the prompt.
         split = tokenize([Record("prompt", list(turns), "-")], self.chat_as, self.max_length)
@@ -75,7 +75,7 @@ class Speaker:
             else:
                 (text,) = greedy(self.model, self.chat_as, split, 1, most, **how)
         ended = bool(tokens) and tokens[-1] in self.chat_as.stops
-        return Said(text, int(split.num_prompt_tokens[0]), len(tokens), ended)
+        return Reply(text, int(split.num_prompt_tokens[0]), len(tokens), ended)
 
 
 @dataclass(frozen=True)

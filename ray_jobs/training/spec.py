@@ -74,7 +74,7 @@ class TrainSpec(BaseModel):
     """Training FLOPs per token by the plan; None for a base that cannot be planned for."""
     flops_before: float | None = 0.0
     """FLOPs of training the version `start` and all that it builds on; None where one of them is unknown."""
-    started: lineage.Started = lineage.NOBODY_SAID
+    started: lineage.Started = lineage.UNKNOWN_STARTER
 
     @classmethod
     def of(cls, config: RunConfig, **resolved: Any) -> "TrainSpec":

@@ -12,7 +12,7 @@ from components.prepare.dataset import Message
 from components.shared.errors import DataError
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.talking.server import Server
-from ray_jobs.talking.speaker import Said
+from ray_jobs.talking.speaker import Reply
 from tests.browser.looks import check, patient
 from tests.models.served import listening, serving
 from tests.models.tiny import build_base
@@ -32,7 +32,7 @@ class Scripted:
     waits: threading.Event | None = None
     heard: list[list[Message]] = field(default_factory=list)
 
-    def answer(self, turns: Sequence[Message], *, on_text: Any, **_: Any) -> Said:
+    def answer(self, turns: Sequence[Message], *, on_text: Any, **_: Any) -> Reply:
         self.heard.append([*turns])
         text = self.answers.pop(0)
         for place, word in enumerate(text.split(" ")):
@@ -41,7 +41,7 @@ class Scripted:
                 self.waits.wait(120)
         if self.fails:
             raise DataError("the answer went wrong")
-        return Said(text, 1, 1, ended=True)
+        return Reply(text, 1, 1, ended=True)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from components.shared.errors import UserError
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.talking import server as serve
 from ray_jobs.talking.server import Server, parsed_request
-from ray_jobs.talking.speaker import Said
+from ray_jobs.talking.speaker import Reply
 from tests.models.served import listening, serving
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -45,13 +45,13 @@ class Scripted:
     heard: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
-    def answer(self, turns: Sequence[Message], *, on_text: Callable[[str], None], **_: Any) -> Said:
+    def answer(self, turns: Sequence[Message], *, on_text: Callable[[str], None], **_: Any) -> Reply:
         self.heard.append(turns[-1].content)
         for word in self.words:
             assert self.goes_on.wait(PATIENCE_S)
             on_text(word)
             self.said.append(word)
-        return Said("".join(self.words), 1, 1, ended=True)
+        return Reply("".join(self.words), 1, 1, ended=True)
 
 
 @contextlib.contextmanager
