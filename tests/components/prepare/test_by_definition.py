@@ -6,7 +6,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence, Set
-from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -157,27 +156,7 @@ def test_long_records_are_put_in_order_on_disk_and_give_the_same() -> None:
     assert found.dataset_id == id_of(*expected)
 
 
-@pytest.mark.slow
-def test_more_records_than_duckdb_has_memory_for_are_deduplicated_on_disk() -> None:
-    rng = random.Random(0)
-    contents = [rng.randbytes(32) for _ in range(150_000)]
-    record = Record("r", [Message("user", "x")], "a")
-    given = []
-    for number in range(300_000):
-        key, content = rng.randbytes(32), contents[rng.randrange(len(contents))]
-        given.append(KeyedRecord(replace(record, id=str(number)), key, key, content, key, named=True))
-    expected, repeated, _ = distinct(given)
-    with holding(given, memory_bytes=LITTLE) as work:
-        found = deduplicate_in(work)
-        assert (work.folder / "duckdb").exists()  # where it spills to
-        assert (found.records, found.duplicates) == (len(expected), repeated)
-        ids = {name for (name,) in work.rows("SELECT id FROM records JOIN chosen USING (number)")}
-    assert ids == {each.record.id for each in expected}
-
-
-def test_parts_end_where_the_records_say_and_change_neither_records_nor_id(
-    monkeypatch: pytest.MonkeyPatch, store
-) -> None:
+def test_parts_end_where_the_records_say_and_change_neither_records_nor_id(monkeypatch, store) -> None:
     given = rows(0, 1000)
     whole = split(given, eval_share=0.2, max_records=0)
     monkeypatch.setattr("components.prepare.dataset.MOST_RECORDS", 100)

@@ -54,9 +54,7 @@ def registry_of(store: Store) -> dict[str, str]:
     return {"bucket": store.bucket, "prefix": store.prefix}
 
 
-def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(
-    run: Prepare, submitted: list[dict[str, Any]], store: Store
-) -> None:
+def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(run: Prepare, submitted, store: Store) -> None:
     here, there = run("local", "here"), run("ray", "there")
     expected, found = prepared(here), prepared(there)
     assert not submitted[1:]
@@ -71,18 +69,14 @@ def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(
     assert sorted(ids[0]) == sorted(ids[1])
 
 
-def test_the_job_asks_for_no_gpu_and_has_the_deadline_of_the_data(
-    run: Prepare, submitted: list[dict[str, Any]]
-) -> None:
+def test_the_job_asks_for_no_gpu_and_has_the_deadline_of_the_data(run: Prepare, submitted) -> None:
     prepared(run("ray", "there", timeout_s=77))
     (job,) = submitted
     assert (job["task"], job["arguments"], job["deadline_key"]) == ("prepare", (), "data.timeout_s")
     assert (job["ray"].use_gpu, job["ray"].timeout_s, job["asks_by"]) == (False, 77, "ray.cluster.data")
 
 
-def test_a_job_in_which_too_little_is_new_skips_the_run(
-    run: Prepare, submitted: list[dict[str, Any]], store: Store
-) -> None:
+def test_a_job_in_which_too_little_is_new_skips_the_run(run: Prepare, submitted, store: Store) -> None:
     prepared(run("local", "first"))
     between_runs.advance_watermark(store, "test", "first")
     later = run("ray", "second", min_new_records=1)

@@ -2,21 +2,17 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
 from components.prepare.dataset import load_split
-from components.prepare.prepare import Counts, prepare, prepare_if_new
+from components.prepare.prepare import Counts, prepare
 from components.prepare.sources import find_sources
 from components.registry.between_runs import Erased, erase, record_hash
-from components.step.step import StepRun
-from components.store.store import Store
 from tests.doubles import datasets
 from tests.doubles.datasets import Read
 
@@ -86,9 +82,7 @@ def test_of_an_unusable_row_that_may_be_theirs_no_text_is_kept(write_rows: Write
     assert all("secret" in each.row for each in read(path).rejects[:3])  # where nobody was erased, as ever
 
 
-def test_a_preparation_says_how_many_are_left_out_and_accounts_for_every_row(
-    write_rows: Write, store: Store, run_config: Callable[..., RunConfig]
-) -> None:
+def test_a_preparation_says_how_many_are_left_out_and_accounts_for_every_row(write_rows, store, run_config) -> None:
     config = run_config(write_rows(rows(0, 100)), eval_share=0.3)
     before = prepare(config, store)
     for each in ("7", "8"):
@@ -103,26 +97,3 @@ def test_a_preparation_says_how_many_are_left_out_and_accounts_for_every_row(
     assert profile["rows"]["read"] == 100 == sum(profile["dropped"].values()) + sum(records)
     held = {each.id for split in ("train", "eval") for each in load_split(store, after.uri, split)}
     assert held == {str(n) for n in range(100)} - {"7", "8"}
-
-
-def test_the_replay_of_earlier_records_leaves_them_out(
-    write_rows: Write, store: Store, run_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    day = 86_400
-    for name, span, age in (("1", (0, 200), 40), ("2", (200, 300), 0)):
-        path = write_rows(rows(*span), f"in/{name}.jsonl")
-        os.utime(path, (1e9 - age * day, 1e9 - age * day))
-    config = run_config(str(tmp_path / "in"), eval_share=0.3, window_days=7, replay_share=0.5)
-
-    def replayed(run_id: str) -> set[str]:
-        prepared = prepare_if_new(StepRun("prepare", run_id, config, store))
-        assert prepared is not None
-        return {each.id for each in load_split(store, prepared.uri, "train") if int(each.id) < 200}
-
-    first = replayed("first")
-    gone = sorted(first)[:20]
-    for each in gone:
-        erase(store, each, by="ada")
-    second = replayed("second")
-    assert len(second) == len(first)
-    assert not second & set(gone)

@@ -47,16 +47,12 @@ def test_a_time_that_python_does_not_reach_spoils_its_row_alone(tmp_path: Path) 
     times = pa.array([0, 2**62, -(2**62), 1], pa.timestamp("us"))
     pq.write_table(pa.table({"id": times, "prompt": ["a", "b", "c", "d"], "completion": ["x"] * 4}), path)
     found = read_of(str(path))
-    assert [reject.line for reject in found.rejects if reject.reason.startswith("a value that cannot be read")] == [
-        2,
-        3,
-    ]
+    unread = [reject.line for reject in found.rejects if reject.reason.startswith("a value that cannot be read")]
+    assert unread == [2, 3]
 
 
 @pytest.mark.parametrize(("num_bad", "stops"), [(4, False), (5, False), (6, True)])
-def test_rows_are_refused_only_above_the_limit(
-    num_bad: int, stops: bool, write_rows: Callable[..., str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_are_refused_only_above_the_limit(num_bad: int, stops: bool, write_rows, caplog) -> None:
     caplog.set_level(logging.INFO)
     intake = intake_of(write_rows([*good(100 - num_bad), *["{}"] * num_bad]))
     if not stops:
@@ -79,16 +75,13 @@ def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(
     name = write_rows([*good(2), *bad])
     with pytest.raises(DataError) as refusal:
         require_usable(intake_of(name), max_reject_share=0.5)
-    lines = str(refusal.value).splitlines()
-    assert lines[0] == "80.0% of rows are unusable (8 of 10), more than data.max_reject_share = 0.5 allows:"
-    assert lines[1] == f"  3 x completion is empty (for example {name}:3)"
-    assert lines[2].startswith("  2 x not JSON: Expecting property name")
-    assert lines[2].endswith(f"at column N (for example {name}:6)")
-    assert lines[3] == (
-        f"  2 x messages[N].role is 'critic': expected system, user, assistant or tool (for example {name}:8)"
-    )
-    assert lines[4] == "  1 x 1 other reasons"
-    assert lines[5] == "Fix these rows or raise data.max_reject_share."
+    first, *reasons, others, _ = str(refusal.value).splitlines()
+    assert first == "80.0% of rows are unusable (8 of 10), more than data.max_reject_share = 0.5 allows:"
+    assert reasons[0] == f"  3 x completion is empty (for example {name}:3)"
+    assert reasons[1].startswith("  2 x not JSON: Expecting property name")
+    assert reasons[1].endswith(f"at column N (for example {name}:6)")
+    assert reasons[2].startswith("  2 x messages[N].role is 'critic': expected")
+    assert (len(reasons), others) == (3, "  1 x 1 other reasons")
 
 
 @pytest.mark.parametrize("content", [[], ["", "  "]])
@@ -112,10 +105,8 @@ def test_columns_and_sources_are_counted(write_rows: Callable[..., str]) -> None
     second = write_rows([*good(1), "{}"], "b.jsonl")
     intake = intake_of([first, second])
     assert intake.columns == {"prompt": 3, "completion": 3, "topic": 2}
-    assert [(source.name, counts.rows, counts.rejected) for source, counts in intake.sources] == [
-        (first, 2, 0),
-        (second, 2, 1),
-    ]
+    by_source = [(source.name, counts.rows, counts.rejected) for source, counts in intake.sources]
+    assert by_source == [(first, 2, 0), (second, 2, 1)]
 
 
 NEWEST = datetime(2026, 3, 31, tzinfo=UTC)

@@ -21,6 +21,7 @@ from components.shared.errors import DataError
 from tests.doubles import datasets
 
 NUMBER = 400
+DRAWN = ["evaluate.records=20"]
 
 
 def records(numbers: Iterable[int]) -> list[Record]:
@@ -89,11 +90,8 @@ def test_parts_without_records_are_refused(config, store, published):
         (["gate.min_records=200"], None),
         (["gate.min_records=400"], "raise data.eval_share, add data or lower gate.min_records; gate.too_few_records=h"),
         (["gate.min_records=400", "gate.too_few_records=hold"], None),
-        (["gate.min_records=200", "evaluate.records=20"], None),  # as many more as it takes are drawn
-        (
-            ["gate.min_records=200", "evaluate.records=20", "evaluate.max_records=20"],
-            "^20 records .* evaluate.records,",
-        ),
+        (["gate.min_records=200", *DRAWN], None),  # as many more as it takes are drawn
+        (["gate.min_records=200", *DRAWN, "evaluate.max_records=20"], "^20 records .* evaluate.records,"),
         (["gate.min_records=200", "evaluate.folds=3"], "for 200, so that this run is refused: raise data.eval_share"),
     ],
     ids=str,
@@ -124,11 +122,7 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
         (320, ["gate.much_worse_share=1"], None),
         (320, ["gate.much_worse_share=0.02"], None),
         (320, ["gate.metric=exact_match"], None),
-        (
-            400,
-            ["evaluate.records=20", "evaluate.max_records=100"],
-            "^100 records judge this run, and only 299 of equal length would show",
-        ),
+        (400, [*DRAWN, "evaluate.max_records=100"], "^100 records judge this run, and only 299 of equal length would"),
     ],
     ids=str,
 )

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 
 from components.config import config_file
 from components.prepare.dataset import Message, Record
-from components.prepare.personal import Screen, Span, find, mask
+from components.prepare.personal import Screen, find, mask
 from components.prepare.prepare import prepare
 from components.prepare.rows import example_rows
 from components.shared.errors import DataError
@@ -168,11 +167,3 @@ def test_in_titles_of_diseases_is_none():
 )
 def test_a_mask_names_the_kind_and_leaves_the_rest(text, regions, masked):
     assert mask(text, find(text, regions=regions)) == masked
-
-
-def test_pieces_do_not_overlap_and_lie_in_order():
-    for text, _ in labelled():
-        spans = find(text, regions=["DE", "US"])
-        assert spans == sorted(spans, key=lambda span: span.start)
-        assert all(one.end <= two.start for one, two in pairwise(spans))
-        assert all(isinstance(span, Span) for span in spans)

@@ -27,9 +27,7 @@ def rows(count: int) -> list[Any]:
     return [{"id": i, "prompt": f"question {i}", "completion": f"answer {i % 7}", "topic": "t"} for i in range(count)]
 
 
-def test_on_a_machine_that_is_out_of_memory_nothing_is_begun(
-    store: Store, write_rows: Write, run_config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_machine_that_is_out_of_memory_nothing_is_begun(store, write_rows: Write, run_config, monkeypatch) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda: 400 * 2**20)
     with pytest.raises(
         DataError, match=r"^0\.3 GiB of memory are free for the records of data\.source, and to read any"
@@ -51,9 +49,7 @@ def test_prepare_writes_what_load_split_reads(store: Store, write_rows: Write, r
     assert conversation.answer == "c assistant"
 
 
-def test_bad_rows_are_published_with_their_place_and_reason(
-    store: Store, write_rows: Write, run_config: Config, tmp_path: Path
-) -> None:
+def test_bad_rows_are_published_with_their_place_and_reason(store, write_rows, run_config, tmp_path: Path) -> None:
     source = write_rows([*rows(99), {"prompt": "p", "completion": ""}])
     prepared = prepare(run_config(source), store)
     store.download(f"datasets/{prepared.dataset_id}/rejects.parquet", tmp_path / "rejects.parquet")
@@ -65,62 +61,41 @@ def test_bad_rows_are_published_with_their_place_and_reason(
     ]
 
 
-def test_the_profile_accounts_for_every_row(
-    store: Store, write_rows: Write, run_config: Config, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_profile_and_summary_account_for_every_row(store: Store, write_rows: Write, run_config: Config, caplog) -> None:
     caplog.set_level(logging.INFO)
     changed = {"id": 5, "prompt": "question 5", "completion": "corrected"}
     copies = [{"id": f"copy {i}", "prompt": f"question {i}", "completion": "other"} for i in range(60)]
-    source = write_rows([*rows(200), rows(1)[0], changed, *copies, "{}"])
-    prepared = prepare(run_config(source, eval_share=0.3, max_records=180), store)
+    near = [{"id": f"near {i}", "prompt": f"Question {i}!", "completion": "other"} for i in range(60)]
+    source = write_rows([*rows(200), rows(1)[0], changed, *copies, *near, "{}"])
+    prepared = prepare(run_config(source, eval_share=0.3, max_records=180, max_near_share=0.5), store)
     profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))
-    splits, dropped = profile["splits"], profile["dropped"]
-    assert profile["rows"]["read"] == 263
-    assert profile["rows"]["rejected"] == 1
-    assert dropped["duplicate"] == 1
-    assert dropped["superseded_by_same_id"] == 1
-    assert dropped["prompt_in_eval"] > 0
-    assert dropped["over_max_records"] > 0
+    splits, dropped, compared = profile["splits"], profile["dropped"], profile["near_duplicates"]
+    assert (profile["rows"]["read"], profile["rows"]["rejected"]) == (323, 1)
+    assert (dropped["duplicate"], dropped["superseded_by_same_id"]) == (1, 1)
+    near_held_out, beyond = dropped["near_duplicate_of_eval"], dropped["over_max_records"]
+    assert min(dropped["prompt_in_eval"], near_held_out, beyond, prepared.near_in_train) > 0
     kept = splits["train"]["records"] + splits["eval"]["records"]
     assert kept == 180
     assert profile["rows"]["read"] == profile["rows"]["rejected"] + sum(dropped.values()) + kept
     assert profile["extra_columns"] == {"topic": 201}
     assert "columns not read: topic (201 rows)" in caplog.text
-    assert profile["sources"] == [{"source": source, "bytes": Path(source).stat().st_size, "rows": 263, "rejected": 1}]
+    assert profile["sources"] == [{"source": source, "bytes": Path(source).stat().st_size, "rows": 323, "rejected": 1}]
     assert profile["rejected"][0]["reason"] == "prompt is missing"
-
-
-def test_the_steps_line_says_what_is_left_out_and_why(store: Store, write_rows: Write, run_config: Config) -> None:
-    copies = [{"id": f"copy {i}", "prompt": f"Question {i}!", "completion": "other"} for i in range(60)]
-    empty = [{"prompt": "p", "completion": ""}] * 2
-    changed = {"id": 5, "prompt": "question 5", "completion": "corrected"}
-    source = write_rows([*rows(200), rows(1)[0], changed, *copies, *empty, "no JSON"])
-    config = run_config(source, eval_share=0.3, max_records=180, max_near_share=0.5)
-    prepared = prepare(config, store)
-    profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))
-    dropped = profile["dropped"]
-    assert dropped["near_duplicate_of_eval"] > 0
-    assert prepared.near_in_train > 0
-    assert prepared.summary == (
-        f"{prepared.train_records} records to train on, {prepared.eval_records} held out; left out: 2 unusable "
-        "(completion is empty), 1 unusable (not JSON: Expecting value at column 1), 1 repeated, "
-        f"1 replaced by a later row of their id, {dropped['near_duplicate_of_eval']} near what is held out, "
-        f"{dropped['over_max_records']} beyond data.max_records; {prepared.near_in_train} of those to train on are "
-        "near another"
-    )
-    assert profile["near_duplicates"]["in_train"] == prepared.near_in_train
-    assert profile["near_duplicates"]["most_are_near"][0]["records"] >= 1
-    compared = dropped["near_duplicate_of_eval"] + prepared.train_records
-    assert profile["near_duplicates"]["left_out_share"] == pytest.approx(
-        dropped["near_duplicate_of_eval"] / compared, abs=0.01
-    )
+    assert compared["in_train"] == prepared.near_in_train
+    assert compared["most_are_near"][0]["records"] >= 1
+    share = near_held_out / (near_held_out + prepared.train_records)
+    assert compared["left_out_share"] == pytest.approx(share, abs=0.01)
+    for words in (
+        f"{prepared.train_records} records to train on, {prepared.eval_records} held out; left out: 1 unusable",
+        "1 replaced by a later row of their id, ",
+        f"{near_held_out} near what is held out, {beyond} beyond data.max_records; {prepared.near_in_train} of",
+    ):
+        assert words in prepared.summary
     with pytest.raises(DataError, match=r"near what is held out .*data\.max_near_share = 0\.05"):
         prepare(run_config(source, eval_share=0.3), store)
 
 
-def test_a_label_that_is_held_out_and_never_trained_on_is_said(
-    store: Store, write_rows: Write, run_config: Config
-) -> None:
+def test_a_label_that_is_held_out_and_never_trained_on_is_said(store: Store, write_rows: Write, run_config) -> None:
     config = run_config(write_rows(rows(200)), eval_share=0.3)
     known = prepare(config, store)
     assert known.never_trained == {}
@@ -137,9 +112,7 @@ def test_answers_that_are_no_labels_are_never_missed(store: Store, write_rows: W
     assert prepare(run_config(write_rows(free), eval_share=0.3), store).never_trained == {}
 
 
-def test_rows_without_the_group_that_the_config_names_are_rejects(
-    store: Store, write_rows: Write, run_config: Config
-) -> None:
+def test_rows_without_the_group_that_the_config_names_are_rejects(store: Store, write_rows: Write, run_config) -> None:
     grouped = [{**row, "topic": row["id"] // 4} for row in rows(200)]
     config = run_config(write_rows([*grouped, *rows(1)]), group="topic", eval_share=0.3)
     profile = json.loads(store.get(f"datasets/{prepare(config, store).dataset_id}/profile.json"))
@@ -149,9 +122,7 @@ def test_rows_without_the_group_that_the_config_names_are_rejects(
         prepare(run_config(write_rows(grouped), group="site"), store)
 
 
-def test_records_of_several_sources_say_which_they_came_from(
-    store: Store, write_rows: Write, run_config: Config
-) -> None:
+def test_records_of_several_sources_say_which_they_came_from(store: Store, write_rows: Write, run_config) -> None:
     parts = [write_rows(rows(100)[:50], "a.jsonl"), write_rows(rows(100)[50:], "b.jsonl")]
     prepared = prepare(run_config(parts, eval_share=0.3), store)
     for split in ("train", "eval"):
@@ -184,9 +155,7 @@ def test_preparing_the_same_data_again_writes_nothing(store: Store, write_rows: 
     assert second == replace(first, created=False)
 
 
-def test_the_id_does_not_depend_on_paths_order_format_or_bad_rows(
-    store: Store, write_rows: Write, run_config: Config
-) -> None:
+def test_the_id_does_not_depend_on_paths_order_format_or_bad_rows(store: Store, write_rows: Write, run_config) -> None:
     shuffled = random.Random(0).sample(rows(100), 100)
     first = prepare(run_config(write_rows(rows(100))), store)
     parts = [write_rows(shuffled[:30], "z/b.jsonl"), write_rows([*shuffled[30:], "not json"], "a.jsonl")]
@@ -196,9 +165,7 @@ def test_the_id_does_not_depend_on_paths_order_format_or_bad_rows(
     assert second.rejected == 1
 
 
-def test_a_refresh_keeps_every_evaluated_record_out_of_training(
-    store: Store, write_rows: Write, run_config: Config
-) -> None:
+def test_a_refresh_keeps_every_evaluated_record_out_of_training(store: Store, write_rows: Write, run_config) -> None:
     first = prepare(run_config(write_rows(rows(100), "data/1.jsonl"), eval_share=0.3), store)
     write_rows(rows(300)[90:], "data/2.jsonl")
     second = prepare(run_config(str(Path(write_rows([], "data/3.jsonl")).parent), eval_share=0.3), store)

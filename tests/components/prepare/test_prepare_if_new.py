@@ -50,9 +50,7 @@ def test_a_first_run_takes_everything(write_rows: Write, prepare_run: Prepare) -
     assert step.result["new_records"] == 100
 
 
-def test_known_sources_are_skipped_without_being_opened(
-    write_rows: Write, prepare_run: Prepare, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_sources_are_skipped_without_being_opened(write_rows, prepare_run, store: Store, monkeypatch) -> None:
     path = write_rows(rows(0, 100), "in/1.jsonl")
     prepare_run("first", decided=True)
     monkeypatch.setattr("components.prepare.prepare.read_sources", lambda _: pytest.fail("opened"))
@@ -104,9 +102,7 @@ def test_a_run_that_came_to_no_decision_has_consumed_nothing(write_rows: Write, 
     assert prepare_run("next")[0] is not None
 
 
-def test_a_decided_run_that_is_repeated_or_asks_for_no_news_does_not_skip(
-    write_rows: Write, prepare_run: Prepare, store: Store
-) -> None:
+def test_a_decided_run_that_is_repeated_or_asks_for_no_news_does_not_skip(write_rows, prepare_run, store) -> None:
     write_rows(rows(0, 100), "in/1.jsonl")
     first, step = prepare_run("first", decided=True)
     again, _ = prepare_run("first")
@@ -137,9 +133,7 @@ def aged(write_rows: Write) -> Callable[..., None]:
     return write
 
 
-def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(
-    aged: Callable[..., None], prepare_run: Prepare, store: Store
-) -> None:
+def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(aged, prepare_run: Prepare, store: Store) -> None:
     aged((0, 200, 40), (200, 260, 3), (260, 300, 0))
     prepared, _ = prepare_run("first", window_days=7)
     assert prepared is not None
@@ -158,9 +152,7 @@ def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(
     assert store.get_json(f"datasets/{replaying.dataset_id}/profile.json")["replayed"] == round(len(train) / 3)
 
 
-def test_what_production_is_to_answer_is_what_would_be_replayed_and_stands_apart(
-    aged: Callable[..., None], prepare_run: Prepare, store: Store
-) -> None:
+def test_what_production_is_to_answer_is_what_would_be_replayed_and_stands_apart(aged, prepare_run, store) -> None:
     aged((0, 200, 40), (200, 300, 0))
     asked = {"window_days": 7, "replay_share": 0.25}
     mixed, _ = prepare_run("mixed", **asked)
@@ -176,9 +168,7 @@ def test_what_production_is_to_answer_is_what_would_be_replayed_and_stands_apart
     assert f"{len(train)} records to train on, {apart.eval_records} held out, {len(earlier)} earlier" in apart.summary
 
 
-def test_of_few_records_to_train_on_production_answers_as_few(
-    aged: Callable[..., None], prepare_run: Prepare, store: Store
-) -> None:
+def test_of_few_records_to_train_on_production_answers_as_few(aged, prepare_run: Prepare, store: Store) -> None:
     aged((0, 200, 40), (200, 300, 0))
     few, _ = prepare_run("few", window_days=7, replay_share=0.5, replay_from="production", max_records=40)
     assert few is not None

@@ -3,7 +3,6 @@ import gzip
 import json
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +18,9 @@ from components.prepare import rows
 from components.prepare.dataset import Record
 from components.prepare.personal import Screen, find
 from components.prepare.prepare import require_usable
-from components.prepare.rows import CHAPTERS, TASK, SourceRow, Unreadable, example_rows
+from components.prepare.rows import SourceRow, Unreadable, example_rows
 from components.prepare.shapes import columns_read
 from components.prepare.sources import find_sources, local_copies
-from components.registry.between_runs import Erased, record_hash
 from components.shared.errors import DataError
 from components.store.client import client_from_environment
 from components.store.store import Store
@@ -61,18 +59,14 @@ def test_lines_are_counted_from_one_and_blank_ones_count_but_give_no_row(tmp_pat
         (rb'{"prompt": "a", "\ud800": 1}', r"a column's name is not valid Unicode: lone surrogate '\ud800'"),
     ],
 )
-def test_a_line_that_cannot_be_parsed_carries_its_reason(
-    line: bytes, reason: str, write_rows: Callable[..., str]
-) -> None:
+def test_a_line_that_cannot_be_parsed_carries_its_reason(line: bytes, reason: str, write_rows) -> None:
     (_, first), second = read(write_rows([line, {"a": 2}]))
     assert isinstance(first, Unreadable)
     assert first.reason.startswith(reason)
     assert second == (2, {"a": 2})
 
 
-def test_a_line_that_is_too_long_spoils_only_itself(
-    write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_that_is_too_long_spoils_only_itself(write_rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
     long, longest = ('{"a": "' + "x" * size + '"}' for size in (990, 991))
     found = read(write_rows([longest, {"a": 2}, "y" * 5000, long, {"a": 3}]))
@@ -193,9 +187,7 @@ def test_a_json_file_of_lines_is_read_line_by_line_and_one_object_for_the_list_i
         ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv has two columns 'a'"),
     ],
 )
-def test_a_file_that_is_damaged_is_refused_and_not_read_in_part(
-    name: str, body: bytes, message: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_damaged_is_refused_and_not_read_in_part(name: str, body, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(body)
     with pytest.raises(DataError, match=message):
         read(str(tmp_path / name))
@@ -218,9 +210,7 @@ def test_rows_of_csv_are_bad_one_by_one_and_their_header_shows_what_divides_them
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv.gz", "a.parquet.zst"])
 @pytest.mark.parametrize("one_request_bytes", [0, 2**20])
-def test_s3_objects_are_read_like_local_files(
-    store: Store, tmp_path: Path, name: str, one_request_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_objects_are_read_like_local_files(store, tmp_path, name: str, one_request_bytes: int, monkeypatch) -> None:
     monkeypatch.setattr("components.prepare.sources.ONE_REQUEST_BYTES", one_request_bytes)
     write(ROWS, tmp_path / name)
     store.put(f"incoming/{name}", tmp_path / name)
@@ -228,9 +218,7 @@ def test_s3_objects_are_read_like_local_files(
     assert [value for _, value in read(store.uri("incoming/"))] == ROWS
 
 
-def test_files_in_a_bucket_are_read_in_order_by_one_client_some_ahead(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_in_a_bucket_are_read_in_order_by_one_client_some_ahead(store: Store, monkeypatch) -> None:
     for number in range(12):
         store.put(f"incoming/{number:02}.jsonl", json.dumps({"prompt": number}).encode() + b"\n")
     opened: list[str] = []
@@ -306,33 +294,19 @@ def test_a_file_is_taken_as_it_is(name: str, content: bytes, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("row", "advice", "columns"),
     [
-        (
-            {"prompt": "q", "response": "a", "input": "", "output": "b"},
-            "data.columns.prompt=.* --set data.columns.completion=output",
-            {"completion": "response"},
-        ),
-        (
-            {"Ask": "q", "Reply": "a"},
-            "data.columns.prompt=COLUMN --set data.columns.completion=Reply",
-            {"prompt": "Ask", "completion": "Reply"},
-        ),
+        ({"prompt": "q", "response": "a", "input": "", "output": "b"}, "completion=output", {"completion": "response"}),
+        ({"Ask": "q", "Reply": "a"}, "prompt=COLUMN .*completion=Reply", {"prompt": "Ask", "completion": "Reply"}),
         (
             {"request": "q", "response": "a"},
             "--set data.columns.prompt=request --set data.columns.completion=response",
             {"prompt": "request", "completion": "response"},
         ),
-        (
-            {"prompt": "q", "chosen": "a", "rejected": "b"},
-            "set data.columns.completion=chosen",
-            {"completion": "chosen"},
-        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "data.columns.completion=chosen", {"completion": "chosen"}),
         ({"messages": HUMAN}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
         ({"messages": SHARE_GPT}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
     ],
 )
-def test_the_advice_of_a_refusal_is_one_that_works(
-    row: dict[str, Any], advice: str, columns: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_advice_of_a_refusal_is_one_that_works(row, advice: str, columns: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines_of(row))
     with pytest.raises(DataError, match=advice):
@@ -340,60 +314,37 @@ def test_the_advice_of_a_refusal_is_one_that_works(
     assert accepted(path, **columns) == {("q", "a")}
 
 
+JOINED = lines_of(PLAIN).replace(b"\n", b" ")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "way"),
     [
-        (
-            "nulls.jsonl",
-            lines_of(*[PLAIN] * 9, {**PLAIN, "completion": None}),
-            "Fix these rows or raise data.max_reject",
-        ),
+        ("nulls.jsonl", lines_of(*[PLAIN] * 9, {**PLAIN, "completion": None}), "Fix these rows or raise data.max_rej"),
         ("text.jsonl", lines_of({"text": "q a"}), "write prompt and completion apart"),
-        (
-            "latin.jsonl",
-            lines_of(PLAIN).replace(b'"q"', b'"\xe4"'),
-            "Windows or in Latin-1 iconv -f CP1252 -t UTF-8 does so",
-        ),
+        ("latin.jsonl", lines_of(PLAIN).replace(b'"q"', b'"\xe4"'), "iconv -f CP1252 -t UTF-8 does so"),
         ("windows.json", '[{"prompt": "“q”"}]'.encode("cp1252"), r"not UTF-8 at byte 14\. Save it as UTF-8: .* CP1252"),
         (
             "split.json",
             json.dumps({"train": [PLAIN], "test": [PLAIN]}).encode(),
-            "no row with the expected columns .*: found 'train', 'test'",
+            "no row .*: found 'train', 'test'",
         ),
         ("pandas.json", pd.DataFrame([PLAIN] * 3).to_json().encode(), "1 x prompt is an object: expected text"),
-        (
-            "joined.jsonl",
-            lines_of(PLAIN).replace(b"\n", b" "),
-            "another object begins at column 36: write each on a line of",
-        ),
-        (
-            "joined.json",
-            lines_of(PLAIN).replace(b"\n", b" "),
-            "is not JSON: Extra data.*; write each object on a line of its",
-        ),
-        (
-            "bare.csv",
-            b"Mpox,Infections\nStye,Eye\n" * 9,
-            "Where the first row holds data, write one with the columns' n",
-        ),
+        ("joined.jsonl", JOINED, "another object begins at column 36: write each on a line of"),
+        ("joined.json", JOINED, "is not JSON: Extra data.*; write each object on a line of its"),
+        ("bare.csv", b"Mpox,Infections\nStye,Eye\n" * 9, "Where the first row holds data, write one with the"),
         (
             "utf16.jsonl",
             lines_of(PLAIN).decode().encode("utf-16"),
-            "is UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8",
+            "is UTF-16: save it as UTF-8, as iconv -f UTF-16 -t",
         ),
         ("utf16.csv", codecs.BOM_UTF16_BE + "prompt,completion\nq,a\n".encode("utf-16-be"), "is UTF-16"),
         ("rows.xlsx", b"PK", r"expected a name ending in \.jsonl.*; save the sheet as CSV \(UTF-8\)"),
         ("rows.zip", b"PK", "; unpack it"),
-        (
-            "data.arrow",
-            b"ARROW1",
-            r"; write it as Parquet, as datasets\.load_from_disk\(FOLDER\)\.to_parquet\(FILE\) does",
-        ),
+        ("data.arrow", b"ARROW1", r"; write it as Parquet, as datasets\.load_from_disk\(FOLDER\)\.to_parquet\(FILE\)"),
     ],
 )
-def test_what_no_config_reads_is_refused_with_what_to_do_about_it(
-    name: str, content: bytes, way: str, tmp_path: Path
-) -> None:
+def test_what_no_config_reads_is_refused_with_what_to_do_about_it(name, content: bytes, way: str, tmp_path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=way):
@@ -429,9 +380,7 @@ TEXTS = (
 )
 
 
-def test_rows_read_together_are_records_or_rejects_by_their_lines(
-    write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_read_together_are_records_or_rejects_by_their_lines(write_rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("components.prepare.rows.BYTES_AT_ONCE", 500)
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
     kinds: list[tuple[Any, str]] = [
@@ -455,9 +404,7 @@ def test_rows_read_together_are_records_or_rejects_by_their_lines(
     assert found.counts.unread == {"messages[].reasoning_content": sum("messages" in row for row, _ in given)}
 
 
-def test_rows_of_parquet_become_what_those_of_json_lines_do(
-    tmp_path: Path, write_rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_parquet_become_what_those_of_json_lines_do(tmp_path: Path, write_rows, monkeypatch) -> None:
     monkeypatch.setattr("components.prepare.rows.BYTES_AT_ONCE", 999)
     rng = random.Random(0)
     rows = [
@@ -471,18 +418,6 @@ def test_rows_of_parquet_become_what_those_of_json_lines_do(
     one, other = (read_validated(find_sources(name)) for name in (str(tmp_path / "x.parquet"), write_rows(rows)))
     assert one.accepted == other.accepted
     assert [(each.line, each.reason) for each in one.rejects] == [(each.line, each.reason) for each in other.rejects]
-
-
-def test_records_that_were_erased_are_left_out_by_id_and_by_content(write_rows: Callable[..., str]) -> None:
-    rows: list[Any] = [{"prompt": f"q{number}", "completion": "a"} for number in range(20)]
-    rows += [{"id": str(number), "prompt": f"p{number}", "completion": "a"} for number in range(20)]
-    name = write_rows(rows)
-    everything = read_validated(find_sources(name)).accepted
-    of_nobody, of_content = everything[7].record.id, everything[9].content.hex()
-    erased = Erased(frozenset(map(record_hash, (of_nobody, of_content, "3"))))
-    found = read_validated(find_sources(name), erased=erased)
-    left = [each for place, each in enumerate(everything) if place not in (7, 9, 23)]
-    assert (found.accepted, found.counts.total.erased) == (left, 3)
 
 
 def suspects(*texts: str) -> list[int]:
@@ -508,42 +443,6 @@ def test_a_document_is_read_or_refused_however_deeply_it_is_nested(tmp_path: Pat
         except DataError:
             outcomes.append(0)
     assert set(outcomes) == {0, 1}
-
-
-# The example.
-
-
-@pytest.fixture(scope="module")
-def example() -> list[dict[str, str]]:
-    """Term and chapter of every row."""
-    found = []
-    for row in example_rows():
-        system, user, assistant = row["messages"]
-        assert system == {"role": "system", "content": TASK}
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        found.append({"id": row["id"], "term": user["content"], "chapter": assistant["content"]})
-    return found
-
-
-def test_every_row_of_the_example_is_usable() -> None:
-    found = read_validated(find_sources("example://icd10"))
-    require_usable(found.counts, max_reject_share=0.0)
-    assert len(found.accepted) == 12_533
-
-
-def test_a_known_term_has_its_chapter(example: list[dict[str, str]]) -> None:
-    assert {"id": "icd10cm/Mpox", "term": "Mpox", "chapter": "Infections"} in example
-    chapters = {row["id"].removeprefix("icd10cm/"): row["chapter"] for row in example}
-    assert chapters["Stye"] == "Eye"
-    assert chapters["RARS"] == "Neoplasms"
-    assert chapters["Noma"] == "Infections"
-
-
-def test_every_chapter_occurs_and_none_is_larger_than_an_eighth(example: list[dict[str, str]]) -> None:
-    counts = Counter(row["chapter"] for row in example)
-    assert set(counts) == set(CHAPTERS)
-    assert len(counts) == 22
-    assert max(counts.values()) / len(example) < 0.126
 
 
 def test_a_term_under_two_chapters_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,18 +48,12 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ),
         ({"conversations": SHARE_GPT}, "ShareGPT", [("user", "a")]),
         ({"conversations": SHARE_GPT, "system": "s"}, "ShareGPT", [("system", "s"), ("user", "a")]),
-        (
-            {"conversations": [{"from": "system", "value": "s"}, *SHARE_GPT]},
-            "ShareGPT",
-            [("system", "s"), ("user", "a")],
-        ),
+        ({"conversations": [SAID_BY_SYSTEM, *SHARE_GPT]}, "ShareGPT", [("system", "s"), ("user", "a")]),
         ({"conversations": TURNS}, "ShareGPT", [("user", "a")]),
         ({"question": "a", "answer": "b", "topic": "t"}, "question and answer", [("user", "a")]),
     ],
 )
-def test_a_row_is_known_by_its_columns_from_jsonl_and_from_parquet(
-    row: dict[str, Any], shape: str, prompt: list[tuple[str, str]], write_rows: Write, tmp_path: Path
-) -> None:
+def test_a_row_is_known_by_its_columns_from_jsonl_and_from_parquet(row, shape, prompt, write_rows, tmp_path) -> None:
     parquet = tmp_path / "x.parquet"
     pq.write_table(pa.Table.from_pylist([row]), parquet)
     for name in (write_rows([row]), str(parquet)):
@@ -89,9 +83,7 @@ def test_a_row_is_known_by_its_columns_from_jsonl_and_from_parquet(
         ),
     ],
 )
-def test_the_config_says_which_column_is_which(
-    row: dict[str, Any], columns: dict[str, Any], prompt: list[tuple[str, str]], write_rows: Write, tmp_path: Path
-) -> None:
+def test_the_config_says_which_column_is_which(row, columns, prompt, write_rows: Write, tmp_path: Path) -> None:
     parquet = tmp_path / "x.parquet"
     pq.write_table(pa.Table.from_pylist([row]), parquet)
     for name in (write_rows([row]), str(parquet)):

@@ -57,9 +57,7 @@ def test_a_list_keeps_its_order_and_gives_each_file_once(folder: Path) -> None:
         ("s3://bucket/folder", "or a folder with / at the end"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_named(
-    source: str | list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_cannot_be_read_is_named(source, message: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=f"data.source.*{message}"):
         find_sources(source)
@@ -141,9 +139,7 @@ def test_a_glob_takes_hidden_files_only_where_it_says_so(folder: Path) -> None:
         find_sources(str(folder / "a**.jsonl"))
 
 
-def test_other_formats_beside_jsonl_and_parquet_are_not_read_which_is_said(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_formats_beside_jsonl_and_parquet_are_not_read_which_is_said(folder: Path, caplog) -> None:
     """They are a data set's own description more often than data."""
     for name in ("dataset_info.json", "stats.csv", "old.jsonl.gz"):
         (folder / name).write_text("{}")

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.schema import RunConfig
 from components.prepare import workspace
 from components.prepare.prepare import preview
 from components.prepare.sources import find_sources
@@ -16,9 +15,7 @@ from components.prepare.workspace import Texts, opened
 from components.shared.errors import FineloopError
 
 
-def test_a_disk_that_is_full_is_an_error_that_says_where(
-    write_rows: Callable[..., str], run_config: Callable[..., RunConfig]
-) -> None:
+def test_a_disk_that_is_full_is_an_error_that_says_where(write_rows: Callable[..., str], run_config) -> None:
     long = "".join(map(str, range(20_000)))
     config = run_config(write_rows([{"prompt": f"{number} {long}", "completion": "a"} for number in range(60)]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -43,9 +40,7 @@ def test_nothing_is_left_of_a_workspace(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("bucket", "most"), [(2**25, 200), (1000, 5), (1, 3), (50, 200)])
 @pytest.mark.parametrize("chosen", [0, 1, 700])
-def test_rows_come_in_the_order_asked_for_however_little_is_held(
-    bucket: int, most: int, chosen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_come_in_the_order_asked_for_however_little_is_held(bucket, most, chosen, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(workspace, "BUCKET_BYTES", bucket)
     monkeypatch.setattr(workspace, "MOST_BUCKETS", most)
     rng = random.Random(0)

@@ -72,13 +72,8 @@ SAMPLES = [
 
 
 def metrics(loss: float, exact_match: float, token_f1: float, prompt_gain: float | None) -> dict[str, float | None]:
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "exact_match": exact_match,
-        "token_f1": token_f1,
-        "prompt_gain": prompt_gain,
-    }
+    found = {"loss": loss, "perplexity": math.exp(loss), "exact_match": exact_match, "token_f1": token_f1}
+    return {**found, "prompt_gain": prompt_gain}
 
 
 def evaluation(
@@ -126,12 +121,10 @@ def decision(measured: Evaluation, policy: GateConfig = CONFIG.gate) -> Decision
 
 def bounded(decided: Decision) -> Decision:
     """With bounds as of records that differ, which the example's made-up ones do not."""
-    rules = [
-        rule.model_copy(update={"lower": rule.gain - 0.021, "upper": rule.gain + 0.021})
-        if rule.gain is not None
-        else rule
-        for rule in decided.rules
-    ]
+    rules = list(decided.rules)
+    for place, rule in enumerate(rules):
+        if rule.gain is not None:
+            rules[place] = rule.model_copy(update={"lower": rule.gain - 0.021, "upper": rule.gain + 0.021})
     return decided.model_copy(update={"rules": tuple(rules)})
 
 
@@ -160,10 +153,8 @@ def steps(*names: str, failed: str | None = None) -> list[StepRecord]:
     for name in names:
         started, result = datetime.fromtimestamp(begin, UTC).isoformat(), results.get(name, {})
         about: dict[str, Any] = {"step": name, "started_at": started, "seconds": seconds[name]}
-        if name == failed:
-            records.append(StepRecord(**about, status="failed", result=error))
-        else:
-            records.append(StepRecord(**about, status="succeeded", result=result))
+        ended = {"status": "failed", "result": error} if name == failed else {"status": "succeeded", "result": result}
+        records.append(StepRecord(**about, **ended))
         begin += seconds[name] + 2.5
     return records
 
@@ -226,10 +217,11 @@ LINEAGE = Lineage(
 ).as_json()
 
 
+BEFORE = metrics(0.951, 0.683, 0.712, 1.301)
+
+
 def promoted_run() -> RunFiles:
-    measured = evaluation(
-        "2026-11-24-0200-7f3a", metrics(0.912, 0.720, 0.743, 1.384), metrics(0.951, 0.683, 0.712, 1.301)
-    )
+    measured = evaluation("2026-11-24-0200-7f3a", metrics(0.912, 0.720, 0.743, 1.384), BEFORE)
     return RunFiles(
         run_id=measured.run_id,
         adapter=CONFIG.adapter.name,
@@ -272,9 +264,7 @@ def waiting_run() -> RunFiles:
 
 def held_run() -> RunFiles:
     """Labels were shuffled: the answers no longer depend on their prompts."""
-    measured = evaluation(
-        "2026-11-25-0200-c11d", metrics(2.188, 0.093, 0.104, 0.013), metrics(0.951, 0.683, 0.712, 1.301)
-    )
+    measured = evaluation("2026-11-25-0200-c11d", metrics(2.188, 0.093, 0.104, 0.013), BEFORE)
     return replace(
         promoted_run(),
         run_id=measured.run_id,
@@ -287,7 +277,7 @@ def held_run() -> RunFiles:
 
 def first_run() -> RunFiles:
     """Nothing is in production yet."""
-    measured = evaluation("2026-11-01-0200-0001", metrics(0.951, 0.683, 0.712, 1.301), None)
+    measured = evaluation("2026-11-01-0200-0001", BEFORE, None)
     return replace(promoted_run(), run_id=measured.run_id, evaluation=measured, decision=decision(measured))
 
 
@@ -298,25 +288,15 @@ def undecided_run() -> RunFiles:
 
 def skipped_run() -> RunFiles:
     """A schedule fired and nothing had come."""
-    adapter, run_id = CONFIG.adapter, "2026-11-26-0200-idle"
-    reason = "nothing new since run 2026-11-25-0200, which read all 3 sources"
-    return RunFiles(
-        run_id=run_id,
-        adapter=adapter.name,
-        decision=Decision(
-            decision="skipped", adapter=adapter.name, alias=adapter.alias, run_id=run_id, reasons=(reason,)
-        ),
-        steps=steps("prepare", "skip"),
-    )
+    run_id, reason = "2026-11-26-0200-idle", "nothing new since run 2026-11-25-0200, which read all 3 sources"
+    of_run = {"adapter": CONFIG.adapter.name, "alias": CONFIG.adapter.alias, "run_id": run_id, "reasons": (reason,)}
+    decided = Decision(decision="skipped", **of_run)
+    return RunFiles(run_id, CONFIG.adapter.name, decision=decided, steps=steps("prepare", "skip"))
 
 
 def failed_run() -> RunFiles:
     """Training ended before its first step."""
-    return RunFiles(
-        run_id="2026-11-26-0200-dead",
-        adapter=CONFIG.adapter.name,
-        steps=steps("prepare", "finetune", failed="finetune"),
-    )
+    return RunFiles("2026-11-26-0200-dead", CONFIG.adapter.name, steps=steps("prepare", "finetune", failed="finetune"))
 
 
 def night(store: Store, number: int, *, promotes: bool) -> None:

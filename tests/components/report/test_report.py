@@ -14,12 +14,11 @@ from components.records import runs
 from components.records.runs import Replayed
 from components.records.steps import ROLES, RuleResult, StepRecord
 from components.report import report
-from components.report.html import SEARCH, sure_once
+from components.report.html import SEARCH
 from components.report.report import build_report, parse_metrics, read_run, run_report
 from components.report.run_files import RunFiles
-from components.report.sections import EXPLAINED, next_steps, samples
+from components.report.sections import next_steps, samples
 from components.shared.errors import IntegrityError
-from components.shared.metrics import METRICS
 from components.store.store import Store
 from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
@@ -47,27 +46,22 @@ def test_a_run_is_read_whole(store: Store) -> None:
     run = example_runs.promoted_run()
     put(store, run)
     found = read_run(CONFIG, store, run.run_id)
-    for name in ("evaluation", "decision", "metrics", "profile", "lineage", "config_toml", "steps"):
-        assert getattr(found, name) == getattr(run, name)
+    names = ("evaluation", "decision", "metrics", "profile", "lineage", "config_toml", "steps")
+    assert [getattr(found, name) for name in names] == [getattr(run, name) for name in names]
 
 
-@pytest.mark.parametrize(
-    ("version", "kept", "words"),
-    [
-        ("v1", 20, "20 of 26 with right answers of v1, the others with their own"),
-        ("v1", 0, "26 with their own answers: v1 answered none rightly"),
-        (None, 0, "26 with their own answers: nothing was in production"),
-    ],
-)
-def test_whose_answers_to_earlier_records_were_replayed_stands_with_the_data(
-    store: Store, version: str | None, kept: int, words: str
-) -> None:
+def test_whose_answers_to_earlier_records_were_replayed_stands_with_the_data(store: Store) -> None:
     run = example_runs.promoted_run()
     put(store, run)
     assert "Earlier records replayed" not in build_report(read_run(CONFIG, store, run.run_id))
-    found = Replayed(prepared_uri="s3://b/d1", dataset_uri="s3://b/d2", version=version, asked=26, kept=kept)
-    runs.write(store, run.run_id, found)
-    assert words in build_report(read_run(CONFIG, store, run.run_id))
+    for version, kept, words in (
+        ("v1", 20, "20 of 26 with right answers of v1, the others with their own"),
+        ("v1", 0, "26 with their own answers: v1 answered none rightly"),
+        (None, 0, "26 with their own answers: nothing was in production"),
+    ):
+        found = Replayed(prepared_uri="s3://b/d1", dataset_uri="s3://b/d2", version=version, asked=26, kept=kept)
+        runs.write(store, run.run_id, found)
+        assert words in build_report(read_run(CONFIG, store, run.run_id))
 
 
 def test_the_report_lies_with_its_run_beside_the_registry_s_pages_and_does_not_fail_for_them(store: Store) -> None:
@@ -144,27 +138,6 @@ def test_every_page_is_whole_loads_nothing_and_runs_nothing_but_its_search(build
     assert links == (ids if len(ids) > 3 else set())
 
 
-def test_promoted_run_says_what_changed_with_numbers() -> None:
-    text = Page(build_report(example_runs.promoted_run())).text
-    assert "icd10-chapters: a new version is in production" in text
-    assert (
-        "On 300 held-out records the candidate gives the exact answer 72.0 % of the time, against 68.3 % for "
-        "production's version so far and 2.3 % for the base model. Its loss (lower is better) is 0.912, against 0.951 "
-        "for production's version so far and 2.306 for the base model."
-    ) in text
-    assert f"points to {CANDIDATE} now, and pointed to {CHAMPION} before it" in text
-    for number in ("74.3 %", "2.489", "1.384", "3.7 points better", "0.039 better", "between +0.039 and +0.039"):
-        assert number in text
-    assert "✕ failed" not in text
-
-
-def test_promotion_that_has_not_happened_is_not_claimed() -> None:
-    run = replace(example_runs.promoted_run(), steps=example_runs.steps("prepare", "finetune", "evaluate", "gate"))
-    text = Page(build_report(run)).text
-    assert "a new version may go to production" in text
-    assert "has not been moved by this run" in text
-
-
 @pytest.mark.parametrize(
     ("result", "words", "other"),
     [
@@ -182,59 +155,50 @@ def test_a_failed_promotion_says_whether_the_alias_moved(result: dict[str, Any],
     assert "a new version is in production" not in text
 
 
-def test_held_run_says_what_stands_in_the_way() -> None:
-    run = example_runs.held_run()
-    page = Page(build_report(run))
-    assert "icd10-chapters: production stays as it is" in page.text
-    assert "Are prompts and answers shuffled or mislabelled in the data?" in page.text
-    assert f"Production keeps {CHAMPION}." in page.text
-    assert run.decision is not None
-    assert page.text.count("✕ failed") == sum(not rule.passed for rule in run.decision.rules) == 4
-    assert page.text.count("✓ passed") == 3
-    assert "1.237 worse" in page.text
+def ungated_run() -> RunFiles:
+    return replace(promoted_run(), steps=example_runs.steps("prepare", "finetune", "evaluate", "gate"))
 
 
 @pytest.mark.parametrize(
     ("build", "words", "absent"),
     [
         (
+            promoted_run,
+            "a new version is in production|the exact answer 72.0 % of the time, against 68.3 % for production's|"
+            f"loss (lower is better) is 0.912, against 0.951|to {CANDIDATE} now, and pointed to {CHAMPION} before it|"
+            "74.3 %|2.489|1.384|3.7 points better|0.039 better|between +0.039 and +0.039",
+            "✕ failed",
+        ),
+        (ungated_run, "a new version may go to production|has not been moved by this run", ""),
+        (
+            example_runs.held_run,
+            f"production stays as it is|Are prompts and answers shuffled|Production keeps {CHAMPION}.|1.237 worse",
+            "",
+        ),
+        (
             example_runs.waiting_run,
-            [
-                "Held: needs approval",
-                "A person has to approve every version of this adapter.",
-                f"Production keeps {CHAMPION} until a person approves {CANDIDATE}: fineloop adapters approve",
-                "? needs approval",
-            ],
-            [],
+            "Held: needs approval|A person has to approve every version of this adapter.|? needs approval|"
+            f"Production keeps {CHAMPION} until a person approves {CANDIDATE}: fineloop adapters approve",
+            "",
         ),
         (
             example_runs.first_run,
-            ["There was no version in production when this run compared", "and pointed to nothing before it"],
-            ["against production"],
+            "There was no version in production when this run compared|and pointed to nothing before it",
+            "against production",
         ),
-        (
-            example_runs.undecided_run,
-            ["icd10-chapters: no decision was made", "no gate was asked to decide"],
-            [],
-        ),
+        (example_runs.undecided_run, "no decision was made|no gate was asked to decide", ""),
         (
             example_runs.failed_run,
-            ["the finetune step failed", "worker 1 was lost: out of memory", "no lineage record"],
-            ["How the candidate compares", "The gate's rules", "Sample answers", "Training", "Data "],
+            "the finetune step failed|worker 1 was lost: out of memory|no lineage record",
+            "How the candidate compares|The gate's rules|Sample answers|Training|Data ",
         ),
-        (
-            example_runs.skipped_run,
-            ["Skipped", "nothing new since run 2026-11-25-0200", "What is new counts again next time"],
-            [],
-        ),
+        (example_runs.skipped_run, "Skipped|nothing new since run 2026-11-25-0200|What is new counts again", ""),
     ],
 )
-def test_each_outcome_is_told_and_no_section_is_without_content(
-    build: Build, words: list[str], absent: list[str]
-) -> None:
+def test_each_outcome_is_told_and_no_section_is_without_content(build: Build, words: str, absent: str) -> None:
     text = Page(build_report(build())).text
-    assert [each for each in words if each not in text] == []
-    assert [each for each in absent if each in text] == []
+    assert [each for each in words.split("|") if each not in text] == []
+    assert [each for each in absent.split("|") if each and each in text] == []
 
 
 @pytest.mark.parametrize(
@@ -249,9 +213,7 @@ def test_each_outcome_is_told_and_no_section_is_without_content(
         ("DataError", "no rows in s3.data.jsonl", ["-c .fineloop/runs/r/config.toml"]),
     ],
 )
-def test_a_failed_run_keeps_the_lines_of_its_error_and_says_what_to_do_now(
-    kind: str, message: str, commands: list[str]
-) -> None:
+def test_a_failed_run_keeps_the_lines_of_its_error_and_says_what_to_do_now(kind: str, message: str, commands) -> None:
     failed = StepRecord(
         step="prepare", status="failed", started_at="2026-11-26T02:00:00+00:00", seconds=1.0,
         result={"error": {"kind": kind, "message": message}},
@@ -259,52 +221,35 @@ def test_a_failed_run_keeps_the_lines_of_its_error_and_says_what_to_do_now(
     run = RunFiles(run_id="r", adapter="sums", steps=[failed])
     html = build_report(run)
     assert f"<li>{escape(message)}</li>" in html
-    assert "white-space: pre-line" in html.partition(".reasons li {")[2].partition("}")[0]
     assert [command for command, _ in next_steps(run)] == [f"fineloop run {each}" for each in commands]
     text = Page(html).text
     assert "What to do now" in text
     assert "no measurements" not in text
 
 
-def with_result(run: RunFiles, **result: Any) -> RunFiles:
-    """The run, whose training recorded this as well."""
-    steps = [
-        step.model_copy(update={"result": {**step.result, **result}}) if step.step == "finetune" else step
-        for step in run.steps
-    ]
-    return replace(run, steps=steps)
-
-
-def test_the_head_says_what_was_decided_and_times_stand_further_down_where_they_were_recorded() -> None:
+def test_times_from_one_step_to_the_next_are_told_where_they_were_recorded() -> None:
     run = example_runs.promoted_run()
     finetune = run.step("finetune")
     assert finetune is not None
     assert run.evaluation is not None
     for words in ("First training step", "after training"):
         assert words not in Page(build_report(run)).text
-    run = with_result(
-        run,
-        began_at=(datetime.fromisoformat(finetune.started_at) + timedelta(seconds=3)).isoformat(),
-        trained_at="2026-11-24T02:03:00+00:00",
-        until_first_step=[{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
-    )
+    times = {
+        "began_at": (datetime.fromisoformat(finetune.started_at) + timedelta(seconds=3)).isoformat(),
+        "trained_at": "2026-11-24T02:03:00+00:00",
+        "until_first_step": [{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
+    }
+    timed = finetune.model_copy(update={"result": {**finetune.result, **times}})
+    steps = [timed if step is finetune else step for step in run.steps]
     evaluation = run.evaluation.model_copy(update={"first_scored_at": "2026-11-24T02:03:09.250000+00:00"})
-    html = build_report(replace(run, evaluation=evaluation, note="half the data"))
-    head = html.partition("</header>")[0]
-    for words in ("Promoted", "What to do now", "fineloop chat", "Note", "24 November 2026, 02:00 UTC, by ann"):
-        assert words in head
-    assert "First training step" not in head
-    text = Page(html).text
-    assert "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s" in text
-    assert "First record compared 9.2 s after training" in text
-
-
-def test_the_confidence_of_bounds_is_named_once_and_again_where_it_changes() -> None:
-    texts = [f"It lies between {n} and 9, each with {sure} % confidence." for n, sure in enumerate((95, 95, 99, 95))]
-    once = sure_once("\0".join(texts)).split("\0")
-    assert once == [texts[0], "It lies between 1 and 9.", *texts[2:]]
-    said = " ".join(Page(build_report(example_runs.held_run())).text.split())
-    assert said.count("95 % confidence") == 1
+    text = Page(build_report(replace(run, steps=steps, evaluation=evaluation, note="half the data"))).text
+    for words in (
+        "24 November 2026, 02:00 UTC, by ann",
+        "half the data",
+        "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s",
+        "First record compared 9.2 s after training",
+    ):
+        assert words in text
 
 
 def test_data_origin_and_times_are_told() -> None:
@@ -388,27 +333,15 @@ def test_numbers_that_were_not_measured_are_words(value: Any) -> None:
     assert "not measured" in text
 
 
-def test_a_metric_with_a_name_of_the_trade_is_explained_at_a_click() -> None:
-    assert {key for key, metric in METRICS.items() if metric.unit} <= EXPLAINED.keys()
-    text = Page(build_report(example_runs.promoted_run())).text
-    assert "What is that? How much less the model is surprised by an answer behind its own prompt" in text
-
-
 @pytest.mark.parametrize(
     ("nll", "limit", "words"),
     [
         (455.0, None, "its loss is 1.150 higher, so that it gives the right token 68 % less chance. No rule limits"),
         (455.0, 0.5, "68 % less chance. The gate's limit (worse by at most 0.5) is not kept."),
-        (
-            340.1,
-            0.5,
-            "Nothing shows as forgotten: on general text the candidate's loss is 3.401, and the base's 3.400.",
-        ),
+        (340.1, 0.5, "Nothing shows as forgotten: on general text the candidate's loss is 3.401, and the base's"),
     ],
 )
-def test_forgetting_is_said_in_words_and_is_bad_news_where_a_rule_says_so(
-    nll: float, limit: float | None, words: str
-) -> None:
+def test_forgetting_is_said_in_words_and_is_bad_news_where_a_rule_says_so(nll: float, limit, words: str) -> None:
     run = example_runs.forgetful_run(nll)
     assert run.evaluation is not None
     policy = example_runs.CONFIG.gate.model_copy(update={"worse_on_general_text_by": limit})
@@ -456,9 +389,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_to_its_version(
-    server: Server, store: Store
-) -> None:
+def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_to_its_version(server, store) -> None:
     report.emit(CONFIG, store, promoted_run())
     assert {(path, key) for path, key, _ in server.received} == {("/api/v1/lineage", "Bearer the-key")}
     start, complete = (event for _, _, event in server.received)
@@ -504,9 +435,7 @@ def test_a_server_that_refuses_fails_no_run(server: Server, store: Store, caplog
     assert "the-key" not in caplog.text
 
 
-def test_a_run_is_known_by_its_id_or_address_and_nothing_is_sent_where_no_server_is_named(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_known_by_its_id_or_address_and_nothing_is_sent_where_no_server_is_named(store, monkeypatch) -> None:
     kubeflow = "7506d98d-86d6-4032-ad2c-97c8dca660a4"
     assert report.run_uuid(store, kubeflow) == kubeflow
     assert report.run_uuid(store, "r1") == report.run_uuid(store, "r1") != report.run_uuid(store, "r2")
@@ -516,17 +445,13 @@ def test_a_run_is_known_by_its_id_or_address_and_nothing_is_sent_where_no_server
     report.emit(CONFIG, store, promoted_run())
 
 
-@pytest.mark.parametrize(
-    ("reference", "named"),
-    [
-        # openlineage.io/docs/spec/naming: the rows for S3, GCS and the local file system
-        ("s3://intake/2026/day.jsonl", ("s3://intake", "2026/day.jsonl")),
-        ("s3://intake", ("s3://intake", "/")),
-        ("gs://intake/day.jsonl", ("gs://intake", "day.jsonl")),
-        ("/data/day.jsonl", ("file", "/data/day.jsonl")),
-        ("org/base", ("fineloop", "org/base")),
-        ("icd10", ("fineloop", "icd10")),
-    ],
-)
-def test_datasets_are_named_as_openlineage_names_them(reference: str, named: tuple[str, str]) -> None:
-    assert report._named(reference) == named
+def test_datasets_are_named_as_openlineage_names_them() -> None:
+    """As openlineage.io/docs/spec/naming has it for S3, GCS and the local file system."""
+    named = {
+        "s3://intake/2026/day.jsonl": ("s3://intake", "2026/day.jsonl"),
+        "s3://intake": ("s3://intake", "/"),
+        "gs://intake/day.jsonl": ("gs://intake", "day.jsonl"),
+        "/data/day.jsonl": ("file", "/data/day.jsonl"),
+        "org/base": ("fineloop", "org/base"),
+    }
+    assert {reference: report._named(reference) for reference in named} == named

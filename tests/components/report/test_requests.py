@@ -37,9 +37,7 @@ def publish_others(store: Store, number: int) -> None:
             publish_version(store, f"other-{number}-{name}", files, lineage={"run_id": "r"})
 
 
-def test_the_report_of_a_run_that_promotes_takes_at_most_20_requests_whatever_there_is_beside_it(
-    store: Store, sent: list[str]
-) -> None:
+def test_the_report_of_a_run_that_promotes_takes_at_most_20_requests_whatever_there_is_beside_it(store, sent) -> None:
     numbers, asked = count(), []
     for others, before in ((1, 1), (3, 3)):
         publish_others(store, others)

@@ -89,6 +89,7 @@ USED = {
     "steps_repeated": 0, "flops": None, "flops_with_parents": None, "s3_requests": 1, "s3_read_bytes": 2_500_000,
     "s3_written_bytes": 0, "price": None, "price_source": "",
 }  # fmt: skip
+IN_STEPS = " until the last step, 75% of them in steps;"
 ASKED = "1 S3 request of the workers, 2.5 MB read, 0.0 MB written"
 PRICED = {"gpu": "NVIDIA H100", "price": 41.28, "price_source": "AWS p5.48xlarge / 8, November 2026"}
 AGAIN = {"restarts": 1, "steps_repeated": 40, "flops": 2e18, "flops_with_parents": 5e18}
@@ -97,16 +98,11 @@ AGAIN = {"restarts": 1, "steps_repeated": 40, "flops": 2e18, "flops_with_parents
 @pytest.mark.parametrize(
     ("usage", "result", "text"),
     [
-        (
-            {},
-            {},
-            f"6.00 worker-hours until the last step, 75% of them in steps; 2,000,000 tokens a worker-hour; {ASKED}",
-        ),
+        ({}, {}, f"6.00 worker-hours{IN_STEPS} 2,000,000 tokens a worker-hour; {ASKED}"),
         (
             PRICED,
             {},
-            "6.00 GPU-hours until the last step, 75% of them in steps; 2,000,000 tokens a GPU-hour; "
-            f"{ASKED}; $41.28 (AWS p5.48xlarge / 8, November 2026)",
+            f"6.00 GPU-hours{IN_STEPS} 2,000,000 tokens a GPU-hour; {ASKED}; $41.28 ({PRICED['price_source']})",
         ),
         ({}, {"resumed_from_step": 100}, f"6.00 worker-hours of the job that took the last step; {ASKED}"),
         (
