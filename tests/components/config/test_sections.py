@@ -84,9 +84,7 @@ def test_what_goes_together_is_taken(overrides: list[str]) -> None:
         ("method.rank=4", True),
     ],
 )
-def test_what_a_training_computes_is_in_its_digest_and_how_it_is_shared_out_is_not(
-    change: str, is_computed: bool
-) -> None:
+def test_what_a_training_computes_is_in_its_digest_and_how_it_is_shared_out_is_not(change: str, is_computed) -> None:
     assert set_in(change).digest != set_in().digest
     assert (set_in(change).training_digest != set_in().training_digest) is is_computed
 
@@ -116,9 +114,7 @@ def test_earlier_keys_of_tune_are_accepted_and_a_line_each_says_so(caplog: pytes
     assert [message.split()[3] for message in caplog.messages] == ["tune.refine", "tune.scheduler", "tune.space"]
 
 
-def test_a_config_that_holds_earlier_keys_at_their_defaults_says_nothing_and_is_the_same(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_config_that_holds_earlier_keys_at_their_defaults_says_nothing_and_is_the_same(caplog) -> None:
     plain = set_in("tune.when=always")
     tune = {"when": "always", "learning_rates": [], **FORMER}
     table = {**config_file.as_table(plain), "tune": tune, "evaluate": {"suites": []}}
@@ -143,15 +139,10 @@ def test_every_cell_is_legal_or_has_a_legal_one_near() -> None:
         assert bool(list(refusals(cell))) == (near != cell), cell
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_legal_by_its_name_alone(name: str) -> None:
-    row = set_in(f"method.name={name}").method.row
-    assert row == METHODS[name]  # type: ignore[comparison-overlap]
-
-
-def test_axes_spell_what_has_no_name() -> None:
-    config = set_in("method.name=dora", "method.scaling=rslora", "method.base=int8")
-    assert (config.method.row.adapter, config.method.row.scaling, config.method.row.base) == ("dora", "rslora", "int8")
+def test_every_method_is_legal_by_its_name_alone_and_axes_spell_what_has_no_name() -> None:
+    assert {name: set_in(f"method.name={name}").method.row for name in METHODS} == METHODS
+    row = set_in("method.name=dora", "method.scaling=rslora", "method.base=int8").method.row
+    assert (row.adapter, row.scaling, row.base) == ("dora", "rslora", "int8")
 
 
 def test_rank_rate_and_alpha_are_the_methods_own_until_set() -> None:
@@ -173,9 +164,7 @@ def test_rank_rate_and_alpha_are_the_methods_own_until_set() -> None:
         (["method.name=vera", "method.alpha=8"], "method.alpha 8 scales nothing in vera", "remove it"),
     ],
 )
-def test_an_illegal_cell_is_refused_with_its_reason_and_the_nearest_legal_one(
-    overrides: list[str], reason: str, near: str
-) -> None:
+def test_an_illegal_cell_is_refused_with_its_reason_and_the_nearest_legal_one(overrides, reason, near: str) -> None:
     message = message_of(*overrides)
     assert reason in message
     assert near in message
@@ -197,10 +186,7 @@ def said(*changes: str, num_steps: int | None = None) -> list[str]:
     [
         (["train.learning_rate=0.9"], "train.learning_rate 0.9 is 4.5e+03 times the 0.0002 of lora at rank 16"),
         (["train.learning_rate=0.03"], "train.learning_rate 0.03 is 150 times the 0.0002 of lora"),
-        (
-            ["method.name=vera", "train.learning_rate=2e-5"],
-            "train.learning_rate 2e-05 is a 300th of the 0.006 of vera at rank 256",
-        ),
+        (["method.name=vera", "train.learning_rate=2e-5"], "train.learning_rate 2e-05 is a 300th of the 0.006 of vera"),
         (["method.rank=4", "method.alpha=10000"], "method.alpha 10000 is 1.25e+03 times the 8 of lora at rank 4"),
         (["method.rank=256", "method.alpha=0.01"], "method.alpha 0.01 is a 5.12e+04th of the 512 of lora at rank 256"),
     ],
@@ -208,13 +194,8 @@ def said(*changes: str, num_steps: int | None = None) -> list[str]:
 def test_a_setting_that_is_far_from_any_in_use_is_named(changes, message):
     (line,) = said(*changes)
     assert line.startswith(message)
-
-
-def test_few_steps_are_said():
-    assert said(num_steps=7) == [
-        "7 optimizer steps are few: raise train.epochs, lower train.batch_size (now 16) and train.micro_batch_size, or "
-        "add data"
-    ]
+    few, *_ = said(num_steps=7)
+    assert few.startswith("7 optimizer steps are few")
     assert not said(num_steps=200)
 
 
@@ -226,9 +207,7 @@ def test_nothing_is_said_of_what_methods_set_themselves_and_of_what_sweeps_try(n
 
 
 @pytest.mark.parametrize("path", [*REMOVED])
-def test_a_removed_key_is_read_and_said_to_be_gone_and_moves_no_digest(
-    path: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_removed_key_is_read_and_said_to_be_gone_and_moves_no_digest(path: str, caplog) -> None:
     plain, removed = set_in(), REMOVED[path]
     for value in [each for each in (removed.default, 7) if each is not None]:
         caplog.clear()

@@ -61,10 +61,7 @@ def test_what_cannot_be_told_says_how_many_records_would_tell() -> None:
     assert decision.reasons == (found.text,)
     # The usual formula for a mean: (z(95 %) + z(80 %))^2 variance / distance^2, here 2.486^2 * 300.
     assert found.records_needed == 1860
-    assert found.text.endswith(
-        "That does not tell: about 1860 held-out records would (evaluate.records gave 300, and the dataset holds out "
-        "420)."
-    )
+    assert "about 1860 held-out records would (evaluate.records gave 300, and the dataset holds out 420)" in found.text
 
 
 def test_models_that_differ_on_one_record_have_no_bound_and_no_number_of_records_that_would_tell() -> None:
@@ -94,11 +91,8 @@ def test_records_that_go_together_count_as_one() -> None:
     assert decide(measured, GateConfig(), records).promoted
     grouped = replace(records, groups=np.repeat(np.arange(100), 3))
     assert decide(measured, GateConfig(), grouped).verdict == "cannot tell"
-    assert (
-        decide(measured, GateConfig(min_records=101), grouped)
-        .reasons[0]
-        .startswith("The models were compared on 100 groups of records")
-    )
+    few = decide(measured, GateConfig(min_records=101), grouped)
+    assert few.reasons[0].startswith("The models were compared on 100 groups of records")
 
 
 def right(*counts: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

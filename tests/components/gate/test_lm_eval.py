@@ -61,12 +61,7 @@ def test_holms_steps_are_those_of_sorted_chances() -> None:
 @pytest.mark.parametrize(
     ("tasks", "by", "verdict", "text"),
     [
-        (
-            [task("json", base=20, lost=10), task("refusal", base=20)],
-            0.0,
-            "hold",
-            "worse than the base by more than is allowed in 1 of 2 tasks: json (passes 0.4167 against 0.8333).",
-        ),
+        ([task("json", base=20, lost=10), task("no", base=20)], 0.0, "hold", "1 of 2 tasks: json (passes 0.4167"),
         ([task("json", base=20, lost=5), task("over", base=12, won=4, lost=8)], 0.0, "promote", "not shown"),
         ([task("json", base=20, lost=5)], 0.0, "hold", "json"),  # a chance of 1/32, of which two tasks allow half
         ([task("json", base=20, lost=15), task("over", base=20, lost=5)], 0.0, "hold", "in 2 of 2 tasks"),  # Holm
@@ -82,19 +77,14 @@ def test_holms_steps_are_those_of_sorted_chances() -> None:
         ([], 0.1, "hold", "Of json it is not known"),
     ],
 )
-def test_what_is_shown_to_be_unlearned_holds_the_candidate(
-    tasks: list[list[TaskScore]], by: float, verdict: str, text: str
-) -> None:
+def test_what_is_shown_to_be_unlearned_holds_the_candidate(tasks, by: float, verdict: str, text: str) -> None:
     decision = decided(*tasks, by=by)
     assert decision.verdict == verdict
     assert text in rule(decision, "lm_eval").text
 
 
 def test_scores_that_were_left_out_hold_the_candidate_with_the_reason() -> None:
-    assert (
-        "score, as its workers hold the base together."
-        in decided(left_out="as its workers hold the base together").reasons[0]
-    )
+    assert "score, as its workers do." in decided(left_out="as its workers do").reasons[0]
 
 
 def test_nothing_is_asked_by_default_and_scores_are_part_of_what_the_rule_follows_from() -> None:

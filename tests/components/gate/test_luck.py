@@ -74,9 +74,7 @@ def test_the_base_is_what_records_that_were_refreshed_have_in_common() -> None:
         pytest.param(None, 20, "loss", id="none"),
     ],
 )
-def test_without_the_decisions_that_chose_it_a_champion_is_as_measured(
-    champion: str | None, nights: int, metric: str
-) -> None:
+def test_without_the_decisions_that_chose_it_a_champion_is_as_measured(champion, nights: int, metric: str) -> None:
     earlier = [decided(f"v{night}", 1.0 + night % 3, metric=metric) for night in range(nights)]
     assert lead_of(champion, "loss", earlier) is None
     assert luck_of(None, 0.01) == luck_of(Lead(gain=-0.02, variance=0.0001, decisions=30), 0.01) == 0

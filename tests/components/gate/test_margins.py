@@ -22,9 +22,7 @@ from tests.components.gate.evidenced import decide, evaluation, evidence, model,
         (0.1, 0.11, "hold", "do not depend on"),
     ],
 )
-def test_that_answers_depend_on_their_prompts_has_to_be_sure(
-    gain: float, error: float, verdict: str, said: str
-) -> None:
+def test_that_answers_depend_on_their_prompts_has_to_be_sure(gain, error: float, verdict: str, said: str) -> None:
     measured = evaluation(model("v2", answer_prompt_gain=gain), model(loss=9.0))
     found = evidence(measured)
     spread = np.random.default_rng(0).standard_normal(300)
@@ -50,9 +48,7 @@ def test_that_answers_depend_on_their_prompts_has_to_be_sure(
         ({"worse_than_champion_by": 0.05}, ("promote", "promote")),
     ],
 )
-def test_margins_may_be_relative_or_for_a_whole_answer(
-    tokens: float, policy: dict[str, Any], verdicts: tuple[str, str]
-) -> None:
+def test_margins_may_be_relative_or_for_a_whole_answer(tokens: float, policy: dict[str, Any], verdicts) -> None:
     losses = {"candidate": 1.03, "base": 9.0, "champion": 1.0}
     models = {
         role: model(None if role == "base" else role, loss=loss, answer_loss=loss * tokens)

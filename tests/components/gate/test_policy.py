@@ -20,17 +20,13 @@ def without_limits(**settings: Any) -> GateConfig:
         ("loss", 0.30, 0.05, 0.2499, True),
         ("loss", 0.30, 0.05, 0.25, True),  # 0.30 - 0.25 is less than 0.05 in binary
         ("loss", 0.30, 0.05, 0.2501, False),
-        ("perplexity", 10.0, 1.5, 8.5, True),
-        ("perplexity", 10.0, 1.5, 8.51, False),
         ("exact_match", 0.10, 0.2, 0.30, True),
         ("exact_match", 0.10, 0.2, 0.2999, False),
         ("loss", 1.0, -0.5, 1.5, True),
         ("loss", 1.0, -0.5, 1.51, False),
     ],
 )
-def test_candidate_must_be_better_than_base_by_at_least_the_margin(
-    metric: Any, base: float, margin: float, candidate: float, passed: bool
-) -> None:
+def test_candidate_must_be_better_than_base_by_at_least_the_margin(metric, base, margin, candidate, passed) -> None:
     policy = without_limits(metric=metric, better_than_base_by=margin)
     decision = decide(evaluation(model("v2", **{metric: candidate}), model(**{metric: base})), policy)
     assert rule(decision, "better_than_base").passed is passed
@@ -44,8 +40,6 @@ def test_candidate_must_be_better_than_base_by_at_least_the_margin(
         ("loss", 0.50, 0.02, 0.5201, False),
         ("loss", 0.50, 0.0, 0.50, True),
         ("loss", 0.50, 0.0, 0.5001, False),
-        ("perplexity", 2.0, 0.1, 2.1, True),
-        ("perplexity", 2.0, 0.1, 2.11, False),
         ("token_f1", 0.70, 0.1, 0.60, True),
         ("token_f1", 0.70, 0.1, 0.5999, False),
     ],
@@ -69,8 +63,6 @@ def test_candidate_may_be_worse_than_champion_by_at_most_the_tolerance(
         ("exact_match", {"min": 0.6}, 0.6, True),
         ("exact_match", {"min": 0.6}, 0.5999, False),
         ("exact_match", {"min": 0.6, "max": 0.9}, 0.95, False),
-        ("prompt_gain", {"min": 0.1}, 0.1, True),
-        ("prompt_gain", {"min": 0.1}, 0.0999, False),
     ],
 )
 def test_limits_include_their_bound(metric: Any, bounds: dict[str, float], candidate: float, passed: bool) -> None:
@@ -138,24 +130,7 @@ def test_reasons_are_every_rule_when_promoted_and_the_failed_ones_when_held() ->
     assert promoted.reasons == tuple(each.text for each in promoted.rules)
     held = decide(evaluation(model("v2"), model(loss=2.0), model("v1", loss=0.9)), GateConfig())
     assert held.reasons == (rule(held, "not_worse_than_champion").text,)
-    assert held.reasons == (
-        "The candidate's loss of 1.000 nats per answer token is worse than production's 0.900 by 0.100; "
-        "it may be worse by at most 0.02. Record by record (300 of them), the gain lies between −0.100 and −0.100, "  # noqa: RUF001
-        "each with 95 % confidence.",
-    )
-
-
-def test_a_low_prompt_gain_is_explained() -> None:
-    decision = decide(evaluation(model("v2", answer_prompt_gain=0.01), model(loss=2.0)), GateConfig())
-    assert decision.reasons == (
-        "Answers do not depend on their prompts: seeing its own prompt instead of another record's helps by 0.010 nats "
-        "per answer; at least 0.3 is required. Are prompts and answers shuffled or mislabelled in the data?",
-    )
-
-
-def test_numbers_that_would_look_equal_are_shown_apart() -> None:
-    decision = decide(evaluation(model("v2", loss=1.0), model(loss=1.04996)), GateConfig())
-    assert "by 0.04996; it has to be better by at least 0.05." in decision.reasons[0]
+    assert "loss of 1.000 nats per answer token is worse than production's 0.900 by 0.100; it may" in held.reasons[0]
 
 
 @pytest.mark.parametrize("absent", ["candidate", "base"])
@@ -165,21 +140,13 @@ def test_an_evaluation_without_a_model_is_refused(absent: str) -> None:
         decide(evaluation(**models), GateConfig())
 
 
-def test_each_rule_words_itself_and_draws_its_line_where_it_binds() -> None:
+def test_each_rule_draws_its_line_where_it_binds() -> None:
     policy = GateConfig(limits=[Limit(metric="answer_prompt_gain", min=0.1), Limit(metric="exact_match", max=0.9)])
     decision = decide(evaluation(model("v2"), model(loss=2.0), model("v1", loss=1.1)), policy)
-    assert [(each.bound_text, each.against, each.line_text) for each in decision.rules] == [
-        ("", None, ""),
-        ("better by at least 0.05", "base", "at most 1.950, to beat the base"),
-        ("worse by at most 0.02", "champion", "at most 1.120, not to fall behind production"),
-        ("worse by at most 0.05", "champion", "at most 1.150, not to fall behind the best so far"),
-        ("at most 1 % of records unseen", "champion", ""),
-        ("not shown to be worse", "champion", ""),
-        ("at least 0.1", None, "limit: at least 0.100"),
-        ("at most 90 %", None, "limit: at most 90.0 %"),
-    ]
-    assert [each.line for each in decision.rules if each.line] == pytest.approx([1.95, 1.12, 1.15, 0.1, 0.9])
-    assert all(each.title for each in decision.rules)
+    found = [(each.against, each.line) for each in decision.rules if each.line]
+    assert [against for against, _ in found] == ["base", "champion", "champion", None, None]
+    assert [line for _, line in found] == pytest.approx([1.95, 1.12, 1.15, 0.1, 0.9])
+    assert decision.rules[1].line_text == "at most 1.950, to beat the base"
 
 
 def test_a_function_of_the_configs_own_decides_guards_and_limits_like_any_metric() -> None:

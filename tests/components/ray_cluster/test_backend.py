@@ -79,39 +79,26 @@ def test_a_log_is_copied_without_colours_bars_and_the_name_of_the_worker_that_pr
 @pytest.mark.parametrize(
     ("taken", "seen"),
     [
-        pytest.param(
-            [
-                ("dashboard", "1\n2\nsame\nsame\n"),
-                ("submitter", "a header\n1\n2\nsame\nsame\n"),
-                ("submitter", "a header\n1\n2\nsame\nsame\nnew\n"),
-            ],
-            "1\n2\nsame\nsame\nnew\n",
-            id="another source goes on where the last one was",
+        # Another source goes on where the last one was.
+        (
+            "dashboard 1 2 same same|submitter header 1 2 same same|submitter header 1 2 same same new",
+            "1 2 same same new",
         ),
-        pytest.param([("dashboard", "lost\n"), ("submitter", "whole\n")], "lost\nwhole\n", id="nothing in common"),
-        pytest.param(
-            [("dashboard", "a\nb\nsame\n"), ("submitter", "a\nb\nsame\nc\nsame\n")],
-            "a\nb\nsame\nc\nsame\n",
-            id="repeated lines are placed by those before them",
-        ),
-        pytest.param(
-            [("submitter", "1\n2\n3\n"), ("submitter", "resumes\n"), ("submitter", "resumes\n3\n")],
-            "1\n2\n3\nresumes\n3\n",
-            id="the job runs anew on a new head of the same cluster",
-        ),
-        pytest.param(
-            [("submitter", "1\n2\n3\n4\n5\n6\n"), ("submitter", "2\n3\n4\n5\n6\n7\n")],
-            "1\n2\n3\n4\n5\n6\n7\n",
-            id="the kubelet rotates it",
-        ),
+        ("dashboard lost|submitter whole", "lost whole"),
+        # Repeated lines are placed by those before them.
+        ("dashboard a b same|submitter a b same c same", "a b same c same"),
+        # The job runs anew on a new head of the same cluster.
+        ("submitter 1 2 3|submitter resumes|submitter resumes 3", "1 2 3 resumes 3"),
+        # The kubelet rotates it.
+        ("submitter 1 2 3 4 5 6|submitter 2 3 4 5 6 7", "1 2 3 4 5 6 7"),
     ],
 )
-def test_a_log_goes_on_after_what_was_copied(taken: list[tuple[str, str]], seen: str) -> None:
+def test_a_log_goes_on_after_what_was_copied(taken: str, seen: str) -> None:
     output = Flushed()
     log = LogCopy(output)
-    for source, text in taken:
-        log.take(text, source=source)
-    assert output.seen == seen
+    for source, *lines in map(str.split, taken.split("|")):
+        log.take("".join(f"{line}\n" for line in lines), source=source)
+    assert output.seen.split() == seen.split()
 
 
 def test_a_job_that_begins_anew_is_copied_from_its_beginning() -> None:

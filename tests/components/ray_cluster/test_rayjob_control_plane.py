@@ -74,12 +74,6 @@ def test_the_reaper_can_stop_what_a_step_started(as_account, operator, tmp_path)
     assert b"was stopped by someone else" in stderr
 
 
-def test_a_value_that_the_definition_refuses_is_named(as_account) -> None:
-    as_account("fineloop-pipeline")
-    with pytest.raises(JobError, match=r"spec\.backoffLimit"):
-        KubernetesApi().create(body("mistyped", backoffLimit="often"))
-
-
 def test_of_two_steps_that_create_one_job_one_follows_the_other(as_account) -> None:
     as_account("fineloop-pipeline")
     api, barrier, found = KubernetesApi(), threading.Barrier(4), []

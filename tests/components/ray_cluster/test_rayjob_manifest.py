@@ -168,15 +168,11 @@ resources.limits = {"vpc.amazonaws.com/efa" = "4"}
 
 
 @pytest.mark.parametrize("workers", [{}, {"use_gpu": True, "gpu": "A10G", "num_workers": 2}])
-def test_the_old_keys_make_the_manifest_that_templates_make(
-    workers: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_old_keys_make_the_manifest_that_templates_make(workers, caplog: pytest.LogCaptureFixture) -> None:
     templates = tomllib.loads(TEMPLATES)
     assert created(OLD_KEYS, **workers) == created(templates, **workers)
     old, new = (config(cluster, **workers) for cluster in (OLD_KEYS, templates))
     assert (old, "read for this release only" in caplog.text) == (new, True)
-    data = [rayjob(ray.for_data(timeout_s=60), job(), 1, namespace="fineloop") for ray in (old, new)]
-    assert data[0] == data[1]
 
 
 def test_a_variable_or_a_table_of_a_template_takes_the_place_of_ours() -> None:
@@ -187,38 +183,30 @@ def test_a_variable_or_a_table_of_a_template_takes_the_place_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("of", "set_there", "message"),
     [
-        ({"spec": {"hostNetwork": True}}, r"spec\.hostNetwork: is not merged"),
-        ({"spec": {"serviceAccountName": "fineloop-pipeline"}}, r"spec\.serviceAccountName: is not merged"),
-        ({"spec": {"volumes": [{"name": "node", "hostPath": {"path": "/"}}]}}, r"spec\.volumes: is not merged"),
-        ({"spec": {"securityContext": {"runAsUser": 0}}}, r"spec\.securityContext: is not merged"),
-        ({"spec": {"initContainers": [{"image": "x"}]}}, r"spec\.initContainers: is not merged"),
-        (
-            {"spec": {"containers": [{"securityContext": {"privileged": True}}]}},
-            r"spec\.containers\.0\.securityContext: is not merged",
-        ),
-        (
-            {"spec": {"containers": [{"envFrom": [{"secretRef": {"name": "x"}}]}]}},
-            r"spec\.containers\.0\.envFrom: is not merged",
-        ),
-        ({"spec": {"containers": [{"command": ["sh"]}]}}, r"spec\.containers\.0\.command: is not merged"),
-        ({"spec": {"containers": [{}, {"image": "x"}]}}, "at most 1 item"),
-        (
-            {"spec": {"containers": [{"env": [{"name": "A", "valueFrom": {}}]}]}},
-            r"spec\.containers\.0\.env\.0\.valueFrom: is not merged",
-        ),
-        ({"spec": {"containers": [{"env": [{"name": "HF_TOKEN", "value": "x"}]}]}}, "put it in Secret fineloop-s3"),
-        ({"spec": {"containers": [{"resources": {"limits": {"x.io/nic": "1"}}}]}}, "requests are not the limits"),
-        ({"metadata": {"annotations": {"sidecar.istio.io/inject": "true"}}}, "choose a name of your own"),
-        ({"metadata": {"labels": {"fineloop.dev/task": "x"}}}, "choose a name of your own"),
-        ({"metadata": {"annotations": {"iam.amazonaws.com/role": "promoter"}}}, "choose a name of your own"),
-        ({"metadata": {"name": "x"}}, r"metadata\.name: is not merged"),
-        ({"spec": "restricted"}, "spec: Input should be"),
+        ("spec", {"hostNetwork": True}, r"spec\.hostNetwork: is not merged"),
+        ("spec", {"serviceAccountName": "fineloop-pipeline"}, r"spec\.serviceAccountName: is not merged"),
+        ("spec", {"volumes": [{"name": "node", "hostPath": {"path": "/"}}]}, r"spec\.volumes: is not merged"),
+        ("spec", {"securityContext": {"runAsUser": 0}}, r"spec\.securityContext: is not merged"),
+        ("spec", {"initContainers": [{"image": "x"}]}, r"spec\.initContainers: is not merged"),
+        ("spec", {"containers": [{}, {"image": "x"}]}, "at most 1 item"),
+        ("container", {"securityContext": {"privileged": True}}, r"containers\.0\.securityContext: is not merged"),
+        ("container", {"envFrom": [{"secretRef": {"name": "x"}}]}, r"containers\.0\.envFrom: is not merged"),
+        ("container", {"command": ["sh"]}, r"containers\.0\.command: is not merged"),
+        ("container", {"env": [{"name": "A", "valueFrom": {}}]}, r"containers\.0\.env\.0\.valueFrom: is not merged"),
+        ("container", {"env": [{"name": "HF_TOKEN", "value": "x"}]}, "put it in Secret fineloop-s3"),
+        ("container", {"resources": {"limits": {"x.io/nic": "1"}}}, "requests are not the limits"),
+        ("metadata", {"annotations": {"sidecar.istio.io/inject": "true"}}, "choose a name of your own"),
+        ("metadata", {"labels": {"fineloop.dev/task": "x"}}, "choose a name of your own"),
+        ("metadata", {"annotations": {"iam.amazonaws.com/role": "promoter"}}, "choose a name of your own"),
+        ("metadata", {"name": "x"}, r"metadata\.name: is not merged"),
+        ("spec", "restricted", "spec: Input should be"),
     ],
 )
 @pytest.mark.parametrize("key", ["pod_template", "worker_template"])
-def test_a_template_sets_nothing_that_the_cluster_or_another_step_answers_for(key, template, message):
+def test_a_template_sets_nothing_that_the_cluster_or_another_step_answers_for(key, of, set_there, message):
+    template = {"spec": {"containers": [set_there]}} if of == "container" else {of: set_there}
     with pytest.raises(ValidationError, match=message):
         config({key: template})
 
@@ -286,21 +274,16 @@ def test_a_gang_has_pods_for_the_most_of_its_workers(nodes: int, workers: Any, f
     assert (head["num-cpus"], head["dashboard-host"]) == ("0", "0.0.0.0")  # it trains nothing, and pods reach it
 
 
-def test_gpus_are_shared_out_among_the_nodes() -> None:
-    found = created({"nodes": 2, "worker": {"cpu": 8}}, num_workers=8, use_gpu=True, gpu="A10G")
+@pytest.mark.parametrize("spot", [True, False])
+def test_gpus_are_shared_out_among_the_nodes_and_spot_nodes_put_up_with_when_asked(spot: bool) -> None:
+    found = created({"nodes": 2, "worker": {"cpu": 8}, "spot": spot}, num_workers=8, use_gpu=True, gpu="A10G")
     (workers,) = found["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     pod = workers["template"]["spec"]
     assert workers["replicas"] == 2
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "4"
     assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A10G"}
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
-
-
-@pytest.mark.parametrize("spot", [True, False])
-def test_spot_nodes_are_put_up_with_when_asked(spot: bool) -> None:
-    (workers,) = created({"spot": spot})["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    taints = {each["key"] for each in workers["template"]["spec"].get("tolerations", [])}
-    assert ("cloud.google.com/gke-spot" in taints) is spot
+    assert ("cloud.google.com/gke-spot" in {each["key"] for each in pod["tolerations"]}) is spot
 
 
 def test_deadlines_lie_inside_each_other() -> None:
@@ -364,14 +347,8 @@ def test_secrets_are_references_and_never_values(monkeypatch: pytest.MonkeyPatch
         given = [] if name == "ray-job-submitter" else ["fineloop-env", "fineloop-s3"]
         assert [next(iter(each.values()))["name"] for each in container.get("envFrom", [])] == given
     head = next(container for name, container, _ in containers(found) if name == "ray-head")
-    assert {each["name"]: each["value"] for each in head["env"]} == {
-        "HOME": "/home/fineloop",
-        "PYTHONUNBUFFERED": "1",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "FINELOOP_IMAGE": head["image"],
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(HEAD_DRAIN_S),
-        "NCCL_DEBUG": "INFO",
-    }
+    variables = {each["name"]: each["value"] for each in head["env"]}
+    assert (variables["FINELOOP_IMAGE"], variables["NCCL_DEBUG"]) == (head["image"], "INFO")
     assert found["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token", "secretName": "fineloop-ray"}
 
 
@@ -393,14 +370,12 @@ def test_a_name_fits_kuberay_and_tells_runs_apart(run_id: str) -> None:
     ("ray", "message"),
     [
         ({"cluster": {"image": "fineloop/train:latest"}}, "give it a tag other than latest, or a digest"),
-        ({"cluster": {"image": "fineloop/train"}}, "give it a tag other than latest, or a digest"),
+        ({"cluster": {"image": "fineloop/train"}}, "give it a tag"),
         ({"cluster": {"env": {"HF_TOKEN": "x"}}}, "put it in Secret fineloop-s3"),
         ({"cluster": {"env": {"AWS_SECRET_ACCESS_KEY": "x"}}}, "put it in Secret fineloop-s3"),
         ({"cluster": {"env": {"HOME": "/x"}}}, "HOME is set by Fineloop"),
         ({"cluster": {"shared_memory_gib": 24}}, "raise worker.memory_gib"),
         ({"cluster": {"nodes": 3}, "num_workers": 4}, "make it a multiple"),
-        ({"cluster": {"nodes": 3}, "num_workers": [3, 4]}, "make it a multiple"),
-        ({"num_workers": [4, 2]}, "put the smaller number first"),
         ({"cpus_per_worker": 5}, "cluster.worker.cpu 4 is less than the 5"),
         ({"cluster": {"queue": "Not A Name"}}, "queue"),
         ({"cluster": {"worker": {"resources": {"cpu": "4"}}}}, "resources"),
@@ -409,7 +384,6 @@ def test_a_name_fits_kuberay_and_tells_runs_apart(run_id: str) -> None:
         ({"cluster": {"labels": "two"}}, "labels"),
         ({"cluster": {"env": ["a"]}}, "env cannot be read"),
         ({"cluster": {"labels": {"kueue.x-k8s.io/queue-name": "mine"}}}, "choose a name of your own"),
-        ({"cluster": {"labels": {"app.kubernetes.io/part-of": "mine"}}}, "choose a name of your own"),
         ({"cluster": {"labels": {"cost": "two words"}}}, "labels"),
     ],
 )

@@ -1,6 +1,5 @@
 """What a RayJob's status and Kueue's conditions (as v0.19 writes them) tell of a job, its log, and a watch on it."""
 
-import io
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +8,11 @@ import pytest
 
 from components.config.ray import RayJobCluster
 from components.ray_cluster import kubernetes_api, rayjob
-from components.ray_cluster.backend import Job, JobEnd, LogCopy
+from components.ray_cluster.backend import Job, JobEnd
 from components.ray_cluster.kubernetes_api import Watched
 from components.ray_cluster.rayjob import (
     HOPELESS_S,
     QUOTA,
-    JobLog,
     KueueQueue,
     describe,
     is_queued,
@@ -66,11 +64,7 @@ def test_an_attempt_is_live_until_kuberay_says_otherwise_or_it_is_deleted(found:
         (job("Running", "PENDING"), "the cluster is up: starting the job"),
         (job("Running", "RUNNING"), "running"),
         (job("Retrying"), "failed: KubeRay tries again"),
-        (
-            job("Retrying", reason="JobDeploymentStatusTransitionGracePeriodExceeded", message="The submitter\nlines"),
-            "failed: KubeRay tries again on a new cluster (JobDeploymentStatusTransitionGracePeriodExceeded: "
-            "The submitter)",
-        ),
+        (job("Retrying", reason="Grace", message="It\nx"), "failed: KubeRay tries again on a new cluster (Grace: It)"),
         (job("Complete"), "complete"),
         (job("Waiting"), "Waiting"),
     ],
@@ -78,8 +72,9 @@ def test_an_attempt_is_live_until_kuberay_says_otherwise_or_it_is_deleted(found:
 def test_a_person_is_told_where_it_stands(found: dict[str, Any], text: str) -> None:
     assert describe(found).startswith(text)
     assert is_queued(found) is text.startswith(("queued", "suspended"))
-    if text == "waiting for pods":
-        assert describe(found) == text
+
+
+KILLED = "Job failed with exit code -9: x"
 
 
 @pytest.mark.parametrize(
@@ -88,20 +83,11 @@ def test_a_person_is_told_where_it_stands(found: dict[str, Any], text: str) -> N
         (job("Complete", "SUCCEEDED"), JobEnd("SUCCEEDED")),
         (job("Complete", "STOPPED"), JobEnd("STOPPED")),
         (job("Running", **GOING), JobEnd("STOPPED")),
-        (
-            job("Failed", "FAILED", reason="AppFailed", message="Job failed with exit code -9: x"),
-            JobEnd("FAILED", "with exit code -9", "Job failed with exit code -9: x"),
-        ),
+        (job("Failed", reason="AppFailed", message=KILLED), JobEnd("FAILED", "with exit code -9", KILLED)),
         (job("Failed", reason="AppFailed"), JobEnd("FAILED", "(AppFailed)")),
         (
-            job(
-                "Failed", reason="JobDeploymentStatusTransitionGracePeriodExceeded", message="The submitter finished\nx"
-            ),
-            JobEnd(
-                "FAILED",
-                "(JobDeploymentStatusTransitionGracePeriodExceeded: The submitter finished)",
-                "The submitter finished\nx",
-            ),
+            job("Failed", reason="Grace", message="It finished\nx"),
+            JobEnd("FAILED", "(Grace: It finished)", "It finished\nx"),
         ),
         (job("ValidationFailed"), JobEnd("FAILED", "(ValidationFailed)")),
     ],
@@ -145,6 +131,7 @@ PREEMPTED = (
     "preemptor path: /fineloop; preemptee path: /fineloop"
 )
 """pkg/scheduler/preemption/preemption.go, preemptionMessage."""
+EVICTED = ("Evicted", "True", PREEMPTED)
 
 
 def workload(*conditions: tuple[str, str, str], at: str = "2026-11-26T02:00:00Z", **spec: Any) -> dict[str, Any]:
@@ -159,16 +146,9 @@ def workload(*conditions: tuple[str, str, str], at: str = "2026-11-26T02:00:00Z"
         ([workload()], QUOTA),
         ([workload(("QuotaReserved", "True", "Quota reserved in ClusterQueue fineloop"))], QUOTA),
         ([workload(("QuotaReserved", "False", NEVER_FITS))], NEVER_FITS),
-        (
-            [workload(("QuotaReserved", "False", "ClusterQueue fineloop is inactive"))],
-            "ClusterQueue fineloop is inactive",
-        ),
-        (
-            [workload(("Evicted", "True", PREEMPTED), ("QuotaReserved", "False", NEVER_FITS))],
-            f"{PREEMPTED}; {NEVER_FITS}",
-        ),
+        ([workload(EVICTED, ("QuotaReserved", "False", NEVER_FITS))], f"{PREEMPTED}; {NEVER_FITS}"),
         # The condition that QuotaReserved takes over from an eviction says the same.
-        ([workload(("Evicted", "True", PREEMPTED), ("QuotaReserved", "False", PREEMPTED))], PREEMPTED),
+        ([workload(EVICTED, ("QuotaReserved", "False", PREEMPTED))], PREEMPTED),
         ([workload(("Evicted", "False", PREEMPTED), ("QuotaReserved", "False", NEVER_FITS))], NEVER_FITS),
         ([workload(("QuotaReserved", "False", "old")), workload(at="2026-11-26T02:00:01Z")], QUOTA),
     ],
@@ -213,10 +193,7 @@ UNUSED = "couldn't assign flavors to pod set workers: insufficient unused quota 
     [
         (NEVER_FITS, True),
         ("couldn't assign flavors to pod set workers: resource ephemeral-storage unavailable in ClusterQueue", True),
-        (
-            "couldn't assign flavors to pod set workers: untolerated taint {pool gpu NoSchedule <nil>} in flavor a10g",
-            True,
-        ),
+        ("couldn't assign flavors to pod set workers: untolerated taint {pool gpu NoSchedule <nil>} in flavor a", True),
         (UNUSED, False),
         (f"{NEVER_FITS}, insufficient unused quota for nvidia.com/gpu in flavor a100, 8 more needed", False),
         ("The workload has failed admission checks", False),
@@ -230,36 +207,6 @@ def test_a_kueue_that_always_says_pending_is_taken_at_its_words(message: str, ne
 def test_a_quota_that_is_raised_meanwhile_gives_hope_again() -> None:
     reasons = ("ExceedsMaxQuota", "ExceedsMaxQuota", "WaitingForQuota", "ExceedsMaxQuota", "ExceedsMaxQuota")
     assert waited(*reasons) == [False] * 5
-
-
-class Log(JobLog):
-    """The log of a job for which each look takes a second, or another time."""
-
-    look_s = 1.0
-
-    def __init__(self) -> None:
-        self.now, self.num_looks, self.output = 0.0, 0, io.StringIO()
-        super().__init__(None, "r", LogCopy(self.output), clock=lambda: self.now)  # type: ignore[arg-type]
-
-    def _dashboard(self, status: object) -> str:
-        self.now += self.look_s
-        self.num_looks += 1
-        return "".join(f"line {n}\n" for n in range(self.num_looks))
-
-
-def test_reading_a_log_takes_a_tenth_of_the_time_and_its_end_is_read_at_once() -> None:
-    log = Log()
-    while log.now < 1000:
-        log.read({}, final=False)
-        log.now += 0.25
-    assert 95 <= log.num_looks <= 100
-    log.read({}, final=True)
-    assert log.output.getvalue() == "".join(f"line {n}\n" for n in range(log.num_looks))
-    log.look_s = 60.0  # one slow look delays the next by a quarter of a minute
-    log.read({}, final=True)
-    num_looks, log.now = log.num_looks, log.now + 15.0
-    log.read({}, final=False)
-    assert log.num_looks == num_looks + 1
 
 
 def test_an_api_server_that_is_away_for_minutes_is_waited_for(monkeypatch, caplog):

@@ -75,23 +75,21 @@ def cluster(
             patch.setenv("RAY_ADDRESS", jobs.address)
             yield Cluster(RayConfig(), lambda job_id: jobs.jobs[job_id].status)
             jobs.close()
-        elif request.param == "rayjob":
-            api = KubernetesDouble()
+        elif request.param in ("rayjob", "kubernetes"):
+            api: KubernetesDouble | RayJobsOfCluster
+            if request.param == "rayjob":
+                api = KubernetesDouble()
+                end, kubeconfig = api.close, api.kubeconfig(directory / "kubeconfig")
+            else:
+                plane = request.getfixturevalue("control_plane")
+                api = RayJobsOfCluster(plane)
+                end, kubeconfig = api.clear, plane.account("fineloop-pipeline")  # with the rights of infra/rbac alone
             operator = Operator(api, directory, environment)
-            patch.setenv("KUBECONFIG", str(api.kubeconfig(directory / "kubeconfig")))
+            patch.setenv("KUBECONFIG", str(kubeconfig))
             ray = RayConfig(cluster=RayJobCluster(kind="rayjob", backoff_limit=0))
             yield Cluster(ray, lambda name: (operator.dashboard.jobs.get(name) or operator.past[name]).status)
             operator.close()
-            api.close()
-        elif request.param == "kubernetes":
-            plane = request.getfixturevalue("control_plane")
-            rayjobs = RayJobsOfCluster(plane)
-            operator = Operator(rayjobs, directory, environment)
-            patch.setenv("KUBECONFIG", str(plane.account("fineloop-pipeline")))  # with the rights of infra/rbac alone
-            ray = RayConfig(cluster=RayJobCluster(kind="rayjob", backoff_limit=0))
-            yield Cluster(ray, lambda name: (operator.dashboard.jobs.get(name) or operator.past[name]).status)
-            operator.close()
-            rayjobs.clear()
+            end()
         else:
             (directory / "ray").mkdir()
             (directory / "ray" / "token").write_text(TOKEN)
@@ -307,36 +305,27 @@ def test_stop_run_stops_the_runs_jobs_and_no_others(cluster, run_id, tmp_path, s
     assert started[1].returncode == 0
 
 
-def test_a_missing_address_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "kind", "message"),
+    [
+        ("", UserError, "RAY_ADDRESS is not set"),
+        ("ray://head:10001", UserError, "ray://head:10001"),
+        ("http://127.0.0.1:9", JobError, r"could not connect to http://127\.0\.0\.1:9"),
+    ],
+)
+def test_an_address_that_leads_to_no_jobs_api_is_named(monkeypatch, address, kind, message) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UserError, match="RAY_ADDRESS is not set"):
-        submit_and_wait(job("r", "pass"))
-
-
-def test_an_address_that_is_no_jobs_api_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    with pytest.raises(UserError, match="ray://head:10001"):
-        submit_and_wait(job("r", "pass"))
-
-
-def test_a_cluster_out_of_reach_is_a_job_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    with pytest.raises(JobError, match=r"could not connect to http://127\.0\.0\.1:9"):
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(kind, match=message):
         submit_and_wait(job("r", "pass"))
 
 
 def test_a_missing_token_says_which_variables_to_set(tmp_path: Path) -> None:
-    api = JobsApi(tmp_path, token=TOKEN)
-    try:
-        step = subprocess.run(
-            submitting(job("r", "pass")),
-            env={**os.environ, "RAY_ADDRESS": api.address, "RAY_AUTH_MODE": "disabled"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    finally:
-        api.close()
+    with contextlib.closing(JobsApi(tmp_path, token=TOKEN)) as api:
+        environment = {**os.environ, "RAY_ADDRESS": api.address, "RAY_AUTH_MODE": "disabled"}
+        command = submitting(job("r", "pass"))
+        step = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert step.returncode == 1
     assert "JobError: could not connect" in step.stderr
     assert "RAY_AUTH_TOKEN_PATH" in step.stderr.splitlines()[-1]
