@@ -5,7 +5,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+import tomlkit
 
 from components.config import config_file
 from components.config.methods import setting
@@ -470,33 +471,17 @@ def changes(config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
 
 def apply(path: Path, config: RunConfig, best: Tuned) -> dict[str, str | int | float]:
     """Write the sweep's result to a config file, leaving the rest of its text as it is; return the keys that changed.
-    Raises ConfigError: the changed file could not be read, or would not have the learning rate that was found."""
+    Raises ConfigError: the changed file could not be read."""
     new = changes(config, best)
-    text = path.read_text(encoding="utf-8")
+    document = tomlkit.parse(path.read_text(encoding="utf-8"))
     for key, value in new.items():
-        text = with_key(text, key, value)
-    by_hand = f"{path}, which is left as it is; set {' '.join(setting(key, value) for key, value in new.items())}"
+        section, _, name = key.partition(".")
+        document.setdefault(section, tomlkit.table())[name] = value
+    text = tomlkit.dumps(document)
     try:
-        written = config_file.loads(text, origin=str(path))
+        config_file.loads(text, origin=str(path))
     except ConfigError as exc:
-        raise ConfigError(f"--apply would spoil {by_hand}: {exc}") from exc
-    if written.learning_rate != best.learning_rate:
-        raise ConfigError(f"--apply does not find its way in {by_hand}")
+        by_hand = " ".join(setting(key, value) for key, value in new.items())
+        raise ConfigError(f"--apply would spoil {path}, which is left as it is; set {by_hand}: {exc}") from exc
     path.write_text(text, encoding="utf-8")
     return new
-
-
-def with_key(text: str, key: str, value: str | int | float) -> str:
-    """Set one key of a section in TOML text: in the key's line if it has one, else as the section's first key."""
-    section, _, name = key.partition(".")
-    line = f"{name} = " + (f'"{value}"' if isinstance(value, str) else f"{value:g}")
-    head = re.search(rf"^\[{re.escape(section)}\][ \t]*(#.*)?$", text, flags=re.MULTILINE)
-    if head is None:
-        return f"{text.rstrip()}\n\n[{section}]\n{line}\n"
-    following = re.compile(r"^\[", flags=re.MULTILINE).search(text, head.end())
-    end = following.start() if following else len(text)
-    body = text[head.end() : end]
-    changed, count = re.subn(
-        rf"^{name}[ \t]*=[^#\n]*?([ \t]*#.*)?$", lambda match: line + (match[1] or ""), body, flags=re.MULTILINE
-    )
-    return text[: head.end()] + (changed if count else f"\n{line}{body}") + text[end:]

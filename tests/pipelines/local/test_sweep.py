@@ -9,11 +9,10 @@ import pytest
 from components.config import config_file
 from components.records import runs
 from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
-from components.shared.errors import ConfigError
 from components.shared.protocol import Line
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.display import Display
-from pipelines.local.run import Place, apply, changes, run, sweep, sweep_lines, with_key
+from pipelines.local.run import Place, apply, changes, run, sweep, sweep_lines
 
 BEST = Tuned(
     method="qlora", rank=16, batch_size=16, prior=1e-3, learning_rate=3.16e-3, loss=1.0, is_inside=True,
@@ -30,30 +29,26 @@ def test_applying_changes_the_rate_and_not_a_byte_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "train",
     [
         "[train]\nlearning_rate = 1e-3 # tuned by hand\nepochs = 2\n",
         "[train] # how\nepochs = 2\n[ray]\nnum_workers = 2\n",
-        "[adapter]\nname = 'x'\n",
-        "",
         "[train]\nepochs = 2",
+        "",
+        "train = {epochs = 2, learning_rate = 1e-3}\n",
+        "train.epochs = 2\n",
     ],
 )
-def test_a_key_is_set_wherever_its_section_is(text: str) -> None:
-    before, after = tomllib.loads(text), tomllib.loads(with_key(text, "train.learning_rate", 5e-4))
-    assert after["train"].pop("learning_rate") == 5e-4
-    before.get("train", {}).pop("learning_rate", None)
-    assert after == {"train": {}, **before}
-    assert ("# tuned by hand" in text) == ("# tuned by hand" in with_key(text, "train.learning_rate", 5e-4))
-
-
-def test_a_config_whose_sections_are_written_otherwise_is_left_as_it_is(tmp_path: Path) -> None:
+def test_the_rate_is_set_however_its_section_is_written(train: str, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    path.write_text('adapter = {name = "x"}\nmodel = {base = "b"}\ndata = {source = "d"}\ntrain = {epochs = 2}\n')
-    before = path.read_text()
-    with pytest.raises(ConfigError, match=r"left as it is; set train\.learning_rate=0\.00316"):
-        apply(path, config_file.load(path), BEST)
-    assert path.read_text() == before
+    others = 'adapter = {name = "x"} # whose\nmodel.base = "b"\ndata = {source = "d"}\n'
+    path.write_text(others + train)
+    before = tomllib.loads(path.read_text())
+    apply(path, config_file.load(path), BEST)
+    after = tomllib.loads(path.read_text())
+    assert after.pop("train") == {**before.pop("train", {}), "learning_rate": 3.16e-3}
+    assert after == before
+    assert path.read_text().count("#") == (others + train).count("#")
 
 
 def test_another_method_that_won_is_applied_with_its_rank_and_rate() -> None:
