@@ -25,9 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baselines
+from benchmarks import baselines, example
 
-CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"
 SIDES = ("fineloop", "plain")
 TAUGHT = 480
 """Records that the adapter learns from, in one epoch: enough for it to answer with chapters."""
@@ -38,11 +37,7 @@ PROMPT = "Tell me in a few sentences what the flu is."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inference",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = example.parser("inference", __doc__)
     parser.add_argument("--records", type=int, default=120)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
@@ -106,14 +101,8 @@ def _compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 
 
 def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.inference", "--side", side]
-    command += ["--records", str(options.records), "--threads", str(options.threads), "--adapter", options.adapter]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True, check=True
-    )
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    chosen = ["--side", side, "--records", str(options.records), "--adapter", str(options.adapter)]
+    return example.in_process("inference", chosen, threads=options.threads)
 
 
 @contextmanager
@@ -128,28 +117,6 @@ def _others_at_work(busy: bool) -> Iterator[None]:
             each.wait()
 
 
-def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
-    """Config, base, its chat format, all records and what to multiply in, the same for both sides."""
-    import torch
-
-    from components.config import config_file
-    from components.prepare.rows import example_rows
-    from ray_jobs import entry
-    from ray_jobs.base import base_model
-    from ray_jobs.kernels import door
-    from ray_jobs.text import chat_format
-    from tests.doubles.datasets import validate
-
-    entry.quiet_libraries()
-    torch.set_num_threads(options.threads)
-    config = config_file.load(CONFIG)
-    base = base_model.resolve(config.model)
-    chat = chat_format.load(base, config.model)
-    keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
-    kernels = door.choose(config, base_model.load_config(base.path, config.model))
-    return config, base, chat, [each.record for each in keyed], kernels
-
-
 def _teach(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
@@ -158,7 +125,7 @@ def _teach(options: argparse.Namespace) -> dict[str, Any]:
     from ray_jobs.text.answer_loss import answer_nll
     from ray_jobs.text.batching import collate, plan_epoch, tokenize
 
-    config, base, chat, records, kernels = _parts(options)
+    config, base, chat, records, kernels = example.parts(options.threads)
     model = door.load_model(base, config.model, "nf4", kernels, use_gpu=False)
     adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=0)).train()
     optimizer = torch.optim.AdamW([each for each in adapted.parameters() if each.requires_grad], lr=1e-3)
@@ -171,10 +138,6 @@ def _teach(options: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
     build.save(adapted, options.adapter)
     return {"loss": loss.item()}
-
-
-def _held_out(options: argparse.Namespace, records: Sequence[Any]) -> Sequence[Any]:
-    return records[-options.records :]
 
 
 def _evaluated(
@@ -207,8 +170,8 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     from ray_jobs.scoring.generation import greedy, score
     from ray_jobs.text.batching import tokenize
 
-    config, base, chat, records, kernels = _parts(options)
-    records = _held_out(options, records)
+    config, base, chat, records, kernels = example.parts(options.threads)
+    records = records[-options.records :]
     model = door.load_model(base, config.model, "nf4", kernels, use_gpu=False).eval()
     started = time.perf_counter()  # what evaluation does before it can begin counts
     kernels.hold_dense_if_room(model)
@@ -240,32 +203,22 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, TextStreamer
+    from transformers import DataCollatorForSeq2Seq, TextStreamer
 
     from ray_jobs.kernels import float32_layers
     from ray_jobs.text.batching import tokenize
 
-    config, base, chat, records, kernels = _parts(options)
-    records = _held_out(options, records)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=nf4, dtype=torch.bfloat16)
+    config, base, chat, records, kernels = example.parts(options.threads)
+    records = records[-options.records :]
+    model = example.by_transformers(base, "nf4")
     started = time.perf_counter()
     model = PeftModel.from_pretrained(model, options.adapter).eval()
     if kernels.dtype == "float32":  # the same products for both, so that the loops are compared
         float32_layers.multiply_in_float32(model)
     tokenizer = chat.tokenizer
     split = tokenize(records, chat, config.model.max_length)
-    prompts, rows = [], []
-    for index in range(len(split)):
-        tokens = split.tokens[split.offsets[index] : split.offsets[index + 1]].tolist()
-        length = int(split.num_prompt_tokens[index])
-        prompts.append(tokens[:length])
-        rows.append({"input_ids": tokens, "labels": [-100] * length + tokens[length:]})
+    rows = example.rows(split)
+    prompts = [row["input_ids"][:length] for row, length in zip(rows, split.num_prompt_tokens.tolist(), strict=True)]
     collate = DataCollatorForSeq2Seq(tokenizer)
     nll, answers = [0.0] * len(rows), [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))

@@ -7,18 +7,17 @@ base. PEFT decomposes each residual by its own `_low_rank_decomposition`, a full
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors import safe_open
 
 from components.config import config_file
+from pipelines.configs import DEFAULT_CONFIG
 from ray_jobs import entry
 from ray_jobs.adapters.loftq import quantize, split
 from ray_jobs.base import base_model
 
-CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"
 LAYERS = [
     f"model.layers.{block}.{layer}"
     for block in (4, 22)
@@ -34,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     entry.quiet_libraries()
     torch.set_num_threads(options.threads)
-    base = base_model.resolve(config_file.load(CONFIG).model)
+    base = base_model.resolve(config_file.load(DEFAULT_CONFIG).model)
     with safe_open(next(base.path.glob("*.safetensors")), framework="pt") as file:
         weights = {name: file.get_tensor(f"{name}.weight") for name in LAYERS}
     for rank in (16, 64):

@@ -5,30 +5,26 @@ loaded, as `fineloop run` does once it is installed. What it trains and judges i
 servers, imports, loading, planning, Ray workers, report, is what this is about.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import example
 from components.config import config_file
 from components.records import runs
 from components.records.steps import Evaluation, TrainResult
 from components.report.run_files import RunFiles
+from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.run import Finished, Place, finished
 
-CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"
 WORK = ("training steps", "evaluation")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = example.parser("overhead", __doc__)
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
-    config = config_file.load(CONFIG, [f"train.max_steps={options.steps}"])
+    config = config_file.load(DEFAULT_CONFIG, [f"train.max_steps={options.steps}"])
     with (
         tempfile.TemporaryDirectory(prefix="fineloop-overhead-") as home,
         finished(config, Place(Path(home), sys.stderr), what="retrain") as ended,

@@ -4,25 +4,20 @@ Weights of a layer of the example's base and of one of a model of 7 billion, eac
 find is equal to the bit (tests/ray_jobs/base/test_four_bits.py).
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks import baselines
+from benchmarks import baselines, example
 from ray_jobs.base import four_bits
 
 SHAPES = {"1,536 x 576": (1536, 576), "11,008 x 4,096": (11008, 4096)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quantising",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = example.parser("quantising", __doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="each side this many times, in turn; the best counts")
     parser.add_argument("--record", action="store_true", help="make the ratios the baselines of this kind of processor")

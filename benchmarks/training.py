@@ -22,13 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks import baselines
+from benchmarks import baselines, example
 from benchmarks.peak import peak_mb
 
-CONFIG = Path(__file__).parents[1] / "pipelines" / "configs" / "icd10.toml"
 WARM_UP_STEPS = 2
 BATCH_SIZE = 16
 SIDES = ("fineloop", "trainer")
@@ -41,11 +39,7 @@ PROCESSORS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = example.parser("training", __doc__)
     parser.add_argument("--records", type=int, default=320)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
@@ -159,30 +153,18 @@ def _line(run: dict[str, float]) -> str:
 
 def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
     """Config, base, its chat format, tokenised records and what to multiply in, the same for both sides."""
-    import torch
-
-    from components.config import config_file
-    from components.prepare.rows import example_rows
-    from ray_jobs import entry
-    from ray_jobs.base import base_model
-    from ray_jobs.kernels import door
-    from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
-    from tests.doubles.datasets import validate
 
-    entry.quiet_libraries()
-    torch.set_num_threads(options.threads)
     num_workers = int(os.environ.get("WORLD_SIZE", "1"))
-    workers = [f"ray.num_workers={num_workers}", f"train.micro_batch_size={BATCH_SIZE // num_workers}"]
-    workers.append(f"ray.cpus_per_worker={options.threads}")
-    workers.append(f"ray.cpu_matmul_dtype={options.matmul_dtype}")
-    config = config_file.load(CONFIG, [*workers, f"method.base={options.base}"])
-    base = base_model.resolve(config.model)
-    chat = chat_format.load(base, config.model)
-    keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
-    split = tokenize([each.record for each in keyed[: options.records]], chat, config.model.max_length)
-    kernels = door.choose(config, base_model.load_config(base.path, config.model))
-    return config, base, chat, split, kernels
+    config, base, chat, records, kernels = example.parts(
+        options.threads,
+        f"ray.num_workers={num_workers}",
+        f"train.micro_batch_size={BATCH_SIZE // num_workers}",
+        f"ray.cpus_per_worker={options.threads}",
+        f"ray.cpu_matmul_dtype={options.matmul_dtype}",
+        f"method.base={options.base}",
+    )
+    return config, base, chat, tokenize(records[: options.records], chat, config.model.max_length), kernels
 
 
 def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
@@ -206,39 +188,17 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _trainer(options: argparse.Namespace) -> dict[str, float]:
-    import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoModelForCausalLM,
-        BitsAndBytesConfig,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
     from ray_jobs.kernels import float32_layers
 
     config, base, chat, split, kernels = _parts(options)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    quantization = {"nf4": nf4, "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}[options.base]
-    model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization, dtype=torch.bfloat16)
+    model = example.by_transformers(base, options.base)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     if kernels.dtype == "float32":  # the same products for both, so that the loops are compared
         float32_layers.multiply_in_float32(model)
-    rows = []
-    for index in range(len(split)):
-        tokens = split.tokens[split.offsets[index] : split.offsets[index + 1]].tolist()
-        prompt = int(split.num_prompt_tokens[index])
-        rows.append(
-            {"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:], "attention_mask": [1] * len(tokens)}
-        )
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         started = 0.0
@@ -267,7 +227,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=rows,
+            train_dataset=example.rows(split),
             data_collator=DataCollatorForSeq2Seq(chat.tokenizer),
             callbacks=[clock],
         )

@@ -45,40 +45,25 @@ class Ways:
         return self.left("scheduled", run.record["run_id"])
 
     def ray_job(self) -> dict[str, Any]:
-        command = [
-            str(Path(sys.executable).parent / "ray"),
-            "job",
-            "submit",
-            "--working-dir",
-            ".",
-            "--",
-            "python",
-            "-m",
-        ]
-        command += [
-            "ray_jobs.finetune",
-            "--config",
-            "pipelines/configs/icd10.toml",
-            *self.options("ray"),
-            "--run-id",
-            "ray",
-        ]
-        done = subprocess.run(
-            command, cwd=CHECKOUT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "step 4/4" in done.stdout
+        job = "job submit --working-dir . -- python -m ray_jobs.finetune --config pipelines/configs/icd10.toml"
+        printed = self.printed("ray", *job.split(), *self.options("ray"), "--run-id", "ray")
+        assert "step 4/4" in printed
         found = self.left("ray", "ray")
-        assert found["version"] in done.stdout
+        assert found["version"] in printed
         return found
 
-    def on_kubeflow(self, *arguments: str) -> dict[str, Any]:
-        command = [str(Path(sys.executable).parent / "fineloop"), *arguments, "--host", self.kubeflow.url, "--json"]
+    def printed(self, program: str, *arguments: str) -> str:
+        """What a command of this environment prints, from the checkout."""
+        command = [str(Path(sys.executable).parent / program), *arguments]
         done = subprocess.run(
             command, cwd=CHECKOUT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return done.stdout
+
+    def on_kubeflow(self, *arguments: str) -> dict[str, Any]:
+        printed = self.printed("fineloop", *arguments, "--host", self.kubeflow.url, "--json")
+        answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return answer
 
     def left(self, way: str, run_id: str) -> dict[str, Any]:
@@ -103,14 +88,8 @@ def ways(tiny: Tiny, up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Ite
     given.put("colours.jsonl", tiny.data)
     for path in tiny.base.iterdir():
         given.put(f"base/{path.name}", path)
-    short = {
-        "data.max_records": 120,
-        "train.max_steps": 4,
-        "evaluate.records": 20,
-        "gate.limits": "[]",
-        "gate.min_records": 2,
-    }
-    short |= {"data.source": given.uri("colours.jsonl"), "model.base": given.uri("base")}
+    short = {"data.max_records": 120, "train.max_steps": 4, "evaluate.records": 20, "gate.limits": "[]"}
+    short |= {"gate.min_records": 2, "data.source": given.uri("colours.jsonl"), "model.base": given.uri("base")}
     settings = [*tiny.settings, *[part for key, value in short.items() for part in ("--set", f"{key}={value}")]]
     with serving(environment) as kubeflow:
         yield Ways(tiny.home, settings, environment, kubeflow)

@@ -1,18 +1,11 @@
 """The whole machinery on a tiny base: free answers, interruption, repetition, and input that is wrong."""
 
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Tiny
-from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -62,48 +55,3 @@ def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(
     assert again["run_id"] in went_on["started"]["submission_id"]
     assert went_on["hardware"]["workers"] == 2
     assert f"It went on from {first['version']}." in Path(again["report"]).read_text()
-
-
-@pytest.mark.full
-def test_ctrl_c_leaves_no_process_no_port_and_no_half_published_version(tiny: Tiny, tmp_path: Path):
-    interrupted = type(tiny)(type(tiny.home)(tmp_path / "home"), tiny.base, tiny.data)
-    command = interrupted.home.command("run", *tiny.settings, "--set", "train.epochs=500", "--set", "adapter.name=cut")
-    process = subprocess.Popen(
-        command,
-        env=interrupted.home.environment,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    output = ""
-    for line in process.stderr:
-        output += line
-        if "step 3" in line:
-            break
-    assert process.poll() is None, output
-    endpoint = json.loads((interrupted.home.path / "store" / "endpoint.json").read_text())
-    port = int(endpoint["url"].rpartition(":")[2])
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130
-    wait_until(lambda: not _processes_naming(interrupted.home.path), lambda: _processes_naming(interrupted.home.path))
-    with contextlib.closing(socket.socket()) as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
-    # The next command finds the store as it should be, and what the interrupted run left is no version.
-    assert interrupted.home.fineloop("adapters", "list").answer["adapters"] == []
-
-
-def _processes_naming(path: Path) -> dict[int, str]:
-    """Live processes whose command line or environment names the path."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):
-            command = (entry / "cmdline").read_bytes()
-            if str(path).encode() in command + (entry / "environ").read_bytes():
-                found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")[:200]
-    return found

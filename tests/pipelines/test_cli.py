@@ -19,7 +19,6 @@ from docs.generate import commands
 from pipelines import cli
 from pipelines.commands.arguments import load_config
 from pipelines.configs import DEFAULT_CONFIG
-from tests.doubles.jobs_api import JobsApi
 from tests.pipelines.command_line import body, fineloop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,10 +49,8 @@ def test_help_teaches_every_command_and_loads_nothing_heavy(tmp_path: Path) -> N
         (["schedule", "create", "nightly", "--cron", "0 25 * * *"], "hour takes 0-23"),
         (["submit", "--param", "rows"], "expected NAME=VALUE"),
         (["runs", "list", "--state", "done"], "canceled"),
-        (["data", "erase"], "the following arguments are required: ID"),
         (["data", "erase", "17", "--unknown"], "--unknown"),
         (["trian"], "did you mean train?"),
-        (["adapters", "shw"], "did you mean show?"),
         (["adapters"], "COMMAND"),
         (["plan", "--sett", "x=1"], "unrecognized arguments: --sett x=1: did you mean --set?"),
         (["init"], "your data is not named: give DATA"),
@@ -258,17 +255,6 @@ def test_env_of_a_server_that_is_not_up_says_how_to_start_it(group: str, tmp_pat
     assert done.returncode == 1
     assert f"fineloop {group} up" in done.stderr
     assert done.stdout == ""
-
-
-@pytest.mark.slow
-def test_a_users_mistake_in_a_ray_job_ends_the_run_with_2(
-    stub_cluster: JobsApi, config_path: Path, tmp_path: Path
-) -> None:
-    done = fineloop("run", "-c", config_path, "--set", "method.dropout=0.1", "--json", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "fineloop: data.source: every answer is empty" in done.stderr
-    assert "log: " in done.stderr
-    assert body(done)["error"]["kind"] == "DataError"
 
 
 def test_doctor_says_once_that_a_server_is_away_and_what_to_set(tmp_path: Path) -> None:

@@ -73,14 +73,6 @@ def test_a_base_that_no_pods_disk_holds_is_exit_1(
 
 
 @pytest.mark.slow
-def test_a_plan_without_a_gpu_leaves_the_time_to_the_runs_first_steps(here: Path) -> None:
-    done = fineloop("plan", "-c", "plan.toml", "--set", "ray.use_gpu=false", "--json", cwd=here)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens_per_s"] is None
-    assert "speed, time and cost: unknown; without a GPU a run shows them from its first steps" in done.stderr
-
-
-@pytest.mark.slow
 def test_a_plan_of_all_methods_has_a_line_for_each_and_the_reason_why_one_is_refused(here: Path) -> None:
     kept = ("--set", "method.base=bf16", "--set", "method.name=lora")
     done = fineloop("plan", "-c", "plan.toml", *kept, "--json", "--all-methods", cwd=here)

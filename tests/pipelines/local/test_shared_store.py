@@ -129,24 +129,6 @@ def test_a_stale_endpoint_file_fools_nobody(machine):
     client(user.environment).head_bucket(Bucket="bucket-one")
 
 
-@pytest.mark.slow
-def test_ports_that_somebody_else_took_are_replaced(machine):
-    user = machine.user()
-    earlier = machine.listeners(machine.processes(store_service(machine.home)))
-    user.leave()
-    port = int(user.environment["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
-    store_service(machine.home).down()  # it may have ended by itself with its last user
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        other = machine.user()
-        assert other.environment["AWS_ENDPOINT_URL"] != user.environment["AWS_ENDPOINT_URL"]
-        client(other.environment).head_bucket(Bucket="bucket-one")
-        now = machine.listeners(machine.processes(store_service(machine.home)))
-        assert len(set(now) & set(earlier)) >= len(earlier) - 2  # the other ports are the same as before
-
-
 def test_up_keeps_the_server_without_users_until_down(machine):
     environment = up("store", machine.home, "bucket-one")
     processes = machine.processes(store_service(machine.home))

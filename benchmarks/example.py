@@ -1,0 +1,79 @@
+"""The built-in example as the benchmarks read it, and what several of them share."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from components.config import config_file
+from pipelines.configs import DEFAULT_CONFIG
+
+
+def parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def in_process(name: str, options: Sequence[str], *, threads: int) -> dict[str, Any]:
+    """What a benchmark prints last when a process of its own measures with these options."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *options, "--threads", str(threads)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def parts(threads: int, *overrides: str) -> tuple[Any, Any, Any, list[Any], Any]:
+    """Config, base, its chat format, all records and what to multiply in."""
+    import torch
+
+    from components.prepare.rows import example_rows
+    from ray_jobs import entry
+    from ray_jobs.base import base_model
+    from ray_jobs.kernels import door
+    from ray_jobs.text import chat_format
+    from tests.doubles.datasets import validate
+
+    entry.quiet_libraries()
+    torch.set_num_threads(threads)
+    config = config_file.load(DEFAULT_CONFIG, overrides)
+    base = base_model.resolve(config.model)
+    keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
+    kernels = door.choose(config, base_model.load_config(base.path, config.model))
+    return config, base, chat_format.load(base, config.model), [each.record for each in keyed], kernels
+
+
+def by_transformers(base: Any, stored: str) -> Any:
+    """The base as transformers loads it, stored in `nf4`, `int8` or `bf16`."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    quantization = {"nf4": nf4, "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}[stored]
+    return AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization, dtype=torch.bfloat16)
+
+
+def rows(split: Any) -> list[dict[str, list[int]]]:
+    """Tokens and labels of each record, as transformers takes them."""
+    found = []
+    for index in range(len(split)):
+        tokens = split.tokens[split.offsets[index] : split.offsets[index + 1]].tolist()
+        prompt = int(split.num_prompt_tokens[index])
+        found.append({"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:]})
+    return found
