@@ -1,6 +1,13 @@
-"""The spec of a training by a config, for tests that have no driver."""
+"""Configs with some keys changed, and the spec of a training by one, for tests that have no driver."""
 
 from typing import Any
+
+from components.config import config_file
+from components.config.schema import RunConfig
+
+
+def changed(config: RunConfig, *overrides: str) -> RunConfig:
+    return config_file.loads(config_file.dumps(config), overrides)
 
 
 def spec_of(config: Any, **resolved: Any) -> Any:

@@ -40,3 +40,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tiny_base: Path) -> RunConfig:
     """Plain LoRA on the tiny base, two workers."""
     return config_file.loads(CONFIG.format(base=tiny_base))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for this test; gives its folder of bases."""
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bases"

@@ -10,7 +10,6 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 
-from components.config import config_file
 from components.config.schema import RunConfig
 from components.gate.comparisons import parse_evidence
 from components.prepare.dataset import Message, Record
@@ -30,6 +29,7 @@ from ray_jobs.scoring.answers import MARKS, Score
 from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
+from tests.models.spec import changed
 from tests.models.tiny import build_base, colour_rows
 from tests.ray_jobs.plain import Plain, plain_of, published
 
@@ -51,10 +51,6 @@ def _threads() -> Iterator[None]:
 def config(config: RunConfig, store: Store) -> RunConfig:
     place = f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"
     return changed(config, *place, f"evaluate.max_new_tokens={MAX_NEW_TOKENS}")
-
-
-def changed(config: RunConfig, *overrides: str) -> RunConfig:
-    return config_file.loads(config_file.dumps(config), overrides)
 
 
 def assert_scores_are(scores: list[Score], plain: Plain) -> None:
@@ -131,6 +127,7 @@ def test_prompt_gain_is_the_loss_behind_the_next_prompt_minus_the_loss_behind_it
     assert metrics["prompt_gain"] == pytest.approx((other - own) / sum(tokens), abs=2 * NOISE)
     assert metrics["loss"] == pytest.approx(own / sum(tokens), abs=NOISE)
     assert summary.metric("base", "prompt_gain") is None
+    assert (summary.models["champion"], summary.paired["champion"], summary.samples[0]["champion"]) == (None,) * 3
     assert abs(other - own) / sum(tokens) > 3 * NOISE
 
 
@@ -305,18 +302,6 @@ def test_labels_that_only_their_writing_tells_apart_are_scored_as_such(config):
 
     assert marked(base) == 1
     assert marked(dataclasses.replace(base, alike=alike([answer.text, other.answer]))) == 0
-
-
-def test_without_a_champion_its_place_is_empty(config, store, tmp_path):
-    version = published(config, store, tmp_path, seed=1)
-    contenders = _contenders(config, store, version)
-    assert contenders[0] == Contender("base", config, None, base_model.resolve(config.model).identity)
-    found = measure_shard(contenders, RECORDS, shard_index=0)
-    summary = compared(config, contenders, RECORDS, list(found.tokens.values()), found.scores, run_id="r")
-    assert summary.models["champion"] is None
-    assert summary.paired["champion"] is None
-    assert summary.samples[0]["champion"] is None
-    assert summary.samples[0]["prompt"] == RECORDS[0].prompt[0].content
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("b", 8), ("b" * 20, 21), ("b" * 400, 401)])

@@ -23,9 +23,7 @@ from tests.models.tiny_version import RECORDS, on_its_base, publish
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

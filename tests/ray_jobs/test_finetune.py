@@ -15,11 +15,8 @@ from ray_jobs.preview import previewed
 from ray_jobs.sweep import sweep
 from tests.doubles import datasets
 from tests.models import zoo
+from tests.models.spec import changed
 from tests.models.tiny import colour_rows
-
-
-def changed(config, *overrides):
-    return config_file.loads(config_file.dumps(config), overrides)
 
 
 def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(config, store, tmp_path):

@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 
 from components.config import config_file
@@ -24,6 +23,7 @@ from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.text.batching import TokenizedSplit
 from tests.models import zoo
 from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B, small
+from tests.models.splits import split_of
 
 CONFIG = """
 [adapter]
@@ -99,17 +99,9 @@ def test_a_worker_that_offloads_more_than_its_pod_has_is_reported():
     assert body["host_memory_bytes"] > 60 * GIB  # half of 138 GB in 16 bits
 
 
-@pytest.mark.parametrize(
-    ("gpu", "dtype", "expected"),
-    [
-        ("T4", "auto", "float16"),
-        ("V100", "auto", "float16"),
-        ("A10G", "auto", "bfloat16"),
-        ("T4", "bfloat16", "bfloat16"),
-    ],
-)
-def test_a_gpu_trains_in_the_16_bits_that_it_has(gpu, dtype, expected):
-    assert plan.dtype_of(dtype, GPUS[gpu]) == expected
+def test_a_gpu_trains_in_the_16_bits_that_it_has():
+    assert [plan.dtype_of("auto", GPUS[gpu]) for gpu in ("T4", "V100", "A10G")] == ["float16", "float16", "bfloat16"]
+    assert plan.dtype_of("bfloat16", GPUS["T4"]) == "bfloat16"
 
 
 def test_your_own_price_wins_over_the_list(tmp_path):
@@ -284,31 +276,11 @@ def test_the_memory_of_cpu_workers_is_the_clusters_shared_out():
 
 
 def split(lengths: list[int], answers: list[int]) -> TokenizedSplit:
-    return TokenizedSplit(
-        ids=[str(i) for i in range(len(lengths))],
-        tokens=np.zeros(sum(lengths), dtype=np.int32),
-        labelled=np.concatenate([np.arange(n) >= n - a for n, a in zip(lengths, answers, strict=True)]),
-        offsets=np.cumsum([0, *lengths]),
-        num_prompt_tokens=np.asarray(lengths) - np.asarray(answers),
-        too_long=[],
-        cut=[],
-    )
+    return split_of(*(([0] * (n - a), [0] * a) for n, a in zip(lengths, answers, strict=True)))
 
 
 def test_a_training_plans_for_its_own_longest_records():
     assert WorstBatch.of(split([40, 90, 20], [3, 5, 10]), 2) == WorstBatch(90, 8)
-
-
-def test_before_a_training_two_lines_say_what_it_takes(tmp_path):
-    small().save_pretrained(tmp_path)
-    config = configured(tmp_path, "ray.use_gpu=false")
-    records = split([40, 90, 20], [3, 5, 10])
-    trained, needed = before_training(config, tmp_path, records, [node(CPU=2, memory=8e9)]).lines
-    assert trained.startswith("lora trains ")
-    assert "each worker needs about 0.6 GiB" in needed
-    assert needed.endswith("of 7.5 on this cluster: fits")
-    gpu = before_training(configured(tmp_path).model_copy(), tmp_path, records, [])
-    assert gpu.lines[1].endswith("on A10G: fits")
 
 
 def test_a_rank_above_the_full_rank_of_a_layer_is_said(tmp_path):
@@ -360,21 +332,6 @@ def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_
     assert not outlook("train.dense_base=false")[1].dense_base
     assert not outlook("train.zero_stage=3", "ray.num_workers=2")[1].dense_base
     assert not before_training(configured(tmp_path), tmp_path, records, []).dense_base  # on a GPU
-
-
-@pytest.mark.full
-def test_the_plan_counts_a_base_that_is_held_dense(tmp_path):
-    config = configured(tmp_path, "ray.use_gpu=false", "method.name=qlora", "data.max_records=10")
-    bodies = [plan.planned(config, small(), cpu_device("this machine", memory, 1)) for memory in (8 * GIB, GIB // 2)]
-    assert [body["dense_base"] for body in bodies] == [True, False]
-    assert bodies[0]["memory_bytes"]["weights"] > 2 * bodies[1]["memory_bytes"]["weights"]
-
-
-def test_layers_that_the_base_does_not_have_are_reported_before_any_worker_starts(tmp_path):
-    small().save_pretrained(tmp_path)
-    config = configured(tmp_path, "method.target_modules=['no_such_layer']")
-    with pytest.raises(ConfigError, match=r"method\.target_modules"):
-        before_training(config, tmp_path, split([10], [2]), [])
 
 
 def test_a_base_that_cannot_be_planned_for_is_trained_all_the_same(tmp_path):

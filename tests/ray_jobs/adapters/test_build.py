@@ -93,13 +93,6 @@ def test_the_same_adapter_is_written_as_the_same_bytes_by_every_process(name, sa
     assert set(one) == {"adapter_model.safetensors", "adapter_config.json"}
 
 
-def test_a_version_names_the_base_and_no_folder_of_this_machine(tiny_base, tmp_path):
-    build.save(adapted_base(tiny_base, MethodConfig(rank=4)), tmp_path)
-    text = (tmp_path / "adapter_config.json").read_text()
-    assert json.loads(text)["base_model_name_or_path"] == REFERENCE
-    assert str(tiny_base) not in text
-
-
 @pytest.mark.parametrize(
     ("method", "spelled"),
     [
@@ -121,27 +114,13 @@ def test_a_row_of_the_table_is_spelled_as_peft_spells_it(method, spelled, tiny_b
     build.save(adapted_base(tiny_base, method), tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {key: saved[key] for key in spelled} == spelled
-    assert saved["task_type"] == "CAUSAL_LM"
+    assert (saved["task_type"], saved["base_model_name_or_path"]) == ("CAUSAL_LM", REFERENCE)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_fresh_adapter_changes_nothing_yet(name, tiny_base):
     fresh = logits(adapted_base(tiny_base, MethodConfig(name=name, rank=4)))
     torch.testing.assert_close(fresh, logits(plain_base(tiny_base)))
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_as_many_parameters_train_as_the_papers_formula_says(name, tiny_base):
-    r = 4
-    trained = {
-        "lora": lambda d_in, d_out: r * (d_in + d_out),
-        "dora": lambda d_in, d_out: r * (d_in + d_out) + d_out,
-        "vera": lambda d_in, d_out: r + d_out,
-        "dvora": lambda d_in, d_out: r + 2 * d_out,
-    }[METHODS[name].adapter]
-    layers = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # of the tiny model, two times
-    model = adapted_base(tiny_base, MethodConfig(name=name, rank=r))
-    assert model.get_nb_trainable_parameters()[0] == 2 * sum(trained(*shape) for shape in layers)
 
 
 @pytest.mark.parametrize("name", ["vera", "dvora"])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
-from components.registry.versions import publish_version
 from components.shared.errors import ConfigError
 from components.store import folders
 from components.store.store import Store
@@ -23,9 +22,7 @@ from ray_jobs.adapters import build, own_base
 from ray_jobs.adapters.loftq import NF4, find_layers, split
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
-from ray_jobs.evaluate import _contenders
 from ray_jobs.planning.capacity import before_training
-from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import collate, tokenize
@@ -42,19 +39,7 @@ INPUT_IDS = torch.arange(24).view(2, 12)
 Changed = Callable[..., RunConfig]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for each test."""
-    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "bases"
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """An evaluation sets the number of threads of its process."""
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
@@ -243,27 +228,6 @@ def test_a_checkpoint_without_the_head_is_read_by_its_shorter_names(changed, lea
     assert layers.keys() == originals(changed()).keys()
     name = "model.layers.1.mlp.up_proj"
     assert torch.equal(layers[name].read(torch.device("cpu")), weights[f"{name}.weight"])
-
-
-def test_an_evaluation_puts_each_contender_on_its_own_base(changed, store, tmp_path):
-    config = changed("evaluate.max_new_tokens=2")
-    original, base = base_model.resolve(config.model), stood(config, store)
-    candidate = adapted(base, config)
-    build.save(candidate, tmp_path / "adapter")
-    about = {"base": {"identity": original.identity}, "dataset": {"uri": ""}}
-    lineage = {"config": config.model_dump(mode="json"), **about}
-    files = {path.name: path for path in (tmp_path / "adapter").iterdir()}
-    version = publish_version(store, config.adapter.name, files, lineage=lineage)
-    records = RECORDS[:6]
-    scores = measure_shard(_contenders(config, store, version), records, shard_index=1).scores
-
-    chat = chat_format.load(original, config.model)
-    tokens = collate(tokenize(records, chat, 64), list(range(6)), chat.pad)
-    for role, model in (("base", loaded(original, config)), ("candidate", candidate)):
-        with torch.inference_mode():
-            nll = answer_nll(model, tokens["input_ids"], tokens["labels"]).sum().item()
-        assert sum(score.nll for score in scores[role]) == pytest.approx(nll, rel=0.01)
-    assert sum(score.nll for score in scores["base"]) > 1.02 * sum(score.nll for score in scores["candidate"])
 
 
 def stand_on_rank(config_toml: str) -> str:

@@ -30,11 +30,7 @@ Changed = Callable[..., RunConfig]
 ANOTHER = "0" * 16
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for each test."""
-    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "bases"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

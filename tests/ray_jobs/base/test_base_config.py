@@ -1,6 +1,5 @@
 """Every form of `model.base`, what a base's configuration says, and what of it limits a config."""
 
-import io
 import json
 from pathlib import Path
 
@@ -12,15 +11,7 @@ from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from ray_jobs.base import base_model
-from ray_jobs.base.local_cache import local_path
-from tests.models.shapes import LLAMA_2_7B, small
-from tests.models.tiny_gguf import build_package
-
-
-def test_a_folder_with_nothing_but_a_config_will_do(tmp_path):
-    LLAMA_2_7B.save_pretrained(tmp_path)
-    read = base_model.read_config(ModelConfig(base=str(tmp_path)))
-    assert (read.model_type, read.num_hidden_layers, read.hidden_size) == ("llama", 32, 4096)
+from tests.models.shapes import small
 
 
 def test_of_an_s3_folder_the_config_alone_is_read(store: Store):
@@ -28,6 +19,9 @@ def test_of_an_s3_folder_the_config_alone_is_read(store: Store):
     store.put("bases/small/config.json", body)
     store.put("bases/small/model.safetensors", b"never read")
     assert base_model.read_config(ModelConfig(base=store.uri("bases/small/"))).hidden_size == 128
+    store.put("bases/empty/README.md", b"nothing")
+    with pytest.raises(ConfigError, match=r"no config\.json there"):
+        base_model.read_config(ModelConfig(base=store.uri("bases/empty/")))
 
 
 @pytest.mark.parametrize(
@@ -47,14 +41,9 @@ def test_of_an_s3_folder_the_config_alone_is_read(store: Store):
 )
 def test_a_base_that_is_not_there_is_the_users_mistake(base, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=message):
-        base_model.read_config(ModelConfig(base=base.format(tmp=tmp_path)))
-
-
-def test_an_s3_folder_without_a_config_is_no_model(store: Store):
-    store.put("bases/empty/README.md", io.BytesIO(b"nothing").getvalue())
-    with pytest.raises(ConfigError, match=r"no config\.json there"):
-        base_model.read_config(ModelConfig(base=store.uri("bases/empty/")))
+    for read in (base_model.read_config, base_model.resolve):
+        with pytest.raises(ConfigError, match=message):
+            read(ModelConfig(base=base.format(tmp=tmp_path)))
 
 
 def test_a_configuration_that_transformers_does_not_know_is_the_users_mistake(tmp_path):
@@ -132,14 +121,6 @@ def test_a_context_that_is_lowered_leaves_room_for_the_answers_that_were_asked_f
         base_model.fitted(config, GPT2Config(n_positions=512), [].append)
 
 
-def test_each_form_is_what_it_says(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert [local_path(each) for each in ("org/name", "gpt2", "s3://bucket/folder/")] == [None] * 3
-    assert local_path(str(tiny_base)) == tiny_base
-    gguf = build_package(tiny_base, tmp_path, "packaged_weights", "tiny.gguf")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert local_path("pkg://packaged_weights/tiny.gguf") == gguf
-
-
 def test_a_folder_of_the_users_home_is_planned_and_trained(tiny_base: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").symlink_to(tiny_base)
@@ -147,15 +128,3 @@ def test_a_folder_of_the_users_home_is_planned_and_trained(tiny_base: Path, tmp_
     assert base_model.resolve(config).path == tmp_path / "model"
     assert base_model.read_config(config).hidden_size == 64
     assert base_model.locate(config) == tmp_path / "model"
-
-
-@pytest.mark.parametrize(
-    "reference", ["ftp://host/model", "/no/such/folder", "./none", "~/none", "pkg://nowhere/a.gguf"]
-)
-def test_what_is_nothing_is_refused_by_all_alike(reference: str):
-    said = set()
-    for read in (base_model.resolve, base_model.read_config, base_model.locate):
-        with pytest.raises(ConfigError) as caught:
-            read(ModelConfig(base=reference))
-        said.add(str(caught.value))
-    assert len(said) == 1

@@ -67,16 +67,6 @@ def sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-def test_a_file_is_read_once_by_all_processes_of_a_machine(tmp_path):
-    path, known = tmp_path / "weights", tmp_path / "known"
-    path.write_bytes(b"one")
-    assert remembered(path, known) == sha256(b"one")
-    opened.clear()
-    assert remembered(path, known) == sha256(b"one")
-    assert str(path) not in opened
-    assert len([each for each in known.iterdir() if each.is_file()]) == 1
-
-
 def test_of_processes_that_ask_at_once_one_reads(tmp_path, monkeypatch: pytest.MonkeyPatch):
     path, known, another = tmp_path / "weights", tmp_path / "known", threading.Event()
     path.write_bytes(b"one")

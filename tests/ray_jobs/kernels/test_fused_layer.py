@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -14,6 +13,7 @@ from ray_jobs.kernels import float32_layers, fused, fused_attention, fused_layer
 from ray_jobs.text import answer_loss
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit
+from tests.models.splits import split_of
 
 KINDS = {
     "Llama, biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -92,17 +92,8 @@ def gradients(model):
 
 def beginning_alike(*, prompt: int) -> TokenizedSplit:
     """Three records with 9 tokens in common, of which all after the first `prompt` are to be learned."""
-    begin, rests = IDS[0, :9], (IDS[0, 9:], IDS[1, 9:14], IDS[2, 9:17])
-    rows = [torch.cat([begin, rest]) for rest in rests]
-    return TokenizedSplit(
-        ids=["0", "1", "2"],
-        tokens=torch.cat(rows).int().numpy(),
-        labelled=torch.cat([torch.arange(len(row)) >= prompt for row in rows]).numpy(),
-        offsets=np.cumsum([0, *map(len, rows)]),
-        num_prompt_tokens=np.full(3, prompt, np.int32),
-        too_long=[],
-        cut=[],
-    )
+    rows = [torch.cat([IDS[0, :9], rest]) for rest in (IDS[0, 9:], IDS[1, 9:14], IDS[2, 9:17])]
+    return split_of(*((row[:prompt], row[prompt:]) for row in rows))
 
 
 def goes_fused(model, **inputs) -> bool:

@@ -6,9 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -34,24 +32,6 @@ SHAPE = (1536, 576)
 )
 def test_float32_is_taken_where_it_is_clearly_faster_for_one_worker(measured: list[float], dtype: str):
     assert door.faster(measured).dtype == dtype
-
-
-def test_what_else_the_machine_does_decides_nothing():
-    """A busy machine takes the processor away in the middle of a product, as a sleep does."""
-    linear, threads = torch.nn.functional.linear, torch.get_num_threads()
-
-    def interrupted(*arguments: Any) -> torch.Tensor:
-        time.sleep(0.1)
-        return linear(*arguments)
-
-    torch.set_num_threads(1)
-    try:
-        alone = door.measure(SHAPE)
-        with mock.patch.object(torch.nn.functional, "linear", interrupted):
-            found = door.measure(SHAPE)
-    finally:
-        torch.set_num_threads(threads)
-    assert found < 5 * alone
 
 
 def test_the_config_decides_without_a_measurement(config: RunConfig):

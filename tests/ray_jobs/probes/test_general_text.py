@@ -1,7 +1,6 @@
 """What models make of general text, against transformers' own loss, and what is not read twice."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -41,18 +40,6 @@ def version(config: RunConfig, store: Store, tmp_path) -> Version:
 def asked(config: RunConfig, store: Store, *versions: Version) -> Passages:
     chat = chat_format.load(base_model.resolve(config.model), config.model)
     return prepare_passages(store, chat, config, contenders(config, *versions))
-
-
-def test_every_passage_says_where_it_is_from_and_any_beginning_is_a_mixture() -> None:
-    kinds = [passage["source"] for passage in SHIPPED["passages"]]
-    assert len({passage["text"] for passage in SHIPPED["passages"]}) == len(kinds) == 240
-    assert set(kinds) == SHIPPED["sources"].keys()
-    assert all(
-        "public domain" in compare or "copyright has expired" in compare for compare in SHIPPED["sources"].values()
-    )
-    for end in range(4, 241, 4):
-        counted = Counter("classics" if kind in ("pride", "opticks") else kind for kind in kinds[:end])
-        assert set(counted.values()) == {end // 4}
 
 
 def read(config: RunConfig, version: Version, passages: Passages) -> Findings:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.records.steps import HarnessScores, TaskScore
@@ -24,6 +23,7 @@ from ray_jobs.probes import harness
 from ray_jobs.probes.tasks import checks
 from ray_jobs.scoring.measure import measure_shard, merged
 from ray_jobs.text import chat_format
+from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, remember
 
@@ -49,10 +49,6 @@ metadata: {{version: 1.0}}
 """
 SCORES = (TaskScore(task="colours", metric="acc", value=0.5, stderr=0.25),)
 EVERYBODY = {"base", "champion", "candidate"}
-
-
-def changed(config: RunConfig, *overrides: str) -> RunConfig:
-    return config_file.loads(config_file.dumps(config), overrides)
 
 
 @pytest.fixture
@@ -128,7 +124,9 @@ def test_tasks_are_told_in_a_line_each() -> None:
     assert tasks.outcome([], None).lines == ["lm-eval: left out, as its workers hold the base together"]
 
 
-def test_what_an_earlier_run_has_found_is_not_run_again(config, store, version, folder, known_tasks) -> None:
+def test_what_an_earlier_run_has_found_is_not_run_again(
+    config, store, version, folder, known_tasks, monkeypatch
+) -> None:
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
     tasks = asked(config, store, champion, candidate)
     assert tasks.roles == EVERYBODY
@@ -143,16 +141,10 @@ def test_what_an_earlier_run_has_found_is_not_run_again(config, store, version, 
     for other in ("evaluate.lm_eval_limit=2", "evaluate.lm_eval=['our_colours','arc_easy']"):
         assert asked(changed(config, other), store, champion, candidate).roles == EVERYBODY
     assert asked(changed(config, "evaluate.lm_eval=[]"), store, champion, candidate) == harness.NO_TASKS
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.metadata, "version", lambda name: "0.4.14")
+        assert asked(config, store, champion, candidate).roles == EVERYBODY
     (folder / "colours.jsonl").write_text(json.dumps(DOCUMENTS[0]))
-    assert asked(config, store, champion, candidate).roles == EVERYBODY
-
-
-def test_another_lm_eval_has_other_tasks(config, store, version, known_tasks, monkeypatch) -> None:
-    champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
-    ran = [{"base": SCORES, "candidate": SCORES}]
-    before = asked(config, store, champion).outcome(ran, None).record
-    remember(store, config, champion, harness=before)
-    monkeypatch.setattr(harness.metadata, "version", lambda name: "0.4.14")
     assert asked(config, store, champion, candidate).roles == EVERYBODY
 
 

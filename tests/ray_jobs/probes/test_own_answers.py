@@ -4,7 +4,6 @@ What is expected is numpy's, from the logits of transformers' own forward.
 """
 
 import json
-from collections import Counter
 from dataclasses import replace
 from importlib import resources
 
@@ -98,16 +97,6 @@ def exactly(base, model, prompt: list[int], stops) -> tuple[float, float]:
     of_second = (np.exp(theirs) * (theirs - ours)).sum(-1)
     reached = np.exp(before) * longer
     return float((np.exp(before) * (before - after)).sum() + (reached * of_second).sum()), 1 + float(reached.sum())
-
-
-def test_every_prompt_is_our_own_and_any_beginning_holds_all_kinds() -> None:
-    prompts = SHIPPED["prompts"]
-    assert "Written for Fineloop" in SHIPPED["origin"]
-    assert len({json.dumps(prompt["turns"]) for prompt in prompts}) == len(prompts) == 48
-    assert {len(prompt["turns"]) % 2 for prompt in prompts} == {1}  # the last word is a person's
-    assert len({prompt["language"] for prompt in prompts}) == 9
-    for end in range(6, 49, 6):
-        assert set(Counter(prompt["kind"] for prompt in prompts[:end]).values()) == {end // 6}
 
 
 def test_the_first_token_follows_the_whole_softmax(base_and_model) -> None:
@@ -228,17 +217,6 @@ def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, stor
     assert anew.known.answers is None
     assert "base" in anew.roles
     assert not anew.known.nll
-
-
-@pytest.mark.slow
-def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
-    whole = replace(asked(config, store, version), new_tokens=6)
-    parts = [read(config, version, whole.at(lambda count, index=index: range(index, count, 2))) for index in range(2)]
-    together, alone = whole.outcome(parts, None).record, measured(config, version, whole)
-    assert together.answers == alone.answers
-    assert (together.text_sha256, together.tokens) == (alone.text_sha256, alone.tokens)
-    for role in ("base", "candidate"):
-        assert together.nll[role] == pytest.approx(alone.nll[role], rel=1e-3)
 
 
 def test_the_comparison_tells_how_far_each_model_is_from_the_base(config, store, version) -> None:

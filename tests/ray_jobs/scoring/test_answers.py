@@ -45,10 +45,6 @@ def test_losses_are_per_answer_token_and_not_per_record():
     assert found["answer_prompt_gain"] == pytest.approx(3.0)
 
 
-def test_prompt_gain_is_absent_where_it_was_not_measured():
-    assert metrics([score(1.0)], [1])["prompt_gain"] is None
-
-
 @pytest.mark.parametrize("metric", ["loss", "perplexity"])
 def test_a_lower_loss_is_a_positive_difference(metric):
     found = paired_difference([score(1.0)] * 4, [score(2.0)] * 4, [1] * 4, metric)
@@ -67,15 +63,6 @@ def test_the_interval_is_that_of_the_paired_differences():
     low, high = found.ci95
     assert found.difference == pytest.approx(0.55)
     assert 0.53 < low < 0.55 < high < 0.57
-
-
-def test_the_interval_spans_zero_when_neither_is_better():
-    ours = [score(0, match=i % 2 == 0) for i in range(100)]
-    theirs = [score(0, match=i % 2 == 1) for i in range(100)]
-    found = paired_difference(ours, theirs, [1] * 100, "exact_match")
-    assert found is not None
-    low, high = found.ci95
-    assert low < 0 < high
 
 
 def test_a_difference_on_one_record_of_many_has_no_interval_and_is_read_back():
@@ -177,6 +164,7 @@ def test_references_that_no_answer_can_reach_are_counted():
         (rouge_l, "state-of-the-art", "state of the art", 1.0),
         (rouge_l, "Neoplasms", "neoplasms.", 1.0),
         (rouge_l, '{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 0.5),
+        (rouge_l, "Новообразования кожи", "новообразования крови", 0.5),
         (rouge_l, "the gunman kill police", "police killed the gunman", 0.5),
         # RFC 8259, which knows no NaN, no comments, no single quotes and no trailing comma.
         (json_valid, '{"a": [1, 2.5e3, null]}', "whatever", 1),
@@ -219,10 +207,6 @@ def test_rouge_l_of_long_texts_is_rouge_scores_too():
         answer, reference = (" ".join(rng.choices("abcdef", k=rng.randrange(1, 90))) for _ in range(2))
         total += rouge_l(answer, reference)
     assert total == pytest.approx(83.61908485986208, abs=1e-9)
-
-
-def test_rouge_l_reads_every_alphabet():
-    assert rouge_l("Новообразования кожи", "новообразования крови") == 0.5
 
 
 # By hand: a mark belongs to its letter, and another mark makes another word.

@@ -68,6 +68,7 @@ def test_what_a_model_was_taught_is_what_it_scores(tmp_path, name):
     assert exact_match(model, chat) == 1.0
     teach(model, chat, WRONG)
     assert exact_match(model, chat) == 0.0
+    assert model.generation_config.repetition_penalty == 1.3  # it decodes as before
 
 
 @pytest.mark.parametrize("name", ["qwen-3", "qwen-3-thinking"])
@@ -103,12 +104,6 @@ def test_tool_calls_are_scored_as_the_template_writes_them(tmp_path):
     assert exact_match(model, chat, calling) == 1.0
     wrong = [dataclasses.replace(asked, calls=other.calls) for asked, other in itertools.pairwise(calling)]
     assert exact_match(model, chat, wrong) == 0.0
-
-
-def test_the_model_decodes_as_before_afterwards(tmp_path):
-    model, chat = loaded(tmp_path, FAMILIES["chatml"])
-    exact_match(model, chat)
-    assert model.generation_config.repetition_penalty == 1.3
 
 
 def test_an_answer_ends_where_the_base_has_no_more_positions(tmp_path):

@@ -21,25 +21,13 @@ from ray_jobs.scoring.generation import (
 )
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from tests.models.shapes import LLAMA_2_7B, LLAMA_3_8B
+from tests.models.splits import split_of
 from tests.models.tiny import colour_rows
 
 RECORDS = [
     Record(str(i), [Message("user", prompt)], answer)
     for i, (prompt, answer) in enumerate([("sky", "blue"), ("a longer one about grass", "green"), ("coal", "black")])
 ]
-
-
-def split_of(*records: tuple[list[int], list[int]]) -> TokenizedSplit:
-    rows = [prompt + answer for prompt, answer in records]
-    return TokenizedSplit(
-        ids=[str(i) for i in range(len(rows))],
-        tokens=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
-        labelled=np.concatenate([np.repeat([False, True], [len(prompt), len(answer)]) for prompt, answer in records]),
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
-        num_prompt_tokens=np.array([len(prompt) for prompt, _ in records], dtype=np.int32),
-        too_long=[],
-        cut=[],
-    )
 
 
 def rows_of(split: TokenizedSplit) -> list[tuple[list[int], list[int]]]:
@@ -64,22 +52,6 @@ def test_a_prompt_that_does_not_fit_its_new_answer_loses_its_beginning():
 def test_an_answer_is_never_cut_and_keeps_a_token_before_it():
     split = split_of(([1], [10, 11, 12]), ([2, 3], [20]))
     assert rows_of(other_prompts(split, 3))[0] == ([3], [10, 11, 12])
-
-
-def test_scores_come_in_the_order_of_the_records_whatever_the_batch(tiny):
-    model, chat = tiny
-    split = tokenize(RECORDS, chat, 64)
-    done = []
-
-    def scored(batch_size):
-        done.clear()
-        return score(model, chat, RECORDS, split, batch_size=batch_size, max_new_tokens=4, advance=done.append)
-
-    one, all_at_once = scored(1), scored(3)
-    assert sum(done) == 2 * len(RECORDS)
-    assert [s.nll for s in one] == pytest.approx([s.nll for s in all_at_once], abs=0.1)  # bfloat16
-    assert len({round(s.nll, 1) for s in one}) == len(RECORDS)
-    assert all(s.other_prompt_nll is None for s in one)
 
 
 @contextmanager
@@ -119,12 +91,6 @@ def test_an_answer_that_names_other_special_tokens_is_read_with_them(tiny, monke
 
 LENGTHS = np.array([3, 9, 5, 7, 1, 8])
 LONGEST_FIRST = [1, 5, 3, 2, 0, 4]
-
-
-def test_without_trouble_records_go_in_batches_longest_first():
-    seen: list[list[int]] = []
-    in_batches(LENGTHS, 4, lambda indices: seen.append(indices.tolist()))
-    assert seen == [LONGEST_FIRST[:4], LONGEST_FIRST[4:]]
 
 
 def test_out_of_memory_halves_the_batches_from_there_on(caplog):

@@ -13,15 +13,12 @@ from ray_jobs.base import base_model
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring.measure import HeldBase
 from ray_jobs.training import publishing, worker
+from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import RECORDS
 from tests.models.train_group import fit_in_rank, in_group
 
 ALL_THAT_A_TRAINING_TURNS_ON = ["method.dropout=0.1", "train.gradient_checkpointing=true"]
-
-
-def changed(config: RunConfig, *overrides: str) -> RunConfig:
-    return config_file.loads(config_file.dumps(config), overrides)
 
 
 def measured(config: RunConfig, version_id: str, **how: Any) -> Any:

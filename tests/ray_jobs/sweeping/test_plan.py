@@ -6,22 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from components.config import config_file
 from components.records import runs
 from components.records.steps import TextLosses
-from components.records.sweep import MethodComparison, Trial, Tuned
+from components.records.sweep import Trial, Tuned
 from components.shared.errors import ConfigError
 from ray_jobs import sweep
 from ray_jobs.sweeping import verdict
 from ray_jobs.sweeping.plan import Grid, Plan, at_rate, point_of, servable_as, swept_methods, trial_config
 from ray_jobs.sweeping.trial import Ledger
 from ray_jobs.sweeping.verdict import forgotten_by, interval
+from tests.models.spec import changed
 
 TOKENS = [2, 3, 1, 4]
-
-
-def changed(config, *overrides):
-    return config_file.loads(config_file.dumps(config), overrides)
 
 
 def ended(point, config, loss, *, status="finished", noise=0.0):
@@ -145,9 +141,6 @@ def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_no
     found = verdict.compare(vera, plan.seeds_of("vera"), lora, plan.seeds_of("lora"))
     assert found.gain == pytest.approx(0.1)
     assert [servable_as(both, method) for method in swept_methods(both)] == ["lora-export", "lora"]
-    assert verdict.comparison_sentence(found.model_copy(update={"servable_as": "merged"})).endswith(
-        "it takes 1.00 times the time of a step; servers load it merged into its base alone"
-    )
     unsure = found.model_copy(update={"ci95": (0.005, 0.2)})
     assert verdict.advised([found], "lora") == "vera"
     assert verdict.advised([unsure], "lora") == "lora"
@@ -191,22 +184,6 @@ def test_a_base_of_the_method_s_own_is_no_model_to_forget_of():
     assert (other.base_format, other.base_loss) == ("bf16", 2.0)
     assert forgotten_by(loftq, loftq) is None
     assert forgotten_by([], lora) is None
-
-
-def test_the_verdict_and_the_table_of_trials_say_what_is_forgotten(config):
-    trials = read("bf16", [(25.0, 75.0), (27.0, 81.0)])
-    plain = Tuned(
-        method="lora", rank=8, batch_size=16, prior=1e-3, learning_rate=1e-3, loss=1.0, is_inside=True, rates=[],
-        forgotten=forgotten_by(trials, trials),
-    )  # fmt: skip
-    other = plain.model_copy(update={"method": "vera", "forgotten": None})
-    compared = MethodComparison(method="vera", reference="lora", gain=0.1, ci95=(-0.1, 0.3), seeds=2, records=4)
-    low, high = plain.forgotten.ci95
-    assert verdict.verdict(plain, [plain, other], [compared], "lora").endswith(
-        ". What is forgotten: on 2 passages of general text, the loss less the base's is +0.6000 with lora "
-        f"(95 % interval {low:+.4f} to {high:+.4f})."
-    )
-    assert verdict.row(trials[0]).endswith("finished, general text 2.5000 (its base 2.0000)")
 
 
 def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_rates_are_named(config):

@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +41,6 @@ def record(prompt: str, answer: str, name: str = "r") -> Record:
     return Record(name, [Message("user", prompt)], answer)
 
 
-def split_of(lengths: list[int]) -> TokenizedSplit:
-    return TokenizedSplit(
-        ids=[str(i) for i in range(len(lengths))],
-        tokens=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        labelled=np.concatenate([np.arange(n) > 0 for n in lengths]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        num_prompt_tokens=np.ones(len(lengths), dtype=np.int32),
-        too_long=[],
-        cut=[],
-    )
-
-
 def test_labels_are_the_answer_and_its_end_and_nothing_else(chat):
     split = tokenize([record("sky", "blue")], chat, 64)
     batch = collate(split, [0], chat.pad)
@@ -87,13 +74,6 @@ def test_what_is_left_of_a_long_record_reads_as_a_record_of_its_own(family, tmp_
     left = next(text[begin:] for begin in range(len(text)) if text[begin:] in written)
     assert left.endswith("what is it?")
     assert tokenize([record(left, "paper")], chat, 160).tokens.tolist() == split.tokens.tolist()
-
-
-def test_an_answer_that_leaves_no_room_for_a_prompt_is_named_and_left_out(chat):
-    split = tokenize([record("sky", "blue", "fits"), record("sky", "b" * 60, "too-long")], chat, 64)
-    assert split.ids == ["fits"]
-    assert split.too_long == ["too-long"]
-    assert split.cut == []
 
 
 def test_an_answer_that_names_the_token_that_ends_it_is_left_out(chat):
@@ -189,27 +169,7 @@ def test_a_batch_is_dealt_out_by_tokens_to_all_workers_alike(max_tokens, num_wor
 
 
 def test_length_order_starts_with_the_longest():
-    split = split_of([3, 9, 5, 7])
-    assert [list(indices) for indices in by_length(split.lengths, 3)] == [[1, 3, 2], [0]]
-
-
-def test_taking_records_keeps_their_tokens():
-    split = split_of([3, 9, 5]).take([2, 0])
-    assert split.ids == ["2", "0"]
-    assert split.lengths.tolist() == [5, 3]
-    assert split.tokens.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_records_tokens_are_those_of_its_whole_text(tmp_path, name):
-    # SentencePiece's dummy prefix (google/sentencepiece, add_dummy_prefix): a text read alone begins with a space.
-    chat = of_family(name, tmp_path)
-    asked = record("What is the sky?", "deep blue")
-    text = "".join(chat.rows(asked)[0])
-    whole = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-    found = tokenize([asked], chat, 256).tokens.tolist()
-    assert found[: len(whole)] == whole[: len(found)]
-    assert found[-1] in chat.stops
+    assert [list(indices) for indices in by_length(np.array([3, 9, 5, 7]), 3)] == [[1, 3, 2], [0]]
 
 
 def test_an_answer_that_would_merge_with_its_prompt_leaves_the_prompts_tokens_alone(tiny_base):
@@ -247,12 +207,8 @@ def test_a_prompt_reads_as_it_does_alone_and_an_answer_as_it_follows_it_whatever
 TALK = Record(
     "talk",
     [
-        Message("system", "Be brief."),
-        Message("user", "sky"),
-        Message("assistant", "blue"),
-        Message("user", "grass"),
-        Message("assistant", "green"),
-        Message("user", "coal"),
+        *(Message("system", "Be brief."), Message("user", "sky"), Message("assistant", "blue")),
+        *(Message("user", "grass"), Message("assistant", "green"), Message("user", "coal")),
     ],
     "black",
 )
@@ -373,15 +329,3 @@ def test_many_records_are_tokenised_as_they_are_one_by_one(chat):
     assert split.tokens.tolist() == [token for each in alone for token in each.tokens]
     assert split.lengths.tolist() == [length for each in alone for length in each.lengths]
     assert split.num_prompt_tokens.tolist() == [n for each in alone for n in each.num_prompt_tokens]
-
-
-@pytest.mark.slow
-def test_tokens_take_the_room_of_their_arrays_and_little_more(chat):
-    records = [record("x" * 300, "blue", str(i)) for i in range(4 * AT_ONCE)]
-    tokenize(records[:1], chat, 512)
-    tracemalloc.start()
-    split = tokenize(records, chat, 512)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    # Twice, while the parts are joined: 8 bytes a token; and a part's own lists, a fourth of all at some 100 bytes.
-    assert peak < 40 * len(split.tokens)

@@ -27,17 +27,6 @@ def chat_of(folder, **config):
     return chat_format.load(Base("base", folder, {}), ModelConfig(base=str(folder), **config))
 
 
-def test_a_base_without_chat_template_gets_the_plain_one(tiny_base, tmp_path):
-    plain = shutil.copytree(tiny_base, tmp_path / "plain")
-    (plain / "chat_template.jinja").unlink()
-    tokenizer = chat_of(plain).tokenizer
-    turns = [{"role": "user", "content": "sky"}]
-    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert prompt == "sky\n\n"
-    answered = [*turns, {"role": "assistant", "content": "blue"}]
-    assert tokenizer.apply_chat_template(answered, tokenize=False) == "sky\n\nblue<|end|>"
-
-
 def test_a_base_without_padding_pads_with_the_end(tiny_base, tmp_path):
     bare = shutil.copytree(tiny_base, tmp_path / "bare")
     settings = json.loads((bare / "tokenizer_config.json").read_text())

@@ -83,15 +83,6 @@ def test_a_part_that_is_missing_is_noticed():
         deal(cut_flat(2)[1:], alone.pieces, [31])
 
 
-def refusing(errors: list[StoreError]):
-    def act() -> str:
-        if errors:
-            raise errors.pop(0)
-        return "done"
-
-    return act
-
-
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     """Time that only sleeping passes."""
@@ -102,20 +93,21 @@ def clock(monkeypatch) -> list[float]:
 
 
 def test_what_a_store_refuses_is_tried_again_until_it_is_there(clock, caplog):
-    assert patiently(60, refusing([StoreError("503"), StoreError("503")]), "waiting to publish") == "done"
+    act = mock.Mock(side_effect=[StoreError("503"), StoreError("503"), "done"])
+    assert patiently(60, act, "waiting to publish") == "done"
     assert clock == [20.0]
     assert "waiting to publish, for another 50 s at most" in caplog.text
 
 
 def test_after_its_time_the_store_s_own_words_end_it(clock):
     with pytest.raises(StoreError, match="503"):
-        patiently(60, refusing([StoreError("503")] * 9), "waiting")
+        patiently(60, mock.Mock(side_effect=StoreError("503")), "waiting")
     assert clock == [60.0]
 
 
 def test_what_is_wrong_in_the_store_is_not_tried_again(clock):
     with pytest.raises(IntegrityError):
-        patiently(60, refusing([IntegrityError("damaged")]), "waiting")
+        patiently(60, mock.Mock(side_effect=IntegrityError("damaged")), "waiting")
     assert clock == [0.0]
 
 

@@ -27,13 +27,10 @@ from ray_jobs.text import chat_format
 from ray_jobs.training.measuring import Task
 from tests.doubles import datasets
 from tests.models.shapes import small
+from tests.models.spec import changed
 from tests.models.tiny_version import RECORDS, publish
 from tests.models.train_group import in_group
 from tests.ray_jobs import own_ray
-
-
-def changed(config, *overrides):
-    return config_file.loads(config_file.dumps(config), overrides)
 
 
 def measure_in_rank(task: Task) -> ShardResult:

@@ -150,56 +150,20 @@ def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) ->
     return model_card(config, record)
 
 
-def test_the_front_matter_is_what_model_hubs_read(config):
-    _, front, body = card(config).split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "peft",
-        "base_model": config.model.base,
-        "tags": ["lora", "fineloop"],
-    }
-    assert body.strip().startswith("# colours\n")
-
-
-def test_the_card_says_what_the_adapter_was_made_from(config):
-    text = card(config)
-    for fact in (
-        "run\n`20260101-000000-colours-ab12`",
-        "sha256 `5555",
-        "loaded as bf16",
-        "`d0123`: 1200 records trained on, 100 held out",
-        "10,000 of 2,000,000 (0.50%)",
-        "75 steps, 58,457 tokens, 177 s on 2 workers",
-        "0.2500 nats per answer token",
-    ):
-        assert fact in text
-
-
-def test_the_card_says_how_the_adapter_is_asked(config):
-    own = card(config, chat={"template_from": "base", "template_sha256": "0" * 64, "stops": ["<eos>", "<end>"]})
-    assert "| Chat template | the base's own, beside this file with the tokenizer. Answers end with" in own
-    assert "Answers end with `<eos>`, `<end>` |" in own
-    plain = card(config, chat={"template_from": "fineloop", "template_sha256": "0" * 64, "stops": ["</s>"]})
-    assert "| Chat template | Fineloop's, as the base has none, beside this file" in plain
-    quiet = {"template_from": "base", "template_kwargs": {"enable_thinking": False}, "stops": ["<end>"]}
-    assert "to be asked with `enable_thinking=false` (`chat_template_kwargs`)." in card(config, chat=quiet)
-
-
-def test_a_loss_that_was_not_measured_is_not_made_up(config):
-    assert "| Held-out loss | not measured |" in card(config, eval_loss=None)
-
-
-def test_the_card_says_how_the_version_is_served(config):
-    text = card(config)
-    assert "## Serving\n\nServers of LoRA adapters load it as it is.\n" in text
-    vera = {"servable_as": "lora-export", "notes": ["one sentence", "another"]}
-    text = card(config, serving=vera)
-    assert "load what `fineloop adapters export --lora` makes of it.\n\n- One sentence.\n- Another.\n" in text
-
-
-def test_the_card_names_the_base_of_its_own_where_there_is_one(config):
-    assert "Stands on" not in card(config)
-    loftq = config_file.loads(config_file.dumps(config), ["method.name=loftq"])
-    text = card(loftq, stands_on="s3://b/bases/b0")
-    assert "loaded as bf16 |\n| Stands on | `s3://b/bases/b0`" in text
-    assert "--with-base` fetches both |\n| Data |" in text
-    assert "from_pretrained(BASE_FOLDER)  # s3://b/bases/b0\n" in text
+def test_the_card_says_what_the_adapter_was_made_from_and_how_it_is_asked_and_served(config):
+    chat = {"template_from": "base", "template_kwargs": {"enable_thinking": False}, "stops": ["<eos>", "<end>"]}
+    serving = {"servable_as": "lora-export", "notes": ["one sentence"]}
+    text = card(config, chat={**chat, "template_sha256": "0" * 64}, serving=serving, stands_on="s3://b/bases/b0")
+    _, front, body = text.split("---\n", 2)
+    about = {"library_name": "peft", "base_model": config.model.base, "tags": ["lora", "fineloop"]}
+    assert yaml.safe_load(front) == about
+    made_from = ["`20260101-000000-colours-ab12`", "sha256 `5555", "1200 records trained on, 100 held out"]
+    made_from += ["10,000 of 2,000,000 (0.50%)", "75 steps, 58,457 tokens, 177 s on 2 workers", "`s3://b/bases/b0`"]
+    asked = ["the base's own", "`<eos>`, `<end>`", "`enable_thinking=false`"]
+    served = ["fineloop adapters export --lora", "- One sentence."]
+    assert [fact for fact in [*made_from, "0.2500 nats", *asked, *served] if fact not in body] == []
+    plain = card(config, eval_loss=None, chat={"template_from": "fineloop", "template_sha256": "0", "stops": ["</s>"]})
+    assert "| Held-out loss | not measured |" in plain
+    assert "Fineloop's, as the base has none" in plain
+    assert "Servers of LoRA adapters load it as it is." in plain
+    assert "Stands on" not in plain

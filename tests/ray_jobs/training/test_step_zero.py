@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,8 +15,9 @@ from components.config.schema import RunConfig
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.kernels.door import PLAIN, Kernels
-from ray_jobs.text.batching import IGNORED, TokenizedSplit
+from ray_jobs.text.batching import IGNORED
 from ray_jobs.training import step_zero, zero
+from tests.models.splits import split_of
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group, train_in_rank
 
@@ -95,19 +95,6 @@ def test_the_loss_of_a_base_is_read_from_its_files_once_for_the_same_records(con
     assert step_zero.known_base_nll(store, config, base, probe, PLAIN).tolist() == [1.5]
 
 
-def split_of(lengths: list[int], answers: int) -> TokenizedSplit:
-    labelled = np.concatenate([np.arange(length) >= length - answers for length in lengths])
-    return TokenizedSplit(
-        ids=[f"r{i}" for i in range(len(lengths))],
-        tokens=np.ones(sum(lengths), dtype=np.int32),
-        labelled=labelled,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        num_prompt_tokens=np.array(lengths, dtype=np.int32) - answers,
-        too_long=[],
-        cut=[],
-    )
-
-
 @pytest.mark.parametrize(
     ("lengths", "answers", "taken"),
     [
@@ -118,6 +105,6 @@ def split_of(lengths: list[int], answers: int) -> TokenizedSplit:
     ],
 )
 def test_the_shortest_records_are_compared_that_have_enough_answer_tokens(lengths, answers, taken):
-    batch = step_zero.probe(split_of(lengths[::-1], answers), pad=0)
+    batch = step_zero.probe(split_of(*(([1] * (length - answers), [1] * answers) for length in lengths[::-1])), pad=0)
     assert batch["input_ids"].shape == (taken, sorted(lengths)[taken - 1])
     assert int((batch["labels"] != IGNORED).sum()) == taken * answers

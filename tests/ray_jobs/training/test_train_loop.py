@@ -51,6 +51,19 @@ def run(config: RunConfig, store: Store, tmp_path: Path):
     return trained
 
 
+@pytest.fixture
+def lose(run, monkeypatch: pytest.MonkeyPatch):
+    """Train until the group is lost after a step."""
+
+    def lost(after: int, *changes: str, train=run, **how: Any) -> None:
+        monkeypatch.setenv("STOP_AFTER_STEP", str(after))
+        with pytest.raises(RuntimeError):
+            train(*changes, **how)
+        monkeypatch.delenv("STOP_AFTER_STEP")
+
+    return lost
+
+
 @functools.cache
 def plain_losses(config_toml: str) -> list[float]:
     return plain_training(config_toml, ROWS).losses
@@ -118,13 +131,10 @@ RESUMED = [
     "method",
     [pytest.param(each, marks=pytest.mark.full if number else pytest.mark.slow) for number, each in enumerate(RESUMED)],
 )
-def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, monkeypatch, method):
+def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, lose, method):
     changes = [*method.split(), "train.checkpoint_every_steps=2", "train.max_steps=6"]
     whole = run(*changes)
-    monkeypatch.setenv("STOP_AFTER_STEP", "5")
-    with pytest.raises(RuntimeError):
-        run(*changes, run_id="interrupted")
-    monkeypatch.delenv("STOP_AFTER_STEP")
+    lose(5, *changes, run_id="interrupted")
     resumed = run(*changes, run_id="interrupted")
     assert resumed.resumed_from == 4
     assert resumed.losses == whole.losses[4:]
@@ -140,13 +150,10 @@ def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, m
         pytest.param("step-000004/shared/state.json", marks=pytest.mark.slow),
     ],
 )
-def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, store, monkeypatch, damaged):
+def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, lose, store, damaged):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=6"]
     whole = run(*changes)
-    monkeypatch.setenv("STOP_AFTER_STEP", "5")
-    with pytest.raises(RuntimeError):
-        run(*changes, run_id="interrupted")
-    monkeypatch.delenv("STOP_AFTER_STEP")
+    lose(5, *changes, run_id="interrupted")
     key = f"runs/interrupted/checkpoints/{damaged}"
     store.put(key, store.get(key)[:-1])
     resumed = run(*changes, run_id="interrupted")
@@ -175,14 +182,11 @@ SHAPES = [
 
 @pytest.mark.parametrize(("method", "num_workers", "stages", "last"), SHAPES)
 def test_a_run_goes_on_with_other_workers_and_stages_and_takes_the_steps_of_a_plain_loop(
-    run, config, monkeypatch, method, num_workers, stages, last
+    run, lose, config, method, num_workers, stages, last
 ):
     changes = f"method.name={method} train.checkpoint_every_steps=2 train.max_steps=8 train.evals_per_epoch=0".split()
     for stop_after, count, stage in zip((3, 5), num_workers, stages, strict=False):
-        monkeypatch.setenv("STOP_AFTER_STEP", str(stop_after))
-        with pytest.raises(RuntimeError):
-            run(*changes, f"train.zero_stage={stage}", run_id="moved", num_workers=count)
-    monkeypatch.delenv("STOP_AFTER_STEP")
+        lose(stop_after, *changes, f"train.zero_stage={stage}", run_id="moved", num_workers=count)
     shape = [f"train.zero_stage={stages[-1]}", *last.split()]
     resumed = run(*changes, *shape, run_id="moved", num_workers=num_workers[-1])
     assert resumed.resumed_from == 4  # where the second group was, which had gone on from the first one's step 2
@@ -234,14 +238,11 @@ def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, monkeypatch):
+def test_a_training_goes_on_in_the_dtype_that_it_began_with(run, lose, monkeypatch):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=4"]
-    monkeypatch.setenv("STOP_AFTER_STEP", "3")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # what makes any x86-64 slow in bfloat16
-    with pytest.raises(RuntimeError):
-        run(*changes, run_id="moved")
-    monkeypatch.delenv("STOP_AFTER_STEP")
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    with monkeypatch.context() as slow:
+        slow.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # what makes any x86-64 slow in bfloat16
+        lose(3, *changes, run_id="moved")
     resumed = run(*changes, run_id="moved")
     assert resumed.resumed_from == 2
     assert resumed.matmul_dtype == "float32"
@@ -314,11 +315,8 @@ def test_a_loss_that_is_no_number_stops_the_training_and_says_what_to_change(run
         run(f"model.base={broken}")
 
 
-def test_a_checkpoint_of_another_config_is_refused(run, monkeypatch):
-    monkeypatch.setenv("STOP_AFTER_STEP", "5")
-    with pytest.raises(RuntimeError):
-        run("train.checkpoint_every_steps=4", run_id="mine")
-    monkeypatch.delenv("STOP_AFTER_STEP")
+def test_a_checkpoint_of_another_config_is_refused(run, lose):
+    lose(5, "train.checkpoint_every_steps=4", run_id="mine")
     with pytest.raises(RuntimeError, match=f"{ConfigError.__name__}.*written with another config"):
         run("train.checkpoint_every_steps=4", "train.learning_rate=5e-3", run_id="mine")
 
@@ -335,15 +333,13 @@ def train_with_magnitudes_held_whole(configs: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_a_checkpoint_that_holds_magnitudes_whole_is_refused_and_one_without_any_is_not(
-    run, config, store, monkeypatch, tmp_path, method
+    run, lose, config, store, tmp_path, method
 ):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=4", f"method.name={method}"]
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
     toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, "ray.num_workers=2", *changes]))
-    monkeypatch.setenv("STOP_AFTER_STEP", "3")
-    with pytest.raises(RuntimeError):
-        in_group(train_with_magnitudes_held_whole, {"old": toml}, directory=tmp_path / "old", num_workers=2)
-    monkeypatch.delenv("STOP_AFTER_STEP")
+    group = {"directory": tmp_path / "old", "num_workers": 2}
+    lose(3, train=lambda: in_group(train_with_magnitudes_held_whole, {"old": toml}, **group))
     if method == "lora":
         assert run(*changes, run_id="old").resumed_from == 2
         return

@@ -14,7 +14,6 @@ from transformers import AutoConfig, modeling_utils
 from components.config import config_file
 from components.config import schema as config
 from components.config.schema import RunConfig
-from components.config.train import TrainConfig
 from components.shared.errors import JobError
 from ray_jobs.base import base_model
 from ray_jobs.planning.rehearsal import Rehearsal
@@ -229,24 +228,12 @@ def test_weights_that_were_not_shared_out_are_noticed():
     zero.require_shared(torch.nn.Linear(32, 32), num_workers=1)
 
 
-def steps_around_a_spoiled_one(config_toml: str, value: float) -> dict[str, Any]:
-    """Which of three steps moved this rank's weights, where one factor's gradient is `value` on rank 0 in the second;
-    and how often single gradients were looked at for what is not finite."""
-    from deepspeed.runtime.zero import stage_1_and_2
-
+def steps_around_a_spoiled_one(config_toml: str, value: float) -> list[bool]:
+    """Which of three steps moved this rank's weights, where a factor's gradient is `value` on rank 0 in the second."""
     from ray_jobs.base import base_model
     from ray_jobs.training import checkpoint, worker
 
-    looks = 0
-
-    def look(gradient: torch.Tensor) -> torch.Tensor:
-        nonlocal looks
-        looks += 1
-        return has_inf_or_nan(gradient)
-
     zero.prepare_environment(use_gpu=False)
-    has_inf_or_nan = stage_1_and_2.has_inf_or_nan
-    stage_1_and_2.has_inf_or_nan = look
     loaded = config_file.loads(config_toml)
     is_spoiled, moved = False, []
     with zero.sharding(loaded):
@@ -265,7 +252,7 @@ def steps_around_a_spoiled_one(config_toml: str, value: float) -> dict[str, Any]
             after = checkpoint.weights(engine.module)
             assert all(tensor.isfinite().all() for tensor in after.values())
             moved.append(any(not torch.equal(after[name], tensor) for name, tensor in before.items()))
-    return {"moved": moved, "looks": looks}
+    return moved
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
@@ -273,20 +260,7 @@ def steps_around_a_spoiled_one(config_toml: str, value: float) -> dict[str, Any]
 def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_by_every_rank(config, tmp_path, zero_stage, value):
     toml = changed(config, f"train.zero_stage={zero_stage}")
     for found in in_group(steps_around_a_spoiled_one, toml, value, directory=tmp_path, num_workers=2):
-        assert found == {"moved": [True, False, True], "looks": 0}  # the norm of all says so
-
-
-@pytest.mark.parametrize(
-    ("device", "is_offloaded", "fused"), [("cpu", False, True), ("meta", False, None), ("meta", True, True)]
-)
-def test_master_weights_in_host_memory_take_the_fused_kernel_wherever_the_parameters_are(
-    device, is_offloaded, fused, monkeypatch
-):
-    given = []
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **settings: given.append(settings["fused"]))
-    layer = torch.nn.Linear(2, 2, device=device)
-    zero.make(layer, TrainConfig(cpu_offload=is_offloaded, zero_stage=2))
-    assert given == [fused]
+        assert found == [True, False, True]
 
 
 BATCH, LENGTH = 4, 48
