@@ -31,7 +31,7 @@ from ray_jobs.training.train_loop import TrainedAdapter
 from ray_jobs.training.zero import Worker
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
-from tests.models.spec import spec_of
+from tests.models.spec import changed, spec_of
 from tests.models.zoo import on_no_device
 from tests.ray_jobs.conftest import CONFIG
 
@@ -153,7 +153,8 @@ def card(config: RunConfig, *, eval_loss: float | None = 0.25, **recipe: Any) ->
 def test_the_card_says_what_the_adapter_was_made_from_and_how_it_is_asked_and_served(config):
     chat = {"template_from": "base", "template_kwargs": {"enable_thinking": False}, "stops": ["<eos>", "<end>"]}
     serving = {"servable_as": "lora-export", "notes": ["one sentence"]}
-    text = card(config, chat={**chat, "template_sha256": "0" * 64}, serving=serving, stands_on="s3://b/bases/b0")
+    loftq = changed(config, "method.name=loftq")
+    text = card(loftq, chat={**chat, "template_sha256": "0" * 64}, serving=serving, stands_on="s3://b/bases/b0")
     _, front, body = text.split("---\n", 2)
     about = {"library_name": "peft", "base_model": config.model.base, "tags": ["lora", "fineloop"]}
     assert yaml.safe_load(front) == about
