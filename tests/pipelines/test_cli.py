@@ -46,7 +46,7 @@ def test_help_teaches_every_command_and_loads_nothing_heavy(tmp_path: Path) -> N
         (["run", "--set", "learning_rate"], "expected section.key=value"),
         (["run", "-c", "none.toml"], "config none.toml does not exist"),
         (["adapters", "list"], "--home"),
-        (["schedule", "create", "nightly", "--cron", "0 25 * * *"], "hour takes 0-23"),
+        (["schedule", "create", "nightly", "--cron", "0 25 * * *"], "bad hour: minute takes 0-59, hour 0-23"),
         (["submit", "--param", "rows"], "expected NAME=VALUE"),
         (["runs", "list", "--state", "done"], "canceled"),
         (["data", "erase", "17", "--unknown"], "--unknown"),
