@@ -4,7 +4,7 @@ One Ray job trains the version and then compares it, and the evaluate step waits
 cluster only once, and no other job runs in between. Where the registry trusts keys, the job only trains.
 """
 
-from components.ray_cluster.submit import submit_step
+from components.ray_cluster.submit import require_disk, submit_step
 from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
@@ -30,6 +30,7 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
             "`fineloop compile` make it for the config that they are given; else set tune.when=never"
         )
     require_none_erased(step_run.store, dataset_uri)
+    require_disk(step_run.config)
     only = ["--train-only"] if step_run.store.trusted_keys else []
     upto = "" if only else TRAINED
     submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, *only, upto=upto)

@@ -5,6 +5,7 @@ taken as it is, and only a failed or stopped one is run again, under the next nu
 """
 
 import contextlib
+import fnmatch
 import logging
 import os
 import signal
@@ -15,15 +16,17 @@ from types import FrameType
 from typing import TextIO
 
 from components.config.ray import RayConfig
+from components.config.schema import ModelConfig, RunConfig
 from components.ray_cluster.backend import Backend, Job, JobEnd, LogCopy, kubeflow_run, last_lines
 from components.ray_cluster.jobs_api import JobsApi
 from components.ray_cluster.kubernetes_api import own_workflow
 from components.ray_cluster.rayjob import RayJobs
 from components.records import runs
-from components.shared.errors import JobError
+from components.shared.errors import JobError, StoreError
 from components.shared.machine import account, ran_low
 from components.shared.protocol import find_failure
 from components.step.step import StepRun
+from components.store.store import open_uri
 
 logger = logging.getLogger(__name__)
 
@@ -182,3 +185,47 @@ def _stopped_by_signals(backend: Backend, job_id: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# Checks before a job is queued that the disk of a pod holds the base; sizes are from a listing, not a download.
+
+WEIGHTS = "*.safetensors"
+NEVER = ("*/*", "consolidated*")
+"""Files of a hub's repository that no worker downloads; see ray_jobs/base/local_cache.py."""
+HUB_TIMEOUT_S = 10.0
+
+
+def require_disk(config: RunConfig) -> None:
+    """Require that each pod's disk holds the base, where the job creates its pods. A base whose size is unknown here is
+    checked by the job itself.
+
+    Raises:
+        ConfigError: each of the pods would be evicted while it downloads the base.
+    """
+    if config.ray.cluster.disk_gib and (size := base_bytes(config.model)):
+        config.ray.require_disk(config.model.base, size)
+
+
+def base_bytes(model: ModelConfig) -> int | None:
+    """The bytes that a pod downloads; None where there is no listing, or the base is neither in S3 nor on a hub."""
+    if model.base.startswith("s3://"):
+        store, prefix = open_uri(model.base, field="model.base")
+        try:
+            return sum(item.size for item in store.list(prefix.rstrip("/") + "/")) or None
+        except StoreError as exc:
+            logger.info("the size of model.base is not known here: %s", exc)
+            return None
+    if "://" in model.base or model.base.startswith((".", "/", "~")):
+        return None
+    try:
+        from huggingface_hub import HfApi
+
+        found = HfApi().model_info(
+            model.base, revision=model.revision or None, files_metadata=True, timeout=HUB_TIMEOUT_S
+        )
+    except Exception as exc:  # not installed, out of reach, or refused: many types, and none has to stop a run
+        logger.info("the size of model.base is not known here: %s", str(exc).partition("\n")[0])
+        return None
+    sizes = {each.rfilename: each.size or 0 for each in found.siblings or []}
+    weights = fnmatch.filter(sizes, WEIGHTS)
+    return sum(sizes[name] for name in weights if not any(fnmatch.fnmatch(name, pattern) for pattern in NEVER)) or None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from components.config.schema import RunConfig
 from components.config.tune import When
-from components.ray_cluster.submit import submit_step
+from components.ray_cluster.submit import require_disk, submit_step
 from components.records import runs
 from components.records.sweep import SweepResult, TunedRate
 from components.registry import between_runs
@@ -89,6 +89,7 @@ def is_due(when: When, known: FoundRate | None, dataset_id: str) -> bool:
 def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate | None:
     """Sweep, and return and remember the rate for the config's own method; None if only other methods were tried."""
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
+    require_disk(config)
     submission_id = submit_step(step_run, "sweep", "--dataset", dataset_uri)
     try:
         result = runs.read(store, run_id, SweepResult)

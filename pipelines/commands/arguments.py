@@ -268,11 +268,14 @@ def connected(options: argparse.Namespace) -> "Kubeflow":
 
 def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
     """Compile the pipeline and resolve its parameters; both are checked before any request to Kubeflow."""
+    from components.ray_cluster.submit import require_disk
     from pipelines.kubeflow.compile import check_reach, make_package, resolve_parameters
 
     built = make_package(load_config(options), image=options.image)
     resolved = resolve_parameters(built.spec, built.config, options.parameters)
     check_reach(built.config, resolved)
+    if not resolved.get("base_model"):
+        require_disk(built.config)
     return built, resolved
 
 

@@ -1,4 +1,4 @@
-"""The RayJob as it is sent. Schemas, policies and KubeRay's own rules are held in tests/infra/test_created_jobs.py."""
+"""The RayJob as it is sent. Schemas and policies are checked in tests/infra, on what created.py there makes."""
 
 import os
 import re
