@@ -59,13 +59,14 @@ def fetched(config_toml: str, identity: Mapping[str, str]) -> None:
 def driven(config_toml: str, run_id: str) -> None:
     """`ray_jobs.finetune`'s driver, until it would start workers."""
     from ray_jobs import finetune
+    from ray_jobs.training import trainer
 
     def stop(*_: Any) -> dict[str, Any]:
         raise Reached
 
     start_ray(16, 8)
     with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Reached):
-        patched.setattr(finetune, "_trained", stop)
+        patched.setattr(trainer, "run", stop)
         finetune.finetune(config_file.loads(config_toml), run_id=run_id)
 
 
@@ -73,7 +74,7 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """In each worker: Fineloop's own training function, under the worker's name; the first of rank 1 dies."""
     import ray.train
 
-    from ray_jobs.training import job, train_loop
+    from ray_jobs.training import measuring, train_loop
 
     rank, take_step = ray.train.get_context().get_world_rank(), train_loop.take_step
     died = Path(os.environ[DIED]) if DIED in os.environ else None
@@ -88,14 +89,15 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train_loop, "take_step", dying)
-        return job.train(arguments)
+        return measuring.work(arguments)
 
 
 def trained(config_toml: str, run_id: str) -> None:
     """`ray_jobs.finetune`, with its workers."""
     from ray_jobs import finetune
+    from ray_jobs.training import trainer
 
     start_ray(2, 0)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(finetune, "train", train)
+        patched.setattr(trainer, "work", train)
         finetune.finetune(config_file.loads(config_toml), run_id=run_id)
