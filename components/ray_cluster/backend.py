@@ -159,7 +159,7 @@ def repeated(call: Callable[[], T], may_pass: Callable[[Exception], bool], *, fo
     while True:
         try:
             return call()
-        except Exception as exc:
+        except Exception as exc:  # of whichever client; `may_pass` knows its types
             if not may_pass(exc) or time.monotonic() >= deadline:
                 raise
             time.sleep(every_s)

@@ -1,6 +1,5 @@
 """Runs as the steps leave them: one promoted, one held, one first of its kind, and some that ended early."""
 
-import json
 import math
 import random
 from dataclasses import replace
@@ -37,7 +36,7 @@ from components.registry.lineage import (
 from components.registry.versions import publish_version
 from components.report.run_files import RunFiles
 from components.store.store import Store
-from tests.components.gate.evidenced import as_parquet, evidence
+from tests.components.gate.evidenced import evidence
 
 CONFIG = config_file.loads(
     """
@@ -323,15 +322,3 @@ def night(store: Store, number: int, *, promotes: bool) -> None:
         promote(store, "icd", version, cause=Cause(run_id, "ann", "better"))
     else:
         append_event(store, "icd", "refused", {"version": version, "run_id": run_id, "alias": "production"})
-
-
-def leave_files(store: Store, run_id: str) -> None:
-    """What else a run leaves beside evaluation and decision, with the profile of its dataset: the promoted one's."""
-    run, folder = promoted_run(), f"runs/{run_id}/"
-    assert run.evaluation is not None
-    store.put(f"{folder}{runs.CONFIG}", run.config_toml.encode())
-    store.put(f"{folder}{runs.METRICS}", "".join(json.dumps(each) + "\n" for each in run.metrics).encode())
-    store.put(f"{folder}{runs.EVALUATION_RECORDS}", as_parquet(evidence(run.evaluation)))
-    for step in run.steps:
-        runs.write(store, run_id, step)
-    store.put_json(f"datasets/{DATASET}/profile.json", run.profile)

@@ -14,7 +14,6 @@ SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((INFRA / 
 """All files, as Terraform sees them: one configuration."""
 BUCKET_ARN = "arn:aws:s3:::fineloop"
 ACCOUNT = "arn:aws:iam::111122223333"
-CONDITION = ("test", "variable", "values")
 _OPTIONS = hcl2.SerializationOptions(with_comments=False, explicit_blocks=False, strip_string_quotes=True)
 
 
