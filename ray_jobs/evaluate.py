@@ -13,20 +13,22 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.prepare.split import Judges, judges
+from components.prepare.validate import keyed
 from components.records import runs
-from components.records.steps import ROLES, Evaluation, Measured, Role, TrainResult
+from components.records.steps import ROLES, Evaluation, Measured, PairedDifference, Role, TrainResult
+from components.registry import between_runs
 from components.registry.aliases import read_alias
 from components.registry.event_log import events, promotion
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.shared.metrics import METRICS, alike, metrics_of
-from components.shared.protocol import say
+from components.shared.metrics import METRICS, alike, metric_of, metrics_of
+from components.shared.protocol import counted, say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
@@ -157,8 +159,11 @@ def evaluate(
     }
     kept, tokens, scores = found.order(judging.records), [*found.tokens.values()], found.scores
     contenders = [*task.contenders[:-1], replace(task.contenders[-1], version=candidate)]
+    of_champion = next((each.version.run_id for each in contenders if each.role == "champion" and each.version), "")
+    is_new = between_runs.are_new_since(store, of_champion, keyed(kept)["content"].to_pylist())
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(
         update={
+            "since_champion": since_champion(config, kept, tokens, scores, is_new) if is_new else {},
             "dataset_uri": dataset_uri,
             "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
             "held_out": len(judging.records),
@@ -178,6 +183,9 @@ def evaluate(
     for role, model in [(role, evaluation.model(role)) for role in scores]:
         values = [(each, evaluation.metric(role, each.key)) for each in metrics_of(model.metrics if model else ())]
         say(STEP, f"{role}: {', '.join(f'{each.label} {each.text(x)}' for each, x in values if x is not None)}")
+    for which, each in ((which, each) for which, paired in evaluation.since_champion.items() for each in paired):
+        metric, kind = metric_of(each.metric), "new to the champion" if which == "new" else "that it knew"
+        say(STEP, f"{counted(each.records, 'record')} {kind}: {metric.label} {metric.gain_text(each.difference)}")
     for line in chain.from_iterable(outcome.lines for outcome in outside.values()):
         say(STEP, line)
     return evaluation
@@ -244,6 +252,27 @@ def compared(
         ],
         generation={"max_new_tokens": config.evaluate.max_new_tokens, "decoding": "greedy"},
     )
+
+
+def since_champion(
+    config: RunConfig,
+    records: Sequence[Record],
+    tokens: Sequence[int],
+    scores: Mapping[Role, Sequence[Score]],
+    is_new: Sequence[bool],
+) -> dict[Literal["new", "seen"], list[PairedDifference]]:
+    """Candidate and champion on the records that are new to the champion, and on the others; a pure function."""
+
+    def on(some: Sequence[int]) -> list[PairedDifference]:
+        ours, theirs = ([scores[role][row] for row in some] for role in ("candidate", "champion"))
+        counts, groups = [tokens[row] for row in some], [records[row].group for row in some]
+        keys = dict.fromkeys((config.gate.metric, "exact_match"))
+        paired = [paired_difference(ours, theirs, counts, key, groups) for key in keys]
+        few = {"ci95": None} if len(some) < config.gate.min_records else {}
+        return [each.model_copy(update=few) for each in paired if each]
+
+    new, seen = ([row for row, each in enumerate(is_new) if each is kind] for kind in (True, False))
+    return {"new": on(new), "seen": on(seen)} if new and seen else {}
 
 
 def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:

@@ -291,6 +291,9 @@ class Evaluation(Record):
     changed_answers: float | None = None
     """Share of the records on which candidate and champion answer differently; None if there is no champion."""
     paired: dict[str, PairedDifference | None] = {}
+    since_champion: dict[Literal["new", "seen"], list[PairedDifference]] = {}
+    """Candidate and champion on the records that the champion's run had not read, and on those that it had, in the
+    gate's metric and in exact match; without an interval for fewer than gate.min_records. Empty where all are alike."""
     confusion: dict[str, Any] | None = None
     """Confusion matrix: labels, and counts[reference][answer]; None if the answers are not classes."""
     samples: list[dict[str, Any]] = []

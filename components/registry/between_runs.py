@@ -94,6 +94,14 @@ def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
     return ids
 
 
+def are_new_since(store: Store, run_id: str, contents: Iterable[bytes]) -> list[bool] | None:
+    """Whether the run did not read each of these contents; None if what it read is not known. Raises IntegrityError if
+    its note is malformed."""
+    consumed = runs.find(store, run_id, Consumed) if run_id else None
+    read = set(consumed_contents(store, consumed).to_pylist()) if consumed else set()
+    return [int.from_bytes(content[:ID_BYTES]) not in read for content in contents] if read else None
+
+
 def read_watermark(store: Store, name: str) -> Consumed | None:
     """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone. Raises
     IntegrityError if the mark or the note is malformed."""

@@ -158,6 +158,21 @@ def harness(scores: HarnessScores) -> list[ModelRow]:
     ]
 
 
+def since_champion(run: RunFiles) -> list[Forest]:
+    """Candidate against champion on the records that are new since the champion's run, and on those that it had read:
+    one picture a metric."""
+    gains: dict[str, list[Gain]] = {}
+    for which, paired in (run.evaluation.since_champion if run.evaluation else {}).items():
+        for each in paired:
+            if each.ci95 is not None and is_metric(each.metric):
+                metric, name = metric_of(each.metric), f"{'new since' if which == 'new' else 'known to'} {run.alias}"
+                text = f"{metric.signed_text(each.difference)} ({metric.range_text(*each.ci95)})"
+                gain = Gain(name, f"{count(each.records)} records", each.difference, *each.ci95, text)
+                gains.setdefault(metric.title, []).append(gain)
+    note = "candidate against champion, each with its 95 % interval. Solid: no difference."
+    return [Forest(of_metric, None, f"{title}, {note}") for title, of_metric in gains.items()]
+
+
 def slices(run: RunFiles) -> Forest | None:
     """The findings of the gate's rule on slices, worst first; None if it had no slice to judge."""
     rule = next((rule for rule in run.rules if rule.slices), None)

@@ -158,6 +158,7 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
         table=comparison.table(run),
         intervals=comparison.intervals(run),
         slices=comparison.slices(run),
+        since_champion=comparison.since_champion(run),
         scores=scores,
         harness=comparison.harness(scores) if scores else [],
         rules=rules,

@@ -24,8 +24,8 @@ from components.shared.metrics import METRICS, alike
 from components.store.store import Store
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import _contenders, _write_records, compared, evaluate
-from ray_jobs.scoring.answers import MARKS, Score
+from ray_jobs.evaluate import _contenders, _write_records, compared, evaluate, since_champion
+from ray_jobs.scoring.answers import MARKS, Score, paired_difference
 from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
@@ -202,6 +202,26 @@ def test_what_is_kept_of_each_record_is_what_the_gate_reads(store):
     assert pairs.groups.tolist() == [0, 1, 2, 3] * 3
     assert found.columns["candidate_other_prompt_nll"].tolist() == [9.0] * 12
     assert "base_other_prompt_nll" not in found.columns
+
+
+def test_new_and_known_records_are_compared_apart_and_few_without_a_bound(config):
+    def scores(right: list[int], nll: float) -> list[Score]:
+        return [
+            Score(nll, None, "", {**dict.fromkeys(MARKS, 0.0), "exact_match": float(row in right)}) for row in range(12)
+        ]
+
+    theirs, ours = scores([8, 9, 10, 11], 2.0), scores([0, 1, 2, 8, 9, 10], 1.0)
+    measured, is_new = {"champion": theirs, "candidate": ours}, [row < 4 for row in range(12)]
+    enough = since_champion(changed(config, "gate.min_records=4"), RECORDS, [2] * 12, measured, is_new)
+    assert {which: [(each.metric, each.records, each.difference) for each in of] for which, of in enough.items()} == {
+        "new": [("loss", 4, 0.5), ("exact_match", 4, 0.75)],
+        "seen": [("loss", 8, 0.5), ("exact_match", 8, -0.125)],
+    }
+    assert enough["new"][1] == paired_difference(ours[:4], theirs[:4], [2] * 4, "exact_match")
+    few = since_champion(changed(config, "gate.min_records=5"), RECORDS, [2] * 12, measured, is_new)
+    assert few["new"] == [each.model_copy(update={"ci95": None}) for each in enough["new"]]
+    assert few["seen"] == enough["seen"]
+    assert since_champion(config, RECORDS, [2] * 12, measured, [False] * 12) == {}
 
 
 @pytest.fixture

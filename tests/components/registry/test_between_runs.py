@@ -43,6 +43,13 @@ def test_the_mark_moves_to_what_a_run_noted(store: Store) -> None:
     assert between_runs.read_watermark(store, "sums") is None  # gone: everything counts as new
 
 
+def test_what_a_run_did_not_read_is_new_since_it(store: Store) -> None:
+    noted(store, "first", 1, records=3)
+    assert between_runs.are_new_since(store, "first", hashes(1, 5)) == [False, False, True, True]
+    assert between_runs.are_new_since(store, "none", hashes(1, 5)) is None
+    assert between_runs.are_new_since(store, "", hashes(1, 5)) is None
+
+
 def test_the_mark_never_goes_back(store: Store) -> None:
     late, _ = [noted(store, run_id, hour) for run_id, hour in (("late", 9), ("early", 3))]
     assert between_runs.advance_watermark(store, "sums", "late")

@@ -6,9 +6,16 @@ from dataclasses import replace
 import pytest
 
 from components.config.gate import GateConfig, Limit
-from components.records.steps import Evaluation, HarnessScores, RuleResult, SliceResult, TaskScore
+from components.records.steps import (
+    Evaluation,
+    HarnessScores,
+    PairedDifference,
+    RuleResult,
+    SliceResult,
+    TaskScore,
+)
 from components.report.charts import Forest, Gain
-from components.report.comparison import Panel, harness, intervals, panels, rules, slices
+from components.report.comparison import Panel, harness, intervals, panels, rules, since_champion, slices
 from components.report.report import build_report, gain_text
 from components.report.run_files import RunFiles
 from components.shared.metrics import metric_of
@@ -115,6 +122,24 @@ def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
     place = shown.axis.place
     assert shown.bound == -0.05
     assert 0 < place(-0.4) < place(-0.2) < place(-0.05) < place(0) < place(0.2) < 100
+
+
+def test_what_is_new_is_drawn_beside_what_the_champion_knew_one_picture_a_metric() -> None:
+    def part(records: int, gain: float) -> list[PairedDifference]:
+        paired = PairedDifference(metric="loss", difference=gain, ci95=(gain - 0.1, gain + 0.1), records=records)
+        return [paired, paired.model_copy(update={"metric": "exact_match", "ci95": None})]
+
+    run = example_runs.held_run()
+    assert run.evaluation is not None
+    assert since_champion(run) == []
+    fresh = run.evaluation.model_copy(update={"since_champion": {"new": part(37, 0.5), "seen": part(463, -0.02)}})
+    (shown,) = since_champion(replace(run, evaluation=fresh))
+    assert [(each.name, each.about) for each in shown.gains] == [
+        ("new since production", "37 records"),
+        ("known to production", "463 records"),
+    ]
+    assert shown.gains[0].text == "+0.500 (between +0.400 and +0.600)"
+    assert "What is new, and what production knew" in build_report(replace(run, evaluation=fresh))
 
 
 def test_every_comparison_of_the_gate_is_drawn_between_its_bounds_and_against_its_line() -> None:
