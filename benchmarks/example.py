@@ -38,7 +38,7 @@ def parts(threads: int, *overrides: str) -> tuple[Any, Any, Any, list[Any], Any]
     """Config, base, its chat format, all records and what to multiply in."""
     import torch
 
-    from components.prepare.rows import example_rows
+    from components.prepare.icd10 import rows as example_rows
     from ray_jobs import entry
     from ray_jobs.base import base_model
     from ray_jobs.kernels import door

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.config import config_file
-from components.prepare.rows import example_rows
+from components.prepare.icd10 import rows as example_rows
 from components.store.store import Store
 from pipelines.local import seaweedfs, server
 

@@ -44,7 +44,7 @@ def write(
 
     from benchmarks.peers import bases
     from components.config import config_file
-    from components.prepare.rows import example_rows
+    from components.prepare.icd10 import rows as example_rows
     from ray_jobs import entry
     from ray_jobs.base import base_model
     from ray_jobs.kernels import door

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
-from components.prepare import dataset, workspace
+from components.prepare import dataset, icd10, workspace
 from components.prepare.dataset import FORMAT, Part, Reject
 from components.prepare.personal import Kind
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
@@ -207,7 +207,7 @@ def in_window(intake: Intake, *, days: float) -> list[tuple[int, int]]:
     """The records from the files and objects that were modified in the last `days` before the newest one.
 
     The window ends at the newest source, not today, so that a step that is retried tomorrow makes the same dataset.
-    A source without a time, such as the example, is always in it.
+    A source without a time, such as a file on the hub, is always in it.
     """
     times = [source.modified_at for source, _ in intake.sources if source.modified_at]
     begin = max(times) - timedelta(days=days) if times else None
@@ -453,13 +453,17 @@ def prepare_if_new(
 
     minimum, as_of = step_run.config.data.min_new_records, folders.now()
     consumed = between_runs.read_watermark(step_run.store, step_run.config.adapter.name)
+    sources = find_sources(step_run.config.data.source, seen=consumed.sources if consumed else ())
     if consumed is not None and consumed.run_id == step_run.run_id:
-        consumed = None  # this very run has ended before: a repetition has nothing new, and should give the same result
-    sources = find_sources(step_run.config.data.source)
+        # This very run has ended before: a repetition has nothing new, and should give the same result.
+        sources, consumed = [each for each in sources if each.name in consumed.sources], None
     if minimum and consumed and all(consumed.sources.get(each.name) == each.fingerprint for each in sources):
         what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
+    arrived = {each.name for each in sources} - (consumed.sources.keys() if consumed else set())
+    if any(name.startswith(icd10.ADDRESS) for name in arrived):
+        step_run.say(icd10.news([each.name for each in sources]))
     with _in_memory(), _opened(step_run.config) as work:
         read, unique = _read(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
         batches = work.batches("SELECT content FROM chosen")

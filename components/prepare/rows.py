@@ -9,14 +9,12 @@ import json
 import re
 import shutil
 import tempfile
-import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from components.shared import garbage
+from components.prepare import icd10
 from components.shared.errors import DataError
 
 # The formats of data files by the ending of their name, and their bytes, unpacked.
@@ -129,7 +127,7 @@ def read_rows(name: str, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]
         DataError: the file cannot be opened, or is not what its name says.
     """
     if path is None:
-        yield from together(SourceRow(line, row) for line, row in enumerate(example_rows(), start=1))
+        yield from together(SourceRow(line, row) for line, row in enumerate(icd10.rows(name), start=1))
         return
     form = form_of(name)
     assert form is not None
@@ -352,73 +350,3 @@ def _value(one_row: Any) -> object:
         return Unreadable(f"not UTF-8 at byte {exc.start + 1}")
     except (ValueError, OverflowError) as exc:
         return Unreadable(f"a value that cannot be read: {exc}")
-
-
-# The built-in example, `example://icd10`: sort a medical condition into its ICD-10-CM chapter.
-#
-# ICD-10-CM is the list of codes with which hospitals in the United States record diagnoses. Under many codes of its 22
-# chapters it lists inclusion terms: other names of the condition, often in words that a general model cannot place
-# ("Mpox", "Shiga-Kruse dysentery"). The data is the release of April 2026, as the package simple-icd-10-cm ships it:
-# 12,533 rows, nothing to download.
-#
-#     {"id": "icd10cm/Mpox", "code": "B04",
-#      "messages": [{"role": "system", "content": "Name the ICD-10 chapter."},
-#                   {"role": "user", "content": "Mpox"},
-#                   {"role": "assistant", "content": "Infections"}]}
-
-TASK = "Name the ICD-10 chapter."
-PACKAGE = "simple-icd-10-cm"
-_NO_EXAMPLE = (
-    f"data.source is example://icd10, whose data comes with the package {PACKAGE}, which is not installed: "
-    "run pip install 'fineloop[local]'"
-)
-CHAPTERS = (
-    *("Infections", "Neoplasms", "Blood", "Endocrine", "Mental", "Nerves", "Eye", "Ear", "Circulation", "Respiratory"),
-    *("Digestive", "Skin", "Musculoskeletal", "Urogenital", "Pregnancy", "Newborn", "Congenital", "Symptoms", "Injury"),
-    *("External causes", "Health status", "Special codes"),
-)
-"""The chapters' names, from 1 to 22, each of 1 to 3 tokens, so that a small model learns the sorting and not the
-spelling."""
-
-
-def example_rows() -> Iterator[dict[str, Any]]:
-    """Yield one row per inclusion term, in the order of the codes.
-
-    A term that is listed under several chapters has no single answer and is left out.
-
-    Raises:
-        DataError: simple-icd-10-cm is not installed.
-    """
-    try:
-        with warnings.catch_warnings(), garbage.importing():
-            # The package reads its data through functions of importlib.resources that Python 3.11 deprecates.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import simple_icd_10_cm as icd
-    except ImportError as exc:
-        raise DataError(_NO_EXAMPLE) from exc
-    chapters_of: dict[str, set[str]] = {}
-    codes: dict[str, str] = {}
-    chapter = ""
-    for code in icd.get_all_codes():  # each chapter is followed by its codes
-        chapter = code if icd.is_chapter(code) else chapter
-        for term in icd.get_inclusion_term(code):
-            chapters_of.setdefault(term, set()).add(chapter)
-            codes.setdefault(term, code)
-    for term, chapters in chapters_of.items():
-        if len(chapters) == 1:
-            # The term is its own id: it keeps its split when a later release moves it to another code.
-            turns = {"system": TASK, "user": term, "assistant": CHAPTERS[int(min(chapters)) - 1]}
-            messages = [{"role": role, "content": content} for role, content in turns.items()]
-            yield {"id": f"icd10cm/{term}", "code": codes[term], "messages": messages}
-
-
-def example_release() -> str:
-    """The version of the package that the rows come from.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    try:
-        return version(PACKAGE)
-    except PackageNotFoundError as exc:
-        raise DataError(_NO_EXAMPLE) from exc

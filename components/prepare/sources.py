@@ -5,7 +5,7 @@ import logging
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from components.prepare.rows import ENDINGS, FIRST, WAYS, example_release, expected, form_of
+from components.prepare import icd10
+from components.prepare.rows import ENDINGS, FIRST, WAYS, expected, form_of
 from components.shared.errors import DataError
 from components.shared.protocol import counted
 
@@ -24,24 +25,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = ("example://icd10",)
 HUB_FORM = "hf://ORG/NAME[@REVISION][/FOLDER or /GLOB]"
-_FORMS = f"a path, a glob, a folder, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, {HUB_FORM} or {', '.join(EXAMPLES)}"
+_FORMS = f"a path, a glob, a folder, s3://BUCKET/KEY, s3://BUCKET/FOLDER/, {HUB_FORM} or {icd10.ADDRESS}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file to read, or the example."""
+    """One file to read, or one release of the example."""
 
     name: str
-    """The name for people: a path, an s3:// or hf:// address, or example://NAME."""
+    """The name for people: a path, an s3:// or hf:// address, or example://icd10/RELEASE."""
     size_bytes: int
     """0 for the example."""
     fingerprint: str
     """A text that changes with the content: an object's ETag, a file's size and time, a hub file's hash, or the version
     of the example's package."""
     modified_at: datetime | None
-    """None for the example and for files on the hub."""
+    """None for files on the hub."""
     entry: str = ""
     """The entry of data.source that names the file; empty if there is only one entry."""
 
@@ -122,8 +122,10 @@ def _asked(entry: str, ask: Callable[[Any], T]) -> T:
         raise DataError(f"data.source is {entry!r}, and the hub {why}") from exc
 
 
-def find_sources(source: str | list[str]) -> list[Source]:
+def find_sources(source: str | list[str], *, seen: Collection[str] = ()) -> list[Source]:
     """List the files, each once, in the order given; files of a glob or a folder are sorted by name.
+
+    The example has one release more than `seen`, the names of sources that were read before.
 
     Raises:
         DataError: a source has an unknown form, does not exist, or holds no data files.
@@ -134,12 +136,12 @@ def find_sources(source: str | list[str]) -> list[Source]:
         raise DataError(f"data.source is an empty list: expected {_FORMS}")
     found: dict[str, Source] = {}
     for entry in entries:
-        for each in _find(entry):
+        for each in _find(entry, seen):
             found.setdefault(each.name, replace(each, entry=entry) if len(entries) > 1 else each)
     return list(found.values())
 
 
-def _find(entry: str) -> Iterator[Source]:
+def _find(entry: str, seen: Collection[str]) -> Iterator[Source]:
     scheme, separator, _ = entry.partition("://")
     if not separator:
         return _find_local(entry)
@@ -147,8 +149,8 @@ def _find(entry: str) -> Iterator[Source]:
         return _find_s3(entry)
     if scheme == "hf":
         return _find_on_hub(entry)
-    if entry in EXAMPLES:
-        return iter([Source(entry, 0, example_release(), None)])
+    if entry == icd10.ADDRESS:
+        return (Source(each.address, 0, each.version, each.date) for each in icd10.arrived(seen))
     if scheme == "file":
         raise DataError(f"data.source is {entry!r}: write the path alone, {entry.removeprefix('file://')!r}")
     raise DataError(f"data.source is {entry!r}: expected {_FORMS}; fetch what lies elsewhere, and name the file here")
@@ -291,7 +293,7 @@ def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | Non
                 return pool.submit(_downloaded, stores[bucket], key, Path(scratch, str(number)), source.size_bytes)
             if source.name.startswith("hf://"):
                 return pool.submit(_fetched, source.name)
-            return pool.submit(lambda: None if source.name in EXAMPLES else Path(source.name))
+            return pool.submit(lambda: None if source.name.startswith(icd10.ADDRESS) else Path(source.name))
 
         remaining = enumerate(sources)
         try:

@@ -197,11 +197,15 @@ PIPELINE = (
 EXPERIMENT = option("--experiment NAME", "group of runs in the UI (default: fineloop)", default="fineloop")
 
 
+ALL_OF_IT = {"data.max_records": "0", "data.window_days": "0", "data.replay_share": "0", "train.start_from": '"base"'}
+"""Settings for other data than the example's, of which its config takes some a night."""
+
+
 def load_config(options: argparse.Namespace) -> RunConfig:
     """Return the validated config with its relative paths made absolute, because steps run in other folders.
 
-    DATA of the command line is an override. Other data in the example's config are used whole, and DATA gives the
-    adapter its name, unless --set says otherwise.
+    DATA of the command line is an override. Other data in the example's config are used whole and from the base on, and
+    DATA gives the adapter its name, unless --set says otherwise.
 
     Raises:
         ConfigError: the file is missing, or it or an override is wrong.
@@ -212,7 +216,7 @@ def load_config(options: argparse.Namespace) -> RunConfig:
         own["data.source"] = json.dumps(data, ensure_ascii=False)
     if options.config == DEFAULT_CONFIG:
         own |= {"adapter.name": name_from(data)} if data else {}
-        own |= {"data.max_records": "0"} if "data.source" in {*own, *overridden} else {}
+        own |= ALL_OF_IT if "data.source" in {*own, *overridden} else {}
     set_here = [f"{key}={value}" for key, value in own.items() if key not in overridden]
     options.overrides = [*set_here, *options.overrides]
 

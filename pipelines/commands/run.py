@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> Answer:
     return _run_here(options, Place(options.home, sys.stderr, verbose=options.verbose), "retrain")
 
 
-@command("train", *RUNS, ADDRESS, example="fineloop train --set method.name=dora --set method.rank=32")
+@command("train", *RUNS, ADDRESS, example="fineloop train --set method.name=dora --set train.start_from=base")
 def train(options: argparse.Namespace) -> Answer:
     """Prepare, fine-tune and evaluate, without gate and alias.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare.rows import example_rows
+from components.prepare.icd10 import rows as example_rows
 from tests.e2e.conftest import Done, Home
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

@@ -178,6 +178,9 @@ def test_other_data_in_the_example_s_config_are_taken_whole(
     options = cli.parser().parse_args(["run", *arguments])
     for config in (load_config(options), load_config(options)):
         assert (config.adapter.name, config.data.max_records) == (name, records)
+        is_other = arguments and "own.toml" not in arguments
+        nights = (config.data.window_days, config.data.replay_share, config.train.start_from)
+        assert nights == ((0, 0, "base") if is_other else (300, 0.5, "production"))
         if "My Rows.jsonl" in arguments:
             assert config.data.source == str(tmp_path / "My Rows.jsonl")
 

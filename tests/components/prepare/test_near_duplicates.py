@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from components.prepare import near_duplicates as compared
+from components.prepare.icd10 import rows as example_rows
 from components.prepare.near_duplicates import Batch, Comparison, Hashes, MinHash, Signed
-from components.prepare.rows import example_rows
 
 
 def near_duplicates(prompts: list[str], held_out: list[str], *, similarity: float) -> list[bool]:

@@ -11,9 +11,9 @@ import pytest
 
 from components.config import config_file
 from components.prepare.dataset import Message, Record
+from components.prepare.icd10 import rows as example_rows
 from components.prepare.personal import Screen, find, mask
 from components.prepare.prepare import prepare
-from components.prepare.rows import example_rows
 from components.shared.errors import DataError
 
 EMAIL, CARD, IBAN = "jane.doe@example.org", "4539 1488 0343 6467", "DE89 3704 0044 0532 0130 00"

@@ -5,7 +5,6 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -18,7 +17,7 @@ from components.prepare import rows
 from components.prepare.dataset import Record
 from components.prepare.personal import Screen, find
 from components.prepare.prepare import require_usable
-from components.prepare.rows import SourceRow, Unreadable, example_rows
+from components.prepare.rows import SourceRow, Unreadable
 from components.prepare.shapes import columns_read
 from components.prepare.sources import find_sources, local_copies
 from components.shared.errors import DataError
@@ -443,17 +442,3 @@ def test_a_document_is_read_or_refused_however_deeply_it_is_nested(tmp_path: Pat
         except DataError:
             outcomes.append(0)
     assert set(outcomes) == {0, 1}
-
-
-def test_a_term_under_two_chapters_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    terms = {"2": [], "C1": ["a", "b"], "14": [], "N1": ["b", "c"]}
-    icd = SimpleNamespace(get_all_codes=lambda: [*terms], is_chapter=str.isdigit, get_inclusion_term=terms.__getitem__)
-    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", icd)
-    found = {row["id"]: (row["code"], row["messages"][2]["content"]) for row in example_rows()}
-    assert found == {"icd10cm/a": ("C1", "Neoplasms"), "icd10cm/c": ("N1", "Urogenital")}
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
-    with pytest.raises(DataError, match=r"pip install 'fineloop\[local\]'"):
-        next(example_rows())
