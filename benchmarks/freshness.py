@@ -1,0 +1,231 @@
+"""What a refresh is worth on a domain that really moved: `python -m benchmarks.freshness FOLDER`.
+
+ICD-10-CM of January 2021 against April 2025. Each seed draws which terms are held out, new ones and old ones, and
+trains four adapters by the example's recipe: one on terms of 2021, which is stale by 2025, and three on other new
+terms: further from the stale one, with as many earlier terms replayed or without, and anew from the base with all.
+Terms near a held-out one are not trained on, as the prepare step leaves them out. Bounds are the gate's own, paired by
+record. What FOLDER holds is not trained again.
+"""
+
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from benchmarks import example, our_loop
+from components.config import config_file
+from components.prepare import icd10
+from components.prepare.dataset import Record
+from components.prepare.near_duplicates import Comparison
+from components.shared.paired import Bounds, Pairs, bounds
+from pipelines.configs import DEFAULT_CONFIG
+from ray_jobs import entry
+from ray_jobs.base import base_model
+from ray_jobs.kernels import door
+from ray_jobs.probes.texts import unread_passages
+from ray_jobs.scoring.generation import label_nll, score
+from ray_jobs.scoring.measure import HeldBase
+from ray_jobs.text import chat_format
+from ray_jobs.text.batching import plan_epoch, tokenize
+from ray_jobs.training import worker, zero
+from tests.doubles.datasets import validate
+
+BEFORE, AFTER = "example://icd10/2021-01", "example://icd10/2025-04"
+STALE, FURTHER, REPLAYED, ANEW = "stale", "from production", "with replay", "from the base"
+ARMS = (STALE, FURTHER, REPLAYED, ANEW)
+GATE = config_file.load(DEFAULT_CONFIG).gate
+MARGIN = GATE.worse_than_champion_by
+
+Values = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The terms of one seed."""
+
+    held_new: list[Record]
+    held_old: list[Record]
+    new: list[Record]
+    old: list[Record]
+
+    @classmethod
+    def of(cls, seed: int, *, new: int, old: int, held_new: int, held_old: int) -> "Draw":
+        """So many terms of each kind, as far as there are."""
+        chance = random.Random(seed)
+        added, listed = ([validate(row).record for row in icd10.rows(address)] for address in (AFTER, BEFORE))
+        chance.shuffle(added)
+        chance.shuffle(listed)
+        held = added[:held_new], listed[:held_old]
+        prompts = [record.prompt[-1].content for record in (*held[0], *held[1])]
+
+        def unlike(records: Sequence[Record]) -> list[Record]:
+            texts = [record.prompt[-1].content for record in records]
+            similarity = config_file.load(DEFAULT_CONFIG).data.near_duplicates
+            with tempfile.TemporaryDirectory() as scratch:
+                comparison = Comparison(texts, prompts, similarity=similarity, folder=Path(scratch))
+                near = list(comparison.near_held_out(texts))
+            return [record for record, row in zip(records, near, strict=True) if row is None]
+
+        return cls(*held, unlike(added[held_new:])[:new], unlike(listed[held_old : held_old + 2 * old])[:old])
+
+    def trained_on(self, arm: str) -> list[Record]:
+        return {
+            STALE: self.old,
+            FURTHER: self.new,
+            REPLAYED: [*self.new, *self.old[: len(self.new)]],
+            ANEW: [*self.new, *self.old],
+        }[arm]
+
+
+class Trainer:
+    """Trains and measures in this process, on one base."""
+
+    def __init__(self, *, threads: int, overrides: Sequence[str]) -> None:
+        entry.quiet_libraries()
+        torch.set_num_threads(threads)
+        one = ("ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={threads}")
+        self.config = config_file.load(DEFAULT_CONFIG, [*one, *overrides])
+        self.base = base_model.resolve(self.config.model)
+        self.chat = chat_format.load(self.base, self.config.model)
+        self.kernels = door.choose(self.config, base_model.load_config(self.base.path, self.config.model))
+        self.held = HeldBase()
+        zero.prepare_environment(use_gpu=False)
+        door.keep_freed_memory()
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # which DeepSpeed asks for
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def train(self, records: Sequence[Record], seed: int, start: Mapping[str, torch.Tensor] | None) -> Any:
+        """The adapted model with its last weights."""
+        config = config_file.loads(config_file.dumps(self.config), [f"train.seed={seed}"])
+        adapted = worker.assemble(
+            config, self.base, use_gpu=False, kernels=self.kernels, load=self.held.load, start=start
+        )
+        engine = zero.initialize(adapted, config)
+        self.kernels.hold_dense(adapted)
+        split = tokenize(records, self.chat, config.model.max_length)
+        plan = plan_epoch(split.lengths, batch_size=config.train.batch_size, seed=seed, epoch=0)
+        for _ in our_loop.steps(engine, config, split, self.chat.pad, plan):
+            pass
+        engine.destroy()
+        return adapted.eval()
+
+    def measure(self, model: Any, records: Sequence[Record]) -> Values:
+        split = tokenize(records, self.chat, self.config.model.max_length)
+        found = score(model, self.chat, records, split, batch_size=32, max_new_tokens=8)
+        return {
+            "loss": [each.nll for each in found],
+            "exact_match": [each.marks["exact_match"] for each in found],
+            "tokens": split.num_answer_tokens.tolist(),
+        }
+
+    @cached_property
+    def passages(self) -> Any:
+        return unread_passages(self.chat, self.config).split
+
+    def general(self, model: Any) -> Values:
+        return {
+            "loss": label_nll(model, self.passages, 16, self.chat.pad),
+            "tokens": self.passages.num_answer_tokens.tolist(),
+        }
+
+
+def main() -> None:
+    parser = example.parser("freshness", __doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for what was measured, and the stale adapters")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=300, metavar="N", help="new terms to train on")
+    parser.add_argument("--old", type=int, default=400, metavar="N", help="terms of 2021 to train on")
+    parser.add_argument("--held-new", type=int, default=300, metavar="N", help="new terms to measure on")
+    parser.add_argument("--held-old", type=int, default=200, metavar="N", help="terms of 2021 to measure on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another key of the config")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    sizes = {key: getattr(options, key) for key in ("new", "old", "held_new", "held_old")}
+    trainer: Trainer | None = None
+    for seed in range(options.seeds):
+        for arm in ARMS:
+            if not _file(options.folder, seed, arm).exists():
+                trainer = trainer or Trainer(threads=options.threads, overrides=options.set)
+                _run(trainer, options.folder, seed, arm, Draw.of(seed, **sizes))
+    report(options.folder, options.seeds)
+
+
+def _file(folder: Path, seed: int, arm: str) -> Path:
+    return folder / f"{seed}-{arm.replace(' ', '-')}.json"
+
+
+def _run(trainer: Trainer, folder: Path, seed: int, arm: str, draw: Draw) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    stale, records = folder / f"{seed}-stale.safetensors", draw.trained_on(arm)
+    began = time.process_time()
+    model = trainer.train(records, seed, load_file(stale) if arm in (FURTHER, REPLAYED) else None)
+    seconds = time.process_time() - began  # of one processor, whatever else it does
+    if arm == STALE:
+        save_file({name: value.clone() for name, value in get_peft_model_state_dict(model).items()}, stale)
+    found = {
+        "seed": seed, "arm": arm, "records": len(records), "seconds": round(seconds, 1),
+        "new": trainer.measure(model, draw.held_new), "old": trainer.measure(model, draw.held_old),
+        "general": trainer.general(model),
+    }  # fmt: skip
+    _file(folder, seed, arm).write_text(json.dumps(found))
+    taken = time.process_time() - began
+    print(f"seed {seed}, {arm}: {len(records)} records, {seconds:.0f} s; measured in {taken - seconds:.0f}", flush=True)
+
+
+def compared(ours: Values, theirs: Values, metric: str) -> Bounds:
+    """How much better, positive is better, with one-sided bounds at the gate's confidence."""
+    is_loss = metric == "loss"
+    weights = np.array(ours["tokens"], float) if is_loss else np.ones(len(ours[metric]))
+    pairs = Pairs(np.array(ours[metric]), np.array(theirs[metric]), weights, lower_is_better=is_loss)
+    found = bounds(pairs, GATE.confidence)
+    assert found is not None
+    return found
+
+
+def report(folder: Path, seeds: int) -> None:
+    """Print a table, how often each refresh is better on new terms and within the margin on old ones, and JSON."""
+    rows: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        arms = {arm: json.loads(_file(folder, seed, arm).read_text()) for arm in ARMS}
+        for arm, found in arms.items():
+            row: dict[str, Any] = {key: found[key] for key in ("seed", "arm", "records", "seconds")}
+            for part in ("new", "old"):
+                row[part] = float(np.mean(found[part]["exact_match"]))
+                for metric in ("exact_match", "loss") if arm != STALE else ():
+                    gain = compared(found[part], arms[STALE][part], metric)
+                    row[f"{part}_{metric}"] = [gain.gain, gain.lower, gain.upper]
+            row["general"] = sum(found["general"]["loss"]) / sum(found["general"]["tokens"])
+            rows.append(row)
+    print("| seed | adapter | records | s | new terms | gain | of nats | old terms | gain | of nats | general text |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [str(row["seed"]), row["arm"], str(row["records"]), f"{row['seconds']:.0f}"]
+        for part in ("new", "old"):
+            gains = [row.get(f"{part}_{metric}") for metric in ("exact_match", "loss")]
+            cells += [f"{row[part]:.1%}", *(f"{gain[0]:+.3f} ({gain[1]:+.3f})" if gain else "" for gain in gains)]
+        print(f"| {' | '.join(cells)} | {row['general']:.3f} |")
+    print("Gains over the stale adapter; in brackets, what the gain is at least, at the gate's confidence.")
+    for arm in ARMS[1:]:
+        ours = [row for row in rows if row["arm"] == arm]
+        for part, least in (("new", 0.0), ("old", -MARGIN)):
+            of = [sum(row[f"{part}_{metric}"][1] > least for row in ours) for metric in ("exact_match", "loss")]
+            shown = f"exact match in {of[0]} of {seeds} seeds, loss in {of[1]}"
+            print(f"{arm}: {part} terms at least {least:+g} better by {shown}")
+    print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
