@@ -1,4 +1,4 @@
-"""What many tests share: one real S3 server for the session, and a fresh prefix of it for each test."""
+"""What many tests share: one real S3 server for the test run, and a fresh prefix of it for each test."""
 
 import gc
 import importlib
@@ -16,7 +16,8 @@ import pytest
 
 from components.config.schema import RegistryConfig
 from components.store.store import Store
-from pipelines.local import seaweedfs, server
+from pipelines.local import seaweedfs
+from pipelines.local.local_services import store_service
 
 if TYPE_CHECKING:
     from tests.doubles.kubernetes.control_plane import ControlPlane
@@ -88,23 +89,25 @@ def _leaks_are_found_where_they_were_made() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's S3 server keeps what it has."""
-    return tmp_path_factory.mktemp("seaweedfs")
+def s3_home(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the S3 server is that all processes of a test run share, each with prefixes of its own."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if hasattr(pytestconfig, "workerinput") else own) / "home"
 
 
 @pytest.fixture(scope="session")
-def s3_server(s3_directory: Path) -> Iterator[seaweedfs.Endpoint]:
-    """A SeaweedFS of this session's own, which the environment then points every client at."""
-    running = server.start(seaweedfs.SeaweedFS(s3_directory, "fineloop-tests"))
-    endpoint = seaweedfs.Endpoint.read(running.endpoint)
-    with pytest.MonkeyPatch.context() as environment:
+def s3_server(s3_home: Path) -> Iterator[seaweedfs.Endpoint]:
+    """The test run's own SeaweedFS, which the environment then points every client at."""
+    with (
+        store_service(s3_home).use(bucket="fineloop-tests", environment=os.environ) as record,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        endpoint = seaweedfs.Endpoint.read(record)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             environment.delenv(name, raising=False)
         for name, value in endpoint.environment().items():
             environment.setenv(name, value)
         yield endpoint
-    running.stop()
 
 
 @pytest.fixture

@@ -54,6 +54,11 @@ def test_a_home_that_cannot_be_made_is_refused_in_a_sentence(tmp_path):
             private_folder(home / "runs")
 
 
+@pytest.fixture
+def s3_directory(s3_home: Path) -> Path:
+    return s3_home / "store"
+
+
 def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3_server, s3_directory, tmp_path):
     filer, *others = (f"127.0.0.1:{port}" for port in _grpc_ports(s3_directory))
     assert _asked(filer, _with_certificate(s3_directory)) == grpc.StatusCode.OK
