@@ -8,13 +8,14 @@ import shutil
 import signal
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from components.config.schema import RegistryConfig
+from components.shared import garbage
 from components.store.store import Store
 from pipelines.local import seaweedfs
 from pipelines.local.local_services import store_service
@@ -51,6 +52,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--namespace", default="fineloop", metavar="NAME", help="where its runs are")
     group.addoption("--step-image", default="", metavar="IMAGE", help="image of every step")
     group.addoption("--set", action="append", default=[], metavar="KEY=VALUE", help="fits the example's config to it")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import all files without looking for garbage among them."""
+    with garbage.importing():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

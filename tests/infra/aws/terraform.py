@@ -4,6 +4,7 @@ Only what these files use is understood. Anything else is an error, so that a po
 """
 
 import re
+from functools import cache
 from typing import Any, NamedTuple
 
 import hcl2
@@ -15,6 +16,11 @@ SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((INFRA / 
 BUCKET_ARN = "arn:aws:s3:::fineloop"
 ACCOUNT = "arn:aws:iam::111122223333"
 _OPTIONS = hcl2.SerializationOptions(with_comments=False, explicit_blocks=False, strip_string_quotes=True)
+
+
+@cache
+def _blocks(text: str) -> Any:
+    return hcl2.loads(text, serialization_options=_OPTIONS)
 
 
 class Statement(NamedTuple):
@@ -30,7 +36,7 @@ class Configuration:
     """The blocks, and what stands for the values that only `terraform apply` knows."""
 
     def __init__(self, text: str = SOURCE, prefix: str = "", **variables: Any) -> None:
-        self.blocks = hcl2.loads(text, serialization_options=_OPTIONS)
+        self.blocks = _blocks(text)
         self.symbols = {
             "aws_s3_bucket.registry.arn": BUCKET_ARN,
             "aws_iam_role.admin.arn": f"{ACCOUNT}:role/fineloop-admin",
