@@ -1,11 +1,13 @@
 """What many tests share: one real S3 server for the test run, and a fresh prefix of it for each test."""
 
+import contextlib
 import gc
 import importlib
 import os
 import re
 import shutil
 import signal
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -19,6 +21,7 @@ from components.shared import garbage
 from components.store.store import Store
 from pipelines.local import seaweedfs
 from pipelines.local.local_services import store_service
+from tests import warm
 
 if TYPE_CHECKING:
     from tests.doubles.kubernetes.control_plane import ControlPlane
@@ -41,6 +44,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell that runs the tests in the background lets them, and every process that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+WARM = "FINELOOP_TESTS_PYTHON"
 STARTS_SERVERS = {"machine", "stub_cluster", "server", "cluster", "control_plane"}
 """Fixtures that start a server for a test; what is marked e2e starts Ray."""
 
@@ -52,6 +56,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--namespace", default="fineloop", metavar="NAME", help="where its runs are")
     group.addoption("--step-image", default="", metavar="IMAGE", help="image of every step")
     group.addoption("--set", action="append", default=[], metavar="KEY=VALUE", help="fits the example's config to it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All processes of a run share one Python that forks what takes long to import."""
+    if WARM not in os.environ:
+        stack = contextlib.ExitStack()
+        os.environ[WARM] = stack.enter_context(warm.running())
+        stack.callback(os.environ.pop, WARM)
+        config.add_cleanup(stack.close)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -122,6 +135,14 @@ def s3_server(s3_home: Path) -> Iterator[seaweedfs.Endpoint]:
 def store(s3_server: seaweedfs.Endpoint) -> Store:
     """A registry that nobody else uses."""
     return Store.open(RegistryConfig(bucket=s3_server.bucket, prefix=f"tests/{uuid.uuid4().hex}"))
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[None]:
+    """The Python that the file's tests and their processes start is that of tests/warm.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", os.environ[WARM])
+        yield
 
 
 @pytest.fixture(scope="session")

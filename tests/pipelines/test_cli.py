@@ -21,6 +21,8 @@ from pipelines.commands.arguments import load_config
 from pipelines.configs import DEFAULT_CONFIG
 from tests.pipelines.command_line import body, fineloop
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"kfp", "torch", "transformers"}
 

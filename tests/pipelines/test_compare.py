@@ -25,6 +25,8 @@ from components.store.store import Store
 from pipelines.local import past_runs
 from tests.pipelines.command_line import body, fineloop
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 RECORDS = 80
 
 

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 from tests.models.tiny import write_tokenizer
 from tests.pipelines.command_line import body, fineloop
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 CONFIG = """
 [adapter]
 name = "colours"

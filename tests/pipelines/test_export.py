@@ -9,6 +9,8 @@ from components.registry.versions import Version
 from components.store.store import Store
 from tests.pipelines.command_line import body, colours, fineloop
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture
 def published(store: Store, tmp_path: Path) -> Version:

@@ -9,6 +9,8 @@ from pipelines import cli
 from pipelines.commands import run
 from tests.pipelines.command_line import fineloop
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 CONFIG = """
 [adapter]
 name = "sums"

@@ -17,6 +17,8 @@ from pipelines.commands.arguments import load_config
 from pipelines.local import past_runs
 from tests.pipelines.command_line import body, fineloop
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def keep(store: Store, config_path: Path, run_id: str, began: str, *overrides: str) -> None:
     config = config_file.load(config_path, overrides)

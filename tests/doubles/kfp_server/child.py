@@ -1,6 +1,6 @@
 """The process of one run: the submitted YAML under kfp.local, each step a process of its own.
 
-python -m tests.doubles.kfp_server.child FOLDER RUN_ID
+python -m tests.doubles.kfp_server.child FOLDER RUN_ID PYTHON
 """
 
 import json
@@ -10,8 +10,9 @@ import warnings
 from pathlib import Path
 
 
-def main(folder: Path, run_id: str) -> None:
-    """Run FOLDER/pipeline.yaml with FOLDER/parameters.json; outputs go to FOLDER/outputs."""
+def main(folder: Path, run_id: str, python: str) -> None:
+    """Run FOLDER/pipeline.yaml with FOLDER/parameters.json, its steps by this Python; outputs go to FOLDER/outputs."""
+    sys.executable = python
     warnings.simplefilter("ignore")
     from kfp import components, local
     from kfp.local import pipeline_orchestrator, placeholder_utils
@@ -25,4 +26,4 @@ def main(folder: Path, run_id: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

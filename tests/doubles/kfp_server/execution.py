@@ -121,7 +121,10 @@ class Execution:
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.doubles.kfp_server.child", str(self.folder), self.record["run_id"]],
+            [
+                *(sys.executable, "-m", "tests.doubles.kfp_server.child"),
+                *(str(self.folder), self.record["run_id"], sys.executable),
+            ],
             cwd=ROOT,
             env=self._environment,
             stdin=subprocess.DEVNULL,

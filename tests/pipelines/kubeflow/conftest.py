@@ -51,7 +51,9 @@ def no_kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server(no_kubeflow: None, s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+def server(
+    forked: None, no_kubeflow: None, s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KfpServer]:
     """A server that the environment names, and a store."""
     with serving() as running:
         for name, value in {**s3_server.environment(), "KFP_ENDPOINT": running.url}.items():

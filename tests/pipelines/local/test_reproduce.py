@@ -20,6 +20,8 @@ from tests.doubles import datasets
 from tests.doubles.jobs_api import JobsApi
 from tests.pipelines.command_line import body, fineloop
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture
 def trained(stub_cluster: JobsApi, make_config: Callable[..., RunConfig], tmp_path: Path) -> str:

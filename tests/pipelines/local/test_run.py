@@ -26,6 +26,8 @@ from pipelines.local.run import Finished, Outcome, Place, event_files_beside, re
 from tests.doubles.jobs_api import JobsApi
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 RUN_KEYS = {
     *("run_id", "adapter", "version", "version_uri", "decision", "verdict", "promoted", "reasons", "metrics"),
     *("report", "store", "timings_s"),

@@ -14,6 +14,8 @@ from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.display import Display
 from pipelines.local.run import Place, apply, changes, run, sweep, sweep_lines
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 BEST = Tuned(
     method="qlora", rank=16, batch_size=16, prior=1e-3, learning_rate=3.16e-3, loss=1.0, is_inside=True,
     rates=[RateLoss(learning_rate=3.16e-3, loss=1.0, statuses=["finished"])],

@@ -1,0 +1,233 @@
+"""A Python whose heavy imports are done: `python -m MODULE` is forked from one process that has made them already.
+
+A step under kfp.local, or a command, imports kfp, Ray and the like anew in each process, which takes a second; a fork
+takes some hundredths. `bin/python3` is a small program. Asked for one of `PRELOADED`, it has the server fork a process
+with its streams, arguments, environment, folder and umask, passes signals on to it, and ends as that does; in every
+other case it becomes the real Python. If it is killed, so is the session of what was forked.
+
+A test that sends signals to whole groups, or reads /proc of what it starts, takes the real one. So does whatever asks
+what an import does at start: tests/test_boundaries.py, tests/e2e and tests/journeys start each process from nothing.
+"""
+
+import array
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = (
+    *("kfp.local", "kfp.dsl.executor_main", "ray.job_submission", "pyarrow.parquet", "boto3", "botocore.httpsession"),
+    *("pipelines.retrain", "pipelines.cli", "pipelines.local.run", "components.prepare.by_engine"),
+    *("components.tune.tune", "components.finetune.finetune", "components.evaluate.evaluate", "components.gate.gate"),
+    *("components.promote.promote", "components.report.report"),
+)
+MODELS = ("torch", "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb")
+PRELOADED = {
+    "kfp.dsl.executor_main": STEPS,
+    "pipelines.local.run_pipeline": STEPS,
+    "pipelines.cli": STEPS,
+    "ray_jobs.candidate": STEPS,  # the stub's, as the next two; so nothing of ray_jobs may be imported before
+    "ray_jobs.evaluate": STEPS,
+    "ray_jobs.sweep": STEPS,
+    "ray_jobs.plan": MODELS,
+    "ray_jobs.preview": MODELS,
+    "ray_jobs.export": MODELS,
+}
+"""What is forked, and what the server imports before it first forks that."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+CLIENT = """
+import array, json, os, signal, socket, sys
+arguments = sys.argv[1:]
+if arguments[:1] != ["-m"] or arguments[1] not in {modules} or "PYTHONWARNINGS" in os.environ:
+    os.execv({real!r}, [{real!r}, *arguments])
+umask = os.umask(0)
+os.umask(umask)
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = json.dumps(
+    {{"arguments": arguments[1:], "folder": os.getcwd(), "environment": dict(os.environ), "umask": umask}}
+).encode()
+streams = array.array("i", [0, 1, 2])
+server.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+signal.pthread_sigmask(signal.SIG_BLOCK, {forwarded})
+server.sendall(request)
+answers = server.makefile("r")
+pid = int(answers.readline())
+for number in {forwarded}:
+    signal.signal(number, lambda number, _frame: os.kill(pid, number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {forwarded})
+code = int(answers.readline())
+if code < 0:  # ended by a signal: so do we
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+@contextlib.contextmanager
+def running() -> Iterator[str]:
+    """The path of such a Python, beside links to what lies beside the real one. It imports at its first use."""
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
+        real, address, programs = sys.executable, f"{folder}/socket", Path(folder, "bin")
+        programs.mkdir()
+        for path in Path(real).parent.iterdir():
+            if not path.name.startswith("python"):
+                (programs / path.name).symlink_to(path)
+        client = CLIENT.format(
+            modules=tuple(PRELOADED), real=real, address=address, forwarded=tuple(map(int, FORWARDED))
+        )
+        for name in ("python", "python3"):
+            (programs / name).write_text(f"#!{real} -IS\n{client}")
+            (programs / name).chmod(0o755)
+        command = [real, "-m", "tests.warm", address, str(programs / "python3")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with (
+            socket.socket(socket.AF_UNIX) as listener,
+            subprocess.Popen(
+                [*command, str(listener.fileno())],
+                env=environment,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            ) as server,
+        ):
+            listener.bind(address)
+            listener.listen(64)
+            assert server.stdin is not None
+            yield str(programs / "python3")
+            server.stdin.close()  # the server ends with this end of the pipe, in whichever way that closes
+
+
+def serve(listener: socket.socket) -> None:
+    """Fork for each connection until standard input ends; what was forked returns as well, and runs its module."""
+    outside = [each for each in sys.path if each not in ("", str(ROOT))]
+    forked: dict[int, socket.socket] = {}
+    woken, waker = socket.socketpair()
+    for end in (woken, waker):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waker.fileno())
+    while True:
+        readable, _, _ = select.select([sys.stdin, listener, woken, *forked.values()], [], [])
+        if sys.stdin in readable:
+            os._exit(0)
+        if woken in readable:
+            woken.recv(4096)
+        for pid, client in list(forked.items()):
+            if client in readable:  # a client says nothing more: it was killed
+                _kill(pid)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                with contextlib.suppress(OSError):
+                    client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                forked.pop(pid).close()
+        if listener in readable:
+            client, _ = listener.accept()
+            streams, request = _read(client)
+            _preload(PRELOADED[request["arguments"][0]])
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for each in (listener, woken, waker, client, *forked.values()):
+                    each.close()
+                _become(streams, outside, **request)
+                return
+            for stream in streams:
+                os.close(stream)
+            client.sendall(f"{pid}\n".encode())
+            forked[pid] = client
+
+
+def _preload(names: Iterable[str]) -> None:
+    if missing := [name for name in names if name not in sys.modules]:
+        gc.disable()
+        for name in missing:
+            importlib.import_module(name)
+        gc.freeze()
+        gc.enable()
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _read(client: socket.socket) -> tuple[list[int], dict[str, Any]]:
+    streams = array.array("i")
+    size, ancillary, _, _ = client.recvmsg(8, socket.CMSG_SPACE(3 * streams.itemsize))
+    streams.frombytes(ancillary[0][2])
+    with client.makefile("rb") as request:
+        return list(streams), json.loads(request.read(int.from_bytes(size, "big")))
+
+
+def _become(
+    streams: list[int],
+    outside: list[str],
+    *,
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    umask: int,
+) -> None:
+    """Take over what Python reads when it starts."""
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.umask(umask)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    time.tzset()
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", 1 if os.isatty(1) else -1, encoding="utf-8", closefd=False)
+    sys.stdout.reconfigure(write_through=bool(environment.get("PYTHONUNBUFFERED")))
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    path = environment.get("PYTHONPATH", "")
+    sys.path[:] = [folder, *filter(None, path.split(os.pathsep)), *outside]
+    importlib.invalidate_caches()
+    sys.argv = arguments
+    sys.modules.pop(arguments[0], None)
+
+
+def _run(module: str) -> int:
+    """The exit code, as Python's own end has it."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as exc:
+        if exc.code is None or isinstance(exc.code, int):
+            return exc.code or 0
+        print(exc.code, file=sys.stderr)
+        return 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.executable = sys.argv[2]  # of what is forked, so that its own processes are forked too
+    serve(socket.socket(fileno=int(sys.argv[3])))
+    code = _run(sys.argv[0])
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # without taking apart all that was imported, which would copy it first
