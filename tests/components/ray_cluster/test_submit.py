@@ -52,14 +52,10 @@ class Cluster:
         )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        *("jobs-api", "rayjob"),
-        pytest.param("kubernetes", marks=needs_control_plane),
-        pytest.param("ray", marks=pytest.mark.e2e),
-    ],
-)
+KINDS = ("jobs-api", "rayjob", pytest.param("kubernetes", marks=needs_control_plane))
+
+
+@pytest.fixture(scope="module", params=[*KINDS, pytest.param("ray", marks=pytest.mark.e2e)])
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, s3_server: Endpoint
 ) -> Iterator[Cluster]:
@@ -97,6 +93,12 @@ def cluster(
                 for name, value in environment.items():
                     patch.setenv(name, value)
                 yield Cluster(RayConfig(), lambda job_id: ray_status(environment["RAY_ADDRESS"], job_id))
+
+
+ON_RAY_IN_MAKE_SLOW = pytest.mark.parametrize(
+    "cluster", [*KINDS, pytest.param("ray", marks=[pytest.mark.e2e, pytest.mark.slow])], indirect=True, scope="module"
+)
+"""Of rules about attempts and logs, which ask of a cluster what the other tests have asked the real Ray already."""
 
 
 def ray_status(address: str, submission_id: str) -> str:
@@ -193,6 +195,7 @@ def test_a_job_that_ray_ended_for_its_node_s_memory_says_so(cluster: Cluster, ru
         cluster.submit(job(run_id, code))
 
 
+@ON_RAY_IN_MAKE_SLOW
 def test_a_failed_attempt_is_followed_by_the_next_number_with_its_own_log(cluster: Cluster, run_id: str) -> None:
     with pytest.raises(JobError):
         cluster.submit(job(run_id, "print('attempt one'); raise SystemExit(9)"))
@@ -202,6 +205,7 @@ def test_a_failed_attempt_is_followed_by_the_next_number_with_its_own_log(cluste
     assert "attempt one" not in output.getvalue()
 
 
+@ON_RAY_IN_MAKE_SLOW
 def test_a_success_is_reused_and_not_run_again(cluster: Cluster, run_id: str, tmp_path: Path) -> None:
     count = tmp_path / "count"
     counting = job(run_id, "import sys; open(sys.argv[1], 'a').write('x')", str(count))
@@ -217,6 +221,7 @@ WAITING = (
 )
 
 
+@ON_RAY_IN_MAKE_SLOW
 def test_two_steps_share_a_job_and_each_waits_for_its_part_of_the_log(cluster, run_id, tmp_path, caplog):
     caplog.set_level("INFO", logger="components")
     both = job(run_id, f"print('[finetune] one'); print('[finetune] {TRAINED}')\n{WAITING}", str(tmp_path))
@@ -241,6 +246,7 @@ MISTAKEN = (
 )
 
 
+@ON_RAY_IN_MAKE_SLOW
 @pytest.mark.parametrize("kind", ["DataError", "JobError"])
 def test_a_failed_job_is_run_again_by_the_next_attempt_at_its_step(cluster, run_id, tmp_path, kind):
     """A user's mistake too: who presses Kubeflow's Retry has mended it, and Argo does not try again by itself."""
@@ -252,6 +258,7 @@ def test_a_failed_job_is_run_again_by_the_next_attempt_at_its_step(cluster, run_
     assert (tmp_path / "count").read_text() == "xx"
 
 
+@ON_RAY_IN_MAKE_SLOW
 def test_a_job_that_fails_in_the_part_of_one_step_has_done_that_of_the_one_before(cluster, run_id, tmp_path):
     failing = job(run_id, MISTAKEN, str(tmp_path / "count"), "DataError")
     assert cluster.submit(failing, upto=TRAINED)
@@ -289,6 +296,7 @@ def test_a_job_past_its_deadline_is_stopped_and_the_field_named(cluster: Cluster
     assert cluster.is_stopped(waiting)
 
 
+@ON_RAY_IN_MAKE_SLOW
 def test_stop_run_stops_the_runs_jobs_and_no_others(cluster, run_id, tmp_path, start_step):
     started = []
     for name in (run_id, f"{run_id}x"):
