@@ -138,10 +138,21 @@ def test_our_top_level_names_are_ours_alone(package: str) -> None:
     assert Path(str(import_module(package).__file__)).resolve() == ROOT / package / "__init__.py"
 
 
+PASSED = {
+    "prepare": "--run-id --decided",
+    "sweep": "--run-id --dataset",
+    "candidate": "--run-id --dataset --train-only",
+    "evaluate": "--run-id --dataset --version --config-digest",
+}
+"""What steps pass to their jobs: components/*/."""
+
+
 def test_every_entry_point_explains_itself(ray_jobs: Imported) -> None:
     usages = re.findall(r"^usage: python -m ray_jobs\.(\w+)(.*?)\n\n", ray_jobs.help, flags=re.DOTALL | re.MULTILINE)
     assert tuple(job for job, _ in usages) == JOBS
-    assert all("--config" in options for _, options in usages)
+    taken = {job: set(re.findall(r"--[\w-]+", options)) for job, options in usages}
+    for job, passed in PASSED.items():
+        assert {"--config", "--set", *passed.split()} <= taken[job], job
 
 
 def test_every_entry_point_that_a_component_starts_is_a_module() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from components.config import config_file
 from pipelines import cli
 from pipelines.commands import run
 from tests.pipelines.command_line import fineloop
@@ -53,6 +54,9 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
     assert done.stderr.startswith("rehearsing a training step of ")
     for line in ("qlora on", "weights", "total", "fits: 22.5 on L4", "full fine-tuning", "$0.805", "advised"):
         assert line in done.stderr
+    fewest = f"for {body['num_workers']} to 3 workers: planned are the fewest, who have the most to hold each"
+    assert fewest in "\n".join(run.plan_lines(config_file.load(here / "plan.toml"), {**body, "max_workers": 3}))
+    assert "planned are the fewest" not in done.stderr
 
 
 @pytest.mark.slow

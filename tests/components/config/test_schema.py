@@ -121,6 +121,10 @@ def test_a_wrong_value_is_named_with_its_field_and_what_that_takes(override: str
         (["gate.limits=[{metric='loss',min=2,max=1}]"], "gate.limits.0: min 2.0 is above max 1.0"),
         (["gate.limits=[{metric='loss'}]"], "gate.limits.0: a limit needs min, max or both"),
         (["evaluate.max_new_tokens=64", "model.max_length=64"], "leaves no room for a prompt in model.max_length 64"),
+        (
+            ["ray.cluster.kind=jobs-api", "ray.cluster.disk_gib=5"],
+            'disk_gib: it belongs to ray.cluster.kind = "rayjob", and this is kind = "jobs-api"',
+        ),
     ],
 )
 def test_what_cannot_go_together_is_refused(overrides: list[str], message: str) -> None:

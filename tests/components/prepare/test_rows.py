@@ -154,9 +154,9 @@ def test_every_format_gives_the_same_rows_packed_or_not(ending: str, packed: str
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-@pytest.mark.parametrize("indent", [None, 1])
-def test_a_json_array_is_read_as_what_it_is(name: str, indent: int | None, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("\ufeff \n" + json.dumps(ROWS, indent=indent) + "\n")
+@pytest.mark.parametrize("form", [{}, {"indent": 1}, {"separators": (",", ":")}], ids=str)
+def test_a_json_array_is_read_as_what_it_is(name: str, form: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / name).write_text("\ufeff \n" + json.dumps(ROWS, **form) + "\n")
     assert read(str(tmp_path / name)) == [(1, ROWS[0]), (2, ROWS[1])]
     (tmp_path / name).write_text("[ ]")
     assert read(str(tmp_path / name)) == []
