@@ -12,8 +12,10 @@ what an import does at start: tests/test_boundaries.py, tests/e2e and tests/jour
 import array
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -38,6 +40,7 @@ STEPS = (
 )
 MODELS = ("torch", "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb")
 PRELOADED = {
+    "tests.doubles.kfp_server.child": STEPS,
     "kfp.dsl.executor_main": STEPS,
     "pipelines.local.run_pipeline": STEPS,
     "pipelines.cli": STEPS,
@@ -48,17 +51,17 @@ PRELOADED = {
     "ray_jobs.preview": MODELS,
     "ray_jobs.export": MODELS,
 }
-"""What is forked, and what the server imports before it first forks that."""
+"""What is forked, and what its server has imported then: two, as a fork of all of torch takes twice as long."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CLIENT = """
 import array, json, os, signal, socket, sys
 arguments = sys.argv[1:]
-if arguments[:1] != ["-m"] or arguments[1] not in {modules} or "PYTHONWARNINGS" in os.environ:
+if arguments[:1] != ["-m"] or arguments[1] not in {server_of} or "PYTHONWARNINGS" in os.environ:
     os.execv({real!r}, [{real!r}, *arguments])
 umask = os.umask(0)
 os.umask(umask)
 server = socket.socket(socket.AF_UNIX)
-server.connect({address!r})
+server.connect({server_of}[arguments[1]])
 request = json.dumps(
     {{"arguments": arguments[1:], "folder": os.getcwd(), "environment": dict(os.environ), "umask": umask}}
 ).encode()
@@ -83,35 +86,42 @@ os._exit(code)
 def running() -> Iterator[str]:
     """The path of such a Python, beside links to what lies beside the real one. It imports at its first use."""
     with tempfile.TemporaryDirectory(prefix="warm-") as folder:
-        real, address, programs = sys.executable, f"{folder}/socket", Path(folder, "bin")
+        real, programs = sys.executable, Path(folder, "bin")
         programs.mkdir()
         for path in Path(real).parent.iterdir():
             if not path.name.startswith("python"):
                 (programs / path.name).symlink_to(path)
-        client = CLIENT.format(
-            modules=tuple(PRELOADED), real=real, address=address, forwarded=tuple(map(int, FORWARDED))
-        )
+        addresses = {names: f"{folder}/{number}" for number, names in enumerate((STEPS, MODELS))}
+        server_of = {module: addresses[names] for module, names in PRELOADED.items()}
+        client = CLIENT.format(server_of=server_of, real=real, forwarded=tuple(map(int, FORWARDED)))
         for name in ("python", "python3"):
             (programs / name).write_text(f"#!{real} -IS\n{client}")
             (programs / name).chmod(0o755)
-        command = [real, "-m", "tests.warm", address, str(programs / "python3")]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with (
-            socket.socket(socket.AF_UNIX) as listener,
-            subprocess.Popen(
-                [*command, str(listener.fileno())],
-                env=environment,
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                pass_fds=[listener.fileno()],
-                start_new_session=True,
-            ) as server,
-        ):
-            listener.bind(address)
-            listener.listen(64)
-            assert server.stdin is not None
+        with contextlib.ExitStack() as servers:
+            for address in addresses.values():
+                servers.enter_context(_server(address, str(programs / "python3")))
             yield str(programs / "python3")
-            server.stdin.close()  # the server ends with this end of the pipe, in whichever way that closes
+
+
+@contextlib.contextmanager
+def _server(address: str, python: str) -> Iterator[None]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.warm", python, str(listener.fileno())],
+            env=environment,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        ) as server,
+    ):
+        listener.bind(address)
+        listener.listen(64)
+        assert server.stdin is not None
+        yield
+        server.stdin.close()  # the server ends with this end of the pipe, in whichever way that closes
 
 
 def serve(listener: socket.socket) -> None:
@@ -224,8 +234,10 @@ def _run(module: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.executable = sys.argv[2]  # of what is forked, so that its own processes are forked too
-    serve(socket.socket(fileno=int(sys.argv[3])))
+    sys.executable = sys.argv[1]  # of what is forked, so that its own processes are forked too
+    # kfp asks for its caller's name, and with it for the source of all frames: a second where much is imported.
+    inspect.stack = functools.partial(inspect.stack, 0)  # type: ignore[assignment]
+    serve(socket.socket(fileno=int(sys.argv[2])))
     code = _run(sys.argv[0])
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

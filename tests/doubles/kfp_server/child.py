@@ -4,6 +4,7 @@ python -m tests.doubles.kfp_server.child FOLDER RUN_ID PYTHON
 """
 
 import json
+import os
 import sys
 import types
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 def main(folder: Path, run_id: str, python: str) -> None:
     """Run FOLDER/pipeline.yaml with FOLDER/parameters.json, its steps by this Python; outputs go to FOLDER/outputs."""
     sys.executable = python
+    (folder / "pid").write_text(str(os.getpid()))
     warnings.simplefilter("ignore")
     from kfp import components, local
     from kfp.local import pipeline_orchestrator, placeholder_utils

@@ -172,9 +172,16 @@ class Execution:
 
     def _signal(self, number: signal.Signals) -> None:
         with self._lock:
-            if self._process is not None:
+            for session in self._sessions():
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, number)
+                    os.killpg(session, number)
+
+    def _sessions(self) -> set[int]:
+        """Of its process, and of the one that was forked for it and has the steps: tests/warm.py."""
+        if self._process is None:
+            return set()
+        forked = self.folder / "pid"
+        return {self._process.pid, *(map(int, forked.read_text().split()) if forked.exists() else ())}
 
 
 def _as_defined(pipeline: Pipeline, config: Mapping[str, Any]) -> dict[str, Any]:
