@@ -1,10 +1,11 @@
 """What a refresh is worth on a domain that really moved: `python -m benchmarks.freshness FOLDER`.
 
 ICD-10-CM of January 2021 against April 2025. Each seed draws which terms are held out, new ones and old ones, and
-trains four adapters by the example's recipe: one on terms of 2021, which is stale by 2025, and three on other new
-terms: further from the stale one, with as many earlier terms replayed or without, and anew from the base with all.
-Terms near a held-out one are not trained on, as the prepare step leaves them out. Bounds are the gate's own, paired by
-record. What FOLDER holds is not trained again.
+trains five adapters by the example's recipe: one on terms of 2021, which is stale by 2025; from that one on, new terms
+alone, and with as many earlier terms replayed; anew from the base, all of these; and from the stale one on, as many
+terms of 2021 that it had not seen, which shows what more training alone brings. Terms near a held-out one are not
+trained on, as the prepare step leaves them out. Bounds are the gate's own, paired by record. What FOLDER holds is not
+trained again.
 """
 
 import json
@@ -15,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ from ray_jobs.training import worker, zero
 from tests.doubles.datasets import validate
 
 BEFORE, AFTER = "example://icd10/2021-01", "example://icd10/2025-04"
-STALE, FURTHER, REPLAYED, ANEW = "stale", "from production", "with replay", "from the base"
-ARMS = (STALE, FURTHER, REPLAYED, ANEW)
+STALE, OLD, NEW, REPLAYED, ANEW = "stale", "old terms alone", "new terms alone", "with replay", "from the base"
+ARMS = (STALE, OLD, NEW, REPLAYED, ANEW)
 GATE = config_file.load(DEFAULT_CONFIG).gate
 MARGIN = GATE.worse_than_champion_by
 
@@ -57,6 +59,7 @@ class Draw:
     held_old: list[Record]
     new: list[Record]
     old: list[Record]
+    more_old: list[Record]
 
     @classmethod
     def of(cls, seed: int, *, new: int, old: int, held_new: int, held_old: int) -> "Draw":
@@ -76,12 +79,15 @@ class Draw:
                 near = list(comparison.near_held_out(texts))
             return [record for record, row in zip(records, near, strict=True) if row is None]
 
-        return cls(*held, unlike(added[held_new:])[:new], unlike(listed[held_old : held_old + 2 * old])[:old])
+        least = old + 2 * new
+        others = unlike(listed[held_old : held_old + 2 * least])[:least]
+        return cls(*held, unlike(added[held_new:])[:new], others[:old], others[old:])
 
     def trained_on(self, arm: str) -> list[Record]:
         return {
             STALE: self.old,
-            FURTHER: self.new,
+            OLD: self.more_old,
+            NEW: self.new,
             REPLAYED: [*self.new, *self.old[: len(self.new)]],
             ANEW: [*self.new, *self.old],
         }[arm]
@@ -143,10 +149,12 @@ def main() -> None:
     parser = example.parser("freshness", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for what was measured, and the stale adapters")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--new", type=int, default=300, metavar="N", help="new terms to train on")
-    parser.add_argument("--old", type=int, default=400, metavar="N", help="terms of 2021 to train on")
-    parser.add_argument("--held-new", type=int, default=300, metavar="N", help="new terms to measure on")
-    parser.add_argument("--held-old", type=int, default=200, metavar="N", help="terms of 2021 to measure on")
+    parser.add_argument("--new", type=int, default=240, metavar="N", help="new terms to train on")
+    parser.add_argument(
+        "--old", type=int, default=480, metavar="N", help="terms of 2021 that the stale one is trained on"
+    )
+    parser.add_argument("--held-new", type=int, default=160, metavar="N", help="new terms to measure on")
+    parser.add_argument("--held-old", type=int, default=120, metavar="N", help="terms of 2021 to measure on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another key of the config")
     options = parser.parse_args()
@@ -171,7 +179,7 @@ def _run(trainer: Trainer, folder: Path, seed: int, arm: str, draw: Draw) -> Non
 
     stale, records = folder / f"{seed}-stale.safetensors", draw.trained_on(arm)
     began = time.process_time()
-    model = trainer.train(records, seed, load_file(stale) if arm in (FURTHER, REPLAYED) else None)
+    model = trainer.train(records, seed, load_file(stale) if arm in (OLD, NEW, REPLAYED) else None)
     seconds = time.process_time() - began  # of one processor, whatever else it does
     if arm == STALE:
         save_file({name: value.clone() for name, value in get_peft_model_state_dict(model).items()}, stale)
@@ -196,17 +204,17 @@ def compared(ours: Values, theirs: Values, metric: str) -> Bounds:
 
 
 def report(folder: Path, seeds: int) -> None:
-    """Print a table, how often each refresh is better on new terms and within the margin on old ones, and JSON."""
+    """Print a table of gains over the stale adapter, how often they are shown, and all of it as JSON."""
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         arms = {arm: json.loads(_file(folder, seed, arm).read_text()) for arm in ARMS}
-        for arm, found in arms.items():
+        for found in arms.values():
             row: dict[str, Any] = {key: found[key] for key in ("seed", "arm", "records", "seconds")}
-            for part in ("new", "old"):
+            for part, metric in product(("new", "old"), ("exact_match", "loss")):
                 row[part] = float(np.mean(found[part]["exact_match"]))
-                for metric in ("exact_match", "loss") if arm != STALE else ():
-                    gain = compared(found[part], arms[STALE][part], metric)
-                    row[f"{part}_{metric}"] = [gain.gain, gain.lower, gain.upper]
+                for other in (STALE, OLD):
+                    gain = compared(found[part], arms[other][part], metric)
+                    row[f"{part} {metric} over {other}"] = [gain.gain, gain.lower, gain.upper]
             row["general"] = sum(found["general"]["loss"]) / sum(found["general"]["tokens"])
             rows.append(row)
     print("| seed | adapter | records | s | new terms | gain | of nats | old terms | gain | of nats | general text |")
@@ -214,16 +222,18 @@ def report(folder: Path, seeds: int) -> None:
     for row in rows:
         cells = [str(row["seed"]), row["arm"], str(row["records"]), f"{row['seconds']:.0f}"]
         for part in ("new", "old"):
-            gains = [row.get(f"{part}_{metric}") for metric in ("exact_match", "loss")]
-            cells += [f"{row[part]:.1%}", *(f"{gain[0]:+.3f} ({gain[1]:+.3f})" if gain else "" for gain in gains)]
+            gains = [row[f"{part} {metric} over {STALE}"] for metric in ("exact_match", "loss")]
+            cells += [f"{row[part]:.1%}", *(f"{gain:+.3f} ({lower:+.3f})" for gain, lower, _ in gains)]
         print(f"| {' | '.join(cells)} | {row['general']:.3f} |")
     print("Gains over the stale adapter; in brackets, what the gain is at least, at the gate's confidence.")
-    for arm in ARMS[1:]:
-        ours = [row for row in rows if row["arm"] == arm]
-        for part, least in (("new", 0.0), ("old", -MARGIN)):
-            of = [sum(row[f"{part}_{metric}"][1] > least for row in ours) for metric in ("exact_match", "loss")]
-            shown = f"exact match in {of[0]} of {seeds} seeds, loss in {of[1]}"
-            print(f"{arm}: {part} terms at least {least:+g} better by {shown}")
+    for arm, (part, least), other in product(ARMS[1:], (("new", 0.0), ("old", -MARGIN)), (STALE, OLD)):
+        if arm != other:
+            gains = [
+                [row[f"{part} {m} over {other}"] for m in ("exact_match", "loss")] for row in rows if row["arm"] == arm
+            ]
+            marks, nats = (sum(of[place][1] > least for of in gains) for place in (0, 1))
+            shown = f"exact match in {marks} of {seeds} seeds, by loss in {nats}"
+            print(f"{arm} over {other}, {part} terms: more than {least:+g} by {shown}")
     print(json.dumps({"rows": rows}))
 
 
