@@ -27,8 +27,8 @@ from components.registry.event_log import events, promotion
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
 from components.shared.errors import IntegrityError, ObjectMissing
-from components.shared.metrics import METRICS, alike, metric_of, metrics_of
-from components.shared.protocol import counted, say
+from components.shared.metrics import METRICS, alike, metrics_of
+from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
@@ -183,10 +183,7 @@ def evaluate(
     for role, model in [(role, evaluation.model(role)) for role in scores]:
         values = [(each, evaluation.metric(role, each.key)) for each in metrics_of(model.metrics if model else ())]
         say(STEP, f"{role}: {', '.join(f'{each.label} {each.text(x)}' for each, x in values if x is not None)}")
-    for which, each in ((which, each) for which, paired in evaluation.since_champion.items() for each in paired):
-        metric, kind = metric_of(each.metric), "new to the champion" if which == "new" else "that it knew"
-        say(STEP, f"{counted(each.records, 'record')} {kind}: {metric.label} {metric.gain_text(each.difference)}")
-    for line in chain.from_iterable(outcome.lines for outcome in outside.values()):
+    for line in chain(evaluation.freshness, *(outcome.lines for outcome in outside.values())):
         say(STEP, line)
     return evaluation
 
@@ -271,8 +268,8 @@ def since_champion(
         few = {"ci95": None} if len(some) < config.gate.min_records else {}
         return [each.model_copy(update=few) for each in paired if each]
 
-    new, seen = ([row for row, each in enumerate(is_new) if each is kind] for kind in (True, False))
-    return {"new": on(new), "seen": on(seen)} if new and seen else {}
+    new, seen = (on([row for row, each in enumerate(is_new) if each is kind]) for kind in (True, False))
+    return {"new": new, "seen": seen} if new and seen else {}
 
 
 def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from components.shared.errors import IntegrityError
+from components.shared.metrics import is_metric, metric_of
+from components.shared.protocol import counted
 from components.store.store import decode_json, encode_json
 
 
@@ -306,6 +308,17 @@ class Evaluation(Record):
 
     def model(self, role: Role) -> Measured | None:
         return self.models.get(role)
+
+    @property
+    def freshness(self) -> list[str]:
+        """What `since_champion` says, a line for each kind of record."""
+        lines = []
+        for which, paired in self.since_champion.items():
+            if parts := [(metric_of(each.metric), each.difference) for each in paired if is_metric(each.metric)]:
+                gains = ", ".join(f"{metric.label} {metric.gain_text(gain)}" for metric, gain in parts)
+                kind = "new to the champion" if which == "new" else "that it knew"
+                lines.append(f"{counted(paired[0].records, 'record')} {kind}: {gains}")
+        return lines
 
     def metric(self, role: Role, key: str) -> float | None:
         measured = self.model(role)

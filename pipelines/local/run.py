@@ -297,6 +297,7 @@ class Outcome:
     promoted: bool = False
     reasons: list[str] = field(default_factory=list)
     metrics: dict[Role, dict[str, float | None] | None]
+    freshness: list[str]
     report: str | None = None
     store: dict[str, str]
     timings_s: dict[str, float]
@@ -304,7 +305,7 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         fields = dict(vars(self))
-        del fields["alias"]
+        del fields["alias"], fields["freshness"]
         if not self.untold:
             del fields["untold"]
         if self.decision is None:
@@ -356,14 +357,16 @@ def _read_trained(config: RunConfig, ended: Finished) -> Outcome:
 
 
 def _of_every_run(ended: Finished, *, is_compared: bool) -> dict[str, Any]:
-    store, metrics = ended.store, dict.fromkeys(ROLES)
+    store, metrics, freshness = ended.store, dict.fromkeys(ROLES), []
     if is_compared:
         evaluation = runs.read(store, ended.run_id, Evaluation)
         metrics = {role: dict(model.metrics) if (model := evaluation.model(role)) else None for role in ROLES}
+        freshness = evaluation.freshness
     took = {step.step: step.seconds for step in runs.steps(store, ended.run_id)}
     return {
         "run_id": ended.run_id,
         "metrics": metrics,
+        "freshness": freshness,
         "store": {"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix},
         "timings_s": {"ground": ended.ground_s, **took, "total": ended.total_s},
     }
@@ -385,7 +388,8 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     reasons = [
         textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
     ]
-    table = [*_table(outcome.metrics), ""] if outcome.version else []
+    fresh = [f"  {line}" for line in outcome.freshness]
+    table = [*_table(outcome.metrics), *fresh, ""] if outcome.version else []
     warnings = [warning(key, outcome.adapter, outcome.alias, why) for key, why in outcome.untold.items()]
     lines = ["", headline, *reasons, *warnings, "", *table]
     where = {"version": outcome.version_uri, "report": outcome.report}

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from components.records import runs
-from components.records.steps import Decision, Evaluation, Measured, StepRecord, TrainResult
+from components.records.steps import Decision, Evaluation, Measured, PairedDifference, StepRecord, TrainResult
 from components.shared.errors import IntegrityError, ObjectMissing
 from components.store.store import Store
 
@@ -73,3 +73,18 @@ def test_a_number_that_is_not_finite_is_written_as_null_and_no_number_for_reader
     evaluation = Evaluation(run_id="r", records=1, models={"candidate": Measured(metrics={"loss": value})})
     assert evaluation.metric("candidate", "loss") is None
     assert json.loads(evaluation.as_json())["models"]["candidate"]["metrics"] == {"loss": None}
+
+
+def test_what_a_refresh_is_worth_is_said_of_each_kind_of_record_in_known_metrics() -> None:
+    def paired(metric: str, difference: float, records: int) -> PairedDifference:
+        return PairedDifference(metric=metric, difference=difference, records=records)
+
+    kinds = {
+        "new": [paired("loss", 0.268, 43), paired("exact_match", 0.186, 43)],
+        "seen": [paired("loss", -0.01, 562), paired("later", 1.0, 562)],
+    }
+    assert EVALUATION.model_copy(update={"since_champion": kinds}).freshness == [
+        "43 records new to the champion: loss 0.268 better, exact match 18.6 points better",
+        "562 records that it knew: loss 0.010 worse",
+    ]
+    assert EVALUATION.freshness == []
