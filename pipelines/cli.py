@@ -16,17 +16,9 @@ from typing import Any
 from components.shared import garbage
 from components.shared.errors import FineloopError
 from components.shared.protocol import printable
-from pipelines.commands import (  # noqa: F401 - who is imported declares its commands
-    adapters,
-    chat,
-    data,
-    doctor,
-    init,
-    run,
-    runs,
-    schedule,
-    servers,
-)
+
+# Who is imported declares its commands.
+from pipelines.commands import adapters, chat, data, doctor, init, run, runs, schedule, servers  # noqa: F401
 from pipelines.commands.arguments import COMMANDS, EXIT_CODES, Answer, Parser, print_err
 
 INTERRUPTED = 130

@@ -22,6 +22,7 @@ not write, in evaluations/<run_id>/, beside evaluation.dsse.json, the signature 
 """
 
 import hashlib
+import json
 import tomllib
 from typing import Any, ClassVar, TypeVar
 
@@ -154,6 +155,19 @@ def trials(store: Store, run_id: str) -> list[Trial]:
 def _all(store: Store, folder: str, kind: type[R]) -> list[R]:
     keys = [info.key for info in store.list(folder) if info.key.endswith(".json")]
     return [kind.from_json(store.get(key), store.uri(key)) for key in keys]
+
+
+def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl. An incomplete last line, left by a job that was killed, is skipped. Raises
+    IntegrityError: another line is not JSON."""
+    lines, records = text.split("\n"), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as exc:
+            if number < len(lines):
+                raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
+    return records
 
 
 class Replayed(Record):

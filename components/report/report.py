@@ -1,6 +1,5 @@
 """The report step: reads what the run left in the store and writes runs/<run_id>/report.html."""
 
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from components.report.adapter_files import AdapterFiles
 from components.report.html import count, moment, sure_once, template
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles, by_class, wrong_answers
-from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
+from components.shared.errors import FineloopError, ObjectMissing
 from components.shared.metrics import metric_of, metrics_of
 from components.shared.paired import Bounds
 from components.shared.protocol import counted, duration
@@ -79,7 +78,7 @@ def read_run(config: RunConfig, store: Store, run_id: str) -> RunFiles:
         note=config.adapter.note,
         config_toml=_text(store, runs.run_key(run_id, runs.CONFIG)) or config_file.dumps(config),
         config_digest=config.digest,
-        metrics=parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
+        metrics=runs.parse_metrics(_text(store, metrics_key), origin=store.uri(metrics_key)),
         evaluation=runs.find(store, run_id, Evaluation, to_show=True),
         wrong=wrong_answers(records[0]) if records else [],
         decision=runs.find(store, run_id, Decision, to_show=True),
@@ -94,25 +93,6 @@ def read_run(config: RunConfig, store: Store, run_id: str) -> RunFiles:
         profile=_json(store, f"datasets/{dataset_id}/profile.json") if dataset_id else None,
         lineage=_json(store, f"{version_key(run.adapter, run.version)}/{LINEAGE}") if run.version else None,
     )
-
-
-def parse_metrics(text: str, *, origin: str) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl. An incomplete last line, left by a job that was killed, is skipped.
-
-    Raises:
-        IntegrityError: another line is not JSON.
-    """
-    lines = text.split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as exc:
-            if number < len(lines):
-                raise IntegrityError(f"{origin} line {number} is not JSON: {exc}") from exc
-    return records
 
 
 def _text(store: Store, key: str) -> str:

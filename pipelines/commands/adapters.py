@@ -27,8 +27,6 @@ from components.registry.event_log import Event
 from components.registry.lineage import parse_terms
 from components.registry.signing import Signer
 from components.registry.versions import Version, read_lineage, require_adapter
-from components.report.html import moment
-from components.report.registry_page import build_pages, list_adapter, read_adapter
 from components.shared.errors import IntegrityError, UserError
 from components.shared.machine import account
 from components.shared.metrics import metrics_of
@@ -462,6 +460,9 @@ def manifest(options: argparse.Namespace) -> Answer:
 )
 def page(options: argparse.Namespace) -> Answer:
     """Write the registry as web pages: what is in production, since when and why, versions, scores, events."""
+    from components.report.html import moment
+    from components.report.registry_page import build_pages, list_adapter, read_adapter
+
     with opened_registry(options) as store:
         names = _names(options, store)
         pages = [read_adapter(store, name) for name in names]

@@ -14,7 +14,6 @@ from typing import Any
 from components.config.config_file import json_schema
 from components.prepare.dataset import Exposure, exposure_of
 from components.registry.between_runs import erase
-from components.report.report import build_preview
 from components.shared.machine import account
 from components.shared.metrics import never_trained_text
 from components.shared.protocol import counted
@@ -56,6 +55,8 @@ def data(options: argparse.Namespace) -> Answer:
     load_config(options)  # a mistake in it is said before transformers is loaded
     body = answer_of(options, "ray_jobs.preview")
     if options.html:
+        from components.report.report import build_preview
+
         options.html.write_text(build_preview(body, list(_sentences(body))), encoding="utf-8")
         body["page"] = str(options.html)
     last = f"a run would stop here: {body['refused']}" if body["refused"] else f"next: {following}"

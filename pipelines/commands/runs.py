@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
-from components.gate import gate
 from components.records import runs as records
 from components.records.runs import CONFIG, run_key
 from components.records.steps import Decision
-from components.report.report import Beside, Column, build_side_by_side, gain_text, metric_rows, read_run
-from components.report.sections import headline, next_steps
 from components.shared.errors import IntegrityError
 from components.shared.metrics import metric_of, metrics_of
 from components.shared.protocol import duration
@@ -39,6 +36,7 @@ from pipelines.local.past_runs import Side
 from pipelines.local.run import LOG, Place, run
 
 if TYPE_CHECKING:
+    from components.report.report import Beside
     from pipelines.kubeflow.runs import Run
 
 STATES = ("pending", "running", "succeeded", "failed", "skipped", "canceling", "canceled", "paused")
@@ -164,6 +162,9 @@ def _times(run: "Run") -> tuple[str, str]:
 
 def _show_kept(options: argparse.Namespace) -> Answer:
     """What the store keeps of one run, in the words of its report."""
+    from components.report.report import read_run
+    from components.report.sections import headline, next_steps
+
     with opened_registry(options) as store:
         run_id = past_runs.find(store, options.run)
         kept = past_runs.one(store, options.home, run_id)
@@ -270,6 +271,8 @@ def compare(options: argparse.Namespace) -> Answer:
     texts = {key: ["-" if value is None else str(value) for value in values] for key, values in keys.items()}
     lines = list(_comparison_lines(sides, texts, beside))
     if options.html is not None:
+        from components.report.report import Column, build_side_by_side
+
         columns = [Column(side.name, side.run_id, side.version or "", side.note, side.metrics) for side in sides]
         curves = {side.name: side.curve for side in sides}
         page = build_side_by_side(columns, texts, beside, curves, generated_at=datetime.now(UTC))
@@ -280,8 +283,10 @@ def compare(options: argparse.Namespace) -> Answer:
 
 
 def _comparison_lines(
-    sides: Sequence[Side], texts: Mapping[str, Sequence[str]], beside: Sequence[Beside]
+    sides: Sequence[Side], texts: Mapping[str, Sequence[str]], beside: "Sequence[Beside]"
 ) -> Iterator[str]:
+    from components.report.report import metric_rows
+
     names = [side.name for side in sides]
     yield table([("config", *names), *((key, *values) for key, values in texts.items())])
     yield ""
@@ -299,7 +304,9 @@ def _comparison_lines(
             yield f"    {sign}  {_clip(record.prompt)} -> {_clip(record.after)} (was {_clip(record.before)})"
 
 
-def _gain_lines(compared: Beside) -> Iterator[str]:
+def _gain_lines(compared: "Beside") -> Iterator[str]:
+    from components.report.report import gain_text
+
     for key, gain in compared.gains.items():
         yield f"  {metric_of(key).label}: {gain_text(key, gain, compared.confidence)}"
 
@@ -320,6 +327,8 @@ def replay(options: argparse.Namespace) -> Answer:
 
     Exit code 1 means that the verdict, or what it follows from, is not the recorded one.
     """
+    from components.gate import gate
+
     with opened_registry(options) as store:
         replayed = gate.replay(store, options.run)
     recorded, now = replayed.recorded, replayed.found

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from components.records import runs
 from components.records.steps import Evaluation
-from components.report.report import parse_metrics
 from components.shared.errors import StoreError
 from components.shared.protocol import STARTED, Line
 
@@ -197,7 +196,7 @@ class Elsewhere:
     def _show_curve(self) -> None:
         key = runs.run_key(self._run_id, runs.METRICS)
         curve = self._store.read(key)
-        records = parse_metrics(curve[0].decode(), origin=key) if curve else []
+        records = runs.parse_metrics(curve[0].decode(), origin=key) if curve else []
         if not records:
             return
         if not self._is_training:

@@ -16,23 +16,20 @@ from components.config import config_file
 from components.config.gate import GateConfig
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
-from components.gate.comparisons import GROUP, TOKENS, parse_evidence
 from components.records import runs
 from components.records.steps import Decision, Evaluation, StepRecord, TrainResult
 from components.records.sweep import TunedRate
 from components.registry.between_runs import require_none_erased
 from components.registry.versions import Version, read_lineage, resolve
-from components.report.report import Beside
-from components.report.run_files import last_turn
 from components.shared.errors import ConfigError, DataError, IntegrityError, ObjectMissing, UnknownName, UserError
 from components.shared.metrics import metrics_of
-from components.shared.paired import bounds
 from components.shared.parquet import table_of
 from components.store import folders
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from components.report.report import Beside
     from components.store.store import Store
 
 LOSS = "loss"
@@ -224,8 +221,6 @@ class Turned:
 def read_side(store: "Store", wanted: str) -> Side:
     """Read what the run that `wanted` names left. Raises UserError: there is no such run, or it compared nothing;
     IntegrityError: one of its records is malformed."""
-    from components.report.report import parse_metrics
-
     run_id = find(store, wanted)
     evaluation = runs.find(store, run_id, Evaluation, to_show=True)
     if evaluation is None:
@@ -243,7 +238,7 @@ def read_side(store: "Store", wanted: str) -> Side:
         confidence=config.get("gate", {}).get("confidence", GateConfig().confidence),
         metrics=candidate.metrics if candidate else {},
         records=table_of(body),
-        curve=parse_metrics(curve[0].decode() if curve else "", origin=f"{runs.METRICS} of {run_id}"),
+        curve=runs.parse_metrics(curve[0].decode() if curve else "", origin=f"{runs.METRICS} of {run_id}"),
     )
 
 
@@ -254,9 +249,13 @@ def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
     return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
 
 
-def compare(first: Side, other: Side) -> Beside:
+def compare(first: Side, other: Side) -> "Beside":
     """Compare the second run's candidate with the first's on the records that both were measured on; a positive gain is
     better than the first. Raises DataError: there is no such record."""
+    from components.gate.comparisons import TOKENS, parse_evidence
+    from components.report.report import Beside
+    from components.shared.paired import bounds
+
     of_first, of_other = _rows(first.records), _rows(other.records)
     common = [key for key in of_other if key in of_first]
     if not common:
@@ -283,6 +282,8 @@ def _as_the_gate_reads(before: "pa.Table", after: "pa.Table") -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from components.gate.comparisons import GROUP, TOKENS
+
     columns = {name: after.column(name) for name in (TOKENS, GROUP) if name in after.column_names}
     columns |= {name: after.column(name) for name in after.column_names if name.startswith(OURS)}
     columns |= {
@@ -305,6 +306,8 @@ def _texts(records: "pa.Table", name: str) -> list[str]:
 
 
 def _turned(common: Sequence[Key], before: "pa.Table", after: "pa.Table") -> Iterator[Turned]:
+    from components.report.run_files import last_turn
+
     right = f"{OURS}exact_match"
     if not all(right in table.column_names for table in (before, after)):
         return
@@ -347,7 +350,7 @@ class Reproduced:
     version: str
     again: str
     differs: Mapping[str, Sequence[Any]]  # of what the two ran on: key to values then and now
-    compared: Beside | None  # the new version beside the first; None if they are the same bytes
+    compared: "Beside | None"  # the new version beside the first; None if they are the same bytes
 
     @property
     def is_same(self) -> bool:

@@ -30,8 +30,6 @@ from components.records.runs import PAGES
 from components.records.steps import ROLES, Decision, Evaluation, Role, TrainResult, scalars
 from components.records.sweep import SweepResult, Tuned
 from components.registry.aliases import PRODUCTION
-from components.report.charts import rates_picture
-from components.report.report import parse_metrics
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
 from components.shared.machine import in_environment, this_cpu
 from components.shared.metrics import metrics_of
@@ -263,7 +261,7 @@ def _write_events(store: "Store", run_id: str, folder: Path, is_over: threading.
         curve = None
         with contextlib.suppress(FineloopError):  # the store is read again later
             curve = store.read(key)
-        for record in parse_metrics(curve[0].decode(), origin=key) if curve else []:
+        for record in runs.parse_metrics(curve[0].decode(), origin=key) if curve else []:
             if (step := (record["kind"], record["step"])) in written:  # a run that goes on repeats some
                 continue
             written.add(step)
@@ -431,6 +429,8 @@ def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[st
 def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
     """Run a sweep to its end, or resume the sweep with this id where it was interrupted. Raises FineloopError: as
     `finished`."""
+    from components.report.charts import rates_picture
+
     sweeping = config.model_copy(update={"tune": config.tune.model_copy(update={"when": "always"})})
     with finished(sweeping, place, what="sweep", run_id=run_id) as ended:
         result = runs.read(ended.store, ended.run_id, SweepResult)

@@ -24,7 +24,7 @@ from tests.pipelines.command_line import body, fineloop
 pytestmark = pytest.mark.usefixtures("forked")
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"kfp", "torch", "transformers"}
+HEAVY = {"jinja2", "kfp", "numpy", "torch", "transformers"}
 
 
 def test_help_teaches_every_command_and_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from components.records.runs import Replayed
 from components.records.steps import ROLES, RuleResult, StepRecord
 from components.report import report
 from components.report.html import SEARCH
-from components.report.report import build_report, parse_metrics, read_run, run_report
+from components.report.report import build_report, read_run, run_report
 from components.report.run_files import RunFiles
 from components.report.sections import next_steps, samples
 from components.shared.errors import IntegrityError
@@ -94,9 +94,9 @@ def test_before_the_evaluation_the_steps_say_where_dataset_and_version_lie(store
 
 
 def test_a_torn_last_line_is_left_out_and_a_torn_line_inside_is_an_error() -> None:
-    assert parse_metrics('{"step": 1}\n\n{"step": 2}\n{"st', origin="m") == [{"step": 1}, {"step": 2}]
+    assert runs.parse_metrics('{"step": 1}\n\n{"step": 2}\n{"st', origin="m") == [{"step": 1}, {"step": 2}]
     with pytest.raises(IntegrityError, match="m line 1"):
-        parse_metrics('{"st\n{"step": 2}\n', origin="m")
+        runs.parse_metrics('{"st\n{"step": 2}\n', origin="m")
 
 
 VARIANTS = (
