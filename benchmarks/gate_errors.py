@@ -4,8 +4,8 @@
 champion by the margin, equal, or better by half of it; "-" where the gate cannot tell, whatever comes. Answers are as
 long as the example's, of 2 to 4 tokens. Losses differ from record to record by 0.2 nats per token or as the row says,
 and by 0.05 besides; metrics from 0 to 1 by half of that number: half a nat is a quarter of an answer. `--outside`
-prints the same of losses that are rarer and larger than those that the gate allows for, and `--labels` how often a
-slice is held.
+prints the same of losses that are rarer and larger than those that the gate allows for, `--labels` how often a slice is
+held, and `--power` how often an equal candidate passes by what is assumed before there is one.
 """
 
 import argparse
@@ -14,9 +14,11 @@ from collections.abc import Callable
 import numpy as np
 
 from components.config.gate import LARGE_LOSS, GateConfig
+from components.config.schema import RunConfig
 from components.gate.comparisons import Compared, Evidence, few_get_much_worse, not_worse_than_champion
 from components.gate.policy import no_slice_is_worse
-from components.records.steps import Evaluation, Measured
+from components.prepare.split import assumed
+from components.records.steps import Evaluation, Measured, Role
 from components.shared.metrics import METRICS, metric_of
 from tests.components.gate.measured_losses import read
 
@@ -91,6 +93,21 @@ def population(lost: Lost, metric: str, worse_by: float) -> tuple[np.ndarray, np
     return champion, champion - values
 
 
+def decided(policy: GateConfig, tokens: np.ndarray, values: dict[Role, np.ndarray]) -> tuple[bool, bool]:
+    """Whether the rules on the champion can tell of records of which these are the sums, and whether they all pass."""
+    row = metric_of(policy.metric)
+    weights = tokens if row.per_token else np.ones(len(tokens))
+    evidence = Evidence(tokens, {f"{role}_{row.column or row.key}": of for role, of in values.items()})
+    models: dict[str, Measured | None] = {
+        role: Measured(version=role, metrics={row.key: float(of.sum() / weights.sum())}) for role, of in values.items()
+    }
+    measured = Evaluation(run_id="r", records=len(tokens), models=models)
+    compared = Compared(measured, evidence, row, "champion", "production", policy.confidence)
+    shown = few_get_much_worse(policy, compared)
+    can_tell = shown is None or shown.passed
+    return can_tell, can_tell and not_worse_than_champion(policy, models["champion"], compared).passed
+
+
 def promoted(lost: Lost, metric: str, records: int, worse_by: float, repetitions: int) -> float | None:
     """The share that the rules on the champion let pass; None where they cannot tell."""
     random, told, passed = np.random.default_rng(records), False, 0
@@ -105,19 +122,10 @@ def promoted(lost: Lost, metric: str, records: int, worse_by: float, repetitions
         error = np.sqrt(((gains - gain * weights) ** 2).sum()) / weights.sum()
         if number and gain + MARGIN < NEAR * error:
             continue
-        name = row.column or metric
-        evidence = Evidence(tokens, {f"champion_{name}": champion, f"candidate_{name}": candidate})
-        models: dict[str, Measured | None] = {
-            role: Measured(version=role, metrics={metric: float(values.sum() / weights.sum())})
-            for role, values in (("champion", champion), ("candidate", candidate))
-        }
-        measured = Evaluation(run_id="r", records=records, models=models)
-        compared = Compared(measured, evidence, row, "champion", "production", policy.confidence)
-        shown = few_get_much_worse(policy, compared)
-        if shown is None or shown.passed:
-            told = True
-            passed += not_worse_than_champion(policy, models["champion"], compared).passed
-        elif not told and number > 20:
+        may_tell, passes = decided(policy, tokens, {"champion": champion, "candidate": candidate})
+        told = told or may_tell
+        passed += passes
+        if not told and number > 20:
             return None
     return passed / repetitions if told else None
 
@@ -151,7 +159,10 @@ def main() -> None:
     parser.add_argument("--records", nargs="+", type=int, default=RECORDS)
     parser.add_argument("--outside", action="store_true")
     parser.add_argument("--labels", action="store_true")
+    parser.add_argument("--power", action="store_true", help="print what is said before there is a comparison")
     options = parser.parse_args()
+    if options.power:
+        return power()
     if options.labels:
         return by_label(options.repetitions)
     print("| metric | differences | records | worse by the margin | equal | better by half of it |")
@@ -166,6 +177,24 @@ def main() -> None:
                 found = [promoted(lost, metric, records, worse_by, number) for worse_by, number in asked]
                 cells = " | ".join("-" if each is None else f"{each:.3f}" for each in found)
                 print(f"| {METRICS[metric].label} | {name} | {records:,} | {cells} |", flush=True)
+
+
+def power() -> None:
+    """How often an equal candidate, half the way from production, passes by what `init`, `data` and `run` assume."""
+    print("| records | exact match at 0.02, 0.03, 0.05 | loss at 0.02, 0.05 |\n|---|---|---|")
+    for records in (100, 150, 200, 300, 500, 1000):
+        cells = []
+        for metric, margins in (("exact_match", (0.02, 0.03, 0.05)), ("loss", (0.02, 0.05))):
+            tables = ({"metric": metric, "worse_than_champion_by": margin} for margin in margins)
+            passes = [_equal_passes(GateConfig.model_validate(table), records) for table in tables]
+            cells.append(", ".join(f"{each:.2f}" if each else "never" for each in passes))
+        print(f"| {records:,} | {' | '.join(cells)} |")
+
+
+def _equal_passes(gate: GateConfig, records: int) -> float:
+    sections = {"adapter": {"name": "a"}, "model": {"base": "org/model"}, "data": {"source": "rows.jsonl"}}
+    table = {**sections, "train": {"start_from": "production", "start_share": 0.5}, "gate": gate.model_dump()}
+    return assumed(RunConfig.model_validate(table), tokens=1, equal_weight=1, in_groups=False).equal_passes(records)
 
 
 def by_label(repetitions: int) -> None:

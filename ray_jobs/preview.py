@@ -15,7 +15,7 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Record
 from components.prepare.prepare import percentiles, preview
 from components.prepare.sources import find_sources
-from components.prepare.split import Judges, lacking, parts_of
+from components.prepare.split import Judges, lacking, parts_of, power
 from components.shared import garbage
 from components.shared.errors import DataError, StoreError, UserError
 from components.shared.protocol import say
@@ -83,18 +83,19 @@ def previewed(config: RunConfig) -> dict[str, Any]:
 
 
 def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
-    """The number of records for the first decision, and what is lacking for it."""
+    """The number of records for the first decision, what is lacking for it, and what they tell of the next ones."""
     try:
         smallest = min(parts_of(held_out, config), key=lambda part: len(part.records))
-        problem = lacking(smallest, config)
+        problem, tells = lacking(smallest, config), power(smallest, config)
     except DataError as exc:
-        smallest, problem = Judges([]), str(exc)
+        smallest, problem, tells = Judges([]), str(exc), None
     used = max(config.evaluate.records, config.evaluate.max_records)
     return {
         "records": min(used, len(smallest.records)),
         "independent": smallest.num_independent(used),
         "confidence": config.gate.confidence,
         "lacking": problem,
+        "power": tells,
     }
 
 

@@ -24,9 +24,10 @@ from components.prepare.split import (
     Deduplicated,
     TrainEvalSplit,
     deduplicate,
+    judges,
+    power,
     require_enough,
     split,
-    too_few_to_replace,
 )
 from components.prepare.validate import Reader, Rules, Validated, read_here
 from components.prepare.workspace import Workspace, quoted
@@ -479,9 +480,10 @@ def prepare_if_new(
             return None
         prepared = _publish(step_run.config, step_run.store, work, read, unique)
         if is_decided:
-            require_enough(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
-            if line := too_few_to_replace(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id):
-                step_run.say(line)
+            judging = judges(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
+            require_enough(judging, step_run.config)
+            step_run.result.update(power=power(judging, step_run.config))
+            step_run.say(step_run.result["power"]["sentence"])
     fingerprints = {source.name: source.fingerprint for source in sources}
     between_runs.note_consumed(step_run.store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     step_run.result.update(vars(prepared))

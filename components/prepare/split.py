@@ -4,24 +4,23 @@ Hashes of the records themselves decide all of it, so that the order of files do
 rows never moves a record from eval to train.
 """
 
-import contextlib
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, load_split, write_splits
 from components.prepare.workspace import Texts, Workspace, position
 from components.registry import signing
-from components.registry.aliases import read_alias
 from components.registry.event_log import decided_before, events, next_part
-from components.shared.errors import DataError, IntegrityError
-from components.shared.metrics import metric_of
+from components.shared.errors import DataError
+from components.shared.metrics import RELATIVE, metric_of
+from components.shared.power import Assumed, power_of
 from components.store.store import Store
 
 if TYPE_CHECKING:
@@ -403,13 +402,12 @@ def parts_of(held_out: Sequence[Record], config: RunConfig) -> list[Judges]:
     return parts
 
 
-def require_enough(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> None:
-    """Require as many records to judge this run as its gate asks for, unless the config allows fewer.
+def require_enough(judging: Judges, config: RunConfig) -> None:
+    """Require as many records to judge a run as its gate asks for, unless the config allows fewer.
 
     Raises:
         DataError: the run would be trained and then held, whatever comes out.
     """
-    judging = judges(store, dataset_uri, config, run_id=run_id)
     if config.gate.too_few_records != "hold" and (lack := lacking(judging, config)):
         raise DataError(lack)
 
@@ -430,24 +428,40 @@ def lacking(judging: Judges, config: RunConfig) -> str:
     )
 
 
-def too_few_to_replace(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> str:
-    """A warning that so few records judge this run that no candidate can replace the version that the alias points to;
-    empty where one may replace it, or where that depends on how good the version is."""
-    gate, adapter = config.gate, config.adapter
-    held = None
-    with contextlib.suppress(IntegrityError):  # whoever needs it says so
-        held = read_alias(store, adapter.name, adapter.alias)
-    if held is None or gate.margins == "relative" or metric_of(gate.metric).column != metric_of("loss").column:
-        return ""
-    wanted = gate.records_to_replace()
-    judging = judges(store, dataset_uri, config, run_id=run_id)
-    found = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
-    if found >= wanted:
-        return ""
-    kind = "groups of records" if config.data.group else "records"
-    return (
-        f"{found} {kind} judge this run, and only {wanted} of equal length would show a rare large loss: whatever it "
-        f"trains, the gate cannot tell whether it may replace {held.version}. Raise data.eval_share or "
-        "evaluate.max_records, add data, "
-        "allow more with gate.worse_than_champion_by, or set gate.much_worse_share=1"
+CHARS_OF_A_TOKEN = 4
+CHANGED, SPREAD = 0.12, 0.22
+"""Between two trainings of one recipe from the base: the share of answers that change, and the standard deviation of a
+record's loss in nats per token, as two seeds of the example differ (`python -m benchmarks.gate`)."""
+
+
+def assumed(config: RunConfig, *, tokens: float, equal_weight: float, in_groups: bool) -> Assumed:
+    """What is taken for granted of the comparisons to come, of answers of so many tokens on the whole.
+
+    What differs from one training to the next shrinks by the share of production that a version keeps. Production's
+    loss, which is not known yet, is taken for 1.
+    """
+    gate, metric = config.gate, metric_of(config.gate.metric)
+    spread = CHANGED if metric.is_share else SPREAD * (tokens if metric.key == "answer_loss" else 1.0)
+    return Assumed(
+        metric=metric,
+        margin=gate.worse_than_champion_by,
+        confidence=gate.confidence,
+        rare_share=gate.rare_share(1.0),
+        spread=spread * (1 - config.train.start_share),
+        equal_weight=equal_weight if metric.per_token else 1.0,
+        in_groups=in_groups,
     )
+
+
+def power(judging: Judges, config: RunConfig) -> dict[str, Any]:
+    """What the gate can tell by these records, judged by their answers' lengths alone: no model is needed."""
+    used = judging.records[: max(config.evaluate.records, config.evaluate.max_records)]
+    tokens: dict[str, float] = defaultdict(float)
+    for record in used:
+        tokens[record.group or record.id] += len(record.answer) / CHARS_OF_A_TOKEN + 1  # the one that ends it
+    records, total = len(tokens), sum(tokens.values())
+    equal_weight = total**2 / (records * sum(each**2 for each in tokens.values()))
+    in_groups = any(record.group for record in used)
+    amounts = RELATIVE if config.gate.margins == "relative" else metric_of(config.gate.metric)
+    compared = assumed(config, tokens=total / records, equal_weight=equal_weight, in_groups=in_groups)
+    return power_of(compared, records, amounts=amounts, kind="groups of records" if in_groups else "records")

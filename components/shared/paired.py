@@ -161,7 +161,7 @@ def mcnemar(won: int, lost: int) -> float:
     return sum(math.comb(differ, count) for count in range(lost, differ + 1)) / 2**differ
 
 
-def score_bounds(won: int, lost: int, records: int, confidence: float) -> tuple[float, float]:
+def score_bounds(won: float, lost: float, records: int, confidence: float) -> tuple[float, float]:
     """Return the differences of paired shares that Tango's score test just rejects (Statistics in Medicine 17, 1998).
 
     At a difference of zero that test is McNemar's.

@@ -6,9 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from math import sqrt
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 from components.config.config_file import json_schema
@@ -105,16 +103,7 @@ def _sentences(body: Mapping[str, Any]) -> Iterator[str]:
         if not body["refused"]:
             yield f"the gate: {gate['lacking']}"
         return
-    kind = "groups of records" if gate["independent"] < gate["records"] else "records"
-    sure = NormalDist().inv_cdf(gate["confidence"])
-    points = [
-        f"{100 * sure * sqrt(share / gate['independent']):.1f} points where {words} changes"
-        for share, words in ((0.1, "one answer in ten"), (0.3, "three answers in ten"))
-    ]
-    yield (
-        f"the gate decides by {gate['independent']:,} {kind}: at {gate['confidence']:.0%} confidence it sees a "
-        f"difference in exact match of {' and '.join(points)}"
-    )
+    yield gate["power"]["sentence"]
 
 
 def _as_read(body: Mapping[str, Any]) -> Iterator[str]:

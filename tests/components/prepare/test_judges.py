@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import random
-import re
 from collections.abc import Iterable
 
 import pytest
@@ -11,12 +10,10 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.prepare.split import judges, require_enough, too_few_to_replace, validation_and_test
+from components.prepare.split import judges, power, require_enough, validation_and_test
 from components.records import runs
 from components.records.steps import Decision
-from components.registry.aliases import promote
 from components.registry.event_log import append_event
-from components.registry.versions import publish_version
 from components.shared.errors import DataError
 from tests.doubles import datasets
 
@@ -100,42 +97,56 @@ def test_a_run_that_would_be_held_for_want_of_records_is_refused(config, store, 
     """About 320 of 400 held-out records are left when training has looked at its fifth."""
     asked = config_file.loads(config_file.dumps(config), keys)
     with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
-        require_enough(store, published(), asked, run_id="r")
+        require_enough(judges(store, published(), asked, run_id="r"), asked)
 
 
 def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store):
     grouped = [dataclasses.replace(each, group=f"g{number % 50}") for number, each in enumerate(records(range(NUMBER)))]
     uri = datasets.publish(store, train=records(range(1)), evaluation=grouped).uri
     asked = config_file.loads(config_file.dumps(config), ["data.group=topic", "gate.min_records=50"])
-    judging = {record.group for record in judges(store, uri, asked, run_id="r").records}
-    with pytest.raises(DataError, match=f"^{len(judging)} groups of records are left for the gate"):
-        require_enough(store, uri, asked, run_id="r")
+    judging = judges(store, uri, asked, run_id="r")
+    groups = len({record.group for record in judging.records})
+    with pytest.raises(DataError, match=f"^{groups} groups of records are left for the gate"):
+        require_enough(judging, asked)
+    assert f"{groups} groups of records judge by loss" in power(judging, asked)["sentence"]
 
 
 @pytest.mark.parametrize(
-    ("number", "keys", "message"),
+    ("number", "keys", "can_replace"),
     [
-        (400, [], None),
-        (320, [], "records judge this run, and only 299 of equal length would show"),
-        (320, ["data.validation_share=0.01"], None),
-        (320, ["gate.worse_than_champion_by=0.1"], None),
-        (320, ["gate.much_worse_share=1"], None),
-        (320, ["gate.much_worse_share=0.02"], None),
-        (320, ["gate.metric=exact_match"], None),
-        (400, [*DRAWN, "evaluate.max_records=100"], "^100 records judge this run, and only 299 of equal length would"),
+        (400, [], True),
+        (320, [], False),
+        (320, ["data.validation_share=0.01"], True),
+        (320, ["gate.worse_than_champion_by=0.1"], True),
+        (320, ["gate.much_worse_share=1"], True),
+        (320, ["gate.much_worse_share=0.02"], True),
+        (320, ["gate.metric=exact_match"], True),
+        (320, ["gate.metric=answer_loss"], False),
+        (400, [*DRAWN, "evaluate.max_records=100"], False),
     ],
     ids=str,
 )
-def test_that_no_candidate_can_replace_a_version_is_said_beforehand(config, store, published, keys, number, message):
-    """By the binomial distribution 0.99^299 is the first power below 0.05; of a first version nothing is asked."""
+def test_that_no_candidate_can_replace_a_version_is_said_before_there_is_one(
+    config, store, published, keys, number, can_replace
+):
+    """By the binomial distribution 0.99^299 is the first power below 0.05."""
     asked = config_file.loads(config_file.dumps(config), keys)
-    uri = published(range(number))
-    assert not too_few_to_replace(store, uri, asked, run_id="r")
-    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
-    version = publish_version(store, "colours", files, lineage={"run_id": ""}).version
-    promote(store, "colours", version)
-    said = too_few_to_replace(store, uri, asked, run_id="r")
-    assert re.search(f"{message}.* may replace {version}", said) if message else said == ""
+    tells = power(judges(store, published(range(number)), asked, run_id="r"), asked)
+    assert (tells["better_by"] is not None) is can_replace
+    assert ("nothing can replace it, as only 299 would show rare large losses" in tells["sentence"]) is not can_replace
+
+
+def test_long_answers_weigh_more_so_that_more_records_are_asked_for(config, store):
+    """Half of the answers are of one token, and half of 26: by Kish's formula 400 weigh as 214."""
+    lengths = [
+        dataclasses.replace(each, answer="a" * (100 * (place % 2))) for place, each in enumerate(records(range(NUMBER)))
+    ]
+    uri = datasets.publish(store, train=records(range(1)), evaluation=lengths).uri
+    asked = config_file.loads(config_file.dumps(config), ["data.validation_share=0.001"])
+    tells = power(judges(store, uri, asked, run_id="r"), asked)
+    assert tells["fewest"] == pytest.approx(299 * 2 * (1 + 26**2) / 27**2, rel=0.02)
+    by_answers = config_file.loads(config_file.dumps(asked), ["gate.metric=answer_loss"])
+    assert power(judges(store, uri, by_answers, run_id="r"), by_answers)["fewest"] == 299
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
