@@ -1,4 +1,4 @@
-"""A model that knows the answers scores 1.0 and one that knows wrong ones 0.0, whatever family it comes from.
+"""A model that knows the answers scores 1.0, and 0.0 against others, whatever family it comes from.
 
 The bases ship penalties in generation_config.json, which greedy decoding must not follow (Qwen2.5-Instruct's has a
 repetition_penalty of 1.1), and most end their turns with another token than their tokenizer's end of sequence.
@@ -66,8 +66,7 @@ def test_what_a_model_was_taught_is_what_it_scores(tmp_path, name):
     model, chat = loaded(tmp_path, FAMILIES[name])
     teach(model, chat, RIGHT)
     assert exact_match(model, chat) == 1.0
-    teach(model, chat, WRONG)
-    assert exact_match(model, chat) == 0.0
+    assert exact_match(model, chat, WRONG) == 0.0
     assert model.generation_config.repetition_penalty == 1.3  # it decodes as before
 
 

@@ -14,6 +14,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs.base import attention
 from ray_jobs.base.architecture import auto_class
+from ray_jobs.base.packing import Packing
 from ray_jobs.kernels import fused
 from ray_jobs.text import answer_loss
 from ray_jobs.text.batching import IGNORED, TokenizedSplit
@@ -187,3 +188,10 @@ def test_on_a_gpu_nothing_stays_behind_on_the_cpu(left, monkeypatch):
         base.get_decoder()(**inputs, packing=packing, use_cache=False).last_hidden_state.sum().backward()
         on_gpu = [gpu.is_on_gpu(each.grad) for each in model.parameters() if each.grad is not None]
         assert on_gpu == [True] * 2 * 7 * kind.num_hidden_layers
+
+
+def test_tables_are_made_once_on_each_device():
+    packing, elsewhere = Packing(common=2, rests=(1, 3)), torch.device("meta")
+    assert packing.on(CPU) is packing
+    assert packing.on(elsewhere) is packing.on(elsewhere)
+    assert (packing.on(elsewhere).places.device, packing.places.tolist()) == (elsewhere, [0, 3, 4, 5])
