@@ -31,8 +31,16 @@ PAIRS = (
     ("query", "response"), ("user", "assistant"),
 )  # fmt: skip
 """Columns of prompt and answer, in any case of letters. Of several pairs in a row only the first of these is read."""
-_PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem", "request", "text", "body", "sentence")
-_ANSWERS = ("completion", "answer", "output", "response", "chosen", "solution", "reply", "target", "label", "summary")
+_PROMPTS = (
+    "prompt", "question", "instruction", "input", "query", "problem", "request", "text", "body", "description",
+    "message", "sentence", "subject", "title",
+)  # fmt: skip
+_HEADINGS = ("subject", "title")
+"""Columns that go before a text's own."""
+_ANSWERS = (
+    "completion", "answer", "output", "response", "chosen", "solution", "reply", "target", "label", "category", "class",
+    "summary",
+)  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -100,6 +108,12 @@ def advice(columns: Collection[str], named: ColumnsConfig) -> str:
     keys = {"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"}
     options = " ".join(f"--set {shlex.quote(f'data.columns.{key}={value}')}" for key, value in keys.items())
     return f"Or say which column is which: {options}"
+
+
+def guessed(columns: Collection[str]) -> tuple[list[str], str]:
+    """The columns that make up the prompt, and that of the answer, by their names alone; empty where none says so."""
+    prompt, heading = _first(columns, _PROMPTS), _first(columns, _HEADINGS)
+    return list(dict.fromkeys(filter(None, (heading, prompt)))) if prompt else [], _first(columns, _ANSWERS) or ""
 
 
 def unread_text(unread: Mapping[str, int]) -> str:

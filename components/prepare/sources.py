@@ -5,7 +5,7 @@ import logging
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from components.prepare import icd10
-from components.prepare.rows import ENDINGS, FIRST, WAYS, expected, form_of
+from components.prepare.rows import ENDINGS, FIRST, WAYS, expected, form_of, read_rows
 from components.shared.errors import DataError
 from components.shared.protocol import counted
 
@@ -309,6 +309,19 @@ def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | Non
                     path.unlink()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def first_rows(source: str | list[str]) -> list[Mapping[str, Any]]:
+    """The first rows of the first file that hold columns, some thousand at most.
+
+    Raises:
+        DataError: as `find_sources`; or the file is not what its name says.
+        StoreError: an s3:// source cannot be read.
+    """
+    for each, path in local_copies(find_sources(source)[:1]):
+        for batch in read_rows(each.name, path, wanted=lambda columns: columns):
+            return [row.value for row in batch.rows if isinstance(row.value, Mapping)]
+    return []
 
 
 def _downloaded(store: "Store", key: str, path: Path, size: int) -> Path:

