@@ -20,6 +20,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -93,9 +94,10 @@ def running() -> Iterator[str]:
                 (programs / path.name).symlink_to(path)
         addresses = {names: f"{folder}/{number}" for number, names in enumerate((STEPS, MODELS))}
         server_of = {module: addresses[names] for module, names in PRELOADED.items()}
-        client = CLIENT.format(server_of=server_of, real=real, forwarded=tuple(map(int, FORWARDED)))
-        for name in ("python", "python3"):
-            (programs / name).write_text(f"#!{real} -IS\n{client}")
+        client = Path(folder, "client.py")
+        client.write_text(CLIENT.format(server_of=server_of, real=real, forwarded=tuple(map(int, FORWARDED))))
+        for name in ("python", "python3"):  # by a shell, as the first line of a script takes no path with a space
+            (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(real)} -IS {shlex.quote(str(client))} "$@"\n')
             (programs / name).chmod(0o755)
         with contextlib.ExitStack() as servers:
             for address in addresses.values():
