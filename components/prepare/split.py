@@ -20,13 +20,14 @@ from components.registry import signing
 from components.registry.event_log import decided_before, events, next_part
 from components.shared.errors import DataError
 from components.shared.metrics import RELATIVE, metric_of
-from components.shared.power import Assumed, power_of
 from components.store.store import Store
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
+
+    from components.shared.power import Assumed
 
 
 Span = tuple[int, int]
@@ -434,12 +435,14 @@ CHANGED, SPREAD = 0.12, 0.22
 record's loss in nats per token, as two seeds of the example differ (`python -m benchmarks.gate`)."""
 
 
-def assumed(config: RunConfig, *, tokens: float, equal_weight: float, in_groups: bool) -> Assumed:
+def assumed(config: RunConfig, *, tokens: float, equal_weight: float, in_groups: bool) -> "Assumed":
     """What is taken for granted of the comparisons to come, of answers of so many tokens on the whole.
 
     What differs from one training to the next shrinks by the share of production that a version keeps. Production's
     loss, which is not known yet, is taken for 1.
     """
+    from components.shared.power import Assumed  # with numpy, as below
+
     gate, metric = config.gate, metric_of(config.gate.metric)
     spread = CHANGED if metric.is_share else SPREAD * (tokens if metric.key == "answer_loss" else 1.0)
     return Assumed(
@@ -455,6 +458,8 @@ def assumed(config: RunConfig, *, tokens: float, equal_weight: float, in_groups:
 
 def power(judging: Judges, config: RunConfig) -> dict[str, Any]:
     """What the gate can tell by these records, judged by their answers' lengths alone: no model is needed."""
+    from components.shared.power import power_of
+
     used = judging.records[: max(config.evaluate.records, config.evaluate.max_records)]
     tokens: dict[str, float] = defaultdict(float)
     for record in used:

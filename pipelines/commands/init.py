@@ -15,6 +15,7 @@ from components.config import config_file
 from components.config.schema import DataConfig, RunConfig
 from components.prepare.shapes import guessed, recognised
 from components.prepare.sources import first_rows
+from components.prepare.split import assumed
 from components.shared.errors import DataError, UserError
 from components.shared.metrics import metric_of
 from pipelines.commands import run
@@ -189,8 +190,6 @@ def judged_by(draft: RunConfig, seen: Mapping[str, Any]) -> tuple[Keys, list[str
 
     Returns keys, sentences that say what they give away, and how many rows are missing for it. What is set stays.
     """
-    from components.prepare.split import assumed  # with numpy, which other commands do without
-
     splits, tells, gate, start = seen["profile"]["splits"], seen["gate"], draft.gate, draft.train
     records = splits["train"]["records"] + splits["eval"]["records"]
     metric, of_metric = "loss", "answers are long: the gate weighs how surprising the references are"
