@@ -39,7 +39,7 @@ from ray_jobs.scoring.generation import label_nll, score
 from ray_jobs.scoring.measure import HeldBase
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import plan_epoch, tokenize
-from ray_jobs.training import worker, zero
+from ray_jobs.training import opening, zero
 from tests.doubles.datasets import validate
 
 BEFORE, AFTER = "example://icd10/2021-01", "example://icd10/2025-04"
@@ -113,7 +113,7 @@ class Trainer:
     def train(self, records: Sequence[Record], seed: int, start: Mapping[str, torch.Tensor] | None) -> Any:
         """The adapted model with its last weights."""
         config = config_file.loads(config_file.dumps(self.config), [f"train.seed={seed}"])
-        adapted = worker.assemble(
+        adapted = opening.assemble(
             config, self.base, use_gpu=False, kernels=self.kernels, load=self.held.load, start=start
         )
         engine = zero.initialize(adapted, config)

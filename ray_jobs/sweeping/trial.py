@@ -37,7 +37,7 @@ from ray_jobs.text import token_store
 from ray_jobs.text.answer_loss import records_nll
 from ray_jobs.text.batching import TokenizedSplit, by_length
 from ray_jobs.text.token_store import StoredTokens
-from ray_jobs.training import train_loop, zero
+from ray_jobs.training import opening, train_loop, zero
 from ray_jobs.training.spec import TrainingConfig, TrainSpec
 from ray_jobs.training.train_loop import Splits
 from ray_jobs.training.worker import fit
@@ -176,7 +176,9 @@ def train_trial(
             report(course.record())
 
     try:
-        adapted = fit(spec, worker, Store.open(spec.registry), splits, report=hear, load=load).adapted
+        store = Store.open(spec.registry)
+        opened = opening.open_base(spec, worker, store, splits[0])
+        adapted = fit(spec, opened, store, splits, report=hear, load=load).adapted
     except Diverged as exc:
         return course.record(status="diverged", loss=None, why=str(exc))
     nll = measure(adapted, validation)

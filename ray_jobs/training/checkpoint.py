@@ -41,7 +41,6 @@ from components.store.store import Store
 from ray_jobs.adapters import dora
 from ray_jobs.base.four_bits import gathered
 from ray_jobs.training import zero
-from ray_jobs.training.spec import TrainSpec
 
 STATE, ADAPTER, BEST, OPTIMIZER = "state.json", "adapter.safetensors", "best.safetensors", "optimizer.safetensors"
 KEPT = 2
@@ -160,8 +159,8 @@ def _parsed(state: bytes, uri: str) -> TrainingProgress:
 
 def complete(store: Store, run_id: str) -> list[int]:
     """Steps of the complete checkpoints, newest first."""
-    found = _steps(store, run_id)
-    return [step for key, step in reversed(found) if store.exists(f"{key}/shared/{folders.MANIFEST}")]
+    steps = reversed(_steps(store, run_id))
+    return [step for key, step in steps if store.exists(f"{key}/shared/{folders.MANIFEST}")]
 
 
 def _steps(store: Store, run_id: str, kind: str = "step") -> list[tuple[str, int]]:
@@ -331,8 +330,8 @@ class CheckpointWriter:
     As a context manager it waits at the end for the checkpoint that is being written, except after an error.
     """
 
-    def __init__(self, store: Store, spec: TrainSpec, *, rank: int) -> None:
-        self._store, self._run_id, self._rank = store, spec.run_id, rank
+    def __init__(self, store: Store, run_id: str, *, rank: int) -> None:
+        self._store, self._run_id, self._rank = store, run_id, rank
         self._patience = Patience(STORE_PATIENCE_S)
         self._group: dist.ProcessGroup | None = None
         """Process group of the writer threads alone: the collectives of one group must come in the same order on all
@@ -434,7 +433,7 @@ class CheckpointWriter:
 
 
 def resume(
-    store: Store, spec: TrainSpec, engine: Any, fresh: TrainingProgress, *, rank: int
+    store: Store, run_id: str, engine: Any, fresh: TrainingProgress, *, rank: int
 ) -> tuple[TrainingProgress, dict[str, torch.Tensor]]:
     """Load the newest intact checkpoint into the engine; returns the progress and the best weights.
 
@@ -445,24 +444,24 @@ def resume(
     Raises:
         ConfigError: the checkpoint belongs to another config, or has DoRA magnitudes in another form.
     """
-    run_id, found = spec.run_id, None
+    stored: _Stored | None = None
     steps = complete(store, run_id) if rank == 0 else []
     while step := _sum(steps.pop(0) if steps else 0, device=engine.device):
         try:
-            found = _read(store, spec, step, engine, fresh, rank=rank)
+            stored = _read(store, run_id, step, engine, fresh, rank=rank)
         except (IntegrityError, ObjectMissing) as exc:
             logger.warning("going on from a checkpoint before step %d, which cannot be resumed from: %s", step, exc)
-        if not _sum(int(found is None), device=engine.device):
+        if not _sum(int(stored is None), device=engine.device):
             break
-        found = None
+        stored = None
     if rank == 0:
         for key, left in [*_steps(store, run_id), *_steps(store, run_id, "best")]:
             if left > step:
                 _delete(store, key)
     dist.barrier()
-    if found is None:
+    if stored is None:
         return fresh, weights(engine.module)
-    progress, adapter, best, states = found
+    progress, adapter, best, states = stored
     best = best or weights(engine.module)
     copy_weights(adapter, engine.module)
     for (master, _), state in zip(zero.master_partitions(engine), states, strict=True):
@@ -487,20 +486,20 @@ def _sum(number: int, group: dist.ProcessGroup | None = None, device: torch.devi
     return int(total.item())
 
 
-_Found = tuple[
+_Stored = tuple[
     TrainingProgress, dict[str, torch.Tensor], dict[str, torch.Tensor] | None, Sequence[Mapping[str, torch.Tensor]]
 ]
 """Of a checkpoint: the progress, the adapter's weights, the best ones, or None where none were better than the initial
 ones, and for each of this worker's partitions its master weights and its optimizer state."""
 
 
-def _read(store: Store, spec: TrainSpec, step: int, engine: Any, fresh: TrainingProgress, *, rank: int) -> _Found:
-    key = key_of(spec.run_id, step)
+def _read(store: Store, run_id: str, step: int, engine: Any, fresh: TrainingProgress, *, rank: int) -> _Stored:
+    key = key_of(run_id, step)
     with tempfile.TemporaryDirectory(prefix="fineloop-checkpoint-") as scratch:
         folder = Path(scratch)
         folders.pull(store, f"{key}/shared", folder / "shared")
         progress = _parsed((folder / "shared" / STATE).read_bytes(), store.uri(key))
-        if progress.config_digest != spec.training_digest:
+        if progress.config_digest != fresh.config_digest:
             raise ConfigError(
                 f"{store.uri(key)} was written with another config: start a new run, or use the config of that one"
             )
@@ -510,7 +509,7 @@ def _read(store: Store, spec: TrainSpec, step: int, engine: Any, fresh: Training
             )
         best = None
         if progress.best_step:
-            folders.pull(store, key_of(spec.run_id, progress.best_step, "best"), folder / "best")
+            folders.pull(store, key_of(run_id, progress.best_step, "best"), folder / "best")
             best = load_file(folder / "best" / BEST)
         pieces, parts = here(engine, trainable(engine.module)), _parts(store, key, folder, progress.num_workers, rank)
         first = next(parts)

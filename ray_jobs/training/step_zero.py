@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,6 +40,18 @@ TOKENS = 512
 ANSWER_TOKENS = 200
 TOLERANCE, RELATIVE_TOLERANCE = 0.2, 0.02
 """In nats, and as a share of the mean loss."""
+
+
+@dataclass(frozen=True)
+class FirstCheck:
+    """What the sharded model is held to."""
+
+    batch: dict[str, torch.Tensor]
+    """The records that are compared: `input_ids` and `labels`, both (B, T)."""
+    plain_nll: torch.Tensor | None
+    """Under ZeRO-3, on rank 0: the losses of the unsharded model. Below it the training's own model gives them."""
+    with_adapter: bool
+    """Whether the adapter takes part: a base that is read layer by layer has none."""
 
 
 def probe(split: TokenizedSplit, pad: int) -> dict[str, torch.Tensor]:
@@ -82,9 +95,9 @@ def known_base_nll(
     }
     key = f"{KNOWN}{hashlib.sha256(encode_json(of)).hexdigest()[:16]}.json"
     with suppress(ObjectMissing, IntegrityError, TypeError, LookupError, ValueError):
-        found = store.get_json(key)
-        if found["of"] == of:
-            return torch.tensor(found["losses"], dtype=torch.float64)
+        entry = store.get_json(key)
+        if entry["of"] == of:
+            return torch.tensor(entry["losses"], dtype=torch.float64)
     losses = base_nll(config, base, probe, kernels, dtype)
     if losses.isfinite().all():
         with suppress(StoreError):  # otherwise the next start computes it again

@@ -197,10 +197,10 @@ def run(
         held_out=eval_split.digest,
         base=dict(spec.base.identity),
     )
-    progress, best = checkpoint.resume(store, spec, engine, fresh, rank=worker.rank)
+    progress, best = checkpoint.resume(store, spec.run_id, engine, fresh, rank=worker.rank)
     trained = TrainedAdapter(best, progress, stopped_early=False, resumed_from=progress.step)
     started, pace = time.monotonic() - progress.elapsed_s, Pace(worker, zero_stage=train.zero_stage)
-    with CheckpointWriter(store, spec, rank=worker.rank) as checkpoints:
+    with CheckpointWriter(store, spec.run_id, rank=worker.rank) as checkpoints:
         for batch, epoch in _batches(train, train_split, start=progress.step, stop=total):
             began = time.monotonic()
             loss, grad_norm, num_tokens = take_step(

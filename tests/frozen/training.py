@@ -44,7 +44,7 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     from ray_jobs.base import base_model
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
-    from ray_jobs.training import publishing
+    from ray_jobs.training import opening, publishing
     from ray_jobs.training import worker as jobs
     from ray_jobs.training.spec import TrainSpec
     from ray_jobs.training.starting import dataset_record
@@ -69,7 +69,8 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
         pad=chat.pad,
     )
     records: list[dict[str, Any]] = []
-    fitted = jobs.fit(spec, worker, store, tuple(splits), report=records.append)
+    opened = opening.open_base(spec, worker, store, splits[0])
+    fitted = jobs.fit(spec, opened, store, tuple(splits), report=records.append)
     if worker.rank:
         return None
     version = publishing.publish(spec, store, fitted, worker, started_at=started_at)

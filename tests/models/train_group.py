@@ -185,7 +185,7 @@ def fit_in_rank(
     from ray_jobs.kernels import door
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
-    from ray_jobs.training import checkpoint
+    from ray_jobs.training import checkpoint, opening
     from ray_jobs.training.spec import TrainSpec
     from ray_jobs.training.worker import fit
     from ray_jobs.training.zero import Worker
@@ -221,8 +221,9 @@ def fit_in_rank(
                 time.sleep(0.05)
             os._exit(0 if worker.rank else 3)  # as a lost machine: nothing is cleaned up
 
+    opened = opening.open_base(spec, worker, store, splits[0])
     load = load or door.load_model
-    return InRank(spec, worker, store, fit(spec, worker, store, tuple(splits), report=report, load=load), seen)
+    return InRank(spec, worker, store, fit(spec, opened, store, tuple(splits), report=report, load=load), seen)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from ray_jobs.base import base_model
 from ray_jobs.kernels import float32_layers, fused
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.answer_loss import answer_nll
-from ray_jobs.training import worker
+from ray_jobs.training import opening
 
 TOKENS, INPUTS, OUTPUTS, RANK, SCALING = 37, 1000, 1100, 8, 0.75  # a weight larger than a block, and no multiple of one
 ONCE = 2.0**-8  # rounding a number to bfloat16 once moves it by at most this share
@@ -81,7 +81,7 @@ def fresh(folder, base_format, matmul_dtype, *, dense_base=False):
     """A base with its adapter, as a worker trains it."""
     toml = f'[adapter]\nname = "a"\n[model]\nbase = "{folder}"\n[data]\nsource = "none"\n[method]\nname = "lora"\n'
     config: RunConfig = config_file.loads(toml, ["method.rank=4", f"method.base={base_format}"])
-    adapted = worker.assemble(config, base_model.resolve(config.model), use_gpu=False, kernels=Kernels(matmul_dtype))
+    adapted = opening.assemble(config, base_model.resolve(config.model), use_gpu=False, kernels=Kernels(matmul_dtype))
     if dense_base:
         float32_layers.widen(adapted, matmul_dtype)
     return adapted

@@ -12,7 +12,7 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring.measure import HeldBase
-from ray_jobs.training import publishing, worker
+from ray_jobs.training import opening, publishing
 from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import RECORDS
@@ -139,7 +139,7 @@ def test_weights_that_were_moved_beside_others_are_their_layers_own_again(config
 
 def test_nothing_of_a_training_stays_on(config, loading):
     held = HeldBase()
-    worker.assemble(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=held.load)
+    opening.assemble(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=held.load)
     how = {"in_host_memory": False, "dtype": torch.bfloat16}
     model = held.load(*loading, use_gpu=False, **how)
     assert held.num_loaded == 1

@@ -23,7 +23,7 @@ from components.store.store import Store
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
-from ray_jobs.training import publishing, worker
+from ray_jobs.training import opening, publishing
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.publishing import model_card, recipe_of, usage_of
@@ -37,7 +37,7 @@ from tests.ray_jobs.conftest import CONFIG
 
 
 def published(config, store, base):
-    adapted = worker.assemble(config, base, use_gpu=False)
+    adapted = opening.assemble(config, base, use_gpu=False)
     one = Worker(0, 1, torch.device("cpu"))
     recipe = publishing.recipe_of(config, adapted, base, base, one)
     spec = spec_of(config, run_id="", base=lineage.Base(config.model.base, base.identity))

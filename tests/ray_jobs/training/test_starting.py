@@ -17,7 +17,7 @@ from components.registry.versions import Version, publish_version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.adapters import dora
 from ray_jobs.base import base_model
-from ray_jobs.training import checkpoint, publishing, starting, worker, zero
+from ray_jobs.training import checkpoint, opening, publishing, starting, zero
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.train_loop import TrainedAdapter
 from ray_jobs.training.zero import Worker
@@ -39,7 +39,7 @@ def chosen(config, store, run_id: str) -> Version | None:
 def published(config, store, *, moved: float = 1.0, start: Version | None = None, told=None) -> Version:
     """A version whose every weight was moved, by a worker that was told that identity of the base."""
     base = base_model.resolve(config.model)
-    adapted = worker.assemble(config, base, use_gpu=False)
+    adapted = opening.assemble(config, base, use_gpu=False)
     dora.settle(adapted)
     with torch.no_grad():
         for parameter in checkpoint.trainable(adapted).values():
@@ -70,8 +70,8 @@ def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(confi
     promote(store, "colours", version.version)
     began = chosen(config, store, "run-1")
     assert began.version == version.version
-    weights = worker.start_weights(store, began)
-    adapted = worker.assemble(config, base_model.resolve(config.model), use_gpu=False, start=weights)
+    weights = opening.start_weights(store, began)
+    adapted = opening.assemble(config, base_model.resolve(config.model), use_gpu=False, start=weights)
     dora.settle(adapted)
     found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     assert found.keys() == weights.keys()
@@ -110,7 +110,7 @@ def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_ver
 
 def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[float], int]:
     """This rank's losses, and how often it had base and adapter made."""
-    initialize, adapted = zero.initialize, worker.assemble
+    initialize, adapted = zero.initialize, opening.assemble
 
     def break_one(model: Any, *arguments: Any) -> Any:
         engine = initialize(model, *arguments)
@@ -122,7 +122,7 @@ def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[
 
     with (
         mock.patch.object(zero, "initialize", break_one if breaks else initialize),
-        mock.patch.object(worker, "assemble", side_effect=adapted) as made,
+        mock.patch.object(opening, "assemble", side_effect=adapted) as made,
     ):
         fitted = fit_in_rank(config_file.loads(config_toml), colour_rows(36), run_id="on", start=version)
     return [each["loss"] for each in fitted.records if each["kind"] == "train"], made.call_count
@@ -210,7 +210,7 @@ def test_weights_that_were_changed_are_not_begun_with(config, store):
     key = f"adapters/colours/versions/{version.version}/adapter_model.safetensors"
     store.put(key, store.get(key)[:-1] + b"\x01")
     with pytest.raises(IntegrityError, match="is not the one that the manifest lists"):
-        worker.start_weights(store, version)
+        opening.start_weights(store, version)
 
 
 @pytest.mark.parametrize(

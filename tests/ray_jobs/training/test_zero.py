@@ -19,7 +19,7 @@ from ray_jobs.base import base_model
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.training import zero
-from ray_jobs.training.worker import assemble
+from ray_jobs.training.opening import assemble
 from tests.models.tiny import build_base
 from tests.models.train_group import in_group
 from tests.ray_jobs.conftest import CONFIG
@@ -64,7 +64,7 @@ def held_bytes(config_toml: str) -> Held:
     from transformers import core_model_loading
 
     from ray_jobs.base import base_model
-    from ray_jobs.training import worker
+    from ray_jobs.training import opening
 
     zero.prepare_environment(use_gpu=False)
     zero.LIVE_ELEMENTS = 1
@@ -83,7 +83,7 @@ def held_bytes(config_toml: str) -> Held:
 
     core_model_loading.set_param_for_module = seen
     with zero.sharding(loaded):
-        adapted: Any = worker.assemble(loaded, base, use_gpu=False)
+        adapted: Any = opening.assemble(loaded, base, use_gpu=False)
         most = max(most, live_bytes())
         if loaded.train.zero_stage == 3:
             zero._share_out(adapted, loaded, torch.bfloat16)
@@ -129,7 +129,7 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
     import bitsandbytes.functional
 
     from ray_jobs.base import base_model
-    from ray_jobs.training import worker
+    from ray_jobs.training import opening
     from tests.models.pretended_gpu import PretendedGpu
 
     zero.prepare_environment(use_gpu=False)
@@ -144,7 +144,7 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
 
     bitsandbytes.functional.dequantize_4bit = seeing
     with PretendedGpu(), zero.sharding(loaded):
-        worker.assemble(loaded, base, use_gpu=False)
+        opening.assemble(loaded, base, use_gpu=False)
     return seen
 
 
@@ -159,12 +159,12 @@ def test_under_zero_3_a_weight_and_its_statistics_move_to_the_gpu_together(confi
 def engine_facts(config_toml: str) -> dict[str, Any]:
     """How DeepSpeed has set itself up."""
     from ray_jobs.base import base_model
-    from ray_jobs.training import worker
+    from ray_jobs.training import opening
 
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
     with zero.sharding(loaded):
-        adapted = worker.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
+        adapted = opening.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
         engine = zero.initialize(adapted, loaded)
         found = engine.optimizer
         return {
@@ -231,13 +231,13 @@ def test_weights_that_were_not_shared_out_are_noticed():
 def steps_around_a_spoiled_one(config_toml: str, value: float) -> list[bool]:
     """Which of three steps moved this rank's weights, where a factor's gradient is `value` on rank 0 in the second."""
     from ray_jobs.base import base_model
-    from ray_jobs.training import checkpoint, worker
+    from ray_jobs.training import checkpoint, opening
 
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
     is_spoiled, moved = False, []
     with zero.sharding(loaded):
-        adapted: Any = worker.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
+        adapted: Any = opening.assemble(loaded, base_model.resolve(loaded.model), use_gpu=False)
         engine = zero.initialize(adapted, loaded)
         *_, factor = (each for name, each in adapted.named_parameters() if "lora_B" in name)
         factor.register_hook(lambda gradient: gradient * value if is_spoiled else gradient)
