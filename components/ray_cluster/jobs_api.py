@@ -38,9 +38,9 @@ class JobsApi:
     def attempts(self, job: Job) -> dict[int, State]:
         pattern = re.compile(re.escape(self.job_id(job, 0)[:-1]) + r"(\d+)")
         return {
-            int(match[1]): _state(found.status)
-            for found in _call("list jobs", self._client.list_jobs)
-            if (match := pattern.fullmatch(found.submission_id or ""))
+            int(match[1]): _state(details.status)
+            for details in _call("list jobs", self._client.list_jobs)
+            if (match := pattern.fullmatch(details.submission_id or ""))
         }
 
     def start(self, job: Job, attempt: int) -> None:
@@ -110,15 +110,15 @@ class JobsApi:
         now = time.time()
         return [
             LiveJob(
-                found.submission_id,
+                details.submission_id,
                 about["fineloop_run_id"],
                 about.get("fineloop_task", ""),
                 about.get("fineloop_kfp_run_id", ""),
-                age_s=now - (found.start_time or now * 1000) / 1000,
+                age_s=now - (details.start_time or now * 1000) / 1000,
                 lifetime_s=float(about.get("fineloop_lifetime_s", 0)),
             )
-            for found in _call("list jobs", self._client.list_jobs)
-            if not found.status.is_terminal() and "fineloop_run_id" in (about := found.metadata or {})
+            for details in _call("list jobs", self._client.list_jobs)
+            if not details.status.is_terminal() and "fineloop_run_id" in (about := details.metadata or {})
         ]
 
     def spent(self) -> list[LiveJob]:

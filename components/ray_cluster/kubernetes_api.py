@@ -76,7 +76,7 @@ class KubernetesApi:
         """List the objects with these labels, or of this name; also returns the resource version of the list."""
         group, version, plural = kind
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
-        found = self.call(
+        answer = self.call(
             f"list {plural}",
             lambda: self._objects.list_namespaced_custom_object(
                 *(group, version, self.namespace, plural),
@@ -86,7 +86,7 @@ class KubernetesApi:
             ),
             UNREACHABLE_S,
         )
-        return found["items"], found["metadata"]["resourceVersion"]
+        return answer["items"], answer["metadata"]["resourceVersion"]
 
     def events(self, name: str, since: str, seconds: int, *, kind: tuple[str, str, str] = RAYJOBS) -> Any:
         """Watch an object from a resource version on, for at most `seconds`; gives raw events, bookmarks among them."""
@@ -230,12 +230,12 @@ class Watched:
         try:
             window_s = max(1, int(seconds + 0.999))
             for event in self._api.events(self._name, self._version, window_s, kind=self._kind):
-                found: Resource = event["raw_object"]
-                self._version = found["metadata"]["resourceVersion"]
+                resource: Resource = event["raw_object"]
+                self._version = resource["metadata"]["resourceVersion"]
                 self._reached = time.monotonic()
                 if event["type"] == "BOOKMARK":
                     continue
-                self.newest = None if event["type"] == "DELETED" else found
+                self.newest = None if event["type"] == "DELETED" else resource
                 break
             self._reached = time.monotonic()
         except (ApiException, HTTPError, OSError, ValueError) as exc:  # ValueError: a line that was cut off
@@ -269,23 +269,23 @@ def configuration() -> tuple[Any, str]:
     configured, or this pod may not talk to it."""
     from kubernetes import client, config
 
-    found = client.Configuration()
+    settings = client.Configuration()
     if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
         try:
-            config.load_incluster_config(client_configuration=found)
+            config.load_incluster_config(client_configuration=settings)
         except config.ConfigException as exc:
             raise UserError(f"this pod may not talk to the Kubernetes API ({exc}): give it a service account") from exc
-        return found, ""
+        return settings, ""
     path = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the client reads the variable only at import
     try:
-        config.load_kube_config(config_file=path, client_configuration=found)
+        config.load_kube_config(config_file=path, client_configuration=settings)
         _, context = config.list_kube_config_contexts(config_file=path)
     except (config.ConfigException, OSError) as exc:
         raise UserError(
             f"no Kubernetes API is named by {path} ({exc}): run inside the cluster, or set KUBECONFIG to one that you "
             "may read"
         ) from exc
-    return found, str((context or {}).get("context", {}).get("namespace") or "")
+    return settings, str((context or {}).get("context", {}).get("namespace") or "")
 
 
 def _by_name(name: str) -> str:

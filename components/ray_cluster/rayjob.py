@@ -52,7 +52,7 @@ class RayJobs:
 
     def attempts(self, job: Job) -> dict[int, State]:
         items, _ = self._api.list(manifest.labels(job))
-        return {int(found["metadata"]["labels"].get(manifest.ATTEMPT, 1)): state(found) for found in items}
+        return {int(rayjob["metadata"]["labels"].get(manifest.ATTEMPT, 1)): state(rayjob) for rayjob in items}
 
     def start(self, job: Job, attempt: int) -> None:
         """Create the RayJob; if another process of this step has just created it, that one is followed."""
@@ -71,30 +71,30 @@ class RayJobs:
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
         watched, clock, stage = Watched(self._api, job_id), _Clock(job, self._cluster), ""
         job_log, running_on, queue = JobLog(self._api, job_id, log), "", KueueQueue(self._api)
-        found = watched.wait(0)
+        rayjob = watched.wait(0)
         while True:
-            if found is None:
+            if rayjob is None:
                 return JobEnd("STOPPED")
-            status = found.get("status") or {}
+            status = rayjob.get("status") or {}
             if status.get("rayClusterName", running_on) != running_on:
                 running_on = status["rayClusterName"]
                 job_log.restart()
-            waits_for = queue.why(found["metadata"]["uid"]) if is_queued(found) else ""
-            if stage != describe(found, waits_for):
-                stage = describe(found, waits_for)
+            waits_for = queue.why(rayjob["metadata"]["uid"]) if is_queued(rayjob) else ""
+            if stage != describe(rayjob, waits_for):
+                stage = describe(rayjob, waits_for)
                 logger.info("RayJob: %s", stage)
             if waits_for and queue.is_hopeless:
                 self.stop(job_id)
                 less = f"raise the quota or ask for less ({job.asks_by})"
                 raise JobError(f"RayJob {job_id} never fits its queue: {less}: {waits_for}")
-            ended = state(found) != "live"
+            ended = state(rayjob) != "live"
             has_log = bool(status.get("dashboardURL"))
             if has_log:
                 job_log.read(status, final=ended)
             if log.is_done:
                 return JobEnd("SUCCEEDED")
             if ended:
-                end = _ended(found, job, self._cluster)
+                end = _ended(rayjob, job, self._cluster)
                 if end.status == "SUCCEEDED":
                     self._release(job_id)
                 return end
@@ -103,10 +103,10 @@ class RayJobs:
                 if failure is not None and failure.error != WorkersMissing.__name__:  # another cluster would not help
                     self.stop(job_id)
                     return JobEnd("FAILED")
-            if limit := clock.past(is_queued=is_queued(found)):
+            if limit := clock.past(is_queued=is_queued(rayjob)):
                 self.stop(job_id)
                 raise JobError(f"RayJob {job_id} {limit} and was stopped")
-            found = watched.wait(min(2 * poll_s if has_log else IDLE_WINDOW_S, clock.left_s))
+            rayjob = watched.wait(min(2 * poll_s if has_log else IDLE_WINDOW_S, clock.left_s))
 
     def stop_now(self, job_id: str) -> None:
         """Delete it with one call: KubeRay stops the job first, and Kubernetes deletes cluster and pods with it."""
@@ -179,28 +179,28 @@ class _Clock:
         return max(0.0, self._limits[self._is_queued] - self._spent[self._is_queued])
 
 
-def state(found: Resource) -> State:
+def state(rayjob: Resource) -> State:
     """The state of an attempt; one that is being deleted counts as ended."""
-    status = found.get("status") or {}
-    if found["metadata"].get("deletionTimestamp"):
+    status = rayjob.get("status") or {}
+    if rayjob["metadata"].get("deletionTimestamp"):
         return "ended"
     if status.get("jobDeploymentStatus") not in ("Complete", "Failed", "ValidationFailed"):
         return "live"
     return "succeeded" if status.get("jobStatus") == "SUCCEEDED" else "ended"
 
 
-def is_queued(found: Resource) -> bool:
+def is_queued(rayjob: Resource) -> bool:
     """Whether Kueue holds it back."""
-    deployment = (found.get("status") or {}).get("jobDeploymentStatus")
-    return bool(found["spec"].get("suspend")) or deployment in ("Suspending", "Suspended")
+    deployment = (rayjob.get("status") or {}).get("jobDeploymentStatus")
+    return bool(rayjob["spec"].get("suspend")) or deployment in ("Suspending", "Suspended")
 
 
-def describe(found: Resource, waits_for: str = QUOTA) -> str:
+def describe(rayjob: Resource, waits_for: str = QUOTA) -> str:
     """The stage of a RayJob in words; in the queue with what it waits for there."""
-    status = found.get("status") or {}
+    status = rayjob.get("status") or {}
     deployment, cluster = status.get("jobDeploymentStatus") or "", status.get("rayClusterStatus") or {}
-    if is_queued(found):
-        queue = found["metadata"].get("labels", {}).get(manifest.QUEUE)
+    if is_queued(rayjob):
+        queue = rayjob["metadata"].get("labels", {}).get(manifest.QUEUE)
         return f"queued by Kueue in {queue}: {waits_for}" if queue else "suspended"
     if not deployment:
         return "created: waiting for KubeRay to take it up"
@@ -218,16 +218,16 @@ def describe(found: Resource, waits_for: str = QUOTA) -> str:
 def _said(status: Resource) -> str:
     """KubeRay's own words: the job's last lines, which follow in its message, are in the log anyway."""
     first_line = (status.get("message") or "").partition("\n")[0].strip()
-    return ": ".join(each for each in (status.get("reason"), first_line) if each)
+    return ": ".join(filter(None, (status.get("reason"), first_line)))
 
 
-def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
+def _ended(rayjob: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
     """How it ended; a JobError in the config's words where a limit of ours was passed."""
-    status, name = found.get("status") or {}, found["metadata"]["name"]
+    status, name = rayjob.get("status") or {}, rayjob["metadata"]["name"]
     reason, message = status.get("reason") or "", status.get("message") or ""
-    if state(found) == "succeeded":
+    if state(rayjob) == "succeeded":
         return JobEnd("SUCCEEDED")
-    if found["metadata"].get("deletionTimestamp") or status.get("jobStatus") == "STOPPED":
+    if rayjob["metadata"].get("deletionTimestamp") or status.get("jobStatus") == "STOPPED":
         return JobEnd("STOPPED")
     if reason == "DeadlineExceeded":
         raise JobError(f"RayJob {name} ran past {job.deadline_key} = {job.timeout_s:.0f} s and was stopped by KubeRay")
@@ -242,8 +242,8 @@ def _ended(found: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
     return JobEnd("FAILED", why, message)
 
 
-def _live(found: Resource) -> LiveJob:
-    meta: dict[str, Any] = found["metadata"]
+def _live(rayjob: Resource) -> LiveJob:
+    meta: dict[str, Any] = rayjob["metadata"]
     about = meta.get("annotations") or {}
     return LiveJob(
         meta["name"],

@@ -157,8 +157,8 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
 
 def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]:
     num_pods = cluster.pods(ray.max_workers)
-    each = ray.max_workers // num_pods
-    gpus = {cluster.gpu_resource: str(each)} if ray.use_gpu else {}
+    per_pod = ray.max_workers // num_pods
+    gpus = {cluster.gpu_resource: str(per_pod)} if ray.use_gpu else {}
     container = {
         **_container("ray-worker", cluster, DRAIN_S),
         "resources": _exactly({"cpu": str(cluster.worker.cpu), "memory": f"{cluster.worker.memory_gib}Gi", **gpus}),
@@ -176,7 +176,7 @@ def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]
     return {
         "groupName": "workers",
         "replicas": num_pods,
-        "minReplicas": -(-ray.min_workers // each),
+        "minReplicas": -(-ray.min_workers // per_pod),
         "maxReplicas": num_pods,
         "rayStartParams": {"object-store-memory": _object_store(cluster.shared_memory_gib, share=0.5)},
         "template": pod,

@@ -122,7 +122,7 @@ def submit_step(
 def stop_run(run_id: str, ray: RayConfig | None = None) -> list[str]:
     """Stop every job of a run that still runs; returns their ids. Raises JobError: the cluster is out of reach."""
     backend = connect(ray)
-    live = [found.job_id for found in backend.live() if found.run_id == run_id]
+    live = [job.job_id for job in backend.live() if job.run_id == run_id]
     for job_id in live:
         backend.stop_now(job_id)
     return live
@@ -220,12 +220,12 @@ def base_bytes(model: ModelConfig) -> int | None:
     try:
         from huggingface_hub import HfApi
 
-        found = HfApi().model_info(
+        info = HfApi().model_info(
             model.base, revision=model.revision or None, files_metadata=True, timeout=HUB_TIMEOUT_S
         )
     except Exception as exc:  # not installed, out of reach, or refused: many types, and none has to stop a run
         logger.info("the size of model.base is not known here: %s", str(exc).partition("\n")[0])
         return None
-    sizes = {each.rfilename: each.size or 0 for each in found.siblings or []}
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     weights = fnmatch.filter(sizes, WEIGHTS)
     return sum(sizes[name] for name in weights if not any(fnmatch.fnmatch(name, pattern) for pattern in NEVER)) or None

@@ -69,9 +69,9 @@ def config_of(store: Store, run_id: str) -> dict[str, dict[str, Any]]:
     """Read the run's resolved config as its release wrote it, by sections; empty if it wrote none. Raises
     IntegrityError if it is no such config. Whoever trains may write anything there."""
     key = run_key(run_id, CONFIG)
-    found = store.read(key)
+    stored = store.read(key)
     try:
-        config = tomllib.loads(found[0].decode()) if found else {}
+        config = tomllib.loads(stored[0].decode()) if stored else {}
     except (ValueError, RecursionError) as exc:
         raise IntegrityError(f"{store.uri(key)} is no config: {exc}") from exc
     if odd := [name for name, section in config.items() if not isinstance(section, dict)]:
@@ -97,15 +97,15 @@ def read(store: Store, run_id: str, kind: type[R], *, sha256: str | None = None,
 def find(store: Store, run_id: str, kind: type[R], *, to_show: bool = False) -> R | None:
     """Read the run's record of this kind; None if the run did not get that far. `to_show` is as in `read`. Raises
     IntegrityError if the record is malformed."""
-    found = lying(store, run_id, kind.FILE, to_show=to_show)
-    return kind.from_json(found[0], store.uri(found[1])) if found else None
+    stored = lying(store, run_id, kind.FILE, to_show=to_show)
+    return kind.from_json(stored[0], store.uri(stored[1])) if stored else None
 
 
 def lying(store: Store, run_id: str, file: str, *, to_show: bool = True) -> tuple[bytes, str] | None:
     """Return the content and the key of a run's file; `to_show` also of one from before the registry trusted keys."""
     for key in dict.fromkeys((key_of(store, run_id, file), *([run_key(run_id, file)] if to_show else []))):
-        if found := store.read(key):
-            return found[0], key
+        if stored := store.read(key):
+            return stored[0], key
     return None
 
 
@@ -121,10 +121,10 @@ def has_decided(store: Store, run_id: str) -> bool:
 def decision_of(store: Store, run_id: str, *, to_show: bool = False) -> Decision | None:
     """Return the decision of the run's gate; None if it decided nothing, or the decision is damaged."""
     try:
-        found = find(store, run_id, Decision, to_show=to_show) if run_id else None
+        decision = find(store, run_id, Decision, to_show=to_show) if run_id else None
     except IntegrityError:
         return None
-    return None if found is None or found.decision == "skipped" else found
+    return None if decision is None or decision.decision == "skipped" else decision
 
 
 def write(store: Store, run_id: str, record: Record) -> None:

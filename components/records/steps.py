@@ -131,14 +131,17 @@ class HarnessScores(Part):
         return all(getattr(self, name) == getattr(other, name) for name in compared)
 
     def score(self, role: str, task: str, metric: str) -> TaskScore | None:
-        return next((each for each in self.scores.get(role, ()) if (each.task, each.metric) == (task, metric)), None)
+        return next(
+            (score for score in self.scores.get(role, ()) if (score.task, score.metric) == (task, metric)), None
+        )
 
     def main(self, role: str, task: str) -> TaskScore | None:
-        return next((each for each in self.scores.get(role, ()) if each.task == task and each.value is not None), None)
+        scores = (score for score in self.scores.get(role, ()) if score.task == task and score.value is not None)
+        return next(scores, None)
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys((each.task, each.metric) for scores in self.scores.values() for each in scores))
+        return list(dict.fromkeys((score.task, score.metric) for scores in self.scores.values() for score in scores))
 
     @property
     def summary(self) -> list[str]:

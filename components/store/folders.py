@@ -55,7 +55,7 @@ class Manifest:
     @property
     def content_sha256(self) -> str:
         """A sha256 of the files, in hex; unlike `sha256` the same whoever wrote them, and whenever."""
-        return hashlib.sha256(encode_json({path: each["sha256"] for path, each in self.files.items()})).hexdigest()
+        return hashlib.sha256(encode_json({path: digest["sha256"] for path, digest in self.files.items()})).hexdigest()
 
 
 def now() -> str:
@@ -116,17 +116,17 @@ def publish(
 
 def find_manifest(store: Store, key: str) -> Manifest | None:
     """Read the folder's manifest; None if there is no such folder."""
-    found = store.read(f"{key}/{MANIFEST}")
-    return parse_manifest(found[0], store.uri(f"{key}/{MANIFEST}")) if found else None
+    stored = store.read(f"{key}/{MANIFEST}")
+    return parse_manifest(stored[0], store.uri(f"{key}/{MANIFEST}")) if stored else None
 
 
 def read_manifest(store: Store, key: str) -> Manifest:
     """Read the folder's manifest. Raises ObjectMissing if there is no such folder, or its writer has not finished,
     IntegrityError if it is not a manifest of a format that this version knows."""
-    found = find_manifest(store, key)
-    if found is None:
+    manifest = find_manifest(store, key)
+    if manifest is None:
         raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {MANIFEST}")
-    return found
+    return manifest
 
 
 def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = None) -> Manifest:
@@ -234,8 +234,8 @@ def _expected(store: Store, key: str, manifest_sha256: str | None) -> Manifest:
 
 
 def _sizes(store: Store, key: str, apart: Collection[str] = ()) -> dict[str, int]:
-    found = {info.key.removeprefix(f"{key}/"): info.size for info in store.list(f"{key}/")}
-    return {path: size for path, size in found.items() if path.partition("/")[0] not in apart}
+    sizes = {info.key.removeprefix(f"{key}/"): info.size for info in store.list(f"{key}/")}
+    return {path: size for path, size in sizes.items() if path.partition("/")[0] not in apart}
 
 
 def _check(

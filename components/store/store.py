@@ -83,10 +83,10 @@ class Store:
 
     def get(self, key: str) -> bytes:
         """The object's bytes, whole: for small objects. Raises ObjectMissing if there is none."""
-        found = self.read(key)
-        if found is None:
+        stored = self.read(key)
+        if stored is None:
             raise ObjectMissing(f"{self.uri(key)} does not exist")
-        return found[0]
+        return stored[0]
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         """Body and etag, or None when there is no such object. The etag is what `swap` wants back."""
