@@ -97,9 +97,15 @@ def consumed_contents(store: Store, consumed: Consumed) -> "pa.UInt64Array":
 def are_new_since(store: Store, run_id: str, contents: Iterable[bytes]) -> list[bool] | None:
     """Whether the run did not read each of these contents; None if what it read is not known. Raises IntegrityError if
     its note is malformed."""
+    import numpy as np
+
     consumed = runs.find(store, run_id, Consumed) if run_id else None
-    read = set(consumed_contents(store, consumed).to_pylist()) if consumed else set()
-    return [int.from_bytes(content[:ID_BYTES]) not in read for content in contents] if read else None
+    read = consumed_contents(store, consumed).to_numpy() if consumed else np.zeros(0, np.uint64)
+    if not len(read):
+        return None
+    ids = np.array([int.from_bytes(content[:ID_BYTES]) for content in contents], np.uint64)
+    is_new: list[bool] = (read[np.searchsorted(read, ids).clip(max=len(read) - 1)] != ids).tolist()
+    return is_new
 
 
 def read_watermark(store: Store, name: str) -> Consumed | None:
