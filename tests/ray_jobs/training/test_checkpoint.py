@@ -1,5 +1,6 @@
 """Checkpoints: written beside the steps, dealt out to other workers, and a store that is away for a while."""
 
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -109,6 +110,20 @@ def test_what_is_wrong_in_the_store_is_not_tried_again(clock):
     with pytest.raises(IntegrityError):
         patiently(60, mock.Mock(side_effect=IntegrityError("damaged")), "waiting")
     assert clock == [0.0]
+
+
+def test_a_checkpoint_that_the_store_does_not_take_is_told_and_after_its_time_the_training_ends(clock, store, caplog):
+    writer = checkpoint.CheckpointWriter(store, mock.Mock(run_id="r"), rank=0)
+    refused: Future[None] = Future()
+    refused.set_exception(StoreError("503"))
+    writer._writing = 4, refused
+    assert not writer.finish()
+    assert "training goes on without a checkpoint of step 4" in caplog.text
+    assert writer.finish()  # nothing is being written
+    clock[0] += checkpoint.STORE_PATIENCE_S
+    writer._writing = 6, refused
+    with pytest.raises(StoreError, match="503"):
+        writer.finish()
 
 
 NEVER_S = 30.0
