@@ -30,6 +30,8 @@ JSON_KEYS = {
     "adapters promote": _MOVE,
     "adapters approve": _MOVE,
     "adapters rollback": _MOVE,
+    "adapters check": "run_id adapter alias version against metric worse_by confidence verdict gain lower upper records"
+    " needed new_records fresh held_out reasons can_roll_back moved submission_id",
     "adapters announce": "name alias version announced",
     "adapters history": "name events",
     "adapters lineage": "run_id parent config recipe dataset environment name versions",

@@ -12,9 +12,9 @@ from kfp.dsl import Model
 
 from components.evaluate.component import evaluate
 from components.finetune.component import finetune
-from components.gate.component import gate
-from components.prepare.component import prepare
-from components.promote.component import hold, promote, skip
+from components.gate.component import check, gate
+from components.prepare.component import begin, newer, prepare
+from components.promote.component import hold, promote, roll_back, skip
 from components.report.component import report
 from components.tune.component import tune
 
@@ -63,10 +63,34 @@ def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any, 
     return step(compared, "Compare it with base and champion")
 
 
-def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> dsl.base_component.BaseComponent:
+def _checked(step: AsStep, run: Mapping[str, Any]) -> None:
+    """Add the steps that compare production with another version on what came since, and take it back if it is worse
+    and the config says so."""
+    since = step(newer(**run), "Find what came since")
+    look = step(check(**run, dataset_uri=since.output), "Check what is in production")
+    with dsl.If(look.outputs["Output"] == True, name="Worse: roll back"):  # noqa: E712 - kfp overloads ==
+        step(roll_back(**run, version=look.outputs["version"], reason=look.outputs["reason"]), "Roll it back")
+
+
+def build_check(configure: Configure = lambda task: None) -> dsl.base_component.BaseComponent:
+    """Build the pipeline of `fineloop adapters check`."""
+
+    @dsl.pipeline(name="fineloop-check", description="Check what is in production on records that came since.")
+    def check_production(config: dict[str, Any], run_id: str) -> None:
+        """Find the records, compare, and roll back where the config says so."""
+        step = _configured(configure)
+        _checked(step, _begun(step(begin(config=config, run_id=run_id), "Begin")))
+
+    return check_production
+
+
+def build(
+    configure: Configure = lambda task: None, *, tunes: bool = False, checks: bool = False
+) -> dsl.base_component.BaseComponent:
     """Build the pipeline; `configure` sets what each task needs where it will run: time, memory, retries, secrets.
 
-    `tunes` adds the step that tunes the learning rate, for configs whose `tune.when` is not never.
+    `tunes` adds the step that tunes the learning rate, for configs whose `tune.when` is not never, and `checks` those
+    that look at production when nothing is trained, for configs with `check.when_skipped`.
     """
 
     @dsl.pipeline(name=NAME, description="Retrain one adapter on fresh data; promote it when the gate lets it pass.")
@@ -133,6 +157,8 @@ def build(configure: Configure = lambda task: None, *, tunes: bool = False) -> d
                     step(hold(**run), "Leave the alias as it is")
             with dsl.If(data.outputs["Output"] == False, name="Nothing new: skip"):  # noqa: E712 - as above
                 step(skip(**run), "Skip the training")
+                if checks:
+                    _checked(step, run)
 
     return retrain
 

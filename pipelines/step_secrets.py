@@ -27,10 +27,13 @@ def of_its_own() -> dict[str, OwnSecrets]:
     signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
     moves = OwnSecrets("fineloop-promote", (*signing, *notify), ("FINELOOP_SIGN", *notify))
     evaluation = ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER")
+    measures = OwnSecrets("fineloop-evaluate", evaluation, ("FINELOOP_EVALUATION_",))
     return {
         "promote": moves,
         "move-by-hand": moves,
-        "evaluate": OwnSecrets("fineloop-evaluate", evaluation, ("FINELOOP_EVALUATION_",)),
+        "roll-back": moves,
+        "check": measures,
+        "evaluate": measures,
         "report": OwnSecrets("fineloop-report", ("OPENLINEAGE_API_KEY",), ("OPENLINEAGE_",)),
     }
 

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import Record
+from components.prepare.dataset import Record, load_split
 from components.prepare.split import Judges, judges
 from components.prepare.validate import keyed
 from components.records import runs
@@ -24,6 +24,7 @@ from components.records.steps import ROLES, Evaluation, Measured, PairedDifferen
 from components.registry import between_runs
 from components.registry.aliases import read_alias
 from components.registry.event_log import events, promotion
+from components.registry.looks import BASE
 from components.registry.signing import is_revoked
 from components.registry.versions import Version, resolve
 from components.shared.errors import IntegrityError, ObjectMissing
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--run-id", required=True, help="name of the run in the store")
     parser.add_argument("--dataset", required=True, help="s3:// address of the prepared dataset")
     parser.add_argument("--version", required=True, help="s3:// address of the candidate's version")
+    parser.add_argument("--against", default="", help="compare with this version or `base` alone, on all of split eval")
     parser.add_argument("--config-digest", default="", help="refuse another config than the one with this digest")
     arguments = parser.parse_args()
 
@@ -66,7 +68,8 @@ def main() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         if arguments.config_digest not in ("", config.digest):
             raise IntegrityError(f"{arguments.config} was changed: its digest is not {arguments.config_digest}")
-        evaluate(config, run_id=arguments.run_id, dataset_uri=arguments.dataset, version_uri=arguments.version)
+        where = {"run_id": arguments.run_id, "dataset_uri": arguments.dataset, "version_uri": arguments.version}
+        evaluate(config, **where, against=arguments.against)
 
     entry.run(STEP, job)
 
@@ -82,17 +85,30 @@ class Planned:
 
 
 def plan(
-    config: RunConfig, store: Store, *, run_id: str, dataset_uri: str, candidate: Version | None = None
+    config: RunConfig,
+    store: Store,
+    *,
+    run_id: str,
+    dataset_uri: str,
+    candidate: Version | None = None,
+    against: str = "",
 ) -> Planned | None:
     """The evaluation of a candidate, or before its training of one to come: None where only the training will read what
     identifies the base, or holds no whole base in any worker.
+
+    With `against`, a version or `BASE`, the candidate is one that is served, and the two are measured on all of the
+    split `eval`, and on nothing else.
 
     Raises:
         UserError: dataset, version or base do not exist.
     """
     import ray
 
-    judging = judges(store, dataset_uri, config, run_id=run_id)
+    if against and candidate:
+        config = recorded.read(config, store, candidate).config
+        judging = Judges(load_split(store, dataset_uri, "eval"))
+    else:
+        judging = judges(store, dataset_uri, config, run_id=run_id)
     identity = recorded.read(config, store, candidate).base_identity if candidate else None
     base = base_model.resolve(config.model, recorded=identity, weights=False, registry=store)
     if candidate is None and (config.train.zero_stage == 3 or not base.is_known):
@@ -100,7 +116,7 @@ def plan(
     shape = base_model.load_config(base.path, config.model)
     config = base_model.fitted(config, shape, partial(say, STEP))
     chat = chat_format.load(base, config.model)
-    records = judging.records[: config.evaluate.records]
+    records = judging.records[: None if against else config.evaluate.records]
     if config.evaluate.max_new_tokens is None:
         config = with_room_for_answers(config, tokenize(records, chat, config.model.max_length))
     if candidate is not None:
@@ -109,9 +125,13 @@ def plan(
         config = config.on(workers_with_room(config))
     labels = alike(without_reasoning(record.answer_text) for record in judging.records)
     to_come = Contender("candidate", config, None, base.identity)
-    compared = _contenders(config, store, candidate, run_id) if candidate else _beside(to_come, store)
+    if against and candidate:
+        compared = _two(config, store, candidate, against)
+    else:
+        compared = _contenders(config, store, candidate, run_id) if candidate else _beside(to_come, store)
     contenders = [replace(each, alike=labels) for each in compared]
-    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in PROBES.items()}
+    asked = {} if against else PROBES
+    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in asked.items()}
     task = Task(contenders, records, shape, probes, judging.records[len(records) :])
     if candidate is not None and is_shared(config, base, ray.nodes()):
         held_together = {key: probe.held_together() for key, probe in probes.items()}
@@ -127,8 +147,10 @@ def evaluate(
     version_uri: str,
     planned: Planned | None = None,
     found: ShardResult | None = None,
+    against: str = "",
 ) -> Evaluation:
-    """Measure the three models and write the run's evaluation.json and evaluation_records.parquet.
+    """Measure the three models, or a version `against` another one, as `plan` says, and write the run's evaluation.json
+    and evaluation_records.parquet.
 
     If the alias has already moved to this candidate by the run's evaluation, that evaluation is returned as it is.
 
@@ -148,7 +170,8 @@ def evaluate(
         say(STEP, f"{config.adapter.alias} took {candidate.version} by this run's evaluation, which stands")
         return runs.read(store, run_id, Evaluation)
     if planned is None or found is None or not _stands(planned, store, candidate, run_id, dataset_uri):
-        planned, found = plan(config, store, run_id=run_id, dataset_uri=dataset_uri, candidate=candidate), None
+        about = {"run_id": run_id, "dataset_uri": dataset_uri, "against": against}
+        planned, found = plan(config, store, candidate=candidate, **about), None
         assert planned is not None
     else:
         started = datetime.fromisoformat(runs.read(store, run_id, TrainResult).trained_at).timestamp()
@@ -270,6 +293,14 @@ def since_champion(
 
     new, seen = (on([row for row, each in enumerate(is_new) if each is kind]) for kind in (True, False))
     return {"new": new, "seen": seen} if new and seen else {}
+
+
+def _two(config: RunConfig, store: Store, served: Version, against: str) -> list[Contender]:
+    """The version that is served, last, and the one that it is looked at beside: another version, or its base."""
+    last = of_version("candidate", config, store, served.version)
+    if against == BASE:
+        return [Contender("base", last.config, None, last.base_identity), last]
+    return [of_version("champion", config, store, against), last]
 
 
 def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:

@@ -1,11 +1,11 @@
-"""When a candidate may take the alias."""
+"""When a candidate may take the alias, and whether what holds it is still good."""
 
 import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from components.config.section import Added, Section
 from components.shared import binomial
@@ -169,3 +169,19 @@ class GateConfig(Section):
     @property
     def total_budget(self) -> float:
         return 2.5 * self.worse_than_champion_by if self.worse_than_best_by is None else self.worse_than_best_by
+
+
+class CheckConfig(Section):
+    """Whether what is in production is still good, on records that came since: `fineloop adapters check`."""
+
+    against: Annotated[str, StringConstraints(min_length=1)] = "previous"
+    """What production is compared with: previous is the version that a rollback returns to, or the base where there is
+    none; base; or a version, such as a candidate that has not been promoted."""
+    worse_by: Annotated[float, Field(gt=0)] | None = None
+    """The drop to look for, in the unit of gate.metric: the bound is tightest where it shows this. Unset:
+    gate.worse_than_best_by."""
+    roll_back: bool = False
+    """Whether production goes back by itself where it is shown to be worse than the version that a rollback returns
+    to."""
+    when_skipped: bool = False
+    """Whether a run that is skipped, because fewer than data.min_new_records came, checks production instead."""

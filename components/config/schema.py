@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from components.config.gate import GateConfig, RequestedMetric
+from components.config.gate import CheckConfig, GateConfig, RequestedMetric
 from components.config.methods import (
     METHODS,
     AdapterKind,
@@ -293,6 +293,7 @@ class RunConfig(Section):
     tune: Annotated[TuneConfig, Added("0.2.0")] = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
+    check: Annotated[CheckConfig, Added("0.2.0")] = CheckConfig()
     registry: RegistryConfig = RegistryConfig()
     announce: Annotated[AnnounceConfig, Added("0.2.0")] = AnnounceConfig()
     track: Annotated[TrackConfig, Added("0.2.0")] = TrackConfig()

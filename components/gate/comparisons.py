@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Names = npt.NDArray[np.str_]
 
-TOKENS, GROUP, SOURCE = "answer_tokens", "group", "source"
+TOKENS, ID, GROUP, SOURCE = "answer_tokens", "id", "group", "source"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Evidence:
     """For each kind of slice, the name of each record's slice."""
     texts: Mapping[str, "Evidence"] = field(default_factory=dict)
     """By kind, the same for texts that are not records; only the kinds that were read."""
+    names: Names | None = None
+    """Of each record its group's name, or where records have none its id; None of texts."""
 
     @property
     def num_independent(self) -> int:
@@ -144,10 +146,13 @@ def parse_evidence(body: bytes, uri: str) -> Evidence:
         for name, kind in zip(table.schema.names, table.schema.types, strict=True)
         if pa.types.is_floating(kind)
     }
-    groups = None
+    groups = names = None
     if GROUP in table.schema.names:
-        _, groups = np.unique(table.column(GROUP).to_pylist(), return_inverse=True)
-    return Evidence(tokens, columns, groups, dict(_slices(table)))
+        names = np.array(table.column(GROUP).to_pylist(), np.str_)
+        _, groups = np.unique(names, return_inverse=True)
+    elif ID in table.schema.names:
+        names = np.array(table.column(ID).to_pylist(), np.str_)
+    return Evidence(tokens, columns, groups, dict(_slices(table)), names=names)
 
 
 def _slices(table: Any) -> Iterator[tuple[str, Names]]:

@@ -1,4 +1,4 @@
-"""Kubeflow step: the policy decides whether the candidate may take the alias."""
+"""Kubeflow steps: the policy decides whether the candidate may take the alias, and whether its holder is still good."""
 
 from typing import NamedTuple
 
@@ -26,3 +26,18 @@ def gate(
         Path(summary.path).write_text(as_markdown(decision), encoding="utf-8")
         step_run.result.update(decision=decision.decision, reasons=list(decision.reasons))
     return (decision.promoted, decision.sha256)
+
+
+@dsl.component(**COMPONENT)
+def check(
+    run_uri: str,
+    config_digest: str,
+    dataset_uri: str,
+) -> NamedTuple("Checked", [("Output", bool), ("version", str), ("reason", str)]):  # type: ignore[valid-type]
+    """Look at what is in production; returns as Output whether it is to go back, and which version it is, and why."""
+    from components.gate.check import check as look
+    from components.step.step import step
+
+    with step("check", run_uri, config_digest) as step_run:
+        shown = look(step_run, dataset_uri) or {"rolls_back": False, "version": "", "reasons": [""]}
+    return (shown["rolls_back"], shown["version"], shown["reasons"][0])

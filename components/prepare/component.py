@@ -1,4 +1,4 @@
-"""Kubeflow step: the data becomes a dataset in the store."""
+"""Kubeflow steps: the data becomes a dataset in the store, all of it or what came since."""
 
 from typing import Any, NamedTuple
 
@@ -45,3 +45,24 @@ def prepare(
     with first_step("prepare", config, run_id or job_id, overrides=changes) as step_run:
         dataset = prepared(step_run, is_decided=is_decided)
     return (step_run.run_uri, step_run.config.digest, dataset is not None, dataset.uri if dataset else "")
+
+
+@dsl.component(**COMPONENT)
+def newer(run_uri: str, config_digest: str) -> str:
+    """Publish the records that came since production and what it is compared with were trained; returns their URI."""
+    from components.prepare.newer import publish_newer
+    from components.step.step import step
+
+    with step("newer", run_uri, config_digest) as step_run:
+        dataset_uri = publish_newer(step_run)
+    return dataset_uri
+
+
+@dsl.component(**COMPONENT)
+def begin(config: dict[str, Any], run_id: str) -> NamedTuple("Begun", [("run_uri", str), ("config_digest", str)]):  # type: ignore[valid-type]
+    """Settle the config of a run that prepares nothing."""
+    from components.step.step import first_step
+
+    with first_step("begin", config, run_id) as step_run:
+        digest = step_run.config.digest
+    return (step_run.run_uri, digest)

@@ -384,7 +384,7 @@ class PreparedDataset:
 
 
 @contextlib.contextmanager
-def _in_memory() -> Iterator[None]:
+def within_memory() -> Iterator[None]:
     """Keep the work in this context within the free memory.
 
     Raises:
@@ -414,9 +414,9 @@ def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) ->
         DataError: the data is missing, malformed beyond data.max_reject_share, or too little to split.
         StoreError: an s3:// source or the registry cannot be reached.
     """
-    with _in_memory(), _opened(config) as work:
+    with within_memory(), opened(config) as work:
         sources = find_sources(config.data.source)
-        return _publish(config, store, work, *_read(config, sources, work, between_runs.erased(store), reader))
+        return _publish(config, store, work, *read_distinct(config, sources, work, between_runs.erased(store), reader))
 
 
 @contextlib.contextmanager
@@ -429,9 +429,9 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
     Raises:
         DataError: as for `prepare`.
     """
-    with _opened(config) as work:
-        with _in_memory():
-            read, unique = _read(config, sources, work)
+    with opened(config) as work:
+        with within_memory():
+            read, unique = read_distinct(config, sources, work)
             found = _split(config, work, read)
             profile = build_profile(work, read, unique, found)
         yield profile, found
@@ -465,8 +465,8 @@ def prepare_if_new(
     arrived = {each.name for each in sources} - (consumed.sources.keys() if consumed else set())
     if any(name.startswith(icd10.ADDRESS) for name in arrived):
         step_run.say(icd10.news([each.name for each in sources]))
-    with _in_memory(), _opened(step_run.config) as work:
-        read, unique = _read(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
+    with within_memory(), opened(step_run.config) as work:
+        read, unique = read_distinct(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
         batches = work.batches("SELECT content FROM chosen")
         contents = between_runs.content_ids(each for batch in batches for each in batch["content"].to_pylist())
         num_new = len(contents)
@@ -492,17 +492,20 @@ def prepare_if_new(
     return prepared
 
 
-def _opened(config: RunConfig) -> contextlib.AbstractContextManager[Workspace]:
+def opened(config: RunConfig) -> contextlib.AbstractContextManager[Workspace]:
+    """Open a workspace with as much memory as the config gives it."""
     return workspace.opened(memory_bytes=round(config.data.memory_gib * 2**30))
 
 
-def _read(
+def read_distinct(
     config: RunConfig,
     sources: Sequence[Source],
     work: Workspace,
     erased: Erased = NONE_ERASED,
     reader: Reader = read_here,
 ) -> tuple[Intake, Deduplicated]:
+    """Read, validate and deduplicate the sources: the distinct records are the workspace's table `chosen`. Raises as
+    `read_sources` and `require_usable`."""
     read = read_sources(sources, work.accept, work.reject, rules=Rules.of(config.data, erased), reader=reader)
     require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     if read.unread:

@@ -40,6 +40,17 @@ def skip(run_uri: str, config_digest: str) -> str:
 
 
 @dsl.component(**COMPONENT)
+def roll_back(run_uri: str, config_digest: str, version: str, reason: str) -> str:
+    """Take the alias from the version that a look found to be worse, and return the event's URI."""
+    from components.promote.promote import roll_back_worse
+    from components.step.step import step
+
+    with step("roll-back", run_uri, config_digest) as step_run:
+        event_uri = roll_back_worse(step_run, version, reason)
+    return event_uri
+
+
+@dsl.component(**COMPONENT)
 def move_by_hand(
     adapter_name: str,
     action: str,

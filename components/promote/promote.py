@@ -96,6 +96,24 @@ def skip(step_run: StepRun) -> str:
     return step_run.store.uri(runs.run_key(step_run.run_id, runs.DECISION))
 
 
+def roll_back_worse(step_run: StepRun, version: str, reason: str) -> str:
+    """Return the alias to the version before `version`, which a look found to be worse, and announce it; returns the
+    event as a URI. Running it again changes nothing.
+
+    Raises:
+        AliasConflict: another version took the alias since the look.
+        IntegrityError: the version before is damaged, or signed by none of the keys that the registry trusts.
+    """
+    name, alias = step_run.config.adapter.name, step_run.config.adapter.alias
+    cause = aliases.Cause(step_run.run_id, aliases.PIPELINE, reason)
+    event = aliases.rollback(step_run.store, name, alias, expected=version, cause=cause)
+    step_run.result.update(event.move())
+    step_run.say(f"{name}@{alias} went back to {event.body['to']}")
+    if outcomes := announce(step_run.config.announce, step_run.store, name, event, os.environ):
+        step_run.result["announced"] = outcomes
+    return event.uri
+
+
 # A promotion, an approval or a rollback that a person asks for.
 
 

@@ -202,6 +202,13 @@ def _moves_beneath(store: Store, name: str, move: Event, log: Sequence[Event]) -
         yield move
 
 
+def before(store: Store, name: str, pointer: Pointer) -> str | None:
+    """Return the version that a rollback of the alias returns to; None if there is none. Raises IntegrityError if the
+    event that brought it is damaged or gone."""
+    move = next(_moves_beneath(store, name, event_of(pointer), []), None)
+    return str(move.body["to"]) if move else None
+
+
 def rollback_versions(store: Store, name: str, pointer: Pointer) -> dict[str, str]:
     """Map the version that the alias holds, and those that rollbacks return to, to their manifests' sha256. Raises
     IntegrityError if the event of one of these moves is damaged or gone."""

@@ -57,6 +57,8 @@ def audit(store: Store, name: str) -> Audit:
         findings += _refusals(store, name, log, whole, pool)
         decided = [(run_id, *found) for run_id, found in decisions(log).items()]
         findings += chain.from_iterable(pool.map(lambda each: [*_decision(store, *each)], decided))
+        checked = [event for event in log if event.kind == "checked"]
+        findings += chain.from_iterable(pool.map(lambda each: [*_look(store, each)], checked))
         findings += _unsigned(store, name, log, pool)
         findings += _inputs(store, name, whole, pool)
         pointers: dict[str, Pointer] = {}
@@ -148,6 +150,20 @@ def _refusals(
 def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[Finding]:
     """Check a decision that moved an alias or waits for a person, its evaluation, and the evaluation's records."""
     files = {runs.DECISION: Decision, runs.EVALUATION: Evaluation, runs.EVALUATION_RECORDS: None}
+    yield from _evidence(store, run_id, wanted, event, files)
+
+
+def _look(store: Store, event: Event) -> Iterator[Finding]:
+    """Check what a look at production was made of: an evaluation, and its records."""
+    files = {runs.EVALUATION: Evaluation, runs.EVALUATION_RECORDS: None}
+    run_id, wanted = (str(event.body.get(key, "")) for key in ("run_id", "evaluation_sha256"))
+    yield from _evidence(store, run_id, wanted, event, files)
+
+
+def _evidence(
+    store: Store, run_id: str, wanted: str, event: Event, files: Mapping[str, type[Decision] | type[Evaluation] | None]
+) -> Iterator[Finding]:
+    """Check files of a run, of which the event names the first by its sha256, and each the one after it."""
     known_by = event.uri
     for file, kind in files.items():
         body, key = runs.lying(store, run_id, file) or (None, runs.key_of(store, run_id, file))

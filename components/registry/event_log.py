@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 ID_LENGTH = 12
 MOVE_KINDS = ("promoted", "overridden", "rolled_back")
-EventKind = Literal["published", "promoted", "refused", "proposed", "overridden", "rolled_back", "collected"]
+EventKind = Literal["published", "promoted", "refused", "proposed", "overridden", "rolled_back", "collected", "checked"]
 
 
 class Reference(TypedDict):
@@ -65,6 +65,10 @@ class Body(Part):
     actor: str = ""
     reason: str = ""
     evidence: Evidence = Evidence()
+    evaluation_sha256: str = ""
+    """Of a look at production: SHA-256 of its run's evaluation."""
+    series: dict[str, str | float] = {}
+    """Of a look: what is compared, on what and how; looks that have it in common add up."""
     previous: Reference | None = None
     beneath: Reference | None = None
 

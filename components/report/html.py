@@ -102,6 +102,7 @@ HAPPENED = {
     "refused": "{version} refused by the gate",
     "proposed": "{version} left to a person by the gate",
     "collected": "{version} removed, since nothing needed it",
+    "checked": "{version}, which {alias} held, looked at on records that came since",
 }
 
 
@@ -113,7 +114,7 @@ def what(kind: str, body: Mapping[str, Any]) -> str:
 
 def who(kind: str, body: Mapping[str, Any]) -> str:
     """By name: a person, or the machine."""
-    if kind in ("published", "refused", "proposed") or body.get("actor") == PIPELINE:
+    if kind in ("published", "refused", "proposed", "checked") or body.get("actor") == PIPELINE:
         return "the pipeline"
     return body.get("actor") or "an unnamed person"
 

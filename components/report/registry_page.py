@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from components.records import runs
 from components.records.runs import PAGES
-from components.records.steps import Decision, Evaluation
+from components.records.steps import Decision, Evaluation, finite
 from components.registry import event_log, versions
 from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
 from components.registry.cache import LISTING, Entries, read_entries, write_entries
@@ -20,7 +20,7 @@ from components.report.charts import Forest, Gain
 from components.report.comparison import amounts_of
 from components.report.html import parse_moment, template, what, when, who, why
 from components.shared.errors import IntegrityError
-from components.shared.metrics import Metric, metric_of, metrics_of
+from components.shared.metrics import Metric, is_metric, metric_of, metrics_of
 
 if TYPE_CHECKING:
     from components.registry.aliases import Pointer
@@ -237,6 +237,21 @@ def sentence(page: AdapterPage) -> str:
     )
 
 
+def freshness(page: AdapterPage) -> str:
+    """How production fares on the records of the last look beside its own test, and what the look said; empty if there
+    was none. An event may hold anything: whoever trains may write some."""
+    holder = page.pointer.version if page.pointer else ""
+    last = next(
+        (each.body for each in page.events if each.kind == "checked" and each.body.get("version") == holder), {}
+    )
+    fresh, own = finite(last.get("fresh")), finite(last.get("held_out"))
+    if fresh is None or not is_metric(key := str(last.get("metric"))):
+        return ""
+    metric = metric_of(key)
+    tested = "" if own is None else f", and {metric.text(own)} when it was tested"
+    return f"{metric.label} {metric.text(fresh)}{tested}. {why(last)}"
+
+
 def gains(page: AdapterPage) -> Forest | None:
     """The versions' gains over the champion of their day, in the newest one's metric, newest first; None without
     any."""
@@ -279,6 +294,11 @@ def build_pages(
     common |= {"pipeline": PIPELINE, "what": what, "who": who, "why": why, "when": when}
     built = {"index.html": page_template.render(**common, listed=listed, page=None)}
     for page in pages:
-        content = {"sentence": sentence(page), "gains": gains(page), "metrics": page.metrics}
+        content = {
+            "sentence": sentence(page),
+            "freshness": freshness(page),
+            "gains": gains(page),
+            "metrics": page.metrics,
+        }
         built[f"{page.name}.html"] = page_template.render(**common, **content, page=page)
     return built

@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import shlex
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from components.handover import hub, serve_manifest
 from components.promote import promote as moves
 from components.promote.announce import NOTIFIED, NOTIFIERS, announce
@@ -25,28 +28,34 @@ from components.registry.cache import forget
 from components.registry.collect import Rules, all_adapters, removals, remove
 from components.registry.event_log import Event
 from components.registry.lineage import parse_terms
+from components.registry.looks import BASE, series_of
 from components.registry.signing import Signer
 from components.registry.versions import Version, read_lineage, require_adapter
 from components.shared.errors import IntegrityError, UserError
 from components.shared.machine import account
-from components.shared.metrics import metrics_of
+from components.shared.metrics import metric_of, metrics_of
 from components.shared.protocol import counted
 from components.store import folders
 from components.store.client import disk_errors
 from components.store.store import Store
 from pipelines.commands.arguments import (
+    ADDRESS,
     REFERENCE,
     REGISTRY,
     Answer,
     answer_of,
     command,
     either,
+    home_option,
     load_config,
     opened_registry,
     opened_version,
     option,
     table,
 )
+from pipelines.configs import DEFAULT_CONFIG
+from pipelines.local import run as local
+from pipelines.local.run import Place
 
 
 @command(
@@ -193,6 +202,63 @@ def move_shown(name: str, event: Event, announced: Mapping[str, str], *, moved: 
         text += f"\nlater candidates are held to {move['to']} as the best version so far, in the place of {before}"
     body: dict[str, Any] = {**move, **({} if moved else {"moved": False})}
     return Answer({**body, **({"announced": dict(announced)} if announced else {})}, f"{name}@{move['alias']}: {text}")
+
+
+@command(
+    "adapters check",
+    *(*REGISTRY, option("name NAME", "adapter")),
+    option("--against VERSION", "previous (the default, check.against), base, or a version, such as a candidate"),
+    option("--worse-by DROP", "the drop to look for, in the unit of gate.metric (check.worse_by)"),
+    option("--data DATA", "where records have come since (default: data.source)", dest="source", default=""),
+    ADDRESS,
+    example="fineloop adapters check icd10-chapters --data july.jsonl",
+)
+def check(options: argparse.Namespace) -> Answer:
+    """Say whether what is in production is still good, on records that came since.
+
+    Production is compared with the version before it on records that neither of them nor any version that they grew
+    from has seen. Each look is logged, and looks add up: the bound may be looked at every night. Without -c the config
+    is that of production's own run. With check.roll_back what is shown to be worse goes back by itself.
+    """
+    given = {"check.against": options.against, "check.worse_by": options.worse_by, "data.source": options.source}
+    texts = {key: value if key == "check.worse_by" else json.dumps(value) for key, value in given.items() if value}
+    if "data.source" in texts and "://" not in options.source:
+        texts["data.source"] = json.dumps(str(Path(options.source).expanduser().absolute()))
+    options.overrides = [*options.overrides, *(f"{key}={value}" for key, value in texts.items())]
+    config = load_config(options)
+    if options.config != DEFAULT_CONFIG and config.adapter.name != options.name:
+        raise UserError(
+            f"{options.config} is of the adapter {config.adapter.name}, not of {options.name}: name its own"
+        )
+    with opened_registry(options) as store:
+        if options.config == DEFAULT_CONFIG:
+            held = versions.resolve(store, f"{options.name}@{config.adapter.alias}")
+            recorded = read_lineage(store, held).get("config") or {}
+            own = config_file.validate(recorded, options.overrides, origin=f"lineage of {held.uri}")
+            config = own.model_copy(update={"registry": config.registry, "announce": config.announce})
+        series_of(store, config)  # so that a mistake is said before anything is started
+    shown = local.check(config, Place(options.home, sys.stderr, verbose=options.verbose, address=options.address))
+    return Answer(shown, "\n".join(_look_lines(shown, config, home_option(options))))
+
+
+def _look_lines(shown: Mapping[str, Any], config: RunConfig, home: str) -> Iterator[str]:
+    """A look for people: what it shows, how production fares beside its own test, and what to do now."""
+    if "verdict" not in shown:
+        yield f"{config.adapter.name}: too few records came since to compare on"
+        return
+    yield shown["reasons"][0]
+    metric = metric_of(shown["metric"])
+    if shown["held_out"] is not None:
+        fresh, own = metric.text(shown["fresh"]), metric.text(shown["held_out"])
+        yield f"{metric.label} of {shown['version']} on the last look's records: {fresh}; when it was tested: {own}"
+    name, here = shown["adapter"], f"--expect {shown['version']}{home}"
+    on = "" if shown["alias"] == PRODUCTION else f" --alias {shown['alias']}"
+    if moved := shown["moved"]:
+        yield f"{name}@{moved['alias']} went back to {moved['to']}"
+    elif shown["verdict"] == "worse" and shown["can_roll_back"]:
+        yield f"to go back: fineloop adapters rollback {name}{on} {here}"
+    elif shown["verdict"] == "worse" and shown["against"] != BASE:
+        yield f"to replace it: fineloop adapters promote {name}@{shown['against']}{on} {here}"
 
 
 @command(

@@ -164,6 +164,7 @@ SET = option("--set KEY=VALUE", "replace one key, such as train.learning_rate=2e
 CONFIG = (option("-c --config FILE", EXAMPLE, type=Path, default=DEFAULT_CONFIG), SET)
 HERE = "where this machine's store, logs and reports lie (default: ./.fineloop)"
 HOME = option("--home DIR", HERE, type=Path, default=Path(".fineloop"))
+ADDRESS = option("--address URL", "Jobs API of a Ray cluster, such as http://HOST:8265")
 REGISTRY = (*CONFIG, HOME)
 """What `opened_registry` needs."""
 REFERENCE = option(

@@ -14,6 +14,7 @@ from components.config.schema import RunConfig
 from components.shared.errors import UserError
 from components.shared.protocol import estimated_duration
 from pipelines.commands.arguments import (
+    ADDRESS,
     CONFIG,
     EXPERIMENT,
     HOME,
@@ -45,7 +46,6 @@ RUNS = (
     NOTE,
     option("--run-id ID", "name of the run (default: its time)"),
 )
-ADDRESS = option("--address URL", "Jobs API of a Ray cluster, such as http://HOST:8265")
 
 
 @command("run", *RUNS, example="fineloop run FILE.jsonl --set train.learning_rate=5e-4")

@@ -52,7 +52,7 @@ def compile_pipeline(config: RunConfig, *, image: str = "", default: RunConfig |
     from pipelines.retrain import build
 
     return _text(
-        build(for_cluster(config), tunes=config.tune.when != "never"),
+        build(for_cluster(config), tunes=config.tune.when != "never", checks=config.check.when_skipped),
         {"config": config_file.as_table(default or config, given_only=True)},
         {"method_name": ["", *get_args(MethodName)]},  # the empty one keeps the config's method
         image,
@@ -128,9 +128,9 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
 
     def configure(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
-        reads_here = name == "prepare" and config.data.engine == "local"
+        reads_here = name == "newer" or (name == "prepare" and config.data.engine == "local")
         deadline_s = config.data.timeout_s if reads_here else STEP_S
-        if name in ("tune", "finetune", "evaluate") or (name == "prepare" and not reads_here):
+        if name in ("tune", "finetune", "evaluate", "check") or (name == "prepare" and not reads_here):
             # It waits for a Ray job, in a queue too, and a little longer, so that the job can say why it ended.
             ray = config.ray.for_data(timeout_s=config.data.timeout_s) if name == "prepare" else config.ray
             deadline_s = ray.patience_s + GRACE_S

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 LOG = "pipeline.log"
 BAR = 24  # length of the longest bar of a sweep, in characters
-What = Literal["retrain", "train", "sweep"]
+What = Literal["retrain", "train", "sweep", "check"]
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ def _goes_on(what: What, run_id: str, place: Place) -> Iterator[None]:
     except UserError:
         raise
     except (FineloopError, OSError, KeyboardInterrupt) as exc:
+        if what == "check":  # a look that logged nothing has changed nothing
+            raise
         command = ["fineloop", "run" if what == "retrain" else what]
         command += ["-c", str(place.home / "runs" / run_id / "config.toml"), "--run-id", run_id]
         command += ["--home", str(place.home)] if place.home != Path(".fineloop") else []
@@ -424,6 +426,14 @@ def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[st
             lines.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
     width = max(len(line[0]) for line in lines)
     return [f"  {line[0]:<{width}}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
+
+
+def check(config: RunConfig, place: Place, *, run_id: str = "") -> dict[str, Any]:
+    """Look at what is in production; returns the results of the steps `check` and `roll-back`, if there was one. Raises
+    FineloopError: as `finished`."""
+    with finished(config, place, what="check", run_id=run_id) as ended:
+        results = {step.step: step.result for step in runs.steps(ended.store, ended.run_id)}
+        return {"run_id": ended.run_id, **results["check"], "moved": results.get("roll-back")}
 
 
 def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:

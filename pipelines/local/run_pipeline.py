@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     """Run the pipeline to its end. SIGTERM is passed on to every step, which kfp.local does not do. Each step inherits
     this process's environment without the secrets, and is given only its own secrets."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.local.run_pipeline")
-    parser.add_argument("what", choices=("retrain", "train", "sweep"))
+    parser.add_argument("what", choices=("retrain", "train", "sweep", "check"))
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run-id", required=True)
     parser.add_argument("--pipeline-root", type=Path, required=True)
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     with garbage.importing():
         from kfp import local
 
-        from pipelines.retrain import build, build_train, build_train_on, sweep
+        from pipelines.retrain import build, build_check, build_train, build_train_on, sweep
 
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(options.pipeline_root))
     config = tomllib.loads(options.config.read_text(encoding="utf-8"))
@@ -48,9 +48,10 @@ def main(arguments: list[str]) -> int:
         return 0
     tunes = config["tune"]["when"] != "never"  # the resolved config has every key
     pipelines = {
-        "retrain": lambda: build(configure, tunes=tunes),
+        "retrain": lambda: build(configure, tunes=tunes, checks=config["check"]["when_skipped"]),
         "train": lambda: build_train(tunes=tunes),
         "sweep": lambda: sweep,
+        "check": lambda: build_check(configure),
     }
     pipelines[options.what]()(config=config, run_id=options.run_id)
     return 0

@@ -30,7 +30,7 @@ STEP_S = 0.5
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--config", "--run-id", "--dataset", "--version", "--config-digest"):
+    for name in ("--config", "--run-id", "--dataset", "--version", "--against", "--config-digest"):
         parser.add_argument(name)
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
@@ -100,7 +100,12 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
     name = config.adapter.name
     records = load_split(store, options.dataset, "eval")
     pointer = aliases.read_alias(store, name, config.adapter.alias)
-    candidate = store.get_json(f"runs/{options.run_id}/finetune.json")["version"]
+    if options.against:  # of a look at what is served, on every record
+        candidate, champion, number = options.version.rpartition("/")[2], options.against, len(records)
+    else:
+        candidate = store.get_json(f"runs/{options.run_id}/finetune.json")["version"]
+        champion = pointer.version if pointer else ""
+        number = max(len(records), config.gate.min_records, 300)  # of which a rare loss would show
 
     def model(version: str | None) -> dict[str, object]:
         loss = BASE_LOSS
@@ -115,11 +120,11 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         "run_id": options.run_id,
         "dataset_id": options.dataset.rpartition("/")[2],
         "dataset_uri": options.dataset,
-        "records": max(len(records), config.gate.min_records, 300),  # of which a rare loss would show
+        "records": number,
         "base": {"reference": config.model.base, "identity": {}},
         "models": {
             "base": model(None),
-            "champion": model(pointer.version) if pointer else None,
+            "champion": model(champion) if champion and champion != "base" else None,
             "candidate": model(candidate),
         },
         "paired": {"base": None, "champion": None},

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 
 from components.config.schema import RunConfig
-from components.gate.comparisons import parse_evidence
+from components.gate.comparisons import parse_evidence, read_evidence
 from components.prepare.dataset import Message, Record
 from components.prepare.prepare import prepare
 from components.records import runs
@@ -22,9 +22,10 @@ from components.registry.versions import read_lineage
 from components.shared.errors import ConfigError, DataError, IntegrityError
 from components.shared.metrics import METRICS, alike
 from components.store.store import Store
+from ray_jobs import evaluate as evaluating
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import _contenders, _write_records, compared, evaluate, since_champion
+from ray_jobs.evaluate import _contenders, _two, _write_records, compared, evaluate, since_champion
 from ray_jobs.scoring.answers import MARKS, Score, paired_difference
 from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
@@ -86,6 +87,46 @@ def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(co
     assert_scores_are(found.scores["base"], Plain(config.model.base))
     assert_scores_are(found.scores["champion"], plain_of(theirs, store, old, tmp_path))
     assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
+
+
+def test_a_look_measures_what_is_served_and_what_it_is_compared_with_alone(config, store, tmp_path):
+    theirs = changed(config, "method.rank=4")
+    old, new = published(theirs, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
+    promote(store, config.adapter.name, old.version)  # whatever holds the alias
+    found = measure_shard(_two(config, store, new, old.version), RECORDS, shard_index=0)
+    assert list(found.scores) == ["champion", "candidate"]
+    assert_scores_are(found.scores["champion"], plain_of(theirs, store, old, tmp_path))
+    assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
+    of_base = measure_shard(_two(config, store, old, "base"), RECORDS, shard_index=0)
+    assert list(of_base.scores) == ["base", "candidate"]
+    assert_scores_are(of_base.scores["base"], Plain(config.model.base))
+
+
+def test_a_look_is_an_evaluation_of_all_its_records_and_of_nothing_else(config, store, tmp_path, monkeypatch):
+    """As the Ray job makes it, in this process in place of the workers."""
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr(evaluating.entry, "connect", lambda: None)
+    monkeypatch.setattr(evaluating, "wait_for_room", lambda *_: None)
+    monkeypatch.setattr(evaluating, "workers_with_room", lambda _: 1)
+    monkeypatch.setattr(evaluating, "is_shared", lambda *_: False)
+
+    def measured(task, store, *, run_id):
+        return measure_shard(task.contenders, task.records, shard_index=0)
+
+    monkeypatch.setattr(evaluating, "measured", measured)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(60)))
+    config = changed(config, f"data.source={rows}", "data.eval_share=0.5", "evaluate.records=2")
+    dataset = prepare(config, store)
+    old, new = published(config, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
+    for against, role in ((old.version, "champion"), ("base", "base")):
+        found = evaluate(config, run_id="look", dataset_uri=dataset.uri, version_uri=new.uri, against=against)
+        assert {name for name, model in found.models.items() if model} == {role, "candidate"}
+        assert (found.model("candidate").version, found.records) == (new.version, dataset.eval_records)
+        assert found.probes == {}
+        evidence = read_evidence(store, runs.read(store, "look", type(found)))
+        assert len(set(evidence.names)) == dataset.eval_records
+        assert evidence.pairs(METRICS["loss"], role) is not None
 
 
 @pytest.mark.slow

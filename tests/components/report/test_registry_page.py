@@ -14,6 +14,7 @@ from components.registry.versions import publish_version
 from components.report.comparison import intervals
 from components.report.registry_page import build_pages, gains, list_adapter, read_adapter, sentence, write_pages
 from components.report.run_files import RunFiles
+from components.shared.metrics import metric_of
 from components.store.store import Store
 from tests.components.report import example_runs
 from tests.components.report.example_runs import bounded, night
@@ -92,6 +93,25 @@ def test_each_event_names_a_person_or_the_pipeline_and_links_to_the_run_s_report
     assert f"{ids[1]} refused by the gate," in index.text
     elsewhere = Page(pages_of(store)["icd.html"])  # of a folder, beside which no runs lie
     assert not any("report.html" in str(value) for name, value in elsewhere.attributes if name == "href")
+
+
+def test_the_page_says_how_production_fares_on_what_came_since(store: Store, ids: list[str]) -> None:
+    pointer = read_alias(store, "icd", "production")
+    assert pointer is not None
+    look = {"version": pointer.version, "alias": "production", "metric": "loss", "held_out": 0.25, "run_id": "r9"}
+    append_event(
+        store, "icd", "checked", {**look, "fresh": 0.5, "reasons": ["It is worse."]}, at="2026-11-30T00:00:00Z"
+    )
+    page = build_pages([read_adapter(store, "icd")], [], generated_at="now", address="s3://b/")["icd.html"]
+    fresh, tested = (metric_of("loss").text(value) for value in (0.5, 0.25))
+    assert f"loss {fresh}, and {tested} when it was tested. It is worse." in " ".join(page.split())
+    assert f"{pointer.version}, which production held, looked at on records that came since" in page
+    for forged in ("a lot", float("nan"), {"x": 1}):
+        append_event(
+            store, "icd", "checked", {**look, "fresh": str(forged)}, at=f"2099-01-01T00:00:0{len(str(forged))}Z"
+        )
+        page = build_pages([read_adapter(store, "icd")], [], generated_at="now", address="s3://b/")["icd.html"]
+        assert "On what came since" not in page
 
 
 def test_a_decision_of_the_pipeline_is_told_once_and_its_confidence_too(store: Store, ids: list[str]) -> None:

@@ -242,18 +242,20 @@ def test_between_the_steps_goes_the_runs_address_and_never_its_config(spec: dict
 
 
 @pytest.mark.parametrize(
-    "pipeline",
+    ("pipeline", "conditions"),
     [
-        retrain.retrain,
-        retrain.build(tunes=True),
-        retrain.build_train(),
-        retrain.build_train_on("s3://b/d"),
-        retrain.sweep,
-        promotion,
+        (retrain.retrain, 4),
+        (retrain.build(tunes=True), 4),
+        (retrain.build(checks=True), 5),
+        (retrain.build_train(), 0),
+        (retrain.build_train_on("s3://b/d"), 0),
+        (retrain.build_check(), 1),
+        (retrain.sweep, 0),
+        (promotion, 0),
     ],
-    ids=["retrain", "retrain that tunes", "train", "reproduce", "sweep", "promotion"],
+    ids=["retrain", "retrain that tunes", "retrain that checks", "train", "reproduce", "check", "sweep", "promotion"],
 )
-def test_no_condition_reads_anything_but_a_bool(pipeline: Any, tmp_path: Path) -> None:
+def test_no_condition_reads_anything_but_a_bool(pipeline: Any, conditions: int, tmp_path: Path) -> None:
     """kfp 2.17 evaluates a condition's text as Python in the process of a local run, a string's own quotes included."""
     compiler.Compiler().compile(pipeline, str(path := tmp_path / "pipeline.yaml"))
     spec = yaml.safe_load(path.read_text(encoding="utf-8").partition("\n---\n")[0])
@@ -264,7 +266,7 @@ def test_no_condition_reads_anything_but_a_bool(pipeline: Any, tmp_path: Path) -
         for parameter in re.findall(r"parameter_values\['([^']+)'\]", condition):
             num_read += 1
             assert inputs[task["componentRef"]["name"]]["parameters"][parameter]["parameterType"] == "BOOLEAN"
-    assert num_read == (4 if spec["pipelineInfo"]["name"] == "fineloop-retrain" else 0)
+    assert num_read == conditions
 
 
 @pytest.mark.parametrize("compiled", [compile_pipeline, compile_promotion])
@@ -328,3 +330,12 @@ def test_a_run_that_tunes_has_that_step_before_its_training_and_another_has_none
     given = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-tune"]
     assert given["podMetadata"]["annotations"]  # as every step that waits for a Ray job, its pod stays
     assert "tune" not in tasks(spec)
+
+
+def test_a_look_at_production_is_compiled_in_only_where_the_config_asks(make_config: Callable[..., RunConfig]) -> None:
+    """Other configs give the bytes that they gave before: nothing of the new steps is in them."""
+    texts = [compile_pipeline(make_config(*change)) for change in ((), ["check.when_skipped=true"])]
+    plain, asked = (next(yaml.safe_load_all(text))["deploymentSpec"]["executors"] for text in texts)
+    assert asked.keys() - plain.keys() == {"exec-newer", "exec-check", "exec-roll-back"}
+    assert {name: asked[name] for name in plain} == plain
+    assert list(unresolved(next(yaml.safe_load_all(texts[1])))) == []

@@ -9,6 +9,7 @@ import pytest
 
 from components.config import config_file
 from components.registry import aliases
+from components.registry.audit import audit
 from components.store.store import Store
 from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer, serving
@@ -95,6 +96,34 @@ def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
     assert fire(4) == "promote"
     assert production(store) != first
     assert fire(5) == "skipped"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_skipped_checks_production_and_takes_it_back_where_the_config_asks(
+    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
+) -> None:
+    versions = []
+    for loss in (0.5, 0.9):  # the second is held
+        answered = fineloop("submit", *options, "--set", f"train.weight_decay={loss}")
+        assert answered.exit_code == 0, answered.stderr
+        versions.append(answered.body["version"])
+    aliases.promote(store, "sums", versions[1])
+    store.put("incoming/2.jsonl", rows(60, 100))
+    few = ["--set", "data.min_new_records=50", "--set", "check.when_skipped=true"]
+
+    looked = fineloop("submit", *options, *few)
+    assert (looked.exit_code, looked.body["decision"]) == (0, "skipped"), looked.stderr
+    assert any(f"{versions[1]} is worse than {versions[0]}, on 40 records" in why for why in looked.body["reasons"])
+    assert looked.body["steps"].get("Roll it back") != "SUCCEEDED"
+    assert production(store) == versions[1]
+
+    jobs = len(stub_cluster.jobs)
+    back = fineloop("submit", *options, *few, "--set", "check.roll_back=true")
+    assert (back.exit_code, back.body["decision"]) == (0, "skipped"), back.stderr
+    assert back.body["steps"]["Roll it back"] == "SUCCEEDED"
+    assert production(store) == versions[0]
+    assert len(stub_cluster.jobs) == jobs  # nothing was new: what the look before had found decides
+    assert audit(store, "sums").findings == ()
 
 
 @pytest.mark.full

@@ -39,6 +39,14 @@ def test_what_a_cluster_gives_to_one_step_alone_no_other_is_given_here(make_conf
         assert of_step("finetune", shell) == {}
 
 
+def test_a_look_at_production_signs_as_an_evaluation_does_and_going_back_as_a_promotion(
+    make_config: Callable[..., RunConfig],
+) -> None:
+    steps = on_a_cluster(make_config("check.when_skipped=true"))
+    assert (steps["check"], steps["roll-back"]) == (steps["evaluate"], steps["promote"])
+    assert steps["newer"] == set.intersection(*steps.values())
+
+
 def test_the_secret_of_a_notifier_that_is_added_goes_to_what_moves_an_alias_alone(make_config, monkeypatch):
     monkeypatch.setitem(NOTIFIERS, "slack", Notifier(lambda *_: None, ("FINELOOP_SLACK_TOKEN",)))
     shell = {"FINELOOP_SLACK_TOKEN": "x"}

@@ -1,0 +1,108 @@
+"""Finds the records of data.source that neither of two versions has seen, and that no look at them has counted."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from components.prepare import dataset
+from components.prepare.dataset import FORMAT, WHERE_ANY, read_split
+from components.prepare.prepare import opened, read_distinct, within_memory
+from components.prepare.sources import find_sources
+from components.prepare.validate import keyed
+from components.records import runs
+from components.registry import between_runs, looks
+from components.registry.between_runs import Consumed
+from components.registry.versions import ancestors, resolve
+from components.shared.protocol import counted
+from components.step.step import StepRun
+from components.store.folders import now
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from components.store.store import Store
+
+FEWEST = 2
+"""An answer is also scored after another record's prompt."""
+
+
+def publish_newer(step_run: StepRun) -> str:
+    """Publish the new records as the split `eval` of a dataset, evaluate.max_records at most, and return its URI; an
+    empty text where there are none. What is left of them is new to the next look.
+
+    Raises:
+        UserError: there is nothing in production, or nothing of that name to compare it with.
+        FineloopError: as `prepare` raises for the data.
+        ObjectMissing: what a version was trained on is gone, so that it is not known which records are new.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    config, store, as_of = step_run.config, step_run.store, now()
+    series, _ = looks.series_of(store, config)
+    step_run.result.update(series=series.as_json())
+    seen, groups = _seen_by(store, config.adapter.name, [series.version, series.against])
+    for evaluation in looks.earlier(store, config, series, run_id=step_run.run_id):
+        seen.append(_noted(store, evaluation.run_id))
+    run_id = resolve(store, f"{config.adapter.name}@{series.version}").run_id
+    read_before = runs.find(store, run_id, Consumed) if run_id else None
+    sources = find_sources(config.data.source, seen=read_before.sources if read_before else ())
+    with within_memory(), opened(config) as work:
+        read, _ = read_distinct(config, sources, work, between_runs.erased(store))
+        placed = [
+            (number, content)
+            for batch in work.batches("SELECT number, content FROM chosen ORDER BY place, key, content")
+            for number, content in zip(batch["number"].to_pylist(), batch["content"].to_pylist(), strict=True)
+        ]
+        ids = np.array([int.from_bytes(content[: between_runs.ID_BYTES]) for _, content in placed], np.uint64)
+        is_new = ~np.isin(ids, np.concatenate([each.to_numpy() for each in seen]))
+        numbers = np.array([number for number, _ in placed], np.int64)[is_new]
+        unseen = [
+            batch.filter(pa.array([not group or group not in groups for group in batch["group"].to_pylist()]))
+            for batch in work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY))
+        ]
+        if (found := sum(map(len, unseen))) < FEWEST:
+            step_run.say(f"{counted(found, 'record')} came since: too few to compare on")
+            return ""
+        most = max(config.evaluate.records, config.evaluate.max_records)
+        new = pa.Table.from_batches(unseen).slice(0, most)
+        parts = dataset.write_splits(work.folder, [], new.to_batches(), columns=work.columns)
+        rows = {"read": read.total.rows, "accepted": read.total.accepted, "rejected": read.total.rejected}
+        about = {"format": FORMAT, "rows": rows, "newer_than": series.as_json()}
+        folder = dataset.publish_dataset(
+            store, parts, rejects=work.rejects, rejected=read.total.rejected, profile=about
+        )
+        records = [dataset.record_of(row) for row in new.to_pylist()]
+        contents = between_runs.content_ids(keyed(records)["content"].to_pylist())
+    fingerprints = {source.name: source.fingerprint for source in sources}
+    between_runs.note_consumed(store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
+    left = f"; {found - len(new)} more are left for later looks" if found > len(new) else ""
+    step_run.say(f"{counted(len(new), 'record')} that neither {series.version} nor {series.against} has seen{left}")
+    step_run.result.update(dataset_id=folder.dataset_id, new_records=len(new))
+    return folder.uri
+
+
+def _seen_by(store: "Store", name: str, compared: list[str]) -> "tuple[list[pa.UInt64Array], set[str]]":
+    """The ids of the contents that went into the versions and those that they grew from, and their groups.
+
+    The datasets count, which the signed lineages name, and what the runs noted beside them, such as records that were
+    left out: the note lies where a training may write.
+    """
+    seen, groups = [between_runs.content_ids([])], set[str]()
+    lineages = [ancestors(store, resolve(store, f"{name}@{each}")) for each in compared if each != looks.BASE]
+    for version, made_from in {one.uri: (one, made) for lineage in lineages for one, made in lineage}.values():
+        seen.append(_noted(store, version.run_id))
+        for dataset_id in [each.name for each in made_from if each.kind == "dataset"]:
+            for records in _records(store, store.uri(f"datasets/{dataset_id}")):
+                groups.update(record.group for record in records)
+                seen.append(between_runs.content_ids(keyed(records)["content"].to_pylist()))
+    return seen, groups
+
+
+def _records(store: "Store", uri: str) -> "Iterator[list[dataset.Record]]":
+    yield from read_split(store, uri, "train")
+    yield from read_split(store, uri, "eval")
+
+
+def _noted(store: "Store", run_id: str) -> "pa.UInt64Array":
+    consumed = runs.find(store, run_id, Consumed) if run_id else None
+    return between_runs.consumed_contents(store, consumed) if consumed else between_runs.content_ids([])

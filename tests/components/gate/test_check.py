@@ -1,0 +1,260 @@
+"""Whether production is still good: the verdict, its error over years of looks, and which looks count."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from benchmarks import check as years
+from components.config.schema import RunConfig
+from components.gate import check as checking
+from components.gate.check import check, judge
+from components.promote.promote import roll_back_worse
+from components.records import runs
+from components.records.steps import Decision, Evaluation
+from components.registry import aliases, signing
+from components.registry.audit import audit
+from components.registry.event_log import append_event, events
+from components.registry.versions import publish_version
+from components.shared.anytime import Moments
+from components.shared.errors import AliasConflict, DataError, IntegrityError
+from components.step.step import StepRun
+from components.store.store import Store
+from tests.components.gate import evaluated
+
+Look = Callable[..., Any]
+
+
+def sample(gain: float, count: int, *, deviation: float = 0.35, seed: int = 0) -> Moments:
+    drawn = np.random.default_rng(seed).normal(0, deviation, count)
+    return Moments.of(drawn - drawn.mean() + gain, np.ones(count))
+
+
+def verdict(*samples: Moments) -> str:
+    return judge(samples, 0.05, alpha=0.05, least=30).verdict
+
+
+def test_a_verdict_says_what_is_shown() -> None:
+    assert verdict(sample(0.1, 500)) == "still better"
+    assert verdict(sample(0.0, 1000)) == "as good"
+    assert verdict(sample(-0.06, 1000)) == "worse"
+    assert verdict(sample(-0.02, 100)) == "cannot tell"
+    assert verdict(sample(-9.0, 29)) == "cannot tell"  # fewer than the least
+
+
+def test_a_drop_that_is_smaller_than_the_named_one_takes_nothing_back() -> None:
+    judged = judge([sample(-0.01, 20_000)], 0.05, alpha=0.05, least=30)
+    assert (judged.verdict, judged.upper < 0) == ("as good", True)
+
+
+def test_looks_add_up_and_what_it_says_is_needed_is_enough() -> None:
+    looks = [sample(-0.05, 40, seed=night) for night in range(3)]
+    judged = judge(looks, 0.05, alpha=0.05, least=30)
+    assert (judged.verdict, judged.records) == ("cannot tell", 120)
+    assert judged.needed is not None
+    assert verdict(*looks, sample(-0.05, judged.needed + 60)) == "worse"
+    assert verdict(*looks, sample(-0.05, judged.needed // 2)) == "cannot tell"
+
+
+@pytest.mark.parametrize("kind", years.KINDS)
+def test_in_a_year_of_looks_equal_versions_are_rarely_accused(kind: str) -> None:
+    draw, _, largest = years.KINDS[kind]
+    drawn = draw(np.random.default_rng(3), (300, 365 * 10), 0.0)
+    worse, good = years.verdicts(drawn, 10, 0.05, largest)
+    for year in range(2):
+        years.confirm(drawn[year], 10, 0.05, largest, worse[year], good[year])
+    assert worse.any(axis=1).mean() <= 0.05
+    assert good.any(axis=1).mean() > 0.9
+
+
+# With a store: what one look leaves to the next.
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return evaluated.config()
+
+
+@pytest.fixture
+def versions(store: Store) -> list[str]:
+    """The second is in production, and the first was before it."""
+
+    def published(text: str) -> str:
+        files = {"adapter_model.safetensors": text.encode(), "adapter_config.json": b"{}"}
+        return publish_version(store, "icd10", files, lineage={"run_id": text}).version
+
+    made = [published(text) for text in ("first", "second")]
+    for version in made:
+        aliases.promote(store, "icd10", version)
+    return made
+
+
+def written(
+    store: Store, run_id: str, versions: Sequence[str], losses: Sequence[float], *, first: int, of: str = "id"
+) -> None:
+    """As the job that compares leaves it: `losses` of the second version, a record each; the first one's are 1."""
+    names = [f"{first + place}" for place in range(len(losses))]
+    columns = {"id": names, of: names, "answer_tokens": [1] * len(losses)}
+    columns |= {"champion_nll": [1.0] * len(losses), "candidate_nll": list(losses)}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    store.put(runs.key_of(store, run_id, runs.EVALUATION_RECORDS), sink.getvalue())
+    models = {"champion": {"version": versions[0], "metrics": {}}, "candidate": {"version": versions[1], "metrics": {}}}
+    evaluation = Evaluation.model_validate(
+        {
+            "run_id": run_id,
+            "dataset_uri": "s3://b/datasets/new",
+            "records": len(losses),
+            "records_sha256": hashlib.sha256(sink.getvalue()).hexdigest(),
+            "models": models,
+        }
+    )
+    runs.write(store, run_id, evaluation)
+
+
+@pytest.fixture
+def look(store: Store, config: RunConfig, versions: list[str], monkeypatch: pytest.MonkeyPatch) -> Look:
+    """Look as the run `run_id`; its job finds these losses. No losses: no new records."""
+
+    def run(run_id: str, losses: Sequence[float] = (), *, first: int = 0, of: str = "id", **more: Any) -> Any:
+        def job(step_run: StepRun, task: str, *arguments: str, **_: Any) -> str:
+            assert task == "evaluate"
+            assert arguments[arguments.index("--against") + 1] == versions[0]
+            written(store, run_id, more.pop("compared", versions), losses, first=first, of=of)
+            return "job"
+
+        monkeypatch.setattr(checking, "submit_step", job)
+        own = config.model_copy(update={"check": config.check.model_copy(update=more.pop("check", {}))})
+        return check(StepRun("check", run_id, own, store), "s3://b/datasets/new" if losses else "")
+
+    return run
+
+
+def worse(count: int, by: float = 0.2) -> list[float]:
+    return [1 + by + 0.1 * (place % 3 - 1) for place in range(count)]
+
+
+def test_looks_of_many_nights_are_one_look_in_the_log_too(store: Store, look: Look, versions: list[str]) -> None:
+    first, second = look("night-1", worse(20)), look("night-2", worse(25), first=20)
+    assert (first["verdict"], second["verdict"], second["records"]) == ("cannot tell", "worse", 45)
+    logged = [event.body for event in events(store, "icd10") if event.kind == "checked"]
+    assert [(body["run_id"], body["verdict"], body["new_records"]) for body in logged] == [
+        ("night-1", "cannot tell", 20),
+        ("night-2", "worse", 25),
+    ]
+    assert audit(store, "icd10").findings == ()
+    assert runs.read(store, "night-2", Decision).reasons == (second["reasons"][0],)
+    assert not second["rolls_back"]  # the config does not ask for it
+
+
+def test_a_look_at_nothing_new_says_what_was_said_and_logs_nothing(store: Store, look: Look) -> None:
+    assert look("none") is None
+    said = look("night-1", worse(40))
+    before = events(store, "icd10")
+    again = look("night-2")
+    assert again == {**said, "new_records": 0}
+    assert events(store, "icd10") == before
+
+
+def test_the_same_look_twice_is_one_event(store: Store, look: Look) -> None:
+    assert look("night-1", worse(40)) == look("night-1", worse(40))
+    assert [event.kind for event in events(store, "icd10")].count("checked") == 1
+
+
+@pytest.mark.parametrize("of", ["id", "group"])
+def test_a_record_or_group_that_a_look_has_counted_is_not_counted_again(look: Look, of: str) -> None:
+    look("night-1", worse(20), of=of)
+    overlapping = look("night-2", worse(20), first=10, of=of)
+    assert (overlapping["records"], overlapping["new_records"]) == (30, 10)
+
+
+def test_another_drop_or_another_version_begins_anew(store: Store, look: Look, versions: list[str]) -> None:
+    look("night-1", worse(40))
+    other = look("night-2", worse(20), first=40, check={"worse_by": 0.3})
+    assert other["records"] == 20
+    aliases.rollback(store, "icd10")
+    aliases.promote(store, "icd10", versions[1])
+    again = look("night-3", worse(20), first=60)  # the same two as in the first night
+    assert again["records"] == 60
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_an_error_and_no_look(store: Store, look: Look, number: float) -> None:
+    with pytest.raises(DataError, match="sound number"):
+        look("night-1", [*worse(40), number])
+    assert [event for event in events(store, "icd10") if event.kind == "checked"] == []
+
+
+def test_an_evaluation_of_other_versions_is_refused(look: Look, versions: list[str]) -> None:
+    with pytest.raises(IntegrityError, match="is to be compared as"):
+        look("night-1", worse(40), compared=["v0000000000000000", versions[1]])
+
+
+def test_an_event_whose_evidence_is_gone_or_changed_counts_for_nothing(store: Store, look: Look) -> None:
+    look("night-1", worse(40))
+    (event,) = [event for event in events(store, "icd10") if event.kind == "checked"]
+    append_event(store, "icd10", "checked", {**event.body, "run_id": "forged"})
+    evaluation = store.get_json("runs/night-1/evaluation.json")
+    store.put_json("runs/night-1/evaluation.json", {**evaluation, "held_out": 7})
+    found = [finding.what for finding in audit(store, "icd10").findings]
+    assert any("is another than" in what for what in found)
+    assert any("is gone" in what for what in found)
+    after = look("night-2", worse(20), first=40)
+    assert after["records"] == 20
+
+
+def test_where_keys_are_trusted_an_unsigned_look_counts_for_nothing(
+    store: Store, look: Look, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, of_versions = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    store.trusted_keys, store.evaluation_keys = (signing.public_text(of_versions),), (signing.public_text(key),)
+    monkeypatch.setattr(signing, "signer_from", lambda environment, variables=None: key)
+    look("night-1", worse(20))
+    # A training writes an evaluation and an event like that one, of records that production is bad at.
+    written(store, "forged", versions, worse(500, by=3.0), first=1000)
+    sha256 = hashlib.sha256(store.get(runs.key_of(store, "forged", runs.EVALUATION))).hexdigest()
+    (event,) = [event for event in events(store, "icd10") if event.kind == "checked"]
+    append_event(store, "icd10", "checked", {**event.body, "run_id": "forged", "evaluation_sha256": sha256})
+    after = look("night-2", worse(5), first=20)
+    assert (after["verdict"], after["records"]) == ("cannot tell", 25)
+    monkeypatch.setattr(signing, "signer_from", lambda environment, variables=None: None)
+    with pytest.raises(IntegrityError, match="signed by none"):
+        look("night-3", worse(5), first=25)
+
+
+def test_what_is_worse_goes_back_once_and_not_from_under_another_version(
+    store: Store, look: Look, config: RunConfig, versions: list[str]
+) -> None:
+    said = look("night-1", worse(60), check={"roll_back": True})
+    assert said["rolls_back"]
+    step = StepRun("roll-back", "night-1", config, store)
+    uri = roll_back_worse(step, said["version"], said["reasons"][0])
+    assert roll_back_worse(step, said["version"], said["reasons"][0]) == uri
+    pointer = aliases.read_alias(store, "icd10", "production")
+    assert pointer is not None
+    assert (pointer.version, pointer.kind, pointer.event["actor"]) == (versions[0], "rolled_back", aliases.PIPELINE)
+    assert versions[1] in pointer.event["reason"]
+    assert audit(store, "icd10").findings == ()
+    # Another look of it finds it gone already; where another version has come since, nothing is taken from that.
+    assert roll_back_worse(StepRun("roll-back", "night-2", config, store), versions[1], "late") == uri
+    files = {"adapter_model.safetensors": b"third", "adapter_config.json": b"{}"}
+    third = publish_version(store, "icd10", files, lineage={"run_id": "third"}).version
+    aliases.promote(store, "icd10", third)
+    with pytest.raises(AliasConflict):
+        roll_back_worse(StepRun("roll-back", "night-3", config, store), versions[1], "late")
+
+
+def test_a_reader_that_knows_no_looks_passes_them_over(store: Store, look: Look, monkeypatch: Any) -> None:
+    """A release from before reads the same log: its kinds are fixed in a schema that this event is not in."""
+    look("night-1", worse(40))
+    body = json.loads(store.get([info.key for info in store.list("adapters/icd10/events/")][-1]))
+    assert body["kind"] == "checked"
+    store.put_json(f"adapters/icd10/events/{body['time'].replace(':', '')}-later.json", {**body, "kind": "of 2031"})
+    assert [event.kind for event in events(store, "icd10")].count("checked") == 1

@@ -1,0 +1,103 @@
+"""`fineloop adapters check` as a command under kfp.local: real steps, a real store; the Ray jobs are stubs."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.registry import aliases
+from components.registry.audit import audit
+from components.registry.event_log import events
+from components.store.store import Store
+from pipelines.cli import main
+from pipelines.local.run import Place, run
+from tests.doubles.jobs_api import JobsApi
+from tests.pipelines.command_line import require_documented
+
+
+def newer(folder: Path, first: int, count: int) -> str:
+    rows = [
+        {"id": f"{n}", "prompt": f"How much is {n} + 1?", "completion": f"{n + 1}"} for n in range(first, first + count)
+    ]
+    path = folder / f"from-{first}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def two(stub_cluster: JobsApi, store: Store, make_config: Any, tmp_path: Path) -> list[str]:
+    """Versions with a loss of 0.5 and 0.9; the worse one is in production, put there by hand."""
+    place = Place(tmp_path / "home", io.StringIO())
+    made = [run(make_config(f"train.weight_decay={loss}"), place, what="train").version for loss in (0.5, 0.9)]
+    for version in made:
+        aliases.promote(store, "sums", str(version))
+    return [str(version) for version in made]
+
+
+def test_production_that_is_worse_is_said_to_be_and_goes_back_where_that_is_asked(
+    two: list[str],
+    store: Store,
+    config_path: Path,
+    stub_cluster: JobsApi,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make_config: Any,
+) -> None:
+    where = [
+        "--set",
+        f"registry.bucket={json.dumps(store.bucket)}",
+        "--set",
+        f"registry.prefix={json.dumps(store.prefix)}",
+    ]
+
+    def checks(line: str, *arguments: str) -> dict[str, Any]:
+        words = [*line.split(), *arguments, "--home", str(tmp_path / "home"), "--json"]
+        assert main(words) == 0
+        printed: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        require_documented(words, printed)
+        return printed
+
+    # Without -c the config is that of production's own run, whose data has nothing new.
+    nothing = checks("adapters check sums", *where)
+    assert "verdict" not in nothing
+    jobs = len(stub_cluster.jobs)
+
+    look = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)
+    assert (look["version"], look["against"], look["verdict"], look["records"]) == (two[1], two[0], "worse", 40)
+    assert (look["can_roll_back"], look["moved"]) == (True, None)
+    assert look["fresh"] == pytest.approx(0.9)
+    assert len(stub_cluster.jobs) == jobs + 1
+    kinds = [event.kind for event in events(store, "sums")]
+
+    same = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)
+    assert (same["gain"], same["records"], same["new_records"]) == (look["gain"], 40, 0)
+    assert [event.kind for event in events(store, "sums")] == kinds
+
+    base = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), "--against", "base", *where)
+    assert (base["verdict"], base["against"], base["new_records"]) == ("still better", "base", 40)
+
+    taken_back = ["--set", "check.roll_back=true", "-c", str(config_path)]
+    back = checks("adapters check sums", "--data", newer(tmp_path, 200, 40), "--worse-by", "0.05", *taken_back)
+    assert (back["verdict"], back["records"], back["moved"]["to"]) == ("worse", 80, two[0])
+    pointer = aliases.read_alias(store, "sums", "production")
+    assert pointer is not None
+    assert (pointer.version, pointer.kind) == (two[0], "rolled_back")
+    assert audit(store, "sums").findings == ()
+
+
+def test_a_mistake_is_said_before_any_cluster_is_asked(
+    two: list[str], stub_cluster: JobsApi, config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = len(stub_cluster.jobs)
+    for words, said in (
+        (["others"], "is of the adapter sums, not of others"),
+        (["sums", "--worse-by", "much"], "check.worse_by"),
+        (["sums", "--against", "v00000000"], "v00000000"),
+        (["sums", "--against", two[1]], "name another version"),
+    ):
+        home = ["--home", str(tmp_path / "home"), "-c", str(config_path), "--json"]
+        assert main(["adapters", "check", *words, *home]) == 2
+        assert said in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
+    assert len(stub_cluster.jobs) == jobs
