@@ -17,6 +17,11 @@ LARGE_LOSS = 2.0
 """Nats per token: rare losses of up to this size are allowed for."""
 RARE_SHARE = 0.01
 """Share of records: much worse losses on this share must not go unnoticed."""
+MAY_FORGET = 0.5
+"""Nats per token of general text. The example, at five times the default rate, forgets 0.33, and 0.40 at most, at 95 %
+(docs/evidence.md)."""
+READS_GENERAL_TEXT = 5.0
+"""Nats per token: a base with a larger loss on general text knows its languages too little to forget them."""
 SliceKind = Literal["label", "source", "length"]
 
 
@@ -98,8 +103,9 @@ class GateConfig(Section):
     Each further decision on the same test set needs more confidence. Unset: 2.5 times worse_than_champion_by."""
     worse_on_general_text_by: Annotated[Annotated[float, Field(ge=0)] | None, Added("0.2.0")] = None
     """On general text (evaluate.general_passages) the candidate's loss may exceed the base's by at most this much,
-    in nats per token. Unset: no limit, since an adapter that is served for its domain alone may forget the rest, and
-    what is usual depends on the base and its languages."""
+    in nats per token. Unset: 0.5, which is no limit where no passages are read, or where the base's own loss on them
+    is above 5 (its languages are others). An adapter that is served for its domain alone may forget more: 10 sets no
+    limit."""
     lm_eval_worse_by: Annotated[dict[str, Annotated[float, Field(ge=0)]], Added("0.2.0")] = {}
     """By task of evaluate.lm_eval: the candidate's first metric there may not be shown to be worse than the base's by
     more than this; corrected for the number of tasks (Holm). {fineloop_json = 0.1} is ten points. Empty: no limit."""

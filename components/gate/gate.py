@@ -10,7 +10,7 @@ from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig, RunConfig
 from components.config.section import without_removed
 from components.gate.comparisons import lead_of, read_evidence
-from components.gate.policy import LEGACY_POLICY, decide
+from components.gate.policy import LEGACY_POLICY, decide, in_force
 from components.records import runs
 from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry import signing
@@ -63,7 +63,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     decided = decide(
         evaluation,
         read_evidence(store, evaluation),
-        config.gate,
+        in_force(config.gate, evaluation),
         adapter,
         look=len(before) + 1,
         passed_before=len(passed),

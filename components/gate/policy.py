@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from components.config.gate import ApprovalConfig, GateConfig
+from components.config.gate import MAY_FORGET, READS_GENERAL_TEXT, ApprovalConfig, GateConfig
 from components.config.schema import AdapterConfig
 from components.config.section import identity
 from components.gate import comparisons
@@ -24,6 +24,7 @@ from components.gate.comparisons import (
     Evidence,
     few_get_much_worse,
     not_worse_than_champion,
+    number,
     unmeasured,
     within,
 )
@@ -49,6 +50,15 @@ from components.store.store import decode_json, encode_json
 
 LEGACY_POLICY: Mapping[str, Any] = {"much_worse_share": 1.0}
 """The values that policies recorded before a key existed stand for, where they differ from the key's default."""
+
+
+def in_force(policy: GateConfig, evaluation: Evaluation) -> GateConfig:
+    """The policy with the limit on forgetting that holds where none is set; a decision records it, so that decisions
+    from before there was one stay what they are."""
+    loss = number(evaluation.model("base"), metric_of("general_loss"))
+    if policy.worse_on_general_text_by is not None or loss is None or loss > READS_GENERAL_TEXT:
+        return policy
+    return policy.model_copy(update={"worse_on_general_text_by": MAY_FORGET})
 
 
 def decide(

@@ -302,10 +302,11 @@ class Outcome:
     store: dict[str, str]
     timings_s: dict[str, float]
     untold: dict[str, str] = field(default_factory=dict)  # notifications of the promotion that failed, and why
+    may_forget: float | None = None  # the limit that held for the loss on general text
 
     def as_json(self) -> dict[str, Any]:
         fields = dict(vars(self))
-        del fields["alias"], fields["freshness"]
+        del fields["alias"], fields["freshness"], fields["may_forget"]
         if not self.untold:
             del fields["untold"]
         if self.decision is None:
@@ -340,6 +341,7 @@ def read_outcome(ended: Finished) -> Outcome:
         reasons=list(decision.reasons),
         report=str(report),
         untold=failed_notifications(steps),
+        may_forget=next((rule.bound for rule in decision.rules if rule.name == "remembers"), None),
         **_of_every_run(ended, is_compared=bool(decision.version)),
     )
 
@@ -389,7 +391,7 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
         textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
     ]
     fresh = [f"  {line}" for line in outcome.freshness]
-    table = [*_table(outcome.metrics), *fresh, ""] if outcome.version else []
+    table = [*_table(outcome.metrics), *fresh, *_forgotten(outcome), ""] if outcome.version else []
     warnings = [warning(key, outcome.adapter, outcome.alias, why) for key, why in outcome.untold.items()]
     lines = ["", headline, *reasons, *warnings, "", *table]
     where = {"version": outcome.version_uri, "report": outcome.report}
@@ -401,6 +403,11 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     commands = {}
     if outcome.version:
         commands[f"{program} chat {shlex.quote(reference)}{home_option}"] = "talk to it, beside its base"
+        pull = f"{program} adapters pull {shlex.quote(reference)} --with-base{home_option}"
+        commands[pull] = "its files and its base, as vLLM and peft load them"
+        commands[f"{program} adapters serve-manifest {shlex.quote(reference)} --for vllm{home_option}"] = (
+            "the command of a server; `adapters export` has more forms"
+        )
     if outcome.promoted and outcome.metrics["champion"]:
         commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
     elif waits:
@@ -415,6 +422,15 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
         commands[f"{program} store up{home_option}"] = "open the store to other S3 clients; it sleeps between runs"
     width = max(map(len, commands))
     return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
+
+
+def _forgotten(outcome: Outcome) -> list[str]:
+    """The loss on general text before and after the training, with its limit; nothing where it was not measured."""
+    before, after = ((outcome.metrics.get(role) or {}).get("general_loss") for role in ("base", "candidate"))
+    if before is None or after is None:
+        return []
+    limit = "no limit" if outcome.may_forget is None else f"limit +{outcome.may_forget:g}"
+    return ["", f"  forgotten: general text {before:.2f} -> {after:.2f} nats a token ({after - before:+.2f}, {limit})"]
 
 
 def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[str]:

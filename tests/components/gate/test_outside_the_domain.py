@@ -87,7 +87,7 @@ def test_where_the_texts_do_not_tell_more_of_them_are_asked_for() -> None:
     assert reason.endswith("That does not tell: about 150 answers would (evaluate.own_answers gave 24 of 48).")
 
 
-def test_the_margin_is_the_configs_and_nothing_is_asked_by_default() -> None:
+def test_the_margin_is_the_policys_and_a_policy_without_one_asks_for_nothing() -> None:
     def passes(above: float, policy: GateConfig) -> bool:
         return decide(of(texts([above] * PASSAGES)), policy).promoted
 
@@ -96,6 +96,36 @@ def test_the_margin_is_the_configs_and_nothing_is_asked_by_default() -> None:
     decision = decide(of(texts([9.0] * PASSAGES), texts([9.0] * ANSWERS)), GateConfig())
     assert decision.promoted
     assert not {"remembers", "near_base"} & {each.name for each in decision.rules}
+
+
+def test_where_no_limit_is_set_half_a_nat_is_one_and_decisions_from_before_that_stay_what_they_are(
+    store: Store,
+) -> None:
+    config = config_file.loads(GOOD)
+
+    def decided(run_id: str, above: float, base: float) -> Decision:
+        nll = {"base": [base * TOKENS] * PASSAGES, "candidate": [(base + above) * TOKENS] * PASSAGES}
+        general = texts([above] * PASSAGES, nll=nll)
+        measured = of(general).model_copy(update={"run_id": run_id})
+        records = as_parquet(evidence(measured))
+        store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), records)
+        runs.write(store, run_id, measured.model_copy(update={"records_sha256": hashlib.sha256(records).hexdigest()}))
+        return run_gate(config, store, run_id)
+
+    assert decided("kept", 0.4, 3.7).promoted
+    forgetful = decided("forgot", 1.0, 3.7)
+    assert (forgetful.verdict, rule(forgetful, "remembers").bound) == ("hold", 0.5)
+    assert replay(store, "forgot").is_same
+    assert decided("foreign", 1.0, 5.1).promoted  # a base that does not know these languages
+    measured = runs.read(store, "forgot", Evaluation).model_copy(update={"run_id": "before"})
+    before = decide(measured, config.gate)  # as a release decided that had no limit of its own
+    assert before.promoted
+    store.put(
+        runs.run_key("before", runs.EVALUATION_RECORDS), store.get(runs.run_key("forgot", runs.EVALUATION_RECORDS))
+    )
+    runs.write(store, "before", measured)
+    runs.write(store, "before", before)
+    assert replay(store, "before").is_same
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,12 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(stub_cluster, store, 
     assert summary(second, home_option="").count(f"fineloop chat sums@{second.version}") == 1
     assert "fineloop adapters rollback" not in summary(first, home_option="")  # nothing held the alias before
     successor = replace(first, metrics={**first.metrics, "champion": first.metrics["base"]})
-    assert "fineloop adapters rollback sums --home x" in summary(successor, home_option=" --home x")
+    text = summary(successor, home_option=" --home x")
+    for command in ("rollback sums", "pull sums --with-base", "serve-manifest sums --for vllm"):
+        assert f"fineloop adapters {command} --home x" in text
+    lost = {"base": {"general_loss": 3.72}, "candidate": {"general_loss": 4.721}}
+    forgetful = replace(first, metrics={**first.metrics, **lost}, may_forget=0.5)
+    assert "forgotten: general text 3.72 -> 4.72 nats a token (+1.00, limit +0.5)" in summary(forgetful, home_option="")
 
 
 def test_where_keys_are_trusted_a_job_of_its_own_compares_and_a_training_cannot_promote_itself(
