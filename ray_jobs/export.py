@@ -1,8 +1,9 @@
-"""Write a version in another form: `python -m ray_jobs.export --version NAME --to DIR --form merged|lora|gguf`.
+"""Write a version in another form: `python -m ray_jobs.export --version NAME --to DIR --form merged|lora|gguf|base`.
 
 merged   the adapter's update in the weights of its base: a transformers folder that needs no peft
 gguf     the same as one file of llama.cpp's, with a Modelfile for Ollama
 lora     the same function as plain LoRA, where it is one; what already is plain is copied
+base     the base that it was trained on, as an ordinary transformers folder for servers; weights as they are
 
 Each other result is compared with the adapter on its base before anything appears at DIR; the merge is compared before
 it is rounded to the saved dtype. The last line of stdout is the content of DIR/export.json.
@@ -35,7 +36,7 @@ with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.adapters import build, merge, own_base, recorded
     from ray_jobs.adapters.merge import Agreement
-    from ray_jobs.base import architecture, base_model
+    from ray_jobs.base import architecture, base_model, local_cache
     from ray_jobs.base.base_model import Base
     from ray_jobs.kernels import door
     from ray_jobs.kernels.door import Kernels
@@ -56,7 +57,7 @@ STEP = "export"
 MAX_RECORDS, MAX_POSITIONS = 64, 1024
 """Limits of the comparison: about this many positions, at least one record, as the logits are held in memory."""
 
-Form = Literal["merged", "lora", "gguf"]
+Form = Literal["merged", "lora", "gguf", "base"]
 BaseWeights = Literal["dequantised", "original"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 USUAL_DTYPE: dict[Form, Dtype] = {"gguf": "float16"}
@@ -148,10 +149,13 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
     with tempfile.TemporaryDirectory(prefix="fineloop-adapter-") as scratch, beside(request.target) as folder:
         its_run, adapter = recorded.read(config, store, version), Path(scratch) / "adapter"
         pull_version(store, version, adapter)
-        if request.form == "lora" and merge.is_plain(adapter):
+        record: dict[str, Any]
+        if request.form == "base":
+            record = _base(its_run, version, adapter, folder)
+        elif request.form == "lora" and merge.is_plain(adapter):
             say(STEP, "it is a plain LoRA already: its files are copied, as `fineloop adapters pull` gives them")
             shutil.copytree(adapter, folder, dirs_exist_ok=True)
-            record: dict[str, Any] = {"form": "lora", "version": version.version, "exact": True}
+            record = {"form": "lora", "version": version.version, "exact": True}
         else:
             source = _source(config, store, version, its_run, adapter)
             say(STEP, f"{version.name} {version.version} is compared on {source.compared_on}")
@@ -161,7 +165,30 @@ def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[st
             )
         (folder / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         folder.rename(request.target)
-    say(STEP, f"{version.name} {version.version} is at {request.target}")
+    say(STEP, f"{version.name} {version.version}, {request.form}, is at {request.target}")
+    return record
+
+
+def _base(its_run: recorded.Recorded, version: Version, adapter: Path, folder: Path) -> dict[str, Any]:
+    """Copy the base as it was before any quantising; it is prompted and stopped as the adapter was trained."""
+    config = its_run.config.model
+    base = base_model.resolve(config, recorded=its_run.base_identity)
+    patterns = [*base_model.FILES, *(local_cache.CODE_FILES if config.trust_remote_code else [])]
+    for file in {path for pattern in patterns for path in base.path.glob(pattern)} - {base.path / base_model.DIGESTS}:
+        shutil.copyfile(file, folder / file.name)
+    chat = chat_format.load(base, config, adapter)
+    chat.tokenizer.save_pretrained(folder)
+    chat.generation_config().save_pretrained(folder)
+    licence, files = base_model.licence(base)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    record = {
+        "form": "base",
+        "adapter": version.name,
+        "version": version.version,
+        "base_model": {"reference": base.reference, "identity": base.identity, "license": licence},
+    }
+    (folder / "README.md").write_text(publishing.base_card(record), encoding="utf-8")
     return record
 
 

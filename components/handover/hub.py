@@ -8,7 +8,7 @@ from pathlib import Path
 from components.shared.errors import FineloopError, UserError
 
 TOKEN = "HF_TOKEN"
-HARMLESS = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
+HARMLESS = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model", "LICENSE", "LICENCE", "NOTICE")
 """Endings of the files that may be pushed: nothing that runs where it is loaded."""
 
 
@@ -62,6 +62,16 @@ def push(
         raise FineloopError(f"{_first_line(exc)} {exc.__cause__ or ''}: push again, which goes on with it") from exc
 
 
+def name_base(folder: Path, repository: str) -> None:
+    """Name the hub's copy of the base in an adapter's config and card. manifest.json goes, as it is of other bytes."""
+    config, card = folder / "adapter_config.json", folder / "README.md"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**values, "base_model_name_or_path": repository}, indent=2), encoding="utf-8")
+    text = re.sub(r"(?m)^base_model: .*", f"base_model: {repository}", card.read_text(encoding="utf-8"), count=1)
+    card.write_text(text, encoding="utf-8")
+    (folder / "manifest.json").unlink()
+
+
 def _require_harmless(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     if any(path.suffix == ".gguf" for path in files):
@@ -76,7 +86,7 @@ def _require_harmless(folder: Path) -> None:
     if base and not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", base, re.ASCII):
         raise UserError(
             f"the adapter was trained on {base}, which nobody else can load: push what `fineloop adapters export "
-            "--merged` writes, with --from"
+            "--merged` writes, with --from; or what `adapters pull --with-base` does, and name it with --base"
         )
 
 

@@ -4,9 +4,10 @@ A version is served under its own id, never under an alias: vLLM answers from pr
 adapter of the same name (vllm-project/vllm#42125). So requests use another name after an alias has moved.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,9 +98,10 @@ def max_lora_rank(rank: int) -> int | None:
 Server = Literal["ray-serve", "kserve", "vllm", "vllm-resolver"]
 MOST_ADAPTERS = 16
 CONFIG = "adapter_config.json"
+EXPORT_RECORD = "export.json"
 HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 """A model id on a hub. It cannot begin like an option: it comes from a version's files and goes into a command."""
-FOLDER = re.compile(r"/[^\x00-\x1f]*")
+FOLDER = re.compile(r"(?:\./|/)[^\x00-\x1f]*")
 S3_FOLDER = re.compile(r"s3://[^\x00-\x1f]+")
 
 
@@ -115,6 +117,10 @@ class Served:
     max_lora_rank: int
     signed_alone: bool = False
     """Whether the registry serves only what a trusted key has signed."""
+    base_identity: Mapping[str, str] = field(default_factory=dict)
+    """Identity of the base of the version's config; empty where it stands on another that was made for it."""
+    is_pulled: bool = False
+    """Whether `base` is the folder to which `fineloop adapters pull --with-base` writes it by default."""
 
 
 def served(store: Store, version: Version) -> Served:
@@ -134,6 +140,7 @@ def served(store: Store, version: Version) -> Served:
         revision = identity.get("commit", "")
         if revision and not COMMIT.fullmatch(revision):
             raise ValueError(f"{revision!r} is no commit")
+        of_base = dict(identity) if base == lineage["base"]["reference"] else {}
         if identity["kind"] == "folder" and "://" not in base:
             base = str(Path(base).expanduser().absolute())
     except (LookupError, TypeError, ValueError, AttributeError) as exc:
@@ -145,21 +152,44 @@ def served(store: Store, version: Version) -> Served:
         )
     max_rank = max_lora_rank(rank)
     assert max_rank is not None  # else it is servable as merged only
-    return Served(version.name, version.version, version.uri, base, revision, max_rank, bool(store.trusted_keys))
+    at = (version.name, version.version, version.uri)
+    return Served(*at, base, revision, max_rank, bool(store.trusted_keys), of_base)
+
+
+def placed(facts: Served, server: Server, base: str = "") -> Served:
+    """The facts with the base at `base`; or, for a vLLM that cannot fetch it by its own name, in the folder to which
+    `fineloop adapters pull --with-base` writes it."""
+    if base:
+        return replace(facts, base=base, revision="")
+    if server.startswith("vllm") and not _is_read(facts.base, server) and "://" in facts.base:
+        return replace(facts, base=f"./{facts.name}-{facts.version}-base", revision="", is_pulled=True)
+    return facts
+
+
+def _is_read(base: str, server: Server) -> bool:
+    return any(pattern.fullmatch(base) for pattern in MANIFESTS[server][0])
+
+
+def base_of(folder: Path) -> dict[str, str] | None:
+    """The identity of the base that `fineloop adapters pull --with-base` wrote there; None if it wrote none."""
+    try:
+        record = json.loads((folder / EXPORT_RECORD).read_text(encoding="utf-8"))
+        return dict(record["base_model"]["identity"]) if record["form"] == "base" else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def manifest(facts: Served, server: Server) -> Any:
     """The manifest for this server, as values to write as YAML; for vLLM the words of its command line. Raises
     UserError: the server cannot read a base by that name, or would load versions that nobody has signed."""
-    packaged = facts.base.startswith("pkg://")  # which no server reads
-    patterns, write = MANIFESTS[server]
-    if not any(pattern.fullmatch(facts.base) for pattern in patterns):
+    if not _is_read(facts.base, server):
+        reference = f"{facts.name}@{facts.version}"
         raise UserError(
-            f"{facts.name} {facts.version} was trained on {facts.base!r}, which --for {server} cannot fetch: "
-            f"{'' if packaged else 'choose another server, publish the base on a hub, or '}"
-            f"`fineloop adapters export {facts.name}@{facts.version} --merged` writes a model of its own"
+            f"{facts.name} {facts.version} was trained on {facts.base!r}, which --for {server} cannot fetch: `fineloop "
+            f"adapters pull {reference} --with-base` writes it as a folder, and --base names where the server finds a "
+            f"copy of that; or `fineloop adapters export {reference} --merged` writes a model of its own"
         )
-    return write(facts)
+    return MANIFESTS[server][1](facts)
 
 
 def _ray_serve(facts: Served) -> dict[str, Any]:

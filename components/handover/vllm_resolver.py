@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from components.config import config_file
 from components.config.schema import RegistryConfig
-from components.handover.serve_manifest import FOLDER_VARIABLE, served
+from components.handover.serve_manifest import FOLDER_VARIABLE, base_of, served
 from components.registry.aliases import list_aliases
 from components.registry.event_log import read_event
 from components.registry.versions import pull_version, resolve
@@ -68,7 +68,7 @@ class RegistryResolver:
             if not known and version.version not in _held(self._store, version.name):
                 raise UserError(f"no alias points at it or ever held it, and {ANY_VARIABLE} is not 1")
             facts = served(self._store, version)
-            if facts.base != base_model_name:
+            if facts.base != base_model_name and base_of(Path(base_model_name)) != facts.base_identity:
                 raise UserError(f"it stands on {facts.base}")
         except (UserError, ObjectMissing) as exc:
             logger.warning("%s is not served on %s: %s", lora_name, base_model_name, exc)

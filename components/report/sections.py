@@ -313,7 +313,7 @@ def forgotten(run: RunFiles) -> str:
         )
     rule = next((rule for rule in run.rules if rule.metric == metric.key), None)
     if rule is None:
-        return f"{result} No rule limits this; gate.worse_on_general_text_by would."
+        return f"{result} No rule limits this: gate.worse_on_general_text_by would."
     kept = {"passed": "kept", "cannot tell": "neither shown to be kept nor to be broken"}.get(rule.short, "not kept")
     return f"{result} The gate's limit ({rule.bound_text}) is {kept}."
 
@@ -473,7 +473,14 @@ def _steps(run: RunFiles, home: str, verb: str) -> list[tuple[str, str]]:
     if version is None or (decision is not None and decision.decision == "skipped"):
         return []
     reference, on_alias = f"{run.adapter}@{version}", _on_alias(run)
-    steps = [(f"chat {reference}", "talk to the candidate, beside its base")]
+    steps = [
+        (f"chat {reference}", "talk to the candidate, beside its base"),
+        (f"adapters pull {reference} --with-base", "its files and its base, as vLLM and peft load them"),
+        (
+            f"adapters serve-manifest {reference} --for vllm",
+            "the command of a server; `adapters export` has more forms",
+        ),
+    ]
     champion = run.model("champion")
     if champion is not None and champion.version and champion.version != version:
         compared = f"{run.adapter}@{champion.version} {reference}"

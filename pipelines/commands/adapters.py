@@ -473,7 +473,7 @@ def collect(options: argparse.Namespace) -> Answer:
     "adapters pull",
     *(*REGISTRY, REFERENCE),
     option("--to DIR", "default: ./NAME-VERSION", type=Path),
-    option("--with-base", "also fetch the base that LoftQ made for it, to DIR-base"),
+    option("--with-base", "also write the base that it stands on, as a transformers folder, to DIR-base"),
     example="fineloop adapters pull NAME",
 )
 def pull(options: argparse.Namespace) -> Answer:
@@ -485,35 +485,42 @@ def pull(options: argparse.Namespace) -> Answer:
         text = f"{version.name} {version.version} is at {target}, verified"
         if options.with_base:
             base = target.with_name(f"{target.name}-base")
-            _pull_base(store, version, base)
+            _pull_base(options, store, version, base)
             body["base_path"] = str(base)
             text += f"; its base at {base}"
     return Answer(body, text)
 
 
-def _pull_base(store: Store, version: Version, target: Path) -> None:
-    recipe = read_lineage(store, version)["recipe"]
-    stands_on, sha256 = recipe.get("stands_on", ""), recipe.get("stands_on_sha256")
-    if not stands_on.startswith(store.uri("bases/")):
-        base = stands_on or "the base of its config"
-        raise UserError(f"{version.name} {version.version} stands on {base}, not on one here: leave out --with-base")
-    if not sha256:
-        raise IntegrityError(f"{version.name} {version.version} does not say which bytes {stands_on} has to have")
-    folders.pull(store, store.key(stands_on), target, manifest_sha256=sha256)
+def _pull_base(options: argparse.Namespace, store: Store, version: Version, target: Path) -> None:
+    """Fetch the base that LoftQ made for the version; or write the base of its config as servers read it, once."""
+    lineage = read_lineage(store, version)
+    stands_on, sha256 = (lineage["recipe"].get(key, "") for key in ("stands_on", "stands_on_sha256"))
+    if stands_on.startswith(store.uri("bases/")):
+        if not sha256:
+            raise IntegrityError(f"{version.name} {version.version} does not say which bytes {stands_on} has to have")
+        folders.pull(store, store.key(stands_on), target, manifest_sha256=sha256)
+    elif serve_manifest.base_of(target) != lineage["base"]["identity"]:
+        arguments = ("--version", f"{version.name}@{version.version}", "--form", "base", "--to", str(target))
+        answer_of(options, "ray_jobs.export", *arguments)
 
 
 @command(
     "adapters serve-manifest",
     *(*REGISTRY, REFERENCE),
     option("--for", dest="server", required=True, choices=("ray-serve", "kserve", "vllm", "vllm-resolver")),
+    option("--base URI", "where the server finds the base: a copy of what `adapters pull --with-base` writes"),
     example="fineloop adapters serve-manifest NAME --for kserve",
 )
 def manifest(options: argparse.Namespace) -> Answer:
-    """Write what a server needs to serve a version: Ray Serve LLM, KServe or vLLM."""
+    """Write what a server needs to serve a version: Ray Serve LLM or KServe; for vLLM, the commands."""
     with opened_version(options) as (store, version):
         facts = serve_manifest.served(store, version)
+    facts = serve_manifest.placed(facts, options.server, options.base or "")
     made = serve_manifest.manifest(facts, options.server)
-    text = shlex.join(made) if options.server.startswith("vllm") else yaml.safe_dump(made, sort_keys=False).rstrip()
+    text = yaml.safe_dump(made, sort_keys=False).rstrip() if isinstance(made, dict) else shlex.join(made)
+    if options.server == "vllm" or facts.is_pulled:
+        where = f"{home_option(options)}{' --with-base' if facts.is_pulled else ''}"
+        text = f"fineloop adapters pull {facts.name}@{facts.version}{where}\n{text}"
     return Answer({"server": options.server, "version": facts.version, "manifest": made}, text)
 
 
@@ -601,6 +608,7 @@ def export(options: argparse.Namespace) -> Answer:
     *(*REGISTRY, REFERENCE),
     option("repository ORG/NAME", "repository of models on the hub"),
     option("--from DIR", "push this folder, written by `adapters export`, instead", dest="folder", type=Path),
+    option("--base ORG/NAME", "the hub's copy of its base, such as one that was pushed with --from DIR-base"),
     option("--public", "make a repository that anyone may read"),
     example="fineloop push icd10-chapters@production acme/icd10-chapters",
 )
@@ -625,6 +633,8 @@ def push(options: argparse.Namespace) -> Answer:
             tag += f"-{exported['form']}"
         else:
             versions.pull_version(store, version, folder)
+            if options.base:
+                hub.name_base(folder, options.base)
         about = {"message": f"{version.name} {version.version}", "tag": tag, "is_public": options.public}
         url = hub.push(folder, options.repository, **about, environment=os.environ)
     body = {**_named(version), "repository": options.repository, "tag": tag, "url": url}

@@ -275,7 +275,12 @@ def _named(draft: RunConfig, rows: Sequence[Mapping[str, Any]] = ()) -> Keys:
     which = f"one of {', '.join(_names(rows))}"
     return {
         "adapter.name": (draft.adapter.name, "what the registry calls it"),
-        "model.base": (draft.model.base, "hub id, folder, s3://BUCKET/FOLDER, or pkg://PACKAGE/FILE.gguf"),
+        "model.base": (
+            draft.model.base,
+            "the example's base, for trying out: name a hub id, a folder or s3://BUCKET/FOLDER for real work"
+            if draft.model.base == EXAMPLE_BASE
+            else "hub id, folder, s3://BUCKET/FOLDER, or pkg://PACKAGE/FILE.gguf",
+        ),
         "data.source": (draft.data.source, "a file, a glob, a folder, s3:// or hf://"),
         **{f"data.columns.{role}": (name or None, "as named" if name else which) for role, name in columns.items()},
     }

@@ -42,6 +42,7 @@ IDENTITY = "identity.json"  # in the registry: the identity of a base in S3
 LISTING = "listing"
 HASHED_AT_ONCE = 4
 """Number of a base's files that are hashed in parallel; one core hashes 1.3 GB per second."""
+LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 DIGESTS = "sha256.json"  # beside a converted base: the sha256 of each of its files
 
 
@@ -301,6 +302,23 @@ def _from_package(reference: str, gguf: Path) -> Base:
     if names:  # else a folder on the path, which is not installed
         package = f"{names[0]}=={metadata.version(names[0])}"
     return Base(reference, path, {"kind": "package", "package": package, "file": file, "sha256": digest})
+
+
+def licence(base: Base) -> tuple[str, list[Path]]:
+    """The licence of a base's weights, as its GGUF or its package names it, and files with its text; "" and none where
+    nothing says it."""
+    if base.identity["kind"] != "package":
+        return "", [path for path in base.path.glob("*") if path.name.startswith(LICENCES)]
+    import gguf
+
+    field = gguf.GGUFReader(str(local_path(base.reference))).get_field("general.license")
+    named = str(field.contents()) if field else ""
+    package, is_installed, _ = base.identity["package"].partition("==")
+    if not is_installed:  # a folder on the path
+        return named, []
+    about, files = metadata.metadata(package).json, metadata.files(package) or []
+    named = named or str(about.get("license_expression") or about.get("license") or "")
+    return named, [Path(str(file.locate())) for file in files if file.name.startswith(LICENCES)]
 
 
 def _converted(gguf: Path) -> Path:

@@ -1,6 +1,7 @@
 """Publishing the result of a training: the adapter, its tokenizer, its model card, and its lineage."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -213,6 +214,9 @@ base = {auto_class}.from_pretrained(BASE_FOLDER)  # {recipe.get("stands_on", con
 model = PeftModel.from_pretrained(base, ADAPTER_FOLDER)
 ```
 
+`fineloop adapters pull {config.adapter.name} --to ADAPTER_FOLDER --with-base` writes both, the base to
+`ADAPTER_FOLDER-base`.
+
 ## Serving
 
 {HOW_SERVED[served.servable_as]}{notes and chr(10) + notes}
@@ -267,3 +271,21 @@ Compared on {parity["compared_on"]}:
 | | same token | largest logit difference | mean KL, nats |
 |---|---|---|---|
 {figures}"""
+
+
+def base_card(record: Mapping[str, Any]) -> str:
+    """The README.md of a base written for servers: where it came from, its licence, how both are served. Markdown."""
+    base, name, version = record["base_model"], record["adapter"], record["version"]
+    identity = ", ".join(f"{key} `{value}`" for key, value in base["identity"].items())
+    front = f"license: {base['license']}\n" if re.fullmatch(r"[\w.+-]+", base["license"]) else ""
+    return f"""---
+library_name: transformers
+{front}tags: [fineloop]
+---
+
+# The base of {name}
+
+`{base["reference"]}` ({identity}) as a transformers folder: its weights as Fineloop reads them, before any quantising.
+Licence: {base["license"] or "not stated"}. Tokenizer, chat template and the tokens that end an answer are those that
+`{name}@{version}` was trained with. `fineloop adapters serve-manifest {name}@{version} --for vllm` serves both.
+"""

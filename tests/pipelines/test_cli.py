@@ -236,8 +236,6 @@ def test_an_adapter_is_pulled_with_the_base_of_its_own_by_the_digest_that_its_si
     done = pull(f"sums@{made[0]}", "three", *trusting)
     assert (done.returncode, (tmp_path / "three-base").exists()) == (1, False)
     assert base.sha256 in done.stderr
-    done = pull(f"sums@{published[0]}", "four")
-    assert (done.returncode, "leave out --with-base" in done.stderr) == (2, True)
 
 
 def test_pages_replace_their_own_index_and_nobody_elses(

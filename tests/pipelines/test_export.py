@@ -38,6 +38,20 @@ def test_a_version_is_exported_where_told_and_never_over_something(published: Ve
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
 
 
+def test_a_version_is_pulled_with_its_base_as_a_folder_once(store: Store, tmp_path: Path) -> None:
+    version = colours(store, tmp_path, "lora")
+    pull = ("adapters", "pull", "colours", "-c", "where.toml", "--to", "here", "--with-base", "--json")
+    found = body(fineloop(*pull, cwd=tmp_path))
+    base = tmp_path / "here-base"
+    assert (found["version"], found["base_path"]) == (version.version, str(base))
+    weights = (base / "model.safetensors").stat()
+    assert (base / "model.safetensors").read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
+    assert body(fineloop(*pull, cwd=tmp_path)) == found
+    assert (base / "model.safetensors").stat() == weights
+    (base / "export.json").unlink()
+    assert "is not empty" in fineloop(*pull, cwd=tmp_path).stderr
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("published")
 def test_a_gguf_without_a_converter_is_a_mistake_in_the_input(tmp_path: Path) -> None:

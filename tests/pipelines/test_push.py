@@ -80,6 +80,25 @@ def test_nothing_goes_to_a_public_repository_unless_that_is_said(store: Store, h
     assert hub.repositories["acme/sums"].files
 
 
+def test_a_base_goes_from_the_folder_that_pull_wrote_and_the_adapter_then_names_it(
+    store: Store, hub: WritableHub, push: Push, tmp_path: Path
+) -> None:
+    version = version_of(store, "pkg://p/f.gguf")
+    folder = tmp_path / "sums-base"
+    folder.mkdir()
+    (folder / "export.json").write_text(json.dumps({"form": "base", "version": version}))
+    for name in ("model.safetensors", "LICENSE"):
+        (folder / name).write_bytes(b"of the base")
+    assert push(f"sums@{version}", "acme/p", "--from", str(folder))["tag"] == f"{version}-base"
+    assert set(hub.repositories["acme/p"].files) == {"model.safetensors", "LICENSE", "export.json"}
+    assert "and name it with --base" in push(f"sums@{version}", "acme/sums", exit_code=2)["error"]["message"]
+    push(f"sums@{version}", "acme/sums", "--base", "acme/p")
+    files = hub.repositories["acme/sums"].files
+    assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": "acme/p"}
+    assert b"base_model: acme/p\n" in files["README.md"]
+    assert "manifest.json" not in files
+
+
 def test_what_an_export_wrote_goes_in_place_of_the_version(
     store: Store, hub: WritableHub, push: Push, tmp_path: Path
 ) -> None:

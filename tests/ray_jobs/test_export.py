@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
+from components.handover import serve_manifest
 from components.shared.errors import ConfigError, FineloopError, IntegrityError, UserError
 from components.store.store import Store
 from ray_jobs.adapters import merge
 from ray_jobs.base import base_model
 from ray_jobs.export import ExportRequest, export
 from tests.models import zoo
+from tests.models.tiny_gguf import build_package
 from tests.models.tiny_version import RECORDS, on_its_base, publish
 
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
@@ -196,6 +198,35 @@ def test_what_is_plain_already_is_copied_and_nothing_loaded(name, of, store, tmp
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / f"adapter-{name}" / file).read_bytes()
     assert record == {"form": "lora", "version": version.version, "exact": True}
     assert record == json.loads((tmp_path / "out" / "export.json").read_text())
+
+
+def test_a_packaged_base_is_a_folder_that_plain_transformers_and_peft_read(of, store, tmp_path, tiny_base, monkeypatch):
+    build_package(tiny_base, tmp_path / "site", "tiny_weights", "Tiny.gguf")
+    about = tmp_path / "site" / "tiny_weights-1.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.2\nLicense: Apache-2.0\n")
+    (about / "RECORD").write_text("tiny_weights/__init__.py,,\ntiny_weights-1.2.dist-info/LICENSE,,\n")
+    (about / "LICENSE").write_text("as is")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    config = of("lora", "model.base=pkg://tiny_weights/Tiny.gguf")
+    version = publish(config, store, tmp_path)
+    record = export(config, config.adapter.name, ExportRequest("base", tmp_path / "out"))
+
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "README.md", "export.json"} <= written
+    assert base_model.DIGESTS not in written
+    assert record["base_model"]["license"] == "Apache-2.0"
+    assert record["base_model"]["identity"]["package"] == "tiny-weights==1.2"
+    assert serve_manifest.base_of(tmp_path / "out") == record["base_model"]["identity"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: Apache-2.0" in card
+    assert f"serve-manifest {version.name}@{version.version} --for vllm" in card
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter-lora")
+    assert says(on_its_base(config, store, tmp_path / "adapter-lora"), adapted).is_same
+    stop = AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id
+    decoding = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (decoding["do_sample"], decoding["eos_token_id"]) == (False, [stop])
 
 
 @pytest.mark.parametrize("name", ["rslora", "vera"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from components.handover.serve_manifest import CONFIG, MANIFESTS, Served, manifest, served
+from components.handover.serve_manifest import CONFIG, MANIFESTS, Served, manifest, placed, served
 from components.registry import signing
 from components.registry.versions import Version, publish_version
 from components.shared.errors import IntegrityError, UserError
@@ -118,12 +118,32 @@ def test_a_server_gets_the_base_that_the_adapter_stands_on_by_a_name_that_it_rea
         for server in ("vllm", "vllm-resolver"):
             with pytest.raises(UserError, match=rf"was trained on '{uri}', which --for {server} cannot fetch"):
                 manifest(served(store, version), server)
+            pulled = placed(served(store, version), server)
+            assert pulled.is_pulled
+            assert f"vllm serve ./icd-{version.version}-base --enable-lora" in " ".join(manifest(pulled, server))
     made = written(base="models/base")
     made.lineage["base"]["identity"] = {"kind": "folder", "sha256": "0"}
     here = served(store, made.published(store))
     assert manifest(here, "vllm")[2] == str(Path.cwd() / "models/base")
     with pytest.raises(UserError, match="--for kserve cannot fetch"):
         manifest(here, "kserve")
+
+
+def test_a_packaged_base_is_served_from_the_folder_that_pull_writes_or_from_a_copy_that_is_named(store: Store) -> None:
+    made = written(base="pkg://x/y.gguf")
+    made.lineage["base"]["identity"] = {"kind": "package", "sha256": "0"}
+    facts = served(store, made.published(store))
+    assert facts.base_identity == {"kind": "package", "sha256": "0"}
+    (pulled, base), own = manifest(placed(facts, "vllm"), "vllm")[1:3], f"./icd-{facts.version}"
+    assert (pulled, base) == ("serve", f"{own}-base")
+    assert manifest(placed(facts, "vllm"), "vllm")[-1] == f"{facts.version}={own}"
+    for server in ("ray-serve", "kserve"):
+        with pytest.raises(UserError, match="--with-base` writes it as a folder, and --base names where"):
+            manifest(placed(facts, server), server)
+    copied = placed(facts, "kserve", "s3://b/bases/x")
+    assert manifest(copied, "kserve")["spec"]["model"]["uri"] == "s3://b/bases/x"
+    with pytest.raises(UserError, match="'-x', which --for vllm cannot fetch"):
+        manifest(placed(facts, "vllm", "-x"), "vllm")
 
 
 @pytest.mark.parametrize(

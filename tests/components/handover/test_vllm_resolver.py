@@ -110,6 +110,20 @@ def test_an_adapter_of_another_base_or_no_lora_is_not_served(
     assert not (tmp_path / "copies").exists()
 
 
+def test_a_base_that_pull_wrote_is_known_by_its_identity(
+    server: Server, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, "icd", published(store, b"one", base="pkg://x/y.gguf"))
+    assert asyncio.run(server.resolve_lora("icd")) is None
+    base = tmp_path / "icd-v1-base"
+    base.mkdir()
+    monkeypatch.setattr(server, "base_model_name", str(base))
+    for kind, is_served in (("package", False), ("hub", True)):
+        record = {"form": "base", "base_model": {"identity": {"kind": kind}}}
+        (base / "export.json").write_text(json.dumps(record))
+        assert (asyncio.run(server.resolve_lora("icd")) is not None) == is_served
+
+
 def test_only_what_an_alias_points_at_or_held_is_served_unless_an_option_says_otherwise(
     server: Server, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
