@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 
+from components.config import config_file
+from components.prepare.dataset import Message, Record
 from components.registry import aliases
 from components.registry.audit import audit
 from components.registry.event_log import events
+from components.registry.versions import resolve
 from components.store.store import Store
 from pipelines.cli import main
 from pipelines.local.run import Place, run
+from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.jobs_api import JobsApi
-from tests.pipelines.command_line import require_documented
+from tests.models.spec import changed
+from tests.models.tiny import colour_rows
+from tests.pipelines.command_line import colours, require_documented
+from tests.ray_jobs.plain import plain_of
 
 
 def newer(folder: Path, first: int, count: int) -> str:
@@ -101,3 +108,41 @@ def test_a_mistake_is_said_before_any_cluster_is_asked(
         assert main(["adapters", "check", *words, *home]) == 2
         assert said in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
     assert len(stub_cluster.jobs) == jobs
+
+
+@pytest.mark.slow
+def test_a_look_on_real_workers_measures_as_plain_transformers_and_peft_do(
+    store: Store,
+    s3_server: Endpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    old, new = (colours(store, tmp_path, method).version for method in ("lora", "rslora"))
+    for version in (old, new):
+        aliases.promote(store, "colours", version)
+    trained_on = next(store.folders("datasets/"))
+    for info in [*store.list(f"datasets/{trained_on}/")]:  # by the name that their lineage has for it
+        store.put(info.key.replace(trained_on, "d0"), store.get(info.key))
+    rows = tmp_path / "later.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(100)))  # of which they know sixty
+    config = config_file.load(tmp_path / "where.toml")
+    words = ["adapters", "check", "colours", "-c", str(tmp_path / "where.toml"), "--data", str(rows)]
+    try:
+        assert main([*words, "--home", str(tmp_path / "home"), "--json"]) == 0
+        look = json.loads(capsys.readouterr().out.splitlines()[-1])
+    finally:
+        main(["ray", "down", "--home", str(tmp_path / "home")])
+    assert (look["version"], look["against"], look["records"]) == (new, old, 40)
+    later = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(100)[60:]]
+    losses = {}
+    for method, version in (("lora", old), ("rslora", new)):
+        with_method = changed(config, f"method.name={method}")
+        plain = plain_of(with_method, store, resolve(store, f"colours@{version}"), tmp_path / f"plain-{method}")
+        tokens = sum(len(plain.tokens(record)[1]) for record in later)
+        losses[version] = sum(plain.nll(record) for record in later) / tokens
+    assert look["fresh"] == pytest.approx(losses[new], rel=0.02)
+    assert look["gain"] == pytest.approx(losses[old] - losses[new], abs=0.1)
