@@ -16,13 +16,13 @@ from components.config.methods import METHODS
 from components.config.schema import MethodConfig
 from ray_jobs import entry
 from ray_jobs.base.base_model import Base
-from ray_jobs.planning.memory import GIB, Parts, Sharing, plan
+from ray_jobs.planning.memory import GIB, Layout, Parts, plan
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from ray_jobs.training import zero
 from tests.models.measured_step import Measured, load, measure
 from tests.models.shapes import LLAMA_2_7B, llama
 
-ALONE = Sharing(num_workers=1, zero_stage=0)
+ALONE = Layout(num_workers=1, zero_stage=0)
 MIB = 2**20
 # Narrow against its depth, and a small vocabulary: what a 7B's layers are to its embeddings.
 MEASURED = llama(24, 512, 1376, 2000, 8, 8)
@@ -64,7 +64,7 @@ def _planned(method: MethodConfig | None, length: int) -> tuple[ModelStats, Part
     rehearsal = Rehearsal(LLAMA_2_7B, method, reference="llama-2-7b")
     step = rehearsal.step(1, length, checkpointing=True)
     base = method.row.base if method else "bf16"
-    parts = plan(rehearsal.stats, step, base=base, answers=length, sharing=ALONE, trains_base=method is None)
+    parts = plan(rehearsal.stats, step, base=base, answers=length, layout=ALONE, trains_base=method is None)
     return rehearsal.stats, parts
 
 

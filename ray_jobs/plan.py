@@ -21,7 +21,7 @@ with garbage.importing():
     from ray_jobs.base import base_model
     from ray_jobs.planning import capacity
     from ray_jobs.planning.capacity import Device, WorstBatch
-    from ray_jobs.planning.memory import BF16, MARGIN, Parts, Sharing, plan, speed
+    from ray_jobs.planning.memory import BF16, MARGIN, Layout, Parts, plan, speed
     from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ def _full_fine_tuning(
         whole.step(records, batch.length, checkpointing=train.gradient_checkpointing),
         base="bf16",
         answers=batch.answers * records,
-        sharing=Sharing(config.ray.min_workers, train.zero_stage, train.cpu_offload),
-        optimizer=train.optimizer,
+        layout=Layout(config.ray.min_workers, train.zero_stage, train.cpu_offload, train.optimizer),
         use_gpu=config.ray.use_gpu,
         trains_base=True,
     )

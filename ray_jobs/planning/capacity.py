@@ -21,9 +21,9 @@ from ray_jobs.planning.memory import (
     FLOAT32,
     GIB,
     MARGIN,
+    Layout,
     Parts,
     Reading,
-    Sharing,
     flops_per_token,
     parts_text,
     plan,
@@ -188,11 +188,15 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
         step or step_of(config, rehearsal, batch),
         base=config.method.row.base,
         answers=batch.answers * records,
-        sharing=Sharing(config.ray.min_workers, train.zero_stage, train.cpu_offload),
-        optimizer=train.optimizer,
+        layout=Layout(
+            config.ray.min_workers,
+            train.zero_stage,
+            train.cpu_offload,
+            optimizer=train.optimizer,
+            dense_base=bool(train.dense_base),
+            activation_offloading=train.activation_offloading,
+        ),
         use_gpu=config.ray.use_gpu,
-        dense_base=bool(train.dense_base),
-        activation_offloading=train.activation_offloading,
     )
     return Choice(config, parts)
 
@@ -223,7 +227,7 @@ def must_be_shared(config: RunConfig, rehearsal: Rehearsal, device: Device) -> b
     """Whether the workers shard the base for inference as in training: one's memory is too small for it, or unknown."""
     if config.train.zero_stage < 3 or config.ray.max_workers == 1:
         return False
-    whole = weight_bytes(rehearsal.stats, config.method.row.base, Sharing(1, 0))
+    whole = weight_bytes(rehearsal.stats, config.method.row.base, Layout(1, 0))
     return device.memory is None or whole > BASE_SHARE * device.memory
 
 
@@ -405,7 +409,7 @@ def on_gpus(config: RunConfig, base: Base) -> bool:
         return False
     free = sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
     stats = _stats(config, base)
-    return stats is None or weight_bytes(stats, config.method.row.base, Sharing(1, 0)) <= BASE_SHARE * free
+    return stats is None or weight_bytes(stats, config.method.row.base, Layout(1, 0)) <= BASE_SHARE * free
 
 
 def require_float32(config: RunConfig, base: Base) -> None:

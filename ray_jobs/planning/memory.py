@@ -53,12 +53,16 @@ MARGIN = 0.2
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """DeepSpeed's partitioning of a training over its workers."""
+class Layout:
+    """Where the parts of a training lie, and in how many bytes: `train`'s keys of the same names."""
 
     num_workers: int
     zero_stage: int
     cpu_offload: bool = False
+    optimizer: Optimizer = "adamw"
+    dense_base: bool = False
+    """Whether the layers and the head are in float32, which most CPUs multiply in; fewer of them with bfloat16."""
+    activation_offloading: bool = False
 
     def part(self, from_stage: int) -> float:
         """The fraction that one worker holds of something that is partitioned from this ZeRO stage on."""
@@ -100,43 +104,40 @@ def plan(
     *,
     base: BaseFormat,
     answers: int,
-    sharing: Sharing,
-    optimizer: Optimizer = "adamw",
+    layout: Layout,
     use_gpu: bool = True,
     trains_base: bool = False,
     in_chunks: bool = True,
-    dense_base: bool = False,
-    activation_offloading: bool = False,
 ) -> Parts:
     """Memory of one worker. `answers`: labelled tokens in a micro-batch; B x T for a trainer that scores all tokens.
     `trains_base` means full fine-tuning, the head included; `in_chunks` is False for a trainer that holds the logits of
     all answers at once."""
-    weights = weight_bytes(stats, base, sharing)
-    if dense_base:  # the layers and the head in float32, which most CPUs multiply in; fewer with bfloat16
+    weights = weight_bytes(stats, base, layout)
+    if layout.dense_base:
         layers = sum(outputs * inputs for outputs, inputs in stats.matrices)
         weights = FLOAT32 * (layers + stats.vocabulary * stats.width) + BF16 * (stats.parameters - layers)
-    adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * sharing.part(3))
-    gradients = math.ceil(BF16 * stats.trainable * sharing.part(2))
+    adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * layout.part(3))
+    gradients = math.ceil(BF16 * stats.trainable * layout.part(2))
     masters, moments = (
-        math.ceil(each * stats.trainable * sharing.part(1)) for each in (FLOAT32, MOMENT_BYTES[optimizer])
+        math.ceil(each * stats.trainable * layout.part(1)) for each in (FLOAT32, MOMENT_BYTES[layout.optimizer])
     )
-    in_chunks = in_chunks and not trains_base and sharing.zero_stage < 3
+    in_chunks = in_chunks and not trains_base and layout.zero_stage < 3
     at_once = chunk_positions(stats.vocabulary) if in_chunks else answers
     logits = logits_bytes(answers, stats, at_once)
     # The loss and the backward pass through the layers reach their peaks one after the other.
     activations = step.kept + max(0, step.workspace - logits)
     offloaded = 0
-    if activation_offloading:  # except for the current layer
+    if layout.activation_offloading:  # except for the current layer
         offloaded = step.inputs - math.ceil(step.inputs / stats.num_layers)
         activations -= offloaded
-    overhead = buffer_bytes(stats, base, sharing, trains_base=trains_base)
+    overhead = buffer_bytes(stats, base, layout, trains_base=trains_base)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (activations + logits)) if use_gpu else PROCESS_BYTES
     host = offloaded + (CUDA_PROCESS_BYTES if use_gpu else 0)  # on a CPU worker the host is the device
-    if optimizer == "paged_adamw_8bit":
+    if layout.optimizer == "paged_adamw_8bit":
         host, moments = host + moments, 0
-    if sharing.cpu_offload:
+    if layout.cpu_offload:
         host, masters, moments = host + masters + moments, 0, 0
-        if sharing.zero_stage == 3:
+        if layout.zero_stage == 3:
             host += weights
             # For 4-bit weights, PEFT's DeepSpeed guide reports more GPU memory with offloading than without.
             weights = 0 if base == "bf16" else weights
@@ -176,21 +177,21 @@ def reading(
     scored first, and then generated with a KV cache. `workspace` is that of a forward pass over them."""
     cache = BF16 * stats.cached * records * length
     logits = logits_bytes(answers * records, stats, chunk_positions(stats.vocabulary))
-    overhead = buffer_bytes(stats, base, Sharing(1, 0), trains_base=False)
+    overhead = buffer_bytes(stats, base, Layout(1, 0), trains_base=False)
     overhead += CONTEXT_BYTES + int(FRAGMENTATION * (workspace + max(cache, logits))) if use_gpu else PROCESS_BYTES
     # Only the larger of the two counts, as they are not in memory at the same time.
     cache, logits = (cache, 0) if cache > logits else (0, logits)
-    return Reading(weight_bytes(stats, base, Sharing(1, 0)), adapter_bytes(stats), cache, workspace, logits, overhead)
+    return Reading(weight_bytes(stats, base, Layout(1, 0)), adapter_bytes(stats), cache, workspace, logits, overhead)
 
 
-def weight_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing) -> int:
+def weight_bytes(stats: ModelStats, base: BaseFormat, layout: Layout) -> int:
     """Bytes of the base. Embeddings, head, norms and biases stay bfloat16 in every format."""
     sizes = [outputs * inputs for outputs, inputs in stats.matrices]
     packed = sum({"nf4": math.ceil(size / 2), "int8": size, "bf16": BF16 * size}[base] for size in sizes)
     constants = sum(_constant_bytes(outputs, inputs, base) for outputs, inputs in stats.matrices)
     rest = stats.parameters - sum(sizes)
     # ZeRO-3 shards only parameters; a quantised weight's constants are none, so every worker holds all of them.
-    return math.ceil((packed + BF16 * rest) * sharing.part(3)) + constants
+    return math.ceil((packed + BF16 * rest) * layout.part(3)) + constants
 
 
 def _constant_bytes(outputs: int, inputs: int, base: BaseFormat) -> int:
@@ -213,14 +214,14 @@ def logits_bytes(answers: int, stats: ModelStats, at_once: int) -> int:
     return min(answers, at_once) * LOGIT_BYTES * stats.vocabulary + answers * 2 * BF16 * stats.width
 
 
-def buffer_bytes(stats: ModelStats, base: BaseFormat, sharing: Sharing, *, trains_base: bool) -> int:
+def buffer_bytes(stats: ModelStats, base: BaseFormat, layout: Layout, *, trains_base: bool) -> int:
     """Bytes of the largest weight when dequantised, ZeRO's buckets, and the parameters that ZeRO-3 gathers."""
     largest = max((outputs * inputs for outputs, inputs in stats.matrices), default=0)
     result = BF16 * largest if base != "bf16" else 0
-    if sharing.zero_stage >= 1 and sharing.num_workers > 1:
+    if layout.zero_stage >= 1 and layout.num_workers > 1:
         result += 2 * BF16 * min(BUCKET_ELEMENTS, stats.trainable)
-    if sharing.zero_stage == 3 and sharing.num_workers > 1:
-        whole = weight_bytes(stats, base, Sharing(1, 0))
+    if layout.zero_stage == 3 and layout.num_workers > 1:
+        whole = weight_bytes(stats, base, Layout(1, 0))
         gathered = BF16 * (LIVE_ELEMENTS + max(largest, stats.vocabulary * stats.width))
         result += min(whole, gathered)
     return result

@@ -15,7 +15,7 @@ from ray_jobs.planning.memory import (
     FLOAT32,
     GIB,
     LOGIT_BYTES,
-    Sharing,
+    Layout,
     adapter_bytes,
     buffer_bytes,
     logits_bytes,
@@ -29,7 +29,7 @@ from tests.models import zoo
 from tests.models.measured_step import load, measure, measure_reading
 from tests.models.shapes import LLAMA_2_7B, MIXTRAL_8X7B, llama, small
 
-ALONE = Sharing(num_workers=1, zero_stage=0)
+ALONE = Layout(num_workers=1, zero_stage=0)
 BATCH, LENGTH, ANSWERS = 4, 96, 12
 NO_STEP = StepMemory(kept=0, workspace=0)
 
@@ -67,7 +67,7 @@ def test_vera_shares_one_pair_of_matrices_that_is_as_large_as_the_largest_layer(
 def test_a_dense_base_takes_four_bytes_a_weight_of_its_layers_and_its_head():
     stats, linear, embedding = rehearsal("qlora").stats, 32 * sum(o * i for o, i in LAYERS_7B), 32000 * 4096
     planned = [
-        plan(stats, NO_STEP, base="nf4", answers=0, sharing=ALONE, use_gpu=False, dense_base=dense).weights
+        plan(stats, NO_STEP, base="nf4", answers=0, layout=replace(ALONE, dense_base=dense), use_gpu=False).weights
         for dense in (False, True)
     ]
     # The embeddings stay bfloat16; the head, which is in 16 bits on an NF4 base too, is dense beside them.
@@ -119,7 +119,7 @@ def test_the_plan_is_what_a_step_really_allocates(settings, checkpointing, small
     rehearsed = Rehearsal(small(), method, reference="small", use_gpu=False)
     stats, step = rehearsed.stats, rehearsed.step(BATCH, LENGTH, checkpointing=checkpointing)
     answers = BATCH * ANSWERS
-    parts = plan(stats, step, base=method.row.base, answers=answers, sharing=ALONE, use_gpu=False)
+    parts = plan(stats, step, base=method.row.base, answers=answers, layout=ALONE, use_gpu=False)
     saved_logits = answers * stats.vocabulary * FLOAT32
     assert step.kept + saved_logits == pytest.approx(real.kept, rel=0.1)
     buffers = buffer_bytes(stats, method.row.base, ALONE, trains_base=False)
@@ -152,7 +152,7 @@ def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     stats = Rehearsal(small(), MethodConfig(name="lora"), reference="small").stats
-    parts = plan(stats, NO_STEP, base="bf16", answers=0, sharing=ALONE)
+    parts = plan(stats, NO_STEP, base="bf16", answers=0, layout=ALONE)
     assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained)
     assert parts.optimizer == sum(tensor.nbytes for tensor in [*masters, *moments])
 
@@ -165,14 +165,14 @@ def test_moments_of_8_bits_take_what_bitsandbytes_holds():
     held = {name: tensor for name, tensor in optimizer.state[master].items() if isinstance(tensor, torch.Tensor)}
     del held["qmap1"], held["qmap2"]  # shared by all
     stats = replace(rehearsal("lora").stats, trainable=master.numel())
-    settings = {"base": "bf16", "answers": 0, "sharing": ALONE}
-    small_ones, paged = (
-        plan(stats, NO_STEP, optimizer=name, **settings) for name in ("adamw_8bit", "paged_adamw_8bit")
+    wide, small_ones, paged = (
+        plan(stats, NO_STEP, base="bf16", answers=0, layout=replace(ALONE, optimizer=name))
+        for name in ("adamw", "adamw_8bit", "paged_adamw_8bit")
     )
     moments = sum(tensor.nbytes for tensor in held.values())
     assert small_ones.optimizer == master.nbytes + moments
     assert (paged.optimizer, paged.host - small_ones.host) == (master.nbytes, moments)
-    assert small_ones.optimizer < 0.51 * plan(stats, NO_STEP, **settings).optimizer
+    assert small_ones.optimizer < 0.51 * wide.optimizer
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_moments_of_8_bits_take_what_bitsandbytes_holds():
 def test_each_zero_stage_shares_out_one_thing_more(stage, partitioned):
     stats = rehearsal("lora").stats
     whole, shared = (
-        plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(4, zero_stage)).as_json()
+        plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(4, zero_stage)).as_json()
         for zero_stage in (0, stage)
     )
     for part in ("weights", "adapter", "gradients", "optimizer"):
@@ -196,24 +196,24 @@ def test_each_zero_stage_shares_out_one_thing_more(stage, partitioned):
 
 def test_every_worker_keeps_the_constants_of_an_nf4_base_at_stage_3():
     stats = rehearsal("qlora").stats
-    quarter = weight_bytes(stats, "nf4", Sharing(4, 3)) - weight_bytes(stats, "nf4", ALONE) / 4
+    quarter = weight_bytes(stats, "nf4", Layout(4, 3)) - weight_bytes(stats, "nf4", ALONE) / 4
     assert quarter == pytest.approx(3 / 4 * 6_476_005_376 / 64, rel=0.02)
 
 
 def test_offloading_moves_the_optimizer_to_the_host_and_at_stage_3_the_base():
     stats = rehearsal("lora").stats
-    here = plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2))
-    moved = plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 2, cpu_offload=True))
+    here = plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(2, 2))
+    moved = plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(2, 2, cpu_offload=True))
     assert (moved.optimizer, moved.host - here.host) == (0, here.optimizer)
     assert here.total - moved.total == here.optimizer
-    base_too = plan(stats, NO_STEP, base="bf16", answers=0, sharing=Sharing(2, 3, cpu_offload=True))
+    base_too = plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(2, 3, cpu_offload=True))
     assert base_too.weights == 0
     assert base_too.host > moved.host + 6e9
     # Not a base in four bits: ZeRO-3 with QLoRA and offloading takes more GPU memory than without (PEFT's guide,
     # accelerate/deepspeed.md).
     stats = rehearsal("qlora").stats
     here, moved = (
-        plan(stats, NO_STEP, base="nf4", answers=0, sharing=Sharing(2, 3, cpu_offload=is_moved))
+        plan(stats, NO_STEP, base="nf4", answers=0, layout=Layout(2, 3, cpu_offload=is_moved))
         for is_moved in (False, True)
     )
     assert moved.weights == here.weights
@@ -251,8 +251,8 @@ def test_experts_are_counted_in_16_bits_whatever_the_base():
 def test_parts_add_up_and_the_two_peaks_do_not():
     stats = rehearsal("lora").stats
     logits = logits_bytes(100, stats, 100)
-    calm = plan(stats, StepMemory(10 * GIB, logits // 2), base="bf16", answers=100, sharing=ALONE)
-    busy = plan(stats, StepMemory(10 * GIB, 3 * logits), base="bf16", answers=100, sharing=ALONE)
+    calm = plan(stats, StepMemory(10 * GIB, logits // 2), base="bf16", answers=100, layout=ALONE)
+    busy = plan(stats, StepMemory(10 * GIB, 3 * logits), base="bf16", answers=100, layout=ALONE)
     assert calm.activations == 10 * GIB
     assert busy.activations + busy.logits == 10 * GIB + 3 * logits
     for parts in (calm, busy):
@@ -261,7 +261,7 @@ def test_parts_add_up_and_the_two_peaks_do_not():
 
 def test_a_7b_takes_ten_to_twenty_times_less_memory_than_full_fine_tuning():
     full = Rehearsal(LLAMA_2_7B, None, reference="llama-2-7b")
-    settings = {"answers": 512, "sharing": ALONE}
+    settings = {"answers": 512, "layout": ALONE}
     whole = plan(full.stats, full.step(1, 512, checkpointing=True), base="bf16", trains_base=True, **settings)
     qlora = rehearsal("qlora")
     small_part = plan(qlora.stats, qlora.step(1, 512, checkpointing=True), base="nf4", **settings)
@@ -300,11 +300,11 @@ def test_logits_are_there_a_chunk_at_a_time_but_where_the_head_is_shared_or_trai
     chunk = chunk_positions(stats.vocabulary)
     settings = {"base": "bf16", "use_gpu": False}
 
-    def logits(answers, sharing=ALONE, **more):
-        parts = plan(stats, StepMemory(0, 0), answers=answers, sharing=sharing, **settings, **more)
+    def logits(answers, layout=ALONE, **more):
+        parts = plan(stats, StepMemory(0, 0), answers=answers, layout=layout, **settings, **more)
         return parts.logits - answers * 2 * 2 * stats.width  # of the hidden states, and of their gradients
 
     one = chunk * LOGIT_BYTES * stats.vocabulary
-    assert logits(chunk) == logits(3 * chunk) == logits(3 * chunk, Sharing(2, 2)) == one
-    assert logits(3 * chunk, Sharing(2, 3)) == logits(3 * chunk, trains_base=True) == 3 * one
+    assert logits(chunk) == logits(3 * chunk) == logits(3 * chunk, Layout(2, 2)) == one
+    assert logits(3 * chunk, Layout(2, 3)) == logits(3 * chunk, trains_base=True) == 3 * one
     assert logits(3 * chunk, in_chunks=False) == 3 * one

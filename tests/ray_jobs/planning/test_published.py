@@ -4,7 +4,7 @@ import pytest
 
 from components.config.ray import GPUS
 from components.config.schema import MethodConfig
-from ray_jobs.planning.memory import MARGIN, Sharing, plan, speed
+from ray_jobs.planning.memory import MARGIN, Layout, plan, speed
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models import shapes
 from tests.models.published import KEPT_BACK, MEMORY, QLORA_65B, ROUGH_SPEED, SPEED, Memory
@@ -27,7 +27,7 @@ def planned_gb(published: Memory) -> float:
         step,
         base=published.base,
         answers=published.batch * published.length * published.all_logits,
-        sharing=Sharing(published.num_workers, published.zero_stage, published.cpu_offload),
+        layout=Layout(published.num_workers, published.zero_stage, published.cpu_offload),
         in_chunks=False,
     )
     return parts.total / 1e9
@@ -61,7 +61,7 @@ def test_nine_in_ten_published_figures_lie_below_the_plan_and_its_margin():
 def test_65b_fits_on_one_gpu_of_48_gb_once_its_optimizer_may_be_paged_out():
     rehearsed = rehearsal(QLORA_65B.shape, QLORA_65B.rank)
     step = rehearsed.step(QLORA_65B.batch, QLORA_65B.length, checkpointing=True)
-    parts = plan(rehearsed.stats, step, base="nf4", answers=512, sharing=Sharing(1, 1, cpu_offload=True))
+    parts = plan(rehearsed.stats, step, base="nf4", answers=512, layout=Layout(1, 1, cpu_offload=True))
     assert 36 < parts.total / 1e9 < QLORA_65B.gb < (parts.total + parts.host) / 1e9
 
 
