@@ -9,11 +9,11 @@ from components.step.step import COMPONENT
 @dsl.component(**COMPONENT)
 def promote(run_uri: str, config_digest: str, decision_sha256: str) -> str:
     """Point the alias at the candidate of the gate's decision, known by its sha256, and return the event's URI."""
-    from components.promote.promote import promote as move_alias
+    from components.promote.promote import carry_out_decision
     from components.step.step import step
 
     with step("promote", run_uri, config_digest) as step_run:
-        event_uri = move_alias(step_run, decision_sha256)
+        event_uri = carry_out_decision(step_run, decision_sha256)
     return event_uri
 
 

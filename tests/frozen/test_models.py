@@ -13,7 +13,7 @@ from components.config import config_file
 from components.config.schema import RunConfig
 from components.gate.gate import run_gate
 from components.prepare.dataset import load_split
-from components.promote.promote import promote
+from components.promote.promote import carry_out_decision
 from components.records import runs
 from components.registry import aliases, identity, versions
 from components.step.step import first_step
@@ -92,7 +92,7 @@ def test_a_new_candidate_is_compared_with_the_release_s_champion_and_takes_its_p
     consumed = frozen.json("runs/promoted/consumed/header.json")
     frozen.store.put_json("runs/next/consumed/header.json", {**consumed, "run_id": "next"})
     with first_step("promote", config_file.as_table(config), "next") as run:
-        promote(run, decision.sha256)
+        carry_out_decision(run, decision.sha256)
     assert aliases.read_alias(frozen.store, ADAPTER, "production").version == new
     aliases.rollback(frozen.store, ADAPTER)
     assert aliases.read_alias(frozen.store, ADAPTER, "production").version == old

@@ -74,7 +74,9 @@ def decided(store: Store, run_id: str, **gate: Any) -> Decision:
 
 
 def carried_out(store: Store, decision: Decision) -> None:
-    promoting.take_alias(store, decision, decision.sha256, actor=aliases.PIPELINE, reason="better")
+    promoting.take_alias(
+        store, promoting.vouch(store, decision, decision.sha256), actor=aliases.PIPELINE, reason="better"
+    )
 
 
 def forged(store: Store, run_id: str, version: str, champion: str | None, *, decision: str = "promote") -> str:
@@ -135,7 +137,7 @@ def test_what_a_training_forged_is_neither_decided_on_nor_promoted(trusting: Sto
         run_gate(config(), trusting, "run-1", evaluation_uri=where)
     run = StepRun("promote", "run-1", config(), trusting)
     with pytest.raises(ObjectMissing, match=r"evaluations/run-1/decision\.json"):
-        promoting.promote(run, sha256)
+        promoting.carry_out_decision(run, sha256)
     refused_event(trusting, "run-1", made[1], made[0], "proposed")
     with pytest.raises(ObjectMissing, match=r"evaluations/run-1/decision\.json"):
         approve(trusting, f"icd10@{made[1]}", Person(by="eve", reason="good"))
@@ -143,10 +145,10 @@ def test_what_a_training_forged_is_neither_decided_on_nor_promoted(trusting: Sto
     for info in list(trusting.list("runs/run-1/")):
         trusting.put(info.key.replace("runs/", "evaluations/"), trusting.get(info.key))
     with pytest.raises(IntegrityError, match="is no DSSE envelope"):
-        promoting.promote(run, sha256)
+        promoting.carry_out_decision(run, sha256)
     trusting.delete(["evaluations/run-1/evaluation.dsse.json"])
     with pytest.raises(IntegrityError, match=r"signed by none of registry\.evaluation_keys"):
-        promoting.promote(run, sha256)
+        promoting.carry_out_decision(run, sha256)
     pointer = aliases.read_alias(trusting, "icd10", "production")
     assert pointer is not None
     assert pointer.version == made[0]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from components.config.schema import RunConfig
-from components.promote.promote import hold, promote, skip
+from components.promote.promote import carry_out_decision, hold, skip
 from components.registry import aliases, between_runs, event_log, versions
 from components.shared.errors import AliasConflict, DataError, IntegrityError, ObjectMissing
 from components.step.step import StepRun
@@ -38,7 +38,7 @@ def decided(store: Store) -> Decide:
 
 def promoted(run: StepRun) -> str:
     """Promote as the pipeline does, by the record that lies there."""
-    return promote(run, hashlib.sha256(run.store.get("runs/r/decision.json")).hexdigest())
+    return carry_out_decision(run, hashlib.sha256(run.store.get("runs/r/decision.json")).hexdigest())
 
 
 def holder(store: Store) -> str | None:
@@ -103,7 +103,7 @@ def test_a_decision_that_was_exchanged_after_the_gate_is_not_obeyed(
     sha256 = hashlib.sha256(decided(published[0], None).store.get("runs/r/decision.json")).hexdigest()
     run = decided(published[1], None)
     with pytest.raises(IntegrityError, match=f"runs/r/decision.json has sha256 .* but {sha256} was written"):
-        promote(run, sha256)
+        carry_out_decision(run, sha256)
     assert holder(store) is None
 
 
