@@ -385,9 +385,9 @@ def _answers(source: ExportSource, model: Any) -> dict[str, float]:
         max_new_tokens=source.max_new_tokens,
         advance=lambda _: None,
     )
-    right = sum(each.marks["exact_match"] for each in scores)
+    right = sum(answer.marks["exact_match"] for answer in scores)
     tokens = int(source.split.num_answer_tokens.sum())
-    return {"exact_match": right / len(scores), "loss": sum(each.nll for each in scores) / tokens}
+    return {"exact_match": right / len(scores), "loss": sum(answer.nll for answer in scores) / tokens}
 
 
 def _logits(model: Any, rows: Sequence["torch.Tensor"]) -> Iterator["torch.Tensor"]:

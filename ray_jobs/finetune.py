@@ -140,8 +140,8 @@ def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
     if next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
         from ray_jobs.training import checkpoint  # imports DeepSpeed
 
-        found = checkpoint.newest(store, run_id)
-        recorded = found.base or None if found else None
+        progress = checkpoint.newest(store, run_id)
+        recorded = progress.base or None if progress else None
     return base_model.resolve(config.model, recorded=recorded, weights=False, registry=store)
 
 

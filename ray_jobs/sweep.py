@@ -166,7 +166,7 @@ def _result(
     num_records: int,
     seconds: float,
 ) -> SweepResult:
-    tuned = {method: found for method, planned in memory.items() if (found := plan.found(method, planned))}
+    tuned = {method: best for method, planned in memory.items() if (best := plan.tuned(method, planned))}
     if not tuned:
         failed = [trial for trial in plan.trials.values() if trial.status == "failed"]
         if failed:

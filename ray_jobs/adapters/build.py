@@ -50,7 +50,9 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
     be merged, peft does not support it, or the base would stay unquantised."""
     if method.row.base != "bf16" and (dense := left_dense(model)):
         weights = {name: weight for kind in dense.values() for name, weight in kind.items()}
-        share = sum(each.numel() for each in weights.values()) / sum(each.numel() for each in model.parameters())
+        share = sum(weight.numel() for weight in weights.values()) / sum(
+            weight.numel() for weight in model.parameters()
+        )
         raise ConfigError(
             f"method.base {method.row.base} quantises no {' and '.join(dense)}, and of {base_reference} they are "
             f"{share:.0%}, which would stay in bfloat16: set method.base=bf16"
@@ -71,7 +73,7 @@ def find(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str)
     else:
         matched = _named(layers, wanted)
         every = [*layers, *experts]
-        if missing := [each for each in wanted if not _named(every, [each])] if isinstance(wanted, list) else []:
+        if missing := [name for name in wanted if not _named(every, [name])] if isinstance(wanted, list) else []:
             last_parts = {name.rpartition(".")[2] for name in every}
             raise ConfigError(
                 f"method.target_modules {missing!r} fits no layer of {base_reference}, whose layers are called "
@@ -124,12 +126,12 @@ def left_dense(model: "PreTrainedModel") -> dict[str, dict[str, "nn.Parameter"]]
 
     transformers replaces only layers of torch's own class (integrations/bitsandbytes.py, replace_with_bnb_linear).
     """
-    found = {"fused experts": experts_of(model)}
+    dense = {"fused experts": experts_of(model)}
     for name, module in model.get_decoder().named_modules():
         kind = type(module)
         if _is_linear(module) and kind.__module__ == type(model).__module__ and ROUTERS.isdisjoint(name.split(".")):
-            found.setdefault(kind.__name__, {})[name] = module.weight
-    return {kind: weights for kind, weights in found.items() if weights}
+            dense.setdefault(kind.__name__, {})[name] = module.weight
+    return {kind: weights for kind, weights in dense.items() if weights}
 
 
 def _is_linear(module: "nn.Module") -> bool:
@@ -167,7 +169,7 @@ def _named(names: Iterable[str], wanted: str | list[str]) -> list[str]:
     """The names that peft would match: a string is a regular expression for the whole name, a list holds name endings.
     Raises ConfigError: the expression backtracks for too long."""
     if not isinstance(wanted, str):
-        return [name for name in names if any(name == each or name.endswith(f".{each}") for each in wanted)]
+        return [name for name in names if any(name == ending or name.endswith(f".{ending}") for ending in wanted)]
     pattern = re.compile(wanted)
     try:
         with _in_time():
@@ -253,8 +255,8 @@ def above_full_rank(adapted: "PeftModel", rank: int) -> tuple[int, int]:
     """
     from peft.tuners.lora import LoraLayer
 
-    full = [min(each.in_features, each.out_features) for each in adapted.modules() if isinstance(each, LoraLayer)]
-    below = [each for each in full if each < rank]
+    full = [min(layer.in_features, layer.out_features) for layer in adapted.modules() if isinstance(layer, LoraLayer)]
+    below = [full_rank for full_rank in full if full_rank < rank]
     return len(below), min(below, default=rank)
 
 

@@ -168,7 +168,7 @@ def compute(
         mine[name] = split(weight, rank=config.method.r, steps=config.method.loftq_steps, name=name)
         if rank == 0 and time.monotonic() - said_at >= 5.0:
             said_at = time.monotonic()
-            done, total = (sum(layers[each].size for each in names) for names in (mine, parts[0]))
+            done, total = (sum(layers[layer].size for layer in names) for names in (mine, parts[0]))
             say("finetune", f"LoftQ: {done / total:.0%} of the weights")
     return mine if group is None else _gather(mine, parts, rank, group)
 
@@ -198,7 +198,7 @@ def find_layers(config: TrainingConfig, original: Base) -> dict[str, Layer]:
     for path in sorted(original.path.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             files.update(dict.fromkeys(file.keys(), path))
-    found = {}
+    layers = {}
     for name in adapted.targeted_module_names:
         layer: Any = adapted.get_base_model().get_submodule(f"{name}.base_layer")
         tensor = f"{name}.weight"
@@ -216,15 +216,15 @@ def find_layers(config: TrainingConfig, original: Base) -> dict[str, Layer]:
                 f"method.init loftq: {name} of {original.reference} {why}: leave it out of method.target_modules, or "
                 'set method.init="default"'
             )
-        found[name] = Layer(layer.in_features * layer.out_features, files[tensor], tensor)
-    return found
+        layers[name] = Layer(layer.in_features * layer.out_features, files[tensor], tensor)
+    return layers
 
 
 def shares(sizes: Mapping[str, int], num_workers: int) -> list[list[str]]:
     """Distribute layers over workers: each layer, largest first, goes to the worker with the smallest load so far."""
     names: list[list[str]] = [[] for _ in range(num_workers)]
     loads = [0] * num_workers
-    for name in sorted(sizes, key=lambda each: (-sizes[each], each)):
+    for name in sorted(sizes, key=lambda layer: (-sizes[layer], layer)):
         least = loads.index(min(loads))
         names[least].append(name)
         loads[least] += sizes[name]
@@ -237,7 +237,7 @@ def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
     kinds: dict[str, list[Split]] = {}
     for layer in sorted(splits):
         kinds.setdefault(layer.rpartition(".")[2], []).append(splits[layer])
-    found: dict[str, dict[str, float]] = {}
+    lost: dict[str, dict[str, float]] = {}
     for kind, members in kinds.items():
         weight, nf4, loftq = (
             sum(getattr(member, norm2) for member in members) ** 0.5
@@ -249,8 +249,8 @@ def lost_shares(splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
                 f"{loftq:.6g}, which must be less. Leave {kind} out of method.target_modules, or set "
                 'method.init="default"'
             )
-        found[kind] = {"layers": len(members), "nf4": nf4 / weight, "loftq": loftq / weight}
-    return found
+        lost[kind] = {"layers": len(members), "nf4": nf4 / weight, "loftq": loftq / weight}
+    return lost
 
 
 def write(
@@ -262,21 +262,21 @@ def write(
     from safetensors.torch import save_file
 
     lost = lost_shares(splits)
-    changes = ", ".join(f"{kind} {each['nf4']:.4f} -> {each['loftq']:.4f}" for kind, each in lost.items())
+    changes = ", ".join(f"{kind} {share['nf4']:.4f} -> {share['loftq']:.4f}" for kind, share in lost.items())
     say("finetune", f"LoftQ: share of the weights' norm that is lost, NF4 -> LoftQ: {changes}")
     model: Any = base_model.load_model(original, config.model, "nf4", use_gpu=config.ray.use_gpu, dtype=torch.bfloat16)
-    for name, found in splits.items():
+    for name, split in splits.items():
         layer = model.get_submodule(name)
         device, settings = layer.weight.device, {setting: getattr(layer.weight, setting) for setting in NF4}
         assert settings == NF4, f"load_model quantises with {settings}"
-        statistics = dict(found.packed)
+        statistics = dict(split.packed)
         data = statistics.pop("weight")
         layer.weight = Params4bit.from_prequantized(data, statistics, device=device, module=layer)
     model.save_pretrained(folder)
     del model, layer
     gc.collect()  # a 4-bit weight and its layer reference each other, and on a GPU the next model needs the memory
-    init = {f"{name}.lora_A": found.right_RN for name, found in splits.items()}
-    init |= {f"{name}.lora_B": found.left_MR for name, found in splits.items()}
+    init = {f"{name}.lora_A": split.right_RN for name, split in splits.items()}
+    init |= {f"{name}.lora_B": split.left_MR for name, split in splits.items()}
     save_file({name: init[name].contiguous() for name in sorted(init)}, init_path)
     return {"lost_shares": lost}
 

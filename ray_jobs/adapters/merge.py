@@ -78,19 +78,19 @@ def logits(model: Any, rows: Sequence["torch.Tensor"]) -> Iterator["torch.Tensor
         ids = pad_sequence(batch, batch_first=True).to(model.device)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=None if mask.all() else mask, use_cache=False).logits
-        yield from (each[: len(row)].cpu() for each, row in zip(logits, batch, strict=True))
+        yield from (of_row[: len(row)].cpu() for of_row, row in zip(logits, batch, strict=True))
         done += len(batch)
 
 
 def agreement(reference: Iterable["torch.Tensor"], other: Iterable["torch.Tensor"]) -> Agreement:
     """Compare logits (T, V), row by row, in float64."""
     positions, agreeing, largest, divergence = 0, 0, 0.0, 0.0
-    for expected, found in zip(reference, other, strict=True):
-        expected, found = expected.double(), found.double()
+    for expected, actual in zip(reference, other, strict=True):
+        expected, actual = expected.double(), actual.double()
         positions += len(expected)
-        agreeing += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        largest = max(largest, float((expected - found).abs().max()))
-        log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+        agreeing += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+        largest = max(largest, float((expected - actual).abs().max()))
+        log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
     return Agreement(positions, agreeing / positions, largest, divergence / positions)
 

@@ -34,8 +34,8 @@ def auto_class(base: "PretrainedConfig") -> Any:
 
 def model_class(base: "PretrainedConfig") -> "type[PreTrainedModel] | None":
     """The transformers class that the base is loaded as; None where the base brings its own class."""
-    found: type[PreTrainedModel] | None = _class_and_mapping(base)[1].get(type(base), None)
-    return found
+    own_class: type[PreTrainedModel] | None = _class_and_mapping(base)[1].get(type(base), None)
+    return own_class
 
 
 def from_config(config: "PretrainedConfig", **how: Any) -> Any:
@@ -148,8 +148,8 @@ def stored_as(shape: "PretrainedConfig") -> BaseFormat | None:
 
 
 def _stored(shape: "PretrainedConfig") -> dict[str, Any]:
-    found = getattr(shape, "quantization_config", None) or {}
-    return found if isinstance(found, dict) else found.to_dict()
+    quantization = getattr(shape, "quantization_config", None) or {}
+    return quantization if isinstance(quantization, dict) else quantization.to_dict()
 
 
 # The 16-bit dtype of weights, activations and gradients.

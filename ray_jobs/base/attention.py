@@ -149,7 +149,7 @@ def register(name: str = FLOAT32) -> str:
 
 def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: "Packing") -> Any:
     """Attention over a packed row (see `packed`): query, key and value (1, heads, T, D), result (1, T, heads, D)."""
-    q, k, v = (packing.apart(each[0].transpose(0, 1)) for each in (query, key, value))
+    q, k, v = (packing.apart(states[0].transpose(0, 1)) for states in (query, key, value))
     rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias.to(query.dtype))
     beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
     return packing.together(beginning.transpose(1, 2), rest.transpose(1, 2))[None]

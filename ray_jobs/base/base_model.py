@@ -285,11 +285,11 @@ def _record_identity(registry: Store, key: str, base: Base) -> None:
 
 def _known_identity(registry: Store, key: str) -> dict[str, str] | None:
     try:
-        found = registry.get_json(key)
+        identity = registry.get_json(key)
     except (ObjectMissing, IntegrityError):
         return None
-    is_one = isinstance(found, dict) and found.keys() == {"kind", "sha256"} and found["kind"] == "s3"
-    return {name: str(value) for name, value in found.items()} if is_one else None
+    is_one = isinstance(identity, dict) and identity.keys() == {"kind", "sha256"} and identity["kind"] == "s3"
+    return {name: str(value) for name, value in identity.items()} if is_one else None
 
 
 def _from_package(reference: str, gguf: Path) -> Base:
@@ -402,8 +402,8 @@ def _folder_identity(kind: str, path: Path) -> dict[str, str]:
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     known = cache_dir().with_name("digests")
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing releases the GIL
-        found = pool.map(lambda file: remembered(file, known), files)
-        digests = {file.relative_to(path).as_posix(): digest for file, digest in zip(files, found, strict=True)}
+        hashes = pool.map(lambda file: remembered(file, known), files)
+        digests = {file.relative_to(path).as_posix(): digest for file, digest in zip(files, hashes, strict=True)}
     return {"kind": kind, "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}
 
 

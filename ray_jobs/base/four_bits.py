@@ -93,11 +93,11 @@ def _places(quant_type: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[
     is_sorted = bool((in_code == np.arange(len(in_code))).all())
 
     def places(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        found, is_less = np.zeros(len(numbers), np.uint8), np.empty(len(numbers), np.bool_)
+        ranks, is_less = np.zeros(len(numbers), np.uint8), np.empty(len(numbers), np.bool_)
         for midpoint in midpoints:
             np.less(midpoint, numbers, out=is_less)
-            found += is_less.view(np.uint8)
-        return found if is_sorted else in_code[found]
+            ranks += is_less.view(np.uint8)
+        return ranks if is_sorted else in_code[ranks]
 
     return places
 

@@ -55,7 +55,7 @@ def forget_unused(folder: Path, seconds: float) -> None:
             return path.stat().st_mtime < time.time() - seconds
         return False
 
-    for path in [each for each in folder.iterdir() if each.is_dir() and is_unused(each)]:
+    for path in [path for path in folder.iterdir() if path.is_dir() and is_unused(path)]:
         with suppress(Timeout), FileLock(f"{path}.lock", timeout=0):
             if is_unused(path):  # checked again, as a process calls `touch` before it waits for the lock
                 shutil.rmtree(path, ignore_errors=True)
@@ -134,8 +134,8 @@ def _packaged(reference: str) -> Path:
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / file
     if path.suffix != ".gguf" or not path.is_file():
-        held = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*.gguf"))
-        raise ConfigError(f"model.base {reference}: package {package!r} holds no {file!r}; its GGUF files are {held}")
+        files = sorted(gguf.relative_to(folder).as_posix() for gguf in folder.rglob("*.gguf"))
+        raise ConfigError(f"model.base {reference}: package {package!r} holds no {file!r}; its GGUF files are {files}")
     return path
 
 
@@ -175,11 +175,11 @@ def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock):  # the next process finds a commit's files in the cache, without a request to the hub
-            found = _patiently(
+            folder = _patiently(
                 reference,
                 lambda: snapshot_download(reference, revision=revision, allow_patterns=wanted, ignore_patterns=NEVER),
             )
-        return Path(found)
+        return Path(folder)
     except HFValidationError as exc:
         raise ConfigError(f"model.base {reference!r} is neither a local folder nor a hub id: {exc}") from exc
     except LocalEntryNotFoundError as exc:

@@ -74,12 +74,12 @@ class _Fused(nn.Module):
     """One of peft's LoRA layers, computed as one product where that covers it."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = None if args or kwargs else adapted(self, x)
-        if found is None:
+        lora = None if args or kwargs else adapted(self, x)
+        if lora is None:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
         product: Tensor = LoraProduct.apply(
-            x, found.A, found.B, found.weight, found.bias, found.scaling, found.dtype, found.blocks
+            x, lora.A, lora.B, lora.weight, lora.bias, lora.scaling, lora.dtype, lora.blocks
         )
         return product
 

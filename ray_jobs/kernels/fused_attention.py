@@ -76,10 +76,10 @@ class Rows:
     def gradients(self, flat: Tensor) -> Tensor:
         """The inverse of `apart`."""
         heads = self.heads.queries + 2 * self.heads.keys
-        found = flat.new_empty(self.num_records, self.num_tokens, heads, flat.shape[-1])
-        for of_row, of_part in self._pairs(found, flat):
+        result = flat.new_empty(self.num_records, self.num_tokens, heads, flat.shape[-1])
+        for of_row, of_part in self._pairs(result, flat):
             of_row.copy_(of_part)
-        return found
+        return result
 
     def _by_keys(self, x_NSKD: Tensor) -> Tensor:
         """Query heads grouped by the key head that they share: (N, G, S, R, D)."""
@@ -88,7 +88,7 @@ class Rows:
     def _pairs(self, qkv_NSXD: Tensor, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         K = self.heads.queries
         of_rows = [self._by_keys(qkv_NSXD[:, :, :K]), qkv_NSXD[:, :, K:].unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)]
-        of_parts = flat.split([each[..., 0].numel() for each in of_rows])
+        of_parts = flat.split([of_row[..., 0].numel() for of_row in of_rows])
         return [(row, part.view(row.shape)) for row, part in zip(of_rows, of_parts, strict=True)]
 
 
@@ -128,12 +128,12 @@ class Packed:
         """The gradient of `apart`. The common prefix receives the gradients of its own part, plus the sum of those of
         all records, which attended to its keys and values."""
         K, G, C = self.heads.queries, self.heads.keys, self.common
-        found = flat.index_select(0, self.all_back).view(1, -1, K + 2 * G, flat.shape[-1])
+        result = flat.index_select(0, self.all_back).view(1, -1, K + 2 * G, flat.shape[-1])
         batch, tokens, looked_at = self.shapes[0]
         of_keys = flat[batch * tokens * self.heads.per_key :][: 2 * batch * looked_at]
         of_common = of_keys.view(2, -1, G, looked_at, flat.shape[-1])[..., :C, :].sum(dim=1)
-        found[0, :C, K:] += of_common.flatten(0, 1).transpose(0, 1)
-        return found
+        result[0, :C, K:] += of_common.flatten(0, 1).transpose(0, 1)
+        return result
 
 
 @lru_cache(maxsize=2)
@@ -244,8 +244,8 @@ class Part:
 
     def _of_scores(self, weights: Tensor, gradient: Tensor, keys: Block) -> Tensor:
         of_weights = torch.bmm(gradient, self.v[keys].transpose(1, 2))
-        found: Tensor = softmax_backward(of_weights, weights, -1, weights.dtype)
-        return found
+        result: Tensor = softmax_backward(of_weights, weights, -1, weights.dtype)
+        return result
 
     def _blocks(self) -> Iterator[tuple[Block, Block]]:
         """Slices of the queries that are computed at a time, and of the keys up to the last one that they attend to."""
@@ -264,16 +264,16 @@ def forward(qkv_NSXD: Tensor, heads: Heads, packing: Packing | None) -> tuple[Te
     """The attention output of each token, (N, S, K, D), and the tensors that `backward` needs. All are float32."""
     layout = layout_of(qkv_NSXD, heads, packing)
     flat = layout.apart(qkv_NSXD)
-    found = flat.new_empty(sum(batch * tokens for batch, tokens, _ in layout.shapes) * heads.per_key, flat.shape[-1])
+    result = flat.new_empty(sum(batch * tokens for batch, tokens, _ in layout.shapes) * heads.per_key, flat.shape[-1])
     keeps = all(looked_at <= flat.shape[-1] for *_, looked_at in layout.shapes)
     weights: list[Tensor] = []
     with float32_layers.by_onednn():
         for part, attended in zip(
-            _parts(flat, layout.shapes, heads), _queries(found, layout.shapes, heads), strict=True
+            _parts(flat, layout.shapes, heads), _queries(result, layout.shapes, heads), strict=True
         ):
             part.q.mul_(heads.scaling)
             weights += part.attend(attended, keeps=keeps)
-    return layout.together(found), (flat, *weights)
+    return layout.together(result), (flat, *weights)
 
 
 def backward(
@@ -281,30 +281,30 @@ def backward(
 ) -> Tensor:
     """The gradient of queries, keys and values, in the input's layout; `dtype` is that of the surrounding products."""
     layout, (flat, *weights) = layout_of(gradient_NSKD, heads, packing), saved
-    found = torch.empty_like(flat)
-    parts, to = _parts(flat, layout.shapes, heads), _parts(found, layout.shapes, heads)
+    result = torch.empty_like(flat)
+    parts, to = _parts(flat, layout.shapes, heads), _parts(result, layout.shapes, heads)
     is_long = any(looked_at >= LONG for *_, looked_at in layout.shapes)
     with float32_layers.by_onednn(may_round=is_long and dtype is torch.bfloat16):
         for number, gradient in enumerate(_queries(layout.queries(gradient_NSKD), layout.shapes, heads)):
             parts[number].back(gradient, weights[number] if weights else None, to[number])
             to[number].q.mul_(heads.scaling)
-    return layout.gradients(found)
+    return layout.gradients(result)
 
 
 def _parts(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Part]:
     R = heads.per_key
     sizes = [batch * length for batch, tokens, looked_at in shapes for length in (tokens * R, looked_at, looked_at)]
     vectors = iter(flat.split(sizes))
-    found = []
+    parts = []
     for batch, *_ in shapes:
         q, k, v = (next(vectors).view(batch, -1, flat.shape[-1]) for _ in range(3))
-        found.append(Part(q, k, v, R))
-    return found
+        parts.append(Part(q, k, v, R))
+    return parts
 
 
 def _queries(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Tensor]:
-    found = flat.split([batch * tokens * heads.per_key for batch, tokens, _ in shapes])
-    return [each.view(batch, -1, each.shape[-1]) for each, (batch, *_) in zip(found, shapes, strict=True)]
+    pieces = flat.split([batch * tokens * heads.per_key for batch, tokens, _ in shapes])
+    return [piece.view(batch, -1, piece.shape[-1]) for piece, (batch, *_) in zip(pieces, shapes, strict=True)]
 
 
 def _unseen(num_tokens: int, per_key: int) -> Tensor:

@@ -99,26 +99,26 @@ class Products:
     def room(self, num_tokens: int, width: int) -> Tensor:
         """Allocate an operand (T, width+) with zeros in the factors' columns. They must be initialised: oneDNN reads
         past the end of another operand and multiplies that by zero, and zero times NaN is NaN."""
-        found = self.layers[0].A.new_empty(num_tokens, width + self.more, dtype=self.dtype)
-        found[:, width:] = 0
-        return found
+        rows = self.layers[0].A.new_empty(num_tokens, width + self.more, dtype=self.dtype)
+        rows[:, width:] = 0
+        return rows
 
     def joined(self, *, backward: bool = False) -> Joined:
         """M with the current factors copied in. The backward pass reuses the forward pass's copy, unless there was
         another forward pass in between."""
-        found = self._kept.get(self._name)
-        if found is None or not found.holds(self.layers):
-            found = Joined(self.layers)
-            if found.is_kept:
-                self._kept[self._name] = found
-        if backward and found.filled_by is self:
-            return found
-        found.filled_by = self
-        for layer, A_RI, B_OR in zip(self.layers, found.A, found.B, strict=True):
+        joined = self._kept.get(self._name)
+        if joined is None or not joined.holds(self.layers):
+            joined = Joined(self.layers)
+            if joined.is_kept:
+                self._kept[self._name] = joined
+        if backward and joined.filled_by is self:
+            return joined
+        joined.filled_by = self
+        for layer, A_RI, B_OR in zip(self.layers, joined.A, joined.B, strict=True):
             A_RI.copy_(layer.A)
             B_OR.copy_(layer.B)
-        found.A_IR *= self.scaling
-        return found
+        joined.A_IR *= self.scaling
+        return joined
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Compute the outputs (T, O) from x (T, I+), whose factor columns it fills; `onto` (T, O) is added."""
@@ -274,9 +274,9 @@ def _adopted(layer_class: Any) -> type:
             plain: Tensor = layer_class.forward(self, hidden_states, *args, **kwargs)
             return plain
         products = (form.qkv, form.out, form.gate_up, form.down)
-        weights = [weight for each in products for weight in each.weights()]
-        found: Tensor = Layer.apply(hidden_states, *kwargs["position_embeddings"], form, *weights)
-        return found
+        weights = [weight for product in products for weight in product.weights()]
+        result: Tensor = Layer.apply(hidden_states, *kwargs["position_embeddings"], form, *weights)
+        return result
 
     return type(layer_class.__name__, (layer_class,), {"forward": forward, "__module__": __name__})
 
@@ -315,9 +315,8 @@ def _form(
     modules = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if any(type(module) not in fused.LAYERS.values() for module in modules):
         return None
-    found = [fused.adapted(module, hidden_states) for module in modules]
-    adapted = [each for each in found if each is not None]
-    if len(adapted) < len(modules) or len({each.dtype for each in adapted}) > 1:
+    adapted = [lora for module in modules if (lora := fused.adapted(module, hidden_states)) is not None]
+    if len(adapted) < len(modules) or len({lora.dtype for lora in adapted}) > 1:
         return None
     kept = layer.__dict__.setdefault("_joined", {})
     is_last = attn.layer_idx == attn.config.num_hidden_layers - 1

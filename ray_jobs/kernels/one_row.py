@@ -39,19 +39,19 @@ class AdaptedLinear(fused.Linear):
         base = self.get_base_layer()
         if not _is_row(x) or type(base) is not nn.Linear or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        found = None if self.disable_adapters else fused.adapted(self, x)
-        if found is None and not self.disable_adapters:
+        lora = None if self.disable_adapters else fused.adapted(self, x)
+        if lora is None and not self.disable_adapters:
             return super().forward(x)
         y_O = _by_vector(base, x) if self.by_vector else F.linear(x, base.weight, base.bias)
-        if found is not None:
-            h_R = torch.mv(found.A, x.flatten())
-            y_O.view(-1).addmv_(found.B, h_R, alpha=found.scaling)
+        if lora is not None:
+            h_R = torch.mv(lora.A, x.flatten())
+            y_O.view(-1).addmv_(lora.B, h_R, alpha=lora.scaling)
         return y_O
 
 
 def adopt(model: nn.Module) -> None:
     """Convert a model's dense layers to the product that is faster here; inference only, there is no backward pass."""
-    convert(model, by_vector=vectors_win([each.weight for each in model.modules() if type(each) is nn.Linear]))
+    convert(model, by_vector=vectors_win([module.weight for module in model.modules() if type(module) is nn.Linear]))
 
 
 def convert(model: nn.Module, *, by_vector: bool) -> None:

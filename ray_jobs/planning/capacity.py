@@ -50,9 +50,9 @@ def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -
     cluster = config.ray.cluster
     if cluster.disk_gib is None or getattr(base, "quantization_config", None):
         return None
-    each = getattr(base.dtype, "itemsize", BF16) + FOUR_BITS * (config.method.row.init in OWN_BASE)
+    per_weight = getattr(base.dtype, "itemsize", BF16) + FOUR_BITS * (config.method.row.init in OWN_BASE)
     parts = 1 if config.train.zero_stage else config.ray.max_workers // cluster.pods(config.ray.max_workers)
-    return max(round(each * stats.parameters), OPTIMIZER * stats.trainable * parts)
+    return max(round(per_weight * stats.parameters), OPTIMIZER * stats.trainable * parts)
 
 
 BASE_SHARE = 0.8

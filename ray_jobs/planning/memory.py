@@ -119,7 +119,8 @@ def plan(
     adapter = 0 if trains_base else math.ceil(adapter_bytes(stats) * layout.part(3))
     gradients = math.ceil(BF16 * stats.trainable * layout.part(2))
     masters, moments = (
-        math.ceil(each * stats.trainable * layout.part(1)) for each in (FLOAT32, MOMENT_BYTES[layout.optimizer])
+        math.ceil(per_weight * stats.trainable * layout.part(1))
+        for per_weight in (FLOAT32, MOMENT_BYTES[layout.optimizer])
     )
     in_chunks = in_chunks and not trains_base and layout.zero_stage < 3
     at_once = chunk_positions(stats.vocabulary) if in_chunks else answers

@@ -142,7 +142,9 @@ class Rehearsal:
             message = " ".join(str(exc).split())
             raise ConfigError(f"model.base {reference} wants what is not installed where this runs: {message}") from exc
         self.formats = tuple(
-            each for each in architecture.formats(base) if each == "bf16" or not left_dense(self._model)
+            base_format
+            for base_format in architecture.formats(base)
+            if base_format == "bf16" or not left_dense(self._model)
         )
         """The values of method.base that this base allows."""
         base = base.get_text_config()  # the language model of a multimodal one

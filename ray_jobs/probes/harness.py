@@ -66,7 +66,7 @@ class Tasks:
         left_out = "as its workers hold the base together" if self.roles else ""
         return replace(self, roles=frozenset(), known=self.known.model_copy(update={"left_out": left_out}))
 
-    def run(self, subject: Subject, found: Findings) -> tuple[TaskScore, ...] | None:
+    def run(self, subject: Subject, findings: Findings) -> tuple[TaskScore, ...] | None:
         """Measure a model's scores; None where they are already known."""
         return run(self, subject.model, subject.chat, subject.batch_size) if subject.role in self.roles else None
 
@@ -121,12 +121,12 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
         base_format=config.method.row.base,
     )
 
-    def found(before: Evaluation) -> tuple[str, Mapping[str, tuple[TaskScore, ...]]] | None:
+    def scores_of(before: Evaluation) -> tuple[str, Mapping[str, tuple[TaskScore, ...]]] | None:
         same = before.harness is not None and before.harness.same_tasks(known)
         return (before.harness.base_format, before.harness.scores) if before.harness and same else None
 
-    scores = earlier_measurements(store, config, contenders, found)
-    ours = {each.role for each in on_the_first_base(contenders) if each.role in ROLES}
+    scores = earlier_measurements(store, config, contenders, scores_of)
+    ours = {contender.role for contender in on_the_first_base(contenders) if contender.role in ROLES}
     return Tasks(evaluate.lm_eval_include, frozenset(ours - scores.keys()), known.model_copy(update={"scores": scores}))
 
 
@@ -155,7 +155,7 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
                 if not names:
                     continue
                 with _quietly():
-                    found = simple_evaluate(
+                    results = simple_evaluate(
                         HFLM(pretrained=model, batch_size=at_once, chat_template_args=thinking, **around),
                         tasks=names,
                         task_manager=manager,
@@ -168,7 +168,7 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
                         fewshot_random_seed=SEED,
                         confirm_run_unsafe_code=False,
                     )
-                scores += parsed(found)
+                scores += parsed(results)
             return tuple(scores)
         except torch.OutOfMemoryError as exc:
             if at_once == 1:
@@ -180,20 +180,20 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
         torch.cuda.empty_cache()  # outside the handler, whose traceback keeps references to tensors
 
 
-def parsed(found: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
+def parsed(results: Mapping[str, Mapping[str, Any]]) -> Iterator[TaskScore]:
     """Yield the metrics of each task: lm-eval's keys are "metric,filter", and "metric_stderr,filter" for the error."""
-    for task, results in found["results"].items():
-        samples = found.get("samples", {}).get(task, [])
-        higher_is_better = found.get("higher_is_better", {}).get(task, {})
-        for key, value in results.items():
+    for task, of_task in results["results"].items():
+        samples = results.get("samples", {}).get(task, [])
+        higher_is_better = results.get("higher_is_better", {}).get(task, {})
+        for key, value in of_task.items():
             metric, comma, name = key.partition(",")
             if comma and not metric.endswith("_stderr"):
-                marks = [each.get(metric) for each in samples if each["filter"] == name]
+                marks = [sample.get(metric) for sample in samples if sample["filter"] == name]
                 yield TaskScore(
                     task=task,
                     metric=metric if name == "none" else f"{metric} ({name})",
                     value=_number(value),
-                    stderr=_number(results.get(f"{metric}_stderr,{name}")),
+                    stderr=_number(of_task.get(f"{metric}_stderr,{name}")),
                     lower_is_better=higher_is_better.get(metric) is False,
                     passes=tuple(mark == 1 for mark in marks) if all(mark in (0, 1) for mark in marks) else (),
                 )
@@ -246,7 +246,7 @@ def _with_room(batch_size: int, model: Any) -> int:
 def _sha256(folders: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted(each for each in folder.rglob("*") if each.is_file() and "__pycache__" not in each.parts):
+        for path in sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()

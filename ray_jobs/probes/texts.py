@@ -69,7 +69,7 @@ class Texts(ABC):
     def held_together(self) -> Self:
         return self
 
-    def run(self, subject: Subject, found: Findings) -> Read | None:
+    def run(self, subject: Subject, findings: Findings) -> Read | None:
         if subject.role not in self.roles:
             return None
         return Read(label_nll(subject.model, self.split, subject.batch_size, subject.chat.pad))
@@ -81,21 +81,21 @@ class Texts(ABC):
         return Outcome(whole.known, {role: {self.METRIC: whole.value(role)} for role in whole.known.nll})
 
     def read(self, shares: Sequence[Findings]) -> Self:
-        found = {role: in_order([share[role].nll for share in shares], len(self.split)) for role in self.roles}
-        return replace(self, known=self.known.model_copy(update={"nll": {**self.known.nll, **found}}))
+        nll = {role: in_order([share[role].nll for share in shares], len(self.split)) for role in self.roles}
+        return replace(self, known=self.known.model_copy(update={"nll": {**self.known.nll, **nll}}))
 
     def without_known(self, store: Store, config: RunConfig, contenders: Sequence[Contender]) -> Self:
         if not len(self.split):
             return self
 
-        def found(before: Evaluation) -> tuple[str, Mapping[Role, list[float]]] | None:
+        def losses_of(before: Evaluation) -> tuple[str, Mapping[Role, list[float]]] | None:
             losses: TextLosses | None = getattr(before, self.KIND)
             if losses is None or losses.text_sha256 != self.known.text_sha256:
                 return None
             return losses.base_format, losses.nll
 
-        nll = earlier_measurements(store, config, contenders, found)
-        roles = frozenset({each.role for each in on_the_first_base(contenders)} - nll.keys())
+        nll = earlier_measurements(store, config, contenders, losses_of)
+        roles = frozenset({contender.role for contender in on_the_first_base(contenders)} - nll.keys())
         return replace(self, roles=roles, known=self.known.model_copy(update={"nll": nll}))
 
 
@@ -124,7 +124,7 @@ def sha256(split: TokenizedSplit) -> str:
 
 def in_order(shares: Sequence[Sequence[T]], count: int) -> list[T]:
     """The first `count` items in their original order, from shares that were dealt out one by one (round-robin)."""
-    return [value for each in zip_longest(*shares) for value in each if value is not None][:count]
+    return [value for values in zip_longest(*shares) for value in values if value is not None][:count]
 
 
 # Sampling answers from a model at temperature 1, from the full distribution.
@@ -146,8 +146,8 @@ def sample(
         streams = [np.random.RandomState([seed, int(prompts.ids[index])]) for index in indices]
         chances_BN = np.stack([stream.random_sample(max_new_tokens) for stream in streams])
         drawing = LogitsProcessorList([Drawing(chances_BN, begun=max(map(len, batch)))])
-        found = generated(model, chat, batch, max_new_tokens, logits_processor=drawing)
-        for index, row in zip(indices, found.tolist(), strict=True):
+        tokens = generated(model, chat, batch, max_new_tokens, logits_processor=drawing)
+        for index, row in zip(indices, tokens.tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in chat.stops), len(row) - 1)
             result[index] = row[: end + 1]
 
@@ -237,14 +237,14 @@ class OwnAnswers(Texts):
     def value(self, role: Role) -> float | None:
         return self.known.above_base(role)
 
-    def run(self, subject: Subject, found: Findings) -> Read | None:
+    def run(self, subject: Subject, findings: Findings) -> Read | None:
         if not self.new_tokens:
-            return super().run(subject, found)
+            return super().run(subject, findings)
         if subject.role == "base":
             answers = sample(subject.model, subject.chat, self.split, subject.batch_size, self.new_tokens, seed=SEED)
         else:
-            answers = found["base"].answers
-        read = self.answered(answers).run(subject, found)
+            answers = findings["base"].answers
+        read = self.answered(answers).run(subject, findings)
         return read and replace(read, answers=answers if subject.role == "base" else None)
 
     def read(self, shares: Sequence[Findings]) -> Self:
@@ -291,9 +291,11 @@ def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
     # A record needs an answer; only its prompt is used.
     records = [
         Record(
-            str(number), [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(each["turns"])], "-"
+            str(number),
+            [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(prompt["turns"])],
+            "-",
         )
-        for number, each in enumerate(prompts)
+        for number, prompt in enumerate(prompts)
     ]
     tokenized = tokenize(records, chat, config.model.max_length - longest)
     rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]

@@ -50,7 +50,7 @@ def longest_answer(num_answer_tokens: npt.NDArray[np.int64]) -> int:
 
 def cut_short(num_reference_tokens: Sequence[int], max_new_tokens: int | None) -> str | None:
     """A warning that some references are longer than any answer can be; None if there are none."""
-    longer = 0 if max_new_tokens is None else sum(each > max_new_tokens for each in num_reference_tokens)
+    longer = 0 if max_new_tokens is None else sum(count > max_new_tokens for count in num_reference_tokens)
     if not longer:
         return None
     return (
@@ -88,13 +88,13 @@ def confusion(references: Sequence[str], answers: Sequence[str]) -> dict[str, li
     MAX_CLASSES distinct references, or fewer than two records per class on average.
     """
     shared = alike(references)
-    expected, given = ([label(each, shared) for each in texts] for texts in (references, answers))
+    expected, actual = ([label(text, shared) for text in texts] for texts in (references, answers))
     classes = [name for name, _ in Counter(expected).most_common()]
     if not 2 <= len(classes) <= min(MAX_CLASSES, len(expected) // 2):
         return None
     index = {name: place for place, name in enumerate(classes)}
     counts = [[0] * (len(classes) + 1) for _ in range(len(classes) + 1)]
-    for reference, answer in zip(expected, given, strict=True):
+    for reference, answer in zip(expected, actual, strict=True):
         counts[index[reference]][index.get(answer, len(classes))] += 1
     spellings = Counter(map(normal, references)).most_common()
     written = {label(text, shared): text for text, _ in reversed(spellings)}
@@ -113,7 +113,7 @@ def pairs_of(
     """Paired results of two models on the same records in one metric; `groups` names each record's group, if any."""
     chosen = metric_of(metric)
     ours, theirs = (
-        np.array([each.nll if chosen.column == "nll" else each.marks[chosen.key] for each in scores])
+        np.array([score.nll if chosen.column == "nll" else score.marks[chosen.key] for score in scores])
         for scores in (candidate, other)
     )
     weights = np.array(num_answer_tokens, dtype=np.float64) if chosen.per_token else np.ones(len(ours))
@@ -132,13 +132,13 @@ def paired_difference(
 
     Positive means that the candidate is better, whichever way the metric points. None where a number is not finite.
     """
-    found = bounds(pairs_of(candidate, other, num_answer_tokens, metric, groups), confidence=0.975)
-    if found is None:
+    estimate = bounds(pairs_of(candidate, other, num_answer_tokens, metric, groups), confidence=0.975)
+    if estimate is None:
         return None
-    ends = (found.lower, found.upper)
+    ends = (estimate.lower, estimate.upper)
     is_bounded = all(map(math.isfinite, ends))  # false where the models differ on hardly any record
     return PairedDifference(
-        metric=metric, difference=found.gain, ci95=ends if is_bounded else None, records=found.records
+        metric=metric, difference=estimate.gain, ci95=ends if is_bounded else None, records=estimate.records
     )
 
 
@@ -204,14 +204,14 @@ def json_valid(answer: str, reference: str) -> float:
     A single number is JSON too, but no valid answer where an object is asked for.
     """
     try:
-        found = json.loads(answer, parse_constant=int)  # NaN and Infinity are no JSON, nor integers
+        parsed = json.loads(answer, parse_constant=int)  # NaN and Infinity are no JSON, nor integers
     except (ValueError, RecursionError):
         return 0.0
     try:
-        wanted = json.loads(reference)
+        expected = json.loads(reference)
     except (ValueError, RecursionError):
         return 1.0
-    return float(not isinstance(wanted, (dict, list)) or type(found) is type(wanted))
+    return float(not isinstance(expected, (dict, list)) or type(parsed) is type(expected))
 
 
 MARKS: Mapping[str, Mark] = {
@@ -233,9 +233,9 @@ def named(keys: Iterable[str], alike: Collection[str] = ()) -> dict[str, Mark]:
 def _own(key: str) -> Mark:
     module, _, function = key.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-        if not callable(found):
-            raise AttributeError(f"{found!r} is no function")
+        metric = getattr(importlib.import_module(module), function)
+        if not callable(metric):
+            raise AttributeError(f"{metric!r} is no function")
     except (ImportError, AttributeError) as exc:
         raise ConfigError(
             f"the config names the metric {key}, which is not there: {exc}. Put {module} on the PYTHONPATH of the "
@@ -244,7 +244,7 @@ def _own(key: str) -> Mark:
 
     def mark(answer: str, reference: str) -> float:
         try:
-            value = float(found(answer, reference))
+            value = float(metric(answer, reference))
         except Exception as exc:  # the user's code, which may raise anything
             raise DataError(f"{key}({answer!r}, {reference!r}) failed: {type(exc).__name__}: {exc}") from exc
         if not (math.isfinite(value) and 0 <= value <= 1):

@@ -102,7 +102,7 @@ class Reader:
 
         `put` receives each step's tokens, one for each prompt that is still being answered.
         """
-        found: list[list[int]] = [[] for _ in most]
+        answers: list[list[int]] = [[] for _ in most]
         rows = list(range(len(most)))
         while rows:
             behind = _behind(read, read.is_token_BT.new_ones(len(rows), 1))
@@ -110,14 +110,16 @@ class Reader:
             read = Read(behind["cache"], behind["attention_mask"], logits.float().argmax(-1))
             put(read.last_B)
             for row, token in zip(rows, read.last_B.tolist(), strict=True):
-                found[row].append(token)
+                answers[row].append(token)
             going = [
-                place for place, row in enumerate(rows) if found[row][-1] not in stops and len(found[row]) < most[row]
+                place
+                for place, row in enumerate(rows)
+                if answers[row][-1] not in stops and len(answers[row]) < most[row]
             ]
             if len(going) < len(rows):
                 rows = [rows[place] for place in going]
                 read = read.take(going)
-        return found
+        return answers
 
     def _read(self, read: Read, texts: Sequence[Tokens]) -> Read:
         width = max(map(len, texts))
@@ -142,9 +144,9 @@ def _behind(read: Read, is_token_BS: torch.Tensor) -> dict[str, Any]:
 
 def _to_grow(cache: DynamicCache) -> DynamicCache:
     """A copy of the cache that can grow: updates create new tensors, so keys and values need not be copied here."""
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
-    return found
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 logger = logging.getLogger(__name__)
@@ -248,10 +250,10 @@ def greedy(
         batch = [prompts[index] for index in indices]
         words = None if on_text is None else _Words(chat, on_text, on_token)
         if reader is None:
-            found = [*map(chat.text_of, generated(model, chat, batch, max_new_tokens, streamer=words).tolist())]
+            texts = [*map(chat.text_of, generated(model, chat, batch, max_new_tokens, streamer=words).tolist())]
         else:
-            found = answers_to(reader, reader.read(batch), batch, chat, max_new_tokens, words)
-        for index, text in zip(indices, found, strict=True):
+            texts = answers_to(reader, reader.read(batch), batch, chat, max_new_tokens, words)
+        for index, text in zip(indices, texts, strict=True):
             result[index] = text
         advance(len(indices))
 
@@ -313,10 +315,10 @@ def answers_to(
     most = [_most(max_new_tokens, reach, len(prompt)) for prompt in prompts]
     if words is not None:
         words.put(torch.zeros(1))  # TextStreamer skips the first value, which it takes for the prompt
-    found = reader.greedy(read, chat.stops, most, put=words.put if words is not None else lambda _: None)
+    answers = reader.greedy(read, chat.stops, most, put=words.put if words is not None else lambda _: None)
     if words is not None:
         words.end()
-    return [*map(chat.text_of, found)]
+    return [*map(chat.text_of, answers)]
 
 
 def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, **given: Any) -> Any:
@@ -449,12 +451,12 @@ def _reading_once(
         these = [prompts[index] for index in indices]
         places: dict[int | None, int] = {int(index): place for place, index in enumerate(indices)}
         read = reader.read(these)
-        for part, numbers_of, found in zip(parts, asked, nll, strict=True):
+        for part, numbers_of, losses in zip(parts, asked, nll, strict=True):
             rows = [row for row, number in enumerate(numbers_of) if number in places]
             for some in (rows[start : start + len(these)] for start in range(0, len(rows), len(these))):
                 behind = read.take([places[numbers_of[row]] for row in some])
                 for row, loss in zip(some, reader.nll(behind, [part.answer(row) for row in some]), strict=True):
-                    found[row] = loss
+                    losses[row] = loss
         answers = answers_to(reader, read, these, chat, max_new_tokens)
         own = [row for row, number in enumerate(asked[0]) if number in places]
         for row in own:
@@ -466,10 +468,10 @@ def _reading_once(
     longest = int(lengths.max()) + max(max_new_tokens, int(max(part.num_answer_tokens.max() for part in parts)))
     at_once = with_room(batch_size, model.config, 2 * longest, free_bytes(model.device))
     in_batches(lengths, at_once, measure)
-    for part, numbers_of, found in zip(parts, asked, nll, strict=True):
+    for part, numbers_of, losses in zip(parts, asked, nll, strict=True):
         cut = [row for row, number in enumerate(numbers_of) if number is None]  # to fit another's answer
         for row, loss in zip(cut, label_nll(model, part.take(cut), batch_size, chat.pad), strict=True):
-            found[row] = loss
+            losses[row] = loss
     return nll, texts
 
 

@@ -80,9 +80,9 @@ class Probe(Protocol):
     def held_together(self) -> "Probe":
         """The probe for workers that shard the base, where every forward pass is a collective operation."""
 
-    def run(self, subject: Subject, found: Findings) -> Any | None:
-        """Measure a model on this share; None if its result is known already. `found` holds the results of the models
-        measured before, the base first."""
+    def run(self, subject: Subject, findings: Findings) -> Any | None:
+        """Measure a model on this share; None if its result is known already. `findings` holds the results of the
+        models measured before, the base first."""
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
         """The outcome over all shares, among which the items were dealt in turn, and over what was known before."""
@@ -93,11 +93,11 @@ Probes = Mapping[str, Probe]
 NO_PROBES: Probes = {}
 
 
-def run_all(probes: Probes, subject: Subject, found: Mapping[str, Findings]) -> None:
-    """Measure a model with each probe, and add the results to `found`."""
+def run_all(probes: Probes, subject: Subject, findings: Mapping[str, Findings]) -> None:
+    """Measure a model with each probe, and add the results to `findings`."""
     for key, probe in probes.items():
-        if (said := probe.run(subject, found[key])) is not None:
-            found[key][subject.role] = said
+        if (finding := probe.run(subject, findings[key])) is not None:
+            findings[key][subject.role] = finding
 
 
 class HeldBase:
@@ -190,9 +190,9 @@ def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Con
 
     Raises as `resolve` and `recorded.read` do.
     """
-    found = resolve(store, f"{config.adapter.name}@{version}")
-    theirs = recorded.read(config, store, found)
-    return Contender(role, theirs.config, found, theirs.base_identity, theirs.stands_on_sha256)
+    published = resolve(store, f"{config.adapter.name}@{version}")
+    theirs = recorded.read(config, store, published)
+    return Contender(role, theirs.config, published, theirs.base_identity, theirs.stands_on_sha256)
 
 
 # What earlier runs measured of this run's contenders is not measured again. A contender on another base than the first
@@ -201,7 +201,7 @@ def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Con
 
 def on_the_first_base(contenders: Sequence[Contender]) -> list[Contender]:
     """The contenders that share the first one's base."""
-    return [each for each in contenders if each.base_identity == contenders[0].base_identity]
+    return [contender for contender in contenders if contender.base_identity == contenders[0].base_identity]
 
 
 def earlier_evaluations(store: Store, contenders: Sequence[Contender]) -> Iterator[tuple[Role, Evaluation, bool]]:
@@ -221,13 +221,13 @@ def earlier_measurements(
     store: Store,
     config: RunConfig,
     contenders: Sequence[Contender],
-    found: Callable[[Evaluation], tuple[str, Mapping[Any, T]] | None],
+    measurements_of: Callable[[Evaluation], tuple[str, Mapping[Any, T]] | None],
 ) -> dict[Role, T]:
-    """Earlier runs' measurements, by the roles of this run. `found` returns the format of an earlier run's base and its
-    measurements by that run's roles, or None if the run did not measure this."""
+    """Earlier runs' measurements, by the roles of this run. `measurements_of` returns the format of an earlier run's
+    base and its measurements by that run's roles, or None if the run did not measure this."""
     result: dict[Role, T] = {}
     for role, before, same_base in earlier_evaluations(store, contenders):
-        base_format, by_role = found(before) or ("", {})
+        base_format, by_role = measurements_of(before) or ("", {})
         if "candidate" in by_role:
             result[role] = by_role["candidate"]
         if "base" in by_role and same_base and base_format == config.method.row.base:
@@ -324,14 +324,17 @@ def local_contenders(
         DataError: no record fits.
     """
     with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
-        found = [_local(contender, records, Path(scratch) / contender.role) for contender in contenders]
-        fitting = set.intersection(*(set(each.split.ids) for each in found))
+        local = [_local(contender, records, Path(scratch) / contender.role) for contender in contenders]
+        fitting = set.intersection(*(set(contender.split.ids) for contender in local))
         kept = [record for record in records if record.id in fitting]
         if not kept:
             limit = contenders[-1].config.model.max_length
             raise DataError(f"no held-out record fits model.max_length {limit}: raise it")
-        rows_of = {each.role: [row for row, name in enumerate(each.split.ids) if name in fitting] for each in found}
-        yield kept, [replace(each, split=each.split.take(rows_of[each.role])) for each in found]
+        rows_of = {
+            contender.role: [row for row, name in enumerate(contender.split.ids) if name in fitting]
+            for contender in local
+        }
+        yield kept, [replace(contender, split=contender.split.take(rows_of[contender.role])) for contender in local]
 
 
 def measure_shard(
@@ -357,22 +360,22 @@ def measure_shard(
         progress = Progress(2 * len(kept) * len(contenders), prints=shard_index == 0)
         held, seen = held or HeldBase(), 0
         scores: dict[Role, list[Score]] = {}
-        found: dict[str, Findings] = {key: {} for key in probes}
-        for each in local:
-            base = each.load_base(kernels, load=held.load)
+        findings: dict[str, Findings] = {key: {} for key in probes}
+        for contender in local:
+            base = contender.load_base(kernels, load=held.load)
             if held.num_loaded != seen:
                 kernels.hold_dense_if_room(base, sharers=candidate.ray.max_workers)
                 seen = held.num_loaded
-            progress.role = each.role
-            model = kernels.adopt(build.load(base, each.adapter)) if each.adapter else base
+            progress.role = contender.role
+            model = kernels.adopt(build.load(base, contender.adapter)) if contender.adapter else base
             try:
-                scores[each.role] = each.scores(model, kept, range(len(kept)), progress)
-                run_all(probes, each.subject(model), found)
+                scores[contender.role] = contender.scores(model, kept, range(len(kept)), progress)
+                run_all(probes, contender.subject(model), findings)
             finally:
-                if each.adapter:
+                if contender.adapter:
                     model.unload()  # removes the adapter from the base
             del base, model  # another base may need the memory
-        return ShardResult(local[-1].answer_tokens, scores, [found], progress.first_scored_at, kernels.dtype)
+        return ShardResult(local[-1].answer_tokens, scores, [findings], progress.first_scored_at, kernels.dtype)
 
 
 def _local(contender: Contender, records: Sequence[Record], folder: Path) -> LocalContender:
@@ -432,32 +435,32 @@ def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
     wanted = 0
     for role, margin in margins.items():
         pairs = compared.get(role)
-        found = bounds(pairs, CLEAR) if pairs and margin else None
-        if found is None or found.upper < -margin:
+        estimate = bounds(pairs, CLEAR) if pairs and margin else None
+        if estimate is None or estimate.upper < -margin:
             continue
         if role == "champion" and pairs is not None and not pairs.are_binary:
             least = policy.records_to_replace(float(pairs.theirs.sum() / pairs.weights.sum()))
             lacking = least / pairs.num_effective
-            wanted = max(wanted, math.ceil(found.records * lacking) if lacking > 1 else 0)
-        if found.lower >= -margin:
+            wanted = max(wanted, math.ceil(estimate.records * lacking) if lacking > 1 else 0)
+        if estimate.lower >= -margin:
             continue
-        wanted = max(wanted, records_to_decide(replace(found, gain=0.0), -margin, policy.confidence) or 0)
+        wanted = max(wanted, records_to_decide(replace(estimate, gain=0.0), -margin, policy.confidence) or 0)
     return wanted
 
 
 def further(
-    config: RunConfig, records: Sequence[Record], left: Sequence[Record], found: "ShardResult"
+    config: RunConfig, records: Sequence[Record], left: Sequence[Record], measured: "ShardResult"
 ) -> Sequence[Record]:
     """Those `left` to measure as well: as many as a decision needs, up to `evaluate.max_records` in all."""
     if not left:
         return ()
-    policy, groups = config.gate, [record.group for record in found.order(records)]
-    ours, relative = found.scores["candidate"], policy.margins == "relative"
+    policy, groups = config.gate, [record.group for record in measured.order(records)]
+    ours, relative = measured.scores["candidate"], policy.margins == "relative"
     compared = {
-        role: pairs_of(ours, theirs, [*found.tokens.values()], policy.metric, groups, relative=relative)
-        for role, theirs in found.scores.items()
+        role: pairs_of(ours, theirs, [*measured.tokens.values()], policy.metric, groups, relative=relative)
+        for role, theirs in measured.scores.items()
         if role not in ("candidate", "base")
     }
-    wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(found.tokens)
+    wanted = min(records_wanted(policy, compared), config.evaluate.max_records) - len(measured.tokens)
     # A single record is not enough: its answer is also scored behind another record's prompt.
     return left[:wanted] if min(wanted, len(left)) > 1 else ()

@@ -49,10 +49,10 @@ def swept_methods(config: RunConfig) -> list[str]:
         ConfigError: one of them has no legal config.
     """
     names = config.tune.methods or [config.method.name]
-    found: list[str] = sorted(dict.fromkeys(names), key=lambda name: METHODS[name].base)
-    for method in found:
+    methods: list[str] = sorted(dict.fromkeys(names), key=lambda name: METHODS[name].base)
+    for method in methods:
         at_rate(config, method, prior_rate(config, method))
-    return found
+    return methods
 
 
 def prior_rate(config: RunConfig, method: str) -> float:
@@ -221,20 +221,20 @@ class Plan:
 
     def losses(self, method: str) -> dict[int, float]:
         """The mean loss at each place whose trials have all ended; infinite where one diverged, or all failed."""
-        found = {}
+        means = {}
         for place in self._grids[method].places:
             trials = [self.trials[point.name] for point in self._at(method, place) if point.name in self.trials]
             if len(trials) == self._config.tune.seeds:
                 losses = [math.inf if trial.loss is None else trial.loss for trial in trials if trial.is_outcome]
-                found[place] = sum(losses) / len(losses) if losses else math.inf
-        return found
+                means[place] = sum(losses) / len(losses) if losses else math.inf
+        return means
 
     def seeds_of(self, method: str) -> list[Trial]:
         """The finished trials of the method in the comparison of methods, in the order of their seeds."""
         trials = [self.trials.get(point.name) for point in self._compared(method)]
         return [trial for trial in trials if trial is not None and trial.status == "finished"]
 
-    def found(self, method: str, memory_bytes: int | None = None) -> Tuned | None:
+    def tuned(self, method: str, memory_bytes: int | None = None) -> Tuned | None:
         """The sweep's result for the method; None where no rate has a finite loss."""
         losses = self.losses(method)
         best = best_place(losses) if losses else 0

@@ -114,7 +114,7 @@ def run_trial(
 
     course = Course(Trial.model_validate(given["trial"]), free_since=_HELD.free_since)
     store = Store.open(spec.registry)
-    train_split, validation = (token_store.load(store, each) for each in (train_tokens, validation_tokens))
+    train_split, validation = (token_store.load(store, tokens) for tokens in (train_tokens, validation_tokens))
     try:
         trained = train_trial(spec, course, (train_split, validation), passages, _HELD, report)
     finally:

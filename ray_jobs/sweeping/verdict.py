@@ -33,7 +33,7 @@ def interval(nll_KN: npt.ArrayLike, tokens_N: npt.ArrayLike) -> tuple[float, flo
     variance = sum(part for part, _ in parts)
     if variance <= 0:
         return mean, mean, mean
-    freedom = variance**2 / sum(part**2 / each for part, each in parts)
+    freedom = variance**2 / sum(part**2 / free for part, free in parts)
     reach = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance))
     return mean, mean - reach, mean + reach
 
@@ -50,9 +50,9 @@ def forgotten_by(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | 
     before = [trial.general_text for trial in trials if trial.general_text and "base" in trial.general_text.nll]
     if not after or not before or len(after[0].tokens) < 2:
         return None
-    base = min(before, key=lambda each: each.base_format != after[0].base_format)
+    base = min(before, key=lambda text: text.base_format != after[0].base_format)
     tokens, base_nll_N = base.tokens, np.asarray(base.nll["base"])
-    nll_KN = np.asarray([each.nll["candidate"] for each in after])
+    nll_KN = np.asarray([text.nll["candidate"] for text in after])
     rise, *ends = interval(nll_KN - base_nll_N, tokens)
     return Forgotten(
         base_format=base.base_format,
@@ -108,8 +108,8 @@ token."""
 def advised(comparisons: Sequence[MethodComparison], reference: str) -> str:
     """The advised method: of those whose whole interval lies above the margin, the one with the largest gain; else the
     reference."""
-    clearly = [each for each in comparisons if each.ci95[0] > MARGIN]
-    return max(clearly, key=lambda each: each.gain).method if clearly else reference
+    clearly = [compared for compared in comparisons if compared.ci95[0] > MARGIN]
+    return max(clearly, key=lambda compared: compared.gain).method if clearly else reference
 
 
 def rate_sentence(tuned: Tuned) -> str:
@@ -123,27 +123,27 @@ def rate_sentence(tuned: Tuned) -> str:
     return f"{text}; {tuned.gain_over_prior:.4f} better than {tuned.prior:.3g}, the rate in force"
 
 
-def comparison_sentence(each: MethodComparison) -> str:
+def comparison_sentence(arm: MethodComparison) -> str:
     """One sentence on a method against the reference."""
-    low, high = each.ci95
-    direction = "better" if each.gain > 0 else "worse"
+    low, high = arm.ci95
+    direction = "better" if arm.gain > 0 else "worse"
     certain = "which is more than chance" if low > 0 or high < 0 else "which may be chance"
     cost = ", ".join(
         f"{ratio:.2f} times the {what}"
-        for ratio, what in ((each.time_ratio, "time of a step"), (each.memory_ratio, "memory"))
+        for ratio, what in ((arm.time_ratio, "time of a step"), (arm.memory_ratio, "memory"))
         if ratio
     )
     return (
-        f"{each.method} is {abs(each.gain):.4f} nats per answer token {direction} than {each.reference} "
-        f"(95 % interval of the gain {low:+.4f} to {high:+.4f}, {each.seeds} seeds, {each.records} records), {certain}"
+        f"{arm.method} is {abs(arm.gain):.4f} nats per answer token {direction} than {arm.reference} "
+        f"(95 % interval of the gain {low:+.4f} to {high:+.4f}, {arm.seeds} seeds, {arm.records} records), {certain}"
         + (f"; it takes {cost}" if cost else "")
-        + SERVED[each.servable_as]
+        + SERVED[arm.servable_as]
     )
 
 
 def forgotten_sentence(tuned: Sequence[Tuned]) -> str:
     """One sentence on what the methods forget; empty where it was not measured."""
-    measured = [(each.method, each.forgotten) for each in tuned if each.forgotten]
+    measured = [(arm.method, arm.forgotten) for arm in tuned if arm.forgotten]
     if not measured:
         return ""
     rises = ", ".join(
@@ -159,11 +159,11 @@ def verdict(best: Tuned, tuned: Sequence[Tuned], comparisons: Sequence[MethodCom
     if not comparisons:
         return f"{rate_sentence(best)}."
     chosen = advised(comparisons, reference)
-    others = ". ".join(comparison_sentence(each) for each in comparisons) + f".{forgotten_sentence(tuned)}"
+    others = ". ".join(map(comparison_sentence, comparisons)) + f".{forgotten_sentence(tuned)}"
     if chosen == reference:
         least = f"no method's interval lies above the margin of {MARGIN:g} nats"
         return f"Keep {reference}: tuned alike, {least}. {others}"
-    (gained,) = (each for each in comparisons if each.method == chosen)
+    (gained,) = (compared for compared in comparisons if compared.method == chosen)
     return (
         f"Take {chosen}: its gain over {reference} is at least {gained.ci95[0]:.4f} nats per answer token, more than "
         f"the margin of {MARGIN:g}. {others}"
@@ -192,7 +192,7 @@ def row(trial: Trial) -> str:
 def cause(message: str) -> str:
     """The cause of a failure in one line, from Ray's report: a traceback, or a message that a process died."""
     _, *lines = [line for line in message.splitlines() if line.strip()] or [""]
-    errors = [found for line in lines if (found := _ERROR.match(line))]
+    errors = [error for line in lines if (error := _ERROR.match(line))]
     if errors:
         return errors[-1]["text"] if errors[-1]["module"] == f"{FineloopError.__module__}." else errors[-1]["whole"]
     return lines[0] if lines else "it said nothing"

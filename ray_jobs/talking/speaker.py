@@ -147,9 +147,9 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
         pull_version(store, version, folder)
         chat_as = chat_format.load(base, own.model, folder)
         adapted = kernels.adopt(build.load(model, folder)).eval()
-    for each in (adapted, alone):
-        if each is not None:
-            door.adopt_single_rows(each)
+    for loaded in (adapted, alone):
+        if loaded is not None:
+            door.adopt_single_rows(loaded)
     how = (chat_as, own.model.max_length, its_run.max_new_tokens or LONGEST_ANSWER)
     speakers = [Speaker(name, *how, adapted)]
     return [*speakers, Speaker("base", *how, alone or adapted, is_base=True)] if with_base else speakers

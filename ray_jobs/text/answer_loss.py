@@ -125,12 +125,12 @@ def _in_chunks(
     **given: Any,
 ) -> Tensor:
     """`next_token_nll` in one forward pass, in which the head computes the losses in chunks and returns no logits."""
-    found: list[Tensor] = []
+    losses: list[Tensor] = []
     forward = head.forward
 
     def loss(hidden: Tensor) -> Tensor:
         rows = hidden[wanted]
-        found.append(_ChunkedNll.apply(rows, targets, lambda chunk: after(forward(chunk)), positions))
+        losses.append(_ChunkedNll.apply(rows, targets, lambda chunk: after(forward(chunk)), positions))
         return forward(rows[:1].detach())  # the rest of the model's forward gets one row of logits
 
     before = head.__dict__.get("forward")
@@ -141,7 +141,7 @@ def _in_chunks(
         del head.forward
         if before is not None:
             head.forward = before
-    return found[0]
+    return losses[0]
 
 
 class _ChunkedNll(torch.autograd.Function):
@@ -252,9 +252,11 @@ def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) 
         for record, flags in zip(records, labelled, strict=True)
     ]
     ignored = np.full(common, IGNORED)
-    row = torch.from_numpy(np.concatenate([ignored, *(each[common:] for each in targets)]))
+    row = torch.from_numpy(np.concatenate([ignored, *(tokens[common:] for tokens in targets)]))
     return Row(
-        input_ids=torch.from_numpy(np.concatenate([records[0][:common], *(each[common:] for each in records)]))[None],
+        input_ids=torch.from_numpy(np.concatenate([records[0][:common], *(tokens[common:] for tokens in records)]))[
+            None
+        ],
         targets=row[None],
         packing=Packing(
             common, tuple(length - common for length in lengths), read=(row != IGNORED).nonzero().flatten()

@@ -45,14 +45,14 @@ def _read_whole(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list
     """
     encodings = _encode(tokenizer, ["".join(row) for row in rows]).encodings or [] if rows else []
     added = frozenset(tokenizer.added_tokens_decoder)
-    found = [_borders(row, encoding, added) for row, encoding in zip(rows, encodings, strict=False)]
-    tails = list(dict.fromkeys(tail for borders in found for _, _, tail in borders or ()))
+    borders = [_borders(row, encoding, added) for row, encoding in zip(rows, encodings, strict=False)]
+    tails = list(dict.fromkeys(tail for of_row in borders for _, _, tail in of_row or ()))
     reads = dict(zip(tails, _encode(tokenizer, tails)["input_ids"], strict=True)) if tails else {}
     result: list[list[list[int]] | None] = [None] * len(rows)
-    for place, borders in enumerate(found):
+    for place, of_row in enumerate(borders):
         ids = encodings[place].ids
-        if borders is not None and all(ids[start:end] == reads[tail] for start, end, tail in borders):
-            result[place] = [ids[a:b] for a, b in pairwise([0, *(end for _, end, _ in borders), len(ids)])]
+        if of_row is not None and all(ids[start:end] == reads[tail] for start, end, tail in of_row):
+            result[place] = [ids[a:b] for a, b in pairwise([0, *(end for _, end, _ in of_row), len(ids)])]
     rest = iter(_read_from_beginnings(tokenizer, [row for row, pieces in zip(rows, result, strict=True) if not pieces]))
     return [pieces or next(rest) for pieces in result]
 
@@ -60,7 +60,7 @@ def _read_whole(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list
 def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[tuple[int, int, str]] | None:
     """The borders between a row's pieces: the index of the last added token before each, or 0, the index of the first
     token after it, and the text between the two. None where a border does not lie between two tokens."""
-    text, ids, found, end = "".join(row), encoding.ids, [], 0
+    text, ids, borders, end = "".join(row), encoding.ids, [], 0
     for piece in row[:-1]:
         end += len(piece)
         # A byte-level tokenizer makes spaces before a word part of its token, but excludes them from its offsets.
@@ -68,8 +68,8 @@ def _borders(row: Sequence[str], encoding: Any, added: frozenset[int]) -> list[t
         if not behind:
             return None
         start = next((place for place in range(behind - 1, 0, -1) if ids[place] in added), 0)
-        found.append((start, behind, text[encoding.token_to_chars(start)[0] if start else 0 : end]))
-    return found
+        borders.append((start, behind, text[encoding.token_to_chars(start)[0] if start else 0 : end]))
+    return borders
 
 
 def _read_from_beginnings(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
@@ -114,12 +114,14 @@ def fitted(
 
     `excess` returns by how many tokens a row is too long. None for a record that cannot be shortened enough.
     """
-    found: list[tuple[Record, Pieces] | None] = [None] * len(too_long)
+    shortened: list[tuple[Record, Pieces] | None] = [None] * len(too_long)
     pending = dict(enumerate(too_long))
     for _ in range(MOST_TRIES):
-        shorter = {place: each for place, row in pending.items() if (each := _shorter(*row, chat, excess)) is not None}
+        shorter = {
+            place: record for place, row in pending.items() if (record := _shorter(*row, chat, excess)) is not None
+        }
         rows = [chat.rows(record, loss_on) for record in shorter.values()]
-        shorter = {place: each for (place, each), row in zip(shorter.items(), rows, strict=True) if len(row) == 1}
+        shorter = {place: record for (place, record), row in zip(shorter.items(), rows, strict=True) if len(row) == 1}
         texts = [row[0] for row in rows if len(row) == 1]
         if not texts:
             break
@@ -128,8 +130,8 @@ def fitted(
             if excess(pieces) > 0:
                 pending[place] = record, pieces
             else:
-                found[place] = record, pieces
-    return found
+                shortened[place] = record, pieces
+    return shortened
 
 
 def _shorter(record: Record, pieces: Pieces, chat: ChatFormat, excess: Callable[[Pieces], int]) -> Record | None:
@@ -205,7 +207,7 @@ class TokenizedSplit:
     @property
     def digest(self) -> str:
         return hashlib.sha256(
-            b"".join(each.tobytes() for each in (self.offsets, self.tokens, self.labelled))
+            b"".join(column.tobytes() for column in (self.offsets, self.tokens, self.labelled))
         ).hexdigest()
 
     def prompt(self, row: int) -> npt.NDArray[np.int32]:
@@ -222,9 +224,9 @@ class TokenizedSplit:
         return replace(
             self,
             ids=[self.ids[i] for i in indices],
-            tokens=np.concatenate([self.tokens[:0], *(self.tokens[each] for each in chosen)]),
-            labelled=np.concatenate([self.labelled[:0], *(self.labelled[each] for each in chosen)]),
-            offsets=_offsets([each.stop - each.start for each in chosen]),
+            tokens=np.concatenate([self.tokens[:0], *(self.tokens[span] for span in chosen)]),
+            labelled=np.concatenate([self.labelled[:0], *(self.labelled[span] for span in chosen)]),
+            offsets=_offsets([span.stop - span.start for span in chosen]),
             num_prompt_tokens=self.num_prompt_tokens[rows],
             answers=None if self.answers is None else self.answers[rows],
         )
@@ -263,9 +265,9 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
         # Records with one row per answer are not shortened: a shorter conversation would have other rows.
         alone = [place for place, (_, num_rows) in enumerate(owners) if is_cut[place] and num_rows == 1]
         shorter = fitted([(owners[place][0], read[place]) for place in alone], chat, loss_on, excess)
-        for place, found in zip(alone, shorter, strict=True):
-            if found is not None:
-                left, read[place] = found
+        for place, fitting in zip(alone, shorter, strict=True):
+            if fitting is not None:
+                left, read[place] = fitting
                 cut_system += [left.id] if _systems(left) != _systems(owners[place][0]) else []
         rows, labels = [tokens[0]], [labelled[0]]
         for place, (record, _) in enumerate(owners):

@@ -26,12 +26,12 @@ def joints(prompt: Prompt, bos: str) -> Joints | None:
     `bos` is removed from the beginning, as the program that reads the GGUF adds it. None where the text around a turn
     depends on more than its role and the previous role. Without system turns if the template refuses or drops them.
     """
-    found = _joints(prompt, ALONE, bos)
-    return None if found is None else _joints(prompt, ALONE + WITH_SYSTEM, bos) or found
+    alone = _joints(prompt, ALONE, bos)
+    return None if alone is None else _joints(prompt, ALONE + WITH_SYSTEM, bos) or alone
 
 
 def _joints(prompt: Prompt, conversations: Sequence[Sequence[str]], bos: str) -> Joints | None:
-    found: dict[tuple[str, str], str] = {}
+    written: dict[tuple[str, str], str] = {}
     for roles in conversations:
         texts = [f"0xTEXT{place}x" for place in range(len(roles))]
         turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
@@ -40,9 +40,9 @@ def _joints(prompt: Prompt, conversations: Sequence[Sequence[str]], bos: str) ->
         if re.findall("0xTEXT[0-9]x", shown) != texts:
             return None
         for pair, piece in zip(pairwise(["", *roles, ""]), pieces, strict=True):
-            if found.setdefault(pair, piece) != piece:
+            if written.setdefault(pair, piece) != piece:
                 return None
-    return found
+    return written
 
 
 def go_template(joints: Joints) -> str:

@@ -466,7 +466,7 @@ def resume(
     copy_weights(adapter, engine.module)
     for (master, _), state in zip(zero.master_partitions(engine), states, strict=True):
         master.data.copy_(state["master"].view_as(master))
-        zero.restore(engine.optimizer.optimizer, master, {n: each for n, each in state.items() if n != "master"})
+        zero.restore(engine.optimizer.optimizer, master, {n: tensor for n, tensor in state.items() if n != "master"})
     if progress.loss_scale is not None and engine.fp16_enabled():
         engine.optimizer.loss_scale = progress.loss_scale
     by = f" of {counted(progress.num_workers, 'worker')}" if progress.num_workers != fresh.num_workers else ""
@@ -533,4 +533,4 @@ def _parts(store: Store, key: str, scratch: Path, num_workers: int, first: int) 
             for stored in file.keys():  # noqa: SIM118 - the file is no dict, and has no other way
                 index, _, name = stored.partition(".")
                 states.setdefault(int(index), {})[name] = file.get_tensor(stored)
-        yield Part([Piece(*each) for each in pieces], [states[index] for index in sorted(states)])
+        yield Part([Piece(*fields) for fields in pieces], [states[index] for index in sorted(states)])

@@ -139,18 +139,18 @@ def _trained(
     result = runs.find(Store.open(spec.registry), spec.run_id, TrainResult) if rank == 0 else None
     if result is None or result.began_at != stopwatch.began_at:
         result = None
-    if (known := together.from_rank_0(result and result.model_dump(mode="json"), group)) is not None:
-        return known
+    if (finished := together.from_rank_0(result and result.model_dump(mode="json"), group)) is not None:
+        return finished
     # Passed as references: deserialising these objects imports more than the controller needs.
     tokens = tuple(ray.get([arguments["train_tokens"], arguments["eval_tokens"]]))
-    found = together.from_rank_0(train(spec, tokens, stopwatch, load=held.load), group)
+    trained = together.from_rank_0(train(spec, tokens, stopwatch, load=held.load), group)
     if rank == 0:
-        say("finetune", f"published {spec.adapter.name} {found['version']} as {found['version_uri']}")
+        say("finetune", f"published {spec.adapter.name} {trained['version']} as {trained['version_uri']}")
         if is_measured:
             say("finetune", TRAINED)
     held.strip()
     door.give_back()
-    return found
+    return trained
 
 
 def _measured_in_turn(task: Task, held: HeldBase, here: Worker, group: "ProcessGroup | None") -> ShardResult:
@@ -195,7 +195,7 @@ def _measured(
 
 
 def _as_plain(result: ShardResult) -> Any:
-    return _PLAIN.dump_python([getattr(result, each.name) for each in fields(ShardResult)])
+    return _PLAIN.dump_python([getattr(result, part.name) for part in fields(ShardResult)])
 
 
 def from_plain(plain: Any) -> ShardResult:
@@ -224,22 +224,22 @@ def measure_shards(
         probed: dict[str, Findings] = {key: {} for key in probes}
         progress = Progress(2 * len(mine) * len(contenders), prints=worker.rank == 0)
         scores: dict[Role, list[Score]] = {}
-        for each in local:
-            progress.role = each.role
-            with zero.sharding(each.config, each.dtype):
-                model = each.load_base(worker.kernels, in_host_memory=True)
-                if each.adapter:
-                    model = worker.kernels.adopt(build.load(model, each.adapter))
-                with zero.for_inference(model.eval(), each.config, each.dtype) as sharded:
-                    scores[each.role] = each.scores(sharded, kept, mine, progress)
-                    run_all(my_probes, each.subject(sharded), probed)
+        for contender in local:
+            progress.role = contender.role
+            with zero.sharding(contender.config, contender.dtype):
+                model = contender.load_base(worker.kernels, in_host_memory=True)
+                if contender.adapter:
+                    model = worker.kernels.adopt(build.load(model, contender.adapter))
+                with zero.for_inference(model.eval(), contender.config, contender.dtype) as sharded:
+                    scores[contender.role] = contender.scores(sharded, kept, mine, progress)
+                    run_all(my_probes, contender.subject(sharded), probed)
         own = ShardResult(local[-1].answer_tokens, scores, [probed], progress.first_scored_at, worker.kernels.dtype)
         parts = [from_plain(plain) for plain in together.all_gather(_as_plain(own))]
     every: dict[Role, dict[int, Score]] = {role: {} for role in scores}
     for rank, part in enumerate(parts):
         rows = _rows(len(kept), rank, worker.num_workers)
-        for role, found in part.scores.items():
-            every[role].update(zip(rows, found, strict=True))
+        for role, of_shard in part.scores.items():
+            every[role].update(zip(rows, of_shard, strict=True))
     whole = {role: [of_row[row] for row in sorted(of_row)] for role, of_row in every.items()}
     return replace(own, scores=whole, shares=[share for part in parts for share in part.shares])
 

@@ -194,9 +194,9 @@ class MetricsLog:
         self._key, self._restarts_key = (runs.run_key(run_id, name) for name in (runs.METRICS, runs.RESTARTS))
         self.restarts = self.steps_repeated = 0
         self._points: list[_Point] = []
-        if found := store.read(self._key):
+        if stored := store.read(self._key):
             # After a restart the metrics continue; points after the checkpoint are replaced as steps are repeated.
-            self._points = [_point(json.loads(line)) for line in found[0].splitlines()]
+            self._points = [_point(json.loads(line)) for line in stored[0].splitlines()]
             with contextlib.suppress(ObjectMissing, IntegrityError, LookupError, TypeError, ValueError):
                 counts = store.get_json(self._restarts_key)
                 self.restarts, self.steps_repeated = int(counts["restarts"]), int(counts["steps_repeated"])

@@ -250,9 +250,9 @@ def export_card(method: str, record: Mapping[str, Any]) -> str:
         )
     library = {"merged": "transformers", "gguf": "gguf", "lora": "peft"}[form]
     figures = "".join(
-        f"| {MEASURED[name]} | {found['argmax_agreement']:.2%} | {found['max_abs_logit_difference']:.3g} "
-        f"| {found['mean_kl_nats']:.3g} |\n"
-        for name, found in parity.items()
+        f"| {MEASURED[name]} | {agreement['argmax_agreement']:.2%} | {agreement['max_abs_logit_difference']:.3g} "
+        f"| {agreement['mean_kl_nats']:.3g} |\n"
+        for name, agreement in parity.items()
         if name in MEASURED
     )
     return f"""---

@@ -31,7 +31,7 @@ class Stopwatch:
 
     def lap(self, part: str) -> None:
         """Record the phase that ends now."""
-        passed = sum(each.seconds for each in self.parts)
+        passed = sum(took.seconds for took in self.parts)
         self.parts.append(Took(part=part, seconds=round(time.time() - self.began - passed, 3)))
 
     @property

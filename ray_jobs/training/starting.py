@@ -52,14 +52,14 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
         ObjectMissing: there is no such version.
         IntegrityError: it stands on another base, or its lineage is damaged.
     """
-    wanted = config.train.start_from
-    if wanted == "base":
+    reference = config.train.start_from
+    if reference == "base":
         return None
-    if wanted == "production":
+    if reference == "production":
         pointer = read_alias(store, config.adapter.name, config.adapter.alias)
-        wanted = f"{config.adapter.name}@{pointer.version}" if pointer else ""
-    found = resolve(store, wanted) if wanted else None
-    first = encode_json({"version": f"{found.name}@{found.version}" if found else ""})
+        reference = f"{config.adapter.name}@{pointer.version}" if pointer else ""
+    version = resolve(store, reference) if reference else None
+    first = encode_json({"version": f"{version.name}@{version.version}" if version else ""})
     key = runs.run_key(run_id, runs.START)  # the first attempt decides for all later ones, even if the alias has moved
     chosen = decode_json(store.claim(key, first, content_type=JSON), store.uri(key))["version"]
     if not chosen:
@@ -84,8 +84,8 @@ def flops_of(store: Store, version: Version | None) -> float | None:
     if version is None:
         return 0.0
     more = read_lineage(store, version).get("training", {}).get("more", {})
-    found = (more.get("usage") or {}).get("flops_with_parents")
-    return None if found is None else float(found)
+    flops = (more.get("usage") or {}).get("flops_with_parents")
+    return None if flops is None else float(flops)
 
 
 def _shape(config: RunConfig) -> dict[str, Any]:
@@ -132,8 +132,8 @@ def read_splits(
     rows, ids = token_store.load_rows(store, held_out)
     # Validation records, by which weights are chosen; all held-out ones where there would otherwise be none.
     share = config.data.validation_share
-    each = chain.from_iterable(read_split(store, dataset_uri, "eval"))
-    flags = np.array([is_validation(record, share) for record in each], dtype=np.bool_)
+    records = chain.from_iterable(read_split(store, dataset_uri, "eval"))
+    flags = np.array([is_validation(record, share) for record in records], dtype=np.bool_)
     chosen = (flags if flags.any() and not flags.all() else np.ones_like(flags))[rows["record"]]
     _check_lengths(rows[chosen], ids.take(np.flatnonzero(chosen)), config, log)
     places = np.flatnonzero(token_store.is_kept(rows) & chosen)[: config.train.eval_records]
@@ -154,7 +154,7 @@ def require_embedded(
     rows = base.get_text_config().vocab_size
     if len(chat.tokenizer) <= rows:
         return
-    largest = max(chat.pad, *(int(token_store.load(store, each.stored).tokens.max()) for each in splits))
+    largest = max(chat.pad, *(int(token_store.load(store, split.stored).tokens.max()) for split in splits))
     if largest >= rows:
         raise ConfigError(
             f"the tokenizer of model.base {config.model.base} writes token {largest} "
@@ -206,6 +206,6 @@ def dataset_record(store: Store, uri: str, *read: StoredTokens) -> lineage.Datas
     """The dataset as the lineage records it, with the tokens that were `read`."""
     manifest = folders.read_manifest(store, store.key(uri).rstrip("/"))
     about = manifest.about
-    tokens = {each.key.rpartition("/")[2]: each.content_sha256 for each in read}
+    tokens = {stored.key.rpartition("/")[2]: stored.content_sha256 for stored in read}
     counts = about["train_records"], about["eval_records"]
     return lineage.Dataset(about["dataset_id"], uri, manifest.sha256, *counts, tokens)

@@ -57,7 +57,7 @@ class FirstCheck:
 def probe(split: TokenizedSplit, pad: int) -> dict[str, torch.Tensor]:
     """The records that are compared: `input_ids` and `labels`, both (B, T)."""
     shortest = np.argsort(split.lengths, kind="stable")
-    answers, tokens = (np.cumsum(each[shortest]) for each in (split.num_answer_tokens, split.lengths))
+    answers, tokens = (np.cumsum(counts[shortest]) for counts in (split.num_answer_tokens, split.lengths))
     enough, most = np.searchsorted(answers, ANSWER_TOKENS) + 1, np.searchsorted(tokens, TOKENS, side="right")
     return collate(split, shortest[: max(RECORDS, min(enough, most))].tolist(), pad)
 

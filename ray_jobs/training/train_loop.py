@@ -102,12 +102,12 @@ class Pace:
             return
         mine = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._on_gpu) / 1000
         self._seconds, self._on_gpu = 0.0, []
-        found: list[tuple[float, str]] = together.all_gather((mine, socket.gethostname()))
-        rank = straggler([seconds for seconds, _ in found])
+        timings: list[tuple[float, str]] = together.all_gather((mine, socket.gethostname()))
+        rank = straggler([seconds for seconds, _ in timings])
         if self._worker.rank == 0 and rank is not None and rank not in self._named:
             self._named.add(rank)
-            seconds, host = found[rank]
-            others = statistics.median_high(each for i, (each, _) in enumerate(found) if i != rank)
+            seconds, host = timings[rank]
+            others = statistics.median_high(other for i, (other, _) in enumerate(timings) if i != rank)
             say(
                 "finetune",
                 f"worker {rank} on {host} holds up the others: its forward passes took {seconds:.1f} s and theirs "

@@ -78,10 +78,10 @@ def run(
 
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
             # A worker that lost its connection to the worker with the mistake may have failed as well.
-            for _, found in sorted(worker_exceptions.items()):
-                if is_mistake(found):
+            for _, exc in sorted(worker_exceptions.items()):
+                if is_mistake(exc):
                     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # the controller ends with this error
-                    raise found
+                    raise exc
 
     most = config.ray.max_workers
     # The patch prints and logs what a worker prints: every line would appear twice.
@@ -141,8 +141,8 @@ def _torch_config(**settings: Any) -> Any:
             self.folder = worker_group.execute_single(0, tempfile.mkdtemp, prefix="fineloop-group-")
             group = {"init_method": f"file://{self.folder}/store", "timeout_s": backend_config.timeout_s}
             group |= {"backend": backend_config.backend, "world_size": len(nodes)}
-            meet, each = worker_group.execute_single_async, range(len(nodes))
-            ray.get([meet(rank, _setup_torch_process_group, world_rank=rank, **group) for rank in each])
+            meet, ranks = worker_group.execute_single_async, range(len(nodes))
+            ray.get([meet(rank, _setup_torch_process_group, world_rank=rank, **group) for rank in ranks])
 
         def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
             try:
@@ -204,7 +204,7 @@ def workers_with_room(config: RunConfig) -> int:
 
     numbers = range(config.ray.max_workers, config.ray.min_workers, -1)
     has = ray.cluster_resources() if numbers else {}
-    fitting = (each for each in numbers if _short_of(_needed(config.ray.per_worker, each), has) is None)
+    fitting = (count for count in numbers if _short_of(_needed(config.ray.per_worker, count), has) is None)
     return next(fitting, config.ray.min_workers)
 
 
@@ -272,17 +272,17 @@ def _wait_for_growth(
     since = time.monotonic()
     try:
         while not group.wait(POLL_S):
-            said, before = _autoscaling_state(), has
+            report, before = _autoscaling_state(), has
             has = ray.cluster_resources()
             # Resources that others hold may become free, and the report may be older than their release.
             is_busy = ray.available_resources().get(name, 0) < has.get(name, 0)
             # For a placement group the autoscaler's details read "ID:STRATEGY|STATE".
-            infeasible = [each.details for each in said.infeasible_gang_resource_requests] if said else []
-            if has != before or is_busy or not any(each.startswith(group.id.hex()) for each in infeasible):
+            infeasible = [request.details for request in report.infeasible_gang_resource_requests] if report else []
+            if has != before or is_busy or not any(details.startswith(group.id.hex()) for details in infeasible):
                 refused.clear()
                 since = time.monotonic()
                 continue
-            refused.add(said.last_seen_cluster_resource_state_version)
+            refused.add(report.last_seen_cluster_resource_state_version)
             if len(refused) > 1 and time.monotonic() - since > STABLE_S:
                 raise _too_small(
                     name, needed, f"its autoscaler cannot add enough to the {has.get(name, 0):g} there are"
@@ -292,7 +292,7 @@ def _wait_for_growth(
 
 
 def _needed(per_worker: Mapping[str, float], num_workers: int) -> dict[str, float]:
-    return {name: each * num_workers for name, each in per_worker.items()}
+    return {name: amount * num_workers for name, amount in per_worker.items()}
 
 
 def _short_of(needed: Mapping[str, float], limit: Mapping[str, float]) -> str | None:

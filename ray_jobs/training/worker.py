@@ -50,7 +50,7 @@ def train(
     else:
         entry.log_warnings()
     started_at = datetime.now(UTC)
-    train_split, eval_split = (token_store.load(store, each) for each in tokens)
+    train_split, eval_split = (token_store.load(store, stored) for stored in tokens)
     with metrics or contextlib.nullcontext():
         opened = opening.open_base(spec, worker, store, train_split)
         fitted = fit(

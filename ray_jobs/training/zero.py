@@ -346,7 +346,7 @@ def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     if train.optimizer == "adamw":
         # The fused kernel takes a third of the time on CPUs; on GPUs it would keep its step counts there. DeepSpeed's
         # master weights are in host memory with train.cpu_offload, wherever the parameters are.
-        is_on_cpu = all(each.device.type == "cpu" for each in [*others, *magnitudes])
+        is_on_cpu = all(parameter.device.type == "cpu" for parameter in [*others, *magnitudes])
         return torch.optim.AdamW(groups, lr=0.0, fused=is_on_cpu or train.cpu_offload or None)
     from bitsandbytes import optim
 

@@ -30,9 +30,9 @@ class Loudness:
     def held_together(self) -> "Loudness":
         return self
 
-    def run(self, subject: Subject, found: Findings) -> list[float] | None:
+    def run(self, subject: Subject, findings: Findings) -> list[float] | None:
         assert not subject.model.training
-        assert list(found) == ["base"][: subject.role != "base"]
+        assert list(findings) == ["base"][: subject.role != "base"]
         return [LENGTHS[subject.role] * len(prompt) for prompt in self.prompts]
 
     def outcome(self, shares: list[Findings], chat: chat_format.ChatFormat) -> Outcome:

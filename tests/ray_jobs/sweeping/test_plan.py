@@ -74,7 +74,7 @@ def test_the_grid_widens_at_its_ends_and_narrows_at_its_peak(losses, wanted):
 def test_a_peak_beyond_the_first_grid_is_found_and_told_with_its_neighbours(config):
     start = changed(config, "train.learning_rate=1e-4")
     plan, begun = swept(start, bowl(6e-3))
-    found = plan.found(*swept_methods(start))
+    found = plan.tuned(*swept_methods(start))
     assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (5.62e-3, 3.16e-3, 1e-2)
     assert found.is_inside
     assert found.gain_over_prior == pytest.approx(math.log10(60) ** 2 - math.log10(6 / 5.62) ** 2, abs=1e-3)
@@ -89,7 +89,7 @@ def test_a_plan_made_from_the_trials_that_have_ended_begins_none_of_them_again(c
         before = [whole.trials[name] for name in begun[:cut]]
         resumed, rest = swept(config, bowl(1e-2), before)
         assert rest == begun[cut:]
-        assert resumed.found(*swept_methods(config)) == whole.found(*swept_methods(config))
+        assert resumed.tuned(*swept_methods(config)) == whole.tuned(*swept_methods(config))
     failed = whole.trials[begun[0]].model_copy(update={"status": "failed", "loss": None})
     assert begun[0] in swept(config, bowl(1e-2), [failed])[1]
 
@@ -100,7 +100,7 @@ def test_of_one_validation_record_a_rate_is_found_without_an_interval(config):
         trial.model_copy(update={"record_nll": trial.record_nll[:1], "record_tokens": trial.record_tokens[:1]})
         for trial in plan.trials.values()
     ]
-    found = swept(config, bowl(1e-2), alone)[0].found(*swept_methods(config))
+    found = swept(config, bowl(1e-2), alone)[0].tuned(*swept_methods(config))
     assert found.learning_rate == 1e-2
     assert {rate.ci95 for rate in found.rates} == {None}
     assert Tuned.model_validate_json(found.model_dump_json()) == found
@@ -115,7 +115,7 @@ def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_
         return bowl(9e-3)(point) + (0.5 if point.seed else 0.0)
 
     plan, begun = swept(many, loss_of)
-    found = plan.found(*swept_methods(many))
+    found = plan.tuned(*swept_methods(many))
     assert len(begun) == 10
     assert found.learning_rate == 3.16e-3
     assert found.loss == pytest.approx(bowl(9e-3)(_at(many, 3.16e-3)) + 0.25)
@@ -134,7 +134,7 @@ def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_no
         return bowl(best[point.method])(point) - (0.1 if point.method == "vera" else 0.0) + 0.01 * point.seed
 
     plan, _ = swept(both, loss_of)
-    lora, vera = (plan.found(method) for method in ("lora", "vera"))
+    lora, vera = (plan.tuned(method) for method in ("lora", "vera"))
     assert (lora.rank, vera.rank) == (8, 256)
     assert (lora.learning_rate, vera.learning_rate) == (1e-2, 0.316)
     assert [trial.seed for trial in plan.seeds_of("vera")] == [1, 2, 3]
@@ -228,7 +228,7 @@ def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(conf
 def test_of_rates_that_the_config_names_none_is_added_and_the_one_in_force_is_known(config):
     named = changed(config, "train.learning_rate=1e-3", "tune.learning_rates=[3e-3, 1e-3, 1e-2]")
     plan, begun = swept(named, bowl(3e-3))
-    found = plan.found(*swept_methods(named))
+    found = plan.tuned(*swept_methods(named))
     assert len(begun) == 3
     assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (3e-3, 1e-3, 1e-2)
     assert found.gain_over_prior == pytest.approx(math.log10(3) ** 2)

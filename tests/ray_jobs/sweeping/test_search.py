@@ -45,7 +45,7 @@ def swept(config_toml, storage_path, failing):
     ledger = Ledger(plan, kept.append, print)
     pretended = tune.with_resources(pretend, {"CPU": 1})
     run(pretended, plan, with_losses, ledger, num_steps=16, storage_path=storage_path)
-    return plan.found(*swept_methods(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
+    return plan.tuned(*swept_methods(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
 
 
 def swept_elsewhere(config, tmp_path, failing):

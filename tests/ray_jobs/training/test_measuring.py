@@ -115,7 +115,7 @@ class Trouble:
     def at(self, rows: Rows) -> "Trouble":
         return self
 
-    def run(self, subject: Subject, found: Findings) -> Read | None:
+    def run(self, subject: Subject, findings: Findings) -> Read | None:
         if subject.role != "candidate":
             return None
         is_first = not any(self.folder.glob("asked-*"))
