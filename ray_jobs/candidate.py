@@ -62,11 +62,8 @@ def main() -> None:
 
 def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = False) -> Measured:
     """Train on the dataset, unless the run has already published a version trained on it. Unless `only` that is asked
-    for, the workers go on to measure it where they can; returns what they did.
-
-    Raises:
-        FineloopError: as in `ray_jobs.finetune.finetune`.
-    """
+    for, the workers go on to measure it where they can; returns what they did. Raises FineloopError: as in
+    `ray_jobs.finetune.finetune`."""
     store = Store.open(config.registry)
     found, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]

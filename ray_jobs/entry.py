@@ -53,11 +53,7 @@ def takes_data(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def load_config(location: str, overrides: list[str]) -> RunConfig:
-    """Load the config from a file or from the store.
-
-    Raises:
-        ConfigError: it does not exist or is not valid.
-    """
+    """Load the config from a file or from the store. Raises ConfigError: it does not exist or is not valid."""
     if not location.startswith("s3://"):
         return config_file.load(Path(location), overrides)
     store, key = open_uri(location, field="--config")

@@ -132,10 +132,7 @@ def finetune(
 
 def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
     """The base, without its weights; if an earlier attempt of the run left a checkpoint, the base of that checkpoint.
-
-    Raises:
-        IntegrityError: the base that `model.base` names has changed since.
-    """
+    Raises IntegrityError: the base that `model.base` names has changed since."""
     recorded = None
     if next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
         from ray_jobs.training import checkpoint  # imports DeepSpeed
@@ -146,11 +143,8 @@ def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
 
 
 def _planned(config: RunConfig, base: base_model.Base, train_split: starting.PlannedSplit) -> "Outlook":
-    """Wait until the cluster has room for the training, and estimate what the training will need.
-
-    Raises:
-        ConfigError: the training cannot work on this cluster.
-    """
+    """Wait until the cluster has room for the training, and estimate what the training will need. Raises ConfigError:
+    the training cannot work on this cluster."""
     import ray
 
     with garbage.importing():

@@ -151,10 +151,7 @@ def compute(
 ) -> dict[str, Split]:
     """Split every layer that gets an adapter, each on one of the workers; returns all splits on rank 0, none elsewhere.
 
-    The result is bit-identical for any number of workers.
-
-    Raises:
-        ConfigError: on every worker, as in `find_layers`.
+    The result is bit-identical for any number of workers. Raises ConfigError: on every worker, as in `find_layers`.
     """
     layers = find_layers(config, original)
     device = torch.device("cuda", torch.cuda.current_device()) if config.ray.use_gpu else torch.device("cpu")

@@ -80,11 +80,9 @@ def prepare(
 def find(config: TrainingConfig, original: Base, store: Store, *, sha256: str) -> Base:
     """The base that an adapter of this config was trained on, pulled into the cache with every byte verified.
 
-    `sha256` is that of its manifest by the version's lineage. Empty accepts the base that the store has now.
-
-    Raises:
-        IntegrityError: it is damaged, another than the lineage's, or comes with code that may run and is not the
-            original's.
+    `sha256` is that of its manifest by the version's lineage. Empty accepts the base that the store has now. Raises
+    IntegrityError: it is damaged, another than the lineage's, or comes with code that may run and is not the
+    original's.
     """
     if not is_needed(config.method):
         return original

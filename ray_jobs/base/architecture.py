@@ -93,10 +93,8 @@ def quantization(
 ) -> dict[str, Any]:
     """Extra keyword arguments of `from_pretrained` that load the weights in `base_format`.
 
-    `dtype` is the 16-bit compute dtype of NF4.
-
-    Raises:
-        ConfigError: the weights are already quantised, in a format that cannot become `base_format`.
+    `dtype` is the 16-bit compute dtype of NF4. Raises ConfigError: the weights are already quantised, in a format that
+    cannot become `base_format`.
     """
     import transformers
 
@@ -186,11 +184,8 @@ def agree_on_dtype(dtype: "torch.dtype", device: "torch.device") -> "torch.dtype
 
 
 def require_kernels() -> None:
-    """Check that PyTorch can run on this process's GPU.
-
-    Raises:
-        ConfigError: PyTorch has no kernels for the GPU's architecture.
-    """
+    """Check that PyTorch can run on this process's GPU. Raises ConfigError: PyTorch has no kernels for the GPU's
+    architecture."""
     import torch
 
     try:

@@ -35,10 +35,8 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
     """The attention implementation to load the base with, as transformers spells it; None leaves the choice to a base
     that brings its own code.
 
-    `wanted` is model.attention. CPUs have no flash attention: there it means the same as auto.
-
-    Raises:
-        ConfigError: the base does not support what is wanted.
+    `wanted` is model.attention. CPUs have no flash attention: there it means the same as auto. Raises ConfigError: the
+    base does not support what is wanted.
     """
     if wanted == "eager":
         return "eager"
@@ -65,11 +63,8 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
 
 
 def require_installed(wanted: Attention) -> None:
-    """Check that what is wanted is installed in the image of this process. Workers have their driver's image.
-
-    Raises:
-        ConfigError: flash-attn is wanted, and is not installed.
-    """
+    """Check that what is wanted is installed in the image of this process. Workers have their driver's image. Raises
+    ConfigError: flash-attn is wanted, and is not installed."""
     if wanted == FLASH and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
             f"model.attention {FLASH}: the package flash-attn is not installed where the workers run: build it into "

@@ -97,11 +97,8 @@ def resolve(
 
 
 def require_same(base: Base, recorded: Mapping[str, str]) -> None:
-    """Require that the base is the one whose identity a version's lineage gives.
-
-    Raises:
-        IntegrityError: it is another one.
-    """
+    """Require that the base is the one whose identity a version's lineage gives. Raises IntegrityError: it is another
+    one."""
     was, now = (
         {key: one.get(key) for key in ("kind", "commit", "sha256") if key in one} for one in (recorded, base.identity)
     )
@@ -143,11 +140,8 @@ def load_model(
     `in_host_memory` leaves the model in host memory, for the caller to move to the GPU; `across_gpus` spreads layers
     over the machine's GPUs, which compute one after the other. Within `zero.sharding` a bfloat16 base is sharded while
     it is read, and rank 0 reads for all. `dtype` is that of weights and activations; None means bfloat16, or float16 on
-    a GPU without bfloat16.
-
-    Raises:
-        ConfigError: the base is no causal language model, does not support `model.attention`, or is already quantised
-            in another format.
+    a GPU without bfloat16. Raises ConfigError: the base is no causal language model, does not support
+    `model.attention`, or is already quantised in another format.
     """
     import torch
     from transformers import AutoConfig
@@ -267,11 +261,8 @@ def _from_s3(reference: str, weights: bool, registry: Store | None, expected: st
 
 
 def _record_identity(registry: Store, key: str, base: Base) -> None:
-    """Record the identity of what was read in the registry, unless it is there already.
-
-    Raises:
-        IntegrityError: the first reader of the same objects has read other bytes.
-    """
+    """Record the identity of what was read in the registry, unless it is there already. Raises IntegrityError: the
+    first reader of the same objects has read other bytes."""
     known = _known_identity(registry, key)
     if known is None:
         registry.claim(key, encode_json(base.identity), content_type=JSON)
@@ -372,11 +363,8 @@ def _verify(path: Path) -> None:
 
 
 def _require_model(path: Path, reference: str, *, has_weights: bool | None = None) -> Path:
-    """Return the folder if it holds a model; `has_weights` overrides looking for weights in the folder.
-
-    Raises:
-        ConfigError: it has no config.json, no safetensors weights, or an index that names files outside the folder.
-    """
+    """Return the folder if it holds a model; `has_weights` overrides looking for weights in the folder. Raises
+    ConfigError: it has no config.json, no safetensors weights, or an index that names files outside the folder."""
     if not (path / CONFIG_FILE).is_file():
         raise ConfigError(f"model.base {reference}: no {CONFIG_FILE} there, so it is not a transformers model")
     if not (any(path.glob(WEIGHTS)) if has_weights is None else has_weights):
@@ -411,20 +399,14 @@ def _folder_identity(kind: str, path: Path) -> dict[str, str]:
 
 
 def read_config(config: ModelConfig) -> "PretrainedConfig":
-    """The base's transformers configuration.
-
-    Raises:
-        ConfigError: `model.base` does not exist, or transformers does not support it.
-    """
+    """The base's transformers configuration. Raises ConfigError: `model.base` does not exist, or transformers does not
+    support it."""
     return load_config(locate(config), config)
 
 
 def locate(config: ModelConfig) -> Path:
-    """The local folder or GGUF that holds the base's configuration and tokenizer. Downloads no weights.
-
-    Raises:
-        ConfigError: `model.base` does not exist.
-    """
+    """The local folder or GGUF that holds the base's configuration and tokenizer. Downloads no weights. Raises
+    ConfigError: `model.base` does not exist."""
     path = local_path(config.base)
     if path is None:
         return resolve(config, weights=False).path
@@ -467,11 +449,8 @@ def positions(base: "PretrainedConfig") -> int | None:
 
 def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], None]) -> RunConfig:
     """The config with `model.max_length` limited to the base's positions; `log` receives a line where it is lowered.
-
-    Raises:
-        ConfigError: the length was set explicitly and exceeds the base's positions; or the lowered value is too small
-            for other keys; or the base does not support `model.attention`.
-    """
+    Raises ConfigError: the length was set explicitly and exceeds the base's positions; or the lowered value is too
+    small for other keys; or the base does not support `model.attention`."""
     model, limit = config.model, positions(base)
     if model.attention != "auto":
         attention.choose(base, model.attention, use_gpu=config.ray.use_gpu)

@@ -59,11 +59,8 @@ def quantize_4bit(
 
 
 def dequantize_4bit(weight: torch.Tensor, quant_state: Any) -> torch.Tensor:
-    """The weight that these codes and their statistics stand for, as `bitsandbytes.functional.dequantize_4bit`.
-
-    Raises:
-        JobError: as in `require_one_device`.
-    """
+    """The weight that these codes and their statistics stand for, as `bitsandbytes.functional.dequantize_4bit`. Raises
+    JobError: as in `require_one_device`."""
     require_one_device(weight, quant_state)
     return bitsandbytes.functional.dequantize_4bit(weight.data, quant_state)
 
@@ -72,10 +69,8 @@ def require_one_device(weight: torch.Tensor, quant_state: Any) -> None:
     """Require that a 4-bit weight and its statistics lie on one device.
 
     bitsandbytes picks its kernel by the weight alone, and one for GPUs would read the statistics' address in host
-    memory as one of the GPU's: an illegal memory access, which names no layer (0.50, backends/cuda/ops.py).
-
-    Raises:
-        JobError: they lie on different devices.
+    memory as one of the GPU's: an illegal memory access, which names no layer (0.50, backends/cuda/ops.py). Raises
+    JobError: they lie on different devices.
     """
     if weight.device != quant_state.absmax.device:
         raise JobError(

@@ -107,11 +107,8 @@ def remembered(path: Path, known: Path) -> str:
 
 def local_path(reference: str) -> Path | None:
     """The folder, or the GGUF of an installed package, that `model.base` names on this machine; None for a hub id and
-    for a folder in S3.
-
-    Raises:
-        ConfigError: it has no known form, or names a folder or a package file that does not exist.
-    """
+    for a folder in S3. Raises ConfigError: it has no known form, or names a folder or a package file that does not
+    exist."""
     if reference.startswith("pkg://"):
         return _packaged(reference)
     if reference.startswith("s3://"):
@@ -192,11 +189,8 @@ def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
 
 
 def _patiently(reference: str, ask: Callable[[], T]) -> T:
-    """Call `ask` and retry while the hub is too busy; returns its result.
-
-    Raises:
-        JobError: the hub is still too busy after TRIES attempts.
-    """
+    """Call `ask` and retry while the hub is too busy; returns its result. Raises JobError: the hub is still too busy
+    after TRIES attempts."""
     for number in range(TRIES):
         try:
             return ask()

@@ -66,11 +66,7 @@ def receive(rank: int, group: "ProcessGroup") -> dict[str, torch.Tensor]:
 
 
 def on_rank_0(work: Callable[[], None], *, rank: int, group: "ProcessGroup | None") -> None:
-    """Do `work` on rank 0 while the other workers wait.
-
-    Raises:
-        FineloopError: on every worker, as `work` raised it.
-    """
+    """Do `work` on rank 0 while the other workers wait. Raises FineloopError: on every worker, as `work` raised it."""
     failure: FineloopError | None = None
     try:
         if rank == 0:

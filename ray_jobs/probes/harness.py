@@ -84,11 +84,8 @@ NO_TASKS = Tasks("", frozenset(), HarnessScores(lm_eval="", tasks=()))
 
 
 def check(config: RunConfig) -> None:
-    """Check that the tasks of the config can be found here.
-
-    Raises:
-        ConfigError: lm-eval is not installed, does not know a task, or the folder evaluate.lm_eval_include is missing.
-    """
+    """Check that the tasks of the config can be found here. Raises ConfigError: lm-eval is not installed, does not know
+    a task, or the folder evaluate.lm_eval_include is missing."""
     evaluate: EvaluateConfig = config.evaluate
     if not evaluate.lm_eval:
         return
@@ -101,11 +98,8 @@ def check(config: RunConfig) -> None:
 
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Tasks:
-    """The tasks of the config, for the contenders that no earlier run has measured on them.
-
-    Raises:
-        ConfigError: as `check`.
-    """
+    """The tasks of the config, for the contenders that no earlier run has measured on them. Raises ConfigError: as
+    `check`."""
     check(config)
     evaluate = config.evaluate
     if not evaluate.lm_eval:

@@ -221,11 +221,7 @@ MARKS: Mapping[str, Mark] = {
 
 def named(keys: Iterable[str], alike: Collection[str] = ()) -> dict[str, Mark]:
     """The marks by their keys; a key `module:function` imports the module, which runs its code. `alike` are the labels
-    that only their writing tells apart.
-
-    Raises:
-        ConfigError: there is no such function on this machine.
-    """
+    that only their writing tells apart. Raises ConfigError: there is no such function on this machine."""
     marks: dict[str, Mark] = {**MARKS, label_accuracy.__name__: partial(label_accuracy, alike=alike)}
     return {key: marks.get(key) or _own(key) for key in keys if key in marks or ":" in key}
 

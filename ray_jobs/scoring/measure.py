@@ -319,10 +319,7 @@ def local_contenders(
     contenders: Sequence[Contender], records: Sequence[Record]
 ) -> Iterator[tuple[list[Record], list[LocalContender]]]:
     """Yield the records that fit every contender's context, and the contenders; their adapters are deleted afterwards.
-
-    Raises:
-        DataError: no record fits.
-    """
+    Raises DataError: no record fits."""
     with tempfile.TemporaryDirectory(prefix="fineloop-adapters-") as scratch:
         local = [_local(contender, records, Path(scratch) / contender.role) for contender in contenders]
         fitting = set.intersection(*(set(contender.split.ids) for contender in local))

@@ -43,11 +43,8 @@ def point_of(config: RunConfig, method: str, learning_rate: float, seed: int, *,
 
 
 def swept_methods(config: RunConfig) -> list[str]:
-    """The methods that the config sweeps, sorted by the format of their base, so that it is loaded rarely.
-
-    Raises:
-        ConfigError: one of them has no legal config.
-    """
+    """The methods that the config sweeps, sorted by the format of their base, so that it is loaded rarely. Raises
+    ConfigError: one of them has no legal config."""
     names = config.tune.methods or [config.method.name]
     methods: list[str] = sorted(dict.fromkeys(names), key=lambda name: METHODS[name].base)
     for method in methods:
@@ -62,11 +59,7 @@ def prior_rate(config: RunConfig, method: str) -> float:
 
 
 def at_rate(config: RunConfig, method: str, learning_rate: float) -> RunConfig:
-    """The config of a run that trains a method at a learning rate.
-
-    Raises:
-        ConfigError: it is no legal config.
-    """
+    """The config of a run that trains a method at a learning rate. Raises ConfigError: it is no legal config."""
     train = config.train.model_copy(update={"learning_rate": learning_rate})
     changed = config.model_copy(update={"method": _method(config, method), "train": train})
     try:

@@ -68,11 +68,7 @@ class Course:
         self.update(steps=record["step"])
 
     def measured(self, step: int, loss: float) -> None:
-        """Record a measurement.
-
-        Raises:
-            Diverged: the loss is NaN, or higher than the base's own.
-        """
+        """Record a measurement. Raises Diverged: the loss is NaN, or higher than the base's own."""
         start = self.trial.start_loss
         assert start is not None, "measured before the base was"
         self.ended_step = time.monotonic() if self.ended_step else None  # excludes the measurement from step times

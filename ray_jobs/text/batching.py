@@ -243,11 +243,7 @@ class Lengths(Protocol):
 
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:
     """Tokenise records with the base's chat template. Prompts that do not fit are shortened, see `fitted`; the last
-    answer is never cut.
-
-    Raises:
-        DataError: a record cannot be formatted with the base's chat template.
-    """
+    answer is never cut. Raises DataError: a record cannot be formatted with the base's chat template."""
     excess = partial(_excess, chat=chat, max_length=max_length)
     ids, lengths, num_prompt_tokens = list[str](), list[int](), list[int]()
     too_long, cut, cut_system = list[str](), list[str](), list[str]()

@@ -84,10 +84,8 @@ class ChatFormat:
         row where the template only ever appends, in one row each where it rewrites earlier turns, as reasoning
         templates do.
 
-        Unless the model is asked to think, a block of reasoning is closed before the answer and not part of it.
-
-        Raises:
-            DataError: the template refuses the record, or its answer is a block of reasoning with nothing after it.
+        Unless the model is asked to think, a block of reasoning is closed before the answer and not part of it. Raises
+        DataError: the template refuses the record, or its answer is a block of reasoning with nothing after it.
         """
         rows = [self._asked_and_answered(record, *each) for each in self._answers(record, loss_on)]
         joined: list[str] = []
@@ -203,11 +201,8 @@ class ChatFormat:
 def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFormat:
     """Load the base's tokenizer and chat template, or the plain template where it has none; for a published adapter,
     whose files are in `version`, those that it was trained with. With `trust_remote_code` a version's files must not
-    name code to run: then the tokenizer is the base's, and only the template the version's.
-
-    Raises:
-        ConfigError: its tokenizer has no end-of-sequence token.
-    """
+    name code to run: then the tokenizer is the base's, and only the template the version's. Raises ConfigError: its
+    tokenizer has no end-of-sequence token."""
     from transformers import AutoTokenizer
 
     if base.path.suffix == ".gguf":
@@ -263,10 +258,7 @@ def _rendered(
     tools: str = "",
 ) -> str:
     """Render turns with the template, in the sandbox of jinja that transformers renders in. `tools` is their JSON.
-
-    Raises:
-        DataError: the template does not accept them: jinja's own error, or one that its expressions raised.
-    """
+    Raises DataError: the template does not accept them: jinja's own error, or one that its expressions raised."""
     if in_parts:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     try:

@@ -439,10 +439,8 @@ def resume(
 
     Without a checkpoint these are `fresh` and the current weights. Every worker must call it, and reads its own part,
     or as many as cover its pieces where another number of workers or ZeRO stage wrote them. If it is damaged for any
-    worker, the checkpoint before it is used. Later ones, which a lost worker group left, are deleted.
-
-    Raises:
-        ConfigError: the checkpoint belongs to another config, or has DoRA magnitudes in another form.
+    worker, the checkpoint before it is used. Later ones, which a lost worker group left, are deleted. Raises
+    ConfigError: the checkpoint belongs to another config, or has DoRA magnitudes in another form.
     """
     stored: _Stored | None = None
     steps = complete(store, run_id) if rank == 0 else []

@@ -243,11 +243,8 @@ class MetricsLog:
             self._uploading = self._thread.submit(self._try, self._body())
 
     def upload(self) -> None:
-        """Upload the whole file, and wait until it is stored.
-
-        Raises:
-            StoreError: the store is unavailable, or refuses it.
-        """
+        """Upload the whole file, and wait until it is stored. Raises StoreError: the store is unavailable, or refuses
+        it."""
         self._thread.shutdown()
         body = self._body()
         patiently(

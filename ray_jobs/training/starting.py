@@ -118,11 +118,8 @@ def read_splits(
     store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, log: Log
 ) -> tuple[PlannedSplit, PlannedSplit]:
     """The training records, and the validation records by which checkpoints and a sweep's trainings are chosen, as
-    tokens. They are tokenised unless an earlier training has done so.
-
-    Raises:
-        DataError: too many records are too long for `model.max_length`.
-    """
+    tokens. They are tokenised unless an earlier training has done so. Raises DataError: too many records are too long
+    for `model.max_length`."""
     how: dict[str, Any] = {"max_length": config.model.max_length, "loss_on": config.data.loss_on}
     train = token_store.ensure(store, dataset_uri, "train", chat, **how)
     rows, ids = token_store.load_rows(store, train)
@@ -146,11 +143,7 @@ def require_embedded(
     store: Store, chat: ChatFormat, base: "PretrainedConfig", config: RunConfig, *splits: PlannedSplit
 ) -> None:
     """Require that the base has embeddings for all tokens that occur in the splits; they can only be missing if the
-    tokenizer's vocabulary is larger than the base's.
-
-    Raises:
-        ConfigError: a token has no embedding.
-    """
+    tokenizer's vocabulary is larger than the base's. Raises ConfigError: a token has no embedding."""
     rows = base.get_text_config().vocab_size
     if len(chat.tokenizer) <= rows:
         return
@@ -168,11 +161,8 @@ def _planned_split(stored: StoredTokens, rows: Rows, places: npt.NDArray[Any]) -
 
 
 def _check_lengths(rows: Rows, ids: Ids, config: RunConfig, log: Log) -> None:
-    """Require that not too many records are left out or shortened; `log` receives a line about those that are.
-
-    Raises:
-        DataError: there are more of them than `data.max_reject_share` allows.
-    """
+    """Require that not too many records are left out or shortened; `log` receives a line about those that are. Raises
+    DataError: there are more of them than `data.max_reject_share` allows."""
     limit, allowed = config.model.max_length, config.data.max_reject_share
     kept, num_records = token_store.is_kept(rows), len(np.unique(rows["record"]))
     too_long = ids.take(token_store.first_of_each_record(rows, ~kept))

@@ -142,10 +142,7 @@ def require_same(losses: torch.Tensor, expected: torch.Tensor | None, *, worker:
     """Stop all workers if the tokens' losses of one differ from rank 0's plain ones; rank 0 alone has `expected`.
 
     Tokens are compared one by one: in the mean loss their differences cancel, and a wrong matrix may move it no further
-    than rounding does.
-
-    Raises:
-        JobError: on every worker.
+    than rounding does. Raises JobError: on every worker.
     """
     table = torch.zeros(worker.num_workers + 1, len(losses), dtype=torch.float64, device=worker.device)
     table[worker.rank] = losses

@@ -180,10 +180,8 @@ def run(
     with the weights `start`, at which the training began, by `train.start_share`.
 
     `report` gets one record for each step and each evaluation, on every rank. `watch` says when a node is about to be
-    preempted; None means never.
-
-    Raises:
-        RayActorError: a node is about to be preempted, and a checkpoint has been written.
+    preempted; None means never. Raises RayActorError: a node is about to be preempted, and a checkpoint has been
+    written.
     """
     train, (train_split, eval_split) = spec.train, splits
     num_records = len(train_split)

@@ -233,10 +233,7 @@ def wait_for_own(
     log: Callable[[str], None],
 ) -> None:
     """Wait for the workers of a cluster that was created for the job, as long as nodes, images and pods may take.
-
-    Raises:
-        WorkersMissing: they did not appear within `patience_s`.
-    """
+    Raises WorkersMissing: they did not appear within `patience_s`."""
     began, said = time.monotonic(), False
     while name := _short_of(needed, has := resources()):
         what = f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s"
