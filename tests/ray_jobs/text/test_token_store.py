@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,6 +121,21 @@ def test_two_who_make_them_at_once_make_the_same(store, uri, tiny_base, monkeypa
     assert first == second
     folders.verify(store, first.key, manifest_sha256=first.manifest_sha256)
     assert token_store.load(store, first).digest == tokenize(TRAIN, chats[0], 64).digest
+
+
+def test_tokenising_holds_a_part_of_the_records_at_a_time(store, chat):
+    def peak_bytes(num_parts: int) -> int:
+        records = [Record(f"r{i}", [Message("user", "x" * 40)], "b" * 40) for i in range(num_parts * RECORDS_AT_ONCE)]
+        uri = datasets.publish(store, train=records, evaluation=[TALK]).uri
+        del records
+        tracemalloc.start()
+        try:
+            token_store.ensure(store, uri, "train", chat, max_length=128)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak_bytes(8) < 2 * peak_bytes(1)
 
 
 def test_a_machine_fetches_them_once(store, uri, chat, cache):

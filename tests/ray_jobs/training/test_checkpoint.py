@@ -6,6 +6,7 @@ from threading import Event
 from typing import Any
 from unittest import mock
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -14,13 +15,14 @@ from components.config.schema import RunConfig
 from components.shared.errors import IntegrityError, StoreError
 from components.store import folders
 from components.store.store import Store
-from ray_jobs.training import checkpoint, train_loop
+from ray_jobs.training import checkpoint, train_loop, zero
 from ray_jobs.training.checkpoint import Part, Piece, deal, patiently
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group, train_in_rank
 
 WHOLE = {"a": torch.arange(0.0, 10), "b": torch.arange(10.0, 17), "c": torch.arange(17.0, 29)}
 PADDING = 2
+LEARNING_RATE = 0.01
 
 
 def cut_flat(num_workers: int) -> list[Part]:
@@ -76,6 +78,32 @@ def test_state_that_is_dealt_out_anew_is_that_of_workers_who_always_held_it(
         for state, other in zip(states, expected.states, strict=True):
             torch.testing.assert_close(state["master"], other["master"].clamp(min=0))
             assert state["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("stored", "apart"), [(zero.saved, 0.0), (lambda state: zero.in_float32(zero.saved(state)), LEARNING_RATE / 50)]
+)
+def test_moments_of_8_bits_come_back_where_an_optimizer_has_its_weights_in_steps_alone(stored, apart):
+    """As at stage 3; in 8 bits, or as they are dealt out to other workers."""
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 20 * zero.BLOCK)
+    masters = [torch.nn.Parameter(torch.ones(gradients.shape[1])) for _ in range(2)]
+    whole, resumed = (bitsandbytes.optim.AdamW8bit([master], lr=LEARNING_RATE) for master in masters)
+    for gradient in gradients[:3]:
+        masters[0].grad = gradient
+        whole.step()
+    (group,) = resumed.param_groups
+    group["params"] = []
+    masters[1].data.copy_(masters[0])
+    zero.restore(resumed, masters[1], stored(whole.state[masters[0]]))
+    assert group["params"] == []
+    group["params"] = [masters[1]]
+    assert resumed.state[masters[1]]["state1"].dtype is torch.uint8
+    for gradient in gradients[3:]:
+        for master, optimizer in zip(masters, (whole, resumed), strict=True):
+            master.grad = gradient
+            optimizer.step()
+    assert (masters[1] - masters[0]).abs().mean() <= apart
 
 
 def test_a_part_that_is_missing_is_noticed():
