@@ -1,4 +1,4 @@
-"""Somebody new: their own rows, a run, a talk, the adapter in their own program, the merged model, a server's manifest.
+"""Somebody new: their rows, two nights by `init`, a run, a talk, the adapter in a program, the model merged, a server.
 
 The base comes from a hub, a double on loopback that serves one repository as huggingface_hub asks for it. Judges:
 transformers and peft in a program that imports nothing of Fineloop, the colours that the rows teach, and for servers
@@ -17,7 +17,7 @@ import pytest
 
 from tests.doubles import hub
 from tests.journeys.conftest import Person
-from tests.models.tiny import COLOURS
+from tests.models.tiny import COLOURS, build_base, colour_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -94,3 +94,19 @@ def test_a_command_of_vllm_holds_the_adapters_rank_and_base(newcomer: Person) ->
     name, _, folder = options["--lora-modules"].partition("=")
     newcomer.does(f"fineloop adapters pull colours@{name}")
     assert json.loads((newcomer.folder / folder / "adapter_config.json").read_text()) == adapter
+
+
+def test_with_what_init_writes_the_second_night_promotes_as_well(person: Person) -> None:
+    """The tiny base wants a higher rate than a real one, and learns no end; all else is as `init` wrote it."""
+    build_base(person.folder / "tiny")
+    rows = [json.dumps(row) + "\n" for row in colour_rows(480)]
+    person.has("nights.jsonl", "".join(rows[:360]))
+    tiny = "--set train.learning_rate=0.01 --set train.epochs=4 --set gate.metric=loss --set evaluate.max_new_tokens=8"
+    written = person.does(f"fineloop init nights.jsonl --base tiny --no-plan --json {tiny}").answer
+    assert 0 < written["power"]["fewest"] <= written["power"]["records"]
+    first = person.does("fineloop run -c nights.toml --json")
+    assert "a first version can be promoted" in first.screen
+    person.has("nights.jsonl", "".join(rows))
+    second = person.does("fineloop run -c nights.toml --json")
+    assert [night.answer["promoted"] for night in (first, second)] == [True, True], second.screen
+    assert second.answer["version"] != first.answer["version"]
