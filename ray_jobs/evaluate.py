@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import Record, load_split
+from components.prepare.dataset import Record, groups_of, load_split
 from components.prepare.split import Judges, judges
 from components.prepare.validate import keyed
 from components.records import runs
@@ -234,7 +234,7 @@ def compared(
     outside = outside or {}
     records_of = {key: outcome.record for key, outcome in outside.items()}
     versions = {c.role: c.version.version if c.version else None for c in contenders}
-    groups, ours = [record.group for record in records], scores["candidate"]
+    groups, ours = groups_of(records), scores["candidate"]
     measured: dict[str, Measured] = {
         role: Measured(
             version=versions[role],
@@ -343,9 +343,9 @@ def _write_records(
         "reference": [record.answer_text for record in records],
         "answer_tokens": list(tokens),
     }
-    for name in ("group", "source"):
-        if any(named := [getattr(record, name) for record in records]):
-            columns[name] = named
+    for name, texts in (("group", groups_of(records)), ("source", [record.source for record in records])):
+        if any(texts):
+            columns[name] = texts
     for role, values in scores.items():
         columns.update(as_columns(role, values))
     sink = pa.BufferOutputStream()

@@ -48,6 +48,15 @@ class DataConfig(Section):
     """Column that names the group of a row, such as a patient or a document. Records of one group are held out
     together, and the gate counts them as one observation. Empty: no groups."""
     columns: Annotated[ColumnsConfig, Added("0.2.0")] = ColumnsConfig()
+    feedback: Annotated[str | list[str], Added("0.2.0")] = []
+    """What people said of the logged answers in data.source: files as there, with rows of {response_id, score or label
+    or edited or outcome, rater, time}. See data.md."""
+    feedback_key: Annotated[str, Added("0.2.0")] = ""
+    """Column with a key of your own, such as a case's number, by which feedback is joined as well as by response_id."""
+    feedback_good: Annotated[float | None, Added("0.2.0")] = None
+    """Smallest score of a good answer. Unset: scores are from -1 to 1, and good above 0.5."""
+    max_rows_per_rater: Annotated[Annotated[int, Field(ge=0)], Added("0.2.0")] = 100
+    """Most records that one rater's feedback makes, so that nobody alone turns the adapter; 0 bounds none."""
     near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
     """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
     five-character shingles, without case and punctuation, both of the whole prompts and of what is left of them without

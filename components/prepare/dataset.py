@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from components.records import runs
 from components.registry import signing, versions
 from components.registry.aliases import list_aliases
+from components.registry.between_runs import OF_PEOPLE
 from components.registry.cache import READS_AT_ONCE
 from components.registry.collect import DATASETS, RUNS
 from components.registry.identity import TOKENS, version_key
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 
 Role = Literal["system", "user", "assistant", "tool"]
+Origin = Literal["", "own", "edited", "labelled"]
+"""Whose words the answer to a logged request is: the model's own, an edit of them, or what somebody says is right."""
 SplitName = Literal["train", "eval", "replay"]
 """Production gives the answers in `replay` before a training mixes it with train; few datasets have this split."""
 
@@ -42,7 +45,9 @@ WEIGHT = "weight"
 """Key of a turn of the assistant that is not to be learned; its value is 0."""
 RECORDS_AT_ONCE = 1000
 """Records per batch when a split is read in batches."""
-WHERE_ANY = ("calls", "tools", "group", "source")
+OF_LOG = ("origin", "served_by", "session", "user", "rater")
+"""Columns of what a log, and feedback, say of a record."""
+WHERE_ANY = ("calls", "tools", "group", "source", *OF_LOG)
 """Optional columns, which are written only if any record has a value there."""
 
 
@@ -81,6 +86,15 @@ class Record:
     """The name of the group that the record belongs to; empty where it stands for itself."""
     source: str = ""
     """The entry of data.source that it came from, where there are several; not part of the record's identity."""
+    origin: Origin = ""
+    """Empty for rows that are no logged requests, as all below."""
+    served_by: str = ""
+    """The version that answered."""
+    session: str = ""
+    user: str = ""
+    """The hash of who asked."""
+    rater: str = ""
+    """The hash of whose feedback counts, or else of who asked."""
 
     @property
     def asked(self) -> str | list[dict[str, str]]:
@@ -154,6 +168,11 @@ def read_split(store: "Store", uri: str, split: SplitName) -> Iterator[list[Reco
     expected = manifest.about.get(f"{split}_records", read)
     if read != expected:
         raise IntegrityError(f"{uri} has {read} records in {split}/, its manifest says {expected}")
+
+
+def groups_of(records: Sequence[Record]) -> list[str]:
+    """The group that each record counts in: its own where it stands for itself; empty texts where none has a group."""
+    return [each.group or each.id for each in records] if any(each.group for each in records) else [""] * len(records)
 
 
 def record_of(row: Mapping[str, Any]) -> Record:
@@ -252,8 +271,8 @@ def asked(batch: "pa.RecordBatch") -> list[str]:
 
 
 def identities(batch: "pa.RecordBatch") -> memoryview:
-    """Each record's identity as a line of JSON: id, prompt and answer, then calls, tools and group where it has any of
-    them. A record without them has the same identity as in releases that did not know them."""
+    """Each record's identity as a line of JSON: id, prompt and answer, then calls, tools, group and what a log says of
+    it where it has any of them. A record without them has the same identity as in releases that did not know them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -263,12 +282,14 @@ def identities(batch: "pa.RecordBatch") -> memoryview:
     role, content = (_quoted(turns.field(name)) for name in ("role", "content"))
     of_turns = _joined("[", role, ", ", content, _where(pc.not_equal(more, ""), ", ", _quoted(more)), "]")
     prompts = pc.binary_join(pa.ListArray.from_arrays(_offsets(prompt), of_turns), ", ")
-    has_group = pc.not_equal(batch["group"], "")
+    is_logged = pc.not_equal(batch["origin"], "")
+    has_group = pc.or_(is_logged, pc.not_equal(batch["group"], ""))
     has_any = pc.or_(has_group, pc.or_(pc.not_equal(batch["calls"], ""), pc.not_equal(batch["tools"], "")))
     tools = _where(has_any, ", ", _quoted(batch["calls"]), ", ", _quoted(batch["tools"]))
     group = _where(has_group, ", ", _quoted(batch["group"]))
+    of_log = [piece for name in OF_LOG for piece in (", ", _quoted(batch[name]))]
     names, answers = _quoted(batch["id"]), _quoted(batch["answer"])
-    lines = _joined("[", names, ", [", prompts, "], ", answers, tools, group, "]\n")
+    lines = _joined("[", names, ", [", prompts, "], ", answers, tools, group, _where(is_logged, *of_log), "]\n")
     offsets = memoryview(lines.buffers()[1]).cast("i")
     first, last = offsets[lines.offset], offsets[lines.offset + len(lines)]
     return memoryview(lines.buffers()[2] or b"")[first:last]
@@ -525,9 +546,16 @@ class Exposure:
     """URIs of files that cannot be read, or have no ids: whether they hold any of the records is unknown."""
 
 
-def exposure_of(store: Store, record_ids: Collection[str]) -> Exposure:
-    """Search the whole registry. Only the ids are read from Parquet files, and only the text from rejected rows."""
+def exposure_of(store: Store, record_ids: Collection[str], *, people: Mapping[str, str] | None = None) -> Exposure:
+    """Search the whole registry. Only the ids are read from Parquet files, and only the text from rejected rows.
+
+    `people` are users whose records are searched too: the hash of each by his name in the logs.
+    """
     files = [info for info in store.list(DATASETS) if info.key.endswith(".parquet")]
+    if people:
+        hashes = frozenset(people.values())
+        theirs = [_held(store, info, (), hashes) or set() for info in files if not info.key.endswith(f"/{REJECTS}")]
+        record_ids = {*record_ids, *people}.union(*theirs)  # rejected rows have the names themselves
     compared = [info for folder in (RUNS, runs.EVALUATIONS) for info in store.list(folder)]
     files += [info for info in compared if info.key.endswith(f"/{runs.EVALUATION_RECORDS}")]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
@@ -590,18 +618,24 @@ def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
         yield Exposed(name, version, store.uri(version_key(name, version)), aliases, dataset, reason, revoked)
 
 
-def _held(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[str] | None:
-    """The given ids that the file's column `id` holds, or the text of rejected rows; None where it cannot be read."""
+def _held(
+    store: Store, info: ObjectInfo, record_ids: Collection[str], people: Set[str] = frozenset()
+) -> set[str] | None:
+    """The given ids that the file's column `id` holds, and those of records with words of these people, or the ids that
+    the text of rejected rows holds; None where it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     column, found = "row" if info.key.endswith(f"/{REJECTS}") else "id", set[str]()
     try:
         with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
-            for batch in file.iter_batches(columns=[column], use_threads=False):
+            for batch in file.iter_batches(columns=[column, *OF_PEOPLE], use_threads=False):
                 values = batch[column].to_pylist()
                 if column == "id":
                     found.update(set(record_ids).intersection(values))
+                    for name in people and {*OF_PEOPLE}.intersection(batch.schema.names):
+                        who = batch[name].to_pylist()
+                        found.update(each for each, person in zip(values, who, strict=True) if person in people)
                 else:
                     found.update(each for row in values for each in record_ids if each in row and _names(row, each))
     except ObjectMissing:  # deleted since the listing
@@ -615,7 +649,9 @@ def _held(store: Store, info: ObjectInfo, record_ids: Collection[str]) -> set[st
 def _names(row: str, record_id: str) -> bool:
     """Whether a value of the row is this id, or a word of it where it is not a JSON object."""
     try:
-        values = json.loads(row).values()
+        values = [*json.loads(row).values()]
     except (ValueError, AttributeError, RecursionError):
         return re.search(rf"(?<!\w){re.escape(record_id)}(?!\w)", row) is not None
+    for value in values:  # grows by what lies within them
+        values.extend(value.values() if isinstance(value, dict) else ())
     return any(str(value) == record_id for value in values if isinstance(value, str | int))

@@ -57,7 +57,15 @@ def publish_newer(step_run: StepRun) -> str:
         is_new = ~np.isin(ids, np.concatenate([each.to_numpy() for each in seen]))
         numbers = np.array([number for number, _ in placed], np.int64)[is_new]
         unseen = [
-            batch.filter(pa.array([not group or group not in groups for group in batch["group"].to_pylist()]))
+            # A model's own words would judge whoever said them too well.
+            batch.filter(
+                pa.array(
+                    [
+                        origin != "own" and (not group or group not in groups)
+                        for group, origin in zip(batch["group"].to_pylist(), batch["origin"].to_pylist(), strict=True)
+                    ]
+                )
+            )
             for batch in work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY))
         ]
         if (found := sum(map(len, unseen))) < FEWEST:

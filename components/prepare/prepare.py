@@ -16,9 +16,10 @@ from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
 from components.prepare import dataset, icd10, workspace
 from components.prepare.dataset import FORMAT, Part, Reject
+from components.prepare.feedback import Feedback, read_feedback, sources_of_feedback
 from components.prepare.personal import Kind
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
-from components.prepare.shapes import EXPECTED, advice, columns_read, recognised, unread_text
+from components.prepare.shapes import EXPECTED, TRACES, advice, columns_read, recognised, unread_text
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import (
     Deduplicated,
@@ -29,6 +30,7 @@ from components.prepare.split import (
     require_enough,
     split,
 )
+from components.prepare.traces import LEARNED, Use
 from components.prepare.validate import Reader, Rules, Validated, read_here
 from components.prepare.workspace import Workspace, quoted
 from components.records import runs
@@ -64,16 +66,19 @@ class Counts:
     """Records that hold personal data, where data.personal leaves them out."""
     erased: int = 0
     """Rows of records that were erased, usable or not."""
+    unused: int = 0
+    """Logged answers that nobody rated good and nobody put right."""
 
     @property
     def accepted(self) -> int:
-        return self.rows - self.rejected - self.withheld - self.erased
+        return self.rows - self.rejected - self.withheld - self.erased - self.unused
 
     def add(self, validated: Validated) -> None:
         self.rows += validated.rows
         self.rejected += len(validated.rejects)
         self.withheld += validated.withheld
         self.erased += validated.erased
+        self.unused += sum(count for (_, use), count in validated.logged.items() if use not in LEARNED)
 
 
 @dataclass
@@ -95,6 +100,9 @@ class Intake:
     """Pieces of personal data in the records that are usable, by kind."""
     with_personal: int = 0
     """Usable records that hold any."""
+    logged: Counter[tuple[str, Use]] = field(default_factory=Counter)
+    """Logged answers by the version that gave them, and by what becomes of them."""
+    feedback: Feedback = field(default_factory=Feedback)
     shapes: Counter[str] = field(default_factory=Counter)
     """Rows whose columns are those of a record, whatever they hold, by their shape."""
 
@@ -131,6 +139,7 @@ def read_sources(
     for place, validated in reader(sources, rules):
         names_of_rows.update(validated.columns)
         intake.unread.update(validated.unread)
+        intake.logged.update(validated.logged)
         intake.personal.update(validated.personal)
         intake.with_personal += validated.with_personal
         accept(validated.batch)
@@ -149,7 +158,7 @@ def read_sources(
             intake.columns[column] += count
         if shape := recognised(names, rules.columns):
             intake.shapes[shape.name] += count
-            used = columns_read(names, rules.columns, group=rules.group)
+            used = columns_read(names, rules.columns, rules.group, rules.feedback_key)
             intake.unread.update({column: count for column in names if column not in used})
     return intake
 
@@ -173,6 +182,13 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
             f"{advice(list(intake.columns), columns or ColumnsConfig())}{header}"
         )
     share = intake.rejected_share
+    if not total.accepted and total.unused:
+        raise DataError(
+            f"none of {total.unused:,} logged answers is rated good, edited or labelled: name in data.feedback "
+            "what people said of them, by response_id or data.feedback_key"
+        )
+    if intake.feedback.rows and TRACES.name not in intake.shapes:
+        raise DataError("data.feedback is on logged answers, and no row of data.source is one: see docs/data.md")
     if not total.accepted:
         raise DataError(f"data.source has no usable row among {total.rows:,}:{_reasons_text(intake)}")
     if share > max_reject_share:
@@ -242,9 +258,12 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
         "personal": {"records": intake.with_personal, "found": dict(intake.personal.most_common())},
         "dropped": {
             "erased": intake.total.erased,
+            **_uses(intake),
             "personal_data": intake.total.withheld,
             "duplicate": deduplicated.duplicates,
             "superseded_by_same_id": deduplicated.superseded,
+            "over_max_rows_per_rater": deduplicated.over_rater_cap,
+            "own_words_or_session_beside_eval": split.beside_eval,
             "prompt_in_eval": split.prompt_in_eval,
             "near_duplicate_of_eval": split.near_duplicate_of_eval,
             "before_window": split.before_window,
@@ -256,6 +275,7 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
             "in_train": split.near_in_train,
         },
         "system_message": _shared_system_message(work, split),
+        **({"logged": _logged(work, intake, split)} if intake.logged else {}),
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": dict(intake.unread.most_common()),
@@ -266,6 +286,56 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
             {"source": source.name, "bytes": source.size_bytes, "rows": counts.rows, "rejected": counts.rejected}
             for source, counts in intake.sources
         ],
+    }
+
+
+def _uses(intake: Intake) -> dict[str, int]:
+    """The number of logged answers that are not learned from, by why."""
+    uses: Counter[str] = Counter()
+    for (_, use), count in intake.logged.items():
+        uses[use] += count if use not in LEARNED else 0
+    return dict(+uses)
+
+
+def _logged(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str, Any]:
+    """What the log and the feedback are made of, and what of it deserves a warning."""
+    origins: dict[str, dict[str, int]] = {}
+    first = "CASE WHEN prompt[1].role = 'system' THEN prompt[1].content ELSE '' END"
+    systems: dict[bool, set[str]] = {True: set(), False: set()}
+    for part in split.parts.splits if "origin" in work.columns else ():
+        query = f"SELECT origin, {first}, count(*) FROM {_sql_of(part)} GROUP BY ALL ORDER BY ALL"
+        of_part = origins.setdefault(part.name, {})
+        for origin, system, count in work.rows(query):
+            systems[bool(origin)].add(system)
+            if origin:
+                of_part[origin] = of_part.get(origin, 0) + count
+    uses, served = Counter[str](), dict[str, dict[str, int]]()
+    for (version, use), count in sorted(intake.logged.items()):
+        uses[use] += count
+        served.setdefault(version, {})[use] = count
+    feedback, warnings = intake.feedback, []
+    if all(systems.values()) and not systems[True] & systems[False]:
+        of_log, of_others = (max(systems[is_logged], key=len)[:80] for is_logged in (True, False))
+        warnings.append(
+            f"logged requests begin with another system message, {of_log!r}, than the other records, {of_others!r}: "
+            "the adapter is asked with the gateway's"
+        )
+    if uses["corrected"] > uses["good"]:
+        warnings.append(
+            f"{uses['corrected']:,} of {uses['corrected'] + uses['good']:,} answers to learn from put one right, while "
+            f"{uses['unrated']:,} of {uses.total():,} drew no feedback: what is right today may be forgotten. Keep "
+            "earlier data in data.source, or collect what is good too"
+        )
+    return {
+        "origin": origins,
+        "served_by": served,
+        "feedback": {
+            "rows": feedback.rows,
+            "unusable": dict(feedback.unusable),
+            "answers": len(feedback.verdicts),
+            "raters_differ": sum(verdict.differ for verdict in feedback.verdicts.values()),
+        },
+        "warnings": warnings,
     }
 
 
@@ -301,7 +371,8 @@ def _describe(work: Workspace, part: Part) -> dict[str, Any]:
     work.run(f"CREATE OR REPLACE TEMP TABLE answers AS {counted} FROM {records} GROUP BY 1")
     (distinct,) = work.row("SELECT count(*) FROM answers")
     top = work.rows(f"SELECT answer, records FROM answers ORDER BY records DESC, first LIMIT {_TOP_ANSWERS}")
-    groups = work.row(f'SELECT count(DISTINCT "group") FROM {records}')[0] if "group" in work.columns else None
+    group = """CASE WHEN "group" = '' THEN id ELSE "group" END"""
+    groups = work.row(f"SELECT count(DISTINCT {group}) FROM {records}")[0] if "group" in work.columns else None
 
     def lengths(text: str) -> dict[str, int]:
         return percentiles(dict(work.rows(f"SELECT {text} AS length, count(*) FROM {records} GROUP BY 1")))
@@ -458,8 +529,9 @@ def prepare_if_new(
     if consumed is not None and consumed.run_id == step_run.run_id:
         # This very run has ended before: a repetition has nothing new, and should give the same result.
         sources, consumed = [each for each in sources if each.name in consumed.sources], None
-    if minimum and consumed and all(consumed.sources.get(each.name) == each.fingerprint for each in sources):
-        what = sources[0].name if len(sources) == 1 else f"all {len(sources)} sources"
+    read_from = [*sources, *sources_of_feedback(step_run.config.data)]
+    if minimum and consumed and all(consumed.sources.get(each.name) == each.fingerprint for each in read_from):
+        what = sources[0].name if len(read_from) == 1 else f"all {len(read_from)} sources"
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
     arrived = {each.name for each in sources} - (consumed.sources.keys() if consumed else set())
@@ -484,7 +556,7 @@ def prepare_if_new(
             require_enough(judging, step_run.config)
             step_run.result.update(power=power(judging, step_run.config))
             step_run.say(step_run.result["power"]["sentence"])
-    fingerprints = {source.name: source.fingerprint for source in sources}
+    fingerprints = {source.name: source.fingerprint for source in read_from}
     between_runs.note_consumed(step_run.store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     step_run.result.update(vars(prepared))
     since = f"; {_are_new(num_new)} since run {consumed.run_id}" if consumed else ""
@@ -506,12 +578,15 @@ def read_distinct(
 ) -> tuple[Intake, Deduplicated]:
     """Read, validate and deduplicate the sources: the distinct records are the workspace's table `chosen`. Raises as
     `read_sources` and `require_usable`."""
-    read = read_sources(sources, work.accept, work.reject, rules=Rules.of(config.data, erased), reader=reader)
+    feedback = read_feedback(config.data, erased)
+    rules = Rules.of(config, feedback.verdicts, erased)
+    read = read_sources(sources, work.accept, work.reject, rules=rules, reader=reader)
+    read.feedback = feedback
     require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)
     if read.unread:
         logger.info("%s", unread_text(read.unread))
     work.finish()
-    return read, deduplicate(work)
+    return read, deduplicate(work, most_of_a_rater=config.data.max_rows_per_rater)
 
 
 def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
@@ -546,6 +621,8 @@ def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, u
         never_trained=profile["never_trained"],
         created=folder.created,
     )
+    for line in profile.get("logged", {}).get("warnings", ()):
+        logger.warning("%s", line)
     logger.info("%s %s", "published" if folder.created else "already there:", folder.uri)
     return prepared
 
@@ -557,9 +634,12 @@ def _left_out(read: Intake, unique: Deduplicated, found: TrainEvalSplit) -> dict
         **unusable,
         "unusable for other reasons": others,
         "erased": read.total.erased,
+        **{use.replace("_", " "): count for use, count in _uses(read).items()},
         "with personal data": read.total.withheld,
         "repeated": unique.duplicates,
         "replaced by a later row of their id": unique.superseded,
+        "beyond data.max_rows_per_rater": unique.over_rater_cap,
+        "a model's own words, or of a session, beside what is held out": found.beside_eval,
         "with a held-out prompt": found.prompt_in_eval,
         "near what is held out": found.near_duplicate_of_eval,
         "before the window": found.before_window,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from components.config.train import ColumnsConfig
+from components.prepare import traces
 from components.shared.errors import DataError
 from components.shared.protocol import counted
 
@@ -57,6 +58,8 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     """The shape of rows with these columns; None where it is unknown."""
     if named.messages or named.completion or named.prompt:
         return _as_named(columns, named)
+    if traces.are_traces(columns):
+        return TRACES
     if "messages" in columns:
         return MESSAGES
     if "prompt" in columns and "completion" in columns:
@@ -88,10 +91,10 @@ def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str
     return _with_system(record, row.get(named.system or "system")) if named.system or shape in _WITH_SYSTEM else record
 
 
-def columns_read(columns: Collection[str], named: ColumnsConfig, *, group: str = "") -> set[str]:
-    """The columns that are needed, for rows with these columns."""
+def columns_read(columns: Collection[str], named: ColumnsConfig, *others: str) -> set[str]:
+    """The columns that are needed, for rows with these columns; `others` is what data.group and the like name."""
     shape = recognised(columns, named)
-    read = {*KNOWN_COLUMNS, group, named.id, named.tools, named.system}
+    read = {*KNOWN_COLUMNS, *others, named.id, named.tools, named.system}
     return (read | set(shape.columns) if shape else read) & set(columns)
 
 
@@ -218,5 +221,6 @@ UNNAMED = ColumnsConfig()
 PLAIN = Shape("prompt and completion", ("prompt", "completion"), dict)
 MESSAGES = Shape("messages", ("messages",), dict)
 ALPACA = Shape("Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca)
+TRACES = Shape("logged requests", traces.COLUMNS, traces.as_turn)
 SHARE_GPT = Shape("ShareGPT", ("conversations", "system"), _conversation("conversations"))
 _WITH_SYSTEM = (ALPACA, SHARE_GPT)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, load_split, write_splits
+from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, groups_of, load_split, write_splits
 from components.prepare.workspace import Texts, Workspace, position
 from components.registry import signing
 from components.registry.event_log import decided_before, events, next_part
@@ -86,6 +86,8 @@ class Deduplicated:
     """Records with the same prompt and answer as another record."""
     superseded: int
     """Records with the same id as a later row, and other content; or with the same as one that an id was given to."""
+    over_rater_cap: int = 0
+    """Records beyond data.max_rows_per_rater."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class TrainEvalSplit:
     """Both sides, each in the order of its records' places, and how many records are in neither."""
 
     parts: Parts
+    beside_eval: int
+    """Left out of both: a model's own words that belong with what is held out, and turns of a held-out session."""
     prompt_in_eval: int
     """Left out of train because the same prompt stands in eval."""
     near_duplicate_of_eval: int
@@ -119,8 +123,9 @@ class TrainEvalSplit:
         return self.parts.evaluation
 
 
-def deduplicate(work: Workspace) -> Deduplicated:
-    """Keep the last row of each id, then one record of each content, in the table `chosen`.
+def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> Deduplicated:
+    """Keep the last row of each id, then one record of each content, in the table `chosen`, and of each rater the
+    records with the smallest keys, `most_of_a_rater` of them, 0 all.
 
     Among records with the same content the one with the smallest place stays. A new duplicate can move the content
     towards eval, whose places are the small ones, and never away from it.
@@ -152,8 +157,15 @@ def deduplicate(work: Workspace) -> Deduplicated:
         "DELETE FROM chosen WHERE NOT named AND left(lower(hex(content)), 16) IN"
         "  (SELECT records.id FROM records JOIN chosen USING (number) WHERE chosen.named)"
     )
-    (records,) = work.row("SELECT count(*) FROM chosen")
-    return Deduplicated(records, duplicates + rivals, superseded + before - records)
+    (distinct,) = records = work.row("SELECT count(*) FROM chosen")
+    if most_of_a_rater and "rater" in work.columns:
+        work.run(
+            "DELETE FROM chosen WHERE number IN (SELECT number FROM ("
+            "  SELECT number, row_number() OVER (PARTITION BY rater ORDER BY chosen.key, number) AS rank"
+            f"  FROM chosen JOIN records USING (number) WHERE rater <> '') WHERE rank > {most_of_a_rater})"
+        )
+        records = work.row("SELECT count(*) FROM chosen")
+    return Deduplicated(records[0], duplicates + rivals, superseded + before - distinct, distinct - records[0])
 
 
 def split(
@@ -168,7 +180,8 @@ def split(
     replay_apart: bool = False,
 ) -> TrainEvalSplit:
     """Divide the distinct records in `chosen`: held out are those whose hash of what they belong to, their group's name
-    or else their own key, is, as a fraction of all hashes, below `eval_share`.
+    or else their own key, is, as a fraction of all hashes, below `eval_share`, but for a model's own words: on those no
+    candidate could be better than the model that said them.
 
     `max_records` keeps as many, the smallest hashes of each split, in eval_share's proportion, and 0 all. Prompts as
     similar as `near_duplicates` to one in eval are left out of train, at most the share `max_near_share` of those that
@@ -178,11 +191,23 @@ def split(
     Raises:
         DataError: a split is empty, or too much is near what is held out.
     """
+    is_logged = "origin" in work.columns
+    not_own = "AND number NOT IN (SELECT number FROM records WHERE origin = 'own')" if is_logged else ""
     work.run(
-        f"CREATE TABLE held_out AS FROM chosen WHERE position < '{eval_share!r}'::DOUBLE;"
+        f"CREATE TABLE held_out AS FROM chosen WHERE position < '{eval_share!r}'::DOUBLE {not_own};"
         "CREATE TABLE others AS FROM chosen ANTI JOIN held_out USING (asked)"
         f"  WHERE position >= '{eval_share!r}'::DOUBLE"
     )
+    beside_eval = 0
+    if is_logged:  # a session lies on one side as a whole, whoever rated its answers
+        work.run(
+            "CREATE TABLE beside AS SELECT number FROM chosen JOIN records USING (number)"
+            f"  WHERE origin = 'own' AND chosen.position < '{eval_share!r}'::DOUBLE"
+            "  UNION SELECT number FROM others JOIN records USING (number) WHERE session IN"
+            "    (SELECT session FROM records JOIN held_out USING (number) WHERE session <> '');"
+            "DELETE FROM others WHERE number IN (FROM beside)"
+        )
+        (beside_eval,) = work.row("SELECT count(*) FROM beside")
     (total, num_held_out, num_others) = work.row(
         "SELECT (SELECT count(*) FROM chosen), (SELECT count(*) FROM held_out), (SELECT count(*) FROM others)"
     )
@@ -205,7 +230,8 @@ def split(
         num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
     return TrainEvalSplit(
         parts=_written(work, num_train, num_eval, num_replayed if replay_apart else None),
-        prompt_in_eval=total - num_held_out - num_others,
+        beside_eval=beside_eval,
+        prompt_in_eval=total - num_held_out - num_others - beside_eval,
         near_duplicate_of_eval=unlike.left_out,
         before_window=before_window,
         replayed=num_replayed,
@@ -356,7 +382,7 @@ class Judges:
     def num_independent(self, most: int) -> int:
         """The number of groups among the first `most` records, as the gate counts; of records if none has a group."""
         used = self.records[:most]
-        return len({record.group for record in used}) if any(record.group for record in used) else len(used)
+        return len(set(groups_of(used))) if any(record.group for record in used) else len(used)
 
     @property
     def sample(self) -> tuple[str, ...]:

@@ -16,16 +16,18 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from components.config.train import ColumnsConfig, DataConfig, LossOn
-from components.prepare.dataset import WEIGHT, Hashes, Message, Record, Reject, Role, batch_of, keyed_batch
+from components.config.schema import RunConfig
+from components.config.train import ColumnsConfig, LossOn
+from components.prepare import traces
+from components.prepare.dataset import OF_LOG, WEIGHT, Hashes, Message, Record, Reject, Role, batch_of, keyed_batch
 from components.prepare.personal import Action, Kind, Screen
 from components.prepare.rows import Rows, SourceRow, Unreadable, read_rows
-from components.prepare.shapes import SPEAKERS, as_record, columns_read, recognised
+from components.prepare.shapes import SPEAKERS, TRACES, Row, as_record, columns_read, recognised
 from components.prepare.sources import Source, local_copies
 from components.registry.between_runs import NONE_ERASED, Erased
 from components.shared.errors import DataError
@@ -296,6 +298,7 @@ def keyed(records: Sequence[Record]) -> "pa.RecordBatch":
         prompt, tools = canonical_prompt(turns), f"tools:{len(record.tools)}:{record.tools}" if record.tools else ""
         said = sha256(prompt.encode())
         hashes.asked.append(said.digest())
+        left += f"origin:{record.origin}" if record.origin else ""  # where feedback says more, the same words are new
         said.update(f"{tools}{left}answer:{record.answer}{f'calls:{record.calls}' if record.calls else ''}".encode())
         hashes.content.append(said.digest())
         key = sha256((f"id:{record.id}" if record.id else f"prompt:{prompt}{tools}").encode()).digest()
@@ -325,6 +328,8 @@ class Validated(NamedTuple):
     """Number of records that hold personal data, where data.personal leaves them out."""
     erased: int
     """Number of rows of erased records, usable or not."""
+    logged: Counter[tuple[str, traces.Use]]
+    """Number of logged answers by who served them, and by what becomes of them."""
     columns: Counter[tuple[str, ...]]
     """Number of rows by the names of all their columns."""
     unread: Counter[str]
@@ -351,25 +356,37 @@ class Validation:
         import pyarrow as pa
 
         rules, columns, unread = self._rules, Counter[tuple[str, ...]](), Counter[str]()
+        logged: Counter[tuple[str, traces.Use]] = Counter()
         records: dict[int, Record] = {}
         rejects: list[Reject] = []
         erased = 0
         for place, row in enumerate(rows.rows):
-            value, names = row.value, ()
+            value, names, shape = row.value, (), None
             if isinstance(value, dict):
                 names = tuple(value) + rows.unread_columns
                 columns[names] += 1
+                shape = self._shape_of(names)
             row_id = _id_of(value, rules.columns) if rules.erased else None
-            if row_id is not None and rules.erased.has(row_id):
+            is_users = shape is TRACES and bool(rules.erased) and traces.user_of(cast(Row, value)) in rules.erased
+            if is_users or (row_id is not None and rules.erased.has(row_id)):
                 erased += 1
                 continue
             try:
                 if isinstance(value, Unreadable):
                     raise DataError(value.reason)
                 if isinstance(value, dict):
-                    value = as_record(value, self._shape_of(names), rules.columns, group=rules.group)
+                    value = as_record(value, shape, rules.columns, group="" if shape is TRACES else rules.group)
                     unread.update(unread_keys(value))
-                records[place] = validate(value, group=rules.group, source=source.entry, loss_on=rules.loss_on)
+                group, of_log = rules.group, dict[str, Any]()
+                if shape is TRACES:
+                    value, use = self._learned(row.value, value)
+                    of_log = {name: _encodable(value[name]) for name in OF_LOG}
+                    logged[of_log["served_by"], use] += 1
+                    if use not in traces.LEARNED:
+                        continue
+                    group = "group" if value["group"] else ""
+                record = validate(value, group=group, source=source.entry, loss_on=rules.loss_on)
+                records[place] = replace(record, **of_log) if of_log else record
             except DataError as exc:
                 is_known = row_id is not None or not rules.erased
                 text = self._screen.kept(_text_of(row)) if is_known else _OF_NOBODY_KNOWN
@@ -388,7 +405,18 @@ class Validation:
         if gone:
             batch = batch.filter(pa.array([place not in gone for place in records]))
         found = sum(counted, Counter[Kind]())
-        return Validated(len(rows.rows), batch, rejects, withheld, erased, columns, unread, found, len(counted))
+        return Validated(len(rows.rows), batch, rejects, withheld, erased, logged, columns, unread, found, len(counted))
+
+    def _learned(self, row: Any, turn: Any) -> tuple[dict[str, Any], traces.Use]:
+        """A logged answer with the feedback on it: by the customer's own key, else the response's or the row's id."""
+
+        def named(key: str) -> Any:
+            return traces.first_of(row, key, f"metadata.{key}", f"request.metadata.{key}") if key else None
+
+        rules, key = self._rules, self._rules.feedback_key
+        keys = [(key, str(named(key))), *(("", str(name)) for name in (turn.get("response_id"), turn.get("id")))]
+        verdict = next((rules.feedback[each] for each in keys if each in rules.feedback), None)
+        return traces.learned(turn, verdict, rules.adapter, turn.get(rules.group) or named(rules.group))
 
     def _erased(self, batch: "pa.RecordBatch", places: Sequence[int]) -> set[int]:
         """Which of the records at these places were erased, by the ids that they may have in a dataset."""
@@ -423,7 +451,7 @@ def _text_of(row: SourceRow) -> str:
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules by which a row becomes a record. Each but `erased` is the key of `data` with the same name."""
+    """The rules by which a row becomes a record. Each but the last three is the key of `data` with the same name."""
 
     group: str = ""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
@@ -431,12 +459,24 @@ class Rules:
     phone_regions: tuple[str, ...] = ()
     personal_names: bool = False
     loss_on: LossOn = "last"
+    feedback_key: str = ""
+    adapter: tuple[str, str] = ("", "")
+    """Its name and alias, which a log's `model` may be and must not."""
+    feedback: Mapping[traces.Key, traces.Verdict] = field(default_factory=dict)
     erased: Erased = NONE_ERASED
 
     @classmethod
-    def of(cls, data: DataConfig, erased: Erased = NONE_ERASED) -> "Rules":
-        regions = tuple(data.phone_regions)
-        return cls(data.group, data.columns, data.personal, regions, data.personal_names, data.loss_on, erased)
+    def of(
+        cls, config: RunConfig, feedback: Mapping[traces.Key, traces.Verdict], erased: Erased = NONE_ERASED
+    ) -> "Rules":
+        keys = ("group", "columns", "personal", "personal_names", "loss_on", "feedback_key")
+        return cls(
+            **{key: getattr(config.data, key) for key in keys},
+            phone_regions=tuple(config.data.phone_regions),
+            adapter=(config.adapter.name, config.adapter.alias),
+            feedback=feedback,
+            erased=erased,
+        )
 
 
 Reader = Callable[[Sequence[Source], Rules], Iterator[tuple[int, Validated]]]
@@ -454,7 +494,10 @@ def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Va
 
 def rows_of(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Rows]]:
     """Yield all rows in batches, each with the index of its source."""
-    wanted = partial(columns_read, named=rules.columns, group=rules.group)
+
+    def wanted(columns: Collection[str]) -> set[str]:
+        return columns_read(columns, rules.columns, rules.group, rules.feedback_key)
+
     for place, (source, path) in enumerate(local_copies(sources)):
         for rows in read_rows(source.name, path, wanted=wanted):
             yield place, rows

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -231,7 +231,7 @@ class Erasure:
     """The first erasure of one record."""
 
     record: str
-    """The sha256 of its id, in hex."""
+    """The sha256 of its id, or its user's, in hex."""
     at: str
     by: str
     is_new: bool
@@ -247,6 +247,8 @@ class Erased(frozenset[str]):
 
 
 NONE_ERASED = Erased()
+OF_PEOPLE = ("user", "rater")
+"""The columns of a dataset, where it has them, with the hashes of the users whose words a record holds."""
 
 
 def record_hash(record_id: str) -> str:
@@ -254,12 +256,18 @@ def record_hash(record_id: str) -> str:
     return hashlib.sha256(f"fineloop record {record_id}".encode(errors="surrogatepass")).hexdigest()
 
 
-def erase(store: Store, record_id: str, *, by: str) -> Erasure:
-    """Record that the record is never to be trained on again; if it was erased before, the first erasure stays. Raises
-    UserError if the id is empty; IntegrityError if the earlier erasure is damaged."""
-    if not record_id:
+def user_hash(user: str) -> str:
+    """The hash that stands for a user, or a rater, in datasets and in the store."""
+    return hashlib.sha256(f"fineloop user {user}".encode(errors="surrogatepass")).hexdigest()
+
+
+def erase(store: Store, name: str, *, by: str, hash_of: Callable[[str], str] = record_hash) -> Erasure:
+    """Record that the record with this id, or with `user_hash` each of this user's, is never to be trained on again; if
+    it was erased before, the first erasure stays. Raises UserError if the name is empty; IntegrityError if the earlier
+    erasure is damaged."""
+    if not name:
         raise UserError("a record's id is empty: give it as the dataset has it")
-    record, at = record_hash(record_id), folders.now()
+    record, at = hash_of(name), folders.now()
     key = f"{ERASED}{record}.json"
     try:
         body = {"format": 1, "record": record, "at": at, "by": by}
@@ -292,8 +300,10 @@ def require_none_erased(store: Store, dataset_uri: str) -> None:
     for info in store.list(root) if known else ():
         if "/" in info.key.removeprefix(root) and info.key.endswith(".parquet"):  # of a split
             with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
-                for batch in file.iter_batches(columns=["id"], use_threads=False):
-                    found.update(filter(known.has, batch["id"].to_pylist()))
+                for batch in file.iter_batches(columns=["id", *OF_PEOPLE], use_threads=False):
+                    for row in batch.to_pylist():
+                        if known.has(row["id"]) or known.intersection(row.get(name) for name in OF_PEOPLE):
+                            found.add(row["id"])
     if found:
         raise DataError(
             f"{dataset_uri} holds {counted(len(found), 'record')} that {'was' if len(found) == 1 else 'were'} erased "

@@ -43,6 +43,9 @@ _DROPPED = {
     "near_duplicate_of_eval": "training rows that hardly differ from a held-out prompt",
     "before_window": "training rows from before data.window_days",
     "over_max_records": "beyond data.max_records",
+    "over_max_rows_per_rater": "beyond data.max_rows_per_rater",
+    "unrated": "logged answers without feedback",
+    "own_words_or_session_beside_eval": "a model's own words, or of a session, beside what is held out",
 }
 
 
@@ -146,6 +149,7 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
                 ],
             ),
             ("Near-duplicates", alike),
+            ("Logged answers", feedback_on(profile)),
         ],
         "lengths": [
             (f"{title}, {words}", [split[key].get(f"p{percentile}") for percentile in (0, 50, 90, 99, 100)])
@@ -160,6 +164,16 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
         "distinct_answers": train.get("distinct_answers"),
         "sources": profile.get("sources", []),
     }
+
+
+def feedback_on(profile: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What feedback says of each served version, and the number of its logged answers; none where nothing is logged."""
+    rows = []
+    for version, uses in profile.get("logged", {}).get("served_by", {}).items():
+        judged = sum(uses.get(use, 0) for use in ("good", "corrected", "rated_bad"))
+        good = f": {share(uses.get('good', 0) / judged)} of {count(judged)} judged ones good" if judged else ""
+        rows.append((f"by {version or 'a model that the log does not name'}{good}", sum(uses.values())))
+    return rows
 
 
 def _part(part: int, whole: int) -> str:

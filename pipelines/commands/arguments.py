@@ -222,20 +222,23 @@ def load_config(options: argparse.Namespace) -> RunConfig:
     options.overrides = [*set_here, *options.overrides]
 
     config = config_file.load(options.config, options.overrides)
-    given = config.data.source
-    sources = [
-        source if "://" in source else str(Path(source).expanduser().absolute())
-        for source in ([given] if isinstance(given, str) else given)
-    ]
     base = config.model.base
     if "://" not in base and Path(base).expanduser().is_dir():  # else it is a hub id
         base = str(Path(base).expanduser().absolute())
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"source": sources[0] if isinstance(given, str) else sources}),
+            "data": config.data.model_copy(
+                update={name: _absolute(getattr(config.data, name)) for name in ("source", "feedback")}
+            ),
             "model": config.model.model_copy(update={"base": base}),
         }
     )
+
+
+def _absolute(sources: str | list[str]) -> str | list[str]:
+    if isinstance(sources, str):
+        return sources if "://" in sources or not sources else str(Path(sources).expanduser().absolute())
+    return [str(_absolute(each)) for each in sources]
 
 
 def name_from(source: str) -> str:

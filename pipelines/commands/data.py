@@ -11,7 +11,8 @@ from typing import Any
 
 from components.config.config_file import json_schema
 from components.prepare.dataset import Exposure, exposure_of
-from components.registry.between_runs import erase
+from components.registry.between_runs import erase, user_hash
+from components.shared.errors import UserError
 from components.shared.machine import account
 from components.shared.metrics import never_trained_text
 from components.shared.protocol import counted
@@ -75,6 +76,8 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
         yield f"personal data in {counted(profile['personal']['records'], 'record')}: {pieces} (data.personal)"
     if near := profile["near_duplicates"].get("in_train"):
         yield f"{counted(near, 'training record')} hardly differ from another one, and stay"
+    if logged := profile.get("logged"):
+        yield from _logged(profile, logged)
     yield from _sentences(body)
     lengths = {"prompt, characters": train["prompt_chars"], "answer, characters": train["answer_chars"]}
     if tokens and tokens["length"]:
@@ -92,11 +95,24 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
         yield f"\npage: {body['page']}"
 
 
+def _logged(profile: Mapping[str, Any], logged: Mapping[str, Any]) -> Iterator[str]:
+    from components.report.sections import feedback_on
+
+    yield from (f"{number:,} logged answers {text}" for text, number in feedback_on(profile))
+    for name, origins in logged["origin"].items():
+        yield f"{name} has of logged answers: {', '.join(f'{n:,} {origin}' for origin, n in origins.items()) or 'none'}"
+    feedback = logged["feedback"]
+    rows = f"{feedback['rows']:,} rows on {feedback['answers']:,} answers"
+    yield f"feedback: {rows}, on {feedback['raters_differ']:,} of which raters differ"
+    yield from (f"  {number:>6,}  unusable: {reason}" for reason, number in feedback["unusable"].items())
+
+
 def _sentences(body: Mapping[str, Any]) -> Iterator[str]:
     splits, gate = body["profile"]["splits"], body["gate"]
     train, held_out = splits["train"], splits["eval"]
     groups = f" in {train['groups']:,} groups" if train["groups"] else ""
     yield f"{train['records']:,} records to train on{groups}, {held_out['records']:,} held out"
+    yield from body["profile"].get("logged", {}).get("warnings", ())
     if never_trained := body["profile"]["never_trained"]:
         yield never_trained_text(never_trained)
     if gate["lacking"]:
@@ -132,27 +148,33 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
 @command(
     "data erase",
     *REGISTRY,
-    option("ids ID", "a record's id, as in the id column of its dataset", nargs="+"),
+    option("ids ID", "a record's id, as in the id column of its dataset", nargs="*"),
+    option("--user NAME", "all records of a user or rater, as logs or feedback name them", action="append", default=[]),
     option("--by NAME", "who answers for it (default: your login)"),
     option("--dry-run", "erase nothing, only list what saw them"),
-    example="fineloop data erase 4711",
+    example="fineloop data erase 4711 --user ada@example.org",
 )
 def data_erase(options: argparse.Namespace) -> Answer:
     """Keep records out of every later dataset, for good, and list what saw them.
 
     An ID is a record's id in its dataset: the id of its row or, if the row has none, the first 16 hex digits of its
-    content's hash. The store keeps a hash of it. Datasets, versions and runs that saw the record are listed with the
-    commands to run next; none of them is changed.
+    content's hash. With --user, logged requests and feedback of that person are kept out, now and later. The store
+    keeps a hash of either. Datasets, versions and runs that saw the records are listed with the commands to run next;
+    none of them is changed.
     """
-    ids = list(dict.fromkeys(options.ids))
+    ids, people = list(dict.fromkeys(options.ids)), {name: user_hash(name) for name in options.user}
+    if not ids and not people:
+        raise UserError("the following arguments are required: ID, or --user NAME")
     with opened_registry(options) as store:
         by = options.by or account(os.environ)
         # First, so that what is prepared from here on has none of them.
         erased = {} if options.dry_run else {record_id: erase(store, record_id, by=by) for record_id in ids}
-        exposure = exposure_of(store, ids)
+        of_people = {} if options.dry_run else {name: erase(store, name, by=by, hash_of=user_hash) for name in people}
+        exposure = exposure_of(store, ids, people=people)
         follows = list(_next_steps(exposure, revocable=bool(store.trusted_keys)))
     body = {
         "erased": [{"id": record_id, **asdict(erasure)} for record_id, erasure in erased.items()],
+        "users": [{"user": name, **asdict(erasure)} for name, erasure in of_people.items()],
         "datasets": [asdict(each) for each in exposure.datasets],
         "versions": [asdict(each) for each in exposure.versions],
         "runs": list(exposure.runs),
@@ -163,6 +185,8 @@ def data_erase(options: argparse.Namespace) -> Answer:
     if erased:
         before = sum(not each.is_new for each in erased.values())
         lines = [f"{counted(len(erased), 'record')} erased for good{f', {before} of them before' if before else ''}"]
+    if of_people:
+        lines = [*lines[: len(erased)], f"{counted(len(of_people), 'user')} erased for good, with all later records"]
     if missing := set(ids) - {record_id for holder in exposure.datasets for record_id in holder.ids}:
         names = ", ".join(sorted(missing))
         lines += [f"in no dataset under this id: {names}. A copy of the text under another id is a record too"]

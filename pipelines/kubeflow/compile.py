@@ -228,16 +228,18 @@ def _typed(name: str, text: str, parameter: Mapping[str, Any]) -> Any:
 
 def check_reach(config: RunConfig, parameters: Mapping[str, Any]) -> None:
     """Refuse a config that names a local path, or a parameter that replaces a key by one. Raises UserError:
-    `data.source`, `model.base`, or the parameter that replaces it is a local path."""
-    field, sources = "data.source", [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    `data.source`, `data.feedback`, `model.base`, or the parameter that replaces it is a local path."""
+    named = {"data.source": config.data.source, "data.feedback": config.data.feedback}
     if replaced := parameters.get("data_source"):
-        field, sources = "--param data_source", [str(replaced)]
-    for source in sources:
-        if "://" not in source or source.startswith("file://"):
-            raise UserError(
-                f"{field} is {source!r}, a path, and no pod reads this machine's disk: put the data in S3 and give "
-                "s3://BUCKET/FOLDER/, or take the built-in example://icd10"
-            )
+        named["--param data_source"] = str(replaced)
+        del named["data.source"]
+    for field, sources in named.items():
+        for source in [sources] if isinstance(sources, str) else sources:
+            if "://" not in source or source.startswith("file://"):
+                raise UserError(
+                    f"{field} is {source!r}, a path, and no pod reads this machine's disk: put the data in S3 and give "
+                    "s3://BUCKET/FOLDER/, or take the built-in example://icd10"
+                )
     field, base = "model.base", config.model.base
     if replaced := parameters.get("base_model"):
         field, base = "--param base_model", str(replaced)

@@ -81,7 +81,7 @@ def test_a_wrong_argument_is_exit_2_in_one_message(
         (["run", "--json", "--nope"], "unrecognized arguments: --nope"),
         (["runs", "list", "--limit", "many", "--json"], "argument --limit: invalid int value: 'many'"),
         (["adapters", "shw", "--json"], "did you mean show?"),
-        (["data", "erase", "--json"], "the following arguments are required: ID"),
+        (["data", "erase", "--json"], "the following arguments are required: ID, or --user NAME"),
         (["compile", "--json", "--set", "model.bas=x"], "model.base"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare import prepare, workspace
+from components.prepare import prepare, traces, workspace
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import deduplicate, split
 from components.prepare.validate import Reader, Rules, Validated, read_here
-from components.registry.between_runs import Erased
+from components.registry.between_runs import Erased, user_hash
 from components.shared.errors import DataError
 from ray_jobs import prepare as job
+from tests.components.prepare import logged
 from tests.doubles.dying import DiesAtItsRecord
 from tests.ray_jobs import own_ray
 
@@ -86,6 +88,21 @@ def test_what_the_tasks_make_of_the_rows_is_what_one_process_makes(folder: Path,
     assert len(expected["rejects"]) > 100
     assert expected["counts"]["sources"][-1][1].rows
     assert {each["source"] for each in expected["rejects"]} > {str(folder / "0.jsonl")}
+
+
+def test_logged_requests_and_feedback_become_the_same_by_tasks(tmp_path: Path) -> None:
+    made_of = logged.generated(2000, seed=2)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made_of.rows))
+    votes = [traces.vote_of(each, key="", least=None) for each in made_of.feedback]
+    rules = Rules(feedback={vote.key: traces.resolved([vote]) for vote in votes}, erased=Erased({user_hash("user 1")}))
+    sources = find_sources(str(tmp_path / "log.jsonl"))
+    here, there = (
+        [(each.batch.to_pylist(), each.logged, each.erased) for _, each in read(sources, rules)]
+        for read in (read_here, without_ray)
+    )
+    assert [row for rows, *_ in here for row in rows] == [row for rows, *_ in there for row in rows]
+    assert sum((uses for _, uses, _ in here), Counter()) == sum((uses for _, uses, _ in there), Counter())
+    assert sum(erased for *_, erased in here) == sum(erased for *_, erased in there) > 0
 
 
 def test_an_error_of_a_task_comes_where_its_file_would(tmp_path: Path) -> None:

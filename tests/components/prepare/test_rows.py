@@ -30,9 +30,7 @@ def source_rows(name: str, *, group: str = "") -> list[SourceRow]:
     return [
         row
         for source, path in local_copies(find_sources(name))
-        for found in rows.read_rows(
-            source.name, path, wanted=lambda names: columns_read(names, ColumnsConfig(), group=group)
-        )
+        for found in rows.read_rows(source.name, path, wanted=lambda names: columns_read(names, ColumnsConfig(), group))
         for row in found.rows
     ]
 
