@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -60,3 +61,13 @@ def test_a_signal_reaches_it_and_it_does_not_outlive_whom_it_stands_for(forked: 
             process.send_signal(number)
             assert process.wait(PATIENCE_S) == code
         wait_until(lambda pid=pid: not psutil.pid_exists(pid), pid)
+
+
+def test_whoever_is_killed_while_it_asks_takes_nobody_along(forked: None, tmp_path: Path) -> None:
+    for delay_s in (0.0, 0.01, 0.02, 0.03, 0.05, 0.08):
+        with begin(sys.executable, WAITS, tmp_path) as process:
+            time.sleep(delay_s)
+            process.kill()
+            process.communicate(timeout=PATIENCE_S)  # its streams are closed with it
+    with begin(sys.executable, "print('here')", tmp_path) as process:
+        assert process.communicate(timeout=PATIENCE_S)[0] == "here\n"

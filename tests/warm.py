@@ -152,6 +152,9 @@ def serve(listener: socket.socket) -> None:
         if listener in readable:
             client, _ = listener.accept()
             streams, request = _read(client)
+            if request is None:
+                client.close()
+                continue
             _preload(PRELOADED[request["arguments"][0]])
             pid = os.fork()
             if pid == 0:
@@ -163,8 +166,11 @@ def serve(listener: socket.socket) -> None:
                 return
             for stream in streams:
                 os.close(stream)
-            client.sendall(f"{pid}\n".encode())
             forked[pid] = client
+            try:
+                client.sendall(f"{pid}\n".encode())
+            except OSError:  # it was killed meanwhile
+                _kill(pid)
 
 
 def _preload(names: Iterable[str]) -> None:
@@ -182,12 +188,20 @@ def _kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _read(client: socket.socket) -> tuple[list[int], dict[str, Any]]:
+def _read(client: socket.socket) -> tuple[list[int], dict[str, Any] | None]:
+    """The streams and the request; None from a client that was killed while it asked."""
     streams = array.array("i")
     size, ancillary, _, _ = client.recvmsg(8, socket.CMSG_SPACE(3 * streams.itemsize))
-    streams.frombytes(ancillary[0][2])
+    for *_, descriptors in ancillary:
+        streams.frombytes(descriptors)
     with client.makefile("rb") as request:
-        return list(streams), json.loads(request.read(int.from_bytes(size, "big")))
+        body = request.read(int.from_bytes(size, "big"))
+    try:
+        return list(streams), json.loads(body)
+    except ValueError:
+        for stream in streams:
+            os.close(stream)
+        return [], None
 
 
 def _become(
