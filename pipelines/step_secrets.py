@@ -11,30 +11,31 @@ from typing import NamedTuple
 class OwnSecrets(NamedTuple):
     """The environment variables that only one step is given."""
 
-    kubernetes: str
-    """Name of the Secret that holds them on a cluster."""
-    names: tuple[str, ...]
+    kubernetes: Mapping[str, tuple[str, ...]]
+    """Their names, by the Secret that holds them on a cluster."""
     prefixes: tuple[str, ...]
     """What is kept from other processes on this machine, such as the path of a key."""
 
 
 def of_its_own() -> dict[str, OwnSecrets]:
     """Return each step's secrets by its name: who moves an alias signs and announces that, evaluate signs what was
-    measured, report sends events to an OpenLineage server."""
-    from components.promote import announce  # not at the top: `fineloop --help` imports this module's neighbours
+    measured, report sends events to an OpenLineage server, and announces that no alias moved."""
+    from components.handover import announce  # not at the top: `fineloop --help` imports this module's neighbours
 
-    notify = announce.secrets()
+    notify, of_nights = announce.secrets(), announce.secrets(of_nights=True)
     signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
-    moves = OwnSecrets("fineloop-promote", (*signing, *notify), ("FINELOOP_SIGN", *notify))
+    moves = OwnSecrets({"fineloop-promote": (*signing, *notify)}, ("FINELOOP_SIGN", *notify))
     evaluation = ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER")
-    measures = OwnSecrets("fineloop-evaluate", evaluation, ("FINELOOP_EVALUATION_",))
+    measures = OwnSecrets({"fineloop-evaluate": evaluation}, ("FINELOOP_EVALUATION_",))
     return {
         "promote": moves,
         "move-by-hand": moves,
         "roll-back": moves,
         "check": measures,
         "evaluate": measures,
-        "report": OwnSecrets("fineloop-report", ("OPENLINEAGE_API_KEY",), ("OPENLINEAGE_",)),
+        "report": OwnSecrets(
+            {"fineloop-report": ("OPENLINEAGE_API_KEY",), "fineloop-promote": of_nights}, ("OPENLINEAGE_", *of_nights)
+        ),
     }
 
 

@@ -87,13 +87,15 @@ def of_training(values: Mapping[str, Any]) -> str:
     return of_all({**values, "ray": ray, "train": train})
 
 
-# Notifications of a moved alias, beside the registry's own event log.
+# Notifications of a moved alias, beside the registry's own event log, and of runs that move none.
 
 Url = Annotated[str, StringConstraints(pattern=r"^(https?://[^\s/?#@]+(/\S*)?)?$")]
+NightKind = Literal["held", "failed", "skipped"]
 
 
 class AnnounceConfig(Section):
-    """Servers that are notified when an alias moves; none by default. A failed notification does not undo the move.
+    """Servers that are notified when an alias moves, and the webhook also when a run of the pipeline moves none; none
+    by default. A failed notification undoes nothing and fails no run.
 
     Tokens come from the environment. Do not put an address here that is itself a secret: every run stores its config.
     """
@@ -107,6 +109,14 @@ class AnnounceConfig(Section):
     webhook: Url = ""
     """URL that receives each move as JSON, signed with FINELOOP_WEBHOOK_SECRET as GitHub signs
     (X-Hub-Signature-256)."""
+    nights: Annotated[list[NightKind], Added("0.2.0")] = ["held", "failed", "skipped"]
+    """The ends of a run, other than a promotion, that the webhook is told of, with the reason and the command that
+    helps. An empty list tells it of moves alone."""
+
+    @property
+    def servers(self) -> dict[str, str]:
+        """The addresses that are set, by their keys."""
+        return {key: value for key, value in self if isinstance(value, str) and value}
 
 
 # Trackers of experiments that see a training's curve while it goes on.

@@ -71,7 +71,7 @@ def move_by_hand(
     from pathlib import Path
 
     from components.config.schema import AnnounceConfig, RegistryConfig
-    from components.promote.announce import announce as notify
+    from components.handover.announce import announce as notify
     from components.promote.promote import Person, as_markdown, carry_out
     from components.registry.cache import forget
     from components.store.store import Store

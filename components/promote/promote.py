@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.promote.announce import announce
+from components.handover.announce import announce
 from components.records import runs
 from components.records.steps import Decision, finite
 from components.registry import aliases, between_runs, event_log, signing, versions

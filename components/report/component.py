@@ -19,7 +19,7 @@ def report(
     from components.step.step import last_step
 
     with last_step("report", config, run_id or job_id) as step_run:
-        report_uri = run_report(step_run.config, step_run.store, step_run.run_id)
+        step_run.result["state"] = status.state
+        report_uri = run_report(step_run.config, step_run.store, step_run.run_id, result=step_run.result)
         Path(page.path).write_bytes(step_run.store.get(step_run.store.key(report_uri)))
-        step_run.result.update(report_uri=report_uri, state=status.state)
     return report_uri

@@ -25,6 +25,7 @@ from components.registry.versions import LINEAGE
 from components.report import charts, comparison, sections
 from components.report.adapter_files import AdapterFiles
 from components.report.html import count, moment, sure_once, template
+from components.report.night import told
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles, by_class, wrong_answers
 from components.shared.errors import FineloopError, ObjectMissing
@@ -42,11 +43,12 @@ PAGES_FROM_RUN = f"../../{runs.PAGES}"
 logger = logging.getLogger(__name__)
 
 
-def run_report(config: RunConfig, store: Store, run_id: str) -> str:
+def run_report(config: RunConfig, store: Store, run_id: str, *, result: dict[str, Any]) -> str:
     """Write the report of a run, however far it got, and return its address. Running it again replaces the page.
 
     The registry's pages are written as well, if that is possible, because the version in production may have changed.
-    OpenLineage gets the events of the run.
+    OpenLineage gets the events of the run, and the servers of `announce` are told where it moved no alias. `result` is
+    the step's: it holds the run's `state`, and gets what is written and who was told.
 
     Raises:
         StoreError: the registry cannot be reached, or a file of the run is not what it should be.
@@ -56,7 +58,9 @@ def run_report(config: RunConfig, store: Store, run_id: str) -> str:
     page = build_report(run, pages_at=PAGES_FROM_RUN)
     key = runs.run_key(run_id, runs.REPORT)
     store.put(key, page.encode(), content_type="text/html; charset=utf-8")
+    result["report_uri"] = store.uri(key)
     logger.info("report of %d KB at %s", len(page) // 1024, store.uri(key))
+    result |= told(config, run, store.uri(key), failed=result.get("state") == "FAILED", environment=os.environ)
     try:
         pages = write_pages(store, config.adapter.name, generated_at=moment(datetime.now(UTC)), files=files)
         logger.info("the registry's pages at %s", pages)

@@ -27,6 +27,8 @@ from components.store.store import Store, open_uri
 CONFIG = "run parameter config"
 """As the form of the Kubeflow UI names its fields."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
+INTERRUPTED = "FINELOOP_INTERRUPTED"
+"""The environment variable of steps that a local run starts once somebody has interrupted it."""
 
 
 @dataclass

@@ -17,8 +17,8 @@ import yaml
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.handover import hub, serve_manifest
+from components.handover.announce import NOTIFIED, NOTIFIERS, announce
 from components.promote import promote as moves
-from components.promote.announce import NOTIFIED, NOTIFIERS, announce
 from components.promote.promote import Person
 from components.records.steps import finite
 from components.registry import event_log, signing, versions
@@ -270,7 +270,7 @@ def _look_lines(shown: Mapping[str, Any], config: RunConfig, home: str) -> Itera
 def announce_again(options: argparse.Namespace) -> Answer:
     """Notify Model Registry, MLflow and webhook, as far as the config names them, of where an alias points."""
     config = load_config(options).announce
-    if not any(dict(config).values()):
+    if not config.servers:
         keys = ", ".join(f"announce.{key}" for key in NOTIFIERS)
         raise UserError(f"the config names nothing to notify: set one of {keys}")
     name, _, alias = options.alias.partition("@")

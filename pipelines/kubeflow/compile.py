@@ -71,7 +71,7 @@ def compile_promotion(config: RunConfig, *, image: str = "") -> str:
         "prefix": registry.prefix,
         "trusted_keys": registry.trusted_keys,
         "evaluation_keys": registry.evaluation_keys,
-        "announce": config.announce.model_dump(mode="json", exclude_defaults=True),
+        "announce": config.announce.servers,
     }
     return _text(build(for_cluster(config)), defaults, {"action": [*ACTIONS]}, image)
 
@@ -156,8 +156,9 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
             kubernetes.use_config_map_as_volume(task, bundle, CA_FOLDER)
             for variable, path in CA_VARIABLES.items():
                 task.set_env_variable(variable, path)
-        if own := of_its_own().get(name):
-            kubernetes.use_secret_as_env(task, own.kubernetes, {key: key for key in own.names}, optional=True)
+        own = of_its_own().get(name)
+        for secret, names in own.kubernetes.items() if own else ():
+            kubernetes.use_secret_as_env(task, secret, {key: key for key in names}, optional=True)
 
     return configure
 

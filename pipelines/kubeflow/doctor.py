@@ -243,7 +243,7 @@ def _environment(cluster: Cluster, name: str, key: str) -> Finding:
 def _open_lineage(cluster: Cluster) -> Finding:
     """Whether a server gets events of runs, and with which key; without TLS anyone could read the key."""
     url = cluster.data(f"configmaps/{CONFIG_MAP}").get("OPENLINEAGE_URL", "")
-    name = of_its_own()["report"].kubernetes
+    name = next(iter(of_its_own()["report"].kubernetes))
     has_key = bool(url) and "OPENLINEAGE_API_KEY" in cluster.data(f"secrets/{name}")
     detail = f"{url}, {'with' if has_key else 'without'} the key of secret {name}" if url else "not configured"
     fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"

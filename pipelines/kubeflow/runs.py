@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.config.schema import RegistryConfig
-from components.promote.announce import failed_notifications, warning
+from components.handover.announce import failed_notifications, warning
 from components.ray_cluster.submit import stop_run
 from components.records import runs as records
 from components.records.steps import ROLES, Decision, Evaluation, StepRecord

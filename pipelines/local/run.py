@@ -24,7 +24,7 @@ import tomlkit
 from components.config import config_file
 from components.config.methods import setting
 from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
-from components.promote.announce import failed_notifications, warning
+from components.handover.announce import failed_notifications, night_warning, warning
 from components.records import runs
 from components.records.runs import PAGES
 from components.records.steps import ROLES, Decision, Evaluation, Role, TrainResult, scalars
@@ -301,7 +301,7 @@ class Outcome:
     report: str | None = None
     store: dict[str, str]
     timings_s: dict[str, float]
-    untold: dict[str, str] = field(default_factory=dict)  # notifications of the promotion that failed, and why
+    untold: dict[str, str] = field(default_factory=dict)  # notifications that failed, and why
     may_forget: float | None = None  # the limit that held for the loss on general text
 
     def as_json(self) -> dict[str, Any]:
@@ -392,7 +392,10 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     ]
     fresh = [f"  {line}" for line in outcome.freshness]
     table = [*_table(outcome.metrics), *fresh, *_forgotten(outcome), ""] if outcome.version else []
-    warnings = [warning(key, outcome.adapter, outcome.alias, why) for key, why in outcome.untold.items()]
+    warnings = [
+        warning(key, outcome.adapter, outcome.alias, why) if outcome.promoted else night_warning(key, why)
+        for key, why in outcome.untold.items()
+    ]
     lines = ["", headline, *reasons, *warnings, "", *table]
     where = {"version": outcome.version_uri, "report": outcome.report}
     where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from components.shared import garbage
-from components.step.step import first_step
+from components.step.step import INTERRUPTED, first_step
 from pipelines.step_secrets import of_step, without_secrets
 
 
@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _end_the_group(number: int, _frame: FrameType | None) -> None:
+    os.environ[INTERRUPTED] = "1"  # for the report, which kfp.local starts as after a step that failed
     signal.signal(number, signal.SIG_IGN)
     os.killpg(os.getpgrp(), number)
 

@@ -1,4 +1,4 @@
-"""A double of MLflow's server: what `components/promote/announce.py` and the client's package ask of its API, answered
+"""A double of MLflow's server: what `components/handover/announce.py` and the client's package ask of its API, answered
 as MLflow 3.17 does."""
 
 import json

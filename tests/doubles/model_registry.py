@@ -1,4 +1,4 @@
-"""A double of Kubeflow's Model Registry: what `components/promote/announce.py` asks of its REST API.
+"""A double of Kubeflow's Model Registry: what `components/handover/announce.py` asks of its REST API.
 
 It takes the fields that the schemas of kubeflow/hub's api/openapi/model-registry.yaml name and no others, and refuses a
 second thing of one name, as the server does.

@@ -109,7 +109,7 @@ def test_a_report_tells_of_the_release_s_run_what_its_own_report_told(run_id, fr
     before = text_of(frozen.path(f"runs/{run_id}/report.html").read_text())
     assert [fact for fact in facts if fact not in before] == []
 
-    run_report(frozen.config(run_id), frozen.store, run_id)
+    run_report(frozen.config(run_id), frozen.store, run_id, result={})
     after = text_of(frozen.store.get(f"runs/{run_id}/report.html").decode())
     assert [fact for fact in facts if fact not in after] == []
 

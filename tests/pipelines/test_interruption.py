@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.doubles.http_server import serving
 from tests.doubles.jobs_api import JobsApi
 from tests.pipelines.command_line import begun, body, fineloop
 from tests.waiting import PATIENCE_S, wait_until
@@ -21,20 +22,22 @@ from tests.waiting import PATIENCE_S, wait_until
         pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_run_leaves_nothing_behind(
+def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
     command: str, number: signal.Signals, stub_cluster: JobsApi, config_path: Path, tmp_path: Path
 ) -> None:
-    running, mark = begin(command, config_path, tmp_path)
-    wait_for(stub_cluster.directory / "hanging")
-    assert len(processes_with(mark)) > 1
-    (folder,) = (tmp_path / ".fineloop" / "runs").iterdir()
-    second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
-    assert second.returncode == 2
-    assert f"run {folder.name} is under way in another process" in second.stderr
-    assert outcome_of(folder.name, config_path, tmp_path)["outcome"] == "running: finetune"
+    told: list[bytes] = []
+    with serving(lambda *request: told.append(request[3]) or (200, {})) as url:
+        running, mark = begin(command, config_path, tmp_path, "--set", f"announce.webhook={url}")
+        wait_for(stub_cluster.directory / "hanging")
+        assert len(processes_with(mark)) > 1
+        (folder,) = (tmp_path / ".fineloop" / "runs").iterdir()
+        second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
+        assert second.returncode == 2
+        assert f"run {folder.name} is under way in another process" in second.stderr
+        assert outcome_of(folder.name, config_path, tmp_path)["outcome"] == "running: finetune"
 
-    running.send_signal(number)
-    out, err = (each.decode() for each in running.communicate(timeout=PATIENCE_S))
+        running.send_signal(number)
+        out, err = (each.decode() for each in running.communicate(timeout=PATIENCE_S))
     assert (running.returncode, out) == (130, "")
     said, goes_on = err.splitlines()[-2:]
     assert said.startswith("interrupted")
@@ -45,6 +48,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
     assert "Traceback" not in err
     assert processes_with(mark) == []
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
+    assert told == []
 
 
 def test_a_run_killed_outright_takes_its_steps_with_it(
@@ -59,10 +63,10 @@ def test_a_run_killed_outright_takes_its_steps_with_it(
     assert [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"]
 
 
-def begin(command: str, config_path: Path, cwd: Path) -> "tuple[subprocess.Popen[bytes], str]":
+def begin(command: str, config_path: Path, cwd: Path, *more: str) -> "tuple[subprocess.Popen[bytes], str]":
     """A command whose training hangs, and a variable that all of its processes inherit."""
     mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
-    return begun(command, "-c", config_path, "--set", "method.dropout=0.3", cwd=cwd, **{mark: "1"}), mark
+    return begun(command, "-c", config_path, "--set", "method.dropout=0.3", *more, cwd=cwd, **{mark: "1"}), mark
 
 
 def outcome_of(run_id: str, config_path: Path, cwd: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Runs as the steps leave them: one promoted, one held, one first of its kind, and some that ended early."""
 
+import json
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -322,3 +324,20 @@ def night(store: Store, number: int, *, promotes: bool) -> None:
         promote(store, "icd", version, cause=Cause(run_id, "ann", "better"))
     else:
         append_event(store, "icd", "refused", {"version": version, "run_id": run_id, "alias": "production"})
+
+
+def put(store: Store, run: RunFiles) -> None:
+    """Leave a run in the store, as its steps do."""
+    folder = f"runs/{run.run_id}"
+    store.put(f"{folder}/config.toml", run.config_toml.encode())
+    store.put(f"{folder}/metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.metrics).encode())
+    for record in (run.evaluation, run.decision, *run.steps):
+        if record is not None:
+            runs.write(store, run.run_id, record)
+    documents: dict[str, Mapping[str, Any] | None] = {
+        f"datasets/{DATASET}/profile.json": run.profile,
+        f"adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}/lineage.json": run.lineage,
+    }
+    for key, value in documents.items():
+        if value is not None:
+            store.put_json(key, value)

@@ -1,7 +1,7 @@
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -22,24 +22,8 @@ from components.shared.errors import IntegrityError
 from components.store.store import Store
 from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
-from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DATASET, promoted_run
+from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DATASET, promoted_run, put
 from tests.components.report.page import Page
-
-
-def put(store: Store, run: RunFiles) -> None:
-    folder = f"runs/{run.run_id}"
-    store.put(f"{folder}/config.toml", run.config_toml.encode())
-    store.put(f"{folder}/metrics.jsonl", "".join(json.dumps(record) + "\n" for record in run.metrics).encode())
-    for record in (run.evaluation, run.decision, *run.steps):
-        if record is not None:
-            runs.write(store, run.run_id, record)
-    documents: dict[str, Mapping[str, Any] | None] = {
-        f"datasets/{DATASET}/profile.json": run.profile,
-        f"adapters/{CONFIG.adapter.name}/versions/{CANDIDATE}/lineage.json": run.lineage,
-    }
-    for key, value in documents.items():
-        if value is not None:
-            store.put_json(key, value)
 
 
 def test_a_run_is_read_whole(store: Store) -> None:
@@ -67,19 +51,19 @@ def test_whose_answers_to_earlier_records_were_replayed_stands_with_the_data(sto
 def test_the_report_lies_with_its_run_beside_the_registry_s_pages_and_does_not_fail_for_them(store: Store) -> None:
     run, name = example_runs.held_run(), CONFIG.adapter.name
     put(store, run)
-    uri = run_report(CONFIG, store, run.run_id)
+    uri = run_report(CONFIG, store, run.run_id, result={})
     assert uri == store.uri(f"runs/{run.run_id}/report.html")
     assert "production stays as it is" in store.get(store.key(uri)).decode()
     assert store.exists(f"pages/{name}.html")
     assert name in store.get("pages/index.html").decode()
     store.delete(["pages/index.html"])
     store.put(f"adapters/{name}/aliases/production.json", b"junk")
-    assert run_report(CONFIG, store, run.run_id) == uri
+    assert run_report(CONFIG, store, run.run_id, result={}) == uri
     assert not store.exists("pages/index.html")
 
 
 def test_a_run_that_left_nothing_still_gets_a_report(store: Store) -> None:
-    page = store.get(store.key(run_report(CONFIG, store, "nothing"))).decode()
+    page = store.get(store.key(run_report(CONFIG, store, "nothing", result={}))).decode()
     assert "no decision was made" in page
     assert "learning_rate = 0.001" in page  # the config is the caller's when the run stored none
 

@@ -223,6 +223,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
             "fineloop-s3": {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
             "fineloop-ray": {"RAY_AUTH_TOKEN": "auth_token"},
             **({f"fineloop-{name}": {key: key for key in own[name]}} if name in own else {}),
+            **({"fineloop-promote": {key: key for key in ("FINELOOP_WEBHOOK_SECRET",)}} if name == "report" else {}),
         }, name
         assert all(entry["optional"] for entry in (*each["configMapAsEnv"], *each["secretAsEnv"])), name
         assert each["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}, name

@@ -4,7 +4,7 @@ import io
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
+from components.handover.announce import signature
 from components.records import runs
 from components.records.steps import Decision
 from components.registry import aliases, event_log, signing, versions
@@ -23,6 +24,7 @@ from components.report.run_files import RunFiles
 from components.shared.errors import ConfigError, DataError, IntegrityError, UserError
 from components.store.store import Store
 from pipelines.local.run import Finished, Outcome, Place, event_files_beside, read_outcome, run, summary
+from tests.doubles.http_server import serving
 from tests.doubles.jobs_api import JobsApi
 from tests.waiting import wait_until
 
@@ -171,6 +173,40 @@ def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(make_conf
     with pytest.raises(UserError, match="Drop --address"):
         run(make_config("ray.cluster.kind=rayjob"), elsewhere, what="train")
     assert not place.home.exists()
+
+
+def test_a_night_that_holds_or_fails_is_told_of_once_and_signed_in_the_reporting_step(
+    stub_cluster: JobsApi,
+    make_config: Callable[..., RunConfig],
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FINELOOP_WEBHOOK_SECRET", "hush")
+    got: list[tuple[str, str, str]] = []
+
+    def hear(_verb: str, _path: str, _query: object, body: bytes, headers: Mapping[str, str]) -> tuple[int, object]:
+        assert headers["X-Hub-Signature-256"] == signature(body, "hush")
+        got.append((headers["X-Fineloop-Event"], json.loads(body)["run_id"], json.loads(body).get("reason", "")))
+        return 200, {}
+
+    with serving(hear) as url:
+        told = f"announce.webhook={url}"
+        assert run(make_config(told), place, what="retrain", run_id="first").promoted
+        held = run(make_config(told, "train.weight_decay=1.5"), place, what="retrain", run_id="second")
+        for _ in range(2):
+            with pytest.raises(DataError, match="every answer is empty"):
+                run(make_config(told, "method.dropout=0.1"), place, what="retrain", run_id="third")
+    assert [(kind, run_id) for kind, run_id, _ in got] == [
+        ("promoted", "first"),
+        ("held", "second"),
+        ("failed", "third"),
+    ]
+    assert got[1][2] == " ".join(held.reasons)
+    assert "every answer is empty" in got[2][2]
+    assert "untold" not in held.as_json()
+    silent = run(make_config("announce.webhook=http://127.0.0.1:9/", "train.weight_decay=1.5"), place, what="retrain")
+    assert "Connection refused" in silent.untold["webhook"]
+    assert "announce.webhook was not notified of how this run ended: " in summary(silent, home_option="")
 
 
 @pytest.mark.parametrize("what", ["retrain", pytest.param("train", marks=pytest.mark.slow)])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from components.config.schema import RunConfig
-from components.promote.announce import NOTIFIERS, Notifier
+from components.handover.announce import NOTIFIERS, Notifier
 from pipelines.kubeflow.compile import compile_pipeline, compile_promotion
 from pipelines.local.job import Job, answer
 from pipelines.local.server import ROOT
@@ -55,6 +55,9 @@ def test_the_secret_of_a_notifier_that_is_added_goes_to_what_moves_an_alias_alon
     moving = {"promote", "move-by-hand"}
     assert {step for step in steps if of_step(step, shell)} == moving
     assert {step for step, keys in steps.items() if "FINELOOP_SLACK_TOKEN" in keys} == moving
+    of_nights = {step for step, keys in steps.items() if "FINELOOP_WEBHOOK_SECRET" in keys}
+    assert of_nights == {step for step in steps if of_step(step, {"FINELOOP_WEBHOOK_SECRET": "x"})}
+    assert of_nights == {*moving, "report"}
 
 
 def test_no_step_is_given_the_secret_of_a_tracker(make_config: Callable[..., RunConfig]) -> None:

@@ -1,7 +1,7 @@
-"""Notify Kubeflow's Model Registry, MLflow and a webhook of a moved alias.
+"""Notify Kubeflow's Model Registry, MLflow and a webhook of a moved alias, and a webhook of a night without a move.
 
-The move has happened, and a failed notification does not undo it. A warning names the server, and the command that
-notifies it again. Each notification creates what is missing, and repeating it changes nothing.
+What is told has happened, and a failed notification does not undo it. A warning names the server, and for a move the
+command that notifies it again. Each notification creates what is missing, and repeating it changes nothing.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from components.config.schema import TRACKER_SECRETS, AnnounceConfig
+from components.config.schema import TRACKER_SECRETS, AnnounceConfig, NightKind
 from components.records.steps import StepRecord, finite
 from components.registry import versions
 from components.shared.errors import AnnounceError, FineloopError
@@ -83,6 +83,27 @@ def announcement_of(store: "Store", name: str, event: "Event") -> Announcement:
         dataset_uri=lineage.get("dataset", {}).get("uri", ""),
         metrics={key: number for key, value in version.metrics.items() if (number := finite(value)) is not None},
     )
+
+
+@dataclass(frozen=True)
+class Night:
+    """A run that moved no alias. Texts may come from a training: they are text, for the receiver to escape."""
+
+    event_id: str
+    """The same whenever the notification is repeated, another where the same run ends in another way."""
+    kind: NightKind
+    time: str
+    """ISO 8601, in UTC."""
+    adapter: str
+    alias: str
+    run_id: str
+    candidate: str | None
+    """The version that was held or left over. It is not called `version`, which receivers of moves deploy."""
+    title: str
+    reason: str
+    commands: list[dict[str, str]]
+    """What may help, the likeliest first: `command`, and `why` one would run it."""
+    report_uri: str
 
 
 PAUSE_S = 0.5
@@ -266,14 +287,14 @@ def _text_property(value: str) -> dict[str, str]:
     return {"metadataType": "MetadataStringValue", "string_value": value}
 
 
-# A webhook gets the move as JSON, signed as GitHub signs its own, so that existing receivers can check it:
+# A webhook gets a move or a night as JSON, signed as GitHub signs its own, so that existing receivers can check it:
 # https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries
 
 WEBHOOK_SECRET = "FINELOOP_WEBHOOK_SECRET"
 
 
-def notify_webhook(url: str, announcement: Announcement, environment: Mapping[str, str]) -> None:
-    """Post the announcement, signed if the environment holds a secret.
+def notify_webhook(url: str, announcement: Announcement | Night, environment: Mapping[str, str]) -> None:
+    """Post the move or the night, signed if the environment holds a secret.
 
     A receiver recognises a repeated notification by X-Fineloop-Delivery, the event's id.
 
@@ -303,42 +324,65 @@ NOTIFIED = "told"
 class Notifier(NamedTuple):
     """How one kind of server is notified."""
 
-    notify: Callable[[str, Announcement, Mapping[str, str]], None]
-    """Takes the address, the announcement, and those of `secrets` that are set."""
+    notify: Callable[[str, Any, Mapping[str, str]], None]
+    """Takes the address, the announcement or the night, and those of `secrets` that are set."""
     secrets: tuple[str, ...]
-    """Names of environment variables. Only what moves an alias is given them: the step, on a cluster and here, and
-    the commands."""
+    """Names of environment variables. Only what moves an alias is given them, the step, on a cluster and here, and the
+    commands; and the step that reports, if the server is told of nights."""
+    of_nights: bool = False
+    """Whether it is told of nights; a server that keeps versions and aliases has nothing to do then."""
 
 
 NOTIFIERS: dict[str, Notifier] = {
     "model_registry": Notifier(notify_model_registry, (REGISTRY_TOKEN,)),
     "mlflow": Notifier(notify_mlflow, TRACKER_SECRETS["mlflow"]),
-    "webhook": Notifier(notify_webhook, (WEBHOOK_SECRET,)),
+    "webhook": Notifier(notify_webhook, (WEBHOOK_SECRET,), of_nights=True),
 }
 """The notifiers by the key of the config that holds the address."""
 
 
-def secrets() -> tuple[str, ...]:
-    """The secrets of all notifiers."""
-    return tuple(name for notifier in NOTIFIERS.values() for name in notifier.secrets)
+def secrets(*, of_nights: bool = False) -> tuple[str, ...]:
+    """The secrets of all notifiers, or of those that are told of nights."""
+    return tuple(name for each in NOTIFIERS.values() if each.of_nights or not of_nights for name in each.secrets)
 
 
 def announce(
     config: AnnounceConfig, store: "Store", name: str, event: "Event", environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Notify the servers that the config names; returns by their keys `NOTIFIED` or the reason for a failure."""
+    outcomes = _notify(config, NOTIFIERS, lambda: announcement_of(store, name, event), environment)
+    for key, why in _failed(outcomes).items():
+        logger.warning("%s", warning(key, name, event.body["alias"], why))
+    return outcomes
+
+
+def announce_night(
+    config: AnnounceConfig, night: Night, environment: Mapping[str, str], *, notified: Iterable[str] = ()
+) -> dict[str, str]:
+    """Notify the servers that are told of nights, but those that are `notified` already; returns as `announce`."""
+    before = dict.fromkeys(notified, NOTIFIED)
+    keys = [key for key, each in NOTIFIERS.items() if each.of_nights and key not in before]
+    outcomes = _notify(config, keys if night.kind in config.nights else (), lambda: night, environment)
+    for key, why in _failed(outcomes).items():
+        logger.warning("%s", night_warning(key, why))
+    return before | outcomes
+
+
+def _notify(
+    config: AnnounceConfig,
+    keys: Iterable[str],
+    told: Callable[[], Announcement | Night],
+    environment: Mapping[str, str],
+) -> dict[str, str]:
     outcomes: dict[str, str] = {}
-    for key, address in config:
-        if not address:
-            continue
-        notify, names = NOTIFIERS[key]
-        own = {secret: environment[secret] for secret in names if secret in environment}
-        try:
-            _in_time(address, partial(notify, address, announcement_of(store, name, event), own))
-            outcomes[key] = NOTIFIED
-        except (FineloopError, LookupError, TypeError) as exc:  # the last two: not an answer of the API
-            outcomes[key] = str(exc) if isinstance(exc, FineloopError) else f"{address} answers strangely: {exc!r}"
-            logger.warning("%s", warning(key, name, event.body["alias"], outcomes[key]))
+    for key in keys:
+        if address := config.servers.get(key):
+            own = {secret: environment[secret] for secret in NOTIFIERS[key].secrets if secret in environment}
+            try:
+                _in_time(address, partial(NOTIFIERS[key].notify, address, told(), own))
+                outcomes[key] = NOTIFIED
+            except (FineloopError, LookupError, TypeError) as exc:  # the last two: not an answer of the API
+                outcomes[key] = str(exc) if isinstance(exc, FineloopError) else f"{address} answers strangely: {exc!r}"
     return outcomes
 
 
@@ -361,12 +405,20 @@ def _in_time(address: str, notify: Callable[[], None]) -> None:
 
 
 def failed_notifications(steps: Iterable[StepRecord]) -> dict[str, str]:
-    """The reasons of the notifications of a run's promotion that failed, by the key of the config."""
-    announced = {key: why for step in steps for key, why in step.result.get("announced", {}).items()}
-    return {key: why for key, why in announced.items() if why != NOTIFIED}
+    """The reasons of a run's notifications that failed, by the key of the config."""
+    return _failed({key: why for step in steps for key, why in step.result.get("announced", {}).items()})
+
+
+def _failed(outcomes: Mapping[str, str]) -> dict[str, str]:
+    return {key: why for key, why in outcomes.items() if why != NOTIFIED}
 
 
 def warning(key: str, name: str, alias: str, why: str) -> str:
     """The warning that a server could not be notified of a move."""
     again = f"`fineloop adapters announce {name}@{alias}` notifies it again"
     return f"announce.{key} was not notified of {name}@{alias}: {why}; {again}"
+
+
+def night_warning(key: str, why: str) -> str:
+    """The warning that a server could not be notified of a run that moved no alias."""
+    return f"announce.{key} was not notified of how this run ended: {why}"

@@ -15,8 +15,8 @@ import requests
 
 from components.config.config_file import loads
 from components.config.schema import AnnounceConfig
-from components.promote import announce as announcing
-from components.promote.announce import NOTIFIERS, Notifier, announce, signature
+from components.handover import announce as announcing
+from components.handover.announce import NOTIFIERS, Notifier, announce, signature
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry import aliases, versions

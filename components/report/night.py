@@ -1,0 +1,67 @@
+"""Tells of a run that ended without moving its alias: held, skipped or failed, why, and what to do about it."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from components.config.schema import NightKind, RunConfig
+from components.handover.announce import NOTIFIED, Night, announce_night
+from components.ray_cluster.backend import kubeflow_run
+from components.report.html import clipped
+from components.report.run_files import RunFiles
+from components.report.sections import headline, next_steps
+from components.shared.protocol import printable
+from components.step.step import INTERRUPTED
+
+KINDS: dict[str, NightKind] = {"hold": "held", "skipped": "skipped", "failed": "failed"}
+UNSAID = "A step ended without saying why: it was killed, or somebody stopped the run. Its log may say more."
+
+
+def told(
+    config: RunConfig, run: RunFiles, report_uri: str, *, failed: bool, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Notify the servers of `announce` that are told of nights, each once however often the run is reported on.
+
+    `failed` is the runner's word: a step that was killed left none. Returns the night's `event_id` and the outcomes by
+    server as `announced`, for the step's record; empty where there is nothing to tell: the alias moved, or somebody at
+    this machine interrupted the run.
+    """
+    top = headline(run)
+    kind, reasons = KINDS.get(top.verdict), top.reasons
+    if kind is None and failed:
+        kind, reasons = "failed", (UNSAID,)
+    if kind is None or environment.get(INTERRUPTED) or not config.announce.servers:
+        return {}
+    reason, commands = _quotable(" ".join(reasons), environment), next_steps(run)
+    on_kubeflow = kubeflow_run(environment, run.run_id)
+    if not commands or (on_kubeflow and kind == "failed"):
+        commands = [(f"fineloop runs show {on_kubeflow or run.run_id}", "see what came of it, step by step")]
+    night = Night(
+        event_id=hashlib.sha256("\0".join((report_uri, kind, reason)).encode()).hexdigest()[:32],
+        kind=kind,
+        time=run.generated_at.isoformat(),
+        adapter=run.adapter,
+        alias=run.alias,
+        run_id=run.run_id,
+        candidate=run.version,
+        title=top.title,
+        reason=reason,
+        commands=[{"command": command, "why": why} for command, why in commands],
+        report_uri=report_uri,
+    )
+    before = run.result("report")
+    outcomes = before.get("announced") if before.get("event_id") == night.event_id else None
+    notified = [key for key, outcome in outcomes.items() if outcome == NOTIFIED] if isinstance(outcomes, dict) else []
+    announced = announce_night(config.announce, night, environment, notified=notified)
+    return {"event_id": night.event_id, "announced": announced}
+
+
+def _quotable(text: str, environment: Mapping[str, str]) -> str:
+    """A text that may hold what a training or a library wrote, to be sent elsewhere: without this process's secrets and
+    passwords in addresses, its control characters escaped, and not too long."""
+    for name, value in environment.items():
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    text = re.sub(r"(\w://)[^\s/@]+@", r"\1***@", text)
+    return clipped(printable(" ".join(text.split())))
