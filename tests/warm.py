@@ -121,6 +121,7 @@ def _server(address: str, python: str) -> Iterator[None]:
     ):
         listener.bind(address)
         listener.listen(64)
+        listener.close()  # here, so that nobody waits for a server that has ended
         assert server.stdin is not None
         yield
         server.stdin.close()  # the server ends with this end of the pipe, in whichever way that closes
