@@ -1,4 +1,4 @@
-"""Manifests for three servers of LoRA adapters.
+"""Manifests for servers of LoRA adapters, and for routers that share requests out between two versions.
 
 A version is served under its own id, never under an alias: vLLM answers from prefixes that it cached for an earlier
 adapter of the same name (vllm-project/vllm#42125). So requests use another name after an alias has moved.
@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from components.config.config_file import COMMIT
 from components.config.methods import OWN_BASE, Method
+from components.registry.aliases import PRODUCTION, read_alias
 from components.registry.signing import require_signed
-from components.registry.versions import Version, read_file, read_lineage
+from components.registry.versions import Version, read_file, read_lineage, resolve
 from components.shared.errors import IntegrityError, UserError
 from components.store.store import Store
 
@@ -95,7 +96,7 @@ def max_lora_rank(rank: int) -> int | None:
     return next((choice for choice in VLLM_MAX_LORA_RANKS if rank <= choice), None)
 
 
-Server = Literal["ray-serve", "kserve", "vllm", "vllm-resolver"]
+Server = Literal["ray-serve", "kserve", "llm-d", "vllm", "vllm-resolver"]
 MOST_ADAPTERS = 16
 CONFIG = "adapter_config.json"
 EXPORT_RECORD = "export.json"
@@ -179,9 +180,37 @@ def base_of(folder: Path) -> dict[str, str] | None:
         return None
 
 
-def manifest(facts: Served, server: Server) -> Any:
-    """The manifest for this server, as values to write as YAML; for vLLM the words of its command line. Raises
-    UserError: the server cannot read a base by that name, or would load versions that nobody has signed."""
+def beside(store: Store, facts: Served, server: Server, share: int) -> Served:
+    """What gets the other requests where a version gets `share` per cent of them: the version in production, or, where
+    that is this one, the one before it. Raises UserError: there is none, it stands on another base, or this server
+    shares no requests out."""
+    if server not in WEIGHTED:
+        has = "Ray Serve LLM has no weights" if server == "ray-serve" else "vLLM serves what a request names"
+        raise UserError(f"--share is for a router, --for {' or '.join(WEIGHTED)}; {has}: leave out --share")
+    if not 1 <= share <= 99:
+        raise UserError(f"--share {share}: a share of the requests in per cent, from 1 to 99")
+    pointer = read_alias(store, facts.name, PRODUCTION)
+    other = pointer and (pointer.event["from"] if pointer.version == facts.version else pointer.version)
+    if not other:
+        raise UserError(
+            f"--share leaves the other requests to another version, and {PRODUCTION} of {facts.name} has held none but "
+            f"{facts.version}: leave out --share"
+        )
+    rest = served(store, resolve(store, f"{facts.name}@{other}"))
+    if rest.base != facts.base:
+        raise UserError(
+            f"--share: {facts.name} {facts.version} stands on {facts.base}, and {rest.version} on {rest.base}; a "
+            "router shares out between adapters of one base: leave out --share"
+        )
+    return rest
+
+
+def manifest(facts: Served, server: Server, *, share: int = 100, rest: Served | None = None) -> Any:
+    """The manifest for this server, as values to write as YAML; for vLLM the words of its command line.
+
+    Beside `rest`, the version gets `share` per cent of the requests. Raises UserError: the server cannot read a base by
+    that name, or would load versions that nobody has signed.
+    """
     if not _is_read(facts.base, server):
         reference = f"{facts.name}@{facts.version}"
         raise UserError(
@@ -189,7 +218,7 @@ def manifest(facts: Served, server: Server) -> Any:
             f"adapters pull {reference} --with-base` writes it as a folder, and --base names where the server finds a "
             f"copy of that; or `fineloop adapters export {reference} --merged` writes a model of its own"
         )
-    return MANIFESTS[server][1](facts)
+    return WEIGHTED[server](((rest, 100 - share), (facts, share))) if rest else MANIFESTS[server][1](facts)
 
 
 def _ray_serve(facts: Served) -> dict[str, Any]:
@@ -240,8 +269,45 @@ def _kserve(facts: Served) -> dict[str, Any]:
     return {
         "apiVersion": "serving.kserve.io/v1alpha1",
         "kind": "LLMInferenceService",
-        "metadata": {"name": facts.name.replace(".", "-").replace("_", "-")},
+        "metadata": {"name": _kubernetes_name(facts)},
         "spec": spec,
+    }
+
+
+def _kubernetes_name(facts: Served) -> str:
+    return facts.name.replace(".", "-").replace("_", "-")
+
+
+Weights = Sequence[tuple[Served, int]]
+
+
+def _kserve_weighted(weights: Weights) -> dict[str, Any]:
+    """A KServe service for each version, in one group. Requests name the adapter, and not its version: KServe shares
+    out only between services whose models have the same names (pkg/controller/v1alpha2/llmisvc/router_group.go)."""
+    services = []
+    for facts, weight in weights:
+        service, group = _kserve(facts), _kubernetes_name(facts)
+        service["metadata"]["name"] = f"{group}-{facts.version}"
+        service["spec"]["model"]["lora"]["adapters"][0]["name"] = facts.name
+        route = {"http": {}, "group": group, "weight": weight}
+        service["spec"]["router"] = {"route": route, "gateway": {}, "scheduler": {}}
+        services.append(service)
+    return {"apiVersion": "v1", "kind": "List", "items": services}
+
+
+def _llm_d(weights: Weights) -> dict[str, Any]:
+    """The rule by which llm-d's router has requests for the adapter answered by versions, in the names of the resolver.
+
+    Field names: llm-d/llm-d-router, apix/v1alpha2/inferencemodelrewrite_types.go.
+    """
+    facts = weights[0][0]
+    pool = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": _kubernetes_name(facts)}
+    targets = [{"modelRewrite": f"{each.name}@{each.version}", "weight": weight} for each, weight in weights]
+    return {
+        "apiVersion": "inference.networking.x-k8s.io/v1alpha2",
+        "kind": "InferenceModelRewrite",
+        "metadata": {"name": _kubernetes_name(facts)},
+        "spec": {"poolRef": pool, "rules": [{"matches": [{"model": {"value": facts.name}}], "targets": targets}]},
     }
 
 
@@ -266,8 +332,11 @@ def _vllm_with_lora(facts: Served) -> list[str]:
 MANIFESTS: Mapping[Server, tuple[Sequence[re.Pattern[str]], Callable[[Served], Any]]] = {
     "ray-serve": ((HUB_ID, FOLDER, S3_FOLDER), _ray_serve),
     "kserve": ((HUB_ID, S3_FOLDER), _kserve),
+    "llm-d": ((HUB_ID, FOLDER), lambda facts: _llm_d(((facts, 1),))),
     "vllm": ((HUB_ID, FOLDER), _vllm),
     "vllm-resolver": ((HUB_ID, FOLDER), _vllm_resolver),
 }
 """The forms of a base's name that each server reads, and its manifest. vLLM, and so Ray Serve LLM, also reads a folder
 on its machine."""
+WEIGHTED: Mapping[Server, Callable[[Weights], Any]] = {"kserve": _kserve_weighted, "llm-d": _llm_d}
+"""The servers that share requests out between two versions."""

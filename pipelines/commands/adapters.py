@@ -507,16 +507,27 @@ def _pull_base(options: argparse.Namespace, store: Store, version: Version, targ
 @command(
     "adapters serve-manifest",
     *(*REGISTRY, REFERENCE),
-    option("--for", dest="server", required=True, choices=("ray-serve", "kserve", "vllm", "vllm-resolver")),
+    option("--for", dest="server", required=True, choices=("ray-serve", "kserve", "llm-d", "vllm", "vllm-resolver")),
     option("--base URI", "where the server finds the base: a copy of what `adapters pull --with-base` writes"),
-    example="fineloop adapters serve-manifest NAME --for kserve",
+    option(
+        "--share N", "kserve, llm-d: N per cent of the requests, the others to what production holds or held", type=int
+    ),
+    example="fineloop adapters serve-manifest NAME --for llm-d --share 10",
 )
 def manifest(options: argparse.Namespace) -> Answer:
-    """Write what a server needs to serve a version: Ray Serve LLM or KServe; for vLLM, the commands."""
+    """Write what a server needs to serve a version: Ray Serve LLM or KServe; for vLLM, the commands; or what llm-d's
+    router needs.
+
+    With --share the version gets that share of the requests for NAME, and the others go to the version in production,
+    or, where that is this one, to the one before it.
+    """
     with opened_version(options) as (store, version):
         facts = serve_manifest.served(store, version)
+        shares = options.share is not None
+        rest = serve_manifest.beside(store, facts, options.server, options.share) if shares else None
     facts = serve_manifest.placed(facts, options.server, options.base or "")
-    made = serve_manifest.manifest(facts, options.server)
+    rest = rest and serve_manifest.placed(rest, options.server, options.base or "")
+    made = serve_manifest.manifest(facts, options.server, share=options.share or 100, rest=rest)
     text = yaml.safe_dump(made, sort_keys=False).rstrip() if isinstance(made, dict) else shlex.join(made)
     if options.server == "vllm" or facts.is_pulled:
         where = f"{home_option(options)}{' --with-base' if facts.is_pulled else ''}"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from components.registry.versions import publish_version
 from components.store import folders
 from components.store.store import Store
 from pipelines.cli import main
+from tests.components.handover.published import written
 from tests.doubles.http_server import serving
 
 Adapters = Callable[..., dict[str, Any]]
@@ -56,6 +58,26 @@ def test_a_move_is_announced_and_told_again_on_request(
         assert adapters("promote", f"sums@{version}", "--alias", "staging", *here)["announced"] == {"webhook": "told"}
     assert [(each["alias"], each["version"]) for each in heard] == [("production", version), ("staging", version)]
     assert "names nothing to notify" in adapters("announce", "sums", exit_code=2)["error"]["message"]
+
+
+def test_a_new_version_gets_a_share_of_the_requests_beside_production(store: Store, adapters: Adapters) -> None:
+    release = written()
+    old, new = (
+        replace(release, files={"adapter_model.safetensors": weights}).published(store).version
+        for weights in (b"1", b"2")
+    )
+    promote(store, "icd", old)
+    answer = adapters("serve-manifest", f"icd@{new}", "--for", "llm-d", "--share", "10")
+    (rule,) = answer["manifest"]["spec"]["rules"]
+    weights = {each["modelRewrite"]: each["weight"] for each in rule["targets"]}
+    assert weights == {f"icd@{old}": 90, f"icd@{new}": 10}
+    assert answer["version"] == new
+    copy = "s3://models/base"
+    made = adapters("serve-manifest", f"icd@{new}", "--for", "kserve", "--share", "10", "--base", copy)["manifest"]
+    assert [service["spec"]["model"]["uri"] for service in made["items"]] == [copy, copy]
+    for server, words in (("ray-serve", "Ray Serve LLM has no weights"), ("vllm", "leave out --share")):
+        refused = adapters("serve-manifest", f"icd@{new}", "--for", server, "--share", "10", exit_code=2)
+        assert words in refused["error"]["message"]
 
 
 def publish(store: Store, weights: str, **lineage: Any) -> str:
