@@ -43,7 +43,9 @@ def run(command: list[str], stdin: int) -> int:
             if os.getppid() != guard:  # the guard died before the prctl call
                 os._exit(1)
 
-    child = subprocess.Popen(command, stdin=stdin, start_new_session=True, preexec_fn=die_with_guard).pid
+    # Kept until this process ends: a Popen that is dropped collects a command that has ended already, and its status.
+    process = subprocess.Popen(command, stdin=stdin, start_new_session=True, preexec_fn=die_with_guard)
+    child = process.pid
     while (status := _reap(child)) is None and not stopping:
         if select.select([sys.stdin], [], [], POLL_S)[0]:
             if not os.read(sys.stdin.fileno(), 4096):

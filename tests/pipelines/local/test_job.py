@@ -38,6 +38,17 @@ sys.exit(3)
 """
 TALKER = "import sys; from pipelines.local.job import Job, talk; sys.exit(talk(Job('talks', 'config.toml')))"
 
+AT_ONCE = """
+import os, subprocess, sys
+from pipelines.local import guard
+class Slow(subprocess.Popen):
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+guard.subprocess.Popen = Slow
+os._exit(guard.run(["sh", "-c", "exit 3"], subprocess.DEVNULL))
+"""
+
 
 @pytest.fixture(autouse=True)
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +158,11 @@ def test_every_line_of_a_step_that_has_started_is_heard_once_and_everything_is_i
     log = log_path.read_text().splitlines()
     assert log[0] == "[library] speaks as steps do, and is none"
     assert log[-1] == "the end, without a new line"
+
+
+def test_a_command_that_ends_before_its_guard_looks_ends_the_guard_with_its_exit_code() -> None:
+    with subprocess.Popen([sys.executable, "-c", AT_ONCE], stdin=subprocess.PIPE) as ended:
+        try:
+            assert ended.wait(60) == 3
+        finally:
+            ended.kill()
