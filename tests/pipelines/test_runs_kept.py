@@ -86,7 +86,11 @@ def test_a_run_is_shown_with_what_came_of_it_its_report_and_what_to_do_next(
     assert shown["report"] == ".fineloop/runs/aa-one/report.html"
     assert (folder / "report.html").read_text() == "<p>its page</p>"
     assert shown["steps"] == {"prepare": {"state": "succeeded", "seconds": 1.0}}
-    assert shown["next"] == ["fineloop chat sums@v1"]
+    assert shown["next"] == [
+        "fineloop chat sums@v1",
+        "fineloop adapters pull sums@v1 --with-base",
+        "fineloop adapters serve-manifest sums@v1 --for vllm",
+    ]
     for part in ("sums: a new version may go to production", shown["report"], shown["next"][0]):
         assert part in done.stderr
     listed = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
