@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from components.config import config_file
 from components.config.schema import RunConfig
 from components.handover import hub, serve_manifest
 from components.handover.announce import NOTIFIED, NOTIFIERS, announce
@@ -55,6 +54,7 @@ from pipelines.commands.arguments import (
 )
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local import run as local
+from pipelines.local.past_runs import own_config
 from pipelines.local.run import Place
 
 
@@ -233,9 +233,8 @@ def check(options: argparse.Namespace) -> Answer:
     with opened_registry(options) as store:
         if options.config == DEFAULT_CONFIG:
             held = versions.resolve(store, f"{options.name}@{config.adapter.alias}")
-            recorded = read_lineage(store, held).get("config") or {}
-            own = config_file.validate(recorded, options.overrides, origin=f"lineage of {held.uri}")
-            config = own.model_copy(update={"registry": config.registry, "announce": config.announce})
+            own = own_config(read_lineage(store, held), config, options.overrides, origin=f"lineage of {held.uri}")
+            config = own.model_copy(update={"announce": config.announce})
         series_of(store, config)  # so that a mistake is said before anything is started
     shown = local.check(config, Place(options.home, sys.stderr, verbose=options.verbose, address=options.address))
     return Answer(shown, "\n".join(_look_lines(shown, config, home_option(options))))

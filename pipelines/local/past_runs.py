@@ -375,7 +375,7 @@ def recipe_of(store: "Store", version: Version, config: RunConfig, overrides: Se
     lineage: Any = read_lineage(store, version)
     origin = f"lineage of {version.uri}"
     try:
-        stored, dataset_uri, identity = lineage["config"], lineage["dataset"]["uri"], lineage["base"]["identity"]
+        _, dataset_uri, identity = lineage["config"], lineage["dataset"]["uri"], lineage["base"]["identity"]
     except (KeyError, TypeError) as exc:
         raise IntegrityError(f"{origin} does not say what the version was made from: {exc}") from exc
     if folders.find_manifest(store, store.key(dataset_uri).rstrip("/")) is None:
@@ -384,21 +384,28 @@ def recipe_of(store: "Store", version: Version, config: RunConfig, overrides: Se
         require_none_erased(store, dataset_uri)
     except DataError as exc:
         raise DataError(f"{version.name} {version.version} cannot be reproduced: {exc}") from exc
-    own = config_file.validate(stored, overrides, origin=origin)
-    permitted = config_file.with_stored(config, stored, origin=origin, commit=str(identity.get("commit", "")))
-    if own.model.trust_remote_code and not permitted.model.trust_remote_code:
-        raise ConfigError(f"{origin}: model.trust_remote_code is not this config's to allow")
-    if unknown := [name for name in own.metrics if ":" in name and name not in config.metrics]:
-        raise ConfigError(f"{origin}: it was measured by {unknown[0]}: allow that with evaluate.metrics of this config")
+    own = own_config(lineage, config, overrides, origin=origin)
     revision = {"revision": identity["commit"]} if identity.get("commit") else {}
     changed = {
-        "registry": config.registry,
         "adapter": own.adapter.model_copy(update={"note": note}),
         "model": own.model.model_copy(update=revision),
         "train": own.train.model_copy(update=_start(lineage)),
         "tune": own.tune.model_copy(update={"when": "never"}),  # the rate that was found is the recorded one
     }
     return Recipe(own.model_copy(update=changed), dataset_uri, lineage)
+
+
+def own_config(lineage: Mapping[str, Any], config: RunConfig, overrides: Sequence[str], *, origin: str) -> RunConfig:
+    """The config that the lineage holds, with `overrides`, in the registry of `config`. Raises ConfigError: its base
+    comes with code, or it was measured by a function, and `config` does not allow that."""
+    stored, identity = lineage.get("config", {}), lineage.get("base", {}).get("identity", {})
+    own = config_file.validate(stored, overrides, origin=origin)
+    permitted = config_file.with_stored(config, stored, origin=origin, commit=str(identity.get("commit", "")))
+    if own.model.trust_remote_code and not permitted.model.trust_remote_code:
+        raise ConfigError(f"{origin}: model.trust_remote_code is not this config's to allow")
+    if unknown := [name for name in own.metrics if ":" in name and name not in config.metrics]:
+        raise ConfigError(f"{origin}: it was measured by {unknown[0]}: allow that with evaluate.metrics of this config")
+    return own.model_copy(update={"registry": config.registry})
 
 
 def reproduced(store: "Store", first: Version, version: str, made_from: Recipe) -> Reproduced:

@@ -13,8 +13,10 @@ from components.registry import aliases
 from components.registry.audit import audit
 from components.registry.event_log import events
 from components.registry.versions import resolve
+from components.shared.errors import ConfigError
 from components.store.store import Store
 from pipelines.cli import main
+from pipelines.local.past_runs import own_config
 from pipelines.local.run import Place, run
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.jobs_api import JobsApi
@@ -108,6 +110,14 @@ def test_a_mistake_is_said_before_any_cluster_is_asked(
         assert main(["adapters", "check", *words, *home]) == 2
         assert said in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
     assert len(stub_cluster.jobs) == jobs
+
+
+def test_the_config_of_productions_own_run_allows_no_code_that_ours_does_not(make_config: Any) -> None:
+    lineage = {"config": config_file.as_table(make_config("model.trust_remote_code=true"))}
+    with pytest.raises(ConfigError, match="comes with Python code of its own"):
+        own_config(lineage, make_config(), [], origin="lineage")
+    allowed = own_config(lineage, make_config("model.trust_remote_code=true"), ["check.worse_by=0.3"], origin="lineage")
+    assert (allowed.model.trust_remote_code, allowed.check.worse_by) == (True, 0.3)
 
 
 @pytest.mark.slow
