@@ -2,20 +2,19 @@
 
 import os
 import signal
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from components.registry.between_runs import Erased
 
 
-@dataclass(frozen=True)
 class DiesAtItsRecord(Erased):
-    """Erased records; the first process but `driver` that asks for one whose id ends so is killed."""
+    """Erased records; the first process but `driver` that asks for one whose id ends so is killed.
 
-    records: Set[str] = frozenset({"nobody"})
-    ending: str = ""
-    marker: str = ""
-    driver: int = 0
+    Like all of `Erased`, an empty one is asked for nothing.
+    """
+
+    def __init__(self, _records: Iterable[str] = (), *, ending: str = "", marker: str = "", driver: int = 0) -> None:
+        self.ending, self.marker, self.driver = ending, marker, driver
 
     def has(self, record_id: str) -> bool:
         if record_id.endswith(self.ending) and os.getpid() != self.driver:

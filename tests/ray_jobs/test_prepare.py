@@ -124,11 +124,11 @@ def test_so_many_workers_and_one_that_is_killed_make_the_same_dataset(
 ) -> None:
     scratch = tmp_path_factory.mktemp("ray")
     marker = scratch / "died"
-    erased = DiesAtItsRecord(ending="7", marker=str(marker), driver=os.getpid()) if dies else Erased(frozenset({"x"}))
+    erased = DiesAtItsRecord({"x"}, ending="7", marker=str(marker), driver=os.getpid()) if dies else Erased({"x"})
     with own_ray.driver(num_cpus) as pool:
         found = pool.submit(on_ray, folder, erased, scratch).result()
     assert marker.exists() == dies
-    assert found == made(folder, read_here, Erased(frozenset({"x"})), scratch)
+    assert found == made(folder, read_here, Erased({"x"}), scratch)
 
 
 @pytest.mark.full
