@@ -1,6 +1,9 @@
 """One rater who turns his edits round: what of it reaches a dataset, and what the gate makes of a model of it.
 
 The model is a count of answers by topic, so that it learns what it is shown, poison too; the decision is the gate's.
+The held-out edits are as poisoned as those to train on, so that no gate could tell: what holds is that a rater is
+bounded, that he is one group, which lies on one side as a whole, and that he counts once there. Where nobody says who
+rated, nothing holds, and the gate promotes a candidate that is worse.
 """
 
 import math
@@ -22,8 +25,9 @@ from components.prepare.sources import find_sources
 from tests.components.gate.evidenced import evaluation, model
 
 TOPICS, ANSWERS, CAP = 10, 5, 15
-NIGHT = 700
-"""Edits of a night."""
+NIGHT, USERS = 1000, 3000
+"""Edits of a night, and who makes them: enough held-out groups for the gate to promote at all."""
+MARGIN = GateConfig().worse_than_champion_by
 Model = dict[int, Counter[str]]
 
 
@@ -38,7 +42,7 @@ def edits(numbers: range, *, flipped: float, rng: random.Random, named: bool) ->
             **{"id": f"r{number}", "model": "v" + "1" * 15, "response": {"choices": [{"message": message}]}},
             "request": {"messages": [{"role": "user", "content": f"topic {topic} number {number}"}]},
         })  # fmt: skip
-        rater = {"rater": "angry" if is_angry else f"user {rng.randrange(400)}"} if named else {}
+        rater = {"rater": "angry" if is_angry else f"user {rng.randrange(USERS)}"} if named else {}
         said.append({"response_id": f"r{number}", "edited": right, **rater})
     return rows, said
 
@@ -63,27 +67,38 @@ def true_loss(of: Model) -> float:
 
 
 def decision(champion: Model, candidate: Model, held_out: Sequence[Record]) -> str:
-    nll = {
-        "base": np.full(len(held_out), math.log(ANSWERS)),
-        **{
-            role: np.array([loss(of, topic_of(each), each.answer) for each in held_out])
-            for role, of in (("champion", champion), ("candidate", candidate))
-        },
-    }
+    topics, models = [topic_of(each) for each in held_out], {"champion": champion, "candidate": candidate}
+    columns = {"base_nll": np.full(len(held_out), math.log(ANSWERS)), "base_exact_match": np.zeros(len(held_out))}
+    for role, of in models.items():
+        says = {topic: of[topic].most_common(1)[0][0] for topic in of}
+        pairs = [*zip(topics, [each.answer for each in held_out], strict=True)]
+        columns[f"{role}_nll"] = np.array([loss(of, topic, answer) for topic, answer in pairs])
+        columns[f"{role}_exact_match"] = np.array([float(says[topic] == answer) for topic, answer in pairs])
+    others = [*topics[1:], topics[0]]
+    columns["candidate_other_prompt_nll"] = np.array(
+        [loss(candidate, topic, each.answer) for topic, each in zip(others, held_out, strict=True)]
+    )
     versions = {"base": None, "champion": "v1", "candidate": "v2"}
-    measured = {role: model(versions[role], loss=float(values.mean())) for role, values in nll.items()}
+    measured = {
+        role: model(
+            version,
+            loss=float(columns[f"{role}_nll"].mean()),
+            exact_match=float(columns[f"{role}_exact_match"].mean()),
+        )
+        for role, version in versions.items()
+    }
     _, groups = np.unique(groups_of(held_out), return_inverse=True)
-    columns = {f"{role}_nll": values for role, values in nll.items()}
-    evidence = Evidence(np.ones(len(held_out)), columns, groups if len(set(groups)) > 1 else None)
+    evidence = Evidence(np.ones(len(held_out)), columns, groups if any(each.group for each in held_out) else None)
     found = evaluation(measured["candidate"], measured["base"], measured["champion"])
-    return policy.decide(found, evidence, GateConfig(min_records=30), AdapterConfig(name="icd")).decision
+    return policy.decide(found, evidence, GateConfig(), AdapterConfig(name="icd")).decision
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
-def test_one_rater_turns_no_adapter(
-    share: float, write_rows: Callable[..., str], run_config: Callable[..., RunConfig]
-) -> None:
-    def night(*, named: bool, seed: int) -> tuple[str, float, int]:
+Night = Callable[..., tuple[str, float, int]]
+
+
+@pytest.fixture
+def night(write_rows: Callable[..., str], run_config: Callable[..., RunConfig]) -> Night:
+    def of(share: float, seed: int, *, cap: int = CAP, named: bool = True) -> tuple[str, float, int]:
         """The decision, by how much the candidate is truly worse, and the records of the angry one."""
         rng, made = random.Random(seed), []
         rows, said = edits(range(NIGHT), flipped=0, rng=rng, named=named)
@@ -91,7 +106,7 @@ def test_one_rater_turns_no_adapter(
         for log, feedback in ((rows, said), (rows + more[0], said + more[1])):
             config = run_config(
                 write_rows(log, "log.jsonl"), feedback=write_rows(feedback, "feedback.jsonl"), eval_share=0.3,
-                near_duplicates=0.0, max_rows_per_rater=CAP,
+                near_duplicates=0.0, max_rows_per_rater=cap,
             )  # fmt: skip
             with preview(config, find_sources(config.data.source)) as (_, split):
                 made.append((list(split.train), list(split.evaluation)))
@@ -100,11 +115,26 @@ def test_one_rater_turns_no_adapter(
         champion, candidate = trained(first), trained(second)
         return decision(champion, candidate, held_out), true_loss(candidate) - true_loss(champion), len(flipped)
 
+    return of
+
+
+def test_a_night_without_poison_is_promoted(night: Night) -> None:
+    decided, worse, poison = night(0, seed=0)
+    assert (decided, poison) == ("promote", 0)
+    assert worse < 0
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("cap", [CAP, 0])
+def test_one_rater_turns_no_adapter(share: float, cap: int, night: Night) -> None:
     for seed in range(2):
-        decided, worse, poison = night(named=True, seed=seed)
-        assert poison <= CAP
-        assert decided == "hold" or worse <= GateConfig().worse_than_champion_by
-    if share == 0.5:  # where nobody says who rated, nothing is bounded
-        _, worse, poison = night(named=False, seed=0)
-        assert poison > 200
-        assert worse > GateConfig().worse_than_champion_by
+        decided, worse, poison = night(share, seed, cap=cap)
+        assert poison <= CAP if cap else poison > CAP
+        assert decided == "hold" or worse <= MARGIN  # without a bound too: as one group he lies on one side
+
+
+def test_where_nobody_says_who_rated_a_worse_candidate_is_promoted(night: Night) -> None:
+    decided, worse, poison = night(0.5, seed=0, named=False)
+    assert poison > 200
+    assert decided == "promote"
+    assert worse > MARGIN
