@@ -247,7 +247,7 @@ def proposed(
 ) -> str:
     """Return the text of the file. `seen` is what `ray_jobs.preview` prints for the draft, which decides the values;
     `then` what it prints for this text, whose numbers are named. None if it prints none."""
-    train, gpus = seen["profile"]["splits"]["train"]["records"], num_gpus()
+    train = seen["profile"]["splits"]["train"]["records"]
     keys = _named(draft) | {
         "model.max_length": _max_length(seen, then),
         "method.name": ("lora", "docs/methods.md has seven others"),
@@ -256,9 +256,7 @@ def proposed(
             "passes over the data; `fineloop sweep --apply` finds the learning rate",
         ),
     }
-    if gpus:
-        keys |= {"ray.num_workers": (gpus, "a GPU each"), "ray.use_gpu": (True, "whether each worker takes one")}
-    keys |= judging
+    keys |= _shared_out(draft) | judging
     if then:
         judge, train = (then["profile"]["splits"][each]["records"] for each in ("eval", "train"))
         held_out = f"{judge:,} records are held out to judge by, {train:,} are left to train on"
@@ -267,6 +265,25 @@ def proposed(
     for key in (override.partition("=")[0].strip() for override in overrides):
         keys[key] = (functools.reduce(operator.getitem, key.split("."), table), "as set")
     return f"# Written by `fineloop init`; docs/config.md has every key.\n{_rendered(keys)}"
+
+
+def _shared_out(draft: RunConfig) -> Keys:
+    """A worker for each GPU that Ray sees, and the step's size nearest to the draft's that they share out evenly."""
+    gpus, train = num_gpus(), draft.train
+    if not gpus or draft.ray.model_dump(exclude_unset=True).get("use_gpu") is False:
+        return {}
+    if "num_workers" in draft.ray.model_fields_set:
+        gpus = draft.ray.min_workers
+    elif "batch_size" in train.model_fields_set:
+        gpus = next(number for number in range(gpus, 0, -1) if train.batch_size % number == 0)
+    records = max(1, round(train.batch_size / gpus))
+    at_once = next(number for number in range(min(records, train.micro_batch_size), 0, -1) if records % number == 0)
+    return {
+        "train.batch_size": (records * gpus, "records of a step"),
+        "train.micro_batch_size": (at_once, "of these, what a GPU holds at once"),
+        "ray.num_workers": (gpus, "a GPU each"),
+        "ray.use_gpu": (True, "whether each worker takes one"),
+    }
 
 
 def _named(draft: RunConfig, rows: Sequence[Mapping[str, Any]] = ()) -> Keys:

@@ -8,6 +8,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from transformers import AutoTokenizer
 
 from components.config import config_file
@@ -121,6 +122,51 @@ def test_a_start_from_the_base_is_kept(here: Path, fineloop: Fineloop) -> None:
     (here / "base-start.jsonl").write_text(distinct(300, lambda place: "blue"))
     done = fineloop("init", "base-start.jsonl", "--base", "base", "--no-plan", "--set", "train.start_from=base")
     assert config_file.load(here / "base-start.toml").train.start_share == 0, done.stdout
+
+
+def nvidia(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The machine has so many GPUs, as NVIDIA's library tells Ray."""
+    monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: number))
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_the_gpus_of_a_machine_share_its_steps_evenly(
+    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    nvidia(monkeypatch, number)
+    done = fineloop("init", "short Rows.jsonl", "--base", "base", "--name", f"gpus{number}", "--no-plan")
+    assert done.returncode == 0, done.stderr
+    config = config_file.load(here / f"gpus{number}.toml")
+    assert (config.ray.num_workers, config.ray.use_gpu) == (number, True)
+    assert abs(config.train.batch_size - 16) <= number / 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "workers", "batch", "at_once"),
+    [
+        (["train.batch_size=32"], 2, 32, 8),
+        (["train.batch_size=36", "train.micro_batch_size=4"], 3, 36, 4),
+        (["ray.num_workers=2", "ray.use_gpu=true"], 2, 16, 8),
+        (["ray.num_workers=3", "ray.use_gpu=false", "train.batch_size=24"], 3, 24, 8),
+    ],
+)
+def test_what_is_set_of_a_step_is_kept_by_three_gpus(
+    here: Path,
+    fineloop: Fineloop,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: list[str],
+    workers: int,
+    batch: int,
+    at_once: int,
+) -> None:
+    nvidia(monkeypatch, 3)
+    (here / "set.toml").unlink(missing_ok=True)
+    more = [word for key in keys for word in ("--set", key)]
+    done = fineloop("init", "short Rows.jsonl", "--base", "base", "--name", "set", "--no-plan", *more)
+    assert done.returncode == 0, done.stderr
+    config = config_file.load(here / "set.toml")
+    train = config.train
+    assert (config.ray.num_workers, train.batch_size, train.micro_batch_size) == (workers, batch, at_once)
 
 
 class Terminal(io.StringIO):
