@@ -27,6 +27,8 @@ others when they are found or asked for."""
 SHOWN_PACKAGES = ("fineloop", "accelerate", "bitsandbytes", "deepspeed", "kfp", "peft", "ray", "torch", "transformers")
 """The packages that the page shows, of all that lineage.json names."""
 _MAX_ANSWERS = 10
+ALPHA = 0.05
+"""Probability that a bound of a version's share of good answers is wrong at any look."""
 _PERSONAL = {
     "email": "e-mail addresses",
     "phone": "phone numbers",
@@ -167,11 +169,20 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
 
 
 def feedback_on(profile: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """What feedback says of each served version, and the number of its logged answers; none where nothing is logged."""
+    """What feedback says of each served version, and the number of its logged answers; none where nothing is logged.
+
+    The bounds may be looked at every night, as the log grows.
+    """
+    from components.shared.anytime import share_bounds  # with numpy
+
     rows = []
     for version, uses in profile.get("logged", {}).get("served_by", {}).items():
         judged = sum(uses.get(use, 0) for use in ("good", "corrected", "rated_bad"))
-        good = f": {share(uses.get('good', 0) / judged)} of {count(judged)} judged ones good" if judged else ""
+        good = ""
+        if judged:
+            least, most = share_bounds(uses.get("good", 0), judged, ALPHA)
+            good = f": {share(uses.get('good', 0) / judged)} of {count(judged)} judged ones good, {share(least)} to "
+            good += f"{share(most)} at any look with {share(1 - ALPHA)} confidence"
         rows.append((f"by {version or 'a model that the log does not name'}{good}", sum(uses.values())))
     return rows
 

@@ -100,3 +100,23 @@ def records_for(distance: float, rho2: float, alpha: float) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if margin(middle, rho2, alpha) > distance else (low, middle)
     return high
+
+
+def share_bounds(hits: int, trials: int, alpha: float) -> tuple[float, float]:
+    """The lowest and the highest true share that so many hits do not rule out; both hold at all trials at once, with
+    probability 1 - alpha.
+
+    Exact: P(for any n, (n + 1) P(Bin(n, p) = hits) <= alpha) <= alpha (Robbins, Statistical methods related to the law
+    of the iterated logarithm, Annals of Mathematical Statistics 41, 1970), a uniform mixture of likelihood ratios.
+    """
+    least = math.log(alpha) - math.lgamma(trials + 2) + math.lgamma(hits + 1) + math.lgamma(trials - hits + 1)
+
+    def bound(outside: float) -> float:
+        inside = hits / trials
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            is_inside = hits * math.log(middle) + (trials - hits) * math.log1p(-middle) > least
+            inside, outside = (middle, outside) if is_inside else (inside, middle)
+        return outside
+
+    return bound(0.0) if hits else 0.0, bound(1.0) if hits < trials else 1.0

@@ -3,8 +3,9 @@
 import mpmath
 import numpy as np
 import pytest
+from scipy import stats
 
-from components.shared.anytime import Moments, margin, records_for, rho2_for
+from components.shared.anytime import Moments, margin, records_for, rho2_for, share_bounds
 
 RECORDS, RHO2, ALPHA = (1, 30, 365, 10_000), (0.001, 0.02, 1.0), (0.01, 0.05)
 CELLS = [(n, rho2, alpha) for n in RECORDS for rho2 in RHO2 for alpha in ALPHA]
@@ -73,3 +74,26 @@ def test_models_that_have_not_differed_yet_may_differ_on_the_next_record() -> No
     alike = Moments.of(np.zeros(30), np.ones(30))
     assert alike.spread() == 0
     assert alike.spread(1.0) > 0.2
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 1), (1, 1), (0, 40), (7, 40), (39, 40), (6_000, 9_000)])
+def test_a_shares_bounds_are_where_the_mixture_rules_it_out(hits: int, trials: int) -> None:
+    least, most = share_bounds(hits, trials, 0.05)
+    assert (least == 0, most == 1) == (hits == 0, hits == trials)
+    for bound in {least, most} - {0.0, 1.0}:
+        assert (trials + 1) * stats.binom.pmf(hits, trials, bound) == pytest.approx(0.05, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_shares_bounds_are_wrong_at_any_look_in_at_most_alpha_of_a_thousand_paths(share: float) -> None:
+    rng, looks, alpha = np.random.default_rng(3), np.arange(1, 1001), 0.1
+    hits = np.cumsum(rng.random((1000, len(looks))) < share, axis=1)
+    bounds = {(hit, trials): share_bounds(hit, trials, alpha)
+              for hit, trials in {*zip(hits.ravel().tolist(), np.tile(looks, 1000).tolist(), strict=True)}}  # fmt: skip
+    wrong = 0
+    for path in hits.tolist():
+        looked = [bounds[hit, trials] for trials, hit in enumerate(path, start=1)]
+        wrong += any(not least <= share <= most for least, most in looked)
+    intervals = stats.beta.interval(1 - alpha, hits + 0.5, looks - hits + 0.5)  # of one look, Jeffreys'
+    fixed = int(((share < intervals[0]) | (share > intervals[1])).any(axis=1).sum())
+    assert wrong <= alpha * 1000 < fixed
