@@ -30,7 +30,7 @@ from components.prepare.split import (
     require_enough,
     split,
 )
-from components.prepare.traces import LEARNED, Use
+from components.prepare.traces import LEARNED, Key, Use
 from components.prepare.validate import Reader, Rules, Validated, read_here
 from components.prepare.workspace import Workspace, quoted
 from components.records import runs
@@ -103,6 +103,8 @@ class Intake:
     logged: Counter[tuple[str, Use]] = field(default_factory=Counter)
     """Logged answers by the version that gave them, and by what becomes of them."""
     feedback: Feedback = field(default_factory=Feedback)
+    judged: set[Key] = field(default_factory=set)
+    """Of the feedback, what is on one of the logged answers."""
     shapes: Counter[str] = field(default_factory=Counter)
     """Rows whose columns are those of a record, whatever they hold, by their shape."""
 
@@ -140,6 +142,7 @@ def read_sources(
         names_of_rows.update(validated.columns)
         intake.unread.update(validated.unread)
         intake.logged.update(validated.logged)
+        intake.judged |= validated.judged
         intake.personal.update(validated.personal)
         intake.with_personal += validated.with_personal
         accept(validated.batch)
@@ -333,6 +336,7 @@ def _logged(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str,
             "rows": feedback.rows,
             "unusable": dict(feedback.unusable),
             "answers": len(feedback.verdicts),
+            "unmatched": len(feedback.verdicts.keys() - intake.judged),
             "raters_differ": sum(verdict.differ for verdict in feedback.verdicts.values()),
         },
         "warnings": warnings,

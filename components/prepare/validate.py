@@ -330,6 +330,8 @@ class Validated(NamedTuple):
     """Number of rows of erased records, usable or not."""
     logged: Counter[tuple[str, traces.Use]]
     """Number of logged answers by who served them, and by what becomes of them."""
+    judged: set[traces.Key]
+    """Of the feedback, what is on one of the answers."""
     columns: Counter[tuple[str, ...]]
     """Number of rows by the names of all their columns."""
     unread: Counter[str]
@@ -357,6 +359,7 @@ class Validation:
 
         rules, columns, unread = self._rules, Counter[tuple[str, ...]](), Counter[str]()
         logged: Counter[tuple[str, traces.Use]] = Counter()
+        judged: set[traces.Key] = set()
         records: dict[int, Record] = {}
         rejects: list[Reject] = []
         erased = 0
@@ -379,7 +382,7 @@ class Validation:
                     unread.update(unread_keys(value))
                 group, of_log = rules.group, dict[str, Any]()
                 if shape is TRACES:
-                    value, use = self._learned(row.value, value)
+                    value, use = self._learned(row.value, value, judged)
                     of_log = {name: _encodable(value[name]) for name in OF_LOG}
                     logged[of_log["served_by"], use] += 1
                     if use not in traces.LEARNED:
@@ -405,17 +408,22 @@ class Validation:
         if gone:
             batch = batch.filter(pa.array([place not in gone for place in records]))
         found = sum(counted, Counter[Kind]())
-        return Validated(len(rows.rows), batch, rejects, withheld, erased, logged, columns, unread, found, len(counted))
+        return Validated(
+            len(rows.rows), batch, rejects, withheld, erased, logged, judged, columns, unread, found, len(counted)
+        )
 
-    def _learned(self, row: Any, turn: Any) -> tuple[dict[str, Any], traces.Use]:
-        """A logged answer with the feedback on it: by the customer's own key, else the response's or the row's id."""
+    def _learned(self, row: Any, turn: Any, judged: set[traces.Key]) -> tuple[dict[str, Any], traces.Use]:
+        """A logged answer with the feedback on it, which is added to `judged`: by the customer's own key, else the
+        response's or the row's id."""
 
         def named(key: str) -> Any:
             return traces.first_of(row, key, f"metadata.{key}", f"request.metadata.{key}") if key else None
 
         rules, key = self._rules, self._rules.feedback_key
         keys = [(key, str(named(key))), *(("", str(name)) for name in (turn.get("response_id"), turn.get("id")))]
-        verdict = next((rules.feedback[each] for each in keys if each in rules.feedback), None)
+        on_it = [each for each in keys if each in rules.feedback]
+        judged.update(on_it)
+        verdict = rules.feedback[on_it[0]] if on_it else None
         return traces.learned(turn, verdict, rules.adapter, turn.get(rules.group) or named(rules.group))
 
     def _erased(self, batch: "pa.RecordBatch", places: Sequence[int]) -> set[int]:

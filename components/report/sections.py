@@ -135,6 +135,8 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
     alike = [(f"near “{each['begins']} …”", each["records"]) for each in near.get("most_are_near", [])]
     if stay := near.get("in_train"):
         alike.append(("training records that hardly differ from another, and stay", stay))
+    unmatched = profile.get("logged", {}).get("feedback", {}).get("unmatched", 0)
+    late = [("with feedback, and in no usable row of the log yet", unmatched)] if unmatched else []
     return {
         "facts": [(name, value) for name, value in facts if value],
         "rejected": profile.get("rejected", []),
@@ -151,7 +153,7 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
                 ],
             ),
             ("Near-duplicates", alike),
-            ("Logged answers", feedback_on(profile)),
+            ("Logged answers", [*feedback_on(profile), *late]),
         ],
         "lengths": [
             (f"{title}, {words}", [split[key].get(f"p{percentile}") for percentile in (0, 50, 90, 99, 100)])

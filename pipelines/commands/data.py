@@ -104,6 +104,8 @@ def _logged(profile: Mapping[str, Any], logged: Mapping[str, Any]) -> Iterator[s
     feedback = logged["feedback"]
     rows = f"{feedback['rows']:,} rows on {feedback['answers']:,} answers"
     yield f"feedback: {rows}, on {feedback['raters_differ']:,} of which raters differ"
+    if unmatched := feedback["unmatched"]:
+        yield f"  {unmatched:>6,}  of these answers are in no usable row of the log yet"
     yield from (f"  {number:>6,}  unusable: {reason}" for reason, number in feedback["unusable"].items())
 
 

@@ -18,6 +18,7 @@ from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new,
 from components.prepare.sources import find_sources
 from components.registry import between_runs
 from components.registry.between_runs import require_none_erased, user_hash
+from components.report.sections import data_profile
 from components.shared.errors import DataError
 from components.step.step import StepRun
 from components.store.store import Store
@@ -251,6 +252,35 @@ def test_a_record_whose_feedback_changed_is_new(of_rows, store: Store) -> None:
     assert (
         new("fourth", [*said, *rated([7], edited="other"), *rated([50], score=1), *rated([51, 52], label="own")]) == 3
     )
+
+
+def test_feedback_on_what_is_in_no_log_yet_is_counted_and_joined_once_it_is(
+    of_rows, write_rows: Write, store: Store
+) -> None:
+    def profile_of(run_id: str, config: RunConfig) -> tuple[dict[str, Any], int]:
+        step = StepRun("prepare", run_id, config, store)
+        published = prepare_if_new(step)
+        assert published
+        between_runs.advance_watermark(store, "icd", run_id)
+        return json.loads(store.get(f"{store.key(published.uri)}/profile.json")), int(step.result["new_records"])
+
+    rows = [request(n) for n in range(60)]
+    config = of_rows(rows[:40], rated(range(60), edited="e"), min_new_records=1)
+    profile, new = profile_of("first", config)
+    assert (profile["logged"]["feedback"]["unmatched"], new) == (20, 40)
+    assert section(profile)[-1] == ("with feedback, and in no usable row of the log yet", 20)
+    later = config.data.model_copy(update={"source": [config.data.source, write_rows(rows[40:], "later.jsonl")]})
+    profile, new = profile_of("second", config.model_copy(update={"data": later}))
+    assert (profile["logged"]["feedback"]["unmatched"], new) == (0, 20)
+    judged = "0.0 % of 60 judged ones good, 0.0 % to 11.2 % at any look with 95.0 % confidence"
+    assert section(profile) == [(f"by {VERSION}: {judged}", 60)]
+
+
+def section(profile: dict[str, Any]) -> list[tuple[str, int]]:
+    """What the report's page says of the log."""
+    shown = data_profile(profile)
+    assert shown
+    return dict(shown["counts"])["Logged answers"]
 
 
 def test_one_rater_is_bounded_and_counts_once(of_rows) -> None:
