@@ -162,7 +162,7 @@ def evaluate(
         JobError: the workers failed.
     """
     started = time.time()
-    attention.require_installed(config.model.attention)
+    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
     store = Store.open(config.registry)
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
     carried_out = promotion(events(store, candidate.name), run_id, config.adapter.alias)

@@ -68,7 +68,7 @@ def finetune(
 
     log = partial(say, STEP)
     watch = Stopwatch()
-    attention.require_installed(config.model.attention)
+    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
     store = Store.open(config.registry)
     store.check()
     if dataset_uri is None:

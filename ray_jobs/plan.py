@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import METHODS, MethodName, nearest_legal
-from components.config.ray import PRICED, Gpu
+from components.config.ray import FIRST_WITH_BFLOAT16, PRICED, dtype_on
 from components.config.schema import MethodConfig, RunConfig, cautions
-from components.config.train import Dtype
 from components.shared import garbage
 from components.shared.errors import ConfigError
 from components.shared.protocol import say
@@ -196,14 +195,9 @@ def _progress(config: RunConfig, stats: ModelStats, batch: WorstBatch, device: D
         "cost_per_million_tokens": MILLION / expected.tokens_per_s * per_second,
         "price_per_hour": price,
         "price_source": f"{device.gpu.price_source}, {PRICED}" if own_price is None else "ray.gpu_price_per_hour",
-        "has_bf16": device.gpu.has_bf16,
-        "dtype": dtype_of(config.train.dtype, device.gpu),
+        "has_bf16": device.gpu.capability >= FIRST_WITH_BFLOAT16,
+        "dtype": dtype_on(config.train.dtype, device.gpu.capability),
     }
-
-
-def dtype_of(wanted: Dtype, gpu: Gpu) -> Dtype:
-    """The dtype of a training on this GPU."""
-    return ("bfloat16" if gpu.has_bf16 else "float16") if wanted == "auto" else wanted
 
 
 def _most_tokens(config: RunConfig) -> int | None:

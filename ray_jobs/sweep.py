@@ -70,7 +70,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     """
     began = time.monotonic()
     methods = swept_methods(config)
-    attention.require_installed(config.model.attention)
+    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
     store = Store.open(config.registry)
     store.check()
     if dataset_uri is None:

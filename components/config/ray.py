@@ -38,29 +38,52 @@ class Gpu:
     price_per_hour: float
     """US dollars, on demand, one GPU's part of the smallest machine that has it."""
     price_source: str
+    capability: tuple[int, int]
+    """Compute capability, by NVIDIA's table of its GPUs."""
     product: str
     """What NVIDIA's GPU feature discovery labels a node with, as nvidia.com/gpu.product."""
     is_calibrated: bool = False
     """Whether planned speeds were calibrated on published trainings on it."""
-    has_bf16: bool = True
-    """Whether its matrix units know bfloat16; where not, trainings are in float16."""
 
 
 # Rates: NVIDIA's data sheets of each product (tensor cores, no sparsity). Prices: AWS, us-east-1, Linux, on demand, by
 # instance; p4d, p4de and p5 as read on 2026-11-09, p5en on 2026-08-06, g5 in June 2026, the others as of 2025. The
 # RTX 4090 is no data-centre product: RunPod, secure cloud, 2025. Labels: of the variant that is priced (SXM, not PCIe).
 GPUS: dict[str, Gpu] = {
-    "T4": Gpu(15.0, 65.0, 0.526, "AWS g4dn.xlarge", "Tesla-T4", has_bf16=False),
-    "V100": Gpu(15.8, 125.0, 3.06, "AWS p3.2xlarge", "Tesla-V100-SXM2-16GB", has_bf16=False),
-    "L4": Gpu(22.5, 121.0, 0.805, "AWS g6.xlarge", "NVIDIA-L4"),
-    "A10G": Gpu(22.5, 70.0, 1.006, "AWS g5.xlarge", "NVIDIA-A10G"),
-    "A100-40G": Gpu(39.6, 312.0, 2.74, "AWS p4d.24xlarge / 8", "NVIDIA-A100-SXM4-40GB", is_calibrated=True),
-    "A100-80G": Gpu(79.3, 312.0, 3.43, "AWS p4de.24xlarge / 8", "NVIDIA-A100-SXM4-80GB", is_calibrated=True),
-    "L40S": Gpu(45.0, 362.0, 1.861, "AWS g6e.xlarge", "NVIDIA-L40S"),
-    "RTX4090": Gpu(24.0, 165.0, 0.69, "RunPod, secure cloud", "NVIDIA-GeForce-RTX-4090"),
-    "H100": Gpu(79.6, 989.0, 6.88, "AWS p5.48xlarge / 8", "NVIDIA-H100-80GB-HBM3", is_calibrated=True),
-    "H200": Gpu(140.4, 989.0, 7.91, "AWS p5en.48xlarge / 8", "NVIDIA-H200"),
+    "T4": Gpu(15.0, 65.0, 0.526, "AWS g4dn.xlarge", (7, 5), "Tesla-T4"),
+    "V100": Gpu(15.8, 125.0, 3.06, "AWS p3.2xlarge", (7, 0), "Tesla-V100-SXM2-16GB"),
+    "L4": Gpu(22.5, 121.0, 0.805, "AWS g6.xlarge", (8, 9), "NVIDIA-L4"),
+    "A10G": Gpu(22.5, 70.0, 1.006, "AWS g5.xlarge", (8, 6), "NVIDIA-A10G"),
+    "A100-40G": Gpu(39.6, 312.0, 2.74, "AWS p4d.24xlarge / 8", (8, 0), "NVIDIA-A100-SXM4-40GB", is_calibrated=True),
+    "A100-80G": Gpu(79.3, 312.0, 3.43, "AWS p4de.24xlarge / 8", (8, 0), "NVIDIA-A100-SXM4-80GB", is_calibrated=True),
+    "L40S": Gpu(45.0, 362.0, 1.861, "AWS g6e.xlarge", (8, 9), "NVIDIA-L40S"),
+    "RTX4090": Gpu(24.0, 165.0, 0.69, "RunPod, secure cloud", (8, 9), "NVIDIA-GeForce-RTX-4090"),
+    "H100": Gpu(79.6, 989.0, 6.88, "AWS p5.48xlarge / 8", (9, 0), "NVIDIA-H100-80GB-HBM3", is_calibrated=True),
+    "H200": Gpu(140.4, 989.0, 7.91, "AWS p5en.48xlarge / 8", (9, 0), "NVIDIA-H200"),
 }
+
+# bfloat16 is preferred: it has float32's range and needs no loss scaling. GPUs before compute capability 8.0 (T4, V100)
+# have no matrix units for it: PyTorch emulates it there, many times slower than their float16. The package flash-attn
+# has no kernels for them at all.
+FIRST_WITH_BFLOAT16 = FIRST_WITH_FLASH = (8, 0)
+
+
+def dtype_on(wanted: str, capability: tuple[int, int] | None) -> Literal["bfloat16", "float16"]:
+    """The 16-bit dtype of weights, activations and gradients on a GPU of this compute capability; None is a CPU, or a
+    GPU that nobody has named. `wanted` is train.dtype."""
+    if wanted == "auto":
+        return "float16" if capability and capability < FIRST_WITH_BFLOAT16 else "bfloat16"
+    return "float16" if wanted == "float16" else "bfloat16"
+
+
+def without_flash(capability: tuple[int, int] | None) -> str:
+    """Why a GPU of this compute capability has no flash attention; empty where it has."""
+    if capability is None or capability >= FIRST_WITH_FLASH:
+        return ""
+    return (
+        f"model.attention flash_attention_2: flash-attn has no kernels for a GPU of compute capability {capability[0]}."
+        f"{capability[1]}, only from {FIRST_WITH_FLASH[0]}.{FIRST_WITH_FLASH[1]} (A100) on: set model.attention to auto"
+    )
 
 
 DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
@@ -526,6 +549,11 @@ class RayConfig(Section):
     @property
     def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability of the workers' GPU; None for processors, or a GPU that nobody has named."""
+        return GPUS[self.gpu].capability if self.use_gpu and self.gpu else None
 
     @property
     def is_elastic(self) -> bool:

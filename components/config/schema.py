@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from components.config.gate import CheckConfig, GateConfig, RequestedMetric
 from components.config.methods import (
     METHODS,
+    OWN_BASE,
     AdapterKind,
     BaseFormat,
     Cell,
@@ -27,7 +28,7 @@ from components.config.methods import (
     nearest_legal,
     refusals,
 )
-from components.config.ray import IMAGE, OF_0_1_0, OF_EVERY_STEP, RayConfig
+from components.config.ray import IMAGE, OF_0_1_0, OF_EVERY_STEP, RayConfig, dtype_on, without_flash
 from components.config.section import REMOVED, Added, Section, identity
 from components.config.train import SHARING
 from components.config.train import DataConfig as DataConfig
@@ -323,6 +324,13 @@ class RunConfig(Section):
             yield f"model.revision belongs to a hub id; model.base is {model.base}: remove model.revision"
         if model.attention == "flash_attention_2" and not on_gpu:
             yield "model.attention flash_attention_2 runs on GPUs alone: set ray.use_gpu=true, or model.attention=auto"
+        elif model.attention == "flash_attention_2" and (why := without_flash(self.ray.capability)):
+            yield why
+        if dtype_on(train.dtype, self.ray.capability) == "float16" and method.row.init in OWN_BASE:
+            yield (
+                f"method.name {method.name} stores its base in few bits for bfloat16, and this training is in float16 "
+                f"({'train.dtype' if train.dtype == 'float16' else 'ray.gpu'}). Nearest to it: method.name=qlora"
+            )
         if (evaluate.max_new_tokens or 0) >= model.max_length:
             yield (
                 f"evaluate.max_new_tokens {evaluate.max_new_tokens} leaves no room for a prompt in model.max_length "

@@ -7,6 +7,7 @@ also take images: without an image these are language models too.
 from typing import TYPE_CHECKING, Any
 
 from components.config.methods import BaseFormat
+from components.config.ray import dtype_on, without_flash
 from components.config.train import Dtype
 from components.shared.errors import ConfigError
 
@@ -150,28 +151,15 @@ def _stored(shape: "PretrainedConfig") -> dict[str, Any]:
     return quantization if isinstance(quantization, dict) else quantization.to_dict()
 
 
-# The 16-bit dtype of weights, activations and gradients.
-#
-# bfloat16 is preferred: it has float32's range and needs no loss scaling. GPUs before compute capability 8.0 (T4, V100)
-# have no matrix units for it: PyTorch emulates it there, many times slower than their float16.
-
-FIRST_WITH_BFLOAT16 = (8, 0)
-
-
-def dtype_on(wanted: Dtype, capability: tuple[int, int] | None) -> "torch.dtype":
-    """The dtype for a GPU of this compute capability, or a CPU where that is None. `wanted` is train.dtype."""
-    import torch
-
-    if wanted == "auto":
-        return torch.float16 if capability and capability < FIRST_WITH_BFLOAT16 else torch.bfloat16
-    return torch.float16 if wanted == "float16" else torch.bfloat16
+# What this process's GPU and PyTorch can do: components.config.ray has the table by compute capability.
 
 
 def dtype_here(wanted: Dtype, *, use_gpu: bool) -> "torch.dtype":
     """The dtype for this process's GPU or CPU."""
     import torch
 
-    return dtype_on(wanted, torch.cuda.get_device_capability() if use_gpu else None)
+    dtype: torch.dtype = getattr(torch, dtype_on(wanted, torch.cuda.get_device_capability() if use_gpu else None))
+    return dtype
 
 
 def agree_on_dtype(dtype: "torch.dtype", device: "torch.device") -> "torch.dtype":
@@ -183,11 +171,33 @@ def agree_on_dtype(dtype: "torch.dtype", device: "torch.device") -> "torch.dtype
     return torch.float16 if needs.item() else torch.bfloat16
 
 
-def require_kernels() -> None:
-    """Check that PyTorch can run on this process's GPU. Raises ConfigError: PyTorch has no kernels for the GPU's
-    architecture."""
+def require_unquantised(shape: "PretrainedConfig", *, reference: str) -> None:
+    """Raise ConfigError for a base that a training in float16 cannot take, as it is stored in few bits for bfloat16."""
+    if _stored(shape):
+        raise ConfigError(
+            f"{reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
+            "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
+        )
+
+
+def require_cuda() -> None:
+    """Raise ConfigError where this process's PyTorch runs on no GPU of NVIDIA's, whichever the machine has."""
     import torch
 
+    if torch.version.cuda is None:
+        kind = "AMD's GPUs (ROCm)" if torch.version.hip else "processors alone"
+        raise ConfigError(
+            f"ray.use_gpu trains on NVIDIA's GPUs, and torch {torch.__version__} here is built for {kind}: take an "
+            "image whose torch is built for CUDA"
+        )
+
+
+def require_kernels(attention: str) -> None:
+    """Check that PyTorch can run on this process's GPU. Raises ConfigError: PyTorch, or the attention that
+    model.attention names, has no kernels for the GPU's architecture."""
+    import torch
+
+    require_cuda()
     try:
         torch.ones(1, device="cuda").add_(1)
     except RuntimeError as exc:
@@ -195,3 +205,5 @@ def require_kernels() -> None:
             f"torch {torch.__version__} does not run on {torch.cuda.get_device_name()} ({exc}): take a newer ray.gpu, "
             "or an image whose torch is built for it"
         ) from exc
+    if attention == "flash_attention_2" and (why := without_flash(torch.cuda.get_device_capability())):
+        raise ConfigError(why)

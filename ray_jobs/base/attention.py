@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import Attention
 from components.shared.errors import ConfigError
-from ray_jobs.base.architecture import model_class
+from ray_jobs.base.architecture import model_class, require_cuda
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -62,9 +62,11 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
     return "eager"
 
 
-def require_installed(wanted: Attention) -> None:
-    """Check that what is wanted is installed in the image of this process. Workers have their driver's image. Raises
-    ConfigError: flash-attn is wanted, and is not installed."""
+def require_installed(wanted: Attention, *, use_gpu: bool) -> None:
+    """Check that this process's image has what workers on GPUs need; workers have their driver's image. Raises
+    ConfigError: flash-attn is wanted, and is not installed; or PyTorch is not built for NVIDIA's GPUs."""
+    if use_gpu:
+        require_cuda()
     if wanted == FLASH and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
             f"model.attention {FLASH}: the package flash-attn is not installed where the workers run: build it into "

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
 from components.config.methods import BaseFormat
+from components.config.ray import dtype_on
 from components.config.schema import ModelConfig, RunConfig
 from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
@@ -450,10 +451,12 @@ def positions(base: "PretrainedConfig") -> int | None:
 def fitted(config: RunConfig, base: "PretrainedConfig", log: Callable[[str], None]) -> RunConfig:
     """The config with `model.max_length` limited to the base's positions; `log` receives a line where it is lowered.
     Raises ConfigError: the length was set explicitly and exceeds the base's positions; or the lowered value is too
-    small for other keys; or the base does not support `model.attention`."""
+    small for other keys; or the base does not support `model.attention`, or the training's dtype."""
     model, limit = config.model, positions(base)
     if model.attention != "auto":
         attention.choose(base, model.attention, use_gpu=config.ray.use_gpu)
+    if dtype_on(config.train.dtype, config.ray.capability) == "float16":
+        architecture.require_unquantised(base, reference=model.base)
     if limit is None or model.max_length <= limit:
         return config
     if "max_length" in model.model_fields_set:

@@ -56,7 +56,7 @@ def open_base(spec: TrainSpec, worker: Worker, store: Store, split: TokenizedSpl
         ConfigError: the base does not exist, or not in a form that can be trained in this dtype.
         IntegrityError: the base, or the version to start from, has changed.
     """
-    zero.prepare_environment(use_gpu=spec.ray.use_gpu)
+    zero.prepare_environment(use_gpu=spec.ray.use_gpu, attention=spec.model.attention)
     torch.set_num_threads(spec.ray.cpus_per_worker)  # of GPU workers for rank 0's pass over the whole base
     if not spec.ray.use_gpu:
         door.keep_freed_memory()
@@ -69,11 +69,9 @@ def open_base(spec: TrainSpec, worker: Worker, store: Store, split: TokenizedSpl
         original = base_model.resolve(spec.model, recorded=spec.base.identity, registry=store)
         place = {"rank": worker.rank, "num_workers": worker.num_workers}
         base = own_base.prepare(spec, original, store, sha256=spec.stands_on_sha256, **place)
-        if dtype is torch.float16 and base_model.is_quantised(base):
-            raise ConfigError(
-                f"{base.reference} is stored in few bits for bfloat16, and train.dtype is float16 here: take "
-                "method.name=qlora on a base that is not quantised, or GPUs that know bfloat16"
-            )
+        if dtype is torch.float16:
+            shape = base_model.load_config(base.path, spec.model)
+            architecture.require_unquantised(shape, reference=base.reference)
         start = start_weights(store, spec.start) if spec.start else None
         together.meet(group)
         on_cpu = _kernels(spec, original, store)

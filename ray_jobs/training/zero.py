@@ -53,11 +53,12 @@ class Worker:
     """The kernels of the worker's products, the same for the whole group."""
 
 
-def prepare_environment(*, use_gpu: bool) -> None:
+def prepare_environment(*, use_gpu: bool, attention: str = "auto") -> None:
     """Keep DeepSpeed from compiling a kernel at its first use on CPU, which takes a C++ compiler and 40 s; gloo is as
-    fast. Call this before anything imports DeepSpeed. A GPU that PyTorch has no kernels for is a ConfigError."""
+    fast. Call this before anything imports DeepSpeed. A GPU that PyTorch or `attention` has no kernels for is a
+    ConfigError."""
     if use_gpu:
-        architecture.require_kernels()
+        architecture.require_kernels(attention)
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops

@@ -99,11 +99,6 @@ def test_a_worker_that_offloads_more_than_its_pod_has_is_reported():
     assert body["host_memory_bytes"] > 60 * GIB  # half of 138 GB in 16 bits
 
 
-def test_a_gpu_trains_in_the_16_bits_that_it_has():
-    assert [plan.dtype_of("auto", GPUS[gpu]) for gpu in ("T4", "V100", "A10G")] == ["float16", "float16", "bfloat16"]
-    assert plan.dtype_of("bfloat16", GPUS["T4"]) == "bfloat16"
-
-
 def test_your_own_price_wins_over_the_list(tmp_path):
     body = plan.planned(
         configured(tmp_path, "ray.gpu_price_per_hour=0.25", "train.max_steps=10"), small(), gpu_device("A10G")

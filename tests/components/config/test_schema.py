@@ -116,6 +116,19 @@ def test_a_wrong_value_is_named_with_its_field_and_what_that_takes(override: str
         ),
         (["ray.use_gpu=true", "ray.gpu=V100", "ray.cluster.kind=rayjob"], "has no kernels for it: take gpu=T4 or a"),
         (["model.attention=flash_attention_2"], "flash_attention_2 runs on GPUs alone: set ray.use_gpu=true"),
+        (["ray.use_gpu=true", "ray.gpu=MI300X"], "ray.gpu"),
+        (
+            ["ray.use_gpu=true", "ray.gpu=T4", "model.attention=flash_attention_2"],
+            "flash-attn has no kernels for a GPU of compute capability 7.5, only from 8.0 (A100) on",
+        ),
+        (
+            ["ray.use_gpu=true", "ray.gpu=T4", "method.name=loftq"],
+            "this training is in float16 (ray.gpu). Nearest to it: method.name=qlora",
+        ),
+        (
+            ["ray.use_gpu=true", "train.dtype=float16", "method.name=loftq"],
+            "this training is in float16 (train.dtype). Nearest to it: method.name=qlora",
+        ),
         (["model.base=s3://b/f", "model.revision=main"], "remove model.revision"),
         (["model.base=pkg://p/f.gguf", "model.revision=main"], "model.base is pkg://p/f.gguf"),
         (["gate.limits=[{metric='loss',min=2,max=1}]"], "gate.limits.0: min 2.0 is above max 1.0"),
@@ -134,6 +147,9 @@ def test_what_cannot_go_together_is_refused(overrides: list[str], message: str) 
 def test_what_only_just_goes_together_is_taken() -> None:
     shared = ["train.batch_size=20", "train.max_tokens=512", "train.micro_batch_size=8", "ray.num_workers=4"]
     lengths = ["model.revision=main", "evaluate.max_new_tokens=63", "model.max_length=64"]
+    for attention, gpu in (("auto", "T4"), ("flash_attention_2", "A100-40G")):
+        set_in("ray.use_gpu=true", f"ray.gpu={gpu}", f"model.attention={attention}")
+    set_in("ray.use_gpu=true", "ray.gpu=T4", "method.name=loftq", "train.dtype=bfloat16")
     config = set_in(*shared, *lengths, "gate.limits=[{metric='loss',min=1,max=1}]")
     assert config.gate.limits[0].min == config.gate.limits[0].max == 1
 

@@ -1,6 +1,7 @@
 """Which bases are language models and by which classes they are loaded; which GPUs know bfloat16 or have kernels."""
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -9,10 +10,11 @@ import torch
 import transformers
 
 from components.config import config_file
+from components.config.ray import GPUS, dtype_on
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
-from ray_jobs.base import base_model
-from ray_jobs.base.architecture import auto_class, dtype_on, require_causal
+from ray_jobs.base import architecture, attention, base_model
+from ray_jobs.base.architecture import auto_class, require_causal
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.training import zero
 from tests.models import zoo
@@ -67,24 +69,63 @@ def test_an_encoder_that_was_made_a_decoder_and_a_base_that_brings_its_code_are_
         assert auto_class(shape) is transformers.AutoModelForCausalLM
 
 
-V100, T4, A100, RTX4090, H100 = (7, 0), (7, 5), (8, 0), (8, 9), (9, 0)
+# NVIDIA's table, and what PyTorch says of an MI300, which is no GPU of NVIDIA's: gfx942.
+CAPABILITIES = {
+    "V100": ((7, 0), "float16", False),
+    "T4": ((7, 5), "float16", False),
+    "A100-40G": ((8, 0), "bfloat16", True),
+    "A100-80G": ((8, 0), "bfloat16", True),
+    "A10G": ((8, 6), "bfloat16", True),
+    "L4": ((8, 9), "bfloat16", True),
+    "L40S": ((8, 9), "bfloat16", True),
+    "RTX4090": ((8, 9), "bfloat16", True),
+    "H100": ((9, 0), "bfloat16", True),
+    "H200": ((9, 0), "bfloat16", True),
+}
+MI300 = (9, 4)
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [
-        (None, torch.bfloat16),
-        (V100, torch.float16),
-        (T4, torch.float16),
-        (A100, torch.bfloat16),
-        (RTX4090, torch.bfloat16),
-        (H100, torch.bfloat16),
-    ],
-)
-def test_a_gpu_that_does_not_know_bfloat16_trains_in_float16(capability, expected):
-    assert dtype_on("auto", capability) is expected
-    assert dtype_on("bfloat16", capability) is torch.bfloat16
-    assert dtype_on("float16", capability) is torch.float16
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_gpu_takes_the_dtype_and_attention_that_its_capability_has(gpu, monkeypatch):
+    capability, dtype, has_flash = CAPABILITIES[gpu]
+    assert GPUS[gpu].capability == capability
+    assert dtype_on("auto", capability) == dtype
+    assert [dtype_on(wanted, capability) for wanted in ("bfloat16", "float16")] == ["bfloat16", "float16"]
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert architecture.dtype_here("auto", use_gpu=True) is getattr(torch, dtype)
+    zero.prepare_environment(use_gpu=True)
+    with nullcontext() if has_flash else pytest.raises(ConfigError, match=r"no kernels .* 7\.[05], only from 8\.0"):
+        zero.prepare_environment(use_gpu=True, attention="flash_attention_2")
+
+
+def test_a_processor_computes_in_bfloat16():
+    assert dtype_on("auto", None) == "bfloat16"
+
+
+@pytest.mark.parametrize(("hip", "built_for"), [("6.4", r"AMD's GPUs \(ROCm\)"), (None, "processors alone")])
+def test_a_torch_that_is_not_for_nvidias_gpus_is_refused_by_driver_and_worker(hip, built_for, monkeypatch):
+    monkeypatch.setattr(torch, "version", SimpleNamespace(cuda=None, hip=hip))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: MI300)
+    message = f"trains on NVIDIA's GPUs, and torch .* is built for {built_for}: take an image"
+    with pytest.raises(ConfigError, match=message):
+        attention.require_installed("auto", use_gpu=True)
+    with pytest.raises(ConfigError, match=message):
+        zero.prepare_environment(use_gpu=True)
+    attention.require_installed("auto", use_gpu=False)
+
+
+@pytest.mark.parametrize("changes", [["ray.gpu=T4"], ["train.dtype=float16"], ["ray.gpu=A10G", "train.dtype=float16"]])
+def test_a_base_of_few_bits_is_refused_for_float16_by_plan_and_driver(changes):
+    config = config_file.loads(CONFIG.format(base="none"), ["method.name=qlora", "ray.use_gpu=true", *changes])
+    plain = zoo.KINDS["Llama, tied"].config()
+    assert base_model.fitted(config, plain, pytest.fail) == config
+    stored = zoo.KINDS["Llama, tied"].config()
+    stored.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    with pytest.raises(ConfigError, match=r"none is stored in few bits for bfloat16, and train\.dtype is float16"):
+        base_model.fitted(config, stored, pytest.fail)
+    on_a10g = config_file.loads(CONFIG.format(base="none"), ["method.name=qlora", "ray.use_gpu=true", "ray.gpu=A10G"])
+    assert base_model.fitted(on_a10g, stored, pytest.fail) == on_a10g
 
 
 def test_a_gpu_without_kernels_is_refused_before_a_base_is_fetched_for_it(monkeypatch):

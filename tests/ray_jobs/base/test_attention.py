@@ -67,10 +67,10 @@ def test_a_choice_that_the_base_does_not_have_is_refused_by_the_plan(name, wante
 
 def test_flash_attention_is_taken_where_its_package_is_installed_and_not_on_a_cpu(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"the package flash-attn is not installed where the workers run"):
-        attention.require_installed("flash_attention_2")
+        attention.require_installed("flash_attention_2", use_gpu=False)
     (tmp_path / "flash_attn.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    attention.require_installed("flash_attention_2")
+    attention.require_installed("flash_attention_2", use_gpu=True)
     llama = zoo.KINDS["Llama, tied"].config()
     assert attention.choose(llama, "flash_attention_2", use_gpu=True) == "flash_attention_2"
     assert attention.choose(llama, "flash_attention_2", use_gpu=False) == "sdpa_float32"
