@@ -14,10 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from components.config.gate import LARGE_LOSS, GateConfig
-from components.config.schema import RunConfig
 from components.gate.comparisons import Compared, Evidence, few_get_much_worse, not_worse_than_champion
 from components.gate.policy import no_slice_is_worse
-from components.prepare.split import assumed
+from components.prepare import power as assumed
 from components.records.steps import Evaluation, Measured, Role
 from components.shared.metrics import METRICS, metric_of
 from tests.components.gate.measured_losses import read
@@ -184,17 +183,14 @@ def power() -> None:
     print("| records | exact match at 0.02, 0.03, 0.05 | loss at 0.02, 0.05 |\n|---|---|---|")
     for records in (100, 150, 200, 300, 500, 1000):
         cells = []
-        for metric, margins in (("exact_match", (0.02, 0.03, 0.05)), ("loss", (0.02, 0.05))):
-            tables = ({"metric": metric, "worse_than_champion_by": margin} for margin in margins)
-            passes = [_equal_passes(GateConfig.model_validate(table), records) for table in tables]
+        for metric, margins, spread in (
+            ("exact_match", (0.02, 0.03, 0.05), assumed.CHANGED),
+            ("loss", (0.02, 0.05), assumed.SPREAD),
+        ):
+            gates = (GateConfig(metric=metric, worse_than_champion_by=margin) for margin in margins)
+            passes = [assumed.power_of(gate, records, spread / 2)["equal_passes"] for gate in gates]
             cells.append(", ".join(f"{each:.2f}" if each else "never" for each in passes))
         print(f"| {records:,} | {' | '.join(cells)} |")
-
-
-def _equal_passes(gate: GateConfig, records: int) -> float:
-    sections = {"adapter": {"name": "a"}, "model": {"base": "org/model"}, "data": {"source": "rows.jsonl"}}
-    table = {**sections, "train": {"start_from": "production", "start_share": 0.5}, "gate": gate.model_dump()}
-    return assumed(RunConfig.model_validate(table), tokens=1, equal_weight=1, in_groups=False).equal_passes(records)
 
 
 def by_label(repetitions: int) -> None:

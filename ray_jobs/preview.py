@@ -13,9 +13,10 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
+from components.prepare.power import power
 from components.prepare.prepare import percentiles, preview
 from components.prepare.sources import find_sources
-from components.prepare.split import Judges, lacking, parts_of, power
+from components.prepare.split import Judges, lacking, parts_of
 from components.shared import garbage
 from components.shared.errors import DataError, StoreError, UserError
 from components.shared.protocol import say

@@ -18,6 +18,7 @@ from components.prepare import dataset, icd10, workspace
 from components.prepare.dataset import FORMAT, Part, Reject
 from components.prepare.feedback import Feedback, read_feedback, sources_of_feedback
 from components.prepare.personal import Kind
+from components.prepare.power import power
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
 from components.prepare.shapes import EXPECTED, TRACES, advice, columns_read, recognised, unread_text
 from components.prepare.sources import Source, find_sources
@@ -26,7 +27,6 @@ from components.prepare.split import (
     TrainEvalSplit,
     deduplicate,
     judges,
-    power,
     require_enough,
     split,
 )

@@ -6,12 +6,12 @@ rows never moves a record from eval to train.
 
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, groups_of, load_split, write_splits
@@ -19,15 +19,12 @@ from components.prepare.workspace import Texts, Workspace, position
 from components.registry import signing
 from components.registry.event_log import decided_before, events, next_part
 from components.shared.errors import DataError
-from components.shared.metrics import RELATIVE, metric_of
 from components.store.store import Store
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import pyarrow as pa
-
-    from components.shared.power import Assumed
 
 
 Span = tuple[int, int]
@@ -453,46 +450,3 @@ def lacking(judging: Judges, config: RunConfig) -> str:
         f"{found} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
         f"{end}: {ways}{'' if end == 'would be held' else '; gate.too_few_records=hold trains all the same'}"
     )
-
-
-CHARS_OF_A_TOKEN = 4
-CHANGED, SPREAD = 0.12, 0.22
-"""Between two trainings of one recipe from the base: the share of answers that change, and the standard deviation of a
-record's loss in nats per token, as two seeds of the example differ (`python -m benchmarks.gate`)."""
-
-
-def assumed(config: RunConfig, *, tokens: float, equal_weight: float, in_groups: bool) -> "Assumed":
-    """What is taken for granted of the comparisons to come, of answers of so many tokens on the whole.
-
-    What differs from one training to the next shrinks by the share of production that a version keeps. Production's
-    loss, which is not known yet, is taken for 1.
-    """
-    from components.shared.power import Assumed  # with numpy, as below
-
-    gate, metric = config.gate, metric_of(config.gate.metric)
-    spread = CHANGED if metric.is_share else SPREAD * (tokens if metric.key == "answer_loss" else 1.0)
-    return Assumed(
-        metric=metric,
-        margin=gate.worse_than_champion_by,
-        confidence=gate.confidence,
-        rare_share=gate.rare_share(1.0),
-        spread=spread * (1 - config.train.start_share),
-        equal_weight=equal_weight if metric.per_token else 1.0,
-        in_groups=in_groups,
-    )
-
-
-def power(judging: Judges, config: RunConfig) -> dict[str, Any]:
-    """What the gate can tell by these records, judged by their answers' lengths alone: no model is needed."""
-    from components.shared.power import power_of
-
-    used = judging.records[: max(config.evaluate.records, config.evaluate.max_records)]
-    tokens: dict[str, float] = defaultdict(float)
-    for record in used:
-        tokens[record.group or record.id] += len(record.answer) / CHARS_OF_A_TOKEN + 1  # the one that ends it
-    records, total = len(tokens), sum(tokens.values())
-    equal_weight = total**2 / (records * sum(each**2 for each in tokens.values()))
-    in_groups = any(record.group for record in used)
-    amounts = RELATIVE if config.gate.margins == "relative" else metric_of(config.gate.metric)
-    compared = assumed(config, tokens=total / records, equal_weight=equal_weight, in_groups=in_groups)
-    return power_of(compared, records, amounts=amounts, kind="groups of records" if in_groups else "records")

@@ -13,9 +13,9 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import DataConfig, RunConfig
+from components.prepare.power import power_of, spread_of
 from components.prepare.shapes import guessed, recognised
 from components.prepare.sources import first_rows
-from components.prepare.split import assumed
 from components.shared.errors import DataError, UserError
 from components.shared.metrics import metric_of
 from pipelines.commands import run
@@ -206,13 +206,11 @@ def judged_by(draft: RunConfig, seen: Mapping[str, Any]) -> tuple[Keys, list[str
     for margin in margins:
         table["train"] |= train
         table["gate"] |= {"metric": metric, "worse_than_champion_by": margin}
-        compared = assumed(
-            config_file.validate(table),
-            tokens=splits["train"]["answer_chars"]["p50"] / 4 + 1,
-            equal_weight=tells["power"]["equal_weight"] if tells["power"] else 1.0,
-            in_groups=a_group > 1,
-        )
-        if (needed := compared.equal_with()) is None:  # with no number of records
+        config = config_file.validate(table)
+        tokens, weight = splits["train"]["answer_chars"]["p50"] / 4 + 1, (tells["power"] or {}).get("equal_weight", 1.0)
+        spread = spread_of(config, tokens)
+        told = power_of(config.gate, 1, spread, equal_weight=weight, in_groups=a_group > 1)
+        if (needed := told["equal_with"]) is None:  # with no number of records
             continue
         held_out = math.ceil(needed * a_group) + VALIDATION
         if needed <= draft.evaluate.max_records and held_out <= MOST_HELD_OUT * records:

@@ -10,7 +10,8 @@ import pytest
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.prepare.split import judges, power, require_enough, validation_and_test
+from components.prepare.power import power
+from components.prepare.split import judges, require_enough, validation_and_test
 from components.records import runs
 from components.records.steps import Decision
 from components.registry.event_log import append_event

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from components.shared.metrics import METRICS
+from components.config.gate import GateConfig
+from components.prepare.power import power_of
 from components.shared.paired import score_bounds
-from components.shared.power import Assumed, power_of
 
 Z = stats.norm.ppf(0.95)
 
 
-def assumed(metric="exact_match", margin=0.02, rare=0.02, spread=0.1, **more) -> Assumed:
-    return Assumed(METRICS[metric], margin, 0.95, rare, spread, **more)
+def told(metric="exact_match", margin=0.02, records=160, spread=0.1, rare=None, **of_records):
+    gate = GateConfig(metric=metric, worse_than_champion_by=margin, much_worse_share=rare)
+    return power_of(gate, records, spread, **of_records)
 
 
 def tango(gain: float, changed: float, records: int, margin: float) -> float:
@@ -32,15 +33,15 @@ def tango(gain: float, changed: float, records: int, margin: float) -> float:
 @pytest.mark.parametrize("changed", [0.05, 0.1, 0.2, 0.3])
 def test_right_and_wrong_answers_need_what_tangos_bound_leaves(records, changed):
     needed = optimize.brentq(lambda gain: tango(gain, changed, records, 0.02) - Z, -changed, changed)
-    assert assumed(spread=changed).better_by(records) == pytest.approx(needed, abs=1e-4)
+    assert told(records=records, spread=changed)["better_by"] == pytest.approx(needed, abs=1e-4)
 
 
 def test_a_normal_difference_of_losses_needs_what_the_normal_distribution_leaves():
-    compared = assumed("loss", 0.02, 0.01, 0.2)
-    assert compared.better_by(400) == pytest.approx(Z * 0.2 / 20 - 0.02, abs=0.001)
-    assert compared.fewest == math.ceil(math.log(0.05) / math.log(0.99)) == 299
+    tells = told("loss", records=400, spread=0.2)
+    assert tells["better_by"] == pytest.approx(Z * 0.2 / 20 - 0.02, abs=0.001)
+    assert tells["fewest"] == math.ceil(math.log(0.05) / math.log(0.99)) == 299
     power = stats.norm.ppf(0.8)
-    assert compared.equal_with() == pytest.approx(((Z + power) * 0.2 / 0.02) ** 2, rel=0.05)
+    assert tells["equal_with"] == pytest.approx(((Z + power) * 0.2 / 0.02) ** 2, rel=0.05)
 
 
 @pytest.mark.parametrize(("records", "margin", "changed"), [(150, 0.05, 0.06), (400, 0.02, 0.06), (1000, 0.02, 0.1)])
@@ -48,29 +49,36 @@ def test_equal_candidates_pass_as_often_as_is_said(records, margin, changed):
     rng = np.random.default_rng(records)
     won, lost, _ = rng.multinomial(records, [changed / 2, changed / 2, 1 - changed], size=4000).T
     passed = [score_bounds(ours, theirs, records, 0.95)[0] >= -margin for ours, theirs in zip(won, lost, strict=True)]
-    assert assumed(margin=margin, spread=changed).equal_passes(records) == pytest.approx(np.mean(passed), abs=0.05)
+    equal_passes = told(records=records, margin=margin, spread=changed)["equal_passes"]
+    assert equal_passes == pytest.approx(np.mean(passed), abs=0.05)
 
 
-def test_with_the_records_that_are_named_an_equal_candidate_passes_four_times_in_five():
-    for compared in (assumed(), assumed("loss", 0.05, 0.025, 0.11, equal_weight=0.6), assumed("token_f1", 0.05, 0.05)):
-        named = compared.equal_with()
-        assert compared.equal_passes(named) >= 0.8 > compared.equal_passes(named - 1)
+@pytest.mark.parametrize(
+    "compared",
+    [
+        {},
+        {"metric": "loss", "margin": 0.05, "spread": 0.11, "equal_weight": 0.6},
+        {"metric": "token_f1", "spread": 0.05},
+    ],
+)
+def test_with_the_records_that_are_named_an_equal_candidate_passes_four_times_in_five(compared):
+    named = told(**compared)["equal_with"]
+    enough, fewer = (told(**compared, records=records)["equal_passes"] for records in (named, named - 1))
+    assert enough >= 0.8 > fewer
 
 
 def test_marks_and_groups_need_enough_records_to_show_rare_losses_and_single_right_answers_do_not():
-    assert (assumed().fewest, assumed(in_groups=True).fewest, assumed("token_f1").fewest) == (1, 149, 149)
-    assert assumed("loss", rare=1.0).fewest == 1
-
-
-def sentence(compared: Assumed, records: int) -> str:
-    return power_of(compared, records, amounts=compared.metric)["sentence"]
+    fewest = [told(**compared)["fewest"] for compared in ({}, {"in_groups": True}, {"metric": "token_f1"})]
+    assert fewest == [1, 149, 149]
+    assert told("loss", rare=1.0)["fewest"] == 1
 
 
 def test_the_sentence_says_what_a_candidate_has_to_be():
     first = "160 records judge by exact match: a first version can be promoted; "
-    better = sentence(assumed(), 160)
+    better = told()["sentence"]
     assert better.startswith(f"{first}to replace it, a candidate has to come out 2.2 points better, or be equal with ")
-    assert "equal candidate replaces it in some 77 nights of 100" in sentence(assumed(margin=0.05, spread=0.05), 145)
-    assert "nothing can replace it, as only 299 would show" in sentence(assumed("loss", rare=0.01), 160)
-    assert "no number" in sentence(assumed(margin=0.0), 160)
-    assert "come out 0.005 nats per answer token better" in sentence(assumed("loss", 0.02, 0.01, 0.3), 400)
+    passes = "equal candidate replaces it in some 77 nights of 100"
+    assert passes in told(margin=0.05, records=145, spread=0.05)["sentence"]
+    assert "nothing can replace it, as only 299 would show" in told("loss")["sentence"]
+    assert "no number" in told(margin=0.0)["sentence"]
+    assert "come out 0.005 nats per answer token better" in told("loss", records=400, spread=0.3)["sentence"]
