@@ -1,9 +1,9 @@
 """How often `fineloop adapters check` errs over years of nightly looks, and after how many records it tells.
 
 Production is as good as the other version, or worse by the drop that is named. All nights of all years are judged at
-once, by the bound of components/shared/anytime.py; `--confirmed` years are also judged night by night by the gate's own
-`judge`, and both have to agree on every night. Beside it stands a fixed sample: the one-sided z-test at the same level,
-with as many records as show the drop in half of all samples, as the median of the looks does, and in 80 % of them.
+once; `--confirmed` years are also judged night by night by the gate's own `judge`, and both have to agree on every
+night. Beside it stands a fixed sample: the one-sided z-test at the same level, with as many records as show the drop in
+half of all samples, as the median of the looks does, and in 80 % of them.
 """
 
 import argparse
@@ -14,11 +14,13 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from components.gate.check import judge
-from components.shared.anytime import Moments, margin, rho2_for
-from components.shared.paired import Array
+from components.config.gate import GateConfig
+from components.gate.check import judge, records_for_rare
+from components.shared.anytime import margin
+from components.shared.paired import Array, Pairs
 
-ALPHA, LEAST = 0.05, 30
+GATE = GateConfig()
+FOR_RARE = records_for_rare(GATE, 1.0)
 Draw = Callable[[np.random.Generator, tuple[int, int], float], Array]
 
 
@@ -56,21 +58,21 @@ def verdicts(differences: Array, a_night: int, drop: float, largest: float) -> t
     ends = np.arange(a_night, differences.shape[1] + 1, a_night)
     sums, squares = (np.cumsum(each, axis=1)[:, ends - 1] for each in (differences, differences**2))
     spread = np.sqrt((squares - sums**2 / ends + 2 * largest**2) / (ends - 1))
-    tuned = spread[:, [-(-LEAST // a_night) - 1]]
-    rho2 = rho2_for(drop / tuned, ALPHA)
-    gain, width = sums / ends, spread * margin(ends, rho2, ALPHA)
-    is_good = (gain - width > -drop) & (ends >= LEAST)
-    return (gain + width < 0) & (ends >= LEAST) & ~is_good, is_good
+    gain, width = sums / ends, spread * margin(ends, GATE.confidence)
+    enough, loses_less = ends >= GATE.min_records, gain - width > -drop
+    good = enough & ((gain > width) | (loses_less & (ends >= FOR_RARE)))
+    return enough & (gain + width < 0) & ~loses_less, good
 
 
 def confirm(differences: Array, a_night: int, drop: float, largest: float, worse: Array, good: Array) -> None:
     """Raise AssertionError unless the gate's own code says the same on every night of this year."""
-    samples: list[Moments] = []
     for night, (is_worse, is_good) in enumerate(zip(worse, good, strict=True)):
-        drawn = differences[night * a_night : (night + 1) * a_night]
-        samples.append(Moments.of(drawn, np.ones(len(drawn))))
-        said = judge(samples, drop, alpha=ALPHA, least=LEAST, largest=largest).verdict
-        assert (said == "worse", said in ("as good", "still better")) == (is_worse, is_good), (night, said)
+        drawn = differences[: (night + 1) * a_night]
+        pairs = Pairs(drawn, np.zeros(len(drawn)), np.ones(len(drawn)))
+        verdict = judge(
+            pairs, drop, GATE.confidence, least=GATE.min_records, for_rare=FOR_RARE, largest=largest
+        ).verdict
+        assert (verdict == "worse", verdict in ("as good", "still better")) == (is_worse, is_good), (night, verdict)
 
 
 def main() -> None:
@@ -102,7 +104,7 @@ def main() -> None:
                 first += np.where(right.any(axis=1), (right.argmax(axis=1) + 1) * options.a_night, np.inf).tolist()
             told[gain] = wrong / options.years, np.array(first)
         (alarms, _), (missed, first_told) = told[0.0], told[-options.drop]
-        z = NormalDist().inv_cdf(1 - ALPHA)
+        z = NormalDist().inv_cdf(GATE.confidence)
         fixed = [math.ceil(((z + more) * deviation / options.drop) ** 2) for more in (0.0, NormalDist().inv_cdf(0.8))]
         told_by = [f"{np.quantile(first_told, share, method='higher'):,.0f}" for share in (0.5, 0.8)]
         print(f"{name:<25}{alarms:>13.1%} {missed:>8.1%}{told_by[0]:>17}{told_by[1]:>15}{fixed[0]:>13,}{fixed[1]:>13,}")

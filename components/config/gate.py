@@ -184,7 +184,7 @@ class CheckConfig(Section):
     """What production is compared with: previous is the version that a rollback returns to, or the base where there is
     none; base; or a version, such as a candidate that has not been promoted."""
     worse_by: Annotated[float, Field(gt=0)] | None = None
-    """The drop to look for, in the unit of gate.metric: the bound is tightest where it shows this. Unset:
+    """The drop to look for, in the unit of gate.metric, or with gate.margins=relative as a share. Unset:
     gate.worse_than_best_by."""
     roll_back: bool = False
     """Whether production goes back by itself where it is shown to be worse than the version that a rollback returns

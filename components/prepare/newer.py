@@ -38,12 +38,12 @@ def publish_newer(step_run: StepRun) -> str:
     import pyarrow as pa
 
     config, store, as_of = step_run.config, step_run.store, now()
-    series, _ = looks.series_of(store, config)
-    step_run.result.update(series=series.as_json())
-    seen, groups = _seen_by(store, config.adapter.name, [series.version, series.against])
-    for evaluation in looks.earlier(store, config, series, run_id=step_run.run_id):
+    compared, _ = looks.compared(store, config)
+    step_run.result.update(compared=compared)
+    seen, groups = _seen_by(store, config.adapter.name, [compared.version, compared.against])
+    for evaluation in looks.earlier(store, config.adapter.name, compared, run_id=step_run.run_id):
         seen.append(_noted(store, evaluation.run_id))
-    run_id = resolve(store, f"{config.adapter.name}@{series.version}").run_id
+    run_id = resolve(store, f"{config.adapter.name}@{compared.version}").run_id
     read_before = runs.find(store, run_id, Consumed) if run_id else None
     sources = find_sources(config.data.source, seen=read_before.sources if read_before else ())
     with within_memory(), opened(config) as work:
@@ -75,7 +75,7 @@ def publish_newer(step_run: StepRun) -> str:
         new = pa.Table.from_batches(unseen).slice(0, most)
         parts = dataset.write_splits(work.folder, [], new.to_batches(), columns=work.columns)
         rows = {"read": read.total.rows, "accepted": read.total.accepted, "rejected": read.total.rejected}
-        about = {"format": FORMAT, "rows": rows, "newer_than": series.as_json()}
+        about = {"format": FORMAT, "rows": rows, "newer_than": compared._asdict()}
         folder = dataset.publish_dataset(
             store, parts, rejects=work.rejects, rejected=read.total.rejected, profile=about
         )
@@ -84,7 +84,7 @@ def publish_newer(step_run: StepRun) -> str:
     fingerprints = {source.name: source.fingerprint for source in sources}
     between_runs.note_consumed(store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     left = f"; {found - len(new)} more are left for later looks" if found > len(new) else ""
-    step_run.say(f"{counted(len(new), 'record')} that neither {series.version} nor {series.against} has seen{left}")
+    step_run.say(f"{counted(len(new), 'record')} that neither {compared.version} nor {compared.against} has seen{left}")
     step_run.result.update(dataset_id=folder.dataset_id, new_records=len(new))
     return folder.uri
 

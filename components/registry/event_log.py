@@ -67,8 +67,6 @@ class Body(Part):
     evidence: Evidence = Evidence()
     evaluation_sha256: str = ""
     """Of a look at production: SHA-256 of its run's evaluation."""
-    series: dict[str, str | float] = {}
-    """Of a look: what is compared, on what and how; looks that have it in common add up."""
     previous: Reference | None = None
     beneath: Reference | None = None
 

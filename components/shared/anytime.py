@@ -1,105 +1,54 @@
-"""A bound of a mean that may be looked at after every record, and acted on at any look; pure.
+"""Bounds that may be looked at after every record, and acted on at any look; pure.
 
-The asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (Time-uniform central limit theory
-and asymptotic confidence sequences, Annals of Statistics 52, 2024; arXiv:2103.06476): with n values of mean m and
-standard deviation s, m - s * margin(n) is below the true mean at all n at once, with probability 1 - alpha. An ordinary
-bound that is read every night is wrong some night in far more than alpha of all years.
+An ordinary bound that is read every night is wrong some night in far more than alpha of all years.
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 
-from components.shared.paired import Array
+from components.shared.paired import MANY_RECORDS, Array, Bounds, Pairs, gain_and_error
 
-MOST_RECORDS = 10_000_000
+RHO2 = 1 / 80
+"""The square of the paper's rho, which says where the bound is tightest, and has to be fixed before any record is seen.
+At n records a / n is best, with a = -2 log(2 alpha) + log(1 - 2 log(2 alpha)) (section 2.3, with 2 alpha for one side):
+this one at some 500 records and a confidence of 0.95."""
 
 
-Number = TypeVar("Number", float, Array)
+def margin(records: Array | float, confidence: float) -> Array:
+    """The distance of a bound from the mean of so many records, in standard deviations, at all numbers of records at
+    once.
 
-
-def margin(records: Number, rho2: Number, alpha: float, *, sides: int = 1) -> Number:
-    """The distance of the bound from the mean, in standard deviations: theorem 2.2 for two sides, proposition B.1 for
-    one. `rho2` is the square of the paper's rho: it says at which number of records the bound is tightest."""
-    grown = records * rho2 + 1
-    odds = np.sqrt(grown) / alpha if sides == 2 else 1 + np.sqrt(grown) / (2 * alpha)
-    distance: Number = np.sqrt(2 * grown / (records**2 * rho2) * np.log(odds))
+    One side of the asymptotic confidence sequence (proposition B.1) of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas
+    (Annals of Statistics 52, 2024; arXiv:2103.06476).
+    """
+    grown = np.asarray(records) * RHO2 + 1
+    odds = 1 + np.sqrt(grown) / (2 * (1 - confidence))
+    distance: Array = np.sqrt(2 * grown * np.log(odds) / RHO2) / records
     return distance
 
 
-def rho2_for(drop: Number, alpha: float) -> Number:
-    """The `rho2` of a one-sided bound that is tightest at the number of records at which it shows `drop`, a mean in
-    standard deviations.
+def anytime_bounds(pairs: Pairs, confidence: float, *, largest: float = 0.0) -> Bounds | None:
+    """The gain with a bound on either side, each at `confidence` at all looks together; None if it is not a finite
+    number.
 
-    At n records rho^2 = a / n is best, with a = -2 log(2 alpha) + log(1 - 2 log(2 alpha)) (section 2.3 of the paper,
-    with 2 alpha for one side); the margin there is c / sqrt(n), which is `drop` at n = (c / drop)^2.
+    `largest` is how much one record can gain, 0 where that is unknown: models that have not differed yet may differ on
+    the next record, so the spread is taken as if one more had gained it, and one had lost it.
     """
-    best = -2 * math.log(2 * alpha)
-    best += math.log(1 + best)
-    return best * (drop / margin(1.0, best, alpha)) ** 2
+    count = pairs.num_independent
+    if count < 2 or not np.isfinite([pairs.ours, pairs.theirs]).all() or not (pairs.weights > 0).all():
+        return None
+    gain, error = gain_and_error(pairs)
+    width = math.sqrt(error**2 * count + 2 * largest**2 / (count - 1)) * float(margin(count, confidence))
+    return Bounds(gain, gain - width, gain + width, error, len(pairs.ours), count)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, means and sums of squares around them of pairs (gain, weight); those of two samples add up (Chan, Golub
-    and LeVeque, The American Statistician 37, 1983)."""
-
-    count: int = 0
-    gain: float = 0.0
-    weight: float = 0.0
-    gains: float = 0.0
-    both: float = 0.0
-    weights: float = 0.0
-
-    @classmethod
-    def of(cls, gains: Array, weights: Array) -> "Moments":
-        if not len(gains):
-            return cls()
-        gain, weight = float(gains.mean()), float(weights.mean())
-        x, y = gains - gain, weights - weight
-        return cls(len(gains), gain, weight, float(np.dot(x, x)), float(np.dot(x, y)), float(np.dot(y, y)))
-
-    def __add__(self, other: "Moments") -> "Moments":
-        count = self.count + other.count
-        if not self.count or not other.count:
-            return self if self.count else other
-        x, y, shared = other.gain - self.gain, other.weight - self.weight, self.count * other.count / count
-        return Moments(
-            count,
-            self.gain + x * other.count / count,
-            self.weight + y * other.count / count,
-            self.gains + other.gains + x * x * shared,
-            self.both + other.both + x * y * shared,
-            self.weights + other.weights + y * y * shared,
-        )
-
-    @cached_property
-    def mean(self) -> float:
-        """The gains over the weights, as a loss per token is."""
-        return self.gain / self.weight
-
-    def spread(self, largest: float = 0.0) -> float:
-        """The standard deviation of one pair's part in `mean` (the delta method's: section 4 of the paper has sequences
-        of estimators that are such means in the limit). As if one pair more had gained `largest`, and one lost it:
-        models that have not differed yet may differ on the next record."""
-        squares = self.gains - 2 * self.mean * self.both + self.mean**2 * self.weights
-        return math.sqrt((squares / self.weight**2 + 2 * largest**2) / max(1, self.count - 1))
-
-
-def records_for(distance: float, rho2: float, alpha: float) -> int | None:
-    """The fewest records at which the one-sided margin is at most `distance`; None for more than ten million."""
-    low, high = 0, 1
-    while margin(high, rho2, alpha) > distance:
-        low, high = high, 2 * high
-        if high > MOST_RECORDS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if margin(middle, rho2, alpha) > distance else (low, middle)
-    return high
+def records_to_tell(looked: Bounds, distance: float, confidence: float) -> int | None:
+    """At about how many records the bounds are this distant from a gain like this one; None for more than a million."""
+    counts = np.ceil(np.geomspace(looked.groups, MANY_RECORDS, 500))
+    narrower = margin(counts, confidence) / margin(looked.groups, confidence)
+    enough = narrower * (looked.upper - looked.gain) <= distance
+    return int(counts[enough.argmax()]) if enough.any() else None
 
 
 def share_bounds(hits: int, trials: int, alpha: float) -> tuple[float, float]:

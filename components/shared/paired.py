@@ -101,8 +101,7 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
     if pairs.relative and not pairs.theirs.any():
         return None  # a share of nothing
     sums = _summed(pairs)
-    once = np.ones((1, len(sums)), np.uint8)
-    gain, error = (float(value[0]) for value in _gain_and_error(pairs, sums, once))
+    gain, error = gain_and_error(pairs)
     if pairs.are_binary:
         lower, upper = score_bounds(*wins_and_losses(pairs), len(numbers), confidence)
     elif error > 0:
@@ -118,6 +117,13 @@ def bounds(pairs: Pairs, confidence: float) -> Bounds | None:
     else:
         lower = upper = gain
     return Bounds(gain, float(lower), float(upper), error, len(numbers), len(sums))
+
+
+def gain_and_error(pairs: Pairs) -> tuple[float, float]:
+    """Return the gain and its standard error."""
+    sums = _summed(pairs)
+    gain, error = _gain_and_error(pairs, sums, np.ones((1, len(sums)), np.uint8))
+    return float(gain[0]), float(error[0])
 
 
 def much_worse_unseen(pairs: Pairs) -> float:

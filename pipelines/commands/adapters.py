@@ -27,7 +27,7 @@ from components.registry.cache import forget
 from components.registry.collect import Rules, all_adapters, removals, remove
 from components.registry.event_log import Event
 from components.registry.lineage import parse_terms
-from components.registry.looks import BASE, series_of
+from components.registry.looks import BASE, compared
 from components.registry.signing import Signer
 from components.registry.versions import Version, read_lineage, require_adapter
 from components.shared.errors import IntegrityError, UserError
@@ -235,7 +235,7 @@ def check(options: argparse.Namespace) -> Answer:
             held = versions.resolve(store, f"{options.name}@{config.adapter.alias}")
             own = own_config(read_lineage(store, held), config, options.overrides, origin=f"lineage of {held.uri}")
             config = own.model_copy(update={"announce": config.announce})
-        series_of(store, config)  # so that a mistake is said before anything is started
+        compared(store, config)  # so that a mistake is said before anything is started
     shown = local.check(config, Place(options.home, sys.stderr, verbose=options.verbose, address=options.address))
     return Answer(shown, "\n".join(_look_lines(shown, config, home_option(options))))
 

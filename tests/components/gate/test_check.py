@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from benchmarks import check as years
+from components.config.gate import GateConfig
 from components.config.schema import RunConfig
 from components.gate import check as checking
-from components.gate.check import check, judge
+from components.gate.check import Judged, check, judge, records_for_rare
 from components.promote.promote import roll_back_worse
 from components.records import runs
 from components.records.steps import Decision, Evaluation
@@ -23,8 +25,8 @@ from components.registry import aliases, signing
 from components.registry.audit import audit
 from components.registry.event_log import append_event, events
 from components.registry.versions import publish_version
-from components.shared.anytime import Moments
 from components.shared.errors import AliasConflict, DataError, IntegrityError
+from components.shared.paired import Pairs
 from components.step.step import StepRun
 from components.store.store import Store
 from tests.components.gate import evaluated
@@ -32,35 +34,45 @@ from tests.components.gate import evaluated
 Look = Callable[..., Any]
 
 
-def sample(gain: float, count: int, *, deviation: float = 0.35, seed: int = 0) -> Moments:
-    drawn = np.random.default_rng(seed).normal(0, deviation, count)
-    return Moments.of(drawn - drawn.mean() + gain, np.ones(count))
+def sample(gain: float, count: int, *, deviation: float = 0.35) -> Pairs:
+    drawn = np.random.default_rng(0).normal(0, deviation, count)
+    return Pairs(drawn - drawn.mean() + gain, np.zeros(count), np.ones(count))
 
 
-def verdict(*samples: Moments) -> str:
-    return judge(samples, 0.05, alpha=0.05, least=30).verdict
+def judged(pairs: Pairs) -> Judged:
+    return judge(pairs, 0.05, 0.95, least=30, for_rare=records_for_rare(GateConfig(), 1.0))
 
 
 def test_a_verdict_says_what_is_shown() -> None:
-    assert verdict(sample(0.1, 500)) == "still better"
-    assert verdict(sample(0.0, 1000)) == "as good"
-    assert verdict(sample(-0.06, 1000)) == "worse"
-    assert verdict(sample(-0.02, 100)) == "cannot tell"
-    assert verdict(sample(-9.0, 29)) == "cannot tell"  # fewer than the least
+    assert judged(sample(0.1, 500)).verdict == "still better"
+    assert judged(sample(0.0, 1000)).verdict == "as good"
+    assert judged(sample(-0.06, 1000)).verdict == "worse"
+    assert judged(sample(-0.02, 100)).verdict == "cannot tell"
+    assert judged(sample(-9.0, 29)).verdict == "cannot tell"  # fewer than the least
+
+
+def test_as_good_is_said_only_on_records_that_would_hold_a_rare_loss() -> None:
+    assert 0.99**459 <= 0.01 < 0.99**458
+    few = judged(sample(0.0, 458, deviation=0.1))
+    assert (few.verdict, few.needed, few.bounds.lower > -0.05) == ("cannot tell", 1, True)
+    assert judged(sample(0.0, 459, deviation=0.1)).verdict == "as good"
+    weights = np.tile([1.0, 9.0], 300)  # of 600 records, half of which tell little
+    assert judged(replace(sample(0.0, 600, deviation=0.1), weights=weights)).verdict == "cannot tell"
+    assert judged(sample(0.5, 40)).verdict == "still better"
+    assert judged(sample(-0.5, 40)).verdict == "worse"
 
 
 def test_a_drop_that_is_smaller_than_the_named_one_takes_nothing_back() -> None:
-    judged = judge([sample(-0.01, 20_000)], 0.05, alpha=0.05, least=30)
-    assert (judged.verdict, judged.upper < 0) == ("as good", True)
+    small = judged(sample(-0.01, 20_000))
+    assert (small.verdict, small.bounds.upper < 0) == ("as good", True)
 
 
-def test_looks_add_up_and_what_it_says_is_needed_is_enough() -> None:
-    looks = [sample(-0.05, 40, seed=night) for night in range(3)]
-    judged = judge(looks, 0.05, alpha=0.05, least=30)
-    assert (judged.verdict, judged.records) == ("cannot tell", 120)
-    assert judged.needed is not None
-    assert verdict(*looks, sample(-0.05, judged.needed + 60)) == "worse"
-    assert verdict(*looks, sample(-0.05, judged.needed // 2)) == "cannot tell"
+def test_what_it_says_is_needed_is_enough() -> None:
+    few = judged(sample(-0.05, 120))
+    assert few.verdict == "cannot tell"
+    assert few.needed is not None
+    assert judged(sample(-0.05, 120 + few.needed + 60)).verdict == "worse"
+    assert judged(sample(-0.05, 120 + few.needed // 2)).verdict == "cannot tell"
 
 
 @pytest.mark.parametrize("kind", years.KINDS)
@@ -126,7 +138,7 @@ def look(store: Store, config: RunConfig, versions: list[str], monkeypatch: pyte
     def run(run_id: str, losses: Sequence[float] = (), *, first: int = 0, of: str = "id", **more: Any) -> Any:
         def job(step_run: StepRun, task: str, *arguments: str, **_: Any) -> str:
             assert task == "evaluate"
-            assert arguments[arguments.index("--against") + 1] == versions[0]
+            assert arguments[arguments.index("--against") + 1] == more.pop("against", versions[0])
             written(store, run_id, more.pop("compared", versions), losses, first=first, of=of)
             return "job"
 
@@ -171,18 +183,18 @@ def test_the_same_look_twice_is_one_event(store: Store, look: Look) -> None:
 @pytest.mark.parametrize("of", ["id", "group"])
 def test_a_record_or_group_that_a_look_has_counted_is_not_counted_again(look: Look, of: str) -> None:
     look("night-1", worse(20), of=of)
-    overlapping = look("night-2", worse(20), first=10, of=of)
-    assert (overlapping["records"], overlapping["new_records"]) == (30, 10)
+    assert look("night-2", worse(20), first=10, of=of)["records"] == 30
 
 
-def test_another_drop_or_another_version_begins_anew(store: Store, look: Look, versions: list[str]) -> None:
+def test_looks_at_the_same_two_versions_add_up_whatever_the_drop(store: Store, look: Look, versions: list[str]) -> None:
     look("night-1", worse(40))
     other = look("night-2", worse(20), first=40, check={"worse_by": 0.3})
-    assert other["records"] == 20
+    assert (other["records"], other["worse_by"]) == (60, 0.3)
     aliases.rollback(store, "icd10")
+    with pytest.raises(IntegrityError, match="is to be compared as"):  # production is the first, beside its base
+        look("night-3", worse(20), first=60, against="base")
     aliases.promote(store, "icd10", versions[1])
-    again = look("night-3", worse(20), first=60)  # the same two as in the first night
-    assert again["records"] == 60
+    assert look("night-4", worse(20), first=60)["records"] == 80
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

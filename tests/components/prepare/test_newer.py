@@ -10,7 +10,6 @@ from components.prepare.dataset import load_split
 from components.prepare.newer import publish_newer
 from components.prepare.prepare import prepare
 from components.registry import aliases, between_runs
-from components.registry.looks import Series
 from components.registry.versions import publish_version
 from components.shared.errors import ObjectMissing, UnknownName, UserError
 from components.step.step import StepRun
@@ -128,8 +127,3 @@ def test_there_has_to_be_something_to_compare(train: Any, newer: Any, write_rows
         newer(source, check={"against": held})
     with pytest.raises(UnknownName):
         newer(source, check={"against": "v123456789abcdef"})
-
-
-def test_looks_have_all_of_this_in_common() -> None:
-    keys = ["version", "against", "metric", "margins", "worse_by", "confidence"]
-    assert [*Series("v1", "v2", "loss", "absolute", 0.05, 0.95).as_json()] == keys
