@@ -11,9 +11,9 @@ from components.records.runs import Replayed
 from components.records.steps import TrainResult
 from components.shared.protocol import TRAINED, say
 from components.store.store import Store
-from ray_jobs import entry
+from ray_jobs import entry, evaluate
 from ray_jobs import finetune as training
-from ray_jobs.evaluate import Planned, evaluate, plan
+from ray_jobs.evaluate import Planned
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP as COMPARING
 from ray_jobs.scoring import answers
@@ -52,8 +52,7 @@ def main() -> None:
     def compare() -> None:
         assert config is not None
         version_uri = runs.read(Store.open(config.registry), run_id, TrainResult).version_uri
-        planned, found = measured or (None, None)
-        evaluate(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, planned=planned, found=found)
+        evaluate.run(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, before=measured)
 
     entry.run(training.STEP, train)
     if not arguments.train_only:
@@ -69,7 +68,7 @@ def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = Fa
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]
     planned = result = None
     if found is None or found.dataset_uri not in trained_on:
-        planned = None if only else plan(config, store, run_id=run_id, dataset_uri=dataset_uri)
+        planned = None if only else evaluate.plan(config, store, run_id=run_id, dataset_uri=dataset_uri)
         task = planned.task if planned else None
         _, result = training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, task=task)
     else:

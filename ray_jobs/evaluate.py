@@ -43,7 +43,7 @@ from ray_jobs.text import chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import Task
-from ray_jobs.training.trainer import measured, wait_for_room, workers_with_room
+from ray_jobs.training.trainer import measured, on_the_cluster
 
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
 """Metrics that every evaluation lists, with None where they were not measured."""
@@ -69,19 +69,57 @@ def main() -> None:
         if arguments.config_digest not in ("", config.digest):
             raise IntegrityError(f"{arguments.config} was changed: its digest is not {arguments.config_digest}")
         where = {"run_id": arguments.run_id, "dataset_uri": arguments.dataset, "version_uri": arguments.version}
-        evaluate(config, **where, against=arguments.against)
+        run(config, **where, against=arguments.against)
 
     entry.run(STEP, job)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What an evaluation measures."""
+    """What an evaluation measures, for which run and on which data."""
 
+    run_id: str
+    dataset_uri: str
     task: Task
     judging: Judges
-    base: base_model.Base
+    base_identity: Mapping[str, str]
     chat: ChatFormat
+
+
+def run(
+    config: RunConfig,
+    *,
+    run_id: str,
+    dataset_uri: str,
+    version_uri: str,
+    against: str = "",
+    before: tuple[Planned, ShardResult] | None = None,
+) -> Evaluation:
+    """Measure the three models, or a version `against` another one, as `plan` says, and write the evaluation.
+
+    If the alias has already moved to this candidate by the run's evaluation, that evaluation is returned as it is.
+
+    What the workers of the training have measured `before` counts, as it was planned then, unless another version has
+    gone into production since, or other records judge.
+
+    Raises:
+        UserError: dataset, version or base do not exist, or no held-out record fits the context.
+        JobError: the workers failed.
+    """
+    began, store = time.time(), Store.open(config.registry)
+    candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
+    carried_out = promotion(events(store, candidate.name), run_id, config.adapter.alias)
+    if carried_out is not None and carried_out.body["to"] == candidate.version:
+        say(STEP, f"{config.adapter.alias} took {candidate.version} by this run's evaluation, which stands")
+        return runs.read(store, run_id, Evaluation)
+    if before is not None and _stands(before[0], store, candidate):
+        began = datetime.fromisoformat(runs.read(store, run_id, TrainResult).trained_at).timestamp()
+    else:
+        about = {"run_id": run_id, "dataset_uri": dataset_uri, "against": against}
+        planned = plan(config, store, candidate=candidate, **about)
+        assert planned is not None
+        before = planned, measured(planned.task, store, run_id=run_id)
+    return evaluate(*before, store, candidate, began)
 
 
 def plan(
@@ -104,12 +142,13 @@ def plan(
     """
     import ray
 
-    if against and candidate:
-        config = recorded.read(config, store, candidate).config
-        judging = Judges(load_split(store, dataset_uri, "eval"))
+    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
+    theirs = recorded.read(config, store, candidate) if candidate else None
+    if against and theirs:
+        config, judging = theirs.config, Judges(load_split(store, dataset_uri, "eval"))
     else:
         judging = judges(store, dataset_uri, config, run_id=run_id)
-    identity = recorded.read(config, store, candidate).base_identity if candidate else None
+    identity = theirs.base_identity if theirs else None
     base = base_model.resolve(config.model, recorded=identity, weights=False, registry=store)
     if candidate is None and (config.train.zero_stage == 3 or not base.is_known):
         return None
@@ -119,64 +158,34 @@ def plan(
     records = judging.records[: None if against else config.evaluate.records]
     if config.evaluate.max_new_tokens is None:
         config = with_room_for_answers(config, tokenize(records, chat, config.model.max_length))
-    if candidate is not None:
-        entry.connect()
-        wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, partial(say, STEP))
-        config = config.on(workers_with_room(config))
+    if candidate is None:
+        contenders = _beside(Contender("candidate", config, None, base.identity), store)
+    else:
+        config = on_the_cluster(config, partial(say, STEP))
+        contenders = _contenders(config, store, candidate, run_id, against)
     labels = alike(without_reasoning(record.answer_text) for record in judging.records)
-    to_come = Contender("candidate", config, None, base.identity)
-    if against and candidate:
-        compared = _two(config, store, candidate, against)
-    else:
-        compared = _contenders(config, store, candidate, run_id) if candidate else _beside(to_come, store)
-    contenders = [replace(each, alike=labels) for each in compared]
-    asked = {} if against else PROBES
-    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in asked.items()}
-    task = Task(contenders, records, shape, probes, judging.records[len(records) :])
-    if candidate is not None and is_shared(config, base, ray.nodes()):
-        held_together = {key: probe.held_together() for key, probe in probes.items()}
-        task = replace(task, probes=held_together, together=True)
-    return Planned(task, judging, base, chat)
+    contenders = [replace(contender, alike=labels) for contender in contenders]
+    kinds = {} if against else PROBES
+    probes = {key: kind.prepare(store, chat, config, contenders) for key, kind in kinds.items()}
+    together = candidate is not None and is_shared(config, shape, ray.nodes())
+    if together:
+        probes = {key: probe.held_together() for key, probe in probes.items()}
+    task = Task(contenders, records, shape, probes, judging.records[len(records) :], together)
+    return Planned(run_id, dataset_uri, task, judging, base.identity, chat)
 
 
-def evaluate(
-    config: RunConfig,
-    *,
-    run_id: str,
-    dataset_uri: str,
-    version_uri: str,
-    planned: Planned | None = None,
-    found: ShardResult | None = None,
-    against: str = "",
-) -> Evaluation:
-    """Measure the three models, or a version `against` another one, as `plan` says, and write the run's evaluation.json
-    and evaluation_records.parquet.
+def _stands(planned: Planned, store: Store, candidate: Version) -> bool:
+    """Whether an evaluation of the candidate would still measure what was planned before its training."""
+    config, others = planned.task.config, planned.task.contenders[:-1]
+    now = _contenders(config, store, candidate, planned.run_id)[:-1]
+    judging = judges(store, planned.dataset_uri, config, run_id=planned.run_id)
+    return [replace(contender, alike=others[0].alike) for contender in now] == others and planned.judging == judging
 
-    If the alias has already moved to this candidate by the run's evaluation, that evaluation is returned as it is.
 
-    The workers of the training may have `found` already what was `planned` before it: that counts, unless another
-    version has gone into production since, or other records judge.
-
-    Raises:
-        UserError: dataset, version or base do not exist, or no held-out record fits the context.
-        JobError: the workers failed.
-    """
-    started = time.time()
-    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
-    store = Store.open(config.registry)
-    candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
-    carried_out = promotion(events(store, candidate.name), run_id, config.adapter.alias)
-    if carried_out is not None and carried_out.body["to"] == candidate.version:
-        say(STEP, f"{config.adapter.alias} took {candidate.version} by this run's evaluation, which stands")
-        return runs.read(store, run_id, Evaluation)
-    if planned is None or found is None or not _stands(planned, store, candidate, run_id, dataset_uri):
-        about = {"run_id": run_id, "dataset_uri": dataset_uri, "against": against}
-        planned, found = plan(config, store, candidate=candidate, **about), None
-        assert planned is not None
-    else:
-        started = datetime.fromisoformat(runs.read(store, run_id, TrainResult).trained_at).timestamp()
-    task, judging = planned.task, planned.judging
-    config, found = task.config, found or measured(task, store, run_id=run_id)
+def evaluate(planned: Planned, found: ShardResult, store: Store, candidate: Version, began: float) -> Evaluation:
+    """What was measured, as the run's evaluation.json and evaluation_records.parquet; `began` is the time at which the
+    evaluation did, in seconds since the epoch."""
+    task, judging, config, run_id = planned.task, planned.judging, planned.task.config, planned.run_id
     outside = {
         key: probe.outcome([share[key] for share in found.shares], planned.chat) for key, probe in task.probes.items()
     }
@@ -187,17 +196,17 @@ def evaluate(
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(
         update={
             "since_champion": since_champion(config, kept, tokens, scores, is_new) if is_new else {},
-            "dataset_uri": dataset_uri,
-            "dataset_id": dataset_uri.rstrip("/").rpartition("/")[2],
+            "dataset_uri": planned.dataset_uri,
+            "dataset_id": planned.dataset_uri.rstrip("/").rpartition("/")[2],
             "held_out": len(judging.records),
             "test_set": judging.sample,
             "fold": judging.fold,
             "folds": config.evaluate.folds,
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
-            "base": {"reference": config.model.base, "identity": planned.base.identity},
+            "base": {"reference": config.model.base, "identity": planned.base_identity},
             "matmul_dtype": found.matmul_dtype,
             "first_scored_at": found.first_scored_at,
-            "seconds": {"total": round(time.time() - started, 3)},
+            "seconds": {"total": round(time.time() - began, 3)},
         }
     )
     runs.write(store, run_id, evaluation)
@@ -209,15 +218,6 @@ def evaluate(
     for line in chain(evaluation.freshness, *(outcome.lines for outcome in outside.values())):
         say(STEP, line)
     return evaluation
-
-
-def _stands(planned: Planned, store: Store, candidate: Version, run_id: str, dataset_uri: str) -> bool:
-    """Whether an evaluation of the candidate would still measure what was planned before its training."""
-    config, alike = planned.task.config, planned.task.contenders[-1].alike
-    now = [replace(each, alike=alike) for each in _contenders(config, store, candidate, run_id)]
-    return now[:-1] == planned.task.contenders[:-1] and planned.judging == judges(
-        store, dataset_uri, config, run_id=run_id
-    )
 
 
 def compared(
@@ -295,36 +295,39 @@ def since_champion(
     return {"new": new, "seen": seen} if new and seen else {}
 
 
-def _two(config: RunConfig, store: Store, served: Version, against: str) -> list[Contender]:
-    """The version that is served, last, and the one that it is looked at beside: another version, or its base."""
-    last = of_version("candidate", config, store, served.version)
-    if against == BASE:
-        return [Contender("base", last.config, None, last.base_identity), last]
-    return [of_version("champion", config, store, against), last]
+def _contenders(
+    config: RunConfig, store: Store, candidate: Version, run_id: str = "", against: str = ""
+) -> list[Contender]:
+    """The candidate, last, behind those that it is compared with: as this run trained it, or as its own did."""
+    last = of_version("candidate", config, store, candidate)
+    if not against:
+        trained = runs.find(store, run_id, TrainResult) if run_id else None
+        own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""
+        last = replace(last, config=config, published_sha256=own)
+    return _beside(last, store, against)
 
 
-def _contenders(config: RunConfig, store: Store, candidate: Version, run_id: str = "") -> list[Contender]:
-    """Base, champion and anchor where they exist, and candidate; each with the base and method of its own run."""
-    theirs = recorded.read(config, store, candidate)
-    trained = runs.find(store, run_id, TrainResult) if run_id else None
-    own = trained.manifest_sha256 if trained and trained.version == candidate.version else ""
-    last = Contender("candidate", config, candidate, theirs.base_identity, theirs.stands_on_sha256, own)
-    return _beside(last, store)
-
-
-def _beside(candidate: Contender, store: Store) -> list[Contender]:
-    """The candidate, which may have no version yet, behind those that it is compared with."""
+def _beside(candidate: Contender, store: Store, against: str = "") -> list[Contender]:
+    """Base, champion and anchor, where they exist, or only the one that the candidate is `against`, and the candidate,
+    which may have no version yet; each with the base and method of its own run."""
     config, name = candidate.config, candidate.config.adapter.name
-    result = [Contender("base", config, None, candidate.base_identity)]
+
+    def one(role: Role, version: str) -> Contender:
+        return of_version(role, config, store, resolve(store, f"{name}@{version}"))
+
+    base = Contender("base", config, None, candidate.base_identity)
+    if against:
+        return [base if against == BASE else one("champion", against), candidate]
+    result = [base]
     if (pointer := read_alias(store, name, config.adapter.alias)) is not None:
-        result.append(of_version("champion", config, store, pointer.version))
+        result.append(one("champion", pointer.version))
         # A manual promotion names no anchor: its own version is meant. A rollback names the anchor of the move before.
         anchor = pointer.event.get("evidence", {}).get("anchor")
         if anchor and anchor not in (pointer.version, candidate.version and candidate.version.version):
             try:
                 if is_revoked(store, name, anchor):
                     raise ObjectMissing(f"{anchor} is revoked")
-                result.append(of_version("anchor", config, store, anchor))
+                result.append(one("anchor", anchor))
             except ObjectMissing:
                 say(STEP, f"the best version so far, {anchor}, is gone: the candidate is held to the champion alone")
     return [*result, candidate]

@@ -174,7 +174,7 @@ def _base(its_run: recorded.Recorded, version: Version, adapter: Path, folder: P
     config = its_run.config.model
     base = base_model.resolve(config, recorded=its_run.base_identity)
     patterns = [*base_model.FILES, *(local_cache.CODE_FILES if config.trust_remote_code else [])]
-    for file in {path for pattern in patterns for path in base.path.glob(pattern)} - {base.path / base_model.DIGESTS}:
+    for file in {path for pattern in patterns for path in base.path.glob(pattern)} - {base.path / local_cache.DIGESTS}:
         shutil.copyfile(file, folder / file.name)
     chat = chat_format.load(base, config, adapter)
     chat.tokenizer.save_pretrained(folder)

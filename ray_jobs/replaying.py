@@ -22,12 +22,12 @@ from components.records import runs
 from components.records.runs import Replayed
 from components.registry.aliases import read_alias
 from components.registry.identity import TOKENS
+from components.registry.versions import resolve
 from components.shared.errors import ObjectMissing
 from components.shared.metrics import alike
 from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import JSON, Store, encode_json
-from ray_jobs import entry
 from ray_jobs.base import base_model
 from ray_jobs.scoring.measure import of_version, with_room_for_answers
 from ray_jobs.text import chat_format
@@ -104,12 +104,10 @@ def _right(
 
     from ray_jobs.planning.capacity import is_shared
     from ray_jobs.training.measuring import Task
-    from ray_jobs.training.trainer import measured, wait_for_room, workers_with_room
+    from ray_jobs.training.trainer import measured, on_the_cluster
 
-    entry.connect()
-    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, log)
-    config = config.on(workers_with_room(config))
-    champion = of_version("champion", config, store, version)
+    config = on_the_cluster(config, log)
+    champion = of_version("champion", config, store, resolve(store, f"{config.adapter.name}@{version}"))
     base = base_model.resolve(champion.config.model, recorded=champion.base_identity, weights=False, registry=store)
     champion = replace(champion, alike=alike(without_reasoning(record.answer_text) for record in records))
     if champion.config.evaluate.max_new_tokens is None:
@@ -117,7 +115,7 @@ def _right(
         asked = tokenize(records, chat, champion.config.model.max_length)
         champion = replace(champion, config=with_room_for_answers(champion.config, asked))
     shape = base_model.load_config(base.path, champion.config.model)
-    task = Task([champion], records, shape, together=is_shared(config, base, ray.nodes()))
+    task = Task([champion], records, shape, together=is_shared(config, shape, ray.nodes()))
     found = measured(task, store, run_id=run_id, name="ray-replay")
     metric, least = config.data.replay_metric, config.data.replay_least
     return {

@@ -30,8 +30,8 @@ from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.adapters import loftq
 from ray_jobs.base import together
-from ray_jobs.base.base_model import DIGESTS, HASHED_AT_ONCE, Base
-from ray_jobs.base.local_cache import cache_dir, once, remembered
+from ray_jobs.base.base_model import HASHED_AT_ONCE, Base
+from ray_jobs.base.local_cache import DIGESTS, cache_dir, once, remembered
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -121,13 +121,13 @@ def _chosen(store: Store, key: str) -> tuple[str, str] | None:
 
 def _is_whole(path: Path, manifest_sha256: str) -> bool:
     """Whether a cached folder is as it was downloaded. Its files are hashed once per machine, not in every process."""
-    body, known = (path / folders.MANIFEST).read_bytes(), cache_dir().with_name("digests")
+    body = (path / folders.MANIFEST).read_bytes()
     if hashlib.sha256(body).hexdigest() != manifest_sha256:
         return False
     listed = folders.parse_manifest(body, str(path)).files
 
     def is_same(name: str) -> bool:
-        return (path / name).is_file() and remembered(path / name, known) == listed[name]["sha256"]
+        return (path / name).is_file() and remembered(path / name) == listed[name]["sha256"]
 
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         return all(pool.map(is_same, listed))

@@ -6,28 +6,24 @@ s3://BUCKET/FOLDER   downloaded once into the cache; identity is the sha256 of i
 pkg://PACKAGE/FILE   converted once into the cache; identity is the sha256 of the GGUF
 """
 
-import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from components.config import config_file
 from components.config.methods import BaseFormat
 from components.config.ray import dtype_on
 from components.config.schema import ModelConfig, RunConfig
-from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError, ObjectMissing
 from components.store.store import JSON, ObjectInfo, Store, encode_json, open_uri
 from ray_jobs.base import architecture, attention, local_cache
-from ray_jobs.base.local_cache import cache_dir, local_path, once, remembered, sha256
+from ray_jobs.base.local_cache import cache_dir, local_path, once, remembered
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +40,6 @@ LISTING = "listing"
 HASHED_AT_ONCE = 4
 """Number of a base's files that are hashed in parallel; one core hashes 1.3 GB per second."""
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
-DIGESTS = "sha256.json"  # beside a converted base: the sha256 of each of its files
 
 
 @dataclass(frozen=True)
@@ -285,9 +280,7 @@ def _known_identity(registry: Store, key: str) -> dict[str, str] | None:
 
 
 def _from_package(reference: str, gguf: Path) -> Base:
-    path, digest = _converted(gguf), remembered(gguf, cache_dir().with_name("digests"))
-    once(path, lambda target: _convert_gguf(gguf, target))
-    _verify(path)
+    path, digest = local_cache.converted(gguf), remembered(gguf)
     _require_model(path, reference)
     package, _, file = reference.removeprefix("pkg://").partition("/")
     names = metadata.packages_distributions().get(package)
@@ -311,56 +304,6 @@ def licence(base: Base) -> tuple[str, list[Path]]:
     about, files = metadata.metadata(package).json, metadata.files(package) or []
     named = named or str(about.get("license_expression") or about.get("license") or "")
     return named, [Path(str(file.locate())) for file in files if file.name.startswith(LICENCES)]
-
-
-def _converted(gguf: Path) -> Path:
-    return cache_dir() / f"gguf-{remembered(gguf, cache_dir().with_name('digests'))[:16]}"
-
-
-def _convert_gguf(source: Path, target: Path) -> None:
-    import gguf
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    logger.info("converting %s to safetensors, once", source.name)
-    # transformers parses the file's vocabulary once each for configuration, weights and tokenizer, and builds the table
-    # of tensor names for each module: half of the time. Garbage collection over the vocabulary is a sixth of the rest.
-    with garbage.paused(), _remembering(gguf, "GGUFReader", "get_tensor_name_map"):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),  # quantised weights could not be saved
-            dtype=torch.bfloat16,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model.should_save_on_this_rank = lambda _: True  # by default only rank 0 saves, but here each machine converts
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    digests = {path.name: sha256(path) for path in sorted(target.iterdir())}
-    (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-
-
-@contextmanager
-def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
-    functions = {name: getattr(module, name) for name in names}
-    try:
-        for name, function in functions.items():
-            setattr(module, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in functions.items():
-            setattr(module, name, function)
-
-
-def _verify(path: Path) -> None:
-    try:
-        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise IntegrityError(f"the converted base has no readable {path / DIGESTS}: delete {path}") from exc
-    known = cache_dir().with_name("digests")  # a run resolves its base a dozen times over all its processes
-    for name, expected in digests.items():
-        if not (path / name).is_file() or remembered(path / name, known) != expected:
-            raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
 
 
 def _require_model(path: Path, reference: str, *, has_weights: bool | None = None) -> Path:
@@ -389,9 +332,8 @@ def _is_inside(name: str) -> bool:
 def _folder_identity(kind: str, path: Path) -> dict[str, str]:
     """Identity of a folder: a sha256 over all its files, symbolic links followed, since the hub's caches use them."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    known = cache_dir().with_name("digests")
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing releases the GIL
-        hashes = pool.map(lambda file: remembered(file, known), files)
+        hashes = pool.map(remembered, files)
         digests = {file.relative_to(path).as_posix(): digest for file, digest in zip(files, hashes, strict=True)}
     return {"kind": kind, "sha256": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}
 
@@ -411,8 +353,8 @@ def locate(config: ModelConfig) -> Path:
     path = local_path(config.base)
     if path is None:
         return resolve(config, weights=False).path
-    if path.is_file() and (converted := _converted(path) / CONFIG_FILE).is_file():
-        return converted.parent  # loads much faster than the GGUF
+    if path.is_file() and (written := local_cache.conversion(path) / CONFIG_FILE).is_file():
+        return written.parent  # loads much faster than the GGUF
     return path
 
 

@@ -1,20 +1,28 @@
 """The local cache of bases and other files, downloaded or built, shared by all processes on a machine."""
 
+import functools
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from components.config.schema import ModelConfig
-from components.shared.errors import ConfigError, JobError
+from components.shared import garbage
+from components.shared.errors import ConfigError, IntegrityError, JobError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def cache_dir() -> Path:
@@ -78,14 +86,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remembered(path: Path, known: Path) -> str:
-    """The sha256 of the file, in hex, cached in the folder `known` by the file's path, size, times and inode.
+def remembered(path: Path, known: Path | None = None) -> str:
+    """The sha256 of the file, in hex, cached in a folder of this machine by the file's path, size, times and inode.
 
     Processes share the folder; of several that ask at the same time, one computes and the others wait. A folder that
     cannot be written to only costs a new computation each time.
     """
     from filelock import FileLock
 
+    known = known or cache_dir().with_name("digests")
     status = path.stat()
     state = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     entry = known / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
@@ -136,14 +145,70 @@ def _packaged(reference: str) -> Path:
     return path
 
 
+# GGUF files of packages, converted to transformers' format.
+
+DIGESTS = "sha256.json"  # beside a converted base: the sha256 of each of its files
+
+
+def conversion(gguf: Path) -> Path:
+    """The folder that the file's conversion has, or will have."""
+    return cache_dir() / f"gguf-{remembered(gguf)[:16]}"
+
+
+def converted(gguf: Path) -> Path:
+    """Convert the file, once per machine; returns the folder. Raises IntegrityError: the folder has changed since."""
+    path = conversion(gguf)
+    once(path, lambda target: _convert_gguf(gguf, target))
+    try:
+        digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise IntegrityError(f"the converted base has no readable {path / DIGESTS}: delete {path}") from exc
+    for name, expected in digests.items():
+        if not (path / name).is_file() or remembered(path / name) != expected:
+            raise IntegrityError(f"the converted base {path / name} has changed since it was written: delete {path}")
+    return path
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("converting %s to safetensors, once", source.name)
+    # transformers parses the file's vocabulary once each for configuration, weights and tokenizer, and builds the table
+    # of tensor names for each module: half of the time. Garbage collection over the vocabulary is a sixth of the rest.
+    with garbage.paused(), _remembering(gguf, "GGUFReader", "get_tensor_name_map"):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),  # quantised weights could not be saved
+            dtype=torch.bfloat16,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model.should_save_on_this_rank = lambda _: True  # by default only rank 0 saves, but here each machine converts
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    digests = {path.name: sha256(path) for path in sorted(target.iterdir())}
+    (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
+    functions = {name: getattr(module, name) for name in names}
+    try:
+        for name, function in functions.items():
+            setattr(module, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
+
+
 # Downloads from the model hub, where many machines ask at once: one process per machine at a time, with retries.
 #
 # `huggingface_hub` itself retries for half a minute, without jitter, and does not retry its request for the commit of a
 # branch or tag (2.4, utils/_http.py and _snapshot_download.py).
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 CODE_FILES = ["*.py"]
 # Copies of the same weights for other programs: original/ (Meta, OpenAI), consolidated* (Mistral), onnx/.
 NEVER = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]

@@ -387,14 +387,13 @@ def counts(stats: ModelStats) -> dict[str, Any]:
     return {"trainable_parameters": stats.trainable, "trainable_share": stats.trainable / total}
 
 
-def is_shared(config: RunConfig, base: base_model.Base, nodes: Iterable[Mapping[str, Any]]) -> bool:
+def is_shared(config: RunConfig, base: "PretrainedConfig", nodes: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the workers of an evaluation shard the base; one that cannot be planned for is, as in its training."""
     if config.train.zero_stage < 3:
         return False
     try:
         with rehearsing():
-            shape = base_model.load_config(base.path, config.model)
-            rehearsal = Rehearsal(shape, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
+            rehearsal = Rehearsal(base, config.method, reference=config.model.base, use_gpu=config.ray.use_gpu)
     except (CannotRehearse, ConfigError):
         return True
     return must_be_shared(config, rehearsal, cluster_device(config, nodes))

@@ -17,7 +17,7 @@ from components.config.methods import BaseFormat
 from components.config.schema import ModelConfig, RunConfig
 from components.prepare.dataset import Record
 from components.records.steps import Evaluation, Role
-from components.registry.versions import Version, evaluation, pull_version, resolve
+from components.registry.versions import Version, evaluation, pull_version
 from components.shared.errors import DataError, IntegrityError
 from components.shared.paired import Pairs, bounds, records_to_decide
 from components.shared.protocol import say
@@ -185,14 +185,10 @@ class Contender:
     """Labels that only their writing tells apart in the records that it is measured on."""
 
 
-def of_version(role: Role, config: RunConfig, store: Store, version: str) -> Contender:
-    """The contender for a version of the config's adapter, with the base and the method of its own run.
-
-    Raises as `resolve` and `recorded.read` do.
-    """
-    published = resolve(store, f"{config.adapter.name}@{version}")
-    theirs = recorded.read(config, store, published)
-    return Contender(role, theirs.config, published, theirs.base_identity, theirs.stands_on_sha256)
+def of_version(role: Role, config: RunConfig, store: Store, version: Version) -> Contender:
+    """The contender for a version, with the base and the method of its own run; raises as `recorded.read` does."""
+    theirs = recorded.read(config, store, version)
+    return Contender(role, theirs.config, version, theirs.base_identity, theirs.stands_on_sha256)
 
 
 # What earlier runs measured of this run's contenders is not measured again. A contender on another base than the first

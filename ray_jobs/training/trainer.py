@@ -23,6 +23,7 @@ from components.shared.errors import ConfigError, JobError, UserError, WorkersMi
 from components.shared.machine import ran_low
 from components.shared.protocol import counted
 from components.store.store import Store
+from ray_jobs import entry
 
 if TYPE_CHECKING:
     from ray_jobs.scoring.measure import ShardResult
@@ -195,6 +196,14 @@ POLL_S = 1.0
 STABLE_S = 60.0
 """Seconds for which an autoscaler must keep reporting that it cannot grow enough: after the loss of a head, nodes may
 still be reconnecting."""
+
+
+def on_the_cluster(config: RunConfig, log: Callable[[str], None]) -> RunConfig:
+    """The config for as many workers as the cluster has room for, once it has room for the fewest; raises as
+    `wait_for_room` does."""
+    entry.connect()
+    wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, log)
+    return config.on(workers_with_room(config))
 
 
 def workers_with_room(config: RunConfig) -> int:

@@ -25,7 +25,7 @@ from components.store.store import Store
 from ray_jobs import evaluate as evaluating
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import _contenders, _two, _write_records, compared, evaluate, since_champion
+from ray_jobs.evaluate import _contenders, _write_records, compared, run, since_champion
 from ray_jobs.scoring.answers import MARKS, Score, paired_difference
 from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
@@ -93,11 +93,11 @@ def test_a_look_measures_what_is_served_and_what_it_is_compared_with_alone(confi
     theirs = changed(config, "method.rank=4")
     old, new = published(theirs, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
     promote(store, config.adapter.name, old.version)  # whatever holds the alias
-    found = measure_shard(_two(config, store, new, old.version), RECORDS, shard_index=0)
+    found = measure_shard(_contenders(config, store, new, against=old.version), RECORDS, shard_index=0)
     assert list(found.scores) == ["champion", "candidate"]
     assert_scores_are(found.scores["champion"], plain_of(theirs, store, old, tmp_path))
     assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
-    of_base = measure_shard(_two(config, store, old, "base"), RECORDS, shard_index=0)
+    of_base = measure_shard(_contenders(config, store, old, against="base"), RECORDS, shard_index=0)
     assert list(of_base.scores) == ["base", "candidate"]
     assert_scores_are(of_base.scores["base"], Plain(config.model.base))
 
@@ -105,9 +105,7 @@ def test_a_look_measures_what_is_served_and_what_it_is_compared_with_alone(confi
 def test_a_look_is_an_evaluation_of_all_its_records_and_of_nothing_else(config, store, tmp_path, monkeypatch):
     """As the Ray job makes it, in this process in place of the workers."""
     monkeypatch.setattr("ray.nodes", list)
-    monkeypatch.setattr(evaluating.entry, "connect", lambda: None)
-    monkeypatch.setattr(evaluating, "wait_for_room", lambda *_: None)
-    monkeypatch.setattr(evaluating, "workers_with_room", lambda _: 1)
+    monkeypatch.setattr(evaluating, "on_the_cluster", lambda config, _: config)
     monkeypatch.setattr(evaluating, "is_shared", lambda *_: False)
 
     def measured(task, store, *, run_id):
@@ -120,7 +118,7 @@ def test_a_look_is_an_evaluation_of_all_its_records_and_of_nothing_else(config, 
     dataset = prepare(config, store)
     old, new = published(config, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
     for against, role in ((old.version, "champion"), ("base", "base")):
-        found = evaluate(config, run_id="look", dataset_uri=dataset.uri, version_uri=new.uri, against=against)
+        found = run(config, run_id="look", dataset_uri=dataset.uri, version_uri=new.uri, against=against)
         assert {name for name, model in found.models.items() if model} == {role, "candidate"}
         assert (found.model("candidate").version, found.records) == (new.version, dataset.eval_records)
         assert found.probes == {}
@@ -205,7 +203,7 @@ def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(confi
     longer = changed(config, "model.max_length=513")
     place = {"run_id": "r0", "dataset_uri": dataset.uri, "version_uri": published(config, store, tmp_path, seed=1).uri}
     with pytest.raises(ConfigError, match=r"model\.max_length 513 is more than the 512 positions"):
-        evaluate(longer, **place)
+        run(longer, **place)
 
 
 def test_an_nf4_candidate_is_measured_on_an_nf4_base(config, store, tmp_path):

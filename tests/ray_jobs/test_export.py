@@ -16,7 +16,7 @@ from components.handover import serve_manifest
 from components.shared.errors import ConfigError, FineloopError, IntegrityError, UserError
 from components.store.store import Store
 from ray_jobs.adapters import merge
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, local_cache
 from ray_jobs.export import ExportRequest, export
 from tests.models import zoo
 from tests.models.tiny_gguf import build_package
@@ -214,7 +214,7 @@ def test_a_packaged_base_is_a_folder_that_plain_transformers_and_peft_read(of, s
 
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "README.md", "export.json"} <= written
-    assert base_model.DIGESTS not in written
+    assert local_cache.DIGESTS not in written
     assert record["base_model"]["license"] == "Apache-2.0"
     assert record["base_model"]["identity"]["package"] == "tiny-weights==1.2"
     assert serve_manifest.base_of(tmp_path / "out") == record["base_model"]["identity"]

@@ -150,7 +150,7 @@ def evaluate(config: RunConfig, store: Store, version: Version, folder: Path) ->
 
 
 def evaluate_production(config: RunConfig, store: Store, version: Version, folder: Path) -> None:
-    champion = of_version("champion", config, store, version.version)
+    champion = of_version("champion", config, store, version)
     measure_shard([champion], tiny_version.RECORDS[:2], shard_index=0)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
-from ray_jobs.base import base_model
+from ray_jobs.base import base_model, local_cache
 from ray_jobs.text import chat_format
 from tests.doubles import hub
 from tests.models.tiny_gguf import build_package
@@ -157,7 +157,7 @@ def test_a_conversion_that_fails_leaves_nothing_that_looks_finished(package, cac
 
 @pytest.mark.parametrize(
     ("damage", "how"),
-    [("model.safetensors", "changed"), ("tokenizer.json", "gone"), (base_model.DIGESTS, "changed")],
+    [("model.safetensors", "changed"), ("tokenizer.json", "gone"), (local_cache.DIGESTS, "changed")],
 )
 def test_a_damaged_conversion_names_the_folder_to_delete(damage, how, package):
     base = resolve("pkg://tiny_weights/Tiny.gguf")
