@@ -59,6 +59,7 @@ def fetched(config_toml: str, identity: Mapping[str, str]) -> None:
 def driven(config_toml: str, run_id: str) -> None:
     """`ray_jobs.finetune`'s driver, until it would start workers."""
     from ray_jobs import finetune
+    from ray_jobs.prepare import prepare
     from ray_jobs.training import trainer
 
     def stop(*_: Any) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def driven(config_toml: str, run_id: str) -> None:
     start_ray(16, 8)
     with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Reached):
         patched.setattr(trainer, "run", stop)
-        finetune.finetune(config_file.loads(config_toml), run_id=run_id)
+        config = config_file.loads(config_toml)
+        finetune.run(config, run_id=run_id, dataset_uri=prepare(config, finetune.STEP))
 
 
 def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,9 +97,11 @@ def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def trained(config_toml: str, run_id: str) -> None:
     """`ray_jobs.finetune`, with its workers."""
     from ray_jobs import finetune
+    from ray_jobs.prepare import prepare
     from ray_jobs.training import trainer
 
     start_ray(2, 0)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer, "work", train)
-        finetune.finetune(config_file.loads(config_toml), run_id=run_id)
+        config = config_file.loads(config_toml)
+        finetune.run(config, run_id=run_id, dataset_uri=prepare(config, finetune.STEP))

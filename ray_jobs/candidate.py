@@ -62,7 +62,7 @@ def main() -> None:
 def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = False) -> Measured:
     """Train on the dataset, unless the run has already published a version trained on it. Unless `only` that is asked
     for, the workers go on to measure it where they can; returns what they did. Raises FineloopError: as in
-    `ray_jobs.finetune.finetune`."""
+    `ray_jobs.finetune.run`."""
     store = Store.open(config.registry)
     found, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]
@@ -70,7 +70,7 @@ def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = Fa
     if found is None or found.dataset_uri not in trained_on:
         planned = None if only else evaluate.plan(config, store, run_id=run_id, dataset_uri=dataset_uri)
         task = planned.task if planned else None
-        _, result = training.finetune(config, run_id=run_id, dataset_uri=dataset_uri, task=task)
+        _, result = training.run(config, run_id=run_id, dataset_uri=dataset_uri, task=task)
     else:
         say(training.STEP, f"published {found.version} as {found.version_uri}")
     if planned is None and not only:

@@ -33,16 +33,15 @@ from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import recorded
-from ray_jobs.base import attention, base_model
+from ray_jobs.base import attention
 from ray_jobs.planning.capacity import is_shared
 from ray_jobs.probes import PROBES
 from ray_jobs.scoring import STEP
 from ray_jobs.scoring.answers import Score, as_columns, changed_share, confusion, cut_short, metrics, paired_difference
 from ray_jobs.scoring.measure import Contender, Outcome, ShardResult, of_version, with_room_for_answers
-from ray_jobs.text import chat_format
-from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import Task
+from ray_jobs.training.starting import resolve_base
 from ray_jobs.training.trainer import measured, on_the_cluster
 
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
@@ -149,15 +148,11 @@ def plan(
     else:
         judging = judges(store, dataset_uri, config, run_id=run_id)
     identity = theirs.base_identity if theirs else None
-    base = base_model.resolve(config.model, recorded=identity, weights=False, registry=store)
+    config, base, shape, chat = resolve_base(config, store, partial(say, STEP), recorded=identity)
     if candidate is None and (config.train.zero_stage == 3 or not base.is_known):
         return None
-    shape = base_model.load_config(base.path, config.model)
-    config = base_model.fitted(config, shape, partial(say, STEP))
-    chat = chat_format.load(base, config.model)
     records = judging.records[: None if against else config.evaluate.records]
-    if config.evaluate.max_new_tokens is None:
-        config = with_room_for_answers(config, tokenize(records, chat, config.model.max_length))
+    config = with_room_for_answers(config, records, chat)
     if candidate is None:
         contenders = _beside(Contender("candidate", config, None, base.identity), store)
     else:

@@ -1,10 +1,11 @@
 """Fine-tune one adapter on Ray: `python -m ray_jobs.finetune --config pipelines/configs/icd10.toml`.
 
-The driver checks everything that it can check without a worker: the store, the dataset (prepared here if none is
-named), the base, and that the records fit its context. Then Ray Train starts the workers; rank 0 publishes the version.
+The driver prepares the data if no dataset is named, and resolves base, start and tokens once, so that all that can be
+refused is refused without a worker. Then Ray Train starts the workers; rank 0 publishes the version.
 """
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,26 +15,25 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
 from components.registry import lineage
-from components.registry.between_runs import require_none_erased
 from components.shared import garbage
 from components.shared.errors import JobError
 from components.shared.protocol import counted, say
 from components.store.store import Store
 from ray_jobs import entry
-from ray_jobs.base import attention, base_model
+from ray_jobs.base import base_model
 from ray_jobs.prepare import prepare
-from ray_jobs.replaying import with_answers
-from ray_jobs.text import chat_format
+from ray_jobs.replaying import training_data
 from ray_jobs.training import starting, trainer
 from ray_jobs.training.spec import Stopwatch, TrainSpec
 
 if TYPE_CHECKING:
     from ray_jobs.planning.capacity import Outlook
     from ray_jobs.scoring.measure import ShardResult
+    from ray_jobs.text.token_store import StoredTokens
     from ray_jobs.training.measuring import Task
 
-
 STEP = "finetune"
+log = partial(say, STEP)
 
 
 def main() -> None:
@@ -48,13 +48,13 @@ def main() -> None:
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
-        finetune(config, run_id=run_id, dataset_uri=arguments.dataset)
+        run(config, run_id=run_id, dataset_uri=arguments.dataset or prepare(config, STEP))
 
     entry.run(STEP, job)
 
 
-def finetune(
-    config: RunConfig, *, run_id: str, dataset_uri: str | None = None, task: "Task | None" = None
+def run(
+    config: RunConfig, *, run_id: str, dataset_uri: str, task: "Task | None" = None
 ) -> "tuple[TrainResult, ShardResult | None]":
     """Train and publish; the result is also written to runs/<run_id>/finetune.json.
 
@@ -64,47 +64,41 @@ def finetune(
         UserError: config or data cannot work; raised before any worker is started where possible.
         JobError: the workers failed for another reason.
     """
+    watch, store = Stopwatch(), Store.open(config.registry)
+    dataset_uri = training_data(config, store, dataset_uri, log, run_id=run_id)
+    say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
+    spec, tokens = resolve(config, store, watch, run_id=run_id, dataset_uri=dataset_uri)
+    return train(spec, tokens, store, watch, task=task)
+
+
+def resolve(
+    config: RunConfig, store: Store, watch: Stopwatch, *, run_id: str, dataset_uri: str
+) -> "tuple[TrainSpec, tuple[StoredTokens, StoredTokens]]":
+    """The training of this config, and its tokens, once the cluster has room for it; raises a UserError where it cannot
+    work."""
     import ray
 
-    log = partial(say, STEP)
-    watch = Stopwatch()
-    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
-    store = Store.open(config.registry)
-    store.check()
-    if dataset_uri is None:
-        say(STEP, f"preparing {config.data.source}")
-        prepared = prepare(config, store)
-        say(STEP, prepared.summary)
-        dataset_uri = prepared.uri
-    require_none_erased(store, dataset_uri)
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")
     if tuned := runs.find(store, run_id, TunedRate):
         tuned_train = config.train.model_copy(update={"learning_rate": tuned.learning_rate})
         config = config.model_copy(update={"train": tuned_train})
-    dataset_uri = with_answers(config, store, dataset_uri, log, run_id=run_id)
-    say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
-
-    base = _base(config, store, run_id)
-    shape = base_model.load_config(base.path, config.model)
-    config = base_model.fitted(config, shape, log)
-    chat = chat_format.load(base, config.model)
+    config, base, _, chat = resolved = starting.resolve_base(config, store, log, recorded=_identity(store, run_id))
     start = starting.choose_start(config, store, run_id, base)
     if start is not None:
         say(STEP, f"going on from {start.version.name} {start.version.version}")
         base = start.base_of(base)
-    train_split, eval_split = starting.read_splits(store, dataset_uri, chat, config, log)
-    starting.require_embedded(store, chat, shape, config, train_split, eval_split)
+    train_split, eval_split = starting.read_splits(store, dataset_uri, resolved, log)
     size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
     more = f", or up to {config.ray.max_workers} where they have room" if config.ray.is_elastic else ""
     say(STEP, f"{size}; starting {counted(config.ray.min_workers, 'worker')}{more}")
     watch.lap("data")
-
     outlook = _planned(config, base, train_split)
     watch.lap("plan")
+    tokens = train_split.stored, eval_split.stored
     spec = TrainSpec.of(
         config,
         run_id=run_id,
-        dataset=starting.dataset_record(store, dataset_uri, train_split.stored, eval_split.stored),
+        dataset=starting.dataset_record(store, dataset_uri, *tokens),
         base=lineage.Base(config.model.base, base.identity),
         pad=chat.pad,
         dense_base=outlook.dense_base,
@@ -114,32 +108,17 @@ def finetune(
         stands_on_sha256=start.stands_on_sha256 if start else "",
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
     )
-    tokens = {"train_tokens": ray.put(train_split.stored), "eval_tokens": ray.put(eval_split.stored)}
-    what = {"spec": spec.model_dump_json(), "stopwatch": watch, **tokens, **({"task": ray.put(task)} if task else {})}
-    failures = config.ray.max_failures
-    try:
-        answer = trainer.run(trainer.work, what, config, store, run_id=run_id, name="ray", max_failures=failures)
-    except JobError:
-        result = runs.find(store, run_id, TrainResult)
-        if task is None or result is None or result.began_at != watch.began_at:
-            raise
-        return result, None  # the training stands, and others measure it
-    from ray_jobs.training.measuring import from_plain
-
-    result = TrainResult.model_validate(answer["trained"])
-    return result, from_plain(answer["measured"]) if "measured" in answer else None
+    return spec, tokens
 
 
-def _base(config: RunConfig, store: Store, run_id: str) -> base_model.Base:
-    """The base, without its weights; if an earlier attempt of the run left a checkpoint, the base of that checkpoint.
-    Raises IntegrityError: the base that `model.base` names has changed since."""
-    recorded = None
-    if next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
-        from ray_jobs.training import checkpoint  # imports DeepSpeed
+def _identity(store: Store, run_id: str) -> Mapping[str, str] | None:
+    """Identity of the base that an earlier attempt of the run left a checkpoint of; None where none did."""
+    if not next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
+        return None
+    from ray_jobs.training import checkpoint  # imports DeepSpeed
 
-        progress = checkpoint.newest(store, run_id)
-        recorded = progress.base or None if progress else None
-    return base_model.resolve(config.model, recorded=recorded, weights=False, registry=store)
+    progress = checkpoint.newest(store, run_id)
+    return progress.base or None if progress else None
 
 
 def _planned(config: RunConfig, base: base_model.Base, train_split: starting.PlannedSplit) -> "Outlook":
@@ -153,11 +132,37 @@ def _planned(config: RunConfig, base: base_model.Base, train_split: starting.Pla
 
     entry.connect()
     # Wait before checking the memory: a cluster that scales up from zero nodes has none.
-    trainer.wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, partial(say, STEP))
+    trainer.wait_for_room(config.ray.cluster, config.ray.per_worker, config.ray.min_workers, log)
     outlook = before_training(config, base.path, train_split, ray.nodes())
     for line in [*outlook.lines, *cautions(config, num_steps(config.train, len(train_split)))]:
         say(STEP, line)
     return outlook
+
+
+def train(
+    spec: TrainSpec,
+    tokens: "tuple[StoredTokens, StoredTokens]",
+    store: Store,
+    watch: Stopwatch,
+    task: "Task | None" = None,
+) -> "tuple[TrainResult, ShardResult | None]":
+    """Run the training on Ray Train, and after it the measurements of `task`."""
+    import ray
+
+    arguments = {"spec": spec.model_dump_json(), "stopwatch": watch, **({"task": ray.put(task)} if task else {})}
+    arguments |= {"train_tokens": ray.put(tokens[0]), "eval_tokens": ray.put(tokens[1])}
+    place = {"run_id": spec.run_id, "name": "ray"}
+    try:
+        answer = trainer.run(trainer.work, arguments, spec.ray, store, **place, max_failures=spec.ray.max_failures)
+    except JobError:
+        result = runs.find(store, spec.run_id, TrainResult)
+        if task is None or result is None or result.began_at != watch.began_at:
+            raise
+        return result, None  # the training stands, and others measure it
+    from ray_jobs.training.measuring import from_plain
+
+    result = TrainResult.model_validate(answer["trained"])
+    return result, from_plain(answer["measured"]) if "measured" in answer else None
 
 
 if __name__ == "__main__":

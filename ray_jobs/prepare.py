@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.prepare import prepare as preparing
-from components.prepare.prepare import PreparedDataset, prepare_if_new
+from components.prepare.prepare import prepare_if_new
 from components.prepare.sources import Source
 from components.prepare.validate import Reader, Rules, Validated, Validation, nothing_old_collected, read_here, rows_of
 from components.records import runs
 from components.records.steps import Prepared
 from components.shared.errors import FineloopError
+from components.shared.protocol import say
 from components.step.step import StepRun
 from components.store.store import Store
 from ray_jobs import entry
@@ -60,9 +61,13 @@ def prepare_run(config: RunConfig, *, run_id: str, is_decided: bool = False) -> 
     runs.write(run.store, run_id, Prepared(result=run.result))
 
 
-def prepare(config: RunConfig, store: Store) -> PreparedDataset:
-    """Prepare the data in a job that was given no dataset; raises as `components.prepare.prepare.prepare`."""
-    return preparing.prepare(config, store, reader=reader_of(config))
+def prepare(config: RunConfig, step: str) -> str:
+    """Prepare the data in a job that was given no dataset; returns the dataset's URI. Raises as
+    `components.prepare.prepare.prepare`."""
+    say(step, f"preparing {config.data.source}")
+    prepared = preparing.prepare(config, Store.open(config.registry), reader=reader_of(config))
+    say(step, prepared.summary)
+    return prepared.uri
 
 
 def reader_of(config: RunConfig) -> Reader:

@@ -21,6 +21,7 @@ from components.prepare.dataset import REJECTS, Record, SplitName, batch_of, loa
 from components.records import runs
 from components.records.runs import Replayed
 from components.registry.aliases import read_alias
+from components.registry.between_runs import require_none_erased
 from components.registry.identity import TOKENS
 from components.registry.versions import resolve
 from components.shared.errors import ObjectMissing
@@ -28,10 +29,8 @@ from components.shared.metrics import alike
 from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import JSON, Store, encode_json
-from ray_jobs.base import base_model
+from ray_jobs.base import attention
 from ray_jobs.scoring.measure import of_version, with_room_for_answers
-from ray_jobs.text import chat_format
-from ray_jobs.text.batching import tokenize
 from ray_jobs.text.chat_format import without_reasoning
 
 Log = Callable[[str], None]
@@ -39,14 +38,17 @@ FORMAT = 3
 """Version number of the stored answers: increment it when the way that they are made changes."""
 
 
-def with_answers(config: RunConfig, store: Store, dataset_uri: str, log: Log, *, run_id: str) -> str:
+def training_data(config: RunConfig, store: Store, dataset_uri: str, log: Log, *, run_id: str) -> str:
     """URI of the dataset to train on: the prepared one, or, where that has replay records, a new one with production's
     answers to them. A resumed run uses the same dataset as before.
 
     Raises:
-        UserError: the version in production cannot be run.
+        UserError: this image or the data cannot be trained with, or the version in production cannot be run.
         JobError: the workers failed.
     """
+    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
+    store.check()
+    require_none_erased(store, dataset_uri)
     prepared = folders.read_manifest(store, store.key(dataset_uri).rstrip("/"))
     if not prepared.about.get("replay_records"):
         return dataset_uri
@@ -104,17 +106,15 @@ def _right(
 
     from ray_jobs.planning.capacity import is_shared
     from ray_jobs.training.measuring import Task
+    from ray_jobs.training.starting import resolve_base
     from ray_jobs.training.trainer import measured, on_the_cluster
 
     config = on_the_cluster(config, log)
     champion = of_version("champion", config, store, resolve(store, f"{config.adapter.name}@{version}"))
-    base = base_model.resolve(champion.config.model, recorded=champion.base_identity, weights=False, registry=store)
-    champion = replace(champion, alike=alike(without_reasoning(record.answer_text) for record in records))
-    if champion.config.evaluate.max_new_tokens is None:
-        chat = chat_format.load(base, champion.config.model)
-        asked = tokenize(records, chat, champion.config.model.max_length)
-        champion = replace(champion, config=with_room_for_answers(champion.config, asked))
-    shape = base_model.load_config(base.path, champion.config.model)
+    settings, _, shape, chat = resolve_base(champion.config, store, log, recorded=champion.base_identity)
+    settings = with_room_for_answers(settings, records, chat)
+    labels = alike(without_reasoning(record.answer_text) for record in records)
+    champion = replace(champion, config=settings, alike=labels)
     task = Task([champion], records, shape, together=is_shared(config, shape, ray.nodes()))
     found = measured(task, store, run_id=run_id, name="ray-replay")
     metric, least = config.data.replay_metric, config.data.replay_least

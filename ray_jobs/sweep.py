@@ -19,22 +19,20 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.records.sweep import SweepResult, Trial
 from components.registry import lineage
-from components.registry.between_runs import require_none_erased
 from components.shared.errors import JobError
 from components.shared.protocol import say
 from components.store.store import Store
 from ray_jobs import entry
 from ray_jobs.adapters import own_base
-from ray_jobs.base import attention, base_model
+from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.capacity import before_training
 from ray_jobs.prepare import prepare
 from ray_jobs.probes.texts import unread_passages
-from ray_jobs.replaying import with_answers
+from ray_jobs.replaying import training_data
 from ray_jobs.sweeping import verdict
 from ray_jobs.sweeping.plan import Plan, point_of, prior_rate, servable_as, swept_methods, trial_config
 from ray_jobs.sweeping.trial import Ledger, as_config, make_base, run, run_trial
-from ray_jobs.text import chat_format
 from ray_jobs.training import starting, train_loop
 from ray_jobs.training.starting import PlannedSplit
 from ray_jobs.training.trainer import wait_for_room
@@ -55,13 +53,13 @@ def main() -> None:
     def job() -> None:
         config = entry.load_config(arguments.config, arguments.set)
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
-        result = sweep(config, run_id=run_id, dataset_uri=arguments.dataset)
+        result = sweep(config, run_id=run_id, dataset_uri=arguments.dataset or prepare(config, STEP))
         tell(result.verdict)
 
     entry.run(STEP, job)
 
 
-def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> SweepResult:
+def sweep(config: RunConfig, *, run_id: str, dataset_uri: str) -> SweepResult:
     """Run the missing trials of the sweep; the result is also written to runs/<run_id>/sweep.json.
 
     Raises:
@@ -70,22 +68,10 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str | None = None) -> 
     """
     began = time.monotonic()
     methods = swept_methods(config)
-    attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
     store = Store.open(config.registry)
-    store.check()
-    if dataset_uri is None:
-        tell(f"preparing {config.data.source}")
-        prepared = prepare(config, store)
-        tell(prepared.summary)
-        dataset_uri = prepared.uri
-    require_none_erased(store, dataset_uri)
-    dataset_uri = with_answers(config, store, dataset_uri, tell, run_id=run_id)
-    base = base_model.resolve(config.model, weights=False, registry=store)
-    shape = base_model.load_config(base.path, config.model)
-    config = base_model.fitted(config, shape, tell)
-    chat = chat_format.load(base, config.model)
-    train_split, validation = starting.read_splits(store, dataset_uri, chat, config, tell)
-    starting.require_embedded(store, chat, shape, config, train_split, validation)
+    dataset_uri = training_data(config, store, dataset_uri, tell, run_id=run_id)
+    config, base, _, chat = resolved_base = starting.resolve_base(config, store, tell)
+    train_split, validation = starting.read_splits(store, dataset_uri, resolved_base, tell)
     plan = Plan(config, methods, _ended(config, methods, store, run_id, len(train_split)))
     if plan.trials:
         tell(f"going on after {len(plan.trials)} trials that have ended")

@@ -384,8 +384,11 @@ def _local(contender: Contender, records: Sequence[Record], folder: Path) -> Loc
     return LocalContender(contender.role, config, base, adapter, chat, split, contender.alike)
 
 
-def with_room_for_answers(config: RunConfig, split: TokenizedSplit) -> RunConfig:
-    """The config with `evaluate.max_new_tokens` set: enough for every reference answer, and no more."""
+def with_room_for_answers(config: RunConfig, records: Sequence[Record], chat: ChatFormat) -> RunConfig:
+    """The config with `evaluate.max_new_tokens`: where none is set, enough for every reference answer, and no more."""
+    if config.evaluate.max_new_tokens is not None:
+        return config
+    split = tokenize(records, chat, config.model.max_length)
     longest = longest_answer(split.num_answer_tokens)
     if longest > USUAL_NEW_TOKENS:
         say(STEP, f"answers may be {longest} tokens long, as the longest reference is (evaluate.max_new_tokens)")

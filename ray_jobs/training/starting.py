@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,35 @@ from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
-from ray_jobs.text import token_store
+from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.chat_format import ChatFormat
 from ray_jobs.text.token_store import Ids, Rows, StoredTokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+Log = Callable[[str], None]
+
+
+class ResolvedBase(NamedTuple):
+    """What the driver of a job has of a base, without its weights."""
+
+    config: RunConfig
+    """With the context that the base has positions for."""
+    base: base_model.Base
+    shape: "PretrainedConfig"
+    chat: ChatFormat
+
+
+def resolve_base(
+    config: RunConfig, store: Store, log: Log, *, recorded: Mapping[str, str] | None = None
+) -> ResolvedBase:
+    """The base that `model.base` names, or only the one that is `recorded`; raises as `base_model.resolve` and
+    `base_model.fitted` do."""
+    base = base_model.resolve(config.model, recorded=recorded, weights=False, registry=store)
+    shape = base_model.load_config(base.path, config.model)
+    config = base_model.fitted(config, shape, log)
+    return ResolvedBase(config, base, shape, chat_format.load(base, config.model))
 
 
 @dataclass(frozen=True)
@@ -97,8 +120,6 @@ def _shape(config: RunConfig) -> dict[str, Any]:
 
 # The splits of a prepared dataset that a training uses: training records and validation records.
 
-Log = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class PlannedSplit:
@@ -114,12 +135,15 @@ class PlannedSplit:
         return len(self.lengths)
 
 
-def read_splits(
-    store: Store, dataset_uri: str, chat: ChatFormat, config: RunConfig, log: Log
-) -> tuple[PlannedSplit, PlannedSplit]:
+def read_splits(store: Store, dataset_uri: str, resolved: ResolvedBase, log: Log) -> tuple[PlannedSplit, PlannedSplit]:
     """The training records, and the validation records by which checkpoints and a sweep's trainings are chosen, as
-    tokens. They are tokenised unless an earlier training has done so. Raises DataError: too many records are too long
-    for `model.max_length`."""
+    tokens. They are tokenised unless an earlier training has done so.
+
+    Raises:
+        DataError: too many records are too long for `model.max_length`.
+        ConfigError: the base has no embedding for a token.
+    """
+    config, _, shape, chat = resolved
     how: dict[str, Any] = {"max_length": config.model.max_length, "loss_on": config.data.loss_on}
     train = token_store.ensure(store, dataset_uri, "train", chat, **how)
     rows, ids = token_store.load_rows(store, train)
@@ -136,24 +160,18 @@ def read_splits(
     places = np.flatnonzero(token_store.is_kept(rows) & chosen)[: config.train.eval_records]
     kept = np.cumsum(token_store.is_kept(rows)) - 1
     eval_split = _planned_split(replace(held_out, rows=kept[places]), rows, places)
+    num_embeddings = shape.get_text_config().vocab_size
+    if len(chat.tokenizer) > num_embeddings:
+        stored = (token_store.load(store, split.stored) for split in (train_split, eval_split))
+        largest = max(chat.pad, *(int(split.tokens.max()) for split in stored))
+        if largest >= num_embeddings:
+            raise ConfigError(
+                f"the tokenizer of model.base {config.model.base} writes token {largest} "
+                f"({chat.tokenizer.convert_ids_to_tokens(largest)!r}), and the base has embeddings for "
+                f"{num_embeddings}: resize them (resize_token_embeddings) and save the base again, or take those "
+                "tokens out of its tokenizer"
+            )
     return train_split, eval_split
-
-
-def require_embedded(
-    store: Store, chat: ChatFormat, base: "PretrainedConfig", config: RunConfig, *splits: PlannedSplit
-) -> None:
-    """Require that the base has embeddings for all tokens that occur in the splits; they can only be missing if the
-    tokenizer's vocabulary is larger than the base's. Raises ConfigError: a token has no embedding."""
-    rows = base.get_text_config().vocab_size
-    if len(chat.tokenizer) <= rows:
-        return
-    largest = max(chat.pad, *(int(token_store.load(store, split.stored).tokens.max()) for split in splits))
-    if largest >= rows:
-        raise ConfigError(
-            f"the tokenizer of model.base {config.model.base} writes token {largest} "
-            f"({chat.tokenizer.convert_ids_to_tokens(largest)!r}), and the base has embeddings for {rows}: resize them "
-            "(resize_token_embeddings) and save the base again, or take those tokens out of its tokenizer"
-        )
 
 
 def _planned_split(stored: StoredTokens, rows: Rows, places: npt.NDArray[Any]) -> PlannedSplit:

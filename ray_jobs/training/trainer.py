@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from components.config.ray import COLLECTIVE_TIMEOUT_S, Cluster
+from components.config.ray import COLLECTIVE_TIMEOUT_S, Cluster, RayConfig
 from components.config.schema import RunConfig
 from components.records import runs
 from components.shared import garbage
@@ -46,14 +46,14 @@ def measured(task: "Task", store: Store, *, run_id: str, name: str = runs.RAY_EV
 
     from ray_jobs.training.measuring import from_plain
 
-    answer = run(work, {"task": ray.put(task)}, task.config, store, run_id=run_id, name=name, max_failures=1)
+    answer = run(work, {"task": ray.put(task)}, task.config.ray, store, run_id=run_id, name=name, max_failures=1)
     return from_plain(answer["measured"])
 
 
 def run(
     function: Callable[[dict[str, Any]], dict[str, Any]],
     arguments: Mapping[str, Any],
-    config: RunConfig,
+    workers: RayConfig,
     store: Store,
     *,
     run_id: str,
@@ -84,18 +84,18 @@ def run(
                     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # the controller ends with this error
                     raise exc
 
-    most = config.ray.max_workers
+    most = workers.max_workers
     # The patch prints and logs what a worker prints: every line would appear twice.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     trainer = TorchTrainer(
         partial(_saying_mistakes_once, function),
         train_loop_config=dict(arguments),
-        torch_config=_torch_config(backend="nccl" if config.ray.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=_torch_config(backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=(config.ray.min_workers, most) if config.ray.is_elastic else most,
+            num_workers=(workers.min_workers, most) if workers.is_elastic else most,
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
-            use_gpu=config.ray.use_gpu,
-            resources_per_worker=config.ray.per_worker,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.per_worker,
         ),
         run_config=RayRunConfig(
             name=name,

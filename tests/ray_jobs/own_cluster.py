@@ -73,13 +73,15 @@ def toml_of(config: RunConfig, store: Store, folder: Path, *changes: str) -> str
 
 
 def finetuned(config_toml: str, run_id: str, meanwhile: Callable[[], Any] | None = None) -> dict[str, Any]:
-    """What `finetune` gives, and under `meanwhile` what that gives, which begins beside it in the same process."""
-    from ray_jobs.finetune import finetune
+    """What a training gives, and under `meanwhile` what that gives, which begins beside it in the same process."""
+    from ray_jobs.finetune import STEP, run
+    from ray_jobs.prepare import prepare
 
     found: list[Any] = []
     helper = Thread(target=lambda: found.append(meanwhile() if meanwhile else None))
     helper.start()
-    result, _ = finetune(config_file.loads(config_toml), run_id=run_id)
+    config = config_file.loads(config_toml)
+    result, _ = run(config, run_id=run_id, dataset_uri=prepare(config, STEP))
     helper.join()
     return {**result.model_dump(), "meanwhile": found[0] if found else None}
 

@@ -17,11 +17,11 @@ def test_what_the_run_has_published_of_a_dataset_is_not_trained_again(
 ) -> None:
     trained: list[str] = []
 
-    def finetune(config: RunConfig, *, run_id: str, dataset_uri: str, task: None) -> tuple[TrainResult, None]:
+    def run(config: RunConfig, *, run_id: str, dataset_uri: str, task: None) -> tuple[TrainResult, None]:
         trained.append(dataset_uri)
         return PUBLISHED, None
 
-    monkeypatch.setattr("ray_jobs.finetune.finetune", finetune)
+    monkeypatch.setattr("ray_jobs.finetune.run", run)
     config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
     runs.write(store, "again", PUBLISHED)
     assert candidate.trained(config, run_id="again", dataset_uri=dataset_uri, only=True) is None

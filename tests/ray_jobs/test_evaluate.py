@@ -29,7 +29,6 @@ from ray_jobs.evaluate import _contenders, _write_records, compared, run, since_
 from ray_jobs.scoring.answers import MARKS, Score, paired_difference
 from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
-from ray_jobs.text.batching import tokenize
 from tests.models.spec import changed
 from tests.models.tiny import build_base, colour_rows
 from tests.ray_jobs.plain import Plain, plain_of, published
@@ -369,4 +368,5 @@ def test_an_unset_answer_length_is_the_longest_references(config, answer, expect
     unset = longer.model_copy(update={"evaluate": longer.evaluate.model_copy(update={"max_new_tokens": None})})
     records = [*RECORDS[:2], Record("long", [Message("user", "sky")], answer)]
     chat = chat_format.load(base_model.resolve(unset.model), unset.model)
-    assert with_room_for_answers(unset, tokenize(records, chat, 512)).evaluate.max_new_tokens == expected
+    assert with_room_for_answers(unset, records, chat).evaluate.max_new_tokens == expected
+    assert with_room_for_answers(longer, records, chat) == longer

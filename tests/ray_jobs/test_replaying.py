@@ -14,7 +14,7 @@ from components.registry.aliases import promote
 from components.store import folders
 from components.store.store import Store
 from ray_jobs import replaying
-from ray_jobs.replaying import with_answers
+from ray_jobs.replaying import training_data
 from tests.doubles import datasets
 from tests.models.tiny import colour_rows
 from tests.ray_jobs import own_ray
@@ -41,7 +41,7 @@ def config(config: RunConfig, store: Store) -> RunConfig:
 
 
 def on_ray(config: RunConfig, dataset_uri: str, run_id: str) -> str:
-    return with_answers(config, Store.open(config.registry), dataset_uri, print, run_id=run_id)
+    return training_data(config, Store.open(config.registry), dataset_uri, print, run_id=run_id)
 
 
 def refuse(*_: object) -> dict[str, Record]:
@@ -70,26 +70,26 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words_and_all_
     in_its_words = [dataclasses.replace(each, answer=answers[each.id][0]) for each in right]
     assert trained_on[len(TRAIN) :] == in_its_words + wrong
     assert load_split(store, uri, "eval") == HELD_OUT
-    assert with_answers(config, store, uri, print, run_id="on its own") == uri
+    assert training_data(config, store, uri, print, run_id="on its own") == uri
     found = runs.read(store, "first", Replayed)
     assert (found.version, found.asked, found.kept) == (version.version, len(right + wrong), len(right))
     folders.verify(store, store.key(uri))
 
     monkeypatch.setattr(replaying, "_right", refuse)
-    assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
+    assert training_data(config, store, prepared.uri, print, run_id="second") == uri
     promote(store, version.name, published(config, store, tmp_path, seed=2).version)
-    assert with_answers(config, store, prepared.uri, print, run_id="first") == uri
+    assert training_data(config, store, prepared.uri, print, run_id="first") == uri
 
 
 def test_before_anything_is_in_production_earlier_records_are_replayed_as_they_are(
     config: RunConfig, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
-    uri = with_answers(config, store, prepared.uri, print, run_id="first")
+    uri = training_data(config, store, prepared.uri, print, run_id="first")
     assert load_split(store, uri, "train") == TRAIN + EARLIER
     assert uri == datasets.publish(store, train=TRAIN + EARLIER, evaluation=HELD_OUT).uri
     assert "nothing is in production yet" in capsys.readouterr().out
-    assert with_answers(config, store, prepared.uri, print, run_id="second") == uri
+    assert training_data(config, store, prepared.uri, print, run_id="second") == uri
     assert "replayed as they are, as in an earlier run" in capsys.readouterr().out
 
 
@@ -100,7 +100,7 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
     promote(store, version.name, version.version)
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=EARLIER)
     monkeypatch.setattr(replaying, "_right", lambda *_: {})
-    uri = with_answers(config, store, prepared.uri, print, run_id="first")
+    uri = training_data(config, store, prepared.uri, print, run_id="first")
     assert load_split(store, uri, "train") == TRAIN + EARLIER
     assert "is worth data.replay_least 1 by data.replay_metric token_f1" in capsys.readouterr().out
     found = runs.read(store, "first", Replayed)
@@ -109,5 +109,5 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
 
 def test_a_dataset_without_earlier_records_is_trained_on_as_it_is(config: RunConfig, store: Store) -> None:
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT)
-    assert with_answers(config, store, prepared.uri, print, run_id="first") == prepared.uri
+    assert training_data(config, store, prepared.uri, print, run_id="first") == prepared.uri
     assert runs.find(store, "first", Replayed) is None

@@ -131,13 +131,13 @@ def finetuned(config_toml: str, dataset_uri: str, trouble: Trouble) -> tuple[str
     """In a driver's process: the version that was published, and what its workers measured of it."""
     from dataclasses import replace
 
-    from ray_jobs.finetune import finetune
+    from ray_jobs.finetune import run
 
     config = config_file.loads(config_toml)
     planned = plan(config, Store.open(config.registry), run_id="r", dataset_uri=dataset_uri)
     assert planned is not None
     task: Any = replace(planned.task, probes={"trouble": trouble})
-    trained, found = finetune(config, run_id="r", dataset_uri=dataset_uri, task=task)
+    trained, found = run(config, run_id="r", dataset_uri=dataset_uri, task=task)
     return trained.version, found
 
 

@@ -72,4 +72,4 @@ def test_a_base_that_changed_between_two_attempts_is_refused_before_any_worker(c
     records = [Record(str(place), [Message("user", "sky")], "blue") for place in range(4)]
     data = datasets.publish(store, train=records[1:], evaluation=records[:1])
     with pytest.raises(IntegrityError, match="put the files that it was trained on back there"):
-        finetune.finetune(config, run_id="mine", dataset_uri=data.uri)
+        finetune.run(config, run_id="mine", dataset_uri=data.uri)

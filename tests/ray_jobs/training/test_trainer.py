@@ -62,7 +62,7 @@ def compared(config: RunConfig) -> tuple[list[str], list[list[str]]]:
 
     store = Store.open(config.registry)
     of_ray = ray.get(ray.remote(listening).remote())
-    found = trainer.run(where_they_listen, {}, config, store, run_id="r", name="ray", max_failures=0)
+    found = trainer.run(where_they_listen, {}, config.ray, store, run_id="r", name="ray", max_failures=0)
     return of_ray, found["workers"]
 
 
@@ -70,7 +70,7 @@ def run(function: Any, arguments: dict[str, Any], config: RunConfig) -> tuple[st
     """In a driver's process: what `trainer.run` raises."""
     store = Store.open(config.registry)
     try:
-        trainer.run(function, arguments, config, store, run_id="r", name="ray", max_failures=1)
+        trainer.run(function, arguments, config.ray, store, run_id="r", name="ray", max_failures=1)
     except FineloopError as exc:
         return type(exc).__name__, str(exc)
     return "nothing", ""
