@@ -36,7 +36,7 @@ from ray_jobs.base import base_model
 from ray_jobs.kernels import door
 from ray_jobs.probes.texts import unread_passages
 from ray_jobs.scoring.generation import label_nll, score
-from ray_jobs.scoring.measure import HeldBase
+from ray_jobs.scoring.measure import BaseCache
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import plan_epoch, tokenize
 from ray_jobs.training import opening, zero
@@ -104,7 +104,7 @@ class Trainer:
         self.base = base_model.resolve(self.config.model)
         self.chat = chat_format.load(self.base, self.config.model)
         self.kernels = door.choose(self.config, base_model.load_config(self.base.path, self.config.model))
-        self.held = HeldBase()
+        self.cache = BaseCache()
         zero.prepare_environment(use_gpu=False)
         door.keep_freed_memory()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # which DeepSpeed asks for
@@ -114,7 +114,7 @@ class Trainer:
         """The adapted model with its last weights."""
         config = config_file.loads(config_file.dumps(self.config), [f"train.seed={seed}"])
         adapted = opening.assemble(
-            config, self.base, use_gpu=False, kernels=self.kernels, load=self.held.load, start=start
+            config, self.base, use_gpu=False, kernels=self.kernels, load=self.cache.load, start=start
         )
         engine = zero.initialize(adapted, config)
         self.kernels.hold_dense(adapted)

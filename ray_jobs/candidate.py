@@ -64,15 +64,15 @@ def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = Fa
     for, the workers go on to measure it where they can; returns what they did. Raises FineloopError: as in
     `ray_jobs.finetune.run`."""
     store = Store.open(config.registry)
-    found, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
+    published, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]
     planned = result = None
-    if found is None or found.dataset_uri not in trained_on:
+    if published is None or published.dataset_uri not in trained_on:
         planned = None if only else evaluate.plan(config, store, run_id=run_id, dataset_uri=dataset_uri)
         task = planned.task if planned else None
         _, result = training.run(config, run_id=run_id, dataset_uri=dataset_uri, task=task)
     else:
-        say(training.STEP, f"published {found.version} as {found.version_uri}")
+        say(training.STEP, f"published {published.version} as {published.version_uri}")
     if planned is None and not only:
         say(training.STEP, TRAINED)
     return (planned, result) if planned and result else None

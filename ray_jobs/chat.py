@@ -87,7 +87,7 @@ def converse(
             entry.print_err("a new conversation")
             continue
         talks = zip(speakers, conversations, strict=True)
-        yield {"prompt": prompt, "answers": [_answer(each, turns, prompt, say, how) for each, turns in talks]}
+        yield {"prompt": prompt, "answers": [_answer(speaker, turns, prompt, say, how) for speaker, turns in talks]}
 
 
 def _answer(

@@ -177,16 +177,16 @@ def _stands(planned: Planned, store: Store, candidate: Version) -> bool:
     return [replace(contender, alike=others[0].alike) for contender in now] == others and planned.judging == judging
 
 
-def evaluate(planned: Planned, found: ShardResult, store: Store, candidate: Version, began: float) -> Evaluation:
+def evaluate(planned: Planned, result: ShardResult, store: Store, candidate: Version, began: float) -> Evaluation:
     """What was measured, as the run's evaluation.json and evaluation_records.parquet; `began` is the time at which the
     evaluation did, in seconds since the epoch."""
     task, judging, config, run_id = planned.task, planned.judging, planned.task.config, planned.run_id
     outside = {
-        key: probe.outcome([share[key] for share in found.shares], planned.chat) for key, probe in task.probes.items()
+        key: probe.outcome([share[key] for share in result.shares], planned.chat) for key, probe in task.probes.items()
     }
-    kept, tokens, scores = found.order(judging.records), [*found.tokens.values()], found.scores
+    kept, tokens, scores = result.order(judging.records), [*result.tokens.values()], result.scores
     contenders = [*task.contenders[:-1], replace(task.contenders[-1], version=candidate)]
-    of_champion = next((each.version.run_id for each in contenders if each.role == "champion" and each.version), "")
+    of_champion = next((c.version.run_id for c in contenders if c.role == "champion" and c.version), "")
     is_new = between_runs.are_new_since(store, of_champion, keyed(kept)["content"].to_pylist())
     evaluation = compared(config, contenders, kept, tokens, scores, outside, run_id=run_id).model_copy(
         update={
@@ -199,8 +199,8 @@ def evaluate(planned: Planned, found: ShardResult, store: Store, candidate: Vers
             "folds": config.evaluate.folds,
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": planned.base_identity},
-            "matmul_dtype": found.matmul_dtype,
-            "first_scored_at": found.first_scored_at,
+            "matmul_dtype": result.matmul_dtype,
+            "first_scored_at": result.first_scored_at,
             "seconds": {"total": round(time.time() - began, 3)},
         }
     )
@@ -208,8 +208,8 @@ def evaluate(planned: Planned, found: ShardResult, store: Store, candidate: Vers
     if line := cut_short(tokens, config.evaluate.max_new_tokens):
         say(STEP, line)
     for role, model in [(role, evaluation.model(role)) for role in scores]:
-        values = [(each, evaluation.metric(role, each.key)) for each in metrics_of(model.metrics if model else ())]
-        say(STEP, f"{role}: {', '.join(f'{each.label} {each.text(x)}' for each, x in values if x is not None)}")
+        values = [(m, evaluation.metric(role, m.key)) for m in metrics_of(model.metrics if model else ())]
+        say(STEP, f"{role}: {', '.join(f'{m.label} {m.text(x)}' for m, x in values if x is not None)}")
     for line in chain(evaluation.freshness, *(outcome.lines for outcome in outside.values())):
         say(STEP, line)
     return evaluation
@@ -236,7 +236,7 @@ def compared(
             metrics={
                 **metrics(theirs, tokens),
                 **dict.fromkeys(BY_PROBES),
-                **{key: value for each in outside.values() for key, value in each.metrics.get(role, {}).items()},
+                **{key: value for outcome in outside.values() for key, value in outcome.metrics.get(role, {}).items()},
             },
         )
         for role, theirs in scores.items()
@@ -284,9 +284,9 @@ def since_champion(
         keys = dict.fromkeys((config.gate.metric, "exact_match"))
         paired = [paired_difference(ours, theirs, counts, key, groups) for key in keys]
         few = {"ci95": None} if len(some) < config.gate.min_records else {}
-        return [each.model_copy(update=few) for each in paired if each]
+        return [pair.model_copy(update=few) for pair in paired if pair]
 
-    new, seen = (on([row for row, each in enumerate(is_new) if each is kind]) for kind in (True, False))
+    new, seen = (on([row for row, flag in enumerate(is_new) if flag is kind]) for kind in (True, False))
     return {"new": new, "seen": seen} if new and seen else {}
 
 

@@ -123,9 +123,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cleanup of an unfinished folder runs
 
     def job() -> None:
-        given = {name: getattr(arguments, name) for name in ("base", "approximate", "converter")}
-        given["dtype"] = arguments.dtype or USUAL_DTYPE.get(arguments.form, "bfloat16")
-        request = ExportRequest(arguments.form, arguments.target, **given)
+        options = {name: getattr(arguments, name) for name in ("base", "approximate", "converter")}
+        options["dtype"] = arguments.dtype or USUAL_DTYPE.get(arguments.form, "bfloat16")
+        request = ExportRequest(arguments.form, arguments.target, **options)
         record = export(entry.load_config(arguments.config, arguments.set), arguments.version, request)
         print(json.dumps(record), flush=True)  # noqa: T201 - stdout is the answer
 
@@ -307,7 +307,9 @@ def _lora(source: ExportSource, request: ExportRequest, folder: Path) -> dict[st
     return _record(source, request, parity, exact=exact, rank=rank)
 
 
-def _source(given: RunConfig, store: Store, version: Version, its_run: recorded.Recorded, folder: Path) -> ExportSource:
+def _source(
+    run_config: RunConfig, store: Store, version: Version, its_run: recorded.Recorded, folder: Path
+) -> ExportSource:
     import torch
 
     config = its_run.config
@@ -322,10 +324,10 @@ def _source(given: RunConfig, store: Store, version: Version, its_run: recorded.
         rows, compared_on = list(merge.vocabulary_rows(len(chat.tokenizer), count=16, length=length)), "random tokens"
     require_float32(config, original)
     use_gpu = on_gpus(config, original)
-    kernels = door.choose(given, base_model.load_config(original.path, config.model), on_gpu=use_gpu)
+    kernels = door.choose(run_config, base_model.load_config(original.path, config.model), on_gpu=use_gpu)
     stands_on = own_base.find(config, original, store, sha256=its_run.stands_on_sha256)
     compared = (rows, compared_on, records, split, its_run.max_new_tokens or USUAL_NEW_TOKENS)
-    system = speaker.as_trained(given, store, version).system if records else ""
+    system = speaker.as_trained(run_config, store, version).system if records else ""
     return ExportSource(version, config, folder, original, stands_on, chat, system, *compared, kernels, use_gpu)
 
 

@@ -98,10 +98,10 @@ def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, 
         rows = files.map_batches(_read, batch_size=None, num_cpus=OF_READING, **how)
         batches = rows.map_batches(_validate, batch_size=1, num_cpus=OF_VALIDATING, **how)
         for block in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for found in block["item"].to_pylist():
-                if isinstance(found, FineloopError):
-                    raise found
-                yield found
+            for result in block["item"].to_pylist():
+                if isinstance(result, FineloopError):
+                    raise result
+                yield result
 
 
 def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
@@ -117,11 +117,11 @@ def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
     """Validate raw rows, and yield the result of each portion; errors are passed on."""
     with _errors_as_items() as failed, nothing_old_collected():
         validation = Validation(rules)
-        for found in block["item"].to_pylist():
-            if isinstance(found, FineloopError):
-                yield _block(found)
+        for item in block["item"].to_pylist():
+            if isinstance(item, FineloopError):
+                yield _block(item)
             else:
-                place, source, rows = found
+                place, source, rows = item
                 yield _block((place, validation.of(source, rows)))
     yield from failed
 

@@ -66,16 +66,16 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
     how = [FORMAT, version, config.data.replay_metric, config.data.replay_least, config.evaluate.max_new_tokens]
     digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
     key = f"{store.key(dataset_uri).rstrip('/')}/{TOKENS}/replayed-{digest}.json"
-    if (known := store.read(key)) is not None:
-        found = Replayed.from_json(known[0], store.uri(key))
+    if (stored := store.read(key)) is not None:
+        replayed = Replayed.from_json(stored[0], store.uri(key))
         with suppress(ObjectMissing):  # garbage collection may have deleted the answers, but not this reference to them
-            folders.read_manifest(store, store.key(found.dataset_uri).rstrip("/"))
+            folders.read_manifest(store, store.key(replayed.dataset_uri).rstrip("/"))
             log(
-                f"{found.version} has answered these records before"
-                if found.version
+                f"{replayed.version} has answered these records before"
+                if replayed.version
                 else "these records are replayed as they are, as in an earlier run"
             )
-            return found
+            return replayed
     records = load_split(store, dataset_uri, "replay")
     right: dict[str, Record] = {}
     if version is None:
@@ -91,10 +91,10 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
             "the records are replayed as they are: name a metric that fits the answers, such as rouge_l for texts, or "
             "lower data.replay_least"
         )
-    uri = _published(store, dataset_uri, [right.get(each.id, each) for each in records])
-    found = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(right))
-    store.put(key, found.as_json(), content_type=JSON)
-    return found
+    uri = _published(store, dataset_uri, [right.get(record.id, record) for record in records])
+    replayed = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(right))
+    store.put(key, replayed.as_json(), content_type=JSON)
+    return replayed
 
 
 def _right(
@@ -116,11 +116,11 @@ def _right(
     labels = alike(without_reasoning(record.answer_text) for record in records)
     champion = replace(champion, config=settings, alike=labels)
     task = Task([champion], records, shape, together=is_shared(config, shape, ray.nodes()))
-    found = measured(task, store, run_id=run_id, name="ray-replay")
+    result = measured(task, store, run_id=run_id, name="ray-replay")
     metric, least = config.data.replay_metric, config.data.replay_least
     return {
         record.id: record if record.calls else replace(record, answer=score.text)
-        for record, score in zip(found.order(records), found.scores["champion"], strict=True)
+        for record, score in zip(result.order(records), result.scores["champion"], strict=True)
         if score.text and score.marks[metric] >= least
     }
 

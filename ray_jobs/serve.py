@@ -39,8 +39,8 @@ def opened(config: RunConfig, reference: str, against: str, port: int) -> "Serve
         from ray_jobs.talking.server import Server
 
     trained, speakers = speaker.load_both(config, reference, against)
-    about = {"models": [each.name for each in speakers], "system": trained.system, "keeps_turns": trained.in_turns}
-    return Server(port, {each.name: each for each in speakers}, about)
+    about = {"models": [model.name for model in speakers], "system": trained.system, "keeps_turns": trained.in_turns}
+    return Server(port, {model.name: model for model in speakers}, about)
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def _planned(config: RunConfig, methods: Sequence[str], base: Base, train_split:
     for method, trial in trials.items():
         if own_base.is_needed(trial.method):
             tell(f"making the base of {method}, or finding it made")
-            each = trial.ray.per_worker
-            make = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0))(make_base)
+            resources = trial.ray.per_worker
+            make = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(make_base)
             ray.get(make.remote(config_file.dumps(trial)))
     return memory
 
@@ -168,8 +168,8 @@ def _result(
     comparisons = []
     for method in [name for name in tuned if plan.compares and name != reference]:
         how = servable_as(config, method)
-        if each := verdict.compare(tuned[method], plan.seeds_of(method), tuned[reference], theirs, how):
-            comparisons.append(each)
+        if comparison := verdict.compare(tuned[method], plan.seeds_of(method), tuned[reference], theirs, how):
+            comparisons.append(comparison)
     best = tuned[verdict.advised(comparisons, reference)]
     trials = sorted(plan.trials.values(), key=lambda trial: (trial.method, trial.learning_rate, trial.seed))
     return SweepResult(

@@ -81,7 +81,7 @@ def start_at_the_norm(model: nn.Module) -> None:
 def magnitudes(model: nn.Module) -> Iterator[nn.Parameter]:
     """The trainable magnitudes of a model's adapters; empty unless the method is DoRA or DVoRA."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and any(known in name for known in NAMES):
+        if parameter.requires_grad and any(part in name for part in NAMES):
             yield parameter
 
 

@@ -231,7 +231,7 @@ def _from_s3(reference: str, weights: bool, registry: Store | None, expected: st
     if expected not in (None, listing):
         raise IntegrityError(f"model.base {reference}: its objects have changed since the run began: begin another run")
     path = cache_dir() / f"s3-{listing}"
-    held = [item for item in objects if item.key.endswith(WEIGHTS.lstrip("*"))]
+    weight_objects = [item for item in objects if item.key.endswith(WEIGHTS.lstrip("*"))]
 
     def download(target: Path, but: Sequence[ObjectInfo] = ()) -> None:
         for item in objects:
@@ -242,35 +242,35 @@ def _from_s3(reference: str, weights: bool, registry: Store | None, expected: st
                 raise ConfigError(f"model.base {reference}: the object {item.key!r} would leave the folder: rename it")
             store.download(item.key, target / name)
 
-    remembered_at = f"bases/{path.name}/{IDENTITY}"
+    identity_key = f"bases/{path.name}/{IDENTITY}"
     if not weights and not path.exists():
         shape = path.with_name(f"{path.name}-shape")
-        once(shape, lambda target: download(target, held))
-        known = _known_identity(registry, remembered_at) if registry is not None else None
-        identity = known or {"kind": "s3", LISTING: listing}
-        return Base(reference, _require_model(shape, reference, has_weights=bool(held)), identity)
+        once(shape, lambda target: download(target, weight_objects))
+        recorded = _recorded_identity(registry, identity_key) if registry is not None else None
+        identity = recorded or {"kind": "s3", LISTING: listing}
+        return Base(reference, _require_model(shape, reference, has_weights=bool(weight_objects)), identity)
     once(path, download)
     base = Base(reference, _require_model(path, reference), _folder_identity("s3", path))
     if registry is not None:
-        _record_identity(registry, remembered_at, base)
+        _record_identity(registry, identity_key, base)
     return base
 
 
 def _record_identity(registry: Store, key: str, base: Base) -> None:
     """Record the identity of what was read in the registry, unless it is there already. Raises IntegrityError: the
     first reader of the same objects has read other bytes."""
-    known = _known_identity(registry, key)
-    if known is None:
+    recorded = _recorded_identity(registry, key)
+    if recorded is None:
         registry.claim(key, encode_json(base.identity), content_type=JSON)
-        known = _known_identity(registry, key)
-    if known not in (None, base.identity):
+        recorded = _recorded_identity(registry, key)
+    if recorded not in (None, base.identity):
         raise IntegrityError(
-            f"model.base {base.reference} has {_text(base.identity)} here, and had {_text(known)} where the same "
+            f"model.base {base.reference} has {_text(base.identity)} here, and had {_text(recorded)} where the same "
             f"objects were read first: delete {base.path}, or {registry.uri(key)} if that reading was the wrong one"
         )
 
 
-def _known_identity(registry: Store, key: str) -> dict[str, str] | None:
+def _recorded_identity(registry: Store, key: str) -> dict[str, str] | None:
     try:
         identity = registry.get_json(key)
     except (ObjectMissing, IntegrityError):

@@ -86,7 +86,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remembered(path: Path, known: Path | None = None) -> str:
+def remembered(path: Path, folder: Path | None = None) -> str:
     """The sha256 of the file, in hex, cached in a folder of this machine by the file's path, size, times and inode.
 
     Processes share the folder; of several that ask at the same time, one computes and the others wait. A folder that
@@ -94,20 +94,20 @@ def remembered(path: Path, known: Path | None = None) -> str:
     """
     from filelock import FileLock
 
-    known = known or cache_dir().with_name("digests")
+    folder = folder or cache_dir().with_name("digests")
     status = path.stat()
     state = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    entry = known / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
+    entry = folder / hashlib.sha256(repr(state).encode()).hexdigest()[:32]
     with suppress(OSError):
         return entry.read_text(encoding="ascii")
     with ExitStack() as first:
         with suppress(OSError):
-            (known / LOCKS).mkdir(parents=True, exist_ok=True)
-            first.enter_context(FileLock(known / LOCKS / entry.name))
+            (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+            first.enter_context(FileLock(folder / LOCKS / entry.name))
             return entry.read_text(encoding="ascii")  # written by the process that was first
         digest = sha256(path)
         with suppress(OSError):
-            handle, scratch = tempfile.mkstemp(dir=known)  # renamed when complete, so no process reads half of it
+            handle, scratch = tempfile.mkstemp(dir=folder)  # renamed when complete, so no process reads half of it
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(digest)
             Path(scratch).rename(entry)

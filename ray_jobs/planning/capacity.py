@@ -147,10 +147,10 @@ def cluster_device(config: RunConfig, nodes: Iterable[Mapping[str, Any]]) -> Dev
     if config.ray.gpu:
         return gpu_device(config.ray.gpu)
     kinds = {key.partition(":")[2] for node in resources if node.get("GPU") for key in node if key.startswith("accel")}
-    known = [RAY_NAMES.get(kind, kind) for kind in kinds]
-    if not known or not set(known) <= GPUS.keys():
+    gpus = [RAY_NAMES.get(kind, kind) for kind in kinds]
+    if not gpus or not set(gpus) <= GPUS.keys():
         return gpu_device(None)
-    return gpu_device(max(known, key=lambda kind: GPUS[kind].memory_gib))
+    return gpu_device(max(gpus, key=lambda kind: GPUS[kind].memory_gib))
 
 
 def gpu_device(name: str | None) -> Device:

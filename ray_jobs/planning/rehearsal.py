@@ -310,7 +310,7 @@ def _replace_tensors(model: torch.nn.Module) -> None:
                 dtype = torch.bfloat16 if parameter.requires_grad else parameter.dtype
                 fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
                 if fake.requires_grad:
-                    fake.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+                    fake.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
                 module._parameters[name] = fake
         for name, buffer in module._buffers.items():
             if buffer is not None:

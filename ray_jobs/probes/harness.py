@@ -54,29 +54,29 @@ class Tasks:
 
     include: str
     roles: frozenset[Role]
-    known: HarnessScores
-    """The scores that are already known."""
+    record: HarnessScores
+    """The tasks, and the scores that earlier runs measured."""
 
     def at(self, rows: Rows) -> "Tasks":
         """A worker's share: all tasks count as one item, so one worker gets all, and the others none."""
         return self if len(rows(1)) else replace(self, roles=frozenset())
 
     def held_together(self) -> "Tasks":
-        """The tasks for workers that shard the base: they are left out, except for scores that are already known."""
+        """The tasks for workers that shard the base: they are left out, except for scores of earlier runs."""
         left_out = "as its workers hold the base together" if self.roles else ""
-        return replace(self, roles=frozenset(), known=self.known.model_copy(update={"left_out": left_out}))
+        return replace(self, roles=frozenset(), record=self.record.model_copy(update={"left_out": left_out}))
 
     def run(self, subject: Subject, findings: Findings) -> tuple[TaskScore, ...] | None:
-        """Measure a model's scores; None where they are already known."""
+        """Measure a model's scores; None where an earlier run has."""
         return run(self, subject.model, subject.chat, subject.batch_size) if subject.role in self.roles else None
 
     def outcome(self, shares: Sequence[Findings], chat: ChatFormat) -> Outcome:
-        if not self.known.tasks:
+        if not self.record.tasks:
             return Outcome(None)
-        scores: dict[Any, tuple[TaskScore, ...]] = {**self.known.scores}
+        scores: dict[Any, tuple[TaskScore, ...]] = {**self.record.scores}
         for share in shares:
             scores.update(share)
-        record = self.known.model_copy(update={"scores": {role: scores[role] for role in ROLES if role in scores}})
+        record = self.record.model_copy(update={"scores": {role: scores[role] for role in ROLES if role in scores}})
         return Outcome(record, lines=record.summary)
 
 
@@ -89,8 +89,8 @@ def check(config: RunConfig) -> None:
     evaluate: EvaluateConfig = config.evaluate
     if not evaluate.lm_eval:
         return
-    known = _manager(evaluate.lm_eval_include).all_tasks
-    if unknown := [name for name in evaluate.lm_eval if name not in known]:
+    tasks = _manager(evaluate.lm_eval_include).all_tasks
+    if unknown := [name for name in evaluate.lm_eval if name not in tasks]:
         raise ConfigError(
             f"evaluate.lm_eval: lm-eval {metadata.version('lm_eval')} knows no task {', '.join(unknown)}: "
             "`lm-eval ls tasks` lists those that it ships; the folder of your own goes into evaluate.lm_eval_include"
@@ -107,7 +107,7 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
     folders = [TASKS] if any(name.startswith(OURS) for name in evaluate.lm_eval) else []
     if evaluate.lm_eval_include:
         folders.append(Path(evaluate.lm_eval_include))
-    known = HarnessScores(
+    record = HarnessScores(
         lm_eval=metadata.version("lm_eval"),
         tasks=tuple(dict.fromkeys(evaluate.lm_eval)),
         limit=evaluate.lm_eval_limit,
@@ -116,12 +116,14 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
     )
 
     def scores_of(before: Evaluation) -> tuple[str, Mapping[str, tuple[TaskScore, ...]]] | None:
-        same = before.harness is not None and before.harness.same_tasks(known)
+        same = before.harness is not None and before.harness.same_tasks(record)
         return (before.harness.base_format, before.harness.scores) if before.harness and same else None
 
     scores = earlier_measurements(store, config, contenders, scores_of)
     ours = {contender.role for contender in on_the_first_base(contenders) if contender.role in ROLES}
-    return Tasks(evaluate.lm_eval_include, frozenset(ours - scores.keys()), known.model_copy(update={"scores": scores}))
+    return Tasks(
+        evaluate.lm_eval_include, frozenset(ours - scores.keys()), record.model_copy(update={"scores": scores})
+    )
 
 
 def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...]:
@@ -140,12 +142,12 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
     # A copy, as lm-eval adds a padding token to a tokenizer that has none.
     around = {"tokenizer": copy.deepcopy(chat.tokenizer), "backend": "causal", "trust_remote_code": False}
     thinking = dict.fromkeys(SWITCHES, chat.thinking)
-    ours = [name for name in tasks.known.tasks if name.startswith(OURS)]
+    ours = [name for name in tasks.record.tasks if name.startswith(OURS)]
     at_once = _with_room(batch_size, model)
     while True:
         try:
             scores: list[TaskScore] = []
-            for names, is_chat in ((ours, True), ([name for name in tasks.known.tasks if name not in ours], False)):
+            for names, is_chat in ((ours, True), ([name for name in tasks.record.tasks if name not in ours], False)):
                 if not names:
                     continue
                 with _quietly():
@@ -153,7 +155,7 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
                         HFLM(pretrained=model, batch_size=at_once, chat_template_args=thinking, **around),
                         tasks=names,
                         task_manager=manager,
-                        limit=tasks.known.limit,
+                        limit=tasks.record.limit,
                         bootstrap_iters=BOOTSTRAPS,
                         apply_chat_template=is_chat,
                         random_seed=SEED,

@@ -52,8 +52,8 @@ class Texts(ABC):
 
     split: TokenizedSplit
     roles: frozenset[Role]
-    known: TextLosses
-    """The losses that are already known."""
+    losses: TextLosses
+    """Those that earlier runs measured."""
 
     METRIC: ClassVar[str]
     KIND: ClassVar[str]
@@ -61,7 +61,7 @@ class Texts(ABC):
 
     @abstractmethod
     def value(self, role: Role) -> float | None:
-        """The metric of a model, computed from `known`."""
+        """The metric of a model, computed from `losses`."""
 
     def at(self, rows: Rows) -> Self:
         return replace(self, split=self.split.take(rows(len(self.split))))
@@ -78,25 +78,25 @@ class Texts(ABC):
         if not len(self.split):
             return Outcome(None)
         whole = self.read(shares)
-        return Outcome(whole.known, {role: {self.METRIC: whole.value(role)} for role in whole.known.nll})
+        return Outcome(whole.losses, {role: {self.METRIC: whole.value(role)} for role in whole.losses.nll})
 
     def read(self, shares: Sequence[Findings]) -> Self:
         nll = {role: in_order([share[role].nll for share in shares], len(self.split)) for role in self.roles}
-        return replace(self, known=self.known.model_copy(update={"nll": {**self.known.nll, **nll}}))
+        return replace(self, losses=self.losses.model_copy(update={"nll": {**self.losses.nll, **nll}}))
 
-    def without_known(self, store: Store, config: RunConfig, contenders: Sequence[Contender]) -> Self:
+    def without_measured(self, store: Store, config: RunConfig, contenders: Sequence[Contender]) -> Self:
         if not len(self.split):
             return self
 
         def losses_of(before: Evaluation) -> tuple[str, Mapping[Role, list[float]]] | None:
             losses: TextLosses | None = getattr(before, self.KIND)
-            if losses is None or losses.text_sha256 != self.known.text_sha256:
+            if losses is None or losses.text_sha256 != self.losses.text_sha256:
                 return None
             return losses.base_format, losses.nll
 
         nll = earlier_measurements(store, config, contenders, losses_of)
         roles = frozenset({contender.role for contender in on_the_first_base(contenders)} - nll.keys())
-        return replace(self, roles=roles, known=self.known.model_copy(update={"nll": nll}))
+        return replace(self, roles=roles, losses=self.losses.model_copy(update={"nll": nll}))
 
 
 def as_split(
@@ -187,12 +187,12 @@ class Passages(Texts):
     METRIC, KIND = "general_loss", "general_text"
 
     def value(self, role: Role) -> float | None:
-        return self.known.loss(role)
+        return self.losses.loss(role)
 
 
 def prepare_passages(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Passages:
     """The passages, for the contenders that no earlier run has measured on them."""
-    return unread_passages(chat, config).without_known(store, config, contenders)
+    return unread_passages(chat, config).without_measured(store, config, contenders)
 
 
 def unread_passages(chat: ChatFormat, config: RunConfig) -> Passages:
@@ -202,13 +202,13 @@ def unread_passages(chat: ChatFormat, config: RunConfig) -> Passages:
     longest = min(MAX_TOKENS, config.model.max_length)
     rows = [row[:longest] for row in chat.tokenizer(passages)["input_ids"]] if passages else []
     split = as_split(rows, [1] * len(rows))
-    known = TextLosses(
+    losses = TextLosses(
         text_sha256=sha256(split),
         base_format=config.method.row.base,
         tokens=split.num_answer_tokens.tolist(),
         nll={},
     )
-    return Passages(split, frozenset(), known)
+    return Passages(split, frozenset(), losses)
 
 
 # How far a model has moved from its base outside the training data, measured on the base's own answers.
@@ -235,7 +235,7 @@ class OwnAnswers(Texts):
     METRIC, KIND = "kl_from_base", "own_answers"
 
     def value(self, role: Role) -> float | None:
-        return self.known.above_base(role)
+        return self.losses.above_base(role)
 
     def run(self, subject: Subject, findings: Findings) -> Read | None:
         if not self.new_tokens:
@@ -262,8 +262,8 @@ class OwnAnswers(Texts):
             ids=self.split.ids,
         )
         update = {"answers": [list(answer) for answer in answers], "tokens": split.num_answer_tokens.tolist()}
-        known = self.known.model_copy(update={**update, "text_sha256": sha256(split)})
-        return replace(self, split=split, known=known, new_tokens=0)
+        losses = self.losses.model_copy(update={**update, "text_sha256": sha256(split)})
+        return replace(self, split=split, losses=losses, new_tokens=0)
 
 
 def prepare_own_answers(
@@ -275,12 +275,12 @@ def prepare_own_answers(
         return ours
     for _, before, same_base in earlier_evaluations(store, contenders):
         theirs = before.own_answers
-        if theirs is None or not same_base or theirs.base_format != ours.known.base_format:
+        if theirs is None or not same_base or theirs.base_format != ours.losses.base_format:
             continue
-        if theirs.asked_sha256 == ours.known.asked_sha256 and theirs.answers and "base" in theirs.nll:
+        if theirs.asked_sha256 == ours.losses.asked_sha256 and theirs.answers and "base" in theirs.nll:
             ours = ours.answered(theirs.answers)
             break
-    return ours.without_known(store, config, contenders)
+    return ours.without_measured(store, config, contenders)
 
 
 def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
@@ -301,11 +301,11 @@ def undrawn(chat: ChatFormat, config: RunConfig) -> OwnAnswers:
     rows = [tokenized.prompt(row).tolist() for row in range(len(tokenized))]
     split = as_split(rows, [len(row) for row in rows], ids=tokenized.ids)
     how = json.dumps([sha256(split), split.ids, sorted(chat.stops), longest, SEED])
-    known = TextLosses(
+    losses = TextLosses(
         text_sha256="",
         base_format=config.method.row.base,
         tokens=[],
         nll={},
         asked_sha256=hashlib.sha256(how.encode()).hexdigest(),
     )
-    return OwnAnswers(split, frozenset(), known, new_tokens=longest if prompts else 0)
+    return OwnAnswers(split, frozenset(), losses, new_tokens=longest if prompts else 0)

@@ -321,10 +321,10 @@ def answers_to(
     return [*map(chat.text_of, answers)]
 
 
-def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, **given: Any) -> Any:
+def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_tokens: int, **options: Any) -> Any:
     """The new tokens after each prompt, from transformers' own `generate`; padding follows a stop token.
 
-    Call it within `answer_all`. `given` is passed to `generate`.
+    Call it within `answer_all`. `options` are passed to `generate`.
     """
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), chat.pad, dtype=torch.long)
@@ -337,7 +337,7 @@ def generated(model: Any, chat: ChatFormat, prompts: Sequence[Tokens], max_new_t
         attention_mask=attention_mask.to(model.device),
         max_new_tokens=_most(max_new_tokens, base_model.positions(model.config), width),
         synced_gpus=is_shared(model),
-        **given,
+        **options,
     )
     return answers[:, width:]
 
@@ -442,7 +442,7 @@ def _reading_once(
     """-log p of each part's answers, and the greedy answers to the first part's prompts; each prompt is read once."""
     of_key = {parts[0].prompt(row).tobytes(): parts[0].prompt(row) for row in range(len(parts[0]))}
     numbers, prompts = {key: number for number, key in enumerate(of_key)}, list(of_key.values())
-    asked = [[numbers.get(part.prompt(row).tobytes()) for row in range(len(part))] for part in parts]
+    of_parts = [[numbers.get(part.prompt(row).tobytes()) for row in range(len(part))] for part in parts]
     reader = Reader(model, prompts, chat.pad)
     nll = [[0.0] * len(part) for part in parts]
     texts = [""] * len(parts[0])
@@ -451,16 +451,16 @@ def _reading_once(
         these = [prompts[index] for index in indices]
         places: dict[int | None, int] = {int(index): place for place, index in enumerate(indices)}
         read = reader.read(these)
-        for part, numbers_of, losses in zip(parts, asked, nll, strict=True):
+        for part, numbers_of, losses in zip(parts, of_parts, nll, strict=True):
             rows = [row for row, number in enumerate(numbers_of) if number in places]
             for some in (rows[start : start + len(these)] for start in range(0, len(rows), len(these))):
                 behind = read.take([places[numbers_of[row]] for row in some])
                 for row, loss in zip(some, reader.nll(behind, [part.answer(row) for row in some]), strict=True):
                     losses[row] = loss
         answers = answers_to(reader, read, these, chat, max_new_tokens)
-        own = [row for row, number in enumerate(asked[0]) if number in places]
+        own = [row for row, number in enumerate(of_parts[0]) if number in places]
         for row in own:
-            texts[row] = answers[places[asked[0][row]]]
+            texts[row] = answers[places[of_parts[0][row]]]
         advance(2 * len(own))
 
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -468,7 +468,7 @@ def _reading_once(
     longest = int(lengths.max()) + max(max_new_tokens, int(max(part.num_answer_tokens.max() for part in parts)))
     at_once = with_room(batch_size, model.config, 2 * longest, free_bytes(model.device))
     in_batches(lengths, at_once, measure)
-    for part, numbers_of, losses in zip(parts, asked, nll, strict=True):
+    for part, numbers_of, losses in zip(parts, of_parts, nll, strict=True):
         cut = [row for row, number in enumerate(numbers_of) if number is None]  # to fit another's answer
         for row, loss in zip(cut, label_nll(model, part.take(cut), batch_size, chat.pad), strict=True):
             losses[row] = loss

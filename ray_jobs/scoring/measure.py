@@ -100,16 +100,16 @@ def run_all(probes: Probes, subject: Subject, findings: Mapping[str, Findings]) 
             findings[key][subject.role] = finding
 
 
-class HeldBase:
+class BaseCache:
     """One frozen base per process, for successive trainings and measurements: reading and quantising it takes longer
     than many trials' training, or scoring many records."""
 
     def __init__(self) -> None:
         self.num_loaded = 0
         self.start_loss: float | None = None
-        """Validation loss per answer token of the held base, without an adapter; None until it is measured."""
+        """Validation loss per answer token of the loaded base, without an adapter; None until it is measured."""
         self.general_nll: list[float] | None = None
-        """Negative log-likelihood of the held base on each passage of general text; None until it is measured."""
+        """Negative log-likelihood of the loaded base on each passage of general text; None until it is measured."""
         self.free_since: float | None = None
         """Time at which its last use ended, on the monotonic clock."""
         self.kernels: Kernels | None = None
@@ -121,7 +121,7 @@ class HeldBase:
     def load(
         self, base: Base, config: ModelConfig, base_format: BaseFormat, kernels: Kernels, **how: Any
     ) -> "PreTrainedModel":
-        """Load the base as `door.load_model` does, or return the held one for the same arguments, without what a
+        """Load the base as `door.load_model` does, or return the loaded one for the same arguments, without what a
         training has added to it; its previous use must have ended. Another base is released first."""
         key = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
         if self._model is None or key != self._key:
@@ -337,11 +337,11 @@ def measure_shard(
     *,
     shard_index: int,
     kernels: Kernels = PLAIN,
-    held: HeldBase | None = None,
+    cache: BaseCache | None = None,
 ) -> ShardResult:
     """Measure every contender on some records and with some probes, one after the other.
 
-    `held` is a base that this process already holds: contenders on it need not load it.
+    `cache` has a base that this process already holds: contenders on it need not load it.
     """
     import torch
 
@@ -351,14 +351,14 @@ def measure_shard(
         torch.set_num_threads(candidate.ray.cpus_per_worker)
     with local_contenders(contenders, records) as (kept, local):
         progress = Progress(2 * len(kept) * len(contenders), prints=shard_index == 0)
-        held, seen = held or HeldBase(), 0
+        cache, seen = cache or BaseCache(), 0
         scores: dict[Role, list[Score]] = {}
         findings: dict[str, Findings] = {key: {} for key in probes}
         for contender in local:
-            base = contender.load_base(kernels, load=held.load)
-            if held.num_loaded != seen:
+            base = contender.load_base(kernels, load=cache.load)
+            if cache.num_loaded != seen:
                 kernels.hold_dense_if_room(base, sharers=candidate.ray.max_workers)
-                seen = held.num_loaded
+                seen = cache.num_loaded
             progress.role = contender.role
             model = kernels.adopt(build.load(base, contender.adapter)) if contender.adapter else base
             try:

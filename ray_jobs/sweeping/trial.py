@@ -30,7 +30,7 @@ from ray_jobs import entry
 from ray_jobs.adapters import own_base
 from ray_jobs.base import base_model
 from ray_jobs.probes.texts import Texts
-from ray_jobs.scoring.measure import HeldBase
+from ray_jobs.scoring.measure import BaseCache
 from ray_jobs.sweeping.plan import Plan, Point, trial_config
 from ray_jobs.sweeping.verdict import cause
 from ray_jobs.text import token_store
@@ -77,44 +77,44 @@ class Course:
             raise Diverged(f"after {step} steps the validation loss is {loss:.4g}, and {start:.4g} at its start")
 
     def record(self, **changes: Any) -> Trial:
-        known = {"seconds": round(time.monotonic() - self.began, 3)}
+        times = {"seconds": round(time.monotonic() - self.began, 3)}
         if self.free_since is not None:
-            known["waited_s"] = round(self.began - self.free_since, 3)
+            times["waited_s"] = round(self.began - self.free_since, 3)
         if self.step_seconds:
-            known["step_s"] = round(statistics.median(self.step_seconds), 4)
-        return self.trial.model_copy(update={**known, **changes})
+            times["step_s"] = round(statistics.median(self.step_seconds), 4)
+        return self.trial.model_copy(update={**times, **changes})
 
 
-_HELD = HeldBase()
+_CACHE = BaseCache()
 """The base that this process holds from one trial to the next."""
 
 
 def run_trial(
-    given: Mapping[str, Any],
+    tune_config: Mapping[str, Any],
     *,
     resolved: Mapping[str, Any],
     train_tokens: StoredTokens,
     validation_tokens: StoredTokens,
     passages: Texts,
 ) -> None:
-    """The trainable for Ray Tune. `given` holds the trial's config as TOML, and its record as far as it is known;
+    """The trainable for Ray Tune. `tune_config` holds the trial's config as TOML, and its record as far as it is known;
     `resolved` are the fields of its TrainSpec that the config does not have."""
     # Seconds that a stopped trial may take to release its resources, before its process is replaced.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     entry.quiet_libraries()
-    spec = TrainSpec.of(config_file.loads(given["config"]), **resolved)
+    spec = TrainSpec.of(config_file.loads(tune_config["config"]), **resolved)
 
     def report(trial: Trial) -> None:
         loss = math.inf if trial.loss is None or trial.status == "diverged" else trial.loss
         tune.report({"loss": loss, "step": trial.steps, "trial": trial.model_dump(mode="json")})
 
-    course = Course(Trial.model_validate(given["trial"]), free_since=_HELD.free_since)
+    course = Course(Trial.model_validate(tune_config["trial"]), free_since=_CACHE.free_since)
     store = Store.open(spec.registry)
     train_split, validation = (token_store.load(store, tokens) for tokens in (train_tokens, validation_tokens))
     try:
-        trained = train_trial(spec, course, (train_split, validation), passages, _HELD, report)
+        trained = train_trial(spec, course, (train_split, validation), passages, _CACHE, report)
     finally:
-        _HELD.free_since = time.monotonic()
+        _CACHE.free_since = time.monotonic()
     report(trained)
 
 
@@ -123,7 +123,7 @@ def train_trial(
     course: Course,
     splits: Splits,
     passages: Texts,
-    held: HeldBase,
+    cache: BaseCache,
     report: Callable[[Trial], None],
 ) -> Trial:
     """Train to the end, or until the loss diverges; `report` receives the record at each measurement but the last.
@@ -144,23 +144,23 @@ def train_trial(
             sums[indices] = [part.sum() for part in np.split(nll, np.cumsum(split.num_answer_tokens[indices])[:-1])]
         return sums
 
-    def read(model: Any, role: Role, known: list[float] | None = None) -> list[float]:
+    def read(model: Any, role: Role, measured: list[float] | None = None) -> list[float]:
         """Record the losses on the passages, of the base before training or the candidate after it."""
         began = time.monotonic()
-        nll = known or measure(model, passages.split).round(5).tolist()
-        text = course.trial.general_text or passages.known.model_copy(update={"base_format": spec.method.row.base})
+        nll = measured or measure(model, passages.split).round(5).tolist()
+        text = course.trial.general_text or passages.losses.model_copy(update={"base_format": spec.method.row.base})
         seconds = (course.trial.general_s or 0.0) + time.monotonic() - began
         text = text.model_copy(update={"nll": {**text.nll, role: nll}})
         course.update(general_text=text, general_s=round(seconds, 3))
         return nll
 
     def load(*base: Any, **how: Any) -> Any:
-        model = held.load(*base, **how)
-        if held.start_loss is None:
-            held.start_loss = float(measure(model, validation).sum() / num_tokens.sum())
+        model = cache.load(*base, **how)
+        if cache.start_loss is None:
+            cache.start_loss = float(measure(model, validation).sum() / num_tokens.sum())
         if reads and not own_base.is_needed(spec.method):
-            held.general_nll = read(model, "base", held.general_nll)
-        course.update(start_loss=held.start_loss, bases_loaded=held.num_loaded)
+            cache.general_nll = read(model, "base", cache.general_nll)
+        course.update(start_loss=cache.start_loss, bases_loaded=cache.num_loaded)
         return model
 
     def hear(record: dict[str, Any]) -> None:

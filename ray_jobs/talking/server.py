@@ -133,11 +133,11 @@ class Server:
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse what does not name this machine, which protects against DNS rebinding, and what lacks the token."""
         host = request.headers.get("Host", "").rpartition(":")[0]
-        given = request.query.get("token") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        token = request.query.get("token") or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if host not in (LOOPBACK, "localhost") or not request.raw_path.startswith("/"):
             return _wrong(403, f"Host {host!r}: expected {LOOPBACK} or localhost")
         if request.path != "/health" and not secrets.compare_digest(
-            given.encode(errors="replace"), self.token.encode()
+            token.encode(errors="replace"), self.token.encode()
         ):
             return _wrong(401, "expected the token that `fineloop serve` printed: /?token=..., or as an API key")
         try:
@@ -171,10 +171,10 @@ class Server:
             json.dumps(body, ensure_ascii=False).encode()  # no tokenizer takes half of a surrogate pair
         except (ValueError, RecursionError) as exc:
             return _wrong(400, f"not JSON that can be read: {exc}")
-        asked = parsed_request(body)
-        speaker = self.speakers.get(asked.model)
+        wanted = parsed_request(body)
+        speaker = self.speakers.get(wanted.model)
         if speaker is None:
-            return _wrong(404, f"there is no model {asked.model!r}: there is {', '.join(self.speakers)}")
+            return _wrong(404, f"there is no model {wanted.model!r}: there is {', '.join(self.speakers)}")
         number, ended, loop = next(self._numbers), threading.Event(), asyncio.get_running_loop()
         words = asyncio.Queue[str | None]()
 
@@ -189,23 +189,23 @@ class Server:
 
         def spoken() -> Reply:
             require_reader()
-            how: dict[str, Any] = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
-            return speaker.answer(asked.turns, on_text=on_text, **how)
+            how: dict[str, Any] = {"max_tokens": wanted.max_tokens, "temperature": wanted.temperature}
+            return speaker.answer(wanted.turns, on_text=on_text, **how)
 
-        def completion(kind: str, choice: dict[str, Any], said: Reply | None = None) -> dict[str, Any]:
-            reason = said and ("stop" if said.ended else "length")
-            head = {"id": f"chatcmpl-{number}", "object": kind, "created": int(time.time()), "model": asked.model}
+        def completion(kind: str, choice: dict[str, Any], reply: Reply | None = None) -> dict[str, Any]:
+            reason = reply and ("stop" if reply.ended else "length")
+            head = {"id": f"chatcmpl-{number}", "object": kind, "created": int(time.time()), "model": wanted.model}
             return {**head, "choices": [{"index": 0, **choice, "finish_reason": reason}]}
 
         answer = loop.run_in_executor(self._one, spoken)
         answer.add_done_callback(lambda _: words.put_nowait(None))
         try:
-            if not asked.stream:
-                said = await answer
-                message = {"role": "assistant", "content": said.text}
-                usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens}
-                usage["total_tokens"] = said.prompt_tokens + said.tokens
-                whole = completion("chat.completion", {"message": message, "logprobs": None}, said)
+            if not wanted.stream:
+                reply = await answer
+                message = {"role": "assistant", "content": reply.text}
+                usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+                usage["total_tokens"] = reply.prompt_tokens + reply.tokens
+                whole = completion("chat.completion", {"message": message, "logprobs": None}, reply)
                 return web.json_response({**whole, "usage": usage})
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
@@ -214,8 +214,8 @@ class Server:
                 async with asyncio.timeout(PATIENCE_S):
                     await response.write(f"data: {data}\n\n".encode())
 
-            def chunk(delta: dict[str, str], said: Reply | None = None) -> str:
-                return json.dumps(completion("chat.completion.chunk", {"delta": delta}, said))
+            def chunk(delta: dict[str, str], reply: Reply | None = None) -> str:
+                return json.dumps(completion("chat.completion.chunk", {"delta": delta}, reply))
 
             try:
                 await event(chunk({"role": "assistant", "content": ""}))

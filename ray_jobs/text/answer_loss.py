@@ -44,9 +44,9 @@ def answer_nll(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
     return next_token_nll(model, input_ids, torch.cat([labels[:, 1:], nothing], dim=1), use_cache=False)
 
 
-def next_token_nll(model: Any, input_ids: Tensor, targets: Tensor, **given: Any) -> Tensor:
+def next_token_nll(model: Any, input_ids: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
     """Negative log-likelihood of `targets` in nats, float32 of shape (A,): the token that follows each token of
-    `input_ids`, or IGNORED. `given` are further arguments of the model's forward.
+    `input_ids`, or IGNORED. `inputs` are further arguments of the model's forward.
 
     No mask is needed where rows are padded on the right and there is no KV cache before them: see `batching`.
     """
@@ -60,8 +60,8 @@ def next_token_nll(model: Any, input_ids: Tensor, targets: Tensor, **given: Any)
             with torch.no_grad():
                 _logits(model, module, head, input_ids[:1, :1], wanted.new_ones(1, 1), use_cache=False)
         if (after := _after_head.get(head)) is not None:
-            return _in_chunks(model, head, after, input_ids, wanted, targets, positions, **given)
-    return F.cross_entropy(_logits(model, module, head, input_ids, wanted, **given).float(), targets, reduction="none")
+            return _in_chunks(model, head, after, input_ids, wanted, targets, positions, **inputs)
+    return F.cross_entropy(_logits(model, module, head, input_ids, wanted, **inputs).float(), targets, reduction="none")
 
 
 def _may_be_chunked(head: torch.nn.Module) -> bool:
@@ -76,7 +76,7 @@ def _is_shared(head: torch.nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
-def _logits(model: Any, module: Any, head: torch.nn.Module, input_ids: Tensor, wanted: Tensor, **given: Any) -> Tensor:
+def _logits(model: Any, module: Any, head: torch.nn.Module, input_ids: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:
     """The logits (A, V) at the positions `wanted`, as the model's own forward computes them."""
     raw: list[Tensor] = []
 
@@ -88,7 +88,7 @@ def _logits(model: Any, module: Any, head: torch.nn.Module, input_ids: Tensor, w
 
     handles = [head.register_forward_pre_hook(select), head.register_forward_hook(keep)]
     try:
-        logits: Tensor = model(input_ids=input_ids, **given).logits
+        logits: Tensor = model(input_ids=input_ids, **inputs).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -122,7 +122,7 @@ def _in_chunks(
     wanted: Tensor,
     targets: Tensor,
     positions: int,
-    **given: Any,
+    **inputs: Any,
 ) -> Tensor:
     """`next_token_nll` in one forward pass, in which the head computes the losses in chunks and returns no logits."""
     losses: list[Tensor] = []
@@ -136,7 +136,7 @@ def _in_chunks(
     before = head.__dict__.get("forward")
     head.forward = loss  # its hooks still run
     try:
-        model(input_ids=input_ids, **given)
+        model(input_ids=input_ids, **inputs)
     finally:
         del head.forward
         if before is not None:

@@ -78,13 +78,13 @@ def _read_from_beginnings(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list
     result = []
     for row in rows:
         pieces: list[list[int]] = []
-        known: list[int] = []
+        before: list[int] = []
         for piece in row:
             whole = next(read)
-            is_known = whole[: len(known)] == known
-            tokens = whole[len(known) :] if is_known else _encode(tokenizer, [piece])["input_ids"][0]
+            goes_on = whole[: len(before)] == before
+            tokens = whole[len(before) :] if goes_on else _encode(tokenizer, [piece])["input_ids"][0]
             pieces.append(tokens)
-            known = known + tokens
+            before = before + tokens
         result.append(pieces)
     return result
 
@@ -137,13 +137,13 @@ def fitted(
 def _shorter(record: Record, pieces: Pieces, chat: ChatFormat, excess: Callable[[Pieces], int]) -> Record | None:
     """The record without its oldest exchanges, or with one text shortened; None where neither is possible."""
     turns = record.prompt
-    asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
-    if len(asked) > 1:
+    questions = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    if len(questions) > 1:
         of_a_token = sum(len(turn.content) for turn in turns) / sum(map(len, pieces[:-1]))
-        ends = itertools.accumulate(len(turn.content) for turn in turns[asked[0] :])
-        before = dict(zip(range(asked[0] + 1, len(turns) + 1), ends, strict=True))
-        enough = (place for place in asked[1:] if before[place] >= of_a_token * excess(pieces))
-        return replace(record, prompt=[*turns[: asked[0]], *turns[next(enough, asked[-1]) :]])
+        ends = itertools.accumulate(len(turn.content) for turn in turns[questions[0] :])
+        before = dict(zip(range(questions[0] + 1, len(turns) + 1), ends, strict=True))
+        enough = (place for place in questions[1:] if before[place] >= of_a_token * excess(pieces))
+        return replace(record, prompt=[*turns[: questions[0]], *turns[next(enough, questions[-1]) :]])
     longest = sorted(range(len(turns)), key=lambda place: len(turns[place].content), reverse=True)
     systems = [(place, KEPT_CHARS) for place in longest if turns[place].role == "system"]
     others = [place for place in longest if turns[place].role not in ("system", "assistant")]

@@ -87,7 +87,7 @@ class ChatFormat:
         Unless the model is asked to think, a block of reasoning is closed before the answer and not part of it. Raises
         DataError: the template refuses the record, or its answer is a block of reasoning with nothing after it.
         """
-        rows = [self._asked_and_answered(record, *each) for each in self._answers(record, loss_on)]
+        rows = [self._asked_and_answered(record, *turns) for turns in self._answers(record, loss_on)]
         joined: list[str] = []
         for prompt, answer in rows:
             before = "".join(joined)
@@ -133,9 +133,9 @@ class ChatFormat:
             )
         return {**answered, "content": answer}
 
-    def _asked_and_answered(self, record: Record, asked: list[Turn], answered: Turn) -> tuple[str, str]:
+    def _asked_and_answered(self, record: Record, context: list[Turn], answered: Turn) -> tuple[str, str]:
         texts = []
-        for turns, add_generation_prompt in ((asked, True), ([*asked, answered], False)):
+        for turns, add_generation_prompt in ((context, True), ([*context, answered], False)):
             how: dict[str, Any] = {"thinking": self.thinking, "in_parts": self.in_parts, "tools": record.tools}
             try:
                 texts.append(_rendered(self.tokenizer, turns, add_generation_prompt=add_generation_prompt, **how))
@@ -146,7 +146,7 @@ class ChatFormat:
                     "change the record, or take a base whose template knows such turns"
                 ) from exc
         prompt, whole = texts
-        if unsaid := [turn for turn in asked if turn["role"] == "system" and turn["content"].strip() not in prompt]:
+        if unsaid := [turn for turn in context if turn["role"] == "system" and turn["content"].strip() not in prompt]:
             raise DataError(
                 f"the chat template of model.base leaves out the system message of record {record.id!r}, "
                 f"{unsaid[0]['content'][:40]!r}: put it into the user's turn, or take a base whose template knows one"
@@ -221,11 +221,11 @@ def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFo
     if not tokenizer.chat_template:
         tokenizer.chat_template = plain
     question = [{"role": "user", "content": _TEXT}]
-    asked = _shown(tokenizer, question, thinking=config.thinking, add_generation_prompt=True)
-    if _opens(asked) and not config.thinking:
+    prompt = _shown(tokenizer, question, thinking=config.thinking, add_generation_prompt=True)
+    if _opens(prompt) and not config.thinking:
         tokenizer.chat_template += CLOSED
     # A template that takes lists of parts silently writes nothing for a plain text.
-    in_parts = _TEXT not in asked and _TEXT in _shown(tokenizer, question, thinking=config.thinking, in_parts=True)
+    in_parts = _TEXT not in prompt and _TEXT in _shown(tokenizer, question, thinking=config.thinking, in_parts=True)
     end_of_turn = _end_of_turn(tokenizer, in_parts=in_parts)
     return ChatFormat(
         tokenizer=tokenizer,

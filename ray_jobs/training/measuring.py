@@ -29,9 +29,9 @@ from ray_jobs.scoring import STEP
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.measure import (
     NO_PROBES,
+    BaseCache,
     Contender,
     Findings,
-    HeldBase,
     Probes,
     Progress,
     ShardResult,
@@ -105,10 +105,10 @@ def work(arguments: Mapping[str, Any]) -> dict[str, Any]:
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     task: Task | None = ray.get(arguments["task"]) if "task" in arguments else None
     answer: dict[str, Any] = {}
-    held = HeldBase()
+    cache = BaseCache()
     with together.gloo_group(num_workers) as group:
         if "spec" in arguments:
-            answer["trained"] = _trained(arguments, held, rank, group, is_measured=task is not None)
+            answer["trained"] = _trained(arguments, cache, rank, group, is_measured=task is not None)
         if task is not None:
             if rank == 0:
                 entry.log_as(STEP)
@@ -119,7 +119,7 @@ def work(arguments: Mapping[str, Any]) -> dict[str, Any]:
             if "trained" in answer:
                 task = task.of(TrainResult.model_validate(answer["trained"]))
             try:
-                answer["measured"] = _as_plain(_measured_in_turn(task, held, here, group))
+                answer["measured"] = _as_plain(_measured_in_turn(task, cache, here, group))
             except FineloopError as exc:
                 if "trained" not in answer:
                     raise
@@ -128,7 +128,7 @@ def work(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trained(
-    arguments: Mapping[str, Any], held: HeldBase, rank: int, group: "ProcessGroup | None", *, is_measured: bool
+    arguments: Mapping[str, Any], cache: BaseCache, rank: int, group: "ProcessGroup | None", *, is_measured: bool
 ) -> Any:
     """The TrainResult, on every worker; a group that was lost after its training need not be repeated."""
     import ray
@@ -143,31 +143,31 @@ def _trained(
         return finished
     # Passed as references: deserialising these objects imports more than the controller needs.
     tokens = tuple(ray.get([arguments["train_tokens"], arguments["eval_tokens"]]))
-    trained = together.from_rank_0(train(spec, tokens, stopwatch, load=held.load), group)
+    trained = together.from_rank_0(train(spec, tokens, stopwatch, load=cache.load), group)
     if rank == 0:
         say("finetune", f"published {spec.adapter.name} {trained['version']} as {trained['version_uri']}")
         if is_measured:
             say("finetune", TRAINED)
-    held.strip()
+    cache.strip()
     door.give_back()
     return trained
 
 
-def _measured_in_turn(task: Task, held: HeldBase, here: Worker, group: "ProcessGroup | None") -> ShardResult:
+def _measured_in_turn(task: Task, cache: BaseCache, here: Worker, group: "ProcessGroup | None") -> ShardResult:
     """Measure the records and, where these do not decide, those in reserve."""
     if not task.config.ray.use_gpu:
         torch.set_num_threads(task.config.ray.cpus_per_worker)
-        here = replace(here, kernels=held.kernels or door.agree(task.config, task.base))
-    result = _measured(task, task.records, task.probes, held, here, group)
+        here = replace(here, kernels=cache.kernels or door.agree(task.config, task.base))
+    result = _measured(task, task.records, task.probes, cache, here, group)
     if more := further(task.config, task.records, task.in_reserve, result):
         if here.rank == 0:
             say(STEP, f"{len(task.records)} records do not tell: {len(more)} more are drawn")
-        result = merged([result, replace(_measured(task, more, NO_PROBES, held, here, group), shares=[])])
+        result = merged([result, replace(_measured(task, more, NO_PROBES, cache, here, group), shares=[])])
     return result
 
 
 def _measured(
-    task: Task, records: Sequence[Record], probes: Probes, held: HeldBase, here: Worker, group: "ProcessGroup | None"
+    task: Task, records: Sequence[Record], probes: Probes, cache: BaseCache, here: Worker, group: "ProcessGroup | None"
 ) -> ShardResult:
     # At least two records in each: an answer is also scored after another record's prompt.
     num_shards = here.num_workers if task.together else max(1, min(here.num_workers, len(records) // 2))
@@ -183,7 +183,7 @@ def _measured(
         shard = records[here.rank :: num_shards]
         try:
             mine = _as_plain(
-                measure_shard(task.contenders, shard, shares, shard_index=here.rank, kernels=here.kernels, held=held)
+                measure_shard(task.contenders, shard, shares, shard_index=here.rank, kernels=here.kernels, cache=cache)
             )
         except FineloopError as exc:
             failure = [type(exc).__name__, str(exc)]

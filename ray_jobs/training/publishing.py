@@ -127,8 +127,8 @@ def usage_of(
 ) -> Usage | None:
     """The usage of all workers, each held for this many `seconds`, on the worker that has `metrics`, None elsewhere;
     every worker must call this."""
-    asked = client.so_far()
-    total = torch.tensor([asked.requests, asked.read_bytes, asked.written_bytes], device=worker.device)
+    traffic = client.so_far()
+    total = torch.tensor([traffic.requests, traffic.read_bytes, traffic.written_bytes], device=worker.device)
     dist.all_reduce(total)
     if metrics is None:
         return None
@@ -228,9 +228,9 @@ def _chat(recipe: Mapping[str, Any]) -> str:
         return ""
     whose = "the base's own" if recipe["chat"]["template_from"] == "base" else "Fineloop's, as the base has none"
     switches = [f"`{name}={str(value).lower()}`" for name, value in recipe["chat"].get("template_kwargs", {}).items()]
-    asked = f", to be asked with {' and '.join(switches)} (`chat_template_kwargs`)" if switches else ""
+    how = f", to be asked with {' and '.join(switches)} (`chat_template_kwargs`)" if switches else ""
     stops = ", ".join(f"`{stop}`" for stop in recipe["chat"]["stops"])
-    return f"\n| Chat template | {whose}, beside this file with the tokenizer{asked}. Answers end with {stops} |"
+    return f"\n| Chat template | {whose}, beside this file with the tokenizer{how}. Answers end with {stops} |"
 
 
 def export_card(method: str, record: Mapping[str, Any]) -> str:

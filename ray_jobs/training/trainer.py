@@ -243,7 +243,7 @@ def wait_for_own(
 ) -> None:
     """Wait for the workers of a cluster that was created for the job, as long as nodes, images and pods may take.
     Raises WorkersMissing: they did not appear within `patience_s`."""
-    began, said = time.monotonic(), False
+    began, is_logged = time.monotonic(), False
     while name := _short_of(needed, has := resources()):
         what = f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s"
         if time.monotonic() - began > patience_s:
@@ -251,9 +251,9 @@ def wait_for_own(
                 f"{what} after ray.cluster.pre_running_timeout_s = {patience_s:g} s: its workers are missing; "
                 "kubectl describe pods says what they wait for"
             )
-        if not said:
+        if not is_logged:
             log(f"{what}: waiting for its workers")
-        said = True
+        is_logged = True
         time.sleep(POLL_S)
 
 
@@ -308,9 +308,9 @@ def _short_of(needed: Mapping[str, float], limit: Mapping[str, float]) -> str | 
 def _too_small(name: str, needed: Mapping[str, float], why: str) -> ConfigError:
     ways = ["lower ray.num_workers"] if needed[name] > 1 else []
     ways += ["set ray.use_gpu=false"] if name == "GPU" else []
-    asked = counted(int(needed[name]), name)
+    amount = counted(int(needed[name]), name)
     return ConfigError(
-        f"ray.num_workers asks for {asked} and {why}: {', or '.join([*ways, 'train on a larger cluster'])}"
+        f"ray.num_workers asks for {amount} and {why}: {', or '.join([*ways, 'train on a larger cluster'])}"
     )
 
 

@@ -127,7 +127,7 @@ def sharding(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> Ite
     linear = torch.nn.functional.linear
     is_sharded, base = config.train.zero_stage == 3, config.method.row.base
     # transformers keeps only a weak reference to it.
-    held = HfDeepSpeedConfig(settings(config, dtype)) if is_sharded and base == "bf16" else None
+    shared_config = HfDeepSpeedConfig(settings(config, dtype)) if is_sharded and base == "bf16" else None
     try:
         with ExitStack() as quantised:
             if is_sharded and base == "nf4":
@@ -136,7 +136,7 @@ def sharding(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16) -> Ite
             yield
     finally:
         unset_hf_deepspeed_config()
-        del held
+        del shared_config
         torch.nn.functional.linear = linear
 
 
@@ -213,12 +213,12 @@ def require_shared(module: torch.nn.Module, *, num_workers: int) -> None:
     sharded = [parameter for parameter in module.parameters() if _shape(parameter).numel() > longest_vector]
     total = sum(_shape(parameter).numel() * parameter.element_size() for parameter in sharded)
     tensors = [tensor for p in sharded for tensor in (p.data, getattr(p, "ds_tensor", None)) if tensor is not None]
-    held = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
+    num_bytes = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
     limit = PADDING * total / num_workers
-    if held > limit:
+    if num_bytes > limit:
         raise JobError(
-            f"ZeRO-3 did not share out the weights: this worker holds {held:,} of their {total:,} bytes and its share "
-            f"is {limit:,.0f}; use train.zero_stage=2, which does not promise that"
+            f"ZeRO-3 did not share out the weights: this worker holds {num_bytes:,} of their {total:,} bytes and its "
+            f"share is {limit:,.0f}; use train.zero_stage=2, which does not promise that"
         )
 
 
@@ -337,8 +337,8 @@ def make(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """Create the optimizer of all trained parameters; DoRA magnitudes are a group without weight decay. The caller must
     set its learning rate before every step."""
     magnitudes = list(dora.magnitudes(model))
-    held = {id(parameter) for parameter in magnitudes}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    of_magnitudes = {id(parameter) for parameter in magnitudes}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in of_magnitudes]
     groups = [
         {"params": parameters, "weight_decay": decay}
         for parameters, decay in ((others, train.weight_decay), (magnitudes, 0.0))
@@ -392,9 +392,9 @@ def restore(optimizer: torch.optim.Optimizer, master: torch.Tensor, tensors: Map
         if not state:
             # It reads the parameter from its group, where ZeRO-3 puts parameters only during a step.
             group = optimizer.param_groups[0]
-            held, group["params"] = group["params"], [master]
+            parameters, group["params"] = group["params"], [master]
             optimizer.init_state(group, master, 0, 0)
-            group["params"] = held
+            group["params"] = parameters
         state["step"] = int(step)
         for name in tensors.keys() - {"step"}:
             tensor = tensors[name]

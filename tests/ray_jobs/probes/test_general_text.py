@@ -92,13 +92,13 @@ def test_the_comparison_tells_every_models_loss_per_token(config, store, version
 
 def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version, tmp_path) -> None:
     champion = replace(version, run_id="earlier")
-    text = asked(config, store, champion).known
+    text = asked(config, store, champion).losses
     known = text.model_copy(update={"nll": {"base": [1.0] * 5, "candidate": [2.0] * 5}})
     remember(store, config, champion, general_text=known)
     candidate = replace(version, version="0" * 12, run_id="later")
     passages = asked(config, store, champion, candidate)
     assert passages.roles == {"candidate"}
-    assert passages.known.nll == {"base": [1.0] * 5, "champion": [2.0] * 5}
+    assert passages.losses.nll == {"base": [1.0] * 5, "champion": [2.0] * 5}
 
     store.put(f"runs/{champion.run_id}/evaluation.json", b"{")
     assert asked(config, store, champion, candidate).roles == {"base", "champion", "candidate"}

@@ -133,7 +133,7 @@ def test_what_an_earlier_run_has_found_is_not_run_again(
     remember(store, config, champion, harness=tasks.outcome([{"base": SCORES, "candidate": SCORES}], None).record)
     again = asked(config, store, champion, candidate)
     assert again.roles == {"candidate"}
-    assert again.known.scores == {"base": SCORES, "champion": SCORES}
+    assert again.record.scores == {"base": SCORES, "champion": SCORES}
     assert list(again.outcome([{}, {"candidate": SCORES}], None).record.scores) == ["base", "champion", "candidate"]
     assert again.at(lambda count: range(1, count, 2)).roles == frozenset()
 
@@ -224,7 +224,7 @@ def test_fineloops_own_tasks_are_put_in_the_chat_template_and_scored(installed, 
     version = publish(config, store, tmp_path, with_data=False)
     chat = chat_format.load(base_model.resolve(config.model), config.model)
     tasks = harness.prepare(store, chat, config, contenders(config, version))
-    assert tasks.known.include_sha256
+    assert tasks.record.include_sha256
     prompts = []
     template = chat.tokenizer.apply_chat_template
     chat.tokenizer.apply_chat_template = lambda *how, **more: prompts.append(template(*how, **more)) or prompts[-1]

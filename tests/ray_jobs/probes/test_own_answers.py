@@ -129,7 +129,7 @@ def test_the_estimate_is_the_divergence_over_the_whole_vocabulary(base_and_model
     nll = {
         role: label_nll(each, answered.split, 1000, chat.pad) for role, each in (("base", base), ("candidate", model))
     }
-    losses = answered.known.model_copy(update={"nll": nll})
+    losses = answered.losses.model_copy(update={"nll": nll})
     assert losses.above_base("base") == 0
     found = losses.above_base("candidate")
     evaluation = Evaluation(run_id="r", records=1, models={}, own_answers=losses)
@@ -186,7 +186,7 @@ def test_the_base_is_asked_once_and_later_runs_take_its_answers_from_the_record(
     remember(store, config, champion, own_answers=losses)
     later = asked(config, store, champion, candidate)
     assert later.roles == {"candidate"}
-    assert later.known.nll == {"base": losses.nll["base"], "champion": losses.nll["candidate"]}
+    assert later.losses.nll == {"base": losses.nll["base"], "champion": losses.nll["candidate"]}
     again = replace(later, roles=frozenset({"base", "candidate"}))  # read anew, it is the same answers
     read = measured(config, version, again)
     assert (read.answers, read.text_sha256, read.tokens) == (losses.answers, losses.text_sha256, losses.tokens)
@@ -200,7 +200,7 @@ def test_the_base_is_asked_once_and_later_runs_take_its_answers_from_the_record(
 def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, store, version, change) -> None:
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
     first = asked(config, store, champion)
-    losses = first.answered([[1, 2, 3]] * 5).known.model_copy(
+    losses = first.answered([[1, 2, 3]] * 5).losses.model_copy(
         update={"nll": {"base": [1.0] * 5, "candidate": [2.0] * 5}}
     )
     remember(store, config, champion, own_answers=losses)
@@ -214,9 +214,9 @@ def test_answers_to_other_prompts_or_of_another_base_are_drawn_anew(config, stor
     else:
         anew = asked(config_file.loads(config_file.dumps(config), [change]), store, champion, candidate)
     assert anew.new_tokens > 0
-    assert anew.known.answers is None
+    assert anew.losses.answers is None
     assert "base" in anew.roles
-    assert not anew.known.nll
+    assert not anew.losses.nll
 
 
 def test_the_comparison_tells_how_far_each_model_is_from_the_base(config, store, version) -> None:

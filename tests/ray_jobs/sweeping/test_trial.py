@@ -29,7 +29,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     from components.registry import lineage
     from ray_jobs.base import base_model
     from ray_jobs.probes.texts import unread_passages
-    from ray_jobs.scoring.measure import HeldBase
+    from ray_jobs.scoring.measure import BaseCache
     from ray_jobs.sweeping.trial import Course, train_trial
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
@@ -41,7 +41,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
     chat = chat_format.load(base, first.model)
     records = [validate(row).record for row in ROWS]
     train_split, validation = (tokenize(part, chat, 64) for part in (records[:64], records[64:]))
-    held, found = HeldBase(), []
+    cache, found = BaseCache(), []
     for number, toml in enumerate(configs):
         config = config_file.loads(toml)
         identity = lineage.Base(first.model.base, base.identity)
@@ -52,7 +52,7 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
         )  # fmt: skip
         reports: list[Trial] = []
         passages = unread_passages(chat, config)
-        trial = train_trial(spec, Course(trial), (train_split, validation), passages, held, reports.append)
+        trial = train_trial(spec, Course(trial), (train_split, validation), passages, cache, reports.append)
         found.append({**trial.model_dump(), "reports": [each.steps for each in reports]})
     return found
 

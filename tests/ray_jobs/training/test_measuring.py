@@ -38,13 +38,13 @@ def measure_in_rank(task: Task) -> ShardResult:
     import torch.distributed as dist
 
     from ray_jobs.base import together
-    from ray_jobs.scoring.measure import HeldBase
+    from ray_jobs.scoring.measure import BaseCache
     from ray_jobs.training.measuring import _measured_in_turn
     from ray_jobs.training.zero import Worker
 
     here = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     with together.gloo_group(here.num_workers) as group:
-        return _measured_in_turn(task, HeldBase(), here, group)
+        return _measured_in_turn(task, BaseCache(), here, group)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from components.config.schema import RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.kernels.door import PLAIN, Kernels
-from ray_jobs.scoring.measure import HeldBase
+from ray_jobs.scoring.measure import BaseCache
 from ray_jobs.training import opening, publishing
 from tests.models.spec import changed
 from tests.models.tiny import colour_rows
@@ -42,7 +42,7 @@ def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[s
 
     from ray_jobs.training import zero
 
-    config, held, optimizers = config_file.loads(config_toml), HeldBase(), []
+    config, cache, optimizers = config_file.loads(config_toml), BaseCache(), []
 
     def made(*arguments: Any) -> Any:
         optimizers.append(weakref.ref(found := make(*arguments)))
@@ -50,13 +50,13 @@ def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[s
 
     make = zero.make
     with mock.patch.object(zero, "make", made):
-        fitted = fit_in_rank(config, colour_rows(80), run_id="run", dense_base=dense_base, load=held.load)
+        fitted = fit_in_rank(config, colour_rows(80), run_id="run", dense_base=dense_base, load=cache.load)
     how = (fitted.spec, fitted.store, fitted.fitted, fitted.worker)
     version = publishing.publish(*how, started_at=datetime.now(UTC)).version
     del fitted, how
-    held.strip()
+    cache.strip()
     assert [each() for each in optimizers] == [None]  # and so the memory of what it holds is free
-    return version, measured(config, version, held=held), held.num_loaded
+    return version, measured(config, version, cache=cache), cache.num_loaded
 
 
 def measured_by_a_task(config_toml: str, version: str) -> Any:
@@ -111,38 +111,38 @@ def test_what_deepspeed_brings_into_16_bits_is_as_wide_again_as_it_was_read(conf
         return model
 
     monkeypatch.setattr(base_model, "load_model", load)
-    held = HeldBase()
-    fresh = {name: weight.clone() for name, weight in held.load(*loading, use_gpu=False).named_parameters()}
-    adapted = build.attach(held.load(*loading, use_gpu=False), config.method, base_reference="", seed=0)
+    cache = BaseCache()
+    fresh = {name: weight.clone() for name, weight in cache.load(*loading, use_gpu=False).named_parameters()}
+    adapted = build.attach(cache.load(*loading, use_gpu=False), config.method, base_reference="", seed=0)
     for parameter in adapted.parameters():  # deepspeed/runtime/engine.py, _cast_module_mixed_precision
         parameter.data = parameter.data.to(torch.bfloat16)
-    again = dict(held.load(*loading, use_gpu=False).named_parameters())
+    again = dict(cache.load(*loading, use_gpu=False).named_parameters())
     assert again.keys() == fresh.keys()
     assert all(torch.equal(weight, again[name]) for name, weight in fresh.items())
     assert again["model.norm.weight"].dtype is torch.float32
-    assert held.num_loaded == 1
+    assert cache.num_loaded == 1
 
 
 def test_weights_that_were_moved_beside_others_are_their_layers_own_again(config, loading):
-    held = HeldBase()
-    model = held.load(*loading, use_gpu=False)
+    cache = BaseCache()
+    model = cache.load(*loading, use_gpu=False)
     fresh = {name: weight.clone() for name, weight in model.named_parameters()}
     adapted = PLAIN.adopt(build.attach(model, config.method, base_reference="", seed=0))
     build.to_training(adapted, torch.bfloat16)
     adapted.train()(input_ids=torch.arange(8)[None], use_cache=False).logits.sum().backward()
     moved = [name for name, weight in model.named_parameters() if not weight.is_contiguous()]
     assert len(moved) >= 7
-    again = dict(held.load(*loading, use_gpu=False).named_parameters())
+    again = dict(cache.load(*loading, use_gpu=False).named_parameters())
     assert all(again[name].is_contiguous() and torch.equal(weight, again[name]) for name, weight in fresh.items())
     assert sum(weight.untyped_storage().nbytes() for weight in again.values()) == sum(w.nbytes for w in fresh.values())
 
 
 def test_nothing_of_a_training_stays_on(config, loading):
-    held = HeldBase()
-    opening.assemble(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=held.load)
+    cache = BaseCache()
+    opening.assemble(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=cache.load)
     how = {"in_host_memory": False, "dtype": torch.bfloat16}
-    model = held.load(*loading, use_gpu=False, **how)
-    assert held.num_loaded == 1
+    model = cache.load(*loading, use_gpu=False, **how)
+    assert cache.num_loaded == 1
     hooks = {"_forward_hooks", "_backward_hooks", "_forward_pre_hooks"}
     watched = [name for name, module in model.named_modules() if any(getattr(module, each) for each in hooks)]
     assert watched == ["lm_head"]  # whose input is made contiguous: base_model.load_model
