@@ -1,5 +1,7 @@
 """The pipeline that a person starts from the UI: put one version into production, or go back to an earlier one."""
 
+from typing import Any
+
 from kfp import dsl
 
 from components.promote.component import move_by_hand
@@ -23,7 +25,7 @@ def build(configure: Configure = lambda task: None) -> dsl.base_component.BaseCo
         prefix: str = "",
         trusted_keys: list[str] = [],  # noqa: B006 - kfp reads it as the field's default
         evaluation_keys: list[str] = [],  # noqa: B006 - likewise
-        announce: dict[str, str] = {},  # noqa: B006 - likewise
+        announce: dict[str, Any] = {},  # noqa: B006 - likewise
     ) -> None:
         """Move an alias by hand; the event log keeps who and why.
 

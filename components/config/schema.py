@@ -91,12 +91,13 @@ def of_training(values: Mapping[str, Any]) -> str:
 # Notifications of a moved alias, beside the registry's own event log, and of runs that move none.
 
 Url = Annotated[str, StringConstraints(pattern=r"^(https?://[^\s/?#@]+(/\S*)?)?$")]
+Addressee = Annotated[str, StringConstraints(pattern=r"^(slack|teams|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+)$")]
 NightKind = Literal["held", "failed", "skipped"]
 
 
 class AnnounceConfig(Section):
-    """Servers that are notified when an alias moves, and the webhook also when a run of the pipeline moves none; none
-    by default. A failed notification undoes nothing and fails no run.
+    """Servers and people that are notified when an alias moves, the webhook and people also when a run of the pipeline
+    moves none; none by default. A failed notification undoes nothing and fails no run.
 
     Tokens come from the environment. Do not put an address here that is itself a secret: every run stores its config.
     """
@@ -110,14 +111,18 @@ class AnnounceConfig(Section):
     webhook: Url = ""
     """URL that receives each move as JSON, signed with FINELOOP_WEBHOOK_SECRET as GitHub signs
     (X-Hub-Signature-256)."""
+    people: Annotated[list[Addressee], Added("0.2.0")] = []
+    """Who gets a message: `slack` and `teams`, the channels of the webhooks in FINELOOP_SLACK_WEBHOOK and
+    FINELOOP_TEAMS_WEBHOOK, and e-mail addresses, by the server in FINELOOP_SMTP_URL."""
     nights: Annotated[list[NightKind], Added("0.2.0")] = ["held", "failed", "skipped"]
-    """The ends of a run, other than a promotion, that the webhook is told of, with the reason and the command that
-    helps. An empty list tells it of moves alone."""
+    """The ends of a run, other than a promotion, that webhook and people are told of, with the reason and the command
+    that helps. An empty list tells them of moves alone."""
 
     @property
     def servers(self) -> dict[str, str]:
-        """The addresses that are set, by their keys."""
-        return {key: value for key, value in self if isinstance(value, str) and value}
+        """The addresses that are set, by their keys; of people by `people.` and who."""
+        urls = {key: value for key, value in self if isinstance(value, str) and value}
+        return urls | {f"people.{who}": who for who in self.people}
 
 
 # Trackers of experiments that see a training's curve while it goes on.

@@ -1,5 +1,7 @@
 """Kubeflow steps: the ends of a run, and the one step of a promotion by hand."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Markdown, Output
 
@@ -62,7 +64,7 @@ def move_by_hand(
     prefix: str,
     trusted_keys: list[str],
     evaluation_keys: list[str],
-    announce: dict[str, str],
+    announce: dict[str, Any],
     job_id: str,
     summary: Output[Markdown],
 ) -> str:

@@ -1,12 +1,12 @@
 """Tells of a run that ended without moving its alias: held, skipped or failed, why, and what to do about it."""
 
-import hashlib
+import hmac
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from components.config.schema import NightKind, RunConfig
-from components.handover.announce import NOTIFIED, Night, announce_night
+from components.handover.announce import NOTIFIED, Night, announce_night, secrets, without_secrets
 from components.ray_cluster.backend import kubeflow_run
 from components.report.html import clipped
 from components.report.run_files import RunFiles
@@ -33,12 +33,16 @@ def told(
         kind, reasons = "failed", (UNSAID,)
     if kind is None or environment.get(INTERRUPTED) or not config.announce.servers:
         return {}
-    reason, commands = _quotable(" ".join(reasons), environment), next_steps(run)
+    # A reason may hold what a training or a library wrote, and is sent elsewhere.
+    text = re.sub(r"(\w://)[^\s/@]+@", r"\1***@", without_secrets(" ".join(" ".join(reasons).split()), environment))
+    reason, commands = clipped(printable(text)), next_steps(run)
     on_kubeflow = kubeflow_run(environment, run.run_id)
     if not commands or (on_kubeflow and kind == "failed"):
         commands = [(f"fineloop runs show {on_kubeflow or run.run_id}", "see what came of it, step by step")]
+    # Keyed, so that a training, which may write the record of this step, cannot say of a coming night that it was told.
+    key = "\0".join(environment.get(name, "") for name in secrets(of_nights=True))
     night = Night(
-        event_id=hashlib.sha256("\0".join((report_uri, kind, reason)).encode()).hexdigest()[:32],
+        event_id=hmac.digest(key.encode(), "\0".join((report_uri, kind, reason)).encode(), "sha256").hex()[:32],
         kind=kind,
         time=run.generated_at.isoformat(),
         adapter=run.adapter,
@@ -55,13 +59,3 @@ def told(
     notified = [key for key, outcome in outcomes.items() if outcome == NOTIFIED] if isinstance(outcomes, dict) else []
     announced = announce_night(config.announce, night, environment, notified=notified)
     return {"event_id": night.event_id, "announced": announced}
-
-
-def _quotable(text: str, environment: Mapping[str, str]) -> str:
-    """A text that may hold what a training or a library wrote, to be sent elsewhere: without this process's secrets and
-    passwords in addresses, its control characters escaped, and not too long."""
-    for name, value in environment.items():
-        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(value) >= 8:
-            text = text.replace(value, "***")
-    text = re.sub(r"(\w://)[^\s/@]+@", r"\1***@", text)
-    return clipped(printable(" ".join(text.split())))

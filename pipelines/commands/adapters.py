@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from components.config.schema import RunConfig
+from components.config.schema import AnnounceConfig, RunConfig
 from components.handover import hub, serve_manifest
-from components.handover.announce import NOTIFIED, NOTIFIERS, announce
+from components.handover.announce import NOTIFIED, announce
 from components.promote import promote as moves
 from components.promote.promote import Person
 from components.records.steps import finite
@@ -267,10 +267,10 @@ def _look_lines(shown: Mapping[str, Any], config: RunConfig, home: str) -> Itera
     example="fineloop adapters announce icd10-chapters@production",
 )
 def announce_again(options: argparse.Namespace) -> Answer:
-    """Notify Model Registry, MLflow and webhook, as far as the config names them, of where an alias points."""
+    """Notify all whom the config names of where an alias points."""
     config = load_config(options).announce
     if not config.servers:
-        keys = ", ".join(f"announce.{key}" for key in NOTIFIERS)
+        keys = ", ".join(f"announce.{key}" for key in AnnounceConfig.model_fields if key != "nights")
         raise UserError(f"the config names nothing to notify: set one of {keys}")
     name, _, alias = options.alias.partition("@")
     with opened_registry(options) as store:

@@ -71,7 +71,7 @@ def compile_promotion(config: RunConfig, *, image: str = "") -> str:
         "prefix": registry.prefix,
         "trusted_keys": registry.trusted_keys,
         "evaluation_keys": registry.evaluation_keys,
-        "announce": config.announce.servers,
+        "announce": config.announce.model_dump(exclude_defaults=True, exclude={"nights"}),
     }
     return _text(build(for_cluster(config)), defaults, {"action": [*ACTIONS]}, image)
 

@@ -402,7 +402,7 @@ def outcome_lines(run: Run, recorded: Recorded) -> list[str]:
         return [progress] if (progress := recorded.progress()) else []
     lines = []
     if decision := recorded.decision():
-        name, alias = decision.adapter, f"{decision.adapter}@{decision.alias}"
+        alias = f"{decision.adapter}@{decision.alias}"
         headline = {
             "promote": f"promoted: {alias} is now {decision.version}",
             "hold": f"held: {decision.version} is published, and {alias} stays where it was",
@@ -414,7 +414,7 @@ def outcome_lines(run: Run, recorded: Recorded) -> list[str]:
     lines += failures(run, recorded)
     if decision and decision.promoted:
         failed = failed_notifications(recorded.steps())
-        lines += [warning(key, name, decision.alias, why) for key, why in failed.items()]
+        lines += [warning(key, why, alias) for key, why in failed.items()]
     if recorded.refused:
         lines.append(f"what it recorded cannot be read from here: {recorded.refused}")
     return lines

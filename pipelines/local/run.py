@@ -24,7 +24,7 @@ import tomlkit
 from components.config import config_file
 from components.config.methods import setting
 from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
-from components.handover.announce import failed_notifications, night_warning, warning
+from components.handover.announce import failed_notifications, warning
 from components.records import runs
 from components.records.runs import PAGES
 from components.records.steps import ROLES, Decision, Evaluation, Role, TrainResult, scalars
@@ -392,10 +392,8 @@ def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") ->
     ]
     fresh = [f"  {line}" for line in outcome.freshness]
     table = [*_table(outcome.metrics), *fresh, *_forgotten(outcome), ""] if outcome.version else []
-    warnings = [
-        warning(key, outcome.adapter, outcome.alias, why) if outcome.promoted else night_warning(key, why)
-        for key, why in outcome.untold.items()
-    ]
+    moved = f"{outcome.adapter}@{outcome.alias}" if outcome.promoted else ""
+    warnings = [warning(key, why, moved) for key, why in outcome.untold.items()]
     lines = ["", headline, *reasons, *warnings, "", *table]
     where = {"version": outcome.version_uri, "report": outcome.report}
     where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"

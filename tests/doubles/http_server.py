@@ -1,6 +1,7 @@
 """An HTTP server on loopback for doubles that answer JSON."""
 
 import json
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ Handle = Callable[[str, str, Mapping[str, str], bytes, Mapping[str, str]], Answe
 
 
 @contextmanager
-def serving(handle: Handle) -> Iterator[str]:
+def serving(handle: Handle, *, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """The server's address, while it runs."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,9 +36,11 @@ def serving(handle: Handle) -> Iterator[str]:
             """Nothing is printed."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

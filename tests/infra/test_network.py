@@ -71,6 +71,7 @@ REACHED: dict[tuple[str, int], set[str]] = {
     ("pod identity agent", 80): RAY_PODS | {"step"},
     ("pod identity agent", 443): set(),
     ("internet", 443): RAY_PODS | {"step", "reap", "kubeflow"},
+    ("internet", 587): {"step"},
     ("internet", 22): set(),
     ("Kubernetes API", 443): {"experiments", "step", "reap", "kubeflow"},
     ("Kubernetes API", 6443): {"experiments", "step", "reap", "kubeflow"},

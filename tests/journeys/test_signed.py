@@ -30,8 +30,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 SIGNING = {"FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE", "FINELOOP_SIGNER"}
 EVALUATING = {"FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_KEY_FILE", "FINELOOP_EVALUATION_SIGNER"}
+OF_NIGHTS = {"FINELOOP_WEBHOOK_SECRET", "FINELOOP_SLACK_WEBHOOK", "FINELOOP_TEAMS_WEBHOOK", "FINELOOP_SMTP_URL"}
 ANNOUNCING = {
-    *("FINELOOP_WEBHOOK_SECRET", "FINELOOP_MODEL_REGISTRY_TOKEN"),
+    *OF_NIGHTS,
+    "FINELOOP_MODEL_REGISTRY_TOKEN",
     *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 }
 TRACKING = {each for each in ANNOUNCING if each.startswith("MLFLOW")}
@@ -235,7 +237,7 @@ def test_of_the_steps_each_holds_what_it_alone_needs(first: First) -> None:
             if found and str(first.person.folder) in seen.command:
                 held.setdefault(rest.split()[0], set()).update(seen.variables & SECRETS)
     assert {"prepare", "finetune", "evaluate"} <= held.keys()
-    may = {"promote": SIGNING | ANNOUNCING, "evaluate": EVALUATING, "report": REPORTING | {"FINELOOP_WEBHOOK_SECRET"}}
+    may = {"promote": SIGNING | ANNOUNCING, "evaluate": EVALUATING, "report": REPORTING | OF_NIGHTS}
     assert {step: names - may.get(step, set()) for step, names in held.items()} == {step: set() for step in held}
 
 

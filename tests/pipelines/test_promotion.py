@@ -72,12 +72,12 @@ def test_a_person_moves_the_alias_and_back(
 
 def test_the_form_offers_what_there_is() -> None:
     mine = {"adapter.alias": "staging", "registry.bucket": "mine", "registry.prefix": "team/a"}
-    announced = ["announce.mlflow=https://mlflow.example"]
+    announced = ["announce.mlflow=https://mlflow.example", 'announce.people=["slack"]']
     config = config_file.load(DEFAULT_CONFIG, [*announced, *(f"{key}={value}" for key, value in mine.items())])
     spec, _ = yaml.safe_load_all(compile_promotion(config))
     parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert len(parameters) == 11
     assert parameters["action"]["literals"] == ["promote", "approve", "roll back"]
     assert parameters["adapter_name"]["defaultValue"] == config.adapter.name
-    assert parameters["announce"]["defaultValue"] == {"mlflow": "https://mlflow.example"}
+    assert parameters["announce"]["defaultValue"] == {"mlflow": "https://mlflow.example", "people": ["slack"]}
     assert [parameters[name]["defaultValue"] for name in ("alias", "bucket", "prefix")] == [*mine.values()]

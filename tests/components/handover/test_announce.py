@@ -6,26 +6,33 @@ An MLflow is `mlflow server --backend-store-uri sqlite:///mlflow.db`, in an envi
 import json
 import logging
 import os
+import socket
+import ssl
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import requests
+from pydantic import ValidationError
 
 from components.config.config_file import loads
 from components.config.schema import AnnounceConfig
 from components.handover import announce as announcing
-from components.handover.announce import NOTIFIERS, Notifier, announce, signature
+from components.handover.announce import NOTIFIERS, Night, Notifier, announce, announce_night, signature
 from components.records import runs
 from components.records.steps import Evaluation, Measured
 from components.registry import aliases, versions
 from components.registry.event_log import Event
 from components.shared.errors import ConfigError
 from components.store.store import Store
-from tests.doubles.http_server import Answer, serving
+from pipelines.local.seaweedfs import write_certificate
+from tests.doubles.http_server import Answer, Handle, serving
 from tests.doubles.mlflow_server import Mlflow
 from tests.doubles.model_registry import ModelRegistry
+from tests.doubles.smtp_server import MailServer, mailing
 
 TOKEN = {"MLFLOW_TRACKING_TOKEN": "m", "FINELOOP_MODEL_REGISTRY_TOKEN": "r"}
 
@@ -191,3 +198,225 @@ def test_an_address_that_is_none_or_holds_a_password_is_refused(address: str) ->
     text = '[adapter]\nname = "a"\n[model]\nbase = "b"\n[data]\nsource = "c"\n'
     with pytest.raises(ConfigError, match=r"announce\.webhook"):
         loads(text, [f"announce.webhook={address}"])
+
+
+# People. The doubles refuse what Slack's, Teams' and a provider's servers refuse.
+
+MAIL = "ada@example.org"
+NIGHT = Night(
+    event_id="e1",
+    kind="held",
+    time="2026-12-02T00:30:00+00:00",
+    adapter="sums",
+    alias="production",
+    run_id="run-1",
+    candidate="v2",
+    title="sums: production stays as it is",
+    reason="the loss is worse by <!channel> & [more](http://evil.example)\x1b[2J\nTo: you",
+    commands=[{"command": "fineloop chat sums@v2", "why": "talk to the candidate"}],
+    report_uri="s3://b/runs/run-1/report.html",
+)
+REASON = r"the loss is worse by <!channel> & [more](http://evil.example)\x1b[2J To: you"
+COMMAND = "fineloop chat sums@v2 # talk to the candidate"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def trusting(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The certificate of the servers, which this process trusts."""
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.setenv(name, str(certificate[0]))
+    return certificate
+
+
+def over_tls(handle: Handle, certificate: tuple[Path, Path]) -> Any:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return serving(handle, tls=context)
+
+
+def slack(path: str, sent: Any) -> tuple[int, str]:
+    """As an incoming webhook answers: docs.slack.dev/messaging/sending-messages-using-incoming-webhooks."""
+    if path != "/services/T0/B0/secret-part":
+        return 404, "no_service"
+    texts = [block["text"] for block in sent.get("blocks", []) if block["type"] == "section"]
+    if not sent.get("text"):
+        return 400, "no_text"
+    if not texts or len(texts) > 50 or any(not 1 <= len(text["text"]) <= 3000 for text in texts):
+        return 400, "invalid_blocks"
+    return 200, "ok"
+
+
+def shown_by_slack(sent: Any) -> list[str]:
+    assert not any(sign in sent["text"] for sign in "<>&")  # of which it would make links and mentions
+    assert {block["text"]["type"] for block in sent["blocks"]} == {"plain_text"}
+    return [block["text"]["text"] for block in sent["blocks"]]
+
+
+def teams(path: str, sent: Any) -> tuple[int, str]:
+    """As the trigger of a workflow answers: accepted, and what is no card is lost later."""
+    if path != "/workflows/w/triggers/manual/paths/invoke":
+        return 401, "DirectApiAuthorizationRequired"
+    (attachment,) = sent["attachments"]
+    card = attachment["content"]
+    fits = len(json.dumps(sent)) < 28 * 1024 and (card["type"], sent["type"]) == ("AdaptiveCard", "message")
+    return (202, "") if fits and attachment["contentType"].endswith("vnd.microsoft.card.adaptive") else (400, "no")
+
+
+def shown_by_teams(sent: Any) -> list[str]:
+    runs = [run for block in sent["attachments"][0]["content"]["body"] for run in block["inlines"]]
+    assert {run["type"] for run in runs} == {"TextRun"}  # which is shown as it is
+    return [run["text"] for run in runs]
+
+
+CHANNELS: dict[str, tuple[str, str, Callable[[str, Any], tuple[int, str]], Callable[[Any], list[str]]]] = {
+    "slack": ("FINELOOP_SLACK_WEBHOOK", "/services/T0/B0/secret-part", slack, shown_by_slack),
+    "teams": (
+        "FINELOOP_TEAMS_WEBHOOK",
+        "/workflows/w/triggers/manual/paths/invoke?api-version=1&sig=secret-part",
+        teams,
+        shown_by_teams,
+    ),
+}
+
+
+@pytest.mark.parametrize("who", CHANNELS)
+def test_a_channel_is_told_of_a_night_and_of_a_move_over_tls(
+    store: Store, name: str, trusting: tuple[Path, Path], who: str
+) -> None:
+    variable, path, answer, shown = CHANNELS[who]
+    sent: list[Any] = []
+
+    def handle(_verb: str, path: str, _query: Any, body: bytes, _headers: Any) -> Answer:
+        sent.append(json.loads(body))
+        return answer(path, sent[-1])
+
+    promoted(store, name)
+    event, config = promoted(store, name, b"two"), AnnounceConfig(people=[who])
+    with over_tls(handle, trusting) as url:
+        environment = {variable: url + path}
+        assert announce_night(config, NIGHT, environment) == {f"people.{who}": "told"}
+        assert announce(config, store, name, event, environment) == {f"people.{who}": "told"}
+    night, move = map(shown, sent)
+    assert night == ["sums: production stays as it is (held)", REASON, COMMAND, NIGHT.report_uri]
+    assert move[0] == f"{name}: {event.body['to']} is in production (promoted)"
+    assert move[1:3] == [
+        "better",
+        f"fineloop adapters rollback {name} --alias production # go back to {event.body['from']}",
+    ]
+
+
+def test_people_get_an_email_of_a_night_once_by_its_id(trusting: tuple[Path, Path]) -> None:
+    server = MailServer(login=("bot@example.org", "p@ss:word"))
+    with mailing(server, *trusting):
+        environment = {"FINELOOP_SMTP_URL": f"smtp://bot%40example.org:p%40ss%3Aword@127.0.0.1:{server.port}"}
+        assert announce_night(AnnounceConfig(people=[MAIL]), NIGHT, environment) == {f"people.{MAIL}": "told"}
+        assert announce_night(AnnounceConfig(people=[MAIL]), NIGHT, environment) == {f"people.{MAIL}": "told"}
+    first, second = server.taken
+    assert (first["To"], first["From"], first["Subject"]) == (MAIL, "bot@example.org", f"{NIGHT.title} (held)")
+    assert first.get_content().split() == " ".join([f"{NIGHT.title} (held)", REASON, COMMAND, NIGHT.report_uri]).split()
+    assert first["Message-ID"] == second["Message-ID"]  # by which a mailbox knows the same mail again
+
+
+def test_no_mail_goes_over_a_connection_that_is_not_secure(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, outcomes = AnnounceConfig(people=[MAIL]), []
+    for server in (MailServer(login=("u", "hush-hush"), offers_tls=False), MailServer(login=("u", "hush-hush"))):
+        with mailing(server, *certificate):  # which nobody here trusts
+            environment = {"FINELOOP_SMTP_URL": f"smtp://u:hush-hush@127.0.0.1:{server.port}"}
+            outcomes += announce_night(config, NIGHT, environment).values()
+        assert (server.taken, server.connections) == ([], 1)
+    assert "STARTTLS" in outcomes[0]
+    assert "CERTIFICATE_VERIFY_FAILED" in outcomes[1]
+    with over_tls(lambda *_: (200, "ok"), certificate) as url:
+        outcome = announce_night(AnnounceConfig(people=["slack"]), NIGHT, {"FINELOOP_SLACK_WEBHOOK": f"{url}/secret"})
+    assert "CERTIFICATE_VERIFY_FAILED" in outcome["people.slack"]
+
+
+@pytest.mark.parametrize("url", ["", "smtp://user:pa/ss-word@host", "smtp://user:pass:word@host", "https://host"])
+def test_a_mail_servers_address_that_is_none_is_refused_without_its_password(url: str) -> None:
+    (outcome,) = announce_night(AnnounceConfig(people=[MAIL]), NIGHT, {"FINELOOP_SMTP_URL": url}).values()
+    assert "FINELOOP_SMTP_URL is not smtp://USER:PASSWORD@HOST:PORT" in outcome
+    assert not any(part in outcome for part in ("pa/ss", "pass:", "word@"))
+
+
+def test_a_mail_is_not_sent_again_where_the_server_may_have_it(trusting: tuple[Path, Path]) -> None:
+    server = MailServer(login=("u", "p"), drops_after_data=True)
+    with mailing(server, *trusting):
+        environment = {"FINELOOP_SMTP_URL": f"smtp://u:p@127.0.0.1:{server.port}"}
+        (outcome,) = announce_night(AnnounceConfig(people=[MAIL]), NIGHT, environment).values()
+    assert "127.0.0.1: Connection unexpectedly closed" in outcome
+    assert (len(server.taken), server.connections) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "tries"),
+    [
+        ((429, "rate_limited", {"Retry-After": "0"}), 3),
+        ((503, "busy"), 3),
+        ((429, "come tomorrow", {"Retry-After": "86400"}), 1),
+        ((502, "a gateway that may have passed it on"), 1),
+        ((504, "late"), 1),
+        ((403, "invalid_token"), 1),
+    ],
+)
+def test_a_message_is_sent_again_only_where_it_was_not_taken(answer: Answer, tries: int) -> None:
+    paths: list[str] = []
+
+    def handle(_verb: str, path: str, *_: Any) -> Answer:
+        paths.append(path)
+        return answer
+
+    with serving(handle) as url:
+        environment = {"FINELOOP_SLACK_WEBHOOK": f"{url}/services/T0/B0/secret-part"}
+        (outcome,) = announce_night(AnnounceConfig(people=["slack"]), NIGHT, environment).values()
+    assert len(paths) == tries
+    assert outcome.startswith(f"POST FINELOOP_SLACK_WEBHOOK answered {answer[0]}: ")
+
+
+def test_a_message_whose_answer_was_lost_is_not_sent_again_and_one_without_a_server_is() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/secret-part"
+        server.settimeout(10)
+        outcomes: list[str] = []
+
+        def notify() -> None:
+            outcomes.extend(
+                announce_night(AnnounceConfig(people=["slack"]), NIGHT, {"FINELOOP_SLACK_WEBHOOK": url}).values()
+            )
+
+        thread = Thread(target=notify)
+        thread.start()
+        caller, _ = server.accept()
+        with caller:
+            caller.recv(65536)
+        thread.join()
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):  # nobody calls again
+            server.accept()
+    assert "Connection aborted" in outcomes[0]
+    notify()
+    assert "Connection refused" in outcomes[1]
+
+
+def test_the_address_of_a_channel_is_in_no_outcome_and_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        for url in ("http://127.0.0.1:9/secret-part?sig=secret-part", "https://[secret-part", "http://secret-part:-1/"):
+            (outcome,) = announce_night(
+                AnnounceConfig(people=["slack"]), NIGHT, {"FINELOOP_SLACK_WEBHOOK": url}
+            ).values()
+            assert "FINELOOP_SLACK_WEBHOOK" in outcome
+            assert "secret-part" not in outcome + caplog.text
+    (unset,) = announce_night(AnnounceConfig(people=["teams"]), NIGHT, {}).values()
+    assert unset == "FINELOOP_TEAMS_WEBHOOK holds no address"
+
+
+@pytest.mark.parametrize("who", ["slakc", "ada@", "https://hooks.slack.com/services/T0/B0/x", "a@b, c@d"])
+def test_people_that_nobody_can_be_are_refused(who: str) -> None:
+    with pytest.raises(ValidationError, match=r"people\.0"):
+        AnnounceConfig(people=[who])

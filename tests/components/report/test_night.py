@@ -170,6 +170,17 @@ def test_what_a_training_wrote_is_sent_without_secrets_and_control_characters_an
     assert len(reason) < 1000
 
 
+def test_a_training_cannot_say_in_the_steps_place_that_its_night_was_told(
+    store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = example_runs.held_run()
+    foreseen = reported(store, receiver.config(), run)  # with all that a training knows
+    assert foreseen["announced"] == {"webhook": "told"}
+    monkeypatch.setenv("FINELOOP_WEBHOOK_SECRET", "hush-hush")
+    assert reported(store, receiver.config(), run)["event_id"] != foreseen["event_id"]
+    assert len(receiver.got) == 2
+
+
 def test_a_record_that_a_training_wrote_in_the_steps_place_fails_no_report(store: Store, receiver: Receiver) -> None:
     run = example_runs.held_run()
     result = reported(store, receiver.config(), run)

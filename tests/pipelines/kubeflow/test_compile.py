@@ -210,8 +210,9 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
     plain = (*store_and_ray, "FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY")
     mlflow = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
+    of_nights = ("FINELOOP_WEBHOOK_SECRET", "FINELOOP_SLACK_WEBHOOK", "FINELOOP_TEAMS_WEBHOOK", "FINELOOP_SMTP_URL")
     own = {
-        "promote": (*signing, "FINELOOP_MODEL_REGISTRY_TOKEN", "FINELOOP_WEBHOOK_SECRET", *mlflow),
+        "promote": (*signing, "FINELOOP_MODEL_REGISTRY_TOKEN", *of_nights, *mlflow),
         "evaluate": ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER"),
         "report": ("OPENLINEAGE_API_KEY",),
     }
@@ -223,7 +224,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
             "fineloop-s3": {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
             "fineloop-ray": {"RAY_AUTH_TOKEN": "auth_token"},
             **({f"fineloop-{name}": {key: key for key in own[name]}} if name in own else {}),
-            **({"fineloop-promote": {key: key for key in ("FINELOOP_WEBHOOK_SECRET",)}} if name == "report" else {}),
+            **({"fineloop-promote": {key: key for key in of_nights}} if name == "report" else {}),
         }, name
         assert all(entry["optional"] for entry in (*each["configMapAsEnv"], *each["secretAsEnv"])), name
         assert each["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}, name

@@ -48,13 +48,13 @@ def test_a_look_at_production_signs_as_an_evaluation_does_and_going_back_as_a_pr
 
 
 def test_the_secret_of_a_notifier_that_is_added_goes_to_what_moves_an_alias_alone(make_config, monkeypatch):
-    monkeypatch.setitem(NOTIFIERS, "slack", Notifier(lambda *_: None, ("FINELOOP_SLACK_TOKEN",)))
-    shell = {"FINELOOP_SLACK_TOKEN": "x"}
+    monkeypatch.setitem(NOTIFIERS, "other", Notifier(lambda *_: None, ("FINELOOP_OTHER_TOKEN",)))
+    shell = {"FINELOOP_OTHER_TOKEN": "x"}
     assert without_secrets(shell) == {}
     steps = on_a_cluster(make_config())
     moving = {"promote", "move-by-hand"}
     assert {step for step in steps if of_step(step, shell)} == moving
-    assert {step for step, keys in steps.items() if "FINELOOP_SLACK_TOKEN" in keys} == moving
+    assert {step for step, keys in steps.items() if "FINELOOP_OTHER_TOKEN" in keys} == moving
     of_nights = {step for step, keys in steps.items() if "FINELOOP_WEBHOOK_SECRET" in keys}
     assert of_nights == {step for step in steps if of_step(step, {"FINELOOP_WEBHOOK_SECRET": "x"})}
     assert of_nights == {*moving, "report"}
