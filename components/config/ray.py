@@ -94,7 +94,6 @@ LabelKey = Annotated[str, StringConstraints(pattern=rf"^({_DOMAIN})?{_NAME}$")]
 LabelValue = Annotated[str, StringConstraints(pattern=rf"^({_NAME})?$")]
 Quantity = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(Ki|Mi|Gi|Ti)?$")]
 OtherResource = Annotated[str, StringConstraints(pattern=rf"^(hugepages-[1-9][0-9]*[KMG]i|{_DOMAIN}{_NAME})$")]
-ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9][A-Za-z0-9._-]*$")]
 IMAGE = "fineloop/train:0.2.0"
 """What `make images` builds of this release."""
 Count = Annotated[int, Field(ge=1)]
@@ -104,6 +103,8 @@ CpuMatmulDtype = Literal["auto"] | MatmulDtype
 OF_EVERY_STEP = {"use_gpu", "cpu_matmul_dtype"}
 """Keys of this section that what a step computes depends on."""
 NVIDIA_GPU = "nvidia.com/gpu"
+EVALUATOR = "fineloop-evaluator"
+"""ServiceAccount of the Ray pods that only evaluate."""
 
 # TOKENIZERS_PARALLELISM and its like are settings, not tokens.
 _SECRET = re.compile(r"KEY|SECRET|TOKEN(?!IZ)|PASSW|CREDENTIAL", re.IGNORECASE)
@@ -297,7 +298,12 @@ class WorkerPod(Section):
     cpu: Annotated[int, Field(ge=1)] = 4
     """CPU cores."""
     memory_gib: Annotated[int, Field(ge=2)] = 24
-    """Memory in GiB, shared memory included."""
+    """Memory in GiB, shared memory included: a third of it, 8 GiB at most."""
+
+    @property
+    def shared_memory_gib(self) -> int:
+        """/dev/shm, for NCCL, data loading and Ray's object store."""
+        return min(8, max(1, self.memory_gib // 3))
 
 
 class HeadPod(Section):
@@ -313,11 +319,7 @@ class DataPods(Section):
     """What the pods ask for that prepare the data where data.engine is ray; none has a GPU."""
 
     pods: Annotated[int, Field(ge=1)] = 2
-    """Number of pods."""
-    cpu: Annotated[int, Field(ge=1)] = 4
-    """CPU cores of each."""
-    memory_gib: Annotated[int, Field(ge=4)] = 16
-    """Memory of each in GiB, a quarter of it shared memory."""
+    """Number of pods, with 4 CPU cores and 16 GiB each."""
 
 
 class RayJobCluster(Section):
@@ -331,13 +333,10 @@ class RayJobCluster(Section):
     namespace: OptionalName = ""
     """Namespace of the RayJob; empty means the namespace of the pod that submits it."""
     service_account: DnsName = "fineloop-trainer"
-    """ServiceAccount of the Ray pods."""
-    evaluation_service_account: Annotated[DnsName, Added("0.2.0")] = "fineloop-evaluator"
-    """ServiceAccount of the Ray pods that only evaluate, where registry.trusted_keys are set."""
+    """ServiceAccount of the Ray pods; those that only evaluate have fineloop-evaluator where registry.trusted_keys are
+    set."""
     queue: OptionalName = "fineloop"
     """Kueue's LocalQueue; empty runs without Kueue."""
-    queue_timeout_s: Annotated[int, Field(ge=60)] = 86_400
-    """Longest wait in the queue; after it the job is given up."""
     priority_class: OptionalName = ""
     """Kueue's WorkloadPriorityClass; empty means the queue's default."""
     ca_bundle: Annotated[OptionalName, Added("0.2.0")] = ""
@@ -350,26 +349,19 @@ class RayJobCluster(Section):
     head: HeadPod = HeadPod()
     """Size of the head, where no training runs."""
     data: Annotated[DataPods, Added("0.2.0")] = DataPods()
-    shared_memory_gib: Annotated[int, Field(ge=1)] = 8
-    """/dev/shm of a worker pod in GiB, for NCCL, data loading and Ray's object store; part of the pod's memory."""
     disk_gib: Annotated[int, Field(ge=1)] = 100
     """Limit in GiB on what a Ray pod writes to /tmp, and the same again to its home; beyond it, the pod is evicted. One
     of the two holds the base model, 2 GiB for each billion of parameters; /tmp also holds Ray's session and spilled
     objects."""
-    gpu_resource: ResourceName = NVIDIA_GPU
-    """Name of the GPU resource in Kubernetes."""
     pod_template: PodTemplate = {}
     """What is merged into every Ray pod, as in a PodTemplateSpec of Kubernetes: metadata.labels (steps and RayJob get
     them too), spec.priorityClassName, spec.imagePullSecrets, and env of the one item of spec.containers. No secrets."""
     worker_template: PodTemplate = {}
     """The same for workers alone: spec.tolerations such as a spot pool's, spec.nodeSelector instead of the
     nvidia.com/gpu.product that belongs to ray.gpu, or further resources, which the ClusterQueue must cover."""
-    ttl_s: Annotated[int, Field(ge=60)] = 600
-    """How long the cluster of a failed job is kept, so that its dashboard can be read. After a success it is deleted at
-    once."""
-    backoff_limit: Annotated[int, Field(ge=0, le=10)] = 1
-    """How often KubeRay creates a new cluster for a job that died without giving a reason: a lost head, no memory."""
-    pre_running_timeout_s: Annotated[int, Field(ge=60)] = 1_800
+    queue_timeout_s: ClassVar[int] = 86_400
+    """Longest wait in the queue; after it the job is given up."""
+    pre_running_timeout_s: ClassVar[int] = 1_800
     """Longest time for nodes, images and pods to become ready, once the job has left the queue and after a lost
     head."""
 
@@ -412,13 +404,8 @@ class RayJobCluster(Section):
     def _fits(self) -> "RayJobCluster":
         for template in (self.pod_template, self.worker_template):
             spec = PodTemplateSpec.model_validate(template).spec
-            if self.gpu_resource in spec.containers[0].resources.get("limits", {}):
-                raise ValueError(f"use_gpu and num_workers ask for {self.gpu_resource}: leave it out of resources")
-        if self.shared_memory_gib >= self.worker.memory_gib:
-            raise ValueError(
-                f"shared_memory_gib {self.shared_memory_gib} is a part of worker.memory_gib {self.worker.memory_gib} "
-                "and leaves nothing of it: raise worker.memory_gib"
-            )
+            if NVIDIA_GPU in spec.containers[0].resources.get("limits", {}):
+                raise ValueError(f"use_gpu and num_workers ask for {NVIDIA_GPU}: leave it out of resources")
         return self
 
     @property
@@ -427,7 +414,7 @@ class RayJobCluster(Section):
 
     @property
     def accounts(self) -> tuple[str, ...]:
-        return self.service_account, self.evaluation_service_account
+        return self.service_account, EVALUATOR
 
     def pods(self, num_workers: int) -> int:
         return self.nodes or num_workers
@@ -437,18 +424,12 @@ class RayJobCluster(Section):
 
     def for_evaluation(self) -> "RayJobCluster":
         """The cluster of a job that only evaluates: its pods have an account of their own."""
-        return self.model_copy(update={"service_account": self.evaluation_service_account})
+        return self.model_copy(update={"service_account": EVALUATOR})
 
     def for_data(self) -> "RayJobCluster":
         """The cluster of the job that prepares the data, with a worker for each pod."""
-        return self.model_copy(
-            update={
-                "nodes": self.data.pods,
-                "worker": WorkerPod(cpu=self.data.cpu, memory_gib=self.data.memory_gib),
-                "shared_memory_gib": self.data.memory_gib // 4,
-                "worker_template": {},
-            }
-        )
+        pods = {"nodes": self.data.pods, "worker": WorkerPod(cpu=4, memory_gib=16), "worker_template": {}}
+        return self.model_copy(update=pods)
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
         """Refuse workers that its pods could not hold.
@@ -498,7 +479,8 @@ class RayConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often lost workers are restarted from the newest checkpoint."""
     timeout_s: Annotated[int, Field(ge=60)] = 86_400
-    """Deadline of a run's Ray job (training and evaluation), from when it may start; past it, the job is stopped."""
+    """Deadline of preparing the data, and of each Ray job of a run (training and evaluation), from when it may start;
+    past it, it is stopped."""
     cluster: Cluster = JobsApiCluster()
     """Which cluster: kind jobs-api is an existing one, rayjob creates one for each job on Kubernetes."""
 
@@ -518,12 +500,11 @@ class RayConfig(Section):
         self.cluster.require_room(num_workers=self.max_workers, cpus_per_worker=self.cpus_per_worker)
         return self
 
-    def for_data(self, *, timeout_s: int) -> "RayConfig":
-        """Settings of the job that prepares the data: no GPU, and its own deadline."""
+    def for_data(self) -> "RayConfig":
+        """Settings of the job that prepares the data: no GPU."""
         cluster = self.cluster.for_data()
         workers = cluster.nodes or self.num_workers
-        changes = {"cluster": cluster, "num_workers": workers, "use_gpu": False, "gpu": None, "timeout_s": timeout_s}
-        return self.model_copy(update=changes)
+        return self.model_copy(update={"cluster": cluster, "num_workers": workers, "use_gpu": False, "gpu": None})
 
     def for_evaluation(self) -> "RayConfig":
         """Settings of a job that only evaluates."""

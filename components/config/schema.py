@@ -29,11 +29,11 @@ from components.config.methods import (
     refusals,
 )
 from components.config.ray import IMAGE, OF_0_1_0, OF_EVERY_STEP, RayConfig, dtype_on, without_flash
-from components.config.section import REMOVED, Added, Section, identity
+from components.config.section import FORMER_SPACE, Added, Section, identity, put_removed
 from components.config.train import SHARING
 from components.config.train import DataConfig as DataConfig
 from components.config.train import TrainConfig as TrainConfig
-from components.config.tune import TuneConfig, with_former_keys
+from components.config.tune import TuneConfig
 from components.shared.metrics import METRICS
 
 # Where the registry lies, and which keys it trusts.
@@ -434,12 +434,9 @@ class RunConfig(Section):
     def _identity(self) -> dict[str, Any]:
         values = identity(self)
         values["adapter"].pop("note", None)
-        for path, removed in REMOVED.items():
-            section, key = path.split(".")
-            if removed.in_digest:
-                values[section][key] = removed.default
+        put_removed(values)
         if "tune" in values:
-            values["tune"] = with_former_keys(values["tune"])
+            values["tune"]["space"] = {**FORMER_SPACE, "learning_rates": values["tune"].pop("learning_rates")}
         if self.evaluate.records == EvaluateConfig().records:
             values["evaluate"]["records"] = 300  # release 0.1.0's default
         if self.gate.limits == GateConfig().limits:

@@ -34,9 +34,10 @@ class Removed:
     instead: str
     """What holds now, in words."""
     in_digest: bool = True
-    """Whether release 0.1.0 had it, whose digests hold every key."""
+    """Whether each digest that its section is in holds it: not where it was `Added` to a section of release 0.1.0."""
 
 
+FORMER_SPACE: Mapping[str, list[Any]] = {"learning_rates": [], "ranks": [], "batch_sizes": []}
 REMOVED = {
     "evaluate.suites": Removed([], "evaluate.lm_eval names their tasks", in_digest=False),
     "gate.much_worse_by": Removed(1.5, "a record is much worse by 1.5 nats per token", in_digest=False),
@@ -48,8 +49,37 @@ REMOVED = {
     "train.store_patience_s": Removed(1_800, "a training waits half an hour for a store that is away", in_digest=False),
     "ray.collective_timeout_s": Removed(1_800, "workers that lose each other fail after half an hour", in_digest=False),
     "ray.max_preemption_failures": Removed(-1, "workers restart after every preemption", in_digest=False),
+    "tune.points": Removed(5, "it is the same in every sweep"),
+    "tune.widen": Removed(4, "it is the same in every sweep"),
+    "tune.refine": Removed(True, "it is the same in every sweep"),
+    "tune.compare_seeds": Removed(3, "it is the same in every sweep"),
+    "tune.margin": Removed(0.01, "it is the same in every sweep"),
+    "tune.scheduler": Removed("asha", "it is the same in every sweep"),
+    "tune.space": Removed(FORMER_SPACE, "tune.learning_rates has its rates, and a sweep tries nothing else"),
+    "data.timeout_s": Removed(3_600, "ray.timeout_s bounds the preparing of data too", in_digest=False),
+    "ray.cluster.evaluation_service_account": Removed("fineloop-evaluator", "it has that name", in_digest=False),
+    "ray.cluster.queue_timeout_s": Removed(86_400, "a job waits in the queue for a day"),
+    "ray.cluster.shared_memory_gib": Removed(8, "/dev/shm is a third of a worker's memory, 8 GiB at most"),
+    "ray.cluster.gpu_resource": Removed("nvidia.com/gpu", "that is the resource that pods ask for"),
+    "ray.cluster.ttl_s": Removed(600, "the cluster of a failed job is kept for ten minutes"),
+    "ray.cluster.backoff_limit": Removed(1, "a job that died without a reason gets one new cluster"),
+    "ray.cluster.pre_running_timeout_s": Removed(1_800, "pods have half an hour to become ready"),
+    "ray.cluster.data.cpu": Removed(4, "each pod that prepares data has 4 cores"),
+    "ray.cluster.data.memory_gib": Removed(16, "each pod that prepares data has 16 GiB"),
 }
 """Each removed key. The rows that are in a digest stay."""
+
+
+def put_removed(values: dict[str, Any]) -> None:
+    """Add what digests keep of the removed keys to a config's JSON values, where their sections are."""
+    is_rayjob = values["ray"]["cluster"]["kind"] == "rayjob"
+    for path, removed in REMOVED.items():
+        *sections, key = path.split(".")
+        table: Any = values
+        for section in sections:
+            table = table.get(section) if table is not None else None
+        if removed.in_digest and table is not None and (is_rayjob or "cluster" not in sections):
+            table[key] = removed.default
 
 
 def without_removed(values: Mapping[str, Any], section: str) -> dict[str, Any]:

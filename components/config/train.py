@@ -97,8 +97,6 @@ class DataConfig(Section):
     requested."""
     memory_gib: Annotated[Annotated[float, Field(ge=0.5)], Added("0.2.0")] = 2
     """Approximate memory in GiB for preparing the data; what does not fit is kept on disk."""
-    timeout_s: Annotated[int, Field(ge=60), Added("0.2.0")] = 3600
-    """Deadline of the step that prepares the data, in a pipeline on Kubeflow, and of its Ray job."""
 
     @model_validator(mode="after")
     def _replay_needs_a_window(self) -> "DataConfig":

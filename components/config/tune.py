@@ -1,27 +1,14 @@
 """The config's `tune` section: which rates a sweep tries, and when a run sweeps by itself."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from components.config.methods import MethodName
-from components.config.section import REMOVED, Removed, Section
+from components.config.section import Section
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
 When = Literal["never", "always", "no_prior_sweep", "data_changed"]
-FORMER: Mapping[str, Any] = {
-    "points": 5,
-    "widen": 4,
-    "refine": True,
-    "compare_seeds": 3,
-    "margin": 0.01,
-    "scheduler": "asha",
-    "space": {"learning_rates": [], "ranks": [], "batch_sizes": []},
-}
-"""Keys of earlier configs, and the values that they had by default, which are those of every sweep now."""
-for key, value in FORMER.items():
-    REMOVED[f"tune.{key}"] = Removed(value, "it is the same in every sweep", in_digest=False)
 
 
 class TuneConfig(Section):
@@ -39,9 +26,3 @@ class TuneConfig(Section):
     """Trainings at each rate, with different seeds; their mean loss counts."""
     max_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of a trial, with the schedule fitted to them; 0 trains as long as a run does."""
-
-
-def with_former_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The section's JSON values as configs with FORMER had them, for a digest that stays as it was."""
-    others = {key: value for key, value in values.items() if key != "learning_rates"}
-    return {**FORMER, **others, "space": {**FORMER["space"], "learning_rates": values["learning_rates"]}}

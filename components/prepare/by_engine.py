@@ -25,10 +25,8 @@ def prepared(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset 
     if config.data.engine == "local":
         return prepare_if_new(step_run, is_decided=is_decided)
     decided = ["--decided"] if is_decided else []
-    ray = config.ray.for_data(timeout_s=config.data.timeout_s)
-    submission_id = submit_step(
-        step_run, "prepare", *decided, ray=ray, deadline_key="data.timeout_s", asks_by="ray.cluster.data"
-    )
+    ray = config.ray.for_data()
+    submission_id = submit_step(step_run, "prepare", *decided, ray=ray, asks_by="ray.cluster.data.pods")
     try:
         result = runs.read(step_run.store, step_run.run_id, Prepared).result
     except ObjectMissing as exc:

@@ -91,7 +91,7 @@ class JobsApi:
                 return JobEnd("SUCCEEDED" if status == "SUCCEEDED" else "STOPPED")
             if time.monotonic() > deadline:
                 self.stop(job_id)
-                raise JobError(f"Ray job {job_id} ran past {job.deadline_key} = {job.timeout_s:.0f} s and was stopped")
+                raise JobError(f"Ray job {job_id} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped")
             time.sleep(poll_s)
 
     def stop_now(self, job_id: str) -> None:

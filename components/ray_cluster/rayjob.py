@@ -149,7 +149,7 @@ class RayJobs:
         try:
             self._api.patch(job_id, {"spec": {"ttlSecondsAfterFinished": 0}})
         except JobError as exc:
-            logger.warning("the cluster of RayJob %s stays for ray.cluster.ttl_s: %s", job_id, exc)
+            logger.warning("the cluster of RayJob %s stays for %d s: %s", job_id, manifest.TTL_S, exc)
 
     @cached_property
     def _workflow(self) -> Workflow | None:
@@ -161,7 +161,7 @@ class _Clock:
     """How long a job has waited in the queue and run; each has its own limit, and a preempted job does both again."""
 
     def __init__(self, job: Job, cluster: RayJobCluster) -> None:
-        self._limits, self._key = {True: float(cluster.queue_timeout_s), False: job.timeout_s}, job.deadline_key
+        self._limits = {True: float(cluster.queue_timeout_s), False: job.timeout_s}
         self._spent = {True: 0.0, False: 0.0}
         self._is_queued, self._at = False, time.monotonic()
 
@@ -171,8 +171,10 @@ class _Clock:
         self._spent[self._is_queued] += now - self._at
         self._is_queued, self._at = is_queued, now
         if self._spent[True] > self._limits[True]:
-            return f"waited in the queue past ray.cluster.queue_timeout_s = {self._limits[True]:.0f} s"
-        return f"ran past {self._key} = {self._limits[False]:.0f} s" if self._spent[False] > self._limits[False] else ""
+            return f"waited in the queue for more than {self._limits[True]:.0f} s"
+        return (
+            f"ran past ray.timeout_s = {self._limits[False]:.0f} s" if self._spent[False] > self._limits[False] else ""
+        )
 
     @property
     def left_s(self) -> float:
@@ -230,12 +232,11 @@ def _ended(rayjob: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
     if rayjob["metadata"].get("deletionTimestamp") or status.get("jobStatus") == "STOPPED":
         return JobEnd("STOPPED")
     if reason == "DeadlineExceeded":
-        raise JobError(f"RayJob {name} ran past {job.deadline_key} = {job.timeout_s:.0f} s and was stopped by KubeRay")
+        raise JobError(f"RayJob {name} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped by KubeRay")
     if reason == "PreRunningDeadlineExceeded":
         raise JobError(
-            f"RayJob {name} had no running cluster after ray.cluster.pre_running_timeout_s = "
-            f"{cluster.pre_running_timeout_s} s: no node is free or fits (kubectl describe pods), or the image cannot "
-            f"be pulled; {message}"
+            f"RayJob {name} had no running cluster after {cluster.pre_running_timeout_s} s: no node is free or fits "
+            f"(kubectl describe pods), or the image cannot be pulled; {message}"
         )
     exit_code = re.search(r"exit code (-?\d+)", message)
     why = f"with exit code {exit_code[1]}" if exit_code else f"({_said(status) or status['jobDeploymentStatus']})"

@@ -56,6 +56,10 @@ long, and the workers see it within seconds. A preStop hook that stops Ray would
 HEAD_DRAIN_S = 10
 """Seconds that a head still answers before it ends; Ray's default is 30. Workers that end with it need seconds, but one
 that no longer finds a head tries to reach it for DRAIN_S (ray/_private/node.py)."""
+BACKOFF_LIMIT = 1
+"""How often KubeRay creates a new cluster for a job that died without giving a reason: a lost head, no memory."""
+TTL_S = 600
+"""How long the cluster of a failed job is kept, so that its dashboard can be read; after a success it is deleted."""
 ENDING_S = 15  # seconds that Ray's processes have to end after the drain, before Kubernetes kills them
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}
 
@@ -92,10 +96,10 @@ def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Wor
             "submitterPodTemplate": _submitter(cluster, job),
             "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
             "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": cluster.ttl_s,
+            "ttlSecondsAfterFinished": TTL_S,
             "activeDeadlineSeconds": active_deadline_s(job.timeout_s),
             "preRunningDeadlineSeconds": cluster.pre_running_timeout_s,
-            "backoffLimit": cluster.backoff_limit,
+            "backoffLimit": BACKOFF_LIMIT,
             "rayClusterSpec": {
                 "rayVersion": importlib.metadata.version(
                     "ray"
@@ -158,27 +162,27 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
 def _workers(ray: RayConfig, cluster: RayJobCluster, job: Job) -> dict[str, Any]:
     num_pods = cluster.pods(ray.max_workers)
     per_pod = ray.max_workers // num_pods
-    gpus = {cluster.gpu_resource: str(per_pod)} if ray.use_gpu else {}
+    gpus = {NVIDIA_GPU: str(per_pod)} if ray.use_gpu else {}
     container = {
         **_container("ray-worker", cluster, DRAIN_S),
         "resources": _exactly({"cpu": str(cluster.worker.cpu), "memory": f"{cluster.worker.memory_gib}Gi", **gpus}),
     }
-    pod = _pod(cluster, job, "worker", container, cluster.disk_gib, shared_memory_gib=cluster.shared_memory_gib)
+    pod = _pod(cluster, job, "worker", container, cluster.disk_gib, shared_memory_gib=cluster.worker.shared_memory_gib)
     pod["spec"]["terminationGracePeriodSeconds"] = DRAIN_S + ENDING_S
     # KubeRay's init container waits for the head in a shell. As process 1 that ignores SIGTERM: a pod that is stopped
     # meanwhile would stay for all of the grace period.
     pod["spec"]["shareProcessNamespace"] = True
     if ray.use_gpu:
-        pod["spec"]["tolerations"] = [{"key": cluster.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+        pod["spec"]["tolerations"] = [{"key": NVIDIA_GPU, "operator": "Exists", "effect": "NoSchedule"}]
     pod = merged(pod, cluster.worker_template)
-    if ray.use_gpu and ray.gpu and cluster.gpu_resource == NVIDIA_GPU:
+    if ray.use_gpu and ray.gpu:
         pod["spec"].setdefault("nodeSelector", {"nvidia.com/gpu.product": GPUS[ray.gpu].product})
     return {
         "groupName": "workers",
         "replicas": num_pods,
         "minReplicas": -(-ray.min_workers // per_pod),
         "maxReplicas": num_pods,
-        "rayStartParams": {"object-store-memory": _object_store(cluster.shared_memory_gib, share=0.5)},
+        "rayStartParams": {"object-store-memory": _object_store(cluster.worker.shared_memory_gib, share=0.5)},
         "template": pod,
     }
 

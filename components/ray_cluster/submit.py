@@ -89,13 +89,12 @@ def submit_step(
     after: str = "",
     upto: str = "",
     ray: RayConfig | None = None,
-    deadline_key: str = Job.deadline_key,
     asks_by: str = Job.asks_by,
 ) -> str:
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
 
     Steps that name one task share its job, and wait for their parts of it. `ray` replaces the config's section, and
-    `deadline_key` and `asks_by` say where its deadline and its size come from. Raises as `submit_and_wait`.
+    `asks_by` says where its size comes from. Raises as `submit_and_wait`.
     """
     config, ray = step_run.config, ray or step_run.config.ray
     config_uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.CONFIG))
@@ -104,7 +103,6 @@ def submit_step(
         task=task,
         command=("python", "-m", f"ray_jobs.{task}", "--config", config_uri, "--run-id", step_run.run_id, *arguments),
         timeout_s=ray.timeout_s,
-        deadline_key=deadline_key,
         asks_by=asks_by,
         metadata={
             "fineloop_adapter": config.adapter.name,

@@ -129,11 +129,10 @@ def for_cluster(config: RunConfig) -> Callable[[dsl.PipelineTask], None]:
     def configure(task: dsl.PipelineTask) -> None:
         name = task.component_spec.name
         reads_here = name == "newer" or (name == "prepare" and config.data.engine == "local")
-        deadline_s = config.data.timeout_s if reads_here else STEP_S
+        deadline_s = config.ray.timeout_s if reads_here else STEP_S
         if name in ("tune", "finetune", "evaluate", "check") or (name == "prepare" and not reads_here):
             # It waits for a Ray job, in a queue too, and a little longer, so that the job can say why it ended.
-            ray = config.ray.for_data(timeout_s=config.data.timeout_s) if name == "prepare" else config.ray
-            deadline_s = ray.patience_s + GRACE_S
+            deadline_s = config.ray.patience_s + GRACE_S
             for annotation, value in STAYS.items():
                 kubernetes.add_pod_annotation(task, annotation, value)
         kubernetes.set_timeout(task, deadline_s)

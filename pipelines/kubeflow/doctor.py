@@ -341,7 +341,7 @@ def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Finding:
         return False, f"ClusterQueue {name} admits no job: {inactive['message'] if inactive else 'stopped'}", "start it"
     jobs, keys = [config.ray], "ray.num_workers, ray.cluster.worker"
     if config.data.engine == "ray":
-        jobs, keys = [*jobs, config.ray.for_data(timeout_s=config.data.timeout_s)], f"{keys}, ray.cluster.data"
+        jobs, keys = [*jobs, config.ray.for_data()], f"{keys}, ray.cluster.data.pods"
     short = list(dict.fromkeys(lack for job in jobs for lack in lacking(job, whole)))
     fix = f"raise the quota of ClusterQueue {name}, or ask for less: {keys}"
     return not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix

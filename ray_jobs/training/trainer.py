@@ -248,8 +248,7 @@ def wait_for_own(
         what = f"the cluster has {has.get(name, 0):g} of {needed[name]:g} {name}s"
         if time.monotonic() - began > patience_s:
             raise WorkersMissing(
-                f"{what} after ray.cluster.pre_running_timeout_s = {patience_s:g} s: its workers are missing; "
-                "kubectl describe pods says what they wait for"
+                f"{what} after {patience_s:g} s: its workers are missing; kubectl describe pods says what they wait for"
             )
         if not is_logged:
             log(f"{what}: waiting for its workers")

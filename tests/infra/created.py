@@ -19,7 +19,7 @@ CONFIGS = {
     "gpus": {"num_workers": 2, "use_gpu": True, "gpu": "A10G"},
     "cpus": {"num_workers": 2},
     "spot": {"num_workers": 4, "use_gpu": True, "cluster": {"nodes": 2, "spot": True}},
-    "data": GPUS.for_data(timeout_s=3600).model_dump(exclude_defaults=True),
+    "data": GPUS.for_data().model_dump(exclude_defaults=True),
 }
 COMPANY = {
     "num_workers": 2,

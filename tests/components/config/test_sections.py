@@ -11,7 +11,6 @@ from components.config import config_file
 from components.config.methods import FIELDS, METHODS, Cell, nearest_legal, refusals
 from components.config.schema import RunConfig, cautions
 from components.config.section import REMOVED
-from components.config.tune import FORMER
 from tests.components.config.cells import AXES
 from tests.components.config.loading import GOOD, message_of, set_in
 
@@ -116,7 +115,12 @@ def test_earlier_keys_of_tune_are_accepted_and_a_line_each_says_so(caplog: pytes
 
 def test_a_config_that_holds_earlier_keys_at_their_defaults_says_nothing_and_is_the_same(caplog) -> None:
     plain = set_in("tune.when=always")
-    tune = {"when": "always", "learning_rates": [], **FORMER}
+    tune = {
+        "when": "always",
+        "learning_rates": [],
+        "points": 5,
+        "space": {"learning_rates": [], "ranks": [], "batch_sizes": []},
+    }
     table = {**config_file.as_table(plain), "tune": tune, "evaluate": {"suites": []}}
     whole = config_file.validate(table)
     assert (whole, whole.digest) == (plain, plain.digest)
@@ -208,13 +212,17 @@ def test_nothing_is_said_of_what_methods_set_themselves_and_of_what_sweeps_try(n
 
 @pytest.mark.parametrize("path", [*REMOVED])
 def test_a_removed_key_is_read_and_said_to_be_gone_and_moves_no_digest(path: str, caplog) -> None:
-    plain, removed = set_in(), REMOVED[path]
+    cluster = ["ray.cluster.kind=rayjob", "ray.cluster.data.pods=3"] if path.startswith("ray.cluster") else []
+    plain, removed = set_in(*cluster), REMOVED[path]
     for value in [each for each in (removed.default, 7) if each is not None]:
         caplog.clear()
         table: dict[str, Any] = tomllib.loads(GOOD)
-        section, key = path.split(".")
-        table.setdefault(section, {})[key] = value
-        found = config_file.validate(table)
+        *sections, key = path.split(".")
+        inner = table
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
+        found = config_file.validate(table, cluster)
         assert (found, found.digest, found.training_digest) == (plain, plain.digest, plain.training_digest)
         assert (path in caplog.text and removed.instead in caplog.text) is (value == 7)
 

@@ -69,11 +69,11 @@ def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(run: Prepa
     assert sorted(ids[0]) == sorted(ids[1])
 
 
-def test_the_job_asks_for_no_gpu_and_has_the_deadline_of_the_data(run: Prepare, submitted) -> None:
-    prepared(run("ray", "there", timeout_s=77))
+def test_the_job_asks_for_no_gpu_and_has_the_deadline_of_every_job(run: Prepare, submitted) -> None:
+    prepared(run("ray", "there"))
     (job,) = submitted
-    assert (job["task"], job["arguments"], job["deadline_key"]) == ("prepare", (), "data.timeout_s")
-    assert (job["ray"].use_gpu, job["ray"].timeout_s, job["asks_by"]) == (False, 77, "ray.cluster.data")
+    assert (job["task"], job["arguments"]) == ("prepare", ())
+    assert (job["ray"].use_gpu, job["ray"].timeout_s, job["asks_by"]) == (False, 86_400, "ray.cluster.data.pods")
 
 
 def test_a_job_in_which_too_little_is_new_skips_the_run(run: Prepare, submitted, store: Store) -> None:

@@ -50,7 +50,7 @@ class Cluster:
 
 
 def config(**cluster: Any) -> RayConfig:
-    return RayConfig.model_validate({"cluster": {"kind": "rayjob", "backoff_limit": 0, **cluster}})
+    return RayConfig.model_validate({"cluster": {"kind": "rayjob", **cluster}})
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setattr("components.ray_cluster.rayjob_manifest.BACKOFF_LIMIT", 0)
     caplog.set_level("INFO", logger="components")
     yield Cluster(api, operator, caplog)
     operator.close()

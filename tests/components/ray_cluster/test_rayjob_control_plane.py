@@ -28,7 +28,7 @@ from tests.waiting import PATIENCE_S
 
 pytestmark = needs_control_plane
 
-RAY = RayConfig.model_validate({"cluster": {"kind": "rayjob", "backoff_limit": 0}})
+RAY = RayConfig.model_validate({"cluster": {"kind": "rayjob"}})
 
 
 def body(run_id: str, **spec: Any) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def operator(control_plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    monkeypatch.setattr("components.ray_cluster.rayjob_manifest.BACKOFF_LIMIT", 0)
     rayjobs = RayJobsOfCluster(control_plane)
     found = Operator(rayjobs, tmp_path, {})
     yield found

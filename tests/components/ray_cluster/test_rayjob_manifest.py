@@ -85,38 +85,34 @@ def test_what_ray_runs_is_the_command_known_by_the_attempts_name() -> None:
 
 
 def test_each_setting_of_the_cluster_is_where_it_is_read() -> None:
-    limits = {"ttl_s": 90, "pre_running_timeout_s": 91, "backoff_limit": 5}
-    pods = {"image_pull_secrets": ["pull"], "service_account": "mine", "gpu_resource": "amd.com/gpu"}
+    pods = {"image_pull_secrets": ["pull"], "service_account": "mine"}
     tolerated = {"key": "pool", "operator": "Equal", "value": "gpu"}
-    found = created({**limits, **pods, "tolerations": [tolerated]}, use_gpu=True)["spec"]
-    message = ("ttlSecondsAfterFinished", "preRunningDeadlineSeconds", "backoffLimit")
-    assert [found[name] for name in message] == [90, 91, 5]
+    found = created({**pods, "tolerations": [tolerated]}, use_gpu=True)["spec"]
     groups = [found["rayClusterSpec"]["headGroupSpec"], *found["rayClusterSpec"]["workerGroupSpecs"]]
     for pod in (group["template"]["spec"] for group in groups):
         assert pod["imagePullSecrets"] == [{"name": "pull"}]
         assert pod["serviceAccountName"] == "mine"
     head, worker = (group["template"]["spec"] for group in groups)
-    assert worker["containers"][0]["resources"]["limits"]["amd.com/gpu"] == "1"
-    assert worker["tolerations"] == [{"key": "amd.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, tolerated]
+    assert worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert worker["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, tolerated]
     assert "nodeSelector" not in worker
     assert "tolerations" not in head
     plain = created()["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
     assert not {"imagePullSecrets", "tolerations", "nodeSelector"} & plain.keys()
 
 
-def test_the_job_that_prepares_the_data_asks_for_pods_of_its_own_size_and_no_gpu() -> None:
+def test_the_job_that_prepares_the_data_asks_for_pods_of_their_own_number_and_size_and_no_gpu() -> None:
     pools = {"node_selector": {"pool": "gpu"}, "tolerations": [{"key": "pool"}], "nodes": 2, "topology": "rack"}
     worker = {"cpu": 8, "memory_gib": 64, "resources": {"vpc.amazonaws.com/efa": "4"}}
-    sizes = {"worker": worker, "data": {"pods": 3, "cpu": 5, "memory_gib": 12}}
-    ray = config({**pools, **sizes}, num_workers=8, use_gpu=True, gpu="A10G").for_data(timeout_s=7)
+    sizes = {"worker": worker, "data": {"pods": 3}}
+    ray = config({**pools, **sizes}, num_workers=8, use_gpu=True, gpu="A10G").for_data()
     (workers,) = rayjob(ray, job(), 1, namespace="fineloop")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert [workers[name] for name in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
     pod = workers["template"]["spec"]
     assert not any("topology" in key for key in workers["template"]["metadata"].get("annotations", {}))
-    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "5", "memory": "12Gi"}
+    assert pod["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "16Gi"}
     assert not {"nodeSelector", "tolerations"} & pod.keys()
-    assert next(each for each in pod["volumes"] if each["name"] == "shared-mem")["emptyDir"]["sizeLimit"] == "3Gi"
-    assert ray.patience_s == 7 + ray.cluster.queue_timeout_s
+    assert next(each for each in pod["volumes"] if each["name"] == "shared-mem")["emptyDir"]["sizeLimit"] == "5Gi"
 
 
 def test_the_job_that_evaluates_apart_has_an_account_of_its_own_and_a_label_for_its_network() -> None:
@@ -237,11 +233,15 @@ def test_priority_cost_labels_and_certificates_are_on_every_pod() -> None:
         }, name
 
 
-@pytest.mark.parametrize(("memory_gib", "shared_gib"), [(2, 1), (8, 2), (64, 16)])
-def test_rays_objects_fit_in_shared_memory_which_is_part_of_the_pods(memory_gib: int, shared_gib: int) -> None:
-    spec = created({"head": {"memory_gib": memory_gib}, "shared_memory_gib": 4})["spec"]["rayClusterSpec"]
+@pytest.mark.parametrize(("memory", "head_gib", "worker_gib"), [(2, 1, 1), (8, 2, 2), (64, 16, 8)])
+def test_rays_objects_fit_in_shared_memory_which_is_part_of_the_pods(
+    memory: int, head_gib: int, worker_gib: int
+) -> None:
+    size = {"memory_gib": memory}
+    spec = created({"head": size, "worker": size})["spec"]["rayClusterSpec"]
     head, (worker,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
-    for group, size_gib, most in ((head, shared_gib, 0.95), (worker, 4, 0.6)):  # NCCL and data loading use a worker's
+    # NCCL and data loading use a worker's too
+    for group, size_gib, most in ((head, head_gib, 0.95), (worker, worker_gib, 0.6)):
         sizes = [volume["emptyDir"]["sizeLimit"] for volume in group["template"]["spec"]["volumes"]]
         assert sizes[-1] == f"{size_gib}Gi"
         assert 0 < int(group["rayStartParams"]["object-store-memory"]) <= most * size_gib * 2**30
@@ -374,7 +374,6 @@ def test_a_name_fits_kuberay_and_tells_runs_apart(run_id: str) -> None:
         ({"cluster": {"env": {"HF_TOKEN": "x"}}}, "put it in Secret fineloop-s3"),
         ({"cluster": {"env": {"AWS_SECRET_ACCESS_KEY": "x"}}}, "put it in Secret fineloop-s3"),
         ({"cluster": {"env": {"HOME": "/x"}}}, "HOME is set by Fineloop"),
-        ({"cluster": {"shared_memory_gib": 24}}, "raise worker.memory_gib"),
         ({"cluster": {"nodes": 3}, "num_workers": 4}, "make it a multiple"),
         ({"cpus_per_worker": 5}, "cluster.worker.cpu 4 is less than the 5"),
         ({"cluster": {"queue": "Not A Name"}}, "queue"),

@@ -21,7 +21,7 @@ from components.ray_cluster.rayjob import (
 )
 from components.shared.errors import JobError
 
-CLUSTER = RayJobCluster(kind="rayjob", pre_running_timeout_s=77)
+CLUSTER = RayJobCluster(kind="rayjob")
 JOB = Job("r", "finetune", ("x",), 3600)
 
 
@@ -100,10 +100,10 @@ def test_how_it_ended_is_said_in_the_clusters_words(found: dict[str, Any], ended
     ("reason", "text"),
     [
         ("DeadlineExceeded", r"ran past ray\.timeout_s = 3600 s and was stopped by KubeRay"),
-        ("PreRunningDeadlineExceeded", r"ray\.cluster\.pre_running_timeout_s = 77 s.*no image"),
+        ("PreRunningDeadlineExceeded", r"no running cluster after 1800 s.*no image"),
     ],
 )
-def test_a_limit_of_ours_is_told_by_its_key(reason: str, text: str) -> None:
+def test_a_limit_of_ours_is_told(reason: str, text: str) -> None:
     with pytest.raises(JobError, match=text):
         rayjob._ended(job("Failed", reason=reason, message="no image"), JOB, CLUSTER)
 

@@ -82,7 +82,8 @@ def cluster(
                 end, kubeconfig = api.clear, plane.account("fineloop-pipeline")  # with the rights of infra/rbac alone
             operator = Operator(api, directory, environment)
             patch.setenv("KUBECONFIG", str(kubeconfig))
-            ray = RayConfig(cluster=RayJobCluster(kind="rayjob", backoff_limit=0))
+            patch.setattr("components.ray_cluster.rayjob_manifest.BACKOFF_LIMIT", 0)
+            ray = RayConfig(cluster=RayJobCluster(kind="rayjob"))
             yield Cluster(ray, lambda name: (operator.dashboard.jobs.get(name) or operator.past[name]).status)
             operator.close()
             end()

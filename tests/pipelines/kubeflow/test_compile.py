@@ -126,14 +126,14 @@ def test_a_person_can_start_a_run_without_filling_in_anything(spec: dict[str, An
 
 
 def test_reading_the_data_may_take_as_long_as_the_config_says(make_config: Callable[..., RunConfig]) -> None:
-    found = deadlines(compile_pipeline(make_config("data.timeout_s=20000")))
+    found = deadlines(compile_pipeline(make_config("ray.timeout_s=20000")))
     assert (found["prepare"], found["gate"]) == (20_000, 3600)
 
 
 def test_a_step_whose_data_a_ray_job_prepares_waits_for_it_and_reads_nothing_itself(
     make_config: Callable[..., RunConfig],
 ) -> None:
-    config = make_config("data.engine=ray", "data.timeout_s=20000", "data.memory_gib=9")
+    config = make_config("data.engine=ray", "ray.timeout_s=20000", "data.memory_gib=9")
     spec, platform = yaml.safe_load_all(compile_pipeline(config))
     prepare = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-prepare"]
     queued_s = config.ray.cluster.queue_timeout_s

@@ -199,11 +199,11 @@ def test_what_is_missing_is_one_right_sentence(
 
 
 def test_a_job_that_prepares_the_data_has_to_fit_the_queue_too(ask: Callable[..., dict[str, Any]]) -> None:
-    pods = ("--set", "ray.cluster.data.memory_gib=300", "--set", "ray.cluster.data.pods=30")
+    pods = ("--set", "ray.cluster.data.pods=600")
     assert ask(*RAYJOB, *pods)["queue"]["ok"]
     queue = ask(*RAYJOB, *pods, "--set", "data.engine=ray")["queue"]
     assert "GiB asked for" in queue["detail"]
-    assert "ray.cluster.data" in queue["fix"]
+    assert "ray.cluster.data.pods" in queue["fix"]
 
 
 def test_a_static_key_may_be_absent(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:
