@@ -44,9 +44,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
     parser.add_argument("--base", choices=("nf4", "int8", "bf16"), default="nf4", help="how the base is stored")
-    parser.add_argument(
-        "--dense-base", action=argparse.BooleanOptionalAction, default=True, help="our train.dense_base"
-    )
+    parser.add_argument("--dense-base", action=argparse.BooleanOptionalAction, default=True, help="hold our base dense")
     parser.add_argument("--processor", choices=PROCESSORS, default="here", help="as if it could do no more than this")
     parser.add_argument(
         "--matmul-dtype",

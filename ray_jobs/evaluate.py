@@ -146,7 +146,7 @@ def plan(
     if against and theirs:
         config, judging = theirs.config, Judges(load_split(store, dataset_uri, "eval"))
     else:
-        judging = judges(store, dataset_uri, config, run_id=run_id)
+        judging = judges(store, dataset_uri, config)
     identity = theirs.base_identity if theirs else None
     config, base, shape, chat = resolve_base(config, store, partial(say, STEP), recorded=identity)
     if candidate is None and (config.train.zero_stage == 3 or not base.is_known):
@@ -173,7 +173,7 @@ def _stands(planned: Planned, store: Store, candidate: Version) -> bool:
     """Whether an evaluation of the candidate would still measure what was planned before its training."""
     config, others = planned.task.config, planned.task.contenders[:-1]
     now = _contenders(config, store, candidate, planned.run_id)[:-1]
-    judging = judges(store, planned.dataset_uri, config, run_id=planned.run_id)
+    judging = judges(store, planned.dataset_uri, config)
     return [replace(contender, alike=others[0].alike) for contender in now] == others and planned.judging == judging
 
 
@@ -195,8 +195,6 @@ def evaluate(planned: Planned, result: ShardResult, store: Store, candidate: Ver
             "dataset_id": planned.dataset_uri.rstrip("/").rpartition("/")[2],
             "held_out": len(judging.records),
             "test_set": judging.sample,
-            "fold": judging.fold,
-            "folds": config.evaluate.folds,
             "records_sha256": _write_records(store, run_id, kept, tokens, scores),
             "base": {"reference": config.model.base, "identity": planned.base_identity},
             "matmul_dtype": result.matmul_dtype,

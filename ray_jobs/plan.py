@@ -61,7 +61,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     the minimum number, where each holds the most."""
     rehearsal = Rehearsal.of(config, base)
     batch = WorstBatch.planned(config)
-    choice = capacity.chosen(capacity.settled(config, rehearsal, batch, device), rehearsal, batch)
+    choice = capacity.settled(config, rehearsal, batch, device)
     better = capacity.advised(config, rehearsal, batch, device.safe) if device.safe else None
     train, stats = config.train, rehearsal.stats
     fitting = capacity.records_to_evaluate(config, rehearsal, batch, device) if device.memory else None
@@ -91,7 +91,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "gradient_checkpointing": train.gradient_checkpointing,
         "activation_offloading": train.activation_offloading,
         "cpu_offload": train.cpu_offload,
-        "dense_base": choice.config.train.dense_base,
+        "dense_base": choice.dense_base,
         "num_workers": config.ray.min_workers,
         "max_workers": config.ray.max_workers,
         "max_length": batch.length,

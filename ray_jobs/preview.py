@@ -16,9 +16,9 @@ from components.prepare.dataset import Record
 from components.prepare.power import power
 from components.prepare.prepare import percentiles, preview
 from components.prepare.sources import find_sources
-from components.prepare.split import Judges, lacking, parts_of
+from components.prepare.split import judges_of, lacking
 from components.shared import garbage
-from components.shared.errors import DataError, StoreError, UserError
+from components.shared.errors import StoreError, UserError
 from components.shared.protocol import say
 
 with garbage.importing():
@@ -63,7 +63,7 @@ def previewed(config: RunConfig) -> dict[str, Any]:
     body: dict[str, Any] = {
         **{"profile": profile, "gate": gate, "base": config.model.base, "unread_because": ""},
         **{"tokens": None, "positions": None, "shown": []},
-        "refused": gate["lacking"] if gate["independent"] == 0 or config.gate.too_few_records != "hold" else "",
+        "refused": gate["lacking"],
     }
     try:
         base = base_model.Base(config.model.base, base_model.locate(config.model), {})
@@ -85,18 +85,14 @@ def previewed(config: RunConfig) -> dict[str, Any]:
 
 def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
     """The number of records for the first decision, what is lacking for it, and what they tell of the next ones."""
-    try:
-        smallest = min(parts_of(held_out, config), key=lambda part: len(part.records))
-        problem, tells = lacking(smallest, config), power(smallest, config)
-    except DataError as exc:
-        smallest, problem, tells = Judges([]), str(exc), None
+    judging = judges_of(held_out, config)
     used = max(config.evaluate.records, config.evaluate.max_records)
     return {
-        "records": min(used, len(smallest.records)),
-        "independent": smallest.num_independent(used),
+        "records": min(used, len(judging.records)),
+        "independent": judging.num_independent(used),
         "confidence": config.gate.confidence,
-        "lacking": problem,
-        "power": tells,
+        "lacking": lacking(judging, config),
+        "power": power(judging, config),
     }
 
 

@@ -34,6 +34,8 @@ from ray_jobs.scoring.measure import of_version, with_room_for_answers
 from ray_jobs.text.chat_format import without_reasoning
 
 Log = Callable[[str], None]
+RIGHT = 0.5
+"""Smallest value of data.replay_metric at which an answer of production is used."""
 FORMAT = 3
 """Version number of the stored answers: increment it when the way that they are made changes."""
 
@@ -63,7 +65,7 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
     pointer = read_alias(store, config.adapter.name, config.adapter.alias)
     version = pointer.version if pointer else None
     # Inside the prepared dataset's folder, so that the answers are deleted with it.
-    how = [FORMAT, version, config.data.replay_metric, config.data.replay_least, config.evaluate.max_new_tokens]
+    how = [FORMAT, version, config.data.replay_metric, RIGHT, config.evaluate.max_new_tokens]
     digest = hashlib.sha256(encode_json(how)).hexdigest()[:16]
     key = f"{store.key(dataset_uri).rstrip('/')}/{TOKENS}/replayed-{digest}.json"
     if (stored := store.read(key)) is not None:
@@ -82,14 +84,12 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
         log(f"nothing is in production yet: {counted(len(records), 'earlier record')} replayed as they are")
     else:
         right = _right(config, store, version, records, run_id, log)
-        metric, least = config.data.replay_metric, config.data.replay_least
         log(
             f"{version} answers {len(right)} of {counted(len(records), 'earlier record')} rightly: these are replayed "
             "in its words"
             if right
-            else f"no answer of {version} is worth data.replay_least {least:g} by data.replay_metric {metric}, so that "
-            "the records are replayed as they are: name a metric that fits the answers, such as rouge_l for texts, or "
-            "lower data.replay_least"
+            else f"no answer of {version} is right by data.replay_metric {config.data.replay_metric}, so that the "
+            "records are replayed as they are: name a metric that fits the answers, such as rouge_l for texts"
         )
     uri = _published(store, dataset_uri, [right.get(record.id, record) for record in records])
     replayed = Replayed(prepared_uri=dataset_uri, dataset_uri=uri, version=version, asked=len(records), kept=len(right))
@@ -117,11 +117,10 @@ def _right(
     champion = replace(champion, config=settings, alike=labels)
     task = Task([champion], records, shape, together=is_shared(config, shape, ray.nodes()))
     result = measured(task, store, run_id=run_id, name="ray-replay")
-    metric, least = config.data.replay_metric, config.data.replay_least
     return {
         record.id: record if record.calls else replace(record, answer=score.text)
         for record, score in zip(result.order(records), result.scores["champion"], strict=True)
-        if score.text and score.marks[metric] >= least
+        if score.text and score.marks[config.data.replay_metric] >= RIGHT
     }
 
 

@@ -42,7 +42,6 @@ _THEIRS = {
     "train.learning_rate": "lr",
     "train.micro_batch_size": "per_device_train_batch_size",
     "train.optimizer": "optim",
-    "train.packing": "sample_packing",
     "train.warmup_share": "warmup_ratio warmup_steps",
 }
 SYNONYMS = {theirs: ours for ours, names in _THEIRS.items() for theirs in names.split()}

@@ -122,10 +122,8 @@ class GateConfig(Section):
     """Confidence of each comparison: at 0.95, a candidate that is worse than allowed passes about once in twenty times,
     and more often where losses are strongly skewed (docs/gate.md)."""
     min_records: Annotated[int, Field(ge=2), Added("0.2.0")] = 30
-    """Smallest number of held-out records, or groups, to decide on."""
-    too_few_records: Annotated[Literal["refuse", "hold"], Added("0.2.0")] = "refuse"
-    """What a run does when its data holds out fewer: refuse ends it with an error before training, hold trains
-    anyway and holds the result."""
+    """Smallest number of held-out records, or groups, to decide on. A run whose data hold out fewer ends before it
+    trains."""
     guards: Annotated[list[Guard], Added("0.2.0")] = [Guard(metric="exact_match")]
     """Further metrics on which the candidate must not fall behind the champion."""
     slices: Annotated[list[SliceKind], Added("0.2.0")] = ["label", "source", "length"]

@@ -113,6 +113,10 @@ _TAKEN = re.compile(r"(^|[.-])((kubernetes|k8s|kubeflow|ray|istio|fineloop)\.(io
 _OURS = ("FINELOOP_IMAGE", "HOME", "PYTHONUNBUFFERED", "RAY_ADDRESS", "RAY_AUTH_MODE")
 
 GIB = 2**30
+QUEUE_TIMEOUT_S = 86_400
+"""Longest wait in the queue; after it the job is given up."""
+PRE_RUNNING_TIMEOUT_S = 1_800
+"""Longest time for nodes, images and pods to become ready, once the job has left the queue and after a lost head."""
 COLLECTIVE_TIMEOUT_S = 1_800
 """Timeout of collective operations, after which workers that cannot reach each other fail."""
 TOPOLOGY = {True: "kueue.x-k8s.io/podset-required-topology", False: "kueue.x-k8s.io/podset-preferred-topology"}
@@ -185,6 +189,8 @@ class RayContainer(Section):
     def _requests_its_limits(self) -> "RayContainer":
         if self.resources.get("requests") != self.resources.get("limits"):
             raise ValueError(f"requests are not the limits, which Ray counts: {self.resources}")
+        if NVIDIA_GPU in self.resources.get("limits", {}):
+            raise ValueError(f"use_gpu and num_workers ask for {NVIDIA_GPU}: leave it out of resources")
         return self
 
 
@@ -270,10 +276,7 @@ class JobsApiCluster(Section):
     image: ClassVar[str] = ""
     ca_bundle: ClassVar[str] = ""
     pod_labels: ClassVar[dict[str, str]] = {}
-    queue_timeout_s: ClassVar[int] = 0
-    pre_running_timeout_s: ClassVar[int | None] = None
     disk_gib: ClassVar[int | None] = None
-    nodes: ClassVar[int] = 0
     accounts: ClassVar[tuple[str, ...]] = ()
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
@@ -284,12 +287,6 @@ class JobsApiCluster(Section):
 
     def worker_bytes(self, num_workers: int) -> int | None:
         """None, as for all that depends on pods."""
-
-    def for_data(self) -> "JobsApiCluster":
-        return self
-
-    def for_evaluation(self) -> "JobsApiCluster":
-        return self
 
 
 class WorkerPod(Section):
@@ -307,19 +304,10 @@ class WorkerPod(Section):
 
 
 class HeadPod(Section):
-    """What the head asks for, and no more than that."""
+    """What the head asks for, and no more than that: as many cores as a worker's pod, 2 at most."""
 
-    cpu: Annotated[int, Field(ge=1)] = 2
-    """CPU cores."""
     memory_gib: Annotated[int, Field(ge=2)] = 8
     """Memory in GiB. The job's own process runs here: it tokenizes, plans and publishes."""
-
-
-class DataPods(Section):
-    """What the pods ask for that prepare the data where data.engine is ray; none has a GPU."""
-
-    pods: Annotated[int, Field(ge=1)] = 2
-    """Number of pods, with 4 CPU cores and 16 GiB each."""
 
 
 class RayJobCluster(Section):
@@ -348,7 +336,6 @@ class RayJobCluster(Section):
     """Size of a worker pod; its GPUs, one for each of its workers, come on top."""
     head: HeadPod = HeadPod()
     """Size of the head, where no training runs."""
-    data: Annotated[DataPods, Added("0.2.0")] = DataPods()
     disk_gib: Annotated[int, Field(ge=1)] = 100
     """Limit in GiB on what a Ray pod writes to /tmp, and the same again to its home; beyond it, the pod is evicted. One
     of the two holds the base model, 2 GiB for each billion of parameters; /tmp also holds Ray's session and spilled
@@ -359,11 +346,6 @@ class RayJobCluster(Section):
     worker_template: PodTemplate = {}
     """The same for workers alone: spec.tolerations such as a spot pool's, spec.nodeSelector instead of the
     nvidia.com/gpu.product that belongs to ray.gpu, or further resources, which the ClusterQueue must cover."""
-    queue_timeout_s: ClassVar[int] = 86_400
-    """Longest wait in the queue; after it the job is given up."""
-    pre_running_timeout_s: ClassVar[int] = 1_800
-    """Longest time for nodes, images and pods to become ready, once the job has left the queue and after a lost
-    head."""
 
     @model_validator(mode="before")
     @classmethod
@@ -400,14 +382,6 @@ class RayJobCluster(Section):
             raise ValueError(f"{image!r} means another image tomorrow: give it a tag other than latest, or a digest")
         return image
 
-    @model_validator(mode="after")
-    def _fits(self) -> "RayJobCluster":
-        for template in (self.pod_template, self.worker_template):
-            spec = PodTemplateSpec.model_validate(template).spec
-            if NVIDIA_GPU in spec.containers[0].resources.get("limits", {}):
-                raise ValueError(f"use_gpu and num_workers ask for {NVIDIA_GPU}: leave it out of resources")
-        return self
-
     @property
     def pod_labels(self) -> dict[str, str]:
         return dict(self.pod_template.get("metadata", {}).get("labels", {}))
@@ -421,15 +395,6 @@ class RayJobCluster(Section):
 
     def worker_bytes(self, num_workers: int) -> int | None:
         return self.worker.memory_gib * GIB * self.pods(num_workers) // num_workers
-
-    def for_evaluation(self) -> "RayJobCluster":
-        """The cluster of a job that only evaluates: its pods have an account of their own."""
-        return self.model_copy(update={"service_account": EVALUATOR})
-
-    def for_data(self) -> "RayJobCluster":
-        """The cluster of the job that prepares the data, with a worker for each pod."""
-        pods = {"nodes": self.data.pods, "worker": WorkerPod(cpu=4, memory_gib=16), "worker_template": {}}
-        return self.model_copy(update=pods)
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
         """Refuse workers that its pods could not hold.
@@ -501,14 +466,20 @@ class RayConfig(Section):
         return self
 
     def for_data(self) -> "RayConfig":
-        """Settings of the job that prepares the data: no GPU."""
-        cluster = self.cluster.for_data()
-        workers = cluster.nodes or self.num_workers
-        return self.model_copy(update={"cluster": cluster, "num_workers": workers, "use_gpu": False, "gpu": None})
+        """Settings of the job that prepares the data: no GPU, and a worker for each of its pods."""
+        changes: dict[str, Any] = {"use_gpu": False, "gpu": None}
+        if isinstance(self.cluster, RayJobCluster):
+            pods = min(8, max(2, self.cluster.pods(self.max_workers)))
+            sizes = {"nodes": pods, "worker": WorkerPod(cpu=4, memory_gib=16), "worker_template": {}}
+            changes |= {"cluster": self.cluster.model_copy(update=sizes), "num_workers": pods}
+        return self.model_copy(update=changes)
 
     def for_evaluation(self) -> "RayConfig":
-        """Settings of a job that only evaluates."""
-        return self.model_copy(update={"cluster": self.cluster.for_evaluation()})
+        """Settings of a job that only evaluates: its pods have an account of their own."""
+        if not isinstance(self.cluster, RayJobCluster):
+            return self
+        apart = self.cluster.model_copy(update={"service_account": EVALUATOR})
+        return self.model_copy(update={"cluster": apart})
 
     def require_disk(self, base: str, needed: int) -> None:
         """Refuse a base that the disk of a pod does not hold; `needed` in bytes.
@@ -548,7 +519,7 @@ class RayConfig(Section):
     @property
     def patience_s(self) -> int:
         """The longest that a step waits for one job, queue included: what its own timeout must exceed."""
-        return self.timeout_s + self.cluster.queue_timeout_s
+        return self.timeout_s + (0 if self.cluster.has_address else QUEUE_TIMEOUT_S)
 
 
 # What an hour of a GPU costs.

@@ -265,11 +265,6 @@ class EvaluateConfig(Section):
     max_records: Annotated[int, Field(ge=0), Added("0.2.0")] = 1000
     """If that many records do not show whether the candidate is as good as the champion, more held-out records are
     used, up to this many in all. 0 uses no more."""
-    folds: Annotated[int, Field(ge=1), Added("0.2.0")] = 1
-    """Number of parts that these records are divided into, by a hash of their ids. One part is used at a time; the
-    others are kept in reserve."""
-    decisions_per_fold: Annotated[int, Field(ge=1), Added("0.2.0")] = 20
-    """Decisions after which the next part is used; after the last part, the one that was used least."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer generated, in tokens; absent means as long as the longest reference, and at least 8."""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -374,12 +369,6 @@ class RunConfig(Section):
             yield (
                 "train.dtype float16 is for GPUs without bfloat16, and CPU workers have that: train.dtype=auto, or "
                 "ray.use_gpu=true"
-            )
-        if train.dense_base and (on_gpu or train.zero_stage == 3):
-            where = "ray.use_gpu" if on_gpu else "train.zero_stage 3, which shares the base out"
-            yield (
-                f"train.dense_base is for CPU workers that hold a whole base each, not with {where}: "
-                "remove train.dense_base"
             )
         if train.activation_offloading and not on_gpu:
             yield (

@@ -57,6 +57,10 @@ REMOVED = {
     "tune.scheduler": Removed("asha", "it is the same in every sweep"),
     "tune.space": Removed(FORMER_SPACE, "tune.learning_rates has its rates, and a sweep tries nothing else"),
     "data.timeout_s": Removed(3_600, "ray.timeout_s bounds the preparing of data too", in_digest=False),
+    "data.replay_least": Removed(1, "an answer of production is right from 0.5 of the metric on", in_digest=False),
+    "evaluate.folds": Removed(1, "all held-out records judge at each decision", in_digest=False),
+    "evaluate.decisions_per_fold": Removed(20, "there is one test set, evaluate.folds is gone", in_digest=False),
+    "gate.too_few_records": Removed("refuse", "a run that lacks records ends before it trains", in_digest=False),
     "ray.cluster.evaluation_service_account": Removed("fineloop-evaluator", "it has that name", in_digest=False),
     "ray.cluster.queue_timeout_s": Removed(86_400, "a job waits in the queue for a day"),
     "ray.cluster.shared_memory_gib": Removed(8, "/dev/shm is a third of a worker's memory, 8 GiB at most"),
@@ -64,8 +68,15 @@ REMOVED = {
     "ray.cluster.ttl_s": Removed(600, "the cluster of a failed job is kept for ten minutes"),
     "ray.cluster.backoff_limit": Removed(1, "a job that died without a reason gets one new cluster"),
     "ray.cluster.pre_running_timeout_s": Removed(1_800, "pods have half an hour to become ready"),
-    "ray.cluster.data.cpu": Removed(4, "each pod that prepares data has 4 cores"),
-    "ray.cluster.data.memory_gib": Removed(16, "each pod that prepares data has 16 GiB"),
+    "ray.cluster.head.cpu": Removed(2, "the head has as many cores as a worker, 2 at most"),
+    "ray.cluster.data": Removed(
+        {"pods": 2, "cpu": 4, "memory_gib": 16},
+        "as many pods prepare data as train, 2 to 8",
+        in_digest=False,
+    ),
+    "train.packing": Removed(True, "records are packed wherever that gives the same losses", in_digest=False),
+    "train.dense_base": Removed(None, "the plan decides by the memory that there is", in_digest=False),
+    "train.max_grad_norm": Removed(1.0, "gradients are scaled down to norm 1"),
 }
 """Each removed key. The rows that are in a digest stay."""
 

@@ -89,12 +89,10 @@ class DataConfig(Section):
     """Answers to train on for those earlier records: the records' own, or production's where they are right (on-policy
     replay, arXiv:2605.29495). Without a version in production, the records' own."""
     replay_metric: Annotated[AnswerMetric, Added("0.2.0")] = "exact_match"
-    """Metric that decides whether an answer of production is right."""
-    replay_least: Annotated[Annotated[float, Field(gt=0, le=1)], Added("0.2.0")] = 1
-    """Smallest value of that metric at which an answer of production is used."""
+    """Metric that decides whether an answer of production is right: from 0.5 on it is used."""
     engine: Annotated[Literal["local", "ray"], Added("0.2.0")] = "local"
     """Where the data are prepared: in the step's process, or by a job on the Ray cluster's CPUs, before a GPU is
-    requested."""
+    requested. On Kubernetes it has as many pods as the training, 2 to 8, of 4 CPU cores and 16 GiB each."""
     memory_gib: Annotated[Annotated[float, Field(ge=0.5)], Added("0.2.0")] = 2
     """Approximate memory in GiB for preparing the data; what does not fit is kept on disk."""
 
@@ -123,12 +121,10 @@ SHARING = {
     "max_tokens",
     "zero_stage",
     "cpu_offload",
-    "dense_base",
     "gradient_checkpointing",
     "activation_offloading",
     "checkpoint_every_steps",
     "keep_checkpoints",
-    "store_patience_s",
 }
 """Keys that say how the work of a step is shared out, what lies where, and what is kept of it: not what it computes."""
 
@@ -157,10 +153,6 @@ class TrainConfig(Section):
     max_tokens: Annotated[Annotated[int, Field(ge=0)], Added("0.2.0")] = 0
     """Tokens in one forward pass of one worker, padding included, instead of micro_batch_size: as many records as
     fit, at least one. Use it where records differ much in length. 0 uses micro_batch_size."""
-    packing: Annotated[bool, Added("0.2.0")] = True
-    """Concatenate the records of a forward pass without padding, and read a common prefix, such as a system message,
-    once: the same losses and gradients in less time. No record attends to another. Used where the base's attention
-    allows it and it saves something; not with method.dropout."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
     dtype: Annotated[Dtype, Added("0.2.0")] = "auto"
@@ -171,17 +163,12 @@ class TrainConfig(Section):
     memory. paged_adamw_8bit also lets them be paged out to host memory."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay, of all adapter weights but DoRA's magnitudes; 0 is none."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this global norm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the adapter's initial weights, the order of records and dropout."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards the optimizer's state over the workers, 2 also the gradients, 3 also the base."""
     cpu_offload: bool = False
     """Keep the optimizer's state in host memory, and with zero_stage 3 the base too: slower, less GPU memory."""
-    dense_base: Annotated[bool | None, Added("0.2.0")] = None
-    """On CPU workers, dequantise the base once instead of for each product: the same steps in less time, for two or
-    four bytes of memory a weight. Unset: where memory allows, by the plan and by what is free when a worker starts."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: Annotated[bool, Added("0.2.0")] = False

@@ -25,8 +25,7 @@ def prepared(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset 
     if config.data.engine == "local":
         return prepare_if_new(step_run, is_decided=is_decided)
     decided = ["--decided"] if is_decided else []
-    ray = config.ray.for_data()
-    submission_id = submit_step(step_run, "prepare", *decided, ray=ray, asks_by="ray.cluster.data.pods")
+    submission_id = submit_step(step_run, "prepare", *decided, ray=config.ray.for_data())
     try:
         result = runs.read(step_run.store, step_run.run_id, Prepared).result
     except ObjectMissing as exc:

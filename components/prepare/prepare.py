@@ -556,7 +556,7 @@ def prepare_if_new(
             return None
         prepared = _publish(step_run.config, step_run.store, work, read, unique)
         if is_decided:
-            judging = judges(step_run.store, prepared.uri, step_run.config, run_id=step_run.run_id)
+            judging = judges(step_run.store, prepared.uri, step_run.config)
             require_enough(judging, step_run.config)
             step_run.result.update(power=power(judging, step_run.config))
             step_run.say(step_run.result["power"]["sentence"])

@@ -9,15 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, groups_of, load_split, write_splits
 from components.prepare.workspace import Texts, Workspace, position
-from components.registry import signing
-from components.registry.event_log import decided_before, events, next_part
 from components.shared.errors import DataError
 from components.store.store import Store
 
@@ -373,8 +370,6 @@ class Judges:
     """The records that judge a run, in the order of their key's hash."""
 
     records: list[Record]
-    fold: int | None = None
-    """The number of the part that they are, from 1; None where there is only one part."""
 
     def num_independent(self, most: int) -> int:
         """The number of groups among the first `most` records, as the gate counts; of records if none has a group."""
@@ -388,51 +383,23 @@ class Judges:
         return tuple(sorted(hashes)[:SAMPLED])
 
 
-def judges(store: Store, dataset_uri: str, config: RunConfig, *, run_id: str) -> Judges:
-    """The records that judge this run, chosen by the decisions so far.
-
-    Raises:
-        DataError: a part is empty.
-    """
-    parts = parts_of(load_split(store, dataset_uri, "eval"), config)
-    if len(parts) == 1:
-        return parts[0]
-    log, adapter = events(store, config.adapter.name), config.adapter
-    counts = partial(signing.counts, store, adapter.name)
-    before = [decided_before(log, adapter.alias, each.sample, run_id=run_id, counts=counts) for each in parts]
-    decided = [len(each) for each in before]
-    return parts[next_part(decided, enough=config.evaluate.decisions_per_fold)]
+def judges(store: Store, dataset_uri: str, config: RunConfig) -> Judges:
+    """The records that judge a run."""
+    return judges_of(load_split(store, dataset_uri, "eval"), config)
 
 
-def parts_of(held_out: Sequence[Record], config: RunConfig) -> list[Judges]:
-    """The held-out records that no training looks at, in `evaluate.folds` parts that judge in turn.
-
-    Raises:
-        DataError: a part is empty.
-    """
-    _, records = validation_and_test(held_out, validation_share=config.data.validation_share)
-    number = config.evaluate.folds
-    if number == 1:
-        return [Judges(records)]
-    # Another hash of the group's name or the id keeps each record in its part.
-    parts = [Judges([], fold) for fold in range(1, number + 1)]
-    for record in records:
-        parts[int(number * _position(record, "fold"))].records.append(record)
-    if not all(part.records for part in parts):
-        raise DataError(
-            f"{len(records)} held-out records are too few for evaluate.folds {number}: lower it, raise data.eval_share "
-            "or add records"
-        )
-    return parts
+def judges_of(held_out: Sequence[Record], config: RunConfig) -> Judges:
+    """The held-out records that no training looks at."""
+    return Judges(validation_and_test(held_out, validation_share=config.data.validation_share)[1])
 
 
 def require_enough(judging: Judges, config: RunConfig) -> None:
-    """Require as many records to judge a run as its gate asks for, unless the config allows fewer.
+    """Require as many records to judge a run as its gate asks for.
 
     Raises:
         DataError: the run would be trained and then held, whatever comes out.
     """
-    if config.gate.too_few_records != "hold" and (lack := lacking(judging, config)):
+    if lack := lacking(judging, config):
         raise DataError(lack)
 
 
@@ -444,9 +411,7 @@ def lacking(judging: Judges, config: RunConfig) -> str:
         return ""
     kind = "groups of records" if config.data.group else "records"
     raised = "evaluate.records" if judging.num_independent(len(judging.records)) >= wanted else "data.eval_share"
-    end = "would be held" if config.gate.too_few_records == "hold" else "is refused"
-    ways = f"raise {raised}, add data or lower gate.min_records"
     return (
         f"{found} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
-        f"{end}: {ways}{'' if end == 'would be held' else '; gate.too_few_records=hold trains all the same'}"
+        f"is refused: raise {raised}, add data or lower gate.min_records"
     )

@@ -27,7 +27,6 @@ class Job:
     timeout_s: float
     metadata: Mapping[str, str] = field(default_factory=dict)
     kfp_run_id: str = ""  # the Kubeflow run that waits for it; empty outside Kubeflow
-    asks_by: str = "ray.num_workers, ray.cluster.worker"  # the config's fields that say how much it asks for
     patience_s: float = 0.0
     """Seconds after which no step waits for it any more, time in a queue included; 0 means timeout_s."""
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from components.config.ray import RayConfig, RayJobCluster
+from components.config.ray import PRE_RUNNING_TIMEOUT_S, QUEUE_TIMEOUT_S, RayConfig, RayJobCluster
 from components.ray_cluster import rayjob_manifest as manifest
 from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State, rest_s
 from components.ray_cluster.kubernetes_api import (
@@ -44,7 +44,7 @@ class RayJobs:
     def __init__(self, ray: RayConfig) -> None:
         """Connect to the Kubernetes API. Raises UserError: there is no way to an API server, or no namespace."""
         assert isinstance(ray.cluster, RayJobCluster)
-        self._ray, self._cluster = ray, ray.cluster
+        self._ray = ray
         self._api = KubernetesApi(ray.cluster.namespace)
 
     def job_id(self, job: Job, attempt: int) -> str:
@@ -69,7 +69,7 @@ class RayJobs:
             self._api.patch(job_id, {"metadata": {"ownerReferences": [*owners, owner.reference()]}})
 
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
-        watched, clock, stage = Watched(self._api, job_id), _Clock(job, self._cluster), ""
+        watched, clock, stage = Watched(self._api, job_id), _Clock(job), ""
         job_log, running_on, queue = JobLog(self._api, job_id, log), "", KueueQueue(self._api)
         rayjob = watched.wait(0)
         while True:
@@ -85,7 +85,7 @@ class RayJobs:
                 logger.info("RayJob: %s", stage)
             if waits_for and queue.is_hopeless:
                 self.stop(job_id)
-                less = f"raise the quota or ask for less ({job.asks_by})"
+                less = "raise the quota or ask for less (ray.num_workers, ray.cluster.worker)"
                 raise JobError(f"RayJob {job_id} never fits its queue: {less}: {waits_for}")
             ended = state(rayjob) != "live"
             has_log = bool(status.get("dashboardURL"))
@@ -94,7 +94,7 @@ class RayJobs:
             if log.is_done:
                 return JobEnd("SUCCEEDED")
             if ended:
-                end = _ended(rayjob, job, self._cluster)
+                end = _ended(rayjob, job)
                 if end.status == "SUCCEEDED":
                     self._release(job_id)
                 return end
@@ -160,8 +160,8 @@ class RayJobs:
 class _Clock:
     """How long a job has waited in the queue and run; each has its own limit, and a preempted job does both again."""
 
-    def __init__(self, job: Job, cluster: RayJobCluster) -> None:
-        self._limits = {True: float(cluster.queue_timeout_s), False: job.timeout_s}
+    def __init__(self, job: Job) -> None:
+        self._limits = {True: float(QUEUE_TIMEOUT_S), False: job.timeout_s}
         self._spent = {True: 0.0, False: 0.0}
         self._is_queued, self._at = False, time.monotonic()
 
@@ -223,7 +223,7 @@ def _said(status: Resource) -> str:
     return ": ".join(filter(None, (status.get("reason"), first_line)))
 
 
-def _ended(rayjob: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
+def _ended(rayjob: Resource, job: Job) -> JobEnd:
     """How it ended; a JobError in the config's words where a limit of ours was passed."""
     status, name = rayjob.get("status") or {}, rayjob["metadata"]["name"]
     reason, message = status.get("reason") or "", status.get("message") or ""
@@ -235,7 +235,7 @@ def _ended(rayjob: Resource, job: Job, cluster: RayJobCluster) -> JobEnd:
         raise JobError(f"RayJob {name} ran past ray.timeout_s = {job.timeout_s:.0f} s and was stopped by KubeRay")
     if reason == "PreRunningDeadlineExceeded":
         raise JobError(
-            f"RayJob {name} had no running cluster after {cluster.pre_running_timeout_s} s: no node is free or fits "
+            f"RayJob {name} had no running cluster after {PRE_RUNNING_TIMEOUT_S} s: no node is free or fits "
             f"(kubectl describe pods), or the image cannot be pulled; {message}"
         )
     exit_code = re.search(r"exit code (-?\d+)", message)

@@ -20,7 +20,7 @@ import re
 import shlex
 from typing import Any
 
-from components.config.ray import GPUS, NVIDIA_GPU, RayConfig, RayJobCluster, merged
+from components.config.ray import GPUS, NVIDIA_GPU, PRE_RUNNING_TIMEOUT_S, RayConfig, RayJobCluster, merged
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import GROUP, VERSION, Workflow
 
@@ -98,7 +98,7 @@ def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Wor
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": TTL_S,
             "activeDeadlineSeconds": active_deadline_s(job.timeout_s),
-            "preRunningDeadlineSeconds": cluster.pre_running_timeout_s,
+            "preRunningDeadlineSeconds": PRE_RUNNING_TIMEOUT_S,
             "backoffLimit": BACKOFF_LIMIT,
             "rayClusterSpec": {
                 "rayVersion": importlib.metadata.version(
@@ -146,7 +146,7 @@ def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:
     container = {
         **_container("ray-head", cluster, HEAD_DRAIN_S),
         "ports": [{"name": name, "containerPort": port} for name, port in _PORTS.items()],
-        "resources": _exactly({"cpu": str(cluster.head.cpu), "memory": f"{cluster.head.memory_gib}Gi"}),
+        "resources": _exactly({"cpu": str(min(2, cluster.worker.cpu)), "memory": f"{cluster.head.memory_gib}Gi"}),
     }
     return {
         "rayStartParams": {

@@ -89,12 +89,11 @@ def submit_step(
     after: str = "",
     upto: str = "",
     ray: RayConfig | None = None,
-    asks_by: str = Job.asks_by,
 ) -> str:
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
 
-    Steps that name one task share its job, and wait for their parts of it. `ray` replaces the config's section, and
-    `asks_by` says where its size comes from. Raises as `submit_and_wait`.
+    Steps that name one task share its job, and wait for their parts of it. `ray` replaces the config's section.
+    Raises as `submit_and_wait`.
     """
     config, ray = step_run.config, ray or step_run.config.ray
     config_uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.CONFIG))
@@ -103,7 +102,6 @@ def submit_step(
         task=task,
         command=("python", "-m", f"ray_jobs.{task}", "--config", config_uri, "--run-id", step_run.run_id, *arguments),
         timeout_s=ray.timeout_s,
-        asks_by=asks_by,
         metadata={
             "fineloop_adapter": config.adapter.name,
             "fineloop_config_digest": config.digest,

@@ -281,9 +281,6 @@ class Evaluation(Record):
     """Number of records that the dataset holds out for decisions; `records` of them were used."""
     test_set: tuple[str, ...] = ()
     """Short hashes of some of the records; they identify the test set after its data are refreshed."""
-    fold: int | None = None
-    """Number of the fold of the held-out records that was used, from 1; None if they are not divided."""
-    folds: int = 1
     records_sha256: str = ""
     """SHA-256 of evaluation_records.parquet, which holds record by record what this record sums up."""
     base: dict[str, Any] = {}

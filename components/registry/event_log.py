@@ -324,15 +324,6 @@ def decided_before(
     return list(by_run.values())
 
 
-def next_part(decided: Sequence[int], *, enough: int) -> int:
-    """Return the fold of a test set to use next; `decided` counts the decisions made on each fold.
-
-    It is the first fold with fewer than `enough` decisions, so that the folds after it stay in reserve, or else the
-    one with the fewest.
-    """
-    return min(range(len(decided)), key=lambda part: (max(decided[part], enough - 1), part))
-
-
 def confidence_at(look: int, confidence: float, passed: int = 0) -> float:
     """Return the confidence required of the k-th look, after `passed` passes: LOND, with 1 / (k (k + 1)) as sequence.
 

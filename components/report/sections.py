@@ -219,8 +219,6 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
     """The line of facts under the headline."""
     starts = [start for step in run.steps if (start := parse_moment(step.started_at))]
     facts = [("Adapter", run.adapter), ("Candidate", run.version or "none"), ("Run", run.run_id), ("Note", run.note)]
-    if run.evaluation and run.evaluation.fold:
-        facts.append(("Judged by", f"fold {run.evaluation.fold} of {run.evaluation.folds} of what is held out"))
     if run.decision and (run.decision.look or 0) > 1:
         facts.append(("Decisions on these records", f"{run.decision.look}, this one included"))
     if starts:

@@ -117,11 +117,8 @@ def _sentences(body: Mapping[str, Any]) -> Iterator[str]:
     yield from body["profile"].get("logged", {}).get("warnings", ())
     if never_trained := body["profile"]["never_trained"]:
         yield never_trained_text(never_trained)
-    if gate["lacking"]:
-        if not body["refused"]:
-            yield f"the gate: {gate['lacking']}"
-        return
-    yield gate["power"]["sentence"]
+    if not gate["lacking"]:
+        yield gate["power"]["sentence"]
 
 
 def _as_read(body: Mapping[str, Any]) -> Iterator[str]:

@@ -183,7 +183,7 @@ def _memory_lines(body: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<12} {size:7.2f}  {'#' * round(30 * size / largest)}".rstrip()
     yield f"  {'total':<12} {total:7.2f}  {_verdict(body)}"
     if body["dense_base"]:
-        yield "  the weights are held dense, for speed: train.dense_base=false leaves them as they are stored"
+        yield "  the weights are held dense, for speed"
     if body["expert_bytes"] and body["base"] != "bf16":
         yield f"  of the weights, {body['expert_bytes'] / GIB:.2f} are experts, which bitsandbytes leaves in 16 bits"
     if host := body["host_memory_bytes"]:

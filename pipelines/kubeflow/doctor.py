@@ -339,11 +339,9 @@ def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Finding:
     inactive = _conditions(whole, "False", "Unknown").get("Active")
     if inactive or whole["spec"].get("stopPolicy", "None") != "None":
         return False, f"ClusterQueue {name} admits no job: {inactive['message'] if inactive else 'stopped'}", "start it"
-    jobs, keys = [config.ray], "ray.num_workers, ray.cluster.worker"
-    if config.data.engine == "ray":
-        jobs, keys = [*jobs, config.ray.for_data()], f"{keys}, ray.cluster.data.pods"
+    jobs = [config.ray, *([config.ray.for_data()] if config.data.engine == "ray" else [])]
     short = list(dict.fromkeys(lack for job in jobs for lack in lacking(job, whole)))
-    fix = f"raise the quota of ClusterQueue {name}, or ask for less: {keys}"
+    fix = f"raise the quota of ClusterQueue {name}, or ask for less: ray.num_workers, ray.cluster.worker"
     return not short, "; ".join(short) or f"{queue} in {name} has room for this config", fix
 
 

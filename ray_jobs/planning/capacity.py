@@ -109,6 +109,8 @@ class Choice:
 
     config: RunConfig
     parts: Parts
+    dense_base: bool = False
+    """Whether CPU workers dequantise the base once instead of for each product: the same steps in less time."""
 
     def settings(self) -> dict[str, Any]:
         train = self.config.train
@@ -165,23 +167,25 @@ def cpu_device(name: str, memory: int | None, num_workers: int) -> Device:
     return Device(name, memory // num_workers if memory else None, whole=memory)
 
 
-def settled(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> RunConfig:
-    """The config with `train.dense_base` decided where the plan decides: CPU workers that each hold the whole base
-    (below ZeRO-3) hold it dense if that leaves the margin that a plan leaves on GPUs."""
-    if config.train.dense_base is not None:
-        return config
-    stored, dense = (
-        config.model_copy(update={"train": config.train.model_copy(update={"dense_base": is_dense})})
-        for is_dense in (False, True)
-    )
-    if config.ray.use_gpu or config.train.zero_stage == 3 or device.memory is None:
-        return stored
-    fits = chosen(dense, rehearsal, batch).parts.total * (1 + MARGIN) <= device.memory
-    return dense if fits else stored
+def settled(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, device: Device) -> Choice:
+    """The memory plan on a device: CPU workers that each hold the whole base (below ZeRO-3) hold it dense if that
+    leaves the margin that a plan leaves on GPUs."""
+    if not (config.ray.use_gpu or config.train.zero_stage == 3 or device.memory is None):
+        dense = chosen(config, rehearsal, batch, dense_base=True)
+        if dense.parts.total * (1 + MARGIN) <= device.memory:
+            return dense
+    return chosen(config, rehearsal, batch)
 
 
-def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: StepMemory | None = None) -> Choice:
-    """The memory plan of a config, with a dense base where train.dense_base is true; `step` where already known."""
+def chosen(
+    config: RunConfig,
+    rehearsal: Rehearsal,
+    batch: WorstBatch,
+    step: StepMemory | None = None,
+    *,
+    dense_base: bool = False,
+) -> Choice:
+    """The memory plan of a config; `step` where already known."""
     train, records = config.train, records_at_once(config, batch.length)
     parts = plan(
         rehearsal.stats,
@@ -193,12 +197,12 @@ def chosen(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, step: Ste
             train.zero_stage,
             train.cpu_offload,
             optimizer=train.optimizer,
-            dense_base=bool(train.dense_base),
+            dense_base=dense_base,
             activation_offloading=train.activation_offloading,
         ),
         use_gpu=config.ray.use_gpu,
     )
-    return Choice(config, parts)
+    return Choice(config, parts, dense_base)
 
 
 def step_of(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch) -> StepMemory:
@@ -235,7 +239,7 @@ def require_fit(config: RunConfig, rehearsal: Rehearsal, batch: WorstBatch, devi
     """The plan of a training that may begin. Only what cannot run is refused: on a GPU, tensors that exceed its memory;
     on CPUs, which can swap and map files, one worker's `Parts.states` that exceed all the memory there is. Raises
     ConfigError: it cannot fit; the message names the parts, and settings that would fit."""
-    choice = chosen(settled(config, rehearsal, batch, device), rehearsal, batch)
+    choice = settled(config, rehearsal, batch, device)
     parts = choice.parts
     needed, limit = (parts.states, device.whole) if device.whole else (parts.total - parts.overhead, device.memory)
     if limit is None or needed <= limit:
@@ -342,7 +346,7 @@ def before_training(
         config.ray.require_disk(config.model.base, needed)
     batch = WorstBatch.of(split, records_at_once(config, int(split.lengths.max())))
     choice = require_fit(config, rehearsal, batch, device)
-    parts, is_dense = choice.parts, bool(choice.config.train.dense_base)
+    parts, is_dense = choice.parts, choice.dense_base
     counted = counts(rehearsal.stats)
     needs = f"each worker needs about {parts.total / GIB:.1f} GiB ({parts_text(parts)})"
     if is_dense:

@@ -233,7 +233,7 @@ def can_pack(model: Any, longest: int) -> bool:
 
 def may_pack(config: TrainingConfig) -> bool:
     """Whether a training's records may be packed. Dropout would be the same on the common prefix for all records."""
-    return config.train.packing and not config.method.dropout
+    return not config.method.dropout
 
 
 def pack(split: TokenizedSplit, indices: Sequence[int] | npt.NDArray[np.int64]) -> Row | None:

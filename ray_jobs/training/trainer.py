@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from components.config.ray import COLLECTIVE_TIMEOUT_S, Cluster, RayConfig
+from components.config.ray import COLLECTIVE_TIMEOUT_S, PRE_RUNNING_TIMEOUT_S, Cluster, RayConfig
 from components.config.schema import RunConfig
 from components.records import runs
 from components.shared import garbage
@@ -229,10 +229,10 @@ def wait_for_room(
     import ray
 
     needed = _needed(per_worker, num_workers)
-    if cluster.pre_running_timeout_s is not None:
-        wait_for_own(needed, ray.cluster_resources, cluster.pre_running_timeout_s, log)
-    else:
+    if cluster.has_address:
         _wait_for_growth(per_worker, num_workers, needed, log)
+    else:
+        wait_for_own(needed, ray.cluster_resources, PRE_RUNNING_TIMEOUT_S, log)
 
 
 def wait_for_own(

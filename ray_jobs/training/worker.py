@@ -125,9 +125,7 @@ def fit(
         engine = zero.initialize(adapted, spec, dtype)
         ends.callback(engine.destroy)
         # By now DeepSpeed has converted everything wider than 16 bits to 16 bits, and the recipe has counted the base.
-        if spec.train.dense_base:
-            worker.kernels.hold_dense(adapted)
-        elif spec.dense_base:
+        if spec.dense_base:
             worker.kernels.hold_dense_if_room(adapted, sharers=worker.num_workers)
         nll = step_zero.probe_nll(engine.module, check.batch, worker.device, with_adapter=check.with_adapter)
         zero.finish_forward(engine)

@@ -27,6 +27,7 @@ from ray_jobs.training.spec import TrainingConfig
 BUCKET_ELEMENTS = 20_000_000
 # Stage 3: weights, in elements, that may stay gathered because a layer needs them again soon.
 LIVE_ELEMENTS = 100_000_000
+MAX_GRAD_NORM = 1.0
 # A training has few steps, so none is spent on seeing the same overflow twice (hysteresis 1).
 LOSS_SCALING = {
     "enabled": True,
@@ -103,7 +104,7 @@ def settings(config: TrainingConfig, dtype: torch.dtype = torch.bfloat16, *, lon
         "train_batch_size": rounds * micro_batch_size * config.ray.max_workers,  # some places may be empty
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": rounds,
-        "gradient_clipping": train.max_grad_norm,
+        "gradient_clipping": MAX_GRAD_NORM,
         **({"fp16": LOSS_SCALING} if dtype is torch.float16 else {"bf16": {"enabled": True}}),
         "zero_optimization": zero,
         # Use the given optimizer, in host memory too: DeepSpeed's own would be compiled at first use.

@@ -1,5 +1,5 @@
-"""Ten nights of a schedule: new data each, training that goes on from production, two folds of judges, and in between a
-rollback and a promotion by hand.
+"""Ten nights of a schedule: new data each, training that goes on from production, and in between a rollback and a
+promotion by hand.
 
 Nothing is asked of what the product says about itself in one place alone. The judge follows the raw events with plain
 boto3: from them alone it knows who held the alias each night, by whose decision, and so to which version as the best so
@@ -47,8 +47,6 @@ epochs = 4
 [evaluate]
 records = 60
 max_records = 0
-folds = 2
-decisions_per_fold = 3
 max_new_tokens = 8
 general_passages = 0
 samples = 2
@@ -179,11 +177,9 @@ def test_the_best_ones_loss_is_that_of_its_records_and_nobody_was_let_below_it_b
             assert night.losses["candidate"] <= best + BUDGET
 
 
-def test_the_folds_take_turns_and_each_decision_knows_how_many_its_fold_has_seen(nights: list[Night]) -> None:
+def test_each_decision_knows_how_many_its_records_have_seen(nights: list[Night]) -> None:
     """Neither the rollback nor the promotion by hand is one."""
-    folds = [night.evaluation["fold"] for night in nights]
-    assert folds[:6] == [1, 1, 1, 2, 2, 2]
-    assert [night.decision["look"] for night in nights] == [folds[: n + 1].count(fold) for n, fold in enumerate(folds)]
+    assert [night.decision["look"] for night in nights] == [*range(1, NIGHTS + 1)]
 
 
 def test_what_was_decided_can_be_decided_again_and_the_registry_is_sound(person: Person, nights: list[Night]) -> None:

@@ -202,7 +202,7 @@ for, trained, scored, saved, loaded by plain peft and merged with each method, o
 {table}
 
 *Attention* is what `model.attention = "auto"` takes on a GPU; on a CPU sdpa runs in float32 where the architecture lets
-it. *Packed* are records of any length in one row, without padding (`train.packing`); where tokens look through windows
+it. *Packed* are records of any length in one row, without padding; where tokens look through windows
 they are when a window holds each of them. A method with no mark is refused before any worker starts, with the reason
 and with what to set; `fineloop plan` says so too, but for loftq, which looks into the files of the weights.
 

@@ -316,15 +316,13 @@ def test_a_base_is_held_dense_on_cpus_where_the_plan_leaves_a_margin_for_it(tmp_
     config, found = outlook()
     assert found.dense_base
     assert ", the base held dense, of 8.0 on this cluster: fits" in found.lines[1]
-    dense = config.model_copy(update={"train": config.train.model_copy(update={"dense_base": True})})
-    needed = chosen(dense, Rehearsal.of(config, small()), WorstBatch.of(records, 8)).parts.total * (1 + MARGIN)
+    dense = chosen(config, Rehearsal.of(config, small()), WorstBatch.of(records, 8), dense_base=True)
+    needed = dense.parts.total * (1 + MARGIN)
     assert outlook(memory=int(needed) + 1)[1].dense_base
     tight = outlook(memory=int(needed) - 1)[1]
     assert not tight.dense_base
     assert tight.lines[1].endswith(": fits")
     assert "dense" not in tight.lines[1]
-    assert outlook("train.dense_base=true", memory=int(needed) - 1)[1].dense_base
-    assert not outlook("train.dense_base=false")[1].dense_base
     assert not outlook("train.zero_stage=3", "ray.num_workers=2")[1].dense_base
     assert not before_training(configured(tmp_path), tmp_path, records, []).dense_base  # on a GPU
 

@@ -102,7 +102,7 @@ def test_where_production_answers_nothing_rightly_the_records_are_replayed_as_th
     monkeypatch.setattr(replaying, "_right", lambda *_: {})
     uri = training_data(config, store, prepared.uri, print, run_id="first")
     assert load_split(store, uri, "train") == TRAIN + EARLIER
-    assert "is worth data.replay_least 1 by data.replay_metric token_f1" in capsys.readouterr().out
+    assert "is right by data.replay_metric token_f1" in capsys.readouterr().out
     found = runs.read(store, "first", Replayed)
     assert (found.version, found.kept) == (version.version, 0)
 

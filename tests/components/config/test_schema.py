@@ -172,7 +172,7 @@ def test_several_mistakes_are_said_in_one_message() -> None:
         ("train.learning_rate=2e-4", "train.learning_rate", 2e-4),
         ("data.max_records=10_000", "data.max_records", 10000),
         ("train.weight_decay=0", "train.weight_decay", 0.0),
-        ("train.packing=false", "train.packing", False),
+        ("train.cpu_offload=false", "train.cpu_offload", False),
         ('model.base="org/other"', "model.base", "org/other"),
         ("model.base=pkg://p/a=b.gguf", "model.base", "pkg://p/a=b.gguf"),
         ('model.revision="7"', "model.revision", "7"),

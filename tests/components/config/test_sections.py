@@ -37,8 +37,6 @@ CHECKPOINTED, GPU = "train.gradient_checkpointing=true", "ray.use_gpu=true"
         (["ray.num_workers=[1, 3]"], "train.batch_size 16 is not a multiple of train.micro_batch_size 8 x ray.num_w"),
         ([PAGED], "Nearest to it: train.optimizer=adamw_8bit"),
         ([PAGED, GPU, "train.cpu_offload=true"], "Nearest to it: train.optimizer=adamw_8bit"),
-        (["train.dense_base=true", GPU], "hold a whole base each, not with ray.use_gpu: remove train.dense_base"),
-        (["train.dense_base=true", "train.zero_stage=3"], "remove train.dense_base"),
         ([OFFLOADED, GPU], "set train.gradient_checkpointing=true, or remove train.activation_offloading"),
         ([OFFLOADED, CHECKPOINTED], "where they lie without ray.use_gpu: remove train.activation_off"),
         (["gate.worse_on_general_text_by=0.5", "evaluate.general_passages=0"], "what evaluate.general_passages 0 does"),
@@ -58,7 +56,6 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], message: str
     [
         [PAGED, GPU],
         ["train.optimizer=adamw_8bit", "train.cpu_offload=true"],
-        ["train.dense_base=true"],
         [OFFLOADED, CHECKPOINTED, GPU],
         ["gate.worse_on_general_text_by=0.5"],
         ["gate.lm_eval_worse_by={arc=0.1}", "evaluate.lm_eval=['arc']"],
@@ -212,7 +209,7 @@ def test_nothing_is_said_of_what_methods_set_themselves_and_of_what_sweeps_try(n
 
 @pytest.mark.parametrize("path", [*REMOVED])
 def test_a_removed_key_is_read_and_said_to_be_gone_and_moves_no_digest(path: str, caplog) -> None:
-    cluster = ["ray.cluster.kind=rayjob", "ray.cluster.data.pods=3"] if path.startswith("ray.cluster") else []
+    cluster = ["ray.cluster.kind=rayjob"] if path.startswith("ray.cluster") else []
     plain, removed = set_in(*cluster), REMOVED[path]
     for value in [each for each in (removed.default, 7) if each is not None]:
         caplog.clear()

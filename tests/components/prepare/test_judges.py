@@ -12,9 +12,6 @@ from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
 from components.prepare.power import power
 from components.prepare.split import judges, require_enough, validation_and_test
-from components.records import runs
-from components.records.steps import Decision
-from components.registry.event_log import append_event
 from components.shared.errors import DataError
 from tests.doubles import datasets
 
@@ -40,57 +37,13 @@ def published(store):
     return publish
 
 
-def in_folds(config, number: int, decisions: int = 2):
-    return config_file.loads(
-        config_file.dumps(config), [f"evaluate.folds={number}", f"evaluate.decisions_per_fold={decisions}"]
-    )
-
-
-def decide(store, config, run_id: str, found) -> None:
-    adapter = config.adapter
-    decision = Decision(decision="hold", adapter=adapter.name, alias=adapter.alias, run_id=run_id, reasons=())
-    runs.write(store, run_id, decision)
-    body = {"alias": config.adapter.alias, "run_id": run_id, "test_set": list(found.sample)}
-    append_event(store, config.adapter.name, "refused", body)
-
-
-def test_a_part_judges_until_it_is_worn_out_and_the_others_lie_in_reserve(config, store, published):
-    config, uri = in_folds(config, 3), published()
-    turns = []
-    for run in range(8):
-        found = judges(store, uri, config, run_id=f"run-{run}")
-        decide(store, config, f"run-{run}", found)
-        turns.append(found.fold)
-    assert turns == [1, 1, 2, 2, 3, 3, 1, 2]
-    assert judges(store, uri, config, run_id="run-7").fold == 2  # a step that is repeated asks the same ones
-
-
-def test_the_parts_are_apart_and_a_refresh_moves_no_record(config, store, published):
-    config = in_folds(config, 3, decisions=1)
-    before, after = [], []
-    for run, (uri, seen) in enumerate([(published(), before)] * 3 + [(published(range(100, 2 * NUMBER)), after)] * 3):
-        found = judges(store, uri, config, run_id=f"run-{run}")
-        decide(store, config, f"run-{run}", found)
-        seen.append({record.id for record in found.records})
-    assert len(set.union(*before)) == sum(map(len, before))
-    assert min(map(len, before)) > 70
-    assert all(sum(len(one & other) > 0 for other in after) == 1 for one in before)
-
-
-def test_parts_without_records_are_refused(config, store, published):
-    with pytest.raises(DataError, match=r"too few for evaluate\.folds 9"):
-        judges(store, published(range(6)), in_folds(config, 9), run_id="r")
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         (["gate.min_records=200"], None),
-        (["gate.min_records=400"], "raise data.eval_share, add data or lower gate.min_records; gate.too_few_records=h"),
-        (["gate.min_records=400", "gate.too_few_records=hold"], None),
+        (["gate.min_records=400"], "raise data.eval_share, add data or lower gate.min_records$"),
         (["gate.min_records=200", *DRAWN], None),  # as many more as it takes are drawn
         (["gate.min_records=200", *DRAWN, "evaluate.max_records=20"], "^20 records .* evaluate.records,"),
-        (["gate.min_records=200", "evaluate.folds=3"], "for 200, so that this run is refused: raise data.eval_share"),
     ],
     ids=str,
 )
@@ -98,14 +51,14 @@ def test_a_run_that_would_be_held_for_want_of_records_is_refused(config, store, 
     """About 320 of 400 held-out records are left when training has looked at its fifth."""
     asked = config_file.loads(config_file.dumps(config), keys)
     with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
-        require_enough(judges(store, published(), asked, run_id="r"), asked)
+        require_enough(judges(store, published(), asked), asked)
 
 
 def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store):
     grouped = [dataclasses.replace(each, group=f"g{number % 50}") for number, each in enumerate(records(range(NUMBER)))]
     uri = datasets.publish(store, train=records(range(1)), evaluation=grouped).uri
     asked = config_file.loads(config_file.dumps(config), ["data.group=topic", "gate.min_records=50"])
-    judging = judges(store, uri, asked, run_id="r")
+    judging = judges(store, uri, asked)
     groups = len({record.group for record in judging.records})
     with pytest.raises(DataError, match=f"^{groups} groups of records are left for the gate"):
         require_enough(judging, asked)
@@ -132,7 +85,7 @@ def test_that_no_candidate_can_replace_a_version_is_said_before_there_is_one(
 ):
     """By the binomial distribution 0.99^299 is the first power below 0.05."""
     asked = config_file.loads(config_file.dumps(config), keys)
-    tells = power(judges(store, published(range(number)), asked, run_id="r"), asked)
+    tells = power(judges(store, published(range(number)), asked), asked)
     assert (tells["better_by"] is not None) is can_replace
     assert ("nothing can replace it, as only 299 would show rare large losses" in tells["sentence"]) is not can_replace
 
@@ -144,10 +97,10 @@ def test_long_answers_weigh_more_so_that_more_records_are_asked_for(config, stor
     ]
     uri = datasets.publish(store, train=records(range(1)), evaluation=lengths).uri
     asked = config_file.loads(config_file.dumps(config), ["data.validation_share=0.001"])
-    tells = power(judges(store, uri, asked, run_id="r"), asked)
+    tells = power(judges(store, uri, asked), asked)
     assert tells["fewest"] == pytest.approx(299 * 2 * (1 + 26**2) / 27**2, rel=0.02)
     by_answers = config_file.loads(config_file.dumps(asked), ["gate.metric=answer_loss"])
-    assert power(judges(store, uri, by_answers, run_id="r"), by_answers)["fewest"] == 299
+    assert power(judges(store, uri, by_answers), by_answers)["fewest"] == 299
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])

@@ -104,10 +104,9 @@ def test_each_setting_of_the_cluster_is_where_it_is_read() -> None:
 def test_the_job_that_prepares_the_data_asks_for_pods_of_their_own_number_and_size_and_no_gpu() -> None:
     pools = {"node_selector": {"pool": "gpu"}, "tolerations": [{"key": "pool"}], "nodes": 2, "topology": "rack"}
     worker = {"cpu": 8, "memory_gib": 64, "resources": {"vpc.amazonaws.com/efa": "4"}}
-    sizes = {"worker": worker, "data": {"pods": 3}}
-    ray = config({**pools, **sizes}, num_workers=8, use_gpu=True, gpu="A10G").for_data()
+    ray = config({**pools, "worker": worker}, num_workers=8, use_gpu=True, gpu="A10G").for_data()
     (workers,) = rayjob(ray, job(), 1, namespace="fineloop")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert [workers[name] for name in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
+    assert [workers[name] for name in ("replicas", "minReplicas", "maxReplicas")] == [2, 2, 2]
     pod = workers["template"]["spec"]
     assert not any("topology" in key for key in workers["template"]["metadata"].get("annotations", {}))
     assert pod["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "16Gi"}

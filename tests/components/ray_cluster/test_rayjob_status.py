@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from components.config.ray import RayJobCluster
 from components.ray_cluster import kubernetes_api, rayjob
 from components.ray_cluster.backend import Job, JobEnd
 from components.ray_cluster.kubernetes_api import Watched
@@ -21,7 +20,6 @@ from components.ray_cluster.rayjob import (
 )
 from components.shared.errors import JobError
 
-CLUSTER = RayJobCluster(kind="rayjob")
 JOB = Job("r", "finetune", ("x",), 3600)
 
 
@@ -93,7 +91,7 @@ KILLED = "Job failed with exit code -9: x"
     ],
 )
 def test_how_it_ended_is_said_in_the_clusters_words(found: dict[str, Any], ended: JobEnd) -> None:
-    assert rayjob._ended(found, JOB, CLUSTER) == ended
+    assert rayjob._ended(found, JOB) == ended
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_how_it_ended_is_said_in_the_clusters_words(found: dict[str, Any], ended
 )
 def test_a_limit_of_ours_is_told(reason: str, text: str) -> None:
     with pytest.raises(JobError, match=text):
-        rayjob._ended(job("Failed", reason=reason, message="no image"), JOB, CLUSTER)
+        rayjob._ended(job("Failed", reason=reason, message="no image"), JOB)
 
 
 def test_a_live_job_is_known_by_its_whole_run_id_and_its_age() -> None:

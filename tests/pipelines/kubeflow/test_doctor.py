@@ -118,9 +118,9 @@ def _without(kind: str, name: str) -> Callable[[AppliedCluster], None]:
     return lambda cluster: cluster.drop(kind, name)
 
 
-def _small_quota(cluster: AppliedCluster) -> None:
+def _small_quota(cluster: AppliedCluster, memory: str = "8Gi") -> None:
     queue = cluster.objects["/apis/kueue.x-k8s.io/v1beta2/clusterqueues/fineloop"]
-    queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"][1]["nominalQuota"] = "8Gi"
+    queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"][1]["nominalQuota"] = memory
 
 
 def stopped(where: str, name: str, cluster: AppliedCluster) -> None:
@@ -198,12 +198,14 @@ def test_what_is_missing_is_one_right_sentence(
     assert fix in found[name]["fix"]
 
 
-def test_a_job_that_prepares_the_data_has_to_fit_the_queue_too(ask: Callable[..., dict[str, Any]]) -> None:
-    pods = ("--set", "ray.cluster.data.pods=600")
-    assert ask(*RAYJOB, *pods)["queue"]["ok"]
-    queue = ask(*RAYJOB, *pods, "--set", "data.engine=ray")["queue"]
-    assert "GiB asked for" in queue["detail"]
-    assert "ray.cluster.data.pods" in queue["fix"]
+def test_a_job_that_prepares_the_data_has_to_fit_the_queue_too(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
+) -> None:
+    _small_quota(cluster, "20Gi")
+    assert ask(*RAYJOB)["queue"]["ok"]
+    queue = ask(*RAYJOB, "--set", "data.engine=ray")["queue"]
+    assert "36 GiB asked for, at most 20 GiB given" in queue["detail"]
+    assert "ray.num_workers" in queue["fix"]
 
 
 def test_a_static_key_may_be_absent(ask: Callable[..., dict[str, Any]], cluster: AppliedCluster) -> None:

@@ -77,7 +77,3 @@ def test_losses_and_what_is_published_are_the_same_to_the_bit(trained, adapter, 
 @pytest.mark.slow
 def test_a_worker_whose_memory_is_taken_by_others_reads_the_base_as_it_is_stored(trained):
     assert trained("short", "method.base=nf4", dense_base=True, free_bytes=1000)["is_quantised"]
-
-
-def test_a_config_that_asks_for_it_has_it_whatever_is_free(trained):
-    assert not trained("asked", "method.base=nf4", "train.dense_base=true", free_bytes=1000)["is_quantised"]

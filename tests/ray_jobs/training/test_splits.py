@@ -109,7 +109,7 @@ def test_a_dataset_is_recorded_with_the_tokens_that_were_read(config, chat, stor
 
 def judges_of(held_out, config, store) -> set[str]:
     folder = datasets.publish(store, train=records(10, 10), evaluation=held_out)
-    return {record.id for record in judges(store, folder.uri, config, run_id="r").records}
+    return {record.id for record in judges(store, folder.uri, config).records}
 
 
 def test_tokens_that_the_base_has_no_embeddings_for_are_refused_where_records_write_them(config, chat, store):
