@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from components.config.methods import METHODS, MethodName, nearest_legal
+from components.config.methods import AXES, METHODS, MethodName, nearest_legal
 from components.config.ray import FIRST_WITH_BFLOAT16, PRICED, dtype_on
 from components.config.schema import MethodConfig, RunConfig, cautions
 from components.shared import garbage
@@ -68,7 +68,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
     step, reading = capacity.step_of(config, rehearsal, batch), capacity.evaluated(config, rehearsal, batch)
     return {
         "method": config.method.name,
-        **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
+        **{axis: getattr(config.method.row, axis) for axis in AXES},
         "model": config.model.base,
         "rank": config.method.r,
         "learning_rate": config.learning_rate,

@@ -72,15 +72,8 @@ OWN_BASE = frozenset({"loftq"})
 # The matrix test trains every cell that this file lets pass. A cell is refused here only for a reason: it has no
 # meaning, or a library computes something else in silence.
 
-FIELDS = {
-    "adapter": "method.adapter",
-    "scaling": "method.scaling",
-    "init": "method.init",
-    "base": "method.base",
-    "zero_stage": "train.zero_stage",
-    "cpu_offload": "train.cpu_offload",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-}
+AXES = ("adapter", "scaling", "init", "base")
+"""Keys of `method`; a cell's others are keys of `train`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class Cell:
     def described(self, than: "Cell") -> str:
         """Where this cell differs from another, as settings."""
         return ", ".join(
-            setting(FIELDS[field.name], getattr(self, field.name))
+            setting(f"{'method' if field.name in AXES else 'train'}.{field.name}", getattr(self, field.name))
             for field in fields(self)
             if getattr(self, field.name) != getattr(than, field.name)
         )

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from components.config.gate import CheckConfig, GateConfig, RequestedMetric
 from components.config.methods import (
+    AXES,
     METHODS,
     OWN_BASE,
     AdapterKind,
@@ -244,7 +245,7 @@ class MethodConfig(Section):
     @property
     def row(self) -> Method:
         """The named row, with the axes that are set to something else."""
-        axes = {axis: getattr(self, axis) for axis in ("adapter", "scaling", "init", "base")}
+        axes = {axis: getattr(self, axis) for axis in AXES}
         return replace(METHODS[self.name], **{axis: value for axis, value in axes.items() if value is not None})
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from components.config.methods import OWN_BASE
+from components.config.methods import AXES, OWN_BASE
 from components.config.ray import price_per_hour
 from components.handover.serve_manifest import recorded, serving
 from components.records import runs
@@ -52,7 +52,7 @@ def recipe_of(
     modules = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
     parameters = sorted({".".join(name.split(".")[-2:]) for name in adapted.targeted_parameter_names})
     return {
-        **{axis: getattr(config.method.row, axis) for axis in ("adapter", "scaling", "init", "base")},
+        **{axis: getattr(config.method.row, axis) for axis in AXES},
         "rank": config.method.r,
         **({"alpha": config.method.lora_alpha} if config.method.row.has_alpha else {}),
         "trainable_parameters": trainable,

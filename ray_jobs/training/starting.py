@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from components.config.methods import AXES
 from components.config.schema import RunConfig
 from components.prepare.dataset import read_split
 from components.prepare.split import is_validation
@@ -114,7 +115,7 @@ def flops_of(store: Store, version: Version | None) -> float | None:
 def _shape(config: RunConfig) -> dict[str, Any]:
     """The settings of the method that a version's weights depend on, by the config's names."""
     method = config.method
-    row = {axis: getattr(method.row, axis) for axis in ("adapter", "scaling", "init", "base")}
+    row = {axis: getattr(method.row, axis) for axis in AXES}
     return {**row, "rank": method.r, "alpha": method.lora_alpha, "target_modules": method.target_modules}
 
 
