@@ -57,6 +57,7 @@ REMOVED = {
     "tune.scheduler": Removed("asha", "it is the same in every sweep"),
     "tune.space": Removed(FORMER_SPACE, "tune.learning_rates has its rates, and a sweep tries nothing else"),
     "data.timeout_s": Removed(3_600, "ray.timeout_s bounds the preparing of data too", in_digest=False),
+    "data.max_near_share": Removed(0.05, "data.max_reject_share bounds near-duplicates too", in_digest=False),
     "data.replay_least": Removed(1, "an answer of production is right from 0.5 of the metric on", in_digest=False),
     "evaluate.folds": Removed(1, "all held-out records judge at each decision", in_digest=False),
     "evaluate.decisions_per_fold": Removed(20, "there is one test set, evaluate.folds is gone", in_digest=False),

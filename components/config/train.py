@@ -61,11 +61,10 @@ class DataConfig(Section):
     """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
     five-character shingles, without case and punctuation, both of the whole prompts and of what is left of them without
     the text that many prompts share. 0 leaves none out."""
-    max_near_share: Annotated[Share, Added("0.2.0")] = 0.05
-    """Stop if more than this share of the training records would be left out as near-duplicates of held-out ones."""
     max_reject_share: Share = 0.05
     """Stop when more than this share of rows is unusable. Up to it, bad rows go to rejects.parquet. It also bounds the
-    records whose answers, and those whose prompts, are too long for model.max_length."""
+    records whose answers, and those whose prompts, are too long for model.max_length, and the training records that are
+    left out as near-duplicates of held-out ones."""
     max_records: Annotated[int, Field(ge=0)] = 0
     """Use only this many records, taken in order of their key's hash; 0 uses all."""
     min_new_records: Annotated[int, Field(ge=0)] = 0

@@ -600,7 +600,7 @@ def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
         eval_share=data.eval_share,
         max_records=data.max_records,
         near_duplicates=data.near_duplicates,
-        max_near_share=data.max_near_share,
+        max_near_share=data.max_reject_share,
         window=in_window(read, days=data.window_days) if data.window_days else None,
         replay_share=data.replay_share,
         replay_apart=data.replay_from == "production",

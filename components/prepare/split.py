@@ -316,11 +316,11 @@ def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -
     lines = "".join(f"\n  {count} x near {words!r}" for words, count in unlike.clusters)
     raise DataError(
         f"{unlike.share:.1%} of what would be trained on is near what is held out ({unlike.left_out} of "
-        f"{unlike.looked_at} records), more than data.max_near_share = {max_near_share:g} "
+        f"{unlike.looked_at} records), more than data.max_reject_share = {max_near_share:g} "
         f"allows:{lines}\n"
         "Where such records belong together, as questions on one document do, name the column that says so in "
         f"data.group. Where they do not, raise data.near_duplicates, which is {similarity:g}; 0 compares none. "
-        f"data.max_near_share={math.ceil(100 * unlike.share) / 100:g} trains without them."
+        f"data.max_reject_share={math.ceil(100 * unlike.share) / 100:g} trains without them."
     )
 
 

@@ -91,7 +91,7 @@ def init(options: argparse.Namespace) -> Answer:
                 return _answer_to("ray_jobs.preview", looked_with, *overrides, verbose=options.verbose)
 
         # Sizes are told even of data that a run would refuse: the next look is at the proposal itself.
-        seen = look(config_file.dumps(draft), "data.max_near_share=1")
+        seen = look(config_file.dumps(draft), "data.max_reject_share=1")
         judging, reasons, missing_rows = judged_by(draft, seen)
         text = proposed(draft, options.overrides, judging, seen)
         config = config_file.loads(text, origin=str(path))  # a mistake of ours is not written

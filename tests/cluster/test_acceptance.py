@@ -27,7 +27,7 @@ def test_a_run_promotes_in_one_job_and_a_run_without_new_data_skips(live: Live) 
     assert live.production() == first.body["version"]
     assert f"promoted: {live.adapter}@production is now {first.body['version']}" in first.stderr
     assert states(live.run(first.body["run_id"])) == {"SUCCEEDED", "SKIPPED"}
-    assert len(live.rayjobs(first.body["run_id"])) <= 1  # none where ray.cluster.ttl_s has passed
+    assert len(live.rayjobs(first.body["run_id"])) <= 1  # none after ten minutes
     second = live.submit(settings=["data.min_new_records=1"])
     assert second.exit_code == 0, second.stderr
     assert second.body["decision"] == "skipped"

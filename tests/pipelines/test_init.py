@@ -187,7 +187,7 @@ def test_columns_are_asked_for_with_samples_and_the_base_after_them(
 ) -> None:
     (here / "tickets.csv").write_text(TICKETS)
     monkeypatch.setattr("sys.stdin", Terminal("\n\n\nbase\n"))  # the name, the prompt and the answer as guessed
-    done = fineloop("init", "tickets.csv", "--no-plan", "--set", "data.max_near_share=1")
+    done = fineloop("init", "tickets.csv", "--no-plan", "--set", "data.max_reject_share=1")
     asked = [
         done.stderr.index(text)
         for text in ("the adapter's name", "2  Subject: Where is", "the answer's column", "the base")
@@ -203,7 +203,7 @@ def test_a_number_or_a_name_in_any_case_names_a_column(
 ) -> None:
     (here / "numbered.csv").write_text(TICKETS)
     monkeypatch.setattr("sys.stdin", Terminal("4, subject\n3\nbase\n"))
-    fineloop("init", "numbered.csv", "--name", "numbered", "--no-plan", "--set", "data.max_near_share=1")
+    fineloop("init", "numbered.csv", "--name", "numbered", "--no-plan", "--set", "data.max_reject_share=1")
     columns = config_file.load(here / "numbered.toml").data.columns
     assert (columns.prompt, columns.completion) == (["Notes", "Subject"], "Team")
     monkeypatch.setattr("sys.stdin", Terminal("9\n"))
@@ -216,7 +216,7 @@ def test_the_file_is_written_where_an_answer_is_missing_and_finished_when_it_is_
     here: Path, fineloop: Fineloop
 ) -> None:
     (here / "open.csv").write_text(TICKETS)
-    arguments = ("init", "open.csv", "--base", "base", "--no-plan", "--set", "data.max_near_share=1")
+    arguments = ("init", "open.csv", "--base", "base", "--no-plan", "--set", "data.max_reject_share=1")
     done = fineloop(*arguments, "--json")
     assert done.returncode == 2
     text = (here / "open.toml").read_text()
@@ -234,7 +234,7 @@ def test_the_file_is_written_where_an_answer_is_missing_and_finished_when_it_is_
 def test_names_that_say_it_are_columns_without_a_question(here: Path, fineloop: Fineloop) -> None:
     rows = TICKETS.replace("Ticket ID,Subject,Team,Notes", "id,Title,Label,Description")
     (here / "named.csv").write_text(rows)
-    done = fineloop("init", "named.csv", "--base", "base", "--no-plan", "--set", "data.max_near_share=1")
+    done = fineloop("init", "named.csv", "--base", "base", "--no-plan", "--set", "data.max_reject_share=1")
     assert done.returncode == 0, done.stderr + done.stdout
     columns = config_file.load(here / "named.toml").data.columns
     assert (columns.prompt, columns.completion) == (["Title", "Description"], "Label")
@@ -252,7 +252,7 @@ def test_a_config_that_a_run_would_refuse_is_written_and_its_refusal_said_last(h
     looked = fineloop("data", "-c", "twins.toml")
     assert looked.returncode == 2
     assert body(done)["refused"].splitlines()[-1] in looked.stderr
-    assert "data.max_near_share=0.0" in body(done)["refused"].splitlines()[-1]
+    assert "data.max_reject_share=0.0" in body(done)["refused"].splitlines()[-1]
 
 
 def test_a_context_is_no_longer_than_the_base_has_positions_for(here: Path, fineloop: Fineloop) -> None:

@@ -68,7 +68,7 @@ def test_profile_and_summary_account_for_every_row(store: Store, write_rows: Wri
     copies = [{"id": f"copy {i}", "prompt": f"question {i}", "completion": "other"} for i in range(60)]
     near = [{"id": f"near {i}", "prompt": f"Question {i}!", "completion": "other"} for i in range(60)]
     source = write_rows([*rows(200), rows(1)[0], changed, *copies, *near, "{}"])
-    prepared = prepare(run_config(source, eval_share=0.3, max_records=180, max_near_share=0.5), store)
+    prepared = prepare(run_config(source, eval_share=0.3, max_records=180, max_reject_share=0.5), store)
     profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))
     splits, dropped, compared = profile["splits"], profile["dropped"], profile["near_duplicates"]
     assert (profile["rows"]["read"], profile["rows"]["rejected"]) == (323, 1)
@@ -92,7 +92,7 @@ def test_profile_and_summary_account_for_every_row(store: Store, write_rows: Wri
         f"{near_held_out} near what is held out, {beyond} beyond data.max_records; {prepared.near_in_train} of",
     ):
         assert words in prepared.summary
-    with pytest.raises(DataError, match=r"near what is held out .*data\.max_near_share = 0\.05"):
+    with pytest.raises(DataError, match=r"near what is held out .*data\.max_reject_share = 0\.05"):
         prepare(run_config(source, eval_share=0.3), store)
 
 

@@ -113,10 +113,10 @@ def test_more_near_duplicates_than_the_config_allows_stop_the_run_with_what_most
     message = str(caught.value).splitlines()
     assert message[0] == (
         "50.0% of what would be trained on is near what is held out (5 of 10 records), more than "
-        "data.max_near_share = 0.49 allows:"
+        "data.max_reject_share = 0.49 allows:"
     )
     assert message[1:3] == ["  4 x near 'aaaaaaaa the question'", "  1 x near 'bbbbbbbb the question'"]
-    for remedy in ("data.group", "data.near_duplicates, which is 0.8", "data.max_near_share=0.5 trains"):
+    for remedy in ("data.group", "data.near_duplicates, which is 0.8", "data.max_reject_share=0.5 trains"):
         assert remedy in message[3]
     with pytest.raises(DataError, match=r"100\.0% of what would be trained on"):  # and not: too few records
         split([*held_out, *near], eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.49)

@@ -191,8 +191,8 @@ def test_each_outcome_is_told_and_no_section_is_without_content(build: Build, wo
         ("JobError", "worker 1 was lost", ["-c .fineloop/runs/r/config.toml --run-id r"]),
         (
             "DataError",
-            "much is near, more than data.max_near_share = 0.05 allows:\n  5 x near 'a b'\nName it in data.group.",
-            [f"-c .fineloop/runs/r/config.toml --set {key}=VALUE" for key in ("data.max_near_share", "data.group")],
+            "much is near, more than data.max_reject_share = 0.05 allows:\n  5 x near 'a b'\nName it in data.group.",
+            [f"-c .fineloop/runs/r/config.toml --set {key}=VALUE" for key in ("data.max_reject_share", "data.group")],
         ),
         ("DataError", "no rows in s3.data.jsonl", ["-c .fineloop/runs/r/config.toml"]),
     ],
