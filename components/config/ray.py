@@ -450,16 +450,12 @@ class RayConfig(Section):
     """Which cluster: kind jobs-api is an existing one, rayjob creates one for each job on Kubernetes."""
 
     @model_validator(mode="after")
-    def _image_knows_the_gpu(self) -> "RayConfig":
+    def _cluster_holds_the_workers(self) -> "RayConfig":
         if self.gpu == "V100" and self.cluster.image == IMAGE:
             raise ValueError(
                 f"gpu V100: PyTorch in cluster.image {IMAGE} is built for CUDA 13, which has no kernels for it: take "
                 "gpu=T4 or a newer one, or an image with PyTorch for CUDA 12"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _cluster_holds_the_workers(self) -> "RayConfig":
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers {self.num_workers} is [min, max]: put the smaller number first")
         self.cluster.require_room(num_workers=self.max_workers, cpus_per_worker=self.cpus_per_worker)

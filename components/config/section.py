@@ -108,8 +108,4 @@ def identity(section: BaseModel) -> dict[str, Any]:
             del values[name]
         elif isinstance(value, BaseModel):
             values[name] = identity(value)
-        elif isinstance(value, list):
-            values[name] = [
-                identity(each) if isinstance(each, BaseModel) else values[name][i] for i, each in enumerate(value)
-            ]
     return values
