@@ -353,12 +353,8 @@ def validation_and_test(records: Sequence[Record], *, validation_share: float) -
 
 def is_validation(record: Record, validation_share: float) -> bool:
     """Whether `validation_and_test` puts the record on the validation side, where neither side is empty."""
-    return _position(record, "validation") < validation_share
-
-
-def _position(record: Record, purpose: str) -> float:
     belongs_to = f"group:{record.group}" if record.group else record.id
-    return position(hashlib.sha256(f"{purpose}:{belongs_to}".encode()).digest())
+    return position(hashlib.sha256(f"validation:{belongs_to}".encode()).digest()) < validation_share
 
 
 SAMPLED = 16
