@@ -34,7 +34,7 @@ from components.config.section import FORMER_SPACE, Added, Section, identity, pu
 from components.config.train import SHARING
 from components.config.train import DataConfig as DataConfig
 from components.config.train import TrainConfig as TrainConfig
-from components.config.tune import TuneConfig
+from components.config.train import TuneConfig as TuneConfig
 from components.shared.metrics import METRICS
 
 # Where the registry lies, and which keys it trusts.

@@ -1,4 +1,4 @@
-"""The config's `data` and `train` sections: what is trained on, and how."""
+"""The config's `data`, `train` and `tune` sections: what is trained on, and how."""
 
 import math
 from typing import Annotated, Literal
@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from components.config.gate import AnswerMetric
+from components.config.methods import MethodName
 from components.config.section import Added, Section
 
 # Where the data come from, what of them is held out, and what is left out.
@@ -215,3 +216,26 @@ class TrainConfig(Section):
                 f"try train.batch_size={max(step, self.batch_size // step * step)}"
                 + ("" if left_over else f", or train.micro_batch_size={smaller}, which leaves every step as it is")
             )
+
+
+# When a run sweeps learning rates by itself, and which it tries.
+
+Rate = Annotated[float, Field(gt=0, lt=1)]
+When = Literal["never", "always", "no_prior_sweep", "data_changed"]
+
+
+class TuneConfig(Section):
+    """How learning rates are swept. Every trial is a training, judged on the records that checkpoints are chosen on."""
+
+    when: When = "never"
+    """When a run of the pipeline sweeps before it trains: never, so that it trains at the config's rate; always;
+    no_prior_sweep, if none is stored for this adapter, base, method and data source; data_changed, if none is stored
+    for this very dataset. Unless it is never, the run trains at the rate that was found, now or before."""
+    methods: list[MethodName] = []
+    """Methods to compare, each at its own best rate; empty sweeps method.name alone."""
+    learning_rates: list[Rate] = []
+    """Rates to try, exactly these; empty makes a grid around the current rate."""
+    seeds: Annotated[int, Field(ge=1, le=20)] = 1
+    """Trainings at each rate, with different seeds; their mean loss counts."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of a trial, with the schedule fitted to them; 0 trains as long as a run does."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from components.config.schema import RunConfig
-from components.config.tune import When
+from components.config.train import When
 from components.ray_cluster.submit import require_disk, submit_step
 from components.records import runs
 from components.records.sweep import SweepResult, TunedRate

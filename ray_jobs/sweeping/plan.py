@@ -11,7 +11,7 @@ from typing import Literal
 from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig, RunConfig
-from components.config.tune import TuneConfig
+from components.config.train import TuneConfig
 from components.handover.serve_manifest import ServableAs, serving
 from components.records.sweep import RateLoss, Trial, Tuned
 from components.shared.errors import ConfigError
