@@ -16,7 +16,7 @@ from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
 from components.prepare import dataset, icd10, workspace
 from components.prepare.dataset import FORMAT, Part, Reject
-from components.prepare.feedback import Feedback, read_feedback, sources_of_feedback
+from components.prepare.feedback import LEARNED, Feedback, Key, Use, read_feedback, sources_of_feedback
 from components.prepare.personal import Kind
 from components.prepare.power import power
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
@@ -30,7 +30,6 @@ from components.prepare.split import (
     require_enough,
     split,
 )
-from components.prepare.traces import LEARNED, Key, Use
 from components.prepare.validate import Reader, Rules, Validated, read_here
 from components.prepare.workspace import Workspace, quoted
 from components.records import runs

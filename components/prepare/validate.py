@@ -25,6 +25,7 @@ from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig, LossOn
 from components.prepare import traces
 from components.prepare.dataset import OF_LOG, WEIGHT, Hashes, Message, Record, Reject, Role, batch_of, keyed_batch
+from components.prepare.feedback import LEARNED, Key, Use, Verdict, learned
 from components.prepare.personal import Action, Kind, Screen
 from components.prepare.rows import Rows, SourceRow, Unreadable, read_rows
 from components.prepare.shapes import SPEAKERS, TRACES, Row, as_record, columns_read, recognised
@@ -328,9 +329,9 @@ class Validated(NamedTuple):
     """Number of records that hold personal data, where data.personal leaves them out."""
     erased: int
     """Number of rows of erased records, usable or not."""
-    logged: Counter[tuple[str, traces.Use]]
+    logged: Counter[tuple[str, Use]]
     """Number of logged answers by who served them, and by what becomes of them."""
-    judged: set[traces.Key]
+    judged: set[Key]
     """Of the feedback, what is on one of the answers."""
     columns: Counter[tuple[str, ...]]
     """Number of rows by the names of all their columns."""
@@ -358,8 +359,8 @@ class Validation:
         import pyarrow as pa
 
         rules, columns, unread = self._rules, Counter[tuple[str, ...]](), Counter[str]()
-        logged: Counter[tuple[str, traces.Use]] = Counter()
-        judged: set[traces.Key] = set()
+        logged: Counter[tuple[str, Use]] = Counter()
+        judged: set[Key] = set()
         records: dict[int, Record] = {}
         rejects: list[Reject] = []
         erased = 0
@@ -385,7 +386,7 @@ class Validation:
                     value, use = self._learned(row.value, value, judged)
                     of_log = {name: _encodable(value[name]) for name in OF_LOG}
                     logged[of_log["served_by"], use] += 1
-                    if use not in traces.LEARNED:
+                    if use not in LEARNED:
                         continue
                     group = "group" if value["group"] else ""
                 record = validate(value, group=group, source=source.entry, loss_on=rules.loss_on)
@@ -412,7 +413,7 @@ class Validation:
             len(rows.rows), batch, rejects, withheld, erased, logged, judged, columns, unread, found, len(counted)
         )
 
-    def _learned(self, row: Any, turn: Any, judged: set[traces.Key]) -> tuple[dict[str, Any], traces.Use]:
+    def _learned(self, row: Any, turn: Any, judged: set[Key]) -> tuple[dict[str, Any], Use]:
         """A logged answer with the feedback on it, which is added to `judged`: by the customer's own key, else the
         response's or the row's id."""
 
@@ -420,11 +421,11 @@ class Validation:
             return traces.first_of(row, key, f"metadata.{key}", f"request.metadata.{key}") if key else None
 
         rules, key = self._rules, self._rules.feedback_key
-        keys = [(key, str(named(key))), *(("", str(name)) for name in (turn.get("response_id"), turn.get("id")))]
-        on_it = [each for each in keys if each in rules.feedback]
+        names = [(key, named(key)), ("", turn.get("response_id")), ("", turn.get("id"))]
+        on_it = [each for kind, name in names if (each := (kind, str(name))) in rules.feedback]
         judged.update(on_it)
         verdict = rules.feedback[on_it[0]] if on_it else None
-        return traces.learned(turn, verdict, rules.adapter, turn.get(rules.group) or named(rules.group))
+        return learned(turn, verdict, rules.adapter, turn.get(rules.group) or named(rules.group))
 
     def _erased(self, batch: "pa.RecordBatch", places: Sequence[int]) -> set[int]:
         """Which of the records at these places were erased, by the ids that they may have in a dataset."""
@@ -470,13 +471,11 @@ class Rules:
     feedback_key: str = ""
     adapter: tuple[str, str] = ("", "")
     """Its name and alias, which a log's `model` may be and must not."""
-    feedback: Mapping[traces.Key, traces.Verdict] = field(default_factory=dict)
+    feedback: Mapping[Key, Verdict] = field(default_factory=dict)
     erased: Erased = NONE_ERASED
 
     @classmethod
-    def of(
-        cls, config: RunConfig, feedback: Mapping[traces.Key, traces.Verdict], erased: Erased = NONE_ERASED
-    ) -> "Rules":
+    def of(cls, config: RunConfig, feedback: Mapping[Key, Verdict], erased: Erased = NONE_ERASED) -> "Rules":
         keys = ("group", "columns", "personal", "personal_names", "loss_on", "feedback_key")
         return cls(
             **{key: getattr(config.data, key) for key in keys},

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from components.prepare import prepare, traces, workspace
+from components.prepare import feedback, prepare, workspace
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import deduplicate, split
 from components.prepare.validate import Reader, Rules, Validated, read_here
@@ -93,8 +93,10 @@ def test_what_the_tasks_make_of_the_rows_is_what_one_process_makes(folder: Path,
 def test_logged_requests_and_feedback_become_the_same_by_tasks(tmp_path: Path) -> None:
     made_of = logged.generated(2000, seed=2)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made_of.rows))
-    votes = [traces.vote_of(each, key="", least=None) for each in made_of.feedback]
-    rules = Rules(feedback={vote.key: traces.resolved([vote]) for vote in votes}, erased=Erased({user_hash("user 1")}))
+    votes = [feedback.vote_of(each, key="", least=None) for each in made_of.feedback]
+    rules = Rules(
+        feedback={vote.key: feedback.resolved([vote]) for vote in votes}, erased=Erased({user_hash("user 1")})
+    )
     sources = find_sources(str(tmp_path / "log.jsonl"))
     here, there = (
         [(each.batch.to_pylist(), each.logged, each.erased) for _, each in read(sources, rules)]

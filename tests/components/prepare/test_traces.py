@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
 from components.config.schema import RunConfig
-from components.prepare import traces
+from components.prepare import feedback, traces
 from components.prepare.dataset import Record, exposure_of, load_split
 from components.prepare.prepare import PreparedDataset, prepare, prepare_if_new, preview
 from components.prepare.sources import find_sources
@@ -156,6 +156,7 @@ def test_no_row_and_no_feedback_whatever_it_holds_ends_a_preparation(seed: int, 
         {"a": 1},
         [{"type": 3}],
         [{"parts": [3]}],
+        [{"parts": ["text"]}],
         True,
     ]
 
@@ -441,9 +442,9 @@ def test_a_log_without_feedback_and_feedback_without_a_log_are_refused(of_rows) 
     ],
 )
 def test_ratings_as_others_write_them(said: dict[str, Any], is_good: bool) -> None:
-    vote = traces.vote_of(said, key="", least=None)
+    vote = feedback.vote_of(said, key="", least=None)
     assert (vote.key, vote.kind, vote.value) == (("", "r1"), "rating", is_good)
-    assert traces.vote_of({"response_id": "r1", "score": 4}, key="", least=4).value
+    assert feedback.vote_of({"response_id": "r1", "score": 4}, key="", least=4).value
 
 
 # Ten thousand turns of users, raters and versions, whose truth the generator keeps.
