@@ -16,11 +16,10 @@ from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
 from components.prepare import dataset, icd10, workspace
 from components.prepare.dataset import FORMAT, Part, Reject
-from components.prepare.feedback import LEARNED, Feedback, Key, Use, read_feedback, sources_of_feedback
-from components.prepare.personal import Kind
+from components.prepare.feedback import LEARNED, Feedback, read_feedback, sources_of_feedback
 from components.prepare.power import power
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
-from components.prepare.shapes import EXPECTED, TRACES, advice, columns_read, recognised, unread_text
+from components.prepare.shapes import EXPECTED, TRACES, advice, recognised, unread_text
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import (
     Deduplicated,
@@ -30,7 +29,7 @@ from components.prepare.split import (
     require_enough,
     split,
 )
-from components.prepare.validate import Reader, Rules, Validated, read_here
+from components.prepare.validate import Counts, Reader, Rules, read_here
 from components.prepare.workspace import Workspace, quoted
 from components.records import runs
 from components.records.steps import Decision
@@ -56,31 +55,6 @@ NO_RULES = Rules()
 
 
 @dataclass
-class Counts:
-    """Rows of one source or of all."""
-
-    rows: int = 0
-    rejected: int = 0
-    withheld: int = 0
-    """Records that hold personal data, where data.personal leaves them out."""
-    erased: int = 0
-    """Rows of records that were erased, usable or not."""
-    unused: int = 0
-    """Logged answers that nobody rated good and nobody put right."""
-
-    @property
-    def accepted(self) -> int:
-        return self.rows - self.rejected - self.withheld - self.erased - self.unused
-
-    def add(self, validated: Validated) -> None:
-        self.rows += validated.rows
-        self.rejected += len(validated.rejects)
-        self.withheld += validated.withheld
-        self.erased += validated.erased
-        self.unused += sum(count for (_, use), count in validated.logged.items() if use not in LEARNED)
-
-
-@dataclass
 class Intake:
     """What was read, counted."""
 
@@ -95,17 +69,9 @@ class Intake:
     """Rows that have each column."""
     unread: Counter[str] = field(default_factory=Counter)
     """Rows in a shape that we know, of which nothing is read from this column, or from this key of a message."""
-    personal: Counter[Kind] = field(default_factory=Counter)
-    """Pieces of personal data in the records that are usable, by kind."""
-    with_personal: int = 0
-    """Usable records that hold any."""
-    logged: Counter[tuple[str, Use]] = field(default_factory=Counter)
-    """Logged answers by the version that gave them, and by what becomes of them."""
-    feedback: Feedback = field(default_factory=Feedback)
-    judged: set[Key] = field(default_factory=set)
-    """Of the feedback, what is on one of the logged answers."""
     shapes: Counter[str] = field(default_factory=Counter)
     """Rows whose columns are those of a record, whatever they hold, by their shape."""
+    feedback: Feedback = field(default_factory=Feedback)
 
     @property
     def rejected_share(self) -> float:
@@ -136,32 +102,25 @@ def read_sources(
         StoreError: an s3:// source cannot be read.
     """
     intake = Intake([(source, Counts()) for source in sources])
-    names_of_rows: Counter[tuple[str, ...]] = Counter()
-    for place, validated in reader(sources, rules):
-        names_of_rows.update(validated.columns)
-        intake.unread.update(validated.unread)
-        intake.logged.update(validated.logged)
-        intake.judged |= validated.judged
-        intake.personal.update(validated.personal)
-        intake.with_personal += validated.with_personal
-        accept(validated.batch)
-        for each in validated.rejects:
+    for place, (batch, rejects, counts) in reader(sources, rules):
+        accept(batch)
+        for each in rejects:
             # Without its positions, so that like reasons count together.
             kind = re.sub(r"\b(byte|column) \d+", r"\1 N", re.sub(r"\[\d+\]", "[N]", each.reason))
             intake.reasons[kind] += 1
             intake.examples.setdefault(kind, each)
             reject(each)
-        intake.total.add(validated)
-        intake.sources[place][1].add(validated)
+        intake.total.add(counts)
+        intake.sources[place][1].add(counts)
+    intake.unread.update(intake.total.unread)
     for source, counts in intake.sources:
         logger.info("%s: %s, %s unusable", source.name, counted(counts.rows, "row"), f"{counts.rejected:,}")
-    for names, count in names_of_rows.items():
+    for names, count in intake.total.columns.items():
         for column in names:
             intake.columns[column] += count
-        if shape := recognised(names, rules.columns):
+        if shape := recognised(names, rules.data.columns):
             intake.shapes[shape.name] += count
-            used = columns_read(names, rules.columns, rules.group, rules.feedback_key)
-            intake.unread.update({column: count for column in names if column not in used})
+            intake.unread.update(dict.fromkeys(set(names) - rules.columns_read(names), count))
     return intake
 
 
@@ -257,7 +216,7 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
             {"reason": reason, "rows": count, "example": f"{example.source}:{example.line}"}
             for reason, count, example in intake.most_common()
         ],
-        "personal": {"records": intake.with_personal, "found": dict(intake.personal.most_common())},
+        "personal": {"records": intake.total.with_personal, "found": dict(intake.total.personal.most_common())},
         "dropped": {
             "erased": intake.total.erased,
             **_uses(intake),
@@ -277,7 +236,7 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
             "in_train": split.near_in_train,
         },
         "system_message": _shared_system_message(work, split),
-        **({"logged": _logged(work, intake, split)} if intake.logged else {}),
+        **({"logged": _logged(work, intake, split)} if intake.total.logged else {}),
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": dict(intake.unread.most_common()),
@@ -294,7 +253,7 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
 def _uses(intake: Intake) -> dict[str, int]:
     """The number of logged answers that are not learned from, by why."""
     uses: Counter[str] = Counter()
-    for (_, use), count in intake.logged.items():
+    for (_, use), count in intake.total.logged.items():
         uses[use] += count if use not in LEARNED else 0
     return dict(+uses)
 
@@ -312,7 +271,7 @@ def _logged(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str,
             if origin:
                 of_part[origin] = of_part.get(origin, 0) + count
     uses, served = Counter[str](), dict[str, dict[str, int]]()
-    for (version, use), count in sorted(intake.logged.items()):
+    for (version, use), count in sorted(intake.total.logged.items()):
         uses[use] += count
         served.setdefault(version, {})[use] = count
     feedback, warnings = intake.feedback, []
@@ -335,7 +294,7 @@ def _logged(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str,
             "rows": feedback.rows,
             "unusable": dict(feedback.unusable),
             "answers": len(feedback.verdicts),
-            "unmatched": len(feedback.verdicts.keys() - intake.judged),
+            "unmatched": len(feedback.verdicts.keys() - intake.total.judged.keys()),
             "raters_differ": sum(verdict.differ for verdict in feedback.verdicts.values()),
         },
         "warnings": warnings,
@@ -582,7 +541,7 @@ def read_distinct(
     """Read, validate and deduplicate the sources: the distinct records are the workspace's table `chosen`. Raises as
     `read_sources` and `require_usable`."""
     feedback = read_feedback(config.data, erased)
-    rules = Rules.of(config, feedback.verdicts, erased)
+    rules = Rules(config.data, (config.adapter.name, config.adapter.alias), feedback.verdicts, erased)
     read = read_sources(sources, work.accept, work.reject, rules=rules, reader=reader)
     read.feedback = feedback
     require_usable(read, max_reject_share=config.data.max_reject_share, columns=config.data.columns)

@@ -21,12 +21,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from components.config.schema import RunConfig
-from components.config.train import ColumnsConfig, LossOn
+from components.config.train import ColumnsConfig, DataConfig, LossOn
 from components.prepare import traces
 from components.prepare.dataset import OF_LOG, WEIGHT, Hashes, Message, Record, Reject, Role, batch_of, keyed_batch
 from components.prepare.feedback import LEARNED, Key, Use, Verdict, learned
-from components.prepare.personal import Action, Kind, Screen
+from components.prepare.personal import Kind, Screen
 from components.prepare.rows import Rows, SourceRow, Unreadable, read_rows
 from components.prepare.shapes import SPEAKERS, TRACES, Row, as_record, columns_read, recognised
 from components.prepare.sources import Source, local_copies
@@ -317,30 +316,53 @@ def _weightless(turn: Message) -> Message:
 # Validates the rows of one source, a batch at a time.
 
 
+@dataclass
+class Counts:
+    """What some rows are, counted."""
+
+    rows: int = 0
+    rejected: int = 0
+    withheld: int = 0
+    """Records that hold personal data, where data.personal leaves them out."""
+    erased: int = 0
+    """Rows of erased records, usable or not."""
+    with_personal: int = 0
+    """Usable records that hold any personal data."""
+    personal: Counter[Kind] = field(default_factory=Counter)
+    """Pieces of personal data in them."""
+    logged: Counter[tuple[str, Use]] = field(default_factory=Counter)
+    """Logged answers by who served them, and by what becomes of them."""
+    judged: Counter[Key] = field(default_factory=Counter)
+    """Logged answers by the feedback that is on them."""
+    columns: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """Rows by the names of all their columns."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Rows by the keys of their messages that nothing is read from, as `unread_keys` names them."""
+
+    @property
+    def unused(self) -> int:
+        """Logged answers that nobody rated good and nobody put right."""
+        return sum(count for (_, use), count in self.logged.items() if use not in LEARNED)
+
+    @property
+    def accepted(self) -> int:
+        return self.rows - self.rejected - self.withheld - self.erased - self.unused
+
+    def add(self, others: "Counts") -> None:
+        for name, value in vars(others).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+
 class Validated(NamedTuple):
     """The result of validating some rows."""
 
-    rows: int
-    """How many rows were read."""
     batch: "pa.RecordBatch"
     """The records that may be used, in order, with the columns of `keyed_batch`."""
     rejects: list[Reject]
-    withheld: int
-    """Number of records that hold personal data, where data.personal leaves them out."""
-    erased: int
-    """Number of rows of erased records, usable or not."""
-    logged: Counter[tuple[str, Use]]
-    """Number of logged answers by who served them, and by what becomes of them."""
-    judged: set[Key]
-    """Of the feedback, what is on one of the answers."""
-    columns: Counter[tuple[str, ...]]
-    """Number of rows by the names of all their columns."""
-    unread: Counter[str]
-    """Number of rows by the keys of their messages that nothing is read from, as `unread_keys` names them."""
-    personal: Counter[Kind]
-    """Number of pieces of personal data in the records, by kind."""
-    with_personal: int
-    """Number of records that hold any personal data."""
+    counts: Counts
 
 
 class Validation:
@@ -351,48 +373,45 @@ class Validation:
         Raises:
             DataError: names are looked for, and presidio-analyzer is not installed.
         """
-        self._rules = rules
-        self._screen = Screen(rules.personal, regions=rules.phone_regions, names=rules.personal_names)
-        self._shape_of = cache(partial(recognised, named=rules.columns))
+        self._rules, data = rules, rules.data
+        self._screen = Screen(data.personal, regions=data.phone_regions, names=data.personal_names)
+        self._shape_of = cache(partial(recognised, named=data.columns))
 
     def of(self, source: Source, rows: Rows) -> Validated:
         import pyarrow as pa
 
-        rules, columns, unread = self._rules, Counter[tuple[str, ...]](), Counter[str]()
-        logged: Counter[tuple[str, Use]] = Counter()
-        judged: set[Key] = set()
+        data, erased, counts = self._rules.data, self._rules.erased, Counts(len(rows.rows))
         records: dict[int, Record] = {}
         rejects: list[Reject] = []
-        erased = 0
         for place, row in enumerate(rows.rows):
-            value, names, shape = row.value, (), None
+            value, shape = row.value, None
             if isinstance(value, dict):
                 names = tuple(value) + rows.unread_columns
-                columns[names] += 1
+                counts.columns[names] += 1
                 shape = self._shape_of(names)
-            row_id = _id_of(value, rules.columns) if rules.erased else None
-            is_users = shape is TRACES and bool(rules.erased) and traces.user_of(cast(Row, value)) in rules.erased
-            if is_users or (row_id is not None and rules.erased.has(row_id)):
-                erased += 1
+            row_id = _id_of(value, data.columns) if erased else None
+            is_users = shape is TRACES and bool(erased) and traces.user_of(cast(Row, value)) in erased
+            if is_users or (row_id is not None and erased.has(row_id)):
+                counts.erased += 1
                 continue
             try:
                 if isinstance(value, Unreadable):
                     raise DataError(value.reason)
                 if isinstance(value, dict):
-                    value = as_record(value, shape, rules.columns, group="" if shape is TRACES else rules.group)
-                    unread.update(unread_keys(value))
-                group, of_log = rules.group, dict[str, Any]()
+                    value = as_record(value, shape, data.columns, group="" if shape is TRACES else data.group)
+                    counts.unread.update(unread_keys(value))
+                group, of_log = data.group, dict[str, Any]()
                 if shape is TRACES:
-                    value, use = self._learned(row.value, value, judged)
+                    value, use = self._learned(row.value, value, counts)
                     of_log = {name: _encodable(value[name]) for name in OF_LOG}
-                    logged[of_log["served_by"], use] += 1
+                    counts.logged[of_log["served_by"], use] += 1
                     if use not in LEARNED:
                         continue
                     group = "group" if value["group"] else ""
-                record = validate(value, group=group, source=source.entry, loss_on=rules.loss_on)
+                record = validate(value, group=group, source=source.entry, loss_on=data.loss_on)
                 records[place] = replace(record, **of_log) if of_log else record
             except DataError as exc:
-                is_known = row_id is not None or not rules.erased
+                is_known = row_id is not None or not erased
                 text = self._screen.kept(_text_of(row)) if is_known else _OF_NOBODY_KNOWN
                 rejects.append(Reject(source.name, row.line, str(exc), text))
         personal = {}
@@ -401,31 +420,31 @@ class Validation:
             if kinds:
                 personal[place] = kinds
         batch = keyed([*records.values()])
-        gone = self._erased(batch, [*records])
-        counted = [kinds for place, kinds in personal.items() if place not in gone]
-        erased, withheld = erased + len(gone), len(counted) if rules.personal == "drop" else 0
-        if withheld:
-            gone |= personal.keys()
-        if gone:
-            batch = batch.filter(pa.array([place not in gone for place in records]))
-        found = sum(counted, Counter[Kind]())
-        return Validated(
-            len(rows.rows), batch, rejects, withheld, erased, logged, judged, columns, unread, found, len(counted)
-        )
+        left_out = self._erased(batch, [*records])
+        usable = [kinds for place, kinds in personal.items() if place not in left_out]
+        counts.rejected, counts.with_personal = len(rejects), len(usable)
+        counts.erased += len(left_out)
+        counts.personal = sum(usable, counts.personal)
+        if data.personal == "drop":
+            counts.withheld = len(usable)
+            left_out |= personal.keys()
+        if left_out:
+            batch = batch.filter(pa.array([place not in left_out for place in records]))
+        return Validated(batch, rejects, counts)
 
-    def _learned(self, row: Any, turn: Any, judged: set[Key]) -> tuple[dict[str, Any], Use]:
-        """A logged answer with the feedback on it, which is added to `judged`: by the customer's own key, else the
-        response's or the row's id."""
+    def _learned(self, row: Any, turn: Any, counts: Counts) -> tuple[dict[str, Any], Use]:
+        """A logged answer with the feedback on it, which is counted: by the customer's own key, else the response's or
+        the row's id."""
 
         def named(key: str) -> Any:
             return traces.first_of(row, key, f"metadata.{key}", f"request.metadata.{key}") if key else None
 
-        rules, key = self._rules, self._rules.feedback_key
+        verdicts, key, group = self._rules.feedback, self._rules.data.feedback_key, self._rules.data.group
         names = [(key, named(key)), ("", turn.get("response_id")), ("", turn.get("id"))]
-        on_it = [each for kind, name in names if (each := (kind, str(name))) in rules.feedback]
-        judged.update(on_it)
-        verdict = rules.feedback[on_it[0]] if on_it else None
-        return learned(turn, verdict, rules.adapter, turn.get(rules.group) or named(rules.group))
+        on_it = [each for kind, name in names if (each := (kind, str(name))) in verdicts]
+        counts.judged.update(on_it)
+        verdict = verdicts[on_it[0]] if on_it else None
+        return learned(turn, verdict, self._rules.adapter, turn.get(group) or named(group))
 
     def _erased(self, batch: "pa.RecordBatch", places: Sequence[int]) -> set[int]:
         """Which of the records at these places were erased, by the ids that they may have in a dataset."""
@@ -458,32 +477,18 @@ def _text_of(row: SourceRow) -> str:
 # Reads and validates the rows of sources, in order: in this process, or wherever an engine runs it.
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The rules by which a row becomes a record. Each but the last three is the key of `data` with the same name."""
+class Rules(NamedTuple):
+    """The rules by which a row becomes a record."""
 
-    group: str = ""
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    personal: Action = "report"
-    phone_regions: tuple[str, ...] = ()
-    personal_names: bool = False
-    loss_on: LossOn = "last"
-    feedback_key: str = ""
+    data: DataConfig = DataConfig(source=[])
     adapter: tuple[str, str] = ("", "")
     """Its name and alias, which a log's `model` may be and must not."""
-    feedback: Mapping[Key, Verdict] = field(default_factory=dict)
+    feedback: Mapping[Key, Verdict] = {}
     erased: Erased = NONE_ERASED
 
-    @classmethod
-    def of(cls, config: RunConfig, feedback: Mapping[Key, Verdict], erased: Erased = NONE_ERASED) -> "Rules":
-        keys = ("group", "columns", "personal", "personal_names", "loss_on", "feedback_key")
-        return cls(
-            **{key: getattr(config.data, key) for key in keys},
-            phone_regions=tuple(config.data.phone_regions),
-            adapter=(config.adapter.name, config.adapter.alias),
-            feedback=feedback,
-            erased=erased,
-        )
+    def columns_read(self, columns: Collection[str]) -> set[str]:
+        """Of a file's columns, those that the records are made of."""
+        return columns_read(columns, self.data.columns, self.data.group, self.data.feedback_key)
 
 
 Reader = Callable[[Sequence[Source], Rules], Iterator[tuple[int, Validated]]]
@@ -501,12 +506,8 @@ def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Va
 
 def rows_of(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Rows]]:
     """Yield all rows in batches, each with the index of its source."""
-
-    def wanted(columns: Collection[str]) -> set[str]:
-        return columns_read(columns, rules.columns, rules.group, rules.feedback_key)
-
     for place, (source, path) in enumerate(local_copies(sources)):
-        for rows in read_rows(source.name, path, wanted=wanted):
+        for rows in read_rows(source.name, path, wanted=rules.columns_read):
             yield place, rows
 
 

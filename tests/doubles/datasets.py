@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from components.config.train import DataConfig
 from components.prepare import dataset, prepare, workspace
 from components.prepare import split as splitting
 from components.prepare.dataset import DatasetFolder, Hashes, Record, Reject, batch_of, keyed_batch, record_of
@@ -18,6 +19,7 @@ from components.prepare.prepare import Intake
 from components.prepare.sources import Source
 from components.prepare.validate import Rules, keyed
 from components.prepare.validate import validate as record_of_row
+from components.registry.between_runs import NONE_ERASED, Erased
 from components.store.store import Store
 
 SMALL = 2**29
@@ -75,14 +77,14 @@ class Read:
     rejects: list[Reject] = field(default_factory=list)
 
 
-def read(sources: Sequence[Source], **rules: Any) -> Read:
+def read(sources: Sequence[Source], *, erased: Erased = NONE_ERASED, **data: Any) -> Read:
     """All rows of the sources, kept."""
-    found = Read()
+    found, rules = Read(), Rules(DataConfig(source=[], **data), erased=erased)
 
     def accept(batch: pa.RecordBatch) -> None:
         found.accepted.extend(keyed_records(batch))
 
-    found.counts = prepare.read_sources(sources, accept, found.rejects.append, rules=Rules(**rules))
+    found.counts = prepare.read_sources(sources, accept, found.rejects.append, rules=rules)
     return found
 
 

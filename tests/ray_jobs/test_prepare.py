@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from components.config.train import DataConfig
 from components.prepare import feedback, prepare, workspace
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import deduplicate, split
@@ -53,7 +54,7 @@ def row(rng: random.Random) -> Any:
 def made(folder: Path, reader: Reader, erased: Erased, scratch: Path) -> dict[str, Any]:
     """All that a preparation makes of the files."""
     with workspace.opened(memory_bytes=2**29) as work:
-        rules = Rules(personal="drop", erased=erased)
+        rules = Rules(DataConfig(source=[], personal="drop"), erased=erased)
         sources = [each for each in find_sources([str(folder), str(folder / "3.json")])]
         read = prepare.read_sources(sources, work.accept, work.reject, rules=rules, reader=reader)
         work.finish()
@@ -99,7 +100,7 @@ def test_logged_requests_and_feedback_become_the_same_by_tasks(tmp_path: Path) -
     )
     sources = find_sources(str(tmp_path / "log.jsonl"))
     here, there = (
-        [(each.batch.to_pylist(), each.logged, each.erased) for _, each in read(sources, rules)]
+        [(each.batch.to_pylist(), each.counts.logged, each.counts.erased) for _, each in read(sources, rules)]
         for read in (read_here, without_ray)
     )
     assert [row for rows, *_ in here for row in rows] == [row for rows, *_ in there for row in rows]
@@ -143,4 +144,4 @@ def test_the_first_error_in_order_ends_a_preparation_on_ray(
 
 
 def on_ray_of(path: str) -> int:
-    return sum(each.rows for _, each in job.read_on_ray(find_sources(path), Rules()))
+    return sum(each.counts.rows for _, each in job.read_on_ray(find_sources(path), Rules()))

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.prepare import prepare
-from components.prepare.prepare import Counts, Intake, require_usable
+from components.prepare.prepare import Intake, require_usable
 from components.prepare.sources import Source, find_sources
+from components.prepare.validate import Counts
 from components.shared.errors import DataError
 from tests.doubles.datasets import Read, read
 
