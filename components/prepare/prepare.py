@@ -16,7 +16,7 @@ from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
 from components.prepare import dataset, icd10, workspace
 from components.prepare.dataset import FORMAT, Part, Reject
-from components.prepare.feedback import LEARNED, Feedback, read_feedback, sources_of_feedback
+from components.prepare.feedback import Feedback, read_feedback, sources_of_feedback
 from components.prepare.power import power
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
 from components.prepare.shapes import EXPECTED, TRACES, advice, recognised, unread_text
@@ -32,7 +32,7 @@ from components.prepare.split import (
 from components.prepare.validate import Counts, Reader, Rules, read_here
 from components.prepare.workspace import Workspace, quoted
 from components.records import runs
-from components.records.steps import Decision
+from components.records.steps import Decision, left_out_text
 from components.registry import between_runs
 from components.registry.between_runs import NONE_ERASED, Erased
 from components.shared import machine
@@ -120,7 +120,8 @@ def read_sources(
             intake.columns[column] += count
         if shape := recognised(names, rules.data.columns):
             intake.shapes[shape.name] += count
-            intake.unread.update(dict.fromkeys(set(names) - rules.columns_read(names), count))
+            read = rules.columns_read(names)
+            intake.unread.update({column: count for column in names if column not in read})
     return intake
 
 
@@ -145,7 +146,7 @@ def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsC
     share = intake.rejected_share
     if not total.accepted and total.unused:
         raise DataError(
-            f"none of {total.unused:,} logged answers is rated good, edited or labelled: name in data.feedback "
+            f"none of {total.unused.total():,} logged answers is rated good, edited or labelled: name in data.feedback "
             "what people said of them, by response_id or data.feedback_key"
         )
     if intake.feedback.rows and TRACES.name not in intake.shapes:
@@ -219,7 +220,7 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
         "personal": {"records": intake.total.with_personal, "found": dict(intake.total.personal.most_common())},
         "dropped": {
             "erased": intake.total.erased,
-            **_uses(intake),
+            **intake.total.unused,
             "personal_data": intake.total.withheld,
             "duplicate": deduplicated.duplicates,
             "superseded_by_same_id": deduplicated.superseded,
@@ -248,14 +249,6 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
             for source, counts in intake.sources
         ],
     }
-
-
-def _uses(intake: Intake) -> dict[str, int]:
-    """The number of logged answers that are not learned from, by why."""
-    uses: Counter[str] = Counter()
-    for (_, use), count in intake.total.logged.items():
-        uses[use] += count if use not in LEARNED else 0
-    return dict(+uses)
 
 
 def _logged(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str, Any]:
@@ -571,6 +564,8 @@ def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, u
     folder = dataset.publish_dataset(
         store, found.parts, rejects=work.rejects, rejected=read.total.rejected, profile=profile
     )
+    unusable = {f"unusable ({reason})": count for reason, count, _ in read.most_common()[:REASONS_SHOWN]}
+    unusable["unusable for other reasons"] = read.total.rejected - sum(unusable.values())
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,
         uri=folder.uri,
@@ -578,7 +573,7 @@ def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, u
         eval_records=len(found.evaluation),
         replay_records=len(found.parts.replay or ()),
         rejected=read.total.rejected,
-        left_out=_left_out(read, unique, found),
+        left_out={**unusable, **{left_out_text(name): rows for name, rows in profile["dropped"].items()}},
         near_in_train=found.near_in_train,
         never_trained=profile["never_trained"],
         created=folder.created,
@@ -587,26 +582,6 @@ def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, u
         logger.warning("%s", line)
     logger.info("%s %s", "published" if folder.created else "already there:", folder.uri)
     return prepared
-
-
-def _left_out(read: Intake, unique: Deduplicated, found: TrainEvalSplit) -> dict[str, int]:
-    unusable = {f"unusable ({reason})": count for reason, count, _ in read.most_common()[:REASONS_SHOWN]}
-    others = read.total.rejected - sum(unusable.values())
-    return {
-        **unusable,
-        "unusable for other reasons": others,
-        "erased": read.total.erased,
-        **{use.replace("_", " "): count for use, count in _uses(read).items()},
-        "with personal data": read.total.withheld,
-        "repeated": unique.duplicates,
-        "replaced by a later row of their id": unique.superseded,
-        "beyond data.max_rows_per_rater": unique.over_rater_cap,
-        "a model's own words, or of a session, beside what is held out": found.beside_eval,
-        "with a held-out prompt": found.prompt_in_eval,
-        "near what is held out": found.near_duplicate_of_eval,
-        "before the window": found.before_window,
-        "beyond data.max_records": found.over_max_records,
-    }
 
 
 def _skip(step_run: StepRun, consumed: "Consumed", reason: str) -> None:

@@ -340,13 +340,16 @@ class Counts:
     """Rows by the keys of their messages that nothing is read from, as `unread_keys` names them."""
 
     @property
-    def unused(self) -> int:
-        """Logged answers that nobody rated good and nobody put right."""
-        return sum(count for (_, use), count in self.logged.items() if use not in LEARNED)
+    def unused(self) -> Counter[Use]:
+        """Logged answers that nobody rated good and nobody put right, by why."""
+        uses = Counter[Use]()
+        for (_, use), count in self.logged.items():
+            uses[use] += 0 if use in LEARNED else count
+        return +uses
 
     @property
     def accepted(self) -> int:
-        return self.rows - self.rejected - self.withheld - self.erased - self.unused
+        return self.rows - self.rejected - self.withheld - self.erased - self.unused.total()
 
     def add(self, others: "Counts") -> None:
         for name, value in vars(others).items():

@@ -171,6 +171,24 @@ class Prepared(Record):
     result: dict[str, Any]
 
 
+_LEFT_OUT = {
+    "personal_data": "with personal data",
+    "duplicate": "repeated",
+    "superseded_by_same_id": "replaced by a later row of their id",
+    "over_max_rows_per_rater": "beyond data.max_rows_per_rater",
+    "own_words_or_session_beside_eval": "a model's own words, or of a session, beside what is held out",
+    "prompt_in_eval": "with a held-out prompt",
+    "near_duplicate_of_eval": "near what is held out",
+    "before_window": "before the window",
+    "over_max_records": "beyond data.max_records",
+}
+
+
+def left_out_text(name: str) -> str:
+    """What rows are that the profile of a dataset counts as dropped by this name."""
+    return _LEFT_OUT.get(name, name.replace("_", " "))
+
+
 class StepRecord(Record):
     """How one step went."""
 

@@ -11,7 +11,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from components.config.config_file import key_paths
 from components.config.schema import RunConfig
 from components.records.runs import Replayed
-from components.records.steps import ROLES, Role, StepRecord, Usage
+from components.records.steps import ROLES, Role, StepRecord, Usage, left_out_text
 from components.registry.aliases import PRODUCTION
 from components.registry.lineage import of_record
 from components.report.charts import Axis, Bar, axis_of, bar
@@ -36,18 +36,6 @@ _PERSONAL = {
     "iban": "IBANs",
     "secret": "keys and tokens",
     "name": "names",
-}
-_DROPPED = {
-    "personal_data": "records with personal data",
-    "duplicate": "exact duplicates",
-    "superseded_by_same_id": "older rows with the same id",
-    "prompt_in_eval": "training rows whose prompt is held out",
-    "near_duplicate_of_eval": "training rows that hardly differ from a held-out prompt",
-    "before_window": "training rows from before data.window_days",
-    "over_max_records": "beyond data.max_records",
-    "over_max_rows_per_rater": "beyond data.max_rows_per_rater",
-    "unrated": "logged answers without feedback",
-    "own_words_or_session_beside_eval": "a model's own words, or of a session, beside what is held out",
 }
 
 
@@ -141,10 +129,7 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
         "facts": [(name, value) for name, value in facts if value],
         "rejected": profile.get("rejected", []),
         "counts": [
-            (
-                "Left out on purpose",
-                [(_DROPPED.get(name, name.replace("_", " ")), rows) for name, rows in dropped if rows],
-            ),
+            ("Left out on purpose", [(left_out_text(name), rows) for name, rows in dropped if rows]),
             (
                 "Personal data in messages",
                 [

@@ -11,6 +11,7 @@ from typing import Any
 
 from components.config.config_file import json_schema
 from components.prepare.dataset import Exposure, exposure_of
+from components.records.steps import left_out_text
 from components.registry.between_runs import erase, user_hash
 from components.shared.errors import UserError
 from components.shared.machine import account
@@ -70,7 +71,7 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {each['rows']:>6,}  {each['reason']} (for example {each['example']})"
     if dropped := {name: count for name, count in profile["dropped"].items() if count}:
         yield "left out:"
-        yield from (f"  {count:>6,}  {name.replace('_', ' ')}" for name, count in dropped.items())
+        yield from (f"  {count:>6,}  {left_out_text(name)}" for name, count in dropped.items())
     if personal := profile["personal"]["found"]:
         pieces = ", ".join(f"{count:,} {kind}" for kind, count in personal.items())
         yield f"personal data in {counted(profile['personal']['records'], 'record')}: {pieces} (data.personal)"

@@ -239,7 +239,7 @@ def test_times_from_one_step_to_the_next_are_told_where_they_were_recorded() -> 
 def test_data_origin_and_times_are_told() -> None:
     text = Page(build_report(example_runs.promoted_run())).text
     told = (
-        "completion is empty", "exact duplicates 11", "Columns not read source", "Neoplasms", "10.4 %", "224 (10.1 %)",
+        "completion is empty", "repeated 11", "Columns not read source", "Neoplasms", "10.4 %", "224 (10.1 %)",
         "near “ICD-10 chapter: Pressure ulcer …” 6", "6b0f2f7c1f9a40de2c4b8a3f0f3b62d2c6ce9a11", "51be" * 16,
         example_runs.CONFIG.digest, "2.13.0", "3 min 34 s", "6.4 s", "learning_rate = 0.001",
     )  # fmt: skip
