@@ -111,11 +111,11 @@ def _fineloop(source: str, scratch: Path, step: Any, options: argparse.Namespace
             read = read_sources(find_sources(source), work.accept, work.reject)
             work.finish()
         with step("deduplicate"):
-            unique = deduplicate(work)
+            read.repeated = deduplicate(work)
         with step("split"):
             found = split(work, eval_share=EVAL_SHARE, max_records=0, near_duplicates=options.near, max_near_share=1.0)
         with step("profile"):
-            build_profile(work, read, unique, found)
+            build_profile(work, read, found)
 
 
 def _polars(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def publish_newer(step_run: StepRun) -> str:
     read_before = runs.find(store, run_id, Consumed) if run_id else None
     sources = find_sources(config.data.source, seen=read_before.sources if read_before else ())
     with within_memory(), opened(config) as work:
-        read, _ = read_distinct(config, sources, work, between_runs.erased(store))
+        read = read_distinct(config, sources, work, between_runs.erased(store))
         placed = [
             (number, content)
             for batch in work.batches("SELECT number, content FROM chosen ORDER BY place, key, content")

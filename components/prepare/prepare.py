@@ -22,7 +22,6 @@ from components.prepare.rows import SAVE_AS_UTF_8, form_of
 from components.prepare.shapes import EXPECTED, TRACES, advice, recognised, unread_text
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import (
-    Deduplicated,
     TrainEvalSplit,
     deduplicate,
     judges,
@@ -72,6 +71,8 @@ class Intake:
     shapes: Counter[str] = field(default_factory=Counter)
     """Rows whose columns are those of a record, whatever they hold, by their shape."""
     feedback: Feedback = field(default_factory=Feedback)
+    repeated: dict[str, int] = field(default_factory=dict)
+    """Usable records beside the distinct ones, by why."""
 
     @property
     def rejected_share(self) -> float:
@@ -203,7 +204,7 @@ def in_window(intake: Intake, *, days: float) -> list[tuple[int, int]]:
 _TOP_ANSWERS, _SAMPLES, _MAX_SAMPLE_CHARS = 20, 3, 2000
 
 
-def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, split: TrainEvalSplit) -> dict[str, Any]:
+def build_profile(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str, Any]:
     """Build the profile, which accounts for every row: rows read = rejected + dropped + the records of both splits."""
     return {
         "format": FORMAT,
@@ -222,14 +223,8 @@ def build_profile(work: Workspace, intake: Intake, deduplicated: Deduplicated, s
             "erased": intake.total.erased,
             **intake.total.unused,
             "personal_data": intake.total.withheld,
-            "duplicate": deduplicated.duplicates,
-            "superseded_by_same_id": deduplicated.superseded,
-            "over_max_rows_per_rater": deduplicated.over_rater_cap,
-            "own_words_or_session_beside_eval": split.beside_eval,
-            "prompt_in_eval": split.prompt_in_eval,
-            "near_duplicate_of_eval": split.near_duplicate_of_eval,
-            "before_window": split.before_window,
-            "over_max_records": split.over_max_records,
+            **intake.repeated,
+            **split.dropped,
         },
         "near_duplicates": {
             "left_out_share": round(split.near_share, 6),
@@ -442,7 +437,7 @@ def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) ->
     """
     with within_memory(), opened(config) as work:
         sources = find_sources(config.data.source)
-        return _publish(config, store, work, *read_distinct(config, sources, work, between_runs.erased(store), reader))
+        return _publish(config, store, work, read_distinct(config, sources, work, between_runs.erased(store), reader))
 
 
 @contextlib.contextmanager
@@ -457,9 +452,9 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
     """
     with opened(config) as work:
         with within_memory():
-            read, unique = read_distinct(config, sources, work)
+            read = read_distinct(config, sources, work)
             found = _split(config, work, read)
-            profile = build_profile(work, read, unique, found)
+            profile = build_profile(work, read, found)
         yield profile, found
 
 
@@ -493,7 +488,7 @@ def prepare_if_new(
     if any(name.startswith(icd10.ADDRESS) for name in arrived):
         step_run.say(icd10.news([each.name for each in sources]))
     with within_memory(), opened(step_run.config) as work:
-        read, unique = read_distinct(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
+        read = read_distinct(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
         batches = work.batches("SELECT content FROM chosen")
         contents = between_runs.content_ids(each for batch in batches for each in batch["content"].to_pylist())
         num_new = len(contents)
@@ -505,7 +500,7 @@ def prepare_if_new(
             few = f"{_are_new(num_new)} since run {consumed.run_id}, fewer than data.min_new_records = {minimum}"
             _skip(step_run, consumed, few)
             return None
-        prepared = _publish(step_run.config, step_run.store, work, read, unique)
+        prepared = _publish(step_run.config, step_run.store, work, read)
         if is_decided:
             judging = judges(step_run.store, prepared.uri, step_run.config)
             require_enough(judging, step_run.config)
@@ -530,7 +525,7 @@ def read_distinct(
     work: Workspace,
     erased: Erased = NONE_ERASED,
     reader: Reader = read_here,
-) -> tuple[Intake, Deduplicated]:
+) -> Intake:
     """Read, validate and deduplicate the sources: the distinct records are the workspace's table `chosen`. Raises as
     `read_sources` and `require_usable`."""
     feedback = read_feedback(config.data, erased)
@@ -541,7 +536,8 @@ def read_distinct(
     if read.unread:
         logger.info("%s", unread_text(read.unread))
     work.finish()
-    return read, deduplicate(work, most_of_a_rater=config.data.max_rows_per_rater)
+    read.repeated = deduplicate(work, most_of_a_rater=config.data.max_rows_per_rater)
+    return read
 
 
 def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
@@ -558,9 +554,9 @@ def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
     )
 
 
-def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake, unique: Deduplicated) -> PreparedDataset:
+def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake) -> PreparedDataset:
     found = _split(config, work, read)
-    profile = build_profile(work, read, unique, found)
+    profile = build_profile(work, read, found)
     folder = dataset.publish_dataset(
         store, found.parts, rejects=work.rejects, rejected=read.total.rejected, profile=profile
     )

@@ -72,35 +72,15 @@ _IN_ORDER = "ORDER BY place, key, content"
 
 
 @dataclass(frozen=True)
-class Deduplicated:
-    """How many records are distinct, and how many others were dropped."""
-
-    records: int
-    duplicates: int
-    """Records with the same prompt and answer as another record."""
-    superseded: int
-    """Records with the same id as a later row, and other content; or with the same as one that an id was given to."""
-    over_rater_cap: int = 0
-    """Records beyond data.max_rows_per_rater."""
-
-
-@dataclass(frozen=True)
 class TrainEvalSplit:
     """Both sides, each in the order of its records' places, and how many records are in neither."""
 
     parts: Parts
-    beside_eval: int
-    """Left out of both: a model's own words that belong with what is held out, and turns of a held-out session."""
-    prompt_in_eval: int
-    """Left out of train because the same prompt stands in eval."""
-    near_duplicate_of_eval: int
-    """Left out of train because a prompt much like it stands in eval."""
-    before_window: int
-    """Left out of train by data.window_days."""
+    dropped: dict[str, int]
+    """Records in neither side, by why, as the profile calls it. Beside what is held out are a model's own words that
+    belong with it, and turns of a held-out session."""
     replayed: int
     """In train, or in the split `replay`, although they stand before the window."""
-    over_max_records: int
-    """Left out by data.max_records."""
     near_share: float = 0.0
     """The share that was left out of the records that were compared with the held-out ones."""
     near_clusters: tuple[tuple[str, int], ...] = ()
@@ -117,9 +97,9 @@ class TrainEvalSplit:
         return self.parts.evaluation
 
 
-def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> Deduplicated:
+def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> dict[str, int]:
     """Keep the last row of each id, then one record of each content, in the table `chosen`, and of each rater the
-    records with the smallest keys, `most_of_a_rater` of them, 0 all.
+    records with the smallest keys, `most_of_a_rater` of them, 0 all. Returns how many others there are, by why.
 
     Among records with the same content the one with the smallest place stays. A new duplicate can move the content
     towards eval, whose places are the small ones, and never away from it.
@@ -151,15 +131,19 @@ def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> Deduplicated:
         "DELETE FROM chosen WHERE NOT named AND left(lower(hex(content)), 16) IN"
         "  (SELECT records.id FROM records JOIN chosen USING (number) WHERE chosen.named)"
     )
-    (distinct,) = records = work.row("SELECT count(*) FROM chosen")
+    (distinct,) = (kept,) = work.row("SELECT count(*) FROM chosen")
     if most_of_a_rater and "rater" in work.columns:
         work.run(
             "DELETE FROM chosen WHERE number IN (SELECT number FROM ("
             "  SELECT number, row_number() OVER (PARTITION BY rater ORDER BY chosen.key, number) AS rank"
             f"  FROM chosen JOIN records USING (number) WHERE rater <> '') WHERE rank > {most_of_a_rater})"
         )
-        records = work.row("SELECT count(*) FROM chosen")
-    return Deduplicated(records[0], duplicates + rivals, superseded + before - distinct, distinct - records[0])
+        (kept,) = work.row("SELECT count(*) FROM chosen")
+    return {
+        "duplicate": duplicates + rivals,
+        "superseded_by_same_id": superseded + before - distinct,
+        "over_max_rows_per_rater": distinct - kept,
+    }
 
 
 def split(
@@ -222,14 +206,17 @@ def split(
     num_replayed = num_earlier
     if replay_apart:
         num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
+    beyond = found - num_train + num_held_out - num_eval + num_earlier - num_replayed + unlike.unread
     return TrainEvalSplit(
         parts=_written(work, num_train, num_eval, num_replayed if replay_apart else None),
-        beside_eval=beside_eval,
-        prompt_in_eval=total - num_held_out - num_others - beside_eval,
-        near_duplicate_of_eval=unlike.left_out,
-        before_window=before_window,
+        dropped={
+            "own_words_or_session_beside_eval": beside_eval,
+            "prompt_in_eval": total - num_held_out - num_others - beside_eval,
+            "near_duplicate_of_eval": unlike.left_out,
+            "before_window": before_window,
+            "over_max_records": beyond,
+        },
         replayed=num_replayed,
-        over_max_records=found - num_train + num_held_out - num_eval + num_earlier - num_replayed + unlike.unread,
         near_share=unlike.share,
         near_clusters=unlike.clusters,
         near_in_train=unlike.repeats(num_train),

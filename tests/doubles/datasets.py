@@ -103,10 +103,9 @@ def holding(rows: Iterable[KeyedRecord], *, memory_bytes: int = SMALL) -> Iterat
 def deduplicate(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL) -> SimpleNamespace:
     """The rows that stay, and the counts of those that do not."""
     with holding(rows, memory_bytes=memory_bytes) as work:
-        counts = splitting.deduplicate(work)
+        dropped = splitting.deduplicate(work)
         kept = [rows[number] for (number,) in work.rows("SELECT number FROM chosen ORDER BY number")]
-    assert counts.records == len(kept)
-    return SimpleNamespace(records=kept, duplicates=counts.duplicates, superseded=counts.superseded)
+    return SimpleNamespace(records=kept, **dropped)
 
 
 def split(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL, **options: Any) -> SimpleNamespace:
@@ -115,4 +114,6 @@ def split(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL, **options: 
         splitting.deduplicate(work)
         found = splitting.split(work, **options)
         sides = {"train": list(found.train), "evaluation": list(found.evaluation)}
-        return SimpleNamespace(**vars(found) | sides | {"parts": None, "dataset_id": found.parts.dataset_id})
+        return SimpleNamespace(
+            **vars(found) | found.dropped | sides | {"parts": None, "dataset_id": found.parts.dataset_id}
+        )

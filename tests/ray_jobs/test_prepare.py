@@ -5,7 +5,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def made(folder: Path, reader: Reader, erased: Erased, scratch: Path) -> dict[st
         found = split(work, eval_share=0.2, max_records=0, near_duplicates=0.9)
         return {
             "dataset_id": found.parts.dataset_id,
-            "unique": asdict(unique),
+            "unique": unique,
             "rejects": pq.read_table(work.rejects).to_pylist(),
             "counts": vars(read),
         }

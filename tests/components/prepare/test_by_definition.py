@@ -128,7 +128,7 @@ def test_distinct_records_are_those_of_the_definition(seed: int, grouped: bool) 
     expected, repeated, replaced = distinct(given)
     found = deduplicate(given, memory_bytes=LITTLE)
     assert Counter(map(repr, found.records)) == Counter(map(repr, expected))
-    assert (found.duplicates, found.superseded) == (repeated, replaced)
+    assert (found.duplicate, found.superseded_by_same_id) == (repeated, replaced)
     assert min(repeated, replaced) > 0
 
 

@@ -36,7 +36,7 @@ def test_an_id_that_another_record_has_by_its_content_is_a_later_state_of_that_o
     rows = [plain, named(plain.record.id, "p"), named(plain.content.hex(), "q")]
     found = deduplicate(rows)
     assert sorted(each.record.prompt[0].content for each in found.records) == ["p", "q"]
-    assert (found.duplicates, found.superseded) == (0, 1)
+    assert (found.duplicate, found.superseded_by_same_id) == (0, 1)
 
 
 def test_a_known_record_never_changes_its_place() -> None:
