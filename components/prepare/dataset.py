@@ -10,10 +10,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from components.prepare.rows import in_batches
 from components.records import runs
 from components.registry import signing, versions
 from components.registry.aliases import list_aliases
@@ -384,19 +386,52 @@ def write_splits(
     Where a part ends depends on the records alone. Each split has one part at least.
     """
     digest = hashlib.sha256(f"fineloop dataset {FORMAT}\n".encode())
+
+    def hashed(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+        digest.update(identities(batch))
+        return batch
+
     splits = []
-    given: dict[SplitName, Iterable[pa.RecordBatch] | None] = {"train": train, "eval": evaluation, "replay": replay}
-    for name, batches in given.items():
-        if batches is None:
-            continue
-        digest.update(f"{name}\n".encode())
-        writer = _Writer(Path(folder, name), columns)
-        with writer:
-            for batch in batches:
-                digest.update(identities(batch))
-                writer.write(batch)
-        splits.append(Part(tuple(writer.paths), name, writer.records))
+    sides: dict[SplitName, Iterable[pa.RecordBatch] | None] = {"train": train, "eval": evaluation, "replay": replay}
+    for name, batches in sides.items():
+        if batches is not None:
+            digest.update(f"{name}\n".encode())
+            splits.append(_write(folder, name, map(hashed, batches), columns))
     return Parts(f"d{digest.hexdigest()[:15]}", *splits)
+
+
+def _write(folder: Path, name: SplitName, batches: Iterable["pa.RecordBatch"], columns: Set[str]) -> Part:
+    """Write a split, one part after the other, of batches that have all columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path(folder, name).mkdir(parents=True)
+    paths, records, schema = list[Path](), 0, with_columns(batch_of([]), columns).schema
+    for part, pieces in groupby(_cut(batches), key=itemgetter(0)):
+        paths.append(Path(folder, name, f"part-{part:05}.parquet"))
+        written = (with_columns(piece, columns) for _, piece in pieces)
+        with pq.ParquetWriter(paths[-1], schema, compression="zstd") as writer:
+            for group in in_batches(written, lambda batch: batch.nbytes, most_size=_GROUP_BYTES):
+                records += sum(map(len, group))
+                writer.write_table(pa.Table.from_batches(group).combine_chunks())
+    return Part(tuple(paths), name, records)
+
+
+def _cut(batches: Iterable["pa.RecordBatch"]) -> Iterator[tuple[int, "pa.RecordBatch"]]:
+    """The batches, cut where a part ends, each piece with its part's number; an empty piece where there are none."""
+    import numpy as np
+
+    part = records = size = 0
+    for batch in batches:
+        while len(batch):
+            ends = size + np.cumsum(sizes(batch).to_numpy(zero_copy_only=False))
+            room = min(MOST_RECORDS - records, int(np.searchsorted(ends, MOST_BYTES)) + 1, len(batch))
+            yield part, batch.slice(0, room)
+            records, size, batch = records + room, int(ends[room - 1]), batch.slice(room)
+            if records >= MOST_RECORDS or size >= MOST_BYTES:
+                part, records, size = part + 1, 0, 0
+    if not part and not records:
+        yield part, batch_of([])
 
 
 @dataclass(frozen=True)
@@ -439,66 +474,6 @@ def publish_dataset(
             # Another run published the same records meanwhile, with a profile of its own: either will do.
             created = False
     return DatasetFolder(parts.dataset_id, store.uri(key), created)
-
-
-class _Writer:
-    """Writes batches into one part after the other."""
-
-    def __init__(self, folder: Path, columns: Set[str]) -> None:
-        folder.mkdir(parents=True)
-        self.paths: list[Path] = []
-        self.records = 0
-        self._folder, self._columns = folder, columns
-        self._open: Any = None
-        self._in_part = self._bytes = 0
-        self._pending: list[pa.RecordBatch] = []
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if not self.paths and not any(error):
-            self._append(batch_of([]))
-        self._close()
-
-    def write(self, batch: "pa.RecordBatch") -> None:
-        """Append the batch, which has all columns, to the open part, and to new parts once that is full."""
-        import numpy as np
-
-        while len(batch):
-            ends = self._bytes + np.cumsum(sizes(batch).to_numpy(zero_copy_only=False))
-            room = min(MOST_RECORDS - self._in_part, int(np.searchsorted(ends, MOST_BYTES)) + 1, len(batch))
-            self._append(batch.slice(0, room))
-            self._in_part += room
-            self._bytes = int(ends[room - 1])
-            if self._in_part >= MOST_RECORDS or self._bytes >= MOST_BYTES:
-                self._close()
-            batch = batch.slice(room)
-
-    def _append(self, batch: "pa.RecordBatch") -> None:
-        import pyarrow.parquet as pq
-
-        batch = with_columns(batch, self._columns)
-        if self._open is None:
-            self.paths.append(self._folder / f"part-{len(self.paths):05}.parquet")
-            self._open = pq.ParquetWriter(self.paths[-1], batch.schema, compression="zstd")
-        self._pending.append(batch)
-        self.records += len(batch)
-        if sum(each.nbytes for each in self._pending) >= _GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._pending:
-            self._open.write_table(pa.Table.from_batches(self._pending).combine_chunks())
-            self._pending = []
-
-    def _close(self) -> None:
-        if self._open is not None:
-            self._flush()
-            self._open.close()
-        self._open, self._in_part, self._bytes = None, 0, 0
 
 
 # Which datasets hold a record, which versions were trained on one of them, and which runs keep its text.

@@ -31,6 +31,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from components.prepare.rows import in_batches
+
 # Hashes to compare texts by: of shingles of characters, of words and of runs of words, a batch at once; pure. All have
 # 64 bits and depend on the text alone, so that the same texts are judged alike on every machine.
 
@@ -256,18 +258,9 @@ def _are_of_words() -> Marks:
     return found
 
 
-def in_batches(texts: Iterable[str], *, max_texts: int = 2048, max_chars: int = 2**17) -> Iterator[list[str]]:
-    """Yield the texts in batches, which end with the text that reaches `max_texts` texts or `max_chars` characters."""
-    batch: list[str] = []
-    chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if len(batch) == max_texts or chars >= max_chars:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+def batches_of(texts: Iterable[str], *, most: int = 2048, most_chars: int = 2**17) -> Iterator[list[str]]:
+    """The texts in batches whose words are compared at once."""
+    return in_batches(texts, len, most=most, most_size=most_chars)
 
 
 # MinHash with banding (Broder, 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4): find the
@@ -493,7 +486,7 @@ class Comparison:
         self._common = frequent(shingles, lambda: _shingles_in(held_out), more_than=most)
         most = max(SHARED_AT_LEAST, SHARED * (len(prompts) + len(held_out)))
         self._shared = _frequent_runs(held_out, prompts, more_than=most)
-        for batch in in_batches(held_out):
+        for batch in batches_of(held_out):
             self._signed_held_out.add(*self._signatures(batch))
 
     def near_held_out(self, prompts: Iterable[str]) -> Iterator[int | None]:
@@ -503,7 +496,7 @@ class Comparison:
         bands = [Band(*theirs.in_band(band, every)) for band in range(self._minhash.bands)]
         known, first = np.unique(theirs.equals, return_index=True)
         sets = _Sets(self, self._held_out)
-        for batch in in_batches(prompts):
+        for batch in batches_of(prompts):
             ours, equals = self._signatures(batch)
             self._signed.add(ours, equals)
             places = np.searchsorted(known, equals).clip(max=len(known) - 1)
@@ -544,7 +537,7 @@ class Comparison:
         return int(np.count_nonzero(is_repeat))
 
     def shingle_sets(self, texts: Iterable[str]) -> Iterator[_ShingleSets]:
-        for found in map(self._shingled, in_batches(texts)):
+        for found in map(self._shingled, batches_of(texts)):
             starts = np.searchsorted(found.rows, np.arange(len(found.equals) + 1)).tolist()
             for part in map(slice, starts[:-1], starts[1:]):
                 hashes, is_whole, is_own = found.hashes[part], found.is_whole[part], found.is_own[part]
@@ -616,7 +609,7 @@ def _frequent_runs(*parts: Iterable[str], more_than: float) -> Hashes:
     equals = [np.zeros(0, np.uint64)]
 
     def batches() -> Iterator[Batch]:
-        return (Batch.of(texts) for part in parts for texts in in_batches(part))
+        return (Batch.of(texts) for part in parts for texts in batches_of(part))
 
     def of_all() -> Iterator[Hashes]:
         for batch in batches():
@@ -639,7 +632,7 @@ def _frequent_runs(*parts: Iterable[str], more_than: float) -> Hashes:
 
 
 def _shingles_in(texts: Iterable[str]) -> Iterator[tuple[Hashes, Rows]]:
-    for batch in map(Batch.of, in_batches(texts)):
+    for batch in map(Batch.of, batches_of(texts)):
         hashes, is_one = batch.shingles()
         yield hashes[is_one], batch.row_of[: len(hashes)][is_one]
 

@@ -6,17 +6,19 @@ import gzip
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, cast
 
 from components.prepare import icd10
 from components.shared.errors import DataError
 
+T = TypeVar("T")
 # The formats of data files by the ending of their name, and their bytes, unpacked.
 
 Kind = Literal["lines", "json", "csv", "parquet"]
@@ -144,16 +146,26 @@ def read_rows(name: str, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]
 
 def together(rows: Iterable[SourceRow]) -> Iterator[Rows]:
     """Group rows that come one by one into batches, small enough that few are in memory."""
-    pending: list[SourceRow] = []
-    size = 0
-    for row in rows:
-        pending.append(row)
-        size += len(str(row.value) if row.raw is None else row.raw)
-        if len(pending) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
-            yield Rows(pending)
-            pending, size = [], 0
-    if pending:
-        yield Rows(pending)
+
+    def size(row: SourceRow) -> int:
+        return len(str(row.value) if row.raw is None else row.raw)
+
+    return map(Rows, in_batches(rows, size, most=ROWS_AT_ONCE, most_size=BYTES_AT_ONCE))
+
+
+def in_batches(
+    items: Iterable[T], size_of: Callable[[T], int], *, most: float = math.inf, most_size: int
+) -> Iterator[list[T]]:
+    """The items in batches, which end with the one that makes them `most` items, or `most_size` large."""
+    batch, size = list[T](), 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if len(batch) >= most or size >= most_size:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _read_text(path: Path, name: str, form: Form) -> Iterator[SourceRow]:

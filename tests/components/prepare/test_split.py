@@ -79,7 +79,7 @@ def with_copies(count: int) -> list[KeyedRecord]:
 def test_max_records_gives_what_comparing_all_records_gives(max_records: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few of them are compared."""
     monkeypatch.setattr(
-        near_duplicates.in_batches, "__kwdefaults__", {"max_texts": 64, "max_chars": 2**16}
+        near_duplicates.batches_of, "__kwdefaults__", {"most": 64, "most_chars": 2**16}
     )  # so that the others are not even looked at
     rows = with_copies(1000)
     everything = split(rows, eval_share=0.2, max_records=0, near_duplicates=0.8)
