@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
 from components.prepare import dataset, icd10, workspace
-from components.prepare.dataset import FORMAT, Part, Reject
+from components.prepare.dataset import FORMAT, Part, Parts, Reject
 from components.prepare.feedback import Feedback, read_feedback, sources_of_feedback
 from components.prepare.power import power
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
@@ -206,6 +206,10 @@ _TOP_ANSWERS, _SAMPLES, _MAX_SAMPLE_CHARS = 20, 3, 2000
 
 def build_profile(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str, Any]:
     """Build the profile, which accounts for every row: rows read = rejected + dropped + the records of both splits."""
+    parts = split.parts
+    (begins, *others) = work.rows(f"SELECT DISTINCT prompt[1] FROM {_sql_of(parts.train, parts.evaluation)} LIMIT 2")
+    # Whoever asks the adapter should send a system message that every record begins with.
+    is_shared = not others and begins[0]["role"] == "system"
     return {
         "format": FORMAT,
         "rows": {
@@ -226,19 +230,15 @@ def build_profile(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dic
             **intake.repeated,
             **split.dropped,
         },
-        "near_duplicates": {
-            "left_out_share": round(split.near_share, 6),
-            "most_are_near": [{"begins": words, "records": count} for words, count in split.near_clusters],
-            "in_train": split.near_in_train,
-        },
-        "system_message": _shared_system_message(work, split),
-        **({"logged": _logged(work, intake, split)} if intake.total.logged else {}),
+        "near_duplicates": split.near_duplicates,
+        "system_message": begins[0]["content"] if is_shared else None,
+        **({"logged": _logged(work, intake, parts)} if intake.total.logged else {}),
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": dict(intake.unread.most_common()),
         "replayed": split.replayed,
-        "never_trained": never_trained(work, split),
-        "splits": {each.name: _describe(work, each) for each in split.parts.splits},
+        "never_trained": never_trained(work, parts),
+        "splits": {each.name: _describe(work, each) for each in parts.splits},
         "sources": [
             {"source": source.name, "bytes": source.size_bytes, "rows": counts.rows, "rejected": counts.rejected}
             for source, counts in intake.sources
@@ -246,25 +246,22 @@ def build_profile(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dic
     }
 
 
-def _logged(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str, Any]:
+def _logged(work: Workspace, intake: Intake, parts: Parts) -> dict[str, Any]:
     """What the log and the feedback are made of, and what of it deserves a warning."""
-    origins: dict[str, dict[str, int]] = {}
-    first = "CASE WHEN prompt[1].role = 'system' THEN prompt[1].content ELSE '' END"
-    systems: dict[bool, set[str]] = {True: set(), False: set()}
-    for part in split.parts.splits if "origin" in work.columns else ():
-        query = f"SELECT origin, {first}, count(*) FROM {_sql_of(part)} GROUP BY ALL ORDER BY ALL"
-        of_part = origins.setdefault(part.name, {})
-        for origin, system, count in work.rows(query):
-            systems[bool(origin)].add(system)
-            if origin:
-                of_part[origin] = of_part.get(origin, 0) + count
-    uses, served = Counter[str](), dict[str, dict[str, int]]()
+    feedback, uses, served = intake.feedback, Counter[str](), dict[str, dict[str, int]]()
     for (version, use), count in sorted(intake.total.logged.items()):
         uses[use] += count
         served.setdefault(version, {})[use] = count
-    feedback, warnings = intake.feedback, []
-    if all(systems.values()) and not systems[True] & systems[False]:
-        of_log, of_others = (max(systems[is_logged], key=len)[:80] for is_logged in (True, False))
+    origins, warnings, systems = dict[str, dict[str, int]](), list[str](), [list[str](), list[str]()]
+    if "origin" in work.columns:
+        for part in parts.splits:
+            query = f"SELECT origin, count(*) FROM {_sql_of(part)} WHERE origin <> '' GROUP BY 1 ORDER BY 1"
+            origins[part.name] = dict(work.rows(query))
+        first = "CASE WHEN prompt[1].role = 'system' THEN prompt[1].content ELSE '' END"
+        query = f"SELECT DISTINCT {first} FROM {_sql_of(*parts.splits)} WHERE origin"
+        systems = [[text for (text,) in work.rows(f"{query} {what}")] for what in ("<> ''", "= ''")]
+    if all(systems) and set(systems[0]).isdisjoint(systems[1]):
+        of_log, of_others = (max(texts, key=len)[:80] for texts in systems)
         warnings.append(
             f"logged requests begin with another system message, {of_log!r}, than the other records, {of_others!r}: "
             "the adapter is asked with the gateway's"
@@ -289,17 +286,17 @@ def _logged(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dict[str,
     }
 
 
-def never_trained(work: Workspace, split: TrainEvalSplit) -> dict[str, int]:
+def never_trained(work: Workspace, parts: Parts) -> dict[str, int]:
     """The number of held-out records of each label that no record to train on has; empty if answers are not labels."""
     (distinct, records) = work.row(
-        f"SELECT count(DISTINCT answer), count(*) FROM {_sql_of(split.train, split.evaluation)}"
+        f"SELECT count(DISTINCT answer), count(*) FROM {_sql_of(parts.train, parts.evaluation)}"
     )
     if not are_labels(distinct, records):
         return {}
     return dict(
         work.rows(
-            f"SELECT answer, count(*) FROM {_sql_of(split.evaluation)} WHERE answer NOT IN"
-            f" (SELECT answer FROM {_sql_of(split.train)}) GROUP BY answer ORDER BY 2 DESC, 1"
+            f"SELECT answer, count(*) FROM {_sql_of(parts.evaluation)} WHERE answer NOT IN"
+            f" (SELECT answer FROM {_sql_of(parts.train)}) GROUP BY answer ORDER BY 2 DESC, 1"
         )
     )
 
@@ -347,13 +344,6 @@ def _describe(work: Workspace, part: Part) -> dict[str, Any]:
             for record in part.head(_SAMPLES)
         ],
     }
-
-
-def _shared_system_message(work: Workspace, split: TrainEvalSplit) -> str | None:
-    """The system message that every record begins with, if one: whoever asks the adapter should send it too."""
-    first = f"SELECT DISTINCT prompt[1] FROM {_sql_of(split.train, split.evaluation)} LIMIT 2"
-    (message,), *others = work.rows(first)
-    return message["content"] if not others and message["role"] == "system" else None
 
 
 def _sql_of(*parts: Part) -> str:
@@ -441,7 +431,7 @@ def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) ->
 
 
 @contextlib.contextmanager
-def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict[str, Any], TrainEvalSplit]]:
+def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict[str, Any], Parts]]:
     """Yield what `prepare` would publish: the profile, and the records to train on and to hold out, which can be read
     until the context ends. Nothing is published.
 
@@ -453,9 +443,9 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
     with opened(config) as work:
         with within_memory():
             read = read_distinct(config, sources, work)
-            found = _split(config, work, read)
-            profile = build_profile(work, read, found)
-        yield profile, found
+            sides = _split(config, work, read)
+            profile = build_profile(work, read, sides)
+        yield profile, sides.parts
 
 
 def prepare_if_new(
@@ -555,22 +545,21 @@ def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
 
 
 def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake) -> PreparedDataset:
-    found = _split(config, work, read)
-    profile = build_profile(work, read, found)
-    folder = dataset.publish_dataset(
-        store, found.parts, rejects=work.rejects, rejected=read.total.rejected, profile=profile
-    )
+    sides = _split(config, work, read)
+    profile = build_profile(work, read, sides)
+    parts = sides.parts
+    folder = dataset.publish_dataset(store, parts, rejects=work.rejects, rejected=read.total.rejected, profile=profile)
     unusable = {f"unusable ({reason})": count for reason, count, _ in read.most_common()[:REASONS_SHOWN]}
     unusable["unusable for other reasons"] = read.total.rejected - sum(unusable.values())
     prepared = PreparedDataset(
         dataset_id=folder.dataset_id,
         uri=folder.uri,
-        train_records=len(found.train),
-        eval_records=len(found.evaluation),
-        replay_records=len(found.parts.replay or ()),
+        train_records=len(parts.train),
+        eval_records=len(parts.evaluation),
+        replay_records=len(parts.replay or ()),
         rejected=read.total.rejected,
         left_out={**unusable, **{left_out_text(name): rows for name, rows in profile["dropped"].items()}},
-        near_in_train=found.near_in_train,
+        near_in_train=sides.near_duplicates["in_train"],
         never_trained=profile["never_trained"],
         created=folder.created,
     )

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import WHERE_ANY, Part, Parts, Record, asked, groups_of, load_split, write_splits
+from components.prepare.dataset import WHERE_ANY, Parts, Record, asked, groups_of, load_split, write_splits
 from components.prepare.workspace import Texts, Workspace, position
 from components.shared.errors import DataError
 from components.store.store import Store
@@ -81,20 +81,9 @@ class TrainEvalSplit:
     belong with it, and turns of a held-out session."""
     replayed: int
     """In train, or in the split `replay`, although they stand before the window."""
-    near_share: float = 0.0
-    """The share that was left out of the records that were compared with the held-out ones."""
-    near_clusters: tuple[tuple[str, int], ...] = ()
-    """The held-out prompts that most left-out records are near to: their first words, and the number of records."""
-    near_in_train: int = 0
-    """Kept in train although a prompt much like it is in train too."""
-
-    @property
-    def train(self) -> Part:
-        return self.parts.train
-
-    @property
-    def evaluation(self) -> Part:
-        return self.parts.evaluation
+    near_duplicates: dict[str, Any]
+    """Which share of the records that were compared with the held-out ones was left out, which held-out prompts most of
+    them are near to (their first words, and the records), and how many stay in train beside another one."""
 
 
 def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> dict[str, int]:
@@ -217,9 +206,11 @@ def split(
             "over_max_records": beyond,
         },
         replayed=num_replayed,
-        near_share=unlike.share,
-        near_clusters=unlike.clusters,
-        near_in_train=unlike.repeats(num_train),
+        near_duplicates={
+            "left_out_share": round(unlike.share, 6),
+            "most_are_near": [{"begins": words, "records": count} for words, count in unlike.clusters],
+            "in_train": unlike.repeats(num_train),
+        },
     )
 
 

@@ -113,7 +113,7 @@ def split(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL, **options: 
     with holding(rows, memory_bytes=memory_bytes) as work:
         splitting.deduplicate(work)
         found = splitting.split(work, **options)
-        sides = {"train": list(found.train), "evaluation": list(found.evaluation)}
+        sides = {"train": list(found.parts.train), "evaluation": list(found.parts.evaluation)}
         return SimpleNamespace(
             **vars(found) | found.dropped | sides | {"parts": None, "dataset_id": found.parts.dataset_id}
         )

@@ -107,7 +107,8 @@ def test_more_near_duplicates_than_the_config_allows_stop_the_run_with_what_most
     other = [named(name_in(0.5, 1, f"o{i}-"), letter * 12) for i, letter in enumerate("vwxyz")]
     rows = [*held_out, *near, *other]
     allowed = split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.5)
-    assert (allowed.near_share, allowed.near_clusters[0]) == (0.5, ("aaaaaaaa the question", 4))
+    assert allowed.near_duplicates["left_out_share"] == 0.5
+    assert allowed.near_duplicates["most_are_near"][0] == {"begins": "aaaaaaaa the question", "records": 4}
     with pytest.raises(DataError) as caught:
         split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.49)
     message = str(caught.value).splitlines()
@@ -126,7 +127,7 @@ def test_near_duplicates_within_train_are_counted_and_stay() -> None:
     rows = with_copies(100)
     result = split(rows, eval_share=0.2, max_records=0, near_duplicates=0.8)
     said = [record.prompt[0].content.lower().rstrip(".") for record in result.train]
-    assert result.near_in_train == len(said) - len(set(said)) > 10
+    assert result.near_duplicates["in_train"] == len(said) - len(set(said)) > 10
 
 
 def test_a_group_stands_on_one_side_and_stays_there_when_it_grows() -> None:
