@@ -161,9 +161,9 @@ def read_split(store: "Store", uri: str, split: SplitName) -> Iterator[list[Reco
         for path in paths:
             local_path = Path(scratch, "part.parquet")
             store.download(f"{key}/{path}", local_path)
-            found = folders.digest_of(local_path)
-            if found != manifest.files[path]:
-                raise IntegrityError(f"{uri}/{path} is {found}, its manifest says {manifest.files[path]}")
+            digest = folders.digest_of(local_path)
+            if digest != manifest.files[path]:
+                raise IntegrityError(f"{uri}/{path} is {digest}, its manifest says {manifest.files[path]}")
             for batch in pq.ParquetFile(local_path).iter_batches(RECORDS_AT_ONCE):
                 read += batch.num_rows
                 yield [record_of(row) for row in batch.to_pylist()]
@@ -228,8 +228,8 @@ def present(batch: "pa.RecordBatch") -> set[str]:
     """The names in NOT_ALWAYS that any record of the batch needs."""
     import pyarrow.compute as pc
 
-    found = {name for name in WHERE_ANY if pc.any(pc.not_equal(batch[name], "")).as_py()}
-    return found | ({"more"} if pc.any(pc.not_equal(batch["prompt"].flatten().field("more"), "")).as_py() else set())
+    names = {name for name in WHERE_ANY if pc.any(pc.not_equal(batch[name], "")).as_py()}
+    return names | ({"more"} if pc.any(pc.not_equal(batch["prompt"].flatten().field("more"), "")).as_py() else set())
 
 
 def with_columns(batch: "pa.RecordBatch", names: Set[str]) -> "pa.RecordBatch":
@@ -534,26 +534,26 @@ def exposure_of(store: Store, record_ids: Collection[str], *, people: Mapping[st
     compared = [info for folder in (RUNS, runs.EVALUATIONS) for info in store.list(folder)]
     files += [info for info in compared if info.key.endswith(f"/{runs.EVALUATION_RECORDS}")]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = dict(zip(files, pool.map(lambda info: _held(store, info, record_ids), files), strict=True))
-    holders = _holders(store, {info: ids for info, ids in found.items() if ids and info.key.startswith(DATASETS)})
+        ids_in = dict(zip(files, pool.map(lambda info: _held(store, info, record_ids), files), strict=True))
+    holders = _holders(store, {info: ids for info, ids in ids_in.items() if ids and info.key.startswith(DATASETS)})
     trained_on = {each.dataset_id for each in holders if {"train", "eval"} & set(each.parts)}
     return Exposure(
         tuple(holders),
         tuple(_exposed(store, trained_on)),
         tuple(
-            sorted(info.key.split("/")[1] for info, ids in found.items() if ids and not info.key.startswith(DATASETS))
+            sorted(info.key.split("/")[1] for info, ids in ids_in.items() if ids and not info.key.startswith(DATASETS))
         ),
-        tuple(store.uri(info.key) for info, ids in found.items() if ids is None),
+        tuple(store.uri(info.key) for info, ids in ids_in.items() if ids is None),
     )
 
 
-def _holders(store: Store, held: dict[ObjectInfo, set[str]]) -> list[Holder]:
+def _holders(store: Store, ids_in: dict[ObjectInfo, set[str]]) -> list[Holder]:
     parts: dict[str, set[Place]] = defaultdict(set)
     ids: dict[str, set[str]] = defaultdict(set)
-    for info, found in held.items():
+    for info, record_ids in ids_in.items():
         dataset, _, path = info.key.removeprefix(DATASETS).partition("/")
         parts[dataset].add("rejects" if path == REJECTS else cast(SplitName, path.partition("/")[0]))
-        ids[dataset] |= found
+        ids[dataset] |= record_ids
     return [
         Holder(each, store.uri(f"{DATASETS}{each}"), tuple(sorted(parts[each])), tuple(sorted(ids[each])))
         for each in sorted(parts)
@@ -565,9 +565,9 @@ def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
     made_of: dict[tuple[str, str], Sequence[Ancestor]] = {}
     unknown: set[tuple[str, str]] = set()
     for name in versions.list_adapters(store):
-        known = versions.made_from(store, name)
-        made_of |= {(name, version): ancestors for version, ancestors in known.items()}
-        unknown |= {(name, version) for version in versions.version_ids(store, name) if version not in known}
+        lineages = versions.made_from(store, name)
+        made_of |= {(name, version): ancestors for version, ancestors in lineages.items()}
+        unknown |= {(name, version) for version in versions.version_ids(store, name) if version not in lineages}
     why: dict[tuple[str, str], tuple[Literal["dataset", "parent", "unknown"], str]] = {}
     for key, ancestors in made_of.items():
         if own := next((each.name for each in ancestors if each.kind == "dataset" and each.name in datasets), ""):
@@ -601,24 +601,24 @@ def _held(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    column, found = "row" if info.key.endswith(f"/{REJECTS}") else "id", set[str]()
+    column, ids = "row" if info.key.endswith(f"/{REJECTS}") else "id", set[str]()
     try:
         with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
             for batch in file.iter_batches(columns=[column, *OF_PEOPLE], use_threads=False):
                 values = batch[column].to_pylist()
                 if column == "id":
-                    found.update(set(record_ids).intersection(values))
+                    ids.update(set(record_ids).intersection(values))
                     for name in people and {*OF_PEOPLE}.intersection(batch.schema.names):
                         who = batch[name].to_pylist()
-                        found.update(each for each, person in zip(values, who, strict=True) if person in people)
+                        ids.update(each for each, person in zip(values, who, strict=True) if person in people)
                 else:
-                    found.update(each for row in values for each in record_ids if each in row and _names(row, each))
+                    ids.update(each for row in values for each in record_ids if each in row and _names(row, each))
     except ObjectMissing:  # deleted since the listing
         return set()
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as exc:
         logger.warning("%s cannot be read: %s", store.uri(info.key), exc)
         return None
-    return found
+    return ids
 
 
 def _names(row: str, record_id: str) -> bool:

@@ -165,12 +165,12 @@ class Words:
     def outside(self, shared: Hashes, batch: Batch) -> Marks:
         """One flag per character of the batch: whether it belongs to a word that no shared run covers."""
         hashes, first = self.runs()
-        found = first[are_in(hashes, shared)]
-        if not len(found):
+        covered = first[are_in(hashes, shared)]
+        if not len(covered):
             return batch.is_word
         depth = np.zeros(len(self.hashes) + 1, np.int64)
-        np.add.at(depth, found, 1)
-        np.add.at(depth, found + WORDS, -1)
+        np.add.at(depth, covered, 1)
+        np.add.at(depth, covered + WORDS, -1)
         is_outside = np.concatenate([[True], np.cumsum(depth[:-1]) == 0])  # first, what stands before the first word
         return batch.is_word & np.repeat(is_outside, np.diff(self.first, prepend=0, append=len(batch.characters)))
 
@@ -182,11 +182,11 @@ def mixed(hashes: Hashes) -> Hashes:
     return hashes ^ (hashes >> np.uint64(31))
 
 
-def are_in(hashes: Hashes, known: Hashes) -> Marks:
+def are_in(hashes: Hashes, among: Hashes) -> Marks:
     """One flag per hash: whether it is one of those that are known."""
-    if not len(known):
+    if not len(among):
         return np.zeros(len(hashes), bool)
-    marks: Marks = pc.is_in(pa.array(hashes), value_set=pa.array(known)).to_numpy(zero_copy_only=False)
+    marks: Marks = pc.is_in(pa.array(hashes), value_set=pa.array(among)).to_numpy(zero_copy_only=False)
     return marks
 
 
@@ -252,10 +252,10 @@ def _some_powers(base: int, bits: int) -> Hashes:
 @cache
 def _are_of_words() -> Marks:
     """One flag per Unicode code point: whether it belongs to a word."""
-    found = np.zeros(0x110000, bool)
-    for word in _WORD.finditer(np.arange(len(found), dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")):
-        found[word.start() : word.end()] = True
-    return found
+    marks = np.zeros(0x110000, bool)
+    for word in _WORD.finditer(np.arange(len(marks), dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")):
+        marks[word.start() : word.end()] = True
+    return marks
 
 
 def batches_of(texts: Iterable[str], *, most: int = 2048, most_chars: int = 2**17) -> Iterator[list[str]]:
@@ -323,9 +323,9 @@ class Band:
         begin = np.searchsorted(self._hashes, hashes[places])
         is_there = self._hashes[begin.clip(max=len(self._hashes) - 1)] == hashes[places]
         places, begin = places[is_there], begin[is_there]
-        found = np.minimum(np.searchsorted(self._hashes, hashes[places], "right") - begin, most)
-        offsets = np.arange(found.sum()) - np.repeat(np.cumsum(found) - found, found)
-        return np.repeat(places, found), self._rows[np.repeat(begin, found) + offsets].astype(np.int64)
+        counts = np.minimum(np.searchsorted(self._hashes, hashes[places], "right") - begin, most)
+        offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(places, counts), self._rows[np.repeat(begin, counts) + offsets].astype(np.int64)
 
 
 class MinHash:
@@ -352,7 +352,7 @@ class MinHash:
 
     def likely(self, ours: MinimaAt, rows: Places, theirs: MinimaAt, others: Places) -> npt.NDArray[np.float32]:
         """Estimated similarity of each pair, the lower one of both sets, or -1 if it is surely below the threshold."""
-        found = [np.zeros(0, np.float32)]
+        lower = [np.zeros(0, np.float32)]
         for start in range(0, len(rows), PAIRS_AT_ONCE):
             part = slice(start, start + PAIRS_AT_ONCE)
             is_equal, estimates = ours(rows[part]) == theirs(others[part]), []
@@ -361,8 +361,8 @@ class MinHash:
                 deviation = math.sqrt(self.similarity * (1 - self.similarity) / of_a_set.shape[1])
                 least = self.similarity - DEVIATIONS * deviation - 1e-6
                 estimates.append(np.where(agreeing >= least, agreeing, np.float32(-1)))
-            found.append(np.minimum(*estimates))
-        return np.concatenate(found)
+            lower.append(np.minimum(*estimates))
+        return np.concatenate(lower)
 
 
 def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int) -> Minima:
@@ -370,10 +370,10 @@ def minima_of(hashes: Hashes, rows: Rows, is_in: Marks, *, texts: int, bins: int
 
     The upper half of a hash selects its bin, and the lower half is the number that is compared.
     """
-    found = np.full((texts, bins), EMPTY, np.uint32)
+    minima = np.full((texts, bins), EMPTY, np.uint32)
     cells = rows * bins + ((hashes >> np.uint64(32)) * np.uint64(bins) >> np.uint64(32)).view(np.int64)
-    np.minimum.at(found.reshape(-1), cells, np.where(is_in, hashes.astype(np.uint32), EMPTY))
-    sparse = np.ascontiguousarray(found.T)
+    np.minimum.at(minima.reshape(-1), cells, np.where(is_in, hashes.astype(np.uint32), EMPTY))
+    sparse = np.ascontiguousarray(minima.T)
     dense, lenders = sparse.copy(), iter(lenders_of(bins))
     empty, of_texts = np.nonzero((sparse == EMPTY) & (sparse.min(axis=0) != EMPTY))
     while len(empty):
@@ -494,21 +494,21 @@ class Comparison:
         theirs = self._signed_held_out
         every = np.ones(len(self._held_out), bool)
         bands = [Band(*theirs.in_band(band, every)) for band in range(self._minhash.bands)]
-        known, first = np.unique(theirs.equals, return_index=True)
+        distinct, first = np.unique(theirs.equals, return_index=True)
         sets = _Sets(self, self._held_out)
         for batch in batches_of(prompts):
             ours, equals = self._signatures(batch)
             self._signed.add(ours, equals)
-            places = np.searchsorted(known, equals).clip(max=len(known) - 1)
-            is_equal = known[places] == equals
-            found = [row if each else None for row, each in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
+            places = np.searchsorted(distinct, equals).clip(max=len(distinct) - 1)
+            is_equal = distinct[places] == equals
+            near = [row if each else None for row, each in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
             candidates = list(self._candidates(ours, np.flatnonzero(ours.is_found & ~is_equal), bands))
             own_sets = _Sets(self, batch)
             own_sets.make(row for row, _ in candidates)
             sets.make(others[0] for _, others in candidates)
             for row, others in candidates:
-                found[row] = next((each for each in others if self._are_near(own_sets[row], sets[each])), None)
-            yield from found
+                near[row] = next((each for each in others if self._are_near(own_sets[row], sets[each])), None)
+            yield from near
 
     def repeats(self, prompts: Sequence[str], kept: Marks) -> int:
         """How many of the prompts marked in `kept` are near an earlier marked one. `prompts` are the ones that
@@ -521,9 +521,9 @@ class Comparison:
         same = np.flatnonzero(kept)
         is_repeat[same] = True
         is_repeat[same[np.unique(self._signed.equals[same], return_index=True)[1]]] = False
-        sets, known = _Sets(self, prompts), np.zeros(0, np.int64)
+        sets, seen = _Sets(self, prompts), np.zeros(0, np.int64)
         for band in range(self._minhash.bands):
-            pairs = np.setdiff1d(_neighbours(*self._signed.in_band(band, kept), size=size), known, assume_unique=True)
+            pairs = np.setdiff1d(_neighbours(*self._signed.in_band(band, kept), size=size), seen, assume_unique=True)
             rows, others = np.divmod(pairs[~is_repeat[pairs // size]], size)
             likely = self._minhash.likely(self._signed.minima_at, rows, self._signed.minima_at, others) >= 0
             pending, compared = zip(rows[likely].tolist(), others[likely].tolist(), strict=True), []
@@ -533,14 +533,14 @@ class Comparison:
                     if not is_repeat[row]:
                         is_repeat[row] = self._are_near(sets[row], sets[other])
                         compared.append(row * size + other)
-            known = np.union1d(known, np.array(compared, np.int64))
+            seen = np.union1d(seen, np.array(compared, np.int64))
         return int(np.count_nonzero(is_repeat))
 
     def shingle_sets(self, texts: Iterable[str]) -> Iterator[_ShingleSets]:
-        for found in map(self._shingled, batches_of(texts)):
-            starts = np.searchsorted(found.rows, np.arange(len(found.equals) + 1)).tolist()
+        for shingled in map(self._shingled, batches_of(texts)):
+            starts = np.searchsorted(shingled.rows, np.arange(len(shingled.equals) + 1)).tolist()
             for part in map(slice, starts[:-1], starts[1:]):
-                hashes, is_whole, is_own = found.hashes[part], found.is_whole[part], found.is_own[part]
+                hashes, is_whole, is_own = shingled.hashes[part], shingled.is_whole[part], shingled.is_own[part]
                 whole = np.unique(hashes[is_whole])
                 yield _ShingleSets(whole, whole if (is_own == is_whole).all() else np.unique(hashes[is_own]))
 
@@ -561,16 +561,16 @@ class Comparison:
         return _Shingled(hashes, batch.row_of[: len(hashes)], is_whole, is_own & is_whole, batch.texts())
 
     def _signatures(self, texts: Sequence[str]) -> tuple[Signatures, Hashes]:
-        found = self._shingled(texts)
-        marks = (found.is_whole, found.is_own)
-        return self._minhash.signatures(found.hashes, found.rows, *marks, texts=len(texts)), found.equals
+        shingled = self._shingled(texts)
+        marks = (shingled.is_whole, shingled.is_own)
+        return self._minhash.signatures(shingled.hashes, shingled.rows, *marks, texts=len(texts)), shingled.equals
 
     def _candidates(self, ours: Signatures, rows: Places, bands: Sequence[Band]) -> Iterator[tuple[int, list[int]]]:
         """For each row that has any, the held-out texts to compare it with, the most similar first."""
-        found = [np.zeros((2, 0), np.int64)]
+        proposed = [np.zeros((2, 0), np.int64)]
         for band, hashes in zip(bands, ours.bands, strict=True):
-            found.append(np.stack(band.with_hash(hashes[rows], most=MOST_IN_BAND)))
-        places, others = np.concatenate(found, axis=1)
+            proposed.append(np.stack(band.with_hash(hashes[rows], most=MOST_IN_BAND)))
+        places, others = np.concatenate(proposed, axis=1)
         pairs = np.unique(rows[places] * len(self._held_out) + others)
         rows, others = np.divmod(pairs, len(self._held_out))
         likely = self._minhash.likely(ours.minima.__getitem__, rows, self._signed_held_out.minima_at, others)

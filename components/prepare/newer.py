@@ -68,8 +68,8 @@ def publish_newer(step_run: StepRun) -> str:
             )
             for batch in work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY))
         ]
-        if (found := sum(map(len, unseen))) < FEWEST:
-            step_run.say(f"{counted(found, 'record')} came since: too few to compare on")
+        if (total := sum(map(len, unseen))) < FEWEST:
+            step_run.say(f"{counted(total, 'record')} came since: too few to compare on")
             return ""
         most = max(config.evaluate.records, config.evaluate.max_records)
         new = pa.Table.from_batches(unseen).slice(0, most)
@@ -83,7 +83,7 @@ def publish_newer(step_run: StepRun) -> str:
         contents = between_runs.content_ids(keyed(records)["content"].to_pylist())
     fingerprints = {source.name: source.fingerprint for source in sources}
     between_runs.note_consumed(store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
-    left = f"; {found - len(new)} more are left for later looks" if found > len(new) else ""
+    left = f"; {total - len(new)} more are left for later looks" if total > len(new) else ""
     step_run.say(f"{counted(len(new), 'record')} that neither {compared.version} nor {compared.against} has seen{left}")
     step_run.result.update(dataset_id=folder.dataset_id, new_records=len(new))
     return folder.uri

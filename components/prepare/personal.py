@@ -98,23 +98,23 @@ def find(text: str, *, regions: Sequence[str] = ()) -> list[Span]:
 
     `regions` are the countries (ISO 3166, such as DE) whose phone numbers also count without a leading +.
     """
-    found = [
+    spans = [
         Span("secret", *match.span())
         for begin, pattern in SECRETS.items()
         if begin in text  # a hundredth of the pattern's cost
         for match in pattern.finditer(text)
     ]
     if "-----BEGIN" in text:
-        found += [Span("secret", *match.span()) for match in PRIVATE_KEY.finditer(text)]
+        spans += [Span("secret", *match.span()) for match in PRIVATE_KEY.finditer(text)]
     if "eyJ" in text:
-        found += [Span("secret", *each.span()) for each in JSON_WEB_TOKEN.finditer(text) if _is_token_header(each[1])]
+        spans += [Span("secret", *each.span()) for each in JSON_WEB_TOKEN.finditer(text) if _is_token_header(each[1])]
     if "@" in text:
-        found += [Span("email", *match.span()) for match in EMAIL.finditer(text)]
+        spans += [Span("email", *match.span()) for match in EMAIL.finditer(text)]
     if not DIGITS.search(text):
-        return apart(found)
-    found += [span for match in IBAN.finditer(text) if (span := _iban(match))]
-    found += [Span("card", *match.span()) for match in CARD.finditer(text) if _is_card(re.sub(r"\D", "", match[0]))]
-    return apart([*found, *_phones(text, regions)])
+        return apart(spans)
+    spans += [span for match in IBAN.finditer(text) if (span := _iban(match))]
+    spans += [Span("card", *match.span()) for match in CARD.finditer(text) if _is_card(re.sub(r"\D", "", match[0]))]
+    return apart([*spans, *_phones(text, regions)])
 
 
 def mask(text: str, spans: Iterable[Span]) -> str:
@@ -217,14 +217,14 @@ class Screen:
 
     def record(self, record: Record) -> tuple[Record, Counter[Kind]]:
         """The record as it may be used, and the number of pieces of each kind in it."""
-        found: Counter[Kind] = Counter()
+        counts: Counter[Kind] = Counter()
 
         def text(text: str) -> str:
             spans = find(text, regions=self._regions)
             if self._names:
                 names = _analyzer().analyze(text=text, entities=["PERSON"], language="en")
                 spans = apart([*spans, *(Span("name", each.start, each.end) for each in names)])
-            found.update(span.kind for span in spans)
+            counts.update(span.kind for span in spans)
             return mask(text, spans) if self._action == "mask" else text
 
         def of_value(value: Any) -> Any:
@@ -241,7 +241,7 @@ class Screen:
 
         prompt = [Message(turn.role, text(turn.content), of_json(turn.more)) for turn in record.prompt]
         screened = replace(record, prompt=prompt, answer=text(record.answer), calls=of_json(record.calls))
-        return screened, found
+        return screened, counts
 
     def kept(self, row: str) -> str:
         """The raw text of a row if it may be kept or shown, that is if personal data is only counted; else a notice.

@@ -241,12 +241,12 @@ def _read_document(file: BinaryIO, name: str) -> Iterator[SourceRow]:
     except (ValueError, RecursionError) as exc:
         way = "; write each object on a line of its own" if "Extra data" in str(exc) else ""
         raise DataError(f"data.source {name} is not JSON: {exc}{way}") from exc
-    found = [document] if document else []
+    rows = [document] if document else []
     if isinstance(document, dict) and not {"messages", "conversations"} & document.keys():
-        lists = [each for each in document.values() if isinstance(each, list) and each]
-        rows = [each for each in lists if all(isinstance(row, dict) for row in each)]
-        found = rows[0] if len(rows) == 1 else found
-    yield from (SourceRow(line, _with_names(row)) for line, row in enumerate(found, start=1))
+        lists = [value for value in document.values() if isinstance(value, list) and value]
+        of_objects = [values for values in lists if all(isinstance(value, dict) for value in values)]
+        rows = of_objects[0] if len(of_objects) == 1 else rows
+    yield from (SourceRow(line, _with_names(row)) for line, row in enumerate(rows, start=1))
 
 
 def _elements(text: str, place: int) -> Iterator[SourceRow]:

@@ -95,9 +95,9 @@ def _data_files(info: Any, within: str) -> list[Any]:
         return not within or name == within or name.startswith(within.rstrip("/") + "/") or fnmatch(name, within)
 
     visible = [each for each in info.siblings if not re.search(r"(^|/)[._]", each.rfilename)]
-    found = [each for each in visible if form_of(each.rfilename) and is_meant(each.rfilename)]
+    data = [each for each in visible if form_of(each.rfilename) and is_meant(each.rfilename)]
     # A .json beside data of another kind describes that data.
-    return [each for each in found if not each.rfilename.endswith(".json")] or found
+    return [each for each in data if not each.rfilename.endswith(".json")] or data
 
 
 def _asked(entry: str, ask: Callable[[Any], T]) -> T:
@@ -134,11 +134,11 @@ def find_sources(source: str | list[str], *, seen: Collection[str] = ()) -> list
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise DataError(f"data.source is an empty list: expected {_FORMS}")
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for entry in entries:
         for each in _find(entry, seen):
-            found.setdefault(each.name, replace(each, entry=entry) if len(entries) > 1 else each)
-    return list(found.values())
+            sources.setdefault(each.name, replace(each, entry=entry) if len(entries) > 1 else each)
+    return list(sources.values())
 
 
 def _find(entry: str, seen: Collection[str]) -> Iterator[Source]:
@@ -205,22 +205,22 @@ def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
 
 def _of_one_kind(entry: str, names: dict[T, str]) -> list[T]:
     """Choose the data files: if there are JSONL or Parquet files, only those, because others merely lie beside them."""
-    found = {each: form for each, name in names.items() if (form := form_of(name))}
+    forms = {each: form for each, name in names.items() if (form := form_of(name))}
     arrow = [name for name in names.values() if name.endswith(".arrow")]
-    if arrow and all(form.ending == ".json" for form in found.values()):  # which describe them
+    if arrow and all(form.ending == ".json" for form in forms.values()):  # which describe them
         raise DataError(
             f"data.source is {entry!r}, a folder of datasets.save_to_disk, of which {min(arrow)} is not read: "
             f"{WAYS['.arrow']}"
         )
-    first = [each for each, form in found.items() if form.ending in FIRST and not form.packed]
-    if beside := [names[each] for each in found if first and each not in first]:
+    first = [each for each, form in forms.items() if form.ending in FIRST and not form.packed]
+    if beside := [names[each] for each in forms if first and each not in first]:
         logger.warning(
             "%s: JSONL and Parquet are read, and %s beside them, such as %s, not: what is data, name in data.source",
             entry,
             counted(len(beside), "file"),
             min(beside),
         )
-    return first or list(found)
+    return first or list(forms)
 
 
 def _local(path: Path) -> Source:
@@ -230,9 +230,9 @@ def _local(path: Path) -> Source:
     except UnicodeEncodeError as exc:
         shown = name.encode(errors="backslashreplace").decode()
         raise DataError(f"data.source holds the file {shown}, whose name is not UTF-8: rename it") from exc
-    found = path.stat()
-    modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
-    return Source(name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}", modified_at)
+    stat = path.stat()
+    modified_at = datetime.fromtimestamp(stat.st_mtime, UTC)
+    return Source(name, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}", modified_at)
 
 
 def _is_visible(parts: tuple[str, ...]) -> bool:
@@ -247,12 +247,12 @@ def _find_s3(entry: str) -> Iterator[Source]:
     if key and not key.endswith("/"):
         if form_of(key) is None:
             raise DataError(f"data.source is {entry!r}: {expected(key)}, or a folder with / at the end")
-        found = next((info for info in store.list(key) if info.key == key), None)
-        if found is None:
+        single = next((info for info in store.list(key) if info.key == key), None)
+        if single is None:
             raise DataError(
                 f"data.source is {entry!r}, which does not exist: check bucket and key (globs are for local paths)"
             )
-        return iter([_object(store, found)])
+        return iter([_object(store, single)])
     visible = [info for info in store.list(key) if _is_visible(PurePosixPath(info.key[len(key) :]).parts)]
     listed = _of_one_kind(entry, {info: info.key for info in visible})
     if not listed:

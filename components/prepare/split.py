@@ -182,8 +182,8 @@ def split(
     unlike = _unlike(work, similarity=near_duplicates, enough=enough)
     _require_few(unlike, max_near_share=max_near_share, similarity=near_duplicates)
     before_window, num_earlier = narrow(work, window, replay_share=replay_share, apart=replay_apart)
-    (found,) = work.row("SELECT count(*) FROM others")
-    num_train, num_eval = _sizes(found, num_held_out, eval_share=eval_share, max_records=max_records)
+    (num_kept,) = work.row("SELECT count(*) FROM others")
+    num_train, num_eval = _sizes(num_kept, num_held_out, eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
         limited = f" and data.max_records = {max_records}" if max_records else ""
         remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
@@ -195,7 +195,7 @@ def split(
     num_replayed = num_earlier
     if replay_apart:
         num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
-    beyond = found - num_train + num_held_out - num_eval + num_earlier - num_replayed + unlike.unread
+    beyond = num_kept - num_train + num_held_out - num_eval + num_earlier - num_replayed + unlike.unread
     return TrainEvalSplit(
         parts=_written(work, num_train, num_eval, num_replayed if replay_apart else None),
         dropped={

@@ -95,7 +95,7 @@ def validate(row: object, *, group: str = "", source: str = "", loss_on: LossOn 
 
 def unread_keys(row: Mapping[str, Any]) -> set[str]:
     """The keys with a value in the row's messages that nothing is read from, as `messages[].KEY`."""
-    found = set()
+    unread = set()
     for column in ("messages", "prompt", "completion"):
         turns = row.get(column)
         if column == "messages" and isinstance(turns, str):
@@ -104,8 +104,8 @@ def unread_keys(row: Mapping[str, Any]) -> set[str]:
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, Mapping) and len(turn) > 2:
                 read = _READ_OF_ALL.union(_OF_A_RESULT if turn.get("role") == "tool" else ())
-                found |= {f"{column}[].{key}" for key in turn.keys() - read if turn[key] not in (None, "", [], {})}
-    return found
+                unread |= {f"{column}[].{key}" for key in turn.keys() - read if turn[key] not in (None, "", [], {})}
+    return unread
 
 
 def _messages(messages: object, field: str) -> list[Message]:
@@ -296,11 +296,11 @@ def keyed(records: Sequence[Record]) -> "pa.RecordBatch":
             # They are part of the content, while the prompt stays the same.
             turns, left = [turn if turn.is_learned else _weightless(turn) for turn in turns], f"unlearned:{unlearned}"
         prompt, tools = canonical_prompt(turns), f"tools:{len(record.tools)}:{record.tools}" if record.tools else ""
-        said = sha256(prompt.encode())
-        hashes.asked.append(said.digest())
+        sha = sha256(prompt.encode())
+        hashes.asked.append(sha.digest())
         left += f"origin:{record.origin}" if record.origin else ""  # where feedback says more, the same words are new
-        said.update(f"{tools}{left}answer:{record.answer}{f'calls:{record.calls}' if record.calls else ''}".encode())
-        hashes.content.append(said.digest())
+        sha.update(f"{tools}{left}answer:{record.answer}{f'calls:{record.calls}' if record.calls else ''}".encode())
+        hashes.content.append(sha.digest())
         key = sha256((f"id:{record.id}" if record.id else f"prompt:{prompt}{tools}").encode()).digest()
         hashes.key.append(key)
         hashes.place.append(sha256(f"group:{record.group}".encode()).digest() if record.group else key)

@@ -183,11 +183,11 @@ class Workspace:
     def put(self, name: str, **columns: "pa.Array") -> None:
         import pyarrow as pa
 
-        given = pa.table(columns)
+        table = pa.table(columns)
         with _own_errors():
-            self._duckdb.register("given", given)
-            self._duckdb.execute(f"CREATE TABLE {name} AS FROM given")
-            self._duckdb.unregister("given")
+            self._duckdb.register("arrow_table", table)
+            self._duckdb.execute(f"CREATE TABLE {name} AS FROM arrow_table")
+            self._duckdb.unregister("arrow_table")
 
     def close(self) -> None:
         self._duckdb.close()
