@@ -101,6 +101,7 @@ def _cpu_s() -> float:
 
 
 def _fineloop(source: str, scratch: Path, step: Any, options: argparse.Namespace) -> None:
+    from components.config.train import DataConfig
     from components.prepare import workspace
     from components.prepare.prepare import build_profile, read_sources
     from components.prepare.sources import find_sources
@@ -113,7 +114,8 @@ def _fineloop(source: str, scratch: Path, step: Any, options: argparse.Namespace
         with step("deduplicate"):
             read.repeated = deduplicate(work)
         with step("split"):
-            found = split(work, eval_share=EVAL_SHARE, max_records=0, near_duplicates=options.near, max_near_share=1.0)
+            data = DataConfig(source=[], eval_share=EVAL_SHARE, near_duplicates=options.near, max_reject_share=1.0)
+            found = split(work, data)
         with step("profile"):
             build_profile(work, read, found)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from components.config.schema import RunConfig
 from components.prepare import prepare as preparing
 from components.prepare.prepare import prepare_if_new
-from components.prepare.sources import Source
-from components.prepare.validate import Reader, Rules, Validated, Validation, nothing_old_collected, read_here, rows_of
+from components.prepare.sources import Source, rows_of
+from components.prepare.validate import Reader, Rules, Validated, Validation, nothing_old_collected, read_here
 from components.records import runs
 from components.records.steps import Prepared
 from components.shared.errors import FineloopError
@@ -108,7 +108,7 @@ def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
     """Read some sources, and yield their raw rows in portions, each with its source and the source's index."""
     placed = block["item"].to_pylist()
     with _errors_as_items() as failed, nothing_old_collected():
-        for number, rows in rows_of([source for _, source in placed], rules):
+        for number, rows in rows_of([source for _, source in placed], rules.columns_read):
             yield _block((*placed[number], rows))
     yield from failed
 

@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from components.config.train import DataConfig
 from components.prepare.dataset import Origin
-from components.prepare.rows import read_rows
-from components.prepare.sources import Source, find_sources, local_copies
+from components.prepare.sources import Source, find_sources, rows_of
 from components.prepare.traces import fields_of, first_of, hash_of, name_of
 from components.registry.between_runs import NONE_ERASED, Erased
 from components.registry.identity import ID_DIGITS
@@ -99,10 +97,9 @@ def read_feedback(data: DataConfig, erased: Erased = NONE_ERASED) -> Feedback:
     last: dict[Key, dict[tuple[str, str], Vote]] = {}
     unusable: Counter[str] = Counter()
     rows = 0
-    for source, path in local_copies(sources_of_feedback(data)):
-        batches = read_rows(source.name, path, wanted=lambda columns: columns)
-        for row in chain.from_iterable(batch.rows for batch in batches):
-            rows += 1
+    for _, batch in rows_of(sources_of_feedback(data)):
+        rows += len(batch.rows)
+        for row in batch.rows:
             try:
                 vote = vote_of(row.value, key=data.feedback_key, least=data.feedback_good)
             except DataError as exc:

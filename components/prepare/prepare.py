@@ -22,6 +22,7 @@ from components.prepare.rows import SAVE_AS_UTF_8, form_of
 from components.prepare.shapes import EXPECTED, TRACES, advice, recognised, unread_text
 from components.prepare.sources import Source, find_sources
 from components.prepare.split import (
+    Span,
     TrainEvalSplit,
     deduplicate,
     judges,
@@ -183,12 +184,14 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
-def in_window(intake: Intake, *, days: float) -> list[tuple[int, int]]:
-    """The records from the files and objects that were modified in the last `days` before the newest one.
+def in_window(intake: Intake, *, days: float) -> list[Span] | None:
+    """The records from the files and objects that were modified in the last `days` before the newest one; None for all.
 
     The window ends at the newest source, not today, so that a step that is retried tomorrow makes the same dataset.
     A source without a time, such as a file on the hub, is always in it.
     """
+    if not days:
+        return None
     times = [source.modified_at for source, _ in intake.sources if source.modified_at]
     begin = max(times) - timedelta(days=days) if times else None
     spans, start = [], 0
@@ -443,7 +446,7 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
     with opened(config) as work:
         with within_memory():
             read = read_distinct(config, sources, work)
-            sides = _split(config, work, read)
+            sides = split(work, config.data, window=in_window(read, days=config.data.window_days))
             profile = build_profile(work, read, sides)
         yield profile, sides.parts
 
@@ -530,22 +533,8 @@ def read_distinct(
     return read
 
 
-def _split(config: RunConfig, work: Workspace, read: Intake) -> TrainEvalSplit:
-    data = config.data
-    return split(
-        work,
-        eval_share=data.eval_share,
-        max_records=data.max_records,
-        near_duplicates=data.near_duplicates,
-        max_near_share=data.max_reject_share,
-        window=in_window(read, days=data.window_days) if data.window_days else None,
-        replay_share=data.replay_share,
-        replay_apart=data.replay_from == "production",
-    )
-
-
 def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake) -> PreparedDataset:
-    sides = _split(config, work, read)
+    sides = split(work, config.data, window=in_window(read, days=config.data.window_days))
     profile = build_profile(work, read, sides)
     parts = sides.parts
     folder = dataset.publish_dataset(store, parts, rejects=work.rejects, rejected=read.total.rejected, profile=profile)

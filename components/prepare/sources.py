@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from components.prepare import icd10
-from components.prepare.rows import ENDINGS, FIRST, WAYS, expected, form_of, read_rows
+from components.prepare.rows import ENDINGS, FIRST, WAYS, Rows, Wanted, expected, form_of, read_rows
 from components.shared.errors import DataError
 from components.shared.protocol import counted
 
@@ -311,17 +311,18 @@ def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | Non
             pool.shutdown(cancel_futures=True)
 
 
-def first_rows(source: str | list[str]) -> list[Mapping[str, Any]]:
-    """The first rows of the first file that hold columns, some thousand at most.
+def rows_of(sources: Sequence[Source], wanted: Wanted = lambda columns: columns) -> Iterator[tuple[int, Rows]]:
+    """Yield all rows in batches, each with the index of its source; raises as `local_copies` and `read_rows`."""
+    for place, (source, path) in enumerate(local_copies(sources)):
+        for rows in read_rows(source.name, path, wanted=wanted):
+            yield place, rows
 
-    Raises:
-        DataError: as `find_sources`; or the file is not what its name says.
-        StoreError: an s3:// source cannot be read.
-    """
-    for each, path in local_copies(find_sources(source)[:1]):
-        for batch in read_rows(each.name, path, wanted=lambda columns: columns):
-            return [row.value for row in batch.rows if isinstance(row.value, Mapping)]
-    return []
+
+def first_rows(source: str | list[str]) -> list[Mapping[str, Any]]:
+    """The first rows of the first file that hold columns, some thousand at most; raises as `find_sources` and
+    `rows_of`."""
+    _, first = next(rows_of(find_sources(source)[:1]), (0, Rows([])))
+    return [row.value for row in first.rows if isinstance(row.value, Mapping)]
 
 
 def _downloaded(store: "Store", key: str, path: Path, size: int) -> Path:

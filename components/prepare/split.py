@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.config.schema import RunConfig
+from components.config.train import DataConfig
 from components.prepare.dataset import WHERE_ANY, Parts, Record, asked, groups_of, load_split, write_splits
 from components.prepare.workspace import Texts, Workspace, position
 from components.shared.errors import DataError
@@ -135,29 +136,18 @@ def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> dict[str, int]:
     }
 
 
-def split(
-    work: Workspace,
-    *,
-    eval_share: float,
-    max_records: int,
-    near_duplicates: float = 0.0,
-    max_near_share: float = 1.0,
-    window: list[Span] | None = None,
-    replay_share: float = 0.0,
-    replay_apart: bool = False,
-) -> TrainEvalSplit:
+def split(work: Workspace, data: DataConfig, *, window: list[Span] | None = None) -> TrainEvalSplit:
     """Divide the distinct records in `chosen`: held out are those whose hash of what they belong to, their group's name
-    or else their own key, is, as a fraction of all hashes, below `eval_share`, but for a model's own words: on those no
-    candidate could be better than the model that said them.
+    or else their own key, is, as a fraction of all hashes, below data.eval_share, but for a model's own words: on those
+    no candidate could be better than the model that said them.
 
-    `max_records` keeps as many, the smallest hashes of each split, in eval_share's proportion, and 0 all. Prompts as
-    similar as `near_duplicates` to one in eval are left out of train, at most the share `max_near_share` of those that
-    are compared; 0 leaves none out. `window`, None for all, are the rows whose contents to train on, and `replay_share`
-    is the share of train to draw from outside of it, with `replay_apart` as a split of its own.
+    Where data.max_records bounds them, each split keeps those with the smallest hashes. `window`, None for all, are the
+    rows whose contents to train on.
 
     Raises:
         DataError: a split is empty, or too much is near what is held out.
     """
+    eval_share, max_records, replay_share = data.eval_share, data.max_records, data.replay_share
     is_logged = "origin" in work.columns
     not_own = "AND number NOT IN (SELECT number FROM records WHERE origin = 'own')" if is_logged else ""
     work.run(
@@ -179,9 +169,10 @@ def split(
         "SELECT (SELECT count(*) FROM chosen), (SELECT count(*) FROM held_out), (SELECT count(*) FROM others)"
     )
     enough = None if window is not None or not max_records else _most_train(max_records, num_held_out, eval_share)
-    unlike = _unlike(work, similarity=near_duplicates, enough=enough)
-    _require_few(unlike, max_near_share=max_near_share, similarity=near_duplicates)
-    before_window, num_earlier = narrow(work, window, replay_share=replay_share, apart=replay_apart)
+    unlike = _unlike(work, similarity=data.near_duplicates, enough=enough)
+    _require_few(unlike, max_reject_share=data.max_reject_share, similarity=data.near_duplicates)
+    is_apart = data.replay_from == "production"
+    before_window, num_earlier = narrow(work, window, replay_share=replay_share, apart=is_apart)
     (num_kept,) = work.row("SELECT count(*) FROM others")
     num_train, num_eval = _sizes(num_kept, num_held_out, eval_share=eval_share, max_records=max_records)
     if not num_train or not num_eval:
@@ -193,11 +184,11 @@ def split(
             f"{', or raise data.max_records' if max_records else ''}."
         )
     num_replayed = num_earlier
-    if replay_apart:
+    if is_apart:
         num_replayed = min(num_replayed, round(num_train * replay_share / (1 - replay_share)))
     beyond = num_kept - num_train + num_held_out - num_eval + num_earlier - num_replayed + unlike.unread
     return TrainEvalSplit(
-        parts=_written(work, num_train, num_eval, num_replayed if replay_apart else None),
+        parts=_written(work, num_train, num_eval, num_replayed if is_apart else None),
         dropped={
             "own_words_or_session_beside_eval": beside_eval,
             "prompt_in_eval": total - num_held_out - num_others - beside_eval,
@@ -288,13 +279,13 @@ def _prompts(work: Workspace, table: str) -> "tuple[npt.NDArray[np.int64], Texts
     return numbers, Texts(Path(work.folder, f"{table}.txt"), map(asked, batches))
 
 
-def _require_few(unlike: _Unlike, *, max_near_share: float, similarity: float) -> None:
-    if unlike.share <= max_near_share:
+def _require_few(unlike: _Unlike, *, max_reject_share: float, similarity: float) -> None:
+    if unlike.share <= max_reject_share:
         return
     lines = "".join(f"\n  {count} x near {words!r}" for words, count in unlike.clusters)
     raise DataError(
         f"{unlike.share:.1%} of what would be trained on is near what is held out ({unlike.left_out} of "
-        f"{unlike.looked_at} records), more than data.max_reject_share = {max_near_share:g} "
+        f"{unlike.looked_at} records), more than data.max_reject_share = {max_reject_share:g} "
         f"allows:{lines}\n"
         "Where such records belong together, as questions on one document do, name the column that says so in "
         f"data.group. Where they do not, raise data.near_duplicates, which is {similarity:g}; 0 compares none. "

@@ -26,9 +26,9 @@ from components.prepare import traces
 from components.prepare.dataset import OF_LOG, WEIGHT, Hashes, Message, Record, Reject, Role, batch_of, keyed_batch
 from components.prepare.feedback import LEARNED, Key, Use, Verdict, learned
 from components.prepare.personal import Kind, Screen
-from components.prepare.rows import Rows, SourceRow, Unreadable, read_rows
+from components.prepare.rows import Rows, SourceRow, Unreadable
 from components.prepare.shapes import SPEAKERS, TRACES, Row, as_record, columns_read, recognised
-from components.prepare.sources import Source, local_copies
+from components.prepare.sources import Source, rows_of
 from components.registry.between_runs import NONE_ERASED, Erased
 from components.shared.errors import DataError
 
@@ -503,15 +503,8 @@ def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Va
     """The reader that runs in this process alone."""
     validation = Validation(rules)
     with nothing_old_collected():
-        for place, rows in rows_of(sources, rules):
+        for place, rows in rows_of(sources, rules.columns_read):
             yield place, validation.of(sources[place], rows)
-
-
-def rows_of(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Rows]]:
-    """Yield all rows in batches, each with the index of its source."""
-    for place, (source, path) in enumerate(local_copies(sources)):
-        for rows in read_rows(source.name, path, wanted=rules.columns_read):
-            yield place, rows
 
 
 @contextlib.contextmanager

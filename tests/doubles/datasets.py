@@ -108,11 +108,18 @@ def deduplicate(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL) -> Si
     return SimpleNamespace(records=kept, **dropped)
 
 
-def split(rows: Sequence[KeyedRecord], *, memory_bytes: int = SMALL, **options: Any) -> SimpleNamespace:
-    """Both sides of the split of distinct rows as lists, the dataset's id, and the counts."""
+def split(
+    rows: Sequence[KeyedRecord],
+    *,
+    memory_bytes: int = SMALL,
+    window: list[splitting.Span] | None = None,
+    **options: Any,
+) -> SimpleNamespace:
+    """Both sides of the split of distinct rows as lists, the dataset's id, and the counts; `options` are of data."""
+    defaults = {"source": [], "near_duplicates": 0.0, "max_reject_share": 1.0, "window_days": 1.0 if window else 0.0}
     with holding(rows, memory_bytes=memory_bytes) as work:
         splitting.deduplicate(work)
-        found = splitting.split(work, **options)
+        found = splitting.split(work, DataConfig(**defaults | options), window=window)
         sides = {"train": list(found.parts.train), "evaluation": list(found.parts.evaluation)}
         return SimpleNamespace(
             **vars(found) | found.dropped | sides | {"parts": None, "dataset_id": found.parts.dataset_id}

@@ -58,7 +58,7 @@ def made(folder: Path, reader: Reader, erased: Erased, scratch: Path) -> dict[st
         read = prepare.read_sources(sources, work.accept, work.reject, rules=rules, reader=reader)
         work.finish()
         unique = deduplicate(work)
-        found = split(work, eval_share=0.2, max_records=0, near_duplicates=0.9)
+        found = split(work, DataConfig(source=[], eval_share=0.2, near_duplicates=0.9, max_reject_share=1.0))
         return {
             "dataset_id": found.parts.dataset_id,
             "unique": unique,

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from components.config.train import DataConfig
 from components.prepare.dataset import Message, Record, batch_of, write_splits
 from components.prepare.split import deduplicate as deduplicate_in
 from components.prepare.split import split as split_in
@@ -163,15 +164,15 @@ def test_parts_end_where_the_records_say_and_change_neither_records_nor_id(monke
     monkeypatch.setattr("components.prepare.dataset.MOST_BYTES", 2000)
     with holding(given) as work:
         deduplicate_in(work)
-        found = split_in(work, eval_share=0.2, max_records=0)
+        found = split_in(work, DataConfig(source=[], eval_share=0.2, near_duplicates=0.0))
         assert found.parts.dataset_id == whole.dataset_id
-        assert (list(found.train), list(found.evaluation)) == (whole.train, whole.evaluation)
+        assert (list(found.parts.train), list(found.parts.evaluation)) == (whole.train, whole.evaluation)
         sizes, ended = [], []
         for record in whole.train:
             sizes.append(len((record.answer + "".join(turn.content for turn in record.prompt)).encode()))
             if len(sizes) == 100 or sum(sizes) >= 2000:
                 ended.append(len(sizes))
                 sizes = []
-        lengths = [pq.read_metadata(path).num_rows for path in found.train.paths]
+        lengths = [pq.read_metadata(path).num_rows for path in found.parts.train.paths]
         assert lengths == [*ended, *([len(sizes)] if sizes else [])]
         assert len(lengths) > 5

@@ -106,11 +106,11 @@ def test_more_near_duplicates_than_the_config_allows_stop_the_run_with_what_most
     ]
     other = [named(name_in(0.5, 1, f"o{i}-"), letter * 12) for i, letter in enumerate("vwxyz")]
     rows = [*held_out, *near, *other]
-    allowed = split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.5)
+    allowed = split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_reject_share=0.5)
     assert allowed.near_duplicates["left_out_share"] == 0.5
     assert allowed.near_duplicates["most_are_near"][0] == {"begins": "aaaaaaaa the question", "records": 4}
     with pytest.raises(DataError) as caught:
-        split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.49)
+        split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_reject_share=0.49)
     message = str(caught.value).splitlines()
     assert message[0] == (
         "50.0% of what would be trained on is near what is held out (5 of 10 records), more than "
@@ -120,7 +120,7 @@ def test_more_near_duplicates_than_the_config_allows_stop_the_run_with_what_most
     for remedy in ("data.group", "data.near_duplicates, which is 0.8", "data.max_reject_share=0.5 trains"):
         assert remedy in message[3]
     with pytest.raises(DataError, match=r"100\.0% of what would be trained on"):  # and not: too few records
-        split([*held_out, *near], eval_share=0.5, max_records=0, near_duplicates=0.8, max_near_share=0.49)
+        split([*held_out, *near], eval_share=0.5, max_records=0, near_duplicates=0.8, max_reject_share=0.49)
 
 
 def test_near_duplicates_within_train_are_counted_and_stay() -> None:
