@@ -1,6 +1,6 @@
 """Finds the records of data.source that neither of two versions has seen, and that no look at them has counted."""
 
-from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from components.prepare import dataset
@@ -48,31 +48,25 @@ def publish_newer(step_run: StepRun) -> str:
     sources = find_sources(config.data.source, seen=read_before.sources if read_before else ())
     with within_memory(), opened(config) as work:
         read = read_distinct(config, sources, work, between_runs.erased(store))
+        work.put("trained", belongs_to=pa.array(sorted(groups), pa.string()))
+        # A model's own words would judge whoever said them too well.
+        query = (
+            "SELECT number, chosen.content FROM chosen JOIN records USING (number) WHERE origin <> 'own'"
+            """ AND ("group" = '' OR "group" NOT IN (FROM trained)) ORDER BY chosen.place, chosen.key, chosen.content"""
+        )
         placed = [
             (number, content)
-            for batch in work.batches("SELECT number, content FROM chosen ORDER BY place, key, content")
+            for batch in work.batches(query)
             for number, content in zip(batch["number"].to_pylist(), batch["content"].to_pylist(), strict=True)
         ]
         ids = np.array([int.from_bytes(content[: between_runs.ID_BYTES]) for _, content in placed], np.uint64)
         is_new = ~np.isin(ids, np.concatenate([each.to_numpy() for each in seen]))
         numbers = np.array([number for number, _ in placed], np.int64)[is_new]
-        unseen = [
-            # A model's own words would judge whoever said them too well.
-            batch.filter(
-                pa.array(
-                    [
-                        origin != "own" and (not group or group not in groups)
-                        for group, origin in zip(batch["group"].to_pylist(), batch["origin"].to_pylist(), strict=True)
-                    ]
-                )
-            )
-            for batch in work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY))
-        ]
-        if (total := sum(map(len, unseen))) < FEWEST:
+        if (total := len(numbers)) < FEWEST:
             step_run.say(f"{counted(total, 'record')} came since: too few to compare on")
             return ""
-        most = max(config.evaluate.records, config.evaluate.max_records)
-        new = pa.Table.from_batches(unseen).slice(0, most)
+        numbers = numbers[: max(config.evaluate.records, config.evaluate.max_records)]
+        new = pa.Table.from_batches(work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY)))
         parts = dataset.write_splits(work.folder, [], new.to_batches(), columns=work.columns)
         rows = {"read": read.total.rows, "accepted": read.total.accepted, "rejected": read.total.rejected}
         about = {"format": FORMAT, "rows": rows, "newer_than": compared._asdict()}
@@ -100,15 +94,11 @@ def _seen_by(store: "Store", name: str, compared: list[str]) -> "tuple[list[pa.U
     for version, made_from in {one.uri: (one, made) for lineage in lineages for one, made in lineage}.values():
         seen.append(_noted(store, version.run_id))
         for dataset_id in [each.name for each in made_from if each.kind == "dataset"]:
-            for records in _records(store, store.uri(f"datasets/{dataset_id}")):
+            uri = store.uri(f"datasets/{dataset_id}")
+            for records in chain(read_split(store, uri, "train"), read_split(store, uri, "eval")):
                 groups.update(record.group for record in records)
                 seen.append(between_runs.content_ids(keyed(records)["content"].to_pylist()))
     return seen, groups
-
-
-def _records(store: "Store", uri: str) -> "Iterator[list[dataset.Record]]":
-    yield from read_split(store, uri, "train")
-    yield from read_split(store, uri, "eval")
 
 
 def _noted(store: "Store", run_id: str) -> "pa.UInt64Array":
