@@ -119,7 +119,7 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
         ("Columns not read", ", ".join(profile.get("extra_columns", ()))),
         ("Earlier records replayed", _replayed(replayed) if replayed else ""),
     ]
-    dropped = profile.get("dropped", {}).items()
+    dropped, personal = profile.get("dropped", {}).items(), profile.get("personal", {}).get("found", {}).items()
     alike = [(f"near “{each['begins']} …”", each["records"]) for each in near.get("most_are_near", [])]
     if stay := near.get("in_train"):
         alike.append(("training records that hardly differ from another, and stay", stay))
@@ -130,13 +130,7 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
         "rejected": profile.get("rejected", []),
         "counts": [
             ("Left out on purpose", [(left_out_text(name), rows) for name, rows in dropped if rows]),
-            (
-                "Personal data in messages",
-                [
-                    (_PERSONAL.get(kind, kind), found)
-                    for kind, found in profile.get("personal", {}).get("found", {}).items()
-                ],
-            ),
+            ("Personal data in messages", [(_PERSONAL.get(kind, kind), pieces) for kind, pieces in personal]),
             ("Near-duplicates", alike),
             ("Logged answers", [*feedback_on(profile), *late]),
         ],
