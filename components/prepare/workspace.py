@@ -147,11 +147,11 @@ class Workspace:
         self._reject_writer.close()
         self.run(f"CREATE VIEW records AS FROM read_parquet({quoted(self._path)})")
 
-    def numbers(self, query: str, *values: Any) -> "npt.NDArray[np.int64]":
+    def numbers(self, query: str) -> "npt.NDArray[np.int64]":
         """The result of a query with one column of integers."""
         import numpy as np
 
-        parts = [batch.column(0).to_numpy() for batch in self.batches(query, *values)]
+        parts = [batch.column(0).to_numpy() for batch in self.batches(query)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def in_order(self, numbers: "npt.NDArray[np.int64]", columns: Sequence[str]) -> Iterator["pa.RecordBatch"]:
@@ -160,25 +160,23 @@ class Workspace:
 
         return in_order(self._path, numbers, np.concatenate([np.zeros(0, np.int64), *self._sizes]), columns)
 
-    def run(self, statement: str, *values: Any) -> None:
+    def run(self, statement: str) -> None:
         with _own_errors():
-            self._duckdb.execute(statement, list(values))
+            self._duckdb.execute(statement)
 
-    def row(self, query: str, *values: Any) -> tuple[Any, ...]:
-        rows = self.rows(query, *values)
-        assert len(rows) == 1
-        return rows[0]
+    def row(self, query: str) -> tuple[Any, ...]:
+        (row,) = self.rows(query)
+        return row
 
-    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
         """All rows of a query's result, which has few."""
         with _own_errors():
-            return list(self._duckdb.execute(query, list(values)).fetchall())
+            return list(self._duckdb.execute(query).fetchall())
 
-    def batches(self, query: str, *values: Any) -> Iterator["pa.RecordBatch"]:
+    def batches(self, query: str) -> Iterator["pa.RecordBatch"]:
         """Yield a query's result in batches; no other statement may run until it ends."""
         with _own_errors():
-            reader = self._duckdb.sql(query, params=list(values) or None).to_arrow_reader(_BATCH)
-            yield from reader
+            yield from self._duckdb.sql(query).to_arrow_reader(_BATCH)
 
     def put(self, name: str, **columns: "pa.Array") -> None:
         import pyarrow as pa
