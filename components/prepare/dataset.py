@@ -574,16 +574,12 @@ def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
             why[key] = ("dataset", own)
     if datasets:
         why |= {key: ("unknown", "") for key in unknown}
-    grown = True
-    while grown:
+    uris = set[str]()
+    while len(uris) < len(why):
         uris = {store.uri(version_key(*key)) for key in why}
-        children = {
-            key: ("parent", "")
-            for key, ancestors in made_of.items()
-            if key not in why and any(each.kind == "parent" and each.name in uris for each in ancestors)
-        }
-        why |= cast(dict[tuple[str, str], tuple[Literal["parent"], str]], children)
-        grown = bool(children)
+        for key, ancestors in made_of.items():
+            if key not in why and any(each.kind == "parent" and each.name in uris for each in ancestors):
+                why[key] = ("parent", "")
     pointers = {name: list_aliases(store, name) for name, _ in why}
     for (name, version), (reason, dataset) in sorted(why.items()):
         aliases = tuple(each.alias for each in pointers[name] if each.version == version)
