@@ -1,7 +1,7 @@
 """The registry as static pages that need nothing else: what is in production, since when and why, and what was."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from components.records import runs
 from components.records.runs import PAGES
-from components.records.steps import Decision, Evaluation, finite
-from components.registry import event_log, versions
+from components.records.steps import Evaluation, finite
+from components.registry import versions
 from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
 from components.registry.cache import LISTING, Entries, read_entries, write_entries
 from components.registry.collect import Summary
@@ -86,39 +86,21 @@ class AdapterPage:
         return [metric for metric in metrics_of(keys) if metric.repeats not in keys]
 
 
-def list_adapter(store: "Store", name: str) -> Listed:
-    """Read what the list shows of the adapter; a damaged alias is shown as damaged."""
-    pointer, damaged = None, ""
-    try:
-        pointer = read_alias(store, name, PRODUCTION)
-    except IntegrityError:
-        damaged = "unknown: the alias is damaged"
-    log, num_versions = event_log.events(store, name), len(versions.version_ids(store, name))
-    return _listed(
-        name, log, num_versions, pointer, lambda run_id: runs.decision_of(store, run_id, to_show=True), damaged
-    )
-
-
-def _listed(
-    name: str,
-    log: "Sequence[Event]",
-    num_versions: int,
-    pointer: "Pointer | None",
-    decision_of: Callable[[str], Decision | None],
-    damaged: str = "",
-) -> Listed:
-    """`log` is the adapter's newest events, oldest first."""
+def _listed(files: AdapterFiles, page: AdapterPage) -> Listed:
+    log = page.events[::-1]
     decided = [
         str(event.body["run_id"])
         for event in log
         if event.kind in DECIDED and event.body.get("alias", PRODUCTION) == PRODUCTION and event.body.get("run_id")
     ]
-    decision = decision_of(decided[-1]) if decided else None
+    decisions = {entry.run_id: entry.decision for entry in files.entries.values()}
+    run_id = decided[-1] if decided else ""
+    decision = decisions.get(run_id) or (runs.decision_of(files.store, run_id, to_show=True) if run_id else None)
     return Listed(
-        name,
-        in_production=damaged or (pointer.version if pointer else "nothing"),
-        since=pointer.since if pointer else "",
-        num_versions=num_versions,
+        page.name,
+        in_production=page.pointer.version if page.pointer else "nothing",
+        since=page.pointer.since if page.pointer else "",
+        num_versions=page.num_versions,
         last=f"{what(log[-1].kind, log[-1].body)}, {when(log[-1].time)}" if log else "",
         verdict=decision.verdict or decision.decision if decision else "",
         run_id=decision.run_id if decision else "",
@@ -129,37 +111,33 @@ def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterF
     """Write the page of the adapter and the list of all to pages/ in the store; returns the list's address.
 
     Of another adapter page and entry are written only where there are none yet: its own runs write them. `files` is
-    what has been read of the adapter so far.
-
-    Raises:
-        IntegrityError: the adapter's alias is damaged.
+    what has been read of the adapter so far. Raises IntegrityError: the adapter's alias is damaged.
     """
     files = files or AdapterFiles(store, name)
     own = _page_of(files)
-    decisions = {entry.run_id: entry.decision for entry in files.entries.values()}
-
-    def decision_of(run_id: str) -> Decision | None:
-        return decisions.get(run_id) or runs.decision_of(files.store, run_id, to_show=True)
-
-    new: Entries = {name: asdict(_listed(name, own.events[::-1], own.num_versions, own.pointer, decision_of))}
+    new: Entries = {name: asdict(_listed(files, own))}
     if files.mark is not None:
-        held = {each.alias: each.version for each in files.aliases}
+        held = {pointer.alias: pointer.version for pointer in files.aliases}
         new[name][LISTING] = asdict(Summary(next(iter(files.entries), None), own.num_versions, held, files.mark))
     files.keep()
     names, was = versions.list_adapters(store), read_entries(store)
-    known = _sound(was[0])
-    pages = [own]
-    if missing := [each for each in names if each != name and each not in known]:
-        there = {info.key for info in store.list(PAGES)}
-        pages += [read_adapter(store, each) for each in missing if f"{PAGES}{each}.html" not in there]
-        new |= {each: asdict(list_adapter(store, each)) for each in missing}
+    pages, listed = [own], _sound(was[0])
+    missing = [other for other in names if other != name and other not in listed]
+    there = {info.key for info in store.list(PAGES)} if missing else ()
+    for other in missing:
+        try:
+            page, row = read_adapter(store, other)
+            pages += [page] if f"{PAGES}{other}.html" not in there else []
+        except IntegrityError:
+            row = Listed(other, "unknown: the alias is damaged", "", len(versions.version_ids(store, other)))
+        new[other] = asdict(row)
     # With what others wrote meanwhile.
     written = write_entries(store, lambda old: {each: old.get(each, {}) | new.get(each, {}) for each in names}, was)
     entries = [*_sound(written).values()]
-    for file, page in build_pages(
+    for file, text in build_pages(
         pages, entries, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
     ).items():
-        store.put(f"{PAGES}{file}", page.encode(), content_type="text/html; charset=utf-8")
+        store.put(f"{PAGES}{file}", text.encode(), content_type="text/html; charset=utf-8")
     return store.uri(f"{PAGES}index.html")
 
 
@@ -172,16 +150,13 @@ def _sound(entries: Entries) -> dict[str, Listed]:
     return sound
 
 
-def read_adapter(store: "Store", name: str) -> AdapterPage:
-    """Read what the page of the adapter shows.
-
-    Raises:
-        IntegrityError: the alias is damaged.
-    """
+def read_adapter(store: "Store", name: str) -> tuple[AdapterPage, Listed]:
+    """What the adapter's page shows, and its row in the list. Raises IntegrityError: the alias is damaged."""
     files = AdapterFiles(store, name)
     page = _page_of(files)
+    row = _listed(files, page)
     files.keep()
-    return page
+    return page, row
 
 
 def _page_of(files: AdapterFiles) -> AdapterPage:

@@ -544,12 +544,12 @@ def manifest(options: argparse.Namespace) -> Answer:
 def page(options: argparse.Namespace) -> Answer:
     """Write the registry as web pages: what is in production, since when and why, versions, scores, events."""
     from components.report.html import moment
-    from components.report.registry_page import build_pages, list_adapter, read_adapter
+    from components.report.registry_page import build_pages, read_adapter
 
     with opened_registry(options) as store:
         names = _names(options, store)
-        pages = [read_adapter(store, name) for name in names]
-        listed = [list_adapter(store, name) for name in names]
+        read = [read_adapter(store, name) for name in names]
+        pages, listed = [page for page, _ in read], [row for _, row in read]
         built = build_pages(pages, listed, generated_at=moment(datetime.now(UTC)), address=store.uri(""))
     with disk_errors(options.to):
         options.to.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from components.registry.cache import forget
 from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.report.comparison import intervals
-from components.report.registry_page import build_pages, gains, list_adapter, read_adapter, sentence, write_pages
+from components.report.registry_page import build_pages, gains, read_adapter, sentence, write_pages
 from components.report.run_files import RunFiles
 from components.shared.metrics import metric_of
 from components.store.store import Store
@@ -60,7 +60,7 @@ def ids(store: Store) -> list[str]:
 def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decided_and_how_to_go_back(
     store: Store, ids: list[str]
 ) -> None:
-    page = read_adapter(store, "icd")
+    page = read_adapter(store, "icd")[0]
     assert "On 250 held-out records its loss was better" in sentence(page)
     drawn = gains(page)
     assert drawn is not None
@@ -68,7 +68,7 @@ def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decide
     assert (gain.name, gain.lower, gain.gain, gain.upper, gain.bad) == (ids[1], 0.01, 0.05, 0.09, False)
     assert gain.text == "+0.050 (between +0.010 and +0.090)"
     assert drawn.bound == -0.02
-    built = build_pages([page], [list_adapter(store, "icd")], generated_at="now", address="s3://bucket/")
+    built = build_pages([page], [read_adapter(store, "icd")[1]], generated_at="now", address="s3://bucket/")
     assert set(built) == {"index.html", "icd.html"}
     text = Page(built["icd.html"]).text
     assert f"fineloop adapters rollback icd --to {ids[0]} --expect {ids[1]}" in text
@@ -102,7 +102,7 @@ def test_the_page_says_how_production_fares_on_what_came_since(store: Store, ids
     append_event(
         store, "icd", "checked", {**look, "fresh": 0.5, "reasons": ["It is worse."]}, at="2026-11-30T00:00:00Z"
     )
-    page = build_pages([read_adapter(store, "icd")], [], generated_at="now", address="s3://b/")["icd.html"]
+    page = build_pages([read_adapter(store, "icd")[0]], [], generated_at="now", address="s3://b/")["icd.html"]
     fresh, tested = (metric_of("loss").text(value) for value in (0.5, 0.25))
     assert f"loss {fresh}, and {tested} when it was tested. It is worse." in " ".join(page.split())
     assert f"{pointer.version}, which production held, looked at on records that came since" in page
@@ -110,7 +110,7 @@ def test_the_page_says_how_production_fares_on_what_came_since(store: Store, ids
         append_event(
             store, "icd", "checked", {**look, "fresh": str(forged)}, at=f"2099-01-01T00:00:0{len(str(forged))}Z"
         )
-        page = build_pages([read_adapter(store, "icd")], [], generated_at="now", address="s3://b/")["icd.html"]
+        page = build_pages([read_adapter(store, "icd")[0]], [], generated_at="now", address="s3://b/")["icd.html"]
         assert "On what came since" not in page
 
 
@@ -127,7 +127,7 @@ def test_the_versions_table_leaves_out_what_says_the_same_on_another_scale(store
     measured = {"loss": 0.25, "perplexity": 1.28, "prompt_gain": 1.7, "prompt_gain_of_answer": 5.7}
     models = {"candidate": Measured(version=ids[1], metrics=measured)}
     runs.write(store, "r1", Evaluation(run_id="r1", records=250, models=models))
-    assert [metric.key for metric in read_adapter(store, "icd").metrics] == ["loss", "prompt_gain"]
+    assert [metric.key for metric in read_adapter(store, "icd")[0].metrics] == ["loss", "prompt_gain"]
 
 
 def test_the_page_has_the_bounds_that_the_run_s_report_has(store: Store, ids: list[str]) -> None:
@@ -141,7 +141,7 @@ def test_the_page_has_the_bounds_that_the_run_s_report_has(store: Store, ids: li
         for each in intervals(RunFiles(run_id="r1", adapter="icd", evaluation=evaluation, decision=decided))
         if each.gains[0].name == "Loss not worse than production's"
     ]
-    said = sentence(read_adapter(store, "icd"))
+    said = sentence(read_adapter(store, "icd")[0])
     assert shown.partition("better, ")[2] in said
     assert "+0.029 and +0.071, each with 95 % confidence, so that it is hardly chance" in said
 
@@ -157,7 +157,7 @@ def test_the_page_has_the_bounds_that_the_run_s_report_has(store: Store, ids: li
 )
 def test_how_sure_the_gain_is_follows_from_its_bounds(store: Store, ids: list[str], bounds, words) -> None:
     decide(store, ids[1], *bounds)
-    assert sentence(read_adapter(store, "icd")).endswith(words)
+    assert sentence(read_adapter(store, "icd")[0]).endswith(words)
 
 
 def test_the_list_says_for_how_long_and_what_the_gate_said_last(store: Store, ids: list[str]) -> None:
@@ -166,14 +166,14 @@ def test_the_list_says_for_how_long_and_what_the_gate_said_last(store: Store, id
     append_event(store, "icd", "refused", {"version": ids[1], "run_id": "r2", "alias": "production"})
     pointer = read_alias(store, "icd", "production")
     assert pointer is not None
-    listed = list_adapter(store, "icd")
+    listed = read_adapter(store, "icd")[1]
     later = datetime.fromisoformat(pointer.since) + timedelta(days=3, hours=1)
     assert (listed.held(later).split(",")[0], listed.verdict, listed.run_id) == ("for 3 days", "hold", "r2")
     assert "hold r2" in Page(pages_of(store)["index.html"]).text
 
 
 def pages_of(store: Store) -> dict[str, str]:
-    page, listed = read_adapter(store, "icd"), list_adapter(store, "icd")
+    page, listed = read_adapter(store, "icd")
     return build_pages([page], [listed], generated_at="now", address="s3://b/")
 
 
@@ -189,7 +189,7 @@ def test_nothing_that_came_from_the_registry_becomes_markup(store: Store, ids: l
 
 def test_an_adapter_that_nothing_was_promoted_of_says_so(store: Store) -> None:
     published(store, "icd")
-    assert sentence(read_adapter(store, "icd")) == "Nothing is in production."
+    assert sentence(read_adapter(store, "icd")[0]) == "Nothing is in production."
     assert "Nothing in production" in pages_of(store)["icd.html"]
 
 
