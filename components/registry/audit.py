@@ -50,15 +50,17 @@ def audit(store: Store, name: str) -> Audit:
         findings = [Finding(store.uri(key), f"is not an event: {why}") for key, why in junk.items()]
         ids = versions.version_ids(store, name)
         read = dict(zip(ids, pool.map(lambda version: _whole(store, version_key(name, version)), ids), strict=True))
-        whole = {version: found for version, found in read.items() if isinstance(found, Manifest)}
-        findings += [found for found in read.values() if isinstance(found, Finding)]
+        whole = {version: manifest for version, manifest in read.items() if isinstance(manifest, Manifest)}
+        findings += [damage for damage in read.values() if isinstance(damage, Finding)]
         damaged = {finding.where for finding in findings}
         findings += _publications(store, name, log, whole, damaged)
         findings += _refusals(store, name, log, whole, pool)
-        decided = [(run_id, *found) for run_id, found in decisions(log).items()]
-        findings += chain.from_iterable(pool.map(lambda each: [*_decision(store, *each)], decided))
-        checked = [event for event in log if event.kind == "checked"]
-        findings += chain.from_iterable(pool.map(lambda each: [*_look(store, each)], checked))
+        named = [(run_id, sha256, event) for run_id, (sha256, event) in decisions(log).items()]
+        looks = [event for event in log if event.kind == "checked"]
+        named += [
+            (str(event.body.get("run_id", "")), str(event.body.get("evaluation_sha256", "")), event) for event in looks
+        ]
+        findings += chain.from_iterable(pool.map(lambda evidence: [*_evidence(store, *evidence)], named))
         findings += _unsigned(store, name, log, pool)
         findings += _inputs(store, name, whole, pool)
         pointers: dict[str, Pointer] = {}
@@ -78,7 +80,12 @@ def audit(store: Store, name: str) -> Audit:
             and not store.exists(adapter_key(name, "aliases", f"{event.body['alias']}.json"))
         ]
         findings += _signatures(store, name, whole, [*pointers.values()], pool)
-        findings += _watermark(store, name)
+        try:  # it may be gone: then everything counts as new
+            if consumed := between_runs.read_watermark(store, name):
+                between_runs.consumed_contents(store, consumed)
+        except IntegrityError as exc:
+            where = store.uri(adapter_key(name, "watermark.json"))
+            findings.append(Finding(where, f"leads to what cannot be read: {exc}"))
         return Audit(name, len(whole), len(log), tuple(findings))
 
 
@@ -122,11 +129,11 @@ def _publications(
 def _refusals(
     store: Store, name: str, log: list[Event], whole: dict[str, Manifest], pool: Executor
 ) -> Iterator[Finding]:
-    held = [event for event in log if event.kind in ("refused", "proposed")]
-    refused = {(event.body.get("version"), event.body.get("run_id")) for event in held}
+    refusals = [event for event in log if event.kind in ("refused", "proposed")]
+    refused = {(event.body.get("version"), event.body.get("run_id")) for event in refusals}
     published = {event.body.get("version") for event in log if event.kind == "published"}
-    decided = pool.map(lambda event: runs.has_decided(store, str(event.body.get("run_id", ""))), held)
-    for event, has_decided in zip(held, decided, strict=True):
+    decided = pool.map(lambda event: runs.has_decided(store, str(event.body.get("run_id", ""))), refusals)
+    for event, has_decided in zip(refusals, decided, strict=True):
         version, run_id = event.body.get("version"), str(event.body.get("run_id", ""))
         if version not in published:
             yield Finding(event.uri, f"is about {version}, which was never published")
@@ -147,39 +154,30 @@ def _refusals(
     yield from filter(None, pool.map(unlogged, whole))
 
 
-def _decision(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[Finding]:
-    """Check a decision that moved an alias or waits for a person, its evaluation, and the evaluation's records."""
-    files = {runs.DECISION: Decision, runs.EVALUATION: Evaluation, runs.EVALUATION_RECORDS: None}
-    yield from _evidence(store, run_id, wanted, event, files)
+EVIDENCE = {runs.DECISION: Decision, runs.EVALUATION: Evaluation, runs.EVALUATION_RECORDS: None}
+"""A run's files of which each names the next by its sha256: an event names a decision, or, of a look, an evaluation."""
 
 
-def _look(store: Store, event: Event) -> Iterator[Finding]:
-    """Check what a look at production was made of: an evaluation, and its records."""
-    files = {runs.EVALUATION: Evaluation, runs.EVALUATION_RECORDS: None}
-    run_id, wanted = (str(event.body.get(key, "")) for key in ("run_id", "evaluation_sha256"))
-    yield from _evidence(store, run_id, wanted, event, files)
-
-
-def _evidence(
-    store: Store, run_id: str, wanted: str, event: Event, files: Mapping[str, type[Decision] | type[Evaluation] | None]
-) -> Iterator[Finding]:
-    """Check files of a run, of which the event names the first by its sha256, and each the one after it."""
-    known_by = event.uri
-    for file, kind in files.items():
+def _evidence(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[Finding]:
+    """Check the files of a run that the event names by the sha256 of the first of them."""
+    named_by = event.uri
+    for file, kind in EVIDENCE.items():
+        if event.kind == "checked" and kind is Decision:
+            continue
         body, key = runs.lying(store, run_id, file) or (None, runs.key_of(store, run_id, file))
         uri = store.uri(key)
         try:
             if body is None:
-                raise IntegrityError(f"is gone, and {known_by} names it")
+                raise IntegrityError(f"is gone, and {named_by} names it")
             if hashlib.sha256(body).hexdigest() != wanted:
-                raise IntegrityError(f"is another than {known_by} names")
+                raise IntegrityError(f"is another than {named_by} names")
             record = kind.from_json(body, uri) if kind else None
         except IntegrityError as exc:
             yield Finding(uri, str(exc))
             break
         wanted = record.evaluation_sha256 if isinstance(record, Decision) else ""
         wanted = record.records_sha256 if isinstance(record, Evaluation) else wanted
-        known_by = uri
+        named_by = uri
 
 
 def _unsigned(store: Store, name: str, log: list[Event], pool: Executor) -> Iterator[Finding]:
@@ -236,23 +234,14 @@ def _tokens(store: Store, prefix: str, trained_on: Mapping[tuple[str, str], str]
     """Check the tokens of a dataset, which trainings read; `trained_on` has the version by their folder and sha256."""
     for name in store.folders(prefix):
         try:
-            found = verify(store, f"{prefix}{name}").content_sha256
+            stored = verify(store, f"{prefix}{name}").content_sha256
             for (key, sha256), version in trained_on.items():
-                if key == f"{prefix}{name}" and sha256 != found:
-                    yield Finding(store.uri(key), f"has sha256 {found}, and {version} was trained on {sha256}")
+                if key == f"{prefix}{name}" and sha256 != stored:
+                    yield Finding(store.uri(key), f"has sha256 {stored}, and {version} was trained on {sha256}")
         except ObjectMissing:  # a publication that is not complete
             continue
         except IntegrityError as exc:
             yield Finding(store.uri(f"{prefix}{name}"), str(exc))
-
-
-def _watermark(store: Store, name: str) -> Iterator[Finding]:
-    """Check the record of what the last run with a decision had read. It may be gone: then everything counts as new."""
-    try:
-        if consumed := between_runs.read_watermark(store, name):
-            between_runs.consumed_contents(store, consumed)
-    except IntegrityError as exc:
-        yield Finding(store.uri(adapter_key(name, "watermark.json")), f"leads to what cannot be read: {exc}")
 
 
 def _require_chosen_base(store: Store, folder: str, content: str, manifest: Manifest) -> None:
@@ -287,8 +276,8 @@ def _signatures(
     ids = sorted(whole)
     signed = pool.map(lambda each: signing.statements(store, name, each, whole[each].sha256, store.trusted_keys), ids)
     statements = dict(zip(ids, signed, strict=True))
-    for found in statements.values():
-        yield from (Finding(uri, f"is no signature: {why}") for uri, why in found.junk.items())
+    for of_version in statements.values():
+        yield from (Finding(uri, f"is no signature: {why}") for uri, why in of_version.junk.items())
     for pointer in pointers if store.trusted_keys else []:
         try:
             needed = aliases.rollback_versions(store, name, pointer)
@@ -296,11 +285,11 @@ def _signatures(
             yield Finding(store.uri(adapter_key(name, "aliases", f"{pointer.alias}.json")), str(exc))
             needed = {pointer.version: pointer.manifest_sha256}
         for version in needed.keys() & statements.keys():
-            uri, found = store.uri(version_key(name, version)), statements[version]
+            uri, stated = store.uri(version_key(name, version)), statements[version]
             is_held = version == pointer.version
             why = f"is in use as {pointer.alias}" if is_held else f"is what a rollback of {pointer.alias} may need"
-            if found.revoked_by and is_held:
-                yield Finding(uri, f"{why}, and revoked: {found.reason} ({found.revoked_by})")
-            elif not found.revoked_by and pointer.alias not in found.passed:
+            if stated.revoked_by and is_held:
+                yield Finding(uri, f"{why}, and revoked: {stated.reason} ({stated.revoked_by})")
+            elif not stated.revoked_by and pointer.alias not in stated.passed:
                 how = f"`fineloop adapters sign --held {name}`"
                 yield Finding(uri, f"{why}, and signed by none of registry.trusted_keys for that: {how} does")
