@@ -126,12 +126,8 @@ class Served:
 
 def served(store: Store, version: Version) -> Served:
     """The facts needed to serve a version. Rank and base come from its adapter_config.json, which servers read; the
-    signature is checked here, as they check none.
-
-    Raises:
-        UserError: it cannot be served as it is.
-        IntegrityError: its files are not those of its manifest, or no trusted key has signed it.
-    """
+    signature is checked here, as they check none. Raises UserError if it cannot be served as it is; IntegrityError if
+    its files are not those of its manifest, or no trusted key has signed it."""
     require_signed(store, version.name, version.version, version.manifest_sha256, alias=version.asked_as)
     lineage, adapter = read_lineage(store, version), read_file(store, version, CONFIG)
     try:

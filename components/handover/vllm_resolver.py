@@ -45,27 +45,23 @@ class RegistryResolver:
         self._lock: int | None = None
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> "LoRARequest | None":
-        """A request for a verified copy of the version that the name means; None if there is none for this base.
-
-        Raises:
-            IntegrityError: the version is damaged, or signed by no trusted key.
-            StoreError: the registry cannot be reached.
-        """
+        """A request for a verified copy of the version that the name means; None if there is none for this base. Raises
+        IntegrityError if it is damaged, or signed by no trusted key; StoreError: the registry cannot be reached."""
         from vllm.lora.request import LoRARequest
 
         async with self._one_at_a_time:  # two names may mean one version
-            found = await asyncio.to_thread(self._fetched, base_model_name, lora_name)
-        if found is None:
+            fetched = await asyncio.to_thread(self._fetched, base_model_name, lora_name)
+        if fetched is None:
             return None
-        version, path = found
+        version, path = fetched
         # vLLM replaces our number, which has to be positive, by its own.
         return LoRARequest(lora_name=version, lora_int_id=1, lora_path=str(path))
 
     def _fetched(self, base_model_name: str, lora_name: str) -> tuple[str, Path] | None:
         try:
             version = resolve(self._store, lora_name)
-            known = self._any_version or version.aliases
-            if not known and version.version not in _held(self._store, version.name):
+            may_be_served = self._any_version or version.aliases
+            if not may_be_served and version.version not in _in_use_once(self._store, version.name):
                 raise UserError(f"no alias points at it or ever held it, and {ANY_VARIABLE} is not 1")
             facts = served(self._store, version)
             if facts.base != base_model_name and base_of(Path(base_model_name)) != facts.base_identity:
@@ -80,21 +76,17 @@ class RegistryResolver:
         return f"{version.name}@{version.version}", target
 
 
-def _held(store: Store, name: str) -> set[str]:
-    """The versions that an alias points at or held. They are found by following each alias's moves back from its
-    pointer, and not from the whole log, to which every training may add.
-
-    Raises:
-        IntegrityError: one of the moves is damaged or gone.
-    """
-    found: set[str] = set()
+def _in_use_once(store: Store, name: str) -> set[str]:
+    """The versions that an alias points at or held: each alias's moves are followed back from its pointer, and not from
+    the whole log, to which every training may add. Raises IntegrityError if one of the moves is damaged or gone."""
+    versions: set[str] = set()
     for pointer in list_aliases(store, name):
         move = pointer.event
-        found.add(pointer.version)
+        versions.add(pointer.version)
         while previous := move.get("previous"):
             move = read_event(store, name, previous).body
-            found.add(move["to"])
-    return found
+            versions.add(move["to"])
+    return versions
 
 
 def _taken(folder: Path) -> int:

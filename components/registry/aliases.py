@@ -356,12 +356,8 @@ class Signed(NamedTuple):
 
 
 def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
-    """Sign every version of the adapter that is needed, and repeat trusted keys' revocations of stored versions.
-
-    Raises:
-        ObjectMissing: a version is gone.
-        IntegrityError: a version or the log is damaged; the versions before it are signed.
-    """
+    """Sign every version of the adapter that is needed, and repeat trusted keys' revocations of stored versions. Raises
+    ObjectMissing if a version is gone; IntegrityError if one or the log is damaged: those before it are signed."""
     signed = []
     for version in sorted(store.folders(adapter_key(name, "signatures/"))):
         manifest = folders.find_manifest(store, version_key(name, version))

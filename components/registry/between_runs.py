@@ -296,16 +296,16 @@ def require_none_erased(store: Store, dataset_uri: str) -> None:
     """Require of a dataset that none of its records was erased after it was made. Raises DataError if some were."""
     import pyarrow.parquet as pq
 
-    known, root, found = erased(store), f"{store.key(dataset_uri).rstrip('/')}/", set[str]()
-    for info in store.list(root) if known else ():
+    gone, root, ids = erased(store), f"{store.key(dataset_uri).rstrip('/')}/", set[str]()
+    for info in store.list(root) if gone else ():
         if "/" in info.key.removeprefix(root) and info.key.endswith(".parquet"):  # of a split
             with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:
                 for batch in file.iter_batches(columns=["id", *OF_PEOPLE], use_threads=False):
                     for row in batch.to_pylist():
-                        if known.has(row["id"]) or known.intersection(row.get(name) for name in OF_PEOPLE):
-                            found.add(row["id"])
-    if found:
+                        if gone.has(row["id"]) or gone.intersection(row.get(name) for name in OF_PEOPLE):
+                            ids.add(row["id"])
+    if ids:
         raise DataError(
-            f"{dataset_uri} holds {counted(len(found), 'record')} that {'was' if len(found) == 1 else 'were'} erased "
+            f"{dataset_uri} holds {counted(len(ids), 'record')} that {'was' if len(ids) == 1 else 'were'} erased "
             "after it was made, and is not trained on again: prepare the data anew, as a new run does"
         )

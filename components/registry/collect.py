@@ -7,6 +7,7 @@ for kept versions and for runs under way: those that have not ended, and wrote s
 No index is trusted: an entry counts only if it has the MD5 that the store gives for the object; see `Index.documents`.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
@@ -131,16 +132,9 @@ class Listing:
         statements = signing.statements(
             store, self.name, version, manifest.sha256, trusted, objects=objects, bodies=self._bodies
         )
-        return VersionWithInputs(
-            name=self.name,
-            version=version,
-            uri=uri,
-            created_at=manifest.created_at,
-            manifest_sha256=manifest.sha256,
-            run_id=str(manifest.about.get("run_id", "")),
-            made_from=tuple(of_record(decode_json(lineage, uri))),
-            is_revoked=bool(statements.revoked_by),
-        )
+        published = versions.of_manifest(store, self.name, version, manifest)
+        made_from = tuple(of_record(decode_json(lineage, uri)))
+        return VersionWithInputs(**vars(published), made_from=made_from, is_revoked=bool(statements.revoked_by))
 
     def _content(self, key: str) -> bytes | None:
         """Read by itself where the listing lacks it, whose pages are not all of one moment."""
@@ -163,11 +157,10 @@ def all_adapters(store: Store) -> dict[str, Summary]:
 
     def one(name: str) -> Summary:
         mark = marks[name].etag if name in marks else ""
-        try:
-            known = _SUMMARY.validate_python(listed.get(name))
-        except ValidationError:
-            return summary(store, name, mark)
-        return known if known.mark == mark else summary(store, name, mark)
+        with contextlib.suppress(ValidationError):
+            if (entry := _SUMMARY.validate_python(listed.get(name))).mark == mark:
+                return entry
+        return summary(store, name, mark)
 
     names = versions.list_adapters(store)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
@@ -233,7 +226,7 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
     IntegrityError if an event, a manifest or a lineage is damaged, so that what is needed cannot be known.
     """
     oldest = now - rules.older_than
-    by_run = _grouped(store, RUNS)  # before the versions: what a run has made since, it keeps itself
+    by_run = _by_folder(store.list(RUNS), RUNS)  # before the versions: what a run has made since, it keeps itself
     still = min(oldest, now - A_RUN_RESTS)
     recent = [_under_way(store, run_id) for run_id, objects in by_run.items() if _newest(objects) > still]
     under_way = [run for run in recent if run]
@@ -362,7 +355,7 @@ def _shared(
     """Return the old datasets and bases that no kept version was made from and no run under way may need."""
 
     def old(folder: str, may_be_needed: Iterable[bool]) -> dict[str, list[ObjectInfo]]:
-        grouped = {} if any(may_be_needed) else _grouped(store, folder)
+        grouped = {} if any(may_be_needed) else _by_folder(store.list(folder), folder)
         return {name: objects for name, objects in grouped.items() if _newest(objects) <= oldest}
 
     old_datasets = old(DATASETS, (run.may_need_any_dataset for run in under_way))
@@ -373,15 +366,12 @@ def _shared(
     datasets = {*_names(made_from, "dataset"), *(dataset for run in under_way for dataset in run.datasets)}
     bases = set(_names(made_from, "base"))
     needs_base = {store.uri(f"{BASES}{name}"): name for name in old_bases}
-    used = {name for uri, name in needs_base.items() if any(f"{each}/".startswith(f"{uri}/") for each in bases)}
+    used = {name for uri, name in needs_base.items() if any(f"{base}/".startswith(f"{uri}/") for base in bases)}
+    dataset = partial(_removal, "dataset", why="no version or run needs it", runs_seen=runs_seen)
+    base = partial(_removal, "base", why="no version stands on it", runs_seen=runs_seen)
     return [
-        _removal("dataset", name, "no version or run needs it", objects, runs_seen)
-        for name, objects in old_datasets.items()
-        if name not in datasets
-    ] + [
-        _removal("base", name, "no version stands on it", objects, runs_seen)
-        for name, objects in old_bases.items()
-        if name not in used
+        *(dataset(name, objects=objects) for name, objects in old_datasets.items() if name not in datasets),
+        *(base(name, objects=objects) for name, objects in old_bases.items() if name not in used),
     ]
 
 
@@ -438,11 +428,6 @@ def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:
     return [ancestor.name for ancestor in made_from if ancestor.kind == kind]
 
 
-def _grouped(store: Store, folder: str) -> dict[str, list[ObjectInfo]]:
-    """Return the objects of each subfolder of `folder`."""
-    return _by_folder(store.list(folder), folder)
-
-
 def _of_versions(objects: Iterable[ObjectInfo], folder: str) -> dict[str, list[ObjectInfo]]:
     """Return the objects of each version's subfolder of `folder`."""
     grouped = _by_folder((info for info in objects if info.key.startswith(folder)), folder)
@@ -450,6 +435,7 @@ def _of_versions(objects: Iterable[ObjectInfo], folder: str) -> dict[str, list[O
 
 
 def _by_folder(objects: Iterable[ObjectInfo], folder: str) -> dict[str, list[ObjectInfo]]:
+    """The objects of each subfolder of `folder`."""
     grouped: dict[str, list[ObjectInfo]] = {}
     for info in objects:
         name, slash, _ = info.key.removeprefix(folder).partition("/")

@@ -232,13 +232,13 @@ class Ancestor:
 def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
     """Parse KIND=NAME terms, each kind once, for `descendants`. Raises UserError if a term is not of that form, or of
     an unknown kind."""
-    found: dict[Kind, str] = {}
+    by_kind: dict[Kind, str] = {}
     for term in terms:
         kind, _, name = term.partition("=")
         if kind not in get_args(Kind) or not name:
             raise UserError(f"--of {term}: write KIND=NAME, where KIND is one of {', '.join(get_args(Kind))}")
-        found[cast(Kind, kind)] = name
-    return found
+        by_kind[cast(Kind, kind)] = name
+    return by_kind
 
 
 def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:

@@ -78,11 +78,8 @@ def signer_from(environment: Mapping[str, str], variables: tuple[str, str, str] 
     """Return the key to sign with, or None if none is set.
 
     It comes from the function that the last of the variables names as PACKAGE.MODULE:FUNCTION, or else from PEM text in
-    the first or in the file that the second names.
-
-    Raises:
-        UserError: there is no such function, it fails or gives no key; or the key cannot be read, or is no unencrypted
-            Ed25519 private key.
+    the first or in the file that the second names. Raises UserError if there is no such function, it fails or gives no
+    key; or the key cannot be read, or is no unencrypted Ed25519 private key.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -138,11 +135,8 @@ def sign(
     """Verify the whole version, sign that it may hold the alias and return the signature's URI.
 
     Signing again changes nothing. `decision` is the decision that it is signed for; None if a person vouches for it.
-
-    Raises:
-        ObjectMissing: there is no such version.
-        IntegrityError: it is damaged, not as it was published or not the one with `manifest_sha256`, or revoked; or
-            what the key signed is not what its public key verifies.
+    Raises ObjectMissing if there is no such version; IntegrityError if it is damaged, not as it was published or not
+    the one with `manifest_sha256`, or revoked; or what the key signed is not what its public key verifies.
     """
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=manifest_sha256)
     require_published(store, name, version, manifest)

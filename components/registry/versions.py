@@ -96,7 +96,7 @@ def publish_version(
         if any(manifest.files.get(path) != digest for path, digest in digests.items()):
             raise Conflict(f"{store.uri(key)} exists with another content of the same id")
         append_event(store, name, "published", publication(version, manifest), at=manifest.created_at)
-    return _version(store, name, version, manifest, list_aliases(store, name))
+    return of_manifest(store, name, version, manifest, list_aliases(store, name))
 
 
 def list_adapters(store: Store) -> list[str]:
@@ -171,7 +171,7 @@ def _entry(store: Store, name: str, version: str) -> dict[str, Any] | None:
         return None
     if manifest is None:
         return None
-    described = _version(store, name, version, manifest, [])
+    described = of_manifest(store, name, version, manifest)
     evaluation, decision = of_run(store, described)
     lineage = sound_lineage(store, described)
     # After a week, nothing more is measured of a version.
@@ -217,7 +217,7 @@ def newest(store: Store, name: str) -> Version | None:
     for event in reversed(events(store, name)):
         version = str(event.body.get("version"))
         if event.kind == "published" and (manifest := folders.find_manifest(store, version_key(name, version))):
-            return _version(store, name, version, manifest, list_aliases(store, name))
+            return of_manifest(store, name, version, manifest, list_aliases(store, name))
     return None
 
 
@@ -237,7 +237,7 @@ def resolve(store: Store, reference: str) -> Version:
 
     def whole(version: str) -> Version | None:
         manifest = folders.find_manifest(store, version_key(name, version))
-        return _version(store, name, version, manifest, aliases) if manifest else None
+        return of_manifest(store, name, version, manifest, aliases) if manifest else None
 
     if is_id and len(wanted) == 1 + identity.ID_DIGITS and (version := whole(wanted)):
         return version
@@ -251,7 +251,7 @@ def resolve(store: Store, reference: str) -> Version:
                 f"{name}@{pointer.alias} vouches for {pointer.version} with a manifest of sha256 "
                 f"{pointer.manifest_sha256}, but the stored one has {manifest.sha256}"
             )
-        return replace(_version(store, name, pointer.version, manifest, aliases), asked_as=pointer.alias)
+        return replace(of_manifest(store, name, pointer.version, manifest, aliases), asked_as=pointer.alias)
     ids = version_ids(store, name)
     fitting = [version for version in ids if is_id and version.startswith(wanted)]
     published = [version for each in fitting[:SHOWN] if (version := whole(each))]
@@ -288,9 +288,7 @@ def pull_version(store: Store, version: Version, target: Path, *, published_sha2
     """Copy the version to the folder `target`, verified; see `folders.pull` and `signing.require_signed`.
 
     `published_sha256` is that of the manifest which the caller's own run published: that one needs no signature yet.
-
-    Raises:
-        IntegrityError: also where its manifest is not the one that the log says was published.
+    Raises IntegrityError also where its manifest is not the one that the log says was published.
     """
     manifest = identity.require_identity(store, version.key, folders.read_manifest(store, version.key))
     require_published(store, version.name, version.version, manifest)
@@ -329,7 +327,8 @@ def read_file(store: Store, version: Version, path: str) -> dict[str, Any]:
     return content
 
 
-def _version(store: Store, name: str, version: str, manifest: Manifest, aliases: Iterable[Pointer]) -> Version:
+def of_manifest(store: Store, name: str, version: str, manifest: Manifest, aliases: Iterable[Pointer] = ()) -> Version:
+    """The version as its manifest describes it."""
     return Version(
         name=name,
         version=version,

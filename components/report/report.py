@@ -48,10 +48,8 @@ def run_report(config: RunConfig, store: Store, run_id: str, *, result: dict[str
 
     The registry's pages are written as well, if that is possible, because the version in production may have changed.
     OpenLineage gets the events of the run, and the servers of `announce` are told where it moved no alias. `result` is
-    the step's: it holds the run's `state`, and gets what is written and who was told.
-
-    Raises:
-        StoreError: the registry cannot be reached, or a file of the run is not what it should be.
+    the step's: it holds the run's `state`, and gets what is written and who was told. Raises StoreError: the registry
+    cannot be reached, or a file of the run is not what it should be.
     """
     files = AdapterFiles(store, config.adapter.name)
     run = read_run(config, files.store, run_id)
