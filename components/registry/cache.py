@@ -42,7 +42,7 @@ class Index:
         self._store, self._folder, self._worth = store, adapter_key(name, ""), worth
         self._key = f"{self._folder}index/{what}.json.gz"
         self._indexed: dict[str, dict[str, Any]] | None = None
-        self._known: dict[str, dict[str, Any]] = {}
+        self._read_now: dict[str, dict[str, Any]] = {}
         self._num_new = 0
 
     def of(
@@ -58,14 +58,14 @@ class Index:
         if self._indexed is None and len(ids) > self._worth:
             self._indexed = self._read()
         indexed = (self._indexed or {}).get(section, {})
-        known = {key: indexed[key] for key in ids if key in indexed and is_so(key, indexed[key])}
-        missing = [key for key in ids if key not in known]
+        values = {key: indexed[key] for key in ids if key in indexed and is_so(key, indexed[key])}
+        missing = [key for key in ids if key not in values]
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            known |= zip(missing, pool.map(read, missing), strict=True)
-        self._num_new += sum(known[key] not in (None, indexed.get(key)) for key in missing)
-        known = {key: known[key] for key in ids if known[key] is not None}
-        self._known[section] = self._known.get(section, {}) | known
-        return known
+            values |= zip(missing, pool.map(read, missing), strict=True)
+        self._num_new += sum(values[key] not in (None, indexed.get(key)) for key in missing)
+        values = {key: values[key] for key in ids if values[key] is not None}
+        self._read_now[section] = self._read_now.get(section, {}) | values
+        return values
 
     def documents(self, section: str, objects: Iterable[ObjectInfo]) -> dict[str, bytes]:
         """Return the content of these small objects of the adapter, by key; objects that are gone are left out.
@@ -97,7 +97,7 @@ class Index:
         if self._num_new <= self._worth:
             return
         try:
-            body = encode_json({**(self._indexed or {}), **self._known})
+            body = encode_json({**(self._indexed or {}), **self._read_now})
             self._store.put(self._key, gzip.compress(body, compresslevel=1, mtime=0), content_type="application/gzip")
         except (StoreError, ValueError) as exc:  # a ValueError where somebody put an infinite number there
             logger.debug("%s is not written: %s", self._store.uri(self._key), exc)
@@ -108,13 +108,13 @@ class Index:
             return {}
         try:
             unpacked = gzip.GzipFile(fileobj=io.BytesIO(stored[0])).read(MAX_BYTES + 1)
-            known = json.loads(unpacked) if len(unpacked) <= MAX_BYTES else None
-            if not isinstance(known, dict) or not all(isinstance(section, dict) for section in known.values()):
+            sections = json.loads(unpacked) if len(unpacked) <= MAX_BYTES else None
+            if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
                 raise ValueError(f"no JSON object of objects, of at most {MAX_BYTES >> 20} MiB")
         except (OSError, EOFError, zlib.error, ValueError, RecursionError) as exc:
             logger.warning("%s cannot be read, and is made anew: %s", self._store.uri(self._key), exc)
             return {}
-        return known
+        return sections
 
 
 # The list of all adapters, beside the registry's pages, is only shown, too. Whoever changes what it says of an adapter

@@ -83,21 +83,16 @@ class AdapterFiles:
     def published(self, version: str) -> Published:
         """Return one of the versions in the index."""
         entry = self.entries[version]
-        found = entry.version(self.store, self.name, version, self.aliases)
-        return Published(found, entry.evaluation, entry.decision)
-
-    def read_anew(self, version: Version) -> Published:
-        """Read a version without the index."""
-        return Published(version, *versions.of_run(self.store, version))
+        return Published(entry.version(self.store, self.name, version, self.aliases), entry.evaluation, entry.decision)
 
     def changes(self, before: str | None, after: str) -> list[tuple[str, str, str]]:
         """Return the changes of the lineage as (path, before, after); empty if one of the two cannot be read."""
         # The index keeps the production version's lineage, to compare it with the next version's.
-        asked = [version for version in (before, after) if version in self.entries]
-        found = self._index.of("lineages", asked, self._compared, is_so=_are_texts)
-        if before is None or not {before, after} <= found.keys():
+        both = [version for version in (before, after) if version in self.entries]
+        lineages = self._index.of("lineages", both, self._compared, is_so=_are_texts)
+        if before is None or not {before, after} <= lineages.keys():
             return []
-        old, new = found[before], found[after]
+        old, new = lineages[before], lineages[after]
         return [
             (path, old.get(path, "-"), new.get(path, "-"))
             for path in sorted(old.keys() | new.keys())
@@ -112,8 +107,8 @@ class AdapterFiles:
         return {path: text for part in DIFFERS for path, text in _leaves(lineage.get(part), part)}
 
 
-def _are_texts(_key: str, found: object) -> bool:
-    return isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
+def _are_texts(_key: str, leaves: object) -> bool:
+    return isinstance(leaves, dict) and all(isinstance(text, str) for text in leaves.values())
 
 
 def _leaves(value: object, path: str) -> Iterator[tuple[str, str]]:

@@ -169,7 +169,8 @@ def _page_of(files: AdapterFiles) -> AdapterPage:
     changes = files.changes(before, pointer.version) if pointer else []
     held = None
     if pointer is not None and (held := {each.version.version: each for each in shown}.get(pointer.version)) is None:
-        held = files.read_anew(versions.resolve(store, f"{name}@{pointer.version}"))
+        version = versions.resolve(store, f"{name}@{pointer.version}")
+        held = Published(version, *versions.of_run(store, version))
     measured = _measured(held.evaluation, before) if held and before else ()
     return AdapterPage(
         name=name,

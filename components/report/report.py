@@ -98,8 +98,8 @@ def read_run(config: RunConfig, store: Store, run_id: str) -> RunFiles:
 
 
 def _text(store: Store, key: str) -> str:
-    found = store.read(key)
-    return found[0].decode() if found is not None else ""
+    stored = store.read(key)
+    return stored[0].decode() if stored else ""
 
 
 def _json(store: Store, key: str) -> dict[str, Any] | None:

@@ -129,8 +129,8 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
         "facts": [(name, value) for name, value in facts if value],
         "rejected": profile.get("rejected", []),
         "counts": [
-            ("Left out on purpose", [(left_out_text(name), rows) for name, rows in dropped if rows]),
-            ("Personal data in messages", [(_PERSONAL.get(kind, kind), pieces) for kind, pieces in personal]),
+            ("Left out on purpose", [(left_out_text(name), num) for name, num in dropped if num]),
+            ("Personal data in messages", [(_PERSONAL.get(kind, kind), number) for kind, number in personal]),
             ("Near-duplicates", alike),
             ("Logged answers", [*feedback_on(profile), *late]),
         ],
