@@ -131,6 +131,19 @@ def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def replaced(owner: object, **values: object) -> Iterator[None]:
+    """Set attributes of `owner`, such as a library's functions, until the `with` ends."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
 def ran_low(text: str) -> str:
     """Say what to do where Ray reports that it ended processes because their node ran out of memory, else nothing.
 

@@ -10,15 +10,15 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 from components.config.schema import ModelConfig
 from components.shared import garbage
 from components.shared.errors import ConfigError, IntegrityError, JobError
+from components.shared.machine import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ def _convert_gguf(source: Path, target: Path) -> None:
     logger.info("converting %s to safetensors, once", source.name)
     # transformers parses the file's vocabulary once each for configuration, weights and tokenizer, and builds the table
     # of tensor names for each module: half of the time. Garbage collection over the vocabulary is a sixth of the rest.
-    with garbage.paused(), _remembering(gguf, "GGUFReader", "get_tensor_name_map"):
+    costly = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with garbage.paused(), replaced(gguf, **costly):
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
@@ -190,18 +191,6 @@ def _convert_gguf(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
     digests = {path.name: sha256(path) for path in sorted(target.iterdir())}
     (target / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-
-
-@contextmanager
-def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
-    functions = {name: getattr(module, name) for name in names}
-    try:
-        for name, function in functions.items():
-            setattr(module, name, functools.cache(function))
-        yield
-    finally:
-        for name, function in functions.items():
-            setattr(module, name, function)
 
 
 # Downloads from the model hub, where many machines ask at once: one process per machine at a time, with retries.

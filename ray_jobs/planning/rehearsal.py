@@ -8,7 +8,7 @@ that is created or freed is counted. Shapes: B records of a micro-batch, T token
 import logging
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from components.config.schema import Attention, MethodConfig, RunConfig
 from components.shared.errors import ConfigError
+from components.shared.machine import replaced
 from ray_jobs.adapters import build
 from ray_jobs.adapters.build import experts_of, left_dense
 from ray_jobs.base import architecture
@@ -325,14 +326,9 @@ def _layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
     return [(name, child) for name, child in lists if len(child) and isinstance(child[0], GradientCheckpointingLayer)]
 
 
-@contextmanager
-def _first_layers(decoder: torch.nn.Module, count: int) -> Iterator[None]:
+def _first_layers(decoder: torch.nn.Module, count: int) -> AbstractContextManager[None]:
     ((name, layers),) = _layers(decoder)
-    setattr(decoder, name, layers[:count])
-    try:
-        yield
-    finally:
-        setattr(decoder, name, layers)
+    return replaced(decoder, **{name: layers[:count]})
 
 
 @contextmanager
@@ -352,12 +348,10 @@ def _checkpointing(model: "PreTrainedModel", *, on: bool) -> Iterator[None]:
 @contextmanager
 def _hooked(model: torch.nn.Module) -> Iterator[None]:
     """Put hooks on every module, as ZeRO-3 does, so that no layer uses the fused function of `fused_layer`."""
-    handles = [module.register_forward_pre_hook(lambda *_: None) for module in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_: None))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _linear_layers(model: "PreTrainedModel") -> Iterator[tuple[Any, int, int]]:

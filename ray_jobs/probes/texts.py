@@ -30,7 +30,7 @@ from ray_jobs.scoring.measure import (
     earlier_measurements,
     on_the_first_base,
 )
-from ray_jobs.text.batching import TokenizedSplit, tokenize
+from ray_jobs.text.batching import TokenizedSplit, as_split, tokenize
 from ray_jobs.text.chat_format import ChatFormat
 
 T = TypeVar("T")
@@ -97,24 +97,6 @@ class Texts(ABC):
         nll = earlier_measurements(store, config, contenders, losses_of)
         roles = frozenset({contender.role for contender in on_the_first_base(contenders)} - nll.keys())
         return replace(self, roles=roles, losses=self.losses.model_copy(update={"nll": nll}))
-
-
-def as_split(
-    rows: Sequence[Sequence[int]], num_prompt_tokens: Sequence[int], ids: Sequence[str] | None = None
-) -> TokenizedSplit:
-    """A split of these rows of tokens, in which all tokens after the prompt are labelled, so the loss counts them."""
-    return TokenizedSplit(
-        ids=list(ids) if ids is not None else [str(index) for index in range(len(rows))],
-        tokens=np.array([token for row in rows for token in row], dtype=np.int32),
-        labelled=np.array(
-            [place >= start for row, start in zip(rows, num_prompt_tokens, strict=True) for place in range(len(row))],
-            dtype=np.bool_,
-        ),
-        offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
-        too_long=[],
-        cut=[],
-    )
 
 
 def sha256(split: TokenizedSplit) -> str:

@@ -3,8 +3,8 @@ scores of a model that answers records."""
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ from transformers import DynamicCache, TextStreamer
 
 from components.prepare.dataset import Record
 from components.shared.errors import JobError
+from components.shared.machine import replaced
 from ray_jobs.base import base_model
 from ray_jobs.base.attention import FLOAT32, RECORDS, looks_at_all_before
 from ray_jobs.scoring.answers import MARKS, Mark, Score
-from ray_jobs.text.answer_loss import next_token_nll, records_nll
-from ray_jobs.text.batching import IGNORED, TokenizedSplit, common_beginning
+from ray_jobs.text.answer_loss import is_shared, next_token_nll, records_nll
+from ray_jobs.text.batching import IGNORED, TokenizedSplit, as_split, common_beginning
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 
 if TYPE_CHECKING:
@@ -153,11 +154,6 @@ logger = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.7
 """Share of the free memory that the KV cache may take; the rest is for the activations of the prefill."""
-
-
-def is_shared(model: torch.nn.Module) -> bool:
-    """Whether the model is sharded over the workers (ZeRO-3), so that each forward pass is a collective operation."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def in_batches(
@@ -346,20 +342,14 @@ def _most(max_new_tokens: int, reach: int | None, num_prompt_tokens: int) -> int
     return max_new_tokens if reach is None else max(1, min(max_new_tokens, reach - num_prompt_tokens))
 
 
-@contextmanager
-def _decoding(model: Any, chat: ChatFormat) -> Iterator[None]:
-    """Replace the model's generation config by the chat format's.
+def _decoding(model: Any, chat: ChatFormat) -> AbstractContextManager[None]:
+    """Within, the model's generation config is the chat format's.
 
     `generate` takes what its own argument leaves open from the model's generation config (transformers 5.24,
     generation/utils.py, `_prepare_generation_config`), where a base may ship penalties and banned tokens.
     """
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = owner.generation_config
-    owner.generation_config = chat.generation_config()
-    try:
-        yield
-    finally:
-        owner.generation_config = before
+    return replaced(owner, generation_config=chat.generation_config())
 
 
 class _Words(TextStreamer):
@@ -477,22 +467,13 @@ def _reading_once(
 
 def other_prompts(split: TokenizedSplit, max_length: int) -> TokenizedSplit:
     """Pair each answer with the next record's prompt: a random one, as records are in the order of a hash."""
-    rows, labels, num_prompt_tokens = [], [], []
-    for index in range(len(split)):
-        answer = split.answer(index)
-        prompt = split.prompt((index + 1) % len(split))[-max(1, max_length - len(answer)) :]
-        rows.append(np.concatenate([prompt, answer]))
-        labels.append(np.arange(len(prompt) + len(answer)) >= len(prompt))
-        num_prompt_tokens.append(len(prompt))
-    return TokenizedSplit(
-        ids=split.ids,
-        tokens=np.concatenate(rows),
-        labelled=np.concatenate(labels),
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
-        num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
-        too_long=[],
-        cut=[],
-    )
+    answers = [split.answer(index) for index in range(len(split))]
+    prompts = [
+        split.prompt((index + 1) % len(split))[-max(1, max_length - len(answer)) :]
+        for index, answer in enumerate(answers)
+    ]
+    rows = [np.concatenate(parts) for parts in zip(prompts, answers, strict=True)]
+    return as_split(rows, [*map(len, prompts)], split.ids)
 
 
 @torch.inference_mode()

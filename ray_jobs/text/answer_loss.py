@@ -56,7 +56,7 @@ def next_token_nll(model: Any, input_ids: Tensor, targets: Tensor, **inputs: Any
     targets = targets[wanted]
     positions = chunk_positions(module.config.get_text_config().vocab_size)
     if len(targets) > positions and _may_be_chunked(head):
-        if head not in _after_head and not _is_shared(head):  # an additional forward pass would be a collective
+        if head not in _after_head and not is_shared(head):  # an additional forward pass would be a collective
             with torch.no_grad():
                 _logits(model, module, head, input_ids[:1, :1], wanted.new_ones(1, 1), use_cache=False)
         if (after := _after_head.get(head)) is not None:
@@ -68,12 +68,12 @@ def _may_be_chunked(head: torch.nn.Module) -> bool:
     """Whether the loss may be computed in chunks: not with a trained head, nor before a backward pass through a sharded
     one, since DeepSpeed counts backward passes by the head's output, which chunked losses bypass."""
     is_trained = any(parameter.requires_grad for parameter in head.parameters())
-    return not is_trained and not (_is_shared(head) and torch.is_grad_enabled())
+    return not is_trained and not (is_shared(head) and torch.is_grad_enabled())
 
 
-def _is_shared(head: torch.nn.Module) -> bool:
-    """Whether the head's weights are sharded over the workers (ZeRO-3)."""
-    return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+def is_shared(model: torch.nn.Module) -> bool:
+    """Whether its weights are sharded over the workers (ZeRO-3): each forward pass is then a collective operation."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _logits(model: Any, module: Any, head: torch.nn.Module, input_ids: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:
@@ -86,12 +86,8 @@ def _logits(model: Any, module: Any, head: torch.nn.Module, input_ids: Tensor, w
     def keep(_: torch.nn.Module, __: Any, output: Tensor) -> None:
         raw.append(output[:1].detach())
 
-    handles = [head.register_forward_pre_hook(select), head.register_forward_hook(keep)]
-    try:
+    with head.register_forward_pre_hook(select), head.register_forward_hook(keep):
         logits: Tensor = model(input_ids=input_ids, **inputs).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     if head not in _after_head and len(logits):
         after = _known_after_head(module.config.get_text_config())
         is_known = torch.equal(after(raw[0]).float(), logits[:1].detach().float())

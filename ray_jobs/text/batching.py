@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -244,7 +244,11 @@ class Lengths(Protocol):
 def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_on: LossOn = "last") -> TokenizedSplit:
     """Tokenise records with the base's chat template. Prompts that do not fit are shortened, see `fitted`; the last
     answer is never cut. Raises DataError: a record cannot be formatted with the base's chat template."""
-    excess = partial(_excess, chat=chat, max_length=max_length)
+
+    def excess(row: Sequence[Sequence[int]]) -> int:
+        """Number of tokens by which a row, whose last piece is the answer, exceeds `max_length`."""
+        return sum(map(len, row[:-1])) + len(_ended(list(row[-1]), chat)) - max_length
+
     ids, lengths, num_prompt_tokens = list[str](), list[int](), list[int]()
     too_long, cut, cut_system = list[str](), list[str](), list[str]()
     tokens, labelled = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.bool_)]
@@ -297,13 +301,26 @@ def tokenize(records: Sequence[Record], chat: ChatFormat, max_length: int, loss_
     )
 
 
+def as_split(
+    rows: Sequence[Sequence[int] | npt.NDArray[np.int32]],
+    num_prompt_tokens: Sequence[int],
+    ids: Sequence[str] | None = None,
+) -> TokenizedSplit:
+    """A split of these rows of tokens, in which all tokens after the prompt are labelled, so the loss counts them."""
+    starts = zip(rows, num_prompt_tokens, strict=True)
+    return TokenizedSplit(
+        ids=list(ids) if ids is not None else [str(index) for index in range(len(rows))],
+        tokens=np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows)]),
+        labelled=np.concatenate([np.zeros(0, np.bool_), *(np.arange(len(row)) >= start for row, start in starts)]),
+        offsets=_offsets([*map(len, rows)]),
+        num_prompt_tokens=np.array(num_prompt_tokens, dtype=np.int32),
+        too_long=[],
+        cut=[],
+    )
+
+
 def _systems(record: Record) -> list[str]:
     return [turn.content for turn in record.prompt if turn.role == "system"]
-
-
-def _excess(row: Sequence[Sequence[int]], *, chat: ChatFormat, max_length: int) -> int:
-    """Number of tokens by which a row, whose last piece is the answer, exceeds `max_length`."""
-    return sum(map(len, row[:-1])) + len(_ended(list(row[-1]), chat)) - max_length
 
 
 def plan_epoch(

@@ -16,7 +16,7 @@ import torch
 
 from components.config.train import TrainConfig
 from components.shared.errors import JobError
-from components.shared.machine import in_environment
+from components.shared.machine import in_environment, replaced
 from ray_jobs.adapters import dora
 from ray_jobs.base import architecture
 from ray_jobs.base.four_bits import dequantize_4bit, gathered
@@ -274,13 +274,10 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
             _move_statistics(parameter, init.local_device)
 
     set_param = core_model_loading.set_param_for_module
-    gather = peft_dora.gather_params_ctx
-    core_model_loading.set_param_for_module, peft_dora.gather_params_ctx = set_and_share_out, gathered
-    try:
-        with in_environment({"HF_DEACTIVATE_ASYNC_LOAD": "1"}):
-            yield
-    finally:
-        core_model_loading.set_param_for_module, peft_dora.gather_params_ctx = set_param, gather
+    in_turn = in_environment({"HF_DEACTIVATE_ASYNC_LOAD": "1"})
+    sharing = replaced(core_model_loading, set_param_for_module=set_and_share_out)
+    with in_turn, sharing, replaced(peft_dora, gather_params_ctx=gathered):
+        yield
 
 
 @contextmanager
@@ -299,11 +296,8 @@ def regather_for_backward() -> Iterator[None]:
         product: torch.Tensor = _Product4bit.apply(x, weight, quant_state, keeping)
         return product if bias is None else product + bias
 
-    bitsandbytes.matmul_4bit = matmul_4bit
-    try:
+    with replaced(bitsandbytes, matmul_4bit=matmul_4bit):
         yield
-    finally:
-        bitsandbytes.matmul_4bit = keeping
 
 
 class _Product4bit(torch.autograd.Function):

@@ -29,6 +29,7 @@ from ray_jobs.probes.texts import OwnAnswers, prepare_own_answers, undrawn
 from ray_jobs.scoring.generation import label_nll
 from ray_jobs.scoring.measure import Findings, measure_shard
 from ray_jobs.text import chat_format
+from ray_jobs.text.batching import as_split
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, randomise, remember
 
@@ -74,7 +75,7 @@ def base_and_model(tiny_base):
 def of_one_prompt(chat, count: int):
     """The same prompt many times, each with its own chances."""
     prompt = chat.tokenizer("<|user|>sky<|end|>\n<|assistant|>", add_special_tokens=False)["input_ids"]
-    return texts.as_split([prompt] * count, [len(prompt)] * count)
+    return as_split([prompt] * count, [len(prompt)] * count)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
