@@ -119,27 +119,20 @@ def connect() -> None:
     ray.init(log_to_driver=True, logging_level=logging.WARNING, ignore_reinit_error=True)
 
 
-def log_as(step: str) -> None:
-    """Print what our own modules log at INFO and above as lines of this step."""
+def log_as(step: str, *, rank: int = 0) -> None:
+    """Print what our own modules log at INFO and above as lines of this step; of a further worker, which would only
+    repeat them, the warnings alone, as Ray Train's root logger in a worker passes on all records
+    (ray/train/v2/_internal/logging/logging.py)."""
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             say(step, record.getMessage())
 
-    for name in OURS:
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-        logger.handlers = [Lines()]
-
-
-def log_warnings() -> None:
-    """Print only the warnings of our own modules: a further worker would only repeat what the first one logs.
-
-    Ray Train's root logger in a worker passes on all records (ray/train/v2/_internal/logging/logging.py).
-    """
-    for name in OURS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for logger in map(logging.getLogger, OURS):
+        logger.setLevel(logging.WARNING if rank else logging.INFO)
+        if rank == 0:
+            logger.propagate = False
+            logger.handlers = [Lines()]
 
 
 def run(step: str, job: Callable[[], None], *, uses_models: bool = True) -> None:
@@ -154,3 +147,9 @@ def run(step: str, job: Callable[[], None], *, uses_models: bool = True) -> None
     except FineloopError as exc:
         say_failure(step, exc)
         sys.exit(exc.exit_code)
+
+
+def main(step: str, parser: argparse.ArgumentParser, job: Callable[[RunConfig, argparse.Namespace], None]) -> None:
+    """Parse the command line, and `run` the job with the config that it names."""
+    arguments = parser.parse_args()
+    run(step, lambda: job(load_config(arguments.config, arguments.set), arguments))

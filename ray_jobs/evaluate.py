@@ -5,6 +5,7 @@ attaches the adapters to it one after the other, in the base's dtype, as in trai
 as the function that was trained. A base that no single worker can hold is sharded over all of them, as in training.
 """
 
+import argparse
 import hashlib
 import json
 import time
@@ -49,7 +50,7 @@ BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metr
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    """The entry point, which ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.evaluate",
         "Measure base, champion and candidate on the held-out records of a dataset.",
@@ -61,16 +62,14 @@ def main() -> None:
     parser.add_argument("--version", required=True, help="s3:// address of the candidate's version")
     parser.add_argument("--against", default="", help="compare with this version or `base` alone, on all of split eval")
     parser.add_argument("--config-digest", default="", help="refuse another config than the one with this digest")
-    arguments = parser.parse_args()
 
-    def job() -> None:
-        config = entry.load_config(arguments.config, arguments.set)
+    def job(config: RunConfig, arguments: argparse.Namespace) -> None:
         if arguments.config_digest not in ("", config.digest):
             raise IntegrityError(f"{arguments.config} was changed: its digest is not {arguments.config_digest}")
         where = {"run_id": arguments.run_id, "dataset_uri": arguments.dataset, "version_uri": arguments.version}
         run(config, **where, against=arguments.against)
 
-    entry.run(STEP, job)
+    entry.main(STEP, parser, job)
 
 
 @dataclass(frozen=True)

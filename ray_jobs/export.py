@@ -9,6 +9,7 @@ Each other result is compared with the adapter on its base before anything appea
 it is rounded to the saved dtype. The last line of stdout is the content of DIR/export.json.
 """
 
+import argparse
 import json
 import math
 import shutil
@@ -106,7 +107,7 @@ class ExportSource:
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    """The entry point, which ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.export",
         "Write an adapter's version merged into its base, as a folder or a GGUF, or as plain LoRA.",
@@ -119,17 +120,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=get_args(Dtype), help="not for lora: as saved")
     parser.add_argument("--approximate", type=int, default=0, metavar="RANK", help="lora: the nearest where it is none")
     parser.add_argument("--converter", type=Path, help="gguf: llama.cpp's convert_hf_to_gguf.py")
-    arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cleanup of an unfinished folder runs
 
-    def job() -> None:
+    def job(config: RunConfig, arguments: argparse.Namespace) -> None:
         options = {name: getattr(arguments, name) for name in ("base", "approximate", "converter")}
         options["dtype"] = arguments.dtype or USUAL_DTYPE.get(arguments.form, "bfloat16")
         request = ExportRequest(arguments.form, arguments.target, **options)
-        record = export(entry.load_config(arguments.config, arguments.set), arguments.version, request)
-        print(json.dumps(record), flush=True)  # noqa: T201 - stdout is the answer
+        print(json.dumps(export(config, arguments.version, request)), flush=True)  # noqa: T201 - stdout is the answer
 
-    entry.run(STEP, job)
+    entry.main(STEP, parser, job)
 
 
 def export(config: RunConfig, reference: str, request: ExportRequest) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Uses no GPU and needs no weights: only the base's configuration is read. The las
 `fineloop plan` formats it for the terminal.
 """
 
+import argparse
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,17 +32,15 @@ MILLION = 1_000_000
 
 
 def main() -> None:
-    """Entry point."""
+    """The entry point, which ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.plan",
         "Plan a training: memory of each worker by part, speed, time and cost. Touches no GPU.",
         "python -m ray_jobs.plan --config pipelines/configs/icd10.toml --set ray.use_gpu=true --set ray.gpu=L4",
     )
     parser.add_argument("--all-methods", action="store_true", help="one row for every method of the table as well")
-    arguments = parser.parse_args()
 
-    def job() -> None:
-        config = entry.load_config(arguments.config, arguments.set)
+    def job(config: RunConfig, arguments: argparse.Namespace) -> None:
         base = base_model.read_config(config.model)
         config = base_model.fitted(config, base, lambda line: say(STEP, line))
         for line in cautions(config):
@@ -53,7 +52,7 @@ def main() -> None:
             body["methods"] = compared(config, base)
         print(json.dumps(body), flush=True)  # noqa: T201 - stdout is the answer
 
-    entry.run(STEP, job)
+    entry.main(STEP, parser, job)
 
 
 def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict[str, Any]:

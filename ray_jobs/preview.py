@@ -35,19 +35,13 @@ SAMPLED = 2000
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    """The entry point, which ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.preview",
         "Say what a run would make of its data: rows, records, lengths, and how the base reads them.",
         "python -m ray_jobs.preview --config pipelines/configs/icd10.toml",
     )
-    arguments = parser.parse_args()
-
-    def job() -> None:
-        config = entry.load_config(arguments.config, arguments.set)
-        print(json.dumps(previewed(config)), flush=True)  # noqa: T201 - stdout is the answer
-
-    entry.run(STEP, job)
+    entry.main(STEP, parser, lambda config, _: print(json.dumps(previewed(config)), flush=True))  # noqa: T201 - the answer
 
 
 def previewed(config: RunConfig) -> dict[str, Any]:

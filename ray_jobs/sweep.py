@@ -4,6 +4,7 @@ Ray Tune runs the trials, as many at once as the cluster has workers for. The da
 interrupted sweep resumes under its run id, without the trials that have ended.
 """
 
+import argparse
 import functools
 import math
 import time
@@ -42,21 +43,19 @@ tell = functools.partial(say, STEP)
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    """The entry point, which ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.sweep",
         "Find the best learning rate, and with tune.methods whether another method is worth more than plain LoRA.",
         "python -m ray_jobs.sweep --config pipelines/configs/icd10.toml --set tune.max_steps=32",
     )
-    arguments = entry.takes_data(parser).parse_args()
 
-    def job() -> None:
-        config = entry.load_config(arguments.config, arguments.set)
+    def job(config: RunConfig, arguments: argparse.Namespace) -> None:
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
         result = sweep(config, run_id=run_id, dataset_uri=arguments.dataset or prepare(config, STEP))
         tell(result.verdict)
 
-    entry.run(STEP, job)
+    entry.main(STEP, entry.takes_data(parser), job)
 
 
 def sweep(config: RunConfig, *, run_id: str, dataset_uri: str) -> SweepResult:

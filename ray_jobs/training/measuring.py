@@ -110,10 +110,7 @@ def work(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if "spec" in arguments:
             answer["trained"] = _trained(arguments, cache, rank, group, is_measured=task is not None)
         if task is not None:
-            if rank == 0:
-                entry.log_as(STEP)
-            else:
-                entry.log_warnings()
+            entry.log_as(STEP, rank=rank)
             device = ray.train.torch.get_device() if task.config.ray.use_gpu else torch.device("cpu")
             here = Worker(rank, num_workers, device)
             if "trained" in answer:

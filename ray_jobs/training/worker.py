@@ -40,15 +40,13 @@ def train(
     device = ray.train.torch.get_device() if spec.ray.use_gpu else torch.device("cpu")
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     spec, store = spec.on(worker.num_workers), Store.open(spec.registry)
+    entry.log_as("finetune", rank=worker.rank)
     metrics = None
     if worker.rank == 0:
-        entry.log_as("finetune")
         every = spec.train.checkpoint_every_steps
         metrics = MetricsLog(
             store, spec.run_id, checkpoint_every_steps=every, patience_s=STORE_PATIENCE_S, trackers=Trackers(spec)
         )
-    else:
-        entry.log_warnings()
     started_at = datetime.now(UTC)
     train_split, eval_split = (token_store.load(store, stored) for stored in tokens)
     with metrics or contextlib.nullcontext():

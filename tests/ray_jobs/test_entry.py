@@ -40,7 +40,7 @@ def test_of_a_second_worker_only_what_goes_wrong_is_printed(caplog: pytest.LogCa
     ours = [logging.getLogger(name) for name in (*entry.OURS, "ray_jobs.training.step_zero")]
     levels = [logger.level for logger in ours]
     try:
-        entry.log_warnings()
+        entry.log_as("finetune", rank=1)
         for logger in ours:
             logger.info("loss before the first step")
             logger.warning("older checkpoints are deleted later")
