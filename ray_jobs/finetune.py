@@ -4,6 +4,7 @@ The driver prepares the data if no dataset is named, and resolves base, start an
 refused is refused without a worker. Then Ray Train starts the workers; rank 0 publishes the version.
 """
 
+import argparse
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -37,20 +38,18 @@ log = partial(say, STEP)
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
+    """The entry point, which ends with the exit code of `entry.run`."""
     parser = entry.parser(
         "ray_jobs.finetune",
         "Fine-tune one adapter and publish it as a version, without moving any alias.",
         "ray job submit --working-dir . -- python -m ray_jobs.finetune --config pipelines/configs/icd10.toml",
     )
-    arguments = entry.takes_data(parser).parse_args()
 
-    def job() -> None:
-        config = entry.load_config(arguments.config, arguments.set)
+    def job(config: RunConfig, arguments: argparse.Namespace) -> None:
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
         run(config, run_id=run_id, dataset_uri=arguments.dataset or prepare(config, STEP))
 
-    entry.run(STEP, job)
+    entry.main(STEP, entry.takes_data(parser), job)
 
 
 def run(
@@ -86,7 +85,7 @@ def resolve(
     start = starting.choose_start(config, store, run_id, base)
     if start is not None:
         say(STEP, f"going on from {start.version.name} {start.version.version}")
-        base = start.base_of(base)
+        base = start.base
     train_split, eval_split = starting.read_splits(store, dataset_uri, resolved, log)
     size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
     more = f", or up to {config.ray.max_workers} where they have room" if config.ray.is_elastic else ""

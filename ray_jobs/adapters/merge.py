@@ -206,9 +206,11 @@ def as_lora(adapted: "PeftModel") -> "PeftModel":
 def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
     """The LoRA of this rank nearest to each layer's update in the Frobenius norm; takes the base out of `adapted`.
 
-    By a randomised SVD (arXiv:0909.4061, algorithm 4.4) of the difference that merging makes to the weight.
+    It is fitted to the difference that merging makes to the weight.
     """
     import torch
+
+    from ray_jobs.adapters.loftq import low_rank
 
     def factors(layer: Any) -> Factors:
         weight = layer.get_base_layer().weight
@@ -218,14 +220,10 @@ def nearest_lora(adapted: "PeftModel", *, rank: int) -> "PeftModel":
         update = update.T if layer.fan_in_fan_out else update  # GPT-2's weights are (in, out)
         layer.get_base_layer().weight.data.copy_(before)  # subtracting the update would leave a rounding error
         layer.merged_adapters.clear()
-        num_values = min(rank, *update.shape)
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(update, q=min(num_values + 16, *update.shape), niter=4)
-        root = s[:num_values].sqrt()
-        a, b = update.new_zeros(rank, update.shape[1]), update.new_zeros(update.shape[0], rank)
-        a[:num_values] = root[:, None] * v[:, :num_values].T
-        b[:, :num_values] = u[:, :num_values] * root
-        return a, b
+        num_trials, generator = min(rank + 32, *update.shape), torch.Generator().manual_seed(0)
+        start = torch.randn(update.shape[1], num_trials, generator=generator).to(update)
+        left, right, _ = low_rank(update, rank, start, powers=4)
+        return right, left
 
     return _rebuilt(adapted, rank=rank, factors=factors)
 

@@ -20,7 +20,6 @@ from ray_jobs.base.architecture import model_class, require_cuda
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ray_jobs.base.packing import Packing
 
 FLOAT32 = "sdpa_float32"
 RECORDS = "sdpa_records"
@@ -135,18 +134,14 @@ def register(name: str = FLOAT32) -> str:
                 attention_mask = attention_mask.float()
         if packing is None:
             output, _ = attend(query, key, value, attention_mask)
-        else:
-            output = _attend_packed(attend, query, key, value, packing.on(query.device))
+        else:  # query, key and value (1, heads, T, D), output (1, T, heads, D)
+            packing = packing.on(query.device)
+            q, k, v = (packing.apart(states[0].transpose(0, 1)) for states in (query, key, value))
+            rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias.to(query.dtype))
+            beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
+            output = packing.together(beginning.transpose(1, 2), rest.transpose(1, 2))[None]
         return output.to(dtype), None
 
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
-
-
-def _attend_packed(attend: Any, query: Any, key: Any, value: Any, packing: "Packing") -> Any:
-    """Attention over a packed row (see `packed`): query, key and value (1, heads, T, D), result (1, T, heads, D)."""
-    q, k, v = (packing.apart(states[0].transpose(0, 1)) for states in (query, key, value))
-    rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias.to(query.dtype))
-    beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
-    return packing.together(beginning.transpose(1, 2), rest.transpose(1, 2))[None]

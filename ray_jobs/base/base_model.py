@@ -114,7 +114,9 @@ def _bring(config: ModelConfig, weights: bool, registry: Store | None, listing: 
     if path is None and config.base.startswith("s3://"):
         return _from_s3(config.base, weights, registry, listing)
     if path is None:
-        return _from_hub(config, weights)
+        path = local_cache.snapshot(config, FILES if weights else [name for name in FILES if name != WEIGHTS])
+        _require_model(path, config.base, has_weights=None if weights else True)  # else who loads them hears of it
+        return Base(config.base, path, {"kind": "hub", "commit": path.name})
     if path.is_file():
         return _from_package(config.base, path)
     return Base(config.base, _require_model(path, config.base), _folder_identity("folder", path))
@@ -210,12 +212,6 @@ def _never_replace() -> None:
         return dequantize_module_weight(module)
 
     dora.dequantize_module_weight = dequantised
-
-
-def _from_hub(config: ModelConfig, weights: bool) -> Base:
-    path = local_cache.snapshot(config, FILES if weights else [pattern for pattern in FILES if pattern != WEIGHTS])
-    _require_model(path, config.base, has_weights=None if weights else True)  # else the worker that loads them hears it
-    return Base(config.base, path, {"kind": "hub", "commit": path.name})
 
 
 def _from_s3(reference: str, weights: bool, registry: Store | None, expected: str | None) -> Base:

@@ -308,7 +308,9 @@ def _form(
         return None
     if not attention.is_float32(attn.config) or attn.config.hidden_act not in ("silu", "swish"):
         return None
-    if (attn.training and attn.attention_dropout) or any(map(_is_watched, layer.modules())):
+    if (attn.training and attn.attention_dropout) or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules()
+    ):
         return None
     if layer.gradient_checkpointing:
         return None
@@ -331,10 +333,6 @@ def _form(
         packing=packing,
         read=packing.read if is_last and packing is not None else None,
     )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _norm(x: Tensor, norm: Any, reader: Products) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,17 @@
 """What a worker has before it trains: the base's files, and the dtype, kernels and first weights of the whole group."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from components.registry.event_log import require_published
-from components.registry.identity import WEIGHTS, require_identity, version_key
-from components.registry.signing import require_signed
-from components.registry.versions import Version
-from components.shared.errors import ConfigError, IntegrityError
+from components.registry.identity import WEIGHTS
+from components.registry.versions import Version, pull_version
+from components.shared.errors import ConfigError
 from components.shared.protocol import say
-from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
 from ray_jobs.base import architecture, base_model, together
@@ -139,17 +138,13 @@ def assemble(
 
 
 def start_weights(store: Store, version: Version) -> dict[str, torch.Tensor]:
-    """Load a version's adapter weights, with the same verification of digests and signatures as `pull_version`."""
-    from safetensors.torch import load
+    """A version's adapter weights, verified; raises as `pull_version`."""
+    from safetensors.torch import load_file
 
-    key = version_key(version.name, version.version)
-    manifest = require_identity(store, key, folders.read_manifest(store, key))
-    require_published(store, version.name, version.version, manifest)
-    require_signed(store, version.name, version.version, manifest.sha256)
-    body = store.get(f"{key}/{WEIGHTS}")
-    if folders.digest_of(body) != manifest.files[WEIGHTS]:
-        raise IntegrityError(f"{store.uri(key)}/{WEIGHTS} is not the one that the manifest lists")
-    return dict(load(body))
+    with tempfile.TemporaryDirectory(prefix="fineloop-start-") as scratch:
+        folder = Path(scratch) / "adapter"
+        pull_version(store, version, folder)
+        return load_file(folder / WEIGHTS)
 
 
 def load_start(adapted: "PeftModel", start: Mapping[str, torch.Tensor]) -> None:

@@ -53,18 +53,14 @@ def resolve_base(
     return ResolvedBase(config, base, shape, chat_format.load(base, config.model))
 
 
-@dataclass(frozen=True)
-class Start:
-    """The version that a training starts from, and the base that it was trained on."""
+class Start(NamedTuple):
+    """The version that a training starts from."""
 
     version: Version
-    base_identity: Mapping[str, str]
+    base: base_model.Base
+    """The run's base, with the identity that it must have in a training from here."""
     stands_on_sha256: str
-    """The manifest's sha256 of a base of its own; empty without one."""
-
-    def base_of(self, base: base_model.Base) -> base_model.Base:
-        """`base` with the identity that it must have in a training from here."""
-        return base if base.is_known else replace(base, identity=dict(self.base_identity))
+    """The manifest's sha256 of a base of the version's own; empty without one."""
 
 
 def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.Base) -> Start | None:
@@ -90,8 +86,10 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
         return None
     version = resolve(store, chosen)
     theirs = recorded.read(config, store, version)
-    if base.is_known:  # otherwise the workers compare it, when they read it, with the identity from `base_of`
+    if base.is_known:
         base_model.require_same(base, theirs.base_identity)
+    else:  # the workers compare it, when they read it
+        base = replace(base, identity=dict(theirs.base_identity))
     other = _shape(theirs.config)
     for field, value in _shape(config).items():
         if other[field] != value:
@@ -99,7 +97,7 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
                 f"train.start_from = {config.train.start_from!r}: {version.name} {version.version} was trained with "
                 f"method.{field} = {other[field]!r}, and this run has {value!r}: set it so, or start from the base"
             )
-    return Start(version, theirs.base_identity, theirs.stands_on_sha256)
+    return Start(version, base, theirs.stands_on_sha256)
 
 
 def flops_of(store: Store, version: Version | None) -> float | None:
