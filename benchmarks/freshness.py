@@ -5,7 +5,7 @@ trains five adapters by the example's recipe: one on terms of 2021, which is sta
 alone, and with as many earlier terms replayed; anew from the base, all of these; and from the stale one on, as many
 terms of 2021 that it had not seen, which shows what more training alone brings. Terms near a held-out one are not
 trained on, as the prepare step leaves them out. Bounds are the gate's own, paired by record. What FOLDER holds is not
-trained again.
+trained again, and with --replay nothing is: the new terms arrive a few a night, and `fineloop adapters check` looks.
 """
 
 import json
@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from benchmarks import example, our_loop
 from components.config import config_file
+from components.gate.check import judge, records_for_rare
 from components.prepare import icd10
 from components.prepare.dataset import Record
 from components.prepare.near_duplicates import Comparison
@@ -157,7 +158,12 @@ def main() -> None:
     parser.add_argument("--held-old", type=int, default=120, metavar="N", help="terms of 2021 to measure on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another key of the config")
+    parser.add_argument("--replay", action="store_true", help="say what checks each night would have said")
+    parser.add_argument("--a-night", type=int, default=20, metavar="N", help="new terms a night of --replay")
     options = parser.parse_args()
+    if options.replay:
+        replay(options.folder, options.seeds, a_night=options.a_night)
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     sizes = {key: getattr(options, key) for key in ("new", "old", "held_new", "held_old")}
     trainer: Trainer | None = None
@@ -193,14 +199,51 @@ def _run(trainer: Trainer, folder: Path, seed: int, arm: str, draw: Draw) -> Non
     print(f"seed {seed}, {arm}: {len(records)} records, {seconds:.0f} s; measured in {taken - seconds:.0f}", flush=True)
 
 
-def compared(ours: Values, theirs: Values, metric: str) -> Bounds:
-    """How much better, positive is better, with one-sided bounds at the gate's confidence."""
+def paired(ours: Values, theirs: Values, metric: str) -> Pairs:
     is_loss = metric == "loss"
     weights = np.array(ours["tokens"], float) if is_loss else np.ones(len(ours[metric]))
-    pairs = Pairs(np.array(ours[metric]), np.array(theirs[metric]), weights, lower_is_better=is_loss)
-    found = bounds(pairs, GATE.confidence)
+    return Pairs(np.array(ours[metric]), np.array(theirs[metric]), weights, lower_is_better=is_loss)
+
+
+def compared(ours: Values, theirs: Values, metric: str) -> Bounds:
+    """How much better, positive is better, with one-sided bounds at the gate's confidence."""
+    found = bounds(paired(ours, theirs, metric), GATE.confidence)
     assert found is not None
     return found
+
+
+def worse_after(pairs: Pairs, order: "np.typing.NDArray[np.int64]", *, a_night: int, largest: float) -> float:
+    """After how many records, which arrive in this order, a look calls ours worse; infinite where none does."""
+    for count in range(a_night, len(order) + 1, a_night):
+        arrived = np.isin(np.arange(len(order)), order[:count])
+        fewest = {"least": GATE.min_records, "for_rare": records_for_rare(GATE, 1.0)}
+        judged = judge(pairs.where(arrived), GATE.total_budget, GATE.confidence, **fewest, largest=largest)
+        if judged.verdict == "worse":
+            return count
+    return float("inf")
+
+
+def replay(folder: Path, seeds: int, *, a_night: int, replays: int = 200) -> None:
+    """Print for each seed that FOLDER holds after how many new terms a look calls the stale adapter worse than the
+    refreshed one, and in how many replays any look calls the refreshed one worse than the stale one."""
+    print(f"{replays} replays a seed, {a_night} new terms a night")
+    print("| seed | metric | new terms | stale is worse after | in replays | the refreshed one is worse in replays |")
+    print("|---|---|---|---|---|---|")
+    for seed in range(seeds):
+        files = [_file(folder, seed, arm) for arm in (STALE, REPLAYED)]
+        if not all(file.exists() for file in files):
+            continue
+        stale, fresh = (json.loads(file.read_text())["new"] for file in files)
+        for metric, largest in (("exact_match", 1.0), ("loss", 0.0)):
+            told: list[list[float]] = []
+            for ours, theirs in ((stale, fresh), (fresh, stale)):
+                pairs, chance = paired(ours, theirs, metric), np.random.default_rng(seed)
+                orders = [chance.permutation(len(pairs.ours)) for _ in range(replays)]
+                told.append([worse_after(pairs, order, a_night=a_night, largest=largest) for order in orders])
+            of_stale, of_fresh = (int(np.isfinite(each).sum()) for each in told)
+            median = np.quantile(told[0], 0.5, method="higher")
+            cells = (seed, metric, len(stale["tokens"]), f"{median:.0f}", of_stale, of_fresh)
+            print(f"| {' | '.join(map(str, cells))} |")
 
 
 def report(folder: Path, seeds: int) -> None:
