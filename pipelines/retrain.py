@@ -13,7 +13,7 @@ from kfp.dsl import Model
 from components.evaluate.component import evaluate
 from components.finetune.component import finetune
 from components.gate.component import check, gate
-from components.prepare.component import begin, newer, prepare
+from components.prepare.component import newer, prepare
 from components.promote.component import hold, promote, roll_back, skip
 from components.report.component import report
 from components.tune.component import tune
@@ -72,14 +72,13 @@ def _checked(step: AsStep, run: Mapping[str, Any]) -> None:
         step(roll_back(**run, version=look.outputs["version"], reason=look.outputs["reason"]), "Roll it back")
 
 
-def build_check(configure: Configure = lambda task: None) -> dsl.base_component.BaseComponent:
-    """Build the pipeline of `fineloop adapters check`."""
+def build_check(configure: Configure) -> dsl.base_component.BaseComponent:
+    """Build the pipeline of `fineloop adapters check`: the run has begun."""
 
     @dsl.pipeline(name="fineloop-check", description="Check what is in production on records that came since.")
-    def check_production(config: dict[str, Any], run_id: str) -> None:
+    def check_production(run_uri: str, config_digest: str) -> None:
         """Find the records, compare, and roll back where the config says so."""
-        step = _configured(configure)
-        _checked(step, _begun(step(begin(config=config, run_id=run_id), "Begin")))
+        _checked(_configured(configure), {"run_uri": run_uri, "config_digest": config_digest})
 
     return check_production
 

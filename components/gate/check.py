@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from components.registry.identity import version_key
 from components.registry.looks import BASE, Compared
 from components.shared import binomial
 from components.shared.anytime import anytime_bounds, records_to_tell
-from components.shared.errors import AliasConflict, DataError, IntegrityError, JobError, ObjectMissing
+from components.shared.errors import AliasConflict, DataError, JobError, ObjectMissing
 from components.shared.metrics import RELATIVE, Metric, metric_of
 from components.shared.paired import Bounds, Pairs
 from components.shared.protocol import counted
@@ -93,11 +93,12 @@ def pairs_of(
     return replace(parts[0], ours=ours, theirs=theirs, weights=weights, groups=groups)
 
 
-def check(step_run: StepRun, dataset_uri: str) -> dict[str, Any] | None:
-    """Look at the version in production on the records of the dataset, if there is one, log the look, and return what
-    all looks show, by the keys that `fineloop adapters check --json` prints; None where there was never a look.
+def check(step_run: StepRun, dataset_uri: str) -> bool:
+    """Look at the version in production on the records of the dataset, if there is one, log the look, and return
+    whether production is to go back.
 
-    The run is recorded as skipped, as it trains nothing, with what the look shows as its reason.
+    What all looks show becomes the step's result, by the keys that `fineloop adapters check --json` prints; nothing
+    where there was never a look. The run is recorded as skipped, with that as its reason.
 
     Raises:
         FineloopError: the error that the job failed with.
@@ -116,7 +117,7 @@ def check(step_run: StepRun, dataset_uri: str) -> dict[str, Any] | None:
         evaluations.append(evaluation)
     if not evaluations:
         _end(step_run, "nothing to check on: too few records came since")
-        return None
+        return False
     metric, relative = metric_of(compared.metric), gate.margins == "relative"
     evidences = [read_evidence(store, evaluation) for evaluation in evaluations]
     pairs = pairs_of(evidences, metric, compared.role, relative=relative)
@@ -129,8 +130,7 @@ def check(step_run: StepRun, dataset_uri: str) -> dict[str, Any] | None:
         for_rare=records_for_rare(gate, float(pairs.theirs.sum() / pairs.weights.sum())),
         largest=1.0 if metric.is_share else 0.0,
     )
-    bounds, amounts = judged.bounds, RELATIVE if relative else metric
-    sentence = sentence_of(judged, compared, metric, amounts, drop, gate.confidence)
+    bounds, sentence = judged.bounds, sentence_of(judged, compared, drop, gate)
     own = versions.evaluation(store, versions.resolve(store, f"{adapter.name}@{compared.version}"), to_show=True)
     shown = {
         "adapter": adapter.name,
@@ -150,12 +150,11 @@ def check(step_run: StepRun, dataset_uri: str) -> dict[str, Any] | None:
         "reasons": [sentence],
     }
     if dataset_uri:
-        about = {"run_id": run_id, "evaluation_sha256": sha256}
-        append_event(store, adapter.name, "checked", {**shown, **about})
+        append_event(store, adapter.name, "checked", {**shown, "run_id": run_id, "evaluation_sha256": sha256})
     _end(step_run, sentence)
-    goes_back = judged.verdict == "worse" and compared.against == before(store, adapter.name, holder)
-    step_run.result.update(shown, can_roll_back=goes_back)
-    return {**shown, "rolls_back": goes_back and config.check.roll_back}
+    can_roll_back = judged.verdict == "worse" and compared.against == before(store, adapter.name, holder)
+    step_run.result.update(shown, can_roll_back=can_roll_back)
+    return can_roll_back and config.check.roll_back
 
 
 def records_for_rare(gate: GateConfig, loss: float) -> int:
@@ -176,8 +175,6 @@ def _measured(step_run: StepRun, compared: Compared, dataset_uri: str) -> tuple[
         evaluation = runs.read(store, run_id, Evaluation)
     except ObjectMissing as exc:
         raise JobError(f"Ray job {job} succeeded without its result: {exc}") from exc
-    if evaluation.run_id != run_id or evaluation.dataset_uri != dataset_uri:
-        raise IntegrityError(f"Ray job {job} left an evaluation of run {evaluation.run_id} on {evaluation.dataset_uri}")
     if store.trusted_keys and (key := signing.signer_from(os.environ, signing.OF_EVALUATIONS)):
         signing.sign_evaluation(store, config.adapter.name, run_id, key)
     sha256 = hashlib.sha256(store.get(runs.key_of(store, run_id, runs.EVALUATION))).hexdigest()
@@ -185,31 +182,34 @@ def _measured(step_run: StepRun, compared: Compared, dataset_uri: str) -> tuple[
     return evaluation, sha256
 
 
-def sentence_of(
-    judged: Judged, compared: Compared, metric: Metric, amounts: Metric, drop: float, confidence: float
-) -> str:
+def sentence_of(judged: Judged, compared: Compared, drop: float, gate: GateConfig) -> str:
     """The verdict and its numbers, for people."""
     version, than = compared.version, "its base" if compared.against == BASE else compared.against
-    on = f"on {counted(judged.bounds.groups, 'record')} that came since"
-    lies = amounts.range_text(judged.bounds.lower, judged.bounds.upper, confidence=confidence)
+    metric = metric_of(compared.metric)
+    amounts = RELATIVE if gate.margins == "relative" else metric
     verdict = {
         "still better": f"{version} is still better than {than}",
         "as good": f"{version} is as good as {than}: worse by less than {amounts.margin_text(drop)}",
         "worse": f"{version} is worse than {than}",
         "cannot tell": f"It cannot be told yet whether {version} is worse than {than}",
     }[judged.verdict]
+    lies = amounts.range_text(judged.bounds.lower, judged.bounds.upper, confidence=gate.confidence)
     more = f"; {counted(judged.needed, 'more record')} would tell, if it stays so" if judged.needed else ""
-    return f"{verdict}, {on}: the gain in {metric.label} lies {lies}{more}."
+    on = counted(judged.bounds.groups, "record")
+    return f"{verdict}, on {on} that came since: the gain in {metric.label} lies {lies}{more}."
 
 
 def _end(step_run: StepRun, sentence: str) -> None:
-    """Record the run as skipped, with this as a reason."""
-    adapter, store = step_run.config.adapter, step_run.store
-    ended = runs.find(store, step_run.run_id, Decision, to_show=True)
-    if ended is None or ended.decision != "skipped":  # whoever trains may write there
-        ended = Decision(
-            decision="skipped", adapter=adapter.name, alias=adapter.alias, reasons=(), run_id=step_run.run_id
-        )
-    if sentence not in ended.reasons:
-        runs.write(store, step_run.run_id, ended.model_copy(update={"reasons": (*ended.reasons, sentence)}))
+    """Record the run as skipped, with this as its last reason."""
+    adapter, store, run_id = step_run.config.adapter, step_run.store, step_run.run_id
+    ended = runs.find(store, run_id, Decision, to_show=True)
+    skipped = Decision(
+        decision="skipped",
+        adapter=adapter.name,
+        alias=adapter.alias,
+        reasons=tuple(dict.fromkeys((*(ended.reasons if ended else ()), sentence))),
+        run_id=run_id,
+        since_run=ended.since_run if ended else None,
+    )
+    runs.write(store, run_id, skipped)
     step_run.say(sentence)

@@ -39,5 +39,6 @@ def check(
     from components.step.step import step
 
     with step("check", run_uri, config_digest) as step_run:
-        shown = look(step_run, dataset_uri) or {"rolls_back": False, "version": "", "reasons": [""]}
-    return (shown["rolls_back"], shown["version"], shown["reasons"][0])
+        goes_back = look(step_run, dataset_uri)
+        version, reasons = (step_run.result.get(key, "") for key in ("version", "reasons"))
+    return (goes_back, version, " ".join(reasons))

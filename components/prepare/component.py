@@ -56,13 +56,3 @@ def newer(run_uri: str, config_digest: str) -> str:
     with step("newer", run_uri, config_digest) as step_run:
         dataset_uri = publish_newer(step_run)
     return dataset_uri
-
-
-@dsl.component(**COMPONENT)
-def begin(config: dict[str, Any], run_id: str) -> NamedTuple("Begun", [("run_uri", str), ("config_digest", str)]):  # type: ignore[valid-type]
-    """Settle the config of a run that prepares nothing."""
-    from components.step.step import first_step
-
-    with first_step("begin", config, run_id) as step_run:
-        digest = step_run.config.digest
-    return (step_run.run_uri, digest)

@@ -61,20 +61,19 @@ def publish_newer(step_run: StepRun) -> str:
         ]
         ids = np.array([int.from_bytes(content[: between_runs.ID_BYTES]) for _, content in placed], np.uint64)
         is_new = ~np.isin(ids, np.concatenate([each.to_numpy() for each in seen]))
-        numbers = np.array([number for number, _ in placed], np.int64)[is_new]
-        if (total := len(numbers)) < FEWEST:
+        unseen = [one for one, came_since in zip(placed, is_new, strict=True) if came_since]
+        if (total := len(unseen)) < FEWEST:
             step_run.say(f"{counted(total, 'record')} came since: too few to compare on")
             return ""
-        numbers = numbers[: max(config.evaluate.records, config.evaluate.max_records)]
+        unseen = unseen[: max(config.evaluate.records, config.evaluate.max_records)]
+        contents = between_runs.content_ids([content for _, content in unseen])
+        numbers = np.array([number for number, _ in unseen], np.int64)
         new = pa.Table.from_batches(work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY)))
         parts = dataset.write_splits(work.folder, [], new.to_batches(), columns=work.columns)
-        rows = {"read": read.total.rows, "accepted": read.total.accepted, "rejected": read.total.rejected}
-        about = {"format": FORMAT, "rows": rows, "newer_than": compared._asdict()}
+        about = {"format": FORMAT, "newer_than": compared._asdict()}
         folder = dataset.publish_dataset(
             store, parts, rejects=work.rejects, rejected=read.total.rejected, profile=about
         )
-        records = [dataset.record_of(row) for row in new.to_pylist()]
-        contents = between_runs.content_ids(keyed(records)["content"].to_pylist())
     fingerprints = {source.name: source.fingerprint for source in sources}
     between_runs.note_consumed(store, step_run.run_id, as_of=as_of, sources=fingerprints, contents=contents)
     left = f"; {total - len(new)} more are left for later looks" if total > len(new) else ""
@@ -89,12 +88,12 @@ def _seen_by(store: "Store", name: str, compared: list[str]) -> "tuple[list[pa.U
     The datasets count, which the signed lineages name, and what the runs noted beside them, such as records that were
     left out: the note lies where a training may write.
     """
+
     seen, groups = [between_runs.content_ids([])], set[str]()
     lineages = [ancestors(store, resolve(store, f"{name}@{each}")) for each in compared if each != looks.BASE]
     for version, made_from in {one.uri: (one, made) for lineage in lineages for one, made in lineage}.values():
         seen.append(_noted(store, version.run_id))
-        for dataset_id in [each.name for each in made_from if each.kind == "dataset"]:
-            uri = store.uri(f"datasets/{dataset_id}")
+        for uri in [store.uri(f"datasets/{each.name}") for each in made_from if each.kind == "dataset"]:
             for records in chain(read_split(store, uri, "train"), read_split(store, uri, "eval")):
                 groups.update(record.group for record in records)
                 seen.append(between_runs.content_ids(keyed(records)["content"].to_pylist()))

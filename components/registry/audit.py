@@ -55,11 +55,9 @@ def audit(store: Store, name: str) -> Audit:
         damaged = {finding.where for finding in findings}
         findings += _publications(store, name, log, whole, damaged)
         findings += _refusals(store, name, log, whole, pool)
-        named = [(run_id, sha256, event) for run_id, (sha256, event) in decisions(log).items()]
+        named = [(run_id, *evidence) for run_id, evidence in decisions(log).items()]
         looks = [event for event in log if event.kind == "checked"]
-        named += [
-            (str(event.body.get("run_id", "")), str(event.body.get("evaluation_sha256", "")), event) for event in looks
-        ]
+        named += [(str(look.body.get("run_id")), str(look.body.get("evaluation_sha256")), look) for look in looks]
         findings += chain.from_iterable(pool.map(lambda evidence: [*_evidence(store, *evidence)], named))
         findings += _unsigned(store, name, log, pool)
         findings += _inputs(store, name, whole, pool)

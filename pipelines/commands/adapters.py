@@ -250,14 +250,13 @@ def _look_lines(shown: Mapping[str, Any], config: RunConfig, home: str) -> Itera
     if shown["held_out"] is not None:
         fresh, own = metric.text(shown["fresh"]), metric.text(shown["held_out"])
         yield f"{metric.label} of {shown['version']} on the last look's records: {fresh}; when it was tested: {own}"
-    name, here = shown["adapter"], f"--expect {shown['version']}{home}"
+    name, against = shown["adapter"], shown["against"]
     on = "" if shown["alias"] == PRODUCTION else f" --alias {shown['alias']}"
     if moved := shown["moved"]:
         yield f"{name}@{moved['alias']} went back to {moved['to']}"
-    elif shown["verdict"] == "worse" and shown["can_roll_back"]:
-        yield f"to go back: fineloop adapters rollback {name}{on} {here}"
-    elif shown["verdict"] == "worse" and shown["against"] != BASE:
-        yield f"to replace it: fineloop adapters promote {name}@{shown['against']}{on} {here}"
+    elif shown["verdict"] == "worse" and against != BASE:
+        instead = f"rollback {name}" if shown["can_roll_back"] else f"promote {name}@{against}"
+        yield f"to replace it: fineloop adapters {instead}{on} --expect {shown['version']}{home}"
 
 
 @command(

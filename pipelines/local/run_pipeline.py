@@ -46,12 +46,16 @@ def main(arguments: list[str]) -> int:
             begun.say(f"taking {options.dataset} as it is")
         build_train_on(options.dataset)(run_uri=begun.run_uri, config_digest=begun.config.digest)
         return 0
+    if options.what == "check":
+        with first_step("begin", config, options.run_id) as begun:
+            begun.say("nothing is trained")
+        build_check(configure)(run_uri=begun.run_uri, config_digest=begun.config.digest)
+        return 0
     tunes = config["tune"]["when"] != "never"  # the resolved config has every key
     pipelines = {
         "retrain": lambda: build(configure, tunes=tunes, checks=config["check"]["when_skipped"]),
         "train": lambda: build_train(tunes=tunes),
         "sweep": lambda: sweep,
-        "check": lambda: build_check(configure),
     }
     pipelines[options.what]()(config=config, run_id=options.run_id)
     return 0

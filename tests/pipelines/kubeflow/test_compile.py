@@ -250,7 +250,7 @@ def test_between_the_steps_goes_the_runs_address_and_never_its_config(spec: dict
         (retrain.build(checks=True), 5),
         (retrain.build_train(), 0),
         (retrain.build_train_on("s3://b/d"), 0),
-        (retrain.build_check(), 1),
+        (retrain.build_check(lambda task: None), 1),
         (retrain.sweep, 0),
         (promotion, 0),
     ],
