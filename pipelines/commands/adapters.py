@@ -218,7 +218,8 @@ def check(options: argparse.Namespace) -> Answer:
 
     Production is compared with the version before it on records that neither of them nor any version that they grew
     from has seen. Each look is logged, and looks add up: the bound may be looked at every night. Without -c the config
-    is that of production's own run. With check.roll_back what is shown to be worse goes back by itself.
+    is that of production's own run, if that ran on no cluster of its own. With check.roll_back what is shown to be
+    worse goes back by itself.
     """
     given = {"check.against": options.against, "check.worse_by": options.worse_by, "data.source": options.source}
     texts = {key: value if key == "check.worse_by" else json.dumps(value) for key, value in given.items() if value}
@@ -234,6 +235,8 @@ def check(options: argparse.Namespace) -> Answer:
         if options.config == DEFAULT_CONFIG:
             held = versions.resolve(store, f"{options.name}@{config.adapter.alias}")
             own = own_config(read_lineage(store, held), config, options.overrides, origin=f"lineage of {held.uri}")
+            if own.ray.cluster != config.ray.cluster:  # its image, too, is for whoever asks to choose
+                raise UserError(f"{held.uri} was trained on another cluster than the config's: name its own with -c")
             config = own.model_copy(update={"announce": config.announce})
         compared(store, config)  # so that a mistake is said before anything is started
     shown = local.check(config, Place(options.home, sys.stderr, verbose=options.verbose, address=options.address))

@@ -12,7 +12,7 @@ from components.prepare.dataset import Message, Record
 from components.registry import aliases
 from components.registry.audit import audit
 from components.registry.event_log import events
-from components.registry.versions import resolve
+from components.registry.versions import publish_version, resolve
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from pipelines.cli import main
@@ -110,6 +110,18 @@ def test_a_mistake_is_said_before_any_cluster_is_asked(
         assert main(["adapters", "check", *words, *home]) == 2
         assert said in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
     assert len(stub_cluster.jobs) == jobs
+
+
+def test_production_brings_no_cluster_and_no_image_to_run_in(
+    store: Store, make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = make_config("ray.cluster.kind=rayjob", "ray.cluster.image=registry.example/theirs:1")
+    files = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}"}
+    lineage = {"run_id": "theirs", "config": config_file.as_table(elsewhere)}
+    aliases.promote(store, "sums", publish_version(store, "sums", files, lineage=lineage).version)
+    where = [f"--set=registry.{key}={json.dumps(getattr(store, key))}" for key in ("bucket", "prefix")]
+    assert main(["adapters", "check", "sums", *where, "--home", str(tmp_path / "home"), "--json"]) == 2
+    assert "another cluster" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
 
 
 def test_the_config_of_productions_own_run_allows_no_code_that_ours_does_not(make_config: Any) -> None:
