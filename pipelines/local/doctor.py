@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from components.config.schema import RunConfig
-from components.shared.errors import FineloopError, StoreError
+from components.shared.errors import FineloopError, GroundError, StoreError
 from components.shared.machine import available_bytes, in_environment, machine_bytes, this_cpu
 from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.local import local_services, ray_head, seaweedfs
@@ -99,15 +99,28 @@ def _gpu(_home: Path, config: RunConfig | None) -> Found:
     if config is not None and importlib.util.find_spec("ray") and (lack := lacking(config)):
         detail, _, fix = lack.partition(": ")
         return False, detail, fix
+    try:
+        seen = nvidia_gpus()
+    except GroundError as exc:
+        return False, str(exc), IN_MESSAGE
+    return True, "; ".join(", ".join(each) for each in seen) or "none seen: the workers use the CPU", ""
+
+
+def nvidia_gpus() -> list[tuple[str, str]]:
+    """Name and memory, such as 81559 MiB, of each GPU that NVIDIA's driver names.
+
+    Raises:
+        GroundError: the driver does not answer.
+    """
     command = shutil.which("nvidia-smi")
     if command is None:
-        return True, "none seen: the workers use the CPU", ""
+        return []
+    query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
     except (subprocess.SubprocessError, OSError) as exc:
-        return False, f"nvidia-smi failed ({exc})", "check the NVIDIA driver"
-    return True, "; ".join(found.splitlines()), ""
+        raise GroundError(f"nvidia-smi failed ({exc}): check the NVIDIA driver") from exc
+    return [(name, memory.strip()) for name, _, memory in (line.partition(",") for line in lines if line.strip())]
 
 
 CHECKS: dict[str, Callable[[Path, RunConfig | None], Found]] = {

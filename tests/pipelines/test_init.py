@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 from ray._private.accelerators import NvidiaGPUAcceleratorManager
@@ -15,6 +17,13 @@ from components.config import config_file
 from pipelines.cli import main
 from pipelines.commands.arguments import name_from
 from pipelines.local import job
+from pipelines.local.job import Job
+from ray_jobs.base import base_model
+from ray_jobs.plan import planned
+from ray_jobs.planning import capacity
+from ray_jobs.planning.bases import fitting
+from ray_jobs.planning.capacity import Device
+from ray_jobs.planning.memory import MARGIN
 from ray_jobs.preview import previewed
 from tests.models.tiny import write_tokenizer
 from tests.pipelines.command_line import body
@@ -41,9 +50,18 @@ Fineloop = Callable[..., "CompletedProcess[str]"]
 def fineloop(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fineloop:
     """The command, whose job looks at the data in this process: each process of its own would load transformers."""
     monkeypatch.chdir(here)
-    monkeypatch.setattr(
-        job, "answer", lambda asked, **_: previewed(config_file.load(Path(asked.config), asked.overrides))
-    )
+
+    def answer(asked: Job, **_: object) -> dict[str, Any]:
+        config = config_file.load(Path(asked.config), asked.overrides)
+        if asked.arguments:  # which bases fit
+            return {"bases": list(fitting(config, Device("a GPU", int(float(asked.arguments[1]) * 2**30))))}
+        if config.model.base.startswith(("Qwen/", "HuggingFaceTB/")):  # no hub is here
+            config = config_file.loads(config_file.dumps(config), ["model.base=base"])
+        if asked.module == "ray_jobs.plan":
+            return planned(config, base_model.read_config(config.model), capacity.named_device(config))
+        return previewed(config)
+
+    monkeypatch.setattr(job, "answer", answer)
 
     def run(*arguments: str) -> "CompletedProcess[str]":
         exit_code, said = main([*arguments]), capsys.readouterr()
@@ -72,10 +90,9 @@ def test_a_config_of_a_dozen_keys_and_those_set_fits_the_data_and_the_base(here:
     assert (config.train.start_from, config.train.start_share) == ("production", 0.5)
     assert fineloop(*arguments).returncode == 2  # it is there already
     looked = fineloop("data", "-c", "colours.toml", "--json")
-    found, splits = body(looked), body(looked)["profile"]["splits"]
-    held_out, trained = splits["eval"]["records"], splits["train"]["records"]
-    assert f"{held_out} records are held out to judge by, {trained} are left to train on" in text
-    assert f"the longest of {trained} records has {found['tokens']['length']['p100']}" in text
+    found = body(looked)
+    assert f"records has {found['tokens']['length']['p100']}\n" in text
+    assert "5 points worse than the one before, 12.5 points than the best\n" in text
     assert (found["refused"], body(done)["refused"]) == ("", "")
     assert found["gate"]["power"] == body(done)["power"]
 
@@ -124,9 +141,49 @@ def test_a_start_from_the_base_is_kept(here: Path, fineloop: Fineloop) -> None:
     assert config_file.load(here / "base-start.toml").train.start_share == 0, done.stdout
 
 
-def nvidia(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The machine has so many GPUs, as NVIDIA's library tells Ray."""
+def nvidia(monkeypatch: pytest.MonkeyPatch, number: int, gpu: str = "") -> None:
+    """The machine has so many GPUs, as NVIDIA's library tells Ray, and nvidia-smi whoever asks for their memory."""
     monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: number))
+    if gpu:
+        program = Path("bin", "nvidia-smi").absolute()
+        program.parent.mkdir(exist_ok=True)
+        asked = '[ "$*" = "--query-gpu=name,memory.total --format=csv,noheader" ] || exit 2'
+        program.write_text("\n".join(["#!/bin/sh", asked, *[f"echo '{gpu}'"] * number]))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("number", "gpu", "largest"),
+    [
+        (1, "Tesla T4, 15360 MiB", "Qwen/Qwen3-8B"),
+        (1, "NVIDIA L4, 23034 MiB", "Qwen/Qwen3-14B"),
+        (1, "NVIDIA H100 80GB HBM3, 81559 MiB", "Qwen/Qwen3-32B"),
+        (8, "NVIDIA H100 80GB HBM3, 81559 MiB", "Qwen/Qwen3-32B"),
+    ],
+)
+def test_bases_that_fit_the_gpus_are_proposed_the_largest_first(
+    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch, number: int, gpu: str, largest: str
+) -> None:
+    nvidia(monkeypatch, number, gpu)
+    (here / "bases.toml").unlink(missing_ok=True)
+    done = fineloop("init", "short Rows.jsonl", "--name", "bases", "--json")
+    assert done.returncode == 0, done.stderr
+    bases = body(done)["bases"]
+    assert bases[0]["base"] == largest == config_file.load(here / "bases.toml").model.base
+    assert {base["licence"] for base in bases} == {"apache-2.0"}
+    gib = int(gpu.split()[-2]) / 1024
+    assert all(base["memory_bytes"] * (1 + MARGIN) <= gib * 2**30 for base in bases)
+    assert f"bases that a GPU of {gib:.1f} GiB holds" in done.stderr
+
+
+def test_without_a_gpu_the_examples_small_base_is_called_that(
+    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal("base\n"))
+    done = fineloop("init", "short Rows.jsonl", "--name", "small", "--no-plan")
+    assert "the base model (this one is the example's, small, to try things" in done.stderr
+    assert config_file.load(here / "small.toml").model.base == "base"
 
 
 @pytest.mark.parametrize("number", range(1, 9))
