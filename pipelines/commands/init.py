@@ -33,7 +33,9 @@ SHORT_CHARS = 60
 USUAL_HELD_OUT, MOST_HELD_OUT = 0.1, 0.3
 VALIDATION = 32
 """Records that are enough to choose a checkpoint by; all others that are held out judge."""
-MARGINS = {True: (0.02, 0.03, 0.05), False: (0.02, 0.05, 0.1)}
+MORE = 1.25
+"""Hashes choose what is held out, and its answers may differ more in length: of so many times the records enough do."""
+MARGINS = {True: (0.02, 0.03, 0.05), False: (0.02, 0.05, 0.1, 0.2)}
 """What a version may be worse by than the one before, from the most careful on: of metrics from 0 to 1, of losses."""
 KEPT = 0.5
 """Of production's weights in the next version: `python -m benchmarks.nights --kept` has what it gains."""
@@ -89,8 +91,10 @@ def init(options: argparse.Namespace) -> Answer:
         refused = f"no column is known for {' and '.join(lacking)}: write it into {path}, uncommented, and init again"
         text, config = f"{UNFINISHED} {refused}\n{_rendered(_named(draft, rows))}", draft
     else:
-        # Sizes are told even of data that a run would refuse: the next look is at the proposal itself.
-        seen = _answer_to("ray_jobs.preview", config_file.dumps(draft), options, overrides=["data.max_reject_share=1"])
+        # The most records that may judge tell best how much answers differ in length. Sizes are told even of data that
+        # a run would refuse: the next look is at the proposal itself.
+        most = [f"data.eval_share={MOST_HELD_OUT}", *options.overrides, "data.max_reject_share=1"]
+        seen = _answer_to("ray_jobs.preview", config_file.dumps(draft), options, overrides=most)
         judging, body["missing_rows"] = judged_by(draft, seen)
         train = seen["profile"]["splits"]["train"]["records"]
         epochs = min(MOST_EPOCHS, max(1, round(RECORD_PASSES / train)))
@@ -219,7 +223,7 @@ def judged_by(draft: RunConfig, seen: Mapping[str, Any]) -> tuple[Keys, int]:
         needed = power_of(config.gate, 1, spread, equal_weight=weight, in_groups=a_group > 1)["equal_with"]
         if needed is None:  # no number of records
             continue
-        held_out = math.ceil(needed * a_group) + VALIDATION
+        held_out = math.ceil(MORE * needed * a_group) + VALIDATION
         if needed <= draft.evaluate.max_records and held_out <= MOST_HELD_OUT * records:
             break
     share = min(MOST_HELD_OUT, max(USUAL_HELD_OUT, math.ceil(100 * held_out / records) / 100))

@@ -135,6 +135,15 @@ def test_the_margin_is_the_least_at_which_an_equal_version_passes_and_missing_ro
     assert (share >= needed) is enough
 
 
+def test_a_few_very_long_answers_make_the_margin_wider_and_not_the_loop_stand(here: Path, fineloop: Fineloop) -> None:
+    """One answer of 25 is twenty times as long, so that by Kish's formula five records weigh as one."""
+    (here / "tail.jsonl").write_text(distinct(900, lambda place: f"some words {place} " * (5 if place % 25 else 100)))
+    told = body(fineloop("init", "tail.jsonl", "--base", "base", "--no-plan", "--json"))
+    assert 0.1 < told["power"]["equal_weight"] < 0.3
+    assert (told["power"]["margin"], told["missing_rows"]) == (0.2, 0)
+    assert told["power"]["records"] >= told["power"]["fewest"]
+
+
 def test_a_start_from_the_base_is_kept(here: Path, fineloop: Fineloop) -> None:
     (here / "base-start.jsonl").write_text(distinct(300, lambda place: "blue"))
     done = fineloop("init", "base-start.jsonl", "--base", "base", "--no-plan", "--set", "train.start_from=base")
