@@ -18,8 +18,8 @@ from ray_jobs.base.packing import Packing
 from ray_jobs.kernels import fused
 from ray_jobs.text import answer_loss
 from ray_jobs.text.batching import IGNORED, TokenizedSplit
+from tests.doubles.pretended_gpu import Mixed, PretendedGpu
 from tests.models import zoo
-from tests.models.pretended_gpu import Mixed, PretendedGpu
 from tests.models.splits import split_of
 
 if TYPE_CHECKING:

@@ -130,7 +130,7 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
 
     from ray_jobs.base import base_model
     from ray_jobs.training import opening
-    from tests.models.pretended_gpu import PretendedGpu
+    from tests.doubles.pretended_gpu import PretendedGpu
 
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
