@@ -76,6 +76,11 @@ AXES = ("adapter", "scaling", "init", "base")
 """Keys of `method`; a cell's others are keys of `train`."""
 
 
+def key_of(field: str) -> str:
+    """The config key of a cell's field."""
+    return f"{'method' if field in AXES else 'train'}.{field}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One combination; the names are those of the config's fields."""
@@ -91,7 +96,7 @@ class Cell:
     def described(self, than: "Cell") -> str:
         """Where this cell differs from another, as settings."""
         return ", ".join(
-            setting(f"{'method' if field.name in AXES else 'train'}.{field.name}", getattr(self, field.name))
+            setting(key_of(field.name), getattr(self, field.name))
             for field in fields(self)
             if getattr(self, field.name) != getattr(than, field.name)
         )

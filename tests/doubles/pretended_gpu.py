@@ -160,6 +160,8 @@ class PretendedGpu(TorchFunctionMode):
             result = func(*args, **kwargs)
             if to_gpu is not None:
                 result = tree_map(lambda leaf: self._placed(leaf, to_gpu) if isinstance(leaf, Tensor) else leaf, result)
+        if func is Tensor.__deepcopy__ and self.is_on_gpu(args[0]):
+            self._places.add(result)  # its storage is copied past the dispatcher
         if pins:
             self._pinned.add(result)
         return result

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from components.config import config_file
-from components.config.methods import FIELDS, Cell, refusals
+from components.config.methods import Cell, key_of, refusals
 from components.config.schema import RunConfig
 from pipelines.local import seaweedfs
 from tests.components.config.cells import AXES
@@ -112,7 +112,7 @@ class Matrix:
         return plain_training(self._toml(reference), ROWS)
 
     def _toml(self, cell: Cell, *changes: str) -> str:
-        values = {FIELDS[field.name]: getattr(cell, field.name) for field in fields(cell)}
+        values = {key_of(field.name): getattr(cell, field.name) for field in fields(cell)}
         spelled = [f"{path}={str(value).lower()}" for path, value in values.items()]
         return config_file.dumps(config_file.loads(self._config, [*spelled, *changes]))
 
