@@ -24,13 +24,8 @@ Measured = tuple[Planned, ShardResult] | None
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.candidate",
-        "Fine-tune one adapter, publish it as a version, and compare it with base and champion.",
-        "ray job submit --working-dir . -- python -m ray_jobs.candidate --config pipelines/configs/icd10.toml "
-        "--run-id ID --dataset s3://...",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.candidate", __doc__)
     parser.add_argument("--run-id", required=True, help="name of the run in the store")
     parser.add_argument("--dataset", required=True, help="s3:// address of the prepared dataset")
     parser.add_argument("--train-only", action="store_true", help="another job compares it, with an account of its own")

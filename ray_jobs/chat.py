@@ -23,11 +23,7 @@ Ctrl-C ends an answer, Ctrl-D the chat"""
 
 def main() -> None:
     """The entry point. Reads one prompt per line from stdin until it ends."""
-    parser = entry.parser(
-        "ray_jobs.chat",
-        "Answer prompts from stdin with an adapter, and with its base or another version beside it.",
-        "fineloop chat icd10-chapters@production",
-    )
+    parser = entry.parser("ray_jobs.chat", __doc__)
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
     parser.add_argument("--against", default="base", help="base, none, or NAME@VERSION")
     parser.add_argument("--system", help="a system message before each conversation (default: that of the records)")

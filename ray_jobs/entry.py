@@ -24,14 +24,10 @@ from components.store.store import open_uri
 OURS = ("components", "ray_jobs")
 
 
-def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
-    """An argument parser with the arguments that every job takes."""
-    result = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the arguments that every job takes; `text`, the module's docstring, is its help."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    result = argparse.ArgumentParser(prog=f"python -m {module}", description=text, formatter_class=formatter)
     result.add_argument("--config", required=True, help="TOML file, or s3:// address of one")
     result.add_argument(
         "--set",

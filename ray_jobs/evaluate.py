@@ -50,13 +50,8 @@ BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metr
 
 
 def main() -> None:
-    """The entry point, which ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.evaluate",
-        "Measure base, champion and candidate on the held-out records of a dataset.",
-        "ray job submit --working-dir . -- python -m ray_jobs.evaluate --config pipelines/configs/icd10.toml "
-        "--run-id ID --dataset s3://... --version s3://...",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.evaluate", __doc__)
     parser.add_argument("--run-id", required=True, help="name of the run in the store")
     parser.add_argument("--dataset", required=True, help="s3:// address of the prepared dataset")
     parser.add_argument("--version", required=True, help="s3:// address of the candidate's version")

@@ -107,12 +107,8 @@ class ExportSource:
 
 
 def main() -> None:
-    """The entry point, which ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.export",
-        "Write an adapter's version merged into its base, as a folder or a GGUF, or as plain LoRA.",
-        "fineloop adapters export icd10-chapters@production --merged",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.export", __doc__)
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
     parser.add_argument("--to", required=True, type=Path, dest="target", help="folder to write; must not exist yet")
     parser.add_argument("--form", required=True, choices=get_args(Form))

@@ -38,12 +38,8 @@ log = partial(say, STEP)
 
 
 def main() -> None:
-    """The entry point, which ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.finetune",
-        "Fine-tune one adapter and publish it as a version, without moving any alias.",
-        "ray job submit --working-dir . -- python -m ray_jobs.finetune --config pipelines/configs/icd10.toml",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.finetune", __doc__)
 
     def job(config: RunConfig, arguments: argparse.Namespace) -> None:
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)

@@ -32,12 +32,8 @@ MILLION = 1_000_000
 
 
 def main() -> None:
-    """The entry point, which ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.plan",
-        "Plan a training: memory of each worker by part, speed, time and cost. Touches no GPU.",
-        "python -m ray_jobs.plan --config pipelines/configs/icd10.toml --set ray.use_gpu=true --set ray.gpu=L4",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.plan", __doc__)
     parser.add_argument("--all-methods", action="store_true", help="one row for every method of the table as well")
     parser.add_argument("--bases", type=float, help="of which known bases would a GPU with so many GiB hold this")
 

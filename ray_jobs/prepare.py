@@ -37,12 +37,8 @@ requests, which would leave a large file to one CPU. Together they fit on one CP
 
 
 def main() -> None:
-    """Parse the command line and run the job; the process ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.prepare",
-        "Prepare a run's data, and leave what became of it in the run's folder.",
-        "ray job submit --working-dir . -- python -m ray_jobs.prepare --config mine.toml --run-id ID",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.prepare", __doc__)
     parser.add_argument("--run-id", required=True, help="name of the run in the store")
     parser.add_argument("--decided", action="store_true", help="a gate decides at the end of the run")
     arguments = parser.parse_args()

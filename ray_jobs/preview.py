@@ -35,12 +35,8 @@ SAMPLED = 2000
 
 
 def main() -> None:
-    """The entry point, which ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.preview",
-        "Say what a run would make of its data: rows, records, lengths, and how the base reads them.",
-        "python -m ray_jobs.preview --config pipelines/configs/icd10.toml",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.preview", __doc__)
     entry.main(STEP, parser, lambda config, _: print(json.dumps(previewed(config)), flush=True))  # noqa: T201 - the answer
 
 

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The entry point. Serves until it is interrupted."""
-    parser = entry.parser(
-        "ray_jobs.serve",
-        "Serve an adapter, and what it is compared with, in OpenAI's format on loopback.",
-        "fineloop serve icd10-chapters@production",
-    )
+    parser = entry.parser("ray_jobs.serve", __doc__)
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
     parser.add_argument("--against", default="base", help="base, none, or NAME@VERSION")
     parser.add_argument("--port", type=int, default=0, help="0 takes any that is free")

@@ -43,12 +43,8 @@ tell = functools.partial(say, STEP)
 
 
 def main() -> None:
-    """The entry point, which ends with the exit code of `entry.run`."""
-    parser = entry.parser(
-        "ray_jobs.sweep",
-        "Find the best learning rate, and with tune.methods whether another method is worth more than plain LoRA.",
-        "python -m ray_jobs.sweep --config pipelines/configs/icd10.toml --set tune.max_steps=32",
-    )
+    """Run the job of this command line, and exit with its code."""
+    parser = entry.parser("ray_jobs.sweep", __doc__)
 
     def job(config: RunConfig, arguments: argparse.Namespace) -> None:
         run_id = arguments.run_id or entry.new_run_id(config.adapter.name)
