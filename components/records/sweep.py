@@ -150,5 +150,3 @@ class TunedRate(Record):
     prior: float
     sweep_run_id: str | None = None
     """The run whose sweep found the rate: this one or an earlier one; None if the rate is the config's."""
-    advice: str = ""
-    """Where the best rate may lie now, if rank, batch size or data differ from those of an earlier sweep."""

@@ -197,14 +197,6 @@ def recall_rate(store: Store, config: RunConfig) -> FoundRate | None:
     return FoundRate.from_json(stored[0], store.uri(key)) if stored else None
 
 
-def similar_rates(store: Store, config: RunConfig) -> list[FoundRate]:
-    """Return what sweeps found for the adapter's base and method, at any rank, batch size and data. Raises
-    IntegrityError if a record is malformed."""
-    keys = [info.key for info in store.list(adapter_key(config.adapter.name, "rates/"))]
-    rates = [FoundRate.from_json(store.get(key), store.uri(key)) for key in keys]
-    return [rate for rate in rates if (rate.base, rate.method) == (config.model.base, config.method.name)]
-
-
 def _key(config: RunConfig) -> str:
     """Made of all that a rate depends on and that stays the same from one night to the next."""
     row = config.method.row

@@ -1,9 +1,5 @@
 """The tune step: takes a dataset and returns the learning rate to train at. `tune.when` says whether it sweeps."""
 
-import math
-from collections.abc import Sequence
-
-from components.config.schema import RunConfig
 from components.config.train import When
 from components.ray_cluster.submit import require_disk, submit_step
 from components.records import runs
@@ -13,40 +9,6 @@ from components.registry.between_runs import FoundRate, require_none_erased
 from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
 from components.store import folders
-
-SOURCE = "arXiv:2602.04998"
-# In that paper LoRA's best rate fell 5.6 times from rank 4 to 256, rose 5.6 times from batches of 16 to 128, and fell
-# 3.1 times from 5,000 records to 395,000. These are the slopes of straight lines on logarithmic axes.
-PER_RANK = -math.log(5.6) / math.log(256 / 4)
-PER_BATCH_SIZE = math.log(5.6) / math.log(128 / 16)
-PER_RECORDS = -math.log(3.1) / math.log(395 / 5)
-LEAST = math.log(10) / 4
-"""The smallest change of the rate's logarithm that is worth advice: a quarter decade, a sweep's finest step."""
-
-
-def advised(known: Sequence[FoundRate], config: RunConfig, train_records: int) -> str:
-    """Advice on the rate, until a sweep measures it: the one found in the most similar circumstances, moved along the
-    paper's slopes. Empty if no rate is known, or it hardly moves."""
-
-    def moves(rate: FoundRate) -> dict[str, float]:
-        """The changes since the rate was found, each with what it adds to the logarithm of the best rate."""
-        circumstances = (
-            ("rank", rate.rank, config.method.r, PER_RANK),
-            ("batches of", rate.batch_size, config.train.batch_size, PER_BATCH_SIZE),
-            ("records", rate.train_records, train_records, PER_RECORDS),
-        )
-        changed = [each for each in circumstances if each[1] != each[2]]
-        return {f"{what} {then:,} to {now:,}": slope * math.log(now / then) for what, then, now, slope in changed}
-
-    nearest = min(known, key=lambda rate: sum(map(abs, moves(rate).values())), default=None)
-    if nearest is None or abs(sum(moves(nearest).values())) < LEAST:
-        return ""
-    times = math.exp(sum(moves(nearest).values()))
-    return (
-        f"run {nearest.run_id} found {nearest.learning_rate:.3g}, and since then: {', '.join(moves(nearest))}. By "
-        f"{SOURCE} LoRA's best rate is then {times:.2g} times what it was, here about "
-        f"{nearest.learning_rate * times:.2g}"
-    )
 
 
 def tune(step_run: StepRun, *, dataset_uri: str) -> float:
@@ -61,19 +23,16 @@ def tune(step_run: StepRun, *, dataset_uri: str) -> float:
     require_none_erased(store, dataset_uri)
     dataset = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about
     known, prior = between_runs.recall_rate(store, config), config.learning_rate
-    advice = advised([known] if known else between_runs.similar_rates(store, config), config, dataset["train_records"])
-    if advice:
-        step_run.say(advice)
     if is_due(config.tune.when, known, dataset["dataset_id"]) and (
         swept := _swept(step_run, dataset_uri, dataset["train_records"])
     ):
-        known, advice = swept, ""
+        known = swept
     if known is None:
         step_run.say(f"tune.methods leaves {config.method.name} out: the rate is {prior:g}")
-        rate = TunedRate(learning_rate=prior, prior=prior, advice=advice)
+        rate = TunedRate(learning_rate=prior, prior=prior)
     else:
         step_run.say(f"the rate is {known.learning_rate:g}, which the sweep of run {known.run_id} found")
-        rate = TunedRate(learning_rate=known.learning_rate, prior=prior, sweep_run_id=known.run_id, advice=advice)
+        rate = TunedRate(learning_rate=known.learning_rate, prior=prior, sweep_run_id=known.run_id)
     runs.write(store, run_id, rate)
     step_run.result.update(rate.model_dump(mode="json", exclude={"format"}))
     return rate.learning_rate

@@ -160,8 +160,7 @@ def test_the_page_shows_the_picture_and_escapes_what_the_sweep_names(result: Swe
     assert "Keep lora &amp; go on." in page
     assert "&lt;dora&gt;, rank 16" in page
     assert "<dora>" not in page
-    rate = TunedRate(learning_rate=3e-3, prior=1e-3, sweep_run_id="r0", advice="batches of 16 to 128")
+    rate = TunedRate(learning_rate=3e-3, prior=1e-3, sweep_run_id="r0")
     html = build_report(RunFiles("r1", "a", rate=rate))
     assert "This run trained at 0.003, which the sweep of run r0 found; the config's own rate is 0.001." in html
-    assert "Worth a sweep: batches of 16 to 128." in html
     assert 'id="rate"' not in build_report(RunFiles("r1", "a"))

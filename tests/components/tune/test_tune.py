@@ -15,7 +15,7 @@ from components.shared.errors import ConfigError, DataError
 from components.step.step import StepRun
 from components.store import folders
 from components.tune import tune as step_file
-from components.tune.tune import advised, is_due, tune
+from components.tune.tune import is_due, tune
 from tests.doubles import datasets
 
 CONFIG = """
@@ -103,47 +103,19 @@ def test_the_first_run_sweeps_and_the_next_trains_at_what_it_found(swept):
     for run_id in ("first", "second"):
         rate, written = swept(run_id, "tune.when=no_prior_sweep")
         assert (rate, written.learning_rate, written.prior, written.sweep_run_id) == (3e-3, 3e-3, 1e-3, "first")
-        assert written.advice == ""
     assert len(swept.ran) == 1
     assert swept.ran[0][0] == "sweep"
 
 
-@pytest.mark.parametrize(
-    ("now", "records", "sentence"),
-    [
-        # What the paper measured: times 5.6, divided by 5.6, and by 3.1.
-        (["train.batch_size=128"], 5_000, "batches of 16 to 128. By {} LoRA's best rate is then 5.6 times"),
-        (["method.rank=1024"], 5_000, "rank 16 to 1,024. By {} LoRA's best rate is then 0.18 times"),
-        ([], 395_000, "records 5,000 to 395,000. By {} LoRA's best rate is then 0.32 times"),
-        (["train.batch_size=128", "method.rank=1024"], 5_000, ""),  # which undo each other
-        ([], 6_000, ""),
-    ],
-)
-def test_advice_after_a_change_is_what_the_paper_measured(now, records, sentence):
-    far = FOUND.model_copy(update={"rank": 4, "batch_size": 4, "run_id": "another"})
-    text = advised([far, FOUND], config(*now), records)
-    assert sentence.format("arXiv:2602.04998") in text
-    assert bool(text) == bool(sentence)
-    assert "another" not in text
-
-
-def test_a_rate_that_was_found_on_far_fewer_records_is_kept_with_advice(swept):
+def test_a_rate_that_was_found_on_other_data_is_kept_until_a_sweep_is_due(swept):
     swept("first", "tune.when=no_prior_sweep")
-    rate, written = swept("second", "tune.when=no_prior_sweep", dataset="d2")
+    rate, _ = swept("second", "tune.when=no_prior_sweep", dataset="d2")
     assert (rate, len(swept.ran)) == (3e-3, 1)
-    assert written.advice.endswith("here about 0.00097")
-    swept("third", "tune.when=always", dataset="d2")
-    assert swept("fourth", "tune.when=no_prior_sweep", dataset="d2")[1].advice == ""
 
 
-def test_a_method_that_the_sweep_leaves_out_is_advised_from_another_rank_s_rate(swept):
-    other = ("tune.when=always", "tune.methods=['lora', 'dora']")
-    rate, written = swept("none", *other, "method.name=lora")
-    assert (rate, written.sweep_run_id, written.advice) == (1e-3, None, "")
-    swept("first", "tune.when=no_prior_sweep")
-    _, written = swept("second", *other, "method.rank=1024")
-    assert (written.learning_rate, written.sweep_run_id) == (1e-3, None)
-    assert "rank 16 to 1,024" in written.advice
+def test_a_method_that_the_sweep_leaves_out_trains_at_its_own_rate(swept):
+    rate, written = swept("none", "tune.when=always", "tune.methods=['lora', 'dora']", "method.name=lora")
+    assert (rate, written.learning_rate, written.sweep_run_id) == (1e-3, 1e-3, None)
 
 
 def test_a_pipeline_without_the_step_does_not_train_at_an_untuned_rate_in_silence(store):
