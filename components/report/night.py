@@ -37,7 +37,7 @@ def told(
     text = re.sub(r"(\w://)[^\s/@]+@", r"\1***@", without_secrets(" ".join(" ".join(reasons).split()), environment))
     reason, commands = clipped(printable(text)), next_steps(run)
     on_kubeflow = kubeflow_run(environment, run.run_id)
-    if not commands or (on_kubeflow and kind == "failed"):
+    if not commands or kind == "skipped" or (on_kubeflow and kind == "failed"):
         commands = [(f"fineloop runs show {on_kubeflow or run.run_id}", "see what came of it, step by step")]
     # Keyed, so that a training, which may write the record of this step, cannot say of a coming night that it was told.
     key = "\0".join(environment.get(name, "") for name in secrets(of_nights=True))

@@ -474,7 +474,9 @@ def _steps(run: RunFiles, home: str, verb: str) -> list[tuple[str, str]]:
         return changed or [(again, "run it again, once what the message names is mended")]
     if failed or (decision is None and run.evaluation is None):
         return [(f"{again} --run-id {run.run_id}", "go on from where it was")]
-    if version is None or (decision is not None and decision.decision == "skipped"):
+    if decision is not None and decision.decision == "skipped":
+        return [(f"{again} --set data.min_new_records=0", "train all the same")]
+    if version is None:
         return []
     reference, on_alias = f"{run.adapter}@{version}", _on_alias(run)
     steps = [

@@ -26,7 +26,6 @@ from pipelines.commands.arguments import (
     answer_of,
     command,
     connected,
-    home_option,
     load_config,
     option,
     prepared,
@@ -75,7 +74,7 @@ def _run_here(options: argparse.Namespace, place: Place, what: Literal["retrain"
     outcome = local.run(load_config(options), place, what=what, run_id=options.run_id)
     # What a person types to call us again: `make run` runs us from a virtual environment that is not on the path.
     program = "fineloop" if shutil.which("fineloop") else os.path.relpath(sys.argv[0])
-    text = local.summary(outcome, home_option=home_option(options), program=program)
+    text = local.summary(outcome, home=options.home, program=program)
     return Answer(outcome.as_json(), text, is_aside=True)
 
 

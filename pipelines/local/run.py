@@ -29,10 +29,8 @@ from components.records import runs
 from components.records.runs import PAGES
 from components.records.steps import ROLES, Decision, Evaluation, Role, TrainResult, scalars
 from components.records.sweep import SweepResult, Tuned
-from components.registry.aliases import PRODUCTION
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
 from components.shared.machine import in_environment, this_cpu
-from components.shared.metrics import metrics_of
 from components.shared.protocol import counted
 from pipelines.local.display import Display, is_live
 from pipelines.local.doctor import lacking
@@ -41,6 +39,7 @@ from pipelines.local.local_services import local_services, ray_configured, store
 from pipelines.local.server import private_folder, python_path, write_private
 
 if TYPE_CHECKING:
+    from components.report.run_files import RunFiles
     from components.store.store import Store
 
 LOG = "pipeline.log"
@@ -74,7 +73,7 @@ def run(
 ) -> "Outcome":
     """Run the pipeline to its end and return the outcome; arguments and errors as in `finished`."""
     with finished(config, place, what=what, run_id=run_id, dataset_uri=dataset_uri) as ended:
-        return read_outcome(ended) if what == "retrain" else _read_trained(config, ended)
+        return read_outcome(config, ended, is_decided=what == "retrain")
 
 
 @contextlib.contextmanager
@@ -289,7 +288,6 @@ class Outcome:
 
     run_id: str
     adapter: str
-    alias: str
     version: str | None
     version_uri: str | None
     decision: str | None = None
@@ -297,16 +295,15 @@ class Outcome:
     promoted: bool = False
     reasons: list[str] = field(default_factory=list)
     metrics: dict[Role, dict[str, float | None] | None]
-    freshness: list[str]
     report: str | None = None
     store: dict[str, str]
     timings_s: dict[str, float]
-    untold: dict[str, str] = field(default_factory=dict)  # notifications that failed, and why
-    may_forget: float | None = None  # the limit that held for the loss on general text
+    untold: dict[str, str]  # notifications that failed, and why
+    files: "RunFiles"  # all that the run left, which is not printed
 
     def as_json(self) -> dict[str, Any]:
         fields = dict(vars(self))
-        del fields["alias"], fields["freshness"], fields["may_forget"]
+        del fields["files"]
         if not self.untold:
             del fields["untold"]
         if self.decision is None:
@@ -315,134 +312,76 @@ class Outcome:
         return fields
 
 
-def read_outcome(ended: Finished) -> Outcome:
-    """Read the outcome of a run of the whole pipeline. Copy its report to HOME/runs/RUN/report.html, and the registry's
-    pages to HOME/pages/, where the report's links lead. Raises ObjectMissing: the run has no decision or no report;
-    FineloopError: the run decided to promote and the alias did not move, or the other way round."""
-    store, run_id, report = ended.store, ended.run_id, ended.folder / runs.REPORT
-    decision, steps = runs.read(store, run_id, Decision, to_show=True), runs.steps(store, run_id)
-    promoted = any(step.moved_alias for step in steps)
-    if promoted != decision.promoted:
-        place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
-        raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
-    report.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
-    pages = private_folder(report.parents[2] / PAGES)
-    for info in store.list(PAGES):
-        if info.key.endswith(".html"):
-            (pages / Path(info.key).name).write_bytes(store.get(info.key))
+def read_outcome(config: RunConfig, ended: Finished, *, is_decided: bool) -> Outcome:
+    """Read the outcome of a run. If a gate decided, copy its report to HOME/runs/RUN/report.html, and the registry's
+    pages to HOME/pages/, where the report's links lead. Raises ObjectMissing: the run has no decision or no report, or
+    without a gate no version, or compared none; FineloopError: the run decided to promote and the alias did not move,
+    or the other way round."""
+    from components.report.report import read_run
+
+    store, run_id = ended.store, ended.run_id
+    made = runs.read(store, run_id, Decision, to_show=True) if is_decided else runs.read(store, run_id, TrainResult)
+    if made.version:
+        runs.read(store, run_id, Evaluation)
+    files = read_run(config, store, run_id)
+    promoted, decided = any(step.moved_alias for step in files.steps), dict[str, Any]()
+    if decision := files.decision:
+        if promoted != decision.promoted:
+            place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
+            raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")
+        report = ended.folder / runs.REPORT
+        report.write_bytes(store.get(runs.run_key(run_id, runs.REPORT)))
+        pages = private_folder(report.parents[2] / PAGES)
+        for info in store.list(PAGES):
+            if info.key.endswith(".html"):
+                (pages / Path(info.key).name).write_bytes(store.get(info.key))
+        decided = {"decision": decision.decision, "verdict": decision.verdict, "reasons": list(decision.reasons)}
+        decided |= {"promoted": promoted, "report": str(report)}
+    took = {step.step: step.seconds for step in files.steps}
     return Outcome(
-        adapter=decision.adapter,
-        alias=decision.alias,
-        version=decision.version,
-        version_uri=decision.version_uri,
-        decision=decision.decision,
-        verdict=decision.verdict,
-        promoted=promoted,
-        reasons=list(decision.reasons),
-        report=str(report),
-        untold=failed_notifications(steps),
-        may_forget=next((rule.bound for rule in decision.rules if rule.name == "remembers"), None),
-        **_of_every_run(ended, is_compared=bool(decision.version)),
+        run_id=run_id,
+        adapter=files.adapter,
+        version=made.version,
+        version_uri=made.version_uri,
+        metrics={role: dict(model.metrics) if (model := files.model(role)) else None for role in ROLES},
+        store={"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix},
+        timings_s={"ground": ended.ground_s, **took, "total": ended.total_s},
+        untold=failed_notifications(files.steps),
+        files=files,
+        **decided,
     )
 
 
-def _read_trained(config: RunConfig, ended: Finished) -> Outcome:
-    """Raises ObjectMissing: the run published no version, or compared none."""
-    result = runs.read(ended.store, ended.run_id, TrainResult)
-    return Outcome(
-        adapter=config.adapter.name,
-        alias=config.adapter.alias,
-        version=result.version,
-        version_uri=result.version_uri,
-        **_of_every_run(ended, is_compared=True),
-    )
+def summary(outcome: Outcome, *, home: Path, program: str = "fineloop") -> str:
+    """Format the outcome for people, in the words of its report; `program` is the name of `fineloop` in this shell."""
+    from components.report.report import metric_rows
+    from components.report.sections import forgotten, headline, next_steps
 
-
-def _of_every_run(ended: Finished, *, is_compared: bool) -> dict[str, Any]:
-    store, metrics, freshness = ended.store, dict.fromkeys(ROLES), []
-    if is_compared:
-        evaluation = runs.read(store, ended.run_id, Evaluation)
-        metrics = {role: dict(model.metrics) if (model := evaluation.model(role)) else None for role in ROLES}
-        freshness = evaluation.freshness
-    took = {step.step: step.seconds for step in runs.steps(store, ended.run_id)}
-    return {
-        "run_id": ended.run_id,
-        "metrics": metrics,
-        "freshness": freshness,
-        "store": {"endpoint": store.endpoint, "bucket": store.bucket, "prefix": store.prefix},
-        "timings_s": {"ground": ended.ground_s, **took, "total": ended.total_s},
-    }
-
-
-def summary(outcome: Outcome, *, home_option: str, program: str = "fineloop") -> str:
-    """Format the outcome for people; `home_option` is the --home option that the suggested commands need, `program` the
-    name of `fineloop` in this shell."""
-    reference = outcome.adapter if outcome.promoted else f"{outcome.adapter}@{outcome.version}"
-    headline = {
-        "skipped": f"skipped: {outcome.adapter}@{outcome.alias} stays as it is, and nothing was trained",
-        "promote": f"promoted: {outcome.adapter}@{outcome.alias} is now {outcome.version}",
-        "hold": f"held: {outcome.version} is published, and {outcome.adapter}@{outcome.alias} stays where it was",
-        None: f"published {outcome.adapter} {outcome.version}, without an alias",
-    }[outcome.decision]
-    waits = outcome.verdict == "needs approval"
-    if waits:
-        headline = f"waits for approval: {outcome.version}, and {outcome.adapter}@{outcome.alias} stays where it was"
-    reasons = [
-        textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in outcome.reasons
-    ]
-    fresh = [f"  {line}" for line in outcome.freshness]
-    table = [*_table(outcome.metrics), *fresh, *_forgotten(outcome), ""] if outcome.version else []
-    moved = f"{outcome.adapter}@{outcome.alias}" if outcome.promoted else ""
-    warnings = [warning(key, why, moved) for key, why in outcome.untold.items()]
-    lines = ["", headline, *reasons, *warnings, "", *table]
+    run, top = outcome.files, headline(outcome.files)
+    lines = ["", top.title, *(textwrap.fill(text, 100) for text in (top.lead, top.consequence) if text)]
+    lines += [textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in top.reasons]
+    moved = f"{outcome.adapter}@{run.alias}" if outcome.promoted else ""
+    lines += [*(warning(key, why, moved) for key, why in outcome.untold.items()), ""]
+    if run.evaluation:
+        roles = [role for role in ROLES if outcome.metrics[role]]
+        rows = [("", [*map(str, roles)]), *metric_rows([outcome.metrics[role] or {} for role in roles])]
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:<{width}}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
+        told = [*run.evaluation.freshness, *textwrap.wrap(forgotten(run), 98)]
+        lines += [*(f"  {line}" for line in told), ""]
     where = {"version": outcome.version_uri, "report": outcome.report}
     where["store"] = f"{outcome.store['endpoint']} (bucket {outcome.store['bucket']})"
     lines += [f"  {what:<9} {place}" for what, place in where.items() if place]
     parts = {"servers" if step == "ground" else step: seconds for step, seconds in outcome.timings_s.items()}
     took = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in parts.items() if step != "total")
     lines += [f"  {'time':<9} {outcome.timings_s['total']:.0f} s: {took}", ""]
-    commands = {}
-    if outcome.version:
-        commands[f"{program} chat {shlex.quote(reference)}{home_option}"] = "talk to it, beside its base"
-        pull = f"{program} adapters pull {shlex.quote(reference)} --with-base{home_option}"
-        commands[pull] = "its files and its base, as vLLM and peft load them"
-        commands[f"{program} adapters serve-manifest {shlex.quote(reference)} --for vllm{home_option}"] = (
-            "the command of a server; `adapters export` has more forms"
-        )
-    if outcome.promoted and outcome.metrics["champion"]:
-        commands[f"{program} adapters rollback {outcome.adapter}{home_option}"] = "go back to the one before"
-    elif waits:
-        on_alias = "" if outcome.alias == PRODUCTION else f" --alias {outcome.alias}"
-        approve = f"{program} adapters approve {shlex.quote(reference)} --by NAME --reason TEXT{on_alias}{home_option}"
-        commands[approve] = "put it into production"
-    elif outcome.decision == "skipped":
-        commands[f"{program} run --set data.min_new_records=0{home_option}"] = "train all the same"
-    elif outcome.decision is None:
-        commands[f"{program} adapters promote {reference}{home_option}"] = "put it into production"
+    commands = next_steps(run, home=str(home))
     if not store_configured():
-        commands[f"{program} store up{home_option}"] = "open the store to other S3 clients; it sleeps between runs"
-    width = max(map(len, commands))
-    return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in commands.items()], ""])
-
-
-def _forgotten(outcome: Outcome) -> list[str]:
-    """The loss on general text before and after the training, with its limit; nothing where it was not measured."""
-    before, after = ((outcome.metrics.get(role) or {}).get("general_loss") for role in ("base", "candidate"))
-    if before is None or after is None:
-        return []
-    limit = "no limit" if outcome.may_forget is None else f"limit +{outcome.may_forget:g}"
-    return ["", f"  forgotten: general text {before:.2f} -> {after:.2f} nats a token ({after - before:+.2f}, {limit})"]
-
-
-def _table(metrics: Mapping[Role, Mapping[str, float | None] | None]) -> list[str]:
-    roles = [role for role in ROLES if metrics.get(role)]
-    lines = [["", *roles]]
-    for metric in metrics_of({key for role in roles for key in metrics[role] or ()}):
-        values = [(metrics[role] or {}).get(metric.key) for role in roles]
-        if any(value is not None for value in values):
-            lines.append([metric.label, *["-" if value is None else metric.text(value) for value in values]])
-    width = max(len(line[0]) for line in lines)
-    return [f"  {line[0]:<{width}}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines]
+        option = "" if home == Path(".fineloop") else f" --home {shlex.quote(str(home))}"
+        commands.append((f"fineloop store up{option}", "open the store to other S3 clients; it sleeps between runs"))
+    shown = [(program + command.removeprefix("fineloop"), why) for command, why in commands]
+    width = max((len(command) for command, _ in shown), default=0)
+    return "\n".join([*lines, *[f"  {command:<{width}}  {why}" for command, why in shown], ""])
 
 
 def check(config: RunConfig, place: Place, *, run_id: str = "") -> dict[str, Any]:

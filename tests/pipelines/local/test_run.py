@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
 from components.handover.announce import signature
 from components.records import runs
-from components.records.steps import Decision
+from components.records.steps import Decision, Measured
 from components.registry import aliases, event_log, signing, versions
 from components.registry.audit import audit
 from components.report.registry_page import write_pages
@@ -24,10 +23,9 @@ from components.report.report import PAGES_FROM_RUN, build_report
 from components.report.run_files import RunFiles
 from components.shared.errors import ConfigError, DataError, IntegrityError, UserError
 from components.store.store import Store
-from pipelines.local.run import Finished, Outcome, Place, event_files_beside, read_outcome, run, summary
+from pipelines.local.run import Finished, Outcome, Place, read_outcome, run, summary
 from tests.doubles.http_server import serving
 from tests.doubles.jobs_api import JobsApi
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -51,7 +49,8 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(stub_cluster, store, 
     first = run(make_config("announce.webhook=http://127.0.0.1:9/"), place, what="retrain")
     screen = terminal.getvalue()
     assert "Connection refused" in first.as_json()["untold"]["webhook"]
-    assert "`fineloop adapters announce sums@production` notifies it again" in summary(first, home_option="")
+    home = Path(".fineloop")
+    assert "`fineloop adapters announce sums@production` notifies it again" in summary(first, home=home)
     second = run(make_config("train.weight_decay=1.5"), place, what="retrain")
     assert (first.decision, first.promoted) == ("promote", True)
     assert (second.decision, second.promoted) == ("hold", False)
@@ -63,15 +62,25 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(stub_cluster, store, 
     check_outcome(replace(first, untold={}), champion=None)
     check_outcome(second, champion=1.0)
     check_what_a_person_sees(screen, place.home / "runs" / first.run_id / "pipeline.log")
-    assert summary(second, home_option="").count(f"fineloop chat sums@{second.version}") == 1
-    assert "fineloop adapters rollback" not in summary(first, home_option="")  # nothing held the alias before
-    successor = replace(first, metrics={**first.metrics, "champion": first.metrics["base"]})
-    text = summary(successor, home_option=" --home x")
-    for command in ("rollback sums", "pull sums --with-base", "serve-manifest sums --for vllm"):
-        assert f"fineloop adapters {command} --home x" in text
-    lost = {"base": {"general_loss": 3.72}, "candidate": {"general_loss": 4.721}}
-    forgetful = replace(first, metrics={**first.metrics, **lost}, may_forget=0.5)
-    assert "forgotten: general text 3.72 -> 4.72 nats a token (+1.00, limit +0.5)" in summary(forgetful, home_option="")
+    assert summary(second, home=home).count(f"fineloop chat sums@{second.version}") == 1
+    assert "fineloop adapters rollback" not in summary(first, home=home)  # nothing held the alias before
+    decided, measured = first.files.decision, first.files.evaluation
+    assert decided is not None
+    assert measured is not None
+    before = replace(first.files, decision=decided.model_copy(update={"champion": "v1"}))
+    text = summary(replace(first, files=before), home=Path("x"), program="bin/fineloop")
+    new = f"sums@{first.version}"
+    for command in ("rollback sums", f"pull {new} --with-base", f"serve-manifest {new} --for vllm"):
+        assert f"bin/fineloop adapters {command} --home x" in text
+    models: dict[str, Measured | None] = dict(measured.models)
+    for role, loss in {"base": 3.72, "candidate": 4.721}.items():
+        model = models[role]
+        assert model is not None
+        models[role] = model.model_copy(update={"metrics": {**model.metrics, "general_loss": loss}})
+    forgetful = replace(first.files, evaluation=measured.model_copy(update={"models": models}))
+    text = " ".join(summary(replace(first, files=forgetful), home=home).split())
+    assert "The candidate has forgotten some of what the base knows" in text
+    assert "gives the right token 63 % less chance" in text
 
 
 def test_where_keys_are_trusted_a_job_of_its_own_compares_and_a_training_cannot_promote_itself(
@@ -137,7 +146,7 @@ def test_training_alone_publishes_and_leaves_the_alias(stub_cluster, store, make
     assert [version.version for version in versions.list_versions(store, "sums")] == [outcome.version]
     assert outcome.as_json().keys() == RUN_KEYS - {"decision", "verdict", "promoted", "reasons", "report"}
     assert outcome.metrics["candidate"] is not None
-    assert "adapters promote sums@" in summary(outcome, home_option="")
+    assert "adapters promote sums@" in summary(outcome, home=Path(".fineloop"))
 
 
 @pytest.mark.slow
@@ -208,7 +217,7 @@ def test_a_night_that_holds_or_fails_is_told_of_once_and_signed_in_the_reporting
     assert "untold" not in held.as_json()
     silent = run(make_config("announce.webhook=http://127.0.0.1:9/", "train.weight_decay=1.5"), place, what="retrain")
     assert "Connection refused" in silent.untold["webhook"]
-    assert "announce.webhook was not notified of how this run ended: " in summary(silent, home_option="")
+    assert "announce.webhook was not notified of how this run ended: " in summary(silent, home=Path(".fineloop"))
 
 
 @pytest.mark.parametrize("what", ["retrain", pytest.param("train", marks=pytest.mark.slow)])
@@ -271,7 +280,7 @@ def test_a_run_that_finds_nothing_new_is_skipped(stub_cluster, store, make_confi
     assert len(stub_cluster.jobs) == 1
     assert run(config, place, what="train").version  # who asks for a training gets one
     assert len(stub_cluster.jobs) == 2
-    assert "data.min_new_records=0" in summary(skipped, home_option="")
+    assert "data.min_new_records=0" in summary(skipped, home=Path(".fineloop"))
     assert "there is too little new to train on" in Path(str(skipped.report)).read_text()
     more = [{"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)} for n in range(60, 65)]
     data_path.write_text(data_path.read_text() + "".join(json.dumps(row) + "\n" for row in more))
@@ -291,7 +300,9 @@ def test_a_repeated_run_id_repeats_nothing(stub_cluster, store, make_config, pla
     assert [event.kind for event in event_log.events(store, "sums")] == ["published", "promoted"]
 
 
-def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store: Store, tmp_path: Path) -> None:
+def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(
+    store: Store, tmp_path: Path, make_config: Callable[..., RunConfig]
+) -> None:
     about = {"adapter": "sums", "alias": "production", "run_id": "r", "reasons": ()}
     runs.write(store, "r", Decision(decision="skipped", **about))
     report = build_report(RunFiles(run_id="r", adapter="sums"), pages_at=PAGES_FROM_RUN)
@@ -301,41 +312,8 @@ def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store
     folder = tmp_path / "runs" / "r"
     folder.mkdir(parents=True)
     (tmp_path / "pages").mkdir(mode=0o755)  # as an earlier release left it
-    read_outcome(Finished(store, "r", folder, 0, 0))
+    read_outcome(make_config(), Finished(store, "r", folder, 0, 0), is_decided=True)
     links = re.findall(r'href="(\.\./[^"]+)"', (folder / "report.html").read_text())
     assert [(folder / link).resolve().name for link in links] == ["sums.html", "index.html"]
     assert all((folder / link).is_file() for link in links)
     assert (tmp_path / "pages").stat().st_mode & 0o777 == 0o700
-
-
-def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """What the event file holds so far: its folder is there before it, and it before the end of its last record."""
-    files = [*folder.glob("tensorboard/events.out.tfevents.*")]
-    if not files:
-        return []
-    from tensorboardX.proto.event_pb2 import Event  # once the code under test has imported the package
-
-    (file,) = files
-    body, found = file.read_bytes(), []
-    while len(body) >= 8:  # a length of 8 bytes and its checksum of 4, the message, and its checksum of 4
-        (length,) = struct.unpack("<Q", body[:8])
-        if len(body) < 16 + length:
-            break
-        event = Event.FromString(body[12 : 12 + length])
-        found += [(each.tag, event.step, each.simple_value) for each in event.summary.value]
-        body = body[16 + length :]
-    return found
-
-
-def test_each_record_of_the_curve_is_written_once_as_it_comes(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.local.run.EVENTS_EVERY_S", 0.01)
-    records = [{"kind": "train", "step": 1, "loss": 2.0, "num_steps": 3}, {"kind": "eval", "step": 1, "loss": 1.5}]
-    lines = [json.dumps(record) + "\n" for record in records]
-    with event_files_beside(store, "r", tmp_path):
-        assert list(tmp_path.iterdir()) == []  # nothing was recorded yet
-        store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
-        wait_until(lambda: len(scalars(tmp_path)) == 3)
-        lines += ['{"kind": "train", "step": 2, "loss": 1.0}\n', '{"kind": "train", "step": 3, "loss": null}\n']
-        store.put(runs.run_key("r", runs.METRICS), "".join(lines).encode())
-    first = [("train/loss", 1, 2.0), ("train/num_steps", 1, 3.0), ("eval/loss", 1, 1.5)]
-    assert scalars(tmp_path) == [*first, ("train/loss", 2, 1.0)]
