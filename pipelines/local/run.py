@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import secrets
@@ -10,9 +9,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +24,7 @@ from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
 from components.handover.announce import failed_notifications, warning
 from components.records import runs
 from components.records.runs import PAGES
-from components.records.steps import ROLES, Decision, Evaluation, Role, TrainResult, scalars
+from components.records.steps import ROLES, Decision, Evaluation, Role, TrainResult
 from components.records.sweep import SweepResult, Tuned
 from components.shared.errors import ConfigError, FineloopError, ObjectMissing, UserError
 from components.shared.machine import in_environment, this_cpu
@@ -126,11 +123,10 @@ def finished(
             while_it_runs.enter_context(in_environment(environment))
             while_it_runs.enter_context(_goes_on(what, run_id, place))
             store = Store.open(config.registry)
-            with event_files_beside(store, run_id, folder):
-                ended = _execute(what, run_id, config, folder, environment, place, display, dataset_uri)
-                display.close()
-                with _explained(store, run_id, folder, ended):
-                    yield Finished(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
+            ended = _execute(what, run_id, config, folder, environment, place, display, dataset_uri)
+            display.close()
+            with _explained(store, run_id, folder, ended):
+                yield Finished(store, run_id, folder, round(ground_s, 3), round(time.monotonic() - began, 3))
     except BaseException:
         display.fail()
         raise
@@ -233,55 +229,6 @@ def _explained(store: "Store", run_id: str, folder: Path, ended: Ended) -> Itera
         raise
 
 
-EVENTS_EVERY_S = 15.0  # seconds between reads of the curve; a training uploads it as often
-EVENTS_LAST_S = 10.0  # seconds that the end of a run waits at most for the rest of the curve
-
-
-@contextlib.contextmanager
-def event_files_beside(store: "Store", run_id: str, folder: Path) -> Iterator[None]:
-    """Write a run's event files in a thread; only the end of the context waits for it."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        yield
-        return
-    is_over = threading.Event()
-    follow = threading.Thread(target=_write_events, args=(store, run_id, folder / "tensorboard", is_over), daemon=True)
-    follow.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        follow.join(EVENTS_LAST_S)
-
-
-def _write_events(store: "Store", run_id: str, folder: Path, is_over: threading.Event) -> None:
-    key = runs.run_key(run_id, runs.METRICS)
-    written: set[tuple[str, float]] = set()
-    writer: Any = None
-    while True:
-        is_last = is_over.wait(EVENTS_EVERY_S)
-        curve = None
-        with contextlib.suppress(FineloopError):  # the store is read again later
-            curve = store.read(key)
-        for record in runs.parse_metrics(curve[0].decode(), origin=key) if curve else []:
-            if (step := (record["kind"], record["step"])) in written:  # a run that goes on repeats some
-                continue
-            written.add(step)
-            if writer is None:
-                with warnings.catch_warnings():
-                    # tensorboardX imports Google's storage client if it is installed, and that lacks a package of its.
-                    warnings.simplefilter("ignore", ImportWarning)
-                    from tensorboardX import SummaryWriter
-                writer = SummaryWriter(str(folder))
-            for name, value in scalars(record).items():
-                writer.add_scalar(name, value, int(record["step"]))
-        if writer is not None:
-            writer.flush()
-            if is_last:
-                writer.close()
-        if is_last:
-            return
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What `fineloop run --json` prints; `train` leaves the decision out. A skipped run has no version."""
@@ -325,7 +272,7 @@ def read_outcome(config: RunConfig, ended: Finished, *, is_decided: bool) -> Out
         runs.read(store, run_id, Evaluation)
     files = read_run(config, store, run_id)
     promoted, decided = any(step.moved_alias for step in files.steps), dict[str, Any]()
-    if decision := files.decision:
+    if is_decided and (decision := files.decision):
         if promoted != decision.promoted:
             place, did = f"{decision.adapter}@{decision.alias}", "moved" if promoted else "did not move"
             raise FineloopError(f"run {run_id} decided to {decision.decision} {decision.version}, but {place} {did}")

@@ -4,7 +4,7 @@ Threads send them, so that a slow or unavailable store or tracker delays no step
 """
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -81,6 +82,24 @@ def _trackio(target: str, spec: TrainSpec) -> Any:
     return trackio.init(project=target, name=spec.run_id, resume="allow", config=_about(spec), embed=False)
 
 
+class TensorBoard:
+    """Event files in the folder of a run on this machine (tensorboardX.SummaryWriter)."""
+
+    def __init__(self, target: str, spec: TrainSpec) -> None:
+        with warnings.catch_warnings():
+            # It imports Google's storage client if it is installed, and that lacks a package of its.
+            warnings.simplefilter("ignore", ImportWarning)
+            self._writer = importlib.import_module("tensorboardX").SummaryWriter(target)
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
 def _about(spec: TrainSpec) -> dict[str, Any]:
     """What a curve depends on, without the sections that hold addresses of data, stores and servers."""
     sections = {"adapter": spec.adapter, "model": spec.model, "method": spec.method, "train": spec.train}
@@ -89,7 +108,12 @@ def _about(spec: TrainSpec) -> dict[str, Any]:
 
 # accelerate.tracking has these and more, but logs through a PartialState, which sets a worker's number of threads and
 # its process group anew.
-TRACKERS: Mapping[str, Callable[[str, TrainSpec], Any]] = {"mlflow": Mlflow, "wandb": _wandb, "trackio": _trackio}
+TRACKERS: Mapping[str, Callable[[str, TrainSpec], Any]] = {
+    "mlflow": Mlflow,
+    "wandb": _wandb,
+    "trackio": _trackio,
+    "tensorboard": TensorBoard,
+}
 
 
 def secrets(spec: TrainSpec) -> dict[str, str]:
@@ -101,10 +125,12 @@ def secrets(spec: TrainSpec) -> dict[str, str]:
 
 
 class Trackers:
-    """The trackers that the config names, for one training."""
+    """The trackers that the config names, and the event files of a run on this machine, for one training."""
 
     def __init__(self, spec: TrainSpec) -> None:
-        self._named = {name: target for name in TRACKERS if (target := getattr(spec.track, name))}
+        self._named = {name: target for name in TRACKERS if (target := getattr(spec.track, name, ""))}
+        if (folder := os.environ.get(TRACKED_RUNS)) and importlib.util.find_spec("tensorboardX"):
+            self._named["tensorboard"] = str(Path(folder) / spec.run_id / "tensorboard")
         self._spec = spec
         self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MOST_WAITING)
         self._lost = 0

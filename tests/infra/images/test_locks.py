@@ -65,9 +65,9 @@ def test_ray_and_python_are_one_version_in_locks_and_base_images() -> None:
 
 @pytest.mark.parametrize("package", ["components", "pipelines"])
 def test_what_the_step_image_imports_is_in_its_lock(package: str) -> None:
-    """Inside functions too, but for vllm, beside which a plugin of its own runs, Presidio, which people add, and what
-    commands take where it is installed: tensorboardX, and shtab, which completes them in a shell."""
-    beside = {"fineloop", "vllm", "presidio-analyzer", "tensorboardx", "shtab"}
+    """Inside functions too, but for vllm, beside which a plugin of its own runs, Presidio, which people add, and
+    shtab, which completes commands in a shell where it is installed."""
+    beside = {"fineloop", "vllm", "presidio-analyzer", "shtab"}
     owners, locked = metadata.packages_distributions(), {*PINS["step"], *beside}
     assert not locked & {"torch", "transformers", "peft"}
     imported = set().union(*(imported_by(path) for path in (ROOT / package).rglob("*.py"))) - sys.stdlib_module_names

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -97,6 +98,32 @@ def test_no_tracker_is_sent_an_address_of_data_a_store_or_a_server(packages: dic
     for run in packages.values():
         assert {*run.about["config"]} == {"adapter", "model", "method", "train"}
         assert run.about["config"]["model"]["base"] == "acme/base"
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """What the event file holds."""
+    (file,) = folder.glob("tensorboard/events.out.tfevents.*")
+    from tensorboardX.proto.event_pb2 import Event  # once the code under test has imported the package
+
+    body, found = file.read_bytes(), []
+    while body:  # a length of 8 bytes and its checksum of 4, the message, and its checksum of 4
+        (length,) = struct.unpack("<Q", body[:8])
+        event = Event.FromString(body[12 : 12 + length])
+        found += [(each.tag, event.step, each.simple_value) for each in event.summary.value]
+        body = body[16 + length :]
+    return found
+
+
+def test_a_run_on_this_machine_keeps_its_curve_as_an_event_file(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRACKED_RUNS, str(tmp_path))
+    with MetricsLog(store, "run-1", trackers=Trackers(spec_of(config()))) as log:
+        for record in STEPS:
+            log.add(record)
+    points = scalars(tmp_path / "run-1")
+    assert {("train/loss", 1, 2.0), ("eval/loss", 1, 1.5), ("train/loss", 2, 1.0)} <= {*points}
+    assert len(points) == len({(name, step) for name, step, _ in points})
 
 
 @pytest.mark.parametrize("when", ["init", "log", "finish"])
