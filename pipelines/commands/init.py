@@ -17,6 +17,7 @@ from components.prepare.power import CHARS_OF_A_TOKEN, power_of, spread_of
 from components.prepare.shapes import guessed, recognised
 from components.prepare.sources import first_rows
 from components.shared.errors import DataError, UserError
+from components.shared.machine import usable_cores
 from components.shared.metrics import metric_of
 from pipelines.commands import run
 from pipelines.commands.arguments import SET, Answer, command, name_from, option, print_err
@@ -103,7 +104,7 @@ def init(options: argparse.Namespace) -> Answer:
             "method.name": ("lora", "docs/methods.md has seven others"),
             "train.epochs": (epochs, "passes over the data; `fineloop sweep --apply` finds the learning rate"),
         }
-        text = proposed(draft, options.overrides, keys | _on_gpus(draft) | judging)
+        text = proposed(draft, options.overrides, keys | (_on_gpus(draft) or _on_cores(draft)) | judging)
         config = config_file.loads(text, origin=str(path))  # a mistake of ours is not written
         try:
             then = _answer_to("ray_jobs.preview", text, options)
@@ -288,6 +289,13 @@ def _on_gpus(draft: RunConfig) -> Keys:
         "ray.num_workers": (gpus, "a GPU each"),
         "ray.use_gpu": (True, "whether each worker takes one"),
     }
+
+
+def _on_cores(draft: RunConfig) -> Keys:
+    """All cores of this machine for one worker: two workers of one core are no faster, and hold the base twice."""
+    if draft.ray.model_fields_set & {"num_workers", "cpus_per_worker", "use_gpu", "cluster"}:
+        return {}
+    return {"ray.cpus_per_worker": (usable_cores(), "cores of this machine, which has no GPU")}
 
 
 def _named(draft: RunConfig, rows: Sequence[Mapping[str, Any]] = ()) -> Keys:

@@ -78,7 +78,7 @@ def test_a_config_of_a_dozen_keys_and_those_set_fits_the_data_and_the_base(here:
     assert done.returncode == 0, done.stderr
     text = (here / "colours.toml").read_text()
     keys = [line for line in text.splitlines() if " = " in line]
-    assert len(keys) == 14
+    assert len(keys) == 15
     assert all("  # " in line for line in keys)
     config = config_file.load(here / "colours.toml")
     assert (config.train.epochs, config.data.columns.prompt, config.data.columns.completion) == (1, "why", "because")
@@ -194,6 +194,18 @@ def test_without_a_gpu_the_examples_small_base_is_called_that(
     done = fineloop("init", "short Rows.jsonl", "--name", "small", "--no-plan")
     assert "the base model (this one is the example's, small, to try things" in done.stderr
     assert config_file.load(here / "small.toml").model.base == "base"
+
+
+@pytest.mark.parametrize(("keys", "cores"), [([], 7), (["ray.num_workers=2"], 1), (["ray.cpus_per_worker=3"], 3)])
+def test_without_a_gpu_a_worker_gets_all_cores_unless_workers_are_set(
+    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch, keys: list[str], cores: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)))
+    (here / "cores.toml").unlink(missing_ok=True)
+    more = [word for key in keys for word in ("--set", key)]
+    done = fineloop("init", "short Rows.jsonl", "--base", "base", "--name", "cores", "--no-plan", *more)
+    assert done.returncode == 0, done.stderr
+    assert config_file.load(here / "cores.toml").ray.cpus_per_worker == cores
 
 
 @pytest.mark.parametrize("number", range(1, 9))
