@@ -44,7 +44,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell that runs the tests in the background lets them, and every process that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WARM = "FINELOOP_TESTS_PYTHON"
 STARTS_SERVERS = {"machine", "stub_cluster", "server", "cluster", "control_plane"}
 """Fixtures that start a server for a test; what is marked e2e starts Ray."""
 
@@ -60,10 +59,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """All processes of a run share one Python that forks what takes long to import."""
-    if WARM not in os.environ:
+    if warm.VARIABLE not in os.environ:
         stack = contextlib.ExitStack()
-        os.environ[WARM] = stack.enter_context(warm.running())
-        stack.callback(os.environ.pop, WARM)
+        os.environ[warm.VARIABLE] = stack.enter_context(warm.running())
+        stack.callback(os.environ.pop, warm.VARIABLE)
         config.add_cleanup(stack.close)
 
 
@@ -141,7 +140,7 @@ def store(s3_server: seaweedfs.Endpoint) -> Store:
 def forked() -> Iterator[None]:
     """The Python that the file's tests and their processes start is that of tests/warm.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "executable", os.environ[WARM])
+        patch.setattr(sys, "executable", os.environ[warm.VARIABLE])
         yield
 
 

@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+VARIABLE = "FINELOOP_TESTS_PYTHON"
+"""Of the environment: where such a Python is, for all processes of a test run."""
 STEPS = (
     *("kfp.local", "kfp.dsl.executor_main", "ray.job_submission", "pyarrow.parquet", "boto3", "botocore.httpsession"),
     *("pipelines.retrain", "pipelines.cli", "pipelines.local.run", "components.prepare.by_engine"),
@@ -40,6 +42,7 @@ STEPS = (
     *("components.promote.promote", "components.report.report"),
 )
 MODELS = ("torch", "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb")
+RANKS = ("tests.models.preloaded",)
 PRELOADED = {
     "tests.doubles.kfp_server.child": STEPS,
     "kfp.dsl.executor_main": STEPS,
@@ -51,8 +54,9 @@ PRELOADED = {
     "ray_jobs.plan": MODELS,
     "ray_jobs.preview": MODELS,
     "ray_jobs.export": MODELS,
+    "tests.models.rank": RANKS,
 }
-"""What is forked, and what its server has imported then: two, as a fork of all of torch takes twice as long."""
+"""What is forked, and what its server has imported then: a fork of all of torch takes twice as long as one of steps."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CLIENT = """
 import array, json, os, signal, socket, sys
@@ -92,7 +96,7 @@ def running() -> Iterator[str]:
         for path in Path(real).parent.iterdir():
             if not path.name.startswith("python"):
                 (programs / path.name).symlink_to(path)
-        addresses = {names: f"{folder}/{number}" for number, names in enumerate((STEPS, MODELS))}
+        addresses = {names: f"{folder}/{number}" for number, names in enumerate((STEPS, MODELS, RANKS))}
         server_of = {module: addresses[names] for module, names in PRELOADED.items()}
         client = Path(folder, "client.py")
         client.write_text(CLIENT.format(server_of=server_of, real=real, forwarded=tuple(map(int, FORWARDED))))
@@ -107,7 +111,7 @@ def running() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _server(address: str, python: str) -> Iterator[None]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with (
         socket.socket(socket.AF_UNIX) as listener,
         subprocess.Popen(

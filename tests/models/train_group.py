@@ -1,34 +1,24 @@
 """Worker groups without Ray, for tests of the loop itself: real processes, a real gloo or NCCL group, the real store.
 
-Every rank of every group is forked anew from one process that has imported everything and done nothing: a start costs a
-tenth of a second instead of six of imports, and no run can see what another left behind. CUDA survives no fork, so a
-rank with a GPU is started from nothing.
+Every rank of every group is forked anew by tests/warm.py: a start costs a tenth of a second instead of six of imports,
+and no run can see what another left behind. CUDA survives no fork, so a rank with a GPU is started from nothing.
 """
 
-import functools
-import gc
-import multiprocessing
 import os
+import pickle
 import socket
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-PRELOADED = [
-    "deepspeed",
-    "bitsandbytes",
-    "boto3",
-    "peft.tuners.lora.bnb",
-    "transformers.models.llama.modeling_llama",
-    "ray_jobs.training.worker",
-]
+from tests import warm
+
 TIMEOUT_S = 600.0
 GRACE_S = 10.0  # for the other ranks to fail by themselves once one is lost
 
@@ -90,23 +80,33 @@ def in_group(
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
     group = {"WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    context = multiprocessing.get_context("spawn") if use_gpu else _ready_to_fork()
-    ranks, results, logs = [], [], []
-    for rank in range(num_workers):
-        environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        logs.append(directory / f"rank-{rank}.log")
-        process = context.Process(
-            target=_rank, args=(sender, environment, str(logs[-1]), function, arguments, use_gpu), daemon=True
-        )
-        process.start()
-        sender.close()
-        ranks.append(process)
-        results.append(receiver)
-    found = _collect(ranks, results)
+    python = sys.executable if use_gpu else os.environ.get(warm.VARIABLE, sys.executable)
+    job = directory / "job.pickle"
+    job.write_bytes(pickle.dumps((function, arguments, use_gpu)))
+    ranks, logs = [], []
+    with ExitStack() as files:
+        for rank in range(num_workers):
+            environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            logs.append(directory / f"rank-{rank}.log")
+            ranks.append(
+                subprocess.Popen(
+                    [python, "-m", "tests.models.rank"],
+                    stdin=files.enter_context(job.open("rb")),
+                    stdout=subprocess.PIPE,
+                    stderr=files.enter_context(logs[-1].open("w")),
+                    cwd=warm.ROOT,
+                    env=environment,
+                )
+            )
+    found = _collect(ranks)
     if len(found) < num_workers:
         raise RuntimeError("\n".join(log.read_text() for log in logs if log.exists())[-6000:])
     return [found[rank] for rank in range(num_workers)]
+
+
+def in_turn(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What one rank gets of several calls: a group's start costs as much as a short training."""
+    return [function(*arguments) for arguments in calls]
 
 
 def train_in_rank(configs: Mapping[str, str], rows: list[dict[str, str]]) -> dict[str, Trained]:
@@ -226,65 +226,21 @@ def fit_in_rank(
     return InRank(spec, worker, store, fit(spec, opened, store, tuple(splits), report=report, load=load), seen)
 
 
-@functools.cache
-def _ready_to_fork() -> Any:
-    """The process that ranks are forked from, started at the first use; it ends with this one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}):
-        forkserver.ensure_running()
-    return context
-
-
-def _rank(
-    sender: "connection.Connection[Any, Any]",
-    environment: Mapping[str, str],
-    log: str,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    use_gpu: bool,
-) -> None:
-    """One rank, from its first breath in its process."""
-    import warnings
-
-    with Path(log).open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    warnings.simplefilter("ignore")
-    gc.freeze()  # what was imported is never garbage, and DeepSpeed collects often
-    import torch
-    import torch.distributed as dist
-
-    try:
-        if use_gpu:
-            torch.cuda.set_device(int(environment["LOCAL_RANK"]))  # as Ray Train does before a training function
-        dist.init_process_group("nccl" if use_gpu else "gloo")
-        result = function(*arguments)
-        dist.barrier()
-        dist.destroy_process_group()
-        sender.send(result)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def _collect(ranks: list[Any], results: list[Any]) -> dict[int, Any]:
-    """What each rank sent, until all have or one is lost; none is left running."""
+def _collect(ranks: "list[subprocess.Popen[bytes]]") -> dict[int, Any]:
+    """What each rank wrote, until all have or one is lost; none is left running."""
     found: dict[int, Any] = {}
-    open_ends = dict(zip(results, range(len(ranks)), strict=True))
+    running = {process.stdout: rank for rank, process in enumerate(ranks)}
     deadline = time.monotonic() + TIMEOUT_S
-    while open_ends and (ready := connection.wait(list(open_ends), max(0.0, deadline - time.monotonic()))):
-        for receiver in ready:
-            rank = open_ends.pop(receiver)
-            with suppress(EOFError):
-                found[rank] = receiver.recv()
+    while running and (ready := connection.wait([*running], max(0.0, deadline - time.monotonic()))):
+        for stream in ready:
+            rank = running.pop(stream)
+            with suppress(EOFError, pickle.UnpicklingError):
+                found[rank] = pickle.load(stream)  # noqa: S301 - of our own processes
             if rank not in found:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     for process in ranks:
-        process.join(0 if open_ends else GRACE_S)
+        with process, suppress(subprocess.TimeoutExpired):
+            process.wait(0 if running else GRACE_S)
         process.kill()
-        process.join()
+        process.wait()
     return found
