@@ -13,7 +13,7 @@ from components.config.schema import RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.kernels import float32_layers
 from tests.models.tiny import colour_rows
-from tests.models.train_group import fit_in_rank, in_group
+from tests.models.train_group import fit_in_rank, in_group, in_turn
 
 QUANTISED = bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt
 STEPS = 4
@@ -41,16 +41,21 @@ def is_base(name: str) -> bool:
 
 @pytest.fixture
 def trained(config: RunConfig, store, tmp_path):
-    """Two workers' training by two names for it: what rank 0 has, and the files of the adapter."""
+    """Two workers' trainings, one after the other, each as the plan would have the base held: what rank 0 has, and the
+    files of the adapter."""
 
-    def run(name: str, *overrides: str, dense_base: bool = False, free_bytes: int | None = None) -> dict[str, Any]:
-        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}/{name}"]
-        steps = [f"train.max_steps={STEPS}", "method.rank=4"]
-        changed = config_file.loads(config_file.dumps(config), [*place, *steps, *overrides])
-        folder = tmp_path / name
-        arguments = (config_file.dumps(changed), str(folder), dense_base, free_bytes)
-        found: dict[str, Any] = in_group(train_and_save, *arguments, directory=tmp_path / "logs", num_workers=2)[0]
-        return {**found, "files": {path.name: path.read_bytes() for path in folder.iterdir()}}
+    def run(*overrides: str, dense: tuple[bool, ...], free_bytes: int | None = None) -> list[dict[str, Any]]:
+        steps, calls = [f"train.max_steps={STEPS}", "method.rank=4"], []
+        for is_dense in dense:
+            folder = tmp_path / ("dense" if is_dense else "stored")
+            place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}/{folder.name}"]
+            toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *steps, *overrides]))
+            calls.append((toml, str(folder), is_dense, free_bytes))
+        found = in_group(in_turn, train_and_save, calls, directory=tmp_path / "logs", num_workers=2)[0]
+        return [
+            {**each, "files": {path.name: path.read_bytes() for path in Path(folder).iterdir()}}
+            for each, (_, folder, *_) in zip(found, calls, strict=True)
+        ]
 
     return run
 
@@ -65,7 +70,7 @@ def trained(config: RunConfig, store, tmp_path):
 )
 def test_losses_and_what_is_published_are_the_same_to_the_bit(trained, adapter, base, dtype):
     method = [f"method.adapter={adapter}", f"method.base={base}", f"ray.cpu_matmul_dtype={dtype}"]
-    stored, dense = trained("stored", *method), trained("dense", *method, dense_base=True)
+    stored, dense = trained(*method, dense=(False, True))
     assert (stored.pop("is_quantised"), dense.pop("is_quantised")) == (True, False)
     del stored["dtype"]  # of what bits are packed in
     assert dense.pop("dtype") == getattr(torch, dtype)
@@ -76,4 +81,4 @@ def test_losses_and_what_is_published_are_the_same_to_the_bit(trained, adapter, 
 
 @pytest.mark.slow
 def test_a_worker_whose_memory_is_taken_by_others_reads_the_base_as_it_is_stored(trained):
-    assert trained("short", "method.base=nf4", dense_base=True, free_bytes=1000)["is_quantised"]
+    assert trained("method.base=nf4", dense=(True,), free_bytes=1000)[0]["is_quantised"]

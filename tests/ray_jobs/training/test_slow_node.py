@@ -21,6 +21,7 @@ STEP_S, FETCH_S = 30.0, 40.0
 def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
     """Rank 1 fetches the base, and rank 0 reads it for the first check, longer than a collective may take."""
     rank, num_workers = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # until all have met: who leaves before that ends the others' meeting
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", timeout=timedelta(seconds=STEP_S), rank=rank, world_size=num_workers

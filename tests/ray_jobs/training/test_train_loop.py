@@ -29,7 +29,7 @@ from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.doubles.datasets import validate
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
-from tests.models.train_group import Trained, in_group, train, train_in_rank
+from tests.models.train_group import Trained, in_group, train_all, train_in_rank
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
@@ -38,15 +38,28 @@ STAGES = [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 2)), py
 
 
 @pytest.fixture
-def run(config: RunConfig, store: Store, tmp_path: Path):
+def run_all(config: RunConfig, store: Store, tmp_path: Path):
+    """Train with some keys changed, by each name once, one after the other in the same processes."""
+
+    def trained(
+        *changes: str, names: tuple[str, ...], num_workers: int = 2, rows: list[dict[str, str]] = ROWS
+    ) -> list[Trained]:
+        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"ray.num_workers={num_workers}"]
+        toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
+        found = train_all(dict.fromkeys(names, toml), rows, tmp_path / names[0], num_workers=num_workers)
+        return [found[name] for name in names]
+
+    return trained
+
+
+@pytest.fixture
+def run(run_all):
     """Train with some keys changed; each call is a run of its own unless it names one."""
     names = itertools.count()
 
-    def trained(*changes: str, run_id: str = "", num_workers: int = 2, rows: list[dict[str, str]] = ROWS) -> Trained:
-        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"ray.num_workers={num_workers}"]
-        toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
-        name = run_id or f"run{next(names)}"
-        return train(toml, rows, tmp_path / name, run_id=name, num_workers=num_workers)
+    def trained(*changes: str, run_id: str = "", **how: Any) -> Trained:
+        (found,) = run_all(*changes, names=(run_id or f"run{next(names)}",), **how)
+        return found
 
     return trained
 
@@ -129,11 +142,10 @@ RESUMED = [
     "method",
     [pytest.param(each, marks=pytest.mark.full if number else pytest.mark.slow) for number, each in enumerate(RESUMED)],
 )
-def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, lose, method):
+def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run_all, lose, method):
     changes = [*method.split(), "train.checkpoint_every_steps=2", "train.max_steps=6"]
-    whole = run(*changes)
     lose(5, *changes, run_id="interrupted")
-    resumed = run(*changes, run_id="interrupted")
+    whole, resumed = run_all(*changes, names=("whole", "interrupted"))
     assert resumed.resumed_from == 4
     assert resumed.losses == whole.losses[4:]
     assert resumed.weights.keys() == whole.weights.keys()
@@ -148,13 +160,12 @@ def test_a_lost_group_resumes_to_the_very_weights_of_an_uninterrupted_one(run, l
         pytest.param("step-000004/shared/state.json", marks=pytest.mark.slow),
     ],
 )
-def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run, lose, store, damaged):
+def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run_all, lose, store, damaged):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=6"]
-    whole = run(*changes)
     lose(5, *changes, run_id="interrupted")
     key = f"runs/interrupted/checkpoints/{damaged}"
     store.put(key, store.get(key)[:-1])
-    resumed = run(*changes, run_id="interrupted")
+    whole, resumed = run_all(*changes, names=("whole", "interrupted"))
     assert resumed.resumed_from == 2
     assert resumed.losses == whole.losses[2:]
     assert all((resumed.weights[name] == whole.weights[name]).all() for name in whole.weights)
@@ -198,8 +209,8 @@ def test_a_run_goes_on_with_other_workers_and_stages_and_takes_the_steps_of_a_pl
 
 def train_while_the_store_is_away(
     config_toml: str, rows: list[dict[str, str]], until_step: int, patience_s: int
-) -> Trained:
-    """In each rank: rank 1 cannot reach the store up to a step."""
+) -> dict[str, Trained]:
+    """In each rank: rank 1 cannot reach the store up to a step; and then the same with the store there."""
     import torch.distributed as dist
 
     publish = checkpoint.folders.publish
@@ -211,13 +222,12 @@ def train_while_the_store_is_away(
 
     patience = mock.patch.object(checkpoint, "STORE_PATIENCE_S", patience_s)
     with patience, mock.patch.object(checkpoint.folders, "publish", refused):
-        return train_in_rank({"away": config_toml}, rows)["away"]
+        away = train_in_rank({"away": config_toml}, rows)
+    return away | train_in_rank({"whole": config_toml}, rows)
 
 
 @pytest.mark.parametrize("is_patient", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(
-    run, config, store, tmp_path, is_patient
-):
+def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(config, store, tmp_path, is_patient):
     changes, patience_s = ["train.checkpoint_every_steps=2", "train.max_steps=8"], 1800 * is_patient
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
     toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*changes, *place]))
@@ -228,7 +238,7 @@ def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(
         with pytest.raises(RuntimeError, match="the store cannot be reached"):
             away()
         return
-    (found, _), whole = away(), run(*changes)
+    found, whole = away()[0].values()
     assert found.losses == whole.losses
     assert all((found.weights[name] == whole.weights[name]).all() for name in whole.weights)
     assert {each.key.split("/")[3] for each in store.list("runs/away/checkpoints/")} == {"best-000004", "step-000006"}

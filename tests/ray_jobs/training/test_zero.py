@@ -3,8 +3,10 @@
 import gc
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.training import zero
 from ray_jobs.training.opening import assemble
 from tests.models.tiny import build_base
-from tests.models.train_group import in_group
+from tests.models.train_group import in_group, in_turn
 from tests.ray_jobs.conftest import CONFIG
 
 
@@ -142,18 +144,22 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
         seen.append((str(weight.device), str(quant_state.absmax.device)))
         return dequantise(weight, quant_state, *others, **more)
 
-    bitsandbytes.functional.dequantize_4bit = seeing
-    with PretendedGpu(), zero.sharding(loaded):
+    with (
+        mock.patch.object(bitsandbytes.functional, "dequantize_4bit", seeing),
+        PretendedGpu(),
+        zero.sharding(loaded),
+    ):
         opening.assemble(loaded, base, use_gpu=False)
     return seen
 
 
-@pytest.mark.parametrize("method", ["qdora", "dvora"])
-def test_under_zero_3_a_weight_and_its_statistics_move_to_the_gpu_together(config, tmp_path, method):
-    toml = changed(config, f"method.name={method}", "method.base=nf4", "train.zero_stage=3", "ray.num_workers=1")
-    (seen,) = in_group(devices_of_dequantisations, toml, directory=tmp_path, num_workers=1)
-    assert len(seen) >= 14  # each layer's norm is read while the adapter is attached
-    assert set(seen) == {("cuda:0", "cuda:0")}
+def test_under_zero_3_a_weight_and_its_statistics_move_to_the_gpu_together(config, tmp_path):
+    sharded = ["method.base=nf4", "train.zero_stage=3", "ray.num_workers=1"]
+    calls = [(changed(config, f"method.name={method}", *sharded),) for method in ("qdora", "dvora")]
+    (found,) = in_group(in_turn, devices_of_dequantisations, calls, directory=tmp_path, num_workers=1)
+    for seen in found:
+        assert len(seen) >= 14  # each layer's norm is read while the adapter is attached
+        assert set(seen) == {("cuda:0", "cuda:0")}
 
 
 def engine_facts(config_toml: str) -> dict[str, Any]:
@@ -175,17 +181,17 @@ def engine_facts(config_toml: str) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-@pytest.mark.parametrize("is_offloaded", [False, True])
-def test_offloading_keeps_optimizer_state_and_at_stage_3_weights_in_host_memory(
-    config, tmp_path, zero_stage, is_offloaded
-):
-    toml = changed(config, f"train.zero_stage={zero_stage}", f"train.cpu_offload={str(is_offloaded).lower()}")
-    for facts in in_group(engine_facts, toml, directory=tmp_path, num_workers=2):
-        assert facts["optimizer"] == "torch.optim.adamw"
-        assert facts["optimizer state"] is is_offloaded
-        assert facts["parameters"] is (is_offloaded and zero_stage == 3)
-        assert all(len(shape) == 1 for shape in facts["kept whole"])
+def test_offloading_keeps_optimizer_state_and_at_stage_3_weights_in_host_memory(config, tmp_path):
+    ways = [*product((1, 2, 3), (False, True))]
+    calls = [
+        (changed(config, f"train.zero_stage={stage}", f"train.cpu_offload={str(off).lower()}"),) for stage, off in ways
+    ]
+    for found in in_group(in_turn, engine_facts, calls, directory=tmp_path, num_workers=2):
+        for (zero_stage, is_offloaded), facts in zip(ways, found, strict=True):
+            assert facts["optimizer"] == "torch.optim.adamw"
+            assert facts["optimizer state"] is is_offloaded
+            assert facts["parameters"] is (is_offloaded and zero_stage == 3)
+            assert all(len(shape) == 1 for shape in facts["kept whole"])
 
 
 def globals_after_sharding(config_toml: str) -> list[Any]:
@@ -255,12 +261,13 @@ def steps_around_a_spoiled_one(config_toml: str, value: float) -> list[bool]:
     return moved
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_by_every_rank(config, tmp_path, zero_stage, value):
-    toml = changed(config, f"train.zero_stage={zero_stage}")
-    for found in in_group(steps_around_a_spoiled_one, toml, value, directory=tmp_path, num_workers=2):
-        assert found == [True, False, True]
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_by_every_rank(config, tmp_path):
+    calls = [
+        (changed(config, f"train.zero_stage={stage}"), value)
+        for stage, value in product((1, 2, 3), (float("nan"), float("inf")))
+    ]
+    for found in in_group(in_turn, steps_around_a_spoiled_one, calls, directory=tmp_path, num_workers=2):
+        assert found == [[True, False, True]] * len(calls)
 
 
 BATCH, LENGTH = 4, 48
