@@ -3,11 +3,13 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -103,15 +105,14 @@ def test_a_version_is_exported_and_says_what_the_release_measured(run_id, frozen
     version = frozen.version(run_id)
     export(frozen.config(run_id), f"{ADAPTER}@{version}", ExportRequest("merged", tmp_path / "out", dtype="float32"))
     rows = pq.read_table(frozen.path(f"runs/{run_id}/evaluation_records.parquet")).to_pylist()
-    found = [nll_of(tmp_path / "out", row) for row in rows]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = [nll_of(model, tokenizer, row) for row in rows]
     assert sum(found) / len(rows) == pytest.approx(sum(row["candidate_nll"] for row in rows) / len(rows), rel=0.02)
 
 
-def nll_of(folder: Path, row: dict) -> float:
+def nll_of(model: Any, tokenizer: Any, row: dict) -> float:
     """Nats of one evaluated answer, by transformers alone."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     turns = [{"role": role, "content": content} for role, content in json.loads(row["prompt"])]
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens, answer = (
