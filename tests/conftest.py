@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Without a cluster its tests are skipped, and without Kubeflow those that need it. One that starts servers, or
     ranks that meet on ports, is tried once more, as any process may take a port between the choice and the bind; the
     closing lines name it. Of processes that share the files, none takes a long one at the end: first come those that
-    start Ray, then files of a test or two, which have no more because they are long.
+    start Ray, then those with servers or ranks, and files of a test or two, which have no more because they are long.
     """
     for item in items:
         meets_on_ports = "tests.models.train_group" in {
@@ -94,7 +94,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="on a live cluster alone: -m cluster"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         tests = Counter(item.path for item in items)
-        items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, tests[item.path] > 2, -tests[item.path]))
+        long = {path for path, count in tests.items() if count <= 2}
+        long |= {item.path for item in items if item.get_closest_marker("flaky")}
+        items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, item.path not in long, -tests[item.path]))
 
 
 @pytest.fixture(scope="module", autouse=True)
