@@ -119,23 +119,16 @@ def validate(
 
 def _in_new_words(table: dict[str, Any], origin: str) -> None:
     """Turn keys that are accepted for one release into what took their place."""
-    tune = table.get("tune")
-    space = tune.get("space") if isinstance(tune, dict) else None
-    if isinstance(tune, dict) and isinstance(space, dict) and space.get("learning_rates"):
-        tune["learning_rates"] = space["learning_rates"]
-    evaluate, gate = table.get("evaluate"), table.get("gate", {})
-    if not (isinstance(evaluate, dict) and isinstance(gate, dict)):
-        return
-    if (suites := evaluate.get("suites")) and isinstance(suites, list):
-        tasks = [f"fineloop_{name}" for name in evaluate.pop("suites")]
-        margin = gate.pop("suite_worse_by", None)
-        evaluate["lm_eval"] = [*evaluate.get("lm_eval", []), *tasks]
-        if margin is not None:
-            table["gate"] = {
-                **gate,
-                "lm_eval_worse_by": {**dict.fromkeys(tasks, margin), **gate.get("lm_eval_worse_by", {})},
-            }
-        logger.warning("%s: evaluate.suites is gone, and read as evaluate.lm_eval %s", origin, tasks)
+    match table:
+        case {"tune": {"space": {"learning_rates": [*rates]}}} if rates:
+            table["tune"]["learning_rates"] = rates
+    match table:
+        case {"evaluate": {"suites": [*suites]} as evaluate} if suites and isinstance(table.get("gate", {}), dict):
+            tasks, gate = [f"fineloop_{name}" for name in evaluate.pop("suites")], table.get("gate", {})
+            evaluate["lm_eval"] = [*evaluate.get("lm_eval", []), *tasks]
+            if (margin := gate.pop("suite_worse_by", None)) is not None:
+                gate["lm_eval_worse_by"] = {**dict.fromkeys(tasks, margin), **gate.get("lm_eval_worse_by", {})}
+            logger.warning("%s: evaluate.suites is gone, and read as evaluate.lm_eval %s", origin, tasks)
 
 
 def _without_removed(table: dict[str, Any], origin: str) -> None:

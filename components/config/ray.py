@@ -2,18 +2,11 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from components.config.section import Added, Section
 from components.shared.errors import ConfigError
@@ -137,7 +130,6 @@ OF_0_1_0: Mapping[str, Any] = {
     "env": {},
 }
 """Keys of a cluster that release 0.1.0 had and templates have replaced, with their defaults, which digests keep."""
-OLD_KEYS = (*OF_0_1_0, "pod_priority_class", "topology", "topology_required", "labels")
 
 
 def merged(base: Any, patch: Any, key: str = "") -> Any:
@@ -151,10 +143,6 @@ def merged(base: Any, patch: Any, key: str = "") -> Any:
     if key in _BY_NAME:
         return [*({each["name"]: each for each in [*base, *patch]}).values()]
     return [*base, *patch]
-
-
-def _filled(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if value}
 
 
 # What a template may set, in Kubernetes' words. All else of a pod is Fineloop's: the API server refuses a pod that is
@@ -229,39 +217,31 @@ class PodTemplateSpec(Section):
     spec: PodSpec = PodSpec()
 
 
-def _templates(old: Mapping[str, Any]) -> dict[str, Any]:
-    """What the old keys of a cluster say, in the words of its templates."""
-    env = [{"name": name, "value": value} for name, value in (old.get("env") or {}).items()]
-    other = old.get("worker.resources")
-    annotations = {TOPOLOGY[bool(old.get("topology_required"))]: old["topology"]} if old.get("topology") else {}
-    every_pod = {
-        "imagePullSecrets": [{"name": name} for name in old.get("image_pull_secrets") or ()],
-        "priorityClassName": old.get("pod_priority_class"),
-        "containers": [{"env": env}] if env else [],
-    }
-    tolerations = [{"operator": "Exists", **each} for each in old.get("tolerations") or ()]
-    every_worker = {
-        "nodeSelector": old.get("node_selector"),
-        "tolerations": [*(SPOT if old.get("spot") else ()), *tolerations],
-        "containers": [{"resources": {"requests": other, "limits": other}}] if other else [],
-    }
-    return {
-        "pod_template": _filled({"metadata": _filled({"labels": old.get("labels")}), "spec": _filled(every_pod)}),
-        "worker_template": _filled({"metadata": _filled({"annotations": annotations}), "spec": _filled(every_worker)}),
-    }
+POD, WORKER = "pod_template", "worker_template"
+OLD_KEYS: Mapping[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "labels": (POD, lambda labels: {"metadata": {"labels": labels}}),
+    "pod_priority_class": (POD, lambda name: {"spec": {"priorityClassName": name}}),
+    "image_pull_secrets": (POD, lambda names: {"spec": {"imagePullSecrets": [{"name": name} for name in names]}}),
+    "env": (POD, lambda env: {"spec": {"containers": [{"env": [{"name": k, "value": v} for k, v in env.items()]}]}}),
+    "topology": (WORKER, lambda annotations: {"metadata": {"annotations": annotations}}),
+    "node_selector": (WORKER, lambda labels: {"spec": {"nodeSelector": labels}}),
+    "tolerations": (WORKER, lambda those: {"spec": {"tolerations": [{"operator": "Exists", **one} for one in those]}}),
+    "spot": (WORKER, lambda _: {"spec": {"tolerations": [*SPOT]}}),
+    "worker.resources": (WORKER, lambda of: {"spec": {"containers": [{"resources": {"requests": of, "limits": of}}]}}),
+}
+"""The keys of a cluster that templates have replaced, read for one release: which template, and what it says there."""
 
 
 def _mergeable(template: dict[str, Any]) -> dict[str, Any]:
     try:
         PodTemplateSpec.model_validate(template)
     except ValidationError as exc:
-        raise ValueError("; ".join(_problem(each) for each in exc.errors())) from exc
+        problems = []
+        for error in exc.errors():
+            message = "is not merged into Ray's pods" if error["type"] == "extra_forbidden" else error["msg"]
+            problems.append(f"{'.'.join(map(str, error['loc']))}: {message}")
+        raise ValueError("; ".join(problems)) from exc
     return template
-
-
-def _problem(error: Any) -> str:
-    message = "is not merged into Ray's pods" if error["type"] == "extra_forbidden" else error["msg"]
-    return f"{'.'.join(map(str, error['loc']))}: {message}"
 
 
 PodTemplate = Annotated[dict[str, Any], AfterValidator(_mergeable), Added("0.2.0")]
@@ -354,23 +334,20 @@ class RayJobCluster(Section):
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        old = {key: values.pop(key) for key in OLD_KEYS if key in values}
+        old = {key: value for key in OLD_KEYS if (value := values.pop(key, None))}
+        is_required = bool(values.pop("topology_required", False))
+        if "topology" in old:
+            old["topology"] = {TOPOLOGY[is_required]: old["topology"]}
         if isinstance(worker := values.get("worker"), dict) and "resources" in worker:
-            old["worker.resources"] = worker["resources"]
             values["worker"] = {key: value for key, value in worker.items() if key != "resources"}
-        if used := [key for key, value in old.items() if value]:
-            logger.warning(
-                "ray.cluster.%s: read for this release only: use ray.cluster.pod_template or worker_template",
-                ", ray.cluster.".join(used),
-            )
+            old |= {"worker.resources": worker["resources"]} if worker["resources"] else {}
+        for key, value in old.items():
+            template, in_its_words = OLD_KEYS[key]
+            logger.warning("ray.cluster.%s: read for this release only: use ray.cluster.%s", key, template)
             try:
-                templates = _templates(old)
+                values[template] = merged(in_its_words(value), values.get(template, {}))
             except (AttributeError, TypeError) as exc:
-                raise ValueError(
-                    f"{', '.join(used)} cannot be read ({exc}): use pod_template or worker_template"
-                ) from exc
-            for name, template in templates.items():
-                values[name] = merged(template, values.get(name, {}))
+                raise ValueError(f"{key} cannot be read ({exc}): use {template}") from exc
         return values
 
     @field_validator("image")

@@ -71,9 +71,7 @@ REMOVED = {
     "ray.cluster.pre_running_timeout_s": Removed(1_800, "pods have half an hour to become ready"),
     "ray.cluster.head.cpu": Removed(2, "the head has as many cores as a worker, 2 at most"),
     "ray.cluster.data": Removed(
-        {"pods": 2, "cpu": 4, "memory_gib": 16},
-        "as many pods prepare data as train, 2 to 8",
-        in_digest=False,
+        {"pods": 2, "cpu": 4, "memory_gib": 16}, "as many pods prepare data as train, 2 to 8", in_digest=False
     ),
     "train.packing": Removed(True, "records are packed wherever that gives the same losses", in_digest=False),
     "train.dense_base": Removed(None, "the plan decides by the memory that there is", in_digest=False),
