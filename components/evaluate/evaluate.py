@@ -12,7 +12,7 @@ from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.steps import ROLES, Evaluation
 from components.registry import signing
-from components.shared.errors import JobError, ObjectMissing
+from components.shared.errors import JobError
 from components.shared.protocol import TRAINED
 from components.step.step import StepRun
 
@@ -27,16 +27,13 @@ def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evalua
     if apart:
         # The job reads the config from the run's folder, where a training may write.
         about = ("--dataset", dataset_uri, "--version", version_uri, "--config-digest", step_run.config.digest)
-        submission_id = submit_step(step_run, "evaluate", *about, ray=step_run.config.ray.for_evaluation())
+        job_id = submit_step(step_run, "evaluate", *about, ray=step_run.config.ray.for_evaluation())
     else:
-        submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, after=TRAINED)
-    try:
-        evaluation = runs.read(step_run.store, step_run.run_id, Evaluation)
-    except ObjectMissing as exc:
-        raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+        job_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, after=TRAINED)
+    evaluation = runs.left_by(job_id, step_run.store, step_run.run_id, Evaluation)
     compared, wanted = evaluation.model("candidate"), version_uri.rstrip("/").rpartition("/")[2]
     if compared is None or compared.version != wanted:
-        raise JobError(f"Ray job {submission_id} did not compare {wanted}, which this run has published")
+        raise JobError(f"Ray job {job_id} did not compare {wanted}, which this run has published")
     if apart and key:
         signing.sign_evaluation(step_run.store, step_run.config.adapter.name, step_run.run_id, key)
     elif apart:

@@ -9,7 +9,7 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.records.sweep import TunedRate
 from components.registry.between_runs import require_none_erased
-from components.shared.errors import ConfigError, JobError, ObjectMissing
+from components.shared.errors import ConfigError
 from components.shared.protocol import TRAINED
 from components.step.step import StepRun
 
@@ -33,10 +33,7 @@ def finetune(step_run: StepRun, *, dataset_uri: str) -> str:
     require_disk(step_run.config)
     only = ["--train-only"] if step_run.store.trusted_keys else []
     upto = "" if only else TRAINED
-    submission_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, *only, upto=upto)
-    try:
-        result = runs.read(step_run.store, step_run.run_id, TrainResult)
-    except ObjectMissing as exc:
-        raise JobError(f"Ray job {submission_id} trained without leaving its result: {exc}") from exc
+    job_id = submit_step(step_run, "candidate", "--dataset", dataset_uri, *only, upto=upto)
+    result = runs.left_by(job_id, step_run.store, step_run.run_id, TrainResult)
     step_run.result.update(result.model_dump(mode="json", exclude={"format"}))
     return result.version_uri

@@ -24,7 +24,7 @@ from components.registry.identity import version_key
 from components.registry.looks import BASE, Compared
 from components.shared import binomial
 from components.shared.anytime import anytime_bounds, records_to_tell
-from components.shared.errors import AliasConflict, DataError, JobError, ObjectMissing
+from components.shared.errors import AliasConflict, DataError
 from components.shared.metrics import RELATIVE, Metric, metric_of
 from components.shared.paired import Bounds, Pairs
 from components.shared.protocol import counted
@@ -170,11 +170,8 @@ def _measured(step_run: StepRun, compared: Compared, dataset_uri: str) -> tuple[
     signing.require_evaluation_keys(store)
     about = ("--dataset", dataset_uri, "--against", compared.against, "--config-digest", config.digest)
     uri = store.uri(version_key(config.adapter.name, compared.version))
-    job = submit_step(step_run, "evaluate", "--version", uri, *about, ray=config.ray.for_evaluation())
-    try:
-        evaluation = runs.read(store, run_id, Evaluation)
-    except ObjectMissing as exc:
-        raise JobError(f"Ray job {job} succeeded without its result: {exc}") from exc
+    job_id = submit_step(step_run, "evaluate", "--version", uri, *about, ray=config.ray.for_evaluation())
+    evaluation = runs.left_by(job_id, store, run_id, Evaluation)
     if store.trusted_keys and (key := signing.signer_from(os.environ, signing.OF_EVALUATIONS)):
         signing.sign_evaluation(store, config.adapter.name, run_id, key)
     sha256 = hashlib.sha256(store.get(runs.key_of(store, run_id, runs.EVALUATION))).hexdigest()

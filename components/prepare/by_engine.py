@@ -7,7 +7,6 @@ from components.ray_cluster.submit import submit_step
 from components.records import runs
 from components.records.steps import Prepared
 from components.registry.signing import require_evaluation_keys
-from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
 
 
@@ -25,11 +24,8 @@ def prepared(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset 
     if config.data.engine == "local":
         return prepare_if_new(step_run, is_decided=is_decided)
     decided = ["--decided"] if is_decided else []
-    submission_id = submit_step(step_run, "prepare", *decided, ray=config.ray.for_data())
-    try:
-        result = runs.read(step_run.store, step_run.run_id, Prepared).result
-    except ObjectMissing as exc:
-        raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+    job_id = submit_step(step_run, "prepare", *decided, ray=config.ray.for_data())
+    result = runs.left_by(job_id, step_run.store, step_run.run_id, Prepared).result
     step_run.result.update(result)
     if "skipped" in result:
         return None

@@ -26,9 +26,9 @@ import json
 import tomllib
 from typing import Any, ClassVar, TypeVar
 
-from components.records.steps import Decision, Evaluation, Record, StepRecord, TrainResult
+from components.records.steps import Decision, Evaluation, Record, StepRecord
 from components.records.sweep import SweepResult, Trial
-from components.shared.errors import IntegrityError, ObjectMissing
+from components.shared.errors import IntegrityError, JobError, ObjectMissing
 from components.store.store import JSON, Store
 
 CONFIG = "config.toml"
@@ -36,7 +36,6 @@ CONSUMED = "consumed/"
 START = "start.json"
 METRICS = "metrics.jsonl"
 RESTARTS = "restarts.json"
-FINETUNE = TrainResult.FILE
 EVALUATION = Evaluation.FILE
 EVALUATION_RECORDS = "evaluation_records.parquet"
 DECISION = Decision.FILE
@@ -99,6 +98,15 @@ def find(store: Store, run_id: str, kind: type[R], *, to_show: bool = False) -> 
     IntegrityError if the record is malformed."""
     stored = lying(store, run_id, kind.FILE, to_show=to_show)
     return kind.from_json(stored[0], store.uri(stored[1])) if stored else None
+
+
+def left_by(job_id: str, store: Store, run_id: str, kind: type[R]) -> R:
+    """Read the record that a Ray job was to leave. Raises JobError if there is none; IntegrityError as `find`."""
+    record = find(store, run_id, kind)
+    if record is None:
+        uri = store.uri(key_of(store, run_id, kind.FILE))
+        raise JobError(f"Ray job {job_id} succeeded without its result: {uri} does not exist")
+    return record
 
 
 def lying(store: Store, run_id: str, file: str, *, to_show: bool = True) -> tuple[bytes, str] | None:

@@ -169,16 +169,6 @@ def environment(directory: Path, *, image: str = "", revision: str = "") -> Envi
     )
 
 
-def cpu_model() -> str:
-    """Return the CPU's model as Linux names it, otherwise its architecture."""
-    try:
-        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        described = ""
-    named = re.search(r"^model name\s*:\s*(.+)$", described, re.MULTILINE)
-    return named[1].strip() if named else platform.machine()
-
-
 def code_of(directory: Path) -> Code | None:
     """Return commit and state of the git checkout that holds `directory`; None without a checkout, commit or git."""
 

@@ -6,7 +6,6 @@ from components.records import runs
 from components.records.sweep import SweepResult, TunedRate
 from components.registry import between_runs
 from components.registry.between_runs import FoundRate, require_none_erased
-from components.shared.errors import JobError, ObjectMissing
 from components.step.step import StepRun
 from components.store import folders
 
@@ -49,11 +48,7 @@ def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate
     """Sweep, and return and remember the rate for the config's own method; None if only other methods were tried."""
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
     require_disk(config)
-    submission_id = submit_step(step_run, "sweep", "--dataset", dataset_uri)
-    try:
-        result = runs.read(store, run_id, SweepResult)
-    except ObjectMissing as exc:
-        raise JobError(f"Ray job {submission_id} succeeded without its result: {exc}") from exc
+    result = runs.left_by(submit_step(step_run, "sweep", "--dataset", dataset_uri), store, run_id, SweepResult)
     trained = (config.method.name, config.method.r, config.train.batch_size)
     for tuned in result.tuned:
         if (tuned.method, tuned.rank, tuned.batch_size) == trained:

@@ -19,6 +19,7 @@ from components.records import runs
 from components.records.steps import Usage
 from components.registry import between_runs, lineage
 from components.registry.versions import Version, publish_version
+from components.shared.machine import this_cpu
 from components.store import client
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
@@ -86,7 +87,7 @@ def publish(
             revision=os.environ.get("FINELOOP_REVISION", ""),
         ),
         hardware=lineage.Hardware(
-            lineage.cpu_model(),
+            this_cpu().name,
             cpus_per_worker=spec.ray.cpus_per_worker,
             workers=worker.num_workers,
             gpu=torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else "",

@@ -372,7 +372,7 @@ def test_a_proposal_stays_while_it_can_be_approved(store: Store, published: list
     [
         *[(runs.CONFIG, body) for body in (b"[model", b"\xff", b"[" * 100_000, b"train = 5", b"[method]\nname = []")],
         *[(runs.START, body) for body in (b"[]", b"{}", b"[" * 100_000)],
-        *[(file, b"{") for file in (runs.DECISION, runs.FINETUNE, runs.EVALUATION, f"{runs.STEPS}gate.json")],
+        *[(file, b"{") for file in (runs.DECISION, TrainResult.FILE, runs.EVALUATION, f"{runs.STEPS}gate.json")],
     ],
 )
 def test_nothing_goes_where_nobody_knows_what_a_run_needs(store: Store, file: str, body: bytes) -> None:

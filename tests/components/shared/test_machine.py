@@ -1,6 +1,8 @@
 """This machine and process. Processors are those of what Linux says of real ones, cut to the flags that differ."""
 
 import os
+import platform
+import re
 import subprocess
 
 import pytest
@@ -32,6 +34,16 @@ def test_this_machine_has_one_too() -> None:
     assert this_cpu().cores >= 1
     assert Cpu("Xeon", "AVX2", 1).summary == "1 core of Xeon, AVX2"
     assert Cpu("Xeon", "AVX2", 2).summary == "2 cores of Xeon, AVX2"
+
+
+def test_the_processor_is_named_as_lscpu_names_it() -> None:
+    output = subprocess.run(
+        ["lscpu"], check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    ).stdout
+    named = re.search(r"^Model name:\s*(.+)$", output, re.MULTILINE)
+    assert named is not None
+    # lscpu knows ARM's processors by their numbers, which is all that Linux tells of them.
+    assert this_cpu().name == (named[1] if platform.machine() == "x86_64" else platform.machine())
 
 
 def test_the_environment_names_who_works_here_and_else_the_machine_does() -> None:
