@@ -74,19 +74,8 @@ class RegistryConfig(Section):
         return self
 
 
-# sha256 of a resolved config as canonical JSON, in hex; `values` are its sections.
-
-
-def of_all(values: Mapping[str, Any]) -> str:
-    """The digest of all keys and values."""
+def _sha256(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def of_training(values: Mapping[str, Any]) -> str:
-    """The digest without the keys that only say how the work of a step is shared out."""
-    ray = {key: value for key, value in values["ray"].items() if key in OF_EVERY_STEP}
-    train = {key: value for key, value in values["train"].items() if key not in SHARING}
-    return of_all({**values, "ray": ray, "train": train})
 
 
 # Notifications of a moved alias, beside the registry's own event log, and of runs that move none.
@@ -414,12 +403,15 @@ class RunConfig(Section):
         changed: in release 0.1.0 an absent alpha was twice the rank with every scaling. What the gate asks for by
         default, which release's image is the default, and a note have no part in a training.
         """
-        return of_all(self._identity())
+        return _sha256(self._identity())
 
     @property
     def training_digest(self) -> str:
         """`digest` without how a step's work is shared out: other workers take the same steps, up to rounding."""
-        return of_training(self._identity())
+        values = self._identity()
+        ray = {key: value for key, value in values["ray"].items() if key in OF_EVERY_STEP}
+        train = {key: value for key, value in values["train"].items() if key not in SHARING}
+        return _sha256({**values, "ray": ray, "train": train})
 
     def _identity(self) -> dict[str, Any]:
         values = identity(self)

@@ -197,7 +197,6 @@ def sentence_of(judged: Judged, compared: Compared, drop: float, gate: GateConfi
 
 
 def _end(step_run: StepRun, sentence: str) -> None:
-    """Record the run as skipped, with this as its last reason."""
     adapter, store, run_id = step_run.config.adapter, step_run.store, step_run.run_id
     ended = runs.find(store, run_id, Decision, to_show=True)
     skipped = Decision(

@@ -65,7 +65,6 @@ class Evidence:
 
     @property
     def num_independent(self) -> int:
-        """The number of groups, or of records where there are no groups."""
         return len(self.tokens) if self.groups is None else int(self.groups.max()) + 1
 
     def pairs(self, metric: Metric, against: Role, *, relative: bool = False) -> Pairs | None:
@@ -138,11 +137,11 @@ def parse_evidence(body: bytes, uri: str) -> Evidence:
 
     try:
         table = table_of(body)
-        tokens = _numbers(table.column(TOKENS))
+        tokens = table.column(TOKENS).to_numpy().astype(float)
     except (pa.ArrowException, KeyError) as exc:
         raise IntegrityError(f"{uri} holds no evaluated records: {exc}") from exc
     columns = {
-        name: _numbers(table.column(name))
+        name: table.column(name).to_numpy().astype(float)
         for name, kind in zip(table.schema.names, table.schema.types, strict=True)
         if pa.types.is_floating(kind)
     }
@@ -170,10 +169,6 @@ def _slices(table: Any) -> Iterator[tuple[str, Names]]:
         short, long = np.quantile(lengths, [1 / 3, 2 / 3], method="nearest")
         thirds = [f"up to {short} characters", f"{short + 1} to {long} characters"]
         yield "length", np.select([lengths <= short, lengths <= long], thirds, f"more than {long} characters")
-
-
-def _numbers(column: Any) -> Array:
-    return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
 
 
 # The winner's curse: a champion was chosen on the very records that later candidates are compared on, so on these it
@@ -257,11 +252,11 @@ class Compared:
 
     @property
     def ours(self) -> float | None:
-        return number(self.evaluation.model("candidate"), self.metric)
+        return self.evaluation.metric("candidate", self.metric.key)
 
     @property
     def theirs(self) -> float | None:
-        return number(self.evaluation.model(self.against), self.metric)
+        return self.evaluation.metric(self.against, self.metric.key)
 
     @cached_property
     def pairs(self) -> Pairs | None:
@@ -407,7 +402,7 @@ def within(
     """Bound one of the candidate's own metrics. That answers depend on their prompts has to be sure, where the losses
     of single records given other prompts were measured."""
     metric = metric_of(limit.metric)
-    ours = number(candidate, metric)
+    ours = finite(candidate.metrics.get(metric.key))
     pairs = evidence.prompts(metric) if metric.of_prompts and limit.max is None else None
     between = bounds(pairs, confidence) if pairs else None
     for side, bound, words in (("min", limit.min, "at least"), ("max", limit.max, "at most")):
@@ -469,11 +464,6 @@ def unmeasured_number(metric: Metric, measured: Measured | None, name: str) -> s
     value = measured.metrics.get(metric.key) if measured else None
     seen = "was not measured" if value is None else f"is {value}, not a finite number"
     return f"The {name}'s {metric.label} {seen}, so this rule cannot be checked and counts as failed."
-
-
-def number(measured: Measured | None, metric: Metric) -> float | None:
-    """The metric's value for a model; None where it was not measured or is not finite."""
-    return finite(measured.metrics.get(metric.key)) if measured else None
 
 
 def not_worse(compared: Compared, tolerance: float, *, luck: float = 0.0, **words: Any) -> RuleResult:

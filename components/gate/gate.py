@@ -110,7 +110,6 @@ class Replayed:
 
     @property
     def is_same(self) -> bool:
-        """Whether both reach the same verdict on the same basis."""
         return (self.found.verdict, self.found.basis_sha256) == (self.recorded.verdict, self.recorded.basis_sha256)
 
 

@@ -24,7 +24,6 @@ from components.gate.comparisons import (
     Evidence,
     few_get_much_worse,
     not_worse_than_champion,
-    number,
     unmeasured,
     within,
 )
@@ -55,7 +54,7 @@ LEGACY_POLICY: Mapping[str, Any] = {"much_worse_share": 1.0}
 def in_force(policy: GateConfig, evaluation: Evaluation) -> GateConfig:
     """The policy with the limit on forgetting that holds where none is set; a decision records it, so that decisions
     from before there was one stay what they are."""
-    loss = number(evaluation.model("base"), metric_of("general_loss"))
+    loss = evaluation.metric("base", "general_loss")
     if policy.worse_on_general_text_by is not None or loss is None or loss > READS_GENERAL_TEXT:
         return policy
     return policy.model_copy(update={"worse_on_general_text_by": MAY_FORGET})
@@ -135,7 +134,6 @@ def _compared(
     best_confidence: float,
     lead: Lead | None,
 ) -> list[RuleResult]:
-    """The rules that compare the candidate with other models."""
     candidate, champion = _required(evaluation, "candidate"), evaluation.model("champion")
 
     def against(role: Role, metric: str, confidence: float = policy.confidence) -> Compared:
@@ -381,7 +379,6 @@ def no_slice_is_worse(policy: GateConfig, compared: Compared) -> RuleResult | No
 
 
 def _slices(policy: GateConfig, compared: Compared) -> Iterator[tuple[str, str, Pairs]]:
-    """The kind and name of each slice, with its records."""
     pairs = compared.pairs
     if pairs is None:
         return

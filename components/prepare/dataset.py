@@ -31,8 +31,6 @@ from components.store.store import ObjectFile, ObjectInfo, Store
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from components.store.store import Store
-
 
 Role = Literal["system", "user", "assistant", "tool"]
 Origin = Literal["", "own", "edited", "labelled"]
@@ -136,12 +134,12 @@ class Hashes(NamedTuple):
     """Of the prompt's turns."""
 
 
-def load_split(store: "Store", uri: str, split: SplitName) -> list[Record]:
+def load_split(store: Store, uri: str, split: SplitName) -> list[Record]:
     """All of one split, as `read_split` reads it."""
     return [record for batch in read_split(store, uri, split) for record in batch]
 
 
-def read_split(store: "Store", uri: str, split: SplitName) -> Iterator[list[Record]]:
+def read_split(store: Store, uri: str, split: SplitName) -> Iterator[list[Record]]:
     """Read one split of the dataset at `uri`, verified against its manifest, some records at a time, in the order of
     their key hash.
 
@@ -445,7 +443,7 @@ class DatasetFolder:
 
 
 def publish_dataset(
-    store: "Store", parts: Parts, *, rejects: Path, rejected: int, profile: Mapping[str, Any]
+    store: Store, parts: Parts, *, rejects: Path, rejected: int, profile: Mapping[str, Any]
 ) -> DatasetFolder:
     """Write the dataset's folder, or nothing when the store holds these records already. `rejected` is the number of
     rows that `rejects` lists.

@@ -98,7 +98,6 @@ class Batch:
 
     @cached_property
     def row_of(self) -> Rows:
-        """For each character, the index of its text."""
         return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
 
     def shingles(self) -> tuple[Hashes, Marks]:
@@ -417,7 +416,6 @@ class Signed:
 
     @property
     def equals(self) -> Hashes:
-        """One hash per text, of all of it."""
         return np.concatenate(self._equals)
 
     def in_band(self, band: int, kept: Marks) -> tuple[Minima, Places]:

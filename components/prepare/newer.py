@@ -54,11 +54,7 @@ def publish_newer(step_run: StepRun) -> str:
             "SELECT number, chosen.content FROM chosen JOIN records USING (number) WHERE origin <> 'own'"
             """ AND ("group" = '' OR "group" NOT IN (FROM trained)) ORDER BY chosen.place, chosen.key, chosen.content"""
         )
-        placed = [
-            (number, content)
-            for batch in work.batches(query)
-            for number, content in zip(batch["number"].to_pylist(), batch["content"].to_pylist(), strict=True)
-        ]
+        placed = work.rows(query)
         ids = np.array([int.from_bytes(content[: between_runs.ID_BYTES]) for _, content in placed], np.uint64)
         is_new = ~np.isin(ids, np.concatenate([each.to_numpy() for each in seen]))
         unseen = [one for one, came_since in zip(placed, is_new, strict=True) if came_since]

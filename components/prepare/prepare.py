@@ -21,14 +21,7 @@ from components.prepare.power import power
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
 from components.prepare.shapes import EXPECTED, TRACES, advice, recognised, unread_text
 from components.prepare.sources import Source, find_sources
-from components.prepare.split import (
-    Span,
-    TrainEvalSplit,
-    deduplicate,
-    judges,
-    require_enough,
-    split,
-)
+from components.prepare.split import Span, TrainEvalSplit, deduplicate, judges, require_enough, split
 from components.prepare.validate import Counts, Reader, Rules, read_here
 from components.prepare.workspace import Workspace, quoted
 from components.records import runs

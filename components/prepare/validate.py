@@ -490,7 +490,6 @@ class Rules(NamedTuple):
     erased: Erased = NONE_ERASED
 
     def columns_read(self, columns: Collection[str]) -> set[str]:
-        """Of a file's columns, those that the records are made of."""
         return columns_read(columns, self.data.columns, self.data.group, self.data.feedback_key)
 
 

@@ -429,13 +429,11 @@ def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:
 
 
 def _of_versions(objects: Iterable[ObjectInfo], folder: str) -> dict[str, list[ObjectInfo]]:
-    """Return the objects of each version's subfolder of `folder`."""
     grouped = _by_folder((info for info in objects if info.key.startswith(folder)), folder)
     return {version: infos for version, infos in grouped.items() if VERSION_PATTERN.fullmatch(version)}
 
 
 def _by_folder(objects: Iterable[ObjectInfo], folder: str) -> dict[str, list[ObjectInfo]]:
-    """The objects of each subfolder of `folder`."""
     grouped: dict[str, list[ObjectInfo]] = {}
     for info in objects:
         name, slash, _ = info.key.removeprefix(folder).partition("/")

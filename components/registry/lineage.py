@@ -141,7 +141,6 @@ class Lineage:
     """Fingerprints of the files and objects that were read, by name."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values."""
         record = asdict(self)
         asked = record.pop("asked")
         record["recipe"] = {"method": asked.pop("method"), **self.recipe}

@@ -50,7 +50,6 @@ class Version:
 
     @property
     def key(self) -> str:
-        """The key of its folder."""
         return version_key(self.name, self.version)
 
 
@@ -124,7 +123,6 @@ class Entry(Part):
     decision: Decision | None
 
     def version(self, store: Store, name: str, version: str, aliases: Iterable[Pointer]) -> Version:
-        """The version that it describes."""
         candidate = self.evaluation.model("candidate") if self.evaluation else None
         metrics = candidate.metrics if candidate else {}
         at = tuple(pointer.alias for pointer in aliases if pointer.version == version)

@@ -62,12 +62,10 @@ class AdapterFiles:
         """The adapter's mark before anything else of it was read; None while others change it."""
 
     def keep(self) -> None:
-        """Write the index of what was asked for, if some of it is new."""
         self._index.keep()
 
     @cached_property
     def aliases(self) -> "list[Pointer]":
-        """The adapter's aliases, by name; a damaged one is left out with a warning."""
         return list_aliases(self.store, self.name)
 
     @cached_property
@@ -77,11 +75,9 @@ class AdapterFiles:
 
     @cached_property
     def log(self) -> "list[Event]":
-        """The events, oldest first."""
         return event_log.events(self.store, self.name, index=self._index)
 
     def published(self, version: str) -> Published:
-        """Return one of the versions in the index."""
         entry = self.entries[version]
         return Published(entry.version(self.store, self.name, version, self.aliases), entry.evaluation, entry.decision)
 

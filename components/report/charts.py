@@ -29,13 +29,11 @@ class Axis:
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """Where the value lies in the picture."""
         scale = math.log if self.is_log else float
         share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
         return round(self.start + share * (self.end - self.start), 2)
 
     def labels(self, text: Callable[[float], str]) -> list[tuple[float, str]]:
-        """The place and the text of each tick."""
         return [(self.place(value), text(value)) for value in self.ticks]
 
 

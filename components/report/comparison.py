@@ -144,7 +144,6 @@ def rules(run: RunFiles) -> list[tuple[RuleResult, str, str]]:
 
 
 def _measured(run: RunFiles) -> set[str]:
-    """The keys of all metrics that were measured of any model."""
     return {key for role in ROLES if (model := run.model(role)) for key in model.metrics}
 
 

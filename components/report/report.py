@@ -198,14 +198,12 @@ class Beside:
 
     @property
     def text(self) -> str:
-        """How many records turned."""
         right = sum(each.is_right for each in self.turned)
         wrong = len(self.turned) - right
         return f"{count(right)} records turned right and {count(wrong)} wrong, of {count(self.records)}"
 
     @property
     def intervals(self) -> list[charts.Forest]:
-        """Each metric's gain between its bounds."""
         gains = {metric_of(key): (gain_text(key, each, self.confidence), each) for key, each in self.gains.items()}
         return [
             comparison.interval(charts.Gain(metric.title, "", each.gain, each.lower, each.upper, text), metric)

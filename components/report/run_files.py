@@ -90,25 +90,20 @@ class RunFiles:
     generated_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def step(self, name: str) -> StepRecord | None:
-        """Return the record of one step; None if it did not run."""
         return next((step for step in self.steps if step.step == name), None)
 
     def result(self, name: str) -> Mapping[str, Any]:
-        """Return the result of one step; empty if it did not run."""
         step = self.step(name)
         return step.result if step else {}
 
     def model(self, role: Role) -> Measured | None:
-        """Return the evaluation of one model; None if it was not evaluated."""
         return self.evaluation.model(role) if self.evaluation else None
 
     def metric(self, role: Role, key: str) -> float | None:
-        """Return one metric of one model; None if it was not measured or is not finite."""
         return self.evaluation.metric(role, key) if self.evaluation else None
 
     @property
     def rules(self) -> tuple[RuleResult, ...]:
-        """The gate's rules; empty without a decision."""
         return self.decision.rules if self.decision else ()
 
     @property

@@ -14,7 +14,6 @@ class FineloopError(Exception):
     exit_code = 1
 
     def as_json(self) -> dict[str, Any]:
-        """The error as the command line prints it with --json."""
         return {"error": {"kind": type(self).__name__, "message": str(self)}}
 
 
@@ -63,7 +62,6 @@ class AliasConflict(Conflict):
     """The current holder: alias, version, since and run_id. None if no version holds the alias."""
 
     def as_json(self) -> dict[str, Any]:
-        """The error as JSON, with the holder of the alias under `conflict`."""
         return {**super().as_json(), "conflict": dict(self.holder or {})}
 
 

@@ -32,7 +32,6 @@ class Cpu:
 
     @property
     def summary(self) -> str:
-        """The description in one line."""
         return f"{self.cores} core{'s' * (self.cores != 1)} of {self.name}, {self.kind}"
 
 

@@ -83,18 +83,15 @@ class Metric:
         return theirs - ours if self.lower_is_better else ours - theirs
 
     def better_by(self, value: float, gain: float) -> float:
-        """Return the value that is better than `value` by `gain`."""
         return value - gain if self.lower_is_better else value + gain
 
     def gain_text(self, gain: float) -> str:
-        """Format an improvement, or the opposite, in words."""
         amount = self.amount_text(gain)
         if float(amount.split()[0].replace(",", "")) == 0:
             return "no difference"
         return f"{amount} {'better' if gain > 0 else 'worse'}"
 
     def signed_text(self, gain: float, *beside: float) -> str:
-        """Format a difference with its sign."""
         return f"{'−' if gain < 0 else '+'}{self.amount_text(gain, *map(abs, beside))}"  # noqa: RUF001 - a true minus sign, for people
 
     def range_text(

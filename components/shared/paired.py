@@ -59,7 +59,6 @@ class Pairs:
         return float(weights.sum() ** 2 / (weights**2).sum())
 
     def where(self, kept: npt.NDArray[np.bool_]) -> "Pairs":
-        """Return the pairs of the records in `kept`."""
         groups = None if self.groups is None else np.unique(self.groups[kept], return_inverse=True)[1]
         return replace(self, ours=self.ours[kept], theirs=self.theirs[kept], weights=self.weights[kept], groups=groups)
 

@@ -52,7 +52,6 @@ class Line:
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that this line reports; None if it reports none."""
         word, _, body = self.text.partition(" ")
         if word != "failed" or not body.startswith("{"):
             return None

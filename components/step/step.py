@@ -47,7 +47,6 @@ class StepRun:
         return self.store.uri(runs.run_key(self.run_id))
 
     def say(self, text: str) -> None:
-        """Print a line about the step's progress, for people."""
         say(self.name, text)
 
 
