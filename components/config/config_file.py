@@ -60,11 +60,8 @@ Read = TypeVar("Read", bound=Section)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file and apply `section.key=value` overrides on top of it.
-
-    Raises:
-        ConfigError: the file is missing, is not TOML, or does not satisfy the schema.
-    """
+    """Read a TOML file and apply `section.key=value` overrides on top of it. Raises ConfigError: the file is missing,
+    is not TOML, or does not satisfy the schema."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except FileNotFoundError:
@@ -75,11 +72,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def loads(text: str, overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = WITH_SET) -> RunConfig:
-    """Parse TOML text; an error calls it by `origin`, and with overrides by `overriding` after that.
-
-    Raises:
-        ConfigError: as for `load`.
-    """
+    """Parse TOML text; an error calls it by `origin`, and with overrides by `overriding` after that. Raises
+    ConfigError as `load`."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
@@ -90,11 +84,8 @@ def loads(text: str, overrides: Sequence[str] = (), *, origin: str = "config", o
 def validate(
     raw: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str = "config", overriding: str = WITH_SET
 ) -> RunConfig:
-    """Apply overrides to a parsed config and validate it, with every mistake in one message.
-
-    Raises:
-        ConfigError: lists each field at fault, what it held and what it takes.
-    """
+    """Apply overrides to a parsed config and validate it. Raises ConfigError, which lists each field at fault, what it
+    held and what it takes."""
     table = copy.deepcopy(dict(raw))
     for override in overrides:
         _override(table, override)
@@ -148,11 +139,9 @@ def with_stored(config: RunConfig, stored: Mapping[str, Any], *, origin: str, co
     Another release may have stored it. Nothing but those two sections is read, keys of theirs that this release does
     not know are passed over, and what could not be trained any more can still be run. A base's own Python code runs
     only where this config allows it, which it does for its own base and revision alone. `commit` is the one at which
-    the stored base is fetched from its hub; empty for any other.
-
-    Raises:
-        ConfigError: a value that is needed is missing, or not one that this release can use; or the base comes with
-            code, and this config does not allow that of this base to run.
+    the stored base is fetched from its hub; empty for any other. Raises ConfigError: a value that is needed is missing,
+    or not one that this release can use; or the base comes with code, and this config does not allow that of this base
+    to run.
     """
     model = _read_stored(ModelConfig, stored.get("model", {}), origin=f"{origin}: model")
     method = _read_stored(MethodConfig, stored.get("method", {}), origin=f"{origin}: method")

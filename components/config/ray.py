@@ -374,11 +374,8 @@ class RayJobCluster(Section):
         return self.worker.memory_gib * GIB * self.pods(num_workers) // num_workers
 
     def require_room(self, *, num_workers: int, cpus_per_worker: int) -> None:
-        """Refuse workers that its pods could not hold.
-
-        Raises:
-            ValueError: they cannot be shared out evenly, or a pod has too few CPUs.
-        """
+        """Refuse workers that its pods could not hold. Raises ValueError: they cannot be shared out evenly, or a pod
+        has too few CPUs."""
         per_pod, left_over = divmod(num_workers, self.pods(num_workers))
         if left_over:
             raise ValueError(
@@ -455,11 +452,8 @@ class RayConfig(Section):
         return self.model_copy(update={"cluster": apart})
 
     def require_disk(self, base: str, needed: int) -> None:
-        """Refuse a base that the disk of a pod does not hold; `needed` in bytes.
-
-        Raises:
-            ConfigError: it is more than `disk_gib`.
-        """
+        """Refuse a base that the disk of a pod does not hold; `needed` in bytes. Raises ConfigError: it is more than
+        `disk_gib`."""
         disk_gib = self.cluster.disk_gib
         if disk_gib is not None and needed > disk_gib * GIB:
             raise ConfigError(

@@ -199,11 +199,8 @@ class TrainConfig(Section):
         return self
 
     def require_even_shares(self, num_workers: int) -> None:
-        """Refuse a batch that cannot be divided evenly over this many workers.
-
-        Raises:
-            ValueError: the batch cannot be divided; the message names values that can.
-        """
+        """Refuse a batch that cannot be divided evenly over this many workers. Raises ValueError: the batch cannot be
+        divided; the message names values that can."""
         step, factors = num_workers, f"ray.num_workers {num_workers}"
         if not self.max_tokens:
             step *= self.micro_batch_size

@@ -18,11 +18,8 @@ from components.step.step import StepRun
 
 
 def evaluate(step_run: StepRun, *, dataset_uri: str, version_uri: str) -> Evaluation:
-    """Measure the version on held-out records and return the result that the job wrote.
-
-    Raises:
-        FineloopError: the error that the job failed with; a JobError where it said none or left no result.
-    """
+    """Measure the version on held-out records and return the result that the job wrote. Raises FineloopError: the error
+    that the job failed with; a JobError where it said none or left no result."""
     apart, key = bool(step_run.store.trusted_keys), signing.signer_from(os.environ, signing.OF_EVALUATIONS)
     if apart:
         # The job reads the config from the run's folder, where a training may write.

@@ -50,10 +50,8 @@ def judge(pairs: Pairs, drop: float, confidence: float, *, least: int, for_rare:
     Still better: the gain's lower bound is above 0. As good: it is shown to have lost less than `drop`. Worse: it is
     shown to have lost, and not to have lost less than that. `least` is the fewest records to judge on, and `for_rare`
     the fewest to say as good on, since fewer may hold none of the rare large losses that make a version worse.
-    `largest` is how much one record can gain, 0 where that is unknown.
-
-    Raises:
-        DataError: a number is missing or not finite.
+    `largest` is how much one record can gain, 0 where that is unknown. Raises DataError: a number is missing or not
+    finite.
     """
     bounds = anytime_bounds(pairs, confidence, largest=largest)
     if bounds is None:
@@ -74,10 +72,7 @@ def pairs_of(
     evidences: Sequence[Evidence], metric: Metric, against: Literal["base", "champion"], *, relative: bool
 ) -> Pairs:
     """The records of all looks as one sample, each record, or group as one, as the first look that has it measured it.
-
-    Raises:
-        DataError: a look measured no such metric of both versions, or its records have no ids.
-    """
+    Raises DataError: a look measured no such metric of both versions, or its records have no ids."""
     names, parts = list[str](), list[Pairs]()
     for evidence in evidences:
         pairs = evidence.pairs(metric, against, relative=relative)

@@ -94,12 +94,8 @@ class Evidence:
 
 
 def read_evidence(store: "Store", evaluation: Evaluation) -> Evidence:
-    """The records behind an evaluation.
-
-    Raises:
-        ObjectMissing: they are not there.
-        IntegrityError: they are not what the evaluation was made of.
-    """
+    """The records behind an evaluation. Raises ObjectMissing: they are not there; IntegrityError: they are not what the
+    evaluation was made of."""
     lying = runs.lying(store, evaluation.run_id, runs.EVALUATION_RECORDS)
     if lying is None:
         key = runs.key_of(store, evaluation.run_id, runs.EVALUATION_RECORDS)
@@ -128,11 +124,8 @@ def of_texts(evaluation: Evaluation) -> Iterator[tuple[str, Evidence]]:
 
 
 def parse_evidence(body: bytes, uri: str) -> Evidence:
-    """The numbers of evaluation_records.parquet.
-
-    Raises:
-        IntegrityError: it is not Parquet, or has no column of answer tokens.
-    """
+    """The numbers of evaluation_records.parquet. Raises IntegrityError: it is not Parquet, or has no column of answer
+    tokens."""
     import pyarrow as pa
 
     try:

@@ -72,10 +72,8 @@ def decide(
 ) -> Decision:
     """Apply every rule of the policy to an evaluation, which is the `look`-th decision on its test set.
 
-    `passed_before` is how many earlier decisions replaced a version; `lead` is the champion's lead among them.
-
-    Raises:
-        DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
+    `passed_before` is how many earlier decisions replaced a version; `lead` is the champion's lead among them. Raises
+    DataError: the evaluation lacks the candidate or the base, or the candidate is no published version.
     """
     candidate, _ = _required(evaluation, "candidate"), _required(evaluation, "base")
     champion = evaluation.model("champion")

@@ -141,12 +141,8 @@ def load_split(store: Store, uri: str, split: SplitName) -> list[Record]:
 
 def read_split(store: Store, uri: str, split: SplitName) -> Iterator[list[Record]]:
     """Read one split of the dataset at `uri`, verified against its manifest, some records at a time, in the order of
-    their key hash.
-
-    Raises:
-        ObjectMissing: there is no dataset, or it has no manifest.
-        IntegrityError: a file is not what the manifest lists.
-    """
+    their key hash. Raises ObjectMissing: there is no dataset, or it has no manifest; IntegrityError: a file is not what
+    the manifest lists."""
     import pyarrow.parquet as pq
 
     key = store.key(uri).rstrip("/")

@@ -88,12 +88,9 @@ def sources_of_feedback(data: DataConfig) -> list[Source]:
 
 @_as_feedback()
 def read_feedback(data: DataConfig, erased: Erased = NONE_ERASED) -> Feedback:
-    """Read the feedback. Of one rater's rows on one answer the last counts, by their time, else by their order.
-
-    Raises:
-        DataError: a source cannot be read, or more than data.max_reject_share of the rows say nothing.
-        StoreError: an s3:// source cannot be read.
-    """
+    """Read the feedback. Of one rater's rows on one answer the last counts, by their time, else by their order. Raises
+    DataError: a source cannot be read, or more than data.max_reject_share of the rows say nothing; StoreError: an s3://
+    source cannot be read."""
     last: dict[Key, dict[tuple[str, str], Vote]] = {}
     unusable: Counter[str] = Counter()
     rows = 0
@@ -119,11 +116,8 @@ def read_feedback(data: DataConfig, erased: Erased = NONE_ERASED) -> Feedback:
 
 
 def vote_of(row: object, *, key: str, least: float | None) -> Vote:
-    """The feedback that a row holds; `key` is data.feedback_key, and `least` data.feedback_good.
-
-    Raises:
-        DataError: it names no answer, or says nothing of it that can be read.
-    """
+    """The feedback that a row holds; `key` is data.feedback_key, and `least` data.feedback_good. Raises DataError: it
+    names no answer, or says nothing of it that can be read."""
     if not isinstance(row, dict):
         raise DataError(getattr(row, "reason", "it is no object"))
     fields = fields_of(row)
@@ -189,10 +183,8 @@ def learned(
 ) -> tuple[dict[str, Any], Use]:
     """The row that `validate` reads, with the answer that people gave where they gave one, and its use.
 
-    Its group is what data.group names of the row, or else the rater, who so counts once, or else the session.
-
-    Raises:
-        DataError: the log does not say which version answered.
+    Its group is what data.group names of the row, or else the rater, who so counts once, or else the session. Raises
+    DataError: the log does not say which version answered.
     """
     rater = (verdict.rater if verdict else "") or turn["user"]
     served_by, group = _served_by(turn["models"], *adapter), group or rater or turn["session"]

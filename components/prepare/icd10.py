@@ -82,11 +82,7 @@ class Release:
 
 
 def releases() -> list[Release]:
-    """The releases that lie here, oldest first; the last is the installed one.
-
-    Raises:
-        DataError: none is installed.
-    """
+    """The releases that lie here, oldest first; the last is the installed one. Raises DataError: none is installed."""
     try:
         package = distribution(PACKAGE)
     except PackageNotFoundError as exc:
@@ -109,10 +105,7 @@ def arrived(seen: Collection[str]) -> list[Release]:
 
 def rows(address: str = "") -> Iterator[dict[str, Any]]:
     """Yield the rows of one source, in the order of the list; without an address, all terms of the installed release.
-
-    Raises:
-        DataError: that release is not here.
-    """
+    Raises DataError: that release is not here."""
     here = releases()
     of_address = {each.address: place for place, each in enumerate(here)}
     if address and address not in of_address:

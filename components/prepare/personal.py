@@ -186,11 +186,8 @@ class Screen:
     """Looks for personal data in records, and may put each piece's kind in its place."""
 
     def __init__(self, action: Action = "report", *, regions: Sequence[str] = (), names: bool = False) -> None:
-        """`regions` as for `find`; `names` looks for people's names as well.
-
-        Raises:
-            DataError: names are asked for, and presidio-analyzer is not installed.
-        """
+        """`regions` as for `find`; `names` looks for people's names as well. Raises DataError: names are asked for, and
+        presidio-analyzer is not installed."""
         self._action, self._regions = action, regions
         self._names = names
         if names:

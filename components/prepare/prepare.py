@@ -90,11 +90,8 @@ def read_sources(
 ) -> Intake:
     """Validate every row of every source. What was erased is only counted.
 
-    Records are handed over a batch at a time, as `keyed_batch` has them, and rejects as they come.
-
-    Raises:
-        DataError: a source cannot be opened.
-        StoreError: an s3:// source cannot be read.
+    Records are handed over a batch at a time, as `keyed_batch` has them, and rejects as they come. Raises DataError: a
+    source cannot be opened; StoreError: an s3:// source cannot be read.
     """
     intake = Intake([(source, Counts()) for source in sources])
     for place, (batch, rejects, counts) in reader(sources, rules):
@@ -121,11 +118,8 @@ def read_sources(
 
 
 def require_usable(intake: Intake, *, max_reject_share: float, columns: ColumnsConfig | None = None) -> None:
-    """Stop on data that should not be trained on; `columns` is data.columns, as for `read_sources`.
-
-    Raises:
-        DataError: no rows, none with the columns of a record, none usable, or too many unusable.
-    """
+    """Stop on data that should not be trained on; `columns` is data.columns, as for `read_sources`. Raises DataError:
+    no rows, none with the columns of a record, none usable, or too many unusable."""
     names = _listed([source.name for source, _ in intake.sources])
     total = intake.total
     if not total.rows:
@@ -392,11 +386,8 @@ class PreparedDataset:
 
 @contextlib.contextmanager
 def within_memory() -> Iterator[None]:
-    """Keep the work in this context within the free memory.
-
-    Raises:
-        DataError: it needs more, or there is too little to begin with.
-    """
+    """Keep the work in this context within the free memory. Raises DataError: it needs more, or there is too little to
+    begin with."""
     room = int(MEMORY_SHARE * machine.available_bytes())
     if room < LEAST_ROOM:
         raise DataError(
@@ -415,12 +406,8 @@ def within_memory() -> Iterator[None]:
 
 def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) -> PreparedDataset:
     """Read, validate, deduplicate, split and publish the run's data. Running it again on the same data writes nothing.
-    The dataset is the same with every reader.
-
-    Raises:
-        DataError: the data is missing, malformed beyond data.max_reject_share, or too little to split.
-        StoreError: an s3:// source or the registry cannot be reached.
-    """
+    The dataset is the same with every reader. Raises DataError: the data is missing, malformed beyond
+    data.max_reject_share, or too little to split; StoreError: an s3:// source or the registry cannot be reached."""
     with within_memory(), opened(config) as work:
         sources = find_sources(config.data.source)
         return _publish(config, store, work, read_distinct(config, sources, work, between_runs.erased(store), reader))
@@ -431,10 +418,7 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
     """Yield what `prepare` would publish: the profile, and the records to train on and to hold out, which can be read
     until the context ends. Nothing is published.
 
-    It reads no store, and so does not know which records were erased.
-
-    Raises:
-        DataError: as for `prepare`.
+    It reads no store, and so does not know which records were erased. Raises DataError as `prepare`.
     """
     with opened(config) as work:
         with within_memory():
@@ -451,9 +435,7 @@ def prepare_if_new(
 
     The sources and contents that the run read are noted for the watermark. If all sources are known, none is opened.
     `is_decided` says that a gate decides at the end of the run: as many records as it asks for have to be held out.
-
-    Raises:
-        FineloopError: as for `prepare`.
+    Raises FineloopError as `prepare`.
     """
     import pyarrow.compute as pc
 

@@ -64,11 +64,7 @@ def form_of(name: str) -> Form | None:
 
 
 def opened(path: Path, packed: str) -> BinaryIO:
-    """The file's bytes, unpacked as they are read.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
+    """The file's bytes, unpacked as they are read. Raises OSError: it cannot be opened."""
     if packed == "gzip":
         return cast(BinaryIO, gzip.open(path))
     if packed == "zstd":
@@ -123,11 +119,7 @@ Wanted = Callable[[Collection[str]], Collection[str]]
 
 def read_rows(name: str, path: Path | None, *, wanted: Wanted) -> Iterator[Rows]:
     """Stream the rows of the source of this name, whose local file is at `path`; None is the example. Blank lines are
-    skipped.
-
-    Raises:
-        DataError: the file cannot be opened, or is not what its name says.
-    """
+    skipped. Raises DataError: the file cannot be opened, or is not what its name says."""
     if path is None:
         yield from together(SourceRow(line, row) for line, row in enumerate(icd10.rows(name), start=1))
         return
@@ -273,10 +265,8 @@ def _after_space(text: str, place: int) -> int:
 def _read_csv(text: io.TextIOWrapper, name: str, *, tabs: bool) -> Iterator[SourceRow]:
     """Read a CSV file whose first row names the columns. Every cell is text; an empty one reads like a missing column.
 
-    With `tabs` cells are divided by tabs, else by the delimiter that is most frequent in the header.
-
-    Raises:
-        DataError: the header names a column twice, or a quotation mark is never closed.
+    With `tabs` cells are divided by tabs, else by the delimiter that is most frequent in the header. Raises DataError:
+    the header names a column twice, or a quotation mark is never closed.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
     first, before = text.readline(), 0

@@ -77,11 +77,8 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
 
 
 def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str = "") -> Row:
-    """The row with the columns that `validate` reads.
-
-    Raises:
-        DataError: a text is missing, or a turn of a conversation is from an unknown speaker.
-    """
+    """The row with the columns that `validate` reads. Raises DataError: a text is missing, or a turn of a conversation
+    is from an unknown speaker."""
     is_plain = shape is None or shape in (PLAIN, MESSAGES)
     if is_plain and named == UNNAMED:
         return row

@@ -125,11 +125,8 @@ def _asked(entry: str, ask: Callable[[Any], T]) -> T:
 def find_sources(source: str | list[str], *, seen: Collection[str] = ()) -> list[Source]:
     """List the files, each once, in the order given; files of a glob or a folder are sorted by name.
 
-    The example has one release more than `seen`, the names of sources that were read before.
-
-    Raises:
-        DataError: a source has an unknown form, does not exist, or holds no data files.
-        StoreError: an s3:// source cannot be reached.
+    The example has one release more than `seen`, the names of sources that were read before. Raises DataError: a source
+    has an unknown form, does not exist, or holds no data files; StoreError: an s3:// source cannot be reached.
     """
     entries = [source] if isinstance(source, str) else source
     if not entries:
@@ -273,12 +270,8 @@ ONE_REQUEST_BYTES = 2**23
 
 def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | None]]:
     """Yield each source in order with the path of its local file; None for the example. A file that was fetched from S3
-    is removed as soon as the next source is asked for.
-
-    Raises:
-        StoreError: an s3:// source cannot be read.
-        DataError: a hub does not give one.
-    """
+    is removed as soon as the next source is asked for. Raises StoreError: an s3:// source cannot be read; DataError: a
+    hub does not give one."""
     from components.store.store import open_uri, split_uri
 
     stores: dict[str, Store] = {}

@@ -142,10 +142,7 @@ def split(work: Workspace, data: DataConfig, *, window: list[Span] | None = None
     no candidate could be better than the model that said them.
 
     Where data.max_records bounds them, each split keeps those with the smallest hashes. `window`, None for all, are the
-    rows whose contents to train on.
-
-    Raises:
-        DataError: a split is empty, or too much is near what is held out.
+    rows whose contents to train on. Raises DataError: a split is empty, or too much is near what is held out.
     """
     eval_share, max_records, replay_share = data.eval_share, data.max_records, data.replay_share
     is_logged = "origin" in work.columns
@@ -359,11 +356,8 @@ def judges_of(held_out: Sequence[Record], config: RunConfig) -> Judges:
 
 
 def require_enough(judging: Judges, config: RunConfig) -> None:
-    """Require as many records to judge a run as its gate asks for.
-
-    Raises:
-        DataError: the run would be trained and then held, whatever comes out.
-    """
+    """Require as many records to judge a run as its gate asks for. Raises DataError: the run would be trained and then
+    held, whatever comes out."""
     if lack := lacking(judging, config):
         raise DataError(lack)
 

@@ -58,10 +58,8 @@ def are_traces(columns: Collection[str]) -> bool:
 def as_turn(row: Row) -> dict[str, Any]:
     """The request's messages and the answer, with what else the log says: id, tools, session, user (hashed), models.
 
-    Earlier answers are context, since nobody judged them here.
-
-    Raises:
-        DataError: the request failed, or its answer is missing, cut or a part of a stream.
+    Earlier answers are context, since nobody judged them here. Raises DataError: the request failed, or its answer is
+    missing, cut or a part of a stream.
     """
     fields = fields_of(row)
     log = {fact: first_of(fields, *paths) for fact, paths in WHERE.items()}

@@ -60,10 +60,7 @@ def validate(row: object, *, group: str = "", source: str = "", loss_on: LossOn 
     """Turn one row into a record in NFC without trailing whitespace, with the id that the row gives, or an empty one.
 
     `group` is the column that names its group. With `loss_on` all, a conversation ends with the last answer that is to
-    be learned.
-
-    Raises:
-        DataError: the row is unusable; the message is the reason alone, without file and line.
+    be learned. Raises DataError: the row is unusable; the message is the reason alone, without file and line.
     """
     if not isinstance(row, dict):
         raise DataError(f"row is {_kind(row)}: expected an object with {EXPECTED}")

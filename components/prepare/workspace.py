@@ -218,11 +218,8 @@ class Workspace:
 
 @contextlib.contextmanager
 def opened(*, memory_bytes: int) -> Iterator[Workspace]:
-    """Open a workspace in a new temporary folder, which is removed afterwards.
-
-    Raises:
-        FineloopError: the disk under the folder for temporary files is full.
-    """
+    """Open a workspace in a new temporary folder, which is removed afterwards. Raises FineloopError: the disk under the
+    folder for temporary files is full."""
     with tempfile.TemporaryDirectory(prefix="fineloop-prepare-") as folder, disk_errors(folder):
         workspace = Workspace(Path(folder), memory_bytes=memory_bytes)
         try:

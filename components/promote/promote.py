@@ -41,12 +41,8 @@ class TrustedDecision:
 
 def trusted_decision(step_run: StepRun, decision_sha256: str) -> TrustedDecision:
     """The decision of this run to promote its candidate. `decision_sha256` is the hash of the one that the gate wrote;
-    no other is obeyed.
-
-    Raises:
-        DataError: the decision is not to promote, or is about another run, adapter or alias.
-        IntegrityError: the decision is not the gate's; or as `vouch` raises.
-    """
+    no other is obeyed. Raises DataError: the decision is not to promote, or is about another run, adapter or alias;
+    IntegrityError: the decision is not the gate's; or as `vouch` raises."""
     run_id, adapter = step_run.run_id, step_run.config.adapter
     decision = runs.read(step_run.store, run_id, Decision, sha256=decision_sha256)
     name, alias = decision.adapter, decision.alias
@@ -73,12 +69,9 @@ def vouch(store: Store, decision: Decision, decision_sha256: str) -> TrustedDeci
 
 
 def promote(step_run: StepRun, trusted: TrustedDecision) -> Event:
-    """Point the alias at the candidate, and advance the watermark past the data of its run.
-
-    Raises:
-        AliasConflict: another version took the alias after the candidate was compared with its holder.
-        IntegrityError: the candidate's files are not those of its manifest, or it is not signed where that is needed.
-    """
+    """Point the alias at the candidate, and advance the watermark past the data of its run. Raises AliasConflict:
+    another version took the alias after the candidate was compared with its holder; IntegrityError: the candidate's
+    files are not those of its manifest, or it is not signed where that is needed."""
     decision, cause = trusted.decision, " ".join(trusted.decision.reasons)
     event = take_alias(step_run.store, trusted, actor=aliases.PIPELINE, reason=cause)
     step_run.result.update(event.move())  # at once: the alias has moved, whatever fails from here on
@@ -125,12 +118,8 @@ def skip(step_run: StepRun) -> str:
 
 def roll_back_worse(step_run: StepRun, version: str, reason: str) -> str:
     """Return the alias to the version before `version`, which a look found to be worse, and announce it; returns the
-    event as a URI. Running it again changes nothing.
-
-    Raises:
-        AliasConflict: another version took the alias since the look.
-        IntegrityError: the version before is damaged, or signed by none of the keys that the registry trusts.
-    """
+    event as a URI. Running it again changes nothing. Raises AliasConflict: another version took the alias since the
+    look; IntegrityError: the version before is damaged, or signed by none of the keys that the registry trusts."""
     name, alias = step_run.config.adapter.name, step_run.config.adapter.alias
     cause = aliases.Cause(step_run.run_id, aliases.PIPELINE, reason)
     event = aliases.rollback(step_run.store, name, alias, expected=version, cause=cause)
@@ -179,10 +168,8 @@ def promote_by_hand(
     it is "promoted". `run_id` is the run that the person started for the move, if any, not the run that made the
     version: a person may promote again a version that its run promoted and that was rolled back. From then on the gate
     holds later candidates to this version as the best so far; the event names the earlier best as `anchor_before`.
-
-    Raises:
-        UserError: the reference is malformed or ambiguous, or a gate is overridden without name or reason.
-        AliasConflict: the alias is not at `expected`, or was moved at the same time.
+    Raises UserError: the reference is malformed or ambiguous, or a gate is overridden without name or reason;
+    AliasConflict: the alias is not at `expected`, or was moved at the same time.
     """
     version = versions.resolve(store, reference)
     overrides = is_held(event_log.events(store, version.name), version.version, alias)

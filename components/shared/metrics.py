@@ -198,11 +198,7 @@ def is_metric(key: str | None) -> TypeGuard[str]:
 
 
 def metric_of(key: str) -> Metric:
-    """Return the metric of this key.
-
-    Raises:
-        KeyError: there is no such metric.
-    """
+    """Return the metric of this key. Raises KeyError: there is no such metric."""
     if key in METRICS or not is_metric(key):
         return METRICS[key]
     name = key.rpartition(":")[2].replace("_", " ")

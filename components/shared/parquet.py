@@ -11,9 +11,7 @@ def table_of(body: bytes) -> "pa.Table":
 
     `pq.read_table` reads in Arrow's threads, and one of them may release the bytes after it has returned. If the
     process ends just then, CPython before 3.14 ends that thread inside C++, and the command aborts: exit code 134.
-
-    Raises:
-        pa.ArrowInvalid: the bytes are not a Parquet file.
+    Raises pa.ArrowInvalid: the bytes are not a Parquet file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -57,10 +57,8 @@ def first_step(
 
     A run that is begun again may distribute its work differently, such as among fewer workers: the new config is then
     recorded instead. `config` may be JSON of a protobuf Struct, as Kubeflow passes it. Overrides are
-    `section.key=value` by the run parameter that a person filled in; errors about the key name the parameter.
-
-    Raises:
-        ConfigError: the config is not valid, or the run began with another one.
+    `section.key=value` by the run parameter that a person filled in; errors about the key name the parameter. Raises
+    ConfigError: the config is not valid, or the run began with another one.
     """
     return _step(name, lambda: _begun(name, config, run_id, overrides), overrides)
 

@@ -131,11 +131,8 @@ class Store:
     def create(self, key: str, body: bytes | Path, *, content_type: str = BINARY) -> str:
         """Write only when there is no such object yet (If-None-Match: *); returns its etag.
 
-        A `Path` is streamed, in parts when it is large.
-
-        Raises:
-            Conflict: it exists. Of `bytes`, an object that holds these very ones, met after a lost answer, counts as
-                ours; of a `Path`, the caller has to look.
+        A `Path` is streamed, in parts when it is large. Raises Conflict: it exists. Of `bytes`, an object that holds
+        these very ones, met after a lost answer, counts as ours; of a `Path`, the caller has to look.
         """
         if isinstance(body, bytes):
             return self._put_if(key, body, content_type, IfNoneMatch="*")

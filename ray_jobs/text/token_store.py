@@ -289,12 +289,9 @@ def _has_sample(
 
 
 def load(store: Store, stored: StoredTokens) -> TokenizedSplit:
-    """Load the selected rows; the tokens of all rows are in memory-mapped files of this machine, read on access.
-
-    Raises:
-        ObjectMissing: the tokens are gone from the store, and this machine has no copy.
-        IntegrityError: they are not what their manifest lists.
-    """
+    """Load the selected rows; the tokens of all rows are in memory-mapped files of this machine, read on access. Raises
+    ObjectMissing: the tokens are gone from the store, and this machine has no copy; IntegrityError: they are not what
+    their manifest lists."""
     split = mapped_split(_pulled(store, stored))
     return split if stored.rows is None else split.take(stored.rows.tolist())
 
