@@ -100,7 +100,7 @@ class RayJobs:
                 return end
             if status.get("jobDeploymentStatus") == "Retrying":
                 failure = find_failure(log.text)
-                if failure is not None and failure.error != WorkersMissing.__name__:  # another cluster would not help
+                if failure is not None and not isinstance(failure, WorkersMissing):  # another cluster would not help
                     self.stop(job_id)
                     return JobEnd("FAILED")
             if limit := clock.past(is_queued=is_queued(rayjob)):

@@ -132,9 +132,8 @@ def connect(ray: RayConfig | None = None) -> Backend:
 
 
 def _error(name: str, ended: JobEnd, log: str) -> Exception:
-    failure = find_failure(log) or find_failure(ended.message)
-    if failure is not None:
-        return failure.as_error()
+    if failure := find_failure(log) or find_failure(ended.message):
+        return failure
     if ended.status == "STOPPED":
         return JobError(f"{name} was stopped by someone else")
     if low := ran_low(ended.message) or ran_low(last_lines(log, LINES_OF_RAY)):

@@ -10,8 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from components.shared import errors
-from components.shared.errors import FineloopError
+from components.shared.errors import FineloopError, by_name
 
 # Ray puts "(RayTrainWorker pid=12083, ip=10.0.0.7) " before what a worker prints.
 _LINE = re.compile(r"^\s*(?:\(\w+ pid=\d+[^()]*\) )?\[([a-z][a-z0-9_-]*)\] (.*\S)\s*$")
@@ -31,19 +30,6 @@ _FINISHED = re.compile(r"^finished in ([0-9.]+) s$")
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An error on its way between processes."""
-
-    error: str
-    message: str
-    exit_code: int
-
-    def as_error(self) -> FineloopError:
-        """The error to raise in this process, of the same class if this process knows it."""
-        return errors.by_name(self.error, self.message)
-
-
-@dataclass(frozen=True)
 class Line:
     """One `[<step>] text` line."""
 
@@ -51,13 +37,14 @@ class Line:
     text: str
 
     @property
-    def failure(self) -> Failure | None:
+    def failure(self) -> FineloopError | None:
+        """The error that this line reports, of the same class if this process knows it; None if it reports none."""
         word, _, body = self.text.partition(" ")
         if word != "failed" or not body.startswith("{"):
             return None
         try:
             found = json.loads(body)
-            return Failure(str(found["error"]), str(found["message"]), int(found["exit_code"]))
+            return by_name(str(found["error"]), str(found["message"]))
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -115,7 +102,7 @@ def end_of(log: str, text: str) -> int | None:
     return None
 
 
-def find_failure(log: str) -> Failure | None:
+def find_failure(log: str) -> FineloopError | None:
     """The last failure in a log; None if there is none."""
     for text in reversed(log.splitlines()):
         line = parse_line(text)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.shared.errors import JobError
-from components.shared.protocol import STARTED, Failure, Line, parse_line
+from components.shared.errors import FineloopError, JobError
+from components.shared.protocol import STARTED, Line, parse_line
 from pipelines.local import guard
 from pipelines.local.server import job_environment
 from pipelines.step_secrets import without_secrets
@@ -33,7 +33,7 @@ class Ended:
     """How the process ended, and the first failure that it reported; a later one, of the report, follows from it."""
 
     exit_code: int
-    failure: Failure | None
+    failure: FineloopError | None
     failed_step: str
     finished: frozenset[str]  # names of the steps that reported that they finished
 
@@ -58,7 +58,7 @@ def watch(
     """Run a pipeline to its end. If an exception such as KeyboardInterrupt leaves this call, it is stopped. kfp.local
     prints a lot, leaves a step running when it is killed, and reports success if a branch was skipped: so it runs in a
     process of its own. `on_text` gets all that it prints, `on_line` the lines of steps that have started."""
-    failures: list[tuple[str, Failure]] = []
+    failures: list[tuple[str, FineloopError]] = []
     begun: set[str] = set()
     finished: set[str] = set()
     last: Line | None = None
@@ -149,7 +149,7 @@ class Job:
 def answer(job: Job, *, on_line: Callable[[str], None] = lambda _: None, verbose: bool = False) -> dict[str, Any]:
     """Run the job and return its answer. `on_line` gets its lines of progress; its stderr is shown if `verbose`. Raises
     FineloopError: the job failed; the exception has the class of the job's own error."""
-    failures: list[Failure] = []
+    failures: list[FineloopError] = []
     last = ""
 
     def hear(text: str) -> None:
@@ -173,7 +173,7 @@ def answer(job: Job, *, on_line: Callable[[str], None] = lambda _: None, verbose
         tail = "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_TAIL:])
     if exit_code:
         why = f"{job.module} ended with {exit_code} and gave no reason:\n{tail}".rstrip()
-        raise failures[-1].as_error() if failures else JobError(why)
+        raise failures[-1] if failures else JobError(why)
     body: dict[str, Any] = json.loads(last)
     return body
 

@@ -213,7 +213,7 @@ def _explained(store: "Store", run_id: str, folder: Path, ended: Ended) -> Itera
     """Raise the failure of a step, or else read the outcome: the process's exit status says little about it."""
     try:
         if ended.failure is not None:
-            raise ended.failure.as_error()
+            raise ended.failure
         try:
             yield
         except ObjectMissing as exc:

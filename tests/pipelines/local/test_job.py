@@ -154,7 +154,7 @@ def test_every_line_of_a_step_that_has_started_is_heard_once_and_everything_is_i
     assert heard[-1].failure is not None
     assert (ended.exit_code, ended.failed_step) == (3, "distil")
     assert ended.failure is not None
-    assert ended.failure.message == "the first"
+    assert str(ended.failure) == "the first"
     log = log_path.read_text().splitlines()
     assert log[0] == "[library] speaks as steps do, and is none"
     assert log[-1] == "the end, without a new line"
