@@ -20,31 +20,18 @@ from components.store.store import Store
 
 
 def carry_out_decision(step_run: StepRun, decision_sha256: str) -> str:
-    """Promote what the gate let pass, notify the servers that the config names, and return the promotion's event as a
-    URI. Running it again changes nothing. Raises as `trusted_decision` and `promote`."""
-    event = promote(step_run, trusted_decision(step_run, decision_sha256))
-    if outcomes := announce(step_run.config.announce, step_run.store, step_run.config.adapter.name, event, os.environ):
-        step_run.result["announced"] = outcomes
-    return event.uri
+    """Point the alias at the candidate that the gate let pass, advance the watermark past the data of its run, notify
+    the servers that the config names, and return the promotion's event as a URI. Running it again changes nothing.
 
+    `decision_sha256` is the hash of the decision that the gate wrote; no other is obeyed.
 
-@dataclass(frozen=True)
-class TrustedDecision:
-    """A decision that may be carried out: the gate's own, on an evaluation that the registry believes."""
-
-    decision: Decision
-    sha256: str
-    """Of the decision as it is stored."""
-    version: str
-    """The version to promote, which is signed if there is a key."""
-
-
-def trusted_decision(step_run: StepRun, decision_sha256: str) -> TrustedDecision:
-    """The decision of this run to promote its candidate. `decision_sha256` is the hash of the one that the gate wrote;
-    no other is obeyed. Raises DataError: the decision is not to promote, or is about another run, adapter or alias;
-    IntegrityError: the decision is not the gate's; or as `vouch` raises."""
-    run_id, adapter = step_run.run_id, step_run.config.adapter
-    decision = runs.read(step_run.store, run_id, Decision, sha256=decision_sha256)
+    Raises:
+        DataError: the decision is not to promote, or is about another run, adapter or alias.
+        IntegrityError: the decision is not the gate's; or as `take_alias` raises.
+        AliasConflict: another version took the alias after the candidate was compared with its holder.
+    """
+    store, run_id, adapter = step_run.store, step_run.run_id, step_run.config.adapter
+    decision = runs.read(store, run_id, Decision, sha256=decision_sha256)
     name, alias = decision.adapter, decision.alias
     if not decision.promoted or decision.version is None:
         raise DataError(f"the decision of run {run_id} is to {decision.decision}, so it promotes nothing")
@@ -53,50 +40,37 @@ def trusted_decision(step_run: StepRun, decision_sha256: str) -> TrustedDecision
             f"the decision is about run {decision.run_id}, {name}@{alias}, and this is run {run_id}, "
             f"{adapter.name}@{adapter.alias}: run the gate again"
         )
-    return vouch(step_run.store, decision, decision_sha256)
+    event = take_alias(store, decision, decision_sha256, actor=aliases.PIPELINE, reason=" ".join(decision.reasons))
+    step_run.result.update(event.move())  # at once: the alias has moved, whatever fails from here on
+    step_run.say(f"{name}@{alias} is now {decision.version}")
+    between_runs.advance_watermark(store, name, run_id)
+    if outcomes := announce(step_run.config.announce, store, name, event, os.environ):
+        step_run.result["announced"] = outcomes
+    return event.uri
 
 
-def vouch(store: Store, decision: Decision, decision_sha256: str) -> TrustedDecision:
-    """Require a signed evaluation if the registry trusts keys, and sign the version if the environment holds one.
-    Raises IntegrityError: no key for evaluations has signed what the decision rests on; or the version to sign is
-    damaged."""
+def take_alias(store: Store, decision: Decision, decision_sha256: str, *, actor: str, reason: str) -> Event:
+    """Point the decision's alias at its version, which is signed for it if the environment holds a key.
+    `decision_sha256` is that of the decision as it is stored.
+
+    Raises:
+        AliasConflict: another version took the alias after this one was compared with its holder.
+        IntegrityError: the registry trusts keys, and none for evaluations has signed what the decision rests on; or the
+            version's files are not those of its manifest, or it is not signed where that is needed.
+    """
     assert decision.version is not None
-    name, version = decision.adapter, decision.version
+    name, version, alias = decision.adapter, decision.version, decision.alias
     measured = signing.require_evaluated(store, name, version, decision.run_id, decision.evaluation_sha256)
     if key := signing.signer_from(os.environ):
-        signing.sign(store, name, version, key, alias=decision.alias, decision=decision, manifest_sha256=measured)
-    return TrustedDecision(decision, decision_sha256, version)
-
-
-def promote(step_run: StepRun, trusted: TrustedDecision) -> Event:
-    """Point the alias at the candidate, and advance the watermark past the data of its run. Raises AliasConflict:
-    another version took the alias after the candidate was compared with its holder; IntegrityError: the candidate's
-    files are not those of its manifest, or it is not signed where that is needed."""
-    decision, cause = trusted.decision, " ".join(trusted.decision.reasons)
-    event = take_alias(step_run.store, trusted, actor=aliases.PIPELINE, reason=cause)
-    step_run.result.update(event.move())  # at once: the alias has moved, whatever fails from here on
-    step_run.say(f"{decision.adapter}@{decision.alias} is now {trusted.version}")
-    between_runs.advance_watermark(step_run.store, decision.adapter, step_run.run_id)
-    return event
-
-
-def take_alias(store: Store, trusted: TrustedDecision, *, actor: str, reason: str) -> Event:
-    """Point the decision's alias at its version; raises as `promote`."""
-    decision = trusted.decision
+        signing.sign(store, name, version, key, alias=alias, decision=decision, manifest_sha256=measured)
     evidence = {
         "decision": store.uri(runs.key_of(store, decision.run_id, runs.DECISION)),
-        "sha256": trusted.sha256,
+        "sha256": decision_sha256,
         "anchor": decision.anchor,
         "test_set": list(decision.test_set),
     }
-    return aliases.promote(
-        store,
-        decision.adapter,
-        trusted.version,
-        decision.alias,
-        expected=decision.champion,
-        cause=aliases.Cause(decision.run_id, actor, reason, evidence),
-    )
+    cause = aliases.Cause(decision.run_id, actor, reason, evidence)
+    return aliases.promote(store, name, version, alias, expected=decision.champion, cause=cause)
 
 
 def hold(step_run: StepRun) -> str:
@@ -218,7 +192,7 @@ def approve(store: Store, reference: str, person: Person, *, alias: str = aliase
             f"person, and that one is to {decision.verdict or decision.decision} {decision.adapter} {decision.version} "
             f"at {decision.alias}"
         )
-    return take_alias(store, vouch(store, decision, sha256), actor=person.by, reason=person.reason)
+    return take_alias(store, decision, sha256, actor=person.by, reason=person.reason)
 
 
 def roll_back_by_hand(

@@ -3,7 +3,7 @@ import hashlib
 import pytest
 
 from components.gate.gate import replay, run_gate
-from components.promote.promote import take_alias, vouch
+from components.promote.promote import take_alias
 from components.records import runs
 from components.records.steps import Decision, RuleResult
 from components.registry import event_log
@@ -176,7 +176,7 @@ def test_a_decision_that_was_carried_out_is_not_decided_anew_and_no_other_is_rep
     found["models"]["champion"], found["models"]["candidate"]["version"] = None, version
     put(store, found)
     decision = run_gate(config(), store, RUN)
-    take_alias(store, vouch(store, decision, decision.sha256), actor="fineloop pipeline", reason="")
+    take_alias(store, decision, decision.sha256, actor="fineloop pipeline", reason="")
     # The run again: the candidate meets itself.
     put(store, {**found, "models": {**found["models"], "champion": found["models"]["candidate"]}})
     assert run_gate(config(), store, RUN) == decision

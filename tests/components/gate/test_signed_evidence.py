@@ -74,9 +74,7 @@ def decided(store: Store, run_id: str, **gate: Any) -> Decision:
 
 
 def carried_out(store: Store, decision: Decision) -> None:
-    promoting.take_alias(
-        store, promoting.vouch(store, decision, decision.sha256), actor=aliases.PIPELINE, reason="better"
-    )
+    promoting.take_alias(store, decision, decision.sha256, actor=aliases.PIPELINE, reason="better")
 
 
 def forged(store: Store, run_id: str, version: str, champion: str | None, *, decision: str = "promote") -> str:
