@@ -175,17 +175,6 @@ def build_preview(body: Mapping[str, Any], lines: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One run."""
-
-    name: str
-    run_id: str
-    version: str
-    note: str
-    metrics: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
 class Beside:
     """The comparison of a run with the first one."""
 
@@ -213,19 +202,14 @@ class Beside:
 
 
 def build_side_by_side(
-    columns: Sequence[Column],
-    differing: Mapping[str, Sequence[str]],
-    beside: Sequence[Beside],
-    records: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    generated_at: datetime,
+    sides: Sequence[Any], differing: Mapping[str, Sequence[str]], beside: Sequence[Beside], *, generated_at: datetime
 ) -> str:
-    """Render several runs side by side; `records` are those of each run's metrics.jsonl, by the run's name."""
-    drawn = charts.loss_picture(records)
+    """Render several runs side by side, each with its name, run_id, version, note, metrics and curve."""
+    drawn = charts.loss_picture({each.name: each.curve for each in sides})
     return template("side_by_side.html").render(
-        title=" and ".join(f"“{each.note}”" if each.note else each.name for each in columns),
-        columns=columns,
-        metrics=metric_rows([each.metrics for each in columns]),
+        title=" and ".join(f"“{each.note}”" if each.note else each.name for each in sides),
+        columns=sides,
+        metrics=metric_rows([each.metrics for each in sides]),
         differing=differing,
         beside=beside,
         curves=Markup(drawn[0]) if drawn else None,

@@ -271,11 +271,9 @@ def compare(options: argparse.Namespace) -> Answer:
     texts = {key: ["-" if value is None else str(value) for value in values] for key, values in keys.items()}
     lines = list(_comparison_lines(sides, texts, beside))
     if options.html is not None:
-        from components.report.report import Column, build_side_by_side
+        from components.report.report import build_side_by_side
 
-        columns = [Column(side.name, side.run_id, side.version or "", side.note, side.metrics) for side in sides]
-        curves = {side.name: side.curve for side in sides}
-        page = build_side_by_side(columns, texts, beside, curves, generated_at=datetime.now(UTC))
+        page = build_side_by_side(sides, texts, beside, generated_at=datetime.now(UTC))
         options.html.write_text(page, encoding="utf-8")
         body["page"] = str(options.html)
         lines += ["", f"page: {options.html}"]

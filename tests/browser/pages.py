@@ -6,14 +6,16 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow as pa
+
 from components.records.steps import HarnessScores, TaskScore, TextLosses
 from components.registry.versions import publish_version
 from components.report.registry_page import write_pages
-from components.report.report import Beside, Column, build_preview, build_report, build_side_by_side
+from components.report.report import Beside, build_preview, build_report, build_side_by_side
 from components.report.run_files import RunFiles, Wrong
 from components.shared.paired import Bounds
 from components.store.store import Store
-from pipelines.local.past_runs import Turned
+from pipelines.local.past_runs import Side, Turned
 from tests.components.report import example_runs
 from tests.components.report.example_runs import (
     CANDIDATE,
@@ -91,10 +93,13 @@ def wrong_answers(number: int) -> list[Wrong]:
 def compared() -> str:
     """`fineloop compare` of two runs."""
     names = ("20261124-0200", "20261117-0200")
-    columns = [
-        Column(names[0], names[0], CHAMPION, "as it was", metrics(0.951, 0.683, 0.712, 1.301)),
-        Column(names[1], names[1], CANDIDATE, "rank 32", metrics(0.912, 0.72, 0.743, 1.384)),
-    ]  # fmt: skip
+    sides = [
+        Side(name, name, version, note, {}, 0.95, measured, pa.table({}), example_runs.training(steps, floor))
+        for name, version, note, measured, steps, floor in (
+            (names[0], CHAMPION, "as it was", metrics(0.951, 0.683, 0.712, 1.301), 125, 0.93),
+            (names[1], CANDIDATE, "rank 32", metrics(0.912, 0.72, 0.743, 1.384), 250, 0.88),
+        )
+    ]
     turned = [
         Turned(f"icd-{place:04}", f"ICD-10 chapter: {asked}", reference, before, after, after == reference)
         for place, (asked, reference, before, after) in enumerate(
@@ -108,10 +113,9 @@ def compared() -> str:
         "exact_match": Bounds(0.037, -0.004, 0.078, 0.025, 300, 300),
     }
     return build_side_by_side(
-        columns,
+        sides,
         {"method.rank": ["16", "32"], "train.epochs": ["1", "2"], "data.source": ["s3://intake/2026-11-16.jsonl", "-"]},
         [Beside(names[1], 300, 0.95, gains, turned)],
-        {names[0]: example_runs.training(125, 0.93), names[1]: example_runs.training(250, 0.88)},
         generated_at=NOW,
     )
 
