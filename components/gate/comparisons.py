@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +35,7 @@ from components.shared.paired import (
 )
 from components.shared.parquet import table_of
 from components.shared.protocol import counted
-
-if TYPE_CHECKING:
-    from components.store.store import Store
-
+from components.store.store import Store
 
 # The evidence that the gate decides on: each model's values on each held-out record (evaluation_records.parquet).
 
@@ -93,7 +90,7 @@ class Evidence:
         return Pairs(self.columns[ours], self.columns[theirs], weights, self.groups, **kind)
 
 
-def read_evidence(store: "Store", evaluation: Evaluation) -> Evidence:
+def read_evidence(store: Store, evaluation: Evaluation) -> Evidence:
     """The records behind an evaluation. Raises ObjectMissing: they are not there; IntegrityError: they are not what the
     evaluation was made of."""
     lying = runs.lying(store, evaluation.run_id, runs.EVALUATION_RECORDS)

@@ -4,7 +4,6 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig, RunConfig
@@ -18,15 +17,12 @@ from components.registry.event_log import EventKind, append_event, decided_befor
 from components.registry.identity import version_key
 from components.shared.errors import ConfigError, DataError, IntegrityError, UnknownName
 from components.shared.metrics import metric_of
-from components.store.store import ReadOnce
-
-if TYPE_CHECKING:
-    from components.store.store import Store
+from components.store.store import ReadOnce, Store
 
 logger = logging.getLogger(__name__)
 
 
-def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: str | None = None) -> Decision:
+def run_gate(config: RunConfig, store: Store, run_id: str, *, evaluation_uri: str | None = None) -> Decision:
     """Decide by the config's policy, write the run's decision.json, and append an event to the adapter's log where the
     candidate is held, unless it is the champion itself.
 
@@ -83,7 +79,7 @@ def run_gate(config: RunConfig, store: "Store", run_id: str, *, evaluation_uri: 
     return decision
 
 
-def _record(store: "Store", decision: Decision) -> None:
+def _record(store: Store, decision: Decision) -> None:
     """Record a candidate that was refused, or that waits for a person, who will name exactly this decision."""
     kind: EventKind = "proposed" if decision.waits else "refused"
     about = {"version", "champion", "alias", "run_id"}
@@ -113,7 +109,7 @@ class Replayed:
         return (self.found.verdict, self.found.basis_sha256) == (self.recorded.verdict, self.recorded.basis_sha256)
 
 
-def replay(store: "Store", run_id: str) -> Replayed:
+def replay(store: Store, run_id: str) -> Replayed:
     """Decide again by the recorded policy, evaluation and records of a run, without writing anything.
 
     Raises:

@@ -1,7 +1,9 @@
 """Finds the records of data.source that neither of two versions has seen, and that no look at them has counted."""
 
 from itertools import chain
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
 
 from components.prepare import dataset
 from components.prepare.dataset import FORMAT, WHERE_ANY, read_split
@@ -15,11 +17,7 @@ from components.registry.versions import ancestors, resolve
 from components.shared.protocol import counted
 from components.step.step import StepRun
 from components.store.folders import now
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from components.store.store import Store
+from components.store.store import Store
 
 FEWEST = 2
 """An answer is also scored after another record's prompt."""
@@ -34,9 +32,6 @@ def publish_newer(step_run: StepRun) -> str:
         FineloopError: as `prepare` raises for the data.
         ObjectMissing: what a version was trained on is gone, so that it is not known which records are new.
     """
-    import numpy as np
-    import pyarrow as pa
-
     config, store, as_of = step_run.config, step_run.store, now()
     compared, _ = looks.compared(store, config)
     step_run.result.update(compared=compared)
@@ -78,7 +73,7 @@ def publish_newer(step_run: StepRun) -> str:
     return folder.uri
 
 
-def _seen_by(store: "Store", name: str, compared: list[str]) -> "tuple[list[pa.UInt64Array], set[str]]":
+def _seen_by(store: Store, name: str, compared: list[str]) -> tuple[list[pa.UInt64Array], set[str]]:
     """The ids of the contents that went into the versions and those that they grew from, and their groups.
 
     The datasets count, which the signed lineages name, and what the runs noted beside them, such as records that were
@@ -95,6 +90,6 @@ def _seen_by(store: "Store", name: str, compared: list[str]) -> "tuple[list[pa.U
     return seen, groups
 
 
-def _noted(store: "Store", run_id: str) -> "pa.UInt64Array":
+def _noted(store: Store, run_id: str) -> pa.UInt64Array:
     consumed = runs.find(store, run_id, Consumed) if run_id else None
     return between_runs.consumed_contents(store, consumed) if consumed else between_runs.content_ids([])

@@ -27,18 +27,17 @@ from components.prepare.workspace import Workspace, quoted
 from components.records import runs
 from components.records.steps import Decision, left_out_text
 from components.registry import between_runs
-from components.registry.between_runs import NONE_ERASED, Erased
+from components.registry.between_runs import NONE_ERASED, Consumed, Erased
 from components.shared import machine
 from components.shared.errors import DataError
 from components.shared.metrics import are_labels, never_trained_text
 from components.shared.protocol import counted
 from components.step.step import StepRun
+from components.store import folders
+from components.store.store import Store
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from components.registry.between_runs import Consumed
-    from components.store.store import Store
 
 
 logger = logging.getLogger(__name__)
@@ -404,7 +403,7 @@ def within_memory() -> Iterator[None]:
         ) from exc
 
 
-def prepare(config: RunConfig, store: "Store", *, reader: Reader = read_here) -> PreparedDataset:
+def prepare(config: RunConfig, store: Store, *, reader: Reader = read_here) -> PreparedDataset:
     """Read, validate, deduplicate, split and publish the run's data. Running it again on the same data writes nothing.
     The dataset is the same with every reader. Raises DataError: the data is missing, malformed beyond
     data.max_reject_share, or too little to split; StoreError: an s3:// source or the registry cannot be reached."""
@@ -438,8 +437,6 @@ def prepare_if_new(
     Raises FineloopError as `prepare`.
     """
     import pyarrow.compute as pc
-
-    from components.store import folders
 
     minimum, as_of = step_run.config.data.min_new_records, folders.now()
     consumed = between_runs.read_watermark(step_run.store, step_run.config.adapter.name)
@@ -508,7 +505,7 @@ def read_distinct(
     return read
 
 
-def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake) -> PreparedDataset:
+def _publish(config: RunConfig, store: Store, work: Workspace, read: Intake) -> PreparedDataset:
     sides = split(work, config.data, window=in_window(read, days=config.data.window_days))
     profile = build_profile(work, read, sides)
     parts = sides.parts
@@ -533,7 +530,7 @@ def _publish(config: RunConfig, store: "Store", work: Workspace, read: Intake) -
     return prepared
 
 
-def _skip(step_run: StepRun, consumed: "Consumed", reason: str) -> None:
+def _skip(step_run: StepRun, consumed: Consumed, reason: str) -> None:
     adapter = step_run.config.adapter
     decision = Decision(
         decision="skipped",

@@ -12,16 +12,13 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from components.prepare import icd10
 from components.prepare.rows import ENDINGS, FIRST, WAYS, Rows, Wanted, expected, form_of, read_rows
 from components.shared.errors import DataError
 from components.shared.protocol import counted
-
-if TYPE_CHECKING:
-    from components.store.store import ObjectInfo, Store
-
+from components.store.store import ObjectInfo, Store, open_uri, split_uri
 
 logger = logging.getLogger(__name__)
 
@@ -238,8 +235,6 @@ def _is_visible(parts: tuple[str, ...]) -> bool:
 
 
 def _find_s3(entry: str) -> Iterator[Source]:
-    from components.store.store import open_uri
-
     store, key = open_uri(entry, field="data.source")
     if key and not key.endswith("/"):
         if form_of(key) is None:
@@ -257,7 +252,7 @@ def _find_s3(entry: str) -> Iterator[Source]:
     return (_object(store, info) for info in sorted(listed, key=lambda info: info.key))
 
 
-def _object(store: "Store", info: "ObjectInfo") -> Source:
+def _object(store: Store, info: ObjectInfo) -> Source:
     return Source(store.uri(info.key), info.size, info.etag, info.last_modified)
 
 
@@ -272,8 +267,6 @@ def local_copies(sources: Sequence[Source]) -> Iterator[tuple[Source, Path | Non
     """Yield each source in order with the path of its local file; None for the example. A file that was fetched from S3
     is removed as soon as the next source is asked for. Raises StoreError: an s3:// source cannot be read; DataError: a
     hub does not give one."""
-    from components.store.store import open_uri, split_uri
-
     stores: dict[str, Store] = {}
     pending: deque[tuple[Source, Future[Path | None]]] = deque()
     with tempfile.TemporaryDirectory(prefix="fineloop-source-") as scratch, ThreadPoolExecutor(AHEAD) as pool:
@@ -318,7 +311,7 @@ def first_rows(source: str | list[str]) -> list[Mapping[str, Any]]:
     return [row.value for row in first.rows if isinstance(row.value, Mapping)]
 
 
-def _downloaded(store: "Store", key: str, path: Path, size: int) -> Path:
+def _downloaded(store: Store, key: str, path: Path, size: int) -> Path:
     if size > ONE_REQUEST_BYTES:
         store.download(key, path)
     else:

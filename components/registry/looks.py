@@ -1,7 +1,7 @@
 """Looks at what an alias holds: which two versions are compared, and which events of the log add up."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from components.config.schema import RunConfig
 from components.records import runs
@@ -11,9 +11,7 @@ from components.registry.aliases import Pointer, before, read_alias
 from components.registry.event_log import events
 from components.registry.versions import resolve
 from components.shared.errors import IntegrityError, ObjectMissing, UnknownName, UserError
-
-if TYPE_CHECKING:
-    from components.store.store import Store
+from components.store.store import Store
 
 BASE, PREVIOUS = "base", "previous"
 
@@ -32,7 +30,7 @@ class Compared(NamedTuple):
         return "base" if self.against == BASE else "champion"
 
 
-def compared(store: "Store", config: RunConfig) -> tuple[Compared, Pointer]:
+def compared(store: Store, config: RunConfig) -> tuple[Compared, Pointer]:
     """What the config compares the version with that its alias holds. Raises UnknownName if the alias does not exist,
     or `check.against` is no version; UserError if that is the same version."""
     name, alias, against = config.adapter.name, config.adapter.alias, config.check.against
@@ -48,7 +46,7 @@ def compared(store: "Store", config: RunConfig) -> tuple[Compared, Pointer]:
     return Compared(holder.version, against, config.gate.metric), holder
 
 
-def earlier(store: "Store", name: str, compared: Compared, *, run_id: str) -> Iterator[Evaluation]:
+def earlier(store: Store, name: str, compared: Compared, *, run_id: str) -> Iterator[Evaluation]:
     """The evaluations of the looks before this run's, oldest first. An event alone counts for nothing, as a training
     may write events too."""
     met = {run_id}
@@ -66,7 +64,7 @@ def earlier(store: "Store", name: str, compared: Compared, *, run_id: str) -> It
         yield evaluation
 
 
-def require_of(store: "Store", name: str, compared: Compared, evaluation: Evaluation, sha256: str) -> None:
+def require_of(store: Store, name: str, compared: Compared, evaluation: Evaluation, sha256: str) -> None:
     """Raise IntegrityError unless the evaluation compares just these two, and is signed where the registry trusts
     keys."""
     ours, theirs = evaluation.model("candidate"), evaluation.model(compared.role)

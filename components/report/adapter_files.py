@@ -6,21 +6,16 @@ Only new ones are read from the store: the adapter's index has the rest; see `ca
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from components.records.steps import Decision, Evaluation, RuleResult
 from components.registry import event_log, versions
-from components.registry.aliases import list_aliases
+from components.registry.aliases import Pointer, list_aliases
 from components.registry.cache import Index, mark_of
+from components.registry.event_log import Event
 from components.registry.versions import Entry, Version
 from components.report.html import when
 from components.shared.metrics import is_metric, metric_of
-from components.store.store import ReadOnce
-
-if TYPE_CHECKING:
-    from components.registry.aliases import Pointer
-    from components.registry.event_log import Event
-    from components.store.store import Store
+from components.store.store import ReadOnce, Store
 
 DIFFERS = ("config", "dataset", "base", "environment")
 """Parts of the lineage for which the pages show changes between versions."""
@@ -55,7 +50,7 @@ class Published:
 class AdapterFiles:
     """An adapter at the time of asking; each of its objects is read once."""
 
-    def __init__(self, store: "Store", name: str) -> None:
+    def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = ReadOnce(store), name
         self._index = Index(self.store, name)
         self.mark = mark_of(self.store, name)
@@ -65,7 +60,7 @@ class AdapterFiles:
         self._index.keep()
 
     @cached_property
-    def aliases(self) -> "list[Pointer]":
+    def aliases(self) -> list[Pointer]:
         return list_aliases(self.store, self.name)
 
     @cached_property
@@ -74,7 +69,7 @@ class AdapterFiles:
         return versions.entries(self.store, self.name, self._index)
 
     @cached_property
-    def log(self) -> "list[Event]":
+    def log(self) -> list[Event]:
         return event_log.events(self.store, self.name, index=self._index)
 
     def published(self, version: str) -> Published:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,20 +12,17 @@ from components.records import runs
 from components.records.runs import PAGES
 from components.records.steps import Evaluation, finite
 from components.registry import versions
-from components.registry.aliases import PIPELINE, PRODUCTION, read_alias
+from components.registry.aliases import PIPELINE, PRODUCTION, Pointer, read_alias
 from components.registry.cache import LISTING, Entries, read_entries, write_entries
 from components.registry.collect import Summary
+from components.registry.event_log import Event
 from components.report.adapter_files import AdapterFiles, Published
 from components.report.charts import Forest, Gain
 from components.report.comparison import amounts_of
 from components.report.html import parse_moment, template, what, when, who, why
 from components.shared.errors import IntegrityError
 from components.shared.metrics import Metric, is_metric, metric_of, metrics_of
-
-if TYPE_CHECKING:
-    from components.registry.aliases import Pointer
-    from components.registry.event_log import Event
-    from components.store.store import Store
+from components.store.store import Store
 
 MOST_VERSIONS = 60
 MOST_GAINS = 20
@@ -68,13 +65,13 @@ class AdapterPage:
     """The page of one adapter, newest first."""
 
     name: str
-    pointer: "Pointer | None"
+    pointer: Pointer | None
     held: Published | None
     since: str
     before: str | None
     published: tuple[Published, ...]
     num_versions: int
-    events: tuple["Event", ...]
+    events: tuple[Event, ...]
     changes: tuple[tuple[str, str, str], ...]
     """Path in the lineage or what was measured on the same records, in the version before, in production."""
 
@@ -107,7 +104,7 @@ def _listed(files: AdapterFiles, page: AdapterPage) -> Listed:
     )
 
 
-def write_pages(store: "Store", name: str, *, generated_at: str, files: AdapterFiles | None = None) -> str:
+def write_pages(store: Store, name: str, *, generated_at: str, files: AdapterFiles | None = None) -> str:
     """Write the page of the adapter and the list of all to pages/ in the store; returns the list's address.
 
     Of another adapter page and entry are written only where there are none yet: its own runs write them. `files` is
@@ -150,7 +147,7 @@ def _sound(entries: Entries) -> dict[str, Listed]:
     return sound
 
 
-def read_adapter(store: "Store", name: str) -> tuple[AdapterPage, Listed]:
+def read_adapter(store: Store, name: str) -> tuple[AdapterPage, Listed]:
     """What the adapter's page shows, and its row in the list. Raises IntegrityError: the alias is damaged."""
     files = AdapterFiles(store, name)
     page = _page_of(files)
