@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from components.prepare.rows import in_batches
 from components.records import runs
@@ -27,10 +32,6 @@ from components.registry.lineage import Ancestor
 from components.shared.errors import Conflict, IntegrityError, ObjectMissing
 from components.store import folders
 from components.store.store import ObjectFile, ObjectInfo, Store
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 Role = Literal["system", "user", "assistant", "tool"]
 Origin = Literal["", "own", "edited", "labelled"]
@@ -143,8 +144,6 @@ def read_split(store: Store, uri: str, split: SplitName) -> Iterator[list[Record
     """Read one split of the dataset at `uri`, verified against its manifest, some records at a time, in the order of
     their key hash. Raises ObjectMissing: there is no dataset, or it has no manifest; IntegrityError: a file is not what
     the manifest lists."""
-    import pyarrow.parquet as pq
-
     key = store.key(uri).rstrip("/")
     manifest = folders.read_manifest(store, key)
     paths = sorted(path for path in manifest.files if path.startswith(f"{split}/"))
@@ -183,10 +182,8 @@ NOT_ALWAYS = frozenset({*WHERE_ANY, "more"})
 """The optional columns, and the optional field of a turn: a dataset has them only if any of its records needs them."""
 
 
-def batch_of(records: Sequence[Record], *, ids: Sequence[str] | None = None) -> "pa.RecordBatch":
+def batch_of(records: Sequence[Record], *, ids: Sequence[str] | None = None) -> pa.RecordBatch:
     """A batch with all columns of these records; with `ids` instead of their own."""
-    import pyarrow as pa
-
     turns = [turn for record in records for turn in record.prompt]
     offsets = [0]
     for record in records:
@@ -203,9 +200,8 @@ def batch_of(records: Sequence[Record], *, ids: Sequence[str] | None = None) -> 
     return pa.record_batch({"id": names, "prompt": prompt, **texts})
 
 
-def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]) -> "pa.RecordBatch":
+def keyed_batch(records: pa.RecordBatch, hashes: Hashes, named: Sequence[bool]) -> pa.RecordBatch:
     """The batch with columns put in front: `named` (whether the row gave the id) and the hashes."""
-    import pyarrow as pa
 
     def column(values: Sequence[bytes]) -> pa.Array:
         buffers = [None, pa.py_buffer(b"".join(values))]
@@ -218,18 +214,14 @@ def keyed_batch(records: "pa.RecordBatch", hashes: Hashes, named: Sequence[bool]
     })  # fmt: skip
 
 
-def present(batch: "pa.RecordBatch") -> set[str]:
+def present(batch: pa.RecordBatch) -> set[str]:
     """The names in NOT_ALWAYS that any record of the batch needs."""
-    import pyarrow.compute as pc
-
     names = {name for name in WHERE_ANY if pc.any(pc.not_equal(batch[name], "")).as_py()}
     return names | ({"more"} if pc.any(pc.not_equal(batch["prompt"].flatten().field("more"), "")).as_py() else set())
 
 
-def with_columns(batch: "pa.RecordBatch", names: Set[str]) -> "pa.RecordBatch":
+def with_columns(batch: pa.RecordBatch, names: Set[str]) -> pa.RecordBatch:
     """The batch without the optional columns (NOT_ALWAYS) that are not in `names`."""
-    import pyarrow as pa
-
     columns = {name: batch[name] for name in ("id", "prompt", "answer", *(each for each in WHERE_ANY if each in names))}
     prompt, fields = columns["prompt"], [name for name in Message._fields if name != "more" or name in names]
     turns = prompt.flatten()
@@ -240,11 +232,8 @@ def with_columns(batch: "pa.RecordBatch", names: Set[str]) -> "pa.RecordBatch":
     return pa.record_batch(columns)
 
 
-def sizes(batch: "pa.RecordBatch") -> "pa.Array":
+def sizes(batch: pa.RecordBatch) -> pa.Array:
     """The bytes of each record's prompt and answer together, as int64."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     prompt = batch["prompt"]
     ends = pc.cumulative_sum(pc.cast(pc.binary_length(prompt.flatten().field("content")), pa.int64()))
     before = pa.concat_arrays([pa.array([0], pa.int64()), ends])
@@ -253,11 +242,8 @@ def sizes(batch: "pa.RecordBatch") -> "pa.Array":
     return pc.add(of_prompts, pc.cast(pc.binary_length(batch["answer"]), pa.int64()))
 
 
-def asked(batch: "pa.RecordBatch") -> list[str]:
+def asked(batch: pa.RecordBatch) -> list[str]:
     """The text of each record's prompt: the contents of its turns, without the system's, joined by newlines."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     turns = batch["prompt"].flatten()
     kept = pc.not_equal(turns.field("role"), "system")
     before = pa.concat_arrays([pa.array([0], pa.int32()), pc.cumulative_sum(pc.cast(kept, pa.int32()))])
@@ -266,12 +252,9 @@ def asked(batch: "pa.RecordBatch") -> list[str]:
     return texts
 
 
-def identities(batch: "pa.RecordBatch") -> memoryview:
+def identities(batch: pa.RecordBatch) -> memoryview:
     """Each record's identity as a line of JSON: id, prompt and answer, then calls, tools, group and what a log says of
     it where it has any of them. A record without them has the same identity as in releases that did not know them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     prompt = batch["prompt"]
     turns = prompt.flatten()
     more = turns.field("more")
@@ -291,34 +274,25 @@ def identities(batch: "pa.RecordBatch") -> memoryview:
     return memoryview(lines.buffers()[2] or b"")[first:last]
 
 
-def _quoted(texts: "pa.Array") -> "pa.Array":
+def _quoted(texts: pa.Array) -> pa.Array:
     """Each text as a JSON string, as Python's `json.dumps` writes it without `ensure_ascii`."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     plain = _joined('"', texts, '"')
     is_escaped = pc.match_substring_regex(texts, r'["\\\x00-\x1f]')
     escaped = [json.dumps(text, ensure_ascii=False) for text in texts.filter(is_escaped).to_pylist()]
     return pc.replace_with_mask(plain, is_escaped, pa.array(escaped, pa.string())) if escaped else plain
 
 
-def _where(mask: "pa.Array", *pieces: "pa.Array | str") -> "pa.Array":
+def _where(mask: pa.Array, *pieces: pa.Array | str) -> pa.Array:
     """The pieces joined; an empty text where the mask is false."""
-    import pyarrow.compute as pc
-
     return pc.if_else(mask, _joined(*pieces), "")
 
 
-def _joined(*pieces: "pa.Array | str") -> "pa.Array":
-    import pyarrow.compute as pc
-
+def _joined(*pieces: pa.Array | str) -> pa.Array:
     return pc.binary_join_element_wise(*pieces, "")
 
 
-def _offsets(lists: "pa.ListArray") -> "pa.Array":
+def _offsets(lists: pa.ListArray) -> pa.Array:
     """The start of each list in the result of `flatten`, and the end of the last one."""
-    import pyarrow.compute as pc
-
     return pc.subtract(lists.offsets, lists.offsets[0])
 
 
@@ -340,8 +314,6 @@ class Part:
         return self.records
 
     def __iter__(self) -> Iterator[Record]:
-        import pyarrow.parquet as pq
-
         for path in self.paths:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(RECORDS_AT_ONCE, use_threads=False):
@@ -369,9 +341,9 @@ class Parts:
 
 def write_splits(
     folder: Path,
-    train: Iterable["pa.RecordBatch"],
-    evaluation: Iterable["pa.RecordBatch"],
-    replay: Iterable["pa.RecordBatch"] | None = None,
+    train: Iterable[pa.RecordBatch],
+    evaluation: Iterable[pa.RecordBatch],
+    replay: Iterable[pa.RecordBatch] | None = None,
     *,
     columns: Set[str] = NOT_ALWAYS,
 ) -> Parts:
@@ -381,7 +353,7 @@ def write_splits(
     """
     digest = hashlib.sha256(f"fineloop dataset {FORMAT}\n".encode())
 
-    def hashed(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    def hashed(batch: pa.RecordBatch) -> pa.RecordBatch:
         digest.update(identities(batch))
         return batch
 
@@ -394,11 +366,8 @@ def write_splits(
     return Parts(f"d{digest.hexdigest()[:15]}", *splits)
 
 
-def _write(folder: Path, name: SplitName, batches: Iterable["pa.RecordBatch"], columns: Set[str]) -> Part:
+def _write(folder: Path, name: SplitName, batches: Iterable[pa.RecordBatch], columns: Set[str]) -> Part:
     """Write a split, one part after the other, of batches that have all columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     Path(folder, name).mkdir(parents=True)
     paths, records, schema = list[Path](), 0, with_columns(batch_of([]), columns).schema
     for part, pieces in groupby(_cut(batches), key=itemgetter(0)):
@@ -411,10 +380,8 @@ def _write(folder: Path, name: SplitName, batches: Iterable["pa.RecordBatch"], c
     return Part(tuple(paths), name, records)
 
 
-def _cut(batches: Iterable["pa.RecordBatch"]) -> Iterator[tuple[int, "pa.RecordBatch"]]:
+def _cut(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
     """The batches, cut where a part ends, each piece with its part's number; an empty piece where there are none."""
-    import numpy as np
-
     part = records = size = 0
     for batch in batches:
         while len(batch):
@@ -588,9 +555,6 @@ def _held(
 ) -> set[str] | None:
     """The given ids that the file's column `id` holds, and those of records with words of these people, or the ids that
     the text of rejected rows holds; None where it cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     column, ids = "row" if info.key.endswith(f"/{REJECTS}") else "id", set[str]()
     try:
         with pq.ParquetFile(ObjectFile(store, info.key, info.size)) as file:

@@ -16,6 +16,10 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from components.prepare.dataset import Message, Record
 from components.shared.errors import DataError
 
@@ -195,10 +199,6 @@ class Screen:
 
     def suspects(self, records: Mapping[int, Record]) -> list[int]:
         """The keys of the records that may hold any: found in a fraction of the time that `record` takes."""
-        import numpy as np
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         if self._names or not records:
             return list(records)
         texts = [[record.answer, *[turn.content for turn in record.prompt]] for record in records.values()]

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
 from components.config.gate import GateConfig
 from components.config.schema import RunConfig
 from components.prepare.split import Judges
 from components.shared.metrics import RELATIVE, Metric, metric_of
+from components.shared.paired import POWER, Pairs, bounds, score_bounds
 
 CHARS_OF_A_TOKEN = 4
 CHANGED, SPREAD = 0.12, 0.22
@@ -56,10 +59,6 @@ def power_of(
     `equal_weight` is what a record tells of what one of equal weights would (Kish): the longest answers of a loss weigh
     most. Production's loss, which is not known yet, is taken for 1.
     """
-    import numpy as np  # which the command line and the prepare step import this without
-
-    from components.shared.paired import POWER, Pairs, bounds, score_bounds
-
     metric = metric_of(gate.metric)
     is_binary = metric.key in RIGHT_OR_WRONG and not in_groups
     weight = equal_weight if metric.per_token else 1.0

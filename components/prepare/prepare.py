@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from components.config.schema import RunConfig
 from components.config.train import ColumnsConfig
@@ -35,10 +38,6 @@ from components.shared.protocol import counted
 from components.step.step import StepRun
 from components.store import folders
 from components.store.store import Store
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class Intake:
 
 def read_sources(
     sources: Sequence[Source],
-    accept: Callable[["pa.RecordBatch"], None],
+    accept: Callable[[pa.RecordBatch], None],
     reject: Callable[[Reject], None],
     *,
     rules: Rules = NO_RULES,
@@ -436,8 +435,6 @@ def prepare_if_new(
     `is_decided` says that a gate decides at the end of the run: as many records as it asks for have to be held out.
     Raises FineloopError as `prepare`.
     """
-    import pyarrow.compute as pc
-
     minimum, as_of = step_run.config.data.min_new_records, folders.now()
     consumed = between_runs.read_watermark(step_run.store, step_run.config.adapter.name)
     sources = find_sources(step_run.config.data.source, seen=consumed.sources if consumed else ())

@@ -15,6 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from components.prepare import icd10
 from components.shared.errors import DataError
 
@@ -68,8 +71,6 @@ def opened(path: Path, packed: str) -> BinaryIO:
     if packed == "gzip":
         return cast(BinaryIO, gzip.open(path))
     if packed == "zstd":
-        import pyarrow as pa
-
         return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"))
     return path.open("rb")
 
@@ -308,9 +309,6 @@ def _csv_row(line: int, cells: list[str], header: list[str], delimiter: str) -> 
 
 
 def _read_parquet(path: Path, name: str, form: Form, wanted: Wanted) -> Iterator[Rows]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with tempfile.NamedTemporaryFile(prefix="fineloop-source-", suffix=".parquet") as whole:
         if form.packed:
             with opened(path, form.packed) as packed:

@@ -10,20 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from components.config.schema import RunConfig
 from components.config.train import DataConfig
 from components.prepare.dataset import WHERE_ANY, Parts, Record, asked, groups_of, load_split, write_splits
+from components.prepare.near_duplicates import Comparison
 from components.prepare.workspace import Texts, Workspace, position
 from components.shared.errors import DataError
 from components.store.store import Store
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import pyarrow as pa
-
 
 Span = tuple[int, int]
 """A range of record numbers, in the order in which they were read: the first, and one more than the last."""
@@ -41,8 +40,6 @@ def narrow(
     """
     if window is None:
         return 0, 0
-    import pyarrow as pa
-
     starts, ends = ([span[place] for span in window] for place in (0, 1))
     work.put("spans", start=pa.array(starts, pa.int64()), stop=pa.array(ends, pa.int64()))
     work.run(
@@ -205,7 +202,7 @@ def split(work: Workspace, data: DataConfig, *, window: list[Span] | None = None
 def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | None) -> Parts:
     """Write the first records of each split, as many as given; `num_apart` None writes no split `replay`."""
 
-    def first(table: str, count: int) -> "Iterator[pa.RecordBatch]":
+    def first(table: str, count: int) -> Iterator[pa.RecordBatch]:
         numbers = work.numbers(f"SELECT number FROM {table} {_IN_ORDER} LIMIT {count}")
         return work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY))
 
@@ -235,11 +232,6 @@ def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlik
     counts = work.row("SELECT (SELECT count(*) FROM others), (SELECT count(*) FROM held_out)")
     if not similarity or not all(counts):
         return _Unlike(counts[0])
-    import numpy as np
-    import pyarrow as pa
-
-    from components.prepare.near_duplicates import Comparison
-
     numbers, prompts = _prompts(work, "others")
     _, held_out = _prompts(work, "held_out")
     comparison = Comparison(prompts, held_out, similarity=similarity, folder=work.folder)
@@ -269,7 +261,7 @@ def _unlike(work: Workspace, *, similarity: float, enough: int | None) -> _Unlik
     return _Unlike(looked_at, looked_at - num_kept, len(numbers) - looked_at, clusters, repeats)
 
 
-def _prompts(work: Workspace, table: str) -> "tuple[npt.NDArray[np.int64], Texts]":
+def _prompts(work: Workspace, table: str) -> tuple[npt.NDArray[np.int64], Texts]:
     """The numbers of a table's records, and their prompts, in order."""
     numbers = work.numbers(f"SELECT number FROM {table} {_IN_ORDER}")
     batches = work.in_order(numbers, ("prompt",))

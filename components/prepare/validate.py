@@ -19,7 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
+
+import pyarrow as pa
 
 from components.config.train import ColumnsConfig, DataConfig, LossOn
 from components.prepare import traces
@@ -31,9 +33,6 @@ from components.prepare.shapes import SPEAKERS, TRACES, Row, as_record, columns_
 from components.prepare.sources import Source, rows_of
 from components.registry.between_runs import NONE_ERASED, Erased
 from components.shared.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 EXPECTED = "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer)"
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -281,7 +280,7 @@ def canonical_prompt(turns: Sequence[tuple[str, str, str]]) -> str:
     )
 
 
-def keyed(records: Sequence[Record]) -> "pa.RecordBatch":
+def keyed(records: Sequence[Record]) -> pa.RecordBatch:
     """The records with the hashes that decide their split and their duplicates, as `keyed_batch` has them.
 
     Where a row gave no id, the id is the beginning of its content's hash.
@@ -359,7 +358,7 @@ class Counts:
 class Validated(NamedTuple):
     """The result of validating some rows."""
 
-    batch: "pa.RecordBatch"
+    batch: pa.RecordBatch
     """The records that may be used, in order, with the columns of `keyed_batch`."""
     rejects: list[Reject]
     counts: Counts
@@ -378,8 +377,6 @@ class Validation:
         self._shape_of = cache(partial(recognised, named=data.columns))
 
     def of(self, source: Source, rows: Rows) -> Validated:
-        import pyarrow as pa
-
         data, erased, counts = self._rules.data, self._rules.erased, Counts(len(rows.rows))
         records: dict[int, Record] = {}
         rejects: list[Reject] = []
@@ -446,7 +443,7 @@ class Validation:
         verdict = verdicts[on_it[0]] if on_it else None
         return learned(turn, verdict, self._rules.adapter, turn.get(group) or named(group))
 
-    def _erased(self, batch: "pa.RecordBatch", places: Sequence[int]) -> set[int]:
+    def _erased(self, batch: pa.RecordBatch, places: Sequence[int]) -> set[int]:
         """Which of the records at these places were erased, by the ids that they may have in a dataset."""
         if not self._rules.erased:
             return set()

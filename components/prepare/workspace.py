@@ -10,18 +10,17 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from components.prepare import dataset
 from components.prepare.dataset import Reject
 from components.shared.machine import usable_cores
 from components.store.client import disk_errors
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import pyarrow as pa
-
 
 # Reads the rows of a file in another order, in little memory however many and however long they are: DuckDB would hold
 # a vector of 2,048 of them at least.
@@ -34,13 +33,10 @@ _RANK = "rank"
 
 
 def in_order(
-    path: Path, numbers: "npt.NDArray[np.int64]", sizes: "npt.NDArray[np.int64]", columns: Sequence[str]
-) -> Iterator["pa.RecordBatch"]:
+    path: Path, numbers: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
     """Yield columns of the rows of a Parquet file that `numbers` lists, counted from 0, in the order of `numbers`.
     `sizes` are the approximate bytes of every row of the file."""
-    import numpy as np
-    import pyarrow as pa
-
     rank = np.full(len(sizes), -1, np.int64)
     rank[numbers] = np.arange(len(numbers))
     ends = np.cumsum(sizes[numbers])
@@ -64,12 +60,8 @@ def in_order(
             yield from ordered.combine_chunks().to_batches(max_chunksize=2048)
 
 
-def _ranked(path: Path, rank: "npt.NDArray[np.int64]", columns: Sequence[str]) -> Iterator["pa.Table"]:
+def _ranked(path: Path, rank: npt.NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield the rows that have a rank, with the rank as a column, one row group at a time."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     start = 0
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
@@ -96,9 +88,7 @@ class Workspace:
     """The records and rejects of one preparation, in the order in which they were read."""
 
     def __init__(self, folder: Path, *, memory_bytes: int) -> None:
-        import duckdb
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import duckdb  # which takes a tenth of a second, and jobs that only read datasets do without
 
         self.folder = folder
         self.columns: set[str] = set()
@@ -128,7 +118,7 @@ class Workspace:
             }
         )
 
-    def accept(self, records: "pa.RecordBatch") -> None:
+    def accept(self, records: pa.RecordBatch) -> None:
         """Add some records, with the columns of `keyed_batch`."""
         self._pending.append(records)
         if sum(map(len, self._pending)) >= ENOUGH or sum(each.nbytes for each in self._pending) >= ENOUGH_BYTES:
@@ -147,17 +137,13 @@ class Workspace:
         self._reject_writer.close()
         self.run(f"CREATE VIEW records AS FROM read_parquet({quoted(self._path)})")
 
-    def numbers(self, query: str) -> "npt.NDArray[np.int64]":
+    def numbers(self, query: str) -> npt.NDArray[np.int64]:
         """The result of a query with one column of integers."""
-        import numpy as np
-
         parts = [batch.column(0).to_numpy() for batch in self.batches(query)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
-    def in_order(self, numbers: "npt.NDArray[np.int64]", columns: Sequence[str]) -> Iterator["pa.RecordBatch"]:
+    def in_order(self, numbers: npt.NDArray[np.int64], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns of the records with these numbers, in the order of the numbers."""
-        import numpy as np
-
         return in_order(self._path, numbers, np.concatenate([np.zeros(0, np.int64), *self._sizes]), columns)
 
     def run(self, statement: str) -> None:
@@ -173,14 +159,12 @@ class Workspace:
         with _own_errors():
             return list(self._duckdb.execute(query).fetchall())
 
-    def batches(self, query: str) -> Iterator["pa.RecordBatch"]:
+    def batches(self, query: str) -> Iterator[pa.RecordBatch]:
         """Yield a query's result in batches; no other statement may run until it ends."""
         with _own_errors():
             yield from self._duckdb.sql(query).to_arrow_reader(_BATCH)
 
-    def put(self, name: str, **columns: "pa.Array") -> None:
-        import pyarrow as pa
-
+    def put(self, name: str, **columns: pa.Array) -> None:
         table = pa.table(columns)
         with _own_errors():
             self._duckdb.register("arrow_table", table)
@@ -191,9 +175,6 @@ class Workspace:
         self._duckdb.close()
 
     def _write(self) -> None:
-        import numpy as np
-        import pyarrow as pa
-
         if not self._pending:
             return
         batch = pa.concat_batches(self._pending)
@@ -209,8 +190,6 @@ class Workspace:
         self._pending = []
 
     def _write_rejects(self) -> None:
-        import pyarrow as pa
-
         rows = [asdict(each) for each in self._pending_rejects]
         self._reject_writer.write_batch(pa.RecordBatch.from_pylist(rows, self._reject_writer.schema))
         self._pending_rejects = []
@@ -255,8 +234,6 @@ class Texts(Sequence[str]):
     """Texts in a file, with 16 bytes of memory for each."""
 
     def __init__(self, path: Path, batches: Iterable[Sequence[str]]) -> None:
-        import numpy as np
-
         self._path, parts = path, [np.zeros(0, np.int64)]
         with path.open("wb") as file:
             for texts in batches:

@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.config.config_file import json_schema
-from components.prepare.dataset import Exposure, exposure_of
 from components.records.steps import left_out_text
 from components.registry.between_runs import erase, user_hash
 from components.shared.errors import UserError
@@ -28,6 +27,9 @@ from pipelines.commands.arguments import (
     option,
     table,
 )
+
+if TYPE_CHECKING:
+    from components.prepare.dataset import Exposure
 from pipelines.configs import DEFAULT_CONFIG
 
 
@@ -165,6 +167,8 @@ def data_erase(options: argparse.Namespace) -> Answer:
     ids, people = list(dict.fromkeys(options.ids)), {name: user_hash(name) for name in options.user}
     if not ids and not people:
         raise UserError("the following arguments are required: ID, or --user NAME")
+    from components.prepare.dataset import exposure_of
+
     with opened_registry(options) as store:
         by = options.by or account(os.environ)
         # First, so that what is prepared from here on has none of them.
@@ -202,7 +206,7 @@ def data_erase(options: argparse.Namespace) -> Answer:
     return Answer(body, "\n".join(lines))
 
 
-def _next_steps(exposure: Exposure, *, revocable: bool) -> Iterator[tuple[str, str]]:
+def _next_steps(exposure: "Exposure", *, revocable: bool) -> Iterator[tuple[str, str]]:
     """What has to be done, in this order: the command, or none where there is no command for it, and why."""
     for name in dict.fromkeys(each.name for each in exposure.versions):
         why = f"train {name} again without them: with its own config, and though nothing is new"

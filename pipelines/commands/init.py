@@ -13,9 +13,6 @@ from typing import Any
 
 from components.config import config_file
 from components.config.schema import DataConfig, RunConfig
-from components.prepare.power import CHARS_OF_A_TOKEN, power_of, spread_of
-from components.prepare.shapes import guessed, recognised
-from components.prepare.sources import first_rows
 from components.shared.errors import DataError, UserError
 from components.shared.machine import usable_cores
 from components.shared.metrics import metric_of
@@ -65,6 +62,8 @@ def init(options: argparse.Namespace) -> Answer:
     the example's small base. Nothing is trained. If a run would refuse what it wrote, or an answer is missing in it, it
     says so last, and its exit code is 2.
     """
+    from components.prepare.sources import first_rows
+
     source = options.data or _asked("your data", "DATA", "")
     name = options.name or _asked("the adapter's name", "--name", name_from(source))
     path: Path = options.output or Path(f"{name}.toml")
@@ -159,6 +158,8 @@ def _columns(rows: Sequence[Mapping[str, Any]], data: DataConfig) -> dict[str, A
     Raises:
         UserError: what was typed is no column.
     """
+    from components.prepare.shapes import guessed, recognised
+
     columns, named = _names(rows), data.columns
     is_set = named.messages or (named.prompt and named.completion)
     if not columns or is_set or not (named.prompt or named.completion or not recognised(columns, named)):
@@ -204,6 +205,8 @@ def judged_by(draft: RunConfig, seen: Mapping[str, Any]) -> tuple[Keys, int]:
 
     Returns keys, and how many rows are missing for it. What is set stays.
     """
+    from components.prepare.power import CHARS_OF_A_TOKEN, power_of, spread_of
+
     splits, tells, gate, train = seen["profile"]["splits"], seen["gate"], draft.gate, draft.train
     records, answers = splits["train"]["records"] + splits["eval"]["records"], splits["train"]["answer_chars"]
     key, why = "loss", "answers are long: the gate weighs how surprising the references are"
