@@ -192,15 +192,7 @@ def sentence_of(judged: Judged, compared: Compared, drop: float, gate: GateConfi
 
 
 def _end(step_run: StepRun, sentence: str) -> None:
-    adapter, store, run_id = step_run.config.adapter, step_run.store, step_run.run_id
-    ended = runs.find(store, run_id, Decision, to_show=True)
-    skipped = Decision(
-        decision="skipped",
-        adapter=adapter.name,
-        alias=adapter.alias,
-        reasons=tuple(dict.fromkeys((*(ended.reasons if ended else ()), sentence))),
-        run_id=run_id,
-        since_run=ended.since_run if ended else None,
-    )
-    runs.write(store, run_id, skipped)
+    ended = runs.find(step_run.store, step_run.run_id, Decision, to_show=True)
+    reasons = dict.fromkeys([*(ended.reasons if ended else ()), sentence])
+    step_run.record_skip(reasons, since_run=ended.since_run if ended else None)
     step_run.say(sentence)

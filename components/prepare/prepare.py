@@ -27,8 +27,7 @@ from components.prepare.sources import Source, find_sources
 from components.prepare.split import Span, TrainEvalSplit, deduplicate, judges, require_enough, split
 from components.prepare.validate import Counts, Reader, Rules, read_here
 from components.prepare.workspace import Workspace, quoted
-from components.records import runs
-from components.records.steps import Decision, left_out_text
+from components.records.steps import left_out_text
 from components.registry import between_runs
 from components.registry.between_runs import NONE_ERASED, Consumed, Erased
 from components.shared import machine
@@ -528,16 +527,7 @@ def _publish(config: RunConfig, store: Store, work: Workspace, read: Intake) -> 
 
 
 def _skip(step_run: StepRun, consumed: Consumed, reason: str) -> None:
-    adapter = step_run.config.adapter
-    decision = Decision(
-        decision="skipped",
-        adapter=adapter.name,
-        alias=adapter.alias,
-        reasons=(reason,),
-        run_id=step_run.run_id,
-        since_run=consumed.run_id,
-    )
-    runs.write(step_run.store, step_run.run_id, decision)
+    step_run.record_skip([reason], since_run=consumed.run_id)
     step_run.result.update(skipped=reason)
     step_run.say(f"skipped: {reason}")
 

@@ -368,10 +368,7 @@ class Validation:
     """Turns rows into records."""
 
     def __init__(self, rules: "Rules") -> None:
-        """
-        Raises:
-            DataError: names are looked for, and presidio-analyzer is not installed.
-        """
+        """Raises DataError: names are looked for, and presidio-analyzer is not installed."""
         self._rules, data = rules, rules.data
         self._screen = Screen(data.personal, regions=data.phone_regions, names=data.personal_names)
         self._shape_of = cache(partial(recognised, named=data.columns))

@@ -56,9 +56,7 @@ def sure_once(text: str) -> str:
 
 
 def parse_moment(value: object) -> datetime | None:
-    """An ISO 8601 text or seconds since 1970 as a time in UTC, or None if it is neither."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return datetime.fromtimestamp(value, UTC)
+    """An ISO 8601 text as a time, in UTC where it names no zone; None if it is none."""
     try:
         parsed = datetime.fromisoformat(str(value))
     except ValueError:

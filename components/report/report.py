@@ -28,11 +28,11 @@ from components.report.html import count, moment, sure_once, template
 from components.report.night import told
 from components.report.registry_page import write_pages
 from components.report.run_files import RunFiles, by_class, wrong_answers
-from components.shared.errors import FineloopError, ObjectMissing
+from components.shared.errors import FineloopError
 from components.shared.metrics import metric_of, metrics_of
 from components.shared.paired import Bounds
 from components.shared.protocol import counted, duration
-from components.store.store import Store
+from components.store.store import Store, decode_json
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent
@@ -103,11 +103,8 @@ def _text(store: Store, key: str) -> str:
 
 
 def _json(store: Store, key: str) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = store.get_json(key)
-    except ObjectMissing:
-        return None
-    return value
+    stored = store.read(key)
+    return decode_json(stored[0], store.uri(key)) if stored else None
 
 
 # Pages, each a self-contained file: no font, no request, and no script but the one that searches its own tables.

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from typing import Any
 from components.config import config_file
 from components.config.schema import RunConfig
 from components.records import runs
-from components.records.steps import Status, StepRecord
+from components.records.steps import Decision, Status, StepRecord
 from components.shared import garbage
 from components.shared.errors import ConfigError, Conflict, FineloopError, IntegrityError
 from components.shared.protocol import STARTED, say, say_failure
@@ -45,6 +45,13 @@ class StepRun:
     def run_uri(self) -> str:
         """The run's folder, with a slash at the end."""
         return self.store.uri(runs.run_key(self.run_id))
+
+    def record_skip(self, reasons: Iterable[str], *, since_run: str | None) -> None:
+        """Record the decision that this run trains nothing."""
+        adapter = self.config.adapter
+        about = {"adapter": adapter.name, "alias": adapter.alias, "run_id": self.run_id, "since_run": since_run}
+        decision = Decision.model_validate({"decision": "skipped", **about, "reasons": tuple(reasons)})
+        runs.write(self.store, self.run_id, decision)
 
     def say(self, text: str) -> None:
         say(self.name, text)
