@@ -8,7 +8,9 @@ little memory as `data.memory_gib` says, by the very functions that prepare data
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from components.config.schema import RunConfig
 from components.prepare import prepare as preparing
@@ -22,9 +24,6 @@ from components.shared.protocol import say
 from components.step.step import StepRun
 from components.store.store import Store
 from ray_jobs import entry
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 STEP = "prepare"
 BLOCK_BYTES = 4 * 2**20
@@ -100,7 +99,7 @@ def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, 
                 yield result
 
 
-def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
+def _read(block: pa.Table, rules: Rules) -> Iterator[pa.Table]:
     """Read some sources, and yield their raw rows in portions, each with its source and the source's index."""
     placed = block["item"].to_pylist()
     with _errors_as_items() as failed, nothing_old_collected():
@@ -109,7 +108,7 @@ def _read(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
     yield from failed
 
 
-def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
+def _validate(block: pa.Table, rules: Rules) -> Iterator[pa.Table]:
     """Validate raw rows, and yield the result of each portion; errors are passed on."""
     with _errors_as_items() as failed, nothing_old_collected():
         validation = Validation(rules)
@@ -123,7 +122,7 @@ def _validate(block: "pa.Table", rules: Rules) -> Iterator["pa.Table"]:
 
 
 @contextlib.contextmanager
-def _errors_as_items() -> Iterator[list["pa.Table"]]:
+def _errors_as_items() -> Iterator[list[pa.Table]]:
     """Turn a FineloopError in the body into a last item of the results. If it were raised, Ray would wrap it in its own
     exception, and report the first task to fail instead of the first in order."""
     failed: list[pa.Table] = []
@@ -133,9 +132,8 @@ def _errors_as_items() -> Iterator[list["pa.Table"]]:
         failed.append(_block(exc))
 
 
-def _block(*items: object) -> "pa.Table":
+def _block(*items: object) -> pa.Table:
     """An Arrow table whose rows are these objects, as Ray Data passes them between tasks."""
-    import pyarrow as pa
     from ray.data.extensions import ArrowPythonObjectArray
 
     return pa.table({"item": ArrowPythonObjectArray.from_objects(items)})

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from annotated_types import Le
 
 from components.config.gate import MUCH_WORSE, GateConfig, Guard, Limit
@@ -123,8 +124,6 @@ def of_texts(evaluation: Evaluation) -> Iterator[tuple[str, Evidence]]:
 def parse_evidence(body: bytes, uri: str) -> Evidence:
     """The numbers of evaluation_records.parquet. Raises IntegrityError: it is not Parquet, or has no column of answer
     tokens."""
-    import pyarrow as pa
-
     try:
         table = table_of(body)
         tokens = table.column(TOKENS).to_numpy().astype(float)

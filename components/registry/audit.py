@@ -16,7 +16,6 @@ from components.registry.aliases import Pointer, read_alias
 from components.registry.cache import READS_AT_ONCE
 from components.registry.event_log import MOVE_KINDS, Event, decisions, events_key, is_chain, moves, read_log
 from components.registry.identity import TOKENS, adapter_key, verify_whole, version_key
-from components.registry.lineage import BASE_FIELDS
 from components.shared.errors import IntegrityError, ObjectMissing, UserError
 from components.store.folders import Manifest, verify
 from components.store.store import Store, decode_json
@@ -212,9 +211,8 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor)
                 named.setdefault(key, (version, dataset.get("manifest_sha256")))
                 for folder, sha256 in (dataset.get("tokens") or {}).items():
                     trained_on[f"{key}/{TOKENS}/{folder}", str(sha256)] = version
-            for field in BASE_FIELDS:
-                if (base := str(recipe.get(field, ""))).startswith(store.uri("bases/")):
-                    named.setdefault(store.key(base), (version, recipe.get(f"{field}_sha256")))
+            if (base := str(recipe.get("stands_on", ""))).startswith(store.uri("bases/")):
+                named.setdefault(store.key(base), (version, recipe.get("stands_on_sha256")))
         except (IntegrityError, ObjectMissing, AttributeError, TypeError) as exc:
             yield Finding(uri, f"has no sound {versions.LINEAGE}: {exc}")
     for key, (version, sha256) in named.items():

@@ -203,10 +203,6 @@ def without_credentials(url: str) -> str:
 
 Kind = Literal["dataset", "source", "base", "commit", "config", "parent"]
 
-BASE_FIELDS = ("stands_on", "nf4_copy")
-"""Fields of a lineage's recipe that name a base: the one that the adapter was trained on, and its copy in NF4, which is
-no longer made."""
-
 
 @dataclass(frozen=True)
 class Ancestor:
@@ -233,7 +229,7 @@ def parse_terms(terms: Iterable[str]) -> dict[Kind, str]:
 def of_record(lineage: Mapping[str, Any]) -> list[Ancestor]:
     """The ancestors that one lineage record names; a missing key names none."""
     configured = _at(lineage, "config", "data", "source") or []
-    bases = dict.fromkeys([_at(lineage, "base", "reference"), *(_at(lineage, "recipe", key) for key in BASE_FIELDS)])
+    bases = dict.fromkeys([_at(lineage, "base", "reference"), _at(lineage, "recipe", "stands_on")])
     sources = [configured] if isinstance(configured, str) else configured
     named: list[tuple[Kind, Any]] = [
         ("dataset", _at(lineage, "dataset", "dataset_id")),

@@ -214,12 +214,6 @@ def test_those_of_another_adapter_stay_and_so_does_what_is_new(aged: Aged) -> No
     assert collect.removals(aged, ["icd", "other"], Rules(), now=datetime.now(UTC)) == []
 
 
-def test_the_copy_of_a_base_that_a_kept_version_was_trained_on_stays(aged: Aged) -> None:
-    recipe = {"stands_on": "org/base", "nf4_copy": aged.uri("bases/left/content")}
-    adapters.published(aged, b"2", **MADE_FROM, recipe=recipe)
-    assert shared(aged) == LEFT[:1]
-
-
 QLORA, LOFTQ = '[method]\nname = "qlora"', '[method]\nname = "loftq"'
 PREPARED = StepRecord(step="prepare", status="succeeded", started_at="2026", seconds=1, result={"dataset_id": "left"})
 
