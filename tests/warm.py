@@ -51,6 +51,7 @@ PRELOADED = {
     "ray_jobs.candidate": STEPS,  # the stub's, as the next two; so nothing of ray_jobs may be imported before
     "ray_jobs.evaluate": STEPS,
     "ray_jobs.sweep": STEPS,
+    "tests.components.ray_cluster.submitting": STEPS,
     "ray_jobs.plan": MODELS,
     "ray_jobs.preview": MODELS,
     "ray_jobs.export": MODELS,

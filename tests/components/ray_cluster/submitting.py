@@ -1,20 +1,21 @@
-"""A step that submits a job, in a process of its own: one that can be killed."""
+"""A step that submits a job, in a process of its own that can be killed: a module, so that tests/warm.py forks it."""
 
+import os
 import sys
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
-
-SUBMITTING = """
-import os, sys
-from components.ray_cluster.backend import Job
-from components.config.ray import RayConfig
 from components.ray_cluster.submit import submit_and_wait
-job = Job(run_id=sys.argv[1], task='finetune', command=tuple(sys.argv[3:]), timeout_s=60)
-submit_and_wait(job, RayConfig.model_validate_json(sys.argv[2]), poll_s=0.05)
-"""
+from tests import warm
 
 
-def submitting(job: Job, ray: RayConfig | None = None) -> list[str]:
+def submitting(job: Job, ray: RayConfig | None = None, *, python: str = "") -> list[str]:
     """The command of the step."""
-    return [sys.executable, "-c", SUBMITTING, job.run_id, (ray or RayConfig()).model_dump_json(), *job.command]
+    config = (ray or RayConfig()).model_dump_json()
+    return [python or os.environ[warm.VARIABLE], "-m", __name__, job.run_id, config, *job.command]
+
+
+if __name__ == "__main__":
+    run_id, config, *command = sys.argv[1:]
+    submitted = Job(run_id=run_id, task="finetune", command=tuple(command), timeout_s=60)
+    submit_and_wait(submitted, RayConfig.model_validate_json(config), poll_s=0.05)

@@ -333,7 +333,7 @@ def test_an_address_that_leads_to_no_jobs_api_is_named(monkeypatch, address, kin
 def test_a_missing_token_says_which_variables_to_set(tmp_path: Path) -> None:
     with contextlib.closing(JobsApi(tmp_path, token=TOKEN)) as api:
         environment = {**os.environ, "RAY_ADDRESS": api.address, "RAY_AUTH_MODE": "disabled"}
-        command = submitting(job("r", "pass"))
+        command = submitting(job("r", "pass"), python=sys.executable)  # one that imports Ray in that mode
         step = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert step.returncode == 1
     assert "JobError: could not connect" in step.stderr
