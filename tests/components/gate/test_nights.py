@@ -3,7 +3,14 @@
 import pytest
 
 from components.config.gate import GateConfig
+from components.shared import paired
 from tests.components.gate.nights import NIGHTS, Trainer, lost_of_the_best, year
+
+
+@pytest.fixture(autouse=True)
+def _a_quarter_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "RESAMPLES", 1000)
+    monkeypatch.setattr(paired, "PER_TAIL", 10)
 
 
 @pytest.mark.parametrize(

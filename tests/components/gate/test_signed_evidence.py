@@ -25,7 +25,7 @@ from tests.components.gate.evaluated import config, evaluation, put
 SAMPLE = [f"{number:012x}" for number in range(16)]
 VERSIONS, EVALUATIONS = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 TRUSTED, EVALUATING = signing.public_text(VERSIONS), signing.public_text(EVALUATIONS)
-FORGED = 30
+FORGED = 5
 
 
 @pytest.fixture
