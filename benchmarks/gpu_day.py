@@ -6,7 +6,8 @@ speed beside each peer that is installed, and after each piece the GPU's peak me
 
 Each piece is a process of its own, and its figures are in --out (JSON) once it has ended: call the command again, and
 it goes on with what is missing or has failed. A piece passes if its losses are finite and its first one is that of the
-first piece: the same records on the same base. `pytest -m gpu tests/benchmarks` runs the same list.
+first piece, or on long records that of the packed ones: the same records on the same base. `pytest -m gpu
+tests/benchmarks` runs the same list.
 
 Without a GPU all of it runs on processors, over a tiny base, so that the command is known to work; memory is then the
 plan's alone. On GPUs the base has random weights in the shape of a Llama of 1 to 8 billion (--shape), or is --base.
@@ -25,6 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,17 @@ PIECES = {
     ),
     "offloaded": Piece((*QLORA, "train.zero_stage=3", "train.cpu_offload=true"), workers=2),
     "activations offloaded": Piece((*QLORA, "train.gradient_checkpointing=true", "train.activation_offloading=true")),
-    "long, packed": Piece((*QLORA, "train.gradient_checkpointing=true"), is_long=True),
+    **{
+        f"long, {how}": Piece((*QLORA, "train.gradient_checkpointing=true", f"model.attention={wanted}"), is_long=True)
+        for how, wanted in {"packed": "auto", "apart": "eager", "by flash-attn": "flash_attention_2"}.items()
+    },
     **{f"beside {peer}": Piece(peer=peer) for peer in PEERS},
 }
-FIRST = next(iter(PIECES))
+FIRST, LONG = next(iter(PIECES)), "long, packed"
 NOT_ON_A_PROCESSOR = {
     "train.optimizer=paged_adamw_8bit": "train.optimizer=adamw_8bit",
     "train.activation_offloading=true": "train.activation_offloading=false",
+    "model.attention=flash_attention_2": "model.attention=auto",
 }
 CONFIG = """
 [adapter]
@@ -153,18 +159,19 @@ def in_process(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 
 def judge(pieces: dict[str, dict[str, Any]]) -> None:
-    """Give each training that ran its status: losses are finite, and the first one is that of the first piece."""
-    expected = pieces.get(FIRST, {}).get("losses", [None])[0]
+    """Give each training that ran its status: losses are finite, and the first one is that of the first piece on such
+    records."""
     for name, found in pieces.items():
         if "losses" not in found:
             continue
-        first = found["losses"][0]
+        first, like = found["losses"][0], LONG if PIECES[name].is_long else FIRST
+        expected = pieces.get(like, {}).get("losses", [None])[0]
         if not all(math.isfinite(loss) for loss in found["losses"]):
             found |= {"status": "failed", "reason": "a loss is not finite"}
         elif found.get("resumed_apart", 0) > NEAR:
             found |= {"status": "failed", "reason": f"resumed losses lie {found['resumed_apart']:.3f} apart"}
-        elif expected is not None and not PIECES[name].is_long and abs(first - expected) > NEAR:
-            found |= {"status": "failed", "reason": f"the first loss is {first:.3f}, and {FIRST}'s is {expected:.3f}"}
+        elif expected is not None and abs(first - expected) > NEAR:
+            found |= {"status": "failed", "reason": f"the first loss is {first:.3f}, and {like}'s is {expected:.3f}"}
         else:
             found |= {"status": "passed", "reason": ""}
 
@@ -193,6 +200,8 @@ def run(piece: Piece, *, base: str, shape: str) -> dict[str, Any]:
         return beside(piece.peer, use_gpu=use_gpu, shape=shape)
     if use_gpu and num_gpus < piece.min_workers:
         return {"status": "skipped", "reason": f"needs {piece.min_workers} GPUs, and this machine has {num_gpus}"}
+    if "model.attention=flash_attention_2" in piece.changes and not (use_gpu and find_spec("flash_attn")):
+        return {"status": "skipped", "reason": "needs a GPU and the package flash-attn"}
     workers = min(piece.workers, num_gpus) if use_gpu else piece.workers
     with tempfile.TemporaryDirectory(prefix="fineloop-gpu-day-") as scratch, a_store(Path(scratch)):
         os.environ["FINELOOP_CACHE"] = f"{scratch}/cache"

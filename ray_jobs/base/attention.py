@@ -6,13 +6,16 @@ sdpa                the same kernel as transformers ships it, for bases that tak
 flash_attention_2   the kernel of the flash-attn package, on GPUs
 eager               the formula written out, which every base supports
 
-The first two handle the records of a packed row: see `packing`.
+The first two and flash_attention_2 handle the records of a packed row: see `packing`. sdpa_records takes PyTorch's own
+flash attention for them where the GPU has it.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from components.config.ray import FIRST_WITH_FLASH
 from components.config.schema import Attention
 from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import model_class, require_cuda
@@ -25,7 +28,7 @@ FLOAT32 = "sdpa_float32"
 RECORDS = "sdpa_records"
 FLASH = "flash_attention_2"
 MOST_TOKENS = 8192
-"""Maximum length of a packed row: kernels that do not handle records need a mask of the row's length squared."""
+"""Maximum length of a packed row."""
 REHEARSED = "rehearsed_"
 """Prefix of the names of kernels that a plan runs on fake tensors, without a mask."""
 
@@ -50,7 +53,7 @@ def choose(base: "PretrainedConfig", wanted: Attention, *, use_gpu: bool) -> str
                 f"model.attention {FLASH}: {model.__name__} has no attention through flash-attn: set model.attention "
                 "to auto, which takes the fastest that it has"
             )
-        return FLASH
+        return register(FLASH)
     if model._supports_sdpa:
         return register(RECORDS if use_gpu else FLOAT32) if takes_kernels(base) else "sdpa"
     if wanted == "sdpa":
@@ -119,23 +122,39 @@ def is_float32(config: "PretrainedConfig") -> bool:
 
 
 def register(name: str = FLOAT32) -> str:
-    """Register FLOAT32 or RECORDS with transformers; returns the name to load a model with."""
+    """Register FLOAT32, RECORDS or FLASH with transformers; returns the name to load a model with."""
+    from torch.nn.attention import varlen
     from transformers import AttentionInterface
+    from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    from ray_jobs.base.packing import is_placeholder
+
+    kernel = flash_attention_forward if name == FLASH else sdpa_attention_forward
 
     def forward(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, packing: Any = None, **options: Any
     ) -> tuple[Any, None]:
-        attend, dtype = partial(sdpa_attention_forward, module, **options), query.dtype
+        attend, dtype = partial(kernel, module, **options), query.dtype
         if name == FLOAT32:
             query, key, value = query.float(), key.float(), value.float()
             if attention_mask is not None and attention_mask.is_floating_point():
                 attention_mask = attention_mask.float()
+        packing = packing and packing.on(query.device)
         if packing is None:
+            assert not is_placeholder(attention_mask), f"{type(module).__name__} is not told how its row is packed"
             output, _ = attend(query, key, value, attention_mask)
+        elif name == FLASH:
+            names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+            lengths = dict(zip(names, packing.lengths, strict=True))
+            output, _ = attend(query, packing.repeated(key), packing.repeated(value), None, **lengths)
+        elif has_flash(query, value, options):
+            # query (1, heads, T, D) and its like as (T, heads, D)
+            q, k, v = (states[0].transpose(0, 1) for states in (query, packing.repeated(key), packing.repeated(value)))
+            how = {"scale": options.get("scaling"), "window_size": (-1, 0), "enable_gqa": True}
+            output = varlen.varlen_attn(q, k, v, *packing.lengths, **how)[None]
         else:  # query, key and value (1, heads, T, D), output (1, T, heads, D)
-            packing = packing.on(query.device)
             q, k, v = (packing.apart(states[0].transpose(0, 1)) for states in (query, key, value))
             rest, _ = attend(q[1], packing.behind(*k), packing.behind(*v), packing.bias.to(query.dtype))
             beginning = attend(q[0], k[0], v[0], None)[0] if packing.common else rest[:1, :0]
@@ -143,5 +162,22 @@ def register(name: str = FLOAT32) -> str:
         return output.to(dtype), None
 
     AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    if name != FLASH:
+        AttentionMaskInterface.register(name, sdpa_mask)
     return name
+
+
+def has_flash(query: Any, value: Any, options: Mapping[str, Any]) -> bool:
+    """Whether PyTorch's flash attention takes such sequences, backward too, on every GPU that has it."""
+    import torch
+
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= FIRST_WITH_FLASH
+        and width == value.shape[-1] <= 192
+        and width % 8 == 0
+        and not options.get("dropout")
+        and options.get("softcap") is None
+    )

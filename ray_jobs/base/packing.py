@@ -5,6 +5,7 @@ Shapes: see `ray_jobs.text.answer_loss`.
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -62,12 +63,35 @@ class Packing:
         return torch.cat([torch.arange(self.common), *rests])[None].to(self.device)
 
     def mask(self) -> Tensor:
-        """Attention mask of the whole row, True where a token attends, for kernels that do not handle records:
-        bool (1, 1, T, T)."""
-        record = torch.repeat_interleave(torch.arange(len(self.rests)), torch.tensor(self.rests)) + 1
-        record = torch.cat([torch.zeros(self.common, dtype=torch.long), record]).to(self.device)
-        related = (record[:, None] == record) | (record == 0)
-        return related.tril()[None, None]
+        """A mask of the row that takes no memory and shows nothing, so that transformers builds none of T x T; see
+        `is_placeholder`. bool (1, 1, T, T)."""
+        num_tokens = self.common + sum(self.rests)
+        return torch.zeros(1, dtype=torch.bool, device=self.device).expand(1, 1, num_tokens, num_tokens)
+
+    @cached_property
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """The row as flash attention takes sequences, which are the common prefix and each record's rest: where their
+        queries and their keys (see `repeated`) begin and end, int32, and the most queries and keys of one."""
+        queries, keys = [*self.rests], [self.common + rest for rest in self.rests]
+        if self.common:
+            queries, keys = [self.common, *queries], [self.common, *keys]
+        ends = (torch.tensor([0, *lengths]).cumsum(0).int().to(self.device) for lengths in (queries, keys))
+        return *ends, max(queries), max(keys)
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Index of each key among N + 1 copies of the common prefix, followed by all rests: int64."""
+        copies = torch.arange((len(self.rests) + 1) * self.common).split(self.common)
+        rests = torch.arange(len(copies) * self.common, len(copies) * self.common + sum(self.rests)).split(self.rests)
+        return torch.cat([copies[0], *chain.from_iterable(zip(copies[1:], rests, strict=True))]).to(self.device)
+
+    def repeated(self, row_1XTD: Tensor) -> Tensor:
+        """Keys or values (1, X, T, D) of each sequence: of the common prefix, and then of each whole record. The
+        gradients of the copies are summed at once."""
+        if not self.common:
+            return row_1XTD
+        copies = row_1XTD[0, :, None, : self.common].expand(-1, len(self.rests) + 1, -1, -1).flatten(1, 2)
+        return torch.cat([copies, row_1XTD[0, :, self.common :]], dim=1)[:, self._order][None]
 
     def apart(self, row_TXD: Tensor) -> tuple[Tensor, Tensor]:
         """Split a row (T, X, D) into the common prefix, (1, X, C, D), and each record's rest, (N, X, S, D), padded with
@@ -85,3 +109,8 @@ class Packing:
     def behind(self, common_1XCD: Tensor, rest_NXSD: Tensor) -> Tensor:
         """Keys or values of each whole record, the common prefix followed by its rest: (N, X, C + S, D)."""
         return torch.cat([common_1XCD.expand(len(rest_NXSD), -1, -1, -1), rest_NXSD], dim=2)
+
+
+def is_placeholder(mask: Tensor | None) -> bool:
+    """Whether this is a packed row's `mask`, which needs a kernel that is told of the packing."""
+    return mask is not None and mask.shape[-1] > 1 and not any(mask.stride())

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.config.schema import TrainingConfig
-from ray_jobs.base.attention import FLOAT32, MOST_TOKENS, RECORDS, looks_at_all_before
+from ray_jobs.base.attention import FLASH, FLOAT32, MOST_TOKENS, RECORDS, looks_at_all_before
 from ray_jobs.base.packing import Packing
 from ray_jobs.text.batching import IGNORED, TokenizedSplit, collate, common_beginning
 
@@ -224,7 +224,7 @@ def records_nll(
 def can_pack(model: Any, longest: int) -> bool:
     """Whether records of up to `longest` tokens may be packed for this model: its attention must support it."""
     base = getattr(model, "module", model).config
-    return base._attn_implementation in (FLOAT32, RECORDS) and looks_at_all_before(base, longest)
+    return base._attn_implementation in (FLOAT32, RECORDS, FLASH) and looks_at_all_before(base, longest)
 
 
 def may_pack(config: TrainingConfig) -> bool:

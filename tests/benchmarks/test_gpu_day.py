@@ -41,10 +41,11 @@ def test_a_piece_is_judged_by_its_losses_and_the_first_ones() -> None:
         "qdora, ZeRO-3": ran(6.0, float("nan")),
         "killed and resumed": ran(6.0, 5.0, resumed_apart=0.5),
         "long, packed": ran(9.0, 8.0),
+        "long, apart": ran(9.5, 8.0),
         "beside trl": {"status": "skipped", "reason": "not installed"},
     }
     judge(pieces)
-    expected = ["passed", "passed", "failed", "failed", "failed", "passed", "skipped"]
+    expected = ["passed", "passed", "failed", "failed", "failed", "passed", "failed", "skipped"]
     assert [found["status"] for found in pieces.values()] == expected
     lines = list(table({"machine": {"gpus": [], "torch": "2"}, "pieces": pieces}))
     assert len(lines) == 2 + len(pieces)

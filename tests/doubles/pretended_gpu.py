@@ -27,9 +27,12 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.doubles.flash_attention import FlashAttention
 
 CPU = torch.device("cpu")
 Tensor = torch.Tensor
@@ -113,6 +116,7 @@ class PretendedGpu(TorchFunctionMode):
         yield torch.autograd, "_engine_run_backward", self._within(torch.autograd._engine_run_backward)
         yield saved_tensors_hooks, "__init__", self._hooks(saved_tensors_hooks.__init__)
         yield Tensor, "record_stream", lambda tensor, _: self._record_stream(tensor)
+        yield varlen, "varlen_attn", FlashAttention().varlen_attn
         yield dist, "new_group", self._remembering_gloo(dist.new_group)
         yield bitsandbytes.functional, "get_paged", self._paged
         yield bitsandbytes.functional, "fill", lambda tensor, value, *_, **__: tensor.fill_(value)

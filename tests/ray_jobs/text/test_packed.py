@@ -1,6 +1,7 @@
 """Packed micro-batches against each record alone, through transformers' and peft's own modules in float64."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM
 
 from components.config import config_file
@@ -18,7 +20,8 @@ from ray_jobs.base.packing import Packing
 from ray_jobs.kernels import fused
 from ray_jobs.text import answer_loss
 from ray_jobs.text.batching import IGNORED, TokenizedSplit
-from tests.doubles.pretended_gpu import Mixed, PretendedGpu
+from tests.doubles.flash_attention import FlashAttention, installed
+from tests.doubles.pretended_gpu import PretendedGpu
 from tests.models import zoo
 from tests.models.splits import split_of
 
@@ -100,16 +103,82 @@ def test_losses_and_gradients_are_those_of_each_record_alone(kernel, kind, name)
         torch.testing.assert_close(ours[gradient], each, atol=1e-5, rtol=1e-4, msg=gradient)
 
 
+def whole_mask(packing: Packing) -> torch.Tensor:
+    """Which token of the row attends to which, written out: (1, 1, T, T)."""
+    record = torch.repeat_interleave(torch.arange(1, len(packing.rests) + 1), torch.tensor(packing.rests))
+    record = torch.cat([torch.zeros(packing.common, dtype=torch.long), record])
+    return ((record[:, None] == record) | (record == 0)).tril()[None, None]
+
+
+def by_mask(model, split: TokenizedSplit) -> torch.Tensor:
+    """The losses of the packed row by a kernel that knows nothing of records."""
+    row, kernel = answer_loss.pack(split, range(len(split))), model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"
+    inputs = {"input_ids": row.input_ids, "position_ids": row.packing.positions}
+    logits = model(**inputs, attention_mask=whole_mask(row.packing), use_cache=False).logits
+    model.config._attn_implementation = kernel
+    found = F.cross_entropy(logits[0], row.targets[0], ignore_index=IGNORED, reduction="none")
+    return found[row.targets[0] != IGNORED]
+
+
 def test_a_kernel_that_knows_nothing_of_records_gets_the_same_from_the_mask():
     split, model = beginning_alike(12, [9, 5, 14, 6]), adapted("Llama, tied")
     expected = answer_loss.records_nll(model, split, range(4), 0, device=CPU)
+    torch.testing.assert_close(by_mask(model, split).float(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("kind", ["Llama, tied", "Qwen3"])
+@pytest.mark.parametrize("kernel", [attention.RECORDS, attention.FLASH])
+def test_flash_attention_computes_what_the_mask_says(kernel, kind, name, monkeypatch):
+    """Through PyTorch's and the package's function, in float64, which the double takes for this."""
+    flash, split, model = FlashAttention((torch.float64,)), beginning_alike(*SPLITS[name]), adapted(kind)
+    monkeypatch.setattr(varlen, "varlen_attn", flash.varlen_attn)
+    monkeypatch.setattr(attention, "has_flash", lambda *_: True)
+    model.config._attn_implementation = attention.register(kernel)
+    with installed(flash):
+        found = answer_loss.records_nll(model, split, range(len(split)), 0, device=CPU)
+    assert flash.calls == model.config.num_hidden_layers
+    found.sum().backward()
+    ours = gradients(model)
+    expected = by_mask(model, split)
+    expected.sum().backward()
+    torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-6)
+    theirs = gradients(model)
+    assert ours.keys() == theirs.keys()
+    for gradient, each in theirs.items():
+        torch.testing.assert_close(ours[gradient], each, atol=1e-6, rtol=1e-5, msg=gradient)
+
+
+def test_flash_attention_takes_what_every_gpu_that_has_it_computes(monkeypatch):
+    def takes(*, width: int = 128, of_values: int = 128, dtype: torch.dtype = torch.bfloat16, cuda=(8, 0), **options):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: cuda)
+        query, value = (SimpleNamespace(is_cuda=True, dtype=dtype, device=CPU, shape=(1, 2, 8, each))
+                        for each in (width, of_values))  # fmt: skip
+        return attention.has_flash(query, value, options)
+
+    assert takes()
+    assert takes(cuda=(9, 0), dtype=torch.float16, softcap=None, dropout=0.0)
+    assert not takes(cuda=(7, 5))
+    assert not takes(dtype=torch.float32)
+    assert not takes(width=256, of_values=256)  # not backward on an L4
+    assert not takes(width=20, of_values=20)
+    assert not takes(width=192)
+    assert not takes(dropout=0.1)
+    assert not takes(softcap=30.0)
+    assert not attention.has_flash(torch.zeros(1, 2, 8, 128).bfloat16(), torch.zeros(1, 2, 8, 128), {})
+
+
+@pytest.mark.parametrize("kernel", [attention.FLOAT32, attention.RECORDS, attention.FLASH])
+def test_an_attention_that_is_not_told_of_the_packing_is_refused(kernel):
+    split, model = beginning_alike(12, [9, 5, 14, 6]), adapted("Llama, tied")
+    model.config._attn_implementation = attention.register(kernel)
     row = answer_loss.pack(split, range(4))
-    model.config._attn_implementation = "sdpa"
-    logits = model(
-        input_ids=row.input_ids, position_ids=row.packing.positions, attention_mask=row.packing.mask(), use_cache=False
-    ).logits
-    found = F.cross_entropy(logits[0], row.targets[0], ignore_index=IGNORED, reduction="none")
-    torch.testing.assert_close(found[row.targets[0] != IGNORED].float(), expected, atol=1e-5, rtol=1e-5)
+    mask = row.packing.mask()
+    assert mask.shape == (1, 1, 46, 46)
+    assert mask.untyped_storage().nbytes() == 1
+    with pytest.raises(AssertionError, match="LlamaAttention is not told"):
+        model(input_ids=row.input_ids, attention_mask=mask, use_cache=False)
 
 
 def test_what_is_to_be_learned_is_no_common_beginning():
@@ -180,7 +249,7 @@ def test_on_a_gpu_nothing_stays_behind_on_the_cpu(left, monkeypatch):
     base = AutoModelForCausalLM.from_config(kind, attn_implementation=kernel, dtype=torch.bfloat16)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).bfloat16()
     fused.adopt(model)
-    with PretendedGpu() as gpu, pytest.raises(Mixed) if left else nullcontext():
+    with PretendedGpu() as gpu, pytest.raises(RuntimeError, match="must be on CUDA") if left else nullcontext():
         model.to("cuda")
         there = packing.positions.to("cuda")
         inputs = {"input_ids": there, "position_ids": there, "attention_mask": packing.mask().to("cuda")}
