@@ -128,18 +128,16 @@ def load_model(
     base_format: BaseFormat,
     *,
     use_gpu: bool,
-    in_host_memory: bool = False,
     across_gpus: bool = False,
     dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
     """Load the frozen base: in 16 bits, in NF4 with double quantisation (arXiv:2305.14314), or in int8
     (arXiv:2208.07339).
 
-    `in_host_memory` leaves the model in host memory, for the caller to move to the GPU; `across_gpus` spreads layers
-    over the machine's GPUs, which compute one after the other. Within `zero.sharding` a bfloat16 base is sharded while
-    it is read, and rank 0 reads for all. `dtype` is that of weights and activations; None means bfloat16, or float16 on
-    a GPU without bfloat16. Raises ConfigError: the base is no causal language model, does not support
-    `model.attention`, or is already quantised in another format.
+    `across_gpus` spreads layers over the machine's GPUs, which compute one after the other. Within `zero.sharding` each
+    weight is sharded as it is read, a bfloat16 base by rank 0 for all. `dtype` is that of weights and activations; None
+    means bfloat16, or float16 on a GPU without bfloat16. Raises ConfigError: the base is no causal language model, does
+    not support `model.attention`, or is already quantised in another format.
     """
     import torch
     from transformers import AutoConfig
@@ -152,7 +150,7 @@ def load_model(
     dtype = dtype or architecture.dtype_here("auto", use_gpu=use_gpu)
     shape = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
     architecture.require_causal(shape, reference=base.reference)
-    device = torch.cuda.current_device() if use_gpu and not in_host_memory else "cpu"
+    device = torch.cuda.current_device() if use_gpu else "cpu"
     place = "auto" if across_gpus and use_gpu and torch.cuda.device_count() > 1 else {"": device}
     model: PreTrainedModel = architecture.auto_class(shape).from_pretrained(
         base.path,

@@ -279,10 +279,8 @@ class LocalContender:
     def dtype(self) -> "torch.dtype":
         return architecture.dtype_here(self.config.train.dtype, use_gpu=self.config.ray.use_gpu)
 
-    def load_base(
-        self, kernels: Kernels, *, in_host_memory: bool = False, load: Callable[..., Any] = door.load_model
-    ) -> Any:
-        how = {"use_gpu": self.config.ray.use_gpu, "in_host_memory": in_host_memory, "dtype": self.dtype}
+    def load_base(self, kernels: Kernels, *, load: Callable[..., Any] = door.load_model) -> Any:
+        how = {"use_gpu": self.config.ray.use_gpu, "dtype": self.dtype}
         return load(self.base, self.config.model, self.config.method.row.base, kernels, **how)
 
     def scores(self, model: Any, records: Sequence[Record], rows: Sequence[int], progress: "Progress") -> list[Score]:

@@ -224,7 +224,7 @@ def measure_shards(
         for contender in local:
             progress.role = contender.role
             with zero.sharding(contender.config, contender.dtype):
-                model = contender.load_base(worker.kernels, in_host_memory=True)
+                model = contender.load_base(worker.kernels)
                 if contender.adapter:
                     model = worker.kernels.adopt(build.load(model, contender.adapter))
                 with zero.for_inference(model.eval(), contender.config, contender.dtype) as sharded:

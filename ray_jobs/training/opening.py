@@ -1,5 +1,6 @@
 """What a worker has before it trains: the base's files, and the dtype, kernels and first weights of the whole group."""
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ def open_base(spec: TrainSpec, worker: Worker, store: Store, split: TokenizedSpl
         IntegrityError: the base, or the version to start from, has changed.
     """
     zero.prepare_environment(use_gpu=spec.ray.use_gpu, attention=spec.model.attention)
-    torch.set_num_threads(spec.ray.cpus_per_worker)  # of GPU workers for rank 0's pass over the whole base
+    torch.set_num_threads(spec.ray.cpus_per_worker)
     if not spec.ray.use_gpu:
         door.keep_freed_memory()
     if worker.rank == 0:
@@ -78,12 +79,15 @@ def open_base(spec: TrainSpec, worker: Worker, store: Store, split: TokenizedSpl
         is_sharded = spec.train.zero_stage == 3
         reads_base_alone = is_sharded and not base_model.is_quantised(base)
         if is_sharded and worker.rank == 0:
+            # All other workers wait, so those of this node have no use for their threads.
+            torch.set_num_threads(spec.ray.cpus_per_worker * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             if reads_base_alone:
                 plain_nll = step_zero.known_base_nll(store, spec, base, probe, on_cpu, dtype)
             else:
                 whole = assemble(spec, base, use_gpu=False, kernels=on_cpu, dtype=dtype, start=start)
                 plain_nll = step_zero.probe_nll(whole, probe, torch.device("cpu"))
                 del whole
+            torch.set_num_threads(spec.ray.cpus_per_worker)
         together.meet(group)
     # A fresh adapter does not change the loss; the initial weights of LoftQ or of an earlier version do.
     with_adapter = not reads_base_alone or (start is None and spec.method.row.init == "default")
@@ -120,7 +124,6 @@ def assemble(
         config.method.row.base,
         kernels,
         use_gpu=use_gpu,
-        in_host_memory=config.train.zero_stage == 3,
         dtype=dtype,
     )
     adapted = build.attach(model, config.method, base_reference=base.reference, seed=config.train.seed)

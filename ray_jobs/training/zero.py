@@ -231,15 +231,7 @@ def _share_out(model: torch.nn.Module, config: TrainingConfig, dtype: torch.dtyp
     device = get_accelerator().current_device_name()
     for tensor in model.buffers():
         tensor.data = tensor.data.to(device)
-    for parameter in model.parameters():
-        _move_statistics(parameter, device)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings(config, dtype))
-
-
-def _move_statistics(parameter: torch.nn.Parameter, device: torch.device | str) -> None:
-    """Move what a 4-bit weight is dequantised with, in place, to where its codes are gathered."""
-    if state := getattr(parameter, "quant_state", None):
-        state.to(device)
 
 
 def _longest_vector(model: torch.nn.Module) -> int:
@@ -256,13 +248,15 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     """Context in which each weight of a base is sharded before the next one is read: no process ever holds the whole
     base.
 
-    On every worker transformers reads and quantises the weights one after the other, in the order of their names (5.24,
-    core_model_loading.py, convert_and_load_state_dict_in_model); weights that are already quantised would be read
-    ahead. peft's DoRA reads a layer's whole weight when it wraps the layer.
+    On every worker transformers reads the weights one after the other, in the order of their names, and quantises them
+    on its device, where what they are dequantised with stays whole (5.24, core_model_loading.py,
+    convert_and_load_state_dict_in_model); weights that are already quantised would be read ahead. As the workers share
+    each weight out together, a node reads its files once, and from the page cache for its other workers. peft's DoRA
+    reads a layer's whole weight when it wraps the layer.
     """
     import deepspeed
     from peft.tuners.lora import dora as peft_dora
-    from transformers import core_model_loading
+    from transformers import core_model_loading, modeling_utils
 
     init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=deepspeed_config)
 
@@ -270,13 +264,14 @@ def share_out_as_loaded(deepspeed_config: dict[str, Any]) -> Iterator[None]:
         set_param(model, name, *others)
         place, _, last = name.rpartition(".")
         if isinstance(parameter := getattr(model.get_submodule(place), last), torch.nn.Parameter):
-            init._convert_to_zero_parameters([parameter])  # moves its data alone to the GPU
-            _move_statistics(parameter, init.local_device)
+            init._convert_to_zero_parameters([parameter])
 
     set_param = core_model_loading.set_param_for_module
     in_turn = in_environment({"HF_DEACTIVATE_ASYNC_LOAD": "1"})
     sharing = replaced(core_model_loading, set_param_for_module=set_and_share_out)
-    with in_turn, sharing, replaced(peft_dora, gather_params_ctx=gathered):
+    # It would take memory for the whole base at once.
+    no_warmup = replaced(modeling_utils, caching_allocator_warmup=lambda *_: None)
+    with in_turn, sharing, no_warmup, replaced(peft_dora, gather_params_ctx=gathered):
         yield
 
 

@@ -140,8 +140,7 @@ def test_weights_that_were_moved_beside_others_are_their_layers_own_again(config
 def test_nothing_of_a_training_stays_on(config, loading):
     cache = BaseCache()
     opening.assemble(changed(config, *ALL_THAT_A_TRAINING_TURNS_ON), loading[0], use_gpu=False, load=cache.load)
-    how = {"in_host_memory": False, "dtype": torch.bfloat16}
-    model = cache.load(*loading, use_gpu=False, **how)
+    model = cache.load(*loading, use_gpu=False, dtype=torch.bfloat16)
     assert cache.num_loaded == 1
     hooks = {"_forward_hooks", "_backward_hooks", "_forward_pre_hooks"}
     watched = [name for name, module in model.named_modules() if any(getattr(module, each) for each in hooks)]

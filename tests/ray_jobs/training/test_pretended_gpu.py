@@ -55,14 +55,17 @@ class Fault:
 OURS, Z3 = "a line of ours", ("train.zero_stage=3",)
 FAULTS = {
     "a 4-bit weight's statistics": Fault(
-        "ray_jobs.training.zero:_move_statistics", "state.to(device)", "pass", "841f52b1", (*Z3, "method.name=qdora")
+        "ray_jobs.base.base_model:load_model",
+        'torch.cuda.current_device() if use_gpu else "cpu"',
+        '"cpu"',
+        "841f52b1",
+        (*Z3, "method.name=qdora"),
     ),
     "statistics of the statistics": Fault(
-        "bitsandbytes.functional:QuantState.to",
-        "self.state2.absmax = self.state2.absmax.to(device)",
-        "pass",
+        "bitsandbytes.functional:quantize_4bit",
+        "quantize_blockwise(_absmax - offset, blocksize=256)",
+        "quantize_blockwise((_absmax - offset).cpu(), blocksize=256)",
         "huggingface/diffusers#10798",
-        Z3,
     ),
     "positions of the rotary embedding": Fault(
         "transformers.models.llama.modeling_llama:LlamaRotaryEmbedding.forward",
