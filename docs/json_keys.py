@@ -20,7 +20,7 @@ JSON_KEYS = {
     "sweep": "run_id adapter base dataset config_sha256 environment records start_loss margin best tuned comparisons"
     " verdict advised_method trials seconds picture applied",
     "plan": "method adapter scaling init base model rank learning_rate parameters trainable_parameters trainable_share"
-    " memory_bytes host_memory_bytes pod_memory_bytes disk_bytes evaluation zero_stage micro_batch_size"
+    " memory_bytes host_memory_bytes pod_memory_bytes disk_bytes start evaluation zero_stage micro_batch_size"
     " gradient_checkpointing activation_offloading cpu_offload dense_base num_workers max_workers max_length"
     " answer_tokens device device_memory_bytes fits margin advice full_fine_tuning tokens_per_s time_s cost methods",
     "data": "profile gate base tokens positions shown unread_because refused page",

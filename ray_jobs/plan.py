@@ -79,6 +79,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
         "host_memory_bytes": choice.parts.host,
         "pod_memory_bytes": config.ray.cluster.worker_bytes(config.ray.max_workers),
         "disk_bytes": capacity.disk_bytes(config, base, stats),
+        "start": capacity.start(config, base, stats),
         "expert_bytes": BF16 * stats.experts,
         "evaluation": {
             "memory_bytes": reading.as_json(),

@@ -159,6 +159,9 @@ def plan_lines(config: RunConfig, body: dict[str, Any]) -> Iterator[str]:
         fits = "fits" if fits_on_disk else "DOES NOT FIT"
         has = f"{config.ray.cluster.disk_gib} in ray.cluster.disk_gib"
         yield f"disk of a pod in GiB: {body['disk_bytes'] / GIB:.1f} for the base (or a checkpoint), {fits}: {has}"
+    if start := body["start"]:
+        parts = ", ".join(f"{name} {estimated_duration(seconds)}" for name, seconds in start["seconds"].items())
+        yield f"start   {parts}: {start['node_bytes'] / GIB:.1f} GiB a node, at 10 Gbit/s, and 2 GB/s from its disk"
     yield ""
     yield from _speed_lines(body)
     yield ""

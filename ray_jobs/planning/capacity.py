@@ -16,6 +16,7 @@ from components.shared.machine import machine_bytes
 from ray_jobs.adapters import own_base
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
+from ray_jobs.base.local_cache import local_path
 from ray_jobs.planning.memory import (
     BF16,
     FLOAT32,
@@ -32,6 +33,7 @@ from ray_jobs.planning.memory import (
 )
 from ray_jobs.planning.rehearsal import CannotRehearse, ModelStats, Rehearsal, StepMemory, rehearsing
 from ray_jobs.text.batching import Lengths
+from ray_jobs.training.step_zero import TOKENS as PROBE_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,6 +55,29 @@ def disk_bytes(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -
     per_weight = getattr(base.dtype, "itemsize", BF16) + FOUR_BITS * (config.method.row.init in OWN_BASE)
     parts = 1 if config.train.zero_stage else config.ray.max_workers // cluster.pods(config.ray.max_workers)
     return max(round(per_weight * stats.parameters), OPTIMIZER * stats.trainable * parts)
+
+
+# How long it takes until the first step, by what is read of the base. Bytes a second of a network of 10 Gbit/s, and of
+# an NVMe disk; operations a second, and weights a second to NF4 and back, of one core (AMD EPYC with AVX-512).
+NETWORK, DISK, CORE, QUANTISED = 1.25e9, 2e9, 8e10, 2e8
+
+
+def start(config: RunConfig, base: "PretrainedConfig", stats: ModelStats) -> dict[str, Any] | None:
+    """Bytes that each node fetches and reads, and the seconds of each part of a start: workers wait for the slowest
+    node, and at ZeRO-3 for the first check of rank 0 (`step_zero`). None for a base that is stored quantised."""
+    if getattr(base, "quantization_config", None):
+        return None
+    stored = getattr(base.dtype, "itemsize", BF16) * stats.parameters
+    is_here = local_path(config.model.base) is not None
+    seconds = {"fetch": 0.0 if is_here else stored / NETWORK, "load": stored / DISK}
+    if config.train.zero_stage == 3:
+        workers, cluster = config.ray.max_workers, config.ray.cluster
+        nodes = 1 if cluster.disk_gib is None else cluster.pods(workers)
+        cores = config.ray.cpus_per_worker * workers // nodes
+        weights = sum(outputs * inputs for outputs, inputs in stats.matrices)
+        quantising = weights / QUANTISED * (config.method.row.base == "nf4")
+        seconds["check"] = stored / DISK + (2 * stats.active * PROBE_TOKENS / CORE + quantising) / cores
+    return {"node_bytes": stored, "seconds": seconds}
 
 
 BASE_SHARE = 0.8

@@ -18,6 +18,8 @@ from tests.models.shapes import LLAMA_3_8B, LLAMA_3_70B
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
 CONFIGS = re.findall(r"^```toml\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
 SLOW = pytest.mark.slow
+START_MIN = (0.3, 6.8, 6.8)
+"""Minutes until the first step: 16 GB, or 141 GB and rank 0's first check on eight cores."""
 
 
 def by_papers(config: RunConfig, shape: LlamaConfig) -> float:
@@ -62,6 +64,9 @@ def test_a_config_of_the_page_is_short_and_fits(place, shape, workers):
     body = planned(config, shape, named_device(config))
     assert body["fits"]
     assert body["memory_bytes"]["total"] == pytest.approx(by_papers(config, shape), rel=0.05)
+    start = body["start"]
+    assert start["node_bytes"] == 2 * body["parameters"]
+    assert sum(start["seconds"].values()) / 60 == pytest.approx(START_MIN[place], abs=0.5)
     if place == 0:
         total, memory = body["memory_bytes"]["total"] / GIB, body["device_memory_bytes"] / GIB
         assert f"takes {total:.1f} of an A10G's {memory:.1f} GiB" in PAGE
