@@ -1,5 +1,7 @@
 """`fineloop init`: what it proposes is judged by the data as this test made them, and by the tokenizer itself."""
 
+import copy
+import functools
 import io
 import json
 import os
@@ -15,14 +17,15 @@ from ray._private.accelerators import NvidiaGPUAcceleratorManager
 from transformers import AutoTokenizer
 
 from components.config import config_file
+from components.config.ray import RayConfig
+from components.config.schema import AdapterConfig, RunConfig
 from pipelines.cli import main
 from pipelines.commands.arguments import name_from
 from pipelines.local import job
 from pipelines.local.job import Job
 from ray_jobs.base import base_model
 from ray_jobs.plan import planned
-from ray_jobs.planning import capacity
-from ray_jobs.planning.bases import fitting
+from ray_jobs.planning import bases, capacity
 from ray_jobs.planning.capacity import Device
 from ray_jobs.planning.memory import MARGIN
 from ray_jobs.preview import previewed
@@ -47,6 +50,19 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Fineloop = Callable[..., "CompletedProcess[str]"]
 
 
+@functools.cache
+def looked(toml: str) -> dict[str, Any]:
+    """What the job says of a config's data, which is looked at once."""
+    return previewed(config_file.loads(toml))
+
+
+def of_the_data(config: RunConfig) -> str:
+    """The config without what no look at the data reads."""
+    train = config.train.model_copy(update={"batch_size": 16, "micro_batch_size": 8})
+    others = {"adapter": AdapterConfig(name="any"), "ray": RayConfig(), "train": train}
+    return config_file.dumps(config.model_copy(update=others))
+
+
 @pytest.fixture
 def fineloop(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fineloop:
     """The command, whose job looks at the data in this process: each process of its own would load transformers."""
@@ -55,12 +71,12 @@ def fineloop(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def answer(asked: Job, **_: object) -> dict[str, Any]:
         config = config_file.load(Path(asked.config), asked.overrides)
         if asked.arguments:  # which bases fit
-            return {"bases": list(fitting(config, Device("a GPU", int(float(asked.arguments[1]) * 2**30))))}
+            return {"bases": list(bases.fitting(config, Device("a GPU", int(float(asked.arguments[1]) * 2**30))))}
         if config.model.base.startswith(("Qwen/", "HuggingFaceTB/")):  # no hub is here
             config = config_file.loads(config_file.dumps(config), ["model.base=base"])
         if asked.module == "ray_jobs.plan":
             return planned(config, base_model.read_config(config.model), capacity.named_device(config))
-        return previewed(config)
+        return copy.deepcopy(looked(of_the_data(config)))
 
     monkeypatch.setattr(job, "answer", answer)
 
@@ -111,7 +127,7 @@ def distinct(number: int, answer: Callable[[int], str]) -> str:
     [
         (400, "blue", 0.05, False),
         (900, "blue", 0.05, True),
-        (8000, "blue", 0.02, True),
+        (5000, "blue", 0.02, True),
         (1000, "long " * 15, 0.05, True),
     ],
 )
@@ -167,23 +183,23 @@ def nvidia(monkeypatch: pytest.MonkeyPatch, number: int, gpu: str = "") -> None:
     ("number", "gpu", "largest"),
     [
         (1, "Tesla T4, 15360 MiB", "Qwen/Qwen3-8B"),
-        (1, "NVIDIA L4, 23034 MiB", "Qwen/Qwen3-14B"),
-        (1, "NVIDIA H100 80GB HBM3, 81559 MiB", "Qwen/Qwen3-32B"),
         (8, "NVIDIA H100 80GB HBM3, 81559 MiB", "Qwen/Qwen3-32B"),
     ],
 )
 def test_bases_that_fit_the_gpus_are_proposed_the_largest_first(
     here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch, number: int, gpu: str, largest: str
 ) -> None:
+    """Of the three largest, as each takes seconds to plan; planning/test_bases.py plans all."""
+    monkeypatch.setattr(bases, "BASES", dict([*bases.BASES.items()][:3]))
     nvidia(monkeypatch, number, gpu)
     (here / "bases.toml").unlink(missing_ok=True)
     done = fineloop("init", "short Rows.jsonl", "--name", "bases", "--json")
     assert done.returncode == 0, done.stderr
-    bases = body(done)["bases"]
-    assert bases[0]["base"] == largest == config_file.load(here / "bases.toml").model.base
-    assert {base["licence"] for base in bases} == {"apache-2.0"}
+    proposed = body(done)["bases"]
+    assert proposed[0]["base"] == largest == config_file.load(here / "bases.toml").model.base
+    assert {base["licence"] for base in proposed} == {"apache-2.0"}
     gib = int(gpu.split()[-2]) / 1024
-    assert all(base["memory_bytes"] * (1 + MARGIN) <= gib * 2**30 for base in bases)
+    assert all(base["memory_bytes"] * (1 + MARGIN) <= gib * 2**30 for base in proposed)
     assert f"bases that a GPU of {gib:.1f} GiB holds" in done.stderr
 
 
@@ -208,7 +224,7 @@ def test_without_a_gpu_a_worker_gets_all_cores_unless_workers_are_set(
     assert config_file.load(here / "cores.toml").ray.cpus_per_worker == cores
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", [1, 3, 5, 8])
 def test_the_gpus_of_a_machine_share_its_steps_evenly(
     here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
