@@ -149,11 +149,11 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
         PretendedGpu(),
         zero.sharding(loaded),
     ):
-        opening.assemble(loaded, base, use_gpu=False)
+        opening.assemble(loaded, base, use_gpu=True)
     return seen
 
 
-def test_under_zero_3_a_weight_and_its_statistics_move_to_the_gpu_together(config, tmp_path):
+def test_under_zero_3_a_weight_and_its_statistics_lie_on_the_gpu_together(config, tmp_path):
     sharded = ["method.base=nf4", "train.zero_stage=3", "ray.num_workers=1"]
     calls = [(changed(config, f"method.name={method}", *sharded),) for method in ("qdora", "dvora")]
     (found,) = in_group(in_turn, devices_of_dequantisations, calls, directory=tmp_path, num_workers=1)
