@@ -11,14 +11,15 @@ Torch and DeepSpeed take the machine for one with a GPU. As there
 
 - an operation takes tensors of one device, but for scalars in host memory and what is indexed with;
 - a collective of a group that was not made for gloo takes tensors on the GPU alone, as NCCL;
-- only what lies in host memory can be pinned or become an array of numpy.
+- only what lies in host memory can be pinned or become an array of numpy;
+- what is copied to host memory without waiting is not read there before the program has waited for the GPU.
 
 Threads that the program starts are not seen: read weights with HF_DEACTIVATE_ASYNC_LOAD=1.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace, TracebackType
 from typing import Any
 from unittest import mock
@@ -60,6 +61,8 @@ class PretendedGpu(TorchFunctionMode):
         self._capability = capability
         self._places = _Places()
         self._pinned = _Places()
+        self._arriving = _Places()
+        """What is being copied to host memory."""
         self._results: list[bool] = []
         """Whether the running calls' new tensors are on the GPU."""
         self._gloo: set[str] = set()
@@ -83,6 +86,10 @@ class PretendedGpu(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return tensor.device.type == "cpu" and tensor in self._places
 
+    def wait(self) -> None:
+        """Wait until the GPU has done all that it was given."""
+        self._arriving = _Places()
+
     def _replaced(self) -> Iterator[tuple[Any, str, Any]]:
         import bitsandbytes.functional
         from deepspeed.accelerator import real_accelerator
@@ -101,15 +108,16 @@ class PretendedGpu(TorchFunctionMode):
             "mem_get_info": (70 << 30, 80 << 30),
             "memory_stats": {},
             "is_bf16_supported": self._capability >= (8, 0),
-            **dict.fromkeys(["_lazy_init", "synchronize", "set_device", "empty_cache", "manual_seed", "set_stream"]),
+            **dict.fromkeys(["_lazy_init", "set_device", "empty_cache", "manual_seed", "set_stream"]),
             **dict.fromkeys(["manual_seed_all", "set_rng_state", "reset_peak_memory_stats"]),
         }.items():
             yield torch.cuda, name, lambda *_, _value=value, **__: _value
+        yield torch.cuda, "synchronize", lambda *_: self.wait()
         yield torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()
         for name in ("Stream", "Event"):
-            yield torch.cuda, name, _Stream
+            yield torch.cuda, name, lambda *_, **__: _Stream(self.wait)
         for name in ("current_stream", "default_stream"):
-            yield torch.cuda, name, lambda *_: _Stream()
+            yield torch.cuda, name, lambda *_: _Stream(self.wait)
         for name in ("stream", "device"):
             yield torch.cuda, name, lambda *_: contextlib.nullcontext()
         yield torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None
@@ -149,17 +157,23 @@ class PretendedGpu(TorchFunctionMode):
         of = getattr(func, "__self__", None)  # the property that this getter or setter is of
         if of is not None and getattr(of, "__objclass__", None) is torch._C.TensorBase:
             return self._attribute(of.__name__, func, args, kwargs)
-        if func in (Tensor.numpy, Tensor.__array__) and self.is_on_gpu(args[0]):
-            raise Mixed("can't convert a tensor on the GPU to numpy")
+        if func in (Tensor.numpy, Tensor.__array__):
+            if self.is_on_gpu(args[0]):
+                raise Mixed("can't convert a tensor on the GPU to numpy")
+            self.require_arrived(args[0])
         if func in (Tensor.pin_memory, Tensor.is_pinned):
             return self._pin(func, args[0])
         if func is Tensor.get_device:
             return 0 if self.is_on_gpu(args[0]) else -1
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        waits = not kwargs.get("non_blocking")
+        comes = tensors[1 if func is Tensor.copy_ else 0 :][:1]  # what a copy is of
         to_gpu, args, kwargs = self._destination(func, tensors, args, kwargs)
         if func in (Tensor.cuda, Tensor.cpu):
             func, args, kwargs = Tensor.to, (args[0], CPU), {}
         pins = kwargs.pop("pin_memory", False)
+        if pins and to_gpu:
+            raise Mixed("only tensors in host memory can be pinned")
         with self._making(any(map(self.is_on_gpu, tensors)) if to_gpu is None else to_gpu):
             result = func(*args, **kwargs)
             if to_gpu is not None:
@@ -168,7 +182,13 @@ class PretendedGpu(TorchFunctionMode):
             self._places.add(result)  # its storage is copied past the dispatcher
         if pins:
             self._pinned.add(result)
+        if func in (Tensor.to, Tensor.copy_) and any(map(self.is_on_gpu, comes)) and not self.is_on_gpu(result):
+            self.wait() if waits else self._arriving.add(result)
         return result
+
+    def require_arrived(self, tensor: Tensor) -> None:
+        if tensor in self._arriving:
+            raise Mixed(f"{tuple(tensor.shape)} in host memory is read while the GPU copies it there")
 
     def _attribute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A getter or setter of a tensor's attribute."""
@@ -216,7 +236,8 @@ class PretendedGpu(TorchFunctionMode):
         """A result on the device that was asked for: a copy of what a real move would have copied."""
         if tensor.device.type != "cpu" or self.is_on_gpu(tensor) == on_gpu:
             return tensor
-        tensor = tensor.clone()
+        with torch._C.DisableTorchFunction():
+            tensor = tensor.clone()
         (self._places.add if on_gpu else self._places.remove)(tensor)
         return tensor
 
@@ -263,6 +284,12 @@ class _Checks(TorchDispatchMode):
             self._check_collective(func, args, tensors, where)
             return func(*args, **kwargs)
         makes = gpu._results[-1] if gpu._results else False
+        if packet is aten._local_scalar_dense and any(where):
+            gpu.wait()
+        is_view = any(returned.alias_info and not returned.alias_info.is_write for returned in func._schema.returns)
+        if not (makes or is_view or packet in MOVES):
+            for tensor in tensors:
+                gpu.require_arrived(tensor)
         if packet in MOVES:
             on_gpu = makes
         else:
@@ -327,8 +354,8 @@ class _Places:
 class _Stream:
     """Of torch.cuda's streams and events, what a program calls."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.synchronize = synchronize
 
     def elapsed_time(self, _: Any) -> float:
         return 1.0
@@ -339,7 +366,7 @@ class _Stream:
     def _nothing(self, *_: Any) -> None:
         pass
 
-    record = wait = wait_stream = wait_event = record_event = synchronize = _nothing
+    record = wait = wait_stream = wait_event = record_event = _nothing
 
 
 def _described(tensors: list[Tensor], where: list[bool]) -> str:

@@ -10,15 +10,18 @@ import inspect
 import os
 import textwrap
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from components.store.store import Store
+from tests.doubles.pretended_gpu import Mixed, PretendedGpu
 from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group
@@ -53,6 +56,7 @@ class Fault:
 
 
 OURS, Z3 = "a line of ours", ("train.zero_stage=3",)
+OFFLOADED = (*Z3, "train.cpu_offload=true")
 FAULTS = {
     "a 4-bit weight's statistics": Fault(
         "ray_jobs.base.base_model:load_model",
@@ -71,49 +75,100 @@ FAULTS = {
         "transformers.models.llama.modeling_llama:LlamaRotaryEmbedding.forward",
         "self.inv_freq.to(device=x.device, dtype=torch.float)",
         "self.inv_freq.cpu().float()",
-        "a line of transformers'",
+        "huggingface/transformers#45861",
+    ),
+    "the base": Fault(
+        "ray_jobs.base.base_model:load_model",
+        'torch.cuda.current_device() if use_gpu else "cpu"',
+        '"cpu"',
+        "huggingface/peft#1831",
+    ),
+    "a mask of what is left of the prompts": Fault(
+        "transformers.masking_utils:sdpa_mask",
+        "torch.arange(kv_length, device=device)",
+        "torch.arange(kv_length)",
+        "huggingface/transformers#28369",
+    ),
+    "which tokens of answers are padding": Fault(
+        "ray_jobs.scoring.generation:Reader.nll",
+        "(targets != IGNORED).long().to(device)",
+        "(targets != IGNORED).long()",
+        "huggingface/transformers#18540",
+    ),
+    "where the sequences of a packed row end": Fault(
+        "ray_jobs.base.packing:Packing.lengths", ".int().to(self.device)", ".int()", "huggingface/transformers#46848"
     ),
     "a packed row's tables": Fault(
         "ray_jobs.base.packing:Packing.on", "return self._elsewhere[device]", "return self", OURS
     ),
-    "a packed row's targets": Fault(
-        "ray_jobs.text.answer_loss:records_nll", "row.targets.to(device)", "row.targets", OURS
-    ),
-    "token ids": Fault(
-        "ray_jobs.text.answer_loss:records_nll", 'batch["input_ids"].to(device)', 'batch["input_ids"]', OURS
-    ),
-    "the first check's records": Fault(
-        "ray_jobs.training.step_zero:probe_nll", 'batch["input_ids"].to(device)', 'batch["input_ids"]', OURS
-    ),
     "the first check's table, by NCCL": Fault(
-        "ray_jobs.training.step_zero:require_same", "device=worker.device", "device='cpu'", OURS
+        "ray_jobs.training.step_zero:require_same",
+        "device=worker.device",
+        "device='cpu'",
+        "Lightning-AI/pytorch-lightning#7273",
     ),
     "the dtype that is agreed on, by NCCL": Fault(
-        "ray_jobs.base.architecture:agree_on_dtype", "device=device", "device='cpu'", OURS
+        "ray_jobs.base.architecture:agree_on_dtype", "device=device", "device='cpu'", "zai-org/CogVLM#328"
     ),
     "the sum of losses": Fault(
-        "ray_jobs.training.train_loop:take_step", "device=worker.device)\n    for", "device='cpu')\n    for", OURS
+        "ray_jobs.training.train_loop:take_step",
+        "device=worker.device)\n    for",
+        "device='cpu')\n    for",
+        "huggingface/trl#949",
     ),
     "the held-out loss, by NCCL": Fault(
-        "ray_jobs.training.train_loop:held_out_loss", "total = total.to(worker.device)", "pass", OURS
+        "ray_jobs.training.train_loop:held_out_loss", "total = total.to(worker.device)", "pass", "huggingface/trl#451"
     ),
     "the number of a checkpoint, by NCCL": Fault(
-        "ray_jobs.training.checkpoint:resume", "device=engine.device", "device='cpu'", OURS
+        "ray_jobs.training.checkpoint:resume", "device=engine.device", "device='cpu'", "mistralai/mistral-inference#252"
+    ),
+    "weights that are shared out, by NCCL": Fault(
+        "deepspeed.runtime.zero.partition_parameters:Init._convert_to_zero_parameters",
+        "param.data.to(self.local_device)",
+        "param.data.cpu()",
+        "Lightning-AI/pytorch-lightning#10378",
+        OFFLOADED,
+    ),
+    "the norm of offloaded gradients": Fault(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.complete_grad_norm_calculation_for_cpu_offload",
+        "return total_norm.cpu()",
+        "return total_norm",
+        "deepspeedai/DeepSpeed#5461",
+        OFFLOADED,
+    ),
+    "what is to be pinned": Fault(
+        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._create_param_groups_fp16_flat_cpu_memory",
+        "torch.empty(int(flat_buffer_size), dtype=self.dtype)",
+        "torch.empty(int(flat_buffer_size), dtype=self.dtype, device=get_accelerator().current_device_name())",
+        "deepspeedai/DeepSpeed#5472",
+        OFFLOADED,
+    ),
+    "a checkpoint's copies, read as they arrive": Fault(
+        "ray_jobs.training.checkpoint:_copied",
+        ".detach().cpu()",
+        ".detach().to('cpu', non_blocking=True)",
+        "NVIDIA/Megatron-LM#833",
     ),
     "moments that are resumed": Fault(
-        "ray_jobs.training.zero:restore", "tensors[name].to(master.device)", "tensors[name]", OURS, resumes=True
+        "ray_jobs.training.zero:restore",
+        "tensors[name].to(master.device)",
+        "tensors[name]",
+        "huggingface/transformers#24708",
+        resumes=True,
     ),
     "a magnitude that starts at the norm": Fault(
         "ray_jobs.adapters.dora:start_at_the_norm",
         "norm.to(magnitude.weight.device)",
         "norm.cpu()",
-        OURS,
+        "meta-pytorch/torchtune#2139",
         ("method.name=qdora",),
     ),
     "trained weights": Fault(
         "ray_jobs.training.worker:fit", "trained.weights[name].to(parameter.device)", "trained.weights[name]", OURS
     ),
 }
+"""Each is drawn from a mend of ours, a commit, or from a thread of somebody who had it, with the line that would do the
+same here."""
 
 
 def plant(fault: Fault) -> None:
@@ -122,12 +177,15 @@ def plant(fault: Fault) -> None:
     owner, _, attribute = path.rpartition(".")
     module: Any = importlib.import_module(name)
     holder = getattr(module, owner) if owner else module
-    function = inspect.unwrap(getattr(holder, attribute))
+    planted = vars(holder)[attribute]
+    function = inspect.unwrap(planted.func if isinstance(planted, cached_property) else planted)
     source = textwrap.dedent(inspect.getsource(function))
     wrong = source.replace(fault.right, fault.wrong)
     assert wrong != source, f"{fault.function} has no longer {fault.right!r}"
     scope: dict[str, Any] = {}
     exec(compile(wrong, name, "exec"), module.__dict__, scope)
+    if isinstance(scope[attribute], cached_property):
+        scope[attribute].__set_name__(holder, attribute)
     setattr(holder, attribute, scope[attribute])
 
 
@@ -152,7 +210,6 @@ def run(config_toml: str, run_id: str, fault: Fault | None = None) -> Ran:
     from ray_jobs.text import chat_format
     from ray_jobs.text.batching import tokenize
     from tests.doubles.datasets import validate
-    from tests.doubles.pretended_gpu import PretendedGpu
     from tests.models.train_group import fit_in_rank
 
     if fault:
@@ -192,6 +249,27 @@ def in_ranks(config: RunConfig, directory: Path, run_id: str = "run", fault: Fau
     toml, num_workers = config_file.dumps(config), config.ray.max_workers
     found: list[Ran] = in_group(run, toml, run_id, fault, directory=directory / "logs", num_workers=num_workers)
     return found
+
+
+def test_the_pretended_gpu_waits_for_what_it_copies_and_pins_host_memory_alone():
+    with PretendedGpu() as gpu:
+        weight = torch.ones(2, 2, device="cuda", requires_grad=True)
+        with torch.autograd.graph.save_on_cpu(pin_memory=True):  # as transformers offloads activations
+            loss = (weight * weight).sum()
+        loss.backward()
+        assert gpu.is_on_gpu(weight.grad)
+        copied = weight.detach().to("cpu", non_blocking=True)
+        with pytest.raises(Mixed, match="while the GPU copies it"):
+            copied.clone()
+        with pytest.raises(Mixed, match="while the GPU copies it"):
+            copied.numpy()
+        copied.to("cuda")  # after the copy, in the GPU's own order
+        torch.cuda.synchronize()
+        assert copied.sum() == 4
+        for pin in (weight.detach().pin_memory, lambda: torch.empty(2, device="cuda", pin_memory=True)):
+            with pytest.raises(Mixed, match="can be pinned"):
+                pin()
+        assert torch.empty(2, pin_memory=True).is_pinned()
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=[] if name == "qlora" else [SLOW]) for name in METHODS])
