@@ -7,8 +7,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ logger = logging.getLogger(__name__)
 Resource = dict[str, Any]
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
-RAYJOBS = (GROUP, VERSION, PLURAL)
-WORKFLOWS = ("argoproj.io", "v1alpha1", "workflows")
+RAYJOBS = f"/apis/{GROUP}/{VERSION}/namespaces/{{}}/{PLURAL}"
+WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/{}/workflows"
+WORKLOADS = "/apis/kueue.x-k8s.io/v1beta2/namespaces/{}/workloads"
+PODS = "/api/v1/namespaces/{}/pods"
+"""Paths of the API; {} is a namespace."""
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """The folder that Kubernetes mounts into every pod that may talk to its API."""
 CALL_S = 10.0
@@ -35,7 +39,7 @@ _DENIED = re.compile(r'User "([^"]+)" cannot (\w+) resource "([^"]+)"')
 
 
 class KubernetesApi:
-    """RayJobs and pods of one namespace."""
+    """The API server, and a namespace of it."""
 
     def __init__(self, namespace: str = "") -> None:
         """Connect: inside a pod by its service account, elsewhere by KUBECONFIG or ~/.kube/config. Without a
@@ -45,137 +49,108 @@ class KubernetesApi:
 
         configured, context_namespace = configuration()
         configured.retries = False  # `call` repeats requests, and for how long
+        self.address = configured.host
         self.namespace = namespace or own_namespace() or context_namespace
         if not self.namespace:
             raise UserError(
-                "ray.cluster.namespace is empty, and neither a pod nor the kubeconfig's context has one: set it"
+                "no namespace is named, and neither a pod nor the kubeconfig's context has one: set "
+                "ray.cluster.namespace, or give --namespace"
             )
-        api_client = client.ApiClient(configured)
-        self._objects, self._core = client.CustomObjectsApi(api_client), client.CoreV1Api(api_client)
-        self._where = (GROUP, VERSION, self.namespace, PLURAL)
+        self._client = client.ApiClient(configured)
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: Resource | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+        timeouts_s: float | tuple[float, float] = CALL_S,
+    ) -> Any:
+        """Send one request; returns the response, whose body is still to be read. Raises ApiException: the server
+        refuses; HTTPError, OSError: it does not answer."""
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        return self._client.call_api(
+            path.format(self.namespace),
+            method,
+            query_params=[*(query or {}).items()],
+            header_params={"Accept": "application/json, */*", "Content-Type": kind},
+            body=body,
+            auth_settings=["BearerToken"],
+            _preload_content=False,
+            _return_http_data_only=True,
+            _request_timeout=timeouts_s,
+        )
 
     def create(self, body: Resource) -> bool:
         """Create a RayJob; returns False if one of that name exists."""
-
+        strict = {"fieldValidation": "Strict"}  # else an older KubeRay silently drops unknown fields
         made = self.call(
             f"create RayJob {body['metadata']['name']}",
-            lambda: self._objects.create_namespaced_custom_object(
-                *self._where,
-                body,
-                field_validation="Strict",  # else an older KubeRay silently drops unknown fields
-                _request_timeout=CALL_S,
-            ),
+            lambda: self.send("POST", RAYJOBS, body, query=strict),
             UNREACHABLE_S,
             is_answer=lambda exc: exc.status == 409,  # also of a repeated request, when an answer was lost
         )
         return made is not None
 
     def list(
-        self, labels: dict[str, str], *, name: str = "", kind: tuple[str, str, str] = RAYJOBS
+        self, labels: Mapping[str, str], *, name: str = "", path: str = RAYJOBS, patience_s: float = UNREACHABLE_S
     ) -> tuple[list[Resource], str]:
         """List the objects with these labels, or of this name; also returns the resource version of the list."""
-        group, version, plural = kind
-        selector = ",".join(f"{key}={value}" for key, value in labels.items())
-        answer = self.call(
-            f"list {plural}",
-            lambda: self._objects.list_namespaced_custom_object(
-                *(group, version, self.namespace, plural),
-                label_selector=selector,
-                field_selector=_by_name(name),
-                _request_timeout=CALL_S,
-            ),
-            UNREACHABLE_S,
-        )
+        query = {"labelSelector": ",".join(f"{key}={value}" for key, value in labels.items()), **_by_name(name)}
+        send = partial(self.send, "GET", path, query=query)
+        answer = json.loads(self.call(f"list {path.rpartition('/')[2]}", send, patience_s))
         return answer["items"], answer["metadata"]["resourceVersion"]
 
-    def events(self, name: str, since: str, seconds: int, *, kind: tuple[str, str, str] = RAYJOBS) -> Any:
+    def events(self, name: str, since: str, seconds: int, *, path: str = RAYJOBS) -> Iterator[Resource]:
         """Watch an object from a resource version on, for at most `seconds`; gives raw events, bookmarks among them."""
-        from kubernetes.watch import Watch
+        from kubernetes.client import ApiException
+        from kubernetes.watch.watch import iter_resp_lines
 
-        group, version, plural = kind
-        return Watch().stream(
-            self._objects.list_namespaced_custom_object,
-            *(group, version, self.namespace, plural),
-            field_selector=_by_name(name),
-            resource_version=since,
-            allow_watch_bookmarks=True,
-            timeout_seconds=seconds,
-            _request_timeout=(CALL_S, seconds + CALL_S),
-        )
+        query = {"watch": "true", "resourceVersion": since, "timeoutSeconds": str(seconds), **_by_name(name)}
+        query["allowWatchBookmarks"] = "true"
+        with contextlib.closing(self.send("GET", path, query=query, timeouts_s=(CALL_S, seconds + CALL_S))) as response:
+            for line in iter_resp_lines(response):
+                event: Resource = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise ApiException(status=event["object"].get("code"), reason=event["object"].get("message"))
+                yield event
 
     def patch(self, name: str, body: Resource) -> None:
-        self.call(
-            f"patch RayJob {name}",
-            lambda: self._objects.patch_namespaced_custom_object(*self._where, name, body, _request_timeout=CALL_S),
-        )
+        self.call(f"patch RayJob {name}", lambda: self.send("PATCH", f"{RAYJOBS}/{name}", body))
 
     def delete(self, name: str) -> bool:
         """Delete a RayJob with its cluster and its pods; returns False if there is none of that name."""
-
-        deleted = self.call(
-            f"delete RayJob {name}",
-            lambda: self._objects.delete_namespaced_custom_object(
-                *self._where, name, propagation_policy="Background", _request_timeout=CALL_S
-            ),
-            is_answer=lambda exc: exc.status == 404,
-        )
-        return deleted is not None
-
-    def pod_owners(self, name: str) -> Sequence[Resource]:
-        pods = self.call(
-            f"read pod {name}",
-            lambda: self._core.list_namespaced_pod(
-                self.namespace, field_selector=_by_name(name), _request_timeout=CALL_S
-            ),
-            UNREACHABLE_S,
-        ).items
-        return [owner.to_dict() for pod in pods for owner in pod.metadata.owner_references or []]
+        send = partial(self.send, "DELETE", f"{RAYJOBS}/{name}", query={"propagationPolicy": "Background"})
+        return self.call(f"delete RayJob {name}", send, is_answer=lambda exc: exc.status == 404) is not None
 
     def workloads(self, job_uid: str) -> Sequence[Resource]:
         """The Workloads that Kueue has made for the job with this uid: one, or two for a moment."""
-        answer: dict[str, list[Resource]] = self.call(
-            "list workloads",
-            lambda: self._objects.list_namespaced_custom_object(
-                "kueue.x-k8s.io",
-                "v1beta2",
-                self.namespace,
-                "workloads",
-                label_selector=f"kueue.x-k8s.io/job-uid={job_uid}",
-                _request_timeout=CALL_S,
-            ),
-        )
-        return answer["items"]
+        return self.list({"kueue.x-k8s.io/job-uid": job_uid}, path=WORKLOADS, patience_s=0)[0]
 
-    def pod_log(self, labels: dict[str, str]) -> str | None:
+    def pod_log(self, labels: Mapping[str, str]) -> str | None:
         """The whole log of the newest pod with these labels; None when there is none, or it is still being made."""
-        selector = ",".join(f"{key}={value}" for key, value in labels.items())
-        pods = self.call(
-            "list pods",
-            lambda: self._core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=CALL_S),
-        ).items
+        pods, _ = self.list(labels, path=PODS, patience_s=0)
         if not pods:
             return None
-        name = max(pods, key=lambda pod: str(pod.metadata.creation_timestamp or "")).metadata.name
-        response = self.call(
+        name = max((pod["metadata"] for pod in pods), key=lambda meta: meta.get("creationTimestamp") or "")["name"]
+        return self.call(
             f"read the log of pod {name}",
-            lambda: self._core.read_namespaced_pod_log(
-                name, self.namespace, _preload_content=False, _request_timeout=CALL_S
-            ),
+            lambda: self.send("GET", f"{PODS}/{name}/log"),
             is_answer=lambda exc: exc.status == 400 and _STARTING.search(_status_of(exc).get("message", "")),
         )
-        return None if response is None else str(response.data.decode("utf-8", errors="replace"))
 
     def call(
         self,
         what: str,
-        call: Callable[[], Any],
+        send: Callable[[], Any],
         patience_s: float = 0.0,
         *,
         is_answer: Callable[[Any], Any] = lambda _: False,
     ) -> Any:
-        """Call the API server; a request that failed for a passing reason is repeated for `patience_s`. A refusal that
-        is an answer, too, gives None. Raises JobError: the server did not answer, or refused; the message says what is
-        missing."""
+        """Call `send`, and return the text that it answers; a request that failed for a passing reason is repeated for
+        `patience_s`. A refusal that is an answer, too, gives None. Raises JobError: the server did not answer, or
+        refused; the message says what is missing."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -183,7 +158,7 @@ class KubernetesApi:
             return exc.status in _TRANSIENT if isinstance(exc, ApiException) else isinstance(exc, HTTPError | OSError)
 
         try:
-            return repeated(call, may_pass, for_s=patience_s, every_s=0.5)
+            return repeated(lambda: read(send()), may_pass, for_s=patience_s, every_s=0.5)
         except (ApiException, HTTPError, OSError) as exc:
             if isinstance(exc, ApiException) and is_answer(exc):
                 return None
@@ -211,8 +186,8 @@ class KubernetesApi:
 class Watched:
     """The newest state of one object, a RayJob for example, however often the watch on it breaks."""
 
-    def __init__(self, api: KubernetesApi, name: str, kind: tuple[str, str, str] = RAYJOBS) -> None:
-        self._api, self._name, self._kind = api, name, kind
+    def __init__(self, api: KubernetesApi, name: str, path: str = RAYJOBS) -> None:
+        self._api, self._name, self._path = api, name, path
         self._version = ""
         self._reached, self._has_warned = time.monotonic(), False
         self.newest: Resource | None = None
@@ -224,13 +199,13 @@ class Watched:
         from urllib3.exceptions import HTTPError
 
         if not self._version:
-            items, self._version = self._api.list({}, name=self._name, kind=self._kind)
+            items, self._version = self._api.list({}, name=self._name, path=self._path)
             self._reached, self.newest = time.monotonic(), items[0] if items else None
             return self.newest
         try:
             window_s = max(1, int(seconds + 0.999))
-            for event in self._api.events(self._name, self._version, window_s, kind=self._kind):
-                resource: Resource = event["raw_object"]
+            for event in self._api.events(self._name, self._version, window_s, path=self._path):
+                resource: Resource = event["object"]
                 self._version = resource["metadata"]["resourceVersion"]
                 self._reached = time.monotonic()
                 if event["type"] == "BOOKMARK":
@@ -249,7 +224,7 @@ class Watched:
             return
         away_s = time.monotonic() - self._reached
         if status in (401, 403, 404) or away_s > AWAY_S:
-            raise self._api.refusal(f"watch {self._kind[2]}", error) from error
+            raise self._api.refusal(f"watch {self._path.rpartition('/')[2]}", error) from error
         if away_s > UNREACHABLE_S and not self._has_warned:
             logger.warning("the Kubernetes API is away: %s goes on, and is followed again when it answers", self._name)
             self._has_warned = True
@@ -288,8 +263,13 @@ def configuration() -> tuple[Any, str]:
     return settings, str((context or {}).get("context", {}).get("namespace") or "")
 
 
-def _by_name(name: str) -> str:
-    return f"metadata.name={name}" if name else ""
+def read(response: Any) -> str:
+    """The text of a response's body."""
+    return str(response.data.decode("utf-8", errors="replace"))
+
+
+def _by_name(name: str) -> dict[str, str]:
+    return {"fieldSelector": f"metadata.name={name}"} if name else {}
 
 
 def _status_of(error: Exception) -> dict[str, Any]:
@@ -370,8 +350,9 @@ def own_workflow() -> Workflow | None:
     if not pod or not own_namespace():
         return None
     try:
-        owners = [owner for owner in KubernetesApi(own_namespace()).pod_owners(pod) if owner["kind"] == KIND]
+        pods, _ = KubernetesApi(own_namespace()).list({}, name=pod, path=PODS)
+        owners = [owner for each in pods for owner in each["metadata"].get("ownerReferences", [])]
     except FineloopError as exc:
         logger.warning("which run this pod belongs to is not known: %s", exc)
         return None
-    return Workflow(owners[0]["name"], owners[0]["uid"]) if owners else None
+    return next((Workflow(owner["name"], owner["uid"]) for owner in owners if owner["kind"] == KIND), None)

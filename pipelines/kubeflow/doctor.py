@@ -9,6 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from typing import Any, NamedTuple
 from components.config.ray import RayConfig, RayJobCluster
 from components.config.schema import RunConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.kubernetes_api import CALL_S, configuration
+from components.ray_cluster.kubernetes_api import KubernetesApi, read
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, NO_MESH, PART_OF, RAY_SECRET, STORE_SECRET, rayjob
-from components.shared.errors import FineloopError, UserError
+from components.shared.errors import FineloopError
 from components.step.step import IMAGE
 from pipelines.check import IN_MESSAGE, Check, check
 from pipelines.kubeflow.client import connect
@@ -68,21 +69,15 @@ class Refused(NotSeen):
     """The API server, or an admission webhook, rejected the object that it was asked to create."""
 
 
+@dataclass(frozen=True)
 class Cluster:
-    """Client of the API server that the pod's service account or the kubeconfig names."""
+    """What doctor reads of an API server."""
 
-    def __init__(self, namespace: str = "") -> None:
-        """Connect; an empty `namespace` means the kubeconfig context's. Raises UserError: no API server is configured,
-        or no namespace."""
-        from kubernetes import client
+    api: KubernetesApi
 
-        configured, context_namespace = configuration()
-        configured.retries = False
-        self.address = configured.host
-        self.namespace = namespace or context_namespace
-        if not self.namespace:
-            raise UserError("the kubeconfig's context has no namespace: name the one of your runs with --namespace")
-        self._api = client.ApiClient(configured)
+    @property
+    def namespace(self) -> str:
+        return self.api.namespace
 
     def get(self, path: str) -> Resource:
         """Return the object at a path of the API; empty if there is none."""
@@ -107,16 +102,8 @@ class Cluster:
         from urllib3.exceptions import HTTPError
 
         try:
-            response = self._api.call_api(
-                path if path.startswith("/") else f"/api/v1/namespaces/{self.namespace}/{path}".rstrip("/"),
-                method,
-                header_params={"Accept": "application/json, */*", "Content-Type": "application/json"},
-                body=body,
-                auth_settings=["BearerToken"],
-                _preload_content=False,
-                _return_http_data_only=True,
-                _request_timeout=CALL_S,
-            )
+            whole = path if path.startswith("/") else f"/api/v1/namespaces/{{}}/{path}".rstrip("/")
+            return read(self.api.send(method, whole, body))
         except ApiException as exc:
             if exc.status == 404:
                 return ""
@@ -128,8 +115,7 @@ class Cluster:
             is_ours = exc.status == 401 or (exc.status == 403 and " cannot " in reason and " resource " in reason)
             raise (Refused if method == "POST" and not is_ours else NotSeen)(reason) from exc
         except (HTTPError, OSError) as exc:
-            raise NotSeen(f"{self.address} does not answer: {exc}") from exc
-        return str(response.data.decode("utf-8", errors="replace"))
+            raise NotSeen(f"{self.api.address} does not answer: {exc}") from exc
 
 
 class Question(NamedTuple):
@@ -156,12 +142,12 @@ def cluster_checks(
     except FineloopError as exc:
         yield Check("kubeflow pipelines", False, str(exc), IN_MESSAGE)
     try:
-        cluster = Cluster(namespace or environment.get("KFP_NAMESPACE", ""))
+        cluster = Cluster(KubernetesApi(namespace or environment.get("KFP_NAMESPACE", "")))
         version = cluster.get("/version") or {}
     except (FineloopError, NotSeen) as exc:
         yield Check("kubernetes", False, str(exc), IN_MESSAGE)
         return
-    yield Check("kubernetes", True, f"{version.get('gitVersion', 'unknown version')} at {cluster.address}", "")
+    yield Check("kubernetes", True, f"{version.get('gitVersion', 'unknown version')} at {cluster.api.address}", "")
     try:
         namespaced = cluster.get("")
         if not namespaced:

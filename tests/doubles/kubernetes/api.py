@@ -212,7 +212,7 @@ class KubernetesDouble:
                 seen = version
                 if selected(found, query):
                     send({"type": kind, "object": found})
-        if query.get("allowWatchBookmarks") == "True":
+        if query.get("allowWatchBookmarks", "").lower() == "true":
             bookmark = {
                 "kind": "RayJob",
                 "apiVersion": "ray.io/v1",
@@ -336,7 +336,7 @@ def _handler(api: KubernetesDouble) -> type[BaseHTTPRequestHandler]:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
             is_one = re.search(r"/(rayjobs|pods|workflows)/", url.path)
-            watching = query.get("watch") == "True"
+            watching = query.get("watch", "").lower() == "true"
             if verb == "get" and not is_one:
                 verb = "list"
             try:
