@@ -1,4 +1,4 @@
-"""Chat with an adapter: `fineloop chat NAME`. The adapter answers first, then the model that it is compared with."""
+"""Chat with an adapter: `fineloop chat NAME`. The adapter answers first, then its base."""
 
 import argparse
 import json
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message
+from components.registry.versions import resolve
 from components.shared import garbage
+from components.store.store import Store
 from ray_jobs import entry
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ def main() -> None:
     """The entry point. Reads one prompt per line from stdin until it ends."""
     parser = entry.parser("ray_jobs.chat", __doc__)
     parser.add_argument("--version", required=True, help="NAME, NAME@ALIAS or NAME@VERSION")
-    parser.add_argument("--against", default="base", help="base, none, or NAME@VERSION")
+    parser.add_argument("--against", default="base", choices=("base", "none"), help="what answers beside it")
     parser.add_argument("--system", help="a system message before each conversation (default: that of the records)")
     parser.add_argument("--turns", choices=("keep", "alone"), help="whether a prompt follows those before it")
     parser.add_argument("--max-tokens", type=int, help="longest answer (default: evaluate.max_new_tokens, or 256)")
@@ -45,7 +47,10 @@ def _chat(config: RunConfig, arguments: argparse.Namespace) -> None:
     with garbage.importing():
         from ray_jobs.talking import speaker
 
-    trained, speakers = speaker.load_both(config, arguments.version, arguments.against, digits=8)
+    store = Store.open(config.registry)
+    version = resolve(store, arguments.version)
+    speakers = speaker.load(config, store, version, version.name, with_base=arguments.against == "base")
+    trained = speaker.as_trained(config, store, version)
     system = trained.system if arguments.system is None else arguments.system
     keeps_turns = trained.in_turns if arguments.turns is None else arguments.turns == "keep"
     if system:

@@ -8,18 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from components.registry.aliases import PRODUCTION
-from components.registry.versions import Version, resolve
-from components.shared.errors import UserError
-from components.store.store import Store
 from pipelines.commands.arguments import REFERENCE, REGISTRY, Answer, command, opened_version, option
 from pipelines.local.guard import SIGNALLED
 from pipelines.local.job import Job, talk
 
 AGAINST = option(
-    "--against base|champion|VERSION|none",
-    "what answers beside it: its base (default), the version in production, another version or alias, nothing",
-    default="base",
+    "--against", "what answers beside it: its base (default), or nothing", choices=("base", "none"), default="base"
 )
 
 
@@ -33,7 +27,7 @@ AGAINST = option(
     example="echo Mpox | fineloop chat icd10-chapters --against none",
 )
 def chat(options: argparse.Namespace) -> Answer:
-    """Talk to an adapter, and compare it with its base or another version.
+    """Talk to an adapter, and compare it with its base.
 
     It reads messages from the terminal, one per line, and runs the adapter on the base that it was trained on, with the
     same chat template. The adapter answers first. /reset begins a new conversation; Ctrl-C ends an answer, not the
@@ -75,25 +69,11 @@ def serve(options: argparse.Namespace) -> Answer:
 
 def _talk(options: argparse.Namespace, module: str, arguments: list[str], *, stdout: int | None) -> Answer:
     """Run a module that talks with the version, on this terminal, until it ends."""
-    with opened_version(options) as (store, version):
-        beside = _against(store, version, options.against)
-        arguments = ["--version", f"{version.name}@{version.version}", "--against", beside, *arguments]
+    with opened_version(options) as (_, version):
+        arguments = ["--version", f"{version.name}@{version.version}", "--against", options.against, *arguments]
         # How often an idle OpenMP thread looks for work before it sleeps: by default for some milliseconds, in which it
         # keeps a processor from the thread that it waits for; a token is several hundred such waits.
         patient_threads = {"GOMP_SPINCOUNT": "5000"}
         job = Job(module, str(options.config.absolute()), arguments, options.overrides, patient_threads)
         exit_code = talk(job, stdout=stdout)
-    return Answer({"name": version.name, "version": version.version, "against": beside}, exit_code=exit_code)
-
-
-def _against(store: Store, version: Version, asked: str) -> str:
-    """What the job is given: base, none, or NAME@VERSION."""
-    if asked in ("base", "none"):
-        return asked
-    at = PRODUCTION if asked == "champion" else asked
-    other = resolve(store, at if "@" in at else f"{version.name}@{at}")
-    if (other.name, other.version) == (version.name, version.version):
-        raise UserError(
-            f"--against {asked} is {version.name} {version.version} itself: name another version, base or none"
-        )
-    return f"{other.name}@{other.version}"
+    return Answer({"name": version.name, "version": version.version, "against": options.against}, exit_code=exit_code)

@@ -13,7 +13,7 @@ from typing import Any
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
-from components.registry.versions import Version, pull_version, resolve
+from components.registry.versions import Version, pull_version
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base, recorded
 from ray_jobs.base import base_model
@@ -95,27 +95,6 @@ def as_trained(config: RunConfig, store: Store, version: Version) -> AsTrained:
     samples = profile.get("splits", {}).get("train", {}).get("samples", [])
     in_turns = any(turn["role"] == "assistant" for sample in samples for turn in sample["prompt"])
     return AsTrained(profile.get("system_message") or "", in_turns)
-
-
-def load_both(
-    config: RunConfig, reference: str, against: str, *, digits: int | None = None
-) -> tuple[AsTrained, list[Speaker]]:
-    """Load the version and what it is compared with: base, none, or NAME@VERSION; and the form of its training records.
-
-    With `digits`, the version is called by its adapter's name, and another by so many digits of its id.
-
-    Raises:
-        UserError: there is no such version.
-        ConfigError, IntegrityError: as `load`.
-    """
-    store = Store.open(config.registry)
-    version = resolve(store, reference)
-    name = version.name if digits else f"{version.name}@{version.version}"
-    speakers = load(config, store, version, name, with_base=against == "base")
-    if against not in ("base", "none"):
-        other = resolve(store, against)
-        speakers += load(config, store, other, f"{other.name}@{other.version[:digits]}", with_base=False)
-    return as_trained(config, store, version), speakers
 
 
 def load(config: RunConfig, store: Store, version: Version, name: str, *, with_base: bool) -> list[Speaker]:
