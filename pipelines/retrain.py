@@ -64,8 +64,7 @@ def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any, 
 
 
 def _checked(step: AsStep, run: Mapping[str, Any]) -> None:
-    """Add the steps that compare production with another version on what came since, and take it back if it is worse
-    and the config says so."""
+    """Add the steps that check production on what came since, and roll it back where the config says so."""
     since = step(newer(**run), "Find what came since")
     look = step(check(**run, dataset_uri=since.output), "Check what is in production")
     with dsl.If(look.outputs["Output"] == True, name="Worse: roll back"):  # noqa: E712 - kfp overloads ==

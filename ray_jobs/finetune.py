@@ -69,8 +69,7 @@ def run(
 def resolve(
     config: RunConfig, store: Store, watch: Stopwatch, *, run_id: str, dataset_uri: str
 ) -> "tuple[TrainSpec, tuple[StoredTokens, StoredTokens]]":
-    """The training of this config, and its tokens, once the cluster has room for it; raises a UserError where it cannot
-    work."""
+    """The training of this config, and its tokens, once the cluster has room. Raises UserError: it cannot work."""
     import ray
 
     store.put(runs.run_key(run_id, runs.CONFIG), config_file.dumps(config).encode(), content_type="application/toml")

@@ -110,8 +110,7 @@ def planned(config: RunConfig, base: "PretrainedConfig", device: Device) -> dict
 
 
 def compared(config: RunConfig, base: "PretrainedConfig") -> list[dict[str, Any]]:
-    """The figures of every method at its default rank, other keys as in the config; `refused` says why one is not
-    compatible with the base."""
+    """The figures of every method at its default rank, other keys as in the config; `refused` says why one has none."""
     rows = []
     rehearsed: dict[tuple[str, int], Rehearsal] = {}
     names: list[MethodName] = list(METHODS)  # type: ignore[arg-type]

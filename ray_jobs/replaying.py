@@ -100,8 +100,7 @@ def _replayed(config: RunConfig, store: Store, dataset_uri: str, run_id: str, lo
 def _right(
     config: RunConfig, store: Store, version: str, records: Sequence[Record], run_id: str, log: Log
 ) -> dict[str, Record]:
-    """The records that the version answers correctly, by id, with its answers; records with tool calls keep their
-    own."""
+    """The records that the version answers correctly, by id, with its answers; those with tool calls keep their own."""
     import ray
 
     from ray_jobs.planning.capacity import is_shared

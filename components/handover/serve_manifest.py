@@ -177,9 +177,8 @@ def base_of(folder: Path) -> dict[str, str] | None:
 
 
 def beside(store: Store, facts: Served, server: Server, share: int) -> Served:
-    """What gets the other requests where a version gets `share` per cent of them: the version in production, or, where
-    that is this one, the one before it. Raises UserError: there is none, it stands on another base, or this server
-    shares no requests out."""
+    """What gets the other requests where a version gets `share` per cent of them: production, or, where that is this
+    one, the one before it. Raises UserError: there is none, on this base, or this server shares no requests out."""
     if server not in WEIGHTED:
         has = "Ray Serve LLM has no weights" if server == "ray-serve" else "vLLM serves what a request names"
         raise UserError(f"--share is for a router, --for {' or '.join(WEIGHTED)}; {has}: leave out --share")
@@ -332,7 +331,6 @@ MANIFESTS: Mapping[Server, tuple[Sequence[re.Pattern[str]], Callable[[Served], A
     "vllm": ((HUB_ID, FOLDER), _vllm),
     "vllm-resolver": ((HUB_ID, FOLDER), _vllm_resolver),
 }
-"""The forms of a base's name that each server reads, and its manifest. vLLM, and so Ray Serve LLM, also reads a folder
-on its machine."""
+"""The forms of a base's name that each server reads, and its manifest. A FOLDER is on the server's machine."""
 WEIGHTED: Mapping[Server, Callable[[Weights], Any]] = {"kserve": _kserve_weighted, "llm-d": _llm_d}
 """The servers that share requests out between two versions."""

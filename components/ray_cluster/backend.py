@@ -83,8 +83,7 @@ class Backend(Protocol):
         """Take over an attempt that an earlier process of the same step started."""
 
     def follow(self, job: Job, job_id: str, log: "LogCopy", poll_s: float) -> JobEnd:
-        """Wait for the end of the log's part, or of the job, copying the log. A job past its deadline is stopped and
-        raised as JobError."""
+        """Copy the log, to the end of its part or of the job. A job past its deadline is stopped, and a JobError."""
 
     def stop_now(self, job_id: str) -> None:
         """Request once, and quickly, that it stop."""

@@ -21,8 +21,7 @@ class JobsApi:
     noun = "Ray job"
 
     def __init__(self, address: str) -> None:
-        """Connect to the URL of a Jobs API. Raises UserError: there is no address, or it is not a URL; JobError: the
-        cluster is out of reach."""
+        """Raises UserError: there is no address, or it is no URL; JobError: the cluster is out of reach."""
         if not address:
             raise UserError("RAY_ADDRESS is not set: set it to a cluster's Jobs API, such as http://HOST:8265")
         if not address.startswith(("http://", "https://")):
@@ -133,8 +132,7 @@ def _state(status: Any) -> State:
 
 
 def _call(what: str, call: Callable[[], Any], patience_s: float = 0.0) -> Any:
-    """Call the cluster; a request that the network fails is repeated for `patience_s`. Raises JobError: it did not
-    answer, or refused."""
+    """Call the cluster, for `patience_s` while the network fails. Raises JobError: it did not answer, or refused."""
     import requests
     from ray.exceptions import AuthenticationError
 

@@ -42,9 +42,8 @@ class KubernetesApi:
     """The API server, and a namespace of it."""
 
     def __init__(self, namespace: str = "") -> None:
-        """Connect: inside a pod by its service account, elsewhere by KUBECONFIG or ~/.kube/config. Without a
-        `namespace` it is the pod's own, or the kubeconfig context's. Raises UserError: no API server is configured, or
-        no namespace is known."""
+        """Connect; without a `namespace` to the pod's own, or the kubeconfig context's. Raises UserError: no API server
+        is configured, or no namespace is known."""
         from kubernetes import client
 
         configured, context_namespace = configuration()

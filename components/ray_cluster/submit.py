@@ -92,8 +92,8 @@ def submit_step(
 ) -> str:
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
 
-    Steps that name one task share its job, and wait for their parts of it. `ray` replaces the config's section.
-    Raises as `submit_and_wait`.
+    Steps of one task share its job, and wait for their parts of it. `ray` replaces the config's. Raises as
+    `submit_and_wait`.
     """
     config, ray = step_run.config, ray or step_run.config.ray
     config_uri = step_run.store.uri(runs.run_key(step_run.run_id, runs.CONFIG))

@@ -333,8 +333,7 @@ def _rendered(keys: Keys) -> str:
 
 
 def _max_length(seen: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the power of two above the longest record, from 128 to 4096 and within the base's positions, and a comment
-    on it."""
+    """Return the power of two above the longest record, from 128 to 4096 and within the base's positions; and why."""
     tokens, positions = seen["tokens"], seen.get("positions")
     if not tokens or not tokens["length"]:
         length, why = 1024, f"tokens; nothing was measured: {' '.join(seen['unread_because'].split())}"

@@ -52,8 +52,7 @@ REFUSALS = {
 KUEUE = "/apis/kueue.x-k8s.io/v1beta2"
 KUBERAY = "/apis/ray.io/v1"
 KUBEFLOW_CONTROLLERS = ("workflow-controller", "ml-pipeline-persistenceagent", "ml-pipeline-scheduledworkflow")
-"""Kubeflow's deployments: the first starts steps, the second reports that runs have ended, the third starts schedules'
-runs."""
+"""Kubeflow's deployments that start steps, report that runs have ended, and start the runs of schedules."""
 
 Resource = dict[str, Any]
 Finding = tuple[bool, str, str]
@@ -480,8 +479,7 @@ def probe_pod(
 
 
 def run_probe(cluster: Cluster, question: Question, account: str, image: str) -> Finding:
-    """Start the probe, wait until it ends, and delete it in any case. Raises NotSeen: we may not create pods, or the
-    API server does not answer."""
+    """Start the probe, wait until it ends, and delete it in any case. Raises NotSeen: we may not create pods."""
     name = f"fineloop-doctor-{secrets.token_hex(4)}"
     pod = probe_pod(cluster, account, image, question.script, name, question.labels)
     cluster.ask("POST", "pods", pod)

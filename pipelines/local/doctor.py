@@ -27,8 +27,7 @@ Found = tuple[bool, str, str]  # whether it is well, what was seen, and what to 
 
 def checks(home: Path, *, config: RunConfig | None = None) -> list[Check]:
     """Check the machine, the packages, the store and Ray, as far as each is configured or up. Starts nothing. With
-    `config` the store is tried with a few small objects under the registry's prefix, and the GPUs that the config asks
-    for are checked."""
+    `config` a few small objects try the store, under the registry's prefix, and GPUs have to be those it asks for."""
     return [
         check(name, *look(home, config)) for name, look in CHECKS.items() if name != "/dev/shm" or Path(name).is_dir()
     ]

@@ -127,8 +127,7 @@ def run_heard(
 
 @dataclass(frozen=True)
 class Job:
-    """A module to run without this process's secrets, because the job may run a base's code. `config` is a file or the
-    s3:// address of one."""
+    """A module to run without this process's secrets, as it may run a base's code; `config` is a file or s3://."""
 
     module: str
     config: str

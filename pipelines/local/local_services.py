@@ -16,8 +16,7 @@ from pipelines.local.seaweedfs import Endpoint, SeaweedFS
 from pipelines.local.server import Service, private_folder
 
 FULL_BYTES, FULL_SHARE = 64e6, 0.01
-"""Free disk space, in bytes and as a share, below which SeaweedFS stops to write (its `minFreeSpacePercent`), or soon
-will."""
+"""Free disk space below which SeaweedFS stops to write, or soon will (its `minFreeSpacePercent`)."""
 
 
 def store_service(home: Path) -> Service:

@@ -72,8 +72,7 @@ def listed(store: "Store", home: Path, *, adapter: str = "", limit: int) -> list
 
 
 def one(store: "Store", home: Path, run_id: str) -> PastRun:
-    """Return the run with this id; its report is fetched from the store to this machine. Raises UnknownName: the folder
-    is not one of a run."""
+    """Return the run with this id, and fetch its report from the store. Raises UnknownName: there is none."""
     infos = {info.key: info for info in store.list(runs.run_key(run_id))}
     began_with = infos.get(runs.run_key(run_id, runs.CONFIG))
     if began_with is None:
@@ -409,8 +408,7 @@ def own_config(lineage: Mapping[str, Any], config: RunConfig, overrides: Sequenc
 
 
 def reproduced(store: "Store", first: Version, version: str, made_from: Recipe) -> Reproduced:
-    """Return the version trained again, compared with the first one. Raises IntegrityError: what the runs left is
-    malformed."""
+    """Compare the version trained again with the first one. Raises IntegrityError: what the runs left is malformed."""
     if version == first.version:
         return Reproduced(first.version, version, {}, None)
     again = f"{first.name}@{version}"

@@ -332,16 +332,14 @@ def summary(outcome: Outcome, *, home: Path, program: str = "fineloop") -> str:
 
 
 def check(config: RunConfig, place: Place, *, run_id: str = "") -> dict[str, Any]:
-    """Look at what is in production; returns the results of the steps `check` and `roll-back`, if there was one. Raises
-    FineloopError: as `finished`."""
+    """Look at production; returns the results of the steps check and roll-back. Raises FineloopError: as `finished`."""
     with finished(config, place, what="check", run_id=run_id) as ended:
         results = {step.step: step.result for step in runs.steps(ended.store, ended.run_id)}
         return {"run_id": ended.run_id, **results["check"], "moved": results.get("roll-back")}
 
 
 def sweep(config: RunConfig, place: Place, *, run_id: str = "") -> SweepResult:
-    """Run a sweep to its end, or resume the sweep with this id where it was interrupted. Raises FineloopError: as
-    `finished`."""
+    """Run a sweep to its end, or resume the one with this id. Raises FineloopError: as `finished`."""
     from components.report.charts import rates_picture
 
     sweeping = config.model_copy(update={"tune": config.tune.model_copy(update={"when": "always"})})

@@ -120,8 +120,7 @@ def _security(certificate: Path, key: Path) -> str:
 
 
 def write_certificate(directory: Path) -> tuple[Path, Path]:
-    """Write a new self-signed certificate, which both ends of the connections share, and its key; whoever can read the
-    key may use the server."""
+    """Write a new self-signed certificate for both ends of the connections, and its key, which opens the server."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -238,8 +238,7 @@ def widen(model: torch.nn.Module, products: MatmulDtype) -> None:
 
 
 def widen_if_room(model: torch.nn.Module, products: MatmulDtype, *, sharers: int = 1) -> bool:
-    """Call `widen` if the free memory, shared by `sharers` processes of this machine, allows it; returns whether any
-    layer was converted."""
+    """Call `widen` if the free memory, shared by `sharers` processes here, allows it; returns whether it did."""
     dtype = DTYPES[products]
     num_weights = sum(layer.in_features * layer.out_features for layer in _layers(model, dtype))
     if num_weights * dtype.itemsize > MEMORY_SHARE * available_bytes() / sharers:

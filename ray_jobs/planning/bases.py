@@ -22,8 +22,7 @@ BASES = {
     "Qwen/Qwen3-1.7B": ("qwen3", (28, 2048, 6144, 16, 8), 151_936, True),
     "Qwen/Qwen3-0.6B": ("qwen3", (28, 1024, 3072, 16, 8), 151_936, True),
 }
-"""From the largest on, as their config.json have it: architecture, SHAPE, vocabulary, and whether the output head is
-the embedding."""
+"""From the largest on, of their config.json: architecture, SHAPE, vocabulary, whether the head is the embedding."""
 HEAD = 128
 """The width of a head of each."""
 

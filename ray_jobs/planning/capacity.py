@@ -357,8 +357,7 @@ def before_training(
     config: RunConfig, base_folder: Path, split: Lengths, nodes: Iterable[Mapping[str, Any]]
 ) -> Outlook:
     """Plan the training for its real records before any worker is started; `nodes` is what `ray.nodes()` returns.
-    Raises ConfigError: the training does not fit into memory, the adapter does not fit the base, or the base is no
-    causal language model."""
+    Raises ConfigError: memory does not hold it, the adapter does not fit the base, or that is no causal model."""
     device = cluster_device(config, nodes)
     own_base.check(config, Base(config.model.base, base_folder, {}))
     try:
@@ -410,8 +409,7 @@ def before_training(
 
 
 def counts(stats: ModelStats) -> dict[str, Any]:
-    """The number of trainable parameters, and their share of the parameters of base and adapter together, as
-    publications count it."""
+    """The trainable parameters, and their share of those of base and adapter together, as publications count it."""
     total = stats.parameters + stats.trainable + stats.frozen_adapter
     return {"trainable_parameters": stats.trainable, "trainable_share": stats.trainable / total}
 
@@ -429,8 +427,7 @@ def is_shared(config: RunConfig, base: "PretrainedConfig", nodes: Iterable[Mappi
 
 
 def on_gpus(config: RunConfig, base: Base) -> bool:
-    """Whether the machine's GPUs together hold a version's base, with room for activations; also where it cannot be
-    planned for."""
+    """Whether the machine's GPUs hold a version's base, with room for activations; also if it cannot be planned for."""
     import torch
 
     if not torch.cuda.is_available():

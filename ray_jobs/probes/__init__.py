@@ -15,8 +15,7 @@ class Kind(NamedTuple):
     """One kind of probe."""
 
     prepare: Callable[[Store, ChatFormat, RunConfig, Sequence[Contender]], Probe]
-    """The items of the config, for the contenders that no earlier run has measured on them; without any where the
-    config asks for none."""
+    """The items that the config asks for, for the contenders that no earlier run has measured on them."""
     check: Callable[[RunConfig], None] | None = None
     """Raise ConfigError where the probe cannot run, before anything is trained."""
 

@@ -98,8 +98,7 @@ def check(config: RunConfig) -> None:
 
 
 def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Sequence[Contender]) -> Tasks:
-    """The tasks of the config, for the contenders that no earlier run has measured on them. Raises ConfigError: as
-    `check`."""
+    """The tasks for the contenders that no earlier run has measured on them. Raises ConfigError: as `check`."""
     check(config)
     evaluate = config.evaluate
     if not evaluate.lm_eval:

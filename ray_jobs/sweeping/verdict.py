@@ -43,8 +43,7 @@ def forgotten_by(ours: Sequence[Trial], trials: Iterable[Trial]) -> Forgotten | 
     trained models, paired by passage and seed; None with fewer than two passages.
 
     The base's loss may come from any of the sweep's `trials`. A method's own base (LoftQ's) is no reference for
-    forgetting, so the original base in the same format is used; where no trial used that, the original in another
-    format.
+    forgetting, so the original in the same format is used; where no trial used that, the original in another.
     """
     after = [trial.general_text for trial in ours if trial.general_text]
     before = [trial.general_text for trial in trials if trial.general_text and "base" in trial.general_text.nll]
@@ -79,8 +78,7 @@ SERVED = {
 def compare(
     tuned: Tuned, ours: Sequence[Trial], plain: Tuned, theirs: Sequence[Trial], servable_as: ServableAs = "lora"
 ) -> MethodComparison | None:
-    """Compare a method with the reference on the seeds that finished with both; None with fewer than two such seeds, or
-    with a single record."""
+    """Compare a method with the reference on the seeds that finished with both; None for fewer than two, or records."""
     by_seed = {trial.seed: trial for trial in theirs}
     pairs = [(trial, by_seed[trial.seed]) for trial in ours if trial.seed in by_seed]
     if len(pairs) < 2 or len(tokens := pairs[0][0].record_tokens) < 2:
@@ -101,13 +99,11 @@ def compare(
 
 
 MARGIN = 0.01
-"""A method is advised in place of plain LoRA only if the 95 % interval of its gain lies above this, in nats per answer
-token."""
+"""A method is advised in place of plain LoRA only if the 95 % interval of its gain, in nats a token, lies above it."""
 
 
 def advised(comparisons: Sequence[MethodComparison], reference: str) -> str:
-    """The advised method: of those whose whole interval lies above the margin, the one with the largest gain; else the
-    reference."""
+    """The advised method: the largest gain of those whose whole interval lies above the margin; else the reference."""
     clearly = [compared for compared in comparisons if compared.ci95[0] > MARGIN]
     return max(clearly, key=lambda compared: compared.gain).method if clearly else reference
 
