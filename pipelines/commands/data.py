@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.config_file import json_schema
-from components.records.steps import left_out_text
 from components.registry.between_runs import erase, user_hash
 from components.shared.errors import UserError
 from components.shared.machine import account
@@ -66,21 +65,20 @@ def data(options: argparse.Namespace) -> Answer:
 
 
 def _lines(body: Mapping[str, Any]) -> Iterator[str]:
+    from components.report.sections import data_profile
+
     profile, tokens = body["profile"], body["tokens"]
     rows, train = profile["rows"], profile["splits"]["train"]
     yield f"{rows['read']:,} rows: {rows['rejected']:,} unusable"
     for each in profile["rejected"]:
         yield f"  {each['rows']:>6,}  {each['reason']} (for example {each['example']})"
-    if dropped := {name: count for name, count in profile["dropped"].items() if count}:
-        yield "left out:"
-        yield from (f"  {count:>6,}  {left_out_text(name)}" for name, count in dropped.items())
-    if personal := profile["personal"]["found"]:
-        pieces = ", ".join(f"{count:,} {kind}" for kind, count in personal.items())
-        yield f"personal data in {counted(profile['personal']['records'], 'record')}: {pieces} (data.personal)"
-    if near := profile["near_duplicates"].get("in_train"):
-        yield f"{counted(near, 'training record')} hardly differ from another one, and stay"
+    shown = data_profile(profile)
+    assert shown is not None  # there is a profile
+    for title, counts in shown["counts"]:
+        yield from [f"{title.lower()}:"] if counts else []
+        yield from (f"  {count:>6,}  {what}" for what, count in counts)
     if logged := profile.get("logged"):
-        yield from _logged(profile, logged)
+        yield from _logged(logged)
     yield from _sentences(body)
     lengths = {"prompt, characters": train["prompt_chars"], "answer, characters": train["answer_chars"]}
     if tokens and tokens["length"]:
@@ -98,17 +96,12 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
         yield f"\npage: {body['page']}"
 
 
-def _logged(profile: Mapping[str, Any], logged: Mapping[str, Any]) -> Iterator[str]:
-    from components.report.sections import feedback_on
-
-    yield from (f"{number:,} logged answers {text}" for text, number in feedback_on(profile))
+def _logged(logged: Mapping[str, Any]) -> Iterator[str]:
     for name, origins in logged["origin"].items():
         yield f"{name} has of logged answers: {', '.join(f'{n:,} {origin}' for origin, n in origins.items()) or 'none'}"
     feedback = logged["feedback"]
     rows = f"{feedback['rows']:,} rows on {feedback['answers']:,} answers"
     yield f"feedback: {rows}, on {feedback['raters_differ']:,} of which raters differ"
-    if unmatched := feedback["unmatched"]:
-        yield f"  {unmatched:>6,}  of these answers are in no usable row of the log yet"
     yield from (f"  {number:>6,}  unusable: {reason}" for reason, number in feedback["unusable"].items())
 
 
