@@ -33,7 +33,7 @@ def doctor(options: argparse.Namespace) -> Answer:
         account = {"service_account": options.service_account, "image": options.image}
         results = list(cluster_checks(config, os.environ, **where, **account))
     else:
-        results = checks(options.home, config=config)
+        results = checks(options.home, config)
     width = max(len(check.name) for check in results)
     lines = []
     for check in results:

@@ -25,9 +25,9 @@ WAYS_OUT = "set ray.use_gpu=false to train on its processors, or name a cluster 
 Found = tuple[bool, str, str]  # whether it is well, what was seen, and what to do where it is not
 
 
-def checks(home: Path, *, config: RunConfig | None = None) -> list[Check]:
-    """Check the machine, the packages, the store and Ray, as far as each is configured or up. Starts nothing. With
-    `config` a few small objects try the store, under the registry's prefix, and GPUs have to be those it asks for."""
+def checks(home: Path, config: RunConfig) -> list[Check]:
+    """Check the machine, its packages and GPUs, and store and Ray as far as each is configured or up. Starts nothing; a
+    few small objects under the registry's prefix try the store."""
     return [
         check(name, *look(home, config)) for name, look in CHECKS.items() if name != "/dev/shm" or Path(name).is_dir()
     ]
@@ -39,7 +39,7 @@ def _disk(path: Path, needed: int, fix: str) -> Found:
     return free >= needed, f"{free / GIB:.1f} GiB free at {path}, {needed / GIB:.1f} wanted", fix
 
 
-def _memory(_home: Path, _config: RunConfig | None) -> Found:
+def _memory(_home: Path, _config: RunConfig) -> Found:
     total, need = machine_bytes(), f"the built-in example needs {MEMORY_BYTES / GIB:.0f} GiB"
     detail = f"{total / GIB:.1f} GiB, {available_bytes() / GIB:.1f} of them free now"
     return total >= MEMORY_BYTES, detail, f"{need}: lower ray.num_workers or use a larger machine"
@@ -50,7 +50,7 @@ def _packages(packages: tuple[str, ...], extra: str) -> Found:
     return not missing, f"missing: {', '.join(missing)}" if missing else "all found", f"pip install -e '{extra}'"
 
 
-def _weed(_home: Path, _config: RunConfig | None) -> Found:
+def _weed(_home: Path, _config: RunConfig) -> Found:
     if local_services.store_configured():
         return True, "not needed: AWS_ENDPOINT_URL is set", ""
     try:
@@ -59,14 +59,12 @@ def _weed(_home: Path, _config: RunConfig | None) -> Found:
         return False, "no weed binary", str(exc)
 
 
-def _store(home: Path, config: RunConfig | None) -> Found:
+def _store(home: Path, config: RunConfig) -> Found:
     configured = local_services.store_configured()
     endpoint = None if configured else local_services.store_service(home).endpoint()
     if not configured and endpoint is None:
         return True, "none configured: an embedded one starts with each run", ""
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or (endpoint or {})["url"]
-    if config is None:
-        return True, f"{url} (not tried: no config)", ""
     from components.store.store import Store
 
     try:
@@ -77,7 +75,7 @@ def _store(home: Path, config: RunConfig | None) -> Found:
     return True, f"{url}, bucket {config.registry.bucket}: reachable, honours conditional writes", ""
 
 
-def _ray(home: Path, _config: RunConfig | None) -> Found:
+def _ray(home: Path, _config: RunConfig) -> Found:
     if local_services.ray_configured():
         url = os.environ["RAY_ADDRESS"]
         if not url.startswith(("http://", "https://")):
@@ -94,8 +92,8 @@ def _ray(home: Path, _config: RunConfig | None) -> Found:
     return answered, endpoint["url"], "fineloop ray down; fineloop ray up"
 
 
-def _gpu(_home: Path, config: RunConfig | None) -> Found:
-    if config is not None and importlib.util.find_spec("ray") and (lack := lacking(config)):
+def _gpu(_home: Path, config: RunConfig) -> Found:
+    if importlib.util.find_spec("ray") and (lack := lacking(config)):
         detail, _, fix = lack.partition(": ")
         return False, detail, fix
     try:
@@ -122,7 +120,7 @@ def nvidia_gpus() -> list[tuple[str, str]]:
     return [(name, memory.strip()) for name, _, memory in (line.partition(",") for line in lines if line.strip())]
 
 
-CHECKS: dict[str, Callable[[Path, RunConfig | None], Found]] = {
+CHECKS: dict[str, Callable[[Path, RunConfig], Found]] = {
     "python": lambda *_: (True, platform.python_version(), ""),
     "disk at --home": lambda home, _: _disk(home, HOME_DISK_BYTES, "free some space or take another --home"),
     "temporary disk": lambda *_: _disk(Path(tempfile.gettempdir()), GIB, "free some space or set TMPDIR"),  # for Ray

@@ -21,7 +21,7 @@ def by_name(found):
 
 
 def test_every_check_says_what_it_saw_and_a_bad_one_says_what_to_do(tmp_path):
-    found = doctor.checks(tmp_path / "home")
+    found = doctor.checks(tmp_path / "home", kept_in("bucket-one"))
     assert all(check.detail for check in found)
     assert all(bool(check.fix) is not check.ok for check in found)
     assert {"python", "memory", "cores", "packages", "embedded store", "store", "ray"} <= set(by_name(found))
@@ -29,27 +29,27 @@ def test_every_check_says_what_it_saw_and_a_bad_one_says_what_to_do(tmp_path):
 
 
 def test_the_processor_is_named(tmp_path):
-    assert this_cpu().kind in by_name(doctor.checks(tmp_path / "home"))["processor"].detail
+    assert this_cpu().kind in by_name(doctor.checks(tmp_path / "home", kept_in("bucket-one")))["processor"].detail
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
-    check = by_name(doctor.checks(tmp_path))["train packages"]
+    check = by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["train packages"]
     assert (check.ok, check.detail, check.fix) == (False, "missing: peft", "pip install -e '.[train]'")
 
 
 def test_too_little_disk_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "HOME_DISK_BYTES", 2**60)
-    assert not by_name(doctor.checks(tmp_path))["disk at --home"].ok
+    assert not by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["disk at --home"].ok
 
 
 def test_the_embedded_store_that_is_up_is_written_and_read(tmp_path):
     with local_services(tmp_path, bucket="bucket-one", ray=False) as environment:
-        check = by_name(doctor.checks(tmp_path, config=kept_in("bucket-one")))["store"]
+        check = by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["store"]
         assert check.ok
         assert environment["AWS_ENDPOINT_URL"] in check.detail
-        missing = by_name(doctor.checks(tmp_path, config=kept_in("bucket-two")))["store"]
+        missing = by_name(doctor.checks(tmp_path, kept_in("bucket-two")))["store"]
     assert not missing.ok
     assert "bucket-two" in missing.detail
 
@@ -58,16 +58,16 @@ def test_a_configured_store_that_does_not_answer_is_a_finding_not_a_crash(tmp_pa
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    check = by_name(doctor.checks(tmp_path, config=kept_in("bucket-one")))["store"]
+    check = by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["store"]
     assert not check.ok
     assert "http://127.0.0.1:9" in check.detail
 
 
 def test_a_configured_ray_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    assert not by_name(doctor.checks(tmp_path))["ray"].ok
+    assert not by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["ray"].ok
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
-    assert "Jobs API" in by_name(doctor.checks(tmp_path))["ray"].fix
+    assert "Jobs API" in by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["ray"].fix
 
 
 GPU = "[ray]\nuse_gpu = true\nnum_workers = 1024\n[train]\nbatch_size = 8192\n"
@@ -75,8 +75,8 @@ GPU = "[ray]\nuse_gpu = true\nnum_workers = 1024\n[train]\nbatch_size = 8192\n"
 
 def test_gpus_that_are_not_there_are_a_finding_with_the_way_out(tmp_path, monkeypatch):
     """The judge is Ray: what its own head on this machine would have, which no machine has 1024 of."""
-    found = by_name(doctor.checks(tmp_path, config=kept_in("bucket-one", GPU)))["gpu"]
+    found = by_name(doctor.checks(tmp_path, kept_in("bucket-one", GPU)))["gpu"]
     assert not found.ok
     assert "ray.use_gpu=false" in found.fix or "lower it" in found.fix
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    assert by_name(doctor.checks(tmp_path, config=kept_in("bucket-one", GPU)))["gpu"].ok
+    assert by_name(doctor.checks(tmp_path, kept_in("bucket-one", GPU)))["gpu"].ok
