@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,10 +122,6 @@ class KubernetesApi:
         """Delete a RayJob with its cluster and its pods; returns False if there is none of that name."""
         send = partial(self.send, "DELETE", f"{RAYJOBS}/{name}", query={"propagationPolicy": "Background"})
         return self.call(f"delete RayJob {name}", send, is_answer=lambda exc: exc.status == 404) is not None
-
-    def workloads(self, job_uid: str) -> Sequence[Resource]:
-        """The Workloads that Kueue has made for the job with this uid: one, or two for a moment."""
-        return self.list({"kueue.x-k8s.io/job-uid": job_uid}, path=WORKLOADS, patience_s=0)[0]
 
     def pod_log(self, labels: Mapping[str, str]) -> str | None:
         """The whole log of the newest pod with these labels; None when there is none, or it is still being made."""

@@ -18,6 +18,7 @@ from components.config.ray import PRE_RUNNING_TIMEOUT_S, QUEUE_TIMEOUT_S, RayCon
 from components.ray_cluster import rayjob_manifest as manifest
 from components.ray_cluster.backend import STOP_S, Job, JobEnd, LiveJob, LogCopy, State, rest_s
 from components.ray_cluster.kubernetes_api import (
+    WORKLOADS,
     KubernetesApi,
     Resource,
     Watched,
@@ -290,7 +291,7 @@ class KueueQueue:
         if self._is_refused:
             return QUOTA
         try:
-            workloads = self._api.workloads(job_uid)
+            workloads, _ = self._api.list({"kueue.x-k8s.io/job-uid": job_uid}, path=WORKLOADS, patience_s=0)
         except JobError as exc:
             self._is_refused = True
             logger.warning("what the job waits for is not known: %s", exc)

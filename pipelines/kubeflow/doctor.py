@@ -83,13 +83,6 @@ class Cluster:
         resource: Resource = json.loads(self.ask("GET", path) or "{}")
         return resource
 
-    def items(self, path: str) -> list[Resource]:
-        return self.get(path).get("items") or []
-
-    def data(self, name: str) -> Mapping[str, str]:
-        """Return the data of a ConfigMap or Secret; empty if there is none."""
-        return self.get(name).get("data") or {}
-
     def ask(self, method: str, path: str, body: Resource | None = None) -> str:
         """Return the text that a path of the API, or such as pods/NAME of the namespace, answers; empty for a 404.
 
@@ -227,9 +220,9 @@ def _environment(cluster: Cluster, name: str, key: str) -> Finding:
 
 def _open_lineage(cluster: Cluster) -> Finding:
     """Whether a server gets events of runs, and with which key; without TLS anyone could read the key."""
-    url = cluster.data(f"configmaps/{CONFIG_MAP}").get("OPENLINEAGE_URL", "")
+    url = (cluster.get(f"configmaps/{CONFIG_MAP}").get("data") or {}).get("OPENLINEAGE_URL", "")
     name = next(iter(of_its_own()["report"].kubernetes))
-    has_key = bool(url) and "OPENLINEAGE_API_KEY" in cluster.data(f"secrets/{name}")
+    has_key = bool(url) and "OPENLINEAGE_API_KEY" in (cluster.get(f"secrets/{name}").get("data") or {})
     detail = f"{url}, {'with' if has_key else 'without'} the key of secret {name}" if url else "not configured"
     fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"
     return not (has_key and url.startswith("http://")), detail, fix
@@ -272,9 +265,9 @@ def _deployments(cluster: Cluster, *names: str) -> Finding:
     for name in names:
         by_name = f"deployments?fieldSelector=metadata.name%3D{name}"
         try:
-            deployments = cluster.items(f"/apis/apps/v1/{by_name}")
+            deployments = cluster.get(f"/apis/apps/v1/{by_name}").get("items")
         except NotSeen:
-            deployments = cluster.items(f"/apis/apps/v1/namespaces/{cluster.namespace}/{by_name}")
+            deployments = cluster.get(f"/apis/apps/v1/namespaces/{cluster.namespace}/{by_name}").get("items")
             if not deployments:
                 raise
         if not deployments:
@@ -290,7 +283,7 @@ def _deployments(cluster: Cluster, *names: str) -> Finding:
 
 def _nodes(cluster: Cluster) -> Finding:
     """Whether at least one node is ready and accepts pods."""
-    nodes = cluster.items("/api/v1/nodes")
+    nodes = cluster.get("/api/v1/nodes").get("items") or []
     cordoned = [node["metadata"]["name"] for node in nodes if node["spec"].get("unschedulable")]
     free = [node for node in nodes if not node["spec"].get("unschedulable") and "Ready" in _conditions(node, "True")]
     fix = f"kubectl uncordon {cordoned[0]}" if cordoned else "kubectl describe nodes"

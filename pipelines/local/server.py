@@ -220,7 +220,8 @@ class Service:
         (self.directory / "pinned").unlink(missing_ok=True)
         was_up, deadline = self.is_kept(), time.monotonic() + STOP_TIMEOUT_S
         while self.is_kept():
-            if self._is_used():
+            users = self.directory / "users.lock"  # which the keeper that stops the server holds exclusively
+            if not _is_locked(users) and _is_locked(users, wanted=fcntl.LOCK_EX):
                 raise GroundError(
                     f"{self.title} is in use: it is no longer pinned and stops when that ends; end that run, or the "
                     "local Ray head with `fineloop ray down`"
@@ -229,11 +230,6 @@ class Service:
                 raise GroundError(f"{self.title} did not stop within {STOP_TIMEOUT_S:.0f} s: see {self.directory}")
             time.sleep(POLL_S)
         return was_up
-
-    def _is_used(self) -> bool:
-        """Whether a process uses it, which the keeper that stops it does not."""
-        users = self.directory / "users.lock"
-        return not _is_locked(users) and _is_locked(users, wanted=fcntl.LOCK_EX)
 
 
 def _is_locked(path: Path, *, wanted: int = fcntl.LOCK_SH) -> bool:

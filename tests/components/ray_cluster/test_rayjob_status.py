@@ -162,11 +162,12 @@ def test_a_job_that_kueue_gave_up_says_how_it_goes_on() -> None:
 
 def waited(*reasons: str, message: str = NEVER_FITS) -> list[bool]:
     """Whether there is no hope after each look, a minute apart, at which Kueue gives these reasons and this message."""
-    found, now = list[dict[str, Any]](), 0.0
+    found: list[dict[str, Any]] = []
+    now = 0.0
 
     class Api:
-        def workloads(self, _job_uid: str) -> list[dict[str, Any]]:
-            return found
+        def list(self, *_: Any, **__: Any) -> tuple[list[dict[str, Any]], str]:
+            return found, "1"
 
     queue, hopeless = KueueQueue(Api(), clock=lambda: now), []  # type: ignore[arg-type]
     for reason in reasons:
