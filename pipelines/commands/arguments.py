@@ -98,15 +98,16 @@ class Command:
     run: Handler
     takes: Sequence[Takes]
     example: str
+    text: str
+    """Its help; lists of commands show the first line."""
 
     def add_to(self, commands: Any, verb: str, *, is_listed: bool = True) -> Parser:
-        """Add its parser, with the docstring as help, of which lists of commands show the first line."""
-        text = inspect.getdoc(self.run) or ""
-        first = text.partition("\n")[0].rstrip(".")
+        """Add its parser."""
+        first = self.text.partition("\n")[0].rstrip(".")
         parser: Parser = commands.add_parser(
             verb,
             **({"help": first[:1].lower() + first[1:]} if is_listed else {}),  # argparse lists what has a help
-            description=textwrap.fill(" ".join(text.split()), 88),
+            description=textwrap.fill(" ".join(self.text.split()), 88),
             epilog=f"example:\n  {self.example}\n\n{EXIT_CODES}",
         )
         parser.set_defaults(command=self.run, parser=parser)
@@ -119,11 +120,11 @@ COMMANDS: dict[str, Command] = {}
 """Every command by its name; that of a verb of a group begins with the group's."""
 
 
-def command(name: str, *takes: Takes, example: str) -> Callable[[Handler], Handler]:
-    """Make a function the command `name`, with its docstring as help."""
+def command(name: str, *takes: Takes, example: str, text: str = "") -> Callable[[Handler], Handler]:
+    """Make a function the command `name`, with `text` or its docstring as help."""
 
     def register(run: Handler) -> Handler:
-        COMMANDS[name] = Command(run, takes, example)
+        COMMANDS[name] = Command(run, takes, example, text or inspect.getdoc(run) or "")
         return run
 
     return register

@@ -28,65 +28,43 @@ if TYPE_CHECKING:
     from pipelines.kubeflow.client import Kubeflow
 
 
-@command("store up", HOME, *CONFIG, example="fineloop store up")
-def store_up(options: argparse.Namespace) -> Answer:
-    """Start the local S3 server and leave it running."""
-    return _up(options, "store")
+def _declare(name: str, title: str, *, starts: str, client: str) -> None:
+    """Declare the commands of one of this machine's own servers."""
+
+    @command(
+        f"{name} up",
+        HOME,
+        *CONFIG,
+        text=f"Start {starts}, until `fineloop {name} down`.",
+        example=f"fineloop {name} up",
+    )
+    def up(options: argparse.Namespace) -> Answer:
+        bucket = load_config(options).registry.bucket
+        found, home = local_services.up(name, options.home, bucket), home_option(options)
+        body = {"address": found["RAY_ADDRESS"]} if name == "ray" else {"endpoint": found["AWS_ENDPOINT_URL"]}
+        at, use = next(iter(body.values())), f'eval "$(fineloop {name} env{home})"'
+        text = f"{title} is up at {at}, until `fineloop {name} down{home}`; to use it: {use}"
+        return Answer(body if name == "ray" else {**body, "bucket": bucket}, text)
+
+    @command(f"{name} down", HOME, text=f"Stop {title}; its files stay.", example=f"fineloop {name} down")
+    def down(options: argparse.Namespace) -> Answer:
+        was_up = local_services.down(name, options.home)
+        return Answer({"stopped": was_up}, f"{title} {'has stopped' if was_up else 'was not up'}")
+
+    example = f'eval "$(fineloop {name} env)" && {client}'
+
+    @command(f"{name} env", HOME, text=f"Print the variables with which clients find {title}.", example=example)
+    def env(options: argparse.Namespace) -> Answer:
+        """Lines for a shell's eval, and nothing else."""
+        variables = local_services.client_environment(name, options.home)
+        lines = (f"export {variable}={shlex.quote(value)}" for variable, value in sorted(variables.items()))
+        return Answer(variables, "\n".join(lines))
 
 
-@command("store down", HOME, example="fineloop store down")
-def store_down(options: argparse.Namespace) -> Answer:
-    """Stop the local S3 server; its data stays."""
-    return _down(options, "store")
-
-
-@command("store env", HOME, example='eval "$(fineloop store env)" && aws s3 ls s3://fineloop/')
-def store_env(options: argparse.Namespace) -> Answer:
-    """Print the variables with which any S3 client finds the local server."""
-    return _env(options, "store")
-
-
-@command("ray up", HOME, *CONFIG, example="fineloop ray up")
-def ray_up(options: argparse.Namespace) -> Answer:
-    """Start the local Ray head and the S3 server that its jobs use, and leave them running."""
-    return _up(options, "ray")
-
-
-@command("ray down", HOME, example="fineloop ray down")
-def ray_down(options: argparse.Namespace) -> Answer:
-    """Stop the local Ray head."""
-    return _down(options, "ray")
-
-
-@command("ray env", HOME, example='eval "$(fineloop ray env)" && ray job list')
-def ray_env(options: argparse.Namespace) -> Answer:
-    """Print the variables with which `ray job submit` finds the local head."""
-    return _env(options, "ray")
-
-
-TITLES = {"store": "the local S3 server", "ray": "the local Ray head"}
-
-
-def _up(options: argparse.Namespace, name: str) -> Answer:
-    bucket = load_config(options).registry.bucket
-    environment, home = local_services.up(name, options.home, bucket), home_option(options)
-    body = {"address": environment["RAY_ADDRESS"]} if name == "ray" else {"endpoint": environment["AWS_ENDPOINT_URL"]}
-    at = next(iter(body.values()))
-    use = f'eval "$(fineloop {name} env{home})"'
-    text = f"{TITLES[name]} is up at {at}, until `fineloop {name} down{home}`; to use it: {use}"
-    return Answer(body if name == "ray" else {**body, "bucket": bucket}, text)
-
-
-def _down(options: argparse.Namespace, name: str) -> Answer:
-    was_up = local_services.down(name, options.home)
-    return Answer({"stopped": was_up}, f"{TITLES[name]} {'has stopped' if was_up else 'was not up'}")
-
-
-def _env(options: argparse.Namespace, name: str) -> Answer:
-    """Lines for a shell's eval, and nothing else."""
-    environment = local_services.client_environment(name, options.home)
-    lines = (f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items()))
-    return Answer(environment, "\n".join(lines))
+STORE = "the local S3 server"
+_declare("store", STORE, starts=STORE, client="aws s3 ls s3://fineloop/")
+HEAD = "the local Ray head"
+_declare("ray", HEAD, starts=f"{HEAD} and the S3 server that its jobs use", client="ray job list")
 
 
 @command(
