@@ -258,6 +258,12 @@ def configuration() -> tuple[Any, str]:
     return settings, str((context or {}).get("context", {}).get("namespace") or "")
 
 
+def conditions(resource: Resource, *statuses: str) -> dict[str, Resource]:
+    """The conditions of an object by type; with `statuses`, those that have one of them."""
+    stated = (resource.get("status") or {}).get("conditions") or []
+    return {each["type"]: each for each in stated if not statuses or each["status"] in statuses}
+
+
 def read(response: Any) -> str:
     """The text of a response's body."""
     return str(response.data.decode("utf-8", errors="replace"))

@@ -23,6 +23,7 @@ from components.ray_cluster.kubernetes_api import (
     Resource,
     Watched,
     Workflow,
+    conditions,
     own_namespace,
     own_workflow,
 )
@@ -315,8 +316,8 @@ def reason_to_wait(workloads: Sequence[Resource]) -> str:
     newest = _newest(workloads)
     if newest["spec"].get("active") is False:
         return "Kueue gave it up: set spec.active of its workload to true, or stop the run"
-    conditions = _conditions(newest)
-    evicted, quota = conditions.get("Evicted", {}), conditions.get("QuotaReserved", {})
+    stated = conditions(newest)
+    evicted, quota = stated.get("Evicted", {}), stated.get("QuotaReserved", {})
     reasons = [
         condition["message"]
         for condition, status in ((evicted, "True"), (quota, "False"))
@@ -327,7 +328,7 @@ def reason_to_wait(workloads: Sequence[Resource]) -> str:
 
 def never_fits(workloads: Sequence[Resource]) -> bool:
     """Whether Kueue refuses the newest workload for a reason that does not pass by waiting."""
-    quota = _conditions(_newest(workloads)).get("QuotaReserved", {}) if workloads else {}
+    quota = conditions(_newest(workloads)).get("QuotaReserved", {}) if workloads else {}
     if quota.get("status") != "False":
         return False
     message = quota.get("message") or ""
@@ -337,10 +338,6 @@ def never_fits(workloads: Sequence[Resource]) -> bool:
 
 def _newest(workloads: Sequence[Resource]) -> Resource:
     return max(workloads, key=lambda workload: str(workload["metadata"].get("creationTimestamp", "")))
-
-
-def _conditions(workload: Resource) -> dict[str, Resource]:
-    return {condition["type"]: condition for condition in (workload.get("status") or {}).get("conditions") or []}
 
 
 # A RayJob's log: from its dashboard while that answers, else from the pod that submitted it.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from components.config.ray import RayConfig, RayJobCluster
 from components.config.schema import RunConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.kubernetes_api import KubernetesApi, read
+from components.ray_cluster.kubernetes_api import KubernetesApi, Resource, conditions, read
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, NO_MESH, PART_OF, RAY_SECRET, STORE_SECRET, rayjob
 from components.shared.errors import FineloopError
 from components.step.step import IMAGE
@@ -54,7 +54,6 @@ KUBERAY = "/apis/ray.io/v1"
 KUBEFLOW_CONTROLLERS = ("workflow-controller", "ml-pipeline-persistenceagent", "ml-pipeline-scheduledworkflow")
 """Kubeflow's deployments that start steps, report that runs have ended, and start the runs of schedules."""
 
-Resource = dict[str, Any]
 Finding = tuple[bool, str, str]
 """Whether it is right, what was seen, and what mends it."""
 Ask = Callable[[], Finding]
@@ -285,15 +284,9 @@ def _nodes(cluster: Cluster) -> Finding:
     """Whether at least one node is ready and accepts pods."""
     nodes = cluster.get("/api/v1/nodes").get("items") or []
     cordoned = [node["metadata"]["name"] for node in nodes if node["spec"].get("unschedulable")]
-    free = [node for node in nodes if not node["spec"].get("unschedulable") and "Ready" in _conditions(node, "True")]
+    free = [node for node in nodes if not node["spec"].get("unschedulable") and "Ready" in conditions(node, "True")]
     fix = f"kubectl uncordon {cordoned[0]}" if cordoned else "kubectl describe nodes"
     return bool(free), f"{len(free)} of {len(nodes)} are ready and take pods", fix
-
-
-def _conditions(resource: Resource, *statuses: str) -> dict[str, Resource]:
-    """The conditions of an object that have one of these statuses, by type."""
-    conditions = (resource.get("status") or {}).get("conditions") or []
-    return {condition["type"]: condition for condition in conditions if condition["status"] in statuses}
 
 
 def _dry(cluster: Cluster, path: str, body: Resource) -> Finding:
@@ -314,7 +307,7 @@ def _queue(cluster: Cluster, config: RunConfig, queue: str) -> Finding:
     whole = cluster.get(f"{KUEUE}/clusterqueues/{name}")
     if not whole:
         return False, f"{queue} belongs to ClusterQueue {name}, which is not there", "create it"
-    inactive = _conditions(whole, "False", "Unknown").get("Active")
+    inactive = conditions(whole, "False", "Unknown").get("Active")
     if inactive or whole["spec"].get("stopPolicy", "None") != "None":
         return False, f"ClusterQueue {name} admits no job: {inactive['message'] if inactive else 'stopped'}", "start it"
     jobs = [config.ray, *([config.ray.for_data()] if config.data.engine == "ray" else [])]
@@ -481,7 +474,7 @@ def run_probe(cluster: Cluster, question: Question, account: str, image: str) ->
         while (waited := time.monotonic() - began) < PROBE_S:
             pod = cluster.get(f"pods/{name}")
             status = pod.get("status", {})
-            why = "; ".join(c["message"] for c in _conditions(pod, "False", "Unknown").values() if c.get("message"))
+            why = "; ".join(c["message"] for c in conditions(pod, "False", "Unknown").values() if c.get("message"))
             if status.get("phase") == "Succeeded":
                 return True, f"{image} runs, and {question.yes}", ""
             if status.get("phase") == "Failed":
@@ -492,7 +485,7 @@ def run_probe(cluster: Cluster, question: Question, account: str, image: str) ->
                 if waiting.get("reason") in STUCK:
                     fix = "give an image that the nodes may pull: --image, imagePullSecrets"
                     return False, f"{waiting['reason']}: {waiting.get('message', '')}", fix
-            if waited > UNPLACED_S and _conditions(pod, "False").get("PodScheduled", {}).get("reason"):
+            if waited > UNPLACED_S and conditions(pod, "False").get("PodScheduled", {}).get("reason"):
                 fix = "kubectl get nodes; where nodes have to be made first, ask again in some minutes"
                 return False, f"no node takes the pod: {why}", fix
             time.sleep(POLL_S)
