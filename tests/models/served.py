@@ -32,7 +32,7 @@ def serving(base: Path, bucket: str, scratch: Path) -> "Iterator[Server]":
     registry = RegistryConfig(bucket=bucket, prefix=f"tests/{uuid.uuid4().hex}")
     config = config.model_copy(update={"registry": registry})
     version = publish(config, Store.open(registry), scratch)
-    with listening(serve.opened(config, f"colours@{version.version}", "base", 0)) as server:
+    with listening(serve.opened(config, f"colours@{version.version}", 0, with_base=True)) as server:
         yield server
     torch.set_num_threads(threads)
 
