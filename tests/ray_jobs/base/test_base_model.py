@@ -40,6 +40,7 @@ def package(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A Python package with the tiny base as a GGUF; gives the GGUF's path."""
     built = build_package(tiny_base, tmp_path / "site", "tiny_weights", "Tiny.gguf")
     monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))  # for ranks, which are processes of their own
     return built
 
 
