@@ -26,10 +26,10 @@ from pipelines.commands.arguments import (
     option,
     table,
 )
+from pipelines.configs import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
     from components.prepare.dataset import Exposure
-from pipelines.configs import DEFAULT_CONFIG
 
 
 @command(
