@@ -158,7 +158,7 @@ class GateConfig(Section):
     def records_to_replace(self, champion_loss: float = 1.0) -> int:
         """The fewest records that can replace a champion with this loss per token: of equal length, else of such an
         effective number (`Pairs.num_effective`). Where every record is right or wrong, fewer may do."""
-        return binomial.least_of(0, self.rare_share(champion_loss), self.confidence)
+        return binomial.least_without(self.rare_share(champion_loss), self.confidence)
 
     def _rare_share(self, champion_loss: float) -> float:
         """The share of records that uses up the margin if each loses all that it can, but RARE_SHARE at least."""

@@ -155,7 +155,7 @@ def check(step_run: StepRun, dataset_uri: str) -> bool:
 def records_for_rare(gate: GateConfig, loss: float) -> int:
     """The fewest records to say as good on, beside a version with this loss: as many as hold, but for one chance in a
     hundred, a loss as rare as the gate allows for; 459 for one record in a hundred."""
-    return binomial.least_of(0, gate.rare_share(loss), 0.99)
+    return binomial.least_without(gate.rare_share(loss), 0.99)
 
 
 def _measured(step_run: StepRun, compared: Compared, dataset_uri: str) -> tuple[Evaluation, str]:

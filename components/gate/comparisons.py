@@ -624,7 +624,7 @@ def few_get_much_worse(policy: GateConfig, compared: Compared) -> RuleResult | N
         )
     needed = None
     if not (passed or failed or seen):
-        needed = math.ceil(binomial.least_of(0, share, confidence) * independent / of)
+        needed = math.ceil(binomial.least_without(share, confidence) * independent / of)
         text += f" {needed} {kind}s would tell (evaluate.records gave {compared.evaluation.records})."
     return RuleResult(
         **words,

@@ -28,12 +28,6 @@ def lower(seen: int, of: int, confidence: float) -> float:
     return 1 - upper(of - seen, of, confidence)
 
 
-def least_of(seen: int, share: float, confidence: float) -> int:
-    """Return the fewest trials in which `seen` successes show, at `confidence`, a true share of at most `share`."""
-    low, high = seen, max(1, seen)
-    while at_most(seen, high, share) > 1 - confidence:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at_most(seen, middle, share) > 1 - confidence else (low, middle)
-    return high
+def least_without(share: float, confidence: float) -> int:
+    """Return the fewest trials without a success that show, at `confidence`, a true share of at most `share`."""
+    return 1 if share >= 1 else max(1, math.ceil(math.log(1 - confidence) / math.log1p(-share)))
