@@ -24,7 +24,7 @@ from components.prepare.power import power
 from components.prepare.rows import SAVE_AS_UTF_8, form_of
 from components.prepare.shapes import EXPECTED, TRACES, advice, recognised, unread_text
 from components.prepare.sources import Source, find_sources
-from components.prepare.split import Span, TrainEvalSplit, deduplicate, judges, require_enough, split
+from components.prepare.split import Span, TrainEvalSplit, deduplicate, judges, lacking, split
 from components.prepare.validate import Counts, Reader, Rules, read_here
 from components.prepare.workspace import Workspace, quoted
 from components.records.steps import left_out_text
@@ -464,7 +464,8 @@ def prepare_if_new(
         prepared = _publish(step_run.config, step_run.store, work, read)
         if is_decided:
             judging = judges(step_run.store, prepared.uri, step_run.config)
-            require_enough(judging, step_run.config)
+            if lack := lacking(judging, step_run.config):
+                raise DataError(lack)
             step_run.result.update(power=power(judging, step_run.config))
             step_run.say(step_run.result["power"]["sentence"])
     fingerprints = {source.name: source.fingerprint for source in read_from}

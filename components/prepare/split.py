@@ -347,15 +347,9 @@ def judges_of(held_out: Sequence[Record], config: RunConfig) -> Judges:
     return Judges(validation_and_test(held_out, validation_share=config.data.validation_share)[1])
 
 
-def require_enough(judging: Judges, config: RunConfig) -> None:
-    """Require as many records to judge a run as its gate asks for. Raises DataError: the run would be trained and then
-    held, whatever comes out."""
-    if lack := lacking(judging, config):
-        raise DataError(lack)
-
-
 def lacking(judging: Judges, config: RunConfig) -> str:
-    """A sentence that says how many records the gate lacks, and what to do; empty where they are enough."""
+    """A sentence that says how many records the gate lacks, and what to do; empty where they are enough. A run that
+    lacks some would be trained and then held, whatever comes out."""
     wanted = config.gate.min_records
     found = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
     if found >= wanted:

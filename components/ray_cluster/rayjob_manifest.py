@@ -97,7 +97,8 @@ def rayjob(ray: RayConfig, job: Job, attempt: int, *, namespace: str, owner: Wor
             "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": TTL_S,
-            "activeDeadlineSeconds": active_deadline_s(job.timeout_s),
+            # A little before ours, so that the failure says which it was.
+            "activeDeadlineSeconds": max(1, int(job.timeout_s - min(60.0, job.timeout_s / 10))),
             "preRunningDeadlineSeconds": PRE_RUNNING_TIMEOUT_S,
             "backoffLimit": BACKOFF_LIMIT,
             "rayClusterSpec": {
@@ -134,11 +135,6 @@ def label_value(text: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", text):
         return text
     return f"{text[:40].strip('._-')}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-def active_deadline_s(timeout_s: float) -> int:
-    """KubeRay's own deadline: a little before ours, so that the failure says which it was."""
-    return max(1, int(timeout_s - min(60.0, timeout_s / 10)))
 
 
 def _head(cluster: RayJobCluster, job: Job) -> dict[str, Any]:

@@ -239,7 +239,8 @@ class Part:
     def _weights(self, queries: Block, keys: Block) -> Tensor:
         scores = torch.bmm(self.q[queries], self.k[keys].transpose(1, 2))
         tokens = scores.shape[1] // self.per_key
-        scores[:, :, -tokens:] += _unseen(tokens, self.per_key)
+        later = torch.full((tokens, tokens), -torch.inf).triu(diagonal=1)
+        scores[:, :, -tokens:] += later.repeat_interleave(self.per_key, dim=0)
         return torch.softmax(scores, dim=-1)
 
     def _of_scores(self, weights: Tensor, gradient: Tensor, keys: Block) -> Tensor:
@@ -305,9 +306,3 @@ def _parts(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Part]:
 def _queries(flat: Tensor, shapes: list[Shape], heads: Heads) -> list[Tensor]:
     pieces = flat.split([batch * tokens * heads.per_key for batch, tokens, _ in shapes])
     return [piece.view(batch, -1, piece.shape[-1]) for piece, (batch, *_) in zip(pieces, shapes, strict=True)]
-
-
-def _unseen(num_tokens: int, per_key: int) -> Tensor:
-    """The causal mask added to scores among the same tokens: minus infinity for later ones, (tokens R, tokens)."""
-    later = torch.full((num_tokens, num_tokens), -torch.inf).triu(diagonal=1)
-    return later.repeat_interleave(per_key, dim=0)

@@ -126,12 +126,9 @@ def prepare(store: Store, chat: ChatFormat, config: RunConfig, contenders: Seque
 
 
 def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[TaskScore, ...]:
-    """Run every task on a model in memory, with as many texts at once as `batch_size` and memory allow.
-
-    Raises:
-        ConfigError: this worker's image lacks lm-eval, or the folder evaluate.lm_eval_include.
-        JobError: memory does not hold one text.
-    """
+    """Run every task on a model in memory, with as many texts at once as `batch_size` and memory allow. Raises
+    ConfigError: this worker's image lacks lm-eval, or the folder evaluate.lm_eval_include; JobError: memory does not
+    hold one text."""
     import torch
 
     manager = _manager(tasks.include)
@@ -143,13 +140,15 @@ def run(tasks: Tasks, model: Any, chat: ChatFormat, batch_size: int) -> tuple[Ta
     thinking = dict.fromkeys(SWITCHES, chat.thinking)
     ours = [name for name in tasks.record.tasks if name.startswith(OURS)]
     at_once = _with_room(batch_size, model)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     while True:
         try:
             scores: list[TaskScore] = []
             for names, is_chat in ((ours, True), ([name for name in tasks.record.tasks if name not in ours], False)):
                 if not names:
                     continue
-                with _quietly():
+                # Without its log lines and progress bars, which go to stderr; exceptions are still raised.
+                with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
                     results = simple_evaluate(
                         HFLM(pretrained=model, batch_size=at_once, chat_template_args=thinking, **around),
                         tasks=names,
@@ -217,14 +216,6 @@ def _manager(include: str) -> Any:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_path=[str(TASKS), *([include] if include else [])])
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Suppress lm-eval's log lines and progress bars, which go to stderr; exceptions are still raised."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def _with_room(batch_size: int, model: Any) -> int:

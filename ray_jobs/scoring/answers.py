@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import regex
 
 from components.records.steps import PairedDifference
@@ -41,11 +40,6 @@ class Score:
     """The greedy answer, without reasoning before it."""
     marks: Mapping[str, float]
     """The answer's marks against the reference, by the keys of the metrics that are means of marks."""
-
-
-def longest_answer(num_answer_tokens: npt.NDArray[np.int64]) -> int:
-    """The answer length in tokens that lets a model reproduce every reference; counts include the end of the answer."""
-    return int(num_answer_tokens.max(initial=LEAST_NEW_TOKENS))
 
 
 def cut_short(num_reference_tokens: Sequence[int], max_new_tokens: int | None) -> str | None:

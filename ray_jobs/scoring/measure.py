@@ -29,7 +29,7 @@ from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP, answers
-from ray_jobs.scoring.answers import USUAL_NEW_TOKENS, Score, longest_answer, pairs_of
+from ray_jobs.scoring.answers import LEAST_NEW_TOKENS, USUAL_NEW_TOKENS, Score, pairs_of
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
@@ -387,7 +387,7 @@ def with_room_for_answers(config: RunConfig, records: Sequence[Record], chat: Ch
     if config.evaluate.max_new_tokens is not None:
         return config
     split = tokenize(records, chat, config.model.max_length)
-    longest = longest_answer(split.num_answer_tokens)
+    longest = int(split.num_answer_tokens.max(initial=LEAST_NEW_TOKENS))
     if longest > USUAL_NEW_TOKENS:
         say(STEP, f"answers may be {longest} tokens long, as the longest reference is (evaluate.max_new_tokens)")
     settled = config.evaluate.model_copy(update={"max_new_tokens": longest})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from components.ray_cluster.kubernetes_api import Workflow
 from components.ray_cluster.rayjob_manifest import (
     DRAIN_S,
     HEAD_DRAIN_S,
-    active_deadline_s,
     label_value,
     rayjob,
     rayjob_name,
@@ -286,10 +286,10 @@ def test_gpus_are_shared_out_among_the_nodes_and_spot_nodes_put_up_with_when_ask
 
 
 def test_deadlines_lie_inside_each_other() -> None:
+    jobs = [replace(job(), timeout_s=timeout_s) for timeout_s in (3600, 100, 1)]
+    specs = [rayjob(config(), each, 1, namespace="fineloop")["spec"] for each in jobs]
+    assert [spec["activeDeadlineSeconds"] for spec in specs] == [3540, 90, 1]  # KubeRay takes no 0
     spec = created(timeout_s=3600)["spec"]
-    assert spec["activeDeadlineSeconds"] == active_deadline_s(3600) == 3540
-    assert active_deadline_s(100) == 90
-    assert active_deadline_s(1) == 1  # KubeRay takes no 0
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
     assert config(timeout_s=3600).patience_s > 3600
