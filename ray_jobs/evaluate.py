@@ -93,11 +93,8 @@ def run(
     If the alias has already moved to this candidate by the run's evaluation, that evaluation is returned as it is.
 
     What the workers of the training have measured `before` counts, as it was planned then, unless another version has
-    gone into production since, or other records judge.
-
-    Raises:
-        UserError: dataset, version or base do not exist, or no held-out record fits the context.
-        JobError: the workers failed.
+    gone into production since, or other records judge. Raises UserError: dataset, version or base do not exist, or no
+    held-out record fits the context; JobError: the workers failed.
     """
     began, store = time.time(), Store.open(config.registry)
     candidate = resolve(store, f"{config.adapter.name}@{version_uri.rstrip('/').rpartition('/')[2]}")
@@ -128,10 +125,7 @@ def plan(
     identifies the base, or holds no whole base in any worker.
 
     With `against`, a version or `BASE`, the candidate is one that is served, and the two are measured on all of the
-    split `eval`, and on nothing else.
-
-    Raises:
-        UserError: dataset, version or base do not exist.
+    split `eval`, and on nothing else. Raises UserError: dataset, version or base do not exist.
     """
     import ray
 

@@ -41,11 +41,8 @@ def main() -> None:
 
 
 def previewed(config: RunConfig) -> dict[str, Any]:
-    """The data's profile, the records that the gate could decide by, and some records as the base reads them.
-
-    Raises:
-        DataError: as in `prepare`: a run would stop there.
-    """
+    """The data's profile, the records that the gate could decide by, and some records as the base reads them. Raises
+    DataError: as in `prepare`: a run would stop there."""
     sources = find_sources(config.data.source)
     say(STEP, f"reading {', '.join(source.name for source in sources)}")
     with preview(config, sources) as (profile, parts):

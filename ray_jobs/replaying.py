@@ -42,12 +42,8 @@ FORMAT = 3
 
 def training_data(config: RunConfig, store: Store, dataset_uri: str, log: Log, *, run_id: str) -> str:
     """URI of the dataset to train on: the prepared one, or, where that has replay records, a new one with production's
-    answers to them. A resumed run uses the same dataset as before.
-
-    Raises:
-        UserError: this image or the data cannot be trained with, or the version in production cannot be run.
-        JobError: the workers failed.
-    """
+    answers to them. A resumed run uses the same dataset as before. Raises UserError: this image or the data cannot be
+    trained with, or the version in production cannot be run; JobError: the workers failed."""
     attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
     store.check()
     require_none_erased(store, dataset_uri)

@@ -192,11 +192,7 @@ HUB_TIMEOUT_S = 10.0
 
 def require_disk(config: RunConfig) -> None:
     """Require that each pod's disk holds the base, where the job creates its pods. A base whose size is unknown here is
-    checked by the job itself.
-
-    Raises:
-        ConfigError: each of the pods would be evicted while it downloads the base.
-    """
+    checked by the job itself. Raises ConfigError: each of the pods would be evicted while it downloads the base."""
     if config.ray.cluster.disk_gib and (size := base_bytes(config.model)):
         config.ray.require_disk(config.model.base, size)
 

@@ -207,10 +207,8 @@ def load_config(options: argparse.Namespace) -> RunConfig:
     """Return the validated config with its relative paths made absolute, because steps run in other folders.
 
     DATA of the command line is an override. Other data in the example's config are used whole and from the base on, and
-    DATA gives the adapter its name, unless --set says otherwise.
-
-    Raises:
-        ConfigError: the file is missing, or it or an override is wrong.
+    DATA gives the adapter its name, unless --set says otherwise. Raises ConfigError: the file is missing, or it or an
+    override is wrong.
     """
     data, own = vars(options).pop("data", None), dict[str, str]()
     overridden = {override.partition("=")[0].strip() for override in options.overrides}
@@ -296,12 +294,8 @@ def answer_of(options: argparse.Namespace, module: str, *arguments: str) -> dict
 
 @contextlib.contextmanager
 def opened_registry(options: argparse.Namespace) -> Iterator[Store]:
-    """Open the registry that the config names, in the configured store or in the home's own.
-
-    Raises:
-        UserError: the home has no store, and none is configured.
-        GroundError: the home's store does not start.
-    """
+    """Open the registry that the config names, in the configured store or in the home's own. Raises UserError: the home
+    has no store, and none is configured; GroundError: the home's store does not start."""
     config = load_config(options)
     if not store_configured() and not (options.home / "store").is_dir():
         raise UserError(

@@ -134,11 +134,8 @@ def _answer_to(
 
 
 def _asked(what: str, flag: str, default: str) -> str:
-    """Ask on the terminal; return `default` if nothing is typed.
-
-    Raises:
-        UserError: nothing was typed, or there is no terminal, and there is no default.
-    """
+    """Ask on the terminal; return `default` if nothing is typed. Raises UserError: nothing was typed, or there is no
+    terminal, and there is no default."""
     typed = ""
     if sys.stdin.isatty():
         print_err(f"{what}{f' [{default}]' if default else ''}: ", end="")
@@ -153,11 +150,7 @@ def _asked(what: str, flag: str, default: str) -> str:
 
 def _columns(rows: Sequence[Mapping[str, Any]], data: DataConfig) -> dict[str, Any]:
     """`data.columns` of prompt and answer, where they are not set and no shape of rows is recognised; empty text for
-    what neither a name nor a person says.
-
-    Raises:
-        UserError: what was typed is no column.
-    """
+    what neither a name nor a person says. Raises UserError: what was typed is no column."""
     from components.prepare.shapes import guessed, recognised
 
     columns, named = _names(rows), data.columns

@@ -186,10 +186,8 @@ def resolve_parameters(
     """Return the parameters to send: the config, and each NAME=VALUE of `given` in the type that the pipeline wants.
 
     `kept` has earlier values, which stay unless the pipeline has no such parameter any more, or `config` or `given`
-    replaces them.
-
-    Raises:
-        UserError: a name is unknown, or a value does not have the parameter's type; the server checks the rest.
+    replaces them. Raises UserError: a name is unknown, or a value does not have the parameter's type; the server checks
+    the rest.
     """
     parameters = defined(spec)
     values = {name: value for name, value in (kept or {}).items() if name in parameters}

@@ -84,11 +84,8 @@ class Cluster:
 
     def ask(self, method: str, path: str, body: Resource | None = None) -> str:
         """Return the text that a path of the API, or such as pods/NAME of the namespace, answers; empty for a 404.
-
-        Raises:
-            Refused: what was to be created is rejected.
-            NotSeen: we may not do that, or the server does not answer.
-        """
+        Raises Refused: what was to be created is rejected; NotSeen: we may not do that, or the server does not
+        answer."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 

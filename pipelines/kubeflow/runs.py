@@ -241,11 +241,8 @@ def follow(
 ) -> Run:
     """Wait until the run is over, whatever its result; `say` each change of a task and, in between, the `progress`.
 
-    kfp's own wait does not treat a canceled run as over.
-
-    Raises:
-        KubeflowAway: the server was unavailable for five minutes.
-        KubeflowError: the run is not over after `at_most_s` seconds.
+    kfp's own wait does not treat a canceled run as over. Raises KubeflowAway: the server was unavailable for five
+    minutes; KubeflowError: the run is not over after `at_most_s` seconds.
     """
     said: dict[str, str] = {}
     pause = 0.0

@@ -104,11 +104,8 @@ def _gpu(_home: Path, config: RunConfig) -> Found:
 
 
 def nvidia_gpus() -> list[tuple[str, str]]:
-    """Name and memory, such as 81559 MiB, of each GPU that NVIDIA's driver names.
-
-    Raises:
-        GroundError: the driver does not answer.
-    """
+    """Name and memory, such as 81559 MiB, of each GPU that NVIDIA's driver names. Raises GroundError: the driver does
+    not answer."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []

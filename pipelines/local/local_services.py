@@ -44,10 +44,8 @@ def local_services(home: Path, *, bucket: str, ray: bool = True) -> Iterator[dic
     """Yield the environment variables that steps and Ray jobs need, valid while this context is open.
 
     The embedded servers of `home` are started if none is configured and they are not up yet, with the bucket. They stop
-    when the last run on `home` has ended in any way.
-
-    Raises:
-        GroundError: the store or the head did not start, or the head that is up uses another store.
+    when the last run on `home` has ended in any way. Raises GroundError: the store or the head did not start, or the
+    head that is up uses another store.
     """
     home = home.absolute()
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAY_"))}

@@ -73,11 +73,8 @@ def resolve(
     for a folder that was never read. With `weights` true, the registry records what was read.
 
     `recorded` is the base's identity from a version's lineage or from another process: no other base is returned, and
-    from the hub that commit is fetched, wherever the branch points today.
-
-    Raises:
-        ConfigError: `model.base` does not exist, or cannot be loaded.
-        IntegrityError: the cached copy has changed, or the base is not the recorded one.
+    from the hub that commit is fetched, wherever the branch points today. Raises ConfigError: `model.base` does not
+    exist, or cannot be loaded; IntegrityError: the cached copy has changed, or the base is not the recorded one.
     """
     if recorded is None:
         return _bring(config, weights, registry)

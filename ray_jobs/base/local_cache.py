@@ -210,12 +210,8 @@ BUSY = {408, 429, 500, 502, 503, 504}
 
 def snapshot(config: ModelConfig, patterns: Sequence[str]) -> Path:
     """Download the files of a hub model that match `patterns`, and its own code where the config trusts it; returns the
-    local folder.
-
-    Raises:
-        ConfigError: the hub does not know `model.base` or `model.revision`, or it cannot be reached.
-        JobError: the hub is still too busy after all retries.
-    """
+    local folder. Raises ConfigError: the hub does not know `model.base` or `model.revision`, or it cannot be reached;
+    JobError: the hub is still too busy after all retries."""
     from filelock import FileLock
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

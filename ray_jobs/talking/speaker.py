@@ -99,12 +99,8 @@ def as_trained(config: RunConfig, store: Store, version: Version) -> AsTrained:
 
 def load(config: RunConfig, store: Store, version: Version, name: str, *, with_base: bool) -> list[Speaker]:
     """Load the version as a speaker `name`, and with `with_base` the base that it was trained on as another. Both share
-    one base in memory, unless the version has a base of its own.
-
-    Raises:
-        ConfigError: its base needs code that `config` does not allow to run.
-        IntegrityError: its base has changed since the training.
-    """
+    one base in memory, unless the version has a base of its own. Raises ConfigError: its base needs code that `config`
+    does not allow to run; IntegrityError: its base has changed since the training."""
     its_run = recorded.read(config, store, version)
     own = its_run.config
     logger.info("loading %s", own.model.base)

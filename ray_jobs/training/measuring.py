@@ -204,12 +204,8 @@ def measure_shards(
     contenders: Sequence[Contender], records: Sequence[Record], probes: Probes, worker: Worker
 ) -> ShardResult:
     """Measure every contender on all records and with all probes on a base that the workers shard; the same result on
-    each. Every worker of a process group must call this: under ZeRO-3 every layer's forward pass is collective.
-
-    Raises:
-        DataError: no record fits the context.
-        JobError: a worker holds more than its share of the base.
-    """
+    each. Every worker of a process group must call this: under ZeRO-3 every layer's forward pass is collective. Raises
+    DataError: no record fits the context; JobError: a worker holds more than its share of the base."""
     zero.prepare_environment(use_gpu=contenders[-1].config.ray.use_gpu)
     with together.gloo_group(worker.num_workers) as group, local_contenders(contenders, records) as (kept, local):
         together.meet(group)  # bases and adapters are fetched, by each node at its own pace

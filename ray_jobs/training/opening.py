@@ -50,11 +50,9 @@ class Opened:
 def open_base(spec: TrainSpec, worker: Worker, store: Store, split: TokenizedSplit) -> Opened:
     """Fetch what the training reads to this machine, and agree with the other workers on how to run it.
 
-    Every worker of an initialised process group must call this. `split` are the records to train on.
-
-    Raises:
-        ConfigError: the base does not exist, or not in a form that can be trained in this dtype.
-        IntegrityError: the base, or the version to start from, has changed.
+    Every worker of an initialised process group must call this. `split` are the records to train on. Raises
+    ConfigError: the base does not exist, or not in a form that can be trained in this dtype; IntegrityError: the base,
+    or the version to start from, has changed.
     """
     zero.prepare_environment(use_gpu=spec.ray.use_gpu, attention=spec.model.attention)
     torch.set_num_threads(spec.ray.cpus_per_worker)

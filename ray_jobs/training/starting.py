@@ -136,12 +136,8 @@ class PlannedSplit:
 
 def read_splits(store: Store, dataset_uri: str, resolved: ResolvedBase, log: Log) -> tuple[PlannedSplit, PlannedSplit]:
     """The training records, and the validation records by which checkpoints and a sweep's trainings are chosen, as
-    tokens. They are tokenised unless an earlier training has done so.
-
-    Raises:
-        DataError: too many records are too long for `model.max_length`.
-        ConfigError: the base has no embedding for a token.
-    """
+    tokens. They are tokenised unless an earlier training has done so. Raises DataError: too many records are too long
+    for `model.max_length`; ConfigError: the base has no embedding for a token."""
     config, _, shape, chat = resolved
     how: dict[str, Any] = {"max_length": config.model.max_length, "loss_on": config.data.loss_on}
     train = token_store.ensure(store, dataset_uri, "train", chat, **how)

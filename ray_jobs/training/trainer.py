@@ -62,11 +62,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the function on all workers, restarting after at most `max_failures` failures, or when a node is preempted.
 
-    `name` is Ray's folder within the run's folder.
-
-    Raises:
-        UserError: the user's mistake, as raised by the first worker that met it.
-        JobError: the workers failed for another reason.
+    `name` is Ray's folder within the run's folder. Raises UserError: the user's mistake, as raised by the first worker
+    that met it; JobError: the workers failed for another reason.
     """
     from ray.exceptions import OutOfMemoryError
     from ray.train import FailureConfig, ScalingConfig, UserCallback
@@ -221,11 +218,8 @@ def wait_for_room(
     cluster: Cluster, per_worker: Mapping[str, float], num_workers: int, log: Callable[[str], None]
 ) -> None:
     """Wait until the cluster has resources for all workers at the same time; returns at once if its size suffices.
-
-    Raises:
-        ConfigError: the cluster is too small, and does not grow or cannot grow enough.
-        WorkersMissing: it was created for the job, and its workers do not appear.
-    """
+    Raises ConfigError: the cluster is too small, and does not grow or cannot grow enough; WorkersMissing: it was
+    created for the job, and its workers do not appear."""
     import ray
 
     needed = _needed(per_worker, num_workers)
