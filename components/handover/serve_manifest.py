@@ -4,6 +4,7 @@ A version is served under its own id, never under an alias: vLLM answers from pr
 adapter of the same name (vllm-project/vllm#42125). So requests use another name after an alias has moved.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from components.registry.aliases import PRODUCTION, read_alias
 from components.registry.signing import require_signed
 from components.registry.versions import Version, read_file, read_lineage, resolve
 from components.shared.errors import IntegrityError, UserError
+from components.store.folders import MANIFEST
 from components.store.store import Store
 
 # How a version can be served: as it is, after `fineloop adapters export --lora`, or merged into its base.
@@ -119,7 +121,7 @@ class Served:
     signed_alone: bool = False
     """Whether the registry serves only what a trusted key has signed."""
     base_identity: Mapping[str, str] = field(default_factory=dict)
-    """Identity of the base of the version's config; empty where it stands on another that was made for it."""
+    """Identity of the base of the version's config, or the manifest's sha256 of another that was made for it."""
     is_pulled: bool = False
     """Whether `base` is the folder to which `fineloop adapters pull --with-base` writes it by default."""
 
@@ -137,7 +139,8 @@ def served(store: Store, version: Version) -> Served:
         revision = identity.get("commit", "")
         if revision and not COMMIT.fullmatch(revision):
             raise ValueError(f"{revision!r} is no commit")
-        of_base = dict(identity) if base == lineage["base"]["reference"] else {}
+        made = {"manifest_sha256": lineage["recipe"].get("stands_on_sha256", "")}
+        of_base = dict(identity) if base == lineage["base"]["reference"] else made
         if identity["kind"] == "folder" and "://" not in base:
             base = str(Path(base).expanduser().absolute())
     except (LookupError, TypeError, ValueError, AttributeError) as exc:
@@ -168,8 +171,11 @@ def _is_read(base: str, server: Server) -> bool:
 
 
 def base_of(folder: Path) -> dict[str, str] | None:
-    """The identity of the base that `fineloop adapters pull --with-base` wrote there; None if it wrote none."""
+    """The base that `fineloop adapters pull --with-base` wrote there, as in `Served.base_identity`; None if there is
+    none."""
     try:
+        if (made := folder / MANIFEST).is_file():
+            return {"manifest_sha256": hashlib.sha256(made.read_bytes()).hexdigest()}
         record = json.loads((folder / EXPORT_RECORD).read_text(encoding="utf-8"))
         return dict(record["base_model"]["identity"]) if record["form"] == "base" else None
     except (OSError, ValueError, LookupError, TypeError):

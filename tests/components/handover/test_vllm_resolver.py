@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -18,6 +19,7 @@ from components.registry.aliases import promote
 from components.registry.event_log import append_event
 from components.registry.versions import publish_version
 from components.shared.errors import IntegrityError
+from components.store import folders
 from components.store.store import Store
 from tests.doubles import vllm
 from tests.doubles.vllm import Server
@@ -25,10 +27,18 @@ from tests.doubles.vllm import Server
 ROOT = Path(__file__).parents[3]
 
 
-def published(store: Store, weights: bytes, *, base: str = "org/base", servable_as: str = "lora", **more: Any) -> str:
-    recipe = {"serving": {"servable_as": servable_as, "notes": ["its magnitudes make it no LoRA"]}}
+def published(
+    store: Store,
+    weights: bytes,
+    *,
+    base: str = "org/base",
+    servable_as: str = "lora",
+    stands_on: Mapping[str, str] | None = None,
+    **more: Any,
+) -> str:
+    recipe = {"serving": {"servable_as": servable_as, "notes": ["its magnitudes make it no LoRA"]}, **(stands_on or {})}
     lineage = {"run_id": "r", "base": {"reference": base, "identity": {"kind": "hub"}}, "recipe": recipe, **more}
-    config = json.dumps({"r": 8, "base_model_name_or_path": base}).encode()
+    config = json.dumps({"r": 8, "base_model_name_or_path": (stands_on or {}).get("stands_on", base)}).encode()
     files = {"adapter_model.safetensors": weights, "adapter_config.json": config}
     return publish_version(store, "icd", files, lineage=lineage).version
 
@@ -121,6 +131,19 @@ def test_a_base_that_pull_wrote_is_known_by_its_identity(
     for kind, is_served in (("package", False), ("hub", True)):
         record = {"form": "base", "base_model": {"identity": {"kind": kind}}}
         (base / "export.json").write_text(json.dumps(record))
+        assert (asyncio.run(server.resolve_lora("icd")) is not None) == is_served
+
+
+def test_a_base_that_loftq_made_is_known_by_its_manifest(
+    server: Server, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (folders.publish(store, f"bases/{name}", {"w": name.encode()}, about={}) for name in ("1", "2"))
+    stands_on = {"stands_on": store.uri("bases/1"), "stands_on_sha256": one.sha256}
+    promote(store, "icd", published(store, b"one", stands_on=stands_on))
+    for name, manifest, is_served in (("2", other, False), ("1", one, True)):
+        base = tmp_path / f"icd-v{name}-base"
+        folders.pull(store, f"bases/{name}", base, manifest_sha256=manifest.sha256)
+        monkeypatch.setattr(server, "base_model_name", str(base))
         assert (asyncio.run(server.resolve_lora("icd")) is not None) == is_served
 
 
