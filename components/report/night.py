@@ -15,6 +15,8 @@ from components.shared.protocol import printable
 from components.step.step import INTERRUPTED
 
 KINDS: dict[str, NightKind] = {"hold": "held", "skipped": "skipped", "failed": "failed"}
+ENDS: dict[str, NightKind] = {"hold": "held", "skip": "skipped"}
+"""The steps that end a run and move no alias."""
 UNSAID = "A step ended without saying why: it was killed, or somebody stopped the run. Its log may say more."
 
 
@@ -28,14 +30,19 @@ def told(
     this machine interrupted the run.
     """
     top = headline(run)
-    kind, reasons = KINDS.get(top.verdict), top.reasons
+    kind, reasons, title, commands = KINDS.get(top.verdict), top.reasons, top.title, next_steps(run)
+    end = next((step for step in run.steps if step.succeeded and step.step in ENDS), None)
+    if kind is None and end and not any(step.moved_alias for step in run.steps):  # the decision was replaced since
+        own = end.result.get("reasons")
+        kind, reasons, commands = ENDS[end.step], tuple(map(str, own)) if isinstance(own, list) else (), []
+        title = f"{run.adapter}: {run.alias} stays as it is"
     if kind is None and failed:
         kind, reasons = "failed", (UNSAID,)
     if kind is None or environment.get(INTERRUPTED) or not config.announce.servers:
         return {}
     # A reason may hold what a training or a library wrote, and is sent elsewhere.
     text = re.sub(r"(\w://)[^\s/@]+@", r"\1***@", without_secrets(" ".join(" ".join(reasons).split()), environment))
-    reason, commands = clipped(printable(text)), next_steps(run)
+    reason = clipped(printable(text))
     on_kubeflow = kubeflow_run(environment, run.run_id)
     if not commands or kind == "skipped" or (on_kubeflow and kind == "failed"):
         commands = [(f"fineloop runs show {on_kubeflow or run.run_id}", "see what came of it, step by step")]
@@ -49,7 +56,7 @@ def told(
         alias=run.alias,
         run_id=run.run_id,
         candidate=run.version,
-        title=top.title,
+        title=title,
         reason=reason,
         commands=[{"command": command, "why": why} for command, why in commands],
         report_uri=report_uri,

@@ -123,6 +123,27 @@ def test_a_run_that_goes_on_and_ends_in_another_way_is_told_again(store: Store, 
     assert len({json.loads(body)["event_id"] for body, _ in receiver.got}) == 2
 
 
+@pytest.mark.parametrize(("end", "kind"), [("hold", "held"), ("skip", "skipped")])
+def test_a_night_whose_decision_was_replaced_since_is_told_by_the_step_that_ended_it(
+    store: Store, receiver: Receiver, end: str, kind: str
+) -> None:
+    promoted = example_runs.promoted_run()
+    record = StepRecord(step=end, status="succeeded", started_at="2026-12-01", seconds=1, result={"reasons": ["worse"]})
+    run = replace(promoted, steps=[record])
+    reported(store, receiver.config(), run)
+    reported(store, receiver.config(), run)
+    assert [json.loads(body)["kind"] for body, _ in receiver.got] == [kind]
+    assert (receiver.last["reason"], receiver.last["title"]) == ("worse", f"{NAME}: production stays as it is")
+    assert "rollback" not in str(receiver.last["commands"])
+    reported(store, receiver.config(), replace(promoted, steps=[*promoted.steps, record]))  # it moved all the same
+    assert len(receiver.got) == 1
+
+
+def test_without_a_secret_a_webhook_is_unsigned(store: Store, receiver: Receiver) -> None:
+    reported(store, receiver.config(), example_runs.held_run())
+    assert "X-Hub-Signature-256" not in receiver.got[0][1]
+
+
 def test_nothing_is_told_of_a_promotion_an_interruption_or_what_the_config_leaves_out(
     store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
