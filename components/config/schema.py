@@ -100,7 +100,7 @@ class AnnounceConfig(Section):
     with the version's metrics, a version of the registered model, and the alias."""
     webhook: Url = ""
     """URL that receives each move as JSON, signed with FINELOOP_WEBHOOK_SECRET as GitHub signs
-    (X-Hub-Signature-256)."""
+    (X-Hub-Signature-256); unsigned, as GitHub's are, where that is not set."""
     people: Annotated[list[Addressee], Added("0.2.0")] = []
     """Who gets a message: `slack` and `teams`, the channels of the webhooks in FINELOOP_SLACK_WEBHOOK and
     FINELOOP_TEAMS_WEBHOOK, and e-mail addresses, by the server in FINELOOP_SMTP_URL."""

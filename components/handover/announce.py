@@ -418,6 +418,15 @@ def announce_night(
     return before | _notify(left, lambda: night, environment)
 
 
+def reached(config: AnnounceConfig, environment: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the environment has the secrets without which people get no message; and who is notified, in words."""
+    needed = (name for who in config.people for name in _notifier("", who).secrets)
+    missing = [name for name in dict.fromkeys(needed) if not environment.get(name)]
+    who = ", ".join(config.servers) or "nobody"
+    who += "; the webhook unsigned" if config.webhook and not environment.get(WEBHOOK_SECRET) else ""
+    return not missing, f"{who}; not set: {', '.join(missing)}" if missing else who
+
+
 def _notifier(key: str, address: str) -> Notifier:
     return NOTIFIERS.get(key) or NOTIFIERS.get(address) or NOTIFIERS["email"]
 

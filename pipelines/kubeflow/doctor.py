@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from components.config.ray import RayConfig, RayJobCluster
 from components.config.schema import RunConfig
+from components.handover.announce import reached
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import KubernetesApi, Resource, conditions, read
 from components.ray_cluster.rayjob_manifest import CONFIG_MAP, NO_MESH, PART_OF, RAY_SECRET, STORE_SECRET, rayjob
@@ -160,6 +161,7 @@ def cluster_checks(
         "rights of the steps": partial(_rights, cluster, service_account),
         **{name: partial(_environment, cluster, name, key) for name, key in environments.items()},
         "openlineage": partial(_open_lineage, cluster),
+        "notified": partial(_notified, cluster, config),
         **({"ray address": partial(_environment, cluster, *address)} if config.ray.cluster.has_address else {}),
         **RAY_CHECKS.get(config.ray.cluster.kind, lambda *_: {})(cluster, config),
         "a step's pod": partial(
@@ -222,6 +224,12 @@ def _open_lineage(cluster: Cluster) -> Finding:
     detail = f"{url}, {'with' if has_key else 'without'} the key of secret {name}" if url else "not configured"
     fix = f"set an https:// address as OPENLINEAGE_URL in the config map {CONFIG_MAP}, or delete the secret's key"
     return not (has_key and url.startswith("http://")), detail, fix
+
+
+def _notified(cluster: Cluster, config: RunConfig) -> Finding:
+    name = next(iter(of_its_own()["promote"].kubernetes))
+    secret = cluster.get(f"secrets/{name}").get("data") or {} if config.announce.servers else {}
+    return *reached(config.announce, secret), f"make them keys of the secret {name}, as infra/README.md says"
 
 
 def _rayjob_checks(cluster: Cluster, config: RunConfig) -> dict[str, Ask]:

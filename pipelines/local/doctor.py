@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from components.config.schema import RunConfig
+from components.handover.announce import reached
 from components.shared.errors import FineloopError, GroundError, StoreError
 from components.shared.machine import available_bytes, in_environment, machine_bytes, this_cpu
 from pipelines.check import IN_MESSAGE, Check, check
@@ -135,6 +136,7 @@ CHECKS: dict[str, Callable[[Path, RunConfig], Found]] = {
     "store": _store,
     "ray": _ray,
     "gpu": _gpu,
+    "notified": lambda _, config: (*reached(config.announce, os.environ), "set them: docs/registry.md, Notifications"),
 }
 
 

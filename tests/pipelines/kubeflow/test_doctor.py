@@ -226,6 +226,16 @@ def test_an_openlineage_server_is_told_with_a_key_that_nobody_else_can_read(
     assert ask()["openlineage"]["detail"] == "https://lineage.example, with the key of secret fineloop-report"
 
 
+def test_a_secret_without_which_people_get_no_message_is_missed(
+    ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
+) -> None:
+    people = ("--set", 'announce.people=["slack"]')
+    cluster.drop("secrets", "fineloop-promote")
+    assert ask(*people)["notified"]["detail"] == "people.slack; not set: FINELOOP_SLACK_WEBHOOK"
+    cluster.put(f"{CORE}/secrets/fineloop-promote", {"data": {"FINELOOP_SLACK_WEBHOOK": "eA=="}})
+    assert ask(*people)["notified"]["ok"]
+
+
 def test_a_person_who_may_read_one_namespace_hears_what_was_not_seen_and_no_false_alarm(
     ask: Callable[..., dict[str, Any]], cluster: AppliedCluster
 ) -> None:

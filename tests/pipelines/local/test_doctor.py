@@ -73,6 +73,19 @@ def test_a_configured_ray_that_does_not_answer_is_a_finding(tmp_path, monkeypatc
 GPU = "[ray]\nuse_gpu = true\nnum_workers = 1024\n[train]\nbatch_size = 8192\n"
 
 
+def test_a_secret_without_which_people_get_no_message_is_missed(tmp_path, monkeypatch):
+    announce = '[announce]\nwebhook = "http://a"\npeople = ["slack", "a@b.org", "c@d.org"]'
+    config = kept_in("bucket", announce)
+    check = by_name(doctor.checks(tmp_path, config))["notified"]
+    assert not check.ok
+    assert check.detail.endswith("the webhook unsigned; not set: FINELOOP_SLACK_WEBHOOK, FINELOOP_SMTP_URL")
+    for name in ("FINELOOP_WEBHOOK_SECRET", "FINELOOP_SLACK_WEBHOOK", "FINELOOP_SMTP_URL"):
+        monkeypatch.setenv(name, "x")
+    check = by_name(doctor.checks(tmp_path, config))["notified"]
+    assert (check.ok, check.detail) == (True, "webhook, people.slack, people.a@b.org, people.c@d.org")
+    assert by_name(doctor.checks(tmp_path, kept_in("bucket")))["notified"].detail == "nobody"
+
+
 def test_gpus_that_are_not_there_are_a_finding_with_the_way_out(tmp_path, monkeypatch):
     """The judge is Ray: what its own head on this machine would have, which no machine has 1024 of."""
     found = by_name(doctor.checks(tmp_path, kept_in("bucket-one", GPU)))["gpu"]
