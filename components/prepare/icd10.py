@@ -20,9 +20,11 @@ import zipfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from components.shared.errors import DataError
 from components.shared.protocol import counted
@@ -61,11 +63,10 @@ class Release:
         """The name of the source that it is, such as example://icd10/2025-04."""
         return f"{ADDRESS}/{self.date:%Y-%m}"
 
+    @cache  # noqa: B019 - the same few releases, each a second to read, are asked for again and again
     def terms(self) -> dict[str, tuple[str, str]]:
         """Each term's first code and its chapter's name. A term that is listed under several chapters has no single
         answer and is left out."""
-        from xml.etree import ElementTree
-
         if self.path.suffix == ".whl":
             with zipfile.ZipFile(self.path) as wheel:
                 tabular = wheel.read(next(name for name in wheel.namelist() if name.endswith(".xml")))
