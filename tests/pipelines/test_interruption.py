@@ -1,5 +1,8 @@
 """A command that is interrupted or killed: what it says, and what it leaves running."""
 
+import contextlib
+import io
+import json
 import os
 import signal
 import subprocess
@@ -9,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.cli import main
 from tests.doubles.http_server import serving
 from tests.doubles.jobs_api import JobsApi
-from tests.pipelines.command_line import begun, body, fineloop
+from tests.pipelines.command_line import begun, fineloop, require_documented
 from tests.waiting import PATIENCE_S, wait_until
 
 
@@ -23,8 +27,15 @@ from tests.waiting import PATIENCE_S, wait_until
     ],
 )
 def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
-    command: str, number: signal.Signals, stub_cluster: JobsApi, config_path: Path, tmp_path: Path
+    command: str,
+    number: signal.Signals,
+    stub_cluster: JobsApi,
+    config_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     told: list[bytes] = []
     with serving(lambda *request: told.append(request[3]) or (200, {})) as url:
         running, mark = begin(command, config_path, tmp_path, "--set", f"announce.webhook={url}")
@@ -34,7 +45,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
         second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
         assert second.returncode == 2
         assert f"run {folder.name} is under way in another process" in second.stderr
-        assert outcome_of(folder.name, config_path, tmp_path)["outcome"] == "running: finetune"
+        assert outcome_of(folder.name, config_path)["outcome"] == "running: finetune"
 
         running.send_signal(number)
         out, err = (each.decode() for each in running.communicate(timeout=PATIENCE_S))
@@ -43,7 +54,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
     assert said.startswith("interrupted")
     resume = f"fineloop {command} -c .fineloop/runs/{folder.name}/config.toml --run-id {folder.name}"
     assert goes_on.endswith(resume)
-    shown = outcome_of(folder.name, config_path, tmp_path)
+    shown = outcome_of(folder.name, config_path)
     assert (shown["outcome"], shown["next"]) == ("interrupted in finetune", [resume])
     assert "Traceback" not in err
     assert processes_with(mark) == []
@@ -69,9 +80,12 @@ def begin(command: str, config_path: Path, cwd: Path, *more: str) -> "tuple[subp
     return begun(command, "-c", config_path, "--set", "method.dropout=0.3", *more, cwd=cwd, **{mark: "1"}), mark
 
 
-def outcome_of(run_id: str, config_path: Path, cwd: Path) -> dict[str, Any]:
-    nowhere = {"KUBECONFIG": str(cwd / "none")}
-    return body(fineloop("runs", "show", run_id, "-c", config_path, "--json", cwd=cwd, **nowhere))
+def outcome_of(run_id: str, config_path: Path) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["runs", "show", run_id, "-c", str(config_path), "--json"]) == 0
+    shown: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
+    require_documented(["runs", "show"], shown)
+    return shown
 
 
 def wait_for(path: Path) -> None:

@@ -25,7 +25,9 @@ def rows(start: int, end: int) -> bytes:
 
 
 @pytest.fixture
-def kubeflow(no_kubeflow: None, stub_cluster: JobsApi, monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+def kubeflow(
+    forked: None, no_kubeflow: None, stub_cluster: JobsApi, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KfpServer]:
     """A server whose steps find the stub cluster and the store."""
     with serving() as running:
         monkeypatch.setenv("KFP_ENDPOINT", running.url)
