@@ -15,9 +15,11 @@ from components.store import folders
 from components.store.store import Store
 from ray_jobs import replaying
 from ray_jobs.replaying import training_data
+from ray_jobs.scoring.measure import ShardResult, measure_shard
+from ray_jobs.training import trainer
+from ray_jobs.training.measuring import Task
 from tests.doubles import datasets
 from tests.models.tiny import colour_rows
-from tests.ray_jobs import own_ray
 from tests.ray_jobs.plain import plain_of, published
 
 ROWS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(40)]
@@ -40,14 +42,24 @@ def config(config: RunConfig, store: Store) -> RunConfig:
     return config_file.loads(config_file.dumps(config), [f"{key}={value}" for key, value in settings.items()])
 
 
-def on_ray(config: RunConfig, dataset_uri: str, run_id: str) -> str:
-    return training_data(config, Store.open(config.registry), dataset_uri, print, run_id=run_id)
+@pytest.fixture
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of workers: tests/journeys/test_nights.py has those."""
+
+    def measured(task: Task, _store: Store, *, run_id: str, name: str) -> ShardResult:
+        return measure_shard(task.contenders, task.records, shard_index=0)
+
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr(trainer, "on_the_cluster", lambda config, _: config)
+    monkeypatch.setattr(trainer, "measured", measured)
 
 
 def refuse(*_: object) -> dict[str, Record]:
     pytest.fail("asked again")
 
 
+@pytest.mark.usefixtures("_in_this_process")
 def test_what_production_answers_rightly_is_trained_on_in_its_own_words_and_all_else_as_it_is(
     config: RunConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,8 +74,7 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words_and_all_
     wrong = [dataclasses.replace(each, answer="another thing altogether") for each in known[1::2]]
     prepared = datasets.publish(store, train=TRAIN, evaluation=HELD_OUT, replay=right + wrong)
 
-    with own_ray.driver(1) as driver:
-        uri = driver.submit(on_ray, config, prepared.uri, "first").result()
+    uri = training_data(config, store, prepared.uri, print, run_id="first")
 
     trained_on = load_split(store, uri, "train")
     assert trained_on[: len(TRAIN)] == TRAIN
