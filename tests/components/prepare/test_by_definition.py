@@ -123,7 +123,7 @@ def test_json_of_a_record_is_what_python_writes() -> None:
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_distinct_records_are_those_of_the_definition(seed: int, grouped: bool) -> None:
     given = rows(seed, 3000, grouped=grouped)
     expected, repeated, replaced = distinct(given)
@@ -134,9 +134,9 @@ def test_distinct_records_are_those_of_the_definition(seed: int, grouped: bool) 
 
 
 @pytest.mark.parametrize(("max_records", "window"), [(0, False), (500, False), (0, True), (300, True)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_both_sides_and_the_id_are_those_of_the_definition(seed: int, max_records: int, window: bool) -> None:
-    given = rows(seed, 3000, grouped=seed == 2)
+    given = rows(seed, 3000, grouped=seed == 1)
     options: dict[str, Any] = {"eval_share": 0.13, "max_records": max_records, "replay_share": 0.3 if window else 0.0}
     spans, recent = ([(500, 900), (2000, 2100)], {each.content for each in given[500:900] + given[2000:2100]})
     expected = divided(distinct(given)[0], **options, recent=recent if window else None)

@@ -55,20 +55,20 @@ def as_parquet(columns: dict[str, list[Any]]) -> bytes:
 
 def test_each_dataset_is_named_with_the_part_that_holds_the_record(dataset_of: Prepared, store: Store) -> None:
     first, second, without = dataset_of(rows(0, 60), "1"), dataset_of(rows(3, 80), "2"), dataset_of(rows(50, 99), "3")
-    for record_id in map(str, range(60)):
+    # The judge reads every byte of every part.
+    ids = {
+        (dataset, part): pq.read_table(io.BytesIO(store.get(info.key)))["id"].to_pylist()
+        for dataset in (first, second, without)
+        for part in ("train", "eval")
+        for info in store.list(f"datasets/{dataset}/{part}/")
+    }
+    for record_id in map(str, range(0, 60, 4)):
         holders = exposure_of(store, [record_id]).datasets
-        # The judge reads every byte of every part.
-        wanted = {
-            (dataset, part)
-            for dataset in (first, second, without)
-            for part in ("train", "eval")
-            for info in store.list(f"datasets/{dataset}/{part}/")
-            if record_id in pq.read_table(io.BytesIO(store.get(info.key)))["id"].to_pylist()
-        }
+        wanted = {holder for holder, of_it in ids.items() if record_id in of_it}
         assert {(each.dataset_id, part) for each in holders for part in each.parts} == wanted
     several = exposure_of(store, ["3", "70", "none"]).datasets
-    ids = {first: ("3",), second: ("3", "70"), without: ("70",)}
-    assert {each.dataset_id: each.ids for each in several} == ids
+    asked = {first: ("3",), second: ("3", "70"), without: ("70",)}
+    assert {each.dataset_id: each.ids for each in several} == asked
 
 
 def test_a_rejected_row_holds_a_record_too_and_nobody_was_trained_on_it(dataset_of: Prepared, store: Store) -> None:

@@ -124,8 +124,7 @@ def test_a_night_without_poison_is_promoted(night: Night) -> None:
     assert worse < 0
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
-@pytest.mark.parametrize("cap", [CAP, 0])
+@pytest.mark.parametrize(("share", "cap"), [(0.05, CAP), (0.5, CAP), (0.2, 0), (0.5, 0)])
 def test_one_rater_turns_no_adapter(share: float, cap: int, night: Night) -> None:
     for seed in range(2):
         decided, worse, poison = night(share, seed, cap=cap)

@@ -14,7 +14,8 @@ from components.registry.versions import Version, publish_version, pull_version,
 from components.shared.errors import FineloopError, IntegrityError, ObjectMissing
 from components.store.store import Store
 
-FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md", "lineage.json", "manifest.json")
+LISTED = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+"""Files of which the manifest alone speaks."""
 KINDS: dict[str, Callable[[bytes, bytes], bytes | None]] = {
     "bit flipped": lambda body, other: bytes([body[0] ^ 1]) + body[1:],
     "last bit flipped": lambda body, other: body[:-1] + bytes([body[-1] ^ 1]),
@@ -67,7 +68,8 @@ def lineage_forged_with_its_manifest(store: Store, key: str, other: str) -> None
 
 
 TABLE: dict[str, Callable[[Store, str, str], None]] = {
-    **{f"{file} {kind}": file_changed(file, kind) for file in FILES for kind in KINDS},
+    **{f"{file} {kind}": file_changed(file, kind) for file in ("lineage.json", "manifest.json") for kind in KINDS},
+    **{f"{file} {kind}": file_changed(file, kind) for file in LISTED for kind in ("bit flipped", "grown", "removed")},
     "a file added": lambda store, key, other: store.put(f"{key}/modeling.py", b"import os"),
     "all exchanged with another version's": folder_exchanged,
     "manifest.json reworded": manifest_reworded,

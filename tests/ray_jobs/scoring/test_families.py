@@ -66,7 +66,7 @@ def test_what_a_model_was_taught_is_what_it_scores(tmp_path, name):
     model, chat = loaded(tmp_path, FAMILIES[name])
     teach(model, chat, RIGHT)
     assert exact_match(model, chat) == 1.0
-    assert exact_match(model, chat, WRONG) == 0.0
+    assert exact_match(model, chat, WRONG[:2]) == 0.0
     assert model.generation_config.repetition_penalty == 1.3  # it decodes as before
 
 

@@ -135,7 +135,7 @@ def test_tokenising_holds_a_part_of_the_records_at_a_time(store, chat):
         finally:
             tracemalloc.stop()
 
-    assert peak_bytes(8) < 2 * peak_bytes(1)
+    assert peak_bytes(4) < 2 * peak_bytes(1)
 
 
 def test_a_machine_fetches_them_once(store, uri, chat, cache):
