@@ -12,12 +12,12 @@ import uuid
 from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from components.config.schema import RegistryConfig
 from components.shared import garbage
+from components.store.client import client_from_environment
 from components.store.store import Store
 from pipelines.local import seaweedfs
 from pipelines.local.local_services import store_service
@@ -132,10 +132,18 @@ def s3_server(s3_home: Path) -> Iterator[seaweedfs.Endpoint]:
         yield endpoint
 
 
+@pytest.fixture(scope="session")
+def s3_client(s3_server: seaweedfs.Endpoint) -> Iterator[Any]:
+    """One for all tests: making it takes longer than most of them."""
+    client = client_from_environment()
+    yield client
+    client.close()
+
+
 @pytest.fixture
-def store(s3_server: seaweedfs.Endpoint) -> Store:
+def store(s3_server: seaweedfs.Endpoint, s3_client: Any) -> Store:
     """A registry that nobody else uses."""
-    return Store.open(RegistryConfig(bucket=s3_server.bucket, prefix=f"tests/{uuid.uuid4().hex}"))
+    return Store(s3_client, s3_server.bucket, f"tests/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="module")
