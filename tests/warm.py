@@ -12,7 +12,6 @@ what an import does at start: tests/test_boundaries.py, tests/e2e and tests/jour
 import array
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import inspect
@@ -240,6 +239,16 @@ def _become(
     sys.modules.pop(arguments[0], None)
 
 
+def stack(context: int = 0) -> list[inspect.FrameInfo]:
+    """In place of inspect.stack: kfp asks for its caller's name at each setting of a task, and with it where the source
+    of all frames is, which takes half a second for a pipeline where much is imported."""
+    frame, frames = inspect.currentframe(), []
+    while frame and (frame := frame.f_back):
+        code = frame.f_code
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+    return frames
+
+
 def _run(module: str) -> int:
     """The exit code, as Python's own end has it."""
     try:
@@ -257,8 +266,7 @@ def _run(module: str) -> int:
 
 if __name__ == "__main__":
     sys.executable = sys.argv[1]  # of what is forked, so that its own processes are forked too
-    # kfp asks for its caller's name, and with it for the source of all frames: a second where much is imported.
-    inspect.stack = functools.partial(inspect.stack, 0)  # type: ignore[assignment]
+    inspect.stack = stack
     serve(socket.socket(fileno=int(sys.argv[2])))
     code = _run(sys.argv[0])
     threading._shutdown()  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """A cluster of stub jobs, a registry and a config: everything that a run needs but training."""
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,17 @@ from components.config.schema import RunConfig
 from components.registry import aliases, versions
 from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
+from tests import warm
 from tests.doubles import jobs_api
 from tests.doubles.jobs_api import TOKEN, JobsApi
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frames_without_source() -> Iterator[None]:
+    """A pipeline is made in seconds otherwise in a process that other tests have imported torch into."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "stack", warm.stack)
+        yield
 
 
 @pytest.fixture

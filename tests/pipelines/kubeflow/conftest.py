@@ -1,10 +1,8 @@
 """A Kubeflow Pipelines server, the command line that talks to it, and a pipeline that takes no time."""
 
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +28,6 @@ class Answered:
 
 
 Fineloop = Callable[..., Answered]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _frames_without_source() -> Iterator[None]:
-    """For each setting of a task kfp asks for its caller's name, and with it for the source of all frames: seconds for
-    a pipeline in a process that other tests have imported torch into."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "stack", partial(inspect.stack, 0))
-        yield
 
 
 @pytest.fixture
