@@ -23,37 +23,30 @@ def rows_of(truth: dict[str, str], *, first: int, count: int) -> str:
     return "".join(json.dumps(row | {"completion": truth[row["prompt"].split()[1]]}) + "\n" for row in rows)
 
 
-def checks(person: Person, data: str, *more: str) -> dict[str, Any]:
-    return person.does(f"fineloop adapters check colours --data {data} --json {' '.join(more)}").answer
+def checks(person: Person, data: str) -> dict[str, Any]:
+    return person.does(f"fineloop adapters check colours --data {data} --json --set check.roll_back=true").answer
 
 
 def test_what_got_worse_on_later_records_goes_back_and_what_did_not_is_left_alone(person: Person) -> None:
     config = person.has_colours(rows=400)
+    person.does("fineloop ray up")  # each command would start a head of its own
     old = person.does(f"fineloop run -c {config} --json").answer["version"]
     turned = person.has("turned.jsonl", rows_of(TURNED, first=400, count=400))
     trained = person.does(f"fineloop train -c {config} --set data.source={turned} --json").answer
     new = trained["version"]
     person.does(f"fineloop adapters promote colours@{new} --by ada --reason 'colours have turned'")
 
-    # Nothing has come since: what it was trained on, and tested on, is not looked at.
-    assert "verdict" not in checks(person, "turned.jsonl")
-
     person.has("fresh.jsonl", rows_of(TURNED, first=800, count=40))
-    fresh = checks(person, "fresh.jsonl", "--set check.roll_back=true")
+    fresh = checks(person, "fresh.jsonl")
     assert (fresh["version"], fresh["against"], fresh["new_records"]) == (new, old, 40)
     assert (fresh["verdict"], fresh["moved"]) == ("still better", None)
     assert fresh["lower"] > 0
-    again = checks(person, "fresh.jsonl", "--set check.roll_back=true")
-    same = ("verdict", "gain", "lower", "upper", "records")
-    assert [again[key] for key in same] == [fresh[key] for key in same]
-    assert again["new_records"] == 0
 
     # The colours are what they were before, and the looks add up: these and the forty.
     person.has("back.jsonl", rows_of(COLOURS, first=1000, count=400))
-    seen = checks(person, "back.jsonl")
-    assert (seen["verdict"], seen["records"], seen["moved"]) == ("worse", 440, None)
-    assert seen["fresh"] > seen["held_out"]
-    assert checks(person, "back.jsonl", "--set check.roll_back=true")["moved"]["to"] == old
+    back = checks(person, "back.jsonl")
+    assert (back["verdict"], back["records"], back["moved"]["to"]) == ("worse", 440, old)
+    assert back["fresh"] > back["held_out"]
 
     shown = person.does("fineloop adapters show colours --json").answer
     assert shown["version"] == old
@@ -62,5 +55,3 @@ def test_what_got_worse_on_later_records_goes_back_and_what_did_not_is_left_alon
     assert new in history[-1]["body"]["reason"]
     audit = person.does("fineloop adapters audit --json").answer
     assert audit["findings"] == []
-    # The old version's look begins anew, against its base, as nothing was in production before it.
-    assert checks(person, "fresh.jsonl")["against"] == "base"
