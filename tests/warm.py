@@ -31,6 +31,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from components.store.client import client_from_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "FINELOOP_TESTS_PYTHON"
 """Of the environment: where such a Python is, for all processes of a test run."""
@@ -111,7 +113,9 @@ def running() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _server(address: str, python: str) -> Iterator[None]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}  # nor is anybody asked for one
     with (
         socket.socket(socket.AF_UNIX) as listener,
         subprocess.Popen(
@@ -183,6 +187,7 @@ def _preload(names: Iterable[str]) -> None:
         gc.disable()
         for name in missing:
             importlib.import_module(name)
+        client_from_environment()  # for the first one botocore reads what S3 can do, which takes a tenth of a second
         gc.freeze()
         gc.enable()
 
