@@ -44,7 +44,7 @@ def names(fineloop: Fineloop, *arguments: str) -> set[str]:
 
 
 def test_runs_are_listed_by_adapter_experiment_and_state(
-    three: list[str], fineloop: Fineloop, server: KfpServer, tmp_path: Path
+    three: list[str], fineloop: Fineloop, server: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dsl.component(**COMPONENT)
     def others() -> None:
@@ -60,11 +60,7 @@ def test_runs_are_listed_by_adapter_experiment_and_state(
     assert names(fineloop, "--adapter", "sums", "--state", "succeeded") == {"good"}
     assert names(fineloop, "--adapter", "sums", "--limit", "1") < {"good", "bad"}
     assert fineloop("runs", "list", "--experiment", "none").exit_code == 2
-
-
-def test_more_runs_than_fit_on_a_page_are_all_listed(
-    three: list[str], server: KfpServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    # More runs than fit on a page.
     monkeypatch.setattr("pipelines.kubeflow.client.PAGE_SIZE", 1)
     assert {run.run_id for run in runs.listed(connect({}, host=server.url))} == set(three)
 
@@ -120,7 +116,7 @@ def test_a_run_that_is_being_stopped_already_is_awaited(
     assert fineloop("runs", "stop", three[2]).body["stopped"] is False
 
 
-def test_a_run_that_may_not_be_stopped_is_told_in_the_servers_words(three: list[str], server: KfpServer) -> None:
+def test_a_run_that_may_not_be_stopped_or_will_not_end_is_told_of(three: list[str], server: KfpServer) -> None:
     run = runs.get(connect({}, host=server.url), three[2])
 
     def refuse() -> None:
@@ -129,6 +125,9 @@ def test_a_run_that_may_not_be_stopped_is_told_in_the_servers_words(three: list[
     server.run(three[2]).terminate = refuse  # type: ignore[method-assign]
     with pytest.raises(UserError, match=f"refuses to stop run {three[2]}: Invalid input error: not today"):
         runs.stop(run)
+    server.run(three[2]).terminate = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(KubeflowError, match=f"still RUNNING after 0 s: see {server.url}"):
+        runs.stop(run, timeout_s=0.0)
 
 
 def test_a_run_that_is_over_stays_as_it_is(three: list[str], fineloop: Fineloop, server: KfpServer) -> None:
@@ -136,13 +135,6 @@ def test_a_run_that_is_over_stays_as_it_is(three: list[str], fineloop: Fineloop,
     assert answered.exit_code == 0
     assert answered.body == {"run_id": three[1], "state": "FAILED", "stopped": False, "jobs": []}
     assert not [request for request in server.requests if request.endswith(":terminate")]
-
-
-def test_a_run_that_will_not_end_is_an_error_that_says_where_to_look(three: list[str], server: KfpServer) -> None:
-    run = runs.get(connect({}, host=server.url), three[2])
-    server.run(three[2]).terminate = lambda: None  # type: ignore[method-assign]
-    with pytest.raises(KubeflowError, match=f"still RUNNING after 0 s: see {server.url}"):
-        runs.stop(run, timeout_s=0.0)
 
 
 def test_the_ray_jobs_of_a_stopped_run_are_stopped_from_here_once_its_steps_are_being_ended(
