@@ -167,7 +167,8 @@ def read_split(store: Store, uri: str, split: SplitName) -> Iterator[list[Record
 
 def groups_of(records: Sequence[Record]) -> list[str]:
     """The group that each record counts in: its own where it stands for itself; empty texts where none has a group."""
-    return [each.group or each.id for each in records] if any(each.group for each in records) else [""] * len(records)
+    has_groups = any(record.group for record in records)
+    return [record.group or record.id for record in records] if has_groups else [""] * len(records)
 
 
 def record_of(row: Mapping[str, Any]) -> Record:
@@ -192,7 +193,7 @@ def batch_of(records: Sequence[Record], *, ids: Sequence[str] | None = None) -> 
         [pa.array([turn[place] for turn in turns], pa.string()) for place in range(len(Message._fields))],
         names=Message._fields,
     )
-    names = pa.array([each.id for each in records] if ids is None else ids, pa.string())
+    names = pa.array([record.id for record in records] if ids is None else ids, pa.string())
     texts = {
         name: pa.array([getattr(record, name) for record in records], pa.string()) for name in ("answer", *WHERE_ANY)
     }
@@ -222,7 +223,7 @@ def present(batch: pa.RecordBatch) -> set[str]:
 
 def with_columns(batch: pa.RecordBatch, names: Set[str]) -> pa.RecordBatch:
     """The batch without the optional columns (NOT_ALWAYS) that are not in `names`."""
-    columns = {name: batch[name] for name in ("id", "prompt", "answer", *(each for each in WHERE_ANY if each in names))}
+    columns = {name: batch[name] for name in ("id", "prompt", "answer", *(name for name in WHERE_ANY if name in names))}
     prompt, fields = columns["prompt"], [name for name in Message._fields if name != "more" or name in names]
     turns = prompt.flatten()
     offsets = _offsets(prompt)
@@ -497,7 +498,7 @@ def exposure_of(store: Store, record_ids: Collection[str], *, people: Mapping[st
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         ids_in = dict(zip(files, pool.map(lambda info: _held(store, info, record_ids), files), strict=True))
     holders = _holders(store, {info: ids for info, ids in ids_in.items() if ids and info.key.startswith(DATASETS)})
-    trained_on = {each.dataset_id for each in holders if {"train", "eval"} & set(each.parts)}
+    trained_on = {holder.dataset_id for holder in holders if {"train", "eval"} & set(holder.parts)}
     return Exposure(
         tuple(holders),
         tuple(_exposed(store, trained_on)),
@@ -516,8 +517,8 @@ def _holders(store: Store, ids_in: dict[ObjectInfo, set[str]]) -> list[Holder]:
         parts[dataset].add("rejects" if path == REJECTS else cast(SplitName, path.partition("/")[0]))
         ids[dataset] |= record_ids
     return [
-        Holder(each, store.uri(f"{DATASETS}{each}"), tuple(sorted(parts[each])), tuple(sorted(ids[each])))
-        for each in sorted(parts)
+        Holder(name, store.uri(f"{DATASETS}{name}"), tuple(sorted(parts[name])), tuple(sorted(ids[name])))
+        for name in sorted(parts)
     ]
 
 
@@ -531,7 +532,7 @@ def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
         unknown |= {(name, version) for version in versions.version_ids(store, name) if version not in lineages}
     why: dict[tuple[str, str], tuple[Literal["dataset", "parent", "unknown"], str]] = {}
     for key, ancestors in made_of.items():
-        if own := next((each.name for each in ancestors if each.kind == "dataset" and each.name in datasets), ""):
+        if own := next((part.name for part in ancestors if part.kind == "dataset" and part.name in datasets), ""):
             why[key] = ("dataset", own)
     if datasets:
         why |= {key: ("unknown", "") for key in unknown}
@@ -539,11 +540,11 @@ def _exposed(store: Store, datasets: Collection[str]) -> Iterable[Exposed]:
     while len(uris) < len(why):
         uris = {store.uri(version_key(*key)) for key in why}
         for key, ancestors in made_of.items():
-            if key not in why and any(each.kind == "parent" and each.name in uris for each in ancestors):
+            if key not in why and any(ancestor.kind == "parent" and ancestor.name in uris for ancestor in ancestors):
                 why[key] = ("parent", "")
     pointers = {name: list_aliases(store, name) for name, _ in why}
     for (name, version), (reason, dataset) in sorted(why.items()):
-        aliases = tuple(each.alias for each in pointers[name] if each.version == version)
+        aliases = tuple(pointer.alias for pointer in pointers[name] if pointer.version == version)
         revoked = False
         with contextlib.suppress(ObjectMissing):  # its publication has not ended
             revoked = bool(store.trusted_keys) and signing.is_revoked(store, name, version)
@@ -564,9 +565,9 @@ def _held(
                     ids.update(set(record_ids).intersection(values))
                     for name in people and {*OF_PEOPLE}.intersection(batch.schema.names):
                         who = batch[name].to_pylist()
-                        ids.update(each for each, person in zip(values, who, strict=True) if person in people)
+                        ids.update(record_id for record_id, person in zip(values, who, strict=True) if person in people)
                 else:
-                    ids.update(each for row in values for each in record_ids if each in row and _names(row, each))
+                    ids.update(name for row in values for name in record_ids if name in row and _names(row, name))
     except ObjectMissing:  # deleted since the listing
         return set()
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as exc:

@@ -93,14 +93,14 @@ def releases() -> list[Release]:
         ) from exc
     (tabular,) = (Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".xml")
     wheels = [Release(path.name.split("-")[1], path) for path in WHEELS.glob("simple_icd_10_cm-*.whl")]
-    older = [each for each in wheels if each.version in DATES and each.version != package.version]
-    return [*sorted(older, key=lambda each: each.date), Release(package.version, tabular)]
+    older = [release for release in wheels if release.version in DATES and release.version != package.version]
+    return [*sorted(older, key=lambda release: release.date), Release(package.version, tabular)]
 
 
 def arrived(seen: Collection[str]) -> list[Release]:
     """The releases that a run reads, whose adapter has `seen` the sources of these names: one more than so far."""
     here = releases()
-    newest = max((place for place, each in enumerate(here) if each.address in seen), default=-1)
+    newest = max((place for place, release in enumerate(here) if release.address in seen), default=-1)
     return here[: newest + 2]
 
 
@@ -108,7 +108,7 @@ def rows(address: str = "") -> Iterator[dict[str, Any]]:
     """Yield the rows of one source, in the order of the list; without an address, all terms of the installed release.
     Raises DataError: that release is not here."""
     here = releases()
-    of_address = {each.address: place for place, each in enumerate(here)}
+    of_address = {release.address: place for place, release in enumerate(here)}
     if address and address not in of_address:
         raise DataError(f"{address} is not on this machine, where {', '.join(of_address)} is: make setup fetches it")
     place = of_address[address] if address else len(here) - 1
@@ -124,7 +124,7 @@ def rows(address: str = "") -> Iterator[dict[str, Any]]:
 def news(read: Collection[str]) -> str:
     """A sentence on the newest release among the sources `read`: what it changes, or what is to come."""
     here = releases()
-    *older, newest = (each for each in here if each.address in read)
+    *older, newest = (release for release in here if release.address in read)
     of = f"ICD-10-CM of {newest.date:%B %Y}"
     if not here[1:]:
         return f"{of}, the installed release alone: make setup fetches older ones"

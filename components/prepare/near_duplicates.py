@@ -58,7 +58,7 @@ UNSPACED = ((0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0xABFF)
 CELLS = 2**22
 """Counters of the first, coarse count: 16 MiB as uint32."""
 _WORD = re.compile(r"\w+")
-_SAID_IN_ASCII = bytes(ord(chr(each).lower() if _WORD.match(chr(each)) else " ") for each in range(128)).ljust(256)
+_SAID_IN_ASCII = bytes(ord(chr(code).lower() if _WORD.match(chr(code)) else " ") for code in range(128)).ljust(256)
 """Translation table for ASCII text: characters of words in lower case, all others as spaces."""
 
 
@@ -218,9 +218,9 @@ def frequent(
 
 def _merged(counted: Sequence[tuple[Hashes, Places]]) -> tuple[Hashes, Places]:
     """Each hash once, and the sum of its counts."""
-    hashes, inverse = np.unique(np.concatenate([each for each, _ in counted]), return_inverse=True)
+    hashes, inverse = np.unique(np.concatenate([part for part, _ in counted]), return_inverse=True)
     counts = np.zeros(len(hashes), np.int64)
-    np.add.at(counts, inverse, np.concatenate([each for _, each in counted]))
+    np.add.at(counts, inverse, np.concatenate([part for _, part in counted]))
     return hashes, counts
 
 
@@ -499,13 +499,13 @@ class Comparison:
             self._signed.add(ours, equals)
             places = np.searchsorted(distinct, equals).clip(max=len(distinct) - 1)
             is_equal = distinct[places] == equals
-            near = [row if each else None for row, each in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
+            near = [row if same else None for row, same in zip(first[places].tolist(), is_equal.tolist(), strict=True)]
             candidates = list(self._candidates(ours, np.flatnonzero(ours.is_found & ~is_equal), bands))
             own_sets = _Sets(self, batch)
             own_sets.make(row for row, _ in candidates)
             sets.make(others[0] for _, others in candidates)
             for row, others in candidates:
-                near[row] = next((each for each in others if self._are_near(own_sets[row], sets[each])), None)
+                near[row] = next((other for other in others if self._are_near(own_sets[row], sets[other])), None)
             yield from near
 
     def repeats(self, prompts: Sequence[str], kept: Marks) -> int:

@@ -51,7 +51,7 @@ def publish_newer(step_run: StepRun) -> str:
         )
         placed = work.rows(query)
         ids = np.array([int.from_bytes(content[: between_runs.ID_BYTES]) for _, content in placed], np.uint64)
-        is_new = ~np.isin(ids, np.concatenate([each.to_numpy() for each in seen]))
+        is_new = ~np.isin(ids, np.concatenate([seen_ids.to_numpy() for seen_ids in seen]))
         unseen = [one for one, came_since in zip(placed, is_new, strict=True) if came_since]
         if (total := len(unseen)) < FEWEST:
             step_run.say(f"{counted(total, 'record')} came since: too few to compare on")
@@ -80,10 +80,10 @@ def _seen_by(store: Store, name: str, compared: list[str]) -> tuple[list[pa.UInt
     left out: the note lies where a training may write.
     """
     seen, groups = [between_runs.content_ids([])], set[str]()
-    lineages = [ancestors(store, resolve(store, f"{name}@{each}")) for each in compared if each != looks.BASE]
+    lineages = [ancestors(store, resolve(store, f"{name}@{version}")) for version in compared if version != looks.BASE]
     for version, made_from in {one.uri: (one, made) for lineage in lineages for one, made in lineage}.values():
         seen.append(_noted(store, version.run_id))
-        for uri in [store.uri(f"datasets/{each.name}") for each in made_from if each.kind == "dataset"]:
+        for uri in [store.uri(f"datasets/{ancestor.name}") for ancestor in made_from if ancestor.kind == "dataset"]:
             for records in chain(read_split(store, uri, "train"), read_split(store, uri, "eval")):
                 groups.update(record.group for record in records)
                 seen.append(between_runs.content_ids(keyed(records)["content"].to_pylist()))

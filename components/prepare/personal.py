@@ -83,7 +83,7 @@ _IBANS = (
     "SM27 AL28 AZ28 BY28 CY28 DO28 GT28 HU28 LB28 NI28 PL28 SV28 BR29 EG29 PS29 QA29 UA29 JO30 KW30 MU30 YE30 "
     "MT31 SC31 LC32 RU33"
 )
-_IBAN_LENGTH = {each[:2]: int(each[2:]) for each in _IBANS.split()}
+_IBAN_LENGTH = {length[:2]: int(length[2:]) for length in _IBANS.split()}
 # First digits and lengths of the issuers' ranges (ISO/IEC 7812).
 _CARD_RANGES = (
     (r"4", {16, 19}),  # Visa; a number of 13 digits is an article's (EAN)
@@ -111,7 +111,7 @@ def find(text: str, *, regions: Sequence[str] = ()) -> list[Span]:
     if "-----BEGIN" in text:
         spans += [Span("secret", *match.span()) for match in PRIVATE_KEY.finditer(text)]
     if "eyJ" in text:
-        spans += [Span("secret", *each.span()) for each in JSON_WEB_TOKEN.finditer(text) if _is_token_header(each[1])]
+        spans += [Span("secret", *jwt.span()) for jwt in JSON_WEB_TOKEN.finditer(text) if _is_token_header(jwt[1])]
     if "@" in text:
         spans += [Span("email", *match.span()) for match in EMAIL.finditer(text)]
     if not DIGITS.search(text):
@@ -133,10 +133,10 @@ def mask(text: str, spans: Iterable[Span]) -> str:
 def apart(spans: Iterable[Span]) -> list[Span]:
     """The pieces in order, without overlap: of two that overlap, the one whose kind comes first in KINDS."""
     kept: list[Span] = []
-    for span in sorted(spans, key=lambda each: (KINDS.index(each.kind), each.start - each.end, each.start)):
+    for span in sorted(spans, key=lambda span: (KINDS.index(span.kind), span.start - span.end, span.start)):
         if all(span.end <= other.start or other.end <= span.start for other in kept):
             kept.append(span)
-    return sorted(kept, key=lambda each: each.start)
+    return sorted(kept, key=lambda span: span.start)
 
 
 def _iban(match: re.Match[str]) -> Span | None:
@@ -203,7 +203,7 @@ class Screen:
             return list(records)
         texts = [[record.answer, *[turn.content for turn in record.prompt]] for record in records.values()]
         starts = np.cumsum([0, *map(len, texts[:-1])])
-        together = pa.array([text for each in texts for text in each], pa.string())
+        together = pa.array([text for of_record in texts for text in of_record], pa.string())
         hints = np.asarray(pc.match_substring_regex(together, _HINT), bool)
         is_suspect = np.logical_or.reduceat(hints, starts).tolist()
         return [
@@ -220,7 +220,7 @@ class Screen:
             spans = find(text, regions=self._regions)
             if self._names:
                 names = _analyzer().analyze(text=text, entities=["PERSON"], language="en")
-                spans = apart([*spans, *(Span("name", each.start, each.end) for each in names)])
+                spans = apart([*spans, *(Span("name", name.start, name.end) for name in names)])
             counts.update(span.kind for span in spans)
             return mask(text, spans) if self._action == "mask" else text
 
@@ -228,8 +228,8 @@ class Screen:
             if isinstance(value, str):
                 return text(value)
             if isinstance(value, list):
-                return [of_value(each) for each in value]
-            return {key: of_value(each) for key, each in value.items()} if isinstance(value, dict) else value
+                return [of_value(inner) for inner in value]
+            return {key: of_value(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
         def of_json(body: str) -> str:
             value = json.loads(body) if body else None

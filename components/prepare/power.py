@@ -36,7 +36,7 @@ def power(judging: Judges, config: RunConfig) -> dict[str, Any]:
     for record in used:
         tokens[record.group or record.id] += len(record.answer) / CHARS_OF_A_TOKEN + 1  # the one that ends it
     total = sum(tokens.values())
-    equal_weight = total**2 / (len(tokens) * sum(each**2 for each in tokens.values()))
+    equal_weight = total**2 / (len(tokens) * sum(num_tokens**2 for num_tokens in tokens.values()))
     spread, in_groups = spread_of(config, total / len(tokens)), any(record.group for record in used)
     return power_of(config.gate, len(tokens), spread, equal_weight=equal_weight, in_groups=in_groups)
 

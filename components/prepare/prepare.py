@@ -93,12 +93,12 @@ def read_sources(
     intake = Intake([(source, Counts()) for source in sources])
     for place, (batch, rejects, counts) in reader(sources, rules):
         accept(batch)
-        for each in rejects:
+        for rejected_row in rejects:
             # Without its positions, so that like reasons count together.
-            kind = re.sub(r"\b(byte|column) \d+", r"\1 N", re.sub(r"\[\d+\]", "[N]", each.reason))
+            kind = re.sub(r"\b(byte|column) \d+", r"\1 N", re.sub(r"\[\d+\]", "[N]", rejected_row.reason))
             intake.reasons[kind] += 1
-            intake.examples.setdefault(kind, each)
-            reject(each)
+            intake.examples.setdefault(kind, rejected_row)
+            reject(rejected_row)
         intake.total.add(counts)
         intake.sources[place][1].add(counts)
     intake.unread.update(intake.total.unread)
@@ -225,7 +225,7 @@ def build_profile(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dic
         "extra_columns": dict(intake.unread.most_common()),
         "replayed": split.replayed,
         "never_trained": never_trained(work, parts),
-        "splits": {each.name: _describe(work, each) for each in parts.splits},
+        "splits": {part.name: _describe(work, part) for part in parts.splits},
         "sources": [
             {"source": source.name, "bytes": source.size_bytes, "rows": counts.rows, "rejected": counts.rejected}
             for source, counts in intake.sources
@@ -293,7 +293,7 @@ def percentiles(lengths: Mapping[int, int]) -> dict[str, int]:
     ordered = sorted(lengths.items())
     ends = list(accumulate(count for _, count in ordered))
     return {
-        f"p{each}": ordered[bisect(ends, round(each / 100 * (ends[-1] - 1)))][0] for each in (0, 10, 50, 90, 99, 100)
+        f"p{rank}": ordered[bisect(ends, round(rank / 100 * (ends[-1] - 1)))][0] for rank in (0, 10, 50, 90, 99, 100)
     }
 
 
@@ -439,19 +439,19 @@ def prepare_if_new(
     sources = find_sources(step_run.config.data.source, seen=consumed.sources if consumed else ())
     if consumed is not None and consumed.run_id == step_run.run_id:
         # This very run has ended before: a repetition has nothing new, and should give the same result.
-        sources, consumed = [each for each in sources if each.name in consumed.sources], None
+        sources, consumed = [source for source in sources if source.name in consumed.sources], None
     read_from = [*sources, *sources_of_feedback(step_run.config.data)]
-    if minimum and consumed and all(consumed.sources.get(each.name) == each.fingerprint for each in read_from):
+    if minimum and consumed and all(consumed.sources.get(source.name) == source.fingerprint for source in read_from):
         what = sources[0].name if len(read_from) == 1 else f"all {len(read_from)} sources"
         _skip(step_run, consumed, f"nothing new since run {consumed.run_id}, which read {what}")
         return None
-    arrived = {each.name for each in sources} - (consumed.sources.keys() if consumed else set())
+    arrived = {source.name for source in sources} - (consumed.sources.keys() if consumed else set())
     if any(name.startswith(icd10.ADDRESS) for name in arrived):
-        step_run.say(icd10.news([each.name for each in sources]))
+        step_run.say(icd10.news([source.name for source in sources]))
     with within_memory(), opened(step_run.config) as work:
         read = read_distinct(step_run.config, sources, work, between_runs.erased(step_run.store), reader)
         batches = work.batches("SELECT content FROM chosen")
-        contents = between_runs.content_ids(each for batch in batches for each in batch["content"].to_pylist())
+        contents = between_runs.content_ids(content for batch in batches for content in batch["content"].to_pylist())
         num_new = len(contents)
         if consumed:
             seen = pc.is_in(contents, value_set=between_runs.consumed_contents(step_run.store, consumed))
@@ -557,9 +557,9 @@ ANYWAY = "train_without_new_data"
 def overrides(*, train_without_new_data: bool = False, **parameters: str | float) -> dict[str, str]:
     """The overrides that the given parameters make, as `section.key=value` by the parameter's name."""
     # Text becomes a quoted TOML string; JSON strings are valid TOML strings.
-    given = {
+    changes = {
         name: f"{KEYS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in parameters.items() if value
     }
     if train_without_new_data:
-        given[ANYWAY] = "data.min_new_records=0"
-    return given
+        changes[ANYWAY] = "data.min_new_records=0"
+    return changes

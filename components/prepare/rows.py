@@ -324,7 +324,7 @@ def _read_parquet(path: Path, name: str, form: Form, wanted: Wanted) -> Iterator
                 for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns, use_threads=False):
                     size = max(1, len(batch) * BYTES_AT_ONCE // max(BYTES_AT_ONCE, batch.nbytes))
                     for start in range(0, len(batch), size):
-                        rows = [SourceRow(*each) for each in enumerate(_values(batch.slice(start, size)), line)]
+                        rows = [SourceRow(*numbered) for numbered in enumerate(_values(batch.slice(start, size)), line)]
                         yield Rows(rows, unread)
                         line += len(rows)
         except MemoryError:  # Arrow's own MemoryError is an ArrowException too

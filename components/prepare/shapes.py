@@ -69,9 +69,9 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     if "conversations" in columns:
         return SHARE_GPT
     pairs = [(_first(columns, [prompt]), _first(columns, [answer])) for prompt, answer in PAIRS]
-    known = [(prompt, answer) for prompt, answer in pairs if prompt and answer]
-    if known and (len(known) == 1 or known[0] == PAIRS[0]):
-        prompt, answer = known[0]
+    named_pairs = [(prompt, answer) for prompt, answer in pairs if prompt and answer]
+    if named_pairs and (len(named_pairs) == 1 or named_pairs[0] == PAIRS[0]):
+        prompt, answer = named_pairs[0]
         return Shape(f"{prompt} and {answer}", (prompt, answer), _joined([prompt], answer))
     return None
 
@@ -127,7 +127,7 @@ def unread_text(unread: Mapping[str, int]) -> str:
 
 
 def _first(columns: Collection[str], names: Sequence[str]) -> str | None:
-    return next((each for name in names for each in columns if each.lower() == name), None)
+    return next((column for name in names for column in columns if column.lower() == name), None)
 
 
 def _as_named(columns: Collection[str], named: ColumnsConfig) -> Shape | None:

@@ -67,17 +67,17 @@ def _find_on_hub(entry: str) -> Iterator[Source]:
         files = _data_files(info, within)
     if not files:
         raise DataError(f"data.source is {entry!r}, which has no data files: expected {ENDINGS}")
-    training = [each for each in files if "train" in re.split(r"[^a-z]+", each.rfilename.lower())]
+    training = [file for file in files if "train" in re.split(r"[^a-z]+", file.rfilename.lower())]
     files = training or files
-    folders = sorted({str(PurePosixPath(each.rfilename).parent) for each in files})
+    folders = sorted({str(PurePosixPath(file.rfilename).parent) for file in files})
     if len(folders) > 1 and not within:
         named = ", ".join(f"hf://{name}{f'@{revision}' if revision else ''}/{folder}" for folder in folders[:8])
         raise DataError(
             f"data.source is {entry!r}, which has {len(folders)} folders of data: name one, such as {named}"
         )
-    for each in sorted(files, key=lambda each: each.rfilename):
-        address = f"hf://datasets/{name}@{info.sha}/{each.rfilename}"
-        yield Source(address, each.size or 0, each.blob_id or info.sha, None)
+    for file in sorted(files, key=lambda file: file.rfilename):
+        address = f"hf://datasets/{name}@{info.sha}/{file.rfilename}"
+        yield Source(address, file.size or 0, file.blob_id or info.sha, None)
 
 
 def _fetched(address: str) -> Path:
@@ -91,10 +91,10 @@ def _data_files(info: Any, within: str) -> list[Any]:
     def is_meant(name: str) -> bool:
         return not within or name == within or name.startswith(within.rstrip("/") + "/") or fnmatch(name, within)
 
-    visible = [each for each in info.siblings if not re.search(r"(^|/)[._]", each.rfilename)]
-    data = [each for each in visible if form_of(each.rfilename) and is_meant(each.rfilename)]
+    visible = [file for file in info.siblings if not re.search(r"(^|/)[._]", file.rfilename)]
+    data = [file for file in visible if form_of(file.rfilename) and is_meant(file.rfilename)]
     # A .json beside data of another kind describes that data.
-    return [each for each in data if not each.rfilename.endswith(".json")] or data
+    return [file for file in data if not file.rfilename.endswith(".json")] or data
 
 
 def _asked(entry: str, ask: Callable[[Any], T]) -> T:
@@ -130,8 +130,8 @@ def find_sources(source: str | list[str], *, seen: Collection[str] = ()) -> list
         raise DataError(f"data.source is an empty list: expected {_FORMS}")
     sources: dict[str, Source] = {}
     for entry in entries:
-        for each in _find(entry, seen):
-            sources.setdefault(each.name, replace(each, entry=entry) if len(entries) > 1 else each)
+        for file in _find(entry, seen):
+            sources.setdefault(file.name, replace(file, entry=entry) if len(entries) > 1 else file)
     return list(sources.values())
 
 
@@ -144,7 +144,7 @@ def _find(entry: str, seen: Collection[str]) -> Iterator[Source]:
     if scheme == "hf":
         return _find_on_hub(entry)
     if entry == icd10.ADDRESS:
-        return (Source(each.address, 0, each.version, each.date) for each in icd10.arrived(seen))
+        return (Source(release.address, 0, release.version, release.date) for release in icd10.arrived(seen))
     if scheme == "file":
         raise DataError(f"data.source is {entry!r}: write the path alone, {entry.removeprefix('file://')!r}")
     raise DataError(f"data.source is {entry!r}: expected {_FORMS}; fetch what lies elsewhere, and name the file here")
@@ -155,7 +155,7 @@ def _find_local(entry: str) -> Iterator[Source]:
         raise DataError(f"data.source is empty: expected {_FORMS}")
     path = Path(entry).expanduser()
     if path.is_dir():
-        files = [each for each in path.rglob("*") if each.is_file() and _is_visible(each.relative_to(path).parts)]
+        files = [file for file in path.rglob("*") if file.is_file() and _is_visible(file.relative_to(path).parts)]
         return _select(entry, path, files)
     if path.exists():
         if form_of(path.name) is None:
@@ -168,11 +168,11 @@ def _find_local(entry: str) -> Iterator[Source]:
         root, pattern = Path(*path.parts[:first]), Path(*path.parts[first:])
         try:
             # Unlike glob.glob this follows no links below `**`: two of them could form an endless loop.
-            files = [each for each in root.glob(str(pattern)) if each.is_file()]
+            files = [file for file in root.glob(str(pattern)) if file.is_file()]
         except ValueError as exc:
             raise DataError(f"data.source is {entry!r}, which is no glob: {exc}") from exc
         if not any(part.startswith(".") for part in pattern.parts):  # as in shells, a leading dot must be written out
-            files = [each for each in files if not any(part.startswith(".") for part in each.relative_to(root).parts)]
+            files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
         return _select(entry, root, files)
     missing = f"data.source is {entry!r}, which does not exist (looked in {Path.cwd()})"
     if re.fullmatch(_NAME, entry) and form_of(entry) is None:
@@ -181,33 +181,33 @@ def _find_local(entry: str) -> Iterator[Source]:
 
 
 def _select(entry: str, root: Path, files: list[Path]) -> Iterator[Source]:
-    chosen = sorted(_of_one_kind(entry, {each: each.name for each in files}), key=str)
+    chosen = sorted(_of_one_kind(entry, {file: file.name for file in files}), key=str)
     if not chosen:
         others = f", only {len(files)} other files such as {min(files)}" if files else ""
         way = expected(min(files).name if files else "")
         raise DataError(f"data.source is {entry!r}, which holds no data files{others}: {way}")
     within = root.resolve()
-    for each in chosen:
+    for path in chosen:
         # Else anyone who can put a link there could have any file of this machine read, and its lines shown as rejects.
-        if not (leads_to := each.resolve()).is_relative_to(within):
+        if not (leads_to := path.resolve()).is_relative_to(within):
             raise DataError(
-                f"data.source is {entry!r}, where {each} is a link to {leads_to}: one must not lead out of {root}; "
+                f"data.source is {entry!r}, where {path} is a link to {leads_to}: one must not lead out of {root}; "
                 "copy the file, or name it in data.source itself"
             )
-    return (_local(each) for each in chosen)
+    return (_local(path) for path in chosen)
 
 
 def _of_one_kind(entry: str, names: dict[T, str]) -> list[T]:
     """Choose the data files: if there are JSONL or Parquet files, only those, because others merely lie beside them."""
-    forms = {each: form for each, name in names.items() if (form := form_of(name))}
+    forms = {file: form for file, name in names.items() if (form := form_of(name))}
     arrow = [name for name in names.values() if name.endswith(".arrow")]
     if arrow and all(form.ending == ".json" for form in forms.values()):  # which describe them
         raise DataError(
             f"data.source is {entry!r}, a folder of datasets.save_to_disk, of which {min(arrow)} is not read: "
             f"{WAYS['.arrow']}"
         )
-    first = [each for each, form in forms.items() if form.ending in FIRST and not form.packed]
-    if beside := [names[each] for each in forms if first and each not in first]:
+    first = [file for file, form in forms.items() if form.ending in FIRST and not form.packed]
+    if beside := [names[file] for file in forms if first and file not in first]:
         logger.warning(
             "%s: JSONL and Parquet are read, and %s beside them, such as %s, not: what is data, name in data.source",
             entry,

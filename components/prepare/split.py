@@ -304,8 +304,8 @@ def validation_and_test(records: Sequence[Record], *, validation_share: float) -
     A hash of the record's id, or of its group's name, decides, so that no refresh moves a record to the other side.
     Where there are so few records that either side would be empty, both hold all of them.
     """
-    validation = [each for each in records if is_validation(each, validation_share)]
-    test = [each for each in records if not is_validation(each, validation_share)]
+    validation = [record for record in records if is_validation(record, validation_share)]
+    test = [record for record in records if not is_validation(record, validation_share)]
     return (validation, test) if validation and test else (list(records), list(records))
 
 
@@ -351,12 +351,12 @@ def lacking(judging: Judges, config: RunConfig) -> str:
     """A sentence that says how many records the gate lacks, and what to do; empty where they are enough. A run that
     lacks some would be trained and then held, whatever comes out."""
     wanted = config.gate.min_records
-    found = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
-    if found >= wanted:
+    left = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
+    if left >= wanted:
         return ""
     kind = "groups of records" if config.data.group else "records"
     raised = "evaluate.records" if judging.num_independent(len(judging.records)) >= wanted else "data.eval_share"
     return (
-        f"{found} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
+        f"{left} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "
         f"is refused: raise {raised}, add data or lower gate.min_records"
     )

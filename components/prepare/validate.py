@@ -129,8 +129,8 @@ def _message(message: object, field: str) -> Message:
         raise DataError(f"{field} is {_kind(message)}: expected {{role, content}}")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        known = "from" in message or str(role) in SPEAKERS
-        advice = f"; data.columns.messages={field.partition('[')[0]} reads such turns" if known else ""
+        is_role_known = "from" in message or str(role) in SPEAKERS
+        advice = f"; data.columns.messages={field.partition('[')[0]} reads such turns" if is_role_known else ""
         raise DataError(f"{field}.role is {_value(role)}: expected system, user, assistant or tool{advice}")
     if message.get("function_call"):
         raise DataError(f"{field} has function_call: write it as tool_calls")
@@ -300,8 +300,8 @@ def keyed(records: Sequence[Record]) -> pa.RecordBatch:
         key = sha256((f"id:{record.id}" if record.id else f"prompt:{prompt}{tools}").encode()).digest()
         hashes.key.append(key)
         hashes.place.append(sha256(f"group:{record.group}".encode()).digest() if record.group else key)
-    ids = [each.id or content.hex()[:ID_DIGITS] for each, content in zip(records, hashes.content, strict=True)]
-    return keyed_batch(batch_of(records, ids=ids), hashes, [bool(each.id) for each in records])
+    ids = [record.id or content.hex()[:ID_DIGITS] for record, content in zip(records, hashes.content, strict=True)]
+    return keyed_batch(batch_of(records, ids=ids), hashes, [bool(record.id) for record in records])
 
 
 def _weightless(turn: Message) -> Message:
@@ -435,7 +435,7 @@ class Validation:
 
         verdicts, key, group = self._rules.feedback, self._rules.data.feedback_key, self._rules.data.group
         names = [(key, named(key)), ("", turn.get("response_id")), ("", turn.get("id"))]
-        on_it = [each for kind, name in names if (each := (kind, str(name))) in verdicts]
+        on_it = [answer_key for kind, name in names if (answer_key := (kind, str(name))) in verdicts]
         counts.judged.update(on_it)
         verdict = verdicts[on_it[0]] if on_it else None
         return learned(turn, verdict, self._rules.adapter, turn.get(group) or named(group))

@@ -121,7 +121,7 @@ class Workspace:
     def accept(self, records: pa.RecordBatch) -> None:
         """Add some records, with the columns of `keyed_batch`."""
         self._pending.append(records)
-        if sum(map(len, self._pending)) >= ENOUGH or sum(each.nbytes for each in self._pending) >= ENOUGH_BYTES:
+        if sum(map(len, self._pending)) >= ENOUGH or sum(batch.nbytes for batch in self._pending) >= ENOUGH_BYTES:
             self._write()
 
     def reject(self, reject: Reject) -> None:
@@ -183,14 +183,14 @@ class Workspace:
         self._sizes.append(dataset.sizes(batch).to_numpy(zero_copy_only=False) + _OTHER_BYTES)
         columns = {
             "number": pa.array(np.arange(first, first + len(batch))),
-            "position": pa.array([position(each) for each in batch["place"].to_pylist()]),
+            "position": pa.array([position(place) for place in batch["place"].to_pylist()]),
             **dict(zip(batch.schema.names, batch.columns, strict=True)),
         }
         self._writer.write_batch(pa.record_batch(columns))
         self._pending = []
 
     def _write_rejects(self) -> None:
-        rows = [asdict(each) for each in self._pending_rejects]
+        rows = [asdict(reject) for reject in self._pending_rejects]
         self._reject_writer.write_batch(pa.RecordBatch.from_pylist(rows, self._reject_writer.schema))
         self._pending_rejects = []
 
