@@ -60,7 +60,7 @@ def loss_axis(points: Sequence[float], lines: Sequence[float], start: float = 10
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         multiples = (1, 2, 3, 5) if high / low < 30 else (1, 3)
         round_ones = (float(f"{multiple * 10.0**power:.6g}") for power in powers for multiple in multiples)
-        return Axis(low, high, start, end, tuple(each for each in round_ones if low <= each <= high), is_log=True)
+        return Axis(low, high, start, end, tuple(tick for tick in round_ones if low <= tick <= high), is_log=True)
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = max(low - margin, 0.0) if low >= 0 else low - margin, high + margin
     ticks = nice_ticks(low, high, 5)
@@ -114,7 +114,7 @@ class Forest:
 
     def __init__(self, gains: Sequence[Gain], bound: float | None = None, note: str = "") -> None:
         self.gains, self.bound, self.note = gains, bound, note
-        ends = [end for each in gains for end in (each.gain, each.lower, each.upper, bound) if end is not None]
+        ends = [end for gain in gains for end in (gain.gain, gain.lower, gain.upper, bound) if end is not None]
         self.axis = axis_of([0.0, *ends], pad=0.05)
 
     def ends(self, gain: Gain) -> Point:
@@ -246,7 +246,7 @@ def rates_picture(result: SweepResult) -> str:
     tried = [rate for tuned in result.tuned for rate in tuned.rates]
     low, high = (by(rate.learning_rate for rate in tried) for by in (min, max))
     decades = range(math.ceil(math.log10(low) - 0.1), math.floor(math.log10(high) + 0.1) + 1)
-    x = Axis(low / 10**0.1, high * 10**0.1, LEFT, RIGHT, tuple(10.0**each for each in decades), is_log=True)
+    x = Axis(low / 10**0.1, high * 10**0.1, LEFT, RIGHT, tuple(10.0**power for power in decades), is_log=True)
     y = axis_of((rate.loss for rate in tried if rate.loss is not None), pad=0.08, start=BOTTOM, end=TOP)
     y = replace(y, ticks=tuple(nice_ticks(y.low, y.high, 5)))
     lines = []

@@ -137,7 +137,7 @@ def rules(run: RunFiles) -> list[tuple[RuleResult, str, str]]:
     for rule in sorted(run.rules, key=lambda rule: order.index(rule.short)):
         metric = metric_of(rule.metric) if is_metric(rule.metric) else None
         ours, theirs = (
-            metric.text(each) if metric and each is not None else "" for each in (rule.candidate, rule.other)
+            metric.text(value) if metric and value is not None else "" for value in (rule.candidate, rule.other)
         )
         rows.append((rule, ours, theirs))
     return rows
@@ -162,11 +162,11 @@ def since_champion(run: RunFiles) -> list[Forest]:
     one picture a metric."""
     gains: dict[str, list[Gain]] = {}
     for which, paired in (run.evaluation.since_champion if run.evaluation else {}).items():
-        for each in paired:
-            if each.ci95 is not None and is_metric(each.metric):
-                metric, name = metric_of(each.metric), f"{'new since' if which == 'new' else 'known to'} {run.alias}"
-                text = f"{metric.signed_text(each.difference)} ({metric.range_text(*each.ci95)})"
-                gain = Gain(name, f"{count(each.records)} records", each.difference, *each.ci95, text)
+        for pair in paired:
+            if pair.ci95 is not None and is_metric(pair.metric):
+                metric, name = metric_of(pair.metric), f"{'new since' if which == 'new' else 'known to'} {run.alias}"
+                text = f"{metric.signed_text(pair.difference)} ({metric.range_text(*pair.ci95)})"
+                gain = Gain(name, f"{count(pair.records)} records", pair.difference, *pair.ci95, text)
                 gains.setdefault(metric.title, []).append(gain)
     note = "candidate against champion, each with its 95 % interval. Solid: no difference."
     return [Forest(of_metric, None, f"{title}, {note}") for title, of_metric in gains.items()]
@@ -180,15 +180,15 @@ def slices(run: RunFiles) -> Forest | None:
     amounts, bound = amounts_of(rule), -(rule.bound or 0.0)
     gains = [
         Gain(
-            f"{each.kind}: {clipped(each.name)}",
-            f"{count(each.records)} records",
-            each.gain,
-            each.lower,
-            each.upper,
-            f"{amounts.signed_text(each.gain)} ({amounts.range_text(each.lower, each.upper)})",
-            bad=each.worse,
+            f"{result.kind}: {clipped(result.name)}",
+            f"{count(result.records)} records",
+            result.gain,
+            result.lower,
+            result.upper,
+            f"{amounts.signed_text(result.gain)} ({amounts.range_text(result.lower, result.upper)})",
+            bad=result.worse,
         )
-        for each in rule.slices
+        for result in rule.slices
     ]
     note = (
         f"{metric_of(rule.metric or '').title}, candidate against champion on each kind of record, each bound with "

@@ -78,7 +78,7 @@ class AdapterPage:
     @property
     def metrics(self) -> list[Metric]:
         """What was measured of any version, without what says the same on another scale."""
-        measured = [each.evaluation.model("candidate") for each in self.published if each.evaluation]
+        measured = [version.evaluation.model("candidate") for version in self.published if version.evaluation]
         keys = {key for model in measured if model for key, value in model.metrics.items() if value is not None}
         return [metric for metric in metrics_of(keys) if metric.repeats not in keys]
 
@@ -114,8 +114,8 @@ def write_pages(store: Store, name: str, *, generated_at: str, files: AdapterFil
     own = _page_of(files)
     new: Entries = {name: asdict(_listed(files, own))}
     if files.mark is not None:
-        held = {pointer.alias: pointer.version for pointer in files.aliases}
-        new[name][LISTING] = asdict(Summary(next(iter(files.entries), None), own.num_versions, held, files.mark))
+        by_alias = {pointer.alias: pointer.version for pointer in files.aliases}
+        new[name][LISTING] = asdict(Summary(next(iter(files.entries), None), own.num_versions, by_alias, files.mark))
     files.keep()
     names, was = versions.list_adapters(store), read_entries(store)
     pages, listed = [own], _sound(was[0])
@@ -129,7 +129,7 @@ def write_pages(store: Store, name: str, *, generated_at: str, files: AdapterFil
             row = Listed(other, "unknown: the alias is damaged", "", len(versions.version_ids(store, other)))
         new[other] = asdict(row)
     # With what others wrote meanwhile.
-    written = write_entries(store, lambda old: {each: old.get(each, {}) | new.get(each, {}) for each in names}, was)
+    written = write_entries(store, lambda old: {name: old.get(name, {}) | new.get(name, {}) for name in names}, was)
     entries = [*_sound(written).values()]
     for file, text in build_pages(
         pages, entries, generated_at=generated_at, address=store.uri(""), runs_at="../runs/"
@@ -159,20 +159,21 @@ def read_adapter(store: Store, name: str) -> tuple[AdapterPage, Listed]:
 def _page_of(files: AdapterFiles) -> AdapterPage:
     store, name = files.store, files.name
     # Of the other aliases a damaged one is passed over, and this one must not be.
-    production = (each for each in files.aliases if each.alias == PRODUCTION)
+    production = (pointer for pointer in files.aliases if pointer.alias == PRODUCTION)
     pointer = next(production, None) or read_alias(store, name, PRODUCTION)
     before: str | None = pointer.event["from"] if pointer else None
     shown = [files.published(version) for version in [*files.entries][:MOST_VERSIONS]]
     changes = files.changes(before, pointer.version) if pointer else []
-    held = None
-    if pointer is not None and (held := {each.version.version: each for each in shown}.get(pointer.version)) is None:
+    current = None
+    by_version = {version.version.version: version for version in shown}
+    if pointer is not None and (current := by_version.get(pointer.version)) is None:
         version = versions.resolve(store, f"{name}@{pointer.version}")
-        held = Published(version, *versions.of_run(store, version))
-    measured = _measured(held.evaluation, before) if held and before else ()
+        current = Published(version, *versions.of_run(store, version))
+    measured = _measured(current.evaluation, before) if current and before else ()
     return AdapterPage(
         name=name,
         pointer=pointer,
-        held=held,
+        held=current,
         since=when(pointer.since) if pointer else "",
         before=before,
         published=tuple(shown),
@@ -215,7 +216,7 @@ def freshness(page: AdapterPage) -> str:
     was none. An event may hold anything: whoever trains may write some."""
     holder = page.pointer.version if page.pointer else ""
     last = next(
-        (each.body for each in page.events if each.kind == "checked" and each.body.get("version") == holder), {}
+        (event.body for event in page.events if event.kind == "checked" and event.body.get("version") == holder), {}
     )
     fresh, own = finite(last.get("fresh")), finite(last.get("held_out"))
     if fresh is None or not is_metric(key := str(last.get("metric"))):
@@ -228,22 +229,22 @@ def freshness(page: AdapterPage) -> str:
 def gains(page: AdapterPage) -> Forest | None:
     """The versions' gains over the champion of their day, in the newest one's metric, newest first; None without
     any."""
-    compared = [(each, rule) for each in page.published if (rule := each.against_champion)]
+    compared = [(version, rule) for version in page.published if (rule := version.against_champion)]
     if not compared:
         return None
     newest = compared[0][1]
     amounts = amounts_of(newest)
     shown = [
         Gain(
-            each.version.version,
-            each.published,
+            version.version.version,
+            version.published,
             rule.gain or 0.0,
             rule.lower,
             rule.upper,
             f"{amounts.signed_text(rule.gain or 0.0)} ({amounts.range_text(rule.lower, rule.upper)})",
-            bad=each.decision is not None and not each.decision.promoted,
+            bad=version.decision is not None and not version.decision.promoted,
         )
-        for each, rule in compared[:MOST_GAINS]
+        for version, rule in compared[:MOST_GAINS]
         if (rule.metric, rule.relative) == (newest.metric, newest.relative)
     ]
     bound = -(newest.bound or 0.0)

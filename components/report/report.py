@@ -161,7 +161,7 @@ def build_report(run: RunFiles, *, pages_at: str = "") -> str:
 def build_preview(body: Mapping[str, Any], lines: Sequence[str]) -> str:
     """Render a preview of what a run would make of its data: the output of `ray_jobs.preview`, and its meaning."""
     return template("preview.html").render(
-        title=", ".join(each["source"] for each in body["profile"]["sources"]),
+        title=", ".join(source["source"] for source in body["profile"]["sources"]),
         lines=lines,
         problem=body["refused"] or body["gate"]["lacking"],
         data=sections.data_profile(body["profile"]),
@@ -184,17 +184,17 @@ class Beside:
 
     @property
     def text(self) -> str:
-        right = sum(each.is_right for each in self.turned)
+        right = sum(record.is_right for record in self.turned)
         wrong = len(self.turned) - right
         return f"{count(right)} records turned right and {count(wrong)} wrong, of {count(self.records)}"
 
     @property
     def intervals(self) -> list[charts.Forest]:
-        gains = {metric_of(key): (gain_text(key, each, self.confidence), each) for key, each in self.gains.items()}
+        gains = {metric_of(key): (gain_text(key, gain, self.confidence), gain) for key, gain in self.gains.items()}
         return [
-            comparison.interval(charts.Gain(metric.title, "", each.gain, each.lower, each.upper, text), metric)
-            for metric, (text, each) in gains.items()
-            if math.isfinite(each.lower) and math.isfinite(each.upper)
+            comparison.interval(charts.Gain(metric.title, "", gain.gain, gain.lower, gain.upper, text), metric)
+            for metric, (text, gain) in gains.items()
+            if math.isfinite(gain.lower) and math.isfinite(gain.upper)
         ]
 
 
@@ -202,11 +202,11 @@ def build_side_by_side(
     sides: Sequence[Any], differing: Mapping[str, Sequence[str]], beside: Sequence[Beside], *, generated_at: datetime
 ) -> str:
     """Render several runs side by side, each with its name, run_id, version, note, metrics and curve."""
-    drawn = charts.loss_picture({each.name: each.curve for each in sides})
+    drawn = charts.loss_picture({side.name: side.curve for side in sides})
     return template("side_by_side.html").render(
-        title=" and ".join(f"“{each.note}”" if each.note else each.name for each in sides),
+        title=" and ".join(f"“{side.note}”" if side.note else side.name for side in sides),
         columns=sides,
-        metrics=metric_rows([each.metrics for each in sides]),
+        metrics=metric_rows([side.metrics for side in sides]),
         differing=differing,
         beside=beside,
         curves=Markup(drawn[0]) if drawn else None,
@@ -268,7 +268,7 @@ def events_of(config: RunConfig, store: Store, run: RunFiles) -> list["RunEvent"
     job = Job(namespace=NAMESPACE, name=config.adapter.name, facets={"jobType": job_type})
 
     def event(state: Any, at: str, made_from: Iterable[Ancestor], facets: Mapping[str, Any], outputs: Any) -> RunEvent:
-        inputs = dict.fromkeys(place for each in made_from if (place := _place(store, each)))
+        inputs = dict.fromkeys(place for ancestor in made_from if (place := _place(store, ancestor)))
         return RunEvent(
             eventTime=at,
             producer="urn:fineloop",
@@ -281,7 +281,7 @@ def events_of(config: RunConfig, store: Store, run: RunFiles) -> list["RunEvent"
 
     began_at = min((step.started_at for step in run.steps), default=run.generated_at.isoformat())
     sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
-    named = [*(Ancestor("source", each) for each in sources), Ancestor("base", config.model.base)]
+    named = [*(Ancestor("source", source) for source in sources), Ancestor("base", config.model.base)]
     failed = [step for step in run.steps if not step.succeeded]
     error = "; ".join(f"{step.step}: {step.result.get('error', {}).get('message', 'failed')}" for step in failed)
     message = error_message_run.ErrorMessageRunFacet(message=error, programmingLanguage="python")

@@ -133,4 +133,4 @@ class RunFiles:
         if began is None or submitted is None:
             return []
         first = Took(part="Ray job", seconds=(began - submitted).total_seconds())
-        return [first, *(Took.model_validate(each) for each in result.get("until_first_step", []))]
+        return [first, *(Took.model_validate(part) for part in result.get("until_first_step", []))]

@@ -90,8 +90,8 @@ def right_counts(shown: Sequence[Sample], called: Mapping[Role, str]) -> list[st
 def wrong_answers(run: RunFiles) -> tuple[list[list[str]], str]:
     """Return the candidate's wrong answers: the rows that the page draws, and the others as JSON for a script."""
     texts = [
-        [clipped(each.prompt), each.id, clipped(each.reference), clipped(each.answer) or "(empty answer)"]
-        for each in run.wrong
+        [clipped(wrong.prompt), wrong.id, clipped(wrong.reference), clipped(wrong.answer) or "(empty answer)"]
+        for wrong in run.wrong
     ]
     rest = texts[DRAWN:]
     return texts[:DRAWN], htmlsafe_json_dumps(rest, ensure_ascii=False, separators=(",", ":")) if rest else ""
@@ -120,7 +120,7 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
         ("Earlier records replayed", _replayed(replayed) if replayed else ""),
     ]
     dropped, personal = profile.get("dropped", {}).items(), profile.get("personal", {}).get("found", {}).items()
-    alike = [(f"near “{each['begins']} …”", each["records"]) for each in near.get("most_are_near", [])]
+    alike = [(f"near “{cluster['begins']} …”", cluster["records"]) for cluster in near.get("most_are_near", [])]
     if stay := near.get("in_train"):
         alike.append(("training records that hardly differ from another, and stay", stay))
     unmatched = profile.get("logged", {}).get("feedback", {}).get("unmatched", 0)
@@ -141,8 +141,8 @@ def data_profile(profile: Mapping[str, Any] | None, replayed: Replayed | None = 
             if split.get(key)
         ],
         "answers": [
-            bar(axis, 0.0, each["share"], kind="base", name=clipped(each["answer"]), text=share(each["share"]))
-            for each in top
+            bar(axis, 0.0, answer["share"], kind="base", name=clipped(answer["answer"]), text=share(answer["share"]))
+            for answer in top
         ],
         "distinct_answers": train.get("distinct_answers"),
         "sources": profile.get("sources", []),
@@ -173,13 +173,13 @@ def _part(part: int, whole: int) -> str:
 
 
 def _replayed(replayed: Replayed) -> str:
-    asked, kept, version = count(replayed.asked), count(replayed.kept), replayed.version
+    num_asked, kept, version = count(replayed.asked), count(replayed.kept), replayed.version
     if version is None:
-        return f"{asked} with their own answers: nothing was in production"
+        return f"{num_asked} with their own answers: nothing was in production"
     if not replayed.kept:
-        return f"{asked} with their own answers: {version} answered none rightly"
+        return f"{num_asked} with their own answers: {version} answered none rightly"
     others = ", the others with their own" if replayed.kept < replayed.asked else ""
-    return f"{kept} of {asked} with right answers of {version}{others}"
+    return f"{kept} of {num_asked} with right answers of {version}{others}"
 
 
 def step_times(run: RunFiles) -> list[Bar]:
@@ -241,8 +241,8 @@ def costs(run: RunFiles) -> list[tuple[str, str]]:
     """What the training cost, and what a run took before its first step and its first comparison."""
     facts = [("Training cost", cost(run))]
     if parts := run.until_first_step:
-        parts_text = ", ".join(f"{each.part} {duration(each.seconds)}" for each in parts)
-        facts.append(("First training step", f"after {duration(sum(each.seconds for each in parts))}: {parts_text}"))
+        parts_text = ", ".join(f"{part.part} {duration(part.seconds)}" for part in parts)
+        facts.append(("First training step", f"after {duration(sum(part.seconds for part in parts))}: {parts_text}"))
     if run.until_compared_s is not None:
         facts.append(("First record compared", f"{duration(run.until_compared_s)} after training"))
     return [(name, value) for name, value in facts if value]
