@@ -132,12 +132,12 @@ def promote(
     AliasConflict if another version than `expected` holds the alias or takes it meanwhile, or the run repeats itself.
     """
     holder = read_alias(store, name, alias)
-    held = holder.version if holder else None
+    current = holder.version if holder else None
     # Where the version is there already, a run may have met another one's move; a person only repeats their own.
-    is_there = holder is not None and held == version and (bool(cause.run_id) or holder.event["from"] == expected)
-    if expected not in (ANYONE, held) and not is_there:
+    is_there = holder is not None and current == version and (bool(cause.run_id) or holder.event["from"] == expected)
+    if expected not in (ANYONE, current) and not is_there:
         raise _conflict(name, alias, version, expected, holder)
-    if cause.run_id and held != version:
+    if cause.run_id and current != version:
         same = {"alias": alias, "to": version, "run_id": cause.run_id}.items()
         if earlier := next((event for event in events(store, name) if same <= event.body.items()), None):
             since = f"run {cause.run_id} promoted it at {earlier.time}"
@@ -321,13 +321,13 @@ def event_of(pointer: Pointer) -> Event:
 def _conflict(
     name: str, alias: str, version: str, expected: str | None, holder: Pointer | None, *, since: str = ""
 ) -> AliasConflict:
-    held = holder.version if holder else None
-    by = f"{held} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "no version"
+    current = holder.version if holder else None
+    by = f"{current} since {holder.since} (run {holder.run_id or 'unknown'})" if holder else "no version"
     how = f"compare {version} with that one in another run, which then promotes it"
     what = f"was expected to be held by {expected or 'no version'}{since and f' ({since})'}, but it is held by {by}"
-    if holder and held == expected and not since:
+    if holder and current == expected and not since:
         what, how = f"was moved meanwhile, and is held by {by} again", "run this again"
-    conflict = AliasConflict(f"{name}@{alias} {what}: {'nothing is moved' if holder and held == version else how}")
+    conflict = AliasConflict(f"{name}@{alias} {what}: {'nothing is moved' if holder and current == version else how}")
     conflict.holder = {key: getattr(holder, key) for key in ("alias", "version", "since", "run_id")} if holder else {}
     return conflict
 
@@ -364,7 +364,7 @@ def sign_held(store: Store, name: str, key: signing.Signer) -> list[Signed]:
         statements = manifest and signing.statements(store, name, version, manifest.sha256, store.trusted_keys)
         if statements and statements.revoked_by:
             signed.append(Signed(version, "", signing.revoke(store, name, version, key, reason=statements.reason)))
-    revoked = {each.version for each in signed}
+    revoked = {statement.version for statement in signed}
     for pointer in list_aliases(store, name):
         for version, sha256 in rollback_versions(store, name, pointer).items():
             gone_since = signing.statements(store, name, version, sha256, store.trusted_keys).revoked_by

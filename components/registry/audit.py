@@ -180,10 +180,10 @@ def _evidence(store: Store, run_id: str, wanted: str, event: Event) -> Iterator[
 def _unsigned(store: Store, name: str, log: list[Event], pool: Executor) -> Iterator[Finding]:
     """Name decisions that rest on nothing signed, if they were written after one that does: by the store's clock."""
     of_gates = [
-        each
-        for each in log
-        if each.kind in ("refused", "proposed")
-        or (each.kind == "promoted" and "sha256" in each.body.get("evidence", {}))
+        event
+        for event in log
+        if event.kind in ("refused", "proposed")
+        or (event.kind == "promoted" and "sha256" in event.body.get("evidence", {}))
     ]
     if not store.evaluation_keys or not of_gates:
         return
@@ -270,7 +270,7 @@ def _signatures(
     store: Store, name: str, whole: dict[str, Manifest], pointers: list[Pointer], pool: Executor
 ) -> Iterator[Finding]:
     ids = sorted(whole)
-    signed = pool.map(lambda each: signing.statements(store, name, each, whole[each].sha256, store.trusted_keys), ids)
+    signed = pool.map(lambda key: signing.statements(store, name, key, whole[key].sha256, store.trusted_keys), ids)
     statements = dict(zip(ids, signed, strict=True))
     for of_version in statements.values():
         yield from (Finding(uri, f"is no signature: {why}") for uri, why in of_version.junk.items())

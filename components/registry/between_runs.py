@@ -184,9 +184,9 @@ class FoundRate(Record):
     train_records: int
 
 
-def remember_rate(store: Store, config: RunConfig, found: FoundRate) -> None:
+def remember_rate(store: Store, config: RunConfig, rate: FoundRate) -> None:
     """Store the rate for runs of this config, replacing an earlier one."""
-    store.put(_key(config), found.as_json(), content_type=JSON)
+    store.put(_key(config), rate.as_json(), content_type=JSON)
 
 
 def recall_rate(store: Store, config: RunConfig) -> FoundRate | None:

@@ -85,8 +85,8 @@ class Listing:
 
     def published(self) -> list[VersionWithInputs]:
         """Every version, newest first. Raises IntegrityError if a manifest or a lineage is damaged."""
-        published = [each for version in self.by_version if (each := self._published(version))]
-        return sorted(published, key=lambda each: (each.created_at, each.version), reverse=True)
+        published = [entry for version in self.by_version if (entry := self._published(version))]
+        return sorted(published, key=lambda entry: (entry.created_at, entry.version), reverse=True)
 
     def log(self) -> list[Event]:
         """The events, oldest first. Raises IntegrityError if what lies there is none."""
@@ -165,9 +165,9 @@ def all_adapters(store: Store) -> dict[str, Summary]:
     names = versions.list_adapters(store)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         summaries = dict(zip(names, pool.map(one, names), strict=True))
-    settled = {name: asdict(each) for name, each in summaries.items() if cache.is_settled(marks.get(name), now)}
-    if any(listed.get(name) != each for name, each in settled.items()):
-        changed = {name: {cache.LISTING: each} for name, each in settled.items()}
+    settled = {name: asdict(entry) for name, entry in summaries.items() if cache.is_settled(marks.get(name), now)}
+    if any(listed.get(name) != entry for name, entry in settled.items()):
+        changed = {name: {cache.LISTING: entry} for name, entry in settled.items()}
         cache.write_entries(store, lambda old: old | {n: old.get(n, {}) | new for n, new in changed.items()}, was)
     return summaries
 
@@ -246,11 +246,11 @@ def removals(store: Store, names: Sequence[str], rules: Rules, *, now: datetime)
         needed, unneeded = _sorted_out(listing, rules, oldest, under_way)
         log = {info.key: "" for info in listing.objects if info.key.startswith(events_key(name))}
         removable = []
-        for each in unneeded:
-            why = f"published {each.created_at[:10]}, {'revoked' if each.is_revoked else 'never held an alias'}"
-            objects = listing.by_version[each.version]
-            removal = _removal("version", f"{name}@{each.version}", why, objects, runs_seen)
-            removable.append(replace(removal, manifest_sha256=each.manifest_sha256, log_seen=log))
+        for version in unneeded:
+            why = f"published {version.created_at[:10]}, {'revoked' if version.is_revoked else 'never held an alias'}"
+            objects = listing.by_version[version.version]
+            removal = _removal("version", f"{name}@{version.version}", why, objects, runs_seen)
+            removable.append(replace(removal, manifest_sha256=version.manifest_sha256, log_seen=log))
         return needed, [*removable, *left]
 
     everything = versions.list_adapters(store)
@@ -320,18 +320,18 @@ def _sorted_out(
     published, log = listing.published(), listing.log()
     pointers = list_aliases(listing.store, listing.name, pass_over_damaged=False)
     holders = {pointer.alias: pointer.version for pointer in pointers}
-    held = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
-    held |= {*holders.values(), *waiting(log, holders)}
+    used = {version for event in log if event.kind in MOVE_KINDS for version in (event.body["from"], event.body["to"])}
+    used |= {*holders.values(), *waiting(log, holders)}
     made = {uri_or_id for run in under_way for uri_or_id in (run.run_id, run.made) if uri_or_id}
     young = oldest.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    held |= {str(event.body.get("version")) for event in log if event.kind == "published" and event.time > young}
+    used |= {str(event.body.get("version")) for event in log if event.kind == "published" and event.time > young}
     starts = tuple(start for run in under_way for start in run.starts)
-    held -= {version.version for version in published if version.is_revoked} - set(holders.values())
-    held |= {version.version for version in [each for each in published if not each.is_revoked][: rules.keep_last]}
+    used -= {version.version for version in published if version.is_revoked} - set(holders.values())
+    used |= {version.version for version in [entry for entry in published if not entry.is_revoked][: rules.keep_last]}
     kept = [
         version
         for version in published
-        if version.version in held
+        if version.version in used
         or version.created_at > young
         or not made.isdisjoint({version.run_id, version.uri})
         or f"{version.name}@{version.version}".startswith(starts)
@@ -342,7 +342,8 @@ def _sorted_out(
         parents = {uri for uri in _names(kept.pop().made_from, "parent") if uri in by_uri and uri not in needed}
         needed |= parents
         kept += [by_uri[uri] for uri in parents]
-    return [each for each in published if each.uri in needed], [each for each in published if each.uri not in needed]
+    unneeded = [version for version in published if version.uri not in needed]
+    return [version for version in published if version.uri in needed], unneeded
 
 
 def _shared(
@@ -461,4 +462,4 @@ def _is_needed(store: Store, removal: Removal, name: str, version: str) -> bool:
             published = event is not None and event.kind == "published"
             removal.log_seen[info.key] = str(event.body.get("version")) if event and published else ""
     pointers = list_aliases(store, name, pass_over_damaged=False)
-    return version in {*removal.log_seen.values(), *(each.version for each in pointers)}
+    return version in {*removal.log_seen.values(), *(pointer.version for pointer in pointers)}

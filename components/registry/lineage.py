@@ -142,9 +142,9 @@ class Lineage:
 
     def as_json(self) -> dict[str, Any]:
         record = asdict(self)
-        asked = record.pop("asked")
-        record["recipe"] = {"method": asked.pop("method"), **self.recipe}
-        return {"schema_version": 1, **asked, **record, "parents": list(self.parents)}
+        requested = record.pop("asked")
+        record["recipe"] = {"method": requested.pop("method"), **self.recipe}
+        return {"schema_version": 1, **requested, **record, "parents": list(self.parents)}
 
 
 def environment(directory: Path, *, image: str = "", revision: str = "") -> Environment:

@@ -140,9 +140,9 @@ def sign(
     """
     manifest = verify_whole(store, version_key(name, version), manifest_sha256=manifest_sha256)
     require_published(store, name, version, manifest)
-    found = statements(store, name, version, manifest.sha256, [*store.trusted_keys, public_text(key)])
-    if found.revoked_by:
-        raise _revoked(name, version, found)
+    facts = statements(store, name, version, manifest.sha256, [*store.trusted_keys, public_text(key)])
+    if facts.revoked_by:
+        raise _revoked(name, version, facts)
     verdict = {"verificationResult": "PASSED", "fineloop_alias": alias}
     return _sign(store, name, version, key, manifest, verdict, decision)
 
@@ -181,8 +181,8 @@ def require_evaluated(store: Store, name: str, version: str | None, run_id: str,
         return None
     require_evaluation_keys(store)
     key = runs.key_of(store, run_id, runs.EVALUATION_SIGNATURE)
-    found = store.read(key)
-    statement = opened(found[0], store.uri(key), store.evaluation_keys) if found else None
+    stored = store.read(key)
+    statement = opened(stored[0], store.uri(key), store.evaluation_keys) if stored else None
     predicate = (statement or {}).get("predicate", {})
     if _measured(store, name, str(version), run_id, evaluation_sha256).items() <= predicate.items():
         return str(predicate["manifest_sha256"])
@@ -292,7 +292,7 @@ def opened(envelope: bytes, uri: str, trusted: Sequence[str]) -> dict[str, Any] 
     try:
         record = json.loads(envelope)
         payload = base64.b64decode(record["payload"], validate=True)
-        signatures = {str(each["keyid"]): base64.b64decode(each["sig"]) for each in record["signatures"]}
+        signatures = {str(signature["keyid"]): base64.b64decode(signature["sig"]) for signature in record["signatures"]}
         kind, statement = str(record["payloadType"]), dict(json.loads(payload))
         if (kind, statement["_type"]) != (PAYLOAD_TYPE, STATEMENT_TYPE):
             raise ValueError(f"it is {kind} and {statement['_type']}")
@@ -353,12 +353,12 @@ def require_signed(store: Store, name: str, version: str, manifest_sha256: str, 
     IntegrityError if none of the keys that it trusts has signed the version for the alias, or one has revoked it."""
     if not store.trusted_keys:
         return
-    found = statements(store, name, version, manifest_sha256, store.trusted_keys)
-    for why in found.junk.values():
+    facts = statements(store, name, version, manifest_sha256, store.trusted_keys)
+    for why in facts.junk.values():
         logger.warning("%s; passed over", why)
-    if found.revoked_by:
-        raise _revoked(name, version, found)
-    if not found.passed or (alias and alias not in found.passed):
+    if facts.revoked_by:
+        raise _revoked(name, version, facts)
+    if not facts.passed or (alias and alias not in facts.passed):
         raise IntegrityError(
             f"{name} {version} is signed by none of registry.trusted_keys{alias and f' for {alias}'}: let a run "
             f"promote it that has a key in {KEY_VARIABLE}, or vouch for it with "
@@ -377,9 +377,9 @@ def is_revoked(store: Store, name: str, version: str) -> bool:
     return bool(statements(store, name, version, sha256, store.trusted_keys).revoked_by)
 
 
-def _revoked(name: str, version: str, found: Statements) -> IntegrityError:
+def _revoked(name: str, version: str, facts: Statements) -> IntegrityError:
     return IntegrityError(
-        f"{name} {version} is revoked ({found.reason}; {found.revoked_by}): take another version, by --to in a rollback"
+        f"{name} {version} is revoked ({facts.reason}; {facts.revoked_by}): take another version, by --to in a rollback"
     )
 
 

@@ -149,10 +149,10 @@ def entries(store: Store, name: str, index: Index | None = None) -> dict[str, En
             return False
 
     own = index or Index(store, name)
-    known = own.of("versions", version_ids(store, name), partial(_entry, store, name), is_so=is_settled)
+    by_version = own.of("versions", version_ids(store, name), partial(_entry, store, name), is_so=is_settled)
     if index is None:
         own.keep()
-    parsed = {version: _parsed(entry) for version, entry in known.items()}
+    parsed = {version: _parsed(entry) for version, entry in by_version.items()}
     return dict(sorted(parsed.items(), key=lambda item: (item[1].created_at, item[0]), reverse=True))
 
 
@@ -252,7 +252,7 @@ def resolve(store: Store, reference: str) -> Version:
         return replace(of_manifest(store, name, pointer.version, manifest, aliases), asked_as=pointer.alias)
     ids = version_ids(store, name)
     fitting = [version for version in ids if is_id and version.startswith(wanted)]
-    published = [version for each in fitting[:SHOWN] if (version := whole(each))]
+    published = [version for version_id in fitting[:SHOWN] if (version := whole(version_id))]
     if len(published) == 1 and len(fitting) <= SHOWN:
         return published[0]
     if published:
@@ -384,7 +384,7 @@ def descendants(store: Store, name: str, terms: Mapping[Kind, str]) -> list[Vers
         entry.version(store, name, version, aliases)
         for version, entry in entries(store, name).items()
         if entry.made_from is not None
-        and all(any(fits(each, *term) for each in entry.made_from) for term in terms.items())
+        and all(any(fits(ancestor, *term) for ancestor in entry.made_from) for term in terms.items())
     ]
 
 
