@@ -95,12 +95,12 @@ def validate(
     try:
         return RunConfig.model_validate(table)
     except ValidationError as exc:
-        found: dict[str, str] = {}
+        by_path: dict[str, str] = {}
         for error in exc.errors():
-            found.setdefault(_path(error["loc"]), _explain(error))
-        problems = list(found.values())
-        keys = {each.partition("=")[0].strip(): each for each in reversed(overrides)}
-        to_blame = [next((keys[key] for key in keys if f"{path}.".startswith(f"{key}.")), None) for path in found]
+            by_path.setdefault(_path(error["loc"]), _explain(error))
+        problems = list(by_path.values())
+        keys = {override.partition("=")[0].strip(): override for override in reversed(overrides)}
+        to_blame = [next((keys[key] for key in keys if f"{path}.".startswith(f"{key}.")), None) for path in by_path]
         if overriding == WITH_SET and all(to_blame):  # the file has nothing to do with it
             origin = f"--set {to_blame[0]}" if not problems[1:] else "--set"
         raise ConfigError(
@@ -126,10 +126,10 @@ def _without_removed(table: dict[str, Any], origin: str) -> None:
     """Take the removed keys out of a config, and say so of each that held another value than the one in force."""
     for path, removed in REMOVED.items():
         *sections, key = path.split(".")
-        held: Any = table
+        node: Any = table
         for section in sections:
-            held = held.get(section) if isinstance(held, dict) else None
-        if isinstance(held, dict) and key in held and (value := held.pop(key)) != removed.default:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and key in node and (value := node.pop(key)) != removed.default:
             logger.warning("%s: %s is gone, and %r is not used: %s", origin, path, value, removed.instead)
 
 
@@ -163,11 +163,11 @@ def _may_run_code(own: ModelConfig, stored: ModelConfig, commit: str) -> bool:
 
 
 def _read_stored(section: type[Read], raw: Mapping[str, Any], *, origin: str) -> Read:
-    known = {key: value for key, value in raw.items() if key in section.model_fields}
-    if passed_over := sorted(raw.keys() - known.keys()):
+    fields = {key: value for key, value in raw.items() if key in section.model_fields}
+    if passed_over := sorted(raw.keys() - fields.keys()):
         logger.info("%s holds what this release does not know, and passes over: %s", origin, ", ".join(passed_over))
     try:
-        return section.model_validate(known)
+        return section.model_validate(fields)
     except ValidationError as exc:
         problems = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
         raise ConfigError(f"{origin} cannot be used by this release: {problems}") from exc
@@ -195,9 +195,9 @@ def whole_numbers(value: Any) -> Any:
     The schema takes an integer for a float, and no float for an integer.
     """
     if isinstance(value, Mapping):
-        return {key: whole_numbers(each) for key, each in value.items()}
+        return {key: whole_numbers(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [whole_numbers(each) for each in value]
+        return [whole_numbers(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -216,8 +216,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(path[:-1], start=1):
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            held = ".".join(path[:depth])
-            raise ConfigError(f"--set {override}: {held} is no section but {table!r}: set it whole, as {held}=...")
+            name = ".".join(path[:depth])
+            raise ConfigError(f"--set {override}: {name} is no section but {table!r}: set it whole, as {name}=...")
     table[path[-1]] = _parse(value, override)
 
 
@@ -317,5 +317,5 @@ def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         below = [*CLUSTERS.values()] if field.discriminator else []
         if field.annotation is (inner := _held(field)) and inner:
             below = [inner]
-        for each in below:
-            yield from key_paths(each, f"{prefix}{name}.")
+        for member in below:
+            yield from key_paths(member, f"{prefix}{name}.")

@@ -141,7 +141,7 @@ def merged(base: Any, patch: Any, key: str = "") -> Any:
     if key == "containers":
         return [merged((base or [{}])[0], patch[0])]
     if key in _BY_NAME:
-        return [*({each["name"]: each for each in [*base, *patch]}).values()]
+        return [*({entry["name"]: entry for entry in [*base, *patch]}).values()]
     return [*base, *patch]
 
 
@@ -498,6 +498,6 @@ def price_per_hour(ray: RayConfig, gpu: str) -> tuple[float, str] | None:
         return None
     if ray.gpu_price_per_hour is not None:
         return ray.gpu_price_per_hour, "ray.gpu_price_per_hour"
-    listed = next((each for each in GPUS.values() if each.product.replace("-", " ") == gpu), None)
+    listed = next((row for row in GPUS.values() if row.product.replace("-", " ") == gpu), None)
     listed = listed or (GPUS[ray.gpu] if ray.gpu else None)
     return (listed.price_per_hour, f"{listed.price_source}, {PRICED}") if listed else None

@@ -206,8 +206,8 @@ class TrainConfig(Section):
             step *= self.micro_batch_size
             factors = f"train.micro_batch_size {self.micro_batch_size} x {factors}"
         if self.batch_size % step:
-            each, left_over = divmod(self.batch_size, num_workers)
-            smaller = math.gcd(each, self.micro_batch_size)
+            per_worker, left_over = divmod(self.batch_size, num_workers)
+            smaller = math.gcd(per_worker, self.micro_batch_size)
             raise ValueError(
                 f"train.batch_size {self.batch_size} is not a multiple of {factors}: "
                 f"try train.batch_size={max(step, self.batch_size // step * step)}"

@@ -271,8 +271,8 @@ class Compared:
         if self.bounds is None:
             return RuleResult(**fields, passed=passed, text=text or unmeasured(self))
         ends = {name: getattr(self.bounds, name) for name in ("gain", "lower", "upper")}
-        known = {**ends, "confidence": self.confidence, "relative": self.relative}
-        return RuleResult(**fields, **known, passed=passed, text=text)
+        numbers = {**ends, "confidence": self.confidence, "relative": self.relative}
+        return RuleResult(**fields, **numbers, passed=passed, text=text)
 
 
 def better_than_base(policy: GateConfig, compared: Compared) -> RuleResult:

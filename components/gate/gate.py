@@ -131,7 +131,7 @@ def replay(store: Store, run_id: str) -> Replayed:
         signing.require_evaluated(store, recorded.adapter, recorded.version, run_id, recorded.evaluation_sha256)
     except (IntegrityError, ConfigError) as exc:
         unsigned = str(exc)
-    found = decide(
+    decision = decide(
         evaluation,
         read_evidence(store, evaluation),
         GateConfig.model_validate(without_removed({**LEGACY_POLICY, **recorded.policy}, "gate")),
@@ -140,7 +140,7 @@ def replay(store: Store, run_id: str) -> Replayed:
         passed_before=recorded.passed_before,
         lead=recorded.lead,
     )
-    return Replayed(recorded, found, unsigned)
+    return Replayed(recorded, decision, unsigned)
 
 
 def as_markdown(decision: Decision) -> str:

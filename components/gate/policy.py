@@ -218,8 +218,8 @@ def _basis_sha256(evaluation: Evaluation, policy: GateConfig, decision: Decision
 def _required(evaluation: Evaluation, role: Role) -> Measured:
     measured = evaluation.model(role)
     if measured is None:
-        found = ", ".join(name for name, model in evaluation.models.items() if model) or "nothing"
-        raise DataError(f"the evaluation has no metrics for the {role}: models holds {found}")
+        measured_roles = ", ".join(name for name, model in evaluation.models.items() if model) or "nothing"
+        raise DataError(f"the evaluation has no metrics for the {role}: models holds {measured_roles}")
     return measured
 
 

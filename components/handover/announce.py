@@ -299,7 +299,7 @@ SLACK, TEAMS, SMTP = "FINELOOP_SLACK_WEBHOOK", "FINELOOP_TEAMS_WEBHOOK", "FINELO
 def _lines(told: Announcement | Night) -> list[str]:
     """The message, its first line the title."""
     if isinstance(told, Night):
-        commands = [f"{each['command']} # {each['why']}" for each in told.commands]
+        commands = [f"{step['command']} # {step['why']}" for step in told.commands]
         lines = [f"{told.title} ({told.kind})", told.reason, *commands, told.report_uri]
     else:
         title = f"{told.adapter}: {told.version} is in {told.alias} ({told.kind.replace('_', ' ')})"

@@ -40,7 +40,7 @@ def push(
         hub.create_repo(repository, private=not is_public, exist_ok=True)
         if not is_public and not hub.model_info(repository).private:
             raise UserError(f"{repository} is public: say --public, or take another repository")
-        if any(each.name == tag for each in hub.list_repo_refs(repository).tags):
+        if any(ref.name == tag for ref in hub.list_repo_refs(repository).tags):
             raise UserError(f"{repository} has {tag} already: take another repository, or delete that tag there")
         done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
         hub.create_tag(repository, tag=tag, revision=done.oid)

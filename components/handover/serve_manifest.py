@@ -303,7 +303,7 @@ def _llm_d(weights: Weights) -> dict[str, Any]:
     """
     facts = weights[0][0]
     pool = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": _kubernetes_name(facts)}
-    targets = [{"modelRewrite": f"{each.name}@{each.version}", "weight": weight} for each, weight in weights]
+    targets = [{"modelRewrite": f"{facts.name}@{facts.version}", "weight": weight} for facts, weight in weights]
     return {
         "apiVersion": "inference.networking.x-k8s.io/v1alpha2",
         "kind": "InferenceModelRewrite",

@@ -261,7 +261,7 @@ def configuration() -> tuple[Any, str]:
 def conditions(resource: Resource, *statuses: str) -> dict[str, Resource]:
     """The conditions of an object by type; with `statuses`, those that have one of them."""
     stated = (resource.get("status") or {}).get("conditions") or []
-    return {each["type"]: each for each in stated if not statuses or each["status"] in statuses}
+    return {condition["type"]: condition for condition in stated if not statuses or condition["status"] in statuses}
 
 
 def read(response: Any) -> str:
@@ -352,7 +352,7 @@ def own_workflow() -> Workflow | None:
         return None
     try:
         pods, _ = KubernetesApi(own_namespace()).list({}, name=pod, path=PODS)
-        owners = [owner for each in pods for owner in each["metadata"].get("ownerReferences", [])]
+        owners = [owner for resource in pods for owner in resource["metadata"].get("ownerReferences", [])]
     except FineloopError as exc:
         logger.warning("which run this pod belongs to is not known: %s", exc)
         return None

@@ -67,7 +67,7 @@ class RayJobs:
         owner = self._workflow
         items, _ = self._api.list({}, name=job_id) if owner else ([], "")
         owners = items[0]["metadata"].get("ownerReferences", []) if items else []
-        if owner and items and owner.uid not in [known["uid"] for known in owners]:
+        if owner and items and owner.uid not in [other["uid"] for other in owners]:
             self._api.patch(job_id, {"metadata": {"ownerReferences": [*owners, owner.reference()]}})
 
     def follow(self, job: Job, job_id: str, log: LogCopy, poll_s: float) -> JobEnd:
@@ -214,8 +214,8 @@ def describe(rayjob: Resource, waits_for: str = QUOTA) -> str:
     if deployment == "Running" and status.get("jobStatus") in (None, "", "PENDING"):
         return "the cluster is up: starting the job"
     if deployment == "Retrying":
-        said = _said(status)
-        return f"failed: KubeRay tries again on a new cluster{f' ({said})' if said else ''}"
+        why = _said(status)
+        return f"failed: KubeRay tries again on a new cluster{f' ({why})' if why else ''}"
     return {"Running": "running", "Complete": "complete"}.get(deployment, deployment)
 
 

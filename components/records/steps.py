@@ -332,7 +332,7 @@ class Evaluation(Record):
         """What `since_champion` says, a line for each kind of record."""
         lines = []
         for which, paired in self.since_champion.items():
-            if parts := [(metric_of(each.metric), each.difference) for each in paired if is_metric(each.metric)]:
+            if parts := [(metric_of(gain.metric), gain.difference) for gain in paired if is_metric(gain.metric)]:
                 gains = ", ".join(f"{metric.label} {metric.gain_text(gain)}" for metric, gain in parts)
                 kind = "new to the champion" if which == "new" else "that it knew"
                 lines.append(f"{counted(paired[0].records, 'record')} {kind}: {gains}")

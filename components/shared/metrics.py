@@ -207,9 +207,9 @@ def metric_of(key: str) -> Metric:
 
 def metrics_of(keys: Iterable[str]) -> list[Metric]:
     """Return the metrics of these keys, in the table's order, then custom ones; other keys are left out."""
-    asked = set(keys)
-    own = sorted(key for key in asked - METRICS.keys() if is_metric(key))
-    return [metric for key, metric in METRICS.items() if key in asked] + [metric_of(key) for key in own]
+    wanted_keys = set(keys)
+    own = sorted(key for key in wanted_keys - METRICS.keys() if is_metric(key))
+    return [metric for key, metric in METRICS.items() if key in wanted_keys] + [metric_of(key) for key in own]
 
 
 MARKS = tuple(metric.key for metric in METRICS.values() if metric.is_share and not metric.probe)

@@ -131,7 +131,7 @@ def much_worse_unseen(pairs: Pairs) -> float:
     return unseen(lost) / float(pairs.weights.sum())
 
 
-def few_unseen(pairs: Pairs, found: Bounds, loss: float, confidence: float) -> float:
+def few_unseen(pairs: Pairs, between: Bounds, loss: float, confidence: float) -> float:
     """Return how much lower than in `found` the gain's bound is as if one more record lost `loss`, where a few do; 0
     where none or many do. In the unit of the gain, as `loss` is.
 
@@ -141,15 +141,15 @@ def few_unseen(pairs: Pairs, found: Bounds, loss: float, confidence: float) -> f
     sums = _summed(pairs)
     weights, gains = sums[:, 2], _residuals(pairs, sums) * (-1.0 if pairs.lower_is_better else 1.0)
     large = (LARGE_PART if pairs.lower_is_better else LARGE_OF_COARSE) * loss - 1e-9
-    if not 1 <= (-gains >= (found.gain + large) * weights).sum() < FEW:
+    if not 1 <= (-gains >= (between.gain + large) * weights).sum() < FEW:
         return 0.0
-    low, high = min(-loss, found.gain), found.gain
+    low, high = min(-loss, between.gain), between.gain
     for _ in range(40):
         middle = (low + high) / 2
         more = -float((weights**2).sum() / weights.sum()) * (loss + middle)
-        chance = chance_below_zero(np.append(gains + weights * (found.gain - middle), more))
+        chance = chance_below_zero(np.append(gains + weights * (between.gain - middle), more))
         low, high = (low, middle) if chance > 1 - confidence else (middle, high)
-    return max(0.0, found.lower - low)
+    return max(0.0, between.lower - low)
 
 
 def wins_and_losses(pairs: Pairs) -> tuple[int, int]:
@@ -204,17 +204,17 @@ def shown_worse(won: int, lost: int, records: int, margin: float, confidence: fl
     return margin == 0 or score_bounds(won, lost, records, confidence)[1] < -margin
 
 
-def records_to_decide(found: Bounds, required: float, confidence: float) -> int | None:
+def records_to_decide(between: Bounds, required: float, confidence: float) -> int | None:
     """Return how many records would decide, in four cases of five, on which side of `required` a gain like this lies.
 
     None if the gain is so near to `required` that no number of records is worth naming.
     """
-    distance = abs(found.gain - required)
+    distance = abs(between.gain - required)
     normal = NormalDist()
-    spread = (normal.inv_cdf(confidence) + normal.inv_cdf(POWER)) * found.error
-    if spread**2 * found.records >= MANY_RECORDS * distance**2:
+    spread = (normal.inv_cdf(confidence) + normal.inv_cdf(POWER)) * between.error
+    if spread**2 * between.records >= MANY_RECORDS * distance**2:
         return None
-    return 10 * math.ceil(found.records * (spread / distance) ** 2 / 10)
+    return 10 * math.ceil(between.records * (spread / distance) ** 2 / 10)
 
 
 def _widened(residuals: Array, quantile: float) -> float:
@@ -233,15 +233,15 @@ def _residuals(pairs: Pairs, sums: Array) -> Array:
     """Return what each row of `sums` adds to ours less theirs, times the sum of the weights; the parts sum to 0."""
     total = sums.sum(axis=0)
     _, parts = _gains_and_parts(pairs, total[None, :2] / total[2])
-    found: Array = sums @ parts[0]
-    return found
+    gains: Array = sums @ parts[0]
+    return gains
 
 
 def _summed(pairs: Pairs) -> Array:
     """Return our value, theirs and the weight, a row for each group, or for each record where there are no groups."""
     columns = (pairs.ours, pairs.theirs, pairs.weights)
     return np.stack(
-        columns if pairs.groups is None else [np.bincount(pairs.groups, weights=each) for each in columns], axis=1
+        columns if pairs.groups is None else [np.bincount(pairs.groups, weights=column) for column in columns], axis=1
     )
 
 

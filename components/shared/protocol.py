@@ -43,8 +43,8 @@ class Line:
         if word != "failed" or not body.startswith("{"):
             return None
         try:
-            found = json.loads(body)
-            return by_name(str(found["error"]), str(found["message"]))
+            failure = json.loads(body)
+            return by_name(str(failure["error"]), str(failure["message"]))
         except (ValueError, KeyError, TypeError):
             return None
 
@@ -75,7 +75,7 @@ def parse_line(line: str) -> Line | None:
 
 def printable(text: str) -> str:
     """Escape control characters: names and logs come from a store into which others may write."""
-    return _CONTROL.sub(lambda each: each[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def readable(log: str) -> str:

@@ -137,8 +137,8 @@ def _naming_parameters(overrides: Mapping[str, str]) -> Iterator[None]:
         raise type(exc)(f"{to_blame}: {message}" if rest == message else f"{to_blame}{rest}") from exc
 
 
-def _begun(name: str, given: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> StepRun:
-    config = _validated(given, run_id, overrides)
+def _begun(name: str, values: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> StepRun:
+    config = _validated(values, run_id, overrides)
     store, key = Store.open(config.registry), runs.run_key(run_id, runs.CONFIG)
     body = config_file.dumps(config).encode()
     try:
@@ -165,8 +165,8 @@ def _reopened(name: str, run_uri: str, config_digest: str) -> StepRun:
     return StepRun(name, run_uri.rstrip("/").rpartition("/")[2], config, Store.open(config.registry))
 
 
-def _as_begun(name: str, given: Mapping[str, Any], run_id: str) -> StepRun:
-    config = _validated(given, run_id, NOTHING)
+def _as_begun(name: str, values: Mapping[str, Any], run_id: str) -> StepRun:
+    config = _validated(values, run_id, NOTHING)
     store, key = Store.open(config.registry), runs.run_key(run_id, runs.CONFIG)
     if begun := store.read(key):
         config = config_file.loads(begun[0].decode(), origin=store.uri(key))
@@ -179,9 +179,9 @@ def require_run_id(run_id: str) -> None:
         raise ConfigError(f"run_id {run_id!r}: takes letters, digits, '.', '_' and '-', at most 100 characters")
 
 
-def _validated(given: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> RunConfig:
+def _validated(values: Mapping[str, Any], run_id: str, overrides: Mapping[str, str]) -> RunConfig:
     require_run_id(run_id)
-    table = config_file.whole_numbers(given)
+    table = config_file.whole_numbers(values)
     return config_file.validate(table, [*overrides.values()], origin=CONFIG, overriding="")
 
 

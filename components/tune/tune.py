@@ -21,27 +21,27 @@ def tune(step_run: StepRun, *, dataset_uri: str) -> float:
     config, store, run_id = step_run.config, step_run.store, step_run.run_id
     require_none_erased(store, dataset_uri)
     dataset = folders.read_manifest(store, store.key(dataset_uri).rstrip("/")).about
-    known, prior = between_runs.recall_rate(store, config), config.learning_rate
-    if is_due(config.tune.when, known, dataset["dataset_id"]) and (
+    remembered, prior = between_runs.recall_rate(store, config), config.learning_rate
+    if is_due(config.tune.when, remembered, dataset["dataset_id"]) and (
         swept := _swept(step_run, dataset_uri, dataset["train_records"])
     ):
-        known = swept
-    if known is None:
+        remembered = swept
+    if remembered is None:
         step_run.say(f"tune.methods leaves {config.method.name} out: the rate is {prior:g}")
         rate = TunedRate(learning_rate=prior, prior=prior)
     else:
-        step_run.say(f"the rate is {known.learning_rate:g}, which the sweep of run {known.run_id} found")
-        rate = TunedRate(learning_rate=known.learning_rate, prior=prior, sweep_run_id=known.run_id)
+        step_run.say(f"the rate is {remembered.learning_rate:g}, which the sweep of run {remembered.run_id} found")
+        rate = TunedRate(learning_rate=remembered.learning_rate, prior=prior, sweep_run_id=remembered.run_id)
     runs.write(store, run_id, rate)
     step_run.result.update(rate.model_dump(mode="json", exclude={"format"}))
     return rate.learning_rate
 
 
-def is_due(when: When, known: FoundRate | None, dataset_id: str) -> bool:
+def is_due(when: When, remembered: FoundRate | None, dataset_id: str) -> bool:
     """Whether a run sweeps, given the remembered rate and the dataset that it trains on."""
     if when == "data_changed":
-        return known is None or known.dataset_id != dataset_id
-    return when == "always" or (when == "no_prior_sweep" and known is None)
+        return remembered is None or remembered.dataset_id != dataset_id
+    return when == "always" or (when == "no_prior_sweep" and remembered is None)
 
 
 def _swept(step_run: StepRun, dataset_uri: str, train_records: int) -> FoundRate | None:
