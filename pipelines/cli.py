@@ -51,7 +51,7 @@ class _Grouped(argparse.RawDescriptionHelpFormatter):
         if not isinstance(action, argparse._SubParsersAction):
             return super()._format_action(action)
         lines = {
-            each.dest: super(_Grouped, self)._format_action(each) for each in self._iter_indented_subactions(action)
+            verb.dest: super(_Grouped, self)._format_action(verb) for verb in self._iter_indented_subactions(action)
         }
         return "\n".join(f"  {title}\n{''.join(lines[name] for name in names)}" for title, names in LISTED.items())
 

@@ -71,22 +71,23 @@ def list_(options: argparse.Namespace) -> Answer:
             require_adapter(store, options.name)
             return _listed(options.name, versions.list_versions(store, options.name))
         adapters: list[dict[str, Any]] = [
-            {"name": name, "newest": each.newest, "versions": each.versions, "aliases": each.aliases}
-            for name, each in all_adapters(store).items()
+            {"name": name, "newest": summary.newest, "versions": summary.versions, "aliases": summary.aliases}
+            for name, summary in all_adapters(store).items()
         ]
         none = f"no adapters in {store.uri('')} yet: `fineloop run` makes one"
     rows = [("adapter", "versions", "newest", "aliases")]
-    for each in adapters:
-        aliases = " ".join(f"{alias}={version}" for alias, version in each["aliases"].items())
-        rows.append((each["name"], str(each["versions"]), each["newest"] or "-", aliases or "-"))
+    for adapter in adapters:
+        aliases = " ".join(f"{alias}={version}" for alias, version in adapter["aliases"].items())
+        rows.append((adapter["name"], str(adapter["versions"]), adapter["newest"] or "-", aliases or "-"))
     return Answer({"adapters": adapters}, table(rows) if adapters else none)
 
 
 def _listed(name: str, listed: Sequence[Version]) -> Answer:
     rows = [("version", "published", "run", "aliases")]
-    rows += [
-        (each.version, each.created_at[:19], each.run_id or "-", ", ".join(each.aliases) or "-") for each in listed
-    ]
+    for version in listed:
+        rows.append(
+            (version.version, version.created_at[:19], version.run_id or "-", ", ".join(version.aliases) or "-")
+        )
     return Answer({"name": name, "versions": [_described(version) for version in listed]}, table(rows))
 
 
@@ -221,8 +222,8 @@ def check(options: argparse.Namespace) -> Answer:
     is that of production's own run, if that ran on no cluster of its own. With check.roll_back what is shown to be
     worse goes back by itself.
     """
-    given = {"check.against": options.against, "check.worse_by": options.worse_by, "data.source": options.source}
-    texts = {key: value if key == "check.worse_by" else json.dumps(value) for key, value in given.items() if value}
+    settings = {"check.against": options.against, "check.worse_by": options.worse_by, "data.source": options.source}
+    texts = {key: value if key == "check.worse_by" else json.dumps(value) for key, value in settings.items() if value}
     if "data.source" in texts and "://" not in options.source:
         texts["data.source"] = json.dumps(str(Path(options.source).expanduser().absolute()))
     options.overrides = [*options.overrides, *(f"{key}={value}" for key, value in texts.items())]
@@ -233,10 +234,10 @@ def check(options: argparse.Namespace) -> Answer:
         )
     with opened_registry(options) as store:
         if options.config == DEFAULT_CONFIG:
-            held = versions.resolve(store, f"{options.name}@{config.adapter.alias}")
-            own = own_config(read_lineage(store, held), config, options.overrides, origin=f"lineage of {held.uri}")
+            holder = versions.resolve(store, f"{options.name}@{config.adapter.alias}")
+            own = own_config(read_lineage(store, holder), config, options.overrides, origin=f"lineage of {holder.uri}")
             if own.ray.cluster != config.ray.cluster:  # its image, too, is for whoever asks to choose
-                raise UserError(f"{held.uri} was trained on another cluster than the config's: name its own with -c")
+                raise UserError(f"{holder.uri} was trained on another cluster than the config's: name its own with -c")
             config = own.model_copy(update={"announce": config.announce})
         compared(store, config)  # so that a mistake is said before anything is started
     shown = local.check(config, Place(options.home, sys.stderr, verbose=options.verbose, address=options.address))
@@ -330,7 +331,7 @@ def lineage(options: argparse.Namespace) -> Answer:
     with opened_version(options) as (store, version):
         if options.tree:
             grown = versions.ancestors(store, version)
-            described = [{**_named(each), "made_from": [asdict(one) for one in made_from]} for each, made_from in grown]
+            described = [{**_named(made), "made_from": [asdict(one) for one in made_from]} for made, made_from in grown]
             return Answer({"versions": described}, "\n".join(versions.tree(grown)))
         record = read_lineage(store, version)
     return Answer(record, json.dumps(record, indent=2))
@@ -366,8 +367,8 @@ def sign(options: argparse.Namespace) -> Answer:
     if options.held:
         with opened_registry(options) as store:
             signed = sign_held(store, options.held, key)
-        lines = [f"{each.version} {f'for {each.alias}' if each.alias else 'as revoked'}" for each in signed]
-        body = {"name": options.held, "signed": [each._asdict() for each in signed], "public_key": public}
+        lines = [f"{sig.version} {f'for {sig.alias}' if sig.alias else 'as revoked'}" for sig in signed]
+        body = {"name": options.held, "signed": [sig._asdict() for sig in signed], "public_key": public}
         return Answer(body, "\n  ".join([f"of {options.held}, {len(lines)} signed by {public}", *lines]))
     with opened_version(options) as (store, version):
         alias = options.alias or version.asked_as or PRODUCTION
@@ -394,8 +395,8 @@ def revoke(options: argparse.Namespace) -> Answer:
             raise UserError(f"registry.trusted_keys lacks {public}, so its revocations would be ignored: add it there")
         uri = signing.revoke(store, version.name, version.version, key, reason=options.reason)
     body = {**_named(version), "statement_uri": uri, "public_key": public, "aliases": list(version.aliases)}
-    held = f"; {', '.join(version.aliases)} still at it, so roll back" if version.aliases else ""
-    return Answer(body, f"{version.name} {version.version} is revoked{held}")
+    still_at = f"; {', '.join(version.aliases)} still at it, so roll back" if version.aliases else ""
+    return Answer(body, f"{version.name} {version.version} is revoked{still_at}")
 
 
 def _key() -> tuple[Signer, str]:
@@ -426,12 +427,12 @@ def audit_all(options: argparse.Namespace) -> Answer:
     """
     with opened_registry(options) as store:
         audits = [audit(store, name) for name in _names(options, store)]
-    findings = [finding for each in audits for finding in each.findings]
+    findings = [finding for trail in audits for finding in trail.findings]
     body = {
-        "adapters": [{"name": each.name, "versions": each.versions, "events": each.events} for each in audits],
+        "adapters": [{"name": trail.name, "versions": trail.versions, "events": trail.events} for trail in audits],
         "findings": [asdict(finding) for finding in findings],
     }
-    versions_read, events_read = (sum(getattr(each, what) for each in audits) for what in ("versions", "events"))
+    versions_read, events_read = (sum(getattr(trail, what) for trail in audits) for what in ("versions", "events"))
     read = f"{counted(len(audits), 'adapter')}, {counted(versions_read, 'version')}, {counted(events_read, 'event')}"
     lines = [f"{read}: {counted(len(findings), 'finding') if findings else 'no findings'}"]
     lines += [f"{finding.where}: {finding.what}" for finding in findings]
@@ -458,14 +459,14 @@ def collect(options: argparse.Namespace) -> Answer:
     with opened_registry(options) as store:
         gone = removals(store, _names(options, store), rules, now=datetime.now(UTC))
         if options.delete:
-            gone = [each for each in gone if remove(store, each)]
-    size = sum(each.size_bytes for each in gone)
+            gone = [item for item in gone if remove(store, item)]
+    size = sum(item.size_bytes for item in gone)
     described = [
-        {"kind": each.kind, "name": each.name, "why": each.why, "objects": len(each.keys), "bytes": each.size_bytes}
-        for each in gone
+        {"kind": item.kind, "name": item.name, "why": item.why, "objects": len(item.keys), "bytes": item.size_bytes}
+        for item in gone
     ]
     did = "removed" if options.delete else "would go (--delete removes them)"
-    rows = [(each.kind, each.name, f"{each.size_bytes / 1e6:.1f} MB", each.why) for each in gone]
+    rows = [(item.kind, item.name, f"{item.size_bytes / 1e6:.1f} MB", item.why) for item in gone]
     lines = [*([table(rows)] if rows else []), f"{len(gone)} {did}, {size / 1e6:.1f} MB"]
     return Answer({"deleted": options.delete, "bytes": size, "removals": described}, "\n".join(lines))
 

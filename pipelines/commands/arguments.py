@@ -149,8 +149,8 @@ def either(*options: Takes, required: bool = False) -> Takes:
 
     def add(parser: argparse.ArgumentParser) -> None:
         group = parser.add_mutually_exclusive_group(required=required)
-        for each in options:
-            each(group)
+        for add_option in options:
+            add_option(group)
 
     return add
 
@@ -237,7 +237,7 @@ def load_config(options: argparse.Namespace) -> RunConfig:
 def _absolute(sources: str | list[str]) -> str | list[str]:
     if isinstance(sources, str):
         return sources if "://" in sources or not sources else str(Path(sources).expanduser().absolute())
-    return [str(_absolute(each)) for each in sources]
+    return [str(_absolute(source)) for source in sources]
 
 
 def name_from(source: str) -> str:

@@ -70,8 +70,8 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
     profile, tokens = body["profile"], body["tokens"]
     rows, train = profile["rows"], profile["splits"]["train"]
     yield f"{rows['read']:,} rows: {rows['rejected']:,} unusable"
-    for each in profile["rejected"]:
-        yield f"  {each['rows']:>6,}  {each['reason']} (for example {each['example']})"
+    for rejected in profile["rejected"]:
+        yield f"  {rejected['rows']:>6,}  {rejected['reason']} (for example {rejected['example']})"
     shown = data_profile(profile)
     assert shown is not None  # there is a profile
     for title, counts in shown["counts"]:
@@ -84,12 +84,12 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
     if tokens and tokens["length"]:
         lengths |= {"record, tokens": tokens["length"], "trained on, tokens": tokens["trained"]}
     described = [
-        (name, *(f"{values[each]:,}" for each in ("p10", "p50", "p90", "p100"))) for name, values in lengths.items()
+        (name, *(f"{values[rank]:,}" for rank in ("p10", "p50", "p90", "p100"))) for name, values in lengths.items()
     ]
     yield "\n" + table([("", "10 %", "median", "90 %", "longest"), *described])
     if top := train["most_frequent_answers"][:5]:
         yield f"\n{train['distinct_answers']:,} different answers; the most frequent:"
-        yield from (f"  {each['share']:>6.1%}  {' '.join(each['answer'].split())[:80]}" for each in top)
+        yield from (f"  {answer['share']:>6.1%}  {' '.join(answer['answer'].split())[:80]}" for answer in top)
     yield ""
     yield from _as_read(body)
     if "page" in body:
@@ -172,26 +172,26 @@ def data_erase(options: argparse.Namespace) -> Answer:
     body = {
         "erased": [{"id": record_id, **asdict(erasure)} for record_id, erasure in erased.items()],
         "users": [{"user": name, **asdict(erasure)} for name, erasure in of_people.items()],
-        "datasets": [asdict(each) for each in exposure.datasets],
-        "versions": [asdict(each) for each in exposure.versions],
+        "datasets": [asdict(dataset) for dataset in exposure.datasets],
+        "versions": [asdict(version) for version in exposure.versions],
         "runs": list(exposure.runs),
         "unread": list(exposure.unread),
         "next": [{"command": command, "why": why} for command, why in follows],
     }
     lines = ["nothing is erased (--dry-run)"]
     if erased:
-        before = sum(not each.is_new for each in erased.values())
+        before = sum(not erasure.is_new for erasure in erased.values())
         lines = [f"{counted(len(erased), 'record')} erased for good{f', {before} of them before' if before else ''}"]
     if of_people:
         lines = [*lines[: len(erased)], f"{counted(len(of_people), 'user')} erased for good, with all later records"]
     if missing := set(ids) - {record_id for holder in exposure.datasets for record_id in holder.ids}:
         names = ", ".join(sorted(missing))
         lines += [f"in no dataset under this id: {names}. A copy of the text under another id is a record too"]
-    rows = [("dataset", each.dataset_id, ", ".join(each.parts), ", ".join(each.ids)) for each in exposure.datasets]
-    for each in exposure.versions:
-        why = {"dataset": f"trained on {each.dataset_id}", "parent": "grew from one that was"}
-        text = why.get(each.why, "lineage unread") + (", revoked" if each.revoked else "")
-        rows.append(("version", f"{each.name}@{each.version}", text, ", ".join(each.aliases)))
+    rows = [("dataset", data.dataset_id, ", ".join(data.parts), ", ".join(data.ids)) for data in exposure.datasets]
+    for version in exposure.versions:
+        why = {"dataset": f"trained on {version.dataset_id}", "parent": "grew from one that was"}
+        text = why.get(version.why, "lineage unread") + (", revoked" if version.revoked else "")
+        rows.append(("version", f"{version.name}@{version.version}", text, ", ".join(version.aliases)))
     rows += [("run", run_id, "evaluated on them", "") for run_id in exposure.runs]
     lines += [table(rows)] if rows else []
     lines += ["next:"] if follows else []
@@ -201,15 +201,15 @@ def data_erase(options: argparse.Namespace) -> Answer:
 
 def _next_steps(exposure: "Exposure", *, revocable: bool) -> Iterator[tuple[str, str]]:
     """What has to be done, in this order: the command, or none where there is no command for it, and why."""
-    for name in dict.fromkeys(each.name for each in exposure.versions):
+    for name in dict.fromkeys(version.name for version in exposure.versions):
         why = f"train {name} again without them: with its own config, and though nothing is new"
         yield "fineloop run -c CONFIG --set data.min_new_records=0", why
-    for each in exposure.versions:
-        reference = f"{each.name}@{each.version}"
-        if each.aliases:
-            aliases = ", ".join(each.aliases)
+    for version in exposure.versions:
+        reference = f"{version.name}@{version.version}"
+        if version.aliases:
+            aliases = ", ".join(version.aliases)
             yield f"fineloop adapters show {reference}", f"{aliases} must move to the new version first"
-        if revocable and not each.revoked:
+        if revocable and not version.revoked:
             revoke = f"fineloop adapters revoke {reference} --reason 'trained on an erased record'"
             yield revoke, "so that it is not used again"
     if exposure.versions and not revocable:

@@ -167,7 +167,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], data: DataConfig) -> dict[str, A
             print_err(f"  {number:>2}  {column}: {samples}")
         if not named.prompt:
             what, usual = "the prompt's columns, by number or name, in their order", ",".join(prompts) or columns[0]
-            prompts = [_column(each, columns) for each in _asked(what, "data.columns.prompt", usual).split(",")]
+            prompts = [_column(typed, columns) for typed in _asked(what, "data.columns.prompt", usual).split(",")]
         if not named.completion:
             others = [column for column in columns if column not in prompts]
             # Of classes there are few.

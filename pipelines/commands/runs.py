@@ -65,8 +65,8 @@ def list_(options: argparse.Namespace) -> Answer:
 
     if options.store or not (options.state or options.experiment or client.is_named(os.environ, host=options.host)):
         return _kept(options)
-    asked = {name: getattr(options, name) for name in ("experiment", "state", "adapter", "limit")}
-    listed = runs.listed(connected(options), **asked)
+    filters = {name: getattr(options, name) for name in ("experiment", "state", "adapter", "limit")}
+    listed = runs.listed(connected(options), **filters)
     rows = [("run", "name", "adapter", "state", "began", "took")]
     rows += [(one.run_id, one.name, one.config.adapter, one.state.lower(), *_times(one)) for one in listed]
     text = table(rows) if listed else "no such runs yet: `fineloop submit` starts one"
@@ -78,11 +78,11 @@ def _kept(options: argparse.Namespace) -> Answer:
     with opened_registry(options) as store:
         listed = past_runs.listed(store, options.home, adapter=options.adapter, limit=options.limit)
     chosen = metrics_of({one.metric for one in listed} - {LOSS})
-    measured = [LOSS, *(each.label for each in chosen)]
+    measured = [LOSS, *(metric.label for metric in chosen)]
     rows = [("run", "began", "adapter", "outcome", *measured, "rate", "steps", "hours", "price", "note")]
     for one in listed:
-        values = [one.metrics.get(each.key) if each.key == one.metric else None for each in chosen]
-        shown = [each.text(value) if value is not None else "-" for each, value in zip(chosen, values, strict=True)]
+        values = [one.metrics.get(metric.key) if metric.key == one.metric else None for metric in chosen]
+        shown = [metric.text(value) if value is not None else "-" for metric, value in zip(chosen, values, strict=True)]
         rate = "-" if one.learning_rate is None else f"{one.learning_rate:.3g}"
         loss = "-" if one.loss is None else metric_of(LOSS).text(one.loss)
         hours = "-" if one.hours is None else f"{one.hours:.2f}"
@@ -266,7 +266,7 @@ def compare(options: argparse.Namespace) -> Answer:
     body: dict[str, Any] = {
         "runs": [{key: getattr(side, key) for key in about} | {"metrics": dict(side.metrics)} for side in sides],
         "config": keys,
-        "against_first": [asdict(each) for each in beside],
+        "against_first": [asdict(comparison) for comparison in beside],
     }
     texts = {key: ["-" if value is None else str(value) for value in values] for key, values in keys.items()}
     lines = list(_comparison_lines(sides, texts, beside))
@@ -289,15 +289,15 @@ def _comparison_lines(
     yield table([("config", *names), *((key, *values) for key, values in texts.items())])
     yield ""
     yield table([("metric", *names), *((name, *row) for name, row in metric_rows([side.metrics for side in sides]))])
-    for each, side in zip(beside, sides[1:], strict=True):
+    for comparison, side in zip(beside, sides[1:], strict=True):
         if side.version and side.version == sides[0].version:
-            yield f"\n{each.name} and {names[0]} are the same version, {side.version}"
+            yield f"\n{comparison.name} and {names[0]} are the same version, {side.version}"
             continue
-        yield f"\n{each.name} against {names[0]}, on {each.records} records"
-        yield from _gain_lines(each)
-        right = sum(record.is_right for record in each.turned)
-        yield f"  {right} turned right, {len(each.turned) - right} wrong"
-        for record in each.turned[:5]:  # --json and --html have all
+        yield f"\n{comparison.name} against {names[0]}, on {comparison.records} records"
+        yield from _gain_lines(comparison)
+        right = sum(record.is_right for record in comparison.turned)
+        yield f"  {right} turned right, {len(comparison.turned) - right} wrong"
+        for record in comparison.turned[:5]:  # --json and --html have all
             sign = "right" if record.is_right else "wrong"
             yield f"    {sign}  {_clip(record.prompt)} -> {_clip(record.after)} (was {_clip(record.before)})"
 

@@ -40,8 +40,8 @@ def _declare(name: str, title: str, *, starts: str, client: str) -> None:
     )
     def up(options: argparse.Namespace) -> Answer:
         bucket = load_config(options).registry.bucket
-        found, home = local_services.up(name, options.home, bucket), home_option(options)
-        body = {"address": found["RAY_ADDRESS"]} if name == "ray" else {"endpoint": found["AWS_ENDPOINT_URL"]}
+        variables, home = local_services.up(name, options.home, bucket), home_option(options)
+        body = {"address": variables["RAY_ADDRESS"]} if name == "ray" else {"endpoint": variables["AWS_ENDPOINT_URL"]}
         at, use = next(iter(body.values())), f'eval "$(fineloop {name} env{home})"'
         text = f"{title} is up at {at}, until `fineloop {name} down{home}`; to use it: {use}"
         return Answer(body if name == "ray" else {**body, "bucket": bucket}, text)
@@ -101,11 +101,11 @@ def reap(options: argparse.Namespace) -> Answer:
     verdicts, failures = reaping.reap(backends, reaping.state_on(kubeflow), dry_run=options.dry_run)
     did = "would stop" if options.dry_run else "stopped"
     in_order = sorted(verdicts, key=lambda verdict: not verdict.is_orphan)
-    lines = [f"{did if each.is_orphan else 'kept'} {each.job.job_id}: {each.why}" for each in in_order]
+    lines = [f"{did if verdict.is_orphan else 'kept'} {verdict.job.job_id}: {verdict.why}" for verdict in in_order]
     lines += [f"could not look at {failure}" for failure in failures]
     body = {
-        "stopped": [each.as_json() for each in verdicts if each.is_orphan],
-        "kept": [each.as_json() for each in verdicts if not each.is_orphan],
+        "stopped": [verdict.as_json() for verdict in verdicts if verdict.is_orphan],
+        "kept": [verdict.as_json() for verdict in verdicts if not verdict.is_orphan],
         "dry_run": options.dry_run,
         "failures": failures,
     }

@@ -136,9 +136,9 @@ def is_named(environment: Mapping[str, str], *, host: str = "") -> bool:
     return _host(host, environment) is not None
 
 
-def _host(given: str, environment: Mapping[str, str]) -> str | None:
+def _host(option: str, environment: Mapping[str, str]) -> str | None:
     """Return the server's URL; empty if kfp should find it through the kubeconfig, None if nothing names one."""
-    host = given or environment.get("KFP_ENDPOINT", "") or environment.get("KF_PIPELINES_ENDPOINT", "")
+    host = option or environment.get("KFP_ENDPOINT", "") or environment.get("KF_PIPELINES_ENDPOINT", "")
     if host:
         if not host.startswith(("http://", "https://")):
             raise UserError(f"--host (KFP_ENDPOINT) is {host!r}: it starts with http:// or https://")

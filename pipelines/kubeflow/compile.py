@@ -181,11 +181,11 @@ def defined(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def resolve_parameters(
-    spec: Mapping[str, Any], config: RunConfig, given: Sequence[str], *, kept: Mapping[str, Any] | None = None
+    spec: Mapping[str, Any], config: RunConfig, changes: Sequence[str], *, kept: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the parameters to send: the config, and each NAME=VALUE of `given` in the type that the pipeline wants.
+    """Return the parameters to send: the config, and each NAME=VALUE of `changes` in the type that the pipeline wants.
 
-    `kept` has earlier values, which stay unless the pipeline has no such parameter any more, or `config` or `given`
+    `kept` has earlier values, which stay unless the pipeline has no such parameter any more, or `config` or `changes`
     replaces them. Raises UserError: a name is unknown, or a value does not have the parameter's type; the server checks
     the rest.
     """
@@ -193,7 +193,7 @@ def resolve_parameters(
     values = {name: value for name, value in (kept or {}).items() if name in parameters}
     if CONFIG in parameters:
         values[CONFIG] = config_file.as_table(config)
-    for argument in given:
+    for argument in changes:
         name, equals, text = argument.partition("=")
         if not equals:
             raise UserError(f"--param {argument}: expected NAME=VALUE")
@@ -262,9 +262,9 @@ class GivenConfig:
     def of(cls, detail: Any, spec: Mapping[str, Any]) -> "GivenConfig":
         """Read the config that was sent, or else the default in the pipeline's spec; an empty spec has no default."""
         default = defined(spec).get(CONFIG, {}).get("defaultValue") if spec else None
-        given = sent(detail)
-        fields = {name: given[name] for name in (*KEYS, ANYWAY) if name in given}
-        table = config_file.whole_numbers(given.get(CONFIG) or default)
+        parameters = sent(detail)
+        fields = {name: parameters[name] for name in (*KEYS, ANYWAY) if name in parameters}
+        table = config_file.whole_numbers(parameters.get(CONFIG) or default)
         return cls(dict(table) if isinstance(table, Mapping) else {}, fields)
 
     @property

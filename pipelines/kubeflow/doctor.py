@@ -276,7 +276,7 @@ def _deployments(cluster: Cluster, *names: str) -> Finding:
                 raise
         if not deployments:
             absent.append(name)
-        elif not any((each.get("status") or {}).get("availableReplicas") for each in deployments):
+        elif not any((deployment.get("status") or {}).get("availableReplicas") for deployment in deployments):
             namespace = deployments[0]["metadata"]["namespace"]
             fix = f"kubectl -n {namespace} scale deployment {name} --replicas 1, or describe it"
             return False, f"{name} has no pod that is ready", fix

@@ -244,14 +244,14 @@ def follow(
     kfp's own wait does not treat a canceled run as over. Raises KubeflowAway: the server was unavailable for five
     minutes; KubeflowError: the run is not over after `at_most_s` seconds.
     """
-    said: dict[str, str] = {}
+    reported: dict[str, str] = {}
     pause = 0.0
     began = answered = looked = clock()
 
     def say_once(key: str, value: str, line: str) -> None:
         nonlocal pause
-        if value and said.get(key) != value:
-            said[key], pause = value, 0.0
+        if value and reported.get(key) != value:
+            reported[key], pause = value, 0.0
             say(line)
 
     while True:

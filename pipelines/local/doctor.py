@@ -101,7 +101,7 @@ def _gpu(_home: Path, config: RunConfig) -> Found:
         seen = nvidia_gpus()
     except GroundError as exc:
         return False, str(exc), IN_MESSAGE
-    return True, "; ".join(", ".join(each) for each in seen) or "none seen: the workers use the CPU", ""
+    return True, "; ".join(", ".join(gpu) for gpu in seen) or "none seen: the workers use the CPU", ""
 
 
 def nvidia_gpus() -> list[tuple[str, str]]:
