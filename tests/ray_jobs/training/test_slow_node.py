@@ -15,7 +15,7 @@ from ray_jobs.training import step_zero, train_loop
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 
-STEP_S, FETCH_S = 30.0, 40.0
+STEP_S, FETCH_S = 15.0, 20.0
 
 
 def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
