@@ -18,28 +18,32 @@ import json, sys
 from components.prepare import sources
 from components.prepare.prepare import read_sources
 from components.shared.errors import DataError
-try:
-    found = sources.find_sources(sys.argv[1])
-    answers = []
-    read_sources(found, lambda batch: answers.extend(batch["answer"].to_pylist()), print)
-    print(json.dumps([[each.name for each in found], answers]))
-except DataError as exc:
-    print(json.dumps(str(exc)))
+said = []
+for entry in sys.argv[1:]:
+    try:
+        found = sources.find_sources(entry)
+        answers = []
+        read_sources(found, lambda batch: answers.extend(batch["answer"].to_pylist()), print)
+        said.append([[each.name for each in found], answers])
+    except DataError as exc:
+        said.append(str(exc))
+print(json.dumps(said))
 """
 ROW = '{"question": "a", "answer": "%s"}\n'
-Ask = Callable[..., object]
+Ask = Callable[..., list[object]]
 
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Ask:
     """In a process of its own, as huggingface_hub reads its settings when it is imported."""
 
-    def asked(entry: str, endpoint: str, **variables: str) -> object:
+    def asked(*entries: str, endpoint: str, **variables: str) -> list[object]:
         settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **variables}
-        command = [sys.executable, "-c", READ, entry]
+        command = [sys.executable, "-c", READ, *entries]
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        said: list[object] = json.loads(done.stdout.splitlines()[-1])
+        return said
 
     return asked
 
@@ -57,24 +61,29 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_training_files_of_a_data_set_are_read_at_one_commit(ask: Ask, folder: Path) -> None:
     with serving("org/name", folder, "datasets") as served:
-        for entry in ("hf://org/name/main", "hf://datasets/org/name@v1/main/train-*.jsonl"):
-            assert ask(entry, served.url) == [[f"hf://datasets/org/name@{COMMIT}/main/train-0.jsonl"], ["m"]]
-        name = "main/test-0.jsonl"
-        assert ask(f"hf://org/name/{name}", served.url) == [[f"hf://datasets/org/name@{COMMIT}/{name}"], ["t"]]
+        entries = (
+            "hf://org/name/main",
+            "hf://datasets/org/name@v1/main/train-*.jsonl",
+            "hf://org/name/main/test-0.jsonl",
+        )
+        at = f"hf://datasets/org/name@{COMMIT}/main"
+        train = [[f"{at}/train-0.jsonl"], ["m"]]
+        assert ask(*entries, endpoint=served.url) == [train, train, [[f"{at}/test-0.jsonl"], ["t"]]]
         assert served.sent == {"main/train-0.jsonl", "main/test-0.jsonl"}
 
 
 def test_a_data_set_that_cannot_be_read_is_named_with_the_reason(ask: Ask, folder: Path) -> None:
     with serving("org/name", folder, "datasets") as served:
-        several = "which has 2 folders of data: name one, such as hf://org/name/main, hf://org/name/socratic"
-        assert several in str(ask("hf://org/name", served.url))
-        assert "'hf://org/other', and the hub refuses it: " in str(ask("hf://org/other", served.url))
-        assert "which has no data files" in str(ask("hf://org/name/none", served.url))
+        entries = ("hf://org/name", "hf://org/other", "hf://org/name/none")
+        several, refused, empty = map(str, ask(*entries, endpoint=served.url))
+        assert "which has 2 folders of data: name one, such as hf://org/name/main, hf://org/name/socratic" in several
+        assert "'hf://org/other', and the hub refuses it: " in refused
+        assert "which has no data files" in empty
 
 
 def test_without_a_hub_it_says_what_else_to_do(ask: Ask) -> None:
     for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
-        message = str(ask("hf://org/name", "http://127.0.0.1:9", **settings))
+        message = str(ask("hf://org/name", endpoint="http://127.0.0.1:9", **settings))
         assert "'hf://org/name', and the hub cannot be reached" in message
         assert "copy the data set's files here or to S3" in message
 
