@@ -1,6 +1,7 @@
 """What may be loaded where, and what the words of the repository promise: commands and targets."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -202,6 +203,7 @@ def test_every_fineloop_command_of_the_documents_exists(command: str) -> None:
         config_file.load(config, [override.replace("NAME", "name") for override in options.overrides])
 
 
+@functools.cache
 def known_commands() -> set[str]:
     """Groups too."""
     named = [name.split()[1:] for name, _ in commands(cli.parser(), "fineloop")]
