@@ -6,7 +6,8 @@ backend), behind a proxy that counts requests and bytes of each process by itsel
 
 whole     all 80 layers, 141 GB: what asks for a pod's disk, `plan` and a driver read, up to where workers would begin;
           Ray is told of GPUs that are not there. With --fetch also what two workers of a node read before they load
-          it, and both again after a restart: --caches then needs 141 GB, of which a zram device holds almost nothing
+          it, and both again after a restart, beside the seconds that `plan` says for a network as fast as the server
+          here, and for a disk as fast as --caches: it needs 141 GB, of which a zram device holds almost nothing
 cut       the same with N layers and fewer tokens, whose weights a CPU can hold: a training by two workers under ZeRO-3
           in bfloat16, one of which dies after its first step, so that both start again on the node; then one on another
           node, whose cache is empty. But for its size, what is read of the base does not depend on its layers
@@ -182,9 +183,30 @@ def measure_whole(folder: Path, caches: Path, *, fetch: bool) -> None:
         cache = {"FINELOOP_CACHE": str(caches / "driver")}
         in_process(f"whole-driver-{attempt}", processes.driven, toml, "whole", **cache)
     identity = in_process("whole-known-to-driver", processes.identified, toml, **cache)
-    for attempt in ("first", "again") if fetch else ():
+    if fetch:
+        measure_start(toml, identity, caches / "node")
+
+
+def measure_start(toml: str, identity: Mapping[str, str], cache: Path) -> None:
+    """Two workers of a node get the base, and get it again; then the node's disk is read once, as they load from it."""
+    took: dict[str, float] = {}
+    network = in_process("whole-server", processes.server_speed, SHARDS // 10)
+    for attempt in ("first", "again"):
         ranks = [f"whole-rank-{rank}-{attempt}" for rank in range(2)]
-        at_once(ranks, processes.fetched, toml, identity, FINELOOP_CACHE=str(caches / "node"))
+        begun = time.perf_counter()
+        at_once(ranks, processes.fetched, toml, identity, FINELOOP_CACHE=str(cache))
+        took[attempt] = time.perf_counter() - begun
+    shards = sorted(path.resolve() for path in cache.rglob("*.safetensors"))
+    disk = in_process("whole-disk", processes.disk_speed, shards[: SHARDS // 10])
+    begun = time.perf_counter()
+    in_process("whole-load", processes.disk_speed, shards)
+    took["load"] = time.perf_counter() - begun
+    says = in_process("whole-start", processes.start_of, toml, network, disk)
+    here, at = sum(map(os.path.getsize, shards)), says["seconds"]
+    print(f"a node's bytes: plan {says['node_bytes'] / 1e9:.1f} GB, here {here / 1e9:.1f} GB")
+    print(f"a server of {network / 1e9:.2f} GB/s, a disk of {disk / 1e9:.2f} GB/s")
+    print(f"fetch: plan {at['fetch']:.0f} s, here {took['first']:.0f} s; again {took['again']:.0f} s")
+    print(f"load: plan {at['load']:.0f} s, here {took['load']:.0f} s")
 
 
 def measure_cut(folder: Path, caches: Path) -> None:
