@@ -5,8 +5,8 @@ checkpoint, a kill and what is resumed on fewer GPUs, int8, 8-bit and paged Adam
 speed beside each peer that is installed, and after each piece the GPU's peak memory beside what the plan said.
 
 Each piece is a process of its own, and its figures are in --out (JSON) once it has ended: call the command again, and
-it goes on with what is missing or has failed. A piece passes if its losses are finite and its first one is that of the
-first piece, or on long records that of the packed ones: the same records on the same base. `pytest -m gpu
+it goes on with what is missing, was skipped or has failed. A piece passes if its losses are finite and its first one is
+that of the first piece, or on long records that of the packed ones: the same records on the same base. `pytest -m gpu
 tests/benchmarks` runs the same list.
 
 Without a GPU all of it runs on processors, over a tiny base, so that the command is known to work; memory is then the
@@ -118,7 +118,7 @@ def main() -> None:
     day = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"pieces": {}}
     day["machine"] = machine()
     for name in options.only or PIECES:
-        if options.only is None and day["pieces"].get(name, {}).get("status") in ("passed", "skipped"):
+        if options.only is None and day["pieces"].get(name, {}).get("status") == "passed":
             continue
         print(f"{name} ...", flush=True)
         day["pieces"][name] = in_process(name, ["--base", options.base, "--shape", options.shape])
@@ -309,11 +309,13 @@ def beside(peer: str, *, use_gpu: bool, shape: str) -> dict[str, Any]:
         return {"status": "skipped", "reason": f"not installed: python -m benchmarks.peers --install --only {peer}"}
     if peer == "unsloth" and not use_gpu:
         return {"status": "skipped", "reason": "needs a GPU"}
-    here = ["--gpu", "--shape", shape] if use_gpu else ["--shape", "tiny", "--records", "32"]
+    here = ["--gpu", "--shape", shape] if use_gpu else ["--shape", "tiny", "--records", "96"]
     command = [sys.executable, "-m", "benchmarks.peers", "--rounds", "1", "--only", peer, *here]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     status = "failed" if done.returncode else "passed"
-    return {"status": status, "reason": done.stdout.strip().splitlines()[-1], "printed": done.stdout}
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    reason = next((line for line in lines if line.startswith("ratio")), f"exit status {done.returncode}")
+    return {"status": status, "reason": reason, "printed": done.stdout}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_day
 from benchmarks.gpu_day import FIRST, NOT_ON_A_PROCESSOR, PIECES, in_process, judge, table
 from components.config import config_file
 from tests.ray_jobs.conftest import CONFIG
@@ -50,6 +51,21 @@ def test_a_piece_is_judged_by_its_losses_and_the_first_ones() -> None:
     lines = list(table({"machine": {"gpus": [], "torch": "2"}, "pieces": pieces}))
     assert len(lines) == 2 + len(pieces)
     assert "a loss is not finite" in lines[5]
+
+
+def test_what_has_not_passed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = {name: ran(6.0, 5.0) for name in PIECES} | {"beside trl": {"status": "skipped", "reason": "not installed"}}
+    judge(pieces)
+    del pieces["int8"]
+    out = tmp_path / "day.json"
+    out.write_text(json.dumps({"pieces": pieces}))
+    tried: list[str] = []
+    monkeypatch.setattr(gpu_day, "in_process", lambda name, _: tried.append(name) or ran(6.0, 5.0))
+    monkeypatch.setattr(sys, "argv", ["gpu_day", "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        gpu_day.main()
+    assert ended.value.code == 0
+    assert tried == ["int8", "beside trl"]
 
 
 @pytest.mark.slow
