@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
-from types import FrameType
 from typing import Any
 
 from components.shared import garbage
@@ -97,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     garbage.leave_at_exit()
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     logging.getLogger("urllib3.connectionpool").setLevel(logging.DEBUG if options.verbose else logging.ERROR)
     for handler in logging.getLogger().handlers:
@@ -138,10 +137,6 @@ def _fail(options: argparse.Namespace, exc: BaseException, text: str, body: dict
 def _escape(record: logging.LogRecord) -> bool:
     record.msg, record.args = printable(record.getMessage()), None
     return True
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -220,7 +220,14 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor)
             manifest = verify(store, key, manifest_sha256=sha256, apart=[TOKENS] if key.startswith(DATASETS) else ())
             folder, _, content = key.rpartition("/")
             if folder.startswith("bases/"):
-                _require_chosen_base(store, folder, content, manifest)
+                if not manifest.content_sha256.startswith(content):
+                    raise IntegrityError(f"{store.uri(key)} holds another base than its name says")
+                chosen, wanted = (
+                    store.get_json(f"{folder}/chosen.json"),
+                    {"folder": content, "manifest_sha256": manifest.sha256},
+                )
+                if not isinstance(chosen, dict) or not wanted.items() <= chosen.items():
+                    raise IntegrityError(f"{store.uri(f'{folder}/chosen.json')} names another base or manifest")
         except (IntegrityError, ObjectMissing) as exc:
             yield Finding(store.uri(key), f"is what {version} was made of, and {exc}")
         yield from _tokens(store, f"{key}/{TOKENS}/", trained_on)
@@ -238,16 +245,6 @@ def _tokens(store: Store, prefix: str, trained_on: Mapping[tuple[str, str], str]
             continue
         except IntegrityError as exc:
             yield Finding(store.uri(f"{prefix}{name}"), str(exc))
-
-
-def _require_chosen_base(store: Store, folder: str, content: str, manifest: Manifest) -> None:
-    """Require that the base has the content that names it, and is the one that `chosen.json` names for all runs."""
-    if not manifest.content_sha256.startswith(content):
-        raise IntegrityError(f"{store.uri(f'{folder}/{content}')} holds another base than its name says")
-    key, wanted = f"{folder}/chosen.json", {"folder": content, "manifest_sha256": manifest.sha256}
-    chosen = store.get_json(key)
-    if not isinstance(chosen, dict) or not wanted.items() <= chosen.items():
-        raise IntegrityError(f"{store.uri(key)} names another base or manifest")
 
 
 def _alias(

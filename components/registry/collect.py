@@ -8,14 +8,14 @@ No index is trusted: an entry counts only if it has the MD5 that the store gives
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -408,21 +408,16 @@ def _under_way(store: Store, run_id: str) -> _UnderWay | None:
         chosen, config = store.read(start), runs.config_of(store, run_id)
         starts = [str(config.get("train", {}).get("start_from", ""))]
         starts += [str(decode_json(chosen[0], store.uri(start))["version"])] if chosen else []
-        needs_a_base = not config or _makes_a_base(config)
+        method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
+        rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
+        makes_a_base = not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
     except (IntegrityError, LookupError, TypeError) as exc:
         raise IntegrityError(
             f"{store.uri(runs.run_key(run_id))} is damaged ({exc}), so it is unknown what the run needs, and nothing "
             "is removed: remove that folder, unless the run still goes on"
         ) from exc
     references = tuple(reference for reference in starts if "@" in reference)
-    return _UnderWay(run_id, made, prepared, not prepared, needs_a_base, references)
-
-
-def _makes_a_base(config: Mapping[str, Any]) -> bool:
-    """Whether a run makes or reads bases in the store."""
-    method, compared = config.get("method", {}), config.get("tune", {}).get("methods", [])
-    rows = [METHODS.get(name) for name in (method.get("name"), *compared)]
-    return not OWN_BASE.isdisjoint({method.get("init"), *(row.init for row in rows if row)})
+    return _UnderWay(run_id, made, prepared, not prepared, makes_a_base or not config, references)
 
 
 def _names(made_from: Iterable[Ancestor], kind: str) -> list[str]:

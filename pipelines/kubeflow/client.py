@@ -77,9 +77,7 @@ def connect(environment: Mapping[str, str], *, host: str = "", namespace: str = 
         client = _Client(host=url or None, existing_token=token or None, credentials=credentials)
         health = client.get_kfp_healthz()
     unlimited = client.runs.api_client.request  # of all services; kfp's methods take no timeout
-    client.runs.api_client.request = lambda *given, **more: unlimited(
-        *given, **{**more, "_request_timeout": TIMEOUTS_S}
-    )
+    client.runs.api_client.request = lambda *args, **more: unlimited(*args, **{**more, "_request_timeout": TIMEOUTS_S})
     if not isinstance(getattr(health, "multi_user", None), bool):
         raise KubeflowError(
             f"{shown_host} answers, but not as Kubeflow Pipelines does: is it another service, or a login page? "
