@@ -456,8 +456,6 @@ class _ShingleSets(NamedTuple):
 
 
 class _Shingled(NamedTuple):
-    """The shingles of a batch of texts."""
-
     hashes: Hashes
     rows: Rows
     is_whole: Marks

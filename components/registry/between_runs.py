@@ -104,8 +104,7 @@ def are_new_since(store: Store, run_id: str, contents: Iterable[bytes]) -> list[
     if not len(read):
         return None
     ids = np.array([int.from_bytes(content[:ID_BYTES]) for content in contents], np.uint64)
-    is_new: list[bool] = (read[np.searchsorted(read, ids).clip(max=len(read) - 1)] != ids).tolist()
-    return is_new
+    return list((read[np.searchsorted(read, ids).clip(max=len(read) - 1)] != ids).tolist())
 
 
 def read_watermark(store: Store, name: str) -> Consumed | None:
@@ -140,7 +139,6 @@ def advance_watermark(store: Store, name: str, run_id: str) -> bool:
 
 
 def _mark(store: Store, name: str) -> tuple[Watermark, str] | None:
-    """The mark and its etag."""
     key = adapter_key(name, Watermark.FILE)
     stored = store.read(key)
     return (Watermark.from_json(stored[0], store.uri(key)), stored[1]) if stored else None

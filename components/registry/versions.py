@@ -181,7 +181,7 @@ def _entry(store: Store, name: str, version: str) -> dict[str, Any] | None:
         "settled": is_old or decision is not None,
         "made_from": None if lineage is None else [asdict(ancestor) for ancestor in of_record(lineage)],
         "evaluation": evaluation and _reduced(evaluation, {"run_id", "records", "models"}),
-        "decision": reduced_decision(decision),
+        "decision": decision and reduced_decision(decision),
     }
 
 
@@ -197,14 +197,11 @@ def of_run(store: Store, version: Version) -> tuple[Evaluation | None, Decision 
 
 def _reduced(record: Record, keys: set[str]) -> dict[str, Any]:
     """The record as JSON values, with these keys alone."""
-    body: dict[str, Any] = json.loads(record.model_dump_json(include=keys, exclude_defaults=True))
-    return body
+    return dict(json.loads(record.model_dump_json(include=keys, exclude_defaults=True)))
 
 
-def reduced_decision(decision: Decision | None) -> dict[str, Any] | None:
+def reduced_decision(decision: Decision) -> dict[str, Any]:
     """What is shown of a decision, as JSON values."""
-    if decision is None:
-        return None
     body = _reduced(decision, {"decision", "verdict", "adapter", "alias", "run_id", "version", "rules"})
     rules = [{**rule, "text": "", "slices": []} for rule in body.get("rules", []) if "against" in rule]
     return {**body, "reasons": [], "rules": rules}

@@ -47,7 +47,6 @@ class StepRun:
         return self.store.uri(runs.run_key(self.run_id))
 
     def record_skip(self, reasons: Iterable[str], *, since_run: str | None) -> None:
-        """Record the decision that this run trains nothing."""
         adapter = self.config.adapter
         about = {"adapter": adapter.name, "alias": adapter.alias, "run_id": self.run_id, "since_run": since_run}
         decision = Decision.model_validate({"decision": "skipped", **about, "reasons": tuple(reasons)})

@@ -74,7 +74,6 @@ def list_(options: argparse.Namespace) -> Answer:
 
 
 def _kept(options: argparse.Namespace) -> Answer:
-    """What the store keeps."""
     with opened_registry(options) as store:
         listed = past_runs.listed(store, options.home, adapter=options.adapter, limit=options.limit)
     chosen = metrics_of({one.metric for one in listed} - {LOSS})

@@ -306,8 +306,7 @@ class Package:
     @property
     def spec(self) -> dict[str, Any]:
         """The pipeline's part of the YAML; the platform's, if any, is a second document."""
-        spec: dict[str, Any] = next(iter(yaml.safe_load_all(self.text)))
-        return spec
+        return dict(next(iter(yaml.safe_load_all(self.text))))
 
     @property
     def sha256(self) -> str:

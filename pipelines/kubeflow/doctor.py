@@ -80,8 +80,7 @@ class Cluster:
 
     def get(self, path: str) -> Resource:
         """Return the object at a path of the API; empty if there is none."""
-        resource: Resource = json.loads(self.ask("GET", path) or "{}")
-        return resource
+        return dict(json.loads(self.ask("GET", path) or "{}"))
 
     def ask(self, method: str, path: str, body: Resource | None = None) -> str:
         """Return the text that a path of the API, or such as pods/NAME of the namespace, answers; empty for a 404.

@@ -273,8 +273,7 @@ def sampled(
         words = _Words(chat, on_text, on_token)
         chance = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         tokens = generated(model, chat, [split.prompt(0)], max_new_tokens, streamer=words, **chance)
-    text: str = chat.text_of(tokens[0].tolist())
-    return text
+    return str(chat.text_of(tokens[0].tolist()))
 
 
 def answer_all(

@@ -301,7 +301,6 @@ class LocalContender:
 
     @property
     def answer_tokens(self) -> dict[str, int]:
-        """Number of answer tokens by record id."""
         return dict(zip(self.split.ids, self.split.num_answer_tokens.tolist(), strict=True))
 
     def subject(self, model: Any) -> Subject:

@@ -130,7 +130,6 @@ class Grid:
 
     @property
     def places(self) -> range:
-        """All places that may be tried."""
         return range(len(self.rates)) if self.rates else range(-WIDEST - 1, WIDEST + 2)
 
     def wanted(self, losses: Mapping[int, float]) -> list[int]:

@@ -240,5 +240,4 @@ def measure_shards(
 def _rows(count: int, rank: int, num_workers: int) -> list[int]:
     """A worker's rows, as many for each worker, since all take part in every batch; rows repeat to fill up."""
     dealt = np.resize(np.arange(count), -(-count // num_workers) * num_workers)
-    rows: list[int] = dealt[rank::num_workers].tolist()
-    return rows
+    return list(dealt[rank::num_workers].tolist())

@@ -236,7 +236,6 @@ class MetricsLog:
         self._is_refused = False
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Add the record of a step or a held-out evaluation."""
         step, kind = record["step"], record["kind"]
         if self._trackers is not None:
             self._trackers.add(record)

@@ -90,10 +90,8 @@ class TrainSpec(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        """The peak rate in force."""
         assert self.train.learning_rate is not None
         return self.train.learning_rate
 
     def on(self, num_workers: int) -> "TrainSpec":
-        """The spec for a group of this many workers."""
         return self.model_copy(update={"ray": self.ray.model_copy(update={"num_workers": num_workers})})
