@@ -122,6 +122,7 @@ bench: $(READY)
 
 served: $(READY) .venv-served/ready
 	@$(BIN)/python -W ignore -m benchmarks.served --vllm .venv-served
+	@$(BIN)/python -W ignore -m benchmarks.engines --vllm .venv-served
 
 # A third party's rebuild of vLLM for processors. It asks for a torch that PyPI does not have, and takes .venv's of the same
 # version; its command line asks for the version of a package by the name of vllm.

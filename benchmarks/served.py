@@ -34,8 +34,8 @@ from benchmarks import example
 from benchmarks.gpu_day import BUCKET, a_store
 from benchmarks.vllm_server import Answer, asked, posted, serving
 from components.config import config_file
+from components.config.methods import VLLM_MAX_LORA_RANKS
 from components.config.schema import RunConfig
-from components.handover.serve_manifest import VLLM_MAX_LORA_RANKS
 from components.prepare.dataset import Message, Record, load_split
 from components.registry import aliases, signing
 from components.registry.versions import Version, pull_version, read_lineage, resolve

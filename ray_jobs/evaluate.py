@@ -37,7 +37,7 @@ from ray_jobs.adapters import recorded
 from ray_jobs.base import attention
 from ray_jobs.planning.capacity import is_shared
 from ray_jobs.probes import PROBES
-from ray_jobs.scoring import STEP
+from ray_jobs.scoring import STEP, vllm_engine
 from ray_jobs.scoring.answers import Score, as_columns, changed_share, confusion, cut_short, metrics, paired_difference
 from ray_jobs.scoring.measure import Contender, Outcome, ShardResult, of_version, with_room_for_answers
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
@@ -130,6 +130,8 @@ def plan(
     import ray
 
     attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
+    if config.evaluate.engine == "vllm":
+        vllm_engine.run("-c", "import vllm")  # workers have their driver's image
     theirs = recorded.read(config, store, candidate) if candidate else None
     if against and theirs:
         config, judging = theirs.config, Judges(load_split(store, dataset_uri, "eval"))
@@ -216,6 +218,8 @@ def compared(
     records_of = {key: outcome.record for key, outcome in outside.items()}
     versions = {c.role: c.version.version if c.version else None for c in contenders}
     groups, ours = groups_of(records), scores["candidate"]
+    by_both = [score.differs for theirs in scores.values() for score in theirs if score.differs is not None]
+    by_vllm = {"engine": "vllm", "compared": len(by_both), "differing": sum(by_both)} if by_both else {}
     measured: dict[str, Measured] = {
         role: Measured(
             version=versions[role],
@@ -251,7 +255,7 @@ def compared(
             }
             for row, record in enumerate(records[: config.evaluate.samples])
         ],
-        generation={"max_new_tokens": config.evaluate.max_new_tokens, "decoding": "greedy"},
+        generation={"max_new_tokens": config.evaluate.max_new_tokens, "decoding": "greedy", **by_vllm},
     )
 
 

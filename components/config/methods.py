@@ -65,6 +65,8 @@ METHODS: dict[str, Method] = {
 }
 OWN_BASE = frozenset({"loftq"})
 """Values of `init` that make a base for the adapter; others are peft's own `init_lora_weights`."""
+VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's --max-lora-rank may take: an adapter takes the smallest that is no less than its rank."""
 
 
 # Which combinations of method, base and ZeRO stage are right, and for each that is not, why and what comes nearest.

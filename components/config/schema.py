@@ -19,6 +19,7 @@ from components.config.methods import (
     AXES,
     METHODS,
     OWN_BASE,
+    VLLM_MAX_LORA_RANKS,
     AdapterKind,
     BaseFormat,
     Cell,
@@ -259,6 +260,9 @@ class EvaluateConfig(Section):
     """Longest answer generated, in tokens; absent means as long as the longest reference, and at least 8."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Maximum number of records in one forward pass or generation; fewer where memory does not hold as many."""
+    engine: Annotated[Literal["transformers", "vllm"], Added("0.2.0")] = "transformers"
+    """What generates the answers: the engine of training, or vLLM, for LoRA, in an environment of its own in the
+    workers' image. Both answer a batch of each worker's records, and the report says how many answers differ."""
     samples: Annotated[int, Field(ge=0)] = 12
     """Answers shown side by side in the report."""
     metrics: Annotated[list[RequestedMetric], Added("0.2.0")] = []
@@ -321,6 +325,8 @@ class RunConfig(Section):
                 f"method.name {method.name} stores its base in few bits for bfloat16, and this training is in float16 "
                 f"({'train.dtype' if train.dtype == 'float16' else 'ray.gpu'}). Nearest to it: method.name=qlora"
             )
+        if self.without_vllm:
+            yield self.without_vllm
         if (evaluate.max_new_tokens or 0) >= model.max_length:
             yield (
                 f"evaluate.max_new_tokens {evaluate.max_new_tokens} leaves no room for a prompt in model.max_length "
@@ -377,6 +383,19 @@ class RunConfig(Section):
         row, train = self.method.row, self.train
         stored = (train.zero_stage, train.cpu_offload, train.gradient_checkpointing)
         return Cell(row.adapter, row.scaling, row.init, row.base, *stored)
+
+    @property
+    def without_vllm(self) -> str:
+        """Why vLLM cannot answer as evaluate.engine asks; empty where it can, or is not asked to."""
+        row, bases = self.method.row, ("bf16", "nf4") if self.ray.use_gpu else ("bf16",)
+        is_lora = (row.adapter, row.init) == ("lora", "default") and self.method.r <= VLLM_MAX_LORA_RANKS[-1]
+        if self.evaluate.engine != "vllm" or (is_lora and row.base in bases and self.train.zero_stage < 3):
+            return ""
+        return (
+            f"evaluate.engine vllm is for LoRA up to rank {VLLM_MAX_LORA_RANKS[-1]} on a base in {' or '.join(bases)}, "
+            f"without train.zero_stage 3: not for {self.method.name} of rank {self.method.r} on {row.base} with "
+            f"train.zero_stage {self.train.zero_stage}. Set evaluate.engine=transformers"
+        )
 
     @property
     def metrics(self) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.config.config_file import COMMIT
-from components.config.methods import OWN_BASE, Method
+from components.config.methods import OWN_BASE, VLLM_MAX_LORA_RANKS, Method
 from components.registry.aliases import PRODUCTION, read_alias
 from components.registry.signing import require_signed
 from components.registry.versions import Version, read_file, read_lineage, resolve
@@ -30,8 +30,6 @@ ServableAs = Literal["lora", "lora-export", "merged"]
 
 FOLDER_VARIABLE = "FINELOOP_LORA_FOLDER"
 """The environment variable with the folder for the copies of a vLLM that asks the registry: see vllm_resolver."""
-VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that --max-lora-rank may take: an adapter is served with the smallest that is no less than its rank."""
 VLLM_MODULES = {
     # Llama, Mistral, Qwen, Gemma, SmolLM and most others
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),

@@ -200,6 +200,8 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
     facts = [("Adapter", run.adapter), ("Candidate", run.version or "none"), ("Run", run.run_id), ("Note", run.note)]
     if run.decision and (run.decision.look or 0) > 1:
         facts.append(("Decisions on these records", f"{run.decision.look}, this one included"))
+    if run.evaluation and "engine" in (by := run.evaluation.generation):
+        facts.append(("Answers", f"by vLLM; the engine of training differs in {by['differing']} of {by['compared']}"))
     if starts:
         user = ((run.lineage or {}).get("started") or {}).get("user")
         facts.append(("Started", moment(min(starts)) + (f", by {user}" if user else "")))

@@ -40,6 +40,8 @@ class Score:
     """The greedy answer, without reasoning before it."""
     marks: Mapping[str, float]
     """The answer's marks against the reference, by the keys of the metrics that are means of marks."""
+    differs: bool | None = None
+    """Whether the engine of training answers otherwise than vLLM; None where not both were asked."""
 
 
 def cut_short(num_reference_tokens: Sequence[int], max_new_tokens: int | None) -> str | None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from operator import ne
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -397,13 +398,15 @@ def score(
     `advance` receives the number of records of each finished batch twice: once for its loss, once for its answers.
     """
     split, *others = splits
-    if len(split) and Reader.takes(model):
+    if split.by_vllm is None and len(split) and Reader.takes(model):
         nll, texts = _reading_once(model, chat, splits, batch_size, max_new_tokens, advance)
     else:
         nll = [label_nll(model, split, batch_size, chat.pad, advance)]
         nll += [label_nll(model, other, batch_size, chat.pad) for other in others]
-        texts = greedy(model, chat, split, batch_size, max_new_tokens, advance)
-    answers = [without_reasoning(text) for text in texts]
+        asked = split if split.by_vllm is None else split.take(range(min(batch_size, len(split))))
+        texts = greedy(model, chat, asked, batch_size, max_new_tokens, advance)
+    answers = [without_reasoning(text) for text in split.by_vllm or texts]
+    differs = dict(enumerate(map(ne, split.by_vllm or (), texts)))
     # Of tool calls, the text that the chat template writes for them.
     references = [
         without_reasoning(chat.text_of(split.answer(row)) if record.calls else record.answer)
@@ -415,6 +418,7 @@ def score(
             other_prompt_nll=nll[1][row] if others else None,
             text=answer,
             marks={key: mark(answer, reference) for key, mark in marks.items()},
+            differs=differs.get(row),
         )
         for row, (reference, answer) in enumerate(zip(references, answers, strict=True))
     ]

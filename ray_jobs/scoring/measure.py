@@ -1,6 +1,7 @@
 """Measuring base, champion and candidate on the same records: their files, the tokenized records, and their scores."""
 
 import gc
+import json
 import logging
 import math
 import tempfile
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from components.config.gate import GateConfig
 from components.config.methods import BaseFormat
 from components.config.schema import ModelConfig, RunConfig
+from components.handover.serve_manifest import max_lora_rank
 from components.prepare.dataset import Record
 from components.records.steps import Evaluation, Role
 from components.registry.versions import Version, evaluation, pull_version
-from components.shared.errors import DataError, IntegrityError
+from components.shared.errors import ConfigError, DataError, IntegrityError
 from components.shared.paired import Pairs, bounds, records_to_decide
 from components.shared.protocol import say
 from components.store.store import Store
@@ -28,8 +30,9 @@ from ray_jobs.base import architecture, base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
-from ray_jobs.scoring import STEP, answers
+from ray_jobs.scoring import STEP, answers, vllm_engine
 from ray_jobs.scoring.answers import LEAST_NEW_TOKENS, USUAL_NEW_TOKENS, Score, pairs_of
+from ray_jobs.scoring.vllm_engine import Asked
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
@@ -125,9 +128,7 @@ class BaseCache:
         training has added to it; its previous use must have ended. Another base is released first."""
         key = (base.identity, config.attention, config.trust_remote_code, base_format, kernels, how)
         if self._model is None or key != self._key:
-            self._model = self.start_loss = self.general_nll = None
-            self._wide = {}
-            gc.collect()  # reference cycles: an adapted model and its engine, 4-bit weights and their layers
+            self.release()
             self._model = door.load_model(base, config, base_format, kernels, **how)
             # What transformers keeps in float32, such as routers, and DeepSpeed would cast to 16 bits.
             named = self._model.named_parameters()
@@ -137,6 +138,12 @@ class BaseCache:
         else:
             self.strip()
         return self._model
+
+    def release(self) -> None:
+        """Hold no base, and give back its memory."""
+        self._model = self.start_loss = self.general_nll = None
+        self._wide = {}
+        door.give_back()  # reference cycles too: an adapted model and its engine, 4-bit weights and their layers
 
     def strip(self) -> None:
         """Restore the model to its state when loaded, except that weights that were made dense stay dense."""
@@ -188,6 +195,8 @@ class Contender:
 def of_version(role: Role, config: RunConfig, store: Store, version: Version) -> Contender:
     """The contender for a version, with the base and the method of its own run; raises as `recorded.read` does."""
     theirs = recorded.read(config, store, version)
+    if why := theirs.config.without_vllm:
+        raise ConfigError(f"{role} {version.version}: {why}")
     return Contender(role, theirs.config, version, theirs.base_identity, theirs.stands_on_sha256)
 
 
@@ -300,6 +309,24 @@ class LocalContender:
         )
 
     @property
+    def asked(self) -> Asked:
+        """What vLLM is asked in place of this machine's model."""
+        config, base, split = self.config, self.base.path, self.split
+        most = config.evaluate.max_new_tokens or USUAL_NEW_TOKENS
+        longest = config.model.max_length + most
+        engine = {
+            "model": str(base),
+            "trust_remote_code": config.model.trust_remote_code,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": "bitsandbytes" if config.method.row.base == "nf4" else None,
+            "max_model_len": min(longest, base_model.positions(base_model.load_config(base, config.model)) or longest),
+            "max_num_seqs": config.evaluate.batch_size,
+            "max_lora_rank": max_lora_rank(config.method.r),
+        }
+        prompts = [split.prompt(row).tolist() for row in range(len(split))]
+        return json.dumps(engine), [str(self.adapter or ""), prompts, most, sorted(self.chat.stops)]
+
+    @property
     def answer_tokens(self) -> dict[str, int]:
         return dict(zip(self.split.ids, self.split.num_answer_tokens.tolist(), strict=True))
 
@@ -349,6 +376,10 @@ def measure_shard(
     with local_contenders(contenders, records) as (kept, local):
         progress = Progress(2 * len(kept) * len(contenders), prints=shard_index == 0)
         cache, seen = cache or BaseCache(), 0
+        if candidate.evaluate.engine == "vllm":
+            cache.release()  # vLLM needs the memory
+            answered = zip(local, vllm_engine.answers([contender.asked for contender in local]), strict=True)
+            local = [replace(x, split=replace(x.split, by_vllm=[*map(x.chat.text_of, its)])) for x, its in answered]
         scores: dict[Role, list[Score]] = {}
         findings: dict[str, Findings] = {key: {} for key in probes}
         for contender in local:

@@ -190,6 +190,8 @@ class TokenizedSplit:
     """Ids of those that lost part of their system message too, or all of it."""
     answers: npt.NDArray[np.int32] | None = None
     """Length N: the number of labelled tokens of each row; None where they have not been counted yet."""
+    by_vllm: Sequence[str] | None = None
+    """Length N: what vLLM answers to each prompt; None where it was not asked."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -229,6 +231,7 @@ class TokenizedSplit:
             offsets=_offsets([span.stop - span.start for span in chosen]),
             num_prompt_tokens=self.num_prompt_tokens[rows],
             answers=None if self.answers is None else self.answers[rows],
+            by_vllm=None if self.by_vllm is None else [self.by_vllm[i] for i in indices],
         )
 
 
