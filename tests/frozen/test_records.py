@@ -20,7 +20,7 @@ RUNS = ("promoted", "held")
 
 
 @pytest.fixture
-def adapters(frozen: Frozen, tmp_path: Path):
+def adapters(forked: None, frozen: Frozen, tmp_path: Path):
     """`fineloop adapters VERB ...` on the registry; gives the answer."""
 
     def run(*arguments: str) -> dict[str, Any]:
