@@ -32,7 +32,6 @@ class Job:
 
     @property
     def lifetime_s(self) -> int:
-        """The age, in whole seconds, at which no step waits for it any more."""
         return round(self.patience_s or self.timeout_s)
 
     @property

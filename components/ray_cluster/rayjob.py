@@ -349,15 +349,13 @@ AGAIN_S = 30.0  # seconds until a source that did not answer is asked again
 class JobLog:
     """Reads the log of one RayJob for a `LogCopy`. A log that cannot be read never fails the job."""
 
-    def __init__(
-        self, api: KubernetesApi, name: str, copy: LogCopy, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._api, self._name, self._copy, self._clock, self._due = api, name, copy, clock, 0.0
+    def __init__(self, api: KubernetesApi, name: str, copy: LogCopy) -> None:
+        self._api, self._name, self._copy, self._due = api, name, copy, 0.0
         self._refused: dict[str, float] = {}
 
     def read(self, status: dict[str, Any], *, final: bool) -> None:
         """Copy new output from the first source that answers; at the end also try those that did not answer before."""
-        began = self._clock()
+        began = time.monotonic()
         if not final and began < self._due:
             return
         for source, ask in (("dashboard", self._dashboard), ("submitter", self._submitter)):
@@ -373,7 +371,7 @@ class JobLog:
             if text is not None:
                 self._copy.take(text, source=source, final=final)
                 break
-        self._due = self._clock() + rest_s(self._clock() - began)
+        self._due = time.monotonic() + rest_s(time.monotonic() - began)
 
     def restart(self) -> None:
         """Start over, because another cluster runs the job from its beginning."""

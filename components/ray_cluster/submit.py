@@ -40,13 +40,7 @@ BACKENDS: dict[str, Callable[[RayConfig], Backend]] = {
 
 
 def submit_and_wait(
-    job: Job,
-    ray: RayConfig | None = None,
-    *,
-    output: TextIO | None = None,
-    poll_s: float = POLL_S,
-    after: str = "",
-    upto: str = "",
+    job: Job, ray: RayConfig | None = None, *, output: TextIO | None = None, after: str = "", upto: str = ""
 ) -> str:
     """Start the job, or follow the attempt that exists, until it succeeds; returns its id on the cluster.
 
@@ -74,7 +68,7 @@ def submit_and_wait(
             backend.adopt(job_id)
         else:
             backend.start(job, attempt)
-        ended = backend.follow(job, job_id, log, poll_s)
+        ended = backend.follow(job, job_id, log, POLL_S)
     if ended.status == "STOPPED" and is_stopping.is_set():
         raise JobError(f"the run is being stopped, and {backend.noun} {job_id} with it")
     if ended.status != "SUCCEEDED":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from components.config.ray import RayConfig
+from components.ray_cluster import submit
 from components.ray_cluster.backend import Job
 from components.ray_cluster.submit import submit_and_wait
 from tests.doubles.jobs_api import TOKEN
@@ -30,7 +31,7 @@ class Cluster:
         self, code: str, *, timeout_s: float = PATIENCE_S, output: io.StringIO | None = None, **cluster: Any
     ) -> str:
         job = Job("r", "finetune", ("python", "-u", "-c", code), timeout_s)
-        return submit_and_wait(job, config(**cluster), output=output or io.StringIO(), poll_s=0.05)
+        return submit_and_wait(job, config(**cluster), output=output or io.StringIO())
 
     def when(self, holds: Callable[[Resource], bool], act: Callable[[str], None]) -> None:
         """Act once, on the first RayJob that `holds` is true of."""
@@ -51,6 +52,11 @@ class Cluster:
 
 def config(**cluster: Any) -> RayConfig:
     return RayConfig.model_validate({"cluster": {"kind": "rayjob", **cluster}})
+
+
+@pytest.fixture(autouse=True)
+def _asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0.05)
 
 
 @pytest.fixture

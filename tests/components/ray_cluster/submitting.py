@@ -4,8 +4,8 @@ import os
 import sys
 
 from components.config.ray import RayConfig
+from components.ray_cluster import submit
 from components.ray_cluster.backend import Job
-from components.ray_cluster.submit import submit_and_wait
 from tests import warm
 
 
@@ -18,4 +18,5 @@ def submitting(job: Job, ray: RayConfig | None = None, *, python: str = "") -> l
 if __name__ == "__main__":
     run_id, config, *command = sys.argv[1:]
     submitted = Job(run_id=run_id, task="finetune", command=tuple(command), timeout_s=60)
-    submit_and_wait(submitted, RayConfig.model_validate_json(config), poll_s=0.05)
+    submit.POLL_S = 0.05
+    submit.submit_and_wait(submitted, RayConfig.model_validate_json(config))

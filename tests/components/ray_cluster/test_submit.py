@@ -28,7 +28,6 @@ from tests.doubles.kubernetes.control_plane import RayJobsOfCluster, needs_contr
 from tests.doubles.kubernetes.operator import Operator
 from tests.waiting import PATIENCE_S, wait_until
 
-POLL_S = 0.05
 StartStep = Callable[[Job], subprocess.Popen[bytes]]
 
 
@@ -40,7 +39,7 @@ class Cluster:
     status_of: Callable[[str], str]
 
     def submit(self, job: Job, output: io.StringIO | None = None, **part: str) -> str:
-        return submit_and_wait(job, self.ray, output=output or io.StringIO(), poll_s=POLL_S, **part)
+        return submit_and_wait(job, self.ray, output=output or io.StringIO(), **part)
 
     def job_id(self, job: Job, attempt: int = 1) -> str:
         return connect(self.ray).job_id(job, attempt)
