@@ -30,7 +30,11 @@ def test_production_stays_inside_the_total_budget(trainer: Trainer, promoted: in
 
 
 def test_without_the_budget_small_steps_down_add_up() -> None:
-    """What the budget is for: each night is within the margin of the one before, and all of them are half a nat."""
+    """What the budget is for: each night is within the margin of the one before, and all of them are half a nat; with
+    it, a few of them are let in."""
     decaying = Trainer(apart=0.1, on_the_whole=0.002, decay=0.005)
     held = year(decaying, GateConfig(worse_than_best_by=99.0)).held
     assert lost_of_the_best(held) == pytest.approx(NIGHTS * decaying.decay, abs=0.02)
+    budgeted = year(decaying, GateConfig()).held
+    assert lost_of_the_best(budgeted) <= GateConfig().total_budget
+    assert len(set(budgeted)) > 2  # and it leaves room for some steps down
