@@ -301,7 +301,7 @@ def _llm_d(weights: Weights) -> dict[str, Any]:
     """
     facts = weights[0][0]
     pool = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": _kubernetes_name(facts)}
-    targets = [{"modelRewrite": f"{facts.name}@{facts.version}", "weight": weight} for facts, weight in weights]
+    targets = [{"modelRewrite": f"{target.name}@{target.version}", "weight": share} for target, share in weights]
     return {
         "apiVersion": "inference.networking.x-k8s.io/v1alpha2",
         "kind": "InferenceModelRewrite",

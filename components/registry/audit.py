@@ -222,10 +222,8 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor)
             if folder.startswith("bases/"):
                 if not manifest.content_sha256.startswith(content):
                     raise IntegrityError(f"{store.uri(key)} holds another base than its name says")
-                chosen, wanted = (
-                    store.get_json(f"{folder}/chosen.json"),
-                    {"folder": content, "manifest_sha256": manifest.sha256},
-                )
+                chosen = store.get_json(f"{folder}/chosen.json")
+                wanted = {"folder": content, "manifest_sha256": manifest.sha256}
                 if not isinstance(chosen, dict) or not wanted.items() <= chosen.items():
                     raise IntegrityError(f"{store.uri(f'{folder}/chosen.json')} names another base or manifest")
         except (IntegrityError, ObjectMissing) as exc:

@@ -378,8 +378,10 @@ def measure_shard(
         cache, seen = cache or BaseCache(), 0
         if candidate.evaluate.engine == "vllm":
             cache.release()  # vLLM needs the memory
-            answered = zip(local, vllm_engine.answers([contender.asked for contender in local]), strict=True)
-            local = [replace(x, split=replace(x.split, by_vllm=[*map(x.chat.text_of, its)])) for x, its in answered]
+            generated = vllm_engine.answers([contender.asked for contender in local])
+            for place, (contender, tokens) in enumerate(zip(local, generated, strict=True)):
+                texts = [contender.chat.text_of(answer) for answer in tokens]
+                local[place] = replace(contender, split=replace(contender.split, by_vllm=texts))
         scores: dict[Role, list[Score]] = {}
         findings: dict[str, Findings] = {key: {} for key in probes}
         for contender in local:
