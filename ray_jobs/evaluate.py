@@ -249,7 +249,7 @@ def compared(
         samples=[
             {
                 "id": record.id,
-                "prompt": record.asked,
+                "prompt": record.shown_prompt,
                 "reference": record.answer_text,
                 **{role: scores[role][row].text if role in scores else None for role in ROLES},
             }

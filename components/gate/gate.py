@@ -100,13 +100,13 @@ class Replayed:
     """The recorded decision, and the decision that the same evidence gives today."""
 
     recorded: Decision
-    found: Decision
+    now: Decision
     unsigned: str = ""
     """Where the registry trusts keys: why the evidence counts no more; empty if it is signed."""
 
     @property
     def is_same(self) -> bool:
-        return (self.found.verdict, self.found.basis_sha256) == (self.recorded.verdict, self.recorded.basis_sha256)
+        return (self.now.verdict, self.now.basis_sha256) == (self.recorded.verdict, self.recorded.basis_sha256)
 
 
 def replay(store: Store, run_id: str) -> Replayed:

@@ -98,7 +98,7 @@ class Record:
     """The hash of whose feedback counts, or else of who asked."""
 
     @property
-    def asked(self) -> str | list[dict[str, str]]:
+    def shown_prompt(self) -> str | list[dict[str, str]]:
         """The prompt for people: its text, or, for a conversation, the role and the content or calls of each turn."""
         if [turn.role for turn in self.prompt] == ["user"]:
             return self.prompt[0].content
@@ -131,7 +131,7 @@ class Hashes(NamedTuple):
     """Of what decides its split: its group where it has one, else its key."""
     content: list[bytes]
     """Of prompt and answer."""
-    asked: list[bytes]
+    turns: list[bytes]
     """Of the prompt's turns."""
 
 
@@ -243,7 +243,7 @@ def sizes(batch: pa.RecordBatch) -> pa.Array:
     return pc.add(of_prompts, pc.cast(pc.binary_length(batch["answer"]), pa.int64()))
 
 
-def asked(batch: pa.RecordBatch) -> list[str]:
+def prompt_texts(batch: pa.RecordBatch) -> list[str]:
     """The text of each record's prompt: the contents of its turns, without the system's, joined by newlines."""
     turns = batch["prompt"].flatten()
     kept = pc.not_equal(turns.field("role"), "system")

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from components.config.schema import RunConfig
 from components.config.train import DataConfig
-from components.prepare.dataset import WHERE_ANY, Parts, Record, asked, groups_of, load_split, write_splits
+from components.prepare.dataset import WHERE_ANY, Parts, Record, groups_of, load_split, prompt_texts, write_splits
 from components.prepare.near_duplicates import Comparison
 from components.prepare.workspace import Texts, Workspace, position
 from components.shared.errors import DataError
@@ -102,7 +102,7 @@ def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> dict[str, int]:
         "  WHERE identity IN (SELECT identity FROM latest WHERE rows > 1))"
     )
     work.run(
-        "CREATE TABLE chosen AS SELECT number, position, place, key, content, asked, named"
+        "CREATE TABLE chosen AS SELECT number, position, place, key, content, turns, named"
         "  FROM records JOIN latest USING (number)"
     )
     work.run(
@@ -146,7 +146,7 @@ def split(work: Workspace, data: DataConfig, *, window: list[Span] | None = None
     not_own = "AND number NOT IN (SELECT number FROM records WHERE origin = 'own')" if is_logged else ""
     work.run(
         f"CREATE TABLE held_out AS FROM chosen WHERE position < '{eval_share!r}'::DOUBLE {not_own};"
-        "CREATE TABLE others AS FROM chosen ANTI JOIN held_out USING (asked)"
+        "CREATE TABLE others AS FROM chosen ANTI JOIN held_out USING (turns)"
         f"  WHERE position >= '{eval_share!r}'::DOUBLE"
     )
     beside_eval = 0
@@ -265,7 +265,7 @@ def _prompts(work: Workspace, table: str) -> tuple[npt.NDArray[np.int64], Texts]
     """The numbers of a table's records, and their prompts, in order."""
     numbers = work.numbers(f"SELECT number FROM {table} {_IN_ORDER}")
     batches = work.in_order(numbers, ("prompt",))
-    return numbers, Texts(Path(work.folder, f"{table}.txt"), map(asked, batches))
+    return numbers, Texts(Path(work.folder, f"{table}.txt"), map(prompt_texts, batches))
 
 
 def _require_few(unlike: _Unlike, *, max_reject_share: float, similarity: float) -> None:

@@ -293,7 +293,7 @@ def keyed(records: Sequence[Record]) -> pa.RecordBatch:
             turns, left = [turn if turn.is_learned else _weightless(turn) for turn in turns], f"unlearned:{unlearned}"
         prompt, tools = canonical_prompt(turns), f"tools:{len(record.tools)}:{record.tools}" if record.tools else ""
         sha = sha256(prompt.encode())
-        hashes.asked.append(sha.digest())
+        hashes.turns.append(sha.digest())
         left += f"origin:{record.origin}" if record.origin else ""  # where feedback says more, the same words are new
         sha.update(f"{tools}{left}answer:{record.answer}{f'calls:{record.calls}' if record.calls else ''}".encode())
         hashes.content.append(sha.digest())

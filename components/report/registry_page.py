@@ -66,7 +66,7 @@ class AdapterPage:
 
     name: str
     pointer: Pointer | None
-    held: Published | None
+    current: Published | None
     since: str
     before: str | None
     published: tuple[Published, ...]
@@ -173,7 +173,7 @@ def _page_of(files: AdapterFiles) -> AdapterPage:
     return AdapterPage(
         name=name,
         pointer=pointer,
-        held=current,
+        current=current,
         since=when(pointer.since) if pointer else "",
         before=before,
         published=tuple(shown),
@@ -195,9 +195,9 @@ def _measured(evaluation: Evaluation | None, before: str) -> Iterator[tuple[str,
 
 def sentence(page: AdapterPage) -> str:
     """Whether what is in production is better than what it replaced, and how sure that is."""
-    if page.held is None:
+    if page.current is None:
         return "Nothing is in production."
-    rule, evaluation = page.held.against_champion, page.held.evaluation
+    rule, evaluation = page.current.against_champion, page.current.evaluation
     if rule is None or evaluation is None:
         return "The gate compared it with no version in production before it."
     gain, amounts = rule.gain or 0.0, amounts_of(rule)

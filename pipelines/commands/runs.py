@@ -328,7 +328,7 @@ def replay(options: argparse.Namespace) -> Answer:
 
     with opened_registry(options) as store:
         replayed = gate.replay(store, options.run)
-    recorded, now = replayed.recorded, replayed.found
+    recorded, now = replayed.recorded, replayed.now
     then = recorded.verdict or recorded.decision
     body = {
         "run_id": options.run,

@@ -403,8 +403,8 @@ def score(
     else:
         nll = [label_nll(model, split, batch_size, chat.pad, advance)]
         nll += [label_nll(model, other, batch_size, chat.pad) for other in others]
-        asked = split if split.by_vllm is None else split.take(range(min(batch_size, len(split))))
-        texts = greedy(model, chat, asked, batch_size, max_new_tokens, advance)
+        to_answer = split if split.by_vllm is None else split.take(range(min(batch_size, len(split))))
+        texts = greedy(model, chat, to_answer, batch_size, max_new_tokens, advance)
     answers = [without_reasoning(text) for text in split.by_vllm or texts]
     differs = dict(enumerate(map(ne, split.by_vllm or (), texts)))
     # Of tool calls, the text that the chat template writes for them.

@@ -22,8 +22,8 @@ def main(options: str) -> None:
     for number, (adapter, prompts, most, ends) in enumerate(json.load(sys.stdin), start=1):
         lora = LoRARequest(str(number), number, adapter) if adapter else None
         greedy = SamplingParams(temperature=0, max_tokens=most, stop_token_ids=ends, ignore_eos=True, detokenize=False)
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = llm.generate(asked, greedy, lora_request=lora, use_tqdm=False)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(inputs, greedy, lora_request=lora, use_tqdm=False)
         answers.append([list(output.outputs[0].token_ids) for output in outputs])
     sys.stdout.write(json.dumps(answers))
 

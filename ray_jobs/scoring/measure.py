@@ -32,7 +32,7 @@ from ray_jobs.kernels import door
 from ray_jobs.kernels.door import PLAIN, Kernels
 from ray_jobs.scoring import STEP, answers, vllm_engine
 from ray_jobs.scoring.answers import LEAST_NEW_TOKENS, USUAL_NEW_TOKENS, Score, pairs_of
-from ray_jobs.scoring.vllm_engine import Asked
+from ray_jobs.scoring.vllm_engine import Request
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from ray_jobs.text.chat_format import ChatFormat
@@ -309,7 +309,7 @@ class LocalContender:
         )
 
     @property
-    def asked(self) -> Asked:
+    def vllm_request(self) -> Request:
         """What vLLM is asked in place of this machine's model."""
         config, base, split = self.config, self.base.path, self.split
         most = config.evaluate.max_new_tokens or USUAL_NEW_TOKENS
@@ -378,7 +378,7 @@ def measure_shard(
         cache, seen = cache or BaseCache(), 0
         if candidate.evaluate.engine == "vllm":
             cache.release()  # vLLM needs the memory
-            generated = vllm_engine.answers([contender.asked for contender in local])
+            generated = vllm_engine.answers([contender.vllm_request for contender in local])
             for place, (contender, tokens) in enumerate(zip(local, generated, strict=True)):
                 texts = [contender.chat.text_of(answer) for answer in tokens]
                 local[place] = replace(contender, split=replace(contender.split, by_vllm=texts))

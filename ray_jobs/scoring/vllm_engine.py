@@ -15,18 +15,18 @@ from ray_jobs.scoring import in_vllm
 PYTHON = "FINELOOP_VLLM_PYTHON"
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "DO_NOT_TRACK": "1"}
 
-Asked = tuple[str, list[Any]]
-"""Arguments of vllm.LLM as JSON, and what it is asked: the adapter's folder if any, prompts, their limit and ends."""
+Request = tuple[str, list[Any]]
+"""Arguments of vllm.LLM as JSON, and for it: the adapter's folder if any, prompts, their limit and ends."""
 
 
-def answers(asked: Sequence[Asked]) -> list[list[list[int]]]:
+def answers(requests: Sequence[Request]) -> list[list[list[int]]]:
     """The tokens of the answers, by one engine for all that it can serve. Raises as `run` does."""
     result: dict[int, list[list[int]]] = {}
-    for engine in dict.fromkeys(engine for engine, _ in asked):
-        places = [place for place, (its, _) in enumerate(asked) if its == engine]
-        told = run(in_vllm.__file__, engine, work=[asked[place][1] for place in places])
+    for engine in dict.fromkeys(engine for engine, _ in requests):
+        places = [place for place, (its, _) in enumerate(requests) if its == engine]
+        told = run(in_vllm.__file__, engine, work=[requests[place][1] for place in places])
         result.update(zip(places, json.loads(told.splitlines()[-1]), strict=True))
-    return [result[place] for place in range(len(asked))]
+    return [result[place] for place in range(len(requests))]
 
 
 def run(*arguments: str, work: Sequence[Any] = ()) -> str:

@@ -52,7 +52,7 @@ class KeyedRecord:
     key: bytes
     place: bytes
     content: bytes
-    asked: bytes
+    turns: bytes
     named: bool
 
 

@@ -52,7 +52,7 @@ def test_what_waits_for_a_person_is_an_event_that_names_the_decision_and_only_on
     assert event.body["decision_sha256"] == written
     replayed = replay(store, RUN)
     assert replayed.is_same
-    assert (replayed.found.verdict, replayed.found.basis_sha256) == ("needs approval", decision.basis_sha256)
+    assert (replayed.now.verdict, replayed.now.basis_sha256) == ("needs approval", decision.basis_sha256)
 
 
 def test_a_refusal_that_another_release_worded_is_not_recorded_again_and_another_is(store: Store) -> None:
@@ -159,7 +159,7 @@ def test_a_decision_is_arrived_at_again_and_one_that_does_not_follow_is_told_apa
     decision = run_gate(config(worse_than_champion_by=0.03), store, RUN)
     again = replay(store, RUN)
     assert again.is_same
-    assert (again.found.basis_sha256, again.found.rules) == (decision.basis_sha256, decision.rules)
+    assert (again.now.basis_sha256, again.now.rules) == (decision.basis_sha256, decision.rules)
     put(store, evaluation(0.95))
     with pytest.raises(IntegrityError, match=r"evaluation\.json has sha256 .* it was changed since"):
         replay(store, RUN)

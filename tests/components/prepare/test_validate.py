@@ -46,10 +46,10 @@ def test_a_turn_of_weight_0_stays_context_of_the_same_prompt_and_makes_another_c
     assert learned == plain
     assert [turn.is_learned for turn in marked.record.prompt] == [True, False, True]
     assert [turn.more for turn in marked.record.prompt] == ["", '{"weight":0}', ""]
-    assert (marked.key, marked.place, marked.asked) == (plain.key, plain.place, plain.asked)
+    assert (marked.key, marked.place, marked.turns) == (plain.key, plain.place, plain.turns)
     assert marked.content != plain.content
     called = validate({"messages": [USER, {**ASKS, "weight": 0}, RESULT, ANSWER]})
-    assert called.asked == validate({"messages": [USER, ASKS, RESULT, ANSWER]}).asked
+    assert called.turns == validate({"messages": [USER, ASKS, RESULT, ANSWER]}).turns
 
 
 def test_a_row_ends_with_its_last_answer_that_is_learned_if_all_are_and_is_refused_otherwise() -> None:
