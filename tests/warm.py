@@ -56,6 +56,7 @@ PRELOADED = {
     "ray_jobs.plan": MODELS,
     "ray_jobs.preview": MODELS,
     "ray_jobs.export": MODELS,
+    "tests.doubles.vllm_llm": MODELS,
     "tests.models.rank": RANKS,
 }
 """What is forked, and what its server has imported then: a fork of all of torch takes twice as long as one of steps."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ SEARCH = (TEMPLATES / "search.js").read_text(encoding="utf-8")
 
 def template(name: str) -> Template:
     """Load a template from the folder beside this module."""
+    return _environment().get_template(name)
+
+
+@cache  # it keeps what it has compiled
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -87,7 +93,7 @@ def template(name: str) -> Template:
     environment.globals["zip"] = zip
     # A page with a search sets this: {% set searches = true %}.
     environment.globals |= {"searches": False, "search_script": SEARCH, "search_source": script_source(SEARCH)}
-    return environment.get_template(name)
+    return environment
 
 
 # Events of an adapter in words.

@@ -6,6 +6,7 @@ After vllm 0.32.0: vllm/entrypoints/llm.py, vllm/sampling_params.py, vllm/lora/p
 import json
 import os
 import runpy
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.doubles.vllm import LoRARequest
 
 ROOT = Path(__file__).parents[2]
@@ -115,11 +117,12 @@ class LLM:
         return answer
 
 
-def python_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python that has this vLLM, named by FINELOOP_VLLM_PYTHON."""
+def python_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch, *, real: bool = False) -> None:
+    """A Python that has this vLLM, named by FINELOOP_VLLM_PYTHON; a `real` one is the child of whoever starts it."""
     python = folder / "python-with-vllm"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.doubles import vllm_llm; vllm_llm.run()"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -c "{code}" "$@"\n')
+    program = shlex.quote(sys.executable if real else os.environ[warm.VARIABLE])
+    path = shlex.quote(str(ROOT))
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {program} -m tests.doubles.vllm_llm "$@"\n')
     python.chmod(0o700)
     monkeypatch.setenv("FINELOOP_VLLM_PYTHON", str(python))
 
@@ -137,3 +140,7 @@ def run() -> None:
     else:
         sys.argv = [file, *arguments]
         runpy.run_path(file, run_name="__main__")
+
+
+if __name__ == "__main__":
+    run()

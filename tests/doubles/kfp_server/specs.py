@@ -9,6 +9,7 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from infra.checks.manifests import Loader
 from tests.doubles.kfp_server.errors import invalid
 
 NUMBERS = ("NUMBER_INTEGER", "NUMBER_DOUBLE")
@@ -41,7 +42,7 @@ class Pipeline:
 def parse_package(text: str) -> Pipeline:
     """Read an uploaded file: the spec, and its platform's part as a second document."""
     try:
-        documents = list(yaml.safe_load_all(text))
+        documents = list(yaml.load_all(text, Loader=Loader))
     except yaml.YAMLError as exc:
         raise invalid(f"the package is not YAML: {exc}") from exc
     if len(documents) > 1:

@@ -122,7 +122,7 @@ def test_an_image_without_vllm_is_refused_before_the_training(of, store, monkeyp
 
 
 def test_its_process_ends_with_the_worker_that_is_killed(tmp_path, monkeypatch):
-    vllm_llm.python_with_it(tmp_path, monkeypatch)
+    vllm_llm.python_with_it(tmp_path, monkeypatch, real=True)
     monkeypatch.setenv(vllm_llm.HANGS, str(tmp_path / "pid"))
     code = "from ray_jobs.scoring import in_vllm, vllm_engine; vllm_engine.run(in_vllm.__file__, '{}', work=['job'])"
     with subprocess.Popen([sys.executable, "-c", code]) as worker:
