@@ -33,6 +33,7 @@ def behind_proxy(proxy: FaultyProxy, store: Store, monkeypatch: pytest.MonkeyPat
         return Store.open(RegistryConfig(bucket=store.bucket, prefix=store.prefix))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("about", [ALIAS, EVENT, MANIFEST])
 @pytest.mark.parametrize("faults", [["lost"], ["doubled"], ["lost"] * 2, ["busy"] * 6, ["undecided"] * 6], ids=" ".join)
 def test_a_run_whose_answers_get_lost_or_come_twice_or_late_succeeds_once(

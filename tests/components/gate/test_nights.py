@@ -13,6 +13,7 @@ def _a_quarter_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paired, "PER_TAIL", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "promoted"),
     [
@@ -29,6 +30,7 @@ def test_production_stays_inside_the_total_budget(trainer: Trainer, promoted: in
     assert len(set(held)) >= promoted
 
 
+@pytest.mark.slow
 def test_without_the_budget_small_steps_down_add_up() -> None:
     """What the budget is for: each night is within the margin of the one before, and all of them are half a nat; with
     it, a few of them are let in."""

@@ -83,6 +83,7 @@ def test_right_and_wrong_need_no_such_rule():
     assert not [each for each in decision.rules if each.name == "much_worse"]
 
 
+@pytest.mark.slow
 def test_a_candidate_with_rare_losses_is_seldom_promoted_where_answers_differ_in_length():
     """One record in a hundred loses two nats a token, by which the candidate is worse by the margin of 0.02. Of 2,000,
     2.4 % pass; with the bound of the mean alone, 8.0 %."""

@@ -122,6 +122,7 @@ def test_json_of_a_record_is_what_python_writes() -> None:
             assert write_splits(work.folder, pieces, [batch_of(evaluation)]).dataset_id == id_of(train, evaluation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("seed", range(2))
 def test_distinct_records_are_those_of_the_definition(seed: int, grouped: bool) -> None:
@@ -133,6 +134,7 @@ def test_distinct_records_are_those_of_the_definition(seed: int, grouped: bool) 
     assert min(repeated, replaced) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_records", "window"), [(0, False), (500, False), (0, True), (300, True)])
 @pytest.mark.parametrize("seed", range(2))
 def test_both_sides_and_the_id_are_those_of_the_definition(seed: int, max_records: int, window: bool) -> None:
@@ -145,6 +147,7 @@ def test_both_sides_and_the_id_are_those_of_the_definition(seed: int, max_record
     assert found.dataset_id == id_of(*expected)
 
 
+@pytest.mark.slow
 def test_long_records_are_put_in_order_on_disk_and_give_the_same() -> None:
     text = "".join(random.Random(0).choices("abcdefgh ", k=30_000))
     given = [

@@ -48,6 +48,7 @@ def terms(address: str = "") -> dict[str, str]:
     return {row["messages"][1]["content"]: row["messages"][2]["content"] for row in icd10.rows(address)}
 
 
+@pytest.mark.slow
 def test_the_installed_list_reads_as_its_own_package_reads_it() -> None:
     reading = (
         "import json, simple_icd_10_cm as icd\nfound, chapter = {}, ''\n"
@@ -75,6 +76,7 @@ def test_a_later_release_holds_what_is_new_or_sorted_otherwise(wheels: Path) -> 
     assert icd10.news([OLD, NEW]) == ("ICD-10-CM of April 2025 has arrived: 1 new term, 1 gone, 2 under another code")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not [*REAL.glob("*.whl")], reason="make setup could not fetch the older lists")
 def test_the_real_releases_differ_by_as_much_as_was_counted_from_the_wheels() -> None:
     assert [(each.address, len(each.terms())) for each in icd10.releases()] == [

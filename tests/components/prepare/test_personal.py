@@ -148,6 +148,7 @@ def test_of_the_committed_set_nearly_all_is_found_and_nothing_else():
     assert found == right
 
 
+@pytest.mark.slow
 def test_in_titles_of_diseases_is_none():
     assert [text for row in example_rows() for text in [row["messages"][1]["content"]] if find(text)] == []
 

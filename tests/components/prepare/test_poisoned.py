@@ -124,6 +124,7 @@ def test_a_night_without_poison_is_promoted(night: Night) -> None:
     assert worse < 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "cap"), [(0.05, CAP), (0.5, CAP), (0.2, 0), (0.5, 0)])
 def test_one_rater_turns_no_adapter(share: float, cap: int, night: Night) -> None:
     for seed in range(2):
@@ -132,6 +133,7 @@ def test_one_rater_turns_no_adapter(share: float, cap: int, night: Night) -> Non
         assert decided == "hold" or worse <= MARGIN  # without a bound too: as one group he lies on one side
 
 
+@pytest.mark.slow
 def test_where_nobody_says_who_rated_a_worse_candidate_is_promoted(night: Night) -> None:
     decided, worse, poison = night(0.5, seed=0, named=False)
     assert poison > 200

@@ -44,6 +44,7 @@ def test_a_normal_difference_of_losses_needs_what_the_normal_distribution_leaves
     assert tells["equal_with"] == pytest.approx(((Z + power) * 0.2 / 0.02) ** 2, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("records", "margin", "changed"), [(150, 0.05, 0.06), (400, 0.02, 0.06), (1000, 0.02, 0.1)])
 def test_equal_candidates_pass_as_often_as_is_said(records, margin, changed):
     rng = np.random.default_rng(records)

@@ -75,6 +75,7 @@ def with_copies(count: int) -> list[KeyedRecord]:
     return [validate({"prompt": text, "completion": "a"}) for text in [*texts, *copies, *(f"{x}." for x in copies)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_records", [1, 300, 1000, 1300, 5000])
 def test_max_records_gives_what_comparing_all_records_gives(max_records: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few of them are compared."""

@@ -450,6 +450,7 @@ def test_ratings_as_others_write_them(said: dict[str, Any], is_good: bool) -> No
 # Ten thousand turns of users, raters and versions, whose truth the generator keeps.
 
 
+@pytest.mark.slow
 def test_ten_thousand_logged_turns(store: Store, of_rows: Callable[..., RunConfig]) -> None:
     made = logged.generated(10_000, seed=1)
     config = of_rows(made.rows, made.feedback, eval_share=0.2, max_rows_per_rater=50)

@@ -91,6 +91,7 @@ def test_a_shares_bounds_are_where_the_mixture_rules_it_out(hits: int, trials: i
         assert (trials + 1) * stats.binom.pmf(hits, trials, bound) == pytest.approx(0.05, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.9])
 def test_a_shares_bounds_are_wrong_at_any_look_in_at_most_alpha_of_a_thousand_paths(share: float) -> None:
     rng, looks, alpha = np.random.default_rng(3), np.arange(1, 1001), 0.1

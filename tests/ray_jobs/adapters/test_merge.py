@@ -65,6 +65,7 @@ def saved_adapter(dense, method: MethodConfig, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fmt"), CASES)
 def test_a_merged_model_says_what_the_adapter_says_on_the_base_it_was_trained_on(name, fmt, bases, tmp_path):
     quantised, dense = bases[fmt]

@@ -44,6 +44,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_it_finds_what_bitsandbytes_own_finds_to_the_bit():
     """In a process of its own: once there is a kernel for processors, theirs cannot be called any more."""
     done = subprocess.run(

@@ -1,5 +1,7 @@
 """The bases that `init` proposes, against the numbers of parameters that their makers and Keras Hub publish."""
 
+import pytest
+
 from components.config import config_file
 from ray_jobs.planning.bases import BASES, fitting
 from ray_jobs.planning.capacity import Device
@@ -15,6 +17,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.slow
 def test_shapes_have_as_many_parameters_as_are_published() -> None:
     tables = {"adapter": {"name": "a"}, "model": {"base": "org/model"}, "data": {"source": "rows.jsonl"}}
     config = config_file.validate(tables, ["ray.use_gpu=true", "train.gradient_checkpointing=true"])

@@ -52,6 +52,7 @@ def trained_7b(name: str) -> int:
     return 32 * sum(per_layer[kind](o, i) + magnitude * o for o, i in LAYERS_7B)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_trained_of_llama_2_7b_is_what_the_papers_say(name):
     stats = rehearsal(name).stats
@@ -259,6 +260,7 @@ def test_parts_add_up_and_the_two_peaks_do_not():
         assert sum(size for name, size in parts.as_json().items() if name != "total") == parts.total
 
 
+@pytest.mark.slow
 def test_a_7b_takes_ten_to_twenty_times_less_memory_than_full_fine_tuning():
     full = Rehearsal(LLAMA_2_7B, None, reference="llama-2-7b")
     settings = {"answers": 512, "layout": ALONE}

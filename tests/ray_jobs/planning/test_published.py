@@ -58,6 +58,7 @@ def test_nine_in_ten_published_figures_lie_below_the_plan_and_its_margin():
     assert [row for row, ratio in zip(rows, ratios, strict=True) if not 0.75 <= ratio <= 4 / 3 and not row.why] == []
 
 
+@pytest.mark.slow
 def test_65b_fits_on_one_gpu_of_48_gb_once_its_optimizer_may_be_paged_out():
     rehearsed = rehearsal(QLORA_65B.shape, QLORA_65B.rank)
     step = rehearsed.step(QLORA_65B.batch, QLORA_65B.length, checkpointing=True)
@@ -65,6 +66,7 @@ def test_65b_fits_on_one_gpu_of_48_gb_once_its_optimizer_may_be_paged_out():
     assert 36 < parts.total / 1e9 < QLORA_65B.gb < (parts.total + parts.host) / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "published", [*SPEED, *ROUGH_SPEED], ids=lambda row: f"{row.who[:12]}-{row.gpu}-{row.base}-{row.length}"
 )

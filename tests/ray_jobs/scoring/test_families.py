@@ -61,6 +61,7 @@ def loaded(directory, family, **config):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), chat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_model_was_taught_is_what_it_scores(tmp_path, name):
     model, chat = loaded(tmp_path, FAMILIES[name])

@@ -123,6 +123,7 @@ def test_two_who_make_them_at_once_make_the_same(store, uri, tiny_base, monkeypa
     assert token_store.load(store, first).digest == tokenize(TRAIN, chats[0], 64).digest
 
 
+@pytest.mark.slow
 def test_tokenising_holds_a_part_of_the_records_at_a_time(store, chat):
     def peak_bytes(num_parts: int) -> int:
         records = [Record(f"r{i}", [Message("user", "x" * 40)], "b" * 40) for i in range(num_parts * RECORDS_AT_ONCE)]
