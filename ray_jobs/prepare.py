@@ -16,9 +16,10 @@ from components.config.schema import RunConfig
 from components.prepare import prepare as preparing
 from components.prepare.prepare import prepare_if_new
 from components.prepare.sources import Source, rows_of
-from components.prepare.validate import Reader, Rules, Validated, Validation, nothing_old_collected, read_here
+from components.prepare.validate import Reader, Rules, Validated, Validation, read_here
 from components.records import runs
 from components.records.steps import Prepared
+from components.shared import garbage
 from components.shared.errors import FineloopError
 from components.shared.protocol import say
 from components.step.step import StepRun
@@ -102,7 +103,7 @@ def read_on_ray(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, 
 def _read(block: pa.Table, rules: Rules) -> Iterator[pa.Table]:
     """Read some sources, and yield their raw rows in portions, each with its source and the source's index."""
     placed = block["item"].to_pylist()
-    with _errors_as_items() as failed, nothing_old_collected():
+    with _errors_as_items() as failed, garbage.of_new_objects():
         for number, rows in rows_of([source for _, source in placed], rules.columns_read):
             yield _block((*placed[number], rows))
     yield from failed
@@ -110,7 +111,7 @@ def _read(block: pa.Table, rules: Rules) -> Iterator[pa.Table]:
 
 def _validate(block: pa.Table, rules: Rules) -> Iterator[pa.Table]:
     """Validate raw rows, and yield the result of each portion; errors are passed on."""
-    with _errors_as_items() as failed, nothing_old_collected():
+    with _errors_as_items() as failed, garbage.of_new_objects():
         validation = Validation(rules)
         for item in block["item"].to_pylist():
             if isinstance(item, FineloopError):

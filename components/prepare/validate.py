@@ -11,7 +11,6 @@ not an answer to learn.
 """
 
 import contextlib
-import gc
 import hashlib
 import json
 import unicodedata
@@ -32,6 +31,7 @@ from components.prepare.rows import Rows, SourceRow, Unreadable
 from components.prepare.shapes import SPEAKERS, TRACES, Row, as_record, columns_read, recognised
 from components.prepare.sources import Source, rows_of
 from components.registry.between_runs import NONE_ERASED, Erased
+from components.shared import garbage
 from components.shared.errors import DataError
 
 EXPECTED = "prompt and completion, or messages (a list of {role, content} that ends with the assistant's answer)"
@@ -492,17 +492,6 @@ source; it raises DataError where a source cannot be opened, and StoreError wher
 def read_here(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Validated]]:
     """The reader that runs in this process alone."""
     validation = Validation(rules)
-    with nothing_old_collected():
+    with garbage.of_new_objects():
         for place, rows in rows_of(sources, rules.columns_read):
             yield place, validation.of(sources[place], rows)
-
-
-@contextlib.contextmanager
-def nothing_old_collected() -> Iterator[None]:
-    """Exclude all existing objects from garbage collection. Libraries have a million of them, and Python would go
-    through all after every few batches: a third of the reading time, although rows have no reference cycles."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

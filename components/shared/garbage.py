@@ -36,6 +36,19 @@ def importing() -> Iterator[None]:
                 gc.freeze()
 
 
+@contextmanager
+def of_new_objects() -> Iterator[None]:
+    """Let the collector scan what is made within the block alone: rows have no reference cycles, and a scan of all
+    after every few batches took a third of the time to read them. What no scan saw before, none sees afterwards."""
+    was_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not was_frozen:  # Python unfreezes everything or nothing
+            gc.unfreeze()
+
+
 def leave_at_exit() -> None:
     """Skip the scan when this process ends: whatever exists then goes with its memory."""
     atexit.register(gc.freeze)

@@ -35,6 +35,18 @@ def test_what_is_imported_is_not_looked_at_then_or_later(tmp_path, monkeypatch):
     assert gc.get_freeze_count() == 0  # nothing new
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_was_looked_at_before_a_reading_is_so_again_and_nothing_else(before):
+    if before:
+        gc.freeze()
+    with garbage.of_new_objects():
+        assert gc.get_freeze_count() > 0
+        found = weakref.ref(Circle())
+        gc.collect()
+        assert found() is None
+    assert (gc.get_freeze_count() > 0) == bool(before)
+
+
 def test_what_comes_afterwards_is_collected():
     with garbage.importing():
         pass
