@@ -192,7 +192,7 @@ def _measured(
 
 
 def _as_plain(result: ShardResult) -> Any:
-    return _PLAIN.dump_python([getattr(result, part.name) for part in fields(ShardResult)])
+    return _PLAIN.dump_python(tuple(getattr(result, part.name) for part in fields(ShardResult)))
 
 
 def from_plain(plain: Any) -> ShardResult:

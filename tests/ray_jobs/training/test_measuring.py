@@ -1,5 +1,6 @@
 """Workers that measure, each on a base of its own or on one that they shard, and straight after a training."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.probes import PROBES
 from ray_jobs.probes.texts import Read
+from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.measure import Findings, Rows, ShardResult, Subject, measure_shard
 from ray_jobs.text import chat_format
-from ray_jobs.training.measuring import Task
+from ray_jobs.training.measuring import Task, _as_plain, from_plain
 from tests.doubles import datasets
 from tests.models.shapes import small
 from tests.models.spec import changed
@@ -45,6 +47,13 @@ def measure_in_rank(task: Task) -> ShardResult:
     here = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     with together.gloo_group(here.num_workers) as group:
         return _measured_in_turn(task, BaseCache(), here, group)
+
+
+def test_a_workers_result_comes_back_from_json_as_it_was() -> None:
+    score = Score(1.5, None, "red", {"exact_match": 1.0}, differs=False)
+    found: dict[str, Findings] = {"general_text": {"base": Read([0.5, 0.25])}}
+    result = ShardResult({"a": 2}, {"base": [score]}, [found], "2026-12-02T03:00:00+00:00", "float32")
+    assert from_plain(json.loads(json.dumps(_as_plain(result)))) == result
 
 
 @pytest.mark.slow
