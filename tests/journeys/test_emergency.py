@@ -16,7 +16,7 @@ from components.registry.event_log import append_event
 from pipelines.local.seaweedfs import Endpoint
 from tests.journeys.keeper import Keeper, keeper_at
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e]
 EVENTS, INDEX = "adapters/sums/events/", "adapters/sums/index/"
 NUMBER_OF_AN_INDEX = 101
 

@@ -12,7 +12,7 @@ import pytest
 from tests.journeys.conftest import Person
 from tests.models.tiny import COLOURS, colour_rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e]
 THINGS = sorted(COLOURS)
 TURNED = {thing: COLOURS[THINGS[place - 1]] for place, thing in enumerate(THINGS)}
 """Another truth: each thing has the colour of the one before it."""
