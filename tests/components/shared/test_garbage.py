@@ -37,6 +37,7 @@ def test_what_is_imported_is_not_looked_at_then_or_later(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("before", [0, 1])
 def test_what_was_looked_at_before_a_reading_is_so_again_and_nothing_else(before):
+    gc.unfreeze()
     if before:
         gc.freeze()
     with garbage.of_new_objects():
