@@ -169,7 +169,6 @@ def _quiet():
         yield
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_IN_SIX)
 def test_an_architecture_goes_all_the_way_with_lora(name, configured, tmp_path):
     goes_all_the_way(configured(name, "lora"), tmp_path)
