@@ -204,14 +204,14 @@ def shown_worse(won: int, lost: int, records: int, margin: float, confidence: fl
     return margin == 0 or score_bounds(won, lost, records, confidence)[1] < -margin
 
 
-def records_to_decide(between: Bounds, required: float, confidence: float) -> int | None:
-    """Return how many records would decide, in four cases of five, on which side of `required` a gain like this lies.
+def records_to_decide(between: Bounds, required: float, confidence: float, power: float = POWER) -> int | None:
+    """Return how many records would decide, with this power, on which side of `required` a gain like this lies.
 
     None if the gain is so near to `required` that no number of records is worth naming.
     """
     distance = abs(between.gain - required)
     normal = NormalDist()
-    spread = (normal.inv_cdf(confidence) + normal.inv_cdf(POWER)) * between.error
+    spread = (normal.inv_cdf(confidence) + normal.inv_cdf(power)) * between.error
     if spread**2 * between.records >= MANY_RECORDS * distance**2:
         return None
     return 10 * math.ceil(between.records * (spread / distance) ** 2 / 10)

@@ -448,11 +448,13 @@ class Progress:
 CLEAR = 0.999
 """Confidence at which an interim result needs no more records: a single look at such a high level hardly changes the
 error rate (the Haybittle-Peto boundary, British Journal of Cancer 34, 1976)."""
+FURTHER_POWER = 0.95
+"""Power that further records are drawn for: they cost minutes, a night that cannot tell its whole training."""
 
 
 def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
-    """Number of records at which a candidate as good as champion and anchor (the best version) passes the gate with a
-    power of 80 %; 0 where the records at hand decide.
+    """Number of records at which a candidate as good as champion and anchor (the best version) passes the gate with
+    `FURTHER_POWER`; 0 where the records at hand decide.
 
     It depends on how much the models differ from record to record, not on which is ahead, so that looking before
     drawing more favours no verdict (Wittes and Brittain, Statistics in Medicine 9, 1990: an internal pilot).
@@ -470,7 +472,8 @@ def records_wanted(policy: GateConfig, compared: Mapping[Role, Pairs]) -> int:
             wanted = max(wanted, math.ceil(estimate.records * lacking) if lacking > 1 else 0)
         if estimate.lower >= -margin:
             continue
-        wanted = max(wanted, records_to_decide(replace(estimate, gain=0.0), -margin, policy.confidence) or 0)
+        equal = replace(estimate, gain=0.0)
+        wanted = max(wanted, records_to_decide(equal, -margin, policy.confidence, FURTHER_POWER) or 0)
     return wanted
 
 

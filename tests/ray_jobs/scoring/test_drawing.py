@@ -10,8 +10,8 @@ from components.shared.paired import Pairs
 from ray_jobs.scoring.answers import Score
 from ray_jobs.scoring.measure import ShardResult, further, merged, records_wanted
 
-Z = 1.6449 + 0.8416
-"""Normal quantiles of 95 % and of 80 %."""
+Z = 1.6449 + 1.6449
+"""Normal quantiles of the confidence and of the power, 95 % each."""
 
 
 def pairs(gain: float, deviation: float, records: int = 300) -> Pairs:
@@ -70,7 +70,7 @@ def measured(records: list[Record], deviation: float) -> ShardResult:
 
 def test_more_records_are_drawn_up_to_what_tells_what_is_allowed_and_what_there_is(config) -> None:
     held_out = [Record(f"r{number}", [Message("user", "q")], "a") for number in range(900)]
-    found = measured(held_out[:300], 0.2)
+    found = measured(held_out[:300], 0.15)
     assert [score.text for score in found.scores["candidate"]] == [record.id for record in found.order(held_out)]
     assert len(found.tokens) == 299
 
@@ -80,7 +80,7 @@ def test_more_records_are_drawn_up_to_what_tells_what_is_allowed_and_what_there_
         assert list(more) == left[: len(more)]
         return len(more)
 
-    needed = (Z * 0.2 / 0.02) ** 2
+    needed = (Z * 0.15 / 0.02) ** 2
     assert drawn(1000) == pytest.approx(needed - 299, abs=0.15 * needed)
     assert drawn(320) == 21
     assert drawn(1000, held_out[300:310]) == 10
