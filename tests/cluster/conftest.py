@@ -9,7 +9,6 @@ import pytest
 from components.config.schema import RegistryConfig
 from components.step.step import IMAGE
 from components.store.store import Store
-from tests.cluster import steps
 from tests.cluster.kube import Kube
 from tests.cluster.live import Live
 
@@ -28,18 +27,10 @@ SHORT = (
 
 
 @pytest.fixture
-def live(request: pytest.FixtureRequest) -> Iterator[Live]:
-    option = request.config.getoption
-    name = f"acceptance-{uuid.uuid4().hex[:8]}"
-    prefix = f"registry.prefix=acceptance/{name}"
-    given = Live(
-        option("--host"), option("--namespace"), option("--step-image"), [*SHORT, *option("--set"), prefix], name
-    )
-    yield given
-    try:
-        given.clean_up()
-    finally:
-        _empty(option("--set"), f"acceptance/{name}")
+def live(request: pytest.FixtureRequest, kube: Kube) -> Iterator[Live]:
+    made = Live(request.config.getoption("--host"), request.config.getoption("--step-image"), kube)
+    yield made
+    made.clean_up()
 
 
 @pytest.fixture
@@ -56,13 +47,6 @@ def kube(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kube]:
     found.clean_up()
     if found.has_trained:
         _empty(option("--set"), found.prefix)
-
-
-@pytest.fixture(scope="session")
-def kind_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Argo's, made where it is missing."""
-    with steps.kind_of_runs(Kube("default", [], "argo", tmp_path_factory.mktemp("argo"))):
-        yield
 
 
 def _empty(settings: list[str], prefix: str) -> None:
