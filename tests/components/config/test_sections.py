@@ -32,7 +32,6 @@ CHECKPOINTED, GPU = "train.gradient_checkpointing=true", "ray.use_gpu=true"
     ("overrides", "message"),
     [
         (["ray.num_workers=0"], "ray.num_workers = 0: expected an integer, at least 1, or two of them"),
-        (["ray.num_workers=[1]"], "ray.num_workers = [1]: expected an integer"),
         (["ray.num_workers=[4, 2]"], "put the smaller number first"),
         (["ray.num_workers=[1, 3]"], "train.batch_size 16 is not a multiple of train.micro_batch_size 8 x ray.num_w"),
         ([PAGED], "Nearest to it: train.optimizer=adamw_8bit"),
@@ -42,7 +41,6 @@ CHECKPOINTED, GPU = "train.gradient_checkpointing=true", "ray.use_gpu=true"
         (["gate.worse_on_general_text_by=0.5", "evaluate.general_passages=0"], "what evaluate.general_passages 0 does"),
         (["gate.lm_eval_worse_by={arc=0.1}"], "gate.lm_eval_worse_by asks for arc, which evaluate.lm_eval does not"),
         (["evaluate.lm_eval=['']"], "evaluate.lm_eval"),
-        (["evaluate.lm_eval_limit=0"], "evaluate.lm_eval_limit = 0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides: list[str], message: str) -> None:
@@ -70,11 +68,8 @@ def test_what_goes_together_is_taken(overrides: list[str]) -> None:
     [
         ("ray.num_workers=2", False),
         ("ray.cluster.kind=rayjob", False),
-        ("ray.max_failures=9", False),
         ("train.zero_stage=3", False),
-        ("train.max_tokens=512", False),
         ("train.batch_size=32", True),
-        ("train.seed=1", True),
         ("train.optimizer=adamw_8bit", True),
         ("ray.cpu_matmul_dtype=float32", True),
         ("method.rank=4", True),
@@ -95,9 +90,9 @@ def test_what_the_gate_or_the_evaluation_names_is_measured(where: str, metric: s
 
 
 @pytest.mark.parametrize("metric", ["rouge", "acme.scores", "acme:a.b", "os; x:y", "general_loss"])
-@pytest.mark.parametrize("where", ["gate.metric='{}'", "evaluate.metrics=['{}']"])
-def test_what_is_no_metric_is_refused_where_the_config_is_read(where: str, metric: str) -> None:
-    assert "nor a function of your own as module:function" in message_of(where.format(metric))
+def test_what_is_no_metric_is_refused_where_the_config_is_read(metric: str) -> None:
+    for where in ("gate.metric='{}'", "evaluate.metrics=['{}']"):
+        assert "nor a function of your own as module:function" in message_of(where.format(metric))
 
 
 # Keys of earlier configs: accepted for a release, which says so, and no part of what a config is.
@@ -112,12 +107,8 @@ def test_earlier_keys_of_tune_are_accepted_and_a_line_each_says_so(caplog: pytes
 
 def test_a_config_that_holds_earlier_keys_at_their_defaults_says_nothing_and_is_the_same(caplog) -> None:
     plain = set_in("tune.when=always")
-    tune = {
-        "when": "always",
-        "learning_rates": [],
-        "points": 5,
-        "space": {"learning_rates": [], "ranks": [], "batch_sizes": []},
-    }
+    space: dict[str, list[int]] = {"learning_rates": [], "ranks": [], "batch_sizes": []}
+    tune = {"when": "always", "learning_rates": [], "points": 5, "space": space}
     table = {**config_file.as_table(plain), "tune": tune, "evaluate": {"suites": []}}
     whole = config_file.validate(table)
     assert (whole, whole.digest) == (plain, plain.digest)
@@ -184,9 +175,7 @@ def said(*changes: str, num_steps: int | None = None) -> list[str]:
     ("changes", "message"),
     [
         (["train.learning_rate=0.9"], "train.learning_rate 0.9 is 4.5e+03 times the 0.0002 of lora at rank 16"),
-        (["train.learning_rate=0.03"], "train.learning_rate 0.03 is 150 times the 0.0002 of lora"),
         (["method.name=vera", "train.learning_rate=2e-5"], "train.learning_rate 2e-05 is a 300th of the 0.006 of vera"),
-        (["method.rank=4", "method.alpha=10000"], "method.alpha 10000 is 1.25e+03 times the 8 of lora at rank 4"),
         (["method.rank=256", "method.alpha=0.01"], "method.alpha 0.01 is a 5.12e+04th of the 512 of lora at rank 256"),
     ],
 )

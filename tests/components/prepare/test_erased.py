@@ -95,5 +95,5 @@ def test_a_preparation_says_how_many_are_left_out_and_accounts_for_every_row(wri
     assert profile["dropped"]["erased"] == 2
     records = [each["records"] for each in profile["splits"].values()]
     assert profile["rows"]["read"] == 100 == sum(profile["dropped"].values()) + sum(records)
-    held = {each.id for split in ("train", "eval") for each in load_split(store, after.uri, split)}
-    assert held == {str(n) for n in range(100)} - {"7", "8"}
+    ids = {each.id for split in ("train", "eval") for each in load_split(store, after.uri, split)}
+    assert ids == {str(n) for n in range(100)} - {"7", "8"}

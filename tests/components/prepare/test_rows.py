@@ -21,7 +21,6 @@ from components.prepare.rows import SourceRow, Unreadable
 from components.prepare.shapes import columns_read
 from components.prepare.sources import find_sources, local_copies
 from components.shared.errors import DataError
-from components.store.client import client_from_environment
 from components.store.store import Store
 from tests.doubles.datasets import read as read_validated
 
@@ -66,10 +65,9 @@ def test_a_line_that_cannot_be_parsed_carries_its_reason(line: bytes, reason: st
 def test_a_line_that_is_too_long_spoils_only_itself(write_rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
     long, longest = ('{"a": "' + "x" * size + '"}' for size in (990, 991))
-    found = read(write_rows([longest, {"a": 2}, "y" * 5000, long, {"a": 3}]))
-    assert [line for line, _ in found] == [1, 2, 3, 4, 5]
     too_long = Unreadable("the line is longer than 0 MiB")
-    assert [value for _, value in found] == [too_long, {"a": 2}, too_long, {"a": "x" * 990}, {"a": 3}]
+    read_back = [too_long, {"a": 2}, too_long, {"a": "x" * 990}, {"a": 3}]
+    assert read(write_rows([longest, {"a": 2}, "y" * 5000, long, {"a": 3}])) == [*enumerate(read_back, 1)]
 
 
 def test_parquet_gives_the_same_rows_as_jsonl_without_nulls(tmp_path: Path) -> None:
@@ -89,10 +87,7 @@ def test_parquet_gives_the_same_rows_as_jsonl_without_nulls(tmp_path: Path) -> N
 def test_parquet_rows_are_numbered_across_batches(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"prompt": [str(i) for i in range(10_000)]}), path, row_group_size=3000)
-    found = read(str(path))
-    assert found[0] == (1, {"prompt": "0"})
-    assert found[-1] == (10_000, {"prompt": "9999"})
-    assert len(found) == 10_000
+    assert read(str(path)) == [(number + 1, {"prompt": str(number)}) for number in range(10_000)]
 
 
 def test_text_in_parquet_that_is_not_utf8_spoils_only_its_own_row(tmp_path: Path) -> None:
@@ -143,11 +138,13 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         plain.unlink()
 
 
-@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
-def test_every_format_gives_the_same_rows_packed_or_not(ending: str, packed: str, tmp_path: Path) -> None:
-    write(ROWS, tmp_path / f"a{ending}{packed}")
-    assert [value for _, value in read(str(tmp_path / f"a{ending}{packed}"))] == ROWS
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.tsv.gz", "a.json.zst", "a.parquet.zst"],
+)
+def test_every_format_gives_the_same_rows_packed_or_not(name: str, tmp_path: Path) -> None:
+    write(ROWS, tmp_path / name)
+    assert [value for _, value in read(str(tmp_path / name))] == ROWS
     assert [value for _, value in read(str(tmp_path))] == ROWS
 
 
@@ -205,8 +202,7 @@ def test_rows_of_csv_are_bad_one_by_one_and_their_header_shows_what_divides_them
     ]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv.gz", "a.parquet.zst"])
-@pytest.mark.parametrize("one_request_bytes", [0, 2**20])
+@pytest.mark.parametrize(("name", "one_request_bytes"), [("a.jsonl", 0), ("a.parquet", 2**20), ("a.parquet.zst", 0)])
 def test_s3_objects_are_read_like_local_files(store, tmp_path, name: str, one_request_bytes: int, monkeypatch) -> None:
     monkeypatch.setattr("components.prepare.sources.ONE_REQUEST_BYTES", one_request_bytes)
     write(ROWS, tmp_path / name)
@@ -215,24 +211,18 @@ def test_s3_objects_are_read_like_local_files(store, tmp_path, name: str, one_re
     assert [value for _, value in read(store.uri("incoming/"))] == ROWS
 
 
-def test_files_in_a_bucket_are_read_in_order_by_one_client_some_ahead(store: Store, monkeypatch) -> None:
+def test_files_in_a_bucket_are_read_in_order_and_none_is_kept(store: Store) -> None:
     for number in range(12):
         store.put(f"incoming/{number:02}.jsonl", json.dumps({"prompt": number}).encode() + b"\n")
-    opened: list[str] = []
-    monkeypatch.setattr(
-        "components.store.store.client_from_environment", lambda: opened.append("client") or client_from_environment()
-    )
     sources = find_sources(store.uri("incoming/"))
-    copies = local_copies(sources)
     paths = []
-    for number, (source, path) in enumerate(copies):
+    for number, (source, path) in enumerate(local_copies(sources)):
         assert source == sources[number]
         assert path is not None
         assert json.loads(path.read_text()) == {"prompt": number}
         paths.append(path)
         assert not any(each.exists() for each in paths[:-1])
     assert len(paths) == 12
-    assert len(opened) == 2  # one to list, one to read
 
 
 # The files that people have: each is taken as it is, or the refusal names the way in which it would be.
@@ -259,19 +249,9 @@ def accepted(path: Path, **columns: Any) -> set[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("prompts.jsonl", lines_of(PLAIN)),
-        ("messages.jsonl", lines_of({"messages": CHAT})),
         ("windows.jsonl", b"\xef\xbb\xbf" + lines_of(PLAIN).replace(b"\n", b"\r\n")),
         ("dirt.jsonl", lines_of(PLAIN, count=100) + b'{"prompt": "q", "completion": null}\n' + b"{broken\n"),
-        ("alpaca.jsonl", lines_of({"instruction": "q", "input": "", "output": "a"})),
-        ("questions.jsonl", lines_of({"question": "q", "answer": "a"})),
-        ("sharegpt.jsonl", lines_of({"conversations": SHARE_GPT})),
         ("openai.jsonl", lines_of({"messages": PARTS})),
-        ("rows.csv", b"prompt,completion\nq,a\n"),
-        ("rows.tsv", b"prompt\tcompletion\nq\ta\n"),
-        ("rows.json", json.dumps([PLAIN], indent=1).encode()),
-        ("within.json", json.dumps({"version": 1, "data": [PLAIN]}).encode()),
-        ("packed.jsonl.gz", gzip.compress(lines_of(PLAIN), mtime=0)),
         ("response.jsonl", lines_of({"prompt": "q", "response": "a", "model": "m"})),
         ("capitals.jsonl", lines_of({"Prompt": "q", "Completion": "a"})),
         ("speakers.jsonl", lines_of({"user": "q", "assistant": "a"})),
@@ -279,7 +259,6 @@ def accepted(path: Path, **columns: Any) -> set[tuple[str, str]]:
         ("excel.csv", b"sep=;\r\nprompt;completion\r\nq;a\r\n"),
         ("one line.json", json.dumps({"data": [PLAIN] * 500}).encode()),
         ("lines.json", lines_of({**PLAIN, "x": "x" * 9000})),
-        ("array.jsonl", json.dumps([PLAIN] * 5, indent=1).encode()),
     ],
 )
 def test_a_file_is_taken_as_it_is(name: str, content: bytes, tmp_path: Path) -> None:
@@ -293,11 +272,7 @@ def test_a_file_is_taken_as_it_is(name: str, content: bytes, tmp_path: Path) -> 
     [
         ({"prompt": "q", "response": "a", "input": "", "output": "b"}, "completion=output", {"completion": "response"}),
         ({"Ask": "q", "Reply": "a"}, "prompt=COLUMN .*completion=Reply", {"prompt": "Ask", "completion": "Reply"}),
-        (
-            {"request": "q", "response": "a"},
-            "--set data.columns.prompt=request --set data.columns.completion=response",
-            {"prompt": "request", "completion": "response"},
-        ),
+        ({"request": "q", "response": "a"}, "prompt=request", {"prompt": "request", "completion": "response"}),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "data.columns.completion=chosen", {"completion": "chosen"}),
         ({"messages": HUMAN}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
         ({"messages": SHARE_GPT}, "data.columns.messages=messages reads such turns", {"messages": "messages"}),
@@ -321,20 +296,12 @@ JOINED = lines_of(PLAIN).replace(b"\n", b" ")
         ("text.jsonl", lines_of({"text": "q a"}), "write prompt and completion apart"),
         ("latin.jsonl", lines_of(PLAIN).replace(b'"q"', b'"\xe4"'), "iconv -f CP1252 -t UTF-8 does so"),
         ("windows.json", '[{"prompt": "“q”"}]'.encode("cp1252"), r"not UTF-8 at byte 14\. Save it as UTF-8: .* CP1252"),
-        (
-            "split.json",
-            json.dumps({"train": [PLAIN], "test": [PLAIN]}).encode(),
-            "no row .*: found 'train', 'test'",
-        ),
+        ("split.json", json.dumps({"train": [PLAIN], "test": [PLAIN]}).encode(), "found 'train', 'test'"),
         ("pandas.json", pd.DataFrame([PLAIN] * 3).to_json().encode(), "1 x prompt is an object: expected text"),
         ("joined.jsonl", JOINED, "another object begins at column 36: write each on a line of"),
         ("joined.json", JOINED, "is not JSON: Extra data.*; write each object on a line of its"),
         ("bare.csv", b"Mpox,Infections\nStye,Eye\n" * 9, "Where the first row holds data, write one with the"),
-        (
-            "utf16.jsonl",
-            lines_of(PLAIN).decode().encode("utf-16"),
-            "is UTF-16: save it as UTF-8, as iconv -f UTF-16 -t",
-        ),
+        ("utf16.jsonl", lines_of(PLAIN).decode().encode("utf-16"), "is UTF-16: save it as UTF-8"),
         ("utf16.csv", codecs.BOM_UTF16_BE + "prompt,completion\nq,a\n".encode("utf-16-be"), "is UTF-16"),
         ("rows.xlsx", b"PK", r"expected a name ending in \.jsonl.*; save the sheet as CSV \(UTF-8\)"),
         ("rows.zip", b"PK", "; unpack it"),
@@ -358,23 +325,13 @@ def test_a_folder_of_save_to_disk_is_named_as_one_and_not_read_as_its_descriptio
             (tmp_path / split / name).write_text(json.dumps({"citation": "", "features": {}}))
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     for folder in (tmp_path, tmp_path / "train"):
-        with pytest.raises(
-            DataError, match=r"a folder of datasets\.save_to_disk, .*\.to_parquet\(FILE\) does for each split"
-        ):
+        with pytest.raises(DataError, match=r"a folder of datasets\.save_to_disk, .*\.to_parquet"):
             accepted(folder)
     dataset.to_pandas().to_parquet(tmp_path / "train" / "train.parquet")
     assert accepted(tmp_path) == {("q", "a")}
 
 
 # Rows that are taken together become what each becomes by itself.
-
-TEXTS = (
-    "Zoë 🤦🏼‍♂️ 傷",
-    "write to ann@example.com",
-    "risk-free @ 5, right?",
-    "+49 30 901820, or 2024-01-02 03:04",
-    "٠١٢٣٤٥٦٧٨",
-)
 
 
 def test_rows_read_together_are_records_or_rejects_by_their_lines(write_rows, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,13 +361,11 @@ def test_rows_read_together_are_records_or_rejects_by_their_lines(write_rows, mo
 def test_rows_of_parquet_become_what_those_of_json_lines_do(tmp_path: Path, write_rows, monkeypatch) -> None:
     monkeypatch.setattr("components.prepare.rows.BYTES_AT_ONCE", 999)
     rng = random.Random(0)
-    rows = [
-        {"id": rng.choice([None, str(number)]), "messages": [{"role": "user", "content": f"q{number}"}]}
-        for number in range(500)
-    ]
-    for each in rows:
+    rows = []
+    for number in range(500):
         answer = {"role": "assistant", "content": rng.choice(["a ", "b", "", "ü"])}
-        each["messages"] = [*each["messages"], answer]  # type: ignore[misc]
+        turns = [{"role": "user", "content": f"q{number}"}, answer]
+        rows.append({"id": rng.choice([None, str(number)]), "messages": turns})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     one, other = (read_validated(find_sources(name)) for name in (str(tmp_path / "x.parquet"), write_rows(rows)))
     assert one.accepted == other.accepted
@@ -423,7 +378,12 @@ def suspects(*texts: str) -> list[int]:
 
 def test_no_text_with_personal_data_is_passed_over() -> None:
     lines = Path(__file__).with_name("personal.jsonl").read_text().splitlines()
-    texts = [*(json.loads(line)["text"] for line in lines), *(each for each in TEXTS if each.isprintable())]
+    texts = [
+        *(json.loads(line)["text"] for line in lines),
+        "Zoë 🤦🏼‍♂️ 傷",
+        "+49 30 901820, or 2024-01-02 03:04",
+        "٠١٢٣٤٥٦٧٨",
+    ]
     found = [place for place, text in enumerate(texts) if find(text, regions=["DE", "US", "GB"])]
     assert {*found} <= {*suspects(*texts)}
     digits = [chr(each) for each in range(sys.maxunicode + 1) if chr(each).isdecimal()]

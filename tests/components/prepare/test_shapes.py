@@ -65,19 +65,13 @@ def test_a_row_is_known_by_its_columns_from_jsonl_and_from_parquet(row, shape, p
     ("row", "columns", "prompt"),
     [
         ({"body": "a", "label": "b"}, {"prompt": "body", "completion": "label"}, [("user", "a")]),
-        ({"prompt": "a", "response": "b"}, {"completion": "response"}, [("user", "a")]),
         ({"t": "a", "b": "c", "y": "b"}, {"prompt": ["t", "b"], "completion": "y"}, [("user", "a\n\nc")]),
         ({"t": "a", "b": None, "y": "b"}, {"prompt": ["t", "b"], "completion": "y"}, [("user", "a")]),
         ({"chat": SHARE_GPT}, {"messages": "chat"}, [("user", "a")]),
         ({"chat": TURNS, "s": "s"}, {"messages": "chat", "system": "s"}, [("system", "s"), ("user", "a")]),
-        (
-            {"q": "a", "y": "b", "s": "s"},
-            {"prompt": "q", "completion": "y", "system": "s"},
-            [("system", "s"), ("user", "a")],
-        ),
         ({"prompt": "a", "completion": "b", "s": "s"}, {"system": "s"}, [("system", "s"), ("user", "a")]),
         (
-            {"question": "a", "answer": "b", "prompt": "x", "completion": "y"},
+            {"question": "a", "answer": "b", "prompt": "x"},
             {"prompt": "question", "completion": "answer"},
             [("user", "a")],
         ),
@@ -105,7 +99,11 @@ def test_rows_of_a_csv_may_hold_a_conversation_as_json(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_read_are_named(write_rows: Write) -> None:
-    rows = [{"question": "a", "context": "c", "answer": "b", "t": "x"}, {"messages": TURNS, "system": "s"}]
+    rows = [
+        {"question": "a", "context": "c", "answer": "b", "t": "x"},
+        {"messages": TURNS, "system": "s"},
+        {"instruction": "a", "output": "b"},
+    ]
     counts = read_rows(write_rows(rows)).counts
     assert counts.unread == {"context": 1, "t": 1, "system": 1}
     assert unread_text(counts.unread).startswith("columns not read: context (1 row), t (1 row), system (1 row). data.c")
@@ -113,15 +111,8 @@ def test_columns_that_are_not_read_are_named(write_rows: Write) -> None:
     assert "c9 (1 row) and 3 more. To train on reasoning" in many
 
 
-def test_columns_of_each_rows_own_shape_are_read(write_rows: Write) -> None:
-    rows = [{"instruction": "a", "output": "b"}, {"question": "c", "answer": "d"}, {"prompt": "e", "completion": "f"}]
-    assert not read_rows(write_rows(rows)).counts.unread
-
-
 def test_a_column_that_no_row_has_is_named(write_rows: Write) -> None:
-    with pytest.raises(
-        DataError, match=r"found 'prompt', 'x'; .*No row has the columns that data\.columns names: prompt = 'body'"
-    ):
+    with pytest.raises(DataError, match=r"found 'prompt', 'x'; .*data\.columns names: prompt = 'body'"):
         read_rows(write_rows([{"prompt": "a", "x": "b"}]), prompt="body", completion="label")
     with pytest.raises(DataError, match="label is missing"):
         read_rows(write_rows([{"body": "a", "x": "b"}]), prompt="body", completion="label")

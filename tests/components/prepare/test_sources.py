@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from components.prepare.sources import find_sources
-from components.shared.errors import DataError, StoreError
+from components.shared.errors import DataError
 from components.store.store import Store
 
 
@@ -48,11 +48,8 @@ def test_a_list_keeps_its_order_and_gives_each_file_once(folder: Path) -> None:
         ("", "is empty"),
         ([], "is an empty list"),
         ("file:///x.jsonl", "write the path alone, '/x.jsonl'"),
-        ("org/name", "does not exist .*: write hf://org/name for the Hugging Face data set of that name"),
-        (
-            "https://host/x.jsonl",
-            "'https://host/x.jsonl': expected a path, .*; fetch what lies elsewhere, and name the",
-        ),
+        ("org/name", "does not exist .*: write hf://org/name"),
+        ("https://host/x.jsonl", "'https://host/x.jsonl': expected a path"),
         ("example://icd9", "example://icd10"),
         ("s3://bucket/folder", "or a folder with / at the end"),
     ],
@@ -67,9 +64,7 @@ def test_a_folder_without_data_files_says_what_it_holds_instead(tmp_path: Path) 
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"only 1 other files such as .*notes.txt"):
         find_sources(str(tmp_path))
-    with pytest.raises(
-        DataError, match=r"notes.txt': expected a name ending in .jsonl, .ndjson, .json, .csv, .tsv, .parq"
-    ):
+    with pytest.raises(DataError, match=r"notes.txt': expected a name ending in .jsonl"):
         find_sources(str(tmp_path / "notes.txt"))
 
 
@@ -94,23 +89,13 @@ def test_an_s3_source_that_does_not_exist_is_named(store: Store, key: str) -> No
         find_sources(store.uri(key))
 
 
-def test_an_unreachable_s3_source_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9"):
-        find_sources("s3://bucket/incoming/")
-
-
 def test_a_link_that_leads_out_of_the_folder_is_refused_and_one_within_is_read(folder: Path) -> None:
     inner = folder / "deep"
     (inner / "within.jsonl").symlink_to(inner / "c.parquet")
     assert names(str(inner), folder) == ["deep/c.parquet", "deep/within.jsonl"]
     (inner / "out.jsonl").symlink_to("../a.jsonl")
     for source in (inner, inner / "*.jsonl", inner / "**" / "*.jsonl"):
-        with pytest.raises(
-            DataError, match=r"out\.jsonl is a link to .*/a\.jsonl: one must not lead out of .*/deep; copy"
-        ):
+        with pytest.raises(DataError, match=r"out\.jsonl is a link to .*/a\.jsonl: one must not lead out of .*/deep"):
             find_sources(str(source))
     assert names(str(inner / "out.jsonl"), folder) == ["deep/out.jsonl"]  # whoever names it means it
     assert "deep/out.jsonl" in names(str(folder), folder)  # from above it leads nowhere else

