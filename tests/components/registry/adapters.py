@@ -14,8 +14,8 @@ def published(store: Store, weights: bytes, *, name: str = "icd", run_id: str = 
     return publish_version(store, name, files, lineage={"run_id": run_id, **more})
 
 
-def holder(store: Store, alias: str = "production") -> str | None:
-    pointer = read_alias(store, "icd", alias)
+def holder(store: Store, alias: str = "production", *, name: str = "icd") -> str | None:
+    pointer = read_alias(store, name, alias)
     return pointer.version if pointer else None
 
 

@@ -12,7 +12,7 @@ from components.registry.versions import resolve
 from components.shared.errors import AliasConflict, IntegrityError, ObjectMissing, UserError
 from components.store.folders import find_manifest
 from components.store.store import Store
-from tests.components.registry.adapters import holder, moves, requests_of
+from tests.components.registry.adapters import holder, moves
 
 
 def test_a_promotion_moves_the_alias_and_logs_who_and_why(store: Store, versions: list[str]) -> None:
@@ -35,7 +35,7 @@ def test_a_promotion_moves_the_alias_and_logs_who_and_why(store: Store, versions
     assert events(store, "icd")[-1] == event
 
 
-def test_a_promotion_against_another_champion_is_a_conflict_that_says_who_holds_it(
+def test_a_promotion_against_another_champion_is_a_conflict_that_names_the_holder(
     store: Store, versions: list[str]
 ) -> None:
     one, two, three = versions
@@ -55,22 +55,7 @@ def test_a_promotion_against_another_champion_is_a_conflict_that_says_who_holds_
     assert moves(store)[-1] == ("promoted", one, two)
 
 
-def test_a_move_from_a_pointer_that_has_moved_is_a_conflict(store: Store, versions: list[str]) -> None:
-    one, two, three = versions
-    promote(store, "icd", one)
-    stale = read_alias(store, "icd", "production")
-    promote(store, "icd", two)
-    for expected in (stale, None):
-        with pytest.raises(AliasConflict) as raised:
-            move_alias(store, "icd", "production", three, expected=expected, kind="promoted", cause=Cause("r"))
-        assert raised.value.holder is not None
-        assert raised.value.holder["version"] == two
-    assert holder(store) == two
-
-
-def test_an_alias_that_returned_to_an_earlier_version_is_not_mistaken_for_unmoved(
-    store: Store, versions: list[str]
-) -> None:
+def test_an_alias_that_returned_to_an_earlier_version_has_moved(store: Store, versions: list[str]) -> None:
     one, two, three = versions
     promote(store, "icd", one)
     stale = read_alias(store, "icd", "production")
@@ -81,9 +66,7 @@ def test_an_alias_that_returned_to_an_earlier_version_is_not_mistaken_for_unmove
         move_alias(store, "icd", "production", three, expected=stale, kind="promoted", cause=Cause())
 
 
-def test_a_version_that_holds_the_alias_already_is_as_expected_only_if_it_came_from_there(
-    store: Store, versions: list[str]
-) -> None:
+def test_promoting_the_holder_again_asks_where_it_came_from(store: Store, versions: list[str]) -> None:
     one, two, three = versions
     promote(store, "icd", one)
     event = promote(store, "icd", two, expected=one)
@@ -143,7 +126,6 @@ SOUND = (
     [
         b"",
         b"[1]",
-        b"3",
         b'{"version": "v1"}',
         b'{"format": 1, "other": 2}',
         b"[" * 100_000,
@@ -153,7 +135,7 @@ SOUND = (
         SOUND.replace('{"from": null, "to": "v1"}', '{"to": "v1"}').encode(),
         SOUND.replace('{"from": null, "to": "v1"}', "[]").encode(),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_a_damaged_pointer_is_named(store: Store, body: bytes) -> None:
     store.put("adapters/icd/aliases/production.json", SOUND.encode())
@@ -166,16 +148,17 @@ def test_a_damaged_pointer_is_named(store: Store, body: bytes) -> None:
 JUNK = [b"", b"[1]", b"3", b"\xff", b"[" * 100_000, b'{"id": "a", "kind": "promoted", "time": "2026", "body": {}}']
 
 
-@pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
-def test_what_is_no_event_is_named_and_stops_no_move(
-    store: Store, versions: list[str], junk: bytes, caplog: pytest.LogCaptureFixture
+def test_junk_among_the_events_stops_no_move(
+    store: Store, versions: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two, three = versions
-    store.put("adapters/icd/events/2026-x.json", junk)
+    for number, junk in enumerate(JUNK):
+        store.put(f"adapters/icd/events/2026-{number}.json", junk)
     promote(store, "icd", one, cause=Cause("r1"))
     promote(store, "icd", two, cause=Cause("r2"))
     promote(store, "icd", three, cause=Cause("r3"))
-    assert "events/2026-x.json is not an event, and passed over" in caplog.text
+    for number in range(len(JUNK)):
+        assert f"events/2026-{number}.json is not an event, and passed over" in caplog.text
     assert rollback(store, "icd").body["to"] == two
     assert rollback(store, "icd").body["to"] == one
     assert len(moves(store)) == 5
@@ -265,21 +248,8 @@ def test_a_rollback_to_a_named_version_goes_there(store: Store, versions: list[s
         rollback(store, "icd", "staging")
 
 
-def test_a_rollback_goes_where_the_pointer_says_whatever_was_added_to_the_log(
-    store: Store, versions: list[str]
-) -> None:
-    one, two, three = versions
-    promote(store, "icd", one)
-    promote(store, "icd", two)
-    forged = {"alias": "production", "from": one, "to": three, "manifest_sha256": "", "run_id": "", "since": "2999"}
-    append_event(store, "icd", "promoted", forged, at="2999-01-01T00:00:00.000000Z")
-    assert rollback(store, "icd").body["to"] == one
-
-
 @pytest.mark.parametrize("damage", ["rewritten", "forged", "deleted"])
-def test_each_rollback_reads_the_move_that_it_returns_to_and_no_other(
-    store: Store, versions: list[str], damage: str
-) -> None:
+def test_a_rollback_reads_the_move_that_it_returns_to(store: Store, versions: list[str], damage: str) -> None:
     one, two, three = versions
     logged = [promote(store, "icd", version) for version in versions]
     rollback(store, "icd")
@@ -332,20 +302,6 @@ def test_moves_name_the_one_before_them_by_sha256(store: Store, versions: list[s
     assert not is_chain([replace(logged[0], body={**logged[0].body, "actor": "eve"}), *logged[1:]])
 
 
-def test_a_rollback_takes_as_many_requests_after_many_moves_as_after_few(store: Store, versions: list[str]) -> None:
-    one, two, _ = versions
-    sent = requests_of(store)
-    counts = []
-    for moved in (2, 10):
-        for number in range(moved):
-            promote(store, "icd", (one, two)[number % 2])
-        sent.clear()
-        rollback(store, "icd")
-        counts.append(len(sent))
-        promote(store, "icd", two)
-    assert counts[0] == counts[1] <= 14
-
-
 def test_a_rollback_that_names_the_holder_can_be_sent_again(store: Store, versions: list[str]) -> None:
     one, two, three = versions
     for version in versions:
@@ -360,9 +316,7 @@ def test_a_rollback_that_names_the_holder_can_be_sent_again(store: Store, versio
     assert holder(store) == one
 
 
-def test_rolling_back_to_what_a_gate_refused_and_nobody_promoted_is_an_override(
-    store: Store, versions: list[str]
-) -> None:
+def test_rolling_back_to_what_a_gate_refused_is_an_override(store: Store, versions: list[str]) -> None:
     one, two, three = versions
     promote(store, "icd", one)
     for version in (two, three):

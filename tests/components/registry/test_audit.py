@@ -31,9 +31,7 @@ def key() -> Ed25519PrivateKey:
 def ids(store: Store, key: Ed25519PrivateKey) -> list[str]:
     """Three versions; the first two were promoted and signed, the alias was rolled back, the third was refused."""
     store.trusted_keys = (signing.public_text(key),)
-    made = []
-    for number in range(3):
-        made.append(published(store, bytes([number]), run_id=f"r{number}").version)
+    made = [published(store, bytes([number]), run_id=f"r{number}").version for number in range(3)]
     for version in made[:2]:
         signing.sign(store, "icd", version, key, alias="production")
         promote(store, "icd", version)
@@ -59,12 +57,12 @@ def forge(store: Store, ids: list[str]) -> None:
     append_event(store, "icd", "promoted", body, at="2999-01-01T00:00:00.000000Z")
 
 
-def refile(store: Store, key: str, **changed: object) -> None:
+def refile_last_move(store: Store, ids: list[str]) -> None:
     """As somebody would who knows how an event is named: the name fits what it says now."""
+    key = event_key(store, "rolled_back")
     record = store.get_json(key)
-    body = {**record["body"], **changed}
     store.delete([key])
-    append_event(store, "icd", record["kind"], body, at=record["time"])
+    append_event(store, "icd", record["kind"], {**record["body"], "reason": "nothing"}, at=record["time"])
 
 
 def remove_round_trip(store: Store, ids: list[str]) -> None:
@@ -93,7 +91,6 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         lambda store, ids: store.put(f"adapters/icd/versions/{ids[1]}/adapter_model.safetensors", b"x"),
         "is damaged: adapter_model",
     ),
-    "added file": (lambda store, ids: store.put(f"adapters/icd/versions/{ids[1]}/x.py", b"x"), "x.py is not in"),
     "manifest": (
         lambda store, ids: rewrite(
             store, f"adapters/icd/versions/{ids[1]}/manifest.json", '"run_id":"r1"', '"run_id":"r9"'
@@ -104,27 +101,12 @@ TAMPERING: dict[str, tuple[Callable[[Store, list[str]], object], str]] = {
         lambda store, ids: store.delete([info.key for info in store.list(f"adapters/icd/versions/{ids[2]}/")]),
         "was published .* and is gone",
     ),
-    "promotion removed": (
-        lambda store, _: store.delete([event_key(store, "promoted")]),
-        "do not lead from one to the next",
-    ),
     "promotion rewritten": (
         lambda store, ids: rewrite(store, event_key(store, "promoted", 1), ids[1], ids[2]),
         "is not an event: its id is not that of its content",
     ),
     "promotion forged": (forge, "do not lead from one to the next"),
-    "promotion recorded otherwise": (
-        lambda store, _: refile(store, event_key(store, "promoted", 1), actor="eve"),
-        "do not lead from one to the next",
-    ),
-    "first promotion with a hash": (
-        lambda store, _: refile(store, event_key(store, "promoted"), previous={"time": "", "sha256": ""}),
-        "do not lead from one to the next",
-    ),
-    "last move recorded otherwise": (
-        lambda store, _: refile(store, event_key(store, "rolled_back"), reason="nothing"),
-        "points elsewhere than its last event says",
-    ),
+    "last move recorded otherwise": (refile_last_move, "points elsewhere than its last event says"),
     "moves removed that lead back to where they began": (remove_round_trip, "do not lead from one to the next"),
     "published again as another": (republish, "another manifest than s3://.* does"),
     "publication removed": (
