@@ -35,10 +35,10 @@ from components.registry.lineage import (
     Started,
     Training,
 )
-from components.registry.versions import publish_version
 from components.report.run_files import RunFiles
 from components.store.store import Store
 from tests.components.gate.evidenced import evidence
+from tests.components.registry.adapters import published
 
 CONFIG = config_file.loads(
     """
@@ -221,6 +221,22 @@ LINEAGE = Lineage(
 BEFORE = metrics(0.951, 0.683, 0.712, 1.301)
 
 
+def with_evaluation(run: RunFiles, **changes: Any) -> RunFiles:
+    assert run.evaluation is not None
+    return replace(run, evaluation=run.evaluation.model_copy(update=changes))
+
+
+def with_decision(run: RunFiles, **changes: Any) -> RunFiles:
+    assert run.decision is not None
+    return replace(run, decision=run.decision.model_copy(update=changes))
+
+
+def decided(run: RunFiles, **policy: Any) -> RunFiles:
+    """The run, decided on by the example's policy with these changes."""
+    assert run.evaluation is not None
+    return replace(run, decision=decision(run.evaluation, CONFIG.gate.model_copy(update=policy)))
+
+
 def promoted_run() -> RunFiles:
     measured = evaluation("2026-11-24-0200-7f3a", metrics(0.912, 0.720, 0.743, 1.384), BEFORE)
     return RunFiles(
@@ -249,18 +265,15 @@ def forgetful_run(nll: float = 455.0) -> RunFiles:
         for role, model in measured.models.items()
         for found in [{"general_loss": text.loss(role), "kl_from_base": own.above_base(role)}]
     }
-    measured = measured.model_copy(update={"models": models, "general_text": text, "own_answers": own})
-    policy = CONFIG.gate.model_copy(update={"worse_on_general_text_by": 0.5, "kl_from_base_at_most": 0.5})
-    held = {"decision": decision(measured, policy), "steps": steps("prepare", "finetune", "evaluate", "gate")}
-    return replace(promoted_run(), evaluation=measured, **held)
+    run = replace(promoted_run(), steps=steps("prepare", "finetune", "evaluate", "gate"))
+    run = with_evaluation(run, models=models, general_text=text, own_answers=own)
+    return decided(run, worse_on_general_text_by=0.5, kl_from_base_at_most=0.5)
 
 
 def waiting_run() -> RunFiles:
     """Every rule is kept, and the policy asks for a person."""
-    run = promoted_run()
-    assert run.evaluation is not None
-    decided = decision(run.evaluation, CONFIG.gate.model_copy(update={"approval": ApprovalConfig(always=True)}))
-    return replace(run, decision=decided, steps=steps("prepare", "finetune", "evaluate", "gate"))
+    run = replace(promoted_run(), steps=steps("prepare", "finetune", "evaluate", "gate"))
+    return decided(run, approval=ApprovalConfig(always=True))
 
 
 def held_run() -> RunFiles:
@@ -302,10 +315,9 @@ def failed_run() -> RunFiles:
 
 def night(store: Store, number: int, *, promotes: bool) -> None:
     """A version that went on from another one, and that its run has compared and decided on."""
-    run_id, files = f"night-{number}", {"adapter_model.safetensors": b"%d" % number, "adapter_config.json": b"{}"}
-    parents = [f"s3://fineloop/adapters/icd/versions/{CHAMPION}"]
-    lineage = {"run_id": run_id, "config": {"train": {"learning_rate": number / 1000}}, "parents": parents}
-    version = publish_version(store, "icd", files, lineage=lineage).version
+    run_id, parents = f"night-{number}", [f"s3://fineloop/adapters/icd/versions/{CHAMPION}"]
+    config = {"train": {"learning_rate": number / 1000}}
+    version = published(store, b"%d" % number, run_id=run_id, config=config, parents=parents).version
     models = {"candidate": Measured(version=version, metrics={"loss": 1 - number / 100})}
     paired = {"champion": PairedDifference(metric="loss", difference=0.05, ci95=(0.01, 0.09), records=250)}
     runs.write(store, run_id, Evaluation(run_id=run_id, records=250, models=models, paired=paired))

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from components.config.gate import GateConfig, Limit
+from components.config.gate import Limit
 from components.records.steps import (
-    Evaluation,
     HarnessScores,
     PairedDifference,
     RuleResult,
@@ -21,18 +20,11 @@ from components.report.run_files import RunFiles
 from components.shared.metrics import metric_of
 from components.shared.paired import Bounds
 from tests.components.report import example_runs
-from tests.components.report.example_runs import promoted_run
+from tests.components.report.example_runs import decided, promoted_run, with_decision, with_evaluation
 
 
 def panel(run: RunFiles, key: str = "loss") -> Panel:
     return next(panel for panel in panels(run) if panel.metric.key == key)
-
-
-def decided(policy: GateConfig) -> RunFiles:
-    """The promoted run, decided on by another policy."""
-    run = promoted_run()
-    assert run.evaluation is not None
-    return replace(run, decision=example_runs.decision(run.evaluation, policy))
 
 
 def places(picture: Forest) -> tuple[float, float, float, float]:
@@ -80,7 +72,7 @@ def test_what_changed_outside_the_domain_is_drawn_with_its_line(key: str, text: 
 
 
 def test_bounds_of_a_metric_where_higher_is_better_lie_on_the_other_side() -> None:
-    run = decided(GateConfig(metric="exact_match", better_than_base_by=0.1, worse_than_champion_by=0.02, limits=[]))
+    run = decided(promoted_run(), metric="exact_match", better_than_base_by=0.1, limits=[])
     assert [mark.text for mark in panel(run, "exact_match").marks] == [
         "at least 12.3 %, to beat the base",
         "at least 66.3 %, not to fall behind production",
@@ -97,13 +89,12 @@ def test_a_negative_value_grows_to_the_left_of_zero() -> None:
 
 def test_perplexity_is_drawn_only_when_the_gate_looks_at_it() -> None:
     assert "perplexity" not in [panel.metric.key for panel in panels(promoted_run())]
-    run = decided(GateConfig(limits=[Limit(metric="perplexity", max=5.0)]))
+    run = decided(promoted_run(), limits=[Limit(metric="perplexity", max=5.0)])
     assert "perplexity" in [panel.metric.key for panel in panels(run)]
 
 
 def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
     run = example_runs.held_run()
-    assert run.decision is not None
     parts = [
         SliceResult(kind="label", name=name, records=60, gain=gain, lower=gain - 0.1, upper=gain + 0.1, worse=gain < 0)
         for name, gain in (("Eye", -0.3), ("Skin", 0.1))
@@ -112,7 +103,7 @@ def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
         name="slices", field="gate.slices", metric="loss", bound=0.05, slices=tuple(parts), passed=False, text="it"
     )
     assert slices(run) is None
-    shown = slices(replace(run, decision=run.decision.model_copy(update={"rules": (rule,)})))
+    shown = slices(with_decision(run, rules=(rule,)))
     assert shown is not None
     eye, skin = shown.gains
     assert (eye.name, eye.bad, eye.about) == ("label: Eye", True, "60 records")
@@ -130,26 +121,21 @@ def test_what_is_new_is_drawn_beside_what_the_champion_knew_one_picture_a_metric
         return [paired, paired.model_copy(update={"metric": "exact_match", "ci95": None})]
 
     run = example_runs.held_run()
-    assert run.evaluation is not None
     assert since_champion(run) == []
-    fresh = run.evaluation.model_copy(update={"since_champion": {"new": part(37, 0.5), "seen": part(463, -0.02)}})
-    (shown,) = since_champion(replace(run, evaluation=fresh))
+    run = with_evaluation(run, since_champion={"new": part(37, 0.5), "seen": part(463, -0.02)})
+    (shown,) = since_champion(run)
     assert [(each.name, each.about) for each in shown.gains] == [
         ("new since production", "37 records"),
         ("known to production", "463 records"),
     ]
     assert shown.gains[0].text == "+0.500 (between +0.400 and +0.600)"
-    assert "What is new, and what production knew" in build_report(replace(run, evaluation=fresh))
+    assert "What is new, and what production knew" in build_report(run)
 
 
 def test_every_comparison_of_the_gate_is_drawn_between_its_bounds_and_against_its_line() -> None:
     run = promoted_run()
     assert run.decision is not None
-    changed = [
-        rule if rule.gain is None else rule.model_copy(update={"lower": rule.gain - 0.021, "upper": rule.gain + 0.03})
-        for rule in run.rules
-    ]
-    shown = intervals(replace(run, decision=run.decision.model_copy(update={"rules": tuple(changed)})))
+    shown = intervals(replace(run, decision=example_runs.bounded(run.decision)))
     assert [each.gains[0].name for each in shown] == [
         "Loss better than the base model's",
         "Loss not worse than production's",
@@ -159,7 +145,7 @@ def test_every_comparison_of_the_gate_is_drawn_between_its_bounds_and_against_it
     for each in shown:
         low, gain, high, _ = places(each)
         assert 0 <= low < gain < high <= 100
-    assert shown[1].gains[0].text == "Loss: 0.039 better, between +0.018 and +0.069"
+    assert shown[1].gains[0].text == "Loss: 0.039 better, between +0.018 and +0.060"
     assert [each.note for each in shown[1:]] == ["required: −0.020 or more", "required: −0.050 or more", ""]  # noqa: RUF001
     assert shown[1].bound == pytest.approx(-0.02)
 
@@ -201,12 +187,6 @@ SCORES = {
 }
 
 
-def measured(found: HarnessScores) -> RunFiles:
-    promoted = promoted_run()
-    assert promoted.evaluation is not None
-    return replace(promoted, evaluation=promoted.evaluation.model_copy(update={"harness": found}))
-
-
 def test_each_model_has_its_value_of_a_task_with_its_standard_error() -> None:
     found = HarnessScores(lm_eval="0.4.13", tasks=("arc_<easy>", "wikitext"), limit=50, scores=SCORES)
     dash = "\N{EN DASH}"
@@ -214,17 +194,11 @@ def test_each_model_has_its_value_of_a_task_with_its_standard_error() -> None:
         ("arc_<easy>", "acc", {"base": "0.6123 ± 0.049", "champion": dash, "candidate": "0.5"}),
         ("wikitext", "word_perplexity", {"base": dash, "champion": dash, "candidate": dash}),
     ]
-    page = build_report(measured(found))
+    page = build_report(with_evaluation(promoted_run(), harness=found))
     for words in ("arc_&lt;easy&gt;", "0.6123 ± 0.049", "each task's first 50", "lm-eval 0.4.13"):
         assert words in page
-    left_out = build_report(measured(HarnessScores(lm_eval="0.4.13", tasks=("wikitext",), left_out="as it is so")))
+    found = HarnessScores(lm_eval="0.4.13", tasks=("wikitext",), left_out="as it is so")
+    left_out = build_report(with_evaluation(promoted_run(), harness=found))
     assert "Left out, as it is so." in left_out
     assert "Table of tasks" not in left_out
     assert "lm-evaluation-harness" not in build_report(promoted_run())
-
-
-def test_the_record_is_read_as_it_was_written_and_keeps_keys_that_came_later() -> None:
-    found = HarnessScores(lm_eval="0.4.13", tasks=("arc_<easy>", "wikitext"), scores=SCORES, later=1)
-    written = measured(found).evaluation
-    assert written is not None
-    assert Evaluation.from_json(written.as_json(), "s3://x").harness == found

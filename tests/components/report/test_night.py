@@ -139,11 +139,6 @@ def test_a_night_whose_decision_was_replaced_since_is_told_by_the_step_that_ende
     assert len(receiver.got) == 1
 
 
-def test_without_a_secret_a_webhook_is_unsigned(store: Store, receiver: Receiver) -> None:
-    reported(store, receiver.config(), example_runs.held_run())
-    assert "X-Hub-Signature-256" not in receiver.got[0][1]
-
-
 def test_nothing_is_told_of_a_promotion_an_interruption_or_what_the_config_leaves_out(
     store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,8 @@
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -22,12 +20,22 @@ from components.shared.errors import IntegrityError
 from components.store.store import Store
 from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
-from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, DATASET, promoted_run, put
+from tests.components.report.example_runs import (
+    CANDIDATE,
+    CHAMPION,
+    CONFIG,
+    DATASET,
+    promoted_run,
+    put,
+    with_decision,
+    with_evaluation,
+)
 from tests.components.report.page import Page
+from tests.doubles.http_server import Answer, serving
 
 
 def test_a_run_is_read_whole(store: Store) -> None:
-    run = example_runs.promoted_run()
+    run = promoted_run()
     put(store, run)
     found = read_run(CONFIG, store, run.run_id)
     names = ("evaluation", "decision", "metrics", "profile", "lineage", "config_toml", "steps")
@@ -35,13 +43,13 @@ def test_a_run_is_read_whole(store: Store) -> None:
 
 
 def test_whose_answers_to_earlier_records_were_replayed_stands_with_the_data(store: Store) -> None:
-    run = example_runs.promoted_run()
+    run = promoted_run()
     put(store, run)
     assert "Earlier records replayed" not in build_report(read_run(CONFIG, store, run.run_id))
     for version, kept, words in (
-        ("v1", 20, "20 of 26 with right answers of v1, the others with their own"),
-        ("v1", 0, "26 with their own answers: v1 answered none rightly"),
-        (None, 0, "26 with their own answers: nothing was in production"),
+        ("v1", 20, "20 of 26 with right answers of v1"),
+        ("v1", 0, "v1 answered none rightly"),
+        (None, 0, "26 with their own answers"),
     ):
         found = Replayed(prepared_uri="s3://b/d1", dataset_uri="s3://b/d2", version=version, asked=26, kept=kept)
         runs.write(store, run.run_id, found)
@@ -69,7 +77,7 @@ def test_a_run_that_left_nothing_still_gets_a_report(store: Store) -> None:
 
 
 def test_before_the_evaluation_the_steps_say_where_dataset_and_version_lie(store: Store) -> None:
-    run = example_runs.promoted_run()
+    run = promoted_run()
     put(store, run)
     store.delete([f"runs/{run.run_id}/evaluation.json", f"runs/{run.run_id}/decision.json"])
     found = read_run(CONFIG, store, run.run_id)
@@ -132,7 +140,7 @@ def test_every_page_is_whole_loads_nothing_and_runs_nothing_but_its_search(build
 def test_a_failed_promotion_says_whether_the_alias_moved(result: dict[str, Any], words: str, other: str) -> None:
     *before, last = example_runs.steps("prepare", "finetune", "evaluate", "gate", "promote", failed="promote")
     last = last.model_copy(update={"result": {**last.result, **result}})
-    text = Page(build_report(replace(example_runs.promoted_run(), steps=[*before, last]))).text
+    text = Page(build_report(replace(promoted_run(), steps=[*before, last]))).text
     assert "the promote step failed" in text
     assert words in text
     assert other not in text
@@ -212,10 +220,9 @@ def test_a_failed_run_keeps_the_lines_of_its_error_and_says_what_to_do_now(kind:
 
 
 def test_times_from_one_step_to_the_next_are_told_where_they_were_recorded() -> None:
-    run = example_runs.promoted_run()
+    run = promoted_run()
     finetune = run.step("finetune")
     assert finetune is not None
-    assert run.evaluation is not None
     for words in ("First training step", "after training"):
         assert words not in Page(build_report(run)).text
     times = {
@@ -224,59 +231,52 @@ def test_times_from_one_step_to_the_next_are_told_where_they_were_recorded() -> 
         "until_first_step": [{"part": "data", "seconds": 2.0}, {"part": "workers start", "seconds": 4.5}],
     }
     timed = finetune.model_copy(update={"result": {**finetune.result, **times}})
-    steps = [timed if step is finetune else step for step in run.steps]
-    evaluation = run.evaluation.model_copy(update={"first_scored_at": "2026-11-24T02:03:09.250000+00:00"})
-    text = Page(build_report(replace(run, steps=steps, evaluation=evaluation, note="half the data"))).text
-    for words in (
-        "24 November 2026, 02:00 UTC, by ann",
-        "half the data",
-        "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s",
-        "First record compared 9.2 s after training",
-    ):
-        assert words in text
+    run = with_evaluation(run, first_scored_at="2026-11-24T02:03:09.250000+00:00")
+    text = Page(build_report(replace(run, steps=[timed if step is finetune else step for step in run.steps]))).text
+    assert "First training step after 9.5 s: Ray job 3 s, data 2 s, workers start 4.5 s" in text
+    assert "First record compared 9.2 s after training" in text
 
 
 def test_data_origin_and_times_are_told() -> None:
-    text = Page(build_report(example_runs.promoted_run())).text
+    text = Page(build_report(promoted_run())).text
     told = (
         "completion is empty", "repeated 11", "Columns not read source", "Neoplasms", "10.4 %", "224 (10.1 %)",
         "near “ICD-10 chapter: Pressure ulcer …” 6", "6b0f2f7c1f9a40de2c4b8a3f0f3b62d2c6ce9a11", "51be" * 16,
-        example_runs.CONFIG.digest, "2.13.0", "3 min 34 s", "6.4 s", "learning_rate = 0.001",
+        CONFIG.digest, "2.13.0", "3 min 34 s", "6.4 s", "learning_rate = 0.001", "24 November 2026, 02:00 UTC, by ann",
     )  # fmt: skip
     assert [words for words in told if words not in text] == []
 
 
 def test_every_text_from_outside_is_escaped() -> None:
-    run = example_runs.promoted_run()
-    assert run.decision is not None
+    run = promoted_run()
     assert run.evaluation is not None
     assert run.profile is not None
     answers = {"answer": EVIL, "records": 1, "share": 0.5}
     evil_rule = RuleResult(name="new_one", field=EVIL, title=EVIL, bound_text=EVIL, passed=False, text=EVIL)
     samples_of = [{**run.evaluation.samples[0], role: EVIL} for role in ("prompt", "reference", *ROLES)]
+    profile = {
+        "rejected": [{"reason": EVIL, "rows": 1, "example": EVIL}],
+        "sources": [{"source": EVIL, "rows": 1}],
+        "extra_columns": {EVIL: 1},
+        "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}},
+    }
     for changed in (
-        *({"evaluation": run.evaluation.model_copy(update={"samples": [sample]})} for sample in samples_of),
-        {"config_toml": EVIL},
-        {"run_id": EVIL},
-        {"adapter": EVIL},
-        {"alias": EVIL},
-        {"decision": run.decision.model_copy(update={"reasons": (EVIL,)})},
-        {"decision": run.decision.model_copy(update={"rules": (evil_rule,)})},
-        {"profile": {**run.profile, "rejected": [{"reason": EVIL, "rows": 1, "example": EVIL}]}},
-        {"profile": {**run.profile, "sources": [{"source": EVIL, "rows": 1}]}},
-        {"profile": {**run.profile, "extra_columns": {EVIL: 1}}},
-        {"profile": {**run.profile, "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}}}},
-        {"lineage": {EVIL: EVIL, "recipe": {EVIL: [EVIL]}}},
-        {"steps": [StepRecord(step=EVIL, status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)]},
+        *(with_evaluation(run, samples=[sample]) for sample in samples_of),
+        *(replace(run, **{name: EVIL}) for name in ("config_toml", "run_id", "adapter", "alias")),
+        with_decision(run, reasons=(EVIL,)),
+        with_decision(run, rules=(evil_rule,)),
+        *(replace(run, profile={**run.profile, key: value}) for key, value in profile.items()),
+        replace(run, lineage={EVIL: EVIL, "recipe": {EVIL: [EVIL]}}),
+        replace(run, steps=[StepRecord(step=EVIL, status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)]),
     ):
-        html = build_report(replace(run, **changed))  # type: ignore[arg-type]
+        html = build_report(changed)
         assert "<script" not in html
         assert "<img" not in html
         assert " ".join(EVIL.split()) in Page(html).text  # shown, as text
 
 
 def test_right_and_wrong_answers_are_marked_and_changes_named() -> None:
-    text = Page(build_report(example_runs.promoted_run())).text
+    text = Page(build_report(promoted_run())).text
     assert "Among the 8 shown: Base model 0 of 8, Production 5 of 8, Candidate 6 of 8." in text
     assert text.count("▲ newly right") == 2
     assert text.count("▼ newly wrong") == 1
@@ -285,26 +285,22 @@ def test_right_and_wrong_answers_are_marked_and_changes_named() -> None:
 
 def test_a_sample_is_right_as_the_metric_counts_it() -> None:
     """In another Unicode form too: an e with an accent is one code point, or two."""
-    run = example_runs.promoted_run()
-    assert run.evaluation is not None
-    sample = {**run.evaluation.samples[0], "reference": "\u00c9pilepsie", "candidate": "E\u0301pilepsie"}
-    (shown, *_) = samples(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))
+    sample = {"id": "r", "prompt": [], "base": "", "reference": "\u00c9pilepsie", "candidate": "E\u0301pilepsie"}
+    (shown, *_) = samples(with_evaluation(promoted_run(), samples=[sample]))
     assert [answer.right for answer in shown.answers if answer.role == "candidate"] == [True]
     assert exact_match(sample["candidate"], sample["reference"]) == 1
 
 
 def test_a_conversation_shows_who_spoke_and_a_long_text_is_cut() -> None:
-    run = example_runs.promoted_run()
-    assert run.evaluation is not None
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x" * 5000}]
-    sample = {**run.evaluation.samples[0], "prompt": turns}
-    text = Page(build_report(replace(run, evaluation=run.evaluation.model_copy(update={"samples": [sample]})))).text
+    sample = {"id": "r", "prompt": turns, "reference": "", "candidate": ""}
+    text = Page(build_report(with_evaluation(promoted_run(), samples=[sample]))).text
     assert "system Be brief. user xxx" in text
     assert "… (4,100 more characters)" in text
 
 
 def test_a_long_training_stays_a_small_page() -> None:
-    run = replace(example_runs.promoted_run(), metrics=example_runs.training(num_steps=20_000))
+    run = replace(promoted_run(), metrics=example_runs.training(num_steps=20_000))
     assert len(build_report(run)) < 120_000
 
 
@@ -326,10 +322,7 @@ def test_numbers_that_were_not_measured_are_words(value: Any) -> None:
     ],
 )
 def test_forgetting_is_said_in_words_and_is_bad_news_where_a_rule_says_so(nll: float, limit, words: str) -> None:
-    run = example_runs.forgetful_run(nll)
-    assert run.evaluation is not None
-    policy = example_runs.CONFIG.gate.model_copy(update={"worse_on_general_text_by": limit})
-    html = build_report(replace(run, decision=example_runs.decision(run.evaluation, policy)))
+    html = build_report(example_runs.decided(example_runs.forgetful_run(nll), worse_on_general_text_by=limit))
     assert words in Page(html).text.replace("\u00a0", " ")
     worse = re.search(r'class="num worse" data-label="against base">1\.150 worse', html)
     assert bool(worse) == (nll == 455.0 and limit is not None)
@@ -338,39 +331,27 @@ def test_forgetting_is_said_in_words_and_is_bad_news_where_a_rule_says_so(nll: f
 # What an OpenLineage server receives of a run, by OpenLineage's own client, over HTTP.
 
 
-class Server(HTTPServer):
+@dataclass
+class Server:
     """Takes events, and answers as it is set to."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer = 201
-        self.received: list[tuple[str, str | None, dict[str, Any]]] = []
-        """Path, Authorization and event."""
+    answer: int = 201
+    received: list[tuple[str, str | None, dict[str, Any]]] = field(default_factory=list)
+    """Path, Authorization and event."""
 
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.received.append((self.path, self.headers["Authorization"], json.loads(body)))
-        self.send_response(self.server.answer)
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: object) -> None: ...
+    def handle(self, _verb: str, path: str, _query: Any, body: bytes, headers: Mapping[str, str]) -> Answer:
+        self.received.append((path, headers["Authorization"], json.loads(body)))
+        return self.answer, {}
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that the environment names, as OpenLineage's documentation says."""
-    with Server() as made:
-        thread = threading.Thread(target=made.serve_forever)
-        thread.start()
-        monkeypatch.setenv("OPENLINEAGE_URL", f"http://127.0.0.1:{made.server_port}")
+    made = Server()
+    with serving(made.handle) as url:
+        monkeypatch.setenv("OPENLINEAGE_URL", url)
         monkeypatch.setenv("OPENLINEAGE_API_KEY", "the-key")
         yield made
-        made.shutdown()
-        thread.join()
 
 
 def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_to_its_version(server, store) -> None:

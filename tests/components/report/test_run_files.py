@@ -17,7 +17,7 @@ from components.report.run_files import Wrong, by_class, wrong_answers
 from components.report.sections import cost, costs, headline, next_steps
 from pipelines import cli
 from tests.components.report import example_runs
-from tests.components.report.example_runs import CHAMPION
+from tests.components.report.example_runs import CHAMPION, with_evaluation
 
 CONFUSION = {"labels": ["red", "blue", "(another answer)"], "counts": [[6, 3, 1], [0, 4, 0], [0, 0, 0]]}
 
@@ -42,11 +42,9 @@ def test_classes_stand_worst_first_with_what_they_are_taken_for() -> None:
 
 
 def test_the_page_shows_both_and_escapes_what_was_said() -> None:
-    run = example_runs.held_run()
-    assert run.evaluation
-    evaluation = run.evaluation.model_copy(update={"confusion": CONFUSION})
+    run = with_evaluation(example_runs.held_run(), confusion=CONFUSION)
     said = "<b>asked</b></script><script>é"
-    page = build_report(replace(run, evaluation=evaluation, wrong=[Wrong(str(i), said, "a", "") for i in range(2500)]))
+    page = build_report(replace(run, wrong=[Wrong(str(i), said, "a", "") for i in range(2500)]))
     assert "<b>asked" not in page
     assert "<summary>All 2,500 wrong answers</summary>" in page
     (rest,) = re.findall('<script type="application/json" id="wrong-rest">(.*?)</script>', page)
@@ -104,7 +102,6 @@ AGAIN = {"restarts": 1, "steps_repeated": 40, "flops": 2e18, "flops_with_parents
             {},
             f"6.00 GPU-hours{IN_STEPS} 2,000,000 tokens a GPU-hour; {ASKED}; $41.28 ({PRICED['price_source']})",
         ),
-        ({}, {"resumed_from_step": 100}, f"6.00 worker-hours of the job that took the last step; {ASKED}"),
         (
             AGAIN,
             {"resumed_from_step": 100},
