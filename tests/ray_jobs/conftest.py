@@ -1,11 +1,13 @@
 """A tiny base model for the tests of the Ray jobs, made once a session."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from components.config import config_file
 from components.config.schema import RunConfig
+from components.store.store import Store
 from tests.models.tiny import build_base
 
 CONFIG = """
@@ -40,6 +42,13 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tiny_base: Path) -> RunConfig:
     """Plain LoRA on the tiny base, two workers."""
     return config_file.loads(CONFIG.format(base=tiny_base))
+
+
+@pytest.fixture
+def placed(tiny_base: Path, store: Store) -> Callable[..., RunConfig]:
+    """The same on the test's own registry, with further settings."""
+    place = (f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}")
+    return lambda *more: config_file.loads(CONFIG.format(base=tiny_base), [*place, *more])
 
 
 @pytest.fixture

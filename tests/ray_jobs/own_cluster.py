@@ -22,14 +22,14 @@ CLUSTERS: list[Any] = []
 """In the driver's process, the one that runs."""
 
 
-def start(num_nodes: int, outlives_driver: bool = False) -> None:
-    """A head without CPUs, and nodes of one CPU, in this process; its end is theirs, unless they outlive it."""
+def start(num_nodes: int) -> None:
+    """A head without CPUs, and nodes of one CPU, in this process; its end is theirs."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
     import ray
     from ray.cluster_utils import Cluster
 
     for attempt in range(ATTEMPTS):
-        cluster = Cluster(shutdown_at_exit=not outlives_driver)
+        cluster = Cluster(shutdown_at_exit=True)
         try:
             cluster.add_node(num_cpus=0, include_dashboard=False)
             for _ in range(num_nodes):

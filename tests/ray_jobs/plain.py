@@ -1,5 +1,7 @@
 """An adapter as anybody would load and ask it: by plain transformers and peft, a record at a time, in float32."""
 
+import json
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -8,38 +10,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config.schema import RunConfig
 from components.prepare.dataset import Record
-from components.registry.lineage import Asked, Base, Dataset, Environment, Hardware, Lineage, Training
-from components.registry.versions import Version, publish_version, pull_version
+from components.registry.versions import Version, pull_version
 from components.store.store import Store
-from ray_jobs.adapters import build
-from ray_jobs.base import base_model
+from tests.models.tiny_version import publish, randomise
 
 TIE = 0.06
 """Difference of two logits below which bfloat16 may choose the other token."""
 
 
 def published(config: RunConfig, store: Store, directory: Path, *, seed: int) -> Version:
-    """An adapter whose update is drawn at random, published as the finetune job publishes one."""
-    base = base_model.resolve(config.model)
-    model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
-    adapted = build.attach(model, config.method, base_reference=config.model.base, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(std=0.1, generator=generator)
-    folder = directory / f"adapter-{seed}"
-    build.save(adapted, folder)
-    lineage = Lineage(
-        Asked.of(config),
-        run_id=f"run-{seed}",
-        base=Base(config.model.base, base.identity),
-        dataset=Dataset("d0", "s3://b/datasets/d0", "0" * 64, 10, 6),
-        environment=Environment("3.11", "Linux", {}),
-        hardware=Hardware("Xeon", cpus_per_worker=1, workers=1),
-        recipe={"adapter": "lora", "base": "bf16"},
-        training=Training(1, 1, 1.0, 1.0, 1.0, 1),
-    ).as_json()
-    return publish_version(store, config.adapter.name, {p.name: p for p in folder.iterdir()}, lineage=lineage)
+    """A version whose update is drawn at random."""
+    scratch = directory / f"seed-{seed}"
+    return publish(config, store, scratch, with_data=False, change=lambda adapted: randomise(adapted, seed=seed))
 
 
 class Plain:
@@ -92,6 +74,17 @@ class Plain:
             sure,
             not ties,
         )  # may end within a character
+
+
+@torch.inference_mode()
+def passage_losses(base: Path | str, max_length: int, count: int) -> list[float]:
+    """The base's loss over the tokens of each passage of general text, by transformers' own sum."""
+    text = resources.files("ray_jobs.probes").joinpath("general_text.json").read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    passages = [passage["text"] for passage in json.loads(text)["passages"][:count]]
+    tokens = [tokenizer(passage, return_tensors="pt").input_ids[:, :max_length] for passage in passages]
+    return [model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in tokens]
 
 
 def plain_of(config: RunConfig, store: Store, version: Version, directory: Path) -> Plain:

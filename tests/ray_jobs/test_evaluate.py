@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +17,7 @@ from components.records.steps import TrainResult
 from components.registry import signing
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.versions import read_lineage
-from components.shared.errors import ConfigError, DataError, IntegrityError
+from components.shared.errors import DataError, IntegrityError
 from components.shared.metrics import METRICS, alike
 from components.store.store import Store
 from ray_jobs import evaluate as evaluating
@@ -29,28 +27,20 @@ from ray_jobs.evaluate import _contenders, _write_records, compared, run, since_
 from ray_jobs.scoring.answers import MARKS, Score, paired_difference
 from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
 from ray_jobs.text import chat_format
+from tests.models import tiny_version
 from tests.models.spec import changed
 from tests.models.tiny import build_base, colour_rows
 from tests.ray_jobs.plain import Plain, plain_of, published
 
-RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(12)]
+RECORDS = tiny_version.RECORDS[:12]
 NOISE = 0.02  # of a token's nats: bfloat16 weights and activations against float32 ones
 MAX_NEW_TOKENS = 8
 TEMPLATE = "{% for m in messages %}[{{ m['role'][0] }}] {{ m['content'] }}<|end|>{% endfor %}[a] "
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A task sets the number of threads of its process."""
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
-
-
 @pytest.fixture
-def config(config: RunConfig, store: Store) -> RunConfig:
-    place = f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"
-    return changed(config, *place, f"evaluate.max_new_tokens={MAX_NEW_TOKENS}")
+def config(placed: Callable[..., RunConfig]) -> RunConfig:
+    return placed(f"evaluate.max_new_tokens={MAX_NEW_TOKENS}")
 
 
 def assert_scores_are(scores: list[Score], plain: Plain) -> None:
@@ -63,17 +53,6 @@ def assert_scores_are(scores: list[Score], plain: Plain) -> None:
     assert num_compared > len(RECORDS) * MAX_NEW_TOKENS / 3
 
 
-def test_base_and_candidate_score_as_plain_transformers_and_peft(config, store, tmp_path):
-    version = published(config, store, tmp_path, seed=1)
-    found = measure_shard(_contenders(config, store, version), RECORDS, shard_index=0)
-    assert list(found.scores) == ["base", "candidate"]
-    base, candidate = Plain(config.model.base), plain_of(config, store, version, tmp_path)
-    assert_scores_are(found.scores["base"], base)
-    assert_scores_are(found.scores["candidate"], candidate)
-    assert found.tokens == {record.id: len(base.tokens(record)[1]) for record in RECORDS}
-    assert abs(found.scores["base"][0].nll - found.scores["candidate"][0].nll) > 1
-
-
 def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(config, store, tmp_path):
     other = build_base(tmp_path / "other", seed=5)
     (other / "chat_template.jinja").write_text(TEMPLATE)
@@ -83,22 +62,15 @@ def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(co
     new = published(config, store, tmp_path, seed=1)
     found = measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
     assert list(found.scores) == ["base", "champion", "candidate"]
-    assert_scores_are(found.scores["base"], Plain(config.model.base))
+    base = Plain(config.model.base)
+    assert found.tokens == {record.id: len(base.tokens(record)[1]) for record in RECORDS}
+    assert_scores_are(found.scores["base"], base)
     assert_scores_are(found.scores["champion"], plain_of(theirs, store, old, tmp_path))
     assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
-
-
-def test_a_look_measures_what_is_served_and_what_it_is_compared_with_alone(config, store, tmp_path):
-    theirs = changed(config, "method.rank=4")
-    old, new = published(theirs, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
-    promote(store, config.adapter.name, old.version)  # whatever holds the alias
-    found = measure_shard(_contenders(config, store, new, against=old.version), RECORDS, shard_index=0)
-    assert list(found.scores) == ["champion", "candidate"]
-    assert_scores_are(found.scores["champion"], plain_of(theirs, store, old, tmp_path))
-    assert_scores_are(found.scores["candidate"], plain_of(config, store, new, tmp_path))
-    of_base = measure_shard(_contenders(config, store, old, against="base"), RECORDS, shard_index=0)
-    assert list(of_base.scores) == ["base", "candidate"]
-    assert_scores_are(of_base.scores["base"], Plain(config.model.base))
+    assert abs(found.scores["base"][0].nll - found.scores["candidate"][0].nll) > 1
+    (other / "generation_config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=rf"trained on {other} with kind folder sha256 \w+, and today that is"):
+        measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
 
 
 def test_a_look_is_an_evaluation_of_all_its_records_and_of_nothing_else(config, store, tmp_path, monkeypatch):
@@ -112,10 +84,11 @@ def test_a_look_is_an_evaluation_of_all_its_records_and_of_nothing_else(config, 
 
     monkeypatch.setattr(evaluating, "measured", measured)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(60)))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(24)))
     config = changed(config, f"data.source={rows}", "data.eval_share=0.5", "evaluate.records=2")
     dataset = prepare(config, store)
     old, new = published(config, store, tmp_path, seed=2), published(config, store, tmp_path, seed=1)
+    promote(store, config.adapter.name, old.version)  # whatever holds the alias
     for against, role in ((old.version, "champion"), ("base", "base")):
         found = run(config, run_id="look", dataset_uri=dataset.uri, version_uri=new.uri, against=against)
         assert {name for name, model in found.models.items() if model} == {role, "candidate"}
@@ -169,16 +142,6 @@ def test_prompt_gain_is_the_loss_behind_the_next_prompt_minus_the_loss_behind_it
     assert abs(other - own) / sum(tokens) > 3 * NOISE
 
 
-def test_a_champion_whose_base_has_changed_is_not_measured_on_another(config, store, tmp_path):
-    moved = shutil.copytree(config.model.base, tmp_path / "moved")
-    champion = published(changed(config, f"model.base={moved}"), store, tmp_path, seed=1)
-    promote(store, config.adapter.name, champion.version)
-    candidate = published(config, store, tmp_path, seed=2)
-    (moved / "generation_config.json").write_text("{}")
-    with pytest.raises(IntegrityError, match=rf"trained on {moved} with kind folder sha256 \w+, and today that is"):
-        measure_shard(_contenders(config, store, candidate), RECORDS, shard_index=0)
-
-
 def test_a_record_too_long_for_one_contender_is_left_out_of_all(config, store, tmp_path):
     long = Record("long", [Message("user", "sky")], "x" * 45)
     longer = Record("longer", [Message("user", "sky")], "x" * 80)
@@ -195,21 +158,11 @@ def test_a_record_too_long_for_one_contender_is_left_out_of_all(config, store, t
         measure_shard(_contenders(config, store, new), [longer], shard_index=0)
 
 
-def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(config, store, tmp_path):
-    source = tmp_path / "colours.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(400)))
-    dataset = prepare(changed(config, f"data.source={source}"), store)
-    longer = changed(config, "model.max_length=513")
-    place = {"run_id": "r0", "dataset_uri": dataset.uri, "version_uri": published(config, store, tmp_path, seed=1).uri}
-    with pytest.raises(ConfigError, match=r"model\.max_length 513 is more than the 512 positions"):
-        run(longer, **place)
-
-
 def test_an_nf4_candidate_is_measured_on_an_nf4_base(config, store, tmp_path):
     quantised = changed(config, "method.name=qlora")
     version = published(quantised, store, tmp_path, seed=1)
     four, sixteen = (
-        measure_shard(_contenders(each, store, version), RECORDS, shard_index=0) for each in (quantised, config)
+        measure_shard(_contenders(each, store, version), RECORDS[:3], shard_index=0) for each in (quantised, config)
     )
     for role in ("base", "candidate"):
         assert four.scores[role] != sixteen.scores[role]
@@ -219,7 +172,7 @@ def test_an_nf4_candidate_is_measured_on_an_nf4_base(config, store, tmp_path):
 
 def test_a_version_whose_files_were_tampered_with_is_not_measured(config, store, tmp_path):
     version = published(config, store, tmp_path, seed=1)
-    path = tmp_path / "adapter-1" / "adapter_model.safetensors"
+    path = tmp_path / "seed-1" / "adapter-lora" / "adapter_model.safetensors"
     save_file({name: weight + 1 for name, weight in load_file(path).items()}, path)
     store.put(store.key(f"{version.uri}/adapter_model.safetensors"), path)
     with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
@@ -262,32 +215,23 @@ def test_new_and_known_records_are_compared_apart_and_few_without_a_bound(config
     assert since_champion(config, RECORDS, [2] * 12, measured, [False] * 12) == {}
 
 
-@pytest.fixture
-def summary(config, store, tmp_path):
+def test_the_comparison_holds_what_gate_and_report_read(config, store, tmp_path):
     old, new = (published(config, store, tmp_path, seed=seed) for seed in (2, 1))
     promote(store, config.adapter.name, old.version)
     config = changed(config, "evaluate.samples=2", "gate.metric=exact_match", 'evaluate.metrics=["operator:eq"]')
     contenders = _contenders(config, store, new)
     asked = [dataclasses.replace(r, prompt=[Message("system", "Be brief."), *r.prompt]) for r in RECORDS]
-    found = measure_shard(contenders, asked, shard_index=0)
-    return old, new, compared(config, contenders, asked, list(found.tokens.values()), found.scores, run_id="r")
-
-
-def test_the_comparison_holds_what_gate_and_report_read(summary):
-    old, new, found = summary
+    scored = measure_shard(contenders, asked, shard_index=0)
+    found = compared(config, contenders, asked, list(scored.tokens.values()), scored.scores, run_id="r")
     assert found.records == len(RECORDS)
-    assert {role: model.version for role, model in found.models.items()} == {
-        "base": None,
-        "champion": old.version,
-        "candidate": new.version,
-    }
+    versions = {role: model.version for role, model in found.models.items()}
+    assert versions == {"base": None, "champion": old.version, "candidate": new.version}
+    always = {key for key, metric in METRICS.items() if not metric.on_request}
     for model in found.models.values():
-        always = {key for key, metric in METRICS.items() if not metric.on_request}
         assert model.metrics.keys() == {*always, "operator:eq"}
         assert model.metrics["operator:eq"] == model.metrics["exact_match"]
     assert found.paired.keys() == {"base", "champion"}
-    for pair in found.paired.values():
-        assert pair.metric == "exact_match"
+    assert {pair.metric for pair in found.paired.values()} == {"exact_match"}
     assert len(found.samples) == 2
     for sample, record in zip(found.samples, RECORDS, strict=False):
         assert sample.keys() == {"id", "prompt", "reference", "base", "champion", "candidate"}
@@ -308,8 +252,8 @@ def test_the_best_version_so_far_is_measured_where_a_promotion_named_another_tha
         ("anchor", best.version),
         ("candidate", new.version),
     ]
-    found = measure_shard(contenders, RECORDS, shard_index=0)
-    evaluation = compared(config, contenders, RECORDS, list(found.tokens.values()), found.scores, run_id="r")
+    found = measure_shard(contenders, RECORDS[:2], shard_index=0)
+    evaluation = compared(config, contenders, RECORDS[:2], list(found.tokens.values()), found.scores, run_id="r")
     assert evaluation.model("anchor").version == best.version
     assert evaluation.metric("anchor", "loss") != evaluation.metric("champion", "loss")
     # One more night, and back again: what that night's champion was held to, the next candidate is held to.
@@ -334,18 +278,19 @@ def test_where_a_key_is_trusted_a_run_compares_its_own_candidate_unsigned_and_no
     runs.write(store, "ours", TrainResult(**ids, manifest_sha256=new.manifest_sha256))
     runs.write(store, "changed", TrainResult(**ids, manifest_sha256="0" * 64))
     runs.write(store, "earlier", TrainResult(**ids))
-    assert set(measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores) == {
-        "base",
-        "candidate",
-    }
+
+    def roles(run_id: str) -> list[str]:
+        return [*measure_shard(_contenders(config, store, new, run_id), RECORDS[:1], shard_index=0).scores]
+
+    assert roles("ours") == ["base", "candidate"]
     for run_id in ("changed", "earlier", "another", ""):
         with pytest.raises(IntegrityError, match=f"{new.version} is signed by none"):
-            measure_shard(_contenders(config, store, new, run_id), RECORDS, shard_index=0)
+            roles(run_id)
     promote(store, config.adapter.name, old.version)
     with pytest.raises(IntegrityError, match=f"{old.version} is signed by none"):
-        measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0)
+        roles("ours")
     signing.sign(store, config.adapter.name, old.version, key, alias="production")
-    assert "champion" in measure_shard(_contenders(config, store, new, "ours"), RECORDS, shard_index=0).scores
+    assert "champion" in roles("ours")
 
 
 def test_labels_that_only_their_writing_tells_apart_are_scored_as_such(config):
@@ -362,7 +307,7 @@ def test_labels_that_only_their_writing_tells_apart_are_scored_as_such(config):
     assert marked(dataclasses.replace(base, alike=alike([answer.text, other.answer]))) == 0
 
 
-@pytest.mark.parametrize(("answer", "expected"), [("b", 8), ("b" * 20, 21), ("b" * 400, 401)])
+@pytest.mark.parametrize(("answer", "expected"), [("b", 8), ("b" * 400, 401)])
 def test_an_unset_answer_length_is_the_longest_references(config, answer, expected):
     longer = changed(config, "model.max_length=512")
     unset = longer.model_copy(update={"evaluate": longer.evaluate.model_copy(update={"max_new_tokens": None})})

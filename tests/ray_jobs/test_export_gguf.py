@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from components.config import config_file
-from components.config.schema import ModelConfig, RunConfig
+from components.config.schema import ModelConfig
 from components.shared.errors import FineloopError, UserError
 from components.store.store import Store
 from ray_jobs.adapters import merge
@@ -31,15 +30,9 @@ installed = pytest.mark.skipif(
 
 
 @pytest.fixture
-def on(config: RunConfig, store: Store) -> Any:
-    """The config of a LoRA on a base, in a registry of its own."""
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    return lambda base: config_file.loads(config_file.dumps(config), [f"model.base={base}", *place])
-
-
-@pytest.fixture
-def no_converter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def on(placed: Any) -> Any:
+    """The config of a LoRA on a base."""
+    return lambda base: placed(f"model.base={base}")
 
 
 def small_base_with_the_examples_tokenizer(folder: Path) -> Path:
@@ -81,14 +74,15 @@ def test_the_file_of_the_real_converter_holds_the_merged_model(
     assert "ollama create" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.usefixtures("no_converter")
-def test_without_a_converter_nothing_is_loaded_and_the_remedy_is_named(on: Any, store: Store, tmp_path: Path) -> None:
+def test_without_a_converter_nothing_is_loaded_and_the_remedy_is_named(
+    on: Any, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     config = on(tmp_path / "no-base")
-    publish_nothing = ExportRequest("gguf", tmp_path / "out", converter=tmp_path / "none.py")
     version = publish(on(build_base(tmp_path / "base")), store, tmp_path)
     for request, remedy in (
-        (ExportRequest("gguf", tmp_path / "out"), r"neither .*\.py nor .* is on PATH: clone .* --converter llama\.cpp"),
-        (publish_nothing, r"none\.py: there is no such file"),
+        (ExportRequest("gguf", tmp_path / "out"), r"on PATH: .* --converter llama\.cpp"),
+        (ExportRequest("gguf", tmp_path / "out", converter=tmp_path / "none.py"), r"none\.py: there is no such file"),
     ):
         with pytest.raises(UserError, match=remedy):
             export(config, f"colours@{version.version}", request)
@@ -154,10 +148,10 @@ def test_the_modelfile_says_what_the_chat_format_says(tiny_base: Path, tmp_path:
     file = build_package(tiny_base, tmp_path, "same", "tiny.gguf")
     assert merge.write_modelfile(file, chat, "colours 3f2a", "Name the colour.", 128) == []
     text = (file.parent / "Modelfile").read_text()
-    for line in ("FROM ./tiny.gguf", 'SYSTEM """Name the colour."""', "PARAMETER num_ctx 128"):
-        assert line in text.splitlines()
+    lines = {'SYSTEM """Name the colour."""', "PARAMETER num_ctx 128", 'PARAMETER stop "<|end|>"'}
+    lines |= {"FROM ./tiny.gguf", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"}
+    assert lines <= set(text.splitlines())
     assert '{{ "<|end|>\\n<|assistant|>" }}' in text
-    assert [line for line in text.splitlines() if "stop" in line] == ['PARAMETER stop "<|end|>"']
     (warning,) = merge.write_modelfile(file, chat, "colours 3f2a", 'Say """hi""".', 128)
     assert "three quotes" in warning
     assert "SYSTEM" not in (file.parent / "Modelfile").read_text()

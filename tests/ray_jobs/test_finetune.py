@@ -20,33 +20,19 @@ from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 
 
-def refused(job, config):
-    job(config, run_id="r0", dataset_uri=prepare(config, "test"))
-
-
-def test_a_context_beyond_the_bases_positions_is_refused_before_any_worker(config, store, tmp_path):
-    source = tmp_path / "colours.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(40)))
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"data.source={source}"]
-    with pytest.raises(ConfigError, match=r"model\.max_length 513 is more than the 512 positions"):
-        refused(finetune.run, changed(config, *place, "model.max_length=513"))
-
-
 @pytest.mark.parametrize("job", [finetune.run, sweep])
-def test_a_dataset_with_an_erased_record_is_refused_before_the_base_is_read(job, config, store):
+def test_a_dataset_with_an_erased_record_is_refused_before_the_base_is_read(job, placed, store):
     record = Record("r", [Message("user", "q")], "a")
     uri = datasets.publish(store, train=[record], evaluation=[replace(record, id="e")]).uri
     erase(store, "e", by="ann")
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "model.base=nowhere/at-all"]
     with pytest.raises(DataError, match="holds 1 record that was erased after it was made"):
-        job(changed(config, *place), run_id="r0", dataset_uri=uri)
+        job(placed("model.base=nowhere/at-all"), run_id="r0", dataset_uri=uri)
 
 
 @pytest.mark.parametrize("job", [finetune.run, sweep])
-def test_flash_attention_that_is_not_installed_is_refused_before_the_data_are_read(job, config, store):
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    on_gpus = changed(config, *place, "ray.use_gpu=true", "model.attention=flash_attention_2")
-    with pytest.raises(ConfigError, match=r"model\.attention flash_attention_2: .* is not installed .* to auto"):
+def test_flash_attention_that_is_not_installed_is_refused_before_the_data_are_read(job, placed, store):
+    on_gpus = placed("ray.use_gpu=true", "model.attention=flash_attention_2")
+    with pytest.raises(ConfigError, match=r"model\.attention flash_attention_2: .* is not installed"):
         job(on_gpus, run_id="r0", dataset_uri=store.uri("nowhere"))
 
 
@@ -58,17 +44,16 @@ def test_flash_attention_that_the_base_does_not_have_is_refused_on_the_users_mac
 
 
 @pytest.mark.parametrize("job", [finetune.run, sweep])
-def test_a_context_that_nobody_set_is_what_the_base_has_positions_for(job, config, store, tmp_path, capsys):
+def test_a_context_that_nobody_set_is_what_the_base_has_positions_for(job, placed, tmp_path, capsys):
     """The answers fit the default and not the base, so that the length in force is named before any worker."""
     source = tmp_path / "long.jsonl"
     source.write_text("".join(json.dumps({**row, "completion": "x" * 600}) + "\n" for row in colour_rows(40)))
-    table = config_file.as_table(config)
+    table = config_file.as_table(placed(f"data.source={source}"))
     del table["model"]["max_length"]
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"data.source={source}"]
-    unset = config_file.validate(table, place)
+    unset = config_file.validate(table)
     with pytest.raises(DataError, match=r"too long for model\.max_length 512, and none is ever cut"):
-        refused(job, unset)
-    said = f"model.max_length: 512, all the positions that {config.model.base} has"
+        job(unset, run_id="r0", dataset_uri=prepare(unset, "test"))
+    said = f"model.max_length: 512, all the positions that {unset.model.base} has"
     assert said in capsys.readouterr().out
     tokens = previewed(unset)["tokens"]
     assert said in capsys.readouterr().out
