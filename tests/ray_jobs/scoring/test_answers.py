@@ -45,14 +45,6 @@ def test_losses_are_per_answer_token_and_not_per_record():
     assert found["answer_prompt_gain"] == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("metric", ["loss", "perplexity"])
-def test_a_lower_loss_is_a_positive_difference(metric):
-    found = paired_difference([score(1.0)] * 4, [score(2.0)] * 4, [1] * 4, metric)
-    assert found is not None
-    assert found.difference > 0
-    assert found.records == 4
-
-
 def test_the_interval_is_that_of_the_paired_differences():
     # Records differ far more from each other than the models do: a paired interval stays narrow.
     base = [float(i) for i in range(200)]
@@ -61,7 +53,8 @@ def test_the_interval_is_that_of_the_paired_differences():
     )
     assert found is not None
     low, high = found.ci95
-    assert found.difference == pytest.approx(0.55)
+    assert found.records == 200
+    assert found.difference == pytest.approx(0.55)  # a lower loss is a positive one
     assert 0.53 < low < 0.55 < high < 0.57
 
 
@@ -91,14 +84,10 @@ def test_the_confusion_of_labels_sums_to_their_accuracy() -> None:
     found = confusion(references, answers)
     assert found is not None
     assert found["labels"] == ["Skin", "Blood", "Ear", OTHER]
+    assert found["counts"] == [[4, 0, 2, 0], [0, 2, 0, 2], [0, 0, 2, 0], [0, 0, 0, 0]]  # a row for what was expected
     right = sum(row[place] for place, row in enumerate(found["counts"][:-1]))
     marks = [label_accuracy(*each) for each in zip(answers, references, strict=True)]
     assert right == sum(marks) == 8
-
-
-def test_answers_are_counted_by_what_was_expected() -> None:
-    found = confusion(["a", "a", "b", "b "], ["a", "b", "b", "something else"])
-    assert found == {"labels": ["a", "b", OTHER], "counts": [[1, 1, 0], [0, 1, 1], [0, 0, 0]]}
 
 
 def test_classes_that_only_their_writing_tells_apart_are_counted_apart() -> None:
@@ -123,9 +112,9 @@ def test_an_answer_has_changed_where_its_words_have() -> None:
 
 
 def test_references_that_no_answer_can_reach_are_counted():
-    said = cut_short([8, 9, 410, 3], 8)
-    assert said is not None
-    assert said.startswith("2 of 4 references are longer than evaluate.max_new_tokens 8: no answer to them is an exact")
+    assert (cut_short([8, 9, 410, 3], 8) or "").startswith(
+        "2 of 4 references are longer than evaluate.max_new_tokens 8"
+    )
     assert cut_short([8, 9, 410, 3], 410) is cut_short([1], None) is None
 
 
@@ -133,44 +122,33 @@ def test_references_that_no_answer_can_reach_are_counted():
     ("mark", "answer", "reference", "expected"),
     [
         # Equal but for white space and Unicode form.
-        (exact_match, "Skin", "Skin", 1),
         (exact_match, " Skin\n", "Skin", 1),
         (exact_match, "e\u0301", "\u00e9", 1),
         (exact_match, "skin", "Skin", 0),
-        (exact_match, "Skin and hair", "Skin", 0),
-        (exact_match, "", "Skin", 0),
         # torchmetrics 1.9.0 (functional/text/squad.py, _compute_f1_score), whose words are the official scripts'.
         (token_f1, "The cat, sat!", "the cat sat", 1.0),
         (token_f1, "the cat", "the cat sat", 2 / 3),
         (token_f1, "a a b", "a c", 0.0),
-        (token_f1, "", "cat", 0.0),
         (token_f1, "don't", "dont", 1.0),
         (token_f1, "\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}", 0.0),
         (token_f1, "Denver Broncos", "The Denver Broncos", 1.0),
-        (token_f1, "in the  year 1976.", "1976", 0.5),
         (token_f1, "state-of-the-art", "state of the art", 0.0),
         (token_f1, "ÉCOLE", "école", 1.0),
         # compute_f1 of evaluate-v2.0.py: where either has no words, whether the other has none either.
         (token_f1, "", "", 1.0),
         (token_f1, "A", "A", 1.0),
-        (token_f1, "...", "!", 1.0),
         (token_f1, "a", "the", 1.0),
         (token_f1, "the", "cat", 0.0),
-        (token_f1, "cat", "+", 0.0),
         # rouge-score 0.1.2's rougeL fmeasure, without stemming; the first pair is its README's.
         (rouge_l, "The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog", 0.588235),
         (rouge_l, "the cat the cat sat", "the cat sat on the cat", 0.727273),
         (rouge_l, "", "a b", 0.0),
         (rouge_l, "state-of-the-art", "state of the art", 1.0),
-        (rouge_l, "Neoplasms", "neoplasms.", 1.0),
-        (rouge_l, '{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 0.5),
         (rouge_l, "Новообразования кожи", "новообразования крови", 0.5),
         (rouge_l, "the gunman kill police", "police killed the gunman", 0.5),
         # RFC 8259, which knows no NaN, no comments, no single quotes and no trailing comma.
         (json_valid, '{"a": [1, 2.5e3, null]}', "whatever", 1),
-        (json_valid, "3", "whatever", 1),
         (json_valid, "", "whatever", 0),
-        (json_valid, "{'a': 1}", "whatever", 0),
         (json_valid, '{"a": 1,}', "whatever", 0),
         (json_valid, '{"a": NaN}', "whatever", 0),
         (json_valid, "-Infinity", "whatever", 0),
@@ -183,16 +161,12 @@ def test_references_that_no_answer_can_reach_are_counted():
         (label_accuracy, "**Skin**", "Skin", 1),
         (label_accuracy, "\u76ae\u80a4\u3002", "\u76ae\u80a4", 1),
         (label_accuracy, "Skin and hair", "Skin", 0),
-        (label_accuracy, "", "Skin", 0),
         # An object or an array where one is asked for.
         (json_valid, '{"dose": 5}', '{"dose": 6}', 1),
         (json_valid, "42", '{"dose": 6}', 0),
-        (json_valid, '"x"', '{"dose": 6}', 0),
         (json_valid, "[1]", '{"dose": 6}', 0),
         (json_valid, "[]", "[1, 2]", 1),
-        (json_valid, "null", "[1, 2]", 0),
         (json_valid, "42", "7", 1),
-        (json_valid, '{"dose": 5}', "7", 1),
     ],
 )
 def test_a_mark_is_what_the_fields_own_programs_give(mark, answer, reference, expected):
@@ -293,25 +267,14 @@ def test_a_function_of_the_configs_is_a_mark_like_the_others(own):
     assert found["my_own_marks:brevity"]("abcd", "abc") == 0.0
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("my_own_marks:nobody", "has no attribute 'nobody'"),
-        ("no_such_module:f", "No module named 'no_such_module'"),
-        ("my_own_marks:CONSTANT", "is no function"),
-    ],
-)
-def test_a_function_that_is_not_there_is_said_by_its_name(own, key, message):
-    with pytest.raises(ConfigError, match=rf"names the metric {key}, .*{message}"):
+@pytest.mark.parametrize("key", ["my_own_marks:nobody", "no_such_module:f", "my_own_marks:CONSTANT"])
+def test_a_function_that_is_not_there_is_said_by_its_name(own, key):
+    with pytest.raises(ConfigError, match=f"names the metric {key}, "):
         answers.named([key])
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("my_own_marks:too_much", r"is 7\.0: a metric's function gives a number in 0\.\.1"),
-        ("my_own_marks:broken", "failed: AttributeError: 'str' object has no attribute 'missing'"),
-    ],
+    ("key", "message"), [("my_own_marks:too_much", r"is 7\.0"), ("my_own_marks:broken", "failed: AttributeError")]
 )
 def test_a_function_that_gives_no_mark_stops_the_evaluation_with_the_answer(own, key, message):
     mark = answers.named([key])[key]

@@ -68,24 +68,18 @@ def measured_by_a_task(config_toml: str, version: str) -> Any:
     [
         pytest.param("qlora", "bfloat16", False, 1, marks=pytest.mark.slow),
         ("loftq", "float32", True, 3),  # its own base, the one that it is compared with, and its own again
-        pytest.param("qlora", "float32", True, 1, marks=pytest.mark.slow),
-        pytest.param("lora", "bfloat16", False, 1, marks=pytest.mark.slow),
         pytest.param("dvora", "bfloat16", False, 1, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("more", [[], pytest.param(ALL_THAT_A_TRAINING_TURNS_ON, marks=pytest.mark.slow)])
 def test_a_model_scores_where_it_was_trained_as_in_a_process_of_its_own(
-    config, store, tmp_path: Path, method, dtype, dense_base, loaded, more
+    placed, tmp_path: Path, method, dtype, dense_base, loaded, more
 ):
     """To the bit: memory has room, so that a task holds the base dense as well."""
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "ray.num_workers=1"]
-    settings = ["train.max_steps=3", "evaluate.batch_size=5"]
-    toml = config_file.dumps(
-        changed(config, *place, *settings, f"method.name={method}", f"ray.cpu_matmul_dtype={dtype}", *more)
-    )
-    arguments = (toml, dense_base)
+    settings = ["ray.num_workers=1", "train.max_steps=3", "evaluate.batch_size=5"]
+    toml = config_file.dumps(placed(*settings, f"method.name={method}", f"ray.cpu_matmul_dtype={dtype}", *more))
     ((version, here, num_loaded),) = in_group(
-        measured_where_it_was_trained, *arguments, directory=tmp_path / "here", num_workers=1
+        measured_where_it_was_trained, toml, dense_base, directory=tmp_path / "here", num_workers=1
     )
     (there,) = in_group(measured_by_a_task, toml, version, directory=tmp_path / "there", num_workers=1)
     assert here == there

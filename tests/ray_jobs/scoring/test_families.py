@@ -1,8 +1,5 @@
-"""A model that knows the answers scores 1.0, and 0.0 against others, whatever family it comes from.
-
-The bases ship penalties in generation_config.json, which greedy decoding must not follow (Qwen2.5-Instruct's has a
-repetition_penalty of 1.1), and most end their turns with another token than their tokenizer's end of sequence.
-"""
+"""A model that knows the answers scores 1.0, and 0.0 against others, whatever family it comes from, though its
+generation_config.json has penalties, as Qwen2.5-Instruct's."""
 
 import dataclasses
 import itertools
@@ -71,19 +68,19 @@ def test_what_a_model_was_taught_is_what_it_scores(tmp_path, name):
     assert model.generation_config.repetition_penalty == 1.3  # it decodes as before
 
 
-@pytest.mark.parametrize("name", ["qwen-3", "qwen-3-thinking"])
-def test_reasoning_is_neither_learned_nor_scored_unless_asked_for(tmp_path, name):
+def test_reasoning_is_neither_learned_nor_scored_unless_asked_for(tmp_path):
+    family = FAMILIES["qwen-3-thinking"]
     reasoned = [
         dataclasses.replace(record, answer=f"<think>\nit is {record.id}\n</think>\n\n{record.answer}")
         for record in RIGHT
     ]
-    model, chat = loaded(tmp_path, FAMILIES[name])
+    model, chat = loaded(tmp_path, family)
     teach(model, chat, reasoned)
     assert exact_match(model, chat) == 1.0  # against the answers alone
     split = tokenize(reasoned, chat, 256)
     assert greedy(model, chat, split, 4, 64) == [record.answer for record in RIGHT]
 
-    model, chat = loaded(tmp_path, FAMILIES[name], thinking=True)
+    model, chat = loaded(tmp_path, family, thinking=True)
     teach(model, chat, reasoned)
     assert exact_match(model, chat, reasoned) == 1.0
     thoughts = greedy(model, chat, tokenize(reasoned, chat, 256), 4, 64)

@@ -1,33 +1,35 @@
 """Answers and their losses: in batches that fit, in the order of the records, and word by word."""
 
-import logging
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, TextStreamer
+from transformers import LlamaConfig
 
+from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import JobError
+from ray_jobs.base import base_model
 from ray_jobs.scoring.generation import (
-    _Words,
     cache_bytes_per_token,
     greedy,
     in_batches,
     other_prompts,
-    score,
     with_room,
 )
+from ray_jobs.text import chat_format
 from ray_jobs.text.batching import TokenizedSplit, tokenize
 from tests.models.shapes import LLAMA_2_7B, LLAMA_3_8B
 from tests.models.splits import split_of
-from tests.models.tiny import colour_rows
+from tests.models.tiny_version import RECORDS
 
-RECORDS = [
-    Record(str(i), [Message("user", prompt)], answer)
-    for i, (prompt, answer) in enumerate([("sky", "blue"), ("a longer one about grass", "green"), ("coal", "black")])
-]
+
+@pytest.fixture(scope="module")
+def tiny(tiny_base):
+    config = ModelConfig(base=str(tiny_base))
+    base = base_model.resolve(config)
+    return base_model.load_model(base, config, "bf16", use_gpu=False).eval(), chat_format.load(base, config)
 
 
 def rows_of(split: TokenizedSplit) -> list[tuple[list[int], list[int]]]:
@@ -47,11 +49,7 @@ def test_each_answer_stands_behind_the_next_prompt_and_the_last_behind_the_first
 def test_a_prompt_that_does_not_fit_its_new_answer_loses_its_beginning():
     split = split_of(([1], [10, 11, 12, 13]), ([2, 3, 4, 5], [20]))
     assert rows_of(other_prompts(split, 6)) == [([4, 5], [10, 11, 12, 13]), ([1], [20])]
-
-
-def test_an_answer_is_never_cut_and_keeps_a_token_before_it():
-    split = split_of(([1], [10, 11, 12]), ([2, 3], [20]))
-    assert rows_of(other_prompts(split, 3))[0] == ([3], [10, 11, 12])
+    assert rows_of(other_prompts(split, 4))[0] == ([5], [10, 11, 12, 13])  # and never all of it, nor of the answer
 
 
 @contextmanager
@@ -72,7 +70,7 @@ def saying(model, chat, *tokens):
 
 def test_an_answer_ends_at_the_end_of_its_turn_which_is_no_part_of_it(tiny):
     model, chat = tiny
-    split = tokenize(RECORDS, chat, 64)
+    split = tokenize(RECORDS[:3], chat, 64)
     with saying(model, chat, "Ġ", "x", "Ġ", "<|end|>", "y", "y") as left:
         assert greedy(model, chat, split, 3, 6) == ["x", "x", "x"]
     assert left == [chat.tokenizer.convert_tokens_to_ids("y")] * 2
@@ -82,18 +80,19 @@ def test_an_answer_ends_at_the_end_of_its_turn_which_is_no_part_of_it(tiny):
 def test_an_answer_that_names_other_special_tokens_is_read_with_them(tiny, monkeypatch, reads_once):
     model, chat = tiny
     monkeypatch.setattr("ray_jobs.scoring.generation.Reader.takes", lambda model: reads_once)
-    tagged = Record("0", [Message("user", "Ada")], "<|user|>x<|system|>")
+    tagged = Record("0", [Message("user", "Ada")], "<|user|>x<|system|>  y")
     pieces: list[str] = []
-    with saying(model, chat, "<|user|>", "x", "<|system|>", "<|end|>"):
-        (found,) = greedy(model, chat, tokenize([tagged], chat, 64), 1, 6, on_text=pieces.append)
-    assert found == "".join(pieces) == tagged.answer
+    with saying(model, chat, "Ġ", "<|user|>", "x", "<|system|>", "Ġ", "Ġ", "y", "Ġ", "<|end|>"):
+        (found,) = greedy(model, chat, tokenize([tagged], chat, 64), 1, 9, on_text=pieces.append)
+    assert found == "".join(pieces) == tagged.answer  # without outer white space
+    assert all(pieces)
 
 
 LENGTHS = np.array([3, 9, 5, 7, 1, 8])
 LONGEST_FIRST = [1, 5, 3, 2, 0, 4]
 
 
-def test_out_of_memory_halves_the_batches_from_there_on(caplog):
+def test_out_of_memory_halves_the_batches_from_there_on():
     tried, done = [], []
 
     def work(indices):
@@ -102,14 +101,9 @@ def test_out_of_memory_halves_the_batches_from_there_on(caplog):
             raise torch.OutOfMemoryError("CUDA out of memory")
         done.extend(indices.tolist())
 
-    with caplog.at_level(logging.WARNING):
-        in_batches(LENGTHS, 6, work)
+    in_batches(LENGTHS, 6, work)
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
     assert done == LONGEST_FIRST
-    assert [record.message for record in caplog.records] == [
-        "out of memory with 6 records at once: going on with 3",
-        "out of memory with 3 records at once: going on with 1",
-    ]
 
 
 def test_one_record_that_does_not_fit_is_told_with_its_length():
@@ -137,31 +131,6 @@ def test_no_more_records_are_answered_at_once_than_their_keys_and_values_have_ro
     assert with_room(32, LLAMA_2_7B, 1280, None) == 32
 
 
-def test_scores_are_the_same_where_memory_held_fewer_records_at_once(tiny, monkeypatch):
-    model, chat = tiny
-    records = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(8)]
-    split = tokenize(records, chat, 64)
-
-    def scored(batch_size):
-        done = []
-        found = score(model, chat, records, split, batch_size=batch_size, max_new_tokens=4, advance=done.append)
-        assert sum(done) == 2 * len(records)
-        return found
-
-    expected = scored(2)
-
-    def fits(_, arguments, named):
-        if named["input_ids"].shape[0] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    handle = model.register_forward_pre_hook(fits, with_kwargs=True)
-    try:
-        found = scored(8)
-    finally:
-        handle.remove()
-    assert [(each.text, each.nll) for each in found] == [(each.text, each.nll) for each in expected]
-
-
 def test_the_pieces_are_the_answer_and_the_first_comes_before_the_last_token(tiny):
     model, chat = tiny
     split = tokenize([Record("0", [Message("user", "sky")], "-")], chat, 64)
@@ -175,17 +144,3 @@ def test_the_pieces_are_the_answer_and_the_first_comes_before_the_last_token(tin
     assert "".join(text for _, text in pieces) == answer[0]
     assert len(pieces) > 1
     assert pieces[0][0] < len(passes)
-
-
-@pytest.mark.parametrize("text", ["  one two \n three  ", "one", " ", "", "a  b", "\n\nx\n"])
-def test_outer_white_space_is_never_passed_on(tiny, text):
-    _, chat = tiny
-    pieces: list[str] = []
-    words = _Words(chat, pieces.append)
-    assert isinstance(words, TextStreamer)
-    words.put(torch.tensor([0]))  # the prompt
-    for token in chat.tokenizer(text, add_special_tokens=False)["input_ids"]:
-        words.put(torch.tensor([token]))
-    words.end()
-    assert "".join(pieces) == text.strip()
-    assert all(pieces)

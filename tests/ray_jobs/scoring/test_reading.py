@@ -45,15 +45,8 @@ def loaded(tmp_path_factory):
 
 def scored(model, chat, *, batch_size: int = 2, longest: int = 48):
     split = tokenize(RECORDS, chat, 96)
-    return score(
-        model,
-        chat,
-        RECORDS,
-        split,
-        other_prompts(split, longest),  # by default the longest prompt loses its beginning
-        batch_size=batch_size,
-        max_new_tokens=12,
-    )
+    others = other_prompts(split, longest)  # by default the longest prompt loses its beginning
+    return score(model, chat, RECORDS, split, others, batch_size=batch_size, max_new_tokens=12)
 
 
 def anew(model, chat, monkeypatch):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -11,7 +12,6 @@ from components.config.schema import RunConfig
 from components.report.run_files import RunFiles
 from components.report.sections import run_facts
 from components.shared.errors import ConfigError, JobError
-from components.store.store import Store
 from ray_jobs.evaluate import compared, plan
 from ray_jobs.scoring import vllm_engine
 from ray_jobs.scoring.measure import measure_shard, of_version
@@ -25,61 +25,41 @@ Changed = Callable[..., RunConfig]
 
 
 @pytest.fixture
-def of(config: RunConfig, store: Store) -> Changed:
-    place = (f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "evaluate.max_new_tokens=4")
-    return lambda *more: changed(config, *place, "evaluate.batch_size=16", *more)
+def of(placed: Changed) -> Changed:
+    return lambda *more: placed("evaluate.max_new_tokens=4", "evaluate.batch_size=16", *more)
 
 
 def test_the_answers_are_vllms_and_the_evaluation_says_how_many_differ(of, store, tmp_path, monkeypatch):
+    """By two engines, as one cannot serve both ranks; of each call the first answer ends before its time."""
     vllm_llm.python_with_it(tmp_path, monkeypatch)
-    ours, theirs = of(), of("evaluate.engine=vllm")
-    versions = [publish(ours, store, tmp_path / name, std=std) for name, std in (("one", 0.1), ("two", 0.2))]
-    alone = measure_shard(contenders(ours, *versions), RECORDS[:20], shard_index=1).scores
-    models = contenders(theirs, *versions)
-
-    def differing() -> tuple[list[int], dict]:
-        result = measure_shard(models, RECORDS[:20], shard_index=1)
-        for role, scores in result.scores.items():
-            differ = [score.text != own.text for score, own in zip(scores, alone[role], strict=True)]
-            assert sum(differ) < 10  # bfloat16 on random weights has ties; without its adapter all of a model's differ
-            assert [score.differs for score in scores] == [*differ[:16], None, None, None, None]
-            for score, own in zip(scores, alone[role], strict=True):
-                assert score.nll == pytest.approx(own.nll, rel=0.01)
-                assert score.text != own.text or score.marks == own.marks
-        firsts = [scores[0].differs for scores in result.scores.values()]
-        tokens = list(result.tokens.values())
-        evaluation = compared(theirs, models, RECORDS[:20], tokens, result.scores, run_id="r")
-        facts = dict(run_facts(RunFiles("r", "tiny", evaluation=evaluation)))
-        counts = f"{evaluation.generation['differing']} of {evaluation.generation['compared']}"
-        assert facts["Answers"] == f"by vLLM; the engine of training differs in {counts}"
-        return firsts, evaluation.generation
-
-    firsts, generation = differing()
-    how = {"max_new_tokens": 4, "decoding": "greedy", "engine": "vllm", "compared": 48}
-    assert generation == {**how, "differing": generation["differing"]}
     monkeypatch.setenv(vllm_llm.ERRS, "1")
-    assert differing() == ([True] * 3, {**how, "differing": generation["differing"] + 3 - sum(firsts)})
-
-
-def test_contenders_that_one_engine_cannot_serve_get_one_each(of, store, tmp_path, monkeypatch):
-    vllm_llm.python_with_it(tmp_path, monkeypatch)
-    low, high = of("evaluate.engine=vllm", "method.rank=4"), of("evaluate.engine=vllm", "method.rank=24")
-    champion, candidate = publish(low, store, tmp_path / "low"), publish(high, store, tmp_path / "high")
+    low, high = (of("evaluate.engine=vllm", f"method.rank={rank}") for rank in (4, 24))
+    champion, candidate = publish(low, store, tmp_path / "low"), publish(high, store, tmp_path / "high", std=0.2)
     base, _, after = contenders(high, champion, candidate)
-    before = of_version("champion", high, store, champion)
-    result = measure_shard([base, before, after], RECORDS[:4], shard_index=1)
-    assert all(sum(score.differs for score in scores) < 2 for scores in result.scores.values())
+    models, records = [base, of_version("champion", high, store, champion), after], RECORDS[:18]
+    result = measure_shard(models, records, shard_index=1)
+    without = [replace(model, config=changed(model.config, "evaluate.engine=transformers")) for model in models]
+    alone = measure_shard(without, records, shard_index=1).scores
+    for role, scores in result.scores.items():
+        differ = [score.text != own.text for score, own in zip(scores, alone[role], strict=True)]
+        assert differ[0]
+        assert sum(differ) < 10  # bfloat16 on random weights has ties; without its adapter all of a model's differ
+        assert [score.differs for score in scores] == [*differ[:16], None, None]
+        for score, own in zip(scores, alone[role], strict=True):
+            assert score.nll == pytest.approx(own.nll, rel=0.01)
+            assert score.text != own.text or score.marks == own.marks
+    evaluation = compared(high, models, records, list(result.tokens.values()), result.scores, run_id="r")
+    differing = sum(score.differs is True for scores in result.scores.values() for score in scores)
+    how = {"max_new_tokens": 4, "decoding": "greedy", "engine": "vllm", "compared": 48, "differing": differing}
+    assert evaluation.generation == how
+    facts = dict(run_facts(RunFiles("r", "tiny", evaluation=evaluation)))
+    assert facts["Answers"] == f"by vLLM; the engine of training differs in {differing} of 48"
 
 
-def test_what_vllm_says_when_it_fails_is_passed_on(of, store, tmp_path, monkeypatch):
-    vllm_llm.python_with_it(tmp_path, monkeypatch)
-    monkeypatch.setattr("ray_jobs.scoring.measure.max_lora_rank", lambda rank: 1)
-    config = of("evaluate.engine=vllm")
-    version = publish(config, store, tmp_path)
-    with pytest.raises(
-        JobError, match=r"engine vllm: (?s:.*)ended with 1: (?s:.*)rank 8 is greater than max_lora_rank 1"
-    ):
-        measure_shard(contenders(config, version), RECORDS[:4], shard_index=1)
+def test_what_vllm_says_when_it_fails_is_passed_on(monkeypatch):
+    monkeypatch.setenv(vllm_engine.PYTHON, "")
+    with pytest.raises(JobError, match=r"engine vllm: (?s:.*)ended with 127: (?s:.*)No such file"):
+        vllm_engine.answers([("{}", ["job"])])
 
 
 @pytest.mark.parametrize(
