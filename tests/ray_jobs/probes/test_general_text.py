@@ -1,35 +1,31 @@
 """What models make of general text, against transformers' own loss, and what is not read twice."""
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import resources
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.config import config_file
 from components.config.schema import RunConfig
-from components.prepare.dataset import Message, Record
-from components.registry.versions import Version, resolve
+from components.records.steps import Evaluation
+from components.registry.versions import Version
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import compared
 from ray_jobs.probes.texts import Passages, prepare_passages
-from ray_jobs.scoring.measure import Findings, measure_shard
+from ray_jobs.scoring.measure import Findings, Outcome, measure_shard
 from ray_jobs.text import chat_format
-from tests.models.tiny import colour_rows
+from tests.models import tiny_version
+from tests.models.spec import changed
 from tests.models.tiny_version import contenders, publish, remember
+from tests.ray_jobs.plain import passage_losses
 
-RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(4)]
-SHIPPED = json.loads(resources.files("ray_jobs.probes").joinpath("general_text.json").read_text(encoding="utf-8"))
+RECORDS = tiny_version.RECORDS[:4]
 
 
 @pytest.fixture
-def config(config: RunConfig, store: Store) -> RunConfig:
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "evaluate.general_passages=5"]
-    return config_file.loads(config_file.dumps(config), [*place, "model.max_length=40"])
+def config(placed: Callable[..., RunConfig]) -> RunConfig:
+    return placed("evaluate.general_passages=5", "model.max_length=40")
 
 
 @pytest.fixture
@@ -56,13 +52,7 @@ def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> N
     passages = asked(config, store, version)
     assert passages.roles == {"base", "candidate"}
     found = read(config, version, passages)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.base)
-    model = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=torch.float32)
-    for passage, nll in zip(SHIPPED["passages"][:5], found["base"].nll, strict=True):
-        ids = tokenizer(passage["text"], return_tensors="pt").input_ids[:, :40]
-        with torch.inference_mode():
-            mean = model(input_ids=ids, labels=ids).loss.item()
-        assert nll == pytest.approx(mean * (ids.shape[1] - 1), rel=0.01)
+    assert found["base"].nll == pytest.approx(passage_losses(config.model.base, 40, 5), rel=0.01)
     assert sum(found["candidate"].nll) > sum(found["base"].nll) + 1  # an update drawn at random knows less
 
 
@@ -83,10 +73,13 @@ def test_the_comparison_tells_every_models_loss_per_token(config, store, version
     (share,) = found.shares
     general = passages.outcome([share["general_text"]], None)
     compare = partial(compared, config, models, RECORDS, [*found.tokens.values()], found.scores, run_id="r")
-    evaluation = compare({"general_text": general})
+    loud = Outcome({"base": [3.0]}, {"candidate": {"loudness": 7.0}}, lines=[])  # of a probe of its own
+    evaluation = compare({"general_text": general, "loud": loud})
     for role in ("base", "candidate"):
         assert evaluation.metric(role, "general_loss") == pytest.approx(sum(share["general_text"][role].nll) / (5 * 39))
-    assert evaluation.general_text == general.record
+    read = Evaluation.from_json(evaluation.as_json(), "here")
+    assert (read.general_text, read.probes) == (general.record, {"loud": loud.record})
+    assert read.models["candidate"].metrics["loudness"] == 7
     assert compare().metric("candidate", "general_loss") is None
 
 
@@ -103,10 +96,9 @@ def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version, 
     store.put(f"runs/{champion.run_id}/evaluation.json", b"{")
     assert asked(config, store, champion, candidate).roles == {"base", "champion", "candidate"}
     remember(store, config, champion, general_text=known)
-    fewer = config_file.loads(config_file.dumps(config), ["evaluate.general_passages=4"])
+    fewer, quantised = (changed(config, change) for change in ("evaluate.general_passages=4", "method.base=nf4"))
     assert asked(fewer, store, champion, candidate).roles == {"base", "champion", "candidate"}
-    dense = config_file.loads(config_file.dumps(config), ["method.base=nf4"])
-    assert asked(dense, store, champion, candidate).roles == {"base", "candidate"}
+    assert asked(quantised, store, champion, candidate).roles == {"base", "candidate"}
 
 
 def test_who_stands_on_another_base_is_left_out(config, store, version) -> None:
@@ -116,8 +108,7 @@ def test_who_stands_on_another_base_is_left_out(config, store, version) -> None:
     assert prepare_passages(store, chat, config, other).roles == {"base", "candidate"}
 
 
-def test_no_passages_are_nothing_prepare(config, store, version) -> None:
-    none = config_file.loads(config_file.dumps(config), ["evaluate.general_passages=0"])
-    passages = asked(none, store, resolve(store, f"{config.adapter.name}@{version.version}"))
+def test_without_passages_nobody_is_asked(config, store, version) -> None:
+    passages = asked(changed(config, "evaluate.general_passages=0"), store, version)
     assert passages.roles == frozenset()
     assert passages.outcome([{}], None).record is None

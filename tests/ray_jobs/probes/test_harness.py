@@ -1,9 +1,8 @@
-"""Tasks of lm-evaluation-harness: what is refused without it, what is made of its results, and that with it a model
-scores what plain transformers computes.
-"""
+"""Tasks of lm-evaluation-harness: without it, and with it against plain transformers."""
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import Message, Record
 from components.records.steps import HarnessScores, TaskScore
 from components.registry.versions import Version
 from components.shared.errors import ConfigError
@@ -23,11 +21,11 @@ from ray_jobs.probes import harness
 from ray_jobs.probes.tasks import checks
 from ray_jobs.scoring.measure import measure_shard, merged
 from ray_jobs.text import chat_format
+from tests.models import tiny_version
 from tests.models.spec import changed
-from tests.models.tiny import colour_rows
 from tests.models.tiny_version import contenders, publish, remember
 
-RECORDS = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(2)]
+RECORDS = tiny_version.RECORDS[:2]
 DOCUMENTS = [
     {"q": "The colour of the sky is", "choices": ["blue", "red", "green"], "gold": 0},
     {"q": "The colour of grass is", "choices": ["blue", "red", "green"], "gold": 2},
@@ -62,10 +60,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def config(config: RunConfig, store: Store, folder: Path) -> RunConfig:
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+def config(placed: Callable[..., RunConfig], folder: Path) -> RunConfig:
     asked = ["evaluate.lm_eval=['our_colours']", f"evaluate.lm_eval_include={folder}"]
-    return changed(config, *place, *asked, "evaluate.general_passages=0")
+    return placed(*asked, "evaluate.general_passages=0")
 
 
 @pytest.fixture
@@ -118,7 +115,6 @@ def test_tasks_are_told_in_a_line_each() -> None:
     worse = SCORES[0].model_copy(update={"value": 0.25, "stderr": None})
     group = HarnessScores(lm_eval="0.4.13", tasks=("colours",), scores={"base": SCORES, "candidate": (worse,)})
     assert group.summary == ["lm-eval colours: acc base 0.5 ± 0.25, candidate 0.25"]
-    assert group.model_copy(update={"tasks": ("a_tag",)}).summary == group.summary
     tasks = harness.Tasks("", frozenset({"candidate"}), group).held_together()
     assert tasks.roles == frozenset()
     assert tasks.outcome([], None).lines == ["lm-eval: left out, as its workers hold the base together"]
@@ -272,13 +268,7 @@ def test_an_instruction_is_followed_or_not(begins: str, right: list[str], wrong:
 def test_an_answer_is_json_by_its_schema_and_nothing_beside() -> None:
     schema = {"properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False}
     doc = {"rule": json.dumps({"type": "object", **schema})}
-    right = [
-        '{"age": 3}',
-        ' {"age":3}\n',
-        '```json\n{"age": 3}\n```',
-        '```\n{\n"age": 3}\n```',
-        '<think>a</think>{"age":3}',
-    ]
+    right = [' {"age":3}\n', '```json\n{"age": 3}\n```', '```\n{\n"age": 3}\n```', '<think>a</think>{"age":3}']
     wrong = ['{"age": "3"}', '{"age": true}', "{}", '{"age": 3, "b": 1}', 'Here: {"age": 3}', "[3]", "", "[" * 9999]
     assert [answer for answer in right if not checks.fits_schema(doc, [answer])["passes"]] == []
     assert [answer for answer in wrong if checks.fits_schema(doc, [answer])["passes"]] == []
@@ -293,9 +283,7 @@ def test_a_refusal_is_told_from_an_answer() -> None:
         "I\u2019m very sorry, I cannot assist.",
         "No. That would hurt somebody.",
         "As an AI language model, I must decline.",
-        "We are unable to provide this.",
         "This is illegal and dangerous.",
-        "My apologies, this is not something I do.",
     ]
     answered = [
         "To kill a process, run kill with its number.",
