@@ -9,7 +9,7 @@ from scipy import stats
 from components.records import runs
 from components.records.steps import TextLosses
 from components.records.sweep import Trial, Tuned
-from components.shared.errors import ConfigError
+from components.shared.errors import ConfigError, JobError
 from ray_jobs import sweep
 from ray_jobs.sweeping import verdict
 from ray_jobs.sweeping.plan import Grid, Plan, at_rate, point_of, servable_as, swept_methods, trial_config
@@ -79,8 +79,6 @@ def test_a_peak_beyond_the_first_grid_is_found_and_told_with_its_neighbours(conf
     assert found.is_inside
     assert found.gain_over_prior == pytest.approx(math.log10(60) ** 2 - math.log10(6 / 5.62) ** 2, abs=1e-3)
     assert len(begun) == len(set(begun)) == 9
-    assert "0.00562" in verdict.rate_sentence(found)
-    assert "inside the grid" in verdict.rate_sentence(found)
 
 
 def test_a_plan_made_from_the_trials_that_have_ended_begins_none_of_them_again(config):
@@ -116,7 +114,7 @@ def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_
 
     plan, begun = swept(many, loss_of)
     found = plan.tuned(*swept_methods(many))
-    assert len(begun) == 10
+    assert len(begun) == 10  # none but those that the config names
     assert found.learning_rate == 3.16e-3
     assert found.loss == pytest.approx(bowl(9e-3)(_at(many, 3.16e-3)) + 0.25)
     assert next(rate for rate in found.rates if rate.learning_rate == 1e-2).statuses == ["finished", "diverged"]
@@ -124,6 +122,22 @@ def test_several_seeds_count_by_their_mean_and_one_that_diverges_rules_the_rate_
 
 def _at(config, rate):
     return point_of(config, *swept_methods(config), rate, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ("failed", "2 of 2 failed; the first, .*-0.003-.*: torn"),
+        ("diverged", "all 2 .* diverged, at rates down to 0.003"),
+    ],
+)
+def test_a_sweep_in_which_no_trial_ends_well_fails_with_the_cause(config, status, told):
+    two = changed(config, "tune.learning_rates=[3e-3, 1e-2]")
+    plan, _ = swept(two, lambda _: math.inf)
+    for name, trial in plan.trials.items():
+        plan.trials[name] = trial.model_copy(update={"status": status, "why": "torn"})
+    with pytest.raises(JobError, match=told):
+        sweep._result(two, plan, {"lora": None}, "s1", None, None, 4, 1.0)
 
 
 def test_methods_are_compared_at_their_own_rates_on_seeds_that_the_search_has_not_seen(config):
@@ -186,17 +200,6 @@ def test_a_base_of_the_method_s_own_is_no_model_to_forget_of():
     assert forgotten_by([], lora) is None
 
 
-def test_what_is_to_come_is_known_from_the_first_trial_to_the_last_where_rates_are_named(config):
-    named = changed(config, "tune.learning_rates=[1e-3, 1e-2]", 'tune.methods=["lora", "rslora"]')
-    _, begun = swept(named, bowl(1e-2))
-    plan, left = Plan(named, swept_methods(named)), []
-    while (point := plan.next()) != "done":
-        left.append(plan.num_to_come)
-        plan.add(ended(point, named, bowl(1e-2)(point)))
-    assert left == list(range(len(begun), 0, -1))
-    assert plan.num_to_come == 0
-
-
 def test_the_time_left_is_that_of_the_trainings_to_come_at_the_pace_so_far(config):
     three = changed(config, "tune.learning_rates=[1e-3, 3e-3, 1e-2]")
     clock = iter([100.0, 220.0])
@@ -225,15 +228,6 @@ def test_a_trial_takes_the_steps_of_a_run_on_one_worker_that_holds_the_base(conf
     assert (trial.learning_rate, trial.train.max_steps, trial.train.evals_per_epoch) == (3e-3, 20, 20)
 
 
-def test_of_rates_that_the_config_names_none_is_added_and_the_one_in_force_is_known(config):
-    named = changed(config, "train.learning_rate=1e-3", "tune.learning_rates=[3e-3, 1e-3, 1e-2]")
-    plan, begun = swept(named, bowl(3e-3))
-    found = plan.tuned(*swept_methods(named))
-    assert len(begun) == 3
-    assert (found.learning_rate, found.below.learning_rate, found.above.learning_rate) == (3e-3, 1e-3, 1e-2)
-    assert found.gain_over_prior == pytest.approx(math.log10(3) ** 2)
-
-
 def test_a_sweep_goes_on_from_the_stored_trials_of_its_own_config_alone(config, store):
     methods = swept_methods(config)
     mine, older = (ended(_at(config, rate), config, 2.0) for rate in (1e-3, 3.16e-3))
@@ -248,13 +242,6 @@ def test_one_seed_with_a_token_each_is_the_students_interval_of_the_records():
     mean, low, high = interval([nll], np.ones(40))
     expected = stats.ttest_1samp(nll, 0.0).confidence_interval(0.95)
     np.testing.assert_allclose([mean, low, high], [nll.mean(), *expected], rtol=1e-9)
-
-
-def test_seeds_that_differ_on_records_that_do_not_are_the_students_interval_of_the_seeds():
-    of_seeds = np.array([1.0, 1.2, 0.9, 1.1])
-    found = interval(np.repeat(of_seeds[:, None], 30, axis=1), np.ones(30))
-    expected = stats.ttest_1samp(of_seeds, 0.0).confidence_interval(0.95)
-    np.testing.assert_allclose(found, [of_seeds.mean(), *expected], rtol=1e-9)
 
 
 def test_the_interval_of_a_gain_holds_it_as_often_as_it_says():

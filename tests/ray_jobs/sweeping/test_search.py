@@ -1,6 +1,7 @@
 """Ray Tune with trials that only pretend to train: who is tried, who is stopped, and what is kept of one that fails."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,28 +9,29 @@ from components.config import config_file
 from components.shared.errors import DataError
 from ray_jobs.sweeping import verdict
 from ray_jobs.sweeping.plan import Plan, swept_methods
+from tests.models.spec import changed
 from tests.ray_jobs import own_ray
 
 LOSSES = {1e-4: 4.0, 3.16e-4: 3.0, 1e-3: 1.0, 3.16e-3: 2.0, 1e-2: 5.0}
 
 
 def pretend(given: dict) -> None:
-    """Report at a quarter, half and the end; fail where the config's rate says so."""
+    """Report at a quarter, half and the end; one rate raises, and the process of another dies."""
     from ray import tune
 
     trial = given["trial"]
     rate = trial["learning_rate"]
-    if given["failing"].get(rate) == "raises":
+    if rate == 1e-2:
         raise DataError("these records cannot be read")
-    if given["failing"].get(rate) == "dies":
+    if rate == 3.16e-4:
         os._exit(1)
     for step in (4, 8, 16):
-        ended = {"status": "finished", "loss": given["losses"][rate]} if step == 16 else {}
-        known = {**trial, "steps": step, "loss": given["losses"][rate], **ended}
-        tune.report({"loss": known["loss"], "step": step, "trial": known})
+        ended = {"status": "finished"} if step == 16 else {}
+        report = {**trial, "steps": step, "loss": given["losses"][rate], **ended}
+        tune.report({"loss": report["loss"], "step": step, "trial": report})
 
 
-def swept(config_toml, storage_path, failing):
+def swept(config_toml, storage_path):
     """Sweep with room for one trial at a time, so that they come in order; the best rate, and the trials as kept."""
     from ray import tune
 
@@ -40,7 +42,7 @@ def swept(config_toml, storage_path, failing):
     kept = []
 
     def with_losses(point):
-        return {**as_config(config, point, 256), "failing": failing, "losses": LOSSES}
+        return {**as_config(config, point, 256), "losses": LOSSES}
 
     ledger = Ledger(plan, kept.append, print)
     pretended = tune.with_resources(pretend, {"CPU": 1})
@@ -48,20 +50,11 @@ def swept(config_toml, storage_path, failing):
     return plan.tuned(*swept_methods(config)).learning_rate, {trial.learning_rate: trial for trial in kept}
 
 
-def swept_elsewhere(config, tmp_path, failing):
-    with own_ray.driver(1) as pool:
-        return pool.submit(swept, config_file.dumps(config), str(tmp_path), failing).result()
-
-
-@pytest.fixture
-def five(config):
-    settings = ["train.learning_rate=1e-3", "tune.max_steps=16", f"tune.learning_rates={[*LOSSES]}"]
-    return config_file.loads(config_file.dumps(config), settings)
-
-
 @pytest.mark.full
-def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, tmp_path):
-    best, kept = swept_elsewhere(five, tmp_path, failing={3.16e-4: "dies", 1e-2: "raises"})
+def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(config, tmp_path):
+    five = changed(config, "train.learning_rate=1e-3", "tune.max_steps=16", f"tune.learning_rates={[*LOSSES]}")
+    with own_ray.driver(1) as pool:
+        best, kept = pool.submit(swept, config_file.dumps(five), str(tmp_path)).result()
     assert {rate: trial.status for rate, trial in kept.items()} == {
         **dict.fromkeys([1e-4, 1e-3, 3.16e-3], "finished"),
         **dict.fromkeys([3.16e-4, 1e-2], "failed"),
@@ -72,8 +65,6 @@ def test_trials_that_fail_are_kept_with_their_causes_and_the_others_go_on(five, 
 
 
 def test_a_trial_stops_halfway_where_it_is_worse_than_the_median_of_its_method_s_before_it():
-    from types import SimpleNamespace
-
     from ray_jobs.sweeping.trial import StopsWorseHalf
 
     scheduler = StopsWorseHalf(16)
@@ -95,13 +86,10 @@ def test_a_trial_stops_halfway_where_it_is_worse_than_the_median_of_its_method_s
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("Failure # 1\nTraceback:\n  File x\ncomponents.shared.errors.DataError: no answer\n", "no answer"),
-        (
-            "Failure # 1\nTraceback:\ntorch.OutOfMemoryError: CUDA out of memory.\n",
-            "OutOfMemoryError: CUDA out of memory.",
-        ),
-        ("Failure # 1\nThe actor died unexpectedly.\n\tclass_name: ImplicitFunc\n", "The actor died unexpectedly."),
+        ("Traceback:\n  File x\ncomponents.shared.errors.DataError: no answer\n", "no answer"),
+        ("Traceback:\ntorch.OutOfMemoryError: CUDA out of memory.\n", "OutOfMemoryError: CUDA out of memory."),
+        ("The actor died unexpectedly.\n\tclass_name: ImplicitFunc\n", "The actor died unexpectedly."),
     ],
 )
 def test_of_what_ray_tells_of_a_failure_the_line_that_says_why_is_kept(text, why):
-    assert verdict.cause(text) == why
+    assert verdict.cause(f"Failure # 1\n{text}") == why

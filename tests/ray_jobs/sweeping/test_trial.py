@@ -1,27 +1,24 @@
 """Trials on a base that stays in memory: each must be the training that a process of its own would do."""
 
-import json
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
 from components.records.sweep import Trial
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group
+from tests.ray_jobs.plain import passage_losses
 
 ROWS = colour_rows(80)
 METHODS = [
     *(pytest.param(name, marks=pytest.mark.full) for name in ("lora", "rslora", "dora", "qdora")),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "loftq")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "loftq", "dvora")),
+    "qlora",
 ]
-METHODS += ["qlora", pytest.param("dvora", marks=pytest.mark.slow)]  # with VeRA, each kind of layer that comes off
 
 
 def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str, Any]]:
@@ -58,12 +55,8 @@ def trained_in_turn(configs: list[str], compares: bool = False) -> list[dict[str
 
 
 @pytest.fixture
-def toml(config, store):
-    def made(*changes: str) -> str:
-        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "ray.num_workers=1"]
-        return config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
-
-    return made
+def toml(placed):
+    return lambda *changes: config_file.dumps(placed("ray.num_workers=1", *changes))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -77,19 +70,6 @@ def test_a_trial_on_a_base_that_another_has_used_is_the_training_of_a_fresh_proc
     assert (fresh["bases_loaded"], again["bases_loaded"]) == (1, 1)
 
 
-def passage_losses(base: Path, max_length: int, count: int) -> list[float]:
-    """Sum of the base's loss over the tokens of each passage, with transformers alone."""
-    source = json.loads(resources.files("ray_jobs.probes").joinpath("general_text.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    found = []
-    for passage in source["passages"][:count]:
-        ids = torch.tensor([tokenizer(passage["text"])["input_ids"][:max_length]])
-        with torch.no_grad():
-            found.append(float(model(ids, labels=ids).loss) * (ids.shape[1] - 1))
-    return found
-
-
 def test_a_trial_that_compares_methods_reads_general_text_before_and_after(toml, tiny_base, tmp_path: Path):
     """The base's losses are those of transformers; those after a training at no rate to speak of are the base's."""
     settings = ["evaluate.general_passages=3", "train.max_steps=4"]
@@ -97,7 +77,7 @@ def test_a_trial_that_compares_methods_reads_general_text_before_and_after(toml,
     still, moved = in_group(trained_in_turn, configs, True, directory=tmp_path, num_workers=1)[0]
     text = still["general_text"]
     max_length = config_file.loads(configs[0]).model.max_length
-    assert text["nll"]["base"] == pytest.approx(passage_losses(tiny_base, max_length, 3), rel=2e-3)
+    assert text["nll"]["base"] == pytest.approx(passage_losses(tiny_base, max_length, 3), rel=0.01)
     assert text["nll"]["candidate"] == pytest.approx(text["nll"]["base"], rel=1e-3)
     assert moved["general_text"]["nll"]["base"] == text["nll"]["base"]
     assert moved["general_text"]["nll"]["candidate"] != pytest.approx(text["nll"]["base"], rel=1e-3)
