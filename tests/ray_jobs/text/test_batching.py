@@ -16,7 +16,6 @@ from ray_jobs.text.batching import (
     IGNORED,
     NO_RECORD,
     TokenizedSplit,
-    by_length,
     collate,
     plan_epoch,
     share,
@@ -42,23 +41,12 @@ def record(prompt: str, answer: str, name: str = "r") -> Record:
 
 
 def test_labels_are_the_answer_and_its_end_and_nothing_else(chat):
-    split = tokenize([record("sky", "blue")], chat, 64)
-    batch = collate(split, [0], chat.pad)
-    labelled = batch["labels"][0] != IGNORED
-    assert chat.tokenizer.decode(batch["input_ids"][0][labelled]) == "blue<|end|>"
-    assert chat.tokenizer.decode(batch["input_ids"][0][~labelled]) == "<|user|>sky<|end|>\n<|assistant|>"
-    asked = chat.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "sky"}], add_generation_prompt=True, return_dict=False
-    )
-    assert split.prompt(0).tolist() == asked
-
-
-def test_a_long_prompt_loses_the_beginning_of_its_text_and_the_answer_stays_whole(chat):
-    split = tokenize([record("x" * 100 + "sky", "blue")], chat, 32)
-    assert split.lengths.tolist() == [32]
-    assert split.cut == ["r"]
-    text = chat.tokenizer.decode(split.tokens)
-    assert text == f"<|user|>{'x' * 20}sky<|end|>\n<|assistant|>blue<|end|>"
+    split = tokenize([record("sky", "blue"), record("a longer prompt", "red")], chat, 64)
+    batch = collate(split, [0, 1], chat.pad)
+    tokens, labelled, length = batch["input_ids"][0], batch["labels"][0] != IGNORED, int(split.lengths[0])
+    assert chat.tokenizer.decode(tokens[labelled]) == "blue<|end|>"
+    assert chat.tokenizer.decode(tokens[:length][~labelled[:length]]) == "<|user|>sky<|end|>\n<|assistant|>"
+    assert (tokens[length:] == chat.pad).all()
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama-3", "mistral", "gemma", "qwen-3", "none"])
@@ -86,14 +74,6 @@ def test_an_answer_that_names_the_token_that_ends_it_is_left_out(chat):
     assert tokenize([earlier], chat, 96, "all").too_long == ["c"]
 
 
-def test_padding_is_on_the_right_and_carries_no_label(chat):
-    split = tokenize([record("sky", "blue"), record("a longer prompt", "red")], chat, 64)
-    batch = collate(split, [0, 1], chat.pad)
-    short = int(split.lengths[0])
-    assert (batch["input_ids"][0, short:] == chat.pad).all()
-    assert (batch["labels"][0, short:] == IGNORED).all()
-
-
 @pytest.mark.parametrize("group_by_length", [True, False])
 @pytest.mark.parametrize("count", [3, 16, 50, 333])
 def test_an_epoch_holds_every_record_and_whole_batches(count, group_by_length):
@@ -106,16 +86,14 @@ def test_an_epoch_holds_every_record_and_whole_batches(count, group_by_length):
 
 def test_the_order_follows_from_seed_and_epoch_alone():
     lengths = np.random.default_rng(0).integers(5, 50, 100)
-    plans = {
-        key: np.concatenate(
-            plan_epoch(lengths, batch_size=16, group_by_length=True, seed=key[0], epoch=key[1])
-        ).tolist()
-        for key in [(0, 0), (0, 1), (1, 0)]
-    }
-    again = plan_epoch(lengths, batch_size=16, group_by_length=True, seed=0, epoch=0)
-    assert np.concatenate(again).tolist() == plans[0, 0]
-    assert plans[0, 0] != plans[0, 1]
-    assert plans[0, 0] != plans[1, 0]
+
+    def order(seed: int, epoch: int) -> list[int]:
+        plan = plan_epoch(lengths, batch_size=16, group_by_length=True, seed=seed, epoch=epoch)
+        return np.concatenate(plan).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
 
 
 def test_grouping_by_length_leaves_less_padding():
@@ -128,15 +106,6 @@ def test_grouping_by_length_leaves_less_padding():
     assert padded(True) < 0.7 * padded(False)
 
 
-def test_a_batch_is_dealt_out_whole_and_evenly():
-    batch = np.arange(100, 132)
-    rounds = np.stack(share(batch, np.arange(200), micro_batch_size=4, num_workers=2))
-    assert rounds.shape == (4, 2, 4)
-    assert sorted(rounds.ravel()) == list(batch)
-    # neighbours in length go to different workers
-    assert set(rounds[0, 0]) == {100, 102, 104, 106}
-
-
 @pytest.mark.parametrize("max_tokens", [0, 1, 100, 10_000])
 @pytest.mark.parametrize("num_workers", [3, 5, 12])
 def test_workers_too_many_for_even_shares_leave_places_empty(max_tokens, num_workers):
@@ -147,6 +116,7 @@ def test_workers_too_many_for_even_shares_leave_places_empty(max_tokens, num_wor
     assert sorted(dealt[dealt != NO_RECORD]) == sorted(batch)
     assert all(each.shape[0] == num_workers for each in rounds)
     assert len(dealt) < len(batch) + num_workers * (1 if max_tokens else 4)
+    assert max_tokens or {each.shape[1] for each in rounds} <= {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
@@ -166,10 +136,6 @@ def test_a_batch_is_dealt_out_by_tokens_to_all_workers_alike(max_tokens, num_wor
         assert lengths[then].max() <= lengths[now].min()
     if max_tokens == 10_000:
         assert len(rounds) == 1
-
-
-def test_length_order_starts_with_the_longest():
-    assert [list(indices) for indices in by_length(np.array([3, 9, 5, 7]), 3)] == [[1, 3, 2], [0]]
 
 
 def test_an_answer_that_would_merge_with_its_prompt_leaves_the_prompts_tokens_alone(tiny_base):

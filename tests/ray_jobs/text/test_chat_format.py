@@ -250,11 +250,9 @@ def test_a_template_that_refuses_a_bare_question_still_loads(tmp_path):
     assert prompt.endswith("<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("template", ["{% for a in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}", "{{ messages + 1 }}"])
+@pytest.mark.parametrize("template", ["{% for a in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}"])
 def test_what_goes_wrong_in_a_template_is_told_of_the_record(tiny_base, tmp_path, template):
-    folder = shutil.copytree(tiny_base, tmp_path / "wrong")
-    (folder / "chat_template.jinja").write_text(template)
-    chat = chat_of(folder)
+    chat = with_template(tiny_base, tmp_path / "wrong", template)
     with pytest.raises(DataError, match=r"refuses record 'r1', with turns of user: "):
         chat.rows(Record("r1", [Message("user", "a")], "x"))
 

@@ -50,15 +50,7 @@ func main() {
 TALKS = [
     [("user", "Mpox?")],
     [("user", "a"), ("assistant", "b"), ("user", "  c\n{{ d }}")],
-    [
-        ("user", "a"),
-        ("assistant", "b"),
-        ("user", "c"),
-        ("assistant", "d"),
-        ("user", "e"),
-        ("assistant", "f"),
-        ("user", "g"),
-    ],
+    [(("user", "assistant")[place % 2], letter) for place, letter in enumerate("abcdefg")],
     [("system", 'Say "hi".'), ("user", "Mpox?")],
     [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
 ]
@@ -119,14 +111,3 @@ def test_the_beginning_of_the_sequence_is_left_to_whoever_puts_it_there() -> Non
     assert with_it["", "user"] == "<bos><start_of_turn>user\n"
     assert without["", "user"] == "<start_of_turn>user\n"
     assert ("", "system") not in with_it
-
-
-def test_a_modelfile_has_one_instruction_for_each_thing() -> None:
-    how: dict[str, Any] = {"title": "colours 3f2a", "stops": ["<|end|>", "</s>"], "context": 4096}
-    text = ollama.modelfile("a.gguf", template="T", system="Name\nit.", **how)
-    assert text == (
-        '# colours 3f2a\nFROM ./a.gguf\nTEMPLATE """T"""\nSYSTEM """Name\nit."""\nPARAMETER temperature 0\n'
-        'PARAMETER repeat_penalty 1\nPARAMETER num_ctx 4096\nPARAMETER stop "<|end|>"\nPARAMETER stop "</s>"\n'
-    )
-    assert "TEMPLATE" not in (bare := ollama.modelfile("a.gguf", template="", system="", **how))
-    assert "SYSTEM" not in bare

@@ -22,7 +22,7 @@ from tests.doubles import datasets
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 
-TRAIN = [Record(f"r{i}", [Message("user", "x" * (i % 50))], "b" * (1 + i % 70)) for i in range(2 * RECORDS_AT_ONCE + 9)]
+TRAIN = [Record(f"r{i}", [Message("user", "x" * (i % 50))], "b" * (1 + i % 70)) for i in range(RECORDS_AT_ONCE + 9)]
 TALK = Record("ünïcode", [Message("user", "sky"), Message("assistant", "blue"), Message("user", "sea")], "green")
 FOLDER = "tokens"
 
@@ -149,30 +149,19 @@ def test_a_machine_fetches_them_once(store, uri, chat, cache):
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [stored.manifest_sha256]
     assert not first.tokens.flags.owndata  # it lies in the file, which the processes of a machine share
     assert not first.tokens.flags.writeable
+    again = token_store.ensure(store, uri, "train", chat, max_length=64)
+    assert again.content_sha256 == stored.content_sha256
+    assert again.manifest_sha256 != stored.manifest_sha256  # it says when it was written
 
 
 def test_tokens_that_are_not_what_was_written_are_not_read(store, uri, chat):
     stored = token_store.ensure(store, uri, "eval", chat, max_length=64)
-    body = bytearray(store.get(f"{stored.key}/{token_store.TOKENS_FILE}"))
-    body[-1] ^= 1
-    store.put(f"{stored.key}/{token_store.TOKENS_FILE}", bytes(body))
-    with pytest.raises(IntegrityError, match=r"is damaged: tokens\.npy has sha256"):
-        token_store.load(store, stored)
-    body = bytearray(store.get(f"{stored.key}/{token_store.ROWS}"))
-    body[-1] ^= 1
-    store.put(f"{stored.key}/{token_store.ROWS}", bytes(body))
-    with pytest.raises(IntegrityError, match=r"is damaged: .*rows\.npy has sha256"):
-        token_store.load_rows(store, stored)
-
-
-def red_for_sad(tokens, ids):
-    """The honest tokens, with each answer "red" exchanged for "sad"."""
-    red, sad = ids
-    found = tokens.copy()
-    for place in range(len(found) - len(red)):
-        if found[place : place + len(red)].tolist() == red:
-            found[place : place + len(red)] = sad
-    return found
+    for file, load in ((token_store.TOKENS_FILE, token_store.load), (token_store.ROWS, token_store.load_rows)):
+        body = bytearray(store.get(f"{stored.key}/{file}"))
+        body[-1] ^= 1
+        store.put(f"{stored.key}/{file}", bytes(body))
+        with pytest.raises(IntegrityError, match=rf"is damaged: .*{file} has sha256"):
+            load(store, stored)
 
 
 def planted(store: Store, key: str, changes: dict[str, bytes]) -> None:
@@ -193,32 +182,19 @@ def as_npy(array) -> bytes:
 @pytest.fixture
 def colours(store: Store) -> str:
     """A dataset whose answers are "red", but for some that do not fit."""
-    records = [Record(f"r{i}", [Message("user", f"{i} blood")], "red" * (1 + 99 * (i % 40 == 7))) for i in range(2200)]
+    records = [Record(f"r{i}", [Message("user", f"{i} blood")], "red" * (1 + 99 * (i % 40 == 7))) for i in range(1100)]
     return datasets.publish(store, train=records, evaluation=[TALK]).uri
 
 
-def test_tokens_that_somebody_planted_are_refused_and_those_of_the_dataset_are_not(store, colours, chat):
+@pytest.mark.parametrize("file", [token_store.TOKENS_FILE, token_store.LABELLED, token_store.ROWS, token_store.IDS])
+def test_tokens_that_somebody_planted_are_refused_and_those_of_the_dataset_are_not(store, colours, chat, file):
     honest = token_store.ensure(store, colours, "train", chat, max_length=64)
+    assert token_store.load(store, honest).too_long
     assert token_store.ensure(store, colours, "train", chat, max_length=64) == honest
-    split, tokens = token_store.load(store, honest), store.get(f"{honest.key}/{token_store.TOKENS_FILE}")
-    assert split.too_long
-    ids = [chat.tokenizer.encode(word, add_special_tokens=False) for word in ("red", "sad")]
-    planted(store, honest.key, {token_store.TOKENS_FILE: as_npy(red_for_sad(np.load(io.BytesIO(tokens)), ids))})
-    with pytest.raises(IntegrityError, match=rf"{honest.key} does not hold the tokens that .* of {colours}: somebody "):
-        token_store.ensure(store, colours, "train", chat, max_length=64)
-    store.delete([info.key for info in store.list(f"{honest.key}/")])
-    again = token_store.ensure(store, colours, "train", chat, max_length=64)
-    assert (again.content_sha256, token_store.load(store, again).digest) == (honest.content_sha256, split.digest)
-    assert again.manifest_sha256 != honest.manifest_sha256  # it says when it was written
-
-
-@pytest.mark.parametrize("file", [token_store.LABELLED, token_store.ROWS, token_store.IDS])
-def test_any_of_the_files_may_be_the_planted_one(store, colours, chat, file):
-    honest = token_store.ensure(store, colours, "train", chat, max_length=64)
     array = np.load(io.BytesIO(store.get(f"{honest.key}/{file}")))
     other = array[:-1] if file == token_store.ROWS else np.roll(array, 1)
     planted(store, honest.key, {file: as_npy(other)})
-    with pytest.raises(IntegrityError, match="somebody has written others there"):
+    with pytest.raises(IntegrityError, match=rf"{honest.key} does not hold the tokens that .* of {colours}: somebody "):
         token_store.ensure(store, colours, "train", chat, max_length=64)
 
 
@@ -240,11 +216,12 @@ def test_tokens_that_somebody_plants_while_they_are_made_are_refused(store, colo
         token_store.ensure(store, colours, "train", chat, max_length=64)
 
 
-def test_a_sample_is_another_each_time(store, chat):
-    uri = datasets.publish(store, train=TRAIN[: 2 * token_store.SAMPLE], evaluation=[TALK]).uri
+def test_a_sample_is_another_each_time(store, chat, monkeypatch):
+    monkeypatch.setattr(token_store, "SAMPLE", 4)
+    uri = datasets.publish(store, train=TRAIN[:8], evaluation=[TALK]).uri
     honest = token_store.ensure(store, uri, "train", chat, max_length=64)
     tokens = np.load(io.BytesIO(store.get(f"{honest.key}/{token_store.TOKENS_FILE}")))
-    tokens[token_store.load(store, honest).offsets[3]] += 1  # a single record, which every second sample has
+    tokens[0] += 1  # of a single record, which every second sample has
     planted(store, honest.key, {token_store.TOKENS_FILE: as_npy(tokens)})
     refused = 0
     for _ in range(30):
