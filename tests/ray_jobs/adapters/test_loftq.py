@@ -1,6 +1,11 @@
-"""LoftQ's bases: made together, found again, and files that plain transformers and peft load."""
+"""LoftQ's bases: made together, found again, and files that plain transformers and peft load; and one weight's split
+against the paper's algorithm with a full SVD, in float64.
+"""
 
 import dataclasses
+import functools
+import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +24,7 @@ from components.shared.errors import ConfigError
 from components.store import folders
 from components.store.store import Store
 from ray_jobs.adapters import build, own_base
-from ray_jobs.adapters.loftq import NF4, find_layers, split
+from ray_jobs.adapters.loftq import NF4, Split, find_layers, shares, split
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.capacity import before_training
@@ -30,6 +35,7 @@ from tests.doubles.datasets import validate
 from tests.models import zoo
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
+from tests.ray_jobs.training.in_store import in_store
 
 RANK = 8
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -61,9 +67,8 @@ def learned_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def changed(config: RunConfig, learned_base: Path, store: Store) -> Changed:
     """LoftQ on the base that learned, with some keys changed."""
-    place = [f"model.base={learned_base}", f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    text = config_file.dumps(config)
-    return lambda *changes: config_file.loads(text, [*place, "method.name=loftq", f"method.rank={RANK}", *changes])
+    settings = [f"model.base={learned_base}", "method.name=loftq", f"method.rank={RANK}"]
+    return functools.partial(in_store, config, store, *settings)
 
 
 def batch(base: Path) -> dict[str, torch.Tensor]:
@@ -71,9 +76,9 @@ def batch(base: Path) -> dict[str, torch.Tensor]:
     return collate(tokenize(RECORDS, chat, 64), list(range(len(RECORDS))), chat.pad)
 
 
-def originals(config: RunConfig) -> dict[str, torch.Tensor]:
+def projections(base: Path) -> dict[str, torch.Tensor]:
     """The weight of each layer that gets an adapter."""
-    weights = load_file(Path(config.model.base) / "model.safetensors")
+    weights = load_file(base / "model.safetensors")
     return {
         name.removesuffix(".weight"): weight for name, weight in weights.items() if weight.ndim == 2 and "_proj" in name
     }
@@ -92,11 +97,6 @@ def adapted(base: Base, config: RunConfig) -> Any:
     model = build.attach(loaded(base, config), config.method, base_reference=base.reference, seed=0)
     own_base.begin(config, model, base)
     return model.eval()
-
-
-def dequantised(packed: dict[str, torch.Tensor]) -> torch.Tensor:
-    statistics = {name: tensor for name, tensor in packed.items() if name != "weight"}
-    return dequantize_4bit(packed["weight"], QuantState.from_dict(statistics, torch.device("cpu")))
 
 
 def bytes_of(layer: Any) -> dict[str, torch.Tensor]:
@@ -140,15 +140,13 @@ def test_plain_transformers_load_the_published_base_bit_for_bit(changed, store):
     plain = AutoModelForCausalLM.from_pretrained(base.path)
     ours = loaded(base, config)
     init = load_file(base.path / "loftq_init.safetensors")
-    for name, weight in originals(config).items():
+    for name, weight in projections(Path(config.model.base)).items():
         found = split(weight, rank=RANK, steps=5, name=name)
         expected = {key: tensor.contiguous().view(torch.uint8) for key, tensor in found.packed.items()}
         for model in (plain, ours):
             stored = bytes_of(model.get_submodule(name))
             assert stored.keys() == expected.keys()
             assert all(torch.equal(stored[key], expected[key]) for key in stored)
-            layer = model.get_submodule(name).weight
-            assert torch.equal(dequantize_4bit(layer.data, layer.quant_state), dequantised(found.packed))
         assert torch.equal(init[f"{name}.lora_A"], found.right_RN)
         assert torch.equal(init[f"{name}.lora_B"], found.left_MR)
     assert (
@@ -181,20 +179,28 @@ def test_a_base_is_named_after_what_changes_it_and_nothing_else(changed):
     assert len({key(), *others}) == 5
 
 
-def test_weights_that_nf4_holds_exactly_are_refused_and_nothing_is_published(changed, store, learned_base, tmp_path):
-    # Every block of 64 has an absmax of 1, and every value is one of NF4's sixteen.
-    shutil.copytree(learned_base, tmp_path / "exact")
+@pytest.fixture
+def exact_base(learned_base: Path, tmp_path: Path) -> Path:
+    """In k_proj every block of 64 has an absmax of 1, and every value is one of NF4's sixteen."""
+    folder = shutil.copytree(learned_base, tmp_path / "exact")
     weights = load_file(learned_base / "model.safetensors")
     code = quantize_4bit(torch.ones(64), **NF4)[1].code.bfloat16()
     for name, weight in weights.items():
         if "k_proj" in name:
             weights[name] = code.repeat(weight.numel() // 16).view(weight.shape)
-    save_file(weights, tmp_path / "exact" / "model.safetensors", metadata={"format": "pt"})
-    config = changed(f"model.base={tmp_path / 'exact'}")
-    with pytest.raises(ConfigError, match=r"LoftQ gains nothing on k_proj: .* method\.target_modules"):
-        stood(config, store)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_weights_that_nf4_holds_exactly_are_refused_by_all_workers_and_nothing_is_published(
+    changed, store, exact_base, tmp_path
+):
+    toml = config_file.dumps(changed(f"model.base={exact_base}"))
+    one, other = in_group(stand_on_rank, toml, directory=tmp_path / "group", num_workers=2)
+    assert one == other
+    assert re.search(r"LoftQ gains nothing on k_proj: .* method\.target_modules", one)
     assert not list(store.list("bases/"))
-    assert stood(changed(f"model.base={tmp_path / 'exact'}", 'method.target_modules=["v_proj"]'), store)
+    assert stood(changed(f"model.base={exact_base}", 'method.target_modules=["v_proj"]'), store)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +231,7 @@ def test_a_checkpoint_without_the_head_is_read_by_its_shorter_names(changed, lea
     save_file(shorter, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
     config = changed(f"model.base={tmp_path / 'headless'}")
     layers = find_layers(config, base_model.resolve(config.model))
-    assert layers.keys() == originals(changed()).keys()
+    assert layers.keys() == projections(learned_base).keys()
     name = "model.layers.1.mlp.up_proj"
     assert torch.equal(layers[name].read(torch.device("cpu")), weights[f"{name}.weight"])
 
@@ -243,17 +249,6 @@ def stand_on_rank(config_toml: str) -> str:
         return own_base.prepare(config, original, store, rank=rank, num_workers=num_workers).reference
     except ConfigError as exc:
         return str(exc)
-
-
-def test_all_workers_refuse_for_the_same_reason(changed, tmp_path, learned_base):
-    shutil.copytree(learned_base, tmp_path / "zero")
-    weights = load_file(learned_base / "model.safetensors")
-    weights = {name: weight * ("k_proj" not in name) for name, weight in weights.items()}
-    save_file(weights, tmp_path / "zero" / "model.safetensors", metadata={"format": "pt"})
-    toml = config_file.dumps(changed(f"model.base={tmp_path / 'zero'}"))
-    said = in_group(stand_on_rank, toml, directory=tmp_path / "group", num_workers=2)
-    assert said[0] == said[1]
-    assert "LoftQ gains nothing on k_proj" in said[0]
 
 
 @pytest.mark.slow
@@ -294,10 +289,80 @@ def test_two_workers_train_and_plain_peft_on_the_pulled_base_gives_their_logits(
     found, theirs = torch.from_numpy(trained["logits"]), logits(plain)
     torch.testing.assert_close(theirs, found, atol=0.15, rtol=0.02)
     assert (found - before).abs().max() > 5 * (theirs - found).abs().max()
-    assert trained["recipe"]["loftq"]["lost_shares"].keys() == KINDS
+    lost_shares = trained["recipe"]["loftq"]["lost_shares"]
+    assert lost_shares.keys() == KINDS
+    assert all(0 < kind["loftq"] < kind["nf4"] < 0.2 for kind in lost_shares.values())
 
     # Six small steps lead away from where LoftQ starts, and not far.
     name = "model.layers.1.mlp.up_proj.lora_A"
     begun = load_file(tmp_path / "base" / "loftq_init.safetensors")[name]
     ended = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[f"base_model.model.{name}.weight"]
     assert 0.9 < torch.cosine_similarity(begun.flatten(), ended.float().flatten(), dim=0) < 0.9999
+
+
+def dequantised(packed: dict[str, torch.Tensor]) -> torch.Tensor:
+    statistics = dict(packed)
+    data = statistics.pop("weight")
+    return dequantize_4bit(data, QuantState.from_dict(statistics, torch.device("cpu"))).double()
+
+
+def of_paper(weight: torch.Tensor, rank: int, steps: int) -> list[float]:
+    """Algorithm 1 of arXiv:2310.08659 with a full SVD, in float64: norm(W - Q - A B) after each step."""
+    weight, low_rank, norms = weight.double(), torch.zeros_like(weight).double(), []
+    for _ in range(steps):
+        data, state = quantize_4bit((weight - low_rank).bfloat16(), **NF4)
+        quantised = dequantize_4bit(data, state).double()
+        u, s, vh = torch.linalg.svd(weight - quantised, full_matrices=False)
+        low_rank = u[:, :rank] * s[:rank] @ vh[:rank]
+        norms.append((weight - quantised - low_rank).norm().item())
+    return norms
+
+
+def qlora_loses(weight: torch.Tensor) -> float:
+    """What QLoRA starts with: norm(W - NF4(W))."""
+    data, state = quantize_4bit(weight.bfloat16(), **NF4)
+    return (weight.double() - dequantize_4bit(data, state).double()).norm().item()
+
+
+def loses(weight: torch.Tensor, found: Split) -> float:
+    """Measured on what is stored."""
+    update = found.left_MR.double() @ found.right_RN.double()
+    return (weight.double() - dequantised(found.packed) - update).norm().item()
+
+
+def test_a_split_is_as_good_as_the_papers_algorithm_with_a_full_svd_and_better_with_more_steps(tiny_base):
+    for name, weight in projections(tiny_base).items():
+        one, five = (loses(weight, split(weight, rank=RANK, steps=steps, name=name)) for steps in (1, 5))
+        assert five < one < qlora_loses(weight)
+        assert one <= 1.01 * min(of_paper(weight, RANK, 1))
+        assert five <= 1.01 * min(of_paper(weight, RANK, 5))
+
+
+def test_a_split_knows_what_it_loses(tiny_base):
+    weight = projections(tiny_base)["model.layers.1.mlp.up_proj"]
+    found = split(weight, rank=RANK, steps=5, name="up_proj")
+    assert found.weight_norm2**0.5 == pytest.approx(weight.double().norm().item(), rel=1e-5)
+    assert found.nf4_norm2**0.5 == pytest.approx(qlora_loses(weight), rel=1e-5)
+    rounded = dataclasses.replace(found, left_MR=found.left_MR.bfloat16(), right_RN=found.right_RN.bfloat16())
+    assert found.loftq_norm2**0.5 == pytest.approx(loses(weight, rounded), rel=1e-5)
+
+
+def test_the_best_step_is_kept_where_a_later_one_is_worse():
+    # With most of the rank in A and B, what is left to quantise is noise, and the alternation wanders.
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norms = [loses(weight, split(weight, rank=60, steps=steps, name="w")) for steps in range(1, 9)]
+    assert any(later > earlier for earlier, later in itertools.pairwise(of_paper(weight, 60, 8)))
+    assert all(later <= earlier * 1.001 for earlier, later in itertools.pairwise(norms))
+
+
+def test_a_rank_above_a_layers_own_is_filled_with_zeros():
+    found = split(torch.randn(32, 64), rank=40, steps=1, name="k_proj")
+    assert (found.left_MR.shape, found.right_RN.shape) == ((32, 40), (40, 64))
+    assert not found.left_MR[:, 32:].any()
+
+
+def test_layers_are_shared_out_by_size_and_always_in_the_same_way():
+    sizes = {"a": 5, "b": 4, "c": 3, "d": 3, "e": 3}
+    assert shares(sizes, 2) == [["a", "d"], ["b", "c", "e"]]
+    assert shares(dict(reversed(sizes.items())), 2) == shares(sizes, 2)
+    assert shares({"a": 1}, 2) == [["a"], []]

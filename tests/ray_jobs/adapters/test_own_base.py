@@ -1,5 +1,6 @@
 """A base of an adapter's own in the store: made once, found by everybody, never two makings mixed."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.evaluate import _contenders
 from ray_jobs.export import ExportRequest, export
-from ray_jobs.scoring.measure import measure_shard, of_version
+from ray_jobs.scoring.measure import measure_shard
 from ray_jobs.sweeping import trial
 from ray_jobs.talking import speaker
 from tests.models import tiny_version
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
+from tests.ray_jobs.training.in_store import in_store
 
 Changed = Callable[..., RunConfig]
 ANOTHER = "0" * 16
@@ -36,9 +38,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 @pytest.fixture
 def changed(config: RunConfig, store: Store) -> Changed:
     """LoftQ on the tiny base, with some keys changed."""
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    text = config_file.dumps(config)
-    return lambda *changes: config_file.loads(text, [*place, "method.name=loftq", *changes])
+    return functools.partial(in_store, config, store, "method.name=loftq")
 
 
 def stood(config: RunConfig, store: Store) -> Base:
@@ -149,11 +149,6 @@ def evaluate(config: RunConfig, store: Store, version: Version, folder: Path) ->
     measure_shard(_contenders(config, store, version)[1:], tiny_version.RECORDS[:2], shard_index=0)
 
 
-def evaluate_production(config: RunConfig, store: Store, version: Version, folder: Path) -> None:
-    champion = of_version("champion", config, store, version)
-    measure_shard([champion], tiny_version.RECORDS[:2], shard_index=0)
-
-
 def goes_on(config_toml: str, version: Version) -> None:
     """What one rank does: train from a version."""
     fit_in_rank(config_file.loads(config_toml), colour_rows(16), run_id="r", start=version)
@@ -167,7 +162,7 @@ def export_merged(config: RunConfig, store: Store, version: Version, folder: Pat
     export(config, version.name, ExportRequest("merged", folder / "out", dtype="float32"))
 
 
-@pytest.mark.parametrize("reader", [chat, evaluate, evaluate_production, export_merged, train_from])
+@pytest.mark.parametrize("reader", [chat, evaluate, export_merged, train_from])
 def test_a_version_is_run_on_the_base_that_it_was_trained_on_alone(changed, store, tmp_path, reader):
     config = changed()
     version = tiny_version.publish(config, store, tmp_path)
@@ -185,7 +180,7 @@ def test_a_version_is_run_on_the_base_that_it_was_trained_on_alone(changed, stor
     ("field", "value"),
     [
         *(("folder", value) for value in ("/../../../victim", 7, "0" * 15 + "\n")),
-        *(("manifest_sha256", value) for value in ("../" * 8, None, "\0", "0" * 63 + "/")),
+        *(("manifest_sha256", value) for value in (None, "0" * 63 + "/")),
     ],
 )
 def test_a_pointer_to_a_base_that_leads_elsewhere_is_refused(changed, store, tmp_path, field, value):
