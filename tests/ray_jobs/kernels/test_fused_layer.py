@@ -112,8 +112,10 @@ def goes_fused(model, **inputs) -> bool:
     return bool(taken)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("base", "matmul_dtype"), [("bf16", "bfloat16"), ("nf4", "bfloat16"), ("nf4", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "base", "matmul_dtype"),
+    [("Qwen2", "bf16", "bfloat16"), ("Mistral", "nf4", "bfloat16"), ("Llama, biased", "nf4", "float32")],
+)
 def test_gradients_are_nearer_to_float64s_than_pefts(kind, base, matmul_dtype):
     exact = gradients(adapted(kind, torch.float64, base=base))
     pefts = gradients(adapted(kind, torch.bfloat16, base=base, matmul_dtype=matmul_dtype))
@@ -148,8 +150,7 @@ def test_of_long_records_gradients_are_as_near_as_by_transformers_attention_in_1
     assert all(error < OF_ONE * own < 0.1 for error, own in errors)
 
 
-@pytest.mark.parametrize(("base", "matmul_dtype"), [("bf16", "bfloat16"), ("nf4", "float32")])
-def test_packed_records_have_gradients_as_near(base, matmul_dtype):
+def test_packed_records_have_gradients_as_near():
     """Three records that begin alike: read once, against float64's modules on each in a row of its own."""
     split = beginning_alike(prompt=11)
 
@@ -157,9 +158,9 @@ def test_packed_records_have_gradients_as_near(base, matmul_dtype):
         answer_loss.records_nll(model, split, range(3), 0, device=torch.device("cpu"), packs=packs).mean().backward()
         return {name: each.grad.double() for name, each in model.named_parameters() if each.requires_grad}
 
-    exact = found(adapted("Llama, biased", torch.float64, base=base), packs=False)
-    pefts = found(adapted("Llama, biased", torch.bfloat16, base=base, matmul_dtype=matmul_dtype), packs=False)
-    model = adopt(adapted("Llama, biased", torch.bfloat16, base=base, matmul_dtype=matmul_dtype))
+    exact = found(adapted("Llama, biased", torch.float64), packs=False)
+    pefts = found(adapted("Llama, biased", torch.bfloat16), packs=False)
+    model = adopt(adapted("Llama, biased", torch.bfloat16))
     row = answer_loss.pack(split, range(3))
     given = {"position_ids": row.packing.positions, "attention_mask": row.packing.mask(), "packing": row.packing}
     assert row.packing.common == 9
@@ -187,24 +188,6 @@ def test_of_the_last_layer_no_more_is_computed_than_is_read(prompt, read, monkey
     row = 9 + 12 + 5 + 8
     assert multiplied == [row] * 4 + [row, read, read, read]  # the last layer's keys and values are of all tokens
     assert len(found) == read
-
-
-def test_another_adapter_between_the_ways_there_and_back_changes_no_gradient():
-    model = adopt(adapted("Qwen2", torch.bfloat16))
-    alone = gradients(model)
-    model.zero_grad()
-    model.add_adapter("other", model.peft_config["default"])
-    adopt(model)
-    loss = answer_nll(model, IDS, IDS).mean()
-    model.set_adapter("other")
-    for name, parameter in model.named_parameters():
-        if ".other." in name:
-            parameter.data = torch.full_like(parameter, 0.1).bfloat16()
-    assert goes_fused(model)
-    model.set_adapter("default")
-    loss.backward()
-    found = dict(model.named_parameters())
-    assert all(torch.equal(found[name].grad.double(), each) for name, each in alone.items())
 
 
 def test_dense_weights_are_held_once_and_are_what_they_were():

@@ -1,7 +1,6 @@
 """What CPU workers multiply in and with, and what they do with freed memory."""
 
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -23,7 +22,6 @@ from tests.models.train_group import in_group
 
 FAST, SLOW = 0.5, 15.9
 """How many times as fast float32 is, on one thread: AVX-512 BF16 (Zen 4), and AVX2; torch 2.13."""
-SHAPE = (1536, 576)
 
 
 @pytest.mark.parametrize(
@@ -47,21 +45,6 @@ def test_the_config_decides_without_a_measurement(config: RunConfig):
         assert chosen("auto", on_gpu=True) == "bfloat16"
     with mock.patch.object(door, "measure", return_value=SLOW):
         assert chosen("auto") == "float32"
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="takes instructions of x86-64 away")
-@pytest.mark.parametrize(
-    "taken_away",
-    [
-        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, id="AVX2", marks=pytest.mark.slow),
-        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, id="AVX-512 without BF16", marks=pytest.mark.full),
-    ],
-)
-def test_a_processor_without_bfloat16_is_recognised_by_measuring(taken_away: dict[str, str]):
-    script = f"from ray_jobs.kernels.door import faster, measure; print(faster([measure({SHAPE})]).dtype)"
-    environment = {**os.environ, **taken_away, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["float32"]
 
 
 def agreed(groups: list[list[float]], config: RunConfig) -> list[str]:
@@ -89,10 +72,8 @@ def test_the_layer_that_is_measured_is_the_feed_forwards_of_any_architecture(tin
 settings = torch.backends.mkldnn.matmul
 
 
-@pytest.mark.parametrize(
-    ("batch", "rows", "inner", "columns"), [(48, 60, 64, 36), (12, 192, 64, 1024), (1, 330, 608, 576)]
-)
-def test_they_are_as_exact_as_float32_is(batch, rows, inner, columns):
+def test_they_are_as_exact_as_float32_is():
+    batch, rows, inner, columns = 12, 192, 64, 256
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(batch, rows, inner, generator=draw), torch.randn(batch, inner, columns, generator=draw)
     with float32_layers.by_onednn():
@@ -127,7 +108,6 @@ def test_the_setting_is_given_where_it_pays_and_taken_back(pays, monkeypatch):
         ("AMD EPYC 9R14", "AVX-512 BF16", "AVX512", True),
         ("AMD EPYC 9R14", "AVX-512 BF16", "AVX2", False),
         ("AMD Ryzen 9 3900X", "AVX2", "AVX2", False),
-        ("AMD of some day", "AMX", "AVX512", False),
         ("Intel(R) Xeon(R) Platinum 8275CL", "AVX-512", "AVX512", False),
     ],
 )
