@@ -23,12 +23,7 @@ from tests.ray_jobs.conftest import CONFIG
 
 @pytest.mark.parametrize(
     ("name", "is_loaded_as"),
-    [
-        ("Llama, tied", "LlamaForCausalLM"),
-        ("Gemma 3, with vision", "Gemma3ForConditionalGeneration"),
-        ("Ministral 3, with vision", "Mistral3ForConditionalGeneration"),
-        ("Qwen3-VL", "Qwen3VLForConditionalGeneration"),
-    ],
+    [("Llama, tied", "LlamaForCausalLM"), ("Gemma 3, with vision", "Gemma3ForConditionalGeneration")],
 )
 def test_a_base_is_loaded_as_what_transformers_saved(name, is_loaded_as, tmp_path):
     zoo.build(name, tmp_path)
@@ -38,7 +33,7 @@ def test_a_base_is_loaded_as_what_transformers_saved(name, is_loaded_as, tmp_pat
     assert type(model).__name__ == is_loaded_as
 
 
-@pytest.mark.parametrize("kind", ["T5Config", "BertConfig", "BartConfig", "WhisperConfig", "ViTConfig"])
+@pytest.mark.parametrize("kind", ["T5Config", "BertConfig", "ViTConfig"])
 def test_what_does_not_write_from_left_to_right_is_refused_by_the_plan(kind, tmp_path):
     shape = getattr(transformers, kind)()
     shape.save_pretrained(tmp_path)
@@ -69,44 +64,24 @@ def test_an_encoder_that_was_made_a_decoder_and_a_base_that_brings_its_code_are_
         assert auto_class(shape) is transformers.AutoModelForCausalLM
 
 
-# NVIDIA's table, and what PyTorch says of an MI300, which is no GPU of NVIDIA's: gfx942.
-CAPABILITIES = {
-    "V100": ((7, 0), "float16", False),
-    "T4": ((7, 5), "float16", False),
-    "A100-40G": ((8, 0), "bfloat16", True),
-    "A100-80G": ((8, 0), "bfloat16", True),
-    "A10G": ((8, 6), "bfloat16", True),
-    "L4": ((8, 9), "bfloat16", True),
-    "L40S": ((8, 9), "bfloat16", True),
-    "RTX4090": ((8, 9), "bfloat16", True),
-    "H100": ((9, 0), "bfloat16", True),
-    "H200": ((9, 0), "bfloat16", True),
-}
-MI300 = (9, 4)
-
-
-@pytest.mark.parametrize("gpu", GPUS)
-def test_a_gpu_takes_the_dtype_and_attention_that_its_capability_has(gpu, monkeypatch):
-    capability, dtype, has_flash = CAPABILITIES[gpu]
-    assert GPUS[gpu].capability == capability
+@pytest.mark.parametrize(("gpu", "dtype", "has_flash"), [("T4", "float16", False), ("A100-40G", "bfloat16", True)])
+def test_a_gpu_takes_the_dtype_and_attention_that_its_capability_has(gpu, dtype, has_flash, monkeypatch):
+    capability = GPUS[gpu].capability
     assert dtype_on("auto", capability) == dtype
     assert [dtype_on(wanted, capability) for wanted in ("bfloat16", "float16")] == ["bfloat16", "float16"]
     monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert architecture.dtype_here("auto", use_gpu=True) is getattr(torch, dtype)
+    assert architecture.dtype_here("auto", use_gpu=False) is torch.bfloat16
     zero.prepare_environment(use_gpu=True)
     with nullcontext() if has_flash else pytest.raises(ConfigError, match=r"no kernels .* 7\.[05], only from 8\.0"):
         zero.prepare_environment(use_gpu=True, attention="flash_attention_2")
 
 
-def test_a_processor_computes_in_bfloat16():
-    assert dtype_on("auto", None) == "bfloat16"
-
-
 @pytest.mark.parametrize(("hip", "built_for"), [("6.4", r"AMD's GPUs \(ROCm\)"), (None, "processors alone")])
 def test_a_torch_that_is_not_for_nvidias_gpus_is_refused_by_driver_and_worker(hip, built_for, monkeypatch):
     monkeypatch.setattr(torch, "version", SimpleNamespace(cuda=None, hip=hip))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: MI300)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))  # as PyTorch says of an MI300
     message = f"trains on NVIDIA's GPUs, and torch .* is built for {built_for}: take an image"
     with pytest.raises(ConfigError, match=message):
         attention.require_installed("auto", use_gpu=True)

@@ -1,17 +1,29 @@
-"""The base in memory: bfloat16, NF4 and int8, each computing with the weights that it says it holds."""
+"""The base in memory: bfloat16, NF4 and int8; and folders whose weights are quantised already, which are loaded as they
+are, widened, or refused; never as something else.
+"""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
 
 from components.config.schema import MethodConfig, ModelConfig
+from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
-from ray_jobs.base import attention, base_model
+from ray_jobs.base import base_model
+from ray_jobs.planning.rehearsal import Rehearsal
+from tests.models import zoo
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+"""The values of four bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3."""
 
 
-def load(reference: object, base_format: str = "bf16"):
-    config = ModelConfig(base=str(reference))
+def load(folder: Path, base_format: str = "bf16"):
+    config = ModelConfig(base=str(folder))
     return base_model.load_model(base_model.resolve(config), config, base_format, use_gpu=False)
 
 
@@ -34,31 +46,6 @@ def test_an_nf4_base_holds_four_bits_a_weight_doubly_quantised(tiny_base):
     assert not any(weight.requires_grad for weight in model.parameters())
 
 
-def test_an_nf4_base_computes_as_one_stored_in_bytes(tiny_base):
-    plain = AutoModelForCausalLM.from_pretrained(
-        tiny_base,
-        dtype=torch.bfloat16,
-        attn_implementation=attention.register(),
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
-    ).train()
-    ours = load(tiny_base, "nf4").train()
-    assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    embedded = ours.get_input_embeddings()(torch.arange(32)[None]).detach()
-    results = []
-    for model in (plain, ours):
-        inputs = embedded.clone().requires_grad_()
-        logits = model(inputs_embeds=inputs).logits
-        logits.square().sum().backward()
-        results.append((logits, inputs.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-
-
 def test_an_nf4_base_is_never_repacked_by_a_measurement_on_cpu(tiny_base):
     model = load(tiny_base, "nf4").eval()
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
@@ -74,31 +61,6 @@ def test_an_nf4_base_is_never_repacked_by_a_measurement_on_cpu(tiny_base):
     assert embedded.grad.abs().sum() > 0
 
 
-def test_an_int8_base_computes_with_its_dequantised_weights_whatever_was_measured_in_between(tiny_base):
-    dense, model = load(tiny_base), load(tiny_base, "int8")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear8bitLt)}
-    assert len(layers) == 2 * 7
-    torch.manual_seed(0)
-    for name, layer in layers.items():
-        scale = layer.weight.SCB[:, None] / 127
-        weight = layer.weight.data.float() * scale
-        assert ((weight - dense.get_submodule(name).weight.float()).abs() <= 0.5001 * scale).all()
-        x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
-        x[:, 3] *= 30  # an outlier, which LLM.int8() multiplies by itself
-        # While it trains only the weights are int8; a measurement rounds the activations too (arXiv:2208.07339).
-        for is_training, noise in [(True, 0.004), (False, 0.01), (True, 0.004)]:
-            layer.train(is_training)
-            inputs = x.clone().requires_grad_()
-            output = layer(inputs)
-            gradient = torch.randn_like(output)
-            output.backward(gradient)
-            expected, expected_gradient = x.float() @ weight.T, gradient.float() @ weight
-            assert (output - expected).norm() < noise * expected.norm()
-            assert (inputs.grad - expected_gradient).norm() < 0.004 * expected_gradient.norm()
-        assert torch.equal(layer.weight.data.float() * scale, weight)
-        assert torch.equal(layer.state_dict()["SCB"][:, None] / 127, scale)
-
-
 @pytest.mark.parametrize("base_format", ["nf4", "int8"])
 def test_dora_reads_a_quantised_weight_and_leaves_it_where_it_is(tiny_base, base_format):
     # By itself peft would put a copy in its place at every pass, which has no scales and is nothing that ZeRO-3 knows.
@@ -109,3 +71,100 @@ def test_dora_reads_a_quantised_weight_and_leaves_it_where_it_is(tiny_base, base
     logits = [adapted(input_ids=torch.arange(16)[None]).logits for _ in range(3)]
     assert torch.equal(logits[0], logits[2])
     assert all(parameter is before[name] for name, parameter in adapted.named_parameters())
+
+
+def planned(folder: Path, base_format: str) -> None:
+    shape = base_model.read_config(ModelConfig(base=str(folder)))
+    Rehearsal(shape, MethodConfig(name="lora", base=base_format), reference=str(folder))
+
+
+def write_config(folder: Path, quantization: dict[str, object]) -> None:
+    """Say in the folder's configuration how its weights are stored."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+
+
+@pytest.fixture(params=["nf4", "int8"])
+def quantised(request, tiny_base, tmp_path) -> tuple[str, Path]:
+    load(tiny_base, request.param).save_pretrained(tmp_path)
+    return request.param, tmp_path
+
+
+def test_a_folder_of_one_of_our_formats_is_loaded_as_it_is(quantised, tiny_base):
+    stored, folder = quantised
+    planned(folder, stored)
+    kind = {"nf4": Linear4bit, "int8": Linear8bitLt}[stored]
+    layers = [module for module in load(folder, stored).modules() if isinstance(module, kind)]
+    same = [module for module in load(tiny_base, stored).modules() if isinstance(module, kind)]
+    assert len(layers) == 14
+    for layer, other in zip(layers, same, strict=True):
+        assert torch.equal(layer.weight.data.view(torch.uint8), other.weight.data.view(torch.uint8))
+
+
+def test_under_another_name_it_is_refused_with_its_own(quantised):
+    stored, folder = quantised
+    for base_format in {"bf16", "nf4", "int8"} - {stored}:
+        message = rf"method\.base {base_format}: .* are quantised already, as {stored}: set method\.base={stored}, or"
+        for attempt in (planned, load):
+            with pytest.raises(ConfigError, match=message):
+                attempt(folder, base_format)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "as fp4: name the unq"),
+        ({"quant_method": "gptq", "bits": 4}, "as gptq: name the unquantised model"),
+        ({"quant_method": "mxfp4"}, "as mxfp4: set method.base=bf16, or name"),
+    ],
+)
+def test_a_format_that_is_not_ours_is_refused_by_the_plan(stored, message, tiny_base, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
+    write_config(tmp_path, stored)
+    with pytest.raises(ConfigError, match=message):
+        planned(tmp_path, "nf4")
+
+
+def test_mxfp4_is_widened_to_bfloat16(tmp_path):
+    zoo.build("gpt-oss", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, expected = load_file(path), {}
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8)
+        scales = rng.integers(122, 128, (experts, outputs, inputs // 32), dtype=np.uint8)
+        tensors |= {f"{name}_blocks": torch.from_numpy(blocks), f"{name}_scales": torch.from_numpy(scales)}
+        # Two values a byte, the lower half first; 32 values share the exponent s of a scale 2^(s - 127).
+        values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(experts, outputs, inputs // 32, 32)
+        dense = values * np.exp2(scales.astype(np.float32) - 127)[..., None]
+        expected[name] = dense.reshape(experts, outputs, inputs).transpose(0, 2, 1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    write_config(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
+    planned(tmp_path, "bf16")
+    found = dict(load(tmp_path, "bf16").named_parameters())
+    assert len(expected) == 4
+    for name, weight in expected.items():
+        assert found[name].dtype == torch.bfloat16
+        np.testing.assert_array_equal(found[name].float().numpy(), weight)
+
+
+def test_fp8_is_widened_to_bfloat16(tiny_base, tmp_path):
+    for file in tiny_base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "model.safetensors"
+    tensors, expected = load_file(path), {}
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = torch.from_numpy(rng.normal(size=tensors[name].shape).astype(np.float32)).to(torch.float8_e4m3fn)
+        rows, columns = weight.shape
+        scales = np.exp2(rng.integers(-4, 1, (rows // 32, columns // 32))).astype(np.float32)
+        tensors |= {name: weight, f"{name}_scale_inv": torch.from_numpy(scales)}
+        expected[name] = weight.float().numpy() * scales.repeat(32, axis=0).repeat(32, axis=1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    write_config(tmp_path, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"})
+    planned(tmp_path, "bf16")
+    found = dict(load(tmp_path, "bf16").named_parameters())
+    assert len(expected) == 14
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name].float().numpy(), weight, rtol=2**-8)

@@ -1,36 +1,32 @@
-"""From a reference to a model in memory. Nothing is faked but the size: see `tests.models.tiny` and `tiny_gguf`."""
+"""From a reference to a model in memory: a folder, a package, and a folder of S3, of which a driver and workers fetch
+what they need, and all read the same; and what a base's configuration limits.
+
+Nothing is faked but the size: see `tests.models.tiny` and `tiny_gguf`.
+"""
 
 import hashlib
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BloomConfig, Gemma3Config, GPT2Config, LlamaConfig, Qwen2Config
 
+from components.config import config_file
 from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError, IntegrityError
-from ray_jobs.base import base_model, local_cache
+from components.store.store import ObjectInfo, Store
+from ray_jobs.base import base_model
 from ray_jobs.text import chat_format
-from tests.doubles import hub
+from tests.models.shapes import small
 from tests.models.tiny_gguf import build_package
 from tests.models.train_group import in_group
-from tests.waiting import PATIENCE_S
-
-ROOT = Path(__file__).resolve().parents[3]
-RESOLVE = """
-import logging, sys
-from components.config.schema import ModelConfig
-from ray_jobs.base import base_model
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-base = base_model.resolve(ModelConfig(base=sys.argv[1]), weights="without weights" not in sys.argv)
-print(base.path)
-"""
-
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -51,17 +47,6 @@ def resolve(reference: object, revision: str = "") -> base_model.Base:
 def load(reference: object, base_format: str = "bf16"):
     config = ModelConfig(base=str(reference))
     return base_model.load_model(base_model.resolve(config), config, base_format, use_gpu=False)  # type: ignore[arg-type]
-
-
-def in_a_process(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", RESOLVE, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_a_folder_is_used_where_it_lies_and_known_by_its_bytes(tiny_base, tmp_path, cache):
@@ -158,7 +143,7 @@ def test_a_conversion_that_fails_leaves_nothing_that_looks_finished(package, cac
 
 @pytest.mark.parametrize(
     ("damage", "how"),
-    [("model.safetensors", "changed"), ("tokenizer.json", "gone"), (local_cache.DIGESTS, "changed")],
+    [("model.safetensors", "changed"), ("tokenizer.json", "gone")],
 )
 def test_a_damaged_conversion_names_the_folder_to_delete(damage, how, package):
     base = resolve("pkg://tiny_weights/Tiny.gguf")
@@ -174,31 +159,206 @@ def test_a_damaged_conversion_names_the_folder_to_delete(damage, how, package):
     assert resolve("pkg://tiny_weights/Tiny.gguf") == base
 
 
-def test_of_a_hub_model_the_weights_are_fetched_once(tiny_base, tmp_path):
-    # What openai/gpt-oss-20b, mistralai/Mistral-7B-Instruct-v0.3 and repositories with an ONNX export hold beside them.
-    folder = shutil.copytree(tiny_base, tmp_path / "repository")
-    others = ["original/model.safetensors", "original/config.json", "original/dtypes.json", "metal/model.bin"]
-    others += ["consolidated.safetensors", "consolidated.safetensors.index.json", "onnx/model.safetensors", "LICENSE"]
-    for name in others:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("{}")
-    with hub.serving("org/name", folder) as served:
-        process = in_a_process("org/name", HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"))
-        found, output = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
-    path = Path(found.strip().splitlines()[-1])
-    assert path.name == hub.COMMIT
-    assert served.sent == {file.name for file in tiny_base.iterdir()}
-    assert (path / "model.safetensors").read_bytes() == (tiny_base / "model.safetensors").read_bytes()
+@pytest.fixture
+def uploaded(store, tiny_base) -> str:
+    for path in tiny_base.iterdir():
+        store.put(f"bases/tiny/{path.name}", path)
+    return store.uri("bases/tiny/")
 
 
-def test_whoever_needs_no_weights_of_a_hub_model_fetches_none(tiny_base, tmp_path):
-    with hub.serving("org/name", shutil.copytree(tiny_base, tmp_path / "repository")) as served:
-        about = {"HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path / "home")}
-        found, output = in_a_process("org/name", "without weights", **about).communicate(timeout=PATIENCE_S)
-        assert served.sent == {file.name for file in tiny_base.iterdir()} - {"model.safetensors"}
-        path = Path(found.strip().splitlines()[-1])
-        assert path.name == hub.COMMIT
-        again, output = in_a_process("org/name", **about).communicate(timeout=PATIENCE_S)
-        assert Path(again.strip().splitlines()[-1]) == path, output
-        assert "model.safetensors" in served.sent
+def test_an_s3_folder_is_downloaded_once_and_again_when_it_changes(uploaded, store):
+    first = resolve(uploaded)
+    inode = (first.path / "model.safetensors").stat().st_ino
+    assert resolve(uploaded) == first
+    assert (first.path / "model.safetensors").stat().st_ino == inode
+    store.put("bases/tiny/generation_config.json", b'{"changed": true}')
+    second = resolve(uploaded)
+    assert second.path != first.path
+    assert second.identity != first.identity
+
+
+@pytest.fixture
+def on_another_machine(uploaded, store, tmp_path, monkeypatch) -> Callable[..., tuple[base_model.Base, set[str]]]:
+    """The base as it is brought onto a machine of that name, and the files that are fetched for it."""
+    fetched: list[str] = []
+    download = Store.download
+    monkeypatch.setattr(
+        Store, "download", lambda self, key, path: fetched.append(path.name) or download(self, key, path)
+    )
+
+    def bring(name: str, **how: Any) -> tuple[base_model.Base, set[str]]:
+        monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / name))
+        fetched.clear()
+        return base_model.resolve(ModelConfig(base=uploaded), registry=store, **how), set(fetched)
+
+    return bring
+
+
+def test_a_driver_never_fetches_the_weights_of_an_s3_folder(on_another_machine, uploaded, store, tiny_base):
+    config, files = ModelConfig(base=uploaded), {path.name for path in tiny_base.iterdir()}
+    unread, fetched = on_another_machine("driver", weights=False)
+    assert fetched == files - {"model.safetensors"}
+    assert not unread.is_known
+    read, fetched = on_another_machine("worker", recorded=unread.identity)
+    assert fetched == files
+    assert read.identity == {**resolve(tiny_base).identity, "kind": "s3"}
+    assert on_another_machine("worker", recorded=unread.identity) == (read, set())
+    told, fetched = on_another_machine("driver of the next run", weights=False)
+    assert (told.identity, told.is_known, fetched) == (read.identity, True, files - {"model.safetensors"})
+    assert chat_format.load(unread, config).pad == chat_format.load(read, config).pad
+
+    store.put("bases/tiny/model.safetensors", (read.path / "model.safetensors").read_bytes()[::-1])
+    assert not on_another_machine("driver", weights=False)[0].is_known
+    with pytest.raises(IntegrityError, match="have changed since the run began"):
+        on_another_machine("worker of the first run", recorded=unread.identity)
+
+
+def test_what_a_version_was_trained_on_is_taken_at_its_word_until_the_weights_are_read(on_another_machine):
+    recorded = {"kind": "s3", "sha256": "0" * 64}
+    base, fetched = on_another_machine("driver", weights=False, recorded=recorded)
+    assert (base.identity, "model.safetensors" in fetched) == (recorded, False)
+    with pytest.raises(IntegrityError, match="today that is kind s3 sha256"):
+        on_another_machine("worker", recorded=base.identity)
+
+
+def test_workers_that_read_other_bytes_of_the_same_objects_are_told_so(on_another_machine, uploaded, store):
+    unread, _ = on_another_machine("driver", weights=False)
+    on_another_machine("first", recorded=unread.identity)
+    store.put_json(f"bases/s3-{unread.identity['listing']}/identity.json", {"kind": "s3", "sha256": "0" * 64})
+    with pytest.raises(IntegrityError, match=rf"and had kind s3 sha256 {'0' * 64} where the same objects were read"):
+        on_another_machine("second", recorded=unread.identity)
+
+
+def test_new_bytes_of_the_same_size_and_second_are_another_base(uploaded, store, monkeypatch):
+    listing, second = Store.list, datetime(2026, 11, 29, tzinfo=UTC)
+    monkeypatch.setattr(
+        Store, "list", lambda self, prefix: (replace(info, last_modified=second) for info in listing(self, prefix))
+    )
+    first = resolve(uploaded)
+    store.put("bases/tiny/model.safetensors", (first.path / "model.safetensors").read_bytes()[::-1])
+    assert resolve(uploaded).identity != first.identity
+
+
+def test_a_folder_beside_it_with_a_longer_name_is_not_part_of_it(uploaded, store):
+    store.put("bases/tiny-other/stray.txt", b"x")
+    assert not (resolve(uploaded).path / "stray.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/x.json"])
+def test_an_s3_folder_whose_objects_would_lie_elsewhere_is_refused(name, store, cache, monkeypatch):
+    """Servers that keep such keys as they are exist; ours here makes paths of them."""
+
+    def listed(_, prefix):
+        return iter([ObjectInfo(key=f"{prefix}{name}", size=1, etag="0", last_modified=datetime.now(UTC))])
+
+    monkeypatch.setattr(Store, "list", listed)
+    monkeypatch.setattr(Store, "download", lambda *_: pytest.fail("it was written"))
+    with pytest.raises(ConfigError, match=rf"the object '.*/bases/odd/{name}' would leave the folder: rename it"):
+        resolve(store.uri("bases/odd"))
+
+
+def test_an_empty_s3_folder_says_so_and_leaves_nothing_in_the_cache(store, cache):
+    with pytest.raises(ConfigError, match="there is nothing in this folder"):
+        resolve(store.uri("bases/none"))
+    assert not cache.exists()
+
+
+def test_of_an_s3_folder_the_config_alone_is_read(store: Store):
+    body = json.dumps(small().to_dict()).encode()
+    store.put("bases/small/config.json", body)
+    store.put("bases/small/model.safetensors", b"never read")
+    assert base_model.read_config(ModelConfig(base=store.uri("bases/small/"))).hidden_size == 128
+    store.put("bases/empty/README.md", b"nothing")
+    with pytest.raises(ConfigError, match=r"no config\.json there"):
+        base_model.read_config(ModelConfig(base=store.uri("bases/empty/")))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("{tmp}/nowhere", "there is no such folder"),
+        ("{tmp}", r"no config\.json there"),
+        ("ftp://host/model", "expected a hub id"),
+        ("a/b/c", "neither a local folder nor a hub id"),
+        ("org/model", "the model hub cannot be reached"),
+        ("pkg://no_such_package/x.gguf", "'no_such_package' is not installed"),
+        ("pkg://this/x.gguf", "'this' is not installed"),
+        ("pkg://json/__init__.py", r"holds no '__init__.py'; its GGUF files are \[\]"),
+    ],
+)
+def test_a_base_that_is_not_there_is_the_users_mistake(base, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for read in (base_model.read_config, base_model.resolve):
+        with pytest.raises(ConfigError, match=message):
+            read(ModelConfig(base=base.format(tmp=tmp_path)))
+
+
+def test_a_configuration_that_transformers_does_not_know_is_the_users_mistake(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "never-heard-of"}')
+    with pytest.raises(ConfigError, match="cannot read its configuration"):
+        base_model.read_config(ModelConfig(base=str(tmp_path)))
+
+
+# Qwen2.5's model card, on texts longer than 32,768 tokens: YaRN with a factor of 4 reaches 131,072.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+# Llama 3.1's config.json names what it reaches after its scaling by 8.
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+LLAMA_3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=4096), 4096),
+        (GPT2Config(), 1024),  # n_positions, which it has learned one by one
+        (BloomConfig(), None),  # ALiBi: distances, no positions
+        (LlamaConfig(max_position_embeddings=4096, rope_parameters={"rope_type": "linear", "factor": 8.0}), 32768),
+        (Qwen2Config(max_position_embeddings=32768, rope_parameters=YARN), 131072),
+        (LlamaConfig(max_position_embeddings=131072, rope_parameters=LLAMA_3), 131072),
+        (Gemma3Config(text_config={"max_position_embeddings": 8192}), 8192),
+    ],
+)
+def test_how_long_a_text_the_base_has_positions_for(base, expected):
+    assert base_model.positions(base) == expected
+
+
+TABLE = {"adapter": {"name": "a"}, "model": {"base": "gpt2"}, "data": {"source": "x.jsonl"}, "method": {"name": "lora"}}
+
+
+def test_a_context_that_nobody_set_is_no_longer_than_the_base_has_positions_for():
+    said: list[str] = []
+    written = config_file.dumps(config_file.validate(TABLE))  # as a run's steps hand it on
+    config = base_model.fitted(config_file.loads(written), GPT2Config(n_positions=512), said.append)
+    assert config.model.max_length == 512
+    assert said == ["model.max_length: 512, all the positions that gpt2 has"]
+    assert config.digest == config_file.validate(TABLE, ["model.max_length=512"]).digest
+    assert base_model.fitted(config, GPT2Config(n_positions=512), said.append) == config
+    for roomy in (GPT2Config(n_positions=2048), BloomConfig()):
+        assert base_model.fitted(config_file.loads(written), roomy, said.append).model.max_length == 1024
+    assert len(said) == 1
+
+
+def test_a_context_that_was_set_beyond_the_positions_is_refused_and_the_positions_are_not():
+    for length in (1024, 1025):  # the default as well, where it was set
+        config = config_file.loads(config_file.dumps(config_file.validate(TABLE, [f"model.max_length={length}"])))
+        reason = rf"model\.max_length {length} is more than the {length - 1} positions of model\.base gpt2"
+        with pytest.raises(ConfigError, match=reason):
+            base_model.fitted(config, GPT2Config(n_positions=length - 1), pytest.fail)
+        assert base_model.fitted(config, GPT2Config(n_positions=length), pytest.fail) == config
+
+
+def test_a_context_that_is_lowered_leaves_room_for_the_answers_that_were_asked_for():
+    config = config_file.validate(TABLE, ["evaluate.max_new_tokens=600"])
+    with pytest.raises(
+        ConfigError, match=r"base gpt2: evaluate\.max_new_tokens 600 leaves no room .* model\.max_length 512"
+    ):
+        base_model.fitted(config, GPT2Config(n_positions=512), [].append)
+
+
+def test_a_folder_of_the_users_home_is_planned_and_trained(tiny_base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(tiny_base)
+    config = ModelConfig(base="~/model")
+    assert base_model.resolve(config).path == tmp_path / "model"
+    assert base_model.read_config(config).hidden_size == 64
+    assert base_model.locate(config) == tmp_path / "model"

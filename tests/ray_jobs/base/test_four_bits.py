@@ -9,10 +9,8 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import get_4bit_type
 
-from components.config.schema import ModelConfig
 from components.shared.errors import JobError
-from ray_jobs.adapters import loftq
-from ray_jobs.base import base_model, four_bits, streamed
+from ray_jobs.base import four_bits
 
 BY_BITSANDBYTES = """
 import itertools, torch, bitsandbytes
@@ -63,21 +61,6 @@ def test_each_weight_becomes_the_nearest_number_times_the_largest_of_its_64():
     found = np.stack([packed.numpy().reshape(-1) >> 4, packed.numpy().reshape(-1) & 15], axis=1).reshape(-1)
     # In float32 as in float64, but for what lies within a rounding of the middle between two numbers.
     assert (found != nearest).mean() < 1e-6
-
-
-@pytest.mark.parametrize("who", ["a base", "a base that ZeRO-3 streams", "LoftQ"])
-def test_whoever_quantises_on_processors_has_it(who, tiny_base, monkeypatch):
-    asked = []
-    monkeypatch.setattr(four_bits, "register", lambda: asked.append(who))
-    weight = torch.randn(64, 64).bfloat16()
-    if who == "LoftQ":
-        loftq.quantize(weight)
-    elif who == "a base":
-        config = ModelConfig(base=str(tiny_base))
-        base_model.load_model(base_model.resolve(config), config, "nf4", use_gpu=False)
-    else:
-        streamed._there_and_back(weight)
-    assert asked == [who]
 
 
 def test_a_weight_is_not_dequantised_with_statistics_on_another_device():

@@ -132,11 +132,39 @@ def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     return found
 
 
-def fetched(served: hub.Hub, monkeypatch: pytest.MonkeyPatch, revision: str = hub.COMMIT) -> Path:
+def ask(served: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on this process asks that hub."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
     template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def fetched(served: hub.Hub, monkeypatch: pytest.MonkeyPatch, revision: str = hub.COMMIT) -> Path:
+    ask(served, monkeypatch)
     return local_cache.snapshot(ModelConfig(base=NAME, revision=revision), ["*.json"])
+
+
+@pytest.mark.usefixtures("waits")
+def test_of_a_hub_model_the_weights_are_fetched_once_and_only_for_whoever_needs_them(
+    tiny_base, repository, monkeypatch
+):
+    # What openai/gpt-oss-20b, mistralai/Mistral-7B-Instruct-v0.3 and repositories with an ONNX export hold beside them.
+    others = ["original/model.safetensors", "original/config.json", "original/dtypes.json", "metal/model.bin"]
+    others += ["consolidated.safetensors", "consolidated.safetensors.index.json", "onnx/model.safetensors", "LICENSE"]
+    for name in others:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("{}")
+    files = {file.name for file in tiny_base.iterdir()}
+    with hub.serving(NAME, repository) as served:
+        ask(served, monkeypatch)
+        unread = base_model.resolve(ModelConfig(base=NAME), weights=False)
+        assert unread.path.name == hub.COMMIT
+        assert served.sent == files - {"model.safetensors"}
+        served.sent.clear()
+        base = base_model.resolve(ModelConfig(base=NAME))
+        assert served.sent == {"model.safetensors"}
+    assert base.path == unread.path
+    assert (base.path / "model.safetensors").read_bytes() == (tiny_base / "model.safetensors").read_bytes()
 
 
 # Of a commit huggingface_hub itself asks six times.
