@@ -10,13 +10,10 @@ from components.prepare.dataset import Message, Record
 from components.registry.between_runs import erase
 from components.shared.errors import ConfigError, DataError
 from ray_jobs import finetune
-from ray_jobs.base import base_model
 from ray_jobs.prepare import prepare
 from ray_jobs.preview import previewed
 from ray_jobs.sweep import sweep
 from tests.doubles import datasets
-from tests.models import zoo
-from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 
 
@@ -34,13 +31,6 @@ def test_flash_attention_that_is_not_installed_is_refused_before_the_data_are_re
     on_gpus = placed("ray.use_gpu=true", "model.attention=flash_attention_2")
     with pytest.raises(ConfigError, match=r"model\.attention flash_attention_2: .* is not installed"):
         job(on_gpus, run_id="r0", dataset_uri=store.uri("nowhere"))
-
-
-def test_flash_attention_that_the_base_does_not_have_is_refused_on_the_users_machine(config):
-    base = changed(config, "ray.use_gpu=true", "model.attention=flash_attention_2")
-    with pytest.raises(ConfigError, match=r"BloomForCausalLM has no attention through flash-attn: .* to auto"):
-        base_model.fitted(base, zoo.KINDS["BLOOM"].config(), pytest.fail)
-    assert base_model.fitted(base, zoo.KINDS["Llama, tied"].config(), pytest.fail) == base
 
 
 @pytest.mark.parametrize("job", [finetune.run, sweep])

@@ -8,7 +8,6 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -84,26 +83,6 @@ def exactly(base, model, prompt: list[int], stops) -> tuple[float, float]:
     of_second = (np.exp(theirs) * (theirs - ours)).sum(-1)
     reached = np.exp(before) * longer
     return float((np.exp(before) * (before - after)).sum() + (reached * of_second).sum()), 1 + float(reached.sum())
-
-
-def test_the_first_token_follows_the_whole_softmax(base_and_model) -> None:
-    base, _, chat = base_and_model
-    prompts = of_one_prompt(chat, MANY)
-    answers = texts.sample(base, chat, prompts, 1000, 1)
-    assert {len(answer) for answer in answers} == {1}
-    expected = MANY * np.exp(next_token(base, prompts.prompt(0).tolist())[0])
-    counted = np.bincount([answer[0] for answer in answers], minlength=len(expected))
-    # Cells in which fewer than five are expected are taken together, as is usual for this test.
-    often = expected >= 5
-    assert 20 < often.sum() < len(expected)
-    cells = [(counted[often], expected[often]), ([counted[~often].sum()], [expected[~often].sum()])]
-    found, wanted = (np.concatenate(each) for each in zip(*cells, strict=True))
-    assert stats.chisquare(found, wanted).pvalue > 0.01
-    # What it must differ from: top-k 50, transformers' default, and a temperature of 0.8.
-    assert counted[np.argsort(expected)[:-50]].sum() > 0
-    cooled = np.exp(log_softmax(np.log(expected / MANY) / 0.8)) * MANY
-    cooled = np.concatenate([cooled[often], [cooled[~often].sum()]])
-    assert stats.chisquare(found, cooled).pvalue < 1e-6
 
 
 def test_the_estimate_is_the_divergence_over_the_whole_vocabulary(base_and_model) -> None:
