@@ -124,15 +124,3 @@ def test_who_evaluates_measures_the_step_signs_and_decides_and_who_trains_does_n
     sha256 = hashlib.sha256(store.get("evaluations/r1/evaluation.json")).hexdigest()
     measured = signing.require_evaluated(store, "icd", version.version, "r1", sha256)
     assert measured == version.manifest_sha256
-
-
-def test_what_is_not_a_roles_to_do_is_refused(store: Store) -> None:
-    version = publish(store)
-    with acting_as("trainer", store), pytest.raises(StoreError, match="AccessDenied"):
-        promote(store, "icd", version.version)
-    with acting_as("trainer", store), pytest.raises(StoreError, match="AccessDenied"):
-        store.delete([f"adapters/icd/versions/{version.version}/manifest.json"])
-    with acting_as("pipeline", store), pytest.raises(StoreError, match="AccessDenied"):
-        publish(store, b"other")
-    assert [found.version for found in list_versions(store, "icd")] == [version.version]
-    assert read_alias(store, "icd", "production") is None
