@@ -6,6 +6,8 @@ Each template is written anew from what the model's tokenizer_config.json render
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.models.tiny import SHAPE, byte_level
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -129,7 +131,7 @@ REASONING = ("<think>", "</think>")
 def build(directory: Path, family: Family) -> Path:
     """Write a tiny Llama of this family to `directory`."""
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     special = [token for token in (family.bos, family.eos, *family.markers) if token and token not in REASONING]
@@ -141,10 +143,7 @@ def build(directory: Path, family: Family) -> Path:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     else:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = byte_level()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in family.markers if token in REASONING])
     if family.bos:
@@ -156,18 +155,7 @@ def build(directory: Path, family: Family) -> Path:
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(fast),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            eos_token_id=None,
-            bos_token_id=None,
-            tie_word_embeddings=True,
-        )
+        LlamaConfig(**SHAPE, vocab_size=len(fast), eos_token_id=None, bos_token_id=None, tie_word_embeddings=True)
     )
     model.generation_config = GenerationConfig(
         eos_token_id=fast.convert_tokens_to_ids(list(family.stops)), repetition_penalty=1.3, no_repeat_ngram_size=2

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = (
@@ -16,16 +17,32 @@ TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def write_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
-    """Write the tokenizer: a token for each byte, and the special ones."""
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def byte_level() -> "Tokenizer":
+    """A token for each byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
+    return tokenizer
+
+
+def write_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+    """Write the tokenizer: a token for each byte, and the special ones."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token=SPECIAL[0], pad_token=SPECIAL[0])
     fast.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)
@@ -41,13 +58,8 @@ def build_base(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
+            **SHAPE | {"hidden_size": width, "intermediate_size": 2 * width},
             vocab_size=len(fast),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
             eos_token_id=fast.eos_token_id,
             pad_token_id=fast.pad_token_id,
             bos_token_id=None,

@@ -6,22 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def build_package(base: Path, site: Path, package: str, file: str) -> Path:
     """Write the Llama at `base` as `site/package/file`; gives the GGUF's path."""
-    from gguf import GGUFWriter
+    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = site / package
@@ -50,21 +38,17 @@ def build_package(base: Path, site: Path, package: str, file: str) -> Path:
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])  # 3: special
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_chat_template(tokenizer.chat_template)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name != "lm_head.weight":  # tied to the embedding
-            writer.add_tensor(_gguf_name(name), _permuted(name, weight.float().numpy(), config))
+            writer.add_tensor(
+                names.get_name(name, try_suffixes=(".weight",)), _permuted(name, weight.float().numpy(), config)
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return folder / file
-
-
-def _gguf_name(name: str) -> str:
-    if name.startswith("model.layers."):
-        _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-        return f"blk.{layer}.{LAYER[part]}.weight"
-    return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
 
 
 def _permuted(name: str, weight: npt.NDArray[np.float32], config: Any) -> npt.NDArray[np.float32]:

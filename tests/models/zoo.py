@@ -4,6 +4,7 @@ Each has what sets its family apart: tied and biased layers, windows, experts, a
 `python -m tests.models.zoo` writes the table of what goes with what, every cell of which `test_zoo.py` trains.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from components.config.methods import METHODS
 from components.config.schema import AdapterConfig, DataConfig, MethodConfig, ModelConfig, RunConfig
 from components.shared.errors import ConfigError
-from tests.models.tiny import SPECIAL, write_tokenizer
+from tests.models.tiny import SHAPE, SPECIAL, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
 EOS = 256
 """The end-of-sequence token of `tests.tiny`'s tokenizer: 256 bytes, then the special tokens."""
 TEXT = {
+    **SHAPE,
     "vocab_size": EOS + len(SPECIAL),
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
     "initializer_range": 0.15,
     "bos_token_id": None,
     "eos_token_id": EOS,
@@ -193,31 +189,6 @@ METHOD_CONFIGS = {
 }
 """The table's columns: every method, and the one base format that none has by default."""
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
-MODELS = """# Base models
-
-Any causal language model of transformers is taken, and any model that answers to images too, to read and write text. An
-encoder, or a pair of encoder and decoder, is refused. These architectures are tested: of each a tiny model is planned
-for, trained, scored, saved, loaded by plain peft and merged with each method, on one worker and on two.
-
-{table}
-
-*Attention* is what `model.attention = "auto"` takes on a GPU; on a CPU sdpa runs in float32 where the architecture lets
-it. *Packed* are records of any length in one row, without padding; where tokens look through windows
-they are when a window holds each of them. A method with no mark is refused before any worker starts, with the reason
-and with what to set; `fineloop plan` says so too, but for loftq, which looks into the files of the weights.
-
-*Fused experts* are one parameter of three dimensions for each layer. LoRA and rsLoRA adapt them beside the other
-layers; the router only where `method.target_modules` names it. The other adapters have no form for them, and go on the
-layers of attention alone: `method.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]`. bitsandbytes does not
-quantise them, and they are most of such a base, so that it is trained in bfloat16; so is one whose layers are of a
-class of its own, as Falcon's, which bitsandbytes is not given. Where experts are adapted, ZeRO stage 3 cannot shard
-them.
-
-Of a model that also sees, only what reads and writes text is adapted. An output head that is the input embeddings too
-(tied) is never adapted: it could not be merged.
-
-`python -m tests.models.zoo` writes this page.
-"""
 
 
 def on_no_device(name: str, **changes: object) -> Any:
@@ -262,7 +233,7 @@ def refusal(name: str, method: str, base: Path) -> str | None:
 
 
 def page(folder: Callable[[str], Path]) -> str:
-    """What goes with what, as Markdown; `folder` gives where an architecture's model lies."""
+    """The page with its table written anew; `folder` gives where an architecture's model lies."""
     from ray_jobs.adapters.build import experts_of
     from ray_jobs.base import attention
 
@@ -274,7 +245,8 @@ def page(folder: Callable[[str], Path]) -> str:
         kernel = str(attention.choose(kind.config(), "auto", use_gpu=True))
         is_packed = "x" if kernel == attention.RECORDS and attention.looks_at_all_before(kind.config()) else ""
         rows.append([title, kernel.removesuffix("_records"), is_packed, *marks])
-    return MODELS.format(table="\n".join(f"| {' | '.join(row)} |" for row in rows))
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return re.sub(r"(^\|.*\n)+", table, TABLE.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
