@@ -6,7 +6,6 @@ It passes the Host header on as it was signed, so that the server behind it acce
 
 import http.client
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -45,8 +44,6 @@ class FaultyProxy:
     about: str = ""
     faults: list[Fault] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
-    busy_until: float = 0.0
-    """Until then, by time.monotonic(), every request is answered with 503."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request, in the order in which they came."""
     released: threading.Event = field(default_factory=threading.Event)
@@ -99,7 +96,7 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
                 if not hold.is_answered:
                     hold.wait(self.command, self.path)
             fault = proxy.take(self.command, self.path)
-            if fault == "busy" or time.monotonic() < proxy.busy_until:
+            if fault == "busy":
                 status, headers, answer = 503, [], b"<Error><Code>SlowDown</Code></Error>"
             elif fault == "undecided":
                 status, headers, answer = 409, [], b"<Error><Code>ConditionalRequestConflict</Code></Error>"

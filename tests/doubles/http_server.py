@@ -1,4 +1,4 @@
-"""An HTTP server on loopback for doubles that answer JSON."""
+"""An HTTP server on loopback for doubles."""
 
 import json
 import ssl
@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 Answer = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
-Handle = Callable[[str, str, Mapping[str, str], bytes, Mapping[str, str]], Answer]
-"""From verb, path, query, body and headers to status, JSON value and headers."""
+Handle = Callable[[str, str, Mapping[str, str], bytes, Mapping[str, str]], Answer | None]
+"""From verb, path, query, body and headers to status, JSON value, text or bytes, and headers; None hangs up."""
 
 
 @contextmanager
@@ -22,15 +22,21 @@ def serving(handle: Handle, *, tls: ssl.SSLContext | None = None) -> Iterator[st
         def _do(self) -> None:
             parts = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, value, *more = handle(self.command, parts.path, dict(parse_qsl(parts.query)), body, self.headers)
-            text = b"" if self.command == "HEAD" else json.dumps(value).encode()
+            answer = handle(self.command, parts.path, dict(parse_qsl(parts.query)), body, self.headers)
+            if answer is None:
+                return
+            status, value, *more = answer
+            text = value if isinstance(value, str | bytes) else json.dumps(value)
+            content = text.encode() if isinstance(text, str) else text
+            kind = {} if text is value else {"Content-Type": "application/json"}
             self.send_response(status)
-            for name, found in {"Content-Length": str(len(text)), **(more[0] if more else {})}.items():
-                self.send_header(name, found)
+            for name, text in {"Content-Length": str(len(content)), **kind, **(more[0] if more else {})}.items():
+                self.send_header(name, text)
             self.end_headers()
-            self.wfile.write(text)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
-        do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = _do
+        do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = _do
 
         def log_message(self, *_: Any) -> None:
             """Nothing is printed."""

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
+
+from tests.doubles.http_server import Answer, serving
 
 TOKEN = "0123456789abcdef" * 4
 RAY_VERSION = importlib.metadata.version("ray")  # importing ray fixes its authentication for the whole process
@@ -59,38 +60,18 @@ class JobsApi:
         self.token = token
         self.drop_submissions: list[Drop] = []
         """What becomes of the next ones, whose connection is closed without an answer."""
-        api = self
+        self._ends = ExitStack()
+        self.address = self._ends.enter_context(serving(self._serve))
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._answer(*api.answer("GET", self.path, None, self.headers.get("Authorization", "")))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
-                drop = api.drop_submissions.pop(0) if self.path == "/api/jobs/" and api.drop_submissions else None
-                if drop == "taken":
-                    api.answer("POST", self.path, body, self.headers.get("Authorization", ""))
-                if drop:
-                    self.close_connection = True
-                    return
-                self._answer(*api.answer("POST", self.path, body, self.headers.get("Authorization", "")))
-
-            def _answer(self, code: int, body: Any) -> None:
-                text = (body if isinstance(body, str) else json.dumps(body)).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
+    def _serve(
+        self, verb: str, path: str, _query: Mapping[str, str], body: bytes, headers: Mapping[str, str]
+    ) -> Answer | None:
+        is_submission = (verb, path) == ("POST", "/api/jobs/")
+        drop = self.drop_submissions.pop(0) if is_submission and self.drop_submissions else None
+        if drop == "lost":
+            return None
+        answered = self.answer(verb, path, json.loads(body or b"null"), headers.get("Authorization", ""))
+        return None if drop else answered
 
     def answer(self, verb: str, path: str, body: Any, authorization: str) -> tuple[int, Any]:
         if self.token and authorization != f"Bearer {self.token}":
@@ -112,9 +93,7 @@ class JobsApi:
         return 200, job.details()
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._ends.close()
         for job in self.jobs.values():
             self._end(job)
 

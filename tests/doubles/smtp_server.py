@@ -41,7 +41,7 @@ def mailing(server: MailServer, certificate: Path, key: Path) -> Iterator[None]:
         def handle(self) -> None:
             server.connections += 1
             greeted = secure = known = False
-            sender = receiver = ""
+            receiver = ""
             self.say("220 mail.example ESMTP")
             while line := self.rfile.readline().decode().strip():
                 verb, _, rest = line.partition(" ")
@@ -66,10 +66,7 @@ def mailing(server: MailServer, certificate: Path, key: Path) -> Iterator[None]:
                     case "MAIL" if not (greeted and secure and known):
                         self.say("530 5.7.0 authentication needed")
                     case "MAIL":
-                        sender = rest
                         self.say("250 ok")
-                    case "RCPT" if not sender:
-                        self.say("503 5.5.1 MAIL first")
                     case "RCPT":
                         receiver = rest if rest.lower().startswith("to:<") and "@example.org>" in rest else ""
                         self.say("250 ok" if receiver else "550 5.7.1 no relaying")

@@ -28,7 +28,8 @@ BASE_LOSS = 2.0
 STEP_S = 0.5
 
 
-def main() -> None:
+def asked():  # type: ignore[no-untyped-def]
+    """The config, the store and the options that a job was started with."""
     parser = argparse.ArgumentParser()
     for name in ("--config", "--run-id", "--dataset", "--version", "--against", "--config-digest"):
         parser.add_argument(name)
@@ -36,7 +37,11 @@ def main() -> None:
     options = parser.parse_args()
     config_store, key = open_uri(options.config)
     config = config_file.loads(config_store.get(key).decode())
-    store = Store.open(config.registry)
+    return config, Store.open(config.registry), options
+
+
+def main() -> None:
+    config, store, options = asked()
     if not options.version:
         finetune(config, store, options)
         if config.method.dropout == 0.4:

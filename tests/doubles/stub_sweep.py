@@ -1,23 +1,10 @@
 """A sweep that keeps the contract of `python -m ray_jobs.sweep` and trains nothing: it always finds the same."""
 
-import argparse
-
-from components.config import config_file
 from components.records import runs
 from components.records.sweep import RateLoss, SweepResult, Tuned
 from components.shared.protocol import say
 from components.store import folders
-from components.store.store import Store, open_uri
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("--config", "--run-id", "--dataset"):
-        parser.add_argument(name)
-    options = parser.parse_args()
-    config_store, key = open_uri(options.config)
-    config = config_file.loads(config_store.get(key).decode())
-    sweep(config, Store.open(config.registry), options)
+from tests.doubles.stub_jobs import asked
 
 
 def sweep(config, store, options) -> None:  # type: ignore[no-untyped-def]
@@ -62,4 +49,4 @@ def sweep(config, store, options) -> None:  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    main()
+    sweep(*asked())

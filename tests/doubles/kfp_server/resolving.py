@@ -1,18 +1,8 @@
 """What the cluster's driver and launcher can resolve of a pipeline; kfp.local resolves more.
 
-The table is that of kubeflow/pipelines 2.17.0, under backend/src/v2; 2.16.0 and 2.16.1 have the same one:
-
-| what | resolved from | by |
-|---|---|---|
-| a parameter | componentInputParameter that the DAG around it has | driver/resolve.go:389-405 |
-| | taskOutputParameter of a task in the same DAG | driver/resolve.go:408, compiler/argocompiler/dag.go:659-668 |
-| | runtimeValue.constant | driver/resolve.go:422-456 |
-| | taskFinalStatus of the task that it depends on | driver/resolve.go:458-493 |
-| an artifact | componentInputArtifact that the DAG around it has | driver/resolve.go:544-553 |
-| | taskOutputArtifact of a task in the same DAG | driver/resolve.go:554-567, 729-734 |
-| a condition | inputs of its own task; never on an importer | driver/dag.go:84, compiler/argocompiler/dag.go:338-342 |
-| an importer's URI | a constant | component/importer_launcher.go:206-211 |
-| | componentInputParameter that the DAG around it has | component/importer_launcher.go:212-240 |
+As kubeflow/pipelines 2.17.0 has it under backend/src/v2, and 2.16.0 and 2.16.1 too: driver/resolve.go:389-567 for
+parameters and artifacts, compiler/argocompiler/dag.go:338-342 and driver/dag.go:84 for conditions, which no
+importer may have, and component/importer_launcher.go:206-240 for an importer's URI.
 """
 
 import re

@@ -8,13 +8,12 @@ import contextlib
 import email
 import json
 import os
-import threading
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.doubles import http_server
+from tests.doubles.http_server import Answer
 from tests.doubles.kfp_server.errors import ApiError, missing, unauthenticated
 from tests.doubles.kfp_server.execution import Execution
 from tests.doubles.kfp_server.listing import page
@@ -40,31 +39,8 @@ class KfpServer:
         self.requests: list[str] = []
         self.num_outages = 0
         """How many of the next requests fail, as behind a gateway without a server."""
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do(self) -> None:
-                raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                code, body = server._answer(self.command, self.path, raw, self.headers)
-                text = json.dumps(body).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            do_GET = do_POST = do_DELETE = do
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._ends = contextlib.ExitStack()
+        self.url = self._ends.enter_context(http_server.serving(lambda *request: self._answer(*request)))
 
     def tick(self, at: datetime) -> list[Execution]:
         """Let the schedule controller act as at this moment; the runs that it created."""
@@ -74,27 +50,24 @@ class KfpServer:
         return self.state.runs[run_id]
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._ends.close()
         self.state.close()
 
-    def _answer(self, method: str, target: str, raw: bytes, headers: Mapping[str, str]) -> tuple[int, Any]:
-        url = urllib.parse.urlsplit(target.removeprefix(self.under))
-        query = dict(urllib.parse.parse_qsl(url.query))
-        self.requests.append(f"{method} {url.path.removeprefix(PREFIX)}")
+    def _answer(
+        self, method: str, target: str, query: Mapping[str, str], raw: bytes, headers: Mapping[str, str]
+    ) -> Answer:
+        path = target.removeprefix(self.under).removeprefix(PREFIX)
+        self.requests.append(f"{method} {path}")
         if self.num_outages:
             self.num_outages -= 1
             return 503, {"error": "no healthy upstream"}
         try:
-            if not target.startswith(self.under):
-                raise missing("Page", url.path)
+            if not target.startswith(self.under + PREFIX):
+                raise missing("Page", target)
             if self.token and headers.get("Authorization") != f"Bearer {self.token}":
                 raise unauthenticated()
-            if not url.path.startswith(PREFIX):
-                raise missing("Page", url.path)
             with self.state.lock:
-                return 200, self._route(method, url.path.removeprefix(PREFIX), query, raw, headers)
+                return 200, self._route(method, path, query, raw, headers)
         except ApiError as exc:
             return exc.status, exc.body
         except Exception as exc:  # a mistake of the double's: the client shall see it, and the server go on

@@ -16,18 +16,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tests.doubles.kubernetes import schema
+from infra.checks import schemas
+from tests.doubles.kubernetes import kubeconfig
 
 Resource = dict[str, Any]
 TOKEN = "a-service-account-token"
 USER = "system:serviceaccount:fineloop:fineloop-pipeline"
 NAMESPACE = "fineloop"
-_RAYJOBS = re.compile(rf"/apis/ray\.io/v1/namespaces/{NAMESPACE}/rayjobs(?:/([^/]+))?(/status)?")
-_PODS = re.compile(rf"/api/v1/namespaces/{NAMESPACE}/pods(?:/([^/]+))?(/log)?")
-_WORKLOADS = re.compile(rf"/apis/kueue\.x-k8s\.io/v1beta2/namespaces/{NAMESPACE}/workloads(?:/([^/]+))?()")
-_WORKFLOWS = re.compile(rf"/apis/argoproj\.io/v1alpha1/namespaces/{NAMESPACE}/workflows(?:/([^/]+))?()")
+UNKNOWN = "Additional properties are not allowed"
+_PATHS = {
+    resource: re.compile(rf"/{group}/namespaces/{NAMESPACE}/{resource}(?:/([^/]+))?(/status|/log)?")
+    for resource, group in {
+        "rayjobs": "apis/ray.io/v1",
+        "pods": "api/v1",
+        "workloads": "apis/kueue.x-k8s.io/v1beta2",
+        "workflows": "apis/argoproj.io/v1alpha1",
+    }.items()
+}
 
 
 class Refusal(Exception):
@@ -82,16 +87,7 @@ class KubernetesDouble:
 
     def kubeconfig(self, path: Path, *, token: str = TOKEN) -> Path:
         """Write one that leads here."""
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "double",
-            "clusters": [{"name": "double", "cluster": {"server": self.address}}],
-            "users": [{"name": "us", "user": {"token": token}}],
-            "contexts": [{"name": "double", "context": {"cluster": "double", "user": "us", "namespace": NAMESPACE}}],
-        }
-        path.write_text(yaml.safe_dump(config))
-        return path
+        return kubeconfig.write(path, {"server": self.address}, namespace=NAMESPACE, token=token)
 
     # What a test does to it.
 
@@ -148,13 +144,9 @@ class KubernetesDouble:
     def answer(self, verb: str, path: str, query: dict[str, str], body: Any, authorization: str) -> Resource | str:
         if authorization != f"Bearer {TOKEN}":
             raise Refusal(401, "Unauthorized", "Unauthorized")
-        match, resource = _RAYJOBS.fullmatch(path), "rayjobs"
-        if match is None:
-            match, resource = _PODS.fullmatch(path), "pods"
-        if match is None:
-            match, resource = _WORKFLOWS.fullmatch(path), "workflows"
-        if match is None:
-            match, resource = _WORKLOADS.fullmatch(path), "workloads"
+        resource, match = next(
+            ((kind, match) for kind, pattern in _PATHS.items() if (match := pattern.fullmatch(path))), ("", None)
+        )
         if match is None or (resource == "rayjobs" and not self.is_installed):
             raise Refusal(404, "NotFound", "the server could not find the requested resource")
         name, sub = match[1] or "", match[2] or ""
@@ -168,12 +160,7 @@ class KubernetesDouble:
             if name not in self.pods:
                 raise Refusal(404, "NotFound", f'pods "{name}" not found', name=name, kind="pods")
             return self.pod_logs[name]()
-        objects = {
-            "rayjobs": self.rayjobs,
-            "pods": self.pods,
-            "workflows": self.workflows,
-            "workloads": self.workloads,
-        }[resource]
+        objects: dict[str, Resource] = getattr(self, resource)
         with self.changed:
             if verb == "list":
                 items = [copy.deepcopy(found) for found in objects.values() if selected(found, query)]
@@ -241,17 +228,17 @@ class KubernetesDouble:
         return copy.deepcopy(self._store("ADDED", body))
 
     def _check(self, body: Resource, *, strict: bool) -> None:
-        wrong, unknown = schema.problems(body)
-        name = body["metadata"]["name"]
+        """By KubeRay's own definition, where FINELOOP_CRDS names a folder with it."""
+        faults = schemas.errors(body, schemas.crds_folder())
+        wrong = [fault.partition(": ") for fault in faults if UNKNOWN not in fault]
+        unknown = [fault for fault in faults if UNKNOWN in fault]
         if unknown and strict:
-            explanation = ", ".join(f'unknown field "{field}"' for field in unknown)
-            raise Refusal(
-                400, "BadRequest", f'RayJob in version "v1" cannot be handled: strict decoding error: {explanation}'
-            )
+            message = f'RayJob in version "v1" cannot be handled: strict decoding error: {"; ".join(unknown)}'
+            raise Refusal(400, "BadRequest", message)
         if wrong:
-            causes = [{"reason": "FieldValueInvalid", "field": field, "message": why} for field, why in wrong]
-            explanation = "; ".join(f"{field}: {why}" for field, why in wrong)
-            raise Refusal(422, "Invalid", f'RayJob.ray.io "{name}" is invalid: {explanation}', name=name, causes=causes)
+            name = body["metadata"]["name"]
+            causes = [{"reason": "FieldValueInvalid", "field": field, "message": why} for field, _, why in wrong]
+            raise Refusal(422, "Invalid", f'RayJob.ray.io "{name}" is invalid: {faults}', name=name, causes=causes)
 
     def _merge(self, found: Resource, patch: Resource, *, status: bool) -> Resource:
         """A merge patch; the status is changed through its own path alone, and nothing else is there."""

@@ -7,18 +7,16 @@ ends as `pod_status` says; its log is `pod_log`.
 
 import copy
 import json
-import threading
-import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from infra.checks import schemas
 from infra.checks.manifests import Manifest, render
-from tests.doubles.kubernetes import schema
+from infra.checks.policies import access
+from tests.doubles.http_server import Answer, serving
+from tests.doubles.kubernetes import kubeconfig
 from tests.doubles.kubernetes.api import NAMESPACE, TOKEN, Refusal
 
 PLURALS = {
@@ -81,7 +79,7 @@ class AppliedCluster:
             if not path.endswith(f"/{kind}/{name}" if name else "") or (not name and f"/{kind}/" not in path)
         }
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
+    def answer(self, method: str, path: str, query: Mapping[str, str], body: Any) -> Any:
         """What the API server would say; raises Refusal."""
         if any(path.startswith(denied) for denied in self.denied):
             kind = path.rpartition("/")[2]
@@ -107,7 +105,7 @@ class AppliedCluster:
             return {"kind": "Status", "status": "Success"}
         return copy.deepcopy(self.objects[path])
 
-    def _listed(self, path: str, query: dict[str, str]) -> list[Any]:
+    def _listed(self, path: str, query: Mapping[str, str]) -> list[Any]:
         """The objects of one namespace, or of all if the path names none."""
         begin, _, kind = path.rpartition("/")
         name = query.get("fieldSelector", "").removeprefix("metadata.name=")
@@ -118,11 +116,9 @@ class AppliedCluster:
             if name in ("", found["metadata"]["name"])
         ]
 
-    def _create(self, path: str, query: dict[str, str], body: Any) -> Any:
-        if path.endswith("/rayjobs"):
-            wrong, unknown = schema.problems(body)
-            if wrong or unknown:
-                raise Refusal(422, "Invalid", f"RayJob.ray.io is invalid: {wrong or unknown}")
+    def _create(self, path: str, query: Mapping[str, str], body: Any) -> Any:
+        if path.endswith("/rayjobs") and (wrong := schemas.errors(body, schemas.crds_folder())):
+            raise Refusal(422, "Invalid", f"RayJob.ray.io is invalid: {wrong}")
         if path.endswith("/pods"):
             self._admit(body)
         if query.get("dryRun") != "All":
@@ -147,47 +143,28 @@ class AppliedCluster:
 
     def _allows(self, spec: Any) -> bool:
         wanted = spec["resourceAttributes"]
-        resource = "/".join(part for part in (wanted["resource"], wanted["subresource"]) if part)
+        applied = [found for found in self.objects.values() if "kind" in found]
+        parts = (wanted["group"], wanted["resource"], wanted["subresource"])
         account = spec["user"].rpartition(":")[2]
-        bound = {
-            binding["roleRef"]["name"]
-            for binding in self._of_kind("rolebindings")
-            if any(subject["name"] == account for subject in binding["subjects"])
-        }
-        return any(
-            wanted["group"] in rule["apiGroups"] and resource in rule["resources"] and wanted["verb"] in rule["verbs"]
-            for role in self._of_kind("roles")
-            if role["metadata"]["name"] in bound
-            for rule in role["rules"]
-        )
-
-    def _of_kind(self, plural: str) -> list[Manifest]:
-        return [found for path, found in self.objects.items() if f"/{plural}/" in path]
+        return (wanted["verb"], "/".join(filter(None, parts))) in access.rights(applied, account)
 
 
 @contextmanager
-def applied(overlay: str, kubeconfig: Path) -> Iterator[AppliedCluster]:
-    """A cluster to which an overlay was applied; `kubeconfig` is written to lead there."""
+def applied(overlay: str, path: Path) -> Iterator[AppliedCluster]:
+    """A cluster to which an overlay was applied; a kubeconfig that leads there is written to `path`."""
     cluster = AppliedCluster(overlay)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(cluster))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    written = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "double",
-        "clusters": [{"name": "double", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
-        "users": [{"name": "us", "user": {"token": TOKEN}}],
-        "contexts": [{"name": "double", "context": {"cluster": "double", "user": "us", "namespace": NAMESPACE}}],
-    }
-    kubeconfig.write_text(yaml.safe_dump(written))
-    try:
+
+    def handle(verb: str, at: str, query: Mapping[str, str], body: bytes, headers: Mapping[str, str]) -> Answer:
+        try:
+            if headers.get("Authorization") != f"Bearer {TOKEN}":
+                raise Refusal(401, "Unauthorized", "Unauthorized")
+            return 200, cluster.answer(verb, at, query, json.loads(body or b"null"))
+        except Refusal as refusal:
+            return refusal.code, refusal.body
+
+    with serving(handle) as url:
+        kubeconfig.write(path, {"server": url}, namespace=NAMESPACE, token=TOKEN)
         yield cluster
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _path(manifest: Manifest) -> str:
@@ -196,38 +173,3 @@ def _path(manifest: Manifest) -> str:
     plural = PLURALS.get(kind, kind.lower() + ("es" if kind.endswith(("s", "x")) else "s"))
     where = f"namespaces/{meta['namespace']}/" if "namespace" in meta else ""
     return f"/{f'apis/{group}' if group else 'api'}/{version}/{where}{plural}/{meta['name']}"
-
-
-def _handler(cluster: AppliedCluster) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._serve("GET")
-
-        def do_POST(self) -> None:
-            self._serve("POST")
-
-        def do_DELETE(self) -> None:
-            self._serve("DELETE")
-
-        def _serve(self, method: str) -> None:
-            url = urllib.parse.urlsplit(self.path)
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            try:
-                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    raise Refusal(401, "Unauthorized", "Unauthorized")
-                found = cluster.answer(method, url.path, dict(urllib.parse.parse_qsl(url.query)), body)
-                code = 200
-            except Refusal as refusal:
-                code, found = refusal.code, refusal.body
-            text = found if isinstance(found, str) else json.dumps(found)
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    return Handler

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from kubernetes import client, config
 from infra.checks.manifests import KUBECTL, ROOT, Loader
 from infra.checks.schemas import crds_folder, definitions
 from pipelines.local.server import choose_ports
+from tests.doubles.kubernetes import kubeconfig
+from tests.waiting import wait_until
 
 Resource = dict[str, Any]
 FOLDER = ROOT / ".fineloop" / "kube"
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager")
-PATIENCE_S = 60.0
 NAMESPACE = "fineloop"
 _ADMIN_TOKEN = "an-administrators-token"
 _RAYJOBS = ("ray.io", "v1", NAMESPACE, "rayjobs")
@@ -48,17 +48,8 @@ class ControlPlane:
     def kubeconfig(self, user: str, token: str) -> Path:
         """Write one for a user."""
         cluster = {"server": self.address, "certificate-authority": str(self.directory / "certs" / "apiserver.crt")}
-        written = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "here",
-            "clusters": [{"name": "here", "cluster": cluster}],
-            "users": [{"name": user, "user": {"token": token}}],
-            "contexts": [{"name": "here", "context": {"cluster": "here", "user": user, "namespace": NAMESPACE}}],
-        }
         path = self.directory / f"{user}.kubeconfig"
-        path.write_text(yaml.safe_dump(written))
-        return path
+        return kubeconfig.write(path, cluster, namespace=NAMESPACE, token=token)
 
     def account(self, name: str) -> Path:
         """A kubeconfig with a token of a service account, as its pods get it."""
@@ -194,14 +185,6 @@ def _when_ready(directory: Path, address: str, api_server: "subprocess.Popen[byt
 
     wait_until(is_ready, "the API server is not ready")
     return plane
-
-
-def wait_until(holds: Callable[[], bool], otherwise: str) -> None:
-    """Ask again for a minute."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.2)
 
 
 @contextlib.contextmanager

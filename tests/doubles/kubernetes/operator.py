@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.checks.policies import ray
 from tests.doubles.jobs_api import TOKEN, FakeJob, JobsApi
 from tests.doubles.kubernetes.api import KubernetesDouble, Resource, now
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 FINALIZER = "ray.io/rayjob-finalizer"
 TICK_S = 0.03
-MAX_NAME = 47
 
 
 class Operator:
@@ -75,7 +75,8 @@ class Operator:
             self.api.patch_status(name, new)
 
     def _new(self, name: str, spec: Resource, _status: Resource) -> Resource:
-        problem = invalid(name, spec)
+        made = [{"kind": "RayJob", "metadata": {"name": name}, "spec": spec}]
+        problem = "; ".join([*ray.kuberay_takes_the_jobs(made), *ray.kuberay_takes_the_clusters(made)])
         if problem:
             return {"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": problem}
         with self.api.changed, contextlib.suppress(KeyError):
@@ -174,18 +175,3 @@ class Operator:
 
 
 _RESET: dict[str, Any] = {"jobId": None, "rayClusterName": None, "dashboardURL": None, "jobStatus": "", "reason": None}
-
-
-def invalid(name: str, spec: Resource) -> str:
-    """What KubeRay's validation and Kueue's webhook refuse beyond the schema; empty when nothing."""
-    if len(name) > MAX_NAME:
-        return f"RayJob name should be no more than {MAX_NAME} characters"
-    if not name[0].isalpha() or not name.replace("-", "a").isalnum() or name != name.lower() or name[-1] == "-":
-        return "RayJob name should be a valid DNS1035 label"
-    if spec.get("activeDeadlineSeconds", 1) <= 0:
-        return "activeDeadlineSeconds must be a positive integer"
-    if not spec.get("shutdownAfterJobFinishes"):
-        return "a RayJob with shutdownAfterJobFinishes set to false is not allowed to be suspended"
-    if spec.get("submissionMode") not in ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"):
-        return f"unknown submissionMode {spec.get('submissionMode')}"
-    return ""
