@@ -7,7 +7,7 @@ import pytest
 from kubernetes import client
 
 from components.ray_cluster.kubernetes_api import Workflow
-from infra.checks.manifests import Manifest, of_kind, overlay_folders, render
+from infra.checks.manifests import Manifest, overlay_folders, render
 from infra.checks.policies.access import NAMESPACE, RIGHTS
 from tests.doubles.kubernetes.control_plane import ControlPlane, needs_control_plane
 from tests.infra.created import CONFIGS, created
@@ -16,9 +16,9 @@ from tests.waiting import wait_until
 pytestmark = needs_control_plane
 
 
-def new(kind: str, name: str, spec: object, api_version: str = "v1") -> Manifest:
+def new(kind: str, name: str, spec: object) -> Manifest:
     metadata = {"name": name, "namespace": NAMESPACE}
-    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
+    return {"apiVersion": "v1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
 def pod(name: str, **container: object) -> Manifest:
@@ -89,12 +89,3 @@ def test_a_ray_job_goes_with_what_owns_it(control_plane: ControlPlane) -> None:
     assert rayjobs.list_namespaced_custom_object(*asked)["items"]
     control_plane.core.delete_namespaced_pod("a-run", NAMESPACE, grace_period_seconds=0)
     wait_until(lambda: not rayjobs.list_namespaced_custom_object(*asked)["items"], "the RayJob outlived its owner")
-
-
-def test_the_reapers_job_gets_its_pod(control_plane: ControlPlane) -> None:
-    """What the CronJob makes is admitted: account, quota and limits."""
-    (cron_job,) = of_kind(render("infra/overlays/kind"), "CronJob")
-    control_plane.create([new("Job", "reap-now", cron_job["spec"]["jobTemplate"]["spec"], "batch/v1")])
-    of_it = "job-name=reap-now"
-    found = wait_until(lambda: control_plane.core.list_namespaced_pod(NAMESPACE, label_selector=of_it).items)
-    assert found[0].spec.service_account_name == "fineloop-reaper"
