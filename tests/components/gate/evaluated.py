@@ -7,6 +7,7 @@ from typing import Any
 
 from components.config.gate import GateConfig
 from components.config.schema import RunConfig
+from components.records import runs
 from components.records.steps import Evaluation
 from components.store.store import Store
 from tests.components.gate.evidenced import as_parquet, evidence
@@ -45,6 +46,6 @@ def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
 
 def put(store: Store, found: dict[str, Any], key: str = "", run_id: str = RUN) -> None:
     records = as_parquet(evidence(Evaluation.model_validate_json(json.dumps(found))))
-    store.put(f"runs/{run_id}/evaluation_records.parquet", records)
+    store.put(runs.key_of(store, run_id, runs.EVALUATION_RECORDS), records)
     named = {"records_sha256": hashlib.sha256(records).hexdigest(), **found}
-    store.put_json(key or f"runs/{run_id}/evaluation.json", named)
+    store.put_json(key or runs.key_of(store, run_id, runs.EVALUATION), named)

@@ -37,8 +37,6 @@ def around(mean: float, deviation: float, records: int = 300) -> np.ndarray:
         (-0.01, 0.0070, "cannot tell"),
         (-0.03, 0.0070, "cannot tell"),
         (-0.03, 0.0055, "hold"),
-        (0.10, 0.0700, "promote"),
-        (0.10, 0.0800, "cannot tell"),
     ],
 )
 def test_the_bound_decides_and_not_the_gain(gain: float, error: float, verdict: str) -> None:

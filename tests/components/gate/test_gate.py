@@ -7,10 +7,10 @@ from components.promote.promote import take_alias
 from components.records import runs
 from components.records.steps import Decision, RuleResult
 from components.registry import event_log
-from components.registry.versions import publish_version
 from components.shared.errors import DataError, IntegrityError, ObjectMissing
 from components.store.store import Store
 from tests.components.gate.evaluated import RUN, config, evaluation, put
+from tests.components.registry.adapters import published
 
 
 def test_a_promotion_writes_the_decision_and_no_event(store: Store) -> None:
@@ -131,7 +131,7 @@ def test_events_of_runs_that_decided_nothing_are_no_looks(store: Store, kind: ev
     """As a training could write them, to have the gate ask for more than any candidate can show."""
     put(store, evaluation(1.5, run_id="run-1", test_set=["a", "b"]), run_id="run-1")
     run_gate(config(), store, "run-1")
-    for number in range(30):
+    for number in range(3):
         about = {"version": "v2", "alias": "production", "run_id": f"forged-{number}", "test_set": ["a", "b"]}
         move = {"from": "v1", "to": "v2", "manifest_sha256": "", "evidence": {"test_set": ["a", "b"]}}
         event_log.append_event(store, "icd10", kind, about if kind == "refused" else {**about, **move})
@@ -170,8 +170,7 @@ def test_a_decision_is_arrived_at_again_and_one_that_does_not_follow_is_told_apa
 
 
 def test_a_decision_that_was_carried_out_is_not_decided_anew_and_no_other_is_replayed(store: Store) -> None:
-    files = {"adapter_model.safetensors": b"1", "adapter_config.json": b"{}"}
-    version = publish_version(store, "icd10", files, lineage={"run_id": RUN}).version
+    version = published(store, b"1", name="icd10", run_id=RUN).version
     found = evaluation(0.9)
     found["models"]["champion"], found["models"]["candidate"]["version"] = None, version
     put(store, found)

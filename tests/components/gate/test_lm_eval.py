@@ -72,7 +72,6 @@ def test_holms_steps_are_those_of_sorted_chances() -> None:
         ([scored("mmlu", 0.5, 0.45, 0.004)], 0.03, "hold", "mmlu (acc 0.45 ± 0.004 against 0.5 ± 0.004)"),
         ([scored("mmlu", 0.5, 0.45, 0.01)], 0.03, "promote", ""),
         ([scored("wikitext", 9.0, 9.5, 0.01, lower=True)], 0.1, "hold", ""),
-        ([scored("wikitext", 9.5, 9.0, 0.01, lower=True)], 0.1, "promote", ""),
         ([scored("mmlu", 0.5, None, 0.01)], 0.1, "hold", "Of mmlu it is not known what base and candidate score."),
         ([], 0.1, "hold", "Of json it is not known"),
     ],

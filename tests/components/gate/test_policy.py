@@ -15,43 +15,30 @@ def without_limits(**settings: Any) -> GateConfig:
 
 
 @pytest.mark.parametrize(
-    ("metric", "base", "margin", "candidate", "passed"),
+    ("against", "metric", "other", "margin", "candidate", "passed"),
     [
-        ("loss", 0.30, 0.05, 0.2499, True),
-        ("loss", 0.30, 0.05, 0.25, True),  # 0.30 - 0.25 is less than 0.05 in binary
-        ("loss", 0.30, 0.05, 0.2501, False),
-        ("exact_match", 0.10, 0.2, 0.30, True),
-        ("exact_match", 0.10, 0.2, 0.2999, False),
-        ("loss", 1.0, -0.5, 1.5, True),
-        ("loss", 1.0, -0.5, 1.51, False),
+        ("base", "loss", 0.30, 0.05, 0.25, True),  # 0.30 - 0.25 is less than 0.05 in binary
+        ("base", "loss", 0.30, 0.05, 0.2501, False),
+        ("base", "exact_match", 0.10, 0.2, 0.30, True),
+        ("base", "exact_match", 0.10, 0.2, 0.2999, False),
+        ("champion", "loss", 0.50, 0.02, 0.52, True),
+        ("champion", "loss", 0.50, 0.0, 0.5001, False),
+        ("champion", "token_f1", 0.70, 0.1, 0.60, True),
+        ("champion", "token_f1", 0.70, 0.1, 0.5999, False),
     ],
 )
-def test_candidate_must_be_better_than_base_by_at_least_the_margin(metric, base, margin, candidate, passed) -> None:
-    policy = without_limits(metric=metric, better_than_base_by=margin)
-    decision = decide(evaluation(model("v2", **{metric: candidate}), model(**{metric: base})), policy)
-    assert rule(decision, "better_than_base").passed is passed
-    assert decision.promoted is passed
-
-
-@pytest.mark.parametrize(
-    ("metric", "champion", "tolerance", "candidate", "passed"),
-    [
-        ("loss", 0.50, 0.02, 0.52, True),
-        ("loss", 0.50, 0.02, 0.5201, False),
-        ("loss", 0.50, 0.0, 0.50, True),
-        ("loss", 0.50, 0.0, 0.5001, False),
-        ("token_f1", 0.70, 0.1, 0.60, True),
-        ("token_f1", 0.70, 0.1, 0.5999, False),
-    ],
-)
-def test_candidate_may_be_worse_than_champion_by_at_most_the_tolerance(
-    metric: Any, champion: float, tolerance: float, candidate: float, passed: bool
+def test_a_margin_over_the_base_and_a_tolerance_beside_the_champion_include_their_bound(
+    against: str, metric: Any, other: float, margin: float, candidate: float, passed: bool
 ) -> None:
-    policy = without_limits(metric=metric, better_than_base_by=-100.0, worse_than_champion_by=tolerance)
-    decision = decide(
-        evaluation(model("v2", **{metric: candidate}), model(), model("v1", **{metric: champion})), policy
-    )
-    assert rule(decision, "not_worse_than_champion").passed is passed
+    of_rule = {"better_than_base_by": margin}
+    models = {"base": model(**{metric: other})}
+    if against == "champion":
+        of_rule = {"better_than_base_by": -100.0, "worse_than_champion_by": margin}
+        models = {"base": model(), "champion": model("v1", **{metric: other})}
+    measured = evaluation(model("v2", **{metric: candidate}), **models)
+    decision = decide(measured, without_limits(metric=metric, **of_rule))
+    name = {"base": "better_than_base", "champion": "not_worse_than_champion"}[against]
+    assert rule(decision, name).passed is passed
     assert decision.promoted is passed
 
 
@@ -83,8 +70,7 @@ def test_each_bound_of_each_limit_is_a_rule_that_names_its_field() -> None:
     assert decision.reasons == ("The candidate's exact match of 40.0 % is below the limit: at least 50 % is required.",)
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["candidate", "base", "champion"])
+@pytest.mark.parametrize(("name", "value"), [("candidate", None), ("base", math.nan), ("champion", math.inf)])
 def test_a_number_that_is_missing_or_not_finite_holds(name: str, value: Any) -> None:
     models = {"candidate": model("v2"), "base": model(loss=2.0), "champion": model("v1")}
     assert decide(evaluation(**models), GateConfig()).promoted
@@ -96,9 +82,8 @@ def test_a_number_that_is_missing_or_not_finite_holds(name: str, value: Any) -> 
     json.loads(decision.as_json(), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf])
-def test_an_unmeasured_limit_holds(value: Any) -> None:
-    decision = decide(evaluation(model("v2", answer_prompt_gain=value), model(loss=2.0)), GateConfig())
+def test_an_unmeasured_limit_holds() -> None:
+    decision = decide(evaluation(model("v2", answer_prompt_gain=None), model(loss=2.0)), GateConfig())
     assert decision.decision == "hold"
     assert rule(decision, "limit_min").passed is False
 
@@ -108,14 +93,6 @@ def test_a_metric_that_no_rule_compares_may_be_absent_and_must_be_sound() -> Non
     decision = decide(evaluation(model("v2", token_f1=math.nan), model(loss=2.0)), GateConfig())
     assert decision.decision == "hold"
     assert "token F1 is nan" in decision.reasons[0]
-
-
-def test_the_champion_itself_is_held_because_nothing_changed() -> None:
-    decision = decide(evaluation(model("v1"), model(loss=2.0), model("v1")), GateConfig())
-    assert decision.decision == "hold"
-    assert decision.reasons == (
-        "Nothing changed: the candidate is v1, the very version that production points to now.",
-    )
 
 
 def test_without_a_champion_the_rule_passes_and_says_so() -> None:
