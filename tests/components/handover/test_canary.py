@@ -19,12 +19,12 @@ OLD = dataclasses.replace(NEW, version="v1", uri="s3://b/adapters/icd.chapters/v
 
 def closed(required: str = "", **properties: Any) -> dict[str, Any]:
     """An object without other fields: the API server would drop them."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required.split(),
-        "additionalProperties": False,
-    }
+    about = {"properties": properties, "required": required.split(), "additionalProperties": False}
+    return {"type": "object", **about}
+
+
+def listed(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": items}
 
 
 TEXT = {"type": "string", "minLength": 1}
@@ -39,31 +39,22 @@ REWRITE = closed(
         "poolRef rules",
         poolRef=closed(
             "name",
-            group={
-                "type": "string",
-                "pattern": r"^$|^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
-            },
+            group={"type": "string", "pattern": r"^$|^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$"},
             kind={"type": "string", "pattern": "^[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?$"},
             name={**TEXT, "maxLength": 253},
         ),
-        rules={
-            "type": "array",
-            "items": closed(
-                matches={
-                    "type": "array",
-                    "items": closed("model", model=closed("value", type={"enum": ["Exact"]}, value=TEXT)),
-                },
-                targets={
-                    "type": "array",
-                    "minItems": 1,
-                    "items": closed(
+        rules=listed(
+            closed(
+                matches=listed(closed("model", model=closed("value", type={"enum": ["Exact"]}, value=TEXT))),
+                targets=listed(
+                    closed(
                         "modelRewrite",
-                        modelRewrite={"type": "string"},
+                        modelRewrite=TEXT,
                         weight={"type": "integer", "minimum": 1, "maximum": 1_000_000},
-                    ),
-                },
-            ),
-        },
+                    )
+                ),
+            )
+        ),
     ),
 )
 """llm-d/llm-d-inference-scheduler at 520af47896e5, config/crd/bases/*_inferencemodelrewrites.yaml."""
@@ -74,12 +65,7 @@ SERVICE = closed(
     metadata=METADATA,
     spec=closed(
         "model",
-        model=closed(
-            "uri",
-            uri=TEXT,
-            name=TEXT,
-            lora=closed(adapters={"type": "array", "items": closed("name uri", name=TEXT, uri=TEXT)}),
-        ),
+        model=closed("uri", uri=TEXT, name=TEXT, lora=closed(adapters=listed(closed("name uri", name=TEXT, uri=TEXT)))),
         router=closed(
             gateway=closed(),
             scheduler=closed(),
@@ -155,7 +141,7 @@ def test_the_other_requests_go_to_production_or_to_what_it_held_before(store: St
         ("llm-d", 100, "--share 100: "),
     ],
 )
-def test_a_share_that_nothing_could_keep_is_refused(
+def test_an_impossible_share_is_refused(
     store: Store, versions: list[Version], server: Any, share: int, words: str
 ) -> None:
     with pytest.raises(UserError) as refused:

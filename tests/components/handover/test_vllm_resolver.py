@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from components.config import config_file
 from components.handover import vllm_resolver
 from components.registry.aliases import promote
 from components.registry.event_log import append_event
@@ -21,6 +22,7 @@ from components.registry.versions import publish_version
 from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.store import Store
+from tests.components.config.loading import GOOD
 from tests.doubles import vllm
 from tests.doubles.vllm import Server
 
@@ -48,19 +50,8 @@ def server(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ser
     """A vLLM that has loaded the plugin as its entry point names it."""
     registry = vllm.installed(monkeypatch)
     config = tmp_path / "config.toml"
-    config.write_text(
-        f"""
-[adapter]
-name = "icd"
-[model]
-base = "org/base"
-[data]
-source = "data.jsonl"
-[registry]
-bucket = "{store.bucket}"
-prefix = "{store.prefix}"
-"""
-    )
+    where = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    config.write_text(config_file.dumps(config_file.loads(GOOD, ["adapter.name=icd", "model.base=org/base", *where])))
     monkeypatch.setenv(vllm_resolver.CONFIG_VARIABLE, str(config))
     monkeypatch.setenv(vllm_resolver.FOLDER_VARIABLE, str(tmp_path / "copies"))
     entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
@@ -70,9 +61,7 @@ prefix = "{store.prefix}"
     return Server(registry, "org/base")
 
 
-def test_an_alias_becomes_a_verified_copy_named_by_its_version_and_moving_it_another_name(
-    server: Server, store: Store
-) -> None:
+def test_an_alias_becomes_a_verified_copy_named_by_its_version(server: Server, store: Store) -> None:
     one, two = published(store, b"one"), published(store, b"two")
     promote(store, "icd", one)
     first = asyncio.run(server.resolve_lora("icd@production"))
