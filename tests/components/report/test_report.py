@@ -102,7 +102,6 @@ VARIANTS = (
     example_runs.waiting_run,
     lambda: RunFiles(run_id="empty", adapter="icd10-chapters"),
 )
-EVIL = "<script>alert('x')</script>\"'><img src=https://example.com/x onerror=alert(1)>&amp;"
 
 Build = Callable[[], RunFiles]
 
@@ -248,31 +247,35 @@ def test_data_origin_and_times_are_told() -> None:
 
 
 def test_every_text_from_outside_is_escaped() -> None:
+    texts: list[str] = []
+
+    def evil() -> str:
+        texts.append(
+            f"<script>alert('x')</script>\"'><img src=https://example.com/x onerror=alert(1)>&amp;{len(texts)}."
+        )
+        return texts[-1]
+
     run = promoted_run()
-    assert run.evaluation is not None
-    assert run.profile is not None
-    answers = {"answer": EVIL, "records": 1, "share": 0.5}
-    evil_rule = RuleResult(name="new_one", field=EVIL, title=EVIL, bound_text=EVIL, passed=False, text=EVIL)
-    samples_of = [{**run.evaluation.samples[0], role: EVIL} for role in ("prompt", "reference", *ROLES)]
+    rule = RuleResult(name="new_one", field=evil(), title=evil(), bound_text=evil(), passed=False, text=evil())
+    answers = {"answer": evil(), "records": 1, "share": 0.5}
     profile = {
-        "rejected": [{"reason": EVIL, "rows": 1, "example": EVIL}],
-        "sources": [{"source": EVIL, "rows": 1}],
-        "extra_columns": {EVIL: 1},
+        "rejected": [{"reason": evil(), "rows": 1, "example": evil()}],
+        "sources": [{"source": evil(), "rows": 1}],
+        "extra_columns": {evil(): 1},
         "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}},
     }
-    for changed in (
-        *(with_evaluation(run, samples=[sample]) for sample in samples_of),
-        *(replace(run, **{name: EVIL}) for name in ("config_toml", "run_id", "adapter", "alias")),
-        with_decision(run, reasons=(EVIL,)),
-        with_decision(run, rules=(evil_rule,)),
-        *(replace(run, profile={**run.profile, key: value}) for key, value in profile.items()),
-        replace(run, lineage={EVIL: EVIL, "recipe": {EVIL: [EVIL]}}),
-        replace(run, steps=[StepRecord(step=EVIL, status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)]),
-    ):
-        html = build_report(changed)
-        assert "<script" not in html
-        assert "<img" not in html
-        assert " ".join(EVIL.split()) in Page(html).text  # shown, as text
+    run = with_evaluation(run, samples=[{"id": "r", **{role: evil() for role in ("prompt", "reference", *ROLES)}}])
+    run = with_decision(run, reasons=(evil(),), rules=(rule,))
+    lineage = {evil(): evil(), "recipe": {evil(): [evil()]}}
+    names = {name: evil() for name in ("config_toml", "run_id", "adapter", "alias")}
+    step = StepRecord(step=evil(), status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)
+    html = [
+        build_report(replace(run, profile={**(run.profile or {}), **profile}, lineage=lineage, **names)),
+        build_report(replace(run, steps=[step])),
+    ]
+    assert not any(tag in page for page in html for tag in ("<script>alert", "<img"))
+    shown = " ".join(Page(page).text for page in html)
+    assert [text for text in texts if " ".join(text.split()) not in shown] == []  # shown, as text
 
 
 def test_right_and_wrong_answers_are_marked_and_changes_named() -> None:
