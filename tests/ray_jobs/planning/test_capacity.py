@@ -10,7 +10,7 @@ from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning import capacity
 from ray_jobs.planning.capacity import disk_bytes
-from ray_jobs.planning.rehearsal import Rehearsal
+from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B
 from tests.ray_jobs.conftest import CONFIG
 
@@ -18,21 +18,15 @@ GIB = 2**30
 
 
 @pytest.mark.parametrize(
-    ("free", "method", "expected"),
-    [
-        ([], "lora", False),
-        ([16], "lora", True),  # 12.6 GiB of weights, of 12.8 that they may take
-        ([15], "lora", False),
-        ([8, 8], "lora", True),
-        ([15], "qlora", True),
-    ],
+    ("free", "expected"),
+    [([], False), ([15], False), ([16], True), ([8, 8], True)],  # 12.6 GiB of weights, of 12.8 that 16 may take
 )
-def test_gpus_are_taken_where_together_they_hold_the_base(free, method, expected, tmp_path, monkeypatch):
+def test_gpus_are_taken_where_together_they_hold_the_base(free, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(free))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index] * GIB, 80 * GIB))
     LLAMA_2_7B.save_pretrained(tmp_path)
-    config = config_file.loads(CONFIG.format(base=tmp_path), [f"method.name={method}"])
+    config = config_file.loads(CONFIG.format(base=tmp_path))
     assert capacity.on_gpus(config, Base("llama", tmp_path, {})) is expected
 
 
@@ -76,18 +70,22 @@ def in_pods(*changes: str) -> RunConfig:
     return configured("ray.cluster.kind=rayjob", "ray.use_gpu=true", "ray.gpu=H100", *changes)
 
 
-def test_a_base_that_a_pods_disk_does_not_hold_is_refused_before_it_is_downloaded():
-    needed = disk_bytes(in_pods(), LLAMA_2_70B, Rehearsal.of(in_pods(), LLAMA_2_70B).stats)
+@pytest.fixture(scope="module")
+def stats() -> ModelStats:
+    return Rehearsal.of(configured(), LLAMA_2_70B).stats
+
+
+def test_a_base_that_a_pods_disk_does_not_hold_is_refused_before_it_is_downloaded(stats):
+    needed = disk_bytes(in_pods(), LLAMA_2_70B, stats)
     assert needed == 2 * PARAMETERS
     with pytest.raises(ConfigError, match=r"writes 128 GiB .*disk_gib is 100, .* set ray\.cluster\.disk_gib=161"):
         in_pods().ray.require_disk("llama", needed)
     in_pods("ray.cluster.disk_gib=129").ray.require_disk("llama", needed)
-    assert disk_bytes(configured(), LLAMA_2_70B, Rehearsal.of(configured(), LLAMA_2_70B).stats) is None
+    assert disk_bytes(configured(), LLAMA_2_70B, stats) is None
 
 
-def test_a_base_in_nf4_that_the_run_makes_lies_beside_the_original():
+def test_a_base_in_nf4_that_the_run_makes_lies_beside_the_original(stats):
     """At 4.5 bits a weight with NF4's scales (arXiv:2305.14314, section 3), and what stays in 16 bits."""
-    config = in_pods("method.name=qlora")
-    stats = Rehearsal.of(config, LLAMA_2_70B).stats
-    made = disk_bytes(in_pods("method.name=qlora", "method.init=loftq"), LLAMA_2_70B, stats)
-    assert made - disk_bytes(config, LLAMA_2_70B, stats) > 4.5 / 8 * PARAMETERS
+    read, made = (in_pods("method.name=qlora", *more) for more in ([], ["method.init=loftq"]))
+    both = disk_bytes(made, LLAMA_2_70B, stats)
+    assert both - disk_bytes(read, LLAMA_2_70B, stats) > 4.5 / 8 * PARAMETERS
