@@ -10,11 +10,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.config import config_file
-from components.config.schema import ModelConfig, RunConfig
+from components.config.schema import ModelConfig
 from components.handover import serve_manifest
 from components.shared.errors import ConfigError, FineloopError, IntegrityError, UserError
-from components.store.store import Store
 from ray_jobs.adapters import merge
 from ray_jobs.base import base_model, local_cache
 from ray_jobs.export import ExportRequest, export
@@ -29,11 +27,9 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
-def of(config: RunConfig, store: Store):
-    """The config of a method, on a registry of its own."""
-    place = (f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}")
-    text = config_file.dumps(config)
-    return lambda name, *more: config_file.loads(text, [f"method.name={name}", *place, *more])
+def of(placed):
+    """The config of a method."""
+    return lambda name, *more: placed(f"method.name={name}", *more)
 
 
 def says(model, folder_or_base) -> merge.Agreement:
@@ -56,15 +52,14 @@ def plain_answers(model, tokenizer) -> tuple[float, float]:
     return right / len(RECORDS[4:]), nats / tokens
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("loftq", marks=pytest.mark.slow), "dvora"])
-def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, of, store, tmp_path, tiny_base):
+@pytest.mark.parametrize("name", ["dvora", pytest.param("loftq", marks=pytest.mark.slow)])
+def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, of, store, tmp_path):
     config = of(name)
     version = publish(config, store, tmp_path)
     record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     found = says(on_its_base(config, store, tmp_path / f"adapter-{name}"), plain)
-    assert found.argmax_agreement >= 0.999
     assert found.is_same
     assert record["parity"]["merge"]["argmax_agreement"] >= 0.999
     assert record["parity"]["merge"]["positions"] > 500
@@ -80,11 +75,6 @@ def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name,
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "generation_config.json", "README.md", "export.json", "chat_template.jinja"} <= written
     assert {Path(name).suffix for name in written} == {".safetensors", ".json", ".md", ".jinja"}
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", tiny_base)]
-    turns = [{"role": "user", "content": RECORDS[0].prompt[0].content}]
-    assert len({str(tokenizer.apply_chat_template(turns)) for tokenizer in tokenizers}) == 1
-    decoding = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert (decoding["do_sample"], decoding["eos_token_id"]) == (False, [tokenizers[0].eos_token_id])
     assert version.version in (tmp_path / "out" / "README.md").read_text()
     assert list(tmp_path.glob(".out-*")) == []
 
@@ -102,28 +92,9 @@ def test_a_base_that_has_changed_since_the_training_is_not_stood_on(of, store, t
     base = shutil.copytree(tiny_base, tmp_path / "base")
     config = of("rslora", f"model.base={base}")
     publish(config, store, tmp_path)
-    was = base_model.resolve(config.model).identity["sha256"]
     (base / "generation_config.json").write_text("{}")
-    now = base_model.resolve(config.model).identity["sha256"]
-    with pytest.raises(
-        IntegrityError, match=f"with kind folder sha256 {was}, and today that is kind folder sha256 {now}"
-    ):
+    with pytest.raises(IntegrityError, match=r"with kind folder sha256 \w+, and today that is kind folder sha256"):
         export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
-
-
-def test_what_saving_in_bfloat16_costs_is_measured_on_the_saved_files(of, store, tmp_path):
-    config = of("qlora")
-    publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
-    assert (record["base"], record["dtype"]) == ("dequantised", "bfloat16")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-    found = says(on_its_base(config, store, tmp_path / "adapter-qlora"), plain)
-    figures = record["parity"]["saved"]
-    assert figures["argmax_agreement"] > 0.9
-    assert found.mean_kl_nats / 3 < figures["mean_kl_nats"] < found.mean_kl_nats * 3
-    assert 1e-6 < figures["mean_kl_nats"] < 1e-2
-    assert record["parity"]["evaluated"]["mean_kl_nats"] < 1e-2
 
 
 def by_hand(config, store, tmp_path) -> tuple[float, float]:
@@ -143,12 +114,22 @@ def test_rounding_that_eats_a_tenth_of_the_adapter_is_warned_of_and_float16_eats
     small = publish(config, store, tmp_path, std=0.001, with_data=False)
     lost, effect = by_hand(config, store, tmp_path)
     assert lost > 0.2 * effect
+    (tmp_path / "small").mkdir()  # an empty folder is replaced
     record = export(config, f"{small.name}@{small.version}", ExportRequest("merged", tmp_path / "small"))
-    figures = {name: record["parity"][name]["mean_kl_nats"] for name in ("rounded", "effect")}
+    assert (record["parity"]["compared_on"], record["answers"]) == ("random tokens", {})
+    assert record["parity"]["merge"]["positions"] == 16 * 64
+    assert record["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "bfloat16"
+    figures = {name: record["parity"][name]["mean_kl_nats"] for name in ("rounded", "saved", "effect")}
     assert lost / 3 < figures["rounded"] < 3 * lost
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
+    saved = says(on_its_base(config, store, tmp_path / "adapter-lora"), plain).mean_kl_nats
+    assert saved / 3 < figures["saved"] < 3 * saved
     assert effect / 3 < figures["effect"] < 3 * effect
     assert len(record["warnings"]) == 1
-    assert "warning: rounding the weights to bfloat16" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the data is gone" in printed
+    assert "warning: rounding the weights to bfloat16" in printed
     wish = ExportRequest("merged", tmp_path / "half", dtype="float16")
     half = export(config, f"{small.name}@{small.version}", wish)
     assert half["parity"]["rounded"]["mean_kl_nats"] < 0.1 * figures["rounded"]
@@ -157,12 +138,21 @@ def test_rounding_that_eats_a_tenth_of_the_adapter_is_warned_of_and_float16_eats
         assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
 
 
-def test_weights_that_float16_cannot_hold_are_refused(of, store, tmp_path):
-    config = of("lora")
-    version = publish(config, store, tmp_path, std=300, with_data=False)
-    with pytest.raises(UserError, match=r"_proj\.weight does not fit into float16.*--dtype bfloat16"):
-        export(config, f"{version.name}@{version.version}", ExportRequest("merged", tmp_path / "out", dtype="float16"))
+@pytest.mark.parametrize(
+    ("method", "std", "how", "told"),
+    [
+        ("lora", 300, {"dtype": "float16"}, r"_proj\.weight does not fit into float16.*--dtype bfloat16"),
+        ("lora", float("inf"), {}, "cannot be merged"),
+        ("loftq", 0.1, {"base": "original"}, "use --base dequantised"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_and_not_written(method, std, how, told, of, store, tmp_path):
+    config = of(method)
+    publish(config, store, tmp_path, std=std)
+    with pytest.raises(FineloopError, match=told):
+        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", **how))
     assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out-*")) == []
 
 
 def test_merging_into_the_original_weights_is_done_when_asked_and_its_error_measured(of, store, tmp_path, tiny_base):
@@ -177,14 +167,6 @@ def test_merging_into_the_original_weights_is_done_when_asked_and_its_error_meas
     assert record["base"] == "original"
     assert record["parity"]["merge"]["mean_kl_nats"] < 1e-8
     assert record["parity"]["saved"]["mean_kl_nats"] > 1e-4  # what quantising had changed
-
-
-def test_loftq_is_not_merged_into_the_original_weights(of, store, tmp_path):
-    config = of("loftq")
-    publish(config, store, tmp_path)
-    with pytest.raises(UserError, match="use --base dequantised"):
-        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", base="original"))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
@@ -229,21 +211,19 @@ def test_a_packaged_base_is_a_folder_that_plain_transformers_and_peft_read(of, s
     assert (decoding["do_sample"], decoding["eos_token_id"]) == (False, [stop])
 
 
-@pytest.mark.parametrize("name", ["rslora", "vera"])
-def test_plain_lora_is_what_plain_peft_reads(name, of, store, tmp_path, tiny_base):
-    config = of(name)
+@pytest.mark.parametrize(("name", "kind"), [("rslora", "Mixtral"), ("vera", "Llama, tied")])
+def test_plain_lora_is_what_plain_peft_reads(name, kind, of, store, tmp_path):
+    config = of(name, f"model.base={zoo.build(kind, tmp_path / 'base')}")
     publish(config, store, tmp_path)
     record = export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
-    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, tmp_path / "out")
     assert not plain.peft_config["default"].use_rslora
-    found = says(on_its_base(config, store, tmp_path / f"adapter-{name}"), plain)
-    assert found.is_same
-    assert found.argmax_agreement == 1
+    assert len(plain.targeted_parameter_names) == (4 if kind == "Mixtral" else 0)  # experts
+    assert says(on_its_base(config, store, tmp_path / f"adapter-{name}"), plain).is_same
     assert record["exact"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("adapter_model.safetensors", "adapter_config.json", "README.md", "export.json")
-    }
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"adapter_model.safetensors", "adapter_config.json", "README.md", "export.json"}
 
 
 def test_the_nearest_lora_says_how_far_it_is(of, store, tmp_path):
@@ -258,15 +238,6 @@ def test_the_nearest_lora_says_how_far_it_is(of, store, tmp_path):
     assert "not the adapter itself" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_is_not_the_same_is_not_written(of, store, tmp_path):
-    config = of("lora")
-    publish(config, store, tmp_path, std=float("inf"))
-    with pytest.raises(FineloopError, match="cannot be merged"):
-        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-    assert list(tmp_path.glob(".out-*")) == []
-
-
 def test_a_folder_that_holds_something_is_left_alone(of, store, tmp_path):
     config = of("lora")
     publish(config, store, tmp_path)
@@ -277,57 +248,26 @@ def test_a_folder_that_holds_something_is_left_alone(of, store, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_without_the_data_random_tokens_are_compared_and_that_is_said(of, store, tmp_path, capsys):
-    config = of("lora")
-    publish(config, store, tmp_path, with_data=False)
-    (tmp_path / "out").mkdir()  # an empty folder is replaced
-    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
-    assert record["parity"]["compared_on"] == "random tokens"
-    assert record["answers"] == {}
-    assert record["parity"]["merge"]["positions"] == 16 * 64
-    assert "the data is gone" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("method", ["qlora", pytest.param("dora", marks=pytest.mark.slow)])
-def test_weights_that_lie_the_other_way_round_are_merged_and_approximated_alike(method, of, store, tmp_path):
+def test_weights_that_lie_the_other_way_round_are_merged_alike(of, store, tmp_path):
     # GPT-2's are (in, out), and bitsandbytes stores them (out, in).
-    config = of(method, f"model.base={zoo.build('GPT-2', tmp_path / 'base')}")
+    config = of("qlora", f"model.base={zoo.build('GPT-2', tmp_path / 'base')}")
     publish(config, store, tmp_path)
     record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert says(on_its_base(config, store, tmp_path / f"adapter-{method}"), plain).is_same
+    assert says(on_its_base(config, store, tmp_path / "adapter-qlora"), plain).is_same
+    assert record["base"] == "dequantised"
     assert record["parity"]["saved"]["argmax_agreement"] == 1
-    if method == "dora":  # the other one is plain
-        record = export(config, config.adapter.name, ExportRequest("lora", tmp_path / "lora", approximate=48))
-        assert record["parity"]["converted"]["argmax_agreement"] > 0.9
 
 
-def test_adapted_experts_become_plain_lora_too(of, store, tmp_path):
-    config = of("rslora", f"model.base={zoo.build('Mixtral', tmp_path / 'base')}")
-    publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
-    assert record["exact"]
-    plain, theirs = (
-        PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / folder
-        )
-        for folder in ("out", "adapter-rslora")
-    )
-    assert (plain.peft_config["default"].use_rslora, theirs.peft_config["default"].use_rslora) == (False, True)
-    assert len(plain.targeted_parameter_names) == 4
-    assert says(plain, theirs).is_same
-
-
-@pytest.mark.parametrize("stored", ["nf4", "int8"])
-def test_a_base_that_is_only_there_quantised_is_merged_too(stored, of, store, tmp_path, tiny_base):
+def test_a_base_that_is_only_there_quantised_is_merged_too(of, store, tmp_path, tiny_base):
     original = ModelConfig(base=str(tiny_base))
-    quantised = base_model.load_model(base_model.resolve(original), original, stored, use_gpu=False)
+    quantised = base_model.load_model(base_model.resolve(original), original, "nf4", use_gpu=False)
     quantised.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
-    config = of("lora", f"model.base={tmp_path / 'base'}", f"method.base={stored}")
+    config = of("lora", f"model.base={tmp_path / 'base'}", "method.base=nf4")
     publish(config, store, tmp_path)
     record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
-    assert record["base_model"]["format"] == stored
+    assert record["base_model"]["format"] == "nf4"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     # The same adapter on the same weights, dequantised into the model that they were made from.
     dense = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).float()
