@@ -1,17 +1,11 @@
-"""Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged.
-
-LoRA runs on one in six always and on two more of six in the slow tier. Of the whole table, and of bases shared out by
-ZeRO, one in forty is slow; the others are for `make full`.
-"""
+"""Every architecture of the zoo with every method: planned, trained, scored, saved, read by plain peft and merged."""
 
 import functools
 import math
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -30,10 +24,11 @@ from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.scoring.generation import greedy, score
 from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
-from ray_jobs.text.batching import TokenizedSplit, collate, tokenize
+from ray_jobs.text.batching import collate, tokenize
 from tests.doubles.datasets import validate
 from tests.models import zoo
 from tests.models.plain import plain_training
+from tests.models.splits import split_of
 from tests.models.tiny import colour_rows
 from tests.models.tiny_version import on_its_base
 from tests.models.train_group import train_all
@@ -41,6 +36,12 @@ from tests.ray_jobs.conftest import CONFIG
 
 RECORDS = [validate(row).record for row in colour_rows(8)]
 STEPS = 8
+
+# bitsandbytes says once for each layer that int8 rounds its inputs, and peft mends by itself what GPT-2's weights are.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +72,6 @@ def in_turn(choices: Iterable[Any]) -> list[Any]:
     pairs = [(name, choice) for choice in choices for name in zoo.KINDS]
     marks = [pytest.mark.full if index % 40 else pytest.mark.slow for index in range(len(pairs))]
     return [pytest.param(*pair, marks=mark) for pair, mark in zip(pairs, marks, strict=True)]
-
-
-def one_record() -> TokenizedSplit:
-    return TokenizedSplit(["0"], np.zeros(8, np.int32), np.arange(8) >= 4, np.array([0, 8]), np.array([4]), [], [])
 
 
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -112,16 +109,7 @@ def goes_all_the_way(config: RunConfig, tmp_path: Path) -> None:
     assert losses[-1] < losses[0], losses
     assert [name for name, gradient in last.items() if not gradient.any()] == []
 
-    scores = score(
-        adapted.eval(),
-        chat,
-        RECORDS,
-        split,
-        marks={},
-        batch_size=4,
-        max_new_tokens=4,
-        advance=lambda _: None,
-    )
+    scores = score(adapted.eval(), chat, RECORDS, split, marks={}, batch_size=4, max_new_tokens=4)
     expected = answer_nll(adapted, batch["input_ids"], batch["labels"]).sum().item()
     assert math.isclose(sum(each.nll for each in scores), expected, rel_tol=0.02)
 
@@ -157,16 +145,6 @@ def merges(config: RunConfig, store: Store, tmp_path: Path, tokens: torch.Tensor
     merge.merge(adapted).save_pretrained(tmp_path / "merged")
     merged = auto_class(adapted.config).from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=2e-4)
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        # bitsandbytes says once for each layer that int8 rounds its inputs.
-        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", category=UserWarning)
-        # peft mends by itself what GPT-2's weights are.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
-        yield
 
 
 @pytest.mark.parametrize("name", ONE_IN_SIX)
@@ -209,7 +187,7 @@ def test_what_the_table_has_no_mark_for_is_refused_before_a_worker_starts(name, 
         if zoo.refusal(name, method, folder(name)):
             config = configured(name, method)
             with pytest.raises(ConfigError, match=r"method\.(base|adapter|init) .* set method\.(base|adapter|init)="):
-                before_training(config, folder(name), one_record(), [])
+                before_training(config, folder(name), split_of(([0] * 4, [0] * 4)), [])
 
 
 @pytest.mark.parametrize(("name", "method"), in_turn(method for method in zoo.METHOD_CONFIGS if method != "lora"))
