@@ -224,13 +224,3 @@ def test_a_full_disk_or_a_kill_leaves_nothing_at_the_target(store: Store, s3_ser
     assert pulled_by_another_process(store, tmp_path / "target", killed).returncode == -9
     assert not (tmp_path / "target").exists()
     pull(store, KEY, tmp_path / "target")
-
-
-def test_a_file_of_another_size_is_not_fetched_to_find_that_out(store: Store, tmp_path: Path) -> None:
-    publish(store, KEY, FILES)
-    store.put(f"{KEY}/empty", b"no longer")
-    asked: list[str] = []
-    store._client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.url) or None)
-    with pytest.raises(IntegrityError, match="empty has 9 bytes, the manifest says 0"):
-        pull(store, KEY, tmp_path / "pulled")
-    assert [url for url in asked if "/train/" in url or "/empty" in url] == []
