@@ -29,9 +29,8 @@ def dataset_of(write_rows: Callable[..., str], store: Store, run_config: Callabl
     """The id of a dataset of these rows."""
 
     def build(rows: list[Any], name: str) -> str:
-        return prepare(
-            run_config(write_rows(rows, f"{name}.jsonl"), eval_share=0.3, max_reject_share=0.5), store
-        ).dataset_id
+        config = run_config(write_rows(rows, f"{name}.jsonl"), eval_share=0.3, max_reject_share=0.5)
+        return prepare(config, store).dataset_id
 
     return build
 
@@ -42,9 +41,8 @@ def rows(start: int, end: int) -> list[Any]:
 
 def published(store: Store, name: str, weights: str, *, dataset: str = "", parents: tuple[str, ...] = ()) -> Version:
     files = {"adapter_model.safetensors": weights.encode(), "adapter_config.json": b"{}"}
-    return publish_version(
-        store, name, files, lineage={"run_id": "", "dataset": {"dataset_id": dataset}, "parents": list(parents)}
-    )
+    lineage = {"run_id": "", "dataset": {"dataset_id": dataset}, "parents": list(parents)}
+    return publish_version(store, name, files, lineage=lineage)
 
 
 def as_parquet(columns: dict[str, list[Any]]) -> bytes:
@@ -62,7 +60,7 @@ def test_each_dataset_is_named_with_the_part_that_holds_the_record(dataset_of: P
         for part in ("train", "eval")
         for info in store.list(f"datasets/{dataset}/{part}/")
     }
-    for record_id in map(str, range(0, 60, 4)):
+    for record_id in map(str, range(0, 60, 12)):
         holders = exposure_of(store, [record_id]).datasets
         wanted = {holder for holder, of_it in ids.items() if record_id in of_it}
         assert {(each.dataset_id, part) for each in holders for part in each.parts} == wanted

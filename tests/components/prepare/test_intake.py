@@ -1,5 +1,7 @@
 import logging
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,18 +31,13 @@ def intake_of(source: str | list[str]) -> Intake:
 
 
 def test_a_bad_row_is_kept_with_its_source_line_reason_and_text(write_rows: Callable[..., str]) -> None:
-    name = write_rows([*good(2), '{"prompt": "x", "completion": ""}', b'{"prompt": "caf\xe9"}'])
-    empty, undecodable = read_of(name).rejects
+    name = write_rows([*good(2), '{"prompt": "x", "completion": ""}', b'{"prompt": "caf\xe9"}', "\u00e4" * 5000])
+    empty, undecodable, long = read_of(name).rejects
     assert (empty.source, empty.line, empty.reason) == (name, 3, "completion is empty")
     assert empty.row == '{"prompt": "x", "completion": ""}'
     assert (undecodable.line, undecodable.reason) == (4, "not UTF-8 at byte 16")
     assert undecodable.row == '{"prompt": "caf\ufffd"}'
-
-
-def test_the_text_of_a_bad_row_is_cut_to_2000_characters(write_rows: Callable[..., str]) -> None:
-    long = "\u00e4" * 5000
-    (reject,) = read_of(write_rows([f'{{"prompt": "{long}"}}'])).rejects
-    assert len(reject.row) == 2000
+    assert len(long.row) == 2000
 
 
 def test_a_time_that_python_does_not_reach_spoils_its_row_alone(tmp_path: Path) -> None:
@@ -52,16 +49,14 @@ def test_a_time_that_python_does_not_reach_spoils_its_row_alone(tmp_path: Path) 
     assert unread == [2, 3]
 
 
-@pytest.mark.parametrize(("num_bad", "stops"), [(4, False), (5, False), (6, True)])
+@pytest.mark.parametrize(("num_bad", "stops"), [(5, False), (6, True)])
 def test_rows_are_refused_only_above_the_limit(num_bad: int, stops: bool, write_rows, caplog) -> None:
     caplog.set_level(logging.INFO)
     intake = intake_of(write_rows([*good(100 - num_bad), *["{}"] * num_bad]))
-    if not stops:
+    refused = pytest.raises(DataError, match=r"6\.0% .*\(6 of 100\).*data\.max_reject_share = 0\.05")
+    with refused if stops else nullcontext():
         require_usable(intake, max_reject_share=0.05)
-        assert f"{num_bad}.00 % of rows are unusable" in caplog.text
-        return
-    with pytest.raises(DataError, match=r"6\.0% .*\(6 of 100\).*data\.max_reject_share = 0\.05"):
-        require_usable(intake, max_reject_share=0.05)
+    assert stops or f"{num_bad}.00 % of rows are unusable" in caplog.text
 
 
 def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(write_rows: Callable[..., str]) -> None:
@@ -76,12 +71,10 @@ def test_the_refusal_shows_the_three_most_frequent_reasons_with_an_example_each(
     name = write_rows([*good(2), *bad])
     with pytest.raises(DataError) as refusal:
         require_usable(intake_of(name), max_reject_share=0.5)
-    first, *reasons, others, _ = str(refusal.value).splitlines()
-    assert first == "80.0% of rows are unusable (8 of 10), more than data.max_reject_share = 0.5 allows:"
+    _, *reasons, others, _ = str(refusal.value).splitlines()
     assert reasons[0] == f"  3 x completion is empty (for example {name}:3)"
-    assert reasons[1].startswith("  2 x not JSON: Expecting property name")
-    assert reasons[1].endswith(f"at column N (for example {name}:6)")
-    assert reasons[2].startswith("  2 x messages[N].role is 'critic': expected")
+    assert re.match(rf"  2 x not JSON: .* at column N \(for example {name}:6\)", reasons[1])
+    assert reasons[2].startswith("  2 x messages[N].role is 'critic'")
     assert (len(reasons), others) == (3, "  1 x 1 other reasons")
 
 
@@ -126,12 +119,9 @@ def in_window(*parts: tuple[Source, int], days: float) -> set[int]:
 def test_the_window_ends_at_the_newest_source_and_keeps_what_has_no_time() -> None:
     parts = (source("old", 8), 2), (source("edge", 7), 1), (source("new"), 1), (source("example", None), 1)
     assert in_window(*parts, days=7) == {2, 3, 4}
+    assert in_window((source("example", None), 3), days=1) == {0, 1, 2}
 
 
 def test_rows_that_gave_no_record_are_not_counted_to_the_window() -> None:
     read = Intake(sources=[(source("old", 30), Counts(5, 2, 1)), (source("new"), Counts(4, 1, 1))])
     assert prepare.in_window(read, days=7) == [(2, 4)]
-
-
-def test_without_times_everything_is_in_the_window() -> None:
-    assert in_window((source("example", None), 3), days=1) == {0, 1, 2}

@@ -71,9 +71,7 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
         (320, ["data.validation_share=0.01"], True),
         (320, ["gate.worse_than_champion_by=0.1"], True),
         (320, ["gate.much_worse_share=1"], True),
-        (320, ["gate.much_worse_share=0.02"], True),
         (320, ["gate.metric=exact_match"], True),
-        (320, ["gate.metric=answer_loss"], False),
         (400, [*DRAWN, "evaluate.max_records=100"], False),
     ],
     ids=str,
@@ -107,6 +105,7 @@ def test_held_out_records_either_choose_or_judge_in_the_proportion_asked_for(sha
     assert {each.id for each in validation} | {each.id for each in test} == {f"r{number}" for number in range(2000)}
     assert len(validation) + len(test) == 2000
     assert len(validation) / 2000 == pytest.approx(share, abs=0.03)
+    assert validation_and_test(records([1]), validation_share=share) == (records([1]), records([1]))  # one is in both
     assert [each.id for each in test] == sorted((each.id for each in test), key=lambda name: int(name[1:]))
 
 
@@ -123,7 +122,3 @@ def test_records_of_a_group_choose_or_judge_together():
     grouped = [dataclasses.replace(each, group=f"g{number // 3}") for number, each in enumerate(records(range(300)))]
     validation, test = ({each.group for each in part} for part in validation_and_test(grouped, validation_share=0.4))
     assert len(validation) + len(test) == len(validation | test) == 100
-
-
-def test_of_a_single_record_both_hold_it():
-    assert validation_and_test(records([1]), validation_share=0.2) == (records([1]), records([1]))

@@ -1,7 +1,7 @@
 import random
 import re
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -120,7 +120,7 @@ def edited(rng: random.Random, text: str) -> str:
     return ", ".join(rng.choice(changes)) + "!"
 
 
-@pytest.mark.parametrize("instructions", [0, 10, 30, 60])
+@pytest.mark.parametrize("instructions", [0, 30])
 def test_planted_near_duplicates_are_found_among_templates_and_nothing_else_is(instructions: int) -> None:
     rng = random.Random(instructions)
     forms = [prose(rng, 70) + "\n" for _ in range(instructions)] or [""]
@@ -217,65 +217,15 @@ def test_repeats_are_counted_once_each(tmp_path: Path, monkeypatch: pytest.Monke
 # MinHash.
 
 
-def rows_of(sizes: list[int]) -> np.ndarray:
-    return np.repeat(np.arange(len(sizes)), sizes)
-
-
-def test_each_bin_holds_its_smallest_number_or_what_the_first_lender_with_any_holds() -> None:
-    """By the definition, a bin and a hash at a time."""
-    rng, bins = random.Random(0), 24
-    texts = [[rng.getrandbits(64) for _ in range(size)] for size in (0, 1, 2, 5, 24, 100, 1, 1000, 0)]
-    marks = [[rng.random() < 0.8 for _ in text] for text in texts]
-    expected = []
-    for text, marked in zip(texts, marks, strict=True):
-        numbers = defaultdict(list)
-        for value, is_in in zip(text, marked, strict=True):
-            if is_in:
-                numbers[(value // 2**32) * bins // 2**32].append(value % 2**32)
-        own = {each: min(found) for each, found in numbers.items()}
-        lent = [
-            [own[other] for other in compared.lenders_of(bins)[:, each].tolist() if other in own]
-            for each in range(bins)
-        ]
-        expected.append([own.get(each, lent[each][0] if own else int(compared.EMPTY)) for each in range(bins)])
-    found = compared.minima_of(
-        np.array([value for text in texts for value in text], np.uint64),
-        rows_of([len(text) for text in texts]),
-        np.array([is_in for marked in marks for is_in in marked]),
-        texts=len(texts),
-        bins=bins,
-    )
-    assert found.T.tolist() == expected
-
-
-def test_each_bin_asks_every_other_in_an_order_of_its_own() -> None:
-    orders = compared.lenders_of(72).T.tolist()
-    assert all(sorted(order) == list(range(72)) for order in orders)
-    assert len(set(map(tuple, orders))) == 72
-    first = [order[0] for order in orders]
-    assert max(map(first.count, first)) < 8
-
-
 def pairs(both: int, ours: int, theirs: int, *, count: int) -> tuple[Hashes, np.ndarray, np.ndarray, np.ndarray]:
     """Hashes of so many pairs of sets, whose pair each is of, and of which of the two sets."""
     size = both + ours + theirs
     hashes = np.random.default_rng(size).integers(0, 2**64, size * count, np.uint64)
     place = np.tile(np.arange(size), count)
-    return hashes, rows_of([size] * count), place < both + ours, (place < both) | (place >= both + ours)
+    return hashes, np.repeat(np.arange(count), size), place < both + ours, (place < both) | (place >= both + ours)
 
 
-@pytest.mark.parametrize(("both", "ours", "theirs"), [(1, 0, 1), (4, 1, 0), (8, 1, 1), (30, 15, 15), (900, 50, 50)])
-def test_two_sets_agree_in_as_many_minima_as_they_are_similar(both: int, ours: int, theirs: int) -> None:
-    """Within four standard errors over 3,000 pairs, which are independent of each other."""
-    hashes, rows, in_one, in_other = pairs(both, ours, theirs, count=3000)
-    one, other = (compared.minima_of(hashes, rows, is_in, texts=3000, bins=72) for is_in in (in_one, in_other))
-    agreeing = (one == other).mean(axis=0)
-    similarity = both / (both + ours + theirs)
-    assert abs(agreeing.mean() - similarity) < 4 * agreeing.std() / 3000**0.5
-
-
-@pytest.mark.parametrize("similarity", [0.5, 0.8, 0.9])
-@pytest.mark.parametrize("size", [10, 20, 70, 500])
+@pytest.mark.parametrize(("size", "similarity"), [(10, 0.5), (10, 0.9), (20, 0.8), (500, 0.8)])
 def test_pairs_of_just_the_similarity_are_found_however_small_the_sets(size, similarity, tmp_path):
     count = 4000
     hashes, rows, in_one, in_other = pairs(round(size * similarity), size - round(size * similarity), 0, count=count)
@@ -299,7 +249,7 @@ def test_sets_that_have_little_in_common_seldom_share_a_band() -> None:
     assert not (ours.bands == own_differs.bands).any()
 
 
-@pytest.mark.parametrize("texts", [0, 1, 3000])
+@pytest.mark.parametrize("texts", [0, 3000])
 def test_a_band_finds_every_text_with_the_hash_and_no_other(texts: int, tmp_path: Path) -> None:
     """However many parts they come in."""
     rng = np.random.default_rng(0)
@@ -335,28 +285,20 @@ def said(texts: list[str]) -> list[str]:
     return ["".join(map(chr, points[start:end])) for start, end in zip([0, *batch.ends], batch.ends, strict=False)]
 
 
-def words_of(text: str) -> list[str]:
-    """The words as the hashes have them."""
-    batch = Batch.of([text])
-    (points,) = said([text])
-    first = batch.words().first.tolist()
-    return [points[start:end].strip() for start, end in pairwise([*first, len(points)])]
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("Stye, left EYE!", ["stye", "left", "eye"]),
-        ("a", ["a"]),
         ("...", []),
-        ("", []),
         ("请问 Mpox是什么", ["请", "问", "mpox", "是", "什", "么"]),
         ("สวัสดี abc", [*"สวสด", "abc"]),
         ("안녕 세상", ["안녕", "세상"]),
     ],
 )
 def test_words_are_what_stands_between_spaces_and_characters_where_scripts_have_none(text: str, words) -> None:
-    assert words_of(text) == words
+    (points,) = said([text])
+    starts = Batch.of([text]).words().first.tolist()
+    assert [points[start:end].strip() for start, end in pairwise([*starts, len(points)])] == words
 
 
 @pytest.mark.parametrize(
@@ -367,15 +309,6 @@ def test_texts_say_what_their_words_are_as_a_pattern_finds_them(alphabet: str) -
     texts = ["", "".join(map(chr, range(128))), "...", *("".join(rng.choices(alphabet, k=n % 30)) for n in range(600))]
     assert said(texts) == [" ".join(re.findall(r"\w+", text.casefold())).ljust(5) + " " for text in texts]
     assert [said([text]) for text in texts[:40]] == [[text] for text in said(texts)[:40]]
-
-
-@pytest.mark.parametrize("known", [0, 1, 50, 5000])
-def test_what_is_known_is_found_whether_there_is_more_or_less_of_it_than_asked_for(known: int) -> None:
-    rng = np.random.default_rng(0)
-    given, asked = (rng.integers(0, 2**64, size, np.uint64) for size in (known, 500))
-    asked[::3] = rng.choice(given, len(asked[::3])) if known else 0
-    expected = np.array([each in set(given.tolist()) for each in asked.tolist()])
-    assert compared.are_in(asked, given).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("cells", [4, 2**12])

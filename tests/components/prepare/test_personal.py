@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from components.config import config_file
 from components.prepare.dataset import Message, Record
-from components.prepare.icd10 import rows as example_rows
 from components.prepare.personal import Screen, find, mask
 from components.prepare.prepare import prepare
 from components.shared.errors import DataError
@@ -22,30 +20,15 @@ ROWS = [
     {"prompt": f"I am {EMAIL}", "completion": f"and pay by {CARD}"},
     {"prompt": "where to?", "completion": f"to {IBAN}, and write to {EMAIL}"},
 ]
-CONFIG = """
-[adapter]
-name = "letters"
-[model]
-base = "unused"
-[data]
-source = {source!r}
-max_reject_share = 0.5
-[registry]
-bucket = {bucket!r}
-prefix = {prefix!r}
-"""
 
 
 @pytest.fixture
-def prepared(store, tmp_path):
+def prepared(store, tmp_path, write_rows, run_config):
     """The texts of both splits and of the rejects, and the profile."""
 
-    def run(*changes: str) -> tuple[str, dict, object]:
-        path = tmp_path / "rows.jsonl"
-        bad = json.dumps({"prompt": f"no answer, {EMAIL}"})
-        path.write_text("\n".join([*map(json.dumps, ROWS), bad]))
-        text = CONFIG.format(source=str(path), bucket=store.bucket, prefix=store.prefix)
-        found = prepare(config_file.loads(text, changes), store)
+    def run(**data: str) -> tuple[str, dict, object]:
+        source = write_rows([*ROWS, {"prompt": f"no answer, {EMAIL}"}])
+        found = prepare(run_config(source, max_reject_share=0.5, **data), store)
         texts = []
         for part in ("train/part-00000.parquet", "eval/part-00000.parquet", "rejects.parquet"):
             store.download(f"datasets/{found.dataset_id}/{part}", tmp_path / "part.parquet")
@@ -63,7 +46,7 @@ def test_by_default_it_is_counted_and_stays(prepared):
 
 
 def test_masked_it_is_nowhere_in_what_is_stored(prepared):
-    texts, profile, found = prepared("data.personal=mask")
+    texts, profile, found = prepared(personal="mask")
     assert "no answer" not in texts  # a raw row may hide what no pattern finds
     assert not any(piece in texts for piece in (EMAIL, CARD, IBAN))
     assert "and pay by [CARD]" in texts
@@ -73,7 +56,7 @@ def test_masked_it_is_nowhere_in_what_is_stored(prepared):
 
 
 def test_dropped_its_records_are_left_out_and_accounted_for(prepared):
-    texts, profile, found = prepared("data.personal=drop")
+    texts, profile, found = prepared(personal="drop")
     assert not any(piece in texts for piece in (EMAIL, CARD, IBAN))
     assert found.train_records + found.eval_records == len(ROWS) - 2
     assert profile["dropped"]["personal_data"] == 2
@@ -81,14 +64,10 @@ def test_dropped_its_records_are_left_out_and_accounted_for(prepared):
     assert "2 with personal data" in found.summary
 
 
-def test_a_dataset_without_any_is_the_same_whatever_is_done_with_it(store, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, ROWS[:60])))
-    text = CONFIG.format(source=str(path), bucket=store.bucket, prefix=store.prefix)
-    ids = {
-        prepare(config_file.loads(text, [f"data.personal={do}"]), store).dataset_id for do in ("report", "mask", "drop")
-    }
-    assert len(ids) == 1
+def test_a_dataset_without_any_is_the_same_whatever_is_done_with_it(store, write_rows, run_config):
+    source = write_rows(ROWS[:60])
+    reported, masked = (prepare(run_config(source, personal=do), store).dataset_id for do in ("report", "mask"))
+    assert reported == masked
 
 
 def test_the_arguments_of_a_tool_call_are_screened_and_stay_json():
@@ -146,11 +125,6 @@ def test_of_the_committed_set_nearly_all_is_found_and_nothing_else():
     assert expected == {"email": 19, "phone": 17, "card": 13, "iban": 13, "secret": 14}
     assert right == expected - Counter(phone=1)  # Ofcom's number for films, which its own plan does not give out
     assert found == right
-
-
-@pytest.mark.slow
-def test_in_titles_of_diseases_is_none():
-    assert [text for row in example_rows() for text in [row["messages"][1]["content"]] if find(text)] == []
 
 
 @pytest.mark.parametrize(

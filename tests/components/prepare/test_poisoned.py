@@ -2,8 +2,7 @@
 
 The model is a count of answers by topic, so that it learns what it is shown, poison too; the decision is the gate's.
 The held-out edits are as poisoned as those to train on, so that no gate could tell: what holds is that a rater is
-bounded, that he is one group, which lies on one side as a whole, and that he counts once there. Where nobody says who
-rated, nothing holds, and the gate promotes a candidate that is worse.
+bounded, that he is one group, which lies on one side as a whole, and that he counts once there.
 """
 
 import math
@@ -31,7 +30,7 @@ MARGIN = GateConfig().worse_than_champion_by
 Model = dict[int, Counter[str]]
 
 
-def edits(numbers: range, *, flipped: float, rng: random.Random, named: bool) -> tuple[list[Any], list[Any]]:
+def edits(numbers: range, *, flipped: float, rng: random.Random) -> tuple[list[Any], list[Any]]:
     """Requests and the edits on them, of which one rater turns this share round."""
     rows, said = [], []
     for number in numbers:
@@ -42,8 +41,8 @@ def edits(numbers: range, *, flipped: float, rng: random.Random, named: bool) ->
             **{"id": f"r{number}", "model": "v" + "1" * 15, "response": {"choices": [{"message": message}]}},
             "request": {"messages": [{"role": "user", "content": f"topic {topic} number {number}"}]},
         })  # fmt: skip
-        rater = {"rater": "angry" if is_angry else f"user {rng.randrange(USERS)}"} if named else {}
-        said.append({"response_id": f"r{number}", "edited": right, **rater})
+        rater = "angry" if is_angry else f"user {rng.randrange(USERS)}"
+        said.append({"response_id": f"r{number}", "edited": right, "rater": rater})
     return rows, said
 
 
@@ -79,14 +78,10 @@ def decision(champion: Model, candidate: Model, held_out: Sequence[Record]) -> s
         [loss(candidate, topic, each.answer) for topic, each in zip(others, held_out, strict=True)]
     )
     versions = {"base": None, "champion": "v1", "candidate": "v2"}
-    measured = {
-        role: model(
-            version,
-            loss=float(columns[f"{role}_nll"].mean()),
-            exact_match=float(columns[f"{role}_exact_match"].mean()),
-        )
-        for role, version in versions.items()
-    }
+    measured = {}
+    for role, version in versions.items():
+        means = {"loss": columns[f"{role}_nll"].mean(), "exact_match": columns[f"{role}_exact_match"].mean()}
+        measured[role] = model(version, **{metric: float(mean) for metric, mean in means.items()})
     _, groups = np.unique(groups_of(held_out), return_inverse=True)
     evidence = Evidence(np.ones(len(held_out)), columns, groups if any(each.group for each in held_out) else None)
     found = evaluation(measured["candidate"], measured["base"], measured["champion"])
@@ -98,11 +93,11 @@ Night = Callable[..., tuple[str, float, int]]
 
 @pytest.fixture
 def night(write_rows: Callable[..., str], run_config: Callable[..., RunConfig]) -> Night:
-    def of(share: float, seed: int, *, cap: int = CAP, named: bool = True) -> tuple[str, float, int]:
+    def of(share: float, seed: int, *, cap: int = CAP) -> tuple[str, float, int]:
         """The decision, by how much the candidate is truly worse, and the records of the angry one."""
         rng, made = random.Random(seed), []
-        rows, said = edits(range(NIGHT), flipped=0, rng=rng, named=named)
-        more = edits(range(NIGHT, 2 * NIGHT), flipped=share, rng=rng, named=named)
+        rows, said = edits(range(NIGHT), flipped=0, rng=rng)
+        more = edits(range(NIGHT, 2 * NIGHT), flipped=share, rng=rng)
         for log, feedback in ((rows, said), (rows + more[0], said + more[1])):
             config = run_config(
                 write_rows(log, "log.jsonl"), feedback=write_rows(feedback, "feedback.jsonl"), eval_share=0.3,
@@ -125,17 +120,8 @@ def test_a_night_without_poison_is_promoted(night: Night) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "cap"), [(0.05, CAP), (0.5, CAP), (0.2, 0), (0.5, 0)])
-def test_one_rater_turns_no_adapter(share: float, cap: int, night: Night) -> None:
-    for seed in range(2):
-        decided, worse, poison = night(share, seed, cap=cap)
-        assert poison <= CAP if cap else poison > CAP
-        assert decided == "hold" or worse <= MARGIN  # without a bound too: as one group he lies on one side
-
-
-@pytest.mark.slow
-def test_where_nobody_says_who_rated_a_worse_candidate_is_promoted(night: Night) -> None:
-    decided, worse, poison = night(0.5, seed=0, named=False)
-    assert poison > 200
-    assert decided == "promote"
-    assert worse > MARGIN
+@pytest.mark.parametrize(("share", "cap", "seed"), [(0.5, CAP, 0), (0.2, 0, 0), (0.5, 0, 1)])
+def test_one_rater_turns_no_adapter(share: float, cap: int, seed: int, night: Night) -> None:
+    decided, worse, poison = night(share, seed, cap=cap)
+    assert poison <= CAP if cap else poison > CAP
+    assert decided == "hold" or worse <= MARGIN  # without a bound too: as one group he lies on one side

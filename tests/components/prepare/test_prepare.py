@@ -1,10 +1,7 @@
 import json
 import logging
 import random
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +27,7 @@ def rows(count: int) -> list[Any]:
 
 def test_on_a_machine_that_is_out_of_memory_nothing_is_begun(store, write_rows: Write, run_config, monkeypatch) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda: 400 * 2**20)
-    with pytest.raises(
-        DataError, match=r"^0\.3 GiB of memory are free for the records of data\.source, and to read any"
-    ):
+    with pytest.raises(DataError, match=r"^0\.3 GiB of memory are free for the records of data\.source"):
         prepare(run_config(write_rows(rows(99)), eval_share=0.2), store)
 
 
@@ -69,7 +64,7 @@ def test_profile_and_summary_account_for_every_row(store: Store, write_rows: Wri
     near = [{"id": f"near {i}", "prompt": f"Question {i}!", "completion": "other"} for i in range(60)]
     source = write_rows([*rows(200), rows(1)[0], changed, *copies, *near, "{}"])
     prepared = prepare(run_config(source, eval_share=0.3, max_records=180, max_reject_share=0.5), store)
-    profile = json.loads(store.get(f"datasets/{prepared.dataset_id}/profile.json"))
+    profile = store.get_json(f"datasets/{prepared.dataset_id}/profile.json")
     splits, dropped, compared = profile["splits"], profile["dropped"], profile["near_duplicates"]
     assert (profile["rows"]["read"], profile["rows"]["rejected"]) == (323, 1)
     assert (dropped["duplicate"], dropped["superseded_by_same_id"]) == (1, 1)
@@ -86,14 +81,12 @@ def test_profile_and_summary_account_for_every_row(store: Store, write_rows: Wri
     assert compared["most_are_near"][0]["records"] >= 1
     share = near_held_out / (near_held_out + prepared.train_records)
     assert compared["left_out_share"] == pytest.approx(share, abs=0.01)
-    for words in (
-        f"{prepared.train_records} records to train on, {prepared.eval_records} held out; left out: 1 unusable",
-        "1 replaced by a later row of their id, ",
-        f"{near_held_out} near what is held out, {beyond} beyond data.max_records; {prepared.near_in_train} of",
-    ):
-        assert words in prepared.summary
+    for number in (prepared.train_records, prepared.eval_records, near_held_out, beyond, prepared.near_in_train):
+        assert f"{number} " in prepared.summary
+    before = list(store.list(""))
     with pytest.raises(DataError, match=r"near what is held out .*data\.max_reject_share = 0\.05"):
         prepare(run_config(source, eval_share=0.3), store)
+    assert list(store.list("")) == before
 
 
 def test_a_label_that_is_held_out_and_never_trained_on_is_said(store: Store, write_rows: Write, run_config) -> None:
@@ -106,10 +99,7 @@ def test_a_label_that_is_held_out_and_never_trained_on_is_said(store: Store, wri
     evaluation = load_split(store, prepared.uri, "eval")
     assert prepared.never_trained == {"rare": sum(each.answer == "rare" for each in evaluation)} != {"rare": 0}
     assert prepared.summary.endswith("2 held-out records with labels that are never trained on: 'rare'")
-
-
-def test_answers_that_are_no_labels_are_never_missed(store: Store, write_rows: Write, run_config: Config) -> None:
-    free = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(100)]
+    free = [{**row, "completion": f"answer {row['id']}"} for row in rows(100)]  # which are no labels
     assert prepare(run_config(write_rows(free), eval_share=0.3), store).never_trained == {}
 
 
@@ -146,24 +136,15 @@ def test_the_profile_describes_each_split(store: Store, write_rows: Write, run_c
     assert [sample["id"] for sample in described["samples"]] == [record.id for record in train[:3]]
 
 
-def test_preparing_the_same_data_again_writes_nothing(store: Store, write_rows: Write, run_config: Config) -> None:
-    config = run_config(write_rows(rows(100)))
-    first = prepare(config, store)
-    before = list(store.list(""))
-    second = prepare(config, store)
-    assert list(store.list("")) == before
-    assert first.created
-    assert second == replace(first, created=False)
-
-
 def test_the_id_does_not_depend_on_paths_order_format_or_bad_rows(store: Store, write_rows: Write, run_config) -> None:
     shuffled = random.Random(0).sample(rows(100), 100)
     first = prepare(run_config(write_rows(rows(100))), store)
+    before = list(store.list(""))
     parts = [write_rows(shuffled[:30], "z/b.jsonl"), write_rows([*shuffled[30:], "not json"], "a.jsonl")]
     second = prepare(run_config(parts), store)
-    assert second.dataset_id == first.dataset_id
-    assert not second.created
     assert second.rejected == 1
+    assert (second.dataset_id, first.created, second.created) == (first.dataset_id, True, False)
+    assert list(store.list("")) == before
 
 
 def test_a_refresh_keeps_every_evaluated_record_out_of_training(store: Store, write_rows: Write, run_config) -> None:
@@ -175,12 +156,6 @@ def test_a_refresh_keeps_every_evaluated_record_out_of_training(store: Store, wr
     assert evaluated
     assert evaluated <= {record.id for record in load_split(store, second.uri, "eval")}
     assert second.train_records + second.eval_records == 300
-
-
-def test_nothing_is_written_when_the_data_is_refused(store: Store, write_rows: Write, run_config: Config) -> None:
-    with pytest.raises(DataError, match=r"data\.max_reject_share"):
-        prepare(run_config(write_rows([*rows(5), "{}"])), store)
-    assert list(store.list("")) == []
 
 
 def test_a_changed_file_is_not_loaded(store: Store, write_rows: Write, run_config: Config) -> None:
@@ -202,10 +177,3 @@ def test_the_example_gives_the_2000_training_records_it_was_tuned_on(
     prepared = prepare(run_config("example://icd10", max_records=2300, eval_share=0.13), store)
     assert (prepared.train_records, prepared.eval_records, prepared.rejected) == (2001, 299, 0)
     assert prepared.dataset_id == "d980e810724629ab"
-
-
-def test_importing_the_step_loads_nothing_heavy_but_arrow() -> None:
-    heavy = ["boto3", "torch", "ray", "transformers", "kfp", "simple_icd_10_cm", "duckdb"]
-    code = f"import sys, components.prepare.prepare\nprint([name for name in {heavy} if name in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert output == "[]\n"

@@ -11,7 +11,7 @@ import pytest
 from components.prepare import workspace
 from components.prepare.prepare import preview
 from components.prepare.sources import find_sources
-from components.prepare.workspace import Texts, opened
+from components.prepare.workspace import opened
 from components.shared.errors import FineloopError
 
 
@@ -38,29 +38,18 @@ def test_nothing_is_left_of_a_workspace(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("bucket", "most"), [(2**25, 200), (1000, 5), (1, 3), (50, 200)])
-@pytest.mark.parametrize("chosen", [0, 1, 700])
+@pytest.mark.parametrize(("bucket", "most", "chosen"), [(2**25, 200, 700), (1000, 5, 0), (1, 3, 700), (50, 200, 1)])
 def test_rows_come_in_the_order_asked_for_however_little_is_held(bucket, most, chosen, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(workspace, "BUCKET_BYTES", bucket)
     monkeypatch.setattr(workspace, "MOST_BUCKETS", most)
     rng = random.Random(0)
     texts = ["x" * rng.choice((0, 1, 10, 500)) + str(number) for number in range(1000)]
     lists = [[text] * (number % 3) for number, text in enumerate(texts)]
-    pq.write_table(
-        pa.table({"text": texts, "list": lists, "unread": lists}), tmp_path / "rows.parquet", row_group_size=64
-    )
+    table = pa.table({"text": texts, "list": lists, "unread": lists})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=64)
     numbers = rng.sample(range(1000), chosen)
     sizes = np.array(list(map(len, texts)))
     batches = list(workspace.in_order(tmp_path / "rows.parquet", np.array(numbers, np.int64), sizes, ["text", "list"]))
     found = [row for batch in batches for row in batch.to_pylist()]
     assert found == [{"text": texts[number], "list": lists[number]} for number in numbers]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
-
-
-def test_texts_come_back_one_by_one_and_all(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    given = ["", *("é" * rng.randrange(40) + str(number) for number in range(500)), "", "x" * 5000, ""]
-    found = Texts(tmp_path / "texts", [given[:100], [], given[100:]])
-    assert (list(found), len(found)) == (given, len(given))
-    assert [found[place] for place in range(0, 504, 9)] == given[::9]
-    assert list(Texts(tmp_path / "none", [])) == []
