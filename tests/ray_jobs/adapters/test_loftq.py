@@ -300,12 +300,6 @@ def test_two_workers_train_and_plain_peft_on_the_pulled_base_gives_their_logits(
     assert 0.9 < torch.cosine_similarity(begun.flatten(), ended.float().flatten(), dim=0) < 0.9999
 
 
-def dequantised(packed: dict[str, torch.Tensor]) -> torch.Tensor:
-    statistics = dict(packed)
-    data = statistics.pop("weight")
-    return dequantize_4bit(data, QuantState.from_dict(statistics, torch.device("cpu"))).double()
-
-
 def of_paper(weight: torch.Tensor, rank: int, steps: int) -> list[float]:
     """Algorithm 1 of arXiv:2310.08659 with a full SVD, in float64: norm(W - Q - A B) after each step."""
     weight, low_rank, norms = weight.double(), torch.zeros_like(weight).double(), []
@@ -326,8 +320,10 @@ def qlora_loses(weight: torch.Tensor) -> float:
 
 def loses(weight: torch.Tensor, found: Split) -> float:
     """Measured on what is stored."""
-    update = found.left_MR.double() @ found.right_RN.double()
-    return (weight.double() - dequantised(found.packed) - update).norm().item()
+    statistics = dict(found.packed)
+    data = statistics.pop("weight")
+    quantised = dequantize_4bit(data, QuantState.from_dict(statistics, torch.device("cpu"))).double()
+    return (weight.double() - quantised - found.left_MR.double() @ found.right_RN.double()).norm().item()
 
 
 def test_a_split_is_as_good_as_the_papers_algorithm_with_a_full_svd_and_better_with_more_steps(tiny_base):

@@ -115,17 +115,11 @@ def replaced(store: Store, base: Base, changes: dict[str, bytes]) -> None:
     store.put_json(f"{key}/{own_base.CHOSEN}", chosen)
 
 
-def test_a_base_with_code_of_its_own_is_made_and_its_code_runs(with_code, store):
-    config, ran = with_code
-    base = stood(config, store)
-    assert ran.exists()
-    loaded = base_model.load_model(base, config.model, "nf4", use_gpu=False)
-    assert type(loaded).__name__ == "MarkedForCausalLM"
-
-
 def test_consent_to_a_bases_code_is_not_for_what_lies_in_the_bucket(with_code, store, tmp_path):
-    config, _ = with_code
+    config, ran = with_code
     base, evil = stood(config, store), tmp_path / "evil"
+    loaded = base_model.load_model(base, config.model, "nf4", use_gpu=False)
+    assert (ran.exists(), type(loaded).__name__) == (True, "MarkedForCausalLM")
     described = json.loads((base.path / "config.json").read_text())
     elsewhere = {**described, "auto_map": {"AutoModelForCausalLM": "org/evil--modeling_marked.MarkedForCausalLM"}}
     for changes, file in (
