@@ -1,9 +1,6 @@
 """The size of a base, by the listing of a real S3 server and of a double of the model hub, whose files are holes."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -29,58 +26,29 @@ gpu = "H100"
 [ray.cluster]
 kind = "rayjob"
 """
-ASK = """
-import sys
-from pathlib import Path
-from components.config import config_file
-from components.ray_cluster.submit import require_disk
-from components.shared.errors import ConfigError
-try:
-    require_disk(config_file.load(Path(sys.argv[1]), sys.argv[2:]))
-except ConfigError as exc:
-    print(exc)
-"""
 GIB = 2**30
 
 
-def configured(base: str) -> RunConfig:
-    return config_file.loads(CONFIG.format(base=base))
+def configured(base: str, *overrides: str) -> RunConfig:
+    return config_file.loads(CONFIG.format(base=base), overrides)
 
 
-def asked(folder: Path, url: str, *overrides: str) -> str:
-    """In a process of its own, as huggingface_hub reads its settings when it is imported."""
-    config = folder / "config.toml"
-    config.write_text(CONFIG.format(base="org/name"))
-    about = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "home")}
-    command = [sys.executable, "-c", ASK, str(config), *overrides]
-    done = subprocess.run(command, env=os.environ | about, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def hole(path: Path, size: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.truncate(size)
-
-
-def test_a_base_of_the_hub_that_no_pods_disk_holds_is_refused_by_its_listing(tmp_path):
-    repository = tmp_path / "repository"
-    for number in range(4):
-        hole(repository / f"model-0000{number}-of-4.safetensors", 32 * GIB)
-    for same_again in ("original/model.safetensors", "consolidated.safetensors", "model.bin"):
-        hole(repository / same_again, 100 * GIB)
-    with serving("org/name", repository) as hub:
-        assert asked(tmp_path, hub.url) == (
-            "each pod downloads org/name and writes 128 GiB to its disk, and ray.cluster.disk_gib is 100, beyond which "
-            "it is evicted: set ray.cluster.disk_gib=160"
-        )
-        assert asked(tmp_path, hub.url, "ray.cluster.disk_gib=128") == ""
+def test_a_base_of_the_hub_that_no_pods_disk_holds_is_refused_by_its_listing(tmp_path, monkeypatch):
+    sizes = {f"model-0000{number}-of-4.safetensors": 32 * GIB for number in range(4)}
+    same_again = ("original/model.safetensors", "consolidated.safetensors", "model.bin")
+    for name, size in {**sizes, **dict.fromkeys(same_again, 100 * GIB)}.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.truncate(path, size)
+    with serving("org/name", tmp_path) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        with pytest.raises(ConfigError, match=r"org/name and writes 128 GiB .* set ray\.cluster\.disk_gib=160"):
+            submit.require_disk(configured("org/name"))
+        submit.require_disk(configured("org/name", "ray.cluster.disk_gib=128"))
         assert not hub.sent
-
-
-def test_a_hub_that_does_not_answer_refuses_nothing(tmp_path):
-    assert asked(tmp_path, "http://127.0.0.1:9") == ""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    submit.require_disk(configured("org/name"))  # a hub that does not answer refuses nothing
 
 
 def test_a_base_in_s3_has_the_size_of_all_that_a_pod_downloads(store: Store):

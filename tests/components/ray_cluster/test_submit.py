@@ -17,7 +17,7 @@ import pytest
 from components.config.ray import RayConfig, RayJobCluster
 from components.ray_cluster.backend import Job
 from components.ray_cluster.submit import connect, stop_run, submit_and_wait
-from components.shared.errors import Conflict, DataError, FineloopError, JobError, UserError
+from components.shared.errors import Conflict, DataError, JobError, UserError
 from components.shared.protocol import TRAINED
 from pipelines.local.local_services import local_services
 from pipelines.local.seaweedfs import Endpoint
@@ -186,11 +186,8 @@ def test_a_job_that_dies_without_a_word_shows_its_last_lines(cluster: Cluster, r
 
 
 def test_a_job_that_ray_ended_for_its_node_s_memory_says_so(cluster: Cluster, run_id: str) -> None:
-    said = (
-        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: f6f2) "
-        "was 10.41GB used / 23.54GB limit (0.442091)"
-    )
-    code = f"print({said!r})\nfor line in range(40): print(line)\nraise SystemExit(1)"
+    rays = "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7)"
+    code = f"print({rays!r})\nfor line in range(40): print(line)\nraise SystemExit(1)"
     with pytest.raises(JobError, match="failed: a node ran out of memory"):
         cluster.submit(job(run_id, code))
 
@@ -247,14 +244,12 @@ MISTAKEN = (
 
 
 @ON_RAY_IN_MAKE_SLOW
-@pytest.mark.parametrize("kind", ["DataError", "JobError"])
-def test_a_failed_job_is_run_again_by_the_next_attempt_at_its_step(cluster, run_id, tmp_path, kind):
+def test_a_failed_job_is_run_again_by_the_next_attempt_at_its_step(cluster, run_id, tmp_path):
     """A user's mistake too: who presses Kubeflow's Retry has mended it, and Argo does not try again by itself."""
-    failing = replace(job(run_id, MISTAKEN, str(tmp_path / "count"), kind), kfp_run_id="3f2a")
+    failing = replace(job(run_id, MISTAKEN, str(tmp_path / "count"), "DataError"), kfp_run_id="3f2a")
     for _ in range(2):
-        with pytest.raises(FineloopError, match=r"^wrong$") as caught:
+        with pytest.raises(DataError, match=r"^wrong$"):
             cluster.submit(failing, after=TRAINED)
-        assert type(caught.value).__name__ == kind
     assert (tmp_path / "count").read_text() == "xx"
 
 
