@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
 from components.config import config_file
-from components.registry.versions import Version
+from components.registry.versions import Version, publish_version
 from components.store.store import Store
 from docs.json_keys import FREE, JSON_KEYS
 from tests.models.tiny import build_base
@@ -50,6 +53,22 @@ def require_documented(arguments: Sequence[str], printed: dict[str, Any]) -> Non
     command = next(name for name in (" ".join(arguments[:2]), arguments[0]) if name in {*JSON_KEYS, *FREE})
     if "error" not in printed and command not in FREE:
         assert set(printed) <= set(JSON_KEYS[command].split())
+
+
+def sums(first: int, end: int) -> str:
+    """Lines of JSON: what each of these numbers and one are together."""
+    rows = [{"id": f"{n}", "prompt": f"How much is {n} + 1?", "completion": f"{n + 1}"} for n in range(first, end)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def pem(key: Ed25519PrivateKey) -> str:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+
+def publish_sums(store: Store, weights: str, **lineage: Any) -> str:
+    """A version of the adapter sums that no training made."""
+    files = {"adapter_model.safetensors": weights.encode(), "adapter_config.json": b"{}"}
+    return publish_version(store, "sums", files, lineage=lineage).version
 
 
 def colours(store: Store, folder: Path, method: str, more: str = "") -> Version:

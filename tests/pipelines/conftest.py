@@ -4,17 +4,20 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from components.config.config_file import loads
 from components.config.schema import RunConfig
-from components.registry import aliases, versions
+from components.registry import aliases
 from components.store.store import Store
+from pipelines.cli import main
 from pipelines.local.seaweedfs import Endpoint
 from tests import warm
 from tests.doubles import jobs_api
 from tests.doubles.jobs_api import TOKEN, JobsApi
+from tests.pipelines.command_line import publish_sums, sums
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,8 +46,7 @@ def data_path(tmp_path: Path) -> Path:
     """Sixty records in a folder whose name a shell, a kfp condition and TOML could all trip over."""
     path = tmp_path / 'it\'s "my" data' / "records.jsonl"
     path.parent.mkdir()
-    rows = [{"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(sums(0, 60))
     return path
 
 
@@ -74,6 +76,18 @@ prefix = "{store.prefix}"
 
 
 @pytest.fixture
+def answer(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a command with the config, which must end with `exit_code`, and returns its JSON."""
+
+    def run(*arguments: str, exit_code: int = 0) -> dict[str, Any]:
+        assert main([*arguments, "-c", str(config_path), "--json"]) == exit_code
+        printed: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return printed
+
+    return run
+
+
+@pytest.fixture
 def make_config(config_path: Path) -> Callable[..., RunConfig]:
     """The config with some keys replaced."""
     return lambda *overrides: loads(config_path.read_text(), overrides)
@@ -82,11 +96,8 @@ def make_config(config_path: Path) -> Callable[..., RunConfig]:
 @pytest.fixture
 def published(store: Store) -> list[str]:
     """Two versions of one adapter, older first; the first is in production."""
-    made = []
-    for weights in (b"one", b"two"):
-        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
-        recipe = {"adapter": "lora", "serving": {"servable_as": "lora", "notes": ["a setting"]}}
-        lineage = {"run_id": f"run-{weights.decode()}", "config": {"method": {"name": "qlora"}}, "recipe": recipe}
-        made.append(versions.publish_version(store, "sums", files, lineage=lineage).version)
+    recipe = {"adapter": "lora", "serving": {"servable_as": "lora", "notes": ["a setting"]}}
+    lineage = {"config": {"method": {"name": "qlora"}}, "recipe": recipe}
+    made = [publish_sums(store, weights, run_id=f"run-{weights}", **lineage) for weights in ("one", "two")]
     aliases.promote(store, "sums", made[0])
     return made

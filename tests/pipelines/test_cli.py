@@ -5,25 +5,25 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from components.config import config_file
-from components.registry import signing, versions
+from components.registry import signing
 from components.store import folders
 from components.store.store import Store
 from docs.generate import commands
 from pipelines import cli
 from pipelines.commands.arguments import load_config
 from pipelines.configs import DEFAULT_CONFIG
-from tests.pipelines.command_line import body, fineloop
+from tests.pipelines.command_line import ROOT, body, fineloop, publish_sums
 
 pytestmark = pytest.mark.usefixtures("forked")
 
-ROOT = Path(__file__).resolve().parents[2]
+EXPORT = ["adapters", "export", "colours"]
 HEAVY = {"jinja2", "kfp", "numpy", "torch", "transformers"}
 
 
@@ -46,26 +46,28 @@ def test_help_teaches_every_command_and_loads_nothing_heavy(tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (["run", "--set", "learning_rate"], "expected section.key=value"),
-        (["run", "-c", "none.toml"], "config none.toml does not exist"),
         (["adapters", "list"], "--home"),
         (["schedule", "create", "nightly", "--cron", "0 25 * * *"], "bad hour: minute takes 0-59, hour 0-23"),
-        (["submit", "--param", "rows"], "expected NAME=VALUE"),
         (["runs", "list", "--state", "done"], "canceled"),
-        (["data", "erase", "17", "--unknown"], "--unknown"),
         (["trian"], "did you mean train?"),
-        (["adapters"], "COMMAND"),
         (["plan", "--sett", "x=1"], "unrecognized arguments: --sett x=1: did you mean --set?"),
         (["init"], "your data is not named: give DATA"),
         (["sweep", "--apply"], "name a config of your own with -c"),
+        (["chat", "colours", "--max-tokens", "0"], "expected at least 1"),
+        (["chat", "colours", "--temperature", "-1"], "expected 0 or more"),
+        ([*EXPORT, "--lora", "--base", "original"], "--base goes with --merged or --gguf, not with --lora"),
+        ([*EXPORT, "--lora", "--dtype", "float32"], "--dtype goes with --merged or --gguf"),
+        ([*EXPORT, "--merged", "--approximate", "8"], "--approximate goes with --lora"),
+        ([*EXPORT, "--lora", "--approximate", "0"], "a rank is at least 1"),
+        ([*EXPORT, "--merged", "--converter", "x.py"], "--converter goes with --gguf, not with --merged"),
+        (EXPORT, "--merged --lora --gguf is required"),
         (
             ["run", "--set", "train.lr=1"],
             "fineloop: --set train.lr=1: unknown key train.lr: did you mean train.learning_rate?",
         ),
     ],
 )
-def test_a_wrong_argument_is_exit_2_in_one_message(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_argument_is_exit_2_in_one_message(arguments, message, tmp_path, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     done = fineloop(*arguments, cwd=tmp_path)
     assert done.returncode == 2
@@ -78,7 +80,6 @@ def test_a_wrong_argument_is_exit_2_in_one_message(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--json", "--nope"], "unrecognized arguments: --nope"),
         (["runs", "list", "--limit", "many", "--json"], "argument --limit: invalid int value: 'many'"),
         (["adapters", "shw", "--json"], "did you mean show?"),
         (["data", "erase", "--json"], "the following arguments are required: ID, or --user NAME"),
@@ -97,7 +98,6 @@ def test_an_error_of_the_arguments_is_one_object_with_json(arguments: list[str],
 @pytest.mark.parametrize(
     ("arguments", "source"),
     [
-        (["rows.jsonl", "--html", "x.html"], "rows.jsonl"),
         (["--html", "x.html", "rows.jsonl"], "rows.jsonl"),
         ([], ""),
         (["./erase"], "./erase"),
@@ -105,7 +105,7 @@ def test_an_error_of_the_arguments_is_one_object_with_json(arguments: list[str],
     ],
     ids=str,
 )
-def test_data_takes_a_file_wherever_no_verb_stands_first(arguments: list[str], source: str | None) -> None:
+def test_data_takes_a_file_wherever_no_verb_stands_first(arguments: list[str], source: str) -> None:
     options = cli.parser().parse_args(["data", *arguments])
     assert (options.data, options.command.__name__) == (source, "data")
 
@@ -117,23 +117,14 @@ def test_data_erase_takes_ids_and_options_in_any_order() -> None:
 
 
 def test_the_command_says_its_release(tmp_path: Path) -> None:
-    """The judge of the release is pip."""
-    pip = [sys.executable, "-m", "pip", "show", "fineloop"]
-    shown = subprocess.run(pip, capture_output=True, text=True, check=True).stdout
-    assert fineloop("--version", cwd=tmp_path).stdout.split() == ["fineloop", shown.split("Version: ")[1].split()[0]]
+    release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert fineloop("--version", cwd=tmp_path).stdout.split() == ["fineloop", release]
 
 
 def test_schema_is_the_file_beside_the_configs(tmp_path: Path) -> None:
     done = fineloop("schema", cwd=tmp_path)
     assert done.stdout == (DEFAULT_CONFIG.parent / "schema.json").read_text()
     assert body(fineloop("schema", "--json", cwd=tmp_path)) == json.loads(done.stdout)
-
-
-def test_every_config_loads_and_names_its_schema() -> None:
-    for path in DEFAULT_CONFIG.parent.glob("*.toml"):
-        config_file.load(path)
-        assert path.read_text().startswith("#:schema ./schema.json\n")
-        assert "fineloop run" in path.read_text()
 
 
 def test_compile_writes_either_pipeline_where_it_is_asked_to(tmp_path: Path) -> None:
@@ -162,34 +153,29 @@ def test_relative_paths_mean_the_users_directory_and_addresses_and_hub_ids_stay(
 @pytest.mark.parametrize(
     ("arguments", "name", "records"),
     [
-        (["--set", "data.source=rows.jsonl"], "icd10-chapters", 0),
         (["--set", "data.source=rows.jsonl", "--set", "data.max_records=7"], "icd10-chapters", 7),
         ([], "icd10-chapters", 2300),
         (["My Rows.jsonl"], "my-rows", 0),
-        (["My Rows.jsonl", "--set", "adapter.name=x", "--set", "data.max_records=9"], "x", 9),
         (["My Rows.jsonl", "-c", "own.toml"], "mine", 5),
     ],
     ids=str,
 )
-def test_other_data_in_the_example_s_config_are_taken_whole(
-    arguments: list[str], name: str, records: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_data_in_the_example_s_config_are_taken_whole(arguments, name, records, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = DEFAULT_CONFIG.read_text().replace("icd10-chapters", "mine").replace("2300", "5")
     Path("own.toml").write_text(own)
     options = cli.parser().parse_args(["run", *arguments])
-    for config in (load_config(options), load_config(options)):
-        assert (config.adapter.name, config.data.max_records) == (name, records)
-        is_other = arguments and "own.toml" not in arguments
-        nights = (config.data.window_days, config.data.replay_share, config.train.start_from)
-        assert nights == ((0, 0, "base") if is_other else (300, 0.5, "production"))
-        if "My Rows.jsonl" in arguments:
-            assert config.data.source == str(tmp_path / "My Rows.jsonl")
+    config = load_config(options)
+    assert load_config(options) == config
+    assert (config.adapter.name, config.data.max_records) == (name, records)
+    is_other = arguments and "own.toml" not in arguments
+    nights = (config.data.window_days, config.data.replay_share, config.train.start_from)
+    assert nights == ((0, 0, "base") if is_other else (300, 0.5, "production"))
+    if "My Rows.jsonl" in arguments:
+        assert config.data.source == str(tmp_path / "My Rows.jsonl")
 
 
-def test_adapters_are_listed_shown_verified_and_pulled(
-    store: Store, published: list[str], config_path: Path, tmp_path: Path
-) -> None:
+def test_adapters_are_listed_shown_verified_and_pulled(store, published, config_path, tmp_path):
     where = ("-c", config_path)
     old, new = published
 
@@ -215,10 +201,8 @@ def test_an_adapter_is_pulled_with_the_base_of_its_own_by_the_digest_that_its_si
     base = folders.publish(store, "bases/b1", {"weights": b"good"})
     key = Ed25519PrivateKey.generate()
     made = []
-    for weights, recipe in ((b"named", {"stands_on_sha256": base.sha256}), (b"unnamed", {})):
-        files = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
-        lineage = {"recipe": {"stands_on": store.uri("bases/b1"), **recipe}}
-        made.append(versions.publish_version(store, "sums", files, lineage=lineage).version)
+    for weights, recipe in (("named", {"stands_on_sha256": base.sha256}), ("unnamed", {})):
+        made.append(publish_sums(store, weights, recipe={"stands_on": store.uri("bases/b1"), **recipe}))
         signing.sign(store, "sums", made[-1], key, alias="production")
     trusting = ("--set", f'registry.trusted_keys=["{signing.public_text(key)}"]')
 
@@ -238,9 +222,7 @@ def test_an_adapter_is_pulled_with_the_base_of_its_own_by_the_digest_that_its_si
     assert base.sha256 in done.stderr
 
 
-def test_pages_replace_their_own_index_and_nobody_elses(
-    published: list[str], config_path: Path, tmp_path: Path
-) -> None:
+def test_pages_replace_their_own_index_and_nobody_elses(published, config_path, tmp_path):
     page = ("adapters", "page", "--to", "site", "-c", config_path)
     for _ in range(2):
         assert fineloop(*page, cwd=tmp_path).returncode == 0
@@ -266,8 +248,7 @@ def test_doctor_says_once_that_a_server_is_away_and_what_to_set(tmp_path: Path) 
     assert done.stderr == ""  # urllib3 would name each of its retries
     kubeflow, kubernetes = done.stdout.splitlines()
     assert kubeflow.startswith("FAIL  kubeflow pipelines")
-    assert kubernetes.startswith("FAIL  kubernetes          no Kubernetes API is named by /nowhere")
-    assert kubernetes.endswith("run inside the cluster, or set KUBECONFIG to one that you may read")
+    assert re.match("FAIL  kubernetes .* /nowhere.*set KUBECONFIG", kubernetes)
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,6 @@ def test_what_it_takes_to_replace_a_version_is_said_by_the_metric_that_decides(s
     assert 0.01 < found < 0.25
 
 
-@pytest.mark.slow
-def test_what_a_run_would_be_refused_for_is_said_in_advance(here):
-    few = ["--set", "data.max_records=100"]
-    done = fineloop("data", "rows.jsonl", "-c", "colours.toml", *few, cwd=here)
-    assert done.returncode == 0, done.stderr
-    assert "gate.min_records asks for 30, so that this run is refused" in done.stdout.splitlines()[-1]
-    assert done.stdout.splitlines()[-1].startswith("a run would stop here: ")
-
-
 def test_a_turn_of_weight_0_is_marked_as_context_and_keys_that_are_not_read_are_named(here):
     with (here / "chat.jsonl").open("w") as file:
         for number in range(400):

@@ -2,26 +2,20 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components.config.schema import RunConfig
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry.between_runs import require_none_erased, user_hash
 from components.shared.errors import DataError
-from components.store.store import Store
 from pipelines.cli import main
 from tests.components.prepare import logged
 
 
-def test_a_user_is_erased_by_name_and_what_saw_him_is_listed(
-    store: Store, config_path: Path, make_config: Callable[..., RunConfig], tmp_path: Path, capsys
-) -> None:
-    made, files = logged.generated(600, seed=3), []
+def test_a_user_is_erased_by_name_and_what_saw_him_is_listed(store, config_path, make_config, tmp_path, capsys):
+    made, files = logged.generated(200, seed=3), []
     for name, rows in (("log", made.rows), ("feedback", made.feedback)):
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -51,31 +51,3 @@ def test_a_version_is_pulled_with_its_base_as_a_folder_once(store: Store, tmp_pa
     assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     (base / "export.json").unlink()
     assert "is not empty" in fineloop(*pull, cwd=tmp_path).stderr
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("published")
-def test_a_gguf_without_a_converter_is_a_mistake_in_the_input(tmp_path: Path) -> None:
-    what = ("adapters", "export", "colours", "--gguf", "--converter", "llama.cpp/convert_hf_to_gguf.py", "--json")
-    done = fineloop(*what, "-c", "where.toml", cwd=tmp_path)
-    assert (done.returncode, body(done)["error"]["kind"]) == (2, "UserError")
-    assert "there is no such file" in body(done)["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--lora", "--base", "original"), "--base goes with --merged or --gguf, not with --lora"),
-        (("--lora", "--dtype", "float32"), "--dtype goes with --merged or --gguf"),
-        (("--merged", "--approximate", "8"), "--approximate goes with --lora"),
-        (("--lora", "--approximate", "0"), "a rank is at least 1"),
-        (("--lora", "--merged"), "not allowed with argument"),
-        (("--merged", "--converter", "x.py"), "--converter goes with --gguf, not with --merged"),
-        ((), "--merged --lora --gguf is required"),
-    ],
-)
-def test_options_of_the_other_form_are_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    done = fineloop("adapters", "export", "colours", *options, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert list(tmp_path.iterdir()) == []

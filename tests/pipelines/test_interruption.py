@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.cli import main
@@ -39,7 +40,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
     told: list[bytes] = []
     with serving(lambda *request: told.append(request[3]) or (200, {})) as url:
         running, mark = begin(command, config_path, tmp_path, "--set", f"announce.webhook={url}")
-        wait_for(stub_cluster.directory / "hanging")
+        wait_until((stub_cluster.directory / "hanging").exists)
         assert len(processes_with(mark)) > 1
         (folder,) = (tmp_path / ".fineloop" / "runs").iterdir()
         second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
@@ -62,11 +63,9 @@ def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
     assert told == []
 
 
-def test_a_run_killed_outright_takes_its_steps_with_it(
-    stub_cluster: JobsApi, config_path: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_outright_takes_its_steps_with_it(stub_cluster, config_path, tmp_path):
     running, mark = begin("run", config_path, tmp_path)
-    wait_for(stub_cluster.directory / "hanging")
+    wait_until((stub_cluster.directory / "hanging").exists)
     running.kill()
     running.communicate()
 
@@ -88,17 +87,6 @@ def outcome_of(run_id: str, config_path: Path) -> dict[str, Any]:
     return shown
 
 
-def wait_for(path: Path) -> None:
-    wait_until(path.exists, path)
-
-
 def processes_with(variable: str) -> list[int]:
     """Process ids that inherited the variable."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"{variable}=1".encode() in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue
-    return found
+    return [each.pid for each in psutil.process_iter(["environ"]) if variable in (each.info["environ"] or {})]

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 
 from components.registry.versions import publish_version
 from components.store.store import Store
-from pipelines.cli import main
 from tests.doubles import writable_hub
 from tests.doubles.writable_hub import READER, WRITER, WritableHub
 
@@ -29,15 +28,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
 
 
 @pytest.fixture
-def push(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Push:
-    """Runs it, which must end with `exit_code`, and returns its JSON."""
-
-    def run(*arguments: str, exit_code: int = 0) -> dict[str, Any]:
-        assert main(["push", *arguments, "-c", str(config_path), "--json"]) == exit_code
-        answer: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        return answer
-
-    return run
+def push(answer: Push) -> Push:
+    return partial(answer, "push")
 
 
 def version_of(store: Store, base: str = "acme/base", **more: bytes) -> str:
@@ -49,9 +41,7 @@ def version_of(store: Store, base: str = "acme/base", **more: bytes) -> str:
     return publish_version(store, "sums", {**files, **more}, lineage={}).version
 
 
-def test_a_version_goes_to_a_private_repository_under_a_tag_of_its_own(
-    store: Store, hub: WritableHub, push: Push
-) -> None:
+def test_a_version_goes_to_a_private_repository_under_a_tag_of_its_own(store, hub, push):
     version = version_of(store)
     answer = push(f"sums@{version}", "acme/sums")
     there = hub.repositories["acme/sums"]
@@ -80,9 +70,7 @@ def test_nothing_goes_to_a_public_repository_unless_that_is_said(store: Store, h
     assert hub.repositories["acme/sums"].files
 
 
-def test_a_base_goes_from_the_folder_that_pull_wrote_and_the_adapter_then_names_it(
-    store: Store, hub: WritableHub, push: Push, tmp_path: Path
-) -> None:
+def test_a_base_goes_from_the_folder_that_pull_wrote_and_the_adapter_then_names_it(store, hub, push, tmp_path):
     version = version_of(store, "pkg://p/f.gguf")
     folder = tmp_path / "sums-base"
     folder.mkdir()
@@ -99,9 +87,7 @@ def test_a_base_goes_from_the_folder_that_pull_wrote_and_the_adapter_then_names_
     assert "manifest.json" not in files
 
 
-def test_what_an_export_wrote_goes_in_place_of_the_version(
-    store: Store, hub: WritableHub, push: Push, tmp_path: Path
-) -> None:
+def test_what_an_export_wrote_goes_in_place_of_the_version(store, hub, push, tmp_path):
     version = version_of(store)
     folder = tmp_path / "merged"
     folder.mkdir()
@@ -126,25 +112,14 @@ def test_what_an_export_wrote_goes_in_place_of_the_version(
         (WRITER, "acme/base", "sums", "'sums' is no repository: expected ORG/NAME"),
     ],
 )
-def test_what_the_hub_would_refuse_is_said(
-    token: str,
-    base: str,
-    repository: str,
-    message: str,
-    store: Store,
-    hub: WritableHub,
-    push: Push,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_the_hub_would_refuse_is_said(store, hub, push, monkeypatch, token, base, repository, message):
     monkeypatch.setenv("HF_TOKEN", token)
     version = version_of(store, base)
     assert message in push(f"sums@{version}", repository, exit_code=2)["error"]["message"]
     assert not any(each.files for each in hub.repositories.values())
 
 
-def test_a_card_that_the_hub_does_not_take_ends_the_push_before_any_upload(
-    store: Store, hub: WritableHub, push: Push
-) -> None:
+def test_a_card_that_the_hub_does_not_take_ends_the_push_before_any_upload(store, hub, push):
     version = version_of(store, **{"README.md": CARD.replace("acme/base", "./base").encode()})
     message = push(f"sums@{version}", "acme/sums", exit_code=2)["error"]["message"]
     assert "the hub does not take README.md: Invalid metadata" in message
