@@ -9,9 +9,15 @@ from typing import Any
 import kfp
 import pytest
 
+from components.config import config_file
+from components.config.schema import RunConfig
 from pipelines import cli
+from pipelines.kubeflow import compile, runs
+from pipelines.kubeflow.client import connect
+from pipelines.kubeflow.runs import Run
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.kfp_server.server import KfpServer, serving
+from tests.doubles.kubernetes.api import KubernetesDouble
 from tests.pipelines.command_line import require_documented
 from tests.pipelines.kubeflow.small_pipeline import compile_small
 
@@ -68,3 +74,27 @@ def fineloop(capsys: pytest.CaptureFixture[str]) -> Fineloop:
         return Answered(exit_code, body, printed.err)
 
     return run
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(server: KfpServer, make_config: Callable[..., RunConfig]) -> Start:
+    """Starts a run of a config whose registry is the store."""
+
+    def started(**parameters: Any) -> Run:
+        built = compile.make_package(make_config())
+        sent = {"config": config_file.as_table(built.config), **parameters}
+        return runs.start(connect({}, host=server.url), built, parameters=sent, experiment="tries", run_name="one")
+
+    return started
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesDouble]:
+    """The API that the kubeconfig names."""
+    api = KubernetesDouble(validate=False)
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+    yield api
+    api.close()

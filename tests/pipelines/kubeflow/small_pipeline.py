@@ -28,22 +28,18 @@ def prepare(config: dict[str, Any], job_id: str, folder: str, seconds: float, fa
 
 
 @dsl.component(**COMPONENT)
-def finetune(dataset: str, adapter: dsl.Output[dsl.Model], uri: str) -> str:
-    """An adapter; with a uri, one that lies where no launcher would upload it."""
+def finetune(dataset: str, adapter: dsl.Output[dsl.Model]) -> str:
+    """An adapter."""
     from pathlib import Path
 
-    if uri:
-        adapter.uri = uri
-    else:
-        Path(adapter.path).write_text(dataset)
+    Path(adapter.path).write_text(dataset)
     return dataset
 
 
 @dsl.component(**COMPONENT)
-def gate(version: str, rows: int, passes: bool) -> bool:
+def gate(version: str, rows: int) -> bool:
     """The verdict."""
-    assert rows > 0
-    return passes
+    return rows > 0
 
 
 @dsl.component(**COMPONENT)
@@ -64,16 +60,13 @@ def small(
     folder: str = "",
     seconds: float = 0.0,
     fails: bool = False,
-    passes: bool = True,
     rows: int = 3,
-    tags: list = [],  # noqa: B006 - how kfp spells an empty list
-    uri: str = "",
     mode: str = "full",
 ) -> None:
     """The flow of the real pipeline."""
     data = prepare(config=config, job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, folder=folder, seconds=seconds, fails=fails)
-    candidate = finetune(dataset=data.output, uri=uri)
-    decision = gate(version=candidate.outputs["Output"], rows=rows, passes=passes)
+    candidate = finetune(dataset=data.output)
+    decision = gate(version=candidate.outputs["Output"], rows=rows)
     with dsl.If(decision.output == True, name="passed"):  # noqa: E712 - kfp overloads ==
         promote()
     with dsl.Else(name="refused"):

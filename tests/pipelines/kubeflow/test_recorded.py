@@ -1,35 +1,17 @@
 """What `fineloop submit` and `fineloop runs show` read from the store, since the server does not tell it."""
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from components.config import config_file
-from components.config.schema import RunConfig
 from components.records import runs as run_files
 from components.store.store import Store
-from pipelines.kubeflow import compile, runs
-from pipelines.kubeflow.client import connect
-from pipelines.kubeflow.runs import Recorded, Run, as_json, outcome_lines
+from pipelines.kubeflow import runs
+from pipelines.kubeflow.runs import Recorded, as_json, outcome_lines
 from tests.doubles.kfp_server.server import KfpServer
+from tests.pipelines.kubeflow.conftest import Start
 
 pytestmark = pytest.mark.usefixtures("small")
-Start = Callable[..., Run]
-
-
-@pytest.fixture
-def start(server: KfpServer, make_config: Callable[..., RunConfig]) -> Start:
-    """Start a run of a config whose registry is the store."""
-
-    def started(**parameters: Any) -> Run:
-        built = compile.make_package(make_config())
-        given = {"config": config_file.as_table(built.config), **parameters}
-        kubeflow = connect({}, host=server.url)
-        return runs.start(kubeflow, built, parameters=given, experiment="tries", run_name="one")
-
-    return started
 
 
 def steps(*numbers: int) -> bytes:
@@ -87,9 +69,7 @@ def test_whoever_a_promotion_could_not_be_announced_to_is_told_with_it(start: St
     ]
 
 
-def test_a_store_that_cannot_be_read_from_here_is_said_and_asked_once(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_cannot_be_read_from_here_is_said_and_asked_once(start, monkeypatch):
     run = runs.follow(start(), lambda _: None)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     recorded, opened = Recorded(run), []

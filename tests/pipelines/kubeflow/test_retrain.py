@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,8 @@ from components.registry.audit import audit
 from components.store.store import Store
 from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer, serving
+from tests.pipelines.command_line import sums
 from tests.pipelines.kubeflow.conftest import Fineloop
-from tests.waiting import wait_until
-
-
-def rows(start: int, end: int) -> bytes:
-    return b"".join(
-        json.dumps({"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)}).encode() + b"\n"
-        for n in range(start, end)
-    )
 
 
 @pytest.fixture
@@ -37,7 +29,7 @@ def kubeflow(
 @pytest.fixture
 def options(config_path: Path, store: Store) -> list[str]:
     """The config, its data in the store."""
-    store.put("incoming/1.jsonl", rows(0, 60))
+    store.put("incoming/1.jsonl", sums(0, 60).encode())
     return ["-c", str(config_path), "--set", f"data.source={store.uri('incoming/')}"]
 
 
@@ -75,32 +67,6 @@ def test_a_submitted_run_promotes_what_the_local_run_would_with_a_config_of_any_
 
 
 @pytest.mark.slow
-def test_a_schedule_skips_when_nothing_came_and_promotes_when_something_did(
-    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
-) -> None:
-    made = fineloop("schedule", "create", "nightly", "--cron", "0 2 * * *", *options, "--set", "data.min_new_records=5")
-    assert made.exit_code == 0, made.stderr
-
-    def fire(day: int) -> str:
-        (run,) = kubeflow.tick(datetime(2030, 1, day, 2, 0, 1, tzinfo=UTC))
-        assert run.wait() == "SUCCEEDED", run.log
-        return str(store.get_json(f"runs/{run.record['run_id']}/decision.json")["decision"])
-
-    assert fire(1) == "promote"
-    first = production(store)
-    assert fire(2) == "skipped"
-    assert len(stub_cluster.jobs) == 1
-    store.put("incoming/2.jsonl", rows(60, 63))
-    assert fire(3) == "skipped"  # three are too few
-    store.put("incoming/3.jsonl", rows(63, 65))
-    better = fineloop("schedule", "update", "nightly", "--set", "train.weight_decay=0.5")
-    assert better.exit_code == 0, better.stderr
-    assert fire(4) == "promote"
-    assert production(store) != first
-    assert fire(5) == "skipped"
-
-
-@pytest.mark.slow
 def test_a_run_that_is_skipped_checks_production_and_takes_it_back_where_the_config_asks(
     kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
 ) -> None:
@@ -110,7 +76,7 @@ def test_a_run_that_is_skipped_checks_production_and_takes_it_back_where_the_con
         assert answered.exit_code == 0, answered.stderr
         versions.append(answered.body["version"])
     aliases.promote(store, "sums", versions[1])
-    store.put("incoming/2.jsonl", rows(60, 100))
+    store.put("incoming/2.jsonl", sums(60, 100).encode())
     few = ["--set", "data.min_new_records=50", "--set", "check.when_skipped=true"]
 
     looked = fineloop("submit", *options, *few)
@@ -128,48 +94,8 @@ def test_a_run_that_is_skipped_checks_production_and_takes_it_back_where_the_con
     assert audit(store, "sums").findings == ()
 
 
-@pytest.mark.full
-def test_a_run_that_tunes_shows_its_rate_on_its_page_and_in_its_report(
-    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
-) -> None:
-    answered = fineloop("submit", *options, "--set", "tune.when=always")
-    assert answered.exit_code == 0, answered.stderr
-    assert answered.body["steps"]["Tune the learning rate"] == "SUCCEEDED"
-    run_id = answered.body["run_id"]
-    rate = store.get_json(f"runs/{run_id}/rate.json")["learning_rate"]
-    outputs = [json.loads(path.read_text()) for path in kubeflow.run(run_id).folder.rglob("executor_output.json")]
-    logged = [
-        artifact["metadata"]["learning_rate"]
-        for output in outputs
-        for listed in output.get("artifacts", {}).values()
-        for artifact in listed["artifacts"]
-        if "learning_rate" in artifact.get("metadata", {})
-    ]
-    assert logged == [rate]
-    page = store.get(f"runs/{run_id}/report.html").decode()
-    assert f"This run trained at {rate:.3g}, which the sweep of this run found" in page
-
-
 @pytest.mark.slow
-def test_stopping_a_run_stops_its_ray_job(
-    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
-) -> None:
-    started = fineloop("submit", *options, "--set", "method.dropout=0.3", "--no-wait")
-    hanging = stub_cluster.directory / "hanging"
-    wait_until(hanging.exists)
-
-    stopped = fineloop("runs", "stop", started.body["run_id"])
-
-    assert stopped.exit_code == 0, stopped.stderr
-    assert stopped.body["state"] == "CANCELED"
-    wait_until(lambda: [job.status for job in stub_cluster.jobs.values()] == ["STOPPED"])
-    assert production(store) is None
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_has_its_report(
-    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_fails_has_its_report(kubeflow, fineloop, store, options, monkeypatch):
     monkeypatch.setattr("pipelines.kubeflow.compile.RETRIES", 0)  # they wait for half a minute
     answered = fineloop("submit", *options, "--set", "method.dropout=0.1")
     assert answered.exit_code == 1
