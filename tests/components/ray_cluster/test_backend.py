@@ -80,10 +80,7 @@ def test_a_log_is_copied_without_colours_bars_and_the_name_of_the_worker_that_pr
     ("taken", "seen"),
     [
         # Another source goes on where the last one was.
-        (
-            "dashboard 1 2 same same|submitter header 1 2 same same|submitter header 1 2 same same new",
-            "1 2 same same new",
-        ),
+        ("dashboard 1 2 2|submitter header 1 2 2|submitter header 1 2 2 new", "1 2 2 new"),
         ("dashboard lost|submitter whole", "lost whole"),
         # Repeated lines are placed by those before them.
         ("dashboard a b same|submitter a b same c same", "a b same c same"),

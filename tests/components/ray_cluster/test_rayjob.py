@@ -101,30 +101,22 @@ def held(cluster: Cluster, **workload: Any) -> None:
             cluster.api.write(name, lambda found: found["spec"].update(suspend=False))
 
     def explain(name: str) -> None:
-        metadata = {"name": f"rayjob-{name}", "labels": {"kueue.x-k8s.io/job-uid": uid_of(name)}}
+        uid = cluster.api.rayjobs[name]["metadata"]["uid"]
+        metadata = {"name": f"rayjob-{name}", "labels": {"kueue.x-k8s.io/job-uid": uid}}
         cluster.api.workloads[name] = {"metadata": metadata, "spec": {}, "status": {}, **workload}
         release(name)
-
-    def uid_of(name: str) -> str:
-        return str(cluster.api.rayjobs[name]["metadata"]["uid"])
 
     cluster.api.admit = hold
     cluster.when(lambda found: deployment(found) == "Suspended", explain if workload else release)
 
 
-def stages(cluster: Cluster) -> list[str]:
-    return [line.removeprefix("RayJob: ") for line in cluster.caplog.messages if line.startswith("RayJob: ")]
-
-
 def test_a_person_hears_where_the_job_stands_and_what_kueue_says_of_one_that_it_does_not_let_in(cluster, monkeypatch):
     monkeypatch.setattr("components.ray_cluster.rayjob.IDLE_WINDOW_S", 0.1)
-    why = "couldn't assign flavors to pod set workers: insufficient quota for nvidia.com/gpu in flavor a10g, "
-    why += "previously considered podsets requests (0) + current podset request (16) > maximum capacity (8)"
-    quota = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": why}
+    quota = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "insufficient quota"}
     held(cluster, status={"conditions": [quota]})
     cluster.submit("import time; time.sleep(0.5)")
-    assert f"queued by Kueue in fineloop: {why}" in stages(cluster)
-    assert stages(cluster)[-2:] == ["running", "complete"]
+    assert "RayJob: queued by Kueue in fineloop: insufficient quota" in cluster.caplog.messages
+    assert [line for line in cluster.caplog.messages if line.startswith("RayJob: ")][-1] == "RayJob: complete"
 
 
 def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_what_to_do(cluster, monkeypatch):
@@ -132,9 +124,7 @@ def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_what_to_do(cluster
     monkeypatch.setattr("components.ray_cluster.rayjob.HOPELESS_S", 0.0)
     quota = {"type": "QuotaReserved", "status": "False", "reason": "ExceedsMaxQuota", "message": "16 > 8"}
     held(cluster, status={"conditions": [quota]})
-    with pytest.raises(
-        JobError, match=r"never fits its queue: .* or ask for less \(ray.num_workers, ray.cluster.worker\): 16 > 8"
-    ):
+    with pytest.raises(JobError, match=r"never fits its queue: .*ray\.cluster\.worker\): 16 > 8"):
         cluster.submit("")
     assert cluster.api.rayjobs == {}
 
@@ -147,22 +137,11 @@ def test_a_queue_that_may_not_be_looked_into_is_said_once(cluster: Cluster, monk
     assert len([line for line in cluster.caplog.messages if "may not list workloads" in line]) == 1
 
 
-def test_a_job_that_kubernetes_cannot_place_ends_with_the_setting(cluster: Cluster) -> None:
-    cluster.operator.pods_ready = False
-    cluster.api.admit = lambda body: body["spec"].update(preRunningDeadlineSeconds=1)
-    with pytest.raises(JobError, match="had no running cluster after"):
-        cluster.submit("")
-
-
-@pytest.mark.parametrize(
-    "failure",
-    ["", '[finetune] failed {"error": "WorkersMissing", "message": "0 of 2 CPUs", "exit_code": 1}'],
-    ids=["without a word", "workers that did not come, which is a matter of the cluster"],
-)
-def test_a_failed_job_is_tried_on_another_cluster_and_its_last_log_counts(cluster, tmp_path, failure, monkeypatch):
+def test_a_failed_job_is_tried_on_another_cluster_and_its_last_log_counts(cluster, tmp_path, monkeypatch):
+    """Here for workers that did not come, which is a matter of the cluster."""
     monkeypatch.setattr("components.ray_cluster.rayjob_manifest.BACKOFF_LIMIT", 1)
-    mark = tmp_path / "tried"
-    code = f"import pathlib, sys; p = pathlib.Path({str(mark)!r}); s = p.exists(); p.touch(); "
+    failure = '[finetune] failed {"error": "WorkersMissing", "message": "0 of 2 CPUs", "exit_code": 1}'
+    code = f"import pathlib, sys; p = pathlib.Path({str(tmp_path / 'tried')!r}); s = p.exists(); p.touch(); "
     code += f"s or print({failure!r}, flush=True); sys.exit(0 if s else 1)"
     cluster.submit(code)
     assert [state for _, state in cluster.operator.history].count("Retrying") == 1
@@ -181,24 +160,6 @@ def test_a_cluster_that_cannot_be_let_go_fails_no_job(cluster: Cluster) -> None:
     cluster.submit("print('well')")
     assert "stays for 600 s" in cluster.caplog.text
     assert "fineloop-pipeline may not patch rayjobs" in cluster.caplog.text
-
-
-def test_a_job_that_somebody_deletes_was_stopped(cluster: Cluster) -> None:
-    cluster.when(
-        lambda found: deployment(found) == "Running",
-        lambda name: cluster.api.answer(
-            "delete", f"/apis/ray.io/v1/namespaces/fineloop/rayjobs/{name}", {}, None, "Bearer a-service-account-token"
-        ),
-    )
-    with pytest.raises(JobError, match="was stopped by someone else"):
-        cluster.submit("import time; time.sleep(60)")
-
-
-def test_the_submitters_log_serves_when_the_dashboard_is_closed_to_us(cluster: Cluster) -> None:
-    cluster.operator.dashboard_url = "127.0.0.1:9"
-    output = io.StringIO()
-    cluster.submit("print('from the pod')", output=output)
-    assert "from the pod\n" in output.getvalue()
 
 
 @pytest.mark.parametrize("dashboard", ["open", "closed"])
@@ -227,31 +188,17 @@ else:
     assert output.getvalue().count("step") == 20
 
 
-def starting(message: str) -> Refusal:
-    """The API server's answer for the log of a container that does not run: the kubelet's words in a Status.
-
-    (Kubernetes 1.34: validateContainerLogStatus in pkg/kubelet/kubelet_pods.go words it, GenericHttpResponseChecker in
-    staging/src/k8s.io/apiserver/pkg/registry/generic/rest/response_checker.go makes it a BadRequest)
-    """
-    refusal = Refusal(400, "BadRequest", message)
-    refusal.body = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message}
-    refusal.body |= {"reason": "BadRequest", "code": 400}
-    return refusal
-
-
 @pytest.mark.parametrize(
-    ("reason", "warned"),
-    [
-        ("waiting to start: ContainerCreating", False),
-        ("waiting to start: PodInitializing", False),
-        ("waiting to start: trying and failing to pull image", True),
-        ("waiting to start: CreateContainerConfigError", True),
-        ("not available", True),
-    ],
+    ("reason", "warned"), [("ContainerCreating", False), ("PodInitializing", False), ("failing to pull image", True)]
 )
 def test_a_submitter_that_is_being_made_is_nothing_to_warn_of(cluster: Cluster, reason: str, warned: bool) -> None:
+    """The log of a container that does not run is refused in the kubelet's words (Kubernetes 1.34:
+    validateContainerLogStatus in pkg/kubelet/kubelet_pods.go)."""
     cluster.operator.dashboard_url = "127.0.0.1:9"
-    answers = [starting(f'container "ray-job-submitter" in pod "fineloop-r-finetune-1-x7k2p" is {reason}')]
+    message = f'container "ray-job-submitter" in pod "fineloop-r-finetune-1-x7k2p" is waiting to start: {reason}'
+    refusal = Refusal(400, "BadRequest", message)
+    refusal.body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": 400}
+    answers = [refusal]
 
     def answer(_verb: str, _resource: str) -> None:
         if answers and cluster.api.requests[-1][1] == "pods/log":
@@ -266,8 +213,8 @@ def test_a_submitter_that_is_being_made_is_nothing_to_warn_of(cluster: Cluster, 
     assert [reason in line for line in warnings] == [True] * warned
 
 
-def in_a_step_of(cluster: Cluster, workflow: str, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> str:
-    """Let this process be a step's pod as Argo makes it; returns the pod's name."""
+def in_a_step_of(cluster: Cluster, workflow: str, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> None:
+    """Let this process be a step's pod as Argo makes it."""
     pod = f"{workflow}-system-container-impl-{len(cluster.api.pods)}"
     owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": workflow, "uid": f"uid-{workflow}"}
     owner |= {"controller": True, "blockOwnerDeletion": True}
@@ -277,7 +224,6 @@ def in_a_step_of(cluster: Cluster, workflow: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("KFP_POD_NAME", pod)
     for module in ("rayjob", "kubernetes_api"):
         monkeypatch.setattr(f"components.ray_cluster.{module}.own_namespace", lambda: "fineloop")
-    return pod
 
 
 def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_it(cluster, monkeypatch):
@@ -290,8 +236,12 @@ def test_the_workflow_of_the_run_owns_the_rayjob_and_that_of_a_later_run_joins_i
     assert connect(config())._workflow is None  # type: ignore[attr-defined]
 
 
-def lose_this_step(cluster: Cluster, tmp_path: Path) -> None:
-    """Submit a job that waits for a file, and leave it as soon as it runs: no code of a step runs when its pod goes."""
+WAITS_FOR_A_FILE = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
+
+
+def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(cluster, monkeypatch, tmp_path):
+    """No code of a step runs when its pod goes: it is left as soon as its job runs."""
+    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
     waits = Watched.wait
 
     def wait(watched: Watched, seconds: float) -> Any:
@@ -299,18 +249,10 @@ def lose_this_step(cluster: Cluster, tmp_path: Path) -> None:
             raise SystemExit(143)
         return waits(watched, seconds)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(Watched, "wait", wait)
         with pytest.raises(SystemExit):
             cluster.submit(WAITS_FOR_A_FILE.format(str(tmp_path / "go")))
-
-
-WAITS_FOR_A_FILE = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
-
-
-def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(cluster, monkeypatch, tmp_path):
-    in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
-    lose_this_step(cluster, tmp_path)
     (found,) = cluster.api.rayjobs.values()
     assert not found["metadata"].get("deletionTimestamp")
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
@@ -320,27 +262,24 @@ def test_a_drained_steps_job_goes_on_and_the_step_that_is_run_again_follows_it(c
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    "change",
     [
-        # What each writes: Kubeflow's TerminateRun, `argo terminate` and `argo stop`, Argo at the end, a deletion.
-        ({"spec": {"activeDeadlineSeconds": 0}}, "terminated"),
-        ({"spec": {"shutdown": "Terminate"}}, "terminated by argo"),
-        ({"spec": {"shutdown": "Stop"}}, "stopped by argo"),
-        ({"status": {"phase": "Failed"}}, "failed"),
-        ({"metadata": {"deletionTimestamp": "2026-11-25T23:12:17Z"}}, "deleted"),
-        (None, "gone"),
+        # What each writes: Kubeflow's TerminateRun, `argo stop`, Argo at the end, a deletion; last, it is gone.
+        {"spec": {"activeDeadlineSeconds": 0}},
+        {"spec": {"shutdown": "Stop"}},
+        {"status": {"phase": "Failed"}},
+        {"metadata": {"deletionTimestamp": "2026-11-25T23:12:17Z"}},
+        None,
     ],
 )
-def test_the_job_of_a_run_that_ends_is_stopped_by_its_step_before_any_signal(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Resource | None, why: str
-) -> None:
+def test_the_job_of_a_run_that_ends_is_stopped_by_its_step_before_any_signal(cluster, monkeypatch, tmp_path, change):
     in_a_step_of(cluster, "nightly-x7k2p", monkeypatch)
     cluster.when(
         lambda found: deployment(found) == "Running", lambda _: cluster.api.end_workflow("nightly-x7k2p", change)
     )
     with pytest.raises(JobError, match="the run is being stopped, and RayJob fineloop-r-finetune-1 with it"):
         cluster.submit(WAITS_FOR_A_FILE.format(str(tmp_path / "never")))
-    assert not [found for found in cluster.api.rayjobs.values() if not found["metadata"].get("deletionTimestamp")], why
+    assert all(found["metadata"].get("deletionTimestamp") for found in cluster.api.rayjobs.values())
 
 
 def test_a_run_that_goes_on_keeps_its_job_whatever_is_written_into_its_workflow(cluster, monkeypatch, tmp_path):

@@ -1,7 +1,6 @@
 """A RayJob on a real API server: rights, refusals, races and watches as Kubernetes words and times them."""
 
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
-from components.ray_cluster.kubernetes_api import KubernetesApi, Watched
+from components.ray_cluster.kubernetes_api import KubernetesApi
 from components.ray_cluster.rayjob_manifest import rayjob
 from components.ray_cluster.submit import connect, stop_run
 from components.shared.errors import JobError
@@ -73,41 +72,3 @@ def test_the_reaper_can_stop_what_a_step_started(as_account, operator, tmp_path)
     assert stop_run("left-behind", RAY) == ["fineloop-left-behind-finetune-1"]
     _, stderr = step.communicate(timeout=PATIENCE_S)
     assert b"was stopped by someone else" in stderr
-
-
-def test_of_two_steps_that_create_one_job_one_follows_the_other(as_account) -> None:
-    as_account("fineloop-pipeline")
-    api, barrier, found = KubernetesApi(), threading.Barrier(4), []
-
-    def create() -> None:
-        barrier.wait()
-        found.append(api.create(body("raced")))
-
-    threads = [threading.Thread(target=create) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == [False, False, False, True]
-    assert api.delete("fineloop-raced-finetune-1")
-    assert not api.delete("fineloop-raced-finetune-1")
-
-
-def test_a_watch_from_a_version_that_is_forgotten_looks_anew(as_account, control_plane) -> None:
-    as_account("fineloop-pipeline")
-    api = KubernetesApi()
-    api.create(body("forgotten"))
-    watched = Watched(api, "fineloop-forgotten-finetune-1")
-    watched._version = "1"
-    for _ in range(3):
-        found = watched.wait(1)
-        if found is not None:
-            break
-    assert found is not None
-    assert found["metadata"]["name"] == "fineloop-forgotten-finetune-1"
-    api.patch("fineloop-forgotten-finetune-1", {"metadata": {"annotations": {"seen": "yes"}}})
-    changed = watched.wait(5)
-    assert changed is not None
-    assert changed["metadata"]["annotations"]["seen"] == "yes"
-    api.delete("fineloop-forgotten-finetune-1")
-    assert watched.wait(5) is None
