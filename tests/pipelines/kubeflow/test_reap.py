@@ -1,15 +1,12 @@
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
 from components.ray_cluster.backend import LiveJob
 from components.shared.errors import KubeflowError
-from pipelines.kubeflow.client import Kubeflow, connect
+from pipelines.kubeflow.client import connect
 from pipelines.kubeflow.reap import GRACE_S, UNKNOWN_S, judge, state_on
-from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer
-from tests.doubles.kubernetes.api import KubernetesDouble
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 KFP_RUN = "3f0c1de2-9a4b-4c7d-8e5f-001122334455"
@@ -51,25 +48,16 @@ def test_what_is_in_doubt_is_kept() -> None:
 
 
 def test_the_state_of_a_run_is_asked_on_one_connection(server: KfpServer, small: None, fineloop: Fineloop) -> None:
-    connected = []
-
-    def connect_once() -> Kubeflow:
-        connected.append(connect({}, host=server.url))
-        return connected[-1]
-
-    state_of = state_on(connect_once)
-    assert connected == []
+    connections = iter([connect({}, host=server.url)])
+    state_of = state_on(connections.__next__)
     run_id = fineloop("submit").body["run_id"]
     assert (state_of(run_id), state_of("gone")) == ("SUCCEEDED", None)
-    assert len(connected) == 1
     server.num_outages = 1
     with pytest.raises(KubeflowError, match="503"):
         state_of(run_id)
 
 
-def test_the_command_stops_the_orphan_and_keeps_the_others(
-    server: KfpServer, stub_cluster: JobsApi, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_stops_the_orphan_and_keeps_the_others(server, stub_cluster, fineloop, monkeypatch):
     monkeypatch.setattr("pipelines.kubeflow.reap.UNKNOWN_S", -1.0)
     for name, about in {
         "orphan": {"fineloop_run_id": KFP_RUN, "fineloop_task": "finetune", "fineloop_kfp_run_id": KFP_RUN},
@@ -94,50 +82,35 @@ def test_the_command_stops_the_orphan_and_keeps_the_others(
     }
 
 
-def test_without_a_cluster_it_says_what_to_set(
-    no_kubeflow: None, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    answered = fineloop("reap")
-    assert answered.exit_code == 2
-    assert "RAY_ADDRESS" in answered.stderr
-
-
-def test_a_cluster_that_refuses_hinders_no_other(
-    no_kubeflow: None, fineloop: Fineloop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_that_refuses_hinders_no_other(no_kubeflow, kubernetes, fineloop, monkeypatch):
     """As where fineloop-env names a shared cluster that is away: the RayJobs are reaped all the same."""
-    api = KubernetesDouble(validate=False)
-    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     about = {"labels": {"app.kubernetes.io/part-of": "fineloop"}, "annotations": {"fineloop.dev/lifetime-s": "1"}}
-    api.add({"metadata": {"name": "old", **about}, "spec": {}})
-    api.rayjobs["old"]["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    kubernetes.add({"metadata": {"name": "old", **about}, "spec": {}})
+    kubernetes.rayjobs["old"]["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
     done = fineloop("reap", "--rayjobs", "fineloop")
-    api.close()
     assert done.exit_code == 1
     assert [each["job_id"] for each in done.body["stopped"]] == ["old"]
-    assert api.rayjobs == {}
+    assert kubernetes.rayjobs == {}
     assert "could not look at RAY_ADDRESS http://127.0.0.1:9: could not connect" in done.stderr
 
 
-def test_a_rayjob_that_no_workflow_owns_is_deleted_a_day_after_its_end(
-    no_kubeflow: None, fineloop: Fineloop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rayjob_that_no_workflow_owns_is_deleted_a_day_after_its_end(no_kubeflow, kubernetes, fineloop, monkeypatch):
     """Else those of `fineloop run` and of hand-made ones fill the namespace's quota of RayJobs. KubeRay keeps them."""
-    api = KubernetesDouble(validate=False)
-    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     workflow = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": "1"}
     long_ago, now = "2026-01-01T00:00:00Z", datetime.now(UTC).isoformat()
     for name, owners, ended in [("old", [], long_ago), ("new", [], now), ("owned", [workflow], long_ago)]:
         labels = {"app.kubernetes.io/part-of": "fineloop"}
-        api.add({"metadata": {"name": name, "labels": labels, "ownerReferences": owners}, "spec": {}})
-        api.rayjobs[name]["metadata"]["creationTimestamp"] = long_ago
-        api.rayjobs[name]["status"] = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "endTime": ended}
+        kubernetes.add({"metadata": {"name": name, "labels": labels, "ownerReferences": owners}, "spec": {}})
+        kubernetes.rayjobs[name]["metadata"]["creationTimestamp"] = long_ago
+        kubernetes.rayjobs[name]["status"] = {
+            "jobDeploymentStatus": "Complete",
+            "jobStatus": "SUCCEEDED",
+            "endTime": ended,
+        }
     looked = fineloop("reap", "--dry-run", "--rayjobs", "fineloop")
-    assert set(api.rayjobs) == {"old", "new", "owned"}
+    assert set(kubernetes.rayjobs) == {"old", "new", "owned"}
     done = fineloop("reap", "--rayjobs", "fineloop")
-    api.close()
     assert [each["job_id"] for each in done.body["stopped"]] == [each["job_id"] for each in looked.body["stopped"]]
-    assert set(api.rayjobs) == {"new", "owned"}
+    assert set(kubernetes.rayjobs) == {"new", "owned"}
