@@ -3,12 +3,10 @@
 import contextlib
 import json
 import os
-import pwd
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +89,7 @@ class Machine:
         return int(endpoint["keeper_pid"])
 
     def alive(self, processes: set[psutil.Process]) -> set[psutil.Process]:
-        return {each for each in processes if _is_alive(each)}
+        return {each for each in processes if is_alive(each)}
 
     def wait_gone(self, processes: set[psutil.Process]) -> None:
         wait_until(lambda: not self.alive(processes), lambda: self.alive(processes))
@@ -113,7 +111,7 @@ class Machine:
             wait_until(lambda service=service: not service.is_kept(), f"{name} still runs after its last user")
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
@@ -124,33 +122,3 @@ def machine(nothing_is_configured: None, tmp_path: Path) -> Iterator[Machine]:
     made = Machine(tmp_path / "home")
     yield made
     made.close()
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that every user of the machine may enter, unlike pytest's own."""
-    with tempfile.TemporaryDirectory() as made:
-        Path(made).chmod(0o755)
-        yield Path(made)
-
-
-@pytest.fixture
-def reached_by_nobody() -> Callable[[Path], list[str]]:
-    """What the user `nobody` may read or write below a folder. Only root can become another user."""
-    if os.getuid() != 0:
-        pytest.skip("becomes another user, which takes root")
-    nobody = pwd.getpwnam("nobody")
-
-    def reached(folder: Path) -> list[str]:
-        own = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        # Not this Python, which may itself lie where nobody else can go. `find` asks access(2).
-        command = f"find {folder} -type f ( -readable -o -writable ) -print -o -type d -writable -print"
-        done = subprocess.run(command.split(), cwd="/", capture_output=True, text=True, check=False, **own)
-        return done.stdout.split()
-
-    return reached
-
-
-@pytest.fixture
-def machine_at() -> Callable[[Path], Machine]:
-    return Machine

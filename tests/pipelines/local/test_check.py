@@ -8,31 +8,26 @@ from typing import Any
 import pytest
 
 from components.config import config_file
-from components.prepare.dataset import Message, Record
 from components.registry import aliases
 from components.registry.audit import audit
 from components.registry.event_log import events
-from components.registry.versions import publish_version, resolve
 from components.shared.errors import ConfigError
 from components.store.store import Store
 from pipelines.cli import main
 from pipelines.local.past_runs import own_config
 from pipelines.local.run import Place, run
-from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.jobs_api import JobsApi
-from tests.models.spec import changed
-from tests.models.tiny import colour_rows
-from tests.pipelines.command_line import colours, require_documented
-from tests.ray_jobs.plain import plain_of
+from tests.pipelines.command_line import publish_sums, require_documented, sums
 
 
 def newer(folder: Path, first: int, count: int) -> str:
-    rows = [
-        {"id": f"{n}", "prompt": f"How much is {n} + 1?", "completion": f"{n + 1}"} for n in range(first, first + count)
-    ]
     path = folder / f"from-{first}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(sums(first, first + count))
     return str(path)
+
+
+def registry_of(store: Store) -> list[str]:
+    return [f"--set=registry.{key}={json.dumps(getattr(store, key))}" for key in ("bucket", "prefix")]
 
 
 @pytest.fixture
@@ -52,14 +47,8 @@ def test_production_that_is_worse_is_said_to_be_and_goes_back_where_that_is_aske
     stub_cluster: JobsApi,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    make_config: Any,
 ) -> None:
-    where = [
-        "--set",
-        f"registry.bucket={json.dumps(store.bucket)}",
-        "--set",
-        f"registry.prefix={json.dumps(store.prefix)}",
-    ]
+    where = registry_of(store)
 
     def checks(line: str, *arguments: str) -> dict[str, Any]:
         words = [*line.split(), *arguments, "--home", str(tmp_path / "home"), "--json"]
@@ -100,31 +89,24 @@ def test_production_that_is_worse_is_said_to_be_and_goes_back_where_that_is_aske
     assert checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)["against"] == "base"
 
 
-def test_a_mistake_is_said_before_any_cluster_is_asked(
-    two: list[str], stub_cluster: JobsApi, config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    jobs = len(stub_cluster.jobs)
-    for words, said in (
+def test_a_mistake_is_said_before_any_cluster_is_asked(stub_cluster, published, config_path, tmp_path, capsys):
+    for words, message in (
         (["others"], "is of the adapter sums, not of others"),
         (["sums", "--worse-by", "much"], "check.worse_by"),
         (["sums", "--against", "v00000000"], "v00000000"),
-        (["sums", "--against", two[1]], "name another version"),
+        (["sums", "--against", published[0]], "name another version"),
     ):
         home = ["--home", str(tmp_path / "home"), "-c", str(config_path), "--json"]
         assert main(["adapters", "check", *words, *home]) == 2
-        assert said in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
-    assert len(stub_cluster.jobs) == jobs
+        assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
+    assert stub_cluster.jobs == {}
 
 
-def test_production_brings_no_cluster_and_no_image_to_run_in(
-    store: Store, make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_production_brings_no_cluster_and_no_image_to_run_in(store, make_config, tmp_path, capsys):
     elsewhere = make_config("ray.cluster.kind=rayjob", "ray.cluster.image=registry.example/theirs:1")
-    files = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}"}
-    lineage = {"run_id": "theirs", "config": config_file.as_table(elsewhere)}
-    aliases.promote(store, "sums", publish_version(store, "sums", files, lineage=lineage).version)
-    where = [f"--set=registry.{key}={json.dumps(getattr(store, key))}" for key in ("bucket", "prefix")]
-    assert main(["adapters", "check", "sums", *where, "--home", str(tmp_path / "home"), "--json"]) == 2
+    version = publish_sums(store, "weights", run_id="theirs", config=config_file.as_table(elsewhere))
+    aliases.promote(store, "sums", version)
+    assert main(["adapters", "check", "sums", *registry_of(store), "--home", str(tmp_path / "home"), "--json"]) == 2
     assert "another cluster" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
 
 
@@ -134,41 +116,3 @@ def test_the_config_of_productions_own_run_allows_no_code_that_ours_does_not(mak
         own_config(lineage, make_config(), [], origin="lineage")
     allowed = own_config(lineage, make_config("model.trust_remote_code=true"), ["check.worse_by=0.3"], origin="lineage")
     assert (allowed.model.trust_remote_code, allowed.check.worse_by) == (True, 0.3)
-
-
-@pytest.mark.slow
-def test_a_look_on_real_workers_measures_as_plain_transformers_and_peft_do(
-    store: Store,
-    s3_server: Endpoint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    old, new = (colours(store, tmp_path, method).version for method in ("lora", "rslora"))
-    for version in (old, new):
-        aliases.promote(store, "colours", version)
-    trained_on = next(store.folders("datasets/"))
-    for info in [*store.list(f"datasets/{trained_on}/")]:  # by the name that their lineage has for it
-        store.put(info.key.replace(trained_on, "d0"), store.get(info.key))
-    rows = tmp_path / "later.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(100)))  # of which they know sixty
-    config = config_file.load(tmp_path / "where.toml")
-    words = ["adapters", "check", "colours", "-c", str(tmp_path / "where.toml"), "--data", str(rows)]
-    try:
-        assert main([*words, "--home", str(tmp_path / "home"), "--json"]) == 0
-        look = json.loads(capsys.readouterr().out.splitlines()[-1])
-    finally:
-        main(["ray", "down", "--home", str(tmp_path / "home")])
-    assert (look["version"], look["against"], look["records"]) == (new, old, 40)
-    later = [Record(row["id"], [Message("user", row["prompt"])], row["completion"]) for row in colour_rows(100)[60:]]
-    losses = {}
-    for method, version in (("lora", old), ("rslora", new)):
-        with_method = changed(config, f"method.name={method}")
-        plain = plain_of(with_method, store, resolve(store, f"colours@{version}"), tmp_path / f"plain-{method}")
-        tokens = sum(len(plain.tokens(record)[1]) for record in later)
-        losses[version] = sum(plain.nll(record) for record in later) / tokens
-    assert look["fresh"] == pytest.approx(losses[new], rel=0.02)
-    assert look["gain"] == pytest.approx(losses[old] - losses[new], abs=0.1)

@@ -20,16 +20,15 @@ def by_name(found):
     return {check.name: check for check in found}
 
 
-def test_every_check_says_what_it_saw_and_a_bad_one_says_what_to_do(tmp_path):
+def test_every_check_says_what_it_saw_and_a_bad_one_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "HOME_DISK_BYTES", 2**60)
     found = doctor.checks(tmp_path / "home", kept_in("bucket-one"))
     assert all(check.detail for check in found)
     assert all(bool(check.fix) is not check.ok for check in found)
     assert {"python", "memory", "cores", "packages", "embedded store", "store", "ray"} <= set(by_name(found))
+    assert this_cpu().kind in by_name(found)["processor"].detail
+    assert not by_name(found)["disk at --home"].ok
     assert not (tmp_path / "home").exists()
-
-
-def test_the_processor_is_named(tmp_path):
-    assert this_cpu().kind in by_name(doctor.checks(tmp_path / "home", kept_in("bucket-one")))["processor"].detail
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
@@ -37,11 +36,6 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
     check = by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["train packages"]
     assert (check.ok, check.detail, check.fix) == (False, "missing: peft", "pip install -e '.[train]'")
-
-
-def test_too_little_disk_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "HOME_DISK_BYTES", 2**60)
-    assert not by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["disk at --home"].ok
 
 
 def test_the_embedded_store_that_is_up_is_written_and_read(tmp_path):
@@ -54,23 +48,16 @@ def test_the_embedded_store_that_is_up_is_written_and_read(tmp_path):
     assert "bucket-two" in missing.detail
 
 
-def test_a_configured_store_that_does_not_answer_is_a_finding_not_a_crash(tmp_path, monkeypatch):
+def test_a_configured_store_or_ray_that_does_not_answer_is_a_finding_not_a_crash(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    check = by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["store"]
-    assert not check.ok
-    assert "http://127.0.0.1:9" in check.detail
-
-
-def test_a_configured_ray_that_does_not_answer_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    assert not by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["ray"].ok
+    found = by_name(doctor.checks(tmp_path, kept_in("bucket-one")))
+    assert (found["store"].ok, found["ray"].ok) == (False, False)
+    assert "http://127.0.0.1:9" in found["store"].detail
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
     assert "Jobs API" in by_name(doctor.checks(tmp_path, kept_in("bucket-one")))["ray"].fix
-
-
-GPU = "[ray]\nuse_gpu = true\nnum_workers = 1024\n[train]\nbatch_size = 8192\n"
 
 
 def test_a_secret_without_which_people_get_no_message_is_missed(tmp_path, monkeypatch):
@@ -88,8 +75,9 @@ def test_a_secret_without_which_people_get_no_message_is_missed(tmp_path, monkey
 
 def test_gpus_that_are_not_there_are_a_finding_with_the_way_out(tmp_path, monkeypatch):
     """The judge is Ray: what its own head on this machine would have, which no machine has 1024 of."""
-    found = by_name(doctor.checks(tmp_path, kept_in("bucket-one", GPU)))["gpu"]
+    config = kept_in("bucket-one", "[ray]\nuse_gpu = true\nnum_workers = 1024\n[train]\nbatch_size = 8192\n")
+    found = by_name(doctor.checks(tmp_path, config))["gpu"]
     assert not found.ok
     assert "ray.use_gpu=false" in found.fix or "lower it" in found.fix
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    assert by_name(doctor.checks(tmp_path, kept_in("bucket-one", GPU)))["gpu"].ok
+    assert by_name(doctor.checks(tmp_path, config))["gpu"].ok

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
 from components.handover.announce import signature
 from components.records import runs
-from components.records.steps import Decision, Measured
+from components.records.steps import Decision
 from components.registry import aliases, event_log, signing, versions
 from components.registry.audit import audit
 from components.report.registry_page import write_pages
@@ -26,6 +25,7 @@ from components.store.store import Store
 from pipelines.local.run import Finished, Outcome, Place, read_outcome, run, summary
 from tests.doubles.http_server import serving
 from tests.doubles.jobs_api import JobsApi
+from tests.pipelines.command_line import pem, sums
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -67,23 +67,13 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(stub_cluster, store, 
     check_what_a_person_sees(screen, place.home / "runs" / first.run_id / "pipeline.log")
     assert summary(second, home=home).count(f"fineloop chat sums@{second.version}") == 1
     assert "fineloop adapters rollback" not in summary(first, home=home)  # nothing held the alias before
-    decided, measured = first.files.decision, first.files.evaluation
+    decided = first.files.decision
     assert decided is not None
-    assert measured is not None
     before = replace(first.files, decision=decided.model_copy(update={"champion": "v1"}))
     text = summary(replace(first, files=before), home=Path("x"), program="bin/fineloop")
     new = f"sums@{first.version}"
     for command in ("rollback sums", f"pull {new} --with-base", f"serve-manifest {new} --for vllm"):
         assert f"bin/fineloop adapters {command} --home x" in text
-    models: dict[str, Measured | None] = dict(measured.models)
-    for role, loss in {"base": 3.72, "candidate": 4.721}.items():
-        model = models[role]
-        assert model is not None
-        models[role] = model.model_copy(update={"metrics": {**model.metrics, "general_loss": loss}})
-    forgetful = replace(first.files, evaluation=measured.model_copy(update={"models": models}))
-    text = " ".join(summary(replace(first, files=forgetful), home=home).split())
-    assert "The candidate has forgotten some of what the base knows" in text
-    assert "gives the right token 63 % less chance" in text
 
 
 def test_where_keys_are_trusted_a_job_of_its_own_compares_and_a_training_cannot_promote_itself(
@@ -95,8 +85,7 @@ def test_where_keys_are_trusted_a_job_of_its_own_compares_and_a_training_cannot_
 ) -> None:
     versions_key, evaluations_key = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     for name, key in (("FINELOOP_SIGNING_KEY", versions_key), ("FINELOOP_EVALUATION_KEY", evaluations_key)):
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-        monkeypatch.setenv(name, pem)
+        monkeypatch.setenv(name, pem(key))
     store.trusted_keys, store.evaluation_keys = ((signing.public_text(key),) for key in (versions_key, evaluations_key))
     keys = [f"registry.{name}={json.dumps(getattr(store, name))}" for name in ("trusted_keys", "evaluation_keys")]
     with pytest.raises(ConfigError, match=r"registry\.evaluation_keys are not, so no evaluation could be believed"):
@@ -143,16 +132,6 @@ def check_what_a_person_sees(screen: str, log_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_alone_publishes_and_leaves_the_alias(stub_cluster, store, make_config, place):
-    outcome = run(make_config(), place, what="train")
-    assert aliases.read_alias(store, "sums", "production") is None
-    assert [version.version for version in versions.list_versions(store, "sums")] == [outcome.version]
-    assert outcome.as_json().keys() == RUN_KEYS - {"decision", "verdict", "promoted", "reasons", "report"}
-    assert outcome.metrics["candidate"] is not None
-    assert "adapters promote sums@" in summary(outcome, home=Path(".fineloop"))
-
-
-@pytest.mark.slow
 def test_a_trackers_secret_lies_in_a_private_file_of_the_run_for_as_long_as_it_goes_on(
     stub_cluster: JobsApi, make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,10 +155,18 @@ def test_a_trackers_secret_lies_in_a_private_file_of_the_run_for_as_long_as_it_g
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret of" in path.read_bytes()]
 
 
-def test_an_explicit_address_wins_over_the_environments(stub_cluster, make_config, place, monkeypatch):
+def test_training_alone_publishes_and_leaves_the_alias_by_an_explicit_address_and_without_a_gate(
+    stub_cluster: JobsApi, store: Store, make_config: Callable[..., RunConfig], place: Place, monkeypatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    run(make_config(), Place(place.home, place.terminal, address=stub_cluster.address), what="train")
+    there = Place(place.home, place.terminal, address=stub_cluster.address)
+    outcome = run(make_config("gate.min_records=60"), there, what="train")
     assert len(stub_cluster.jobs) == 1
+    assert aliases.read_alias(store, "sums", "production") is None
+    assert [version.version for version in versions.list_versions(store, "sums")] == [outcome.version]
+    assert outcome.as_json().keys() == RUN_KEYS - {"decision", "verdict", "promoted", "reasons", "report"}
+    assert outcome.metrics["candidate"] is not None
+    assert "adapters promote sums@" in summary(outcome, home=Path(".fineloop"))
 
 
 def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(make_config, place):
@@ -210,32 +197,38 @@ def test_a_night_that_holds_or_fails_is_told_of_once_and_signed_in_the_reporting
         for _ in range(2):
             with pytest.raises(DataError, match="every answer is empty"):
                 run(make_config(told, "method.dropout=0.1"), place, what="retrain", run_id="third")
-    assert [(kind, run_id) for kind, run_id, _ in got] == [
-        ("promoted", "first"),
-        ("held", "second"),
-        ("failed", "third"),
-    ]
+    assert [heard[:2] for heard in got] == [("promoted", "first"), ("held", "second"), ("failed", "third")]
     assert got[1][2] == " ".join(held.reasons)
     assert "every answer is empty" in got[2][2]
     assert "untold" not in held.as_json()
 
 
-@pytest.mark.parametrize("what", ["retrain", pytest.param("train", marks=pytest.mark.slow)])
-def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(stub_cluster, store, make_config, place, what):
+def test_a_users_mistake_inside_a_ray_job_is_a_users_mistake_outside(stub_cluster, store, make_config, place):
     with pytest.raises(DataError, match="every answer is empty") as caught:
-        run(make_config("method.dropout=0.1"), place, what=what)  # type: ignore[arg-type]
-    note, *more = caught.value.__notes__
+        run(make_config("method.dropout=0.1"), place, what="retrain")
+    note, report = caught.value.__notes__
     assert note.startswith("step finetune; log: ")
     assert Path(note.rpartition(": ")[2]).is_file()
-    if what == "retrain":
-        (report,) = more
-        page = Path(report.removeprefix("report: ")).read_text()
-        assert "the finetune step failed" in page
-        assert "every answer is empty" in page
+    page = Path(report.removeprefix("report: ")).read_text()
+    assert "the finetune step failed" in page
+    assert "every answer is empty" in page
     assert versions.list_adapters(store) == []
 
 
-@pytest.mark.parametrize("run_id", ["..", "a/b", "-x"])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("data.source=/nowhere.jsonl", r"nowhere\.jsonl"),
+        ("gate.min_records=60", r"are left for the gate to decide on, and gate\.min_records asks for 60"),
+    ],
+)
+def test_data_that_no_run_can_do_with_are_refused_before_any_ray_job(stub_cluster, make_config, place, key, message):
+    with pytest.raises(DataError, match=message):
+        run(make_config(key), place, what="retrain")
+    assert stub_cluster.jobs == {}
+
+
+@pytest.mark.parametrize("run_id", ["..", "-x"])
 def test_what_is_no_name_of_a_run_makes_no_folder(make_config, place, run_id):
     with pytest.raises(UserError, match=r"run_id .*: takes letters"):
         run(make_config(), place, what="retrain", run_id=run_id)
@@ -248,22 +241,6 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(make_config, pla
     with pytest.raises(ConfigError, match=r"ray.*asks for a GPU.*(Ray sees none|this machine has)"):
         run(config, place, what="train")
     assert not place.home.exists()
-
-
-def test_missing_data_is_said_before_any_ray_job(stub_cluster, make_config, place):
-    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
-        run(make_config("data.source=/nowhere.jsonl"), place, what="retrain")
-    assert stub_cluster.jobs == {}
-
-
-def test_a_run_that_its_gate_cannot_decide_on_is_refused_before_any_ray_job_and_a_training_has_no_gate(
-    stub_cluster: JobsApi, make_config: Callable[..., RunConfig], place: Place
-) -> None:
-    config = make_config("gate.min_records=60")
-    with pytest.raises(DataError, match=r"are left for the gate to decide on, and gate\.min_records asks for 60"):
-        run(config, place, what="retrain")
-    assert stub_cluster.jobs == {}
-    assert run(config, place, what="train").version
 
 
 @pytest.mark.slow
@@ -282,8 +259,7 @@ def test_a_run_that_finds_nothing_new_is_skipped(stub_cluster, store, make_confi
     assert len(stub_cluster.jobs) == 2
     assert "data.min_new_records=0" in summary(skipped, home=Path(".fineloop"))
     assert "there is too little new to train on" in Path(str(skipped.report)).read_text()
-    more = [{"id": str(n), "prompt": f"How much is {n} + 1?", "completion": str(n + 1)} for n in range(60, 65)]
-    data_path.write_text(data_path.read_text() + "".join(json.dumps(row) + "\n" for row in more))
+    data_path.write_text(sums(0, 65))
     assert run(make_config("data.min_new_records=5", "train.weight_decay=0.5"), place, what="retrain").promoted
 
 
@@ -300,9 +276,7 @@ def test_a_repeated_run_id_repeats_nothing(stub_cluster, store, make_config, pla
     assert [event.kind for event in event_log.events(store, "sums")] == ["published", "promoted"]
 
 
-def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(
-    store: Store, tmp_path: Path, make_config: Callable[..., RunConfig]
-) -> None:
+def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store, tmp_path, make_config):
     about = {"adapter": "sums", "alias": "production", "run_id": "r", "reasons": ()}
     runs.write(store, "r", Decision(decision="skipped", **about))
     report = build_report(RunFiles(run_id="r", adapter="sums"), pages_at=PAGES_FROM_RUN)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import grpc
+import psutil
 import pytest
 
 from components.shared.errors import GroundError
@@ -22,6 +23,7 @@ from pipelines.local import guard
 from pipelines.local.ray_head import AGENT, PORT_FLAGS, RayHead
 from pipelines.local.server import ATTEMPTS, choose_ports, start
 from tests.doubles.http_server import serving
+from tests.pipelines.local.conftest import is_alive
 from tests.waiting import wait_until
 
 FAILS = [sys.executable, "-c", "raise SystemExit('no room')"]
@@ -141,31 +143,18 @@ time.sleep(600)
 """
 
 
-def started(directory: Path, count: int) -> set[int]:
-    wait_until(lambda: len(list(directory.iterdir())) >= count)
-    return {int(path.name) for path in directory.iterdir()}
-
-
-def alive(pids: set[int]) -> set[int]:
-    return {
-        pid
-        for pid in pids
-        if Path(f"/proc/{pid}/stat").exists()
-        and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    }
-
-
 def test_a_command_that_ignores_its_end_and_its_daemon_end_when_the_owner_is_killed(tmp_path, monkeypatch):
     command = [sys.executable, "-c", STUBBORN, str(tmp_path)]
     root = str(Path(guard.__file__).parents[2])
     owner = subprocess.Popen([sys.executable, "-c", OWNER, root, *command], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     guard_pid = int(owner.stdout.readline())
-    pids = started(tmp_path, 2) | {guard_pid}
-    assert alive(pids) == pids
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    processes = [psutil.Process(pid) for pid in (guard_pid, *(int(path.name) for path in tmp_path.iterdir()))]
+    assert all(is_alive(process) for process in processes)
     owner.kill()
     owner.communicate()
-    wait_until(lambda: not alive(pids))
+    wait_until(lambda: not any(is_alive(process) for process in processes))
 
 
 def test_stop_ends_the_command_with_sigterm_first(tmp_path):
@@ -189,22 +178,13 @@ def answering(path: str) -> Iterator[int]:
         yield port
 
 
-@pytest.mark.parametrize(
-    ("agent_path", "up"),
-    [
-        pytest.param("/api/local_raylet_healthz", True, id="the agent"),
-        pytest.param("/", False, id="somebody else, who took its port"),
-        pytest.param(None, False, id="nobody yet"),
-    ],
-)
-def test_a_head_is_up_when_its_agent_is_which_starts_the_jobs(tmp_path: Path, agent_path: str | None, up: bool) -> None:
+@pytest.mark.parametrize(("agent_path", "up"), [("/api/local_raylet_healthz", True), ("/of/somebody/else", False)])
+def test_a_head_is_up_when_its_agent_is_which_starts_the_jobs(tmp_path: Path, agent_path: str, up: bool) -> None:
     head = RayHead(tmp_path)
     (tmp_path / "token").write_text("0" * 64)
     ports = choose_ports(head.num_ports)
     with answering("/api/jobs/") as ports[0]:
-        if agent_path is None:
-            assert head.answers(ports) == up
-            return
+        assert not head.answers(ports)  # nobody has the agent's port yet
         with answering(agent_path) as ports[PORT_FLAGS.index(AGENT)]:
             assert head.answers(ports) == up
 

@@ -134,15 +134,6 @@ def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_d
         assert psutil.Process(machine.keeper_pid(head)) not in processes
 
 
-@pytest.mark.full
-def test_the_store_goes_down_at_once_behind_a_run_whose_head_is_still_ending(machine):
-    user = machine.user(ray=True)
-    processes = machine.processes(ray_service(machine.home)) | machine.processes(store_service(machine.home))
-    user.leave()
-    assert down("store", machine.home)
-    assert not machine.alive(processes)
-
-
 def test_a_configured_cluster_wins_and_nothing_starts(machine, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
     monkeypatch.setenv("RAY_ADDRESS", "http://ray.example.com:8265")

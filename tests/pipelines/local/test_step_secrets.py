@@ -14,8 +14,6 @@ from pipelines.local.job import Job, answer
 from pipelines.local.server import ROOT
 from pipelines.step_secrets import of_step, without_secrets
 
-TELLS = "import json, os; print(json.dumps(dict(os.environ)))"
-
 
 def on_a_cluster(config: RunConfig) -> dict[str, set[str]]:
     """The variables that each step of the compiled pipelines takes from secrets."""
@@ -39,9 +37,7 @@ def test_what_a_cluster_gives_to_one_step_alone_no_other_is_given_here(make_conf
         assert of_step("finetune", shell) == {}
 
 
-def test_a_look_at_production_signs_as_an_evaluation_does_and_going_back_as_a_promotion(
-    make_config: Callable[..., RunConfig],
-) -> None:
+def test_a_look_at_production_signs_as_an_evaluation_does_and_going_back_as_a_promotion(make_config):
     steps = on_a_cluster(make_config("check.when_skipped=true"))
     assert (steps["check"], steps["roll-back"]) == (steps["evaluate"], steps["promote"])
     assert steps["newer"] == set.intersection(*steps.values())
@@ -67,7 +63,7 @@ def test_no_step_is_given_the_secret_of_a_tracker(make_config: Callable[..., Run
 
 
 def test_a_job_on_this_machine_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tells.py").write_text(TELLS)
+    (tmp_path / "tells.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
     secrets = {"FINELOOP_SIGNING_KEY", "FINELOOP_SIGNING_KEY_FILE", "FINELOOP_SIGNER"}
     for name in (*secrets, "FINELOOP_USER"):

@@ -28,6 +28,8 @@ def test_applying_changes_the_rate_and_not_a_byte_else(tmp_path: Path) -> None:
     assert apply(path, config_file.load(path), BEST) == {"train.learning_rate": 3.16e-3}
     assert path.read_text() == DEFAULT_CONFIG.read_text().replace("learning_rate = 1e-3", "learning_rate = 0.00316")
     assert apply(path, config_file.load(path), BEST) == {}
+    dora = BEST.model_copy(update={"method": "dora"})
+    assert changes(config_file.load(DEFAULT_CONFIG), dora) == {"method.name": "dora", "train.learning_rate": 3.16e-3}
 
 
 @pytest.mark.parametrize(
@@ -51,12 +53,6 @@ def test_the_rate_is_set_however_its_section_is_written(train: str, tmp_path: Pa
     assert after.pop("train") == {**before.pop("train", {}), "learning_rate": 3.16e-3}
     assert after == before
     assert path.read_text().count("#") == (others + train).count("#")
-
-
-def test_another_method_that_won_is_applied_with_its_rank_and_rate() -> None:
-    dora = BEST.model_copy(update={"method": "dora"})
-    config = config_file.load(DEFAULT_CONFIG)
-    assert changes(config, dora) == {"method.name": "dora", "train.learning_rate": 3.16e-3}
 
 
 def test_trials_are_aligned_rows_above_the_steps_line_and_say_whole_why_one_failed(monkeypatch):
