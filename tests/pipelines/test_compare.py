@@ -40,28 +40,19 @@ def columns(role: str, seed: int) -> dict[str, Any]:
     }
 
 
-def about(*, grouped: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "id": [str(place) for place in range(RECORDS)],
-        "prompt": [json.dumps([["user", f"question <{place}>"]]) for place in range(RECORDS)],
-        "reference": [f"answer {place}" for place in range(RECORDS)],
-        "answer_tokens": [1 + place % 5 for place in range(RECORDS)],
-    }
-    return found | ({"group": [str(place // 2) for place in range(RECORDS)]} if grouped else {})
-
-
-def measured(version: str, of: dict[str, Any], role: str, tokens: list[int]) -> Measured:
-    loss = float(of[f"{role}_nll"].sum() / sum(tokens))
-    return Measured(version=version, metrics={"loss": loss, "exact_match": float(of[f"{role}_exact_match"].mean())})
-
-
-def keep(store: Store, run_id: str, config: str, evaluation: Evaluation, table: pa.Table) -> None:
+def keep(store: Store, run_id: str, config: str, versions: dict[str, str], of: dict[str, Any], order: Any) -> None:
+    """A run that compared these versions, by role; its records lie in this order."""
+    models = {"base": Measured(metrics={"loss": 9.0, "exact_match": 0.0})}
+    for role, version in versions.items():
+        loss = float(of[f"{role}_nll"].sum() / sum(of["answer_tokens"]))
+        metrics = {"loss": loss, "exact_match": float(of[f"{role}_exact_match"].mean())}
+        models[role] = Measured(version=version, metrics=metrics)
     sink = io.BytesIO()
-    pq.write_table(table, sink)
+    pq.write_table(pa.table(of).take(order), sink)
+    behind = hashlib.sha256(sink.getvalue()).hexdigest()
     store.put(runs.run_key(run_id, runs.EVALUATION_RECORDS), sink.getvalue())
     store.put(runs.run_key(run_id, runs.CONFIG), config.encode())
-    behind = hashlib.sha256(sink.getvalue())
-    runs.write(store, run_id, evaluation.model_copy(update={"records_sha256": behind.hexdigest()}))
+    runs.write(store, run_id, Evaluation(run_id=run_id, records=RECORDS, models=models, records_sha256=behind))
     curve = [{"kind": "train", "step": step, "loss": 3 / step} for step in range(1, 9)]
     curve.append({"kind": "eval", "step": 8, "loss": 0.5})
     store.put(runs.run_key(run_id, runs.METRICS), "".join(json.dumps(each) + "\n" for each in curve).encode())
@@ -69,33 +60,33 @@ def keep(store: Store, run_id: str, config: str, evaluation: Evaluation, table: 
 
 def two_runs(store: Store, config_path: Path, *, grouped: bool = False) -> None:
     """run-one, and run-two, whose champion was run-one's candidate; run-one's records lie in another order."""
-    shared, ours, theirs = about(grouped=grouped), columns("candidate", 2), columns("champion", 1)
-    tokens = shared["answer_tokens"]
-    base = Measured(metrics={"loss": 9.0, "exact_match": 0.0})
-    first = {name.replace("champion", "candidate"): values for name, values in theirs.items()}
-    order = np.random.default_rng(0).permutation(RECORDS)
-    model = measured("v1", first, "candidate", tokens)
-    text = config_file.dumps(config_file.load(config_path, ["train.epochs=1", "adapter.note=one"]))
-    evaluation = Evaluation(run_id="run-one", records=RECORDS, models={"base": base, "candidate": model})
-    keep(store, "run-one", text, evaluation, pa.table(shared | first).take(order))
-    models = {
-        "base": base,
-        "champion": measured("v1", theirs, "champion", tokens),
-        "candidate": measured("v2", ours, "candidate", tokens),
+    shared: dict[str, Any] = {
+        "id": [str(place) for place in range(RECORDS)],
+        "prompt": [json.dumps([["user", f"question <{place}>"]]) for place in range(RECORDS)],
+        "reference": [f"answer {place}" for place in range(RECORDS)],
+        "answer_tokens": [1 + place % 5 for place in range(RECORDS)],
+        **({"group": [str(place // 2) for place in range(RECORDS)]} if grouped else {}),
     }
-    evaluation = Evaluation(run_id="run-two", records=RECORDS, models=models)
-    text = config_file.dumps(config_file.load(config_path, ["train.epochs=3", "adapter.note=two"]))
-    keep(store, "run-two", text, evaluation, pa.table(shared | ours | theirs))
+    ours, theirs = columns("candidate", 2), columns("champion", 1)
+    first = {name.replace("champion", "candidate"): values for name, values in theirs.items()}
+    one, two = (
+        config_file.dumps(config_file.load(config_path, [f"train.epochs={epochs}", f"adapter.note={note}"]))
+        for epochs, note in ((1, "one"), (3, "two"))
+    )
+    order = np.random.default_rng(0).permutation(RECORDS)
+    keep(store, "run-one", one, {"candidate": "v1"}, shared | first, order)
+    keep(store, "run-two", two, {"champion": "v1", "candidate": "v2"}, shared | ours | theirs, np.arange(RECORDS))
+
+
+def sides(store: Store) -> list[past_runs.Side]:
+    return [past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two")]
 
 
 @pytest.mark.parametrize(("metric", "grouped"), [("loss", False), ("loss", True), ("exact_match", False)])
-def test_the_bounds_are_those_that_the_gate_decided_by(
-    metric: str, grouped: bool, store: Store, config_path: Path
-) -> None:
+def test_the_bounds_are_those_that_the_gate_decided_by(metric, grouped, store, config_path):
     two_runs(store, config_path, grouped=grouped)
     evaluation = runs.read(store, "run-two", Evaluation)
-    sides = [past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two")]
-    found = past_runs.compare(*sides)
+    found = past_runs.compare(*sides(store))
     asked = GateConfig(metric=metric, better_than_base_by=0, worse_than_champion_by=0.1, min_records=2)
     decision = policy.decide(evaluation, read_evidence(store, evaluation), asked, AdapterConfig(name="sums"))
     (rule,) = [each for each in decision.rules if each.name == "not_worse_than_champion"]
@@ -131,7 +122,7 @@ def test_screen_json_and_page_say_what_differs_and_what_turned(store: Store, con
 
 def test_runs_without_a_common_record_or_an_evaluation_are_refused(store: Store, config_path: Path) -> None:
     two_runs(store, config_path)
-    first, other = (past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two"))
+    first, other = sides(store)
     ids = pa.array([f"x{place}" for place in range(RECORDS)])
     elsewhere = other.records.set_column(0, "id", ids)
     with pytest.raises(DataError, match="run-one and run-two were measured on no common record"):
@@ -143,7 +134,7 @@ def test_runs_without_a_common_record_or_an_evaluation_are_refused(store: Store,
 
 def test_losses_of_other_tokens_are_not_compared(store: Store, config_path: Path) -> None:
     two_runs(store, config_path)
-    first, other = (past_runs.read_side(store, run_id) for run_id in ("run-one", "run-two"))
+    first, other = sides(store)
     twice = pa.array([2 * count for count in other.records.column("answer_tokens").to_pylist()])
     place = other.records.column_names.index("answer_tokens")
     longer = other.records.set_column(place, "answer_tokens", twice)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from components.config import config_file
 from components.config.ray import RayConfig
 from components.config.schema import AdapterConfig, RunConfig
+from components.prepare.shapes import guessed
 from pipelines.cli import main
 from pipelines.commands.arguments import name_from
 from pipelines.local import job
@@ -36,7 +37,7 @@ from tests.pipelines.command_line import body
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("init")
-    for name, answer in (("short", "blue"), ("long", "because the light is scattered by what is in the air " * 6)):
+    for name, answer in (("short", "blue"), ("long", "because the light is scattered by what is in the air " * 4)):
         rows = [{"prompt": f"Why is number {place} so?", "completion": f"{answer}{place % 7}"} for place in range(400)]
         (folder / f"{name} Rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         lines = ["why,because", *(f"{row['prompt']},{row['completion']}" for row in rows)]
@@ -58,7 +59,7 @@ def looked(toml: str) -> dict[str, Any]:
 
 def of_the_data(config: RunConfig) -> str:
     """The config without what no look at the data reads."""
-    train = config.train.model_copy(update={"batch_size": 16, "micro_batch_size": 8})
+    train = config.train.model_copy(update={"batch_size": 16, "micro_batch_size": 8, "epochs": 1})
     others = {"adapter": AdapterConfig(name="any"), "ray": RayConfig(), "train": train}
     return config_file.dumps(config.model_copy(update=others))
 
@@ -94,7 +95,6 @@ def test_a_config_of_a_dozen_keys_and_those_set_fits_the_data_and_the_base(here:
     assert done.returncode == 0, done.stderr
     text = (here / "colours.toml").read_text()
     keys = [line for line in text.splitlines() if " = " in line]
-    assert len(keys) == 15
     assert all("  # " in line for line in keys)
     config = config_file.load(here / "colours.toml")
     assert (config.train.epochs, config.data.columns.prompt, config.data.columns.completion) == (1, "why", "because")
@@ -108,10 +108,17 @@ def test_a_config_of_a_dozen_keys_and_those_set_fits_the_data_and_the_base(here:
     assert fineloop(*arguments).returncode == 2  # it is there already
     looked = fineloop("data", "-c", "colours.toml", "--json")
     found = body(looked)
-    assert f"records has {found['tokens']['length']['p100']}\n" in text
-    assert "5 points worse than the one before, 12.5 points than the best\n" in text
     assert (found["refused"], body(done)["refused"]) == ("", "")
     assert found["gate"]["power"] == body(done)["power"]
+
+
+def proposed(fineloop: Fineloop, name: str, *keys: str) -> RunConfig:
+    """The config for the short rows, with these keys set."""
+    Path(f"{name}.toml").unlink(missing_ok=True)
+    arguments = [word for key in keys for word in ("--set", key)]
+    done = fineloop("init", "short Rows.jsonl", "--base", "base", "--name", name, "--no-plan", *arguments)
+    assert done.returncode == 0, done.stderr
+    return config_file.load(Path(f"{name}.toml"))
 
 
 def distinct(number: int, answer: Callable[[int], str]) -> str:
@@ -126,7 +133,6 @@ def distinct(number: int, answer: Callable[[int], str]) -> str:
     ("rows", "answer", "margin", "enough"),
     [
         (400, "blue", 0.05, False),
-        (900, "blue", 0.05, True),
         (5000, "blue", 0.02, True),
         (1000, "long " * 15, 0.05, True),
     ],
@@ -139,16 +145,13 @@ def test_the_margin_is_the_least_at_which_an_equal_version_passes_and_missing_ro
     done = fineloop("init", f"rows{rows}.jsonl", "--base", "base", "--no-plan")
     config = config_file.load(here / f"rows{rows}.toml")
     assert config.gate.worse_than_champion_by == margin, done.stdout
-    words = "nats per answer token" if "long" in answer else "points"
-    assert (
-        f"{100 * margin:g} points worse" in done.stdout
-        if words == "points"
-        else f"{margin} {words} worse" in done.stdout
-    )
+    is_share = config.gate.metric == "exact_match"
+    worse = f"{100 * margin:g} points worse" if is_share else f"{margin} nats per answer token worse"
+    assert worse in done.stdout
     assert ("too few rows: with " in done.stdout) is not enough
-    assert ("nothing can replace it" in done.stdout) is False
+    assert "nothing can replace it" not in done.stdout
     share = config.data.eval_share * rows * (1 - config.data.validation_share)
-    needed = (1.645 + 0.842) ** 2 * 0.06 / margin**2 if words == "points" else 0
+    needed = (1.645 + 0.842) ** 2 * 0.06 / margin**2 if is_share else 0
     assert (share >= needed) is enough
 
 
@@ -159,12 +162,6 @@ def test_a_few_very_long_answers_make_the_margin_wider_and_not_the_loop_stand(he
     assert 0.1 < told["power"]["equal_weight"] < 0.3
     assert (told["power"]["margin"], told["missing_rows"]) == (0.2, 0)
     assert told["power"]["records"] >= told["power"]["fewest"]
-
-
-def test_a_start_from_the_base_is_kept(here: Path, fineloop: Fineloop) -> None:
-    (here / "base-start.jsonl").write_text(distinct(300, lambda place: "blue"))
-    done = fineloop("init", "base-start.jsonl", "--base", "base", "--no-plan", "--set", "train.start_from=base")
-    assert config_file.load(here / "base-start.toml").train.start_share == 0, done.stdout
 
 
 def nvidia(monkeypatch: pytest.MonkeyPatch, number: int, gpu: str = "") -> None:
@@ -179,82 +176,48 @@ def nvidia(monkeypatch: pytest.MonkeyPatch, number: int, gpu: str = "") -> None:
         monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
 
 
-def test_bases_that_fit_the_gpu_are_proposed_the_largest_first(
-    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three, as each takes seconds to plan; planning/test_bases.py plans all."""
-    _, *fitting = three = ("Qwen/Qwen3-32B", "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B")
-    monkeypatch.setattr(bases, "BASES", {name: bases.BASES[name] for name in three})
+def test_bases_that_fit_the_gpu_are_proposed_the_largest_first(here, fineloop, monkeypatch):
+    """With a single layer, as each takes time to plan; planning/test_bases.py plans all."""
+    shapes = {f"Qwen/{width}": ("qwen3", (1, width, 3 * width, 8, 8), 9_000, True) for width in (65_536, 2048, 1024)}
+    monkeypatch.setattr(bases, "BASES", shapes)
     nvidia(monkeypatch, 1, "Tesla T4, 15360 MiB")
     done = fineloop("init", "short Rows.jsonl", "--name", "bases", "--json")
     assert done.returncode == 0, done.stderr
     proposed = body(done)["bases"]
-    assert [base["base"] for base in proposed] == fitting
-    assert config_file.load(here / "bases.toml").model.base == fitting[0]
-    assert {base["licence"] for base in proposed} == {"apache-2.0"}
+    assert [base["base"] for base in proposed] == ["Qwen/2048", "Qwen/1024"]
+    assert config_file.load(here / "bases.toml").model.base == "Qwen/2048"
     assert all(base["memory_bytes"] * (1 + MARGIN) <= 15 * 2**30 for base in proposed)
     assert "bases that a GPU of 15.0 GiB holds" in done.stderr
 
 
-def test_without_a_gpu_the_examples_small_base_is_called_that(
-    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stdin", Terminal("base\n"))
-    done = fineloop("init", "short Rows.jsonl", "--name", "small", "--no-plan")
-    assert "the base model (this one is the example's, small, to try things" in done.stderr
-    assert config_file.load(here / "small.toml").model.base == "base"
+def test_a_start_from_the_base_is_kept(fineloop: Fineloop) -> None:
+    assert proposed(fineloop, "base-start", "train.start_from=base").train.start_share == 0
 
 
 @pytest.mark.parametrize(("keys", "cores"), [([], 7), (["ray.num_workers=2"], 1), (["ray.cpus_per_worker=3"], 3)])
-def test_without_a_gpu_a_worker_gets_all_cores_unless_workers_are_set(
-    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch, keys: list[str], cores: int
-) -> None:
+def test_without_a_gpu_a_worker_gets_all_cores_unless_workers_are_set(fineloop, monkeypatch, keys, cores):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)))
-    (here / "cores.toml").unlink(missing_ok=True)
-    more = [word for key in keys for word in ("--set", key)]
-    done = fineloop("init", "short Rows.jsonl", "--base", "base", "--name", "cores", "--no-plan", *more)
-    assert done.returncode == 0, done.stderr
-    assert config_file.load(here / "cores.toml").ray.cpus_per_worker == cores
-
-
-@pytest.mark.parametrize("number", [1, 3, 5, 8])
-def test_the_gpus_of_a_machine_share_its_steps_evenly(
-    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    nvidia(monkeypatch, number)
-    done = fineloop("init", "short Rows.jsonl", "--base", "base", "--name", f"gpus{number}", "--no-plan")
-    assert done.returncode == 0, done.stderr
-    config = config_file.load(here / f"gpus{number}.toml")
-    assert (config.ray.num_workers, config.ray.use_gpu) == (number, True)
-    assert abs(config.train.batch_size - 16) <= number / 2
+    assert proposed(fineloop, "cores", *keys).ray.cpus_per_worker == cores
 
 
 @pytest.mark.parametrize(
-    ("keys", "workers", "batch", "at_once"),
+    ("gpus", "keys", "workers", "batch", "at_once"),
     [
-        (["train.batch_size=32"], 2, 32, 8),
-        (["train.batch_size=36", "train.micro_batch_size=4"], 3, 36, 4),
-        (["ray.num_workers=2", "ray.use_gpu=true"], 2, 16, 8),
-        (["ray.num_workers=3", "ray.use_gpu=false", "train.batch_size=24"], 3, 24, 8),
+        (1, [], 1, 16, 8),
+        (3, [], 3, 15, 5),
+        (8, [], 8, 16, 2),
+        (3, ["train.batch_size=32"], 2, 32, 8),
+        (3, ["train.batch_size=36", "train.micro_batch_size=4"], 3, 36, 4),
+        (3, ["ray.num_workers=2", "ray.use_gpu=true"], 2, 16, 8),
+        (3, ["ray.num_workers=3", "ray.use_gpu=false", "train.batch_size=24"], 3, 24, 8),
     ],
 )
-def test_what_is_set_of_a_step_is_kept_by_three_gpus(
-    here: Path,
-    fineloop: Fineloop,
-    monkeypatch: pytest.MonkeyPatch,
-    keys: list[str],
-    workers: int,
-    batch: int,
-    at_once: int,
-) -> None:
-    nvidia(monkeypatch, 3)
-    (here / "set.toml").unlink(missing_ok=True)
-    more = [word for key in keys for word in ("--set", key)]
-    done = fineloop("init", "short Rows.jsonl", "--base", "base", "--name", "set", "--no-plan", *more)
-    assert done.returncode == 0, done.stderr
-    config = config_file.load(here / "set.toml")
+def test_the_gpus_of_a_machine_share_its_steps_evenly(fineloop, monkeypatch, gpus, keys, workers, batch, at_once):
+    nvidia(monkeypatch, gpus)
+    config = proposed(fineloop, "gpus", *keys)
     train = config.train
     assert (config.ray.num_workers, train.batch_size, train.micro_batch_size) == (workers, batch, at_once)
+    assert config.ray.use_gpu is ("ray.use_gpu=false" not in keys)
 
 
 class Terminal(io.StringIO):
@@ -270,25 +233,23 @@ TICKETS = "Ticket ID,Subject,Team,Notes\n" + "".join(
 )
 
 
-def test_columns_are_asked_for_with_samples_and_the_base_after_them(
-    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_columns_are_asked_for_with_samples_and_the_base_after_them(here, fineloop, monkeypatch):
     (here / "tickets.csv").write_text(TICKETS)
     monkeypatch.setattr("sys.stdin", Terminal("\n\n\nbase\n"))  # the name, the prompt and the answer as guessed
     done = fineloop("init", "tickets.csv", "--no-plan", "--set", "data.max_reject_share=1")
-    asked = [
-        done.stderr.index(text)
-        for text in ("the adapter's name", "2  Subject: Where is", "the answer's column", "the base")
-    ]
+    texts = ("the adapter's name", "2  Subject: Where is", "the answer's column", "the base model (this one is")
+    asked = [done.stderr.index(text) for text in texts]
     assert asked == sorted(asked)
     assert "in their order [Subject]" in done.stderr
     columns = config_file.load(here / "tickets.toml").data.columns
     assert (columns.prompt, columns.completion) == ("Subject", "Team")
 
 
-def test_a_number_or_a_name_in_any_case_names_a_column(
-    here: Path, fineloop: Fineloop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_say_it_are_columns_without_a_question() -> None:
+    assert guessed(["id", "Title", "Label", "Description"]) == (["Title", "Description"], "Label")
+
+
+def test_a_number_or_a_name_in_any_case_names_a_column(here, fineloop, monkeypatch):
     (here / "numbered.csv").write_text(TICKETS)
     monkeypatch.setattr("sys.stdin", Terminal("4, subject\n3\nbase\n"))
     fineloop("init", "numbered.csv", "--name", "numbered", "--no-plan", "--set", "data.max_reject_share=1")
@@ -300,16 +261,13 @@ def test_a_number_or_a_name_in_any_case_names_a_column(
     assert "'9' is no column: type a number from 1 to 4" in refused.stderr
 
 
-def test_the_file_is_written_where_an_answer_is_missing_and_finished_when_it_is_there(
-    here: Path, fineloop: Fineloop
-) -> None:
+def test_the_file_is_written_where_an_answer_is_missing_and_finished_when_it_is_there(here, fineloop):
     (here / "open.csv").write_text(TICKETS)
     arguments = ("init", "open.csv", "--base", "base", "--no-plan", "--set", "data.max_reject_share=1")
     done = fineloop(*arguments, "--json")
     assert done.returncode == 2
     text = (here / "open.toml").read_text()
     assert '# columns.completion = "COLUMN"' in text
-    assert "one of Ticket ID, Subject, Team, Notes" in text
     assert config_file.load(here / "open.toml").data.columns.prompt == "Subject"
     assert "data.columns.completion" in body(done)["refused"]
     (here / "open.toml").write_text(text.replace('# columns.completion = "COLUMN"', 'columns.completion = "Team"'))
@@ -317,15 +275,6 @@ def test_the_file_is_written_where_an_answer_is_missing_and_finished_when_it_is_
     assert done.returncode == 0, done.stderr + done.stdout
     columns = config_file.load(here / "open.toml").data.columns
     assert (columns.prompt, columns.completion) == ("Subject", "Team")
-
-
-def test_names_that_say_it_are_columns_without_a_question(here: Path, fineloop: Fineloop) -> None:
-    rows = TICKETS.replace("Ticket ID,Subject,Team,Notes", "id,Title,Label,Description")
-    (here / "named.csv").write_text(rows)
-    done = fineloop("init", "named.csv", "--base", "base", "--no-plan", "--set", "data.max_reject_share=1")
-    assert done.returncode == 0, done.stderr + done.stdout
-    columns = config_file.load(here / "named.toml").data.columns
-    assert (columns.prompt, columns.completion) == (["Title", "Description"], "Label")
 
 
 def test_a_config_that_a_run_would_refuse_is_written_and_its_refusal_said_last(here: Path, fineloop: Fineloop) -> None:
