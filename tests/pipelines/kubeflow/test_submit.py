@@ -56,7 +56,8 @@ def test_a_run_that_fails_is_exit_1_and_says_which_step(server: KfpServer, finel
 def test_the_wait_ends_when_the_run_is_canceled(server, start, tmp_path):
     run = start(seconds=60.0, folder=str(tmp_path))
     (pid_path,) = wait_until(lambda: list(tmp_path.glob("*.pid")))
-    ended = runs.follow(run, lambda _: None, sleep=lambda _: run.kubeflow.client.terminate_run(run.run_id))
+    run.kubeflow.client.terminate_run(run.run_id)
+    ended = runs.follow(run, lambda _: None, sleep=lambda _: time.sleep(0.05))
     assert (ended.state, ended.succeeded) == ("CANCELED", False)
     wait_until(lambda: not Path(f"/proc/{pid_path.read_text()}").exists())
 
