@@ -6,7 +6,6 @@ night. Beside it stands a fixed sample: the one-sided z-test at the same level, 
 half of all samples, as the median of the looks does, and in 80 % of them.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from statistics import NormalDist
@@ -14,6 +13,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import example
 from components.config.gate import GateConfig
 from components.gate.check import judge, records_for_rare
 from components.shared.anytime import margin
@@ -76,8 +76,7 @@ def confirm(differences: Array, a_night: int, drop: float, largest: float, worse
 
 
 def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
+    parser = example.parser("check", __doc__)
     parser.add_argument("--years", type=int, default=2000)
     parser.add_argument("--nights", type=int, default=365)
     parser.add_argument("--a-night", type=int, default=20, help="new records a night")

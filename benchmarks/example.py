@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,27 @@ from components.config import config_file
 from pipelines.configs import DEFAULT_CONFIG
 
 
-def parser(name: str, about: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+def parser(
+    name: str, about: str | None, *, threads: int = 0, rounds: int = 0, record: bool = False
+) -> argparse.ArgumentParser:
+    """With the options that several benchmarks have, where a default of theirs is named."""
+    made = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if threads:
+        made.add_argument("--threads", type=int, default=threads)
+    if rounds:
+        made.add_argument("--rounds", type=int, default=rounds, help="each side this many times, in turn")
+    if record:
+        made.add_argument("--record", action="store_true", help="make the ratios this kind of processor's baselines")
+    return made
+
+
+def peak_mb() -> float:
+    """The most memory that this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
 def in_process(name: str, options: Sequence[str], *, threads: int) -> dict[str, Any]:
@@ -54,8 +70,8 @@ def parts(threads: int, *overrides: str) -> tuple[Any, Any, Any, list[Any], Any]
     return config, base, chat_format.load(base, config.model), [each.record for each in keyed], kernels
 
 
-def by_transformers(base: Any, stored: str) -> Any:
-    """The base as transformers loads it, stored in `nf4`, `int8` or `bf16`."""
+def by_transformers(base: Any) -> Any:
+    """The base as transformers loads it, stored in NF4."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -65,8 +81,7 @@ def by_transformers(base: Any, stored: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    quantization = {"nf4": nf4, "int8": BitsAndBytesConfig(load_in_8bit=True), "bf16": None}[stored]
-    return AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(base.path, quantization_config=nf4, dtype=torch.bfloat16)
 
 
 def rows(split: Any) -> list[dict[str, list[int]]]:

@@ -9,7 +9,6 @@ trained again, and with --replay nothing is: the new terms arrive a few a night,
 """
 
 import json
-import os
 import random
 import tempfile
 import time
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from benchmarks import example, our_loop
 from components.config import config_file
@@ -32,13 +30,10 @@ from components.prepare.dataset import Record
 from components.prepare.near_duplicates import Comparison
 from components.shared.paired import Bounds, Pairs, bounds
 from pipelines.configs import DEFAULT_CONFIG
-from ray_jobs import entry
-from ray_jobs.base import base_model
 from ray_jobs.kernels import door
 from ray_jobs.probes.texts import unread_passages
 from ray_jobs.scoring.generation import label_nll, score
 from ray_jobs.scoring.measure import BaseCache
-from ray_jobs.text import chat_format
 from ray_jobs.text.batching import plan_epoch, tokenize
 from ray_jobs.training import opening, zero
 from tests.doubles.datasets import validate
@@ -63,8 +58,9 @@ class Draw:
     more_old: list[Record]
 
     @classmethod
-    def of(cls, seed: int, *, new: int, old: int, held_new: int, held_old: int) -> "Draw":
-        """So many terms of each kind, as far as there are."""
+    def of(cls, seed: int, *, share: float) -> "Draw":
+        """Such a share of the terms of each kind, as far as there are."""
+        new, old, held_new, held_old = (round(share * count) for count in (240, 480, 160, 120))
         chance = random.Random(seed)
         added, listed = ([validate(row).record for row in icd10.rows(address)] for address in (AFTER, BEFORE))
         chance.shuffle(added)
@@ -97,19 +93,13 @@ class Draw:
 class Trainer:
     """Trains and measures in this process, on one base."""
 
-    def __init__(self, *, threads: int, overrides: Sequence[str]) -> None:
-        entry.quiet_libraries()
-        torch.set_num_threads(threads)
+    def __init__(self, *, threads: int) -> None:
         one = ("ray.num_workers=1", "train.micro_batch_size=16", f"ray.cpus_per_worker={threads}")
-        self.config = config_file.load(DEFAULT_CONFIG, [*one, *overrides])
-        self.base = base_model.resolve(self.config.model)
-        self.chat = chat_format.load(self.base, self.config.model)
-        self.kernels = door.choose(self.config, base_model.load_config(self.base.path, self.config.model))
+        self.config, self.base, self.chat, _, self.kernels = example.parts(threads, *one)
         self.cache = BaseCache()
         zero.prepare_environment(use_gpu=False)
         door.keep_freed_memory()
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # which DeepSpeed asks for
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        our_loop.join("gloo")
 
     def train(self, records: Sequence[Record], seed: int, start: Mapping[str, torch.Tensor] | None) -> Any:
         """The adapted model with its last weights."""
@@ -147,31 +137,21 @@ class Trainer:
 
 
 def main() -> None:
-    parser = example.parser("freshness", __doc__)
+    parser = example.parser("freshness", __doc__, threads=torch.get_num_threads())
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for what was measured, and the stale adapters")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--new", type=int, default=240, metavar="N", help="new terms to train on")
-    parser.add_argument(
-        "--old", type=int, default=480, metavar="N", help="terms of 2021 that the stale one is trained on"
-    )
-    parser.add_argument("--held-new", type=int, default=160, metavar="N", help="new terms to measure on")
-    parser.add_argument("--held-old", type=int, default=120, metavar="N", help="terms of 2021 to measure on")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another key of the config")
+    parser.add_argument("--share", type=float, default=1.0, help="of the terms; less to try the command")
     parser.add_argument("--replay", action="store_true", help="say what checks each night would have said")
-    parser.add_argument("--a-night", type=int, default=20, metavar="N", help="new terms a night of --replay")
     options = parser.parse_args()
     if options.replay:
-        replay(options.folder, options.seeds, a_night=options.a_night)
+        replay(options.folder, options.seeds, a_night=20)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    sizes = {key: getattr(options, key) for key in ("new", "old", "held_new", "held_old")}
     trainer: Trainer | None = None
-    for seed in range(options.seeds):
-        for arm in ARMS:
-            if not _file(options.folder, seed, arm).exists():
-                trainer = trainer or Trainer(threads=options.threads, overrides=options.set)
-                _run(trainer, options.folder, seed, arm, Draw.of(seed, **sizes))
+    for seed, arm in product(range(options.seeds), ARMS):
+        if not _file(options.folder, seed, arm).exists():
+            trainer = trainer or Trainer(threads=options.threads)
+            _run(trainer, options.folder, seed, arm, Draw.of(seed, share=options.share))
     report(options.folder, options.seeds)
 
 
@@ -247,37 +227,27 @@ def replay(folder: Path, seeds: int, *, a_night: int, replays: int = 200) -> Non
 
 
 def report(folder: Path, seeds: int) -> None:
-    """Print a table of gains over the stale adapter, how often they are shown, and all of it as JSON."""
-    rows: list[dict[str, Any]] = []
-    for seed in range(seeds):
-        arms = {arm: json.loads(_file(folder, seed, arm).read_text()) for arm in ARMS}
-        for found in arms.values():
-            row: dict[str, Any] = {key: found[key] for key in ("seed", "arm", "records", "seconds")}
-            for part, metric in product(("new", "old"), ("exact_match", "loss")):
-                row[part] = float(np.mean(found[part]["exact_match"]))
-                for other in (STALE, OLD):
-                    gain = compared(found[part], arms[other][part], metric)
-                    row[f"{part} {metric} over {other}"] = [gain.gain, gain.lower, gain.upper]
-            row["general"] = sum(found["general"]["loss"]) / sum(found["general"]["tokens"])
-            rows.append(row)
+    """Print a table of gains over the stale adapter, and how often they are shown."""
+    draws = [{arm: json.loads(_file(folder, seed, arm).read_text()) for arm in ARMS} for seed in range(seeds)]
     print("| seed | adapter | records | s | new terms | gain | of nats | old terms | gain | of nats | general text |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [str(row["seed"]), row["arm"], str(row["records"]), f"{row['seconds']:.0f}"]
+    for arms, arm in product(draws, ARMS):
+        measured, general = arms[arm], arms[arm]["general"]
+        cells = [f"{measured['seed']}", arm, f"{measured['records']}", f"{measured['seconds']:.0f}"]
         for part in ("new", "old"):
-            gains = [row[f"{part} {metric} over {STALE}"] for metric in ("exact_match", "loss")]
-            cells += [f"{row[part]:.1%}", *(f"{gain:+.3f} ({lower:+.3f})" for gain, lower, _ in gains)]
-        print(f"| {' | '.join(cells)} | {row['general']:.3f} |")
+            gains = [compared(measured[part], arms[STALE][part], metric) for metric in ("exact_match", "loss")]
+            cells.append(f"{np.mean(measured[part]['exact_match']):.1%}")
+            cells += [f"{gain.gain:+.3f} ({gain.lower:+.3f})" for gain in gains]
+        print(f"| {' | '.join(cells)} | {sum(general['loss']) / sum(general['tokens']):.3f} |")
     print("Gains over the stale adapter; in brackets, what the gain is at least, at the gate's confidence.")
     for arm, (part, least), other in product(ARMS[1:], (("new", 0.0), ("old", -MARGIN)), (STALE, OLD)):
         if arm != other:
-            gains = [
-                [row[f"{part} {m} over {other}"] for m in ("exact_match", "loss")] for row in rows if row["arm"] == arm
-            ]
-            marks, nats = (sum(of[place][1] > least for of in gains) for place in (0, 1))
+            marks, nats = (
+                sum(compared(arms[arm][part], arms[other][part], metric).lower > least for arms in draws)
+                for metric in ("exact_match", "loss")
+            )
             shown = f"exact match in {marks} of {seeds} seeds, by loss in {nats}"
             print(f"{arm} over {other}, {part} terms: more than {least:+g} by {shown}")
-    print(json.dumps({"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -5,33 +5,31 @@ tests/components/gate/measured/<task>.parquet. A model that is in the file is no
 twenty minutes on two cores.
 """
 
-import argparse
 import ast
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks import example
+from benchmarks.gpu_day import BUCKET, a_store
 from components.config import config_file
 from components.prepare.icd10 import rows as example_rows
 from components.store.store import Store
-from pipelines.local import seaweedfs, server
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "pipelines" / "configs" / "icd10.toml"
 MEASURED = ROOT / "tests" / "components" / "gate" / "measured"
-BUCKET = "gate"
 OF_A_RECORD = ("nll", "other_prompt_nll", "exact_match")
 DOCSTRING_CHARS = range(600, 1001)
 
@@ -46,41 +44,21 @@ class Task:
     settings: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Model:
-    """One training, by what sets it apart."""
-
-    task: str
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> str:
-        return f"{self.task}/{self.name}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=[model.path for model in MODELS], help="only these")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="fineloop-gate-") as scratch:
-        running = server.start(seaweedfs.SeaweedFS(Path(scratch) / "store", BUCKET))
-        os.environ.update(seaweedfs.Endpoint.read(running.endpoint).environment())
-        try:
-            for model in MODELS:
-                file = MEASURED / f"{model.task}.parquet"
-                known = pq.read_schema(file).names if file.exists() else []
-                if model.path in (options.models or [model.path]) and f"{model.name}_nll" not in known:
-                    _write(file, model.name, _measure(model, Path(scratch)))
-        finally:
-            running.stop()
+    example.parser("gate", __doc__).parse_args()
+    with tempfile.TemporaryDirectory(prefix="fineloop-gate-") as scratch, a_store(Path(scratch)):
+        for task, seed in MODELS:
+            file, name = MEASURED / f"{task}.parquet", f"seed{seed}"
+            if not file.exists() or f"{name}_nll" not in pq.read_schema(file).names:
+                _write(file, name, _measure(task, seed, Path(scratch)))
 
 
-def _measure(model: Model, scratch: Path) -> pa.Table:
+def _measure(name: str, seed: int, scratch: Path) -> pa.Table:
     """The run's evaluation_records.parquet."""
-    task, run_id, source = TASKS[model.task], f"{model.task}-{model.name}", scratch / f"{model.name}.jsonl"
-    settings = {**task.settings, **model.settings, "data.source": str(source), "registry.bucket": BUCKET}
-    settings["adapter.name"] = model.task
+    task, run_id = TASKS[name], f"{name}-seed{seed}"
+    source = scratch / f"{run_id}.jsonl"
+    settings = {**task.settings, "data.source": source, "registry.bucket": BUCKET}
+    settings |= {"adapter.name": name, "train.seed": seed}
     chosen = [f"{key}={value}" for key, value in settings.items()]
     config = config_file.load(CONFIG, chosen)
     source.write_text("".join(json.dumps(row) + "\n" for row in task.rows()))
@@ -167,7 +145,8 @@ TASKS = {
         },
     ),
 }
-MODELS = (Model("icd10", "seed0"), Model("icd10", "seed1", {"train.seed": 1}), Model("docstrings", "seed0"))
+MODELS = (("icd10", 0), ("icd10", 1), ("docstrings", 0))
+"""Task and seed."""
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ prints the same of losses that are rarer and larger than those that the gate all
 held, and `--power` how often an equal candidate passes by what is assumed before there is one.
 """
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks import example
 from components.config.gate import LARGE_LOSS, GateConfig
 from components.gate.comparisons import Compared, Evidence, few_get_much_worse, not_worse_than_champion
 from components.gate.policy import no_slice_is_worse
@@ -150,10 +150,8 @@ def held_by_a_label(labels: int, records: int, worse_by: float, repetitions: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_errors", description=__doc__)
-    parser.add_argument(
-        "--repetitions", type=int, default=2000, help="of a candidate that is worse; of others an eighth"
-    )
+    parser = example.parser("gate_errors", __doc__)
+    parser.add_argument("--repetitions", type=int, default=2000, help="of a worse candidate; of others an eighth")
     parser.add_argument("--metrics", nargs="+", choices=COMPARED, default=COMPARED)
     parser.add_argument("--records", nargs="+", type=int, default=RECORDS)
     parser.add_argument("--outside", action="store_true")
@@ -169,12 +167,9 @@ def main() -> None:
     for metric in options.metrics:
         for name, lost in (OUTSIDE if options.outside else ROWS).items():
             for records in options.records:
-                asked = [
-                    (MARGIN, options.repetitions),
-                    *((gain, options.repetitions // 8) for gain in (0.0, -MARGIN / 2)),
-                ]
-                found = [promoted(lost, metric, records, worse_by, number) for worse_by, number in asked]
-                cells = " | ".join("-" if each is None else f"{each:.3f}" for each in found)
+                numbers = {MARGIN: options.repetitions} | dict.fromkeys((0.0, -MARGIN / 2), options.repetitions // 8)
+                shares = [promoted(lost, metric, records, worse_by, number) for worse_by, number in numbers.items()]
+                cells = " | ".join("-" if share is None else f"{share:.3f}" for share in shares)
                 print(f"| {METRICS[metric].label} | {name} | {records:,} | {cells} |", flush=True)
 
 
@@ -183,10 +178,8 @@ def power() -> None:
     print("| records | exact match at 0.02, 0.03, 0.05 | loss at 0.02, 0.05 |\n|---|---|---|")
     for records in (100, 150, 200, 300, 500, 1000):
         cells = []
-        for metric, margins, spread in (
-            ("exact_match", (0.02, 0.03, 0.05), assumed.CHANGED),
-            ("loss", (0.02, 0.05), assumed.SPREAD),
-        ):
+        spreads = (("exact_match", (0.02, 0.03, 0.05), assumed.CHANGED), ("loss", (0.02, 0.05), assumed.SPREAD))
+        for metric, margins, spread in spreads:
             gates = (GateConfig(metric=metric, worse_than_champion_by=margin) for margin in margins)
             passes = [assumed.power_of(gate, records, spread / 2)["equal_passes"] for gate in gates]
             cells.append(", ".join(f"{each:.2f}" if each else "never" for each in passes))
@@ -194,9 +187,8 @@ def power() -> None:
 
 
 def by_label(repetitions: int) -> None:
-    print(
-        "| labels | records | held, all alike | one label worse by 0.1 | by 0.2 | by 0.3 |\n|---|---|---|---|---|---|"
-    )
+    print("| labels | records | held, all alike | one label worse by 0.1 | by 0.2 | by 0.3 |")
+    print("|---|---|---|---|---|---|")
     for labels in (4, 20):
         for records in (1000, 3000):
             shares = [held_by_a_label(labels, records, worse_by, repetitions) for worse_by in (0.0, 0.1, 0.2, 0.3)]

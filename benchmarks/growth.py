@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from benchmarks import baselines, example
-from benchmarks.peak import peak_mb
 
 TOKENS = 4096
 STEPS = 2
@@ -19,10 +18,8 @@ STEPS = 2
 
 
 def main() -> None:
-    parser = example.parser("growth", __doc__)
+    parser = example.parser("growth", __doc__, threads=os.cpu_count() or 1, record=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096], metavar="TOKENS")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--record", action="store_true", help="make the ratio this kind of processor's baseline")
     parser.add_argument("--one", action="store_true", help="measure the first here, as JSON")
     options = parser.parse_args()
     if options.one:
@@ -46,7 +43,7 @@ def _trained(length: int, threads: int) -> dict[str, float]:
 
     from benchmarks import our_loop
     from benchmarks.peers import task
-    from benchmarks.peers.sides import side_fineloop
+    from benchmarks.peers.sides import measured, side_fineloop
     from ray_jobs.base import base_model
     from ray_jobs.kernels.door import Kernels
     from ray_jobs.text import chat_format
@@ -59,13 +56,10 @@ def _trained(length: int, threads: int) -> dict[str, float]:
             records=batch_size * (STEPS + 1),
             batch_size=batch_size,
             record_tokens=length,
-            labels="answers",
-            base_format="nf4",
-            matmul_dtype="auto",
             threads=threads,
         )
         config = side_fineloop.config_of(given)
-        split = side_fineloop.split_of(given["orders"]["shuffled"]["rows"])
+        split = side_fineloop.split_of(measured.rows(given["orders"]["shuffled"]))
     base = base_model.resolve(config.model)
     engine = our_loop.make(config, base, Kernels(given["dtype"]), dense_base=True)
     plan = list(np.arange(len(split)).reshape(-1, batch_size))
@@ -73,7 +67,7 @@ def _trained(length: int, threads: int) -> dict[str, float]:
         time.perf_counter()
         for _ in our_loop.steps(engine, config, split, chat_format.load(base, config.model).pad, plan)
     ]
-    return {"rate": STEPS * batch_size * length / (ended[-1] - ended[0]), "peak_mb": peak_mb()}
+    return {"rate": STEPS * batch_size * length / (ended[-1] - ended[0]), "peak_mb": example.peak_mb()}
 
 
 if __name__ == "__main__":

@@ -4,24 +4,15 @@ Both sides answer the same held-out records of the example with the same LoRA ad
 own with the same threads, on a base that is stored in NF4. Evaluation is the loss of each reference answer and the
 greedy answer; the plain loop takes batches of 32 records of like length. Chat is one prompt with an answer of a fixed
 length, by the base and by the adapter: the time to its first word, and tokens/s after that.
-
---busy keeps every processor at work on something else meanwhile.
-
-What was tried and lost: batches of 64 or 128 records in place of 32 (as fast, and 1.2 times slower); for chat
-bitsandbytes' own product of four bits and a row, which rounds the scales of a block to bfloat16: faster, and of other
-weights than those that the adapter was trained on and judged with.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +28,20 @@ PROMPT = "Tell me in a few sentences what the flu is."
 
 
 def main() -> None:
-    parser = example.parser("inference", __doc__)
+    parser = example.parser("inference", __doc__, threads=os.cpu_count() or 1, rounds=2, record=True)
     parser.add_argument("--records", type=int, default=120)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
-    parser.add_argument("--adapter", type=Path, help="one of the example's base; without it, one is trained first")
-    parser.add_argument("--busy", action="store_true", help="with other work on every processor")
-    parser.add_argument("--record", action="store_true", help="make the ratios the baselines of this kind of processor")
     parser.add_argument("--side", choices=(*SIDES, "teach"), help="do this alone, and print its figures as JSON")
+    parser.add_argument("--adapter", type=Path, help="with --side: its folder")
     options = parser.parse_args()
     if options.side:
         print(json.dumps({"fineloop": _fineloop, "plain": _plain, "teach": _teach}[options.side](options)))
         return
     with tempfile.TemporaryDirectory(prefix="fineloop-bench-") as scratch:
-        if options.adapter is None:
-            options.adapter = Path(scratch)
-            _in_a_process("teach", options)
-        with _others_at_work(options.busy):
-            found = _measured(options)
-    suffix = " busy" if options.busy else ""
-    for name, ratio in _compared(found).items():
-        print(baselines.compared(name + suffix, ratio, record=options.record))
+        options.adapter = Path(scratch)
+        _in_a_process("teach", options)
+        runs = _measured(options)
+    for name, ratio in _compared(runs).items():
+        print(baselines.compared(name, ratio, record=options.record))
 
 
 def _measured(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -103,18 +87,6 @@ def _compared(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 def _in_a_process(side: str, options: argparse.Namespace) -> dict[str, Any]:
     chosen = ["--side", side, "--records", str(options.records), "--adapter", str(options.adapter)]
     return example.in_process("inference", chosen, threads=options.threads)
-
-
-@contextmanager
-def _others_at_work(busy: bool) -> Iterator[None]:
-    spin = [sys.executable, "-c", "while True: pass"]
-    others = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)] if busy else []
-    try:
-        yield
-    finally:
-        for each in others:
-            each.kill()
-            each.wait()
 
 
 def _teach(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,15 +149,7 @@ def _fineloop(options: argparse.Namespace) -> dict[str, Any]:
     kernels.hold_dense_if_room(model)
     adapted = kernels.adopt(build.load(model, options.adapter)).eval()
     split = tokenize(records, chat, config.model.max_length)
-    scores = score(
-        adapted,
-        chat,
-        records,
-        split,
-        batch_size=BATCH,
-        max_new_tokens=MAX_NEW_TOKENS,
-        advance=lambda _: None,
-    )
+    scores = score(adapted, chat, records, split, batch_size=BATCH, max_new_tokens=MAX_NEW_TOKENS)
     seconds = time.perf_counter() - started
     figures = _evaluated(seconds, split, records, [each.nll for each in scores], [each.text for each in scores])
     prompt = tokenize([Record("prompt", [Message("user", PROMPT)], "-")], chat, config.model.max_length)
@@ -210,7 +174,7 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
 
     config, base, chat, records, kernels = example.parts(options.threads)
     records = records[-options.records :]
-    model = example.by_transformers(base, "nf4")
+    model = example.by_transformers(base)
     started = time.perf_counter()
     model = PeftModel.from_pretrained(model, options.adapter).eval()
     if kernels.dtype == "float32":  # the same products for both, so that the loops are compared

@@ -1,22 +1,19 @@
-"""What a 70B base costs to read: `python -m benchmarks.large_base FOLDER --gateway versitygw [--layers N]`.
+"""What a 70B base costs to read: `python -m benchmarks.large_base FOLDER --gateway versitygw [--fetch]`.
 
-The base is made up: folders in transformers' format with the shapes of Llama 3 70B (arXiv:2407.21783, table 3), whose
-safetensors have whole headers and holes in place of weights. A real S3 server serves them from there (versitygw's posix
-backend), behind a proxy that counts requests and bytes of each process by itself.
-
-whole     all 80 layers, 141 GB: what asks for a pod's disk, `plan` and a driver read, up to where workers would begin;
-          Ray is told of GPUs that are not there. With --fetch also what two workers of a node read before they load
-          it, and both again after a restart, beside the seconds that `plan` says for a network as fast as the server
-          here, and for a disk as fast as --caches: it needs 141 GB, of which a zram device holds almost nothing
-cut       the same with N layers and fewer tokens, whose weights a CPU can hold: a training by two workers under ZeRO-3
-          in bfloat16, one of which dies after its first step, so that both start again on the node; then one on another
-          node, whose cache is empty. But for its size, what is read of the base does not depend on its layers
+The base is made up: a folder in transformers' format with the shapes of Llama 3 70B (arXiv:2407.21783, table 3), whose
+safetensors have whole headers and holes in place of weights. A real S3 server serves it from there (versitygw's posix
+backend), behind a proxy that counts requests and bytes of each process by itself: of what asks for a pod's disk, of
+`plan` and of a driver, up to where workers would begin; Ray is told of GPUs that are not there. With --fetch also what
+two workers of a node read before they load it, and both again after a restart, beside the seconds that `plan` says for
+a network as fast as the server here, and for a disk as fast as --caches: it needs 141 GB, of which a zram device holds
+almost nothing.
 """
 
-import argparse
 import contextlib
+import copy
 import hashlib
 import json
+import math
 import os
 import socket
 import struct
@@ -30,59 +27,58 @@ from typing import Any
 
 import pytest
 
+from benchmarks import example
 from benchmarks import processes_of_a_large_base as processes
 from benchmarks.counting_proxy import APP_ID, Counts, counting_proxy
 from pipelines.commands.arguments import table
+from tests.models.shapes import LLAMA_3_70B
 from tests.models.tiny import colour_rows, write_tokenizer
 
-LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 80, 8192, 28672, 64, 8, 128256
-CUT_VOCABULARY = 16384
 SHARDS = 30
 BF16_BYTES = 2
 CONFIG = """
 [adapter]
 name = "large"
 [model]
-base = "s3://bases/{base}"
+base = "s3://bases/whole"
 max_length = 64
 [data]
 source = "{folder}/colours.jsonl"
 [method]
-name = "{method}"
+name = "qlora"
 rank = 8
 target_modules = ["q_proj", "v_proj"]
 [train]
 learning_rate = 1e-4
-batch_size = {workers}
+batch_size = 8
 micro_batch_size = 1
 max_steps = 2
-zero_stage = {zero_stage}
-evals_per_epoch = 0
-checkpoint_every_steps = 1
+zero_stage = 3
 [ray]
-num_workers = {workers}
-{ray}
+num_workers = 8
+use_gpu = true
+gpu = "H100"
 [registry]
 bucket = "registry"
 """
 
 
-def write_base(folder: Path, layers: int, vocabulary: int) -> int:
+def write_base(folder: Path) -> int:
     """Write the base; gives the bytes of its weights."""
-    from transformers import LlamaConfig
+    import torch
+    from transformers import LlamaForCausalLM
 
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder)
-    LlamaConfig(
-        vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=8192, dtype="bfloat16",
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
-    ).save_pretrained(folder)  # fmt: skip
-    shapes = dict(weights(layers, vocabulary))
+    config = copy.copy(LLAMA_3_70B)
+    config.update({"dtype": "bfloat16", "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    config.update({"max_position_embeddings": 8192, "architectures": ["LlamaForCausalLM"]})
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in LlamaForCausalLM(config).state_dict().items()}
     names = list(shapes)
-    each = -(-len(names) // min(SHARDS, len(names)))
-    parts = [names[start : start + each] for start in range(0, len(names), each)]
+    of_a_shard = -(-len(names) // SHARDS)
+    parts = [names[start : start + of_a_shard] for start in range(0, len(names), of_a_shard)]
     placed, total = {}, 0
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
@@ -95,32 +91,12 @@ def write_base(folder: Path, layers: int, vocabulary: int) -> int:
     return total
 
 
-def weights(layers: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each, as transformers names Llama's."""
-    yield "model.embed_tokens.weight", (vocabulary, HIDDEN)
-    narrow = HIDDEN * KV_HEADS // HEADS
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        for name, rows in (("q_proj", HIDDEN), ("k_proj", narrow), ("v_proj", narrow), ("o_proj", HIDDEN)):
-            yield f"{at}.self_attn.{name}.weight", (rows, HIDDEN)
-        for name, shape in (("gate_proj", (INTERMEDIATE, HIDDEN)), ("up_proj", (INTERMEDIATE, HIDDEN))):
-            yield f"{at}.mlp.{name}.weight", shape
-        yield f"{at}.mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
-        yield f"{at}.input_layernorm.weight", (HIDDEN,)
-        yield f"{at}.post_attention_layernorm.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (vocabulary, HIDDEN)
-
-
 def write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """A file in the safetensors format whose weights are a hole; gives their bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, numbers = end, 1
-        for length in shape:
-            numbers *= length
-        end += numbers * BF16_BYTES
+        begin, end = end, end + math.prod(shape) * BF16_BYTES
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -175,9 +151,7 @@ def at_once(names: Sequence[str], function: Any, *arguments: Any, **environment:
 
 def measure_whole(folder: Path, caches: Path, *, fetch: bool) -> None:
     """What is read of the base before there are workers."""
-    on_gpus = 'use_gpu = true\ngpu = "H100"\n'
-    about = {"base": "whole", "folder": folder, "method": "qlora", "workers": 8, "zero_stage": 3}
-    toml = CONFIG.format(**about, ray=on_gpus)
+    toml = CONFIG.format(folder=folder)
     in_process("whole-plan", processes.planned, toml)
     for attempt in ("first", "again"):
         cache = {"FINELOOP_CACHE": str(caches / "driver")}
@@ -209,34 +183,20 @@ def measure_start(toml: str, identity: Mapping[str, str], cache: Path) -> None:
     print(f"load: plan {at['load']:.0f} s, here {took['load']:.0f} s")
 
 
-def measure_cut(folder: Path, caches: Path) -> None:
-    """What drivers and workers read in trainings."""
-    about = {"base": "cut", "folder": folder, "workers": 2, "ray": "max_failures = 1"}
-    sharded = CONFIG.format(**about, method="lora", zero_stage=3)
-    for node, toml, what in (
-        ("node-1", sharded, {processes.DIED: str(folder / "died")}),
-        ("node-2", sharded, {}),
-    ):
-        cache = {"FINELOOP_CACHE": str(caches / node)}
-        in_process(f"{node}-driver", processes.trained, toml, f"cut-{node}", **cache, **what)
-
-
 def rows(counts: Counts) -> list[tuple[str, ...]]:
     """The table."""
-    found = [("process", "requests", "MB", "of weights, MB")]
+    lines = [("process", "requests", "MB", "of weights, MB")]
     for process, asked in counts.by_process.items():
-        found.append((process, f"{asked.requests}", f"{asked.read_bytes / 1e6:,.1f}", f"{asked.of_weights / 1e6:,.1f}"))
-    return found
+        lines.append((process, f"{asked.requests}", f"{asked.read_bytes / 1e6:,.1f}", f"{asked.of_weights / 1e6:,.1f}"))
+    return lines
 
 
 def main() -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = example.parser("large_base", __doc__)
     parser.add_argument("folder", type=Path, help="empty, or not there yet")
     parser.add_argument("--gateway", default="versitygw", help="github.com/versity/versitygw, 1.8")
     parser.add_argument("--fetch", action="store_true", help="have workers download the whole base")
     parser.add_argument("--caches", type=Path, help="folder of the nodes' caches; by default in FOLDER")
-    parser.add_argument("--layers", type=int, default=1, help="of the base that is trained on; 0 trains none")
     options = parser.parse_args()
     folder = options.folder.absolute()
     caches = (options.caches or folder / "caches").absolute()
@@ -244,15 +204,12 @@ def main() -> None:
         parser.error(f"{folder} is not empty")
     (folder / "buckets" / "registry").mkdir(parents=True)
     (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in colour_rows(100)))
-    for name, layers, vocabulary in (("whole", LAYERS, VOCABULARY), ("cut", options.layers, CUT_VOCABULARY)):
-        total = write_base(folder / "buckets" / "bases" / name, layers, vocabulary)
-        print(f"{name}: {layers} layers, {total / 1e9:.1f} GB of weights")
+    total = write_base(folder / "buckets" / "bases" / "whole")
+    print(f"{total / 1e9:.1f} GB of weights")
     with served(folder / "buckets", options.gateway) as url, counting_proxy(url) as counts:
         os.environ["AWS_ENDPOINT_URL"] = counts.url
         try:
             measure_whole(folder, caches, fetch=options.fetch)
-            if options.layers:
-                measure_cut(folder, caches)
         finally:
             print(table(rows(counts)))
 

@@ -5,19 +5,23 @@ base. PEFT decomposes each residual by its own `_low_rank_decomposition`, a full
 (`loftq_init`) runs on CUDA and XPU alone and is written out here.
 """
 
-import argparse
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors import safe_open
 
+from benchmarks import example
 from components.config import config_file
 from pipelines.configs import DEFAULT_CONFIG
 from ray_jobs import entry
 from ray_jobs.adapters.loftq import quantize, split
 from ray_jobs.base import base_model
 
+STEPS = 5
 LAYERS = [
     f"model.layers.{block}.{layer}"
     for block in (4, 22)
@@ -26,11 +30,7 @@ LAYERS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loftq", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3, help="each side this many times, in turn; the best counts")
-    options = parser.parse_args()
+    options = example.parser("loftq", __doc__, threads=1, rounds=3).parse_args()
     entry.quiet_libraries()
     torch.set_num_threads(options.threads)
     base = base_model.resolve(config_file.load(DEFAULT_CONFIG).model)
@@ -40,38 +40,37 @@ def main() -> None:
         seconds = {"split": 0.0, "peft": 0.0, "quantize": 0.0}
         lost = {"split": 0.0, "peft": 0.0, "nf4": 0.0}
         for name, weight in weights.items():
-            best = dict.fromkeys(seconds, float("inf"))
+            sides: dict[str, Callable[[], Any]] = {
+                "split": partial(split, weight, rank=rank, steps=STEPS, name=name),
+                "peft": partial(_peft, weight, rank),
+                "quantize": lambda weight=weight: [quantize(weight) for _ in range(STEPS)],
+            }
+            best, results = dict.fromkeys(seconds, float("inf")), dict[str, Any]()
             for _ in range(options.rounds):
-                started = time.perf_counter()
-                found = split(weight, rank=rank, steps=options.steps, name=name)
-                best["split"] = min(best["split"], time.perf_counter() - started)
-                started = time.perf_counter()
-                norm2 = _peft(weight, rank, options.steps)
-                best["peft"] = min(best["peft"], time.perf_counter() - started)
-                started = time.perf_counter()
-                for _ in range(options.steps):
-                    quantize(weight)
-                best["quantize"] = min(best["quantize"], time.perf_counter() - started)
+                for side, run in sides.items():
+                    started = time.perf_counter()
+                    results[side] = run()
+                    best[side] = min(best[side], time.perf_counter() - started)
             seconds = {side: seconds[side] + best[side] for side in seconds}
-            lost["nf4"] += found.nf4_norm2
-            lost["split"] += found.loftq_norm2
-            lost["peft"] += norm2
+            lost["nf4"] += results["split"].nf4_norm2
+            lost["split"] += results["split"].loftq_norm2
+            lost["peft"] += results["peft"]
         ours, theirs = ((lost[side] / lost["nf4"]) ** 0.5 for side in ("split", "peft"))
         both = seconds["quantize"]
         ratio = seconds["peft"] / seconds["split"]
         alone = (seconds["peft"] - both) / (seconds["split"] - both)
         print(
-            f"rank {rank:3}, {options.steps} steps: {ratio:.1f} x as fast as PEFT's full SVD, "
+            f"rank {rank:3}, {STEPS} steps: {ratio:.1f} x as fast as PEFT's full SVD, "
             f"{alone:.1f} x without the quantising both do; of NF4's loss it leaves {ours:.4f}, PEFT {theirs:.4f}",
             flush=True,
         )
 
 
-def _peft(weight: torch.Tensor, rank: int, steps: int) -> float:
+def _peft(weight: torch.Tensor, rank: int) -> float:
     """PEFT 0.21's `loftq_init` on this machine's NF4: the squared norm of what it loses."""
     weight = weight.float()
     residual, norm2 = weight, 0.0
-    for _ in range(steps):
+    for _ in range(STEPS):
         residual = weight - quantize(residual)[1]
         found = _low_rank_decomposition(residual, reduced_rank=rank)
         product = torch.mm(found["L"], found["R"])

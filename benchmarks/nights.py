@@ -5,34 +5,29 @@ trainings, with the champion as it is measured and as it is shrunk by its select
 each night's data make the models of earlier nights wrong by so much.
 """
 
-import argparse
 import itertools
 
 import numpy as np
 
+from benchmarks import example
 from components.config.gate import GateConfig
 from components.shared import paired
 from tests.components.gate.nights import Trainer, lost_of_the_best, year
 
-DISTANCES = (1.0, 0.7, 0.5)
 SPREAD = 0.01
 """Standard deviation of the trainings' true losses at a distance of 1, as the example's two seeds differ."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.nights", description=__doc__)
+    parser = example.parser("nights", __doc__)
     parser.add_argument("--records", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--distances", type=float, nargs="+", default=DISTANCES)
-    parser.add_argument("--moving", type=float, nargs="+", default=(0.0, 0.002))
     parser.add_argument("--kept", type=float, nargs="+", default=(0.0,), help="production's share in what is published")
-    parser.add_argument("--champion", nargs="+", choices=("measured", "shrunk"), default=("measured", "shrunk"))
-    parser.add_argument("--resamples", type=int, default=400, help="of each bound; the gate takes ten times as many")
     options = parser.parse_args()
-    paired.RESAMPLES, paired.PER_TAIL = options.resamples, max(1, options.resamples // 100)
+    paired.RESAMPLES, paired.PER_TAIL = 400, 4  # of each bound; the gate takes ten times as many
     print("| distance | data | kept | champion | promoted of 100 | drift | behind | worse by the margin: promoted |")
     print("|---|---|---|---|---|---|---|---|")
-    worlds = itertools.product(options.distances, options.moving, options.kept, options.champion)
+    worlds = itertools.product((1.0, 0.7, 0.5), (0.0, 0.002), options.kept, ("measured", "shrunk"))
     for apart, moving, kept, champion in worlds:
         trainer = Trainer(apart=apart, on_the_whole=SPREAD * apart, moving=moving, kept=kept)
         years = [

@@ -21,18 +21,22 @@ from ray_jobs.training.zero import Worker
 from tests.models.spec import spec_of
 
 
+def join(backend: str) -> None:
+    """A group of one, or the one that the environment names."""
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # which DeepSpeed asks for
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_base: bool) -> Any:
-    """The base with its adapter in DeepSpeed, in a group of one or in the one that the environment names."""
+    """The base with its adapter in DeepSpeed."""
     use_gpu = config.ray.use_gpu
     zero.prepare_environment(use_gpu=use_gpu)
     if not use_gpu:
         door.keep_freed_memory()
-    backend = "nccl" if use_gpu else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    join("nccl" if use_gpu else "gloo")
     model = door.load_model(base, config.model, config.method.row.base, kernels, use_gpu=use_gpu)
     adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=config.train.seed))
     engine = zero.initialize(adapted.train(), config)

@@ -14,13 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks import example
-from benchmarks.peak import peak_mb
 
 WORDS, SHORT, LONG = 20_000, 12, 1500
 """Different words, and those of a prompt; the latter are some 2,000 tokens."""
@@ -32,8 +31,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000], metavar="N")
     parser.add_argument("--long", action="store_true", help=f"prompts of {LONG} words in place of {SHORT}")
     parser.add_argument("--near", type=float, default=0.8, help="data.near_duplicates; 0 compares no prompts")
-    parser.add_argument("--memory-gib", type=float, default=2, help="data.memory_gib")
-    parser.add_argument("--only", nargs="+", choices=SIDES, help="these alone")
     parser.add_argument("--one", choices=SIDES, help="measure one here, as JSON")
     parser.add_argument("--file", help="with --one: the rows")
     options = parser.parse_args()
@@ -45,7 +42,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "rows.jsonl")
             _make(path, count, LONG if options.long else SHORT)
-            for side in options.only or SIDES:
+            for side in SIDES:
                 _print(side, count, _in_process(side, str(path), options))
 
 
@@ -64,8 +61,7 @@ def _in_process(side: str, source: str, options: argparse.Namespace) -> dict[str
     if side != "fineloop" and importlib.util.find_spec(side) is None:
         return "not installed"
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.preparing", "--one", side, "--file", source]
-    command += ["--near", str(options.near), "--memory-gib", str(options.memory_gib)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--near", str(options.near)], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -92,7 +88,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch:
         SIDES[options.one](options.file, Path(scratch), step, options)
-    return {"cpu_s": _cpu_s(), "wall_s": time.perf_counter() - started, "peak_mb": peak_mb(), "steps": steps}
+    return {"cpu_s": _cpu_s(), "wall_s": time.perf_counter() - started, "peak_mb": example.peak_mb(), "steps": steps}
 
 
 def _cpu_s() -> float:
@@ -107,7 +103,7 @@ def _fineloop(source: str, scratch: Path, step: Any, options: argparse.Namespace
     from components.prepare.sources import find_sources
     from components.prepare.split import deduplicate, split
 
-    with workspace.opened(memory_bytes=round(options.memory_gib * 2**30)) as work:
+    with workspace.opened(memory_bytes=2 * 2**30) as work:
         with step("read"):
             read = read_sources(find_sources(source), work.accept, work.reject)
             work.finish()
@@ -137,10 +133,7 @@ def _polars(source: str, scratch: Path, step: Any, options: argparse.Namespace) 
         rows.filter(side).drop("place").sink_parquet(scratch / f"{name}.parquet", compression="zstd")
 
 
-SIDES: dict[str, Callable[[str, Path, Any, argparse.Namespace], None]] = {
-    "fineloop": _fineloop,
-    "polars": _polars,
-}
+SIDES = {"fineloop": _fineloop, "polars": _polars}
 
 
 if __name__ == "__main__":

@@ -10,21 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.counting_proxy import APP_ID
 from components.config import config_file
 from tests.ray_jobs import own_ray
 
-DIED = "LARGE_BASE_DIED"
-"""In the environment, a file whose being there says that a worker has died; without one, none does."""
 MIB = 2**20
-
-
-def start_ray(cpus: int, gpus: int) -> None:
-    """In a driver's process, whose jobs then find it: there may be others on this machine."""
-    own_ray.start(cpus, gpus)
-    import ray
-
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 class Reached(Exception):
@@ -111,43 +100,11 @@ def driven(config_toml: str, run_id: str) -> None:
     def stop(*_: Any, **__: Any) -> dict[str, Any]:
         raise Reached
 
-    start_ray(16, 8)
+    own_ray.start(16, 8)
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # there may be others on this machine
     with pytest.MonkeyPatch.context() as patched, contextlib.suppress(Reached):
         patched.setattr(trainer, "run", stop)
-        config = config_file.loads(config_toml)
-        finetune.run(config, run_id=run_id, dataset_uri=prepare(config, finetune.STEP))
-
-
-def train(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """In each worker: Fineloop's own training function, under the worker's name; the first of rank 1 dies."""
-    import ray.train
-
-    from ray_jobs.training import measuring, train_loop
-
-    rank, take_step = ray.train.get_context().get_world_rank(), train_loop.take_step
-    died = Path(os.environ[DIED]) if DIED in os.environ else None
-    driver, is_again = os.environ[APP_ID].removesuffix("-driver"), died is not None and died.exists()
-    os.environ[APP_ID] = f"{driver}-rank-{rank}{'-again' if is_again else ''}"
-
-    def dying(*given: Any, step: int, **how: Any) -> Any:
-        if rank == 1 and step == 1 and died is not None and not is_again:
-            died.touch()
-            os._exit(1)
-        return take_step(*given, step=step, **how)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_loop, "take_step", dying)
-        return measuring.work(arguments)
-
-
-def trained(config_toml: str, run_id: str) -> None:
-    """`ray_jobs.finetune`, with its workers."""
-    from ray_jobs import finetune
-    from ray_jobs.prepare import prepare
-    from ray_jobs.training import trainer
-
-    start_ray(2, 0)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer, "work", train)
         config = config_file.loads(config_toml)
         finetune.run(config, run_id=run_id, dataset_uri=prepare(config, finetune.STEP))

@@ -17,11 +17,7 @@ SHAPES = {"1,536 x 576": (1536, 576), "11,008 x 4,096": (11008, 4096)}
 
 
 def main() -> None:
-    parser = example.parser("quantising", __doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3, help="each side this many times, in turn; the best counts")
-    parser.add_argument("--record", action="store_true", help="make the ratios the baselines of this kind of processor")
-    options = parser.parse_args()
+    options = example.parser("quantising", __doc__, threads=1, rounds=3, record=True).parse_args()
     torch.set_num_threads(options.threads)
     # Until ours is registered, which nobody does here.
     sides: dict[str, Callable[..., Any]] = {

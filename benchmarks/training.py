@@ -3,12 +3,6 @@
 Both sides run in turn, each in a process of its own with the same threads: QLoRA of rank 16 on every linear layer of
 the example's base, the same records, batches of 16 grouped by length, AdamW. Padding does not count as tokens.
 
-What was tried and lost: weights packed for oneDNN (a tenth of a product, for as much memory again); attention in
-bfloat16 (its way back takes four to eight times as long on short records); with AMX factors as columns of a product
-that are no multiple of 32; attention of long records one head after the other, so that nothing has to be made
-contiguous (1.2 times as long at 1,024 tokens); leaving out of the last layer the tokens that nobody reads behind it (2
-% of the work, and nothing above the noise).
-
 --processor takes instructions away from PyTorch and oneDNN, so that an older processor's speed can be seen on any that
 has more: avx2 (most laptops; Zen 2 and 3) or avx512 (Cascade Lake). bitsandbytes' own kernels keep what they find, and
 PyTorch's product of two bfloat16 matrices in rows and columns stays up to thirty times as fast as a true AVX2's.
@@ -25,7 +19,6 @@ import time
 from typing import Any
 
 from benchmarks import baselines, example
-from benchmarks.peak import peak_mb
 
 WARM_UP_STEPS = 2
 BATCH_SIZE = 16
@@ -39,36 +32,19 @@ PROCESSORS = {
 
 
 def main() -> None:
-    parser = example.parser("training", __doc__)
+    parser = example.parser("training", __doc__, threads=os.cpu_count() or 1, rounds=2, record=True)
     parser.add_argument("--records", type=int, default=320)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=2, help="each side this many times, in turn; the best counts")
-    parser.add_argument("--base", choices=("nf4", "int8", "bf16"), default="nf4", help="how the base is stored")
-    parser.add_argument("--dense-base", action=argparse.BooleanOptionalAction, default=True, help="hold our base dense")
     parser.add_argument("--processor", choices=PROCESSORS, default="here", help="as if it could do no more than this")
-    parser.add_argument(
-        "--matmul-dtype",
-        choices=("auto", "bfloat16", "float32"),
-        default="auto",
-        help="what both sides multiply in; auto as ray.cpu_matmul_dtype",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="our loop alone, its threads shared out over so many processes; each against the first, such as 1 2",
-    )
-    parser.add_argument("--record", action="store_true", help="make the ratio the baseline of this kind of processor")
+    dtypes = ("auto", "bfloat16", "float32")
+    parser.add_argument("--matmul-dtype", choices=dtypes, default="auto", help="of both sides; as ray.cpu_matmul_dtype")
+    shared_out = "our loop alone, its threads shared out over so many processes; each against the first, such as 1 2"
+    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help=shared_out)
     parser.add_argument("--side", choices=SIDES, help="run one side here and print its figures as JSON")
     options = parser.parse_args()
     if options.side:
         print(json.dumps((_fineloop if options.side == "fineloop" else _trainer)(options)))
         return
-    print(
-        f"processor {options.processor}, {options.threads} threads, {options.base}, products in {options.matmul_dtype}",
-        flush=True,
-    )
+    print(f"processor {options.processor}, {options.threads} threads, products in {options.matmul_dtype}", flush=True)
     if options.workers:
         _compare_workers(options)
     else:
@@ -104,10 +80,8 @@ def _compare_workers(options: argparse.Namespace) -> None:
 
 def _name(options: argparse.Namespace) -> str:
     """What was measured, as the baselines know it."""
-    parts = ["training", options.base, "" if options.dense_base else "stored", f"as {options.processor}"]
-    if options.matmul_dtype != "auto":
-        parts.append(options.matmul_dtype)
-    return " ".join(part for part in parts if part and part != "as here")
+    name = "training nf4" if options.processor == "here" else f"training nf4 as {options.processor}"
+    return name if options.matmul_dtype == "auto" else f"{name} {options.matmul_dtype}"
 
 
 def _in_processes(side: str, options: argparse.Namespace, num_workers: int = 1) -> dict[str, float]:
@@ -115,8 +89,7 @@ def _in_processes(side: str, options: argparse.Namespace, num_workers: int = 1) 
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--side", side]
     threads = str(max(1, options.threads // num_workers))
     command += ["--records", str(options.records), "--threads", threads]
-    command += ["--matmul-dtype", options.matmul_dtype, "--base", options.base]
-    command += ["--dense-base" if options.dense_base else "--no-dense-base"]
+    command += ["--matmul-dtype", options.matmul_dtype]
     environment = {**os.environ, "OMP_NUM_THREADS": threads, **PROCESSORS[options.processor]}
     ranks = [
         subprocess.Popen(
@@ -160,13 +133,13 @@ def _parts(options: argparse.Namespace) -> tuple[Any, Any, Any, Any, Any]:
         f"train.micro_batch_size={BATCH_SIZE // num_workers}",
         f"ray.cpus_per_worker={options.threads}",
         f"ray.cpu_matmul_dtype={options.matmul_dtype}",
-        f"method.base={options.base}",
+        "method.base=nf4",
     )
     return config, base, chat, tokenize(records[: options.records], chat, config.model.max_length), kernels
 
 
 def _figures(tokens: int, seconds: float, loss: float) -> dict[str, float]:
-    return {"tokens_per_s": tokens / seconds, "peak_mb": peak_mb(), "loss": loss}
+    return {"tokens_per_s": tokens / seconds, "peak_mb": example.peak_mb(), "loss": loss}
 
 
 def _fineloop(options: argparse.Namespace) -> dict[str, float]:
@@ -174,7 +147,7 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
     from ray_jobs.text.batching import plan_epoch
 
     config, base, chat, split, kernels = _parts(options)
-    engine = our_loop.make(config, base, kernels, dense_base=options.dense_base)
+    engine = our_loop.make(config, base, kernels, dense_base=True)
     plan = plan_epoch(split.lengths, batch_size=BATCH_SIZE, group_by_length=True, seed=0, epoch=0)
     tokens, started, losses = 0, 0.0, []
     for step, (loss, seen) in enumerate(our_loop.steps(engine, config, split, chat.pad, plan)):
@@ -192,7 +165,7 @@ def _trainer(options: argparse.Namespace) -> dict[str, float]:
     from ray_jobs.kernels import float32_layers
 
     config, base, chat, split, kernels = _parts(options)
-    model = example.by_transformers(base, options.base)
+    model = example.by_transformers(base)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     if kernels.dtype == "float32":  # the same products for both, so that the loops are compared

@@ -5,7 +5,7 @@ through its own entry point (sides/), in turn, in a process of its own with the 
 steps but the first two; padding does not count. Medians of --rounds.
 
 Each peer counts at its best setting: the first round runs all in SETTINGS, and the others the fastest of each peer. No
-peer recomputes activations, and all multiply in float32 where that is the faster here (--matmul-dtype).
+peer recomputes activations, and all multiply in float32 where that is the faster here.
 
 On a GPU (--gpu), where Unsloth is one more, a base of the example's size is nothing: --shape takes one of random
 weights in the shape of a Llama of 1 to 8 billion.
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baselines
-from benchmarks.peers import bases, gemm, task, venvs
+from benchmarks import baselines, example
+from benchmarks.peers import bases, task, venvs
 
 SIDES = Path(__file__).with_name("sides")
 # glibc's, as ray_jobs/kernels/door.py sets them for Fineloop.
@@ -70,32 +70,17 @@ class SideFailedError(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = example.parser("peers", __doc__, threads=os.cpu_count() or 1, rounds=3, record=True)
     parser.add_argument("--records", type=int, default=320, help="each trained on once")
     parser.add_argument("--records-tokens", type=int, default=0, metavar="T", help="join records to ones of T tokens")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--labels", choices=("answers", "all"), default="answers", help="which tokens have a loss")
-    parser.add_argument("--base", choices=("nf4", "dense"), default="nf4", help="how the base is held")
-    parser.add_argument("--matmul-dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument(
-        "--shape", choices=bases.SHAPES, default="", help="random weights; without it the example's base"
-    )
+    parser.add_argument("--shape", choices=bases.SHAPES, default="", help="random weights, not the example's base")
     parser.add_argument("--gpu", action="store_true", help="train on the GPU")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=venvs.PEERS, help="these peers alone")
-    parser.add_argument("--sides", nargs="+", choices=SETTINGS, help="these settings alone")
+    parser.add_argument("--only", nargs="+", choices=venvs.PEERS, default=[*venvs.PEERS], help="these peers alone")
     parser.add_argument("--install", action="store_true", help="make the environments and no more")
-    parser.add_argument("--matmul", action="store_true", help="also what share of torch.mm's rate the steps reach")
-    parser.add_argument("--record", action="store_true", help="make the ratios this kind of processor's baselines")
     options = parser.parse_args()
     here = "gpu" if options.gpu else "cpu"
-    sides = options.sides or [side for side, setting in SETTINGS.items() if here in setting.runs_on]
-    sides = [side for side in sides if not options.only or SETTINGS[side].peer in options.only]
+    sides = [side for side, of in SETTINGS.items() if here in of.runs_on and of.peer in options.only]
     missing = _installed({SETTINGS[side].peer for side in sides})
     if not options.install:
         with tempfile.TemporaryDirectory() as scratch:
@@ -116,7 +101,7 @@ def _installed(peers: set[str]) -> dict[str, str]:
     missing = {}
     for name in sorted(peers):
         try:
-            venvs.python(venvs.PEERS[name])
+            venvs.python(name)
         except venvs.NotInstalledError as error:
             missing[name] = str(error)
     return missing
@@ -128,15 +113,12 @@ def _measure(options: argparse.Namespace, scratch: Path, sides: list[str]) -> di
         records=options.records,
         batch_size=options.batch_size,
         record_tokens=options.records_tokens,
-        labels=options.labels,
-        base_format=options.base,
-        matmul_dtype=options.matmul_dtype,
         threads=options.threads,
         shape=options.shape,
         use_gpu=options.gpu,
     )
     print(
-        f"{_kind(options)}, {given['threads']} threads, base {given['format']}, products in {given['dtype']}, "
+        f"{_kind(options)}, {given['threads']} threads, base nf4, products in {given['dtype']}, "
         f"{given['steps']} steps of {given['batch_size']} records of {given['mean_length']:.0f} tokens",
         flush=True,
     )
@@ -159,8 +141,6 @@ def _measure(options: argparse.Namespace, scratch: Path, sides: list[str]) -> di
             sides = fastest({side: runs[0] for side, runs in found.items() if side not in missing})
     medians = {side: _median(found[side]) for side in [FINELOOP, *sides] if side in found}
     _compare(options, medians)
-    if options.matmul:
-        _shares(given, medians)
     return missing
 
 
@@ -210,8 +190,7 @@ def _run(side: str, given: dict[str, Any], scratch: Path) -> dict[str, float]:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.sides.side_fineloop"]
     else:
         environment |= ALLOCATOR if setting.allocator else {}
-        interpreter = str(venvs.python(venvs.PEERS[setting.peer]))
-        command = [interpreter, "-W", "ignore", str(SIDES / f"side_{setting.peer}.py")]
+        command = [str(venvs.python(setting.peer)), "-W", "ignore", str(SIDES / f"side_{setting.peer}.py")]
         environment["PYTHONPATH"] = str(SIDES)
     done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -243,7 +222,7 @@ def _compare(options: argparse.Namespace, medians: dict[str, dict[str, float]]) 
     ours = medians[FINELOOP]
     print(f"medians of {options.rounds}, and Fineloop against each")
     length = f"{options.records_tokens} tokens" if options.records_tokens else ""
-    name, kind = " ".join(filter(None, ["peers", options.base, options.shape, length])), _kind(options)
+    name, kind = " ".join(filter(None, ["peers nf4", options.shape, length])), _kind(options)
     print(f"{FINELOOP:>16}  {_line(ours)}")
     for side in peers:
         run = medians[side]
@@ -264,19 +243,6 @@ def _kind(options: argparse.Namespace) -> str:
     import torch
 
     return str(torch.cuda.get_device_name())
-
-
-def _shares(given: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
-    """Print each side's useful operations a second as a share of torch.mm's, and of what a known GPU's maker says."""
-    order = given["orders"]["grouped"]
-    rate = gemm.rate(given, order["padded"] // (given["steps"] - given["warm_up"]))
-    operations = gemm.step_flops(given, tokens=order["tokens"], labelled=order["labelled"], squares=order["squares"])
-    print(f"torch.mm at these shapes  {rate / 1e9:.0f} GFLOP/s in {given['dtype']}")
-    maker = gemm.data_sheet(given)
-    for side, run in found.items():
-        reached = operations / order["tokens"] * run["tokens_per_s"]
-        of_maker = f", {reached / maker:.0%} of the data sheet's {maker / 1e12:.0f} TFLOP/s" if maker else ""
-        print(f"{side:>16}  {reached / rate:.0%} of that{of_maker}: no padding and no unlabelled logits add to it")
 
 
 if __name__ == "__main__":

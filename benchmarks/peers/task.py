@@ -10,8 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peak import peak_mb
-
 CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 WARM_UP_STEPS = 2
 LAST_STEPS = 8
@@ -26,18 +24,14 @@ def write(
     records: int,
     batch_size: int,
     record_tokens: int,
-    labels: str,
-    base_format: str,
-    matmul_dtype: str,
     threads: int,
     shape: str = "",
     use_gpu: bool = False,
 ) -> dict[str, Any]:
     """Write rows into a folder and give the task: both orders of rows, and what is to be done with them.
 
-    `record_tokens` joins records to rows of exactly so many tokens, and 0 leaves them as they are; `labels` is
-    `answers` or `all`; `matmul_dtype` is as ray.cpu_matmul_dtype; `shape` is one of `bases`, and empty means the
-    example's base.
+    `record_tokens` joins records to rows of exactly so many tokens, and 0 leaves them as they are; `shape` is one of
+    `bases`, and empty means the example's base.
     """
     import numpy as np
     import torch
@@ -54,7 +48,7 @@ def write(
 
     entry.quiet_libraries()
     torch.set_num_threads(threads)
-    config = config_file.load(CONFIG, [f"ray.cpu_matmul_dtype={matmul_dtype}"])
+    config = config_file.load(CONFIG)
     base = base_model.resolve(config.model)
     keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
     enough = keyed[: records * max(1, record_tokens // FEWEST_TOKENS)]
@@ -71,31 +65,21 @@ def write(
         )
     rows = []
     for start, end in pieces:
-        learned = [labels == "all" or each for each in labelled[start:end]]
-        rows.append({
-            "input_ids": tokens[start:end],
-            "attention_mask": [1] * (end - start),
-            "labels": [token if learn else IGNORED for token, learn in zip(tokens[start:end], learned, strict=True)],
-        })  # fmt: skip
+        learned = zip(tokens[start:end], labelled[start:end], strict=True)
+        labels = [token if learn else IGNORED for token, learn in learned]
+        rows.append({"input_ids": tokens[start:end], "attention_mask": [1] * (end - start), "labels": labels})
     lengths = [len(row["input_ids"]) for row in rows]
     orders = {}
     for order, group_by_length in (("grouped", True), ("shuffled", False)):
-        plan = plan_epoch(
-            np.array(lengths),
-            batch_size=batch_size,
-            group_by_length=group_by_length,
-            seed=0,
-            epoch=0,
-        )
+        plan = plan_epoch(np.array(lengths), batch_size=batch_size, group_by_length=group_by_length, seed=0, epoch=0)
         path = folder / f"{order}.jsonl"
         path.write_text("".join(json.dumps(rows[i]) + "\n" for batch in plan for i in batch), encoding="utf-8")
         orders[order] = {
             "rows": str(path),
-            **counts([[rows[i]["labels"] for i in batch] for batch in plan[WARM_UP_STEPS:]], IGNORED),
+            "tokens": sum(lengths[i] for batch in plan[WARM_UP_STEPS:] for i in batch),
         }
     return {
         "base": str(bases.write(folder / "base", shape, base.path) if shape else base.path),
-        "format": base_format,
         "gpu": use_gpu,
         "dtype": door.choose(config, base_model.load_config(base.path, config.model), on_gpu=use_gpu).dtype,
         "orders": orders,
@@ -109,26 +93,4 @@ def write(
         "alpha": config.method.lora_alpha,
         "learning_rate": config.learning_rate,
         "threads": threads,
-    }
-
-
-def counts(batches: list[list[list[int]]], ignored: int) -> dict[str, int]:
-    """Counts over batches of label lists: tokens, tokens with padding, labelled tokens, squared lengths."""
-    rows = [labels for batch in batches for labels in batch]
-    return {
-        "tokens": sum(len(labels) for labels in rows),
-        "padded": sum(len(batch) * max(len(labels) for labels in batch) for batch in batches),
-        "labelled": sum(label != ignored for labels in rows for label in labels),
-        "squares": sum(len(labels) ** 2 for labels in rows),
-    }
-
-
-def figures(given: dict[str, Any], ended: list[float], losses: list[float]) -> dict[str, float]:
-    """The figures that sides/measured.py prints, for a side whose steps ended at these times."""
-    return {
-        "seconds": ended[-1] - ended[given["warm_up"] - 1],
-        "steps": len(ended),
-        "peak_mb": peak_mb(gpu=given["gpu"]),
-        "first_loss": losses[0],
-        "loss": sum(losses[-given["last"] :]) / given["last"],
     }

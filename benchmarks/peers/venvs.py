@@ -10,31 +10,12 @@ import shutil
 import subprocess
 import sys
 import venv
-from dataclasses import dataclass
 from pathlib import Path
 
 PINNED = Path(__file__).with_name("requirements")
-
-
-@dataclass(frozen=True)
-class Peer:
-    """What is installed for a peer besides requirements/NAME.txt, and what is asked whether that went well."""
-
-    name: str
-    alone: tuple[str, ...] = ()
-    """Without what they depend on: Axolotl wants packages that need CUDA, and servers' clients by the dozen."""
-
-
-PEERS = {
-    each.name: each
-    for each in (
-        Peer("trainer"),
-        Peer("trl"),
-        Peer("llamafactory"),
-        Peer("axolotl", alone=("axolotl==0.19.0",)),
-        Peer("unsloth"),
-    )
-}
+PEERS = ("trainer", "trl", "llamafactory", "axolotl", "unsloth")
+ALONE = {"axolotl": ("axolotl==0.19.0",)}
+"""Without what they depend on: Axolotl wants packages that need CUDA, and servers' clients by the dozen."""
 
 
 class NotInstalledError(Exception):
@@ -46,31 +27,31 @@ def folder() -> Path:
     return Path(os.environ.get("FINELOOP_PEERS") or Path.home() / ".cache" / "fineloop" / "peers")
 
 
-def python(peer: Peer, pinned: Path = PINNED) -> Path:
+def python(peer: str, pinned: Path = PINNED) -> Path:
     """The interpreter of a peer's environment, which is made first where it is not there or what is pinned changed.
 
     Raises:
         NotInstalledError: pip failed. What it left is taken up by the next try.
     """
-    made = folder() / peer.name
+    made, alone = folder() / peer, ALONE.get(peer, ())
     interpreter, ready = made / "bin" / "python", made / "ready"
-    packages = pinned / f"{peer.name}.txt"
-    wanted = hashlib.sha256(packages.read_bytes() + repr(peer.alone).encode()).hexdigest()
+    packages = pinned / f"{peer}.txt"
+    wanted = hashlib.sha256(packages.read_bytes() + repr(alone).encode()).hexdigest()
     if ready.is_file() and ready.read_text(encoding="utf-8").strip() == wanted and interpreter.exists():
         return interpreter
-    print(f"installing {peer.name} into {made}", flush=True)
+    print(f"installing {peer} into {made}", flush=True)
     if not interpreter.exists():
         shutil.rmtree(made, ignore_errors=True)
         venv.create(made, with_pip=False, symlinks=True)
     _pip(peer, interpreter, ["--requirement", str(packages)])
-    if peer.alone:
-        _pip(peer, interpreter, ["--no-deps", *peer.alone])
+    if alone:
+        _pip(peer, interpreter, ["--no-deps", *alone])
     ready.write_text(wanted + "\n", encoding="utf-8")
     return interpreter
 
 
-def _pip(peer: Peer, interpreter: Path, packages: list[str]) -> None:
+def _pip(peer: str, interpreter: Path, packages: list[str]) -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet"]
     done = subprocess.run([*pip, "--disable-pip-version-check", *packages], capture_output=True, text=True)
     if done.returncode:
-        raise NotInstalledError(f"{peer.name}: pip: {done.stderr.strip()[-800:]}")
+        raise NotInstalledError(f"{peer}: pip: {done.stderr.strip()[-800:]}")

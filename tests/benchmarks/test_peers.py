@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import bases, task, venvs
+from benchmarks.peers import bases, venvs
 from tests.models.tiny import build_base
 
 
@@ -41,7 +41,7 @@ def test_what_pip_cannot_install_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("FINELOOP_PEERS", str(tmp_path / "peers"))
     (tmp_path / "trl.txt").write_text("/no/such/package.whl\n", encoding="utf-8")
     with pytest.raises(venvs.NotInstalledError, match=r"trl: pip: .*no/such/package"):
-        venvs.python(venvs.PEERS["trl"], pinned=tmp_path)
+        venvs.python("trl", pinned=tmp_path)
     assert not (tmp_path / "peers" / "trl" / "ready").exists()
 
 
@@ -52,11 +52,6 @@ def test_every_peer_has_a_side_and_pins_the_same_torch() -> None:
     assert pinned == {"2.13.0"}
     assert all((peers.SIDES / f"side_{name}.py").is_file() for name in venvs.PEERS)
     assert {peers.SETTINGS[side].peer for side in peers.SETTINGS} == set(venvs.PEERS)
-
-
-def test_padding_is_no_token() -> None:
-    counted = task.counts([[[-100, 5], [-100, -100, 6, 7]]], ignored=-100)
-    assert counted == {"tokens": 6, "padded": 8, "labelled": 3, "squares": 20}
 
 
 @pytest.mark.parametrize(("shape", "published"), [("1B", 1_235_814_400), ("3B", 3_212_749_824), ("8B", 8_030_261_248)])

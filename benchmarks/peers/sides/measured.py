@@ -35,16 +35,13 @@ def rows(given: dict[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def base(given: dict[str, Any]) -> Any:
-    """The task's base in its format and dtype, by transformers."""
+    """The task's base in NF4 and its dtype, by transformers."""
     dtype = getattr(torch, given["dtype"])
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    stored = nf4 if given["format"] == "nf4" else None
     place = {"": 0} if given["gpu"] else None
-    return AutoModelForCausalLM.from_pretrained(
-        given["base"], quantization_config=stored, dtype=dtype, device_map=place
-    )
+    return AutoModelForCausalLM.from_pretrained(given["base"], quantization_config=nf4, dtype=dtype, device_map=place)
 
 
 class Clock(TrainerCallback):

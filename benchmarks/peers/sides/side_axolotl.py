@@ -19,8 +19,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = {
             "base_model": given["base"],
-            "adapter": "qlora" if given["format"] == "nf4" else "lora",
-            "load_in_4bit": given["format"] == "nf4",
+            "adapter": "qlora",
+            "load_in_4bit": True,
             "lora_r": given["rank"],
             "lora_alpha": given["alpha"],
             "lora_dropout": 0.0,

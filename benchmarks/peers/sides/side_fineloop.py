@@ -1,9 +1,6 @@
 """Fineloop's loop on a task that the peers are given too; runs in our own environment."""
 
-import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +8,7 @@ import torch
 
 from benchmarks import our_loop
 from benchmarks.peers import task
+from benchmarks.peers.sides import measured
 from components.config import config_file
 from components.config.schema import RunConfig
 from ray_jobs import entry
@@ -21,26 +19,26 @@ from ray_jobs.text.batching import IGNORED, TokenizedSplit
 
 
 def main() -> None:
-    given: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    given = measured.task()
     entry.quiet_libraries()
     torch.set_num_threads(given["threads"])
     config = config_of(given)
     base = base_model.resolve(config.model)
-    split = split_of(given["rows"])
+    split = split_of(measured.rows(given))
     plan = np.arange(len(split)).reshape(-1, given["batch_size"])
     engine = our_loop.make(config, base, Kernels(given["dtype"]), dense_base=not given["gpu"])
     ended, losses = [], []
     for loss, _ in our_loop.steps(engine, config, split, chat_format.load(base, config.model).pad, list(plan)):
         ended.append(time.perf_counter())
         losses.append(loss)
-    print(json.dumps(task.figures(given, ended, losses)))
+    measured.show(given, ended, losses)
 
 
 def config_of(given: dict[str, Any]) -> RunConfig:
     """The task as a config: one worker, a batch in one forward pass."""
     values = [
         f"model.base={given['base']}",
-        f"method.name={'qlora' if given['format'] == 'nf4' else 'lora'}",
+        "method.name=qlora",
         f"train.batch_size={given['batch_size']}",
         f"train.micro_batch_size={given['batch_size']}",
         "train.warmup_share=0",
@@ -51,9 +49,7 @@ def config_of(given: dict[str, Any]) -> RunConfig:
     return config_file.load(task.CONFIG, values)
 
 
-def split_of(path: str) -> TokenizedSplit:
-    """The rows of a file as `task.write` left them."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def split_of(rows: list[dict[str, list[int]]]) -> TokenizedSplit:
     labels = [np.array(row["labels"]) != IGNORED for row in rows]
     return TokenizedSplit(
         ids=[str(index) for index in range(len(rows))],

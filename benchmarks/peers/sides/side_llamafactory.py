@@ -47,6 +47,9 @@ with tempfile.TemporaryDirectory() as scratch:
         "dataset": "records",  # wants a name, and reads what is tokenised
         "cutoff_len": given["max_length"],
         "output_dir": str(Path(scratch) / "output"),
+        "quantization_bit": 4,
+        "quantization_type": "nf4",
+        "double_quantization": True,
         "finetuning_type": "lora",
         "lora_rank": given["rank"],
         "lora_alpha": given["alpha"],
@@ -67,7 +70,5 @@ with tempfile.TemporaryDirectory() as scratch:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    if given["format"] == "nf4":
-        arguments |= {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}
     run_exp(arguments, [clock])
 measured.show(given, clock.ended, clock.losses)

@@ -11,7 +11,7 @@ model, _ = unsloth.FastLanguageModel.from_pretrained(
     model_name=given["base"],
     max_seq_length=given["max_length"],
     dtype=getattr(torch, given["dtype"]),
-    load_in_4bit=given["format"] == "nf4",
+    load_in_4bit=True,
 )
 adapted = unsloth.FastLanguageModel.get_peft_model(
     model,
