@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.browser.looks import patient
+
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 ALONE = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
@@ -27,6 +29,13 @@ def browser() -> "Iterator[Browser]":
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=ALONE)
         yield running
         running.close()
+
+
+@pytest.fixture
+def page(browser: "Browser") -> "Iterator[Page]":
+    context = patient(browser)
+    yield context.new_page()
+    context.close()
 
 
 @pytest.fixture

@@ -22,6 +22,10 @@ def patient(browser: "Browser", **how: Any) -> "BrowserContext":
     return context
 
 
+def opened(file: Path) -> "Callable[[Page], object]":
+    return lambda page: page.goto(file.as_uri())
+
+
 def take(page: "Page", picture: Path) -> None:
     """The top of the page."""
     box = page.locator("main").bounding_box()

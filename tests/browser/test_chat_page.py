@@ -1,7 +1,7 @@
 """The page of `fineloop serve`, used as a person uses it. The judge of an answer is the model, asked without it."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from components.shared.errors import DataError
 from pipelines.local.seaweedfs import Endpoint
 from ray_jobs.talking.server import Server
 from ray_jobs.talking.speaker import Reply
-from tests.browser.looks import check, patient
+from tests.browser.looks import check
 from tests.models.served import listening, serving
 from tests.models.tiny import build_base
 
@@ -42,13 +42,6 @@ class Scripted:
         if self.fails:
             raise DataError("the answer went wrong")
         return Reply(text, 1, 1, ended=True)
-
-
-@pytest.fixture
-def page(browser: "Browser") -> "Iterator[Page]":
-    context = patient(browser)
-    yield context.new_page()
-    context.close()
 
 
 def send(page: "Page", text: str) -> None:

@@ -5,18 +5,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.looks import HEIGHT, WIDTHS, check, patient, take
+from tests.browser.looks import HEIGHT, WIDTHS, check, opened, patient, take
 from tests.pipelines.command_line import ROOT, body, fineloop
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
 
 HOME = os.environ.get("FINELOOP_PICTURED", "")
 pytestmark = [
@@ -38,10 +37,6 @@ def two_runs() -> list[str]:
     return [run["run_id"] for run in reversed(runs)]
 
 
-def go_to(file: Path, page: "Page") -> None:
-    page.goto(file.as_uri())
-
-
 def test_pictures_of_the_pages_of_two_runs(
     browser: "Browser", two_runs: list[str], pictures: Path, tmp_path: Path
 ) -> None:
@@ -55,7 +50,7 @@ def test_pictures_of_the_pages_of_two_runs(
         "adapter": home / "pages" / "icd10-chapters.html",
     }
     for name, file in pages.items():
-        check(browser, partial(go_to, file), pictures / f"{name}.png")
+        check(browser, opened(file), pictures / f"{name}.png")
 
 
 @contextmanager
