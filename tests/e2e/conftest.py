@@ -1,33 +1,36 @@
 """The command line as a user types it, in a home of the tests' own."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components.config.schema import RegistryConfig
+from components.store.store import Store
+from tests.journeys.conftest import CONFIGURED
 from tests.models.tiny import build_base, colour_rows
 
 FINELOOP = str(Path(sys.executable).parent / "fineloop")
 CHECKOUT = Path(__file__).parents[2]
-# What a user's shell may hold would win over the embedded store and Ray head.
-CONFIGURED = ("AWS_", "RAY_", "FINELOOP_")
+
+
+def settings(keys: Mapping[str, object]) -> list[str]:
+    return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished command."""
-
     exit_code: int
     answer: dict[str, Any]
     """The last line of stdout."""
     stderr: str
-    """stderr: what a person read."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,13 @@ class Home:
         lines = done.stdout.splitlines()
         return Done(done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr)
 
-    def store_environment(self) -> dict[str, str]:
-        """What a client needs for this home's store, which must be up."""
-        found: dict[str, str] = self.fineloop("store", "env").answer
-        return found
+    @contextlib.contextmanager
+    def store(self) -> Iterator[Store]:
+        """Its registry, whose store must be up; the environment points at it meanwhile."""
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in self.fineloop("store", "env").answer.items():
+                environment.setenv(name, value)
+            yield Store.open(RegistryConfig())
 
 
 @pytest.fixture(scope="session")
@@ -71,20 +77,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Tiny":
     """A home, a tiny base and data for it: the whole machinery in seconds of training."""
-    directory = tmp_path_factory.mktemp("tiny")
-    base = build_base(directory / "base")
-    data = directory / "colours.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(400)))
-    return Tiny(Home(directory / "home"), base, data)
+    return Tiny.made(tmp_path_factory.mktemp("tiny"), rows=400)
 
 
 @pytest.fixture(scope="session")
 def up(tiny: "Tiny") -> Iterator[dict[str, str]]:
     """Its store and Ray head, up for every test that does not stop them; what a client needs to use them."""
-    started = tiny.home.fineloop("ray", "up")
-    assert started.exit_code == 0, started.stderr
-    yield {**tiny.home.store_environment(), **tiny.home.fineloop("ray", "env").answer}
-    assert tiny.home.fineloop("ray", "down").exit_code == 0
+    with tiny.is_up():
+        yield {**tiny.home.fineloop("store", "env").answer, **tiny.home.fineloop("ray", "env").answer}
+
+
+@pytest.fixture(scope="module")
+def store(tiny: "Tiny", up: dict[str, str]) -> Iterator[Store]:
+    with tiny.home.store() as store:
+        yield store
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,19 @@ class Tiny:
     home: Home
     base: Path
     data: Path
+
+    @classmethod
+    def made(cls, directory: Path, *, rows: int, **base: int) -> "Tiny":
+        data = directory / "colours.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(rows)))
+        return cls(Home(directory / "home"), build_base(directory / "base", **base), data)
+
+    @contextlib.contextmanager
+    def is_up(self, **environment: str) -> Iterator[None]:
+        started = self.home.fineloop("ray", "up", environment=environment)
+        assert started.exit_code == 0, started.stderr
+        yield
+        assert self.home.fineloop("ray", "down").exit_code == 0
 
     @property
     def settings(self) -> list[str]:
@@ -111,4 +130,4 @@ class Tiny:
             "train.epochs": 4,
             "evaluate.max_new_tokens": 8,
         }
-        return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+        return settings(keys)

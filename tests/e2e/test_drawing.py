@@ -5,35 +5,26 @@ import io
 import pyarrow.parquet as pq
 import pytest
 
-from components.config.schema import RegistryConfig
 from components.records import runs
 from components.records.steps import Decision, Evaluation
 from components.store.store import Store
-from tests.e2e.conftest import Tiny
+from tests.e2e.conftest import Tiny, settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 FIRST, MOST = 30, 80
 
 
-@pytest.fixture
-def store(up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Store:
-    for name, value in up.items():
-        monkeypatch.setenv(name, value)
-    return Store.open(RegistryConfig())
-
-
 def test_where_the_first_records_do_not_tell_the_verdict_is_on_more_of_them(tiny: Tiny, store: Store) -> None:
     # Two seeds differ by more, from record to record, than so narrow a margin lets a hundred records see.
     few = {"data.eval_share": 0.5, "evaluate.records": FIRST, "evaluate.max_records": MOST}
     keys = {**few, "adapter.name": "drawn", "gate.worse_than_champion_by": 0.001, "train.max_steps": 30}
-    settings = [*tiny.settings, *(part for key, value in keys.items() for part in ("--set", f"{key}={value}"))]
-    first = tiny.home.fineloop("run", *settings)
+    first = tiny.home.fineloop("run", *tiny.settings, *settings(keys))
     assert first.exit_code == 0, first.stderr
     assert first.answer["promoted"], first.stderr
     assert runs.read(store, first.answer["run_id"], Evaluation).records == FIRST  # there was no champion yet
 
-    second = tiny.home.fineloop("run", *settings, "--set", "train.seed=1")
+    second = tiny.home.fineloop("run", *tiny.settings, *settings(keys | {"train.seed": 1}))
     assert second.exit_code == 0, second.stderr
     assert f"{FIRST} records do not tell: {MOST - FIRST} more are drawn" in second.stderr
     run_id = second.answer["run_id"]

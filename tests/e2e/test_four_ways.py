@@ -13,7 +13,7 @@ import pytest
 from components.config.schema import RegistryConfig
 from components.store.store import Store
 from tests.doubles.kfp_server.server import KfpServer, serving
-from tests.e2e.conftest import CHECKOUT, Home, Tiny
+from tests.e2e.conftest import CHECKOUT, Home, Tiny, settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -80,9 +80,7 @@ class Ways:
 
 
 @pytest.fixture
-def ways(tiny: Tiny, up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
-    for name, value in up.items():
-        monkeypatch.setenv(name, value)
+def ways(tiny: Tiny, up: dict[str, str], store: Store) -> Iterator[Ways]:
     environment = {**tiny.home.environment, **up}
     given = Store.open(RegistryConfig(prefix="given"))  # where every way can read it
     given.put("colours.jsonl", tiny.data)
@@ -90,9 +88,8 @@ def ways(tiny: Tiny, up: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Ite
         given.put(f"base/{path.name}", path)
     short = {"data.max_records": 120, "train.max_steps": 4, "evaluate.records": 20, "gate.limits": "[]"}
     short |= {"gate.min_records": 2, "data.source": given.uri("colours.jsonl"), "model.base": given.uri("base")}
-    settings = [*tiny.settings, *[part for key, value in short.items() for part in ("--set", f"{key}={value}")]]
     with serving(environment) as kubeflow:
-        yield Ways(tiny.home, settings, environment, kubeflow)
+        yield Ways(tiny.home, [*tiny.settings, *settings(short)], environment, kubeflow)
 
 
 def test_every_way_makes_the_same_dataset_version_and_decision(ways: Ways) -> None:

@@ -2,12 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Home, Tiny
-from tests.models.tiny import build_base, colour_rows
+from tests.e2e.conftest import Tiny, settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -18,15 +16,9 @@ WIDTH = 1280
 
 @pytest.fixture(scope="module")
 def small_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    directory: Path = tmp_path_factory.mktemp("large")
-    base = build_base(directory / "base", width=WIDTH)
-    data = directory / "colours.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(60)))
-    home = Home(directory / "home")
-    started = home.fineloop("ray", "up", environment={"RAY_OVERRIDE_RESOURCES": json.dumps(SMALL)})
-    assert started.exit_code == 0, started.stderr
-    yield Tiny(home, base, data)
-    assert home.fineloop("ray", "down").exit_code == 0
+    made = Tiny.made(tmp_path_factory.mktemp("large"), rows=60, width=WIDTH)
+    with made.is_up(RAY_OVERRIDE_RESOURCES=json.dumps(SMALL)):
+        yield made
 
 
 def test_a_base_that_no_worker_holds_is_trained_evaluated_and_promoted(small_cluster: Tiny):
@@ -42,8 +34,7 @@ def test_a_base_that_no_worker_holds_is_trained_evaluated_and_promoted(small_clu
         "gate.min_records": 2,
         "gate.limits": [],
     }
-    options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    done = small_cluster.home.fineloop("run", *small_cluster.settings, *options)
+    done = small_cluster.home.fineloop("run", *small_cluster.settings, *settings(changes))
     assert done.exit_code == 0, done.stderr
     assert "on 2 workers that hold the base together" in done.stderr
     assert done.answer["decision"] == "promote"

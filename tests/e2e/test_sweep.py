@@ -5,12 +5,10 @@ import os
 import signal
 import subprocess
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from components.config.schema import RegistryConfig
 from components.records import runs
 from components.records.sweep import SweepResult, Trial
 from components.store.store import Store
@@ -22,15 +20,6 @@ RUN = f"cut-{uuid.uuid4().hex[:8]}"
 RATES = [1e-3, 3e-3, 3e-2]
 SWEEP = ["--set", f"tune.learning_rates={RATES}", "--set", "tune.max_steps=20"]
 SWEEP += ["--set", f"ray.cpus_per_worker={os.cpu_count()}", "--run-id", RUN]
-
-
-@pytest.fixture(scope="module")
-def store(up: dict[str, str]) -> Iterator[Store]:
-    """The home's."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in up.items():
-            environment.setenv(name, value)
-        yield Store.open(RegistryConfig())
 
 
 @pytest.fixture(scope="module")
