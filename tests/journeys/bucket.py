@@ -16,16 +16,13 @@ class Bucket:
     """A bucket of a store that stays up."""
 
     client: Any
-    resource: Any
-    """The same, with boto3's objects."""
 
     @classmethod
     def of(cls, person: Person) -> "Bucket":
         person.does("fineloop store up")
         printed = person.does("fineloop store env --json").answer
         session = boto3.Session(printed["AWS_ACCESS_KEY_ID"], printed["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
-        where = {"endpoint_url": printed["AWS_ENDPOINT_URL"]}
-        return cls(session.client("s3", **where), session.resource("s3", **where).Bucket(NAME))
+        return cls(session.client("s3", endpoint_url=printed["AWS_ENDPOINT_URL"]))
 
     def keys(self, prefix: str) -> list[str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=NAME, Prefix=prefix)

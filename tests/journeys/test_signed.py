@@ -122,15 +122,9 @@ def trusts(person: Person, *keys: str, rows: int = 400) -> None:
     person.has_colours(rows=rows, more=MORE.format(keys=", ".join(f'"{key}"' for key in keys), evaluating=evaluating))
 
 
-def bucket(person: Person) -> Any:
-    """The person's store, by boto3 alone."""
-    return Bucket.of(person).resource
-
-
-def envelopes(person: Person, version: str) -> list[dict[str, Any]]:
-    """Everything that lies in the store beside the version."""
-    lying = bucket(person).objects.filter(Prefix=f"adapters/colours/signatures/{version}/")
-    return [json.loads(each.get()["Body"].read()) for each in lying]
+def statements_on(version: str, public: str, bucket: Bucket) -> list[dict[str, Any]]:
+    """Of everything that lies in the store beside the version."""
+    return statements_by(public, [bucket.json(key) for key in bucket.keys(f"adapters/colours/signatures/{version}/")])
 
 
 def statements_by(public: str, envelopes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,6 +145,7 @@ class First:
     """A first run of somebody who signs, and all that was seen of it."""
 
     person: Person
+    bucket: Bucket
     public: str
     answer: dict[str, Any]
     watch: Watch
@@ -183,14 +178,14 @@ def first(person: Person) -> First:
     with serving(hear) as url, serving(mlflow.handle) as tracker, Watch(person.home) as watch:
         servers = f"--set announce.webhook={url} --set track.mlflow={tracker}"
         run = signing.does(f"fineloop run -c colours.toml {servers} --json")
-    return First(signing, public, run.answer, watch, heard, mlflow.runs)
+    return First(signing, Bucket.of(person), public, run.answer, watch, heard, mlflow.runs)
 
 
 def test_where_a_key_is_trusted_a_first_run_is_compared_promoted_and_signed(first: First) -> None:
     assert first.answer["decision"] == "promote"
     version = first.answer["version"]
-    (statement,) = statements_by(first.public, envelopes(first.person, version))
-    manifest = bucket(first.person).Object(f"adapters/colours/versions/{version}/manifest.json").get()["Body"].read()
+    (statement,) = statements_on(version, first.public, first.bucket)
+    manifest = first.bucket.read(f"adapters/colours/versions/{version}/manifest.json")
     digest = {"sha256": hashlib.sha256(manifest).hexdigest()}
     assert statement["subject"] == [{"name": f"colours/{version}", "digest": digest}]
     assert statement["predicate"]["verificationResult"] == "PASSED"
@@ -201,13 +196,15 @@ def test_where_a_key_is_trusted_a_first_run_is_compared_promoted_and_signed(firs
 
 def test_what_was_compared_is_signed_by_the_step_that_evaluated_and_lies_apart_from_the_run(first: First) -> None:
     run_id, evaluating = first.answer["run_id"], public_key(first.person, "evaluating")
-    store = bucket(first.person)
-    beside = {each.key.rpartition("/")[2] for each in store.objects.filter(Prefix=f"evaluations/{run_id}/")}
-    beside -= {"", ".validate_storage_marker"}  # Ray Train's own
+    beside, in_the_run = (
+        {key.rpartition("/")[2] for key in first.bucket.keys(f"{folder}/{run_id}/")}
+        - {"", ".validate_storage_marker"}  # Ray Train's own
+        for folder in ("evaluations", "runs")
+    )
     assert beside == {"evaluation.json", "evaluation_records.parquet", "evaluation.dsse.json", "decision.json"}
-    assert not beside & {each.key.rpartition("/")[2] for each in store.objects.filter(Prefix=f"runs/{run_id}/")}
-    body = store.Object(f"evaluations/{run_id}/evaluation.json").get()["Body"].read()
-    envelope = json.loads(store.Object(f"evaluations/{run_id}/evaluation.dsse.json").get()["Body"].read())
+    assert not beside & in_the_run
+    body = first.bucket.read(f"evaluations/{run_id}/evaluation.json")
+    envelope = first.bucket.json(f"evaluations/{run_id}/evaluation.dsse.json")
     (statement,) = statements_by(evaluating, [envelope])
     assert statement["subject"][0]["name"] == f"colours/{first.answer['version']}"
     assert statement["predicate"]["evaluation_sha256"] == hashlib.sha256(body).hexdigest()
@@ -257,11 +254,11 @@ def test_tracker_and_webhook_get_what_their_secrets_open_and_no_file_of_the_home
 def test_a_run_on_more_data_meets_its_champion_and_is_signed_too(first: First) -> None:
     trusts(first.person, first.public, rows=440)
     answer = first.person.does("fineloop run -c colours.toml --json").answer
-    evaluation = bucket(first.person).Object(f"evaluations/{answer['run_id']}/evaluation.json").get()["Body"].read()
-    assert json.loads(evaluation)["models"]["champion"]["version"] == first.answer["version"]
+    evaluation = first.bucket.json(f"evaluations/{answer['run_id']}/evaluation.json")
+    assert evaluation["models"]["champion"]["version"] == first.answer["version"]
     assert answer["decision"] == "promote"
     assert answer["version"] != first.answer["version"]
-    (statement,) = statements_by(first.public, envelopes(first.person, answer["version"]))
+    (statement,) = statements_on(answer["version"], first.public, first.bucket)
     assert statement["subject"][0]["name"] == f"colours/{answer['version']}"
     rolled_back = first.person.does("fineloop adapters rollback colours -c colours.toml --json").answer
     assert rolled_back["to"] == first.answer["version"]
