@@ -1,6 +1,5 @@
 """What may be loaded where, and what the words of the repository promise: commands and targets."""
 
-import ast
 import functools
 import json
 import os
@@ -90,14 +89,6 @@ def module_names(package: str) -> set[str]:
     return {name.removesuffix(".__init__") for name in modules} - {package}
 
 
-def imported_by(path: Path) -> set[str]:
-    """Every dotted name that a file imports, wherever in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    found = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    return modules | {f"{node.module}.{alias.name}" for node in found for alias in node.names}
-
-
 def fineloop_commands() -> list[str]:
     return [command for document in DOCUMENTS for command in commands_in(document, "fineloop")]
 
@@ -174,19 +165,6 @@ def test_nothing_imports_in_a_circle() -> None:
     while leaves := {module for module, imported in below.items() if not imported & below.keys()}:
         below = {module: imported for module, imported in below.items() if module not in leaves}
     assert sorted(below) == []
-
-
-def test_no_test_file_imports_another() -> None:
-    """What tests share is in tests/doubles, tests/models or a module beside them, which collects no test."""
-    imported = {str(path.relative_to(ROOT)): imported_by(path) for path in (ROOT / "tests").rglob("*.py")}
-    assert any("tests.models.tiny.build_base" in names for names in imported.values())
-    from_tests = re.compile(r"tests\.(\w+\.)*test_\w+")
-    assert [(path, name) for path, names in imported.items() for name in names if from_tests.match(name)] == []
-
-
-def test_the_documents_hold_commands_to_check() -> None:
-    assert len(fineloop_commands()) > 5
-    assert len(make_targets()) > 2
 
 
 @pytest.mark.parametrize("command", sorted(set(fineloop_commands())))
