@@ -2,35 +2,23 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from components.config.schema import RegistryConfig
 from components.store.store import Store
-from tests.journeys.conftest import CONFIGURED
+from tests.journeys.conftest import Done, Person
 from tests.models.tiny import build_base, colour_rows
 
-FINELOOP = str(Path(sys.executable).parent / "fineloop")
 CHECKOUT = Path(__file__).parents[2]
 
 
 def settings(keys: Mapping[str, object]) -> list[str]:
     return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
-
-
-@dataclass(frozen=True)
-class Done:
-    exit_code: int
-    answer: dict[str, Any]
-    """The last line of stdout."""
-    stderr: str
 
 
 @dataclass(frozen=True)
@@ -41,23 +29,13 @@ class Home:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if not name.startswith(CONFIGURED)}
+        return Person(self.path.parent).environment
 
     def command(self, *arguments: str) -> list[str]:
-        return [FINELOOP, *arguments, "--home", str(self.path), "--json"]
+        return ["fineloop", *arguments, "--home", str(self.path), "--json"]
 
-    def fineloop(self, *arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> Done:
-        done = subprocess.run(
-            self.command(*arguments),
-            env={**self.environment, **(environment or {})},
-            cwd=cwd or self.path.parent,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        lines = done.stdout.splitlines()
-        return Done(done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr)
+    def fineloop(self, *arguments: str, **environment: str) -> Done:
+        return Person(self.path.parent, environment).types(shlex.join(self.command(*arguments)))
 
     @contextlib.contextmanager
     def store(self) -> Iterator[Store]:
@@ -109,8 +87,8 @@ class Tiny:
 
     @contextlib.contextmanager
     def is_up(self, **environment: str) -> Iterator[None]:
-        started = self.home.fineloop("ray", "up", environment=environment)
-        assert started.exit_code == 0, started.stderr
+        started = self.home.fineloop("ray", "up", **environment)
+        assert started.exit_code == 0, started.screen
         yield
         assert self.home.fineloop("ray", "down").exit_code == 0
 

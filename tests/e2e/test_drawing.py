@@ -20,13 +20,13 @@ def test_where_the_first_records_do_not_tell_the_verdict_is_on_more_of_them(tiny
     few = {"data.eval_share": 0.5, "evaluate.records": FIRST, "evaluate.max_records": MOST}
     keys = {**few, "adapter.name": "drawn", "gate.worse_than_champion_by": 0.001, "train.max_steps": 30}
     first = tiny.home.fineloop("run", *tiny.settings, *settings(keys))
-    assert first.exit_code == 0, first.stderr
-    assert first.answer["promoted"], first.stderr
+    assert first.exit_code == 0, first.screen
+    assert first.answer["promoted"], first.screen
     assert runs.read(store, first.answer["run_id"], Evaluation).records == FIRST  # there was no champion yet
 
     second = tiny.home.fineloop("run", *tiny.settings, *settings(keys | {"train.seed": 1}))
-    assert second.exit_code == 0, second.stderr
-    assert f"{FIRST} records do not tell: {MOST - FIRST} more are drawn" in second.stderr
+    assert second.exit_code == 0, second.screen
+    assert f"{FIRST} records do not tell: {MOST - FIRST} more are drawn" in second.screen
     run_id = second.answer["run_id"]
     evaluation, decision = runs.read(store, run_id, Evaluation), runs.read(store, run_id, Decision)
     assert evaluation.records == MOST < (evaluation.held_out or 0)

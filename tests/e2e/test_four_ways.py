@@ -30,7 +30,7 @@ class Ways:
 
     def here(self) -> dict[str, Any]:
         done = self.home.fineloop("run", *self.options("here"), "--run-id", "here")
-        assert done.exit_code == 0, done.stderr
+        assert done.exit_code == 0, done.screen
         return self.left("here", "here")
 
     def submitted(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Ways:
         done = subprocess.run(
             command, cwd=CHECKOUT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.screen
         return done.stdout
 
     def on_kubeflow(self, *arguments: str) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def test_a_base_that_no_worker_holds_is_trained_evaluated_and_promoted(small_clu
         "gate.limits": [],
     }
     done = small_cluster.home.fineloop("run", *small_cluster.settings, *settings(changes))
-    assert done.exit_code == 0, done.stderr
-    assert "on 2 workers that hold the base together" in done.stderr
+    assert done.exit_code == 0, done.screen
+    assert "on 2 workers that hold the base together" in done.screen
     assert done.answer["decision"] == "promote"
     assert done.answer["promoted"]
     candidate, base = (done.answer["metrics"][role] for role in ("candidate", "base"))

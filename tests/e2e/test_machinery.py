@@ -21,10 +21,10 @@ pytestmark = pytest.mark.e2e
 def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: Tiny, up, setting, message):
     changes = ["--set", setting, "--set", "evaluate.max_new_tokens=4", "--set", "adapter.name=wrong"]
     changes += ["--set", "train.batch_size=16", "--set", "train.micro_batch_size=1"]
-    done = tiny.home.fineloop("train", *tiny.settings, *changes, environment={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert done.exit_code == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    done = tiny.home.fineloop("train", *tiny.settings, *changes, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.exit_code == 2, done.screen
+    assert message in done.screen
+    assert "Traceback" not in done.screen
     assert tiny.home.fineloop("adapters", "list").answer["adapters"].count("wrong") == 0
 
 
@@ -32,8 +32,8 @@ def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: T
 def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(tiny: Tiny, up):
     def done(command: str, *changes: str) -> dict[str, Any]:
         settings = [*tiny.settings, "--set", "adapter.name=further", *changes]
-        finished = tiny.home.fineloop(command, *settings, environment={"FINELOOP_USER": "ann"})
-        assert finished.exit_code == 0, finished.stderr
+        finished = tiny.home.fineloop(command, *settings, FINELOOP_USER="ann")
+        assert finished.exit_code == 0, finished.screen
         return finished.answer
 
     def lineage_of(version: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.prepare.icd10 import rows as example_rows
-from tests.e2e.conftest import Done, Home, settings
+from tests.e2e.conftest import Home, settings
+from tests.journeys.conftest import Done
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -53,7 +54,7 @@ def _store(home: Home):
 
 
 def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
-    assert first.exit_code == 0, first.stderr
+    assert first.exit_code == 0, first.screen
     answer = first.answer
     assert answer["decision"] == "promote"
     assert answer["promoted"] is True
@@ -103,7 +104,7 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
         *("run", "--set", f"data.source={source}", "--set", "train.max_steps=8", "--set", "evaluate.records=40"),
         *("--set", "evaluate.max_new_tokens=4"),
     )
-    assert held.exit_code == 0, held.stderr
+    assert held.exit_code == 0, held.screen
     assert held.answer["decision"] == "hold"
     assert held.answer["promoted"] is False
     assert any("depend on" in reason for reason in held.answer["reasons"])

@@ -12,7 +12,8 @@ import pytest
 from components.records import runs
 from components.records.sweep import SweepResult, Trial
 from components.store.store import Store
-from tests.e2e.conftest import Done, Tiny
+from tests.e2e.conftest import Tiny
+from tests.journeys.conftest import Done
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -41,7 +42,7 @@ def killed(tiny: Tiny, store: Store) -> tuple[Done, dict[str, Trial]]:
             os.killpg(os.getpgid(_driver()), signal.SIGKILL)
             break
     output += process.communicate(timeout=300)[1]
-    return Done(process.returncode, {}, output), {trial.name: trial for trial in runs.trials(store, RUN)}
+    return Done(process.returncode, "", output), {trial.name: trial for trial in runs.trials(store, RUN)}
 
 
 def _driver() -> int:
@@ -62,21 +63,21 @@ def resumed(tiny: Tiny, killed: object) -> Done:
 def test_a_sweep_whose_job_is_killed_says_so(killed: tuple[Done, dict[str, Trial]]):
     done, ended = killed
     assert done.exit_code == 1
-    assert f"fineloop-{RUN}-sweep" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"fineloop-{RUN}-sweep" in done.screen
+    assert "Traceback" not in done.screen
     assert 1 <= len(ended) < len(RATES)
 
 
 def test_it_goes_on_without_the_trials_that_have_ended(
     killed: tuple[Done, dict[str, Trial]], resumed: Done, store: Store
 ):
-    assert resumed.exit_code == 0, resumed.stderr
+    assert resumed.exit_code == 0, resumed.screen
     before, after = killed[1], {trial.name: trial for trial in runs.trials(store, RUN)}
     assert len(after) == len(RATES)
     assert {name: after[name] for name in before} == before  # with the seconds that they took
-    rows = [line for line in resumed.stderr.splitlines() if line.startswith("[tune]") and "/20  " in line]
+    rows = [line for line in resumed.screen.splitlines() if line.startswith("[tune]") and "/20  " in line]
     assert len(rows) == len(RATES) - len(before)
-    assert f"going on after {len(before)} trials that have ended" in resumed.stderr
+    assert f"going on after {len(before)} trials that have ended" in resumed.screen
 
 
 def test_it_ends_with_the_rate_whose_loss_is_lowest(resumed: Done, store: Store):
