@@ -36,21 +36,20 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
-def in_process(name: str, options: Sequence[str], *, threads: int) -> dict[str, Any]:
+def in_process(name: str, options: Sequence[str], *, threads: int = 0) -> dict[str, Any]:
     """What a benchmark prints last when a process of its own measures with these options."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *options, "--threads", str(threads)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *options]
+    environment = dict(os.environ)
+    if threads:
+        command, environment["OMP_NUM_THREADS"] = [*command, "--threads", str(threads)], str(threads)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed: {done.stderr.strip()[-1500:]}")
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
-def parts(threads: int, *overrides: str) -> tuple[Any, Any, Any, list[Any], Any]:
+def parts(threads: int, *overrides: str, on_gpu: bool = False) -> tuple[Any, Any, Any, list[Any], Any]:
     """Config, base, its chat format, all records and what to multiply in."""
     import torch
 
@@ -66,7 +65,7 @@ def parts(threads: int, *overrides: str) -> tuple[Any, Any, Any, list[Any], Any]
     config = config_file.load(DEFAULT_CONFIG, overrides)
     base = base_model.resolve(config.model)
     keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
-    kernels = door.choose(config, base_model.load_config(base.path, config.model))
+    kernels = door.choose(config, base_model.load_config(base.path, config.model), on_gpu=on_gpu)
     return config, base, chat_format.load(base, config.model), [each.record for each in keyed], kernels
 
 

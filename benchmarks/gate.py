@@ -26,9 +26,9 @@ from benchmarks.gpu_day import BUCKET, a_store
 from components.config import config_file
 from components.prepare.icd10 import rows as example_rows
 from components.store.store import Store
+from pipelines.configs import DEFAULT_CONFIG
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "pipelines" / "configs" / "icd10.toml"
 MEASURED = ROOT / "tests" / "components" / "gate" / "measured"
 OF_A_RECORD = ("nll", "other_prompt_nll", "exact_match")
 DOCSTRING_CHARS = range(600, 1001)
@@ -60,7 +60,7 @@ def _measure(name: str, seed: int, scratch: Path) -> pa.Table:
     settings = {**task.settings, "data.source": source, "registry.bucket": BUCKET}
     settings |= {"adapter.name": name, "train.seed": seed}
     chosen = [f"{key}={value}" for key, value in settings.items()]
-    config = config_file.load(CONFIG, chosen)
+    config = config_file.load(DEFAULT_CONFIG, chosen)
     source.write_text("".join(json.dumps(row) + "\n" for row in task.rows()))
     command = [sys.executable, "-m", "pipelines.cli", "train", "--json", "--home", str(scratch / "home")]
     command += ["--run-id", run_id, *(part for each in chosen for part in ("--set", each))]

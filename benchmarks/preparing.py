@@ -10,8 +10,6 @@ import importlib.util
 import json
 import random
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -43,29 +41,18 @@ def main() -> None:
             path = Path(scratch, "rows.jsonl")
             _make(path, count, LONG if options.long else SHORT)
             for side in SIDES:
-                _print(side, count, _in_process(side, str(path), options))
+                if side == "polars" and importlib.util.find_spec(side) is None:
+                    print(f"{count:10,}  {side:>8}  not installed", flush=True)
+                    continue
+                chosen = ["--one", side, "--file", str(path), "--near", str(options.near)]
+                _print(side, count, example.in_process("preparing", chosen))
 
 
-def _print(side: str, count: int, found: dict[str, Any] | str) -> None:
-    if isinstance(found, str):
-        print(f"{count:10,}  {side:>8}  {found}", flush=True)
-        return
-    steps = "  ".join(f"{name} {seconds:.1f}" for name, seconds in found["steps"].items())
-    rate = count / found["cpu_s"]
-    figures = f"{found['cpu_s']:8.1f} {found['wall_s']:8.1f} {rate:10,.0f} {found['peak_mb']:9,.0f}"
+def _print(side: str, count: int, measured: dict[str, Any]) -> None:
+    steps = "  ".join(f"{name} {seconds:.1f}" for name, seconds in measured["steps"].items())
+    rate = count / measured["cpu_s"]
+    figures = f"{measured['cpu_s']:8.1f} {measured['wall_s']:8.1f} {rate:10,.0f} {measured['peak_mb']:9,.0f}"
     print(f"{count:10,}  {side:>8}  {figures}  {steps}", flush=True)
-
-
-def _in_process(side: str, source: str, options: argparse.Namespace) -> dict[str, Any] | str:
-    """Its figures, or why there are none."""
-    if side != "fineloop" and importlib.util.find_spec(side) is None:
-        return "not installed"
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.preparing", "--one", side, "--file", source]
-    done = subprocess.run([*command, "--near", str(options.near)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def _make(path: Path, count: int, words: int) -> None:

@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-CONFIG = Path(__file__).parents[2] / "pipelines" / "configs" / "icd10.toml"
 WARM_UP_STEPS = 2
 LAST_STEPS = 8
 """The loss that is compared is the mean of so many last steps, or of the second half where that is less."""
@@ -34,25 +33,13 @@ def write(
     `bases`, and empty means the example's base.
     """
     import numpy as np
-    import torch
 
+    from benchmarks import example
     from benchmarks.peers import bases
-    from components.config import config_file
-    from components.prepare.icd10 import rows as example_rows
-    from ray_jobs import entry
-    from ray_jobs.base import base_model
-    from ray_jobs.kernels import door
-    from ray_jobs.text import chat_format
     from ray_jobs.text.batching import IGNORED, plan_epoch, tokenize
-    from tests.doubles.datasets import validate
 
-    entry.quiet_libraries()
-    torch.set_num_threads(threads)
-    config = config_file.load(CONFIG)
-    base = base_model.resolve(config.model)
-    keyed = sorted((validate(row) for row in example_rows()), key=lambda each: each.key)
-    enough = keyed[: records * max(1, record_tokens // FEWEST_TOKENS)]
-    split = tokenize([each.record for each in enough], chat_format.load(base, config.model), config.model.max_length)
+    config, base, chat, everything, kernels = example.parts(threads, on_gpu=use_gpu)
+    split = tokenize(everything[: records * max(1, record_tokens // FEWEST_TOKENS)], chat, config.model.max_length)
     tokens, labelled = split.tokens.tolist(), split.labelled.tolist()
     bounds = split.offsets.tolist()
     if record_tokens:
@@ -81,7 +68,7 @@ def write(
     return {
         "base": str(bases.write(folder / "base", shape, base.path) if shape else base.path),
         "gpu": use_gpu,
-        "dtype": door.choose(config, base_model.load_config(base.path, config.model), on_gpu=use_gpu).dtype,
+        "dtype": kernels.dtype,
         "orders": orders,
         "batch_size": batch_size,
         "max_length": max(lengths),

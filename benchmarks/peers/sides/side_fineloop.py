@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from benchmarks import our_loop
-from benchmarks.peers import task
 from benchmarks.peers.sides import measured
 from components.config import config_file
 from components.config.schema import RunConfig
+from pipelines.configs import DEFAULT_CONFIG
 from ray_jobs import entry
 from ray_jobs.base import base_model
 from ray_jobs.kernels.door import Kernels
@@ -46,7 +46,7 @@ def config_of(given: dict[str, Any]) -> RunConfig:
         f"ray.cpus_per_worker={given['threads']}",
         f"ray.use_gpu={str(given['gpu']).lower()}",
     ]
-    return config_file.load(task.CONFIG, values)
+    return config_file.load(DEFAULT_CONFIG, values)
 
 
 def split_of(rows: list[dict[str, list[int]]]) -> TokenizedSplit:
