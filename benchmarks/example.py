@@ -69,20 +69,6 @@ def parts(threads: int, *overrides: str, on_gpu: bool = False) -> tuple[Any, Any
     return config, base, chat_format.load(base, config.model), [each.record for each in keyed], kernels
 
 
-def by_transformers(base: Any) -> Any:
-    """The base as transformers loads it, stored in NF4."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return AutoModelForCausalLM.from_pretrained(base.path, quantization_config=nf4, dtype=torch.bfloat16)
-
-
 def rows(split: Any) -> list[dict[str, list[int]]]:
     """Tokens and labels of each record, as transformers takes them."""
     found = []

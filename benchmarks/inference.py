@@ -169,12 +169,13 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import DataCollatorForSeq2Seq, TextStreamer
 
+    from benchmarks.peers.sides import measured
     from ray_jobs.kernels import float32_layers
     from ray_jobs.text.batching import tokenize
 
     config, base, chat, records, kernels = example.parts(options.threads)
     records = records[-options.records :]
-    model = example.by_transformers(base)
+    model = measured.base({"base": base.path, "dtype": "bfloat16", "gpu": False})
     started = time.perf_counter()
     model = PeftModel.from_pretrained(model, options.adapter).eval()
     if kernels.dtype == "float32":  # the same products for both, so that the loops are compared

@@ -160,53 +160,33 @@ def _fineloop(options: argparse.Namespace) -> dict[str, float]:
 
 def _trainer(options: argparse.Namespace) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+    from benchmarks.peers.sides import measured
     from ray_jobs.kernels import float32_layers
 
     config, base, chat, split, kernels = _parts(options)
-    model = example.by_transformers(base)
+    model = measured.base({"base": base.path, "dtype": "bfloat16", "gpu": False})
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     if kernels.dtype == "float32":  # the same products for both, so that the loops are compared
         float32_layers.multiply_in_float32(model)
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        started = 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == WARM_UP_STEPS:
-                self.started = time.perf_counter()
-
-    clock = Clock()
+    clock = measured.Clock()
+    # In float32, autocast would take the products back to bfloat16.
+    given = {"batch_size": BATCH_SIZE, "learning_rate": config.learning_rate, "dtype": kernels.dtype, "gpu": False}
+    arguments = {**measured.arguments(given), "warmup_steps": 1, "train_sampling_strategy": "group_by_length"}
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=BATCH_SIZE,
-            num_train_epochs=1,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=1,
-            train_sampling_strategy="group_by_length",
-            use_cpu=True,
-            bf16=kernels.dtype == "bfloat16",  # autocast would take the products back to bfloat16
-            save_strategy="no",
-            report_to=[],
-            logging_steps=1,
-            disable_tqdm=True,
-        )
         trainer = Trainer(
             model=model,
-            args=arguments,
+            args=TrainingArguments(output_dir=scratch, **arguments),
             train_dataset=example.rows(split),
             data_collator=DataCollatorForSeq2Seq(chat.tokenizer),
             callbacks=[clock],
         )
         trainer.train()
-        seconds = time.perf_counter() - clock.started
-    steps = len(trainer.state.log_history) - 1
+    steps = len(clock.ended)
     tokens = int(split.lengths.sum() * (steps - WARM_UP_STEPS) / steps)
-    return _figures(tokens, seconds, trainer.state.log_history[-2]["loss"])
+    return _figures(tokens, clock.ended[-1] - clock.ended[WARM_UP_STEPS - 1], clock.losses[-1])
 
 
 if __name__ == "__main__":
