@@ -13,9 +13,11 @@ NAME = "fineloop"
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket of a store that stays up."""
+    """A bucket of a store that stays up, or a folder of it, whose keys are those below it."""
 
     client: Any
+    name: str = NAME
+    folder: str = ""
 
     @classmethod
     def of(cls, person: Person) -> "Bucket":
@@ -24,19 +26,19 @@ class Bucket:
         session = boto3.Session(printed["AWS_ACCESS_KEY_ID"], printed["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
         return cls(session.client("s3", endpoint_url=printed["AWS_ENDPOINT_URL"]))
 
-    def keys(self, prefix: str) -> list[str]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=NAME, Prefix=prefix)
-        return [each["Key"] for page in pages for each in page.get("Contents", [])]
+    def keys(self, prefix: str = "") -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.folder + prefix)
+        return [each["Key"].removeprefix(self.folder) for page in pages for each in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
-        body: bytes = self.client.get_object(Bucket=NAME, Key=key)["Body"].read()
+        body: bytes = self.client.get_object(Bucket=self.name, Key=self.folder + key)["Body"].read()
         return body
 
     def write(self, key: str, body: bytes) -> None:
-        self.client.put_object(Bucket=NAME, Key=key, Body=body)
+        self.client.put_object(Bucket=self.name, Key=self.folder + key, Body=body)
 
     def remove(self, key: str) -> None:
-        self.client.delete_object(Bucket=NAME, Key=key)
+        self.client.delete_object(Bucket=self.name, Key=self.folder + key)
 
     def json(self, key: str) -> Any:
         return json.loads(self.read(key))

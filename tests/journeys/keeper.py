@@ -3,9 +3,8 @@
 import json
 import subprocess
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import boto3
 
@@ -13,6 +12,8 @@ from components.config.schema import RegistryConfig
 from components.registry.versions import publish_version
 from components.store.store import Store
 from pipelines.local.seaweedfs import Endpoint
+from tests.doubles.jobs_api import TOKEN, JobsApi
+from tests.journeys.bucket import Bucket
 from tests.journeys.conftest import Person
 from tests.waiting import PATIENCE_S
 
@@ -41,23 +42,19 @@ class Keeper(Person):
     bucket: str = ""
     prefix: str = ""
 
+    @property
+    def registry(self) -> Bucket:
+        return Bucket(boto3.client("s3"), self.bucket, f"{self.prefix}/")
+
     def keys(self, folder: str = "") -> set[str]:
-        """What lies in the registry, or in a folder of it, as boto3 lists it."""
-        pages = boto3.client("s3").get_paginator("list_objects_v2")
-        listed = pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/{folder}")
-        return {each["Key"].removeprefix(f"{self.prefix}/") for page in listed for each in page.get("Contents", [])}
+        """What lies in the registry, or in a folder of it."""
+        return {*self.registry.keys(folder)}
 
     def files(self, version: str) -> set[str]:
         return self.keys(f"adapters/sums/versions/{version}/")
 
-    def reads(self, key: str) -> Any:
-        return json.loads(boto3.client("s3").get_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}")["Body"].read())
-
-    def writes(self, key: str, body: bytes) -> None:
-        boto3.client("s3").put_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}", Body=body)
-
     def holder(self, alias: str = "production") -> str:
-        return str(self.reads(f"adapters/sums/aliases/{alias}.json")["version"])
+        return str(self.registry.json(f"adapters/sums/aliases/{alias}.json")["version"])
 
     @property
     def store(self) -> Store:
@@ -67,6 +64,11 @@ class Keeper(Person):
         """A version, by the product's own function; the stub of a Ray job takes its weights for its held-out loss."""
         files = {"adapter_model.safetensors": weights.encode(), "adapter_config.json": b"{}"}
         return publish_version(self.store, "sums", files, lineage={"run_id": ""}).version
+
+    def on(self, cluster: JobsApi) -> "Keeper":
+        """Their Ray jobs go to this cluster."""
+        ray = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        return replace(self, variables={**self.variables, **ray})
 
     def begins(self, line: str, **variables: str) -> "subprocess.Popen[str]":
         """One line of shell that goes on beside others; `ended` waits for it."""

@@ -8,7 +8,6 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 
-import boto3
 import pytest
 
 from components.registry.aliases import promote
@@ -53,27 +52,29 @@ def goes_back(keeper: Keeper, good: str, *words: str) -> None:
 def junk(keeper: Keeper, good: str) -> None:
     for folder in ("events", "aliases", "versions", f"versions/{good[:6]}0", "index", "signatures/x"):
         for name in ("2026-x.json", "staging.json", "NOT A NAME.json", "notes.txt", "manifest.json"):
-            keeper.writes(f"adapters/sums/{folder}/{name}", b"\xffjunk")
+            keeper.registry.write(f"adapters/sums/{folder}/{name}", b"\xffjunk")
     for key in ("adapters/sums/watermark.json", "runs/x/decision.json", "runs/x/config.toml", "junk"):
-        keeper.writes(key, b"[]")
-    keeper.writes(f"{EVENTS}2026-y.json", json.dumps({"id": 1, "kind": "promoted", "body": {"to": []}}).encode())
+        keeper.registry.write(key, b"[]")
+    keeper.registry.write(
+        f"{EVENTS}2026-y.json", json.dumps({"id": 1, "kind": "promoted", "body": {"to": []}}).encode()
+    )
 
 
 def an_event_gone(keeper: Keeper, good: str) -> None:
     """The log lacks what the alias says, as when a promoter dies at once after its swap."""
-    since = keeper.reads("adapters/sums/aliases/production.json")["since"].replace(":", "")
+    since = keeper.registry.json("adapters/sums/aliases/production.json")["since"].replace(":", "")
     for key in keeper.keys(f"{EVENTS}{since}"):
-        boto3.client("s3").delete_object(Bucket=keeper.bucket, Key=f"{keeper.prefix}/{key}")
+        keeper.registry.remove(key)
 
 
 def events_ahead(keeper: Keeper, good: str) -> None:
     """Each event once more, in the year 9999."""
     for key in keeper.keys(EVENTS):
         if key.endswith(".json") and "2026-" in key and not any(junk in key for junk in ("-x", "-y", "NAME")):
-            event = keeper.reads(key)
+            event = keeper.registry.json(key)
             ahead = f"9999{event['time'][4:]}"
             name = f"{EVENTS}{ahead.replace(':', '')}-{event['id']}.json"
-            keeper.writes(name, json.dumps({**event, "time": ahead}).encode())
+            keeper.registry.write(name, json.dumps({**event, "time": ahead}).encode())
 
 
 @pytest.mark.parametrize(
@@ -93,13 +94,11 @@ def test_production_goes_back_past_a_damaged_index(keeper: Keeper, good: str) ->
         body = {"version": good, "alias": "staging", "run_id": f"r{number}", "reasons": ["worse"]}
         append_event(keeper.store, "sums", "refused", body, at=f"2026-01-01T00:00:00.{number:06}Z")
     keeper.does("fineloop adapters history sums -c sums.toml")
-    key = f"{keeper.prefix}/{INDEX}adapter.json.gz"
-    packed = boto3.client("s3").get_object(Bucket=keeper.bucket, Key=key)["Body"].read()
-    entries = json.loads(gzip.decompress(packed))["events"]
+    entries = json.loads(gzip.decompress(keeper.registry.read(f"{INDEX}adapter.json.gz")))["events"]
     assert len(entries) > NUMBER_OF_AN_INDEX
     forged = {name: entry.replace('"refused"', '"promoted"') for name, entry in entries.items()}
     for body in (b"junk", gzip.compress(json.dumps({"events": forged, "versions": forged}).encode())):
-        keeper.writes(f"{INDEX}adapter.json.gz", body)
+        keeper.registry.write(f"{INDEX}adapter.json.gz", body)
         goes_back(keeper, good, "--to", good[:8])
         promote(keeper.store, "sums", keeper.publishes("bad"))
 
@@ -107,5 +106,7 @@ def test_production_goes_back_past_a_damaged_index(keeper: Keeper, good: str) ->
 def test_production_goes_back_from_an_alias_of_a_clock_far_ahead(keeper: Keeper, good: str) -> None:
     """From here on all that moves it is dated so: this test is the last of the file."""
     key = "adapters/sums/aliases/production.json"
-    keeper.writes(key, json.dumps({**keeper.reads(key), "since": "9999-12-31T23:59:59.999999Z"}).encode())
+    keeper.registry.write(
+        key, json.dumps({**keeper.registry.json(key), "since": "9999-12-31T23:59:59.999999Z"}).encode()
+    )
     goes_back(keeper, good)

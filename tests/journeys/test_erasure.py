@@ -7,16 +7,14 @@ of every object that boto3 lists, of Parquet files the decoded cells.
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
 
 from components.registry.aliases import promote
 from pipelines.local.seaweedfs import Endpoint
-from tests.doubles.jobs_api import TOKEN, JobsApi, stub_cluster
+from tests.doubles.jobs_api import JobsApi, stub_cluster
 from tests.journeys.keeper import Keeper, keeper_at
 
 SECRET = "Berta Zwilling of Gruenau"
@@ -31,16 +29,14 @@ def cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
 
 @pytest.fixture
 def keeper(tmp_path: Path, s3_server: Endpoint, cluster: JobsApi) -> Keeper:
-    keeper = keeper_at(tmp_path / "keeper", s3_server)
-    ray = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    return replace(keeper, variables={**keeper.variables, **ray})
+    return keeper_at(tmp_path / "keeper", s3_server).on(cluster)
 
 
 def holding(keeper: Keeper, text: str, folder: str) -> set[str]:
     """Objects of the folder with the text anywhere in them."""
-    client, found = boto3.client("s3"), set()
+    found = set()
     for key in keeper.keys(folder):
-        body = client.get_object(Bucket=keeper.bucket, Key=f"{keeper.prefix}/{key}")["Body"].read()
+        body = keeper.registry.read(key)
         cells = str(pq.read_table(io.BytesIO(body)).to_pylist()) if key.endswith(".parquet") else ""
         if text.encode() in body or text in cells:
             found.add(key)
@@ -92,7 +88,7 @@ def test_an_erased_record_is_in_nothing_that_comes_later_and_all_that_saw_it_is_
     assert holding(keeper, SECRET, f"datasets/{fresh}/") == set()
     assert holding(keeper, "p4711", f"datasets/{fresh}/") == set()
     assert holding(keeper, SECRET, f"runs/{second['run_id']}/") == set()
-    profile = keeper.reads(f"datasets/{fresh}/profile.json")
+    profile = keeper.registry.json(f"datasets/{fresh}/profile.json")
     assert profile["dropped"]["erased"] == 2
     assert profile["rows"]["read"] == 123
 

@@ -7,14 +7,13 @@ there before and after is judged by boto3's own listing of the bucket.
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipelines.local.seaweedfs import Endpoint
 from tests.doubles.faulty_proxy import FaultyProxy, Hold, faulty_proxy
-from tests.doubles.jobs_api import TOKEN, stub_cluster
+from tests.doubles.jobs_api import stub_cluster
 from tests.journeys.keeper import Keeper, ended, keeper_at
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -40,8 +39,7 @@ def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: 
     with ExitStack() as stack:
         cluster = stub_cluster(keeper.folder / "cluster", s3_server.environment())
         stack.callback(cluster.close)
-        ray = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-        keeper = replace(keeper, variables={**keeper.variables, **ray})
+        keeper = keeper.on(cluster)
         waits = keeper.does("fineloop run -c sums.toml --set train.weight_decay=1.0 --json").answer
         assert waits["verdict"] == "needs approval"
         before = keeper.keys()
