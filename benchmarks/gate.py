@@ -1,8 +1,7 @@
 """The losses that the gate's tests resample, measured on the real model: `python -m benchmarks.gate`.
 
-Trains and evaluates each row of MODELS as `fineloop train` does, and writes what every held-out record of it cost into
-tests/components/gate/measured/<task>.parquet. A model that is in the file is not measured again; the three take
-twenty minutes on two cores.
+Trains and evaluates each of TASKS with its seeds as `fineloop train` does, and writes what every held-out record cost
+into tests/components/gate/measured/<task>.parquet: twenty minutes on two cores.
 """
 
 import ast
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +40,18 @@ class Task:
     """Records, and the settings of every model of them."""
 
     rows: Callable[[], Iterator[Row]]
+    seeds: int
     settings: Mapping[str, Any]
 
 
 def main() -> None:
     example.parser("gate", __doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="fineloop-gate-") as scratch, a_store(Path(scratch)):
-        for task, seed in MODELS:
-            file, name = MEASURED / f"{task}.parquet", f"seed{seed}"
-            if not file.exists() or f"{name}_nll" not in pq.read_schema(file).names:
-                _write(file, name, _measure(task, seed, Path(scratch)))
+        for name, task in TASKS.items():
+            measured = [_measure(name, seed, Path(scratch)) for seed in range(task.seeds)]
+            pq.write_table(
+                _table(measured), MEASURED / f"{name}.parquet", use_dictionary=["reference"], compression="zstd"
+            )
 
 
 def _measure(name: str, seed: int, scratch: Path) -> pa.Table:
@@ -71,38 +72,20 @@ def _measure(name: str, seed: int, scratch: Path) -> pa.Table:
     return pq.read_table(io.BytesIO(store.get(f"runs/{run_id}/evaluation_records.parquet")))
 
 
-def _write(file: Path, name: str, found: pa.Table) -> None:
-    """Add a model's columns, and those of the records and the base where the file is new.
-
-    Raises:
-        RuntimeError: it was measured on other records than those before it.
-    """
-    columns: dict[str, Any] = {"id": [_short(each) for each in found["id"].to_pylist()]}
-    if file.exists():
-        table = pq.read_table(file)
-        if table["id"].to_pylist() != columns["id"]:
-            raise RuntimeError(f"{name} was measured on other records than those of {file}: remove it, measure all")
-    else:
-        references = found["reference"].to_pylist()
-        if len(set(references)) < len(references) / 2:
-            columns["reference"] = references
-        columns["answer_tokens"] = found["answer_tokens"].to_pylist()
-        table = pa.table(columns)
-        table = _with(table, "base", found, "base")
-    table = _with(table, name, found, "candidate")
-    file.parent.mkdir(exist_ok=True)
-    pq.write_table(table, file, compression="zstd", use_dictionary=["reference"])
-
-
-def _with(table: pa.Table, name: str, found: pa.Table, role: str) -> pa.Table:
-    for kept in OF_A_RECORD:
-        if f"{role}_{kept}" in found.column_names:
-            table = table.append_column(f"{name}_{kept}", found[f"{role}_{kept}"].cast(pa.float32()))
-    return table
-
-
-def _short(record_id: str) -> str:
-    return hashlib.sha256(record_id.encode()).hexdigest()[:8]
+def _table(measured: Sequence[pa.Table]) -> pa.Table:
+    """Columns of the records and the base, and those of the candidate of each seed."""
+    first, columns = measured[0], dict[str, Any]()
+    columns["id"] = [hashlib.sha256(each.encode()).hexdigest()[:8] for each in first["id"].to_pylist()]
+    references = first["reference"].to_pylist()
+    if len(set(references)) < len(references) / 2:
+        columns["reference"] = references
+    columns["answer_tokens"] = first["answer_tokens"].to_pylist()
+    of_models = [("base", "base", first), *((f"seed{seed}", "candidate", of) for seed, of in enumerate(measured))]
+    for name, role, of in of_models:
+        assert of["id"] == first["id"], f"{name} was measured on other records"
+        values = {kept: of[f"{role}_{kept}"] for kept in OF_A_RECORD if f"{role}_{kept}" in of.column_names}
+        columns |= {f"{name}_{kept}": value.cast(pa.float32()) for kept, value in values.items()}
+    return pa.table(columns)
 
 
 def docstrings() -> Iterator[Row]:
@@ -131,10 +114,12 @@ def docstrings() -> Iterator[Row]:
 TASKS = {
     "icd10": Task(
         example_rows,
+        2,
         {"data.max_records": 3250, "data.eval_share": 0.385, "evaluate.records": 1000, "data.validation_share": 0.2},
     ),
     "docstrings": Task(
         docstrings,
+        1,
         {
             "data.max_records": 540,
             "data.eval_share": 0.4,
@@ -145,8 +130,6 @@ TASKS = {
         },
     ),
 }
-MODELS = (("icd10", 0), ("icd10", 1), ("docstrings", 0))
-"""Task and seed."""
 
 
 if __name__ == "__main__":
