@@ -27,10 +27,18 @@ SHORT = (
 
 
 @pytest.fixture
-def live(request: pytest.FixtureRequest, kube: Kube) -> Iterator[Live]:
-    made = Live(request.config.getoption("--host"), request.config.getoption("--step-image"), kube)
-    yield made
-    made.clean_up()
+def live(request: pytest.FixtureRequest) -> Iterator[Live]:
+    option = request.config.getoption
+    name = f"acceptance-{uuid.uuid4().hex[:8]}"
+    prefix = f"registry.prefix=acceptance/{name}"
+    given = Live(
+        option("--host"), option("--namespace"), option("--step-image"), [*SHORT, *option("--set"), prefix], name
+    )
+    yield given
+    try:
+        given.clean_up()
+    finally:
+        _empty(option("--set"), f"acceptance/{name}")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from infra.checks.manifests import KUBECTL
 
 ROOT = Path(__file__).resolve().parents[2]
-SOON_S = 900.0  # how long one thing may take on a busy node whose images are there
+SOON_S = 600.0  # how long one thing may take on a busy node whose images are there
 STOP_S = 60.0  # by when nothing of a stopped run may hold a processor
 LEFT = "pods,jobs,services,configmaps,secrets,pvc,pv,rayclusters,rayjobs,workloads.kueue.x-k8s.io"
 STEP = {"pipelines.kubeflow.org/v2_component": "true"}  # by which the network policies know a step
@@ -113,20 +113,14 @@ class Kube:
         self.followed.append(started)
         return started
 
-    def rayjobs(self, run_id: str) -> list[dict[str, Any]]:
-        return list(self.get("rayjobs", "-l", f"fineloop.dev/run-id={run_id}").get("items", []))
-
     def rayjob(self, run_id: str) -> dict[str, Any]:
-        return rayjobs[-1] if (rayjobs := self.rayjobs(run_id)) else {}
-
-    def delete_rayjobs(self, run_id: str) -> None:
-        self.kubectl("delete", "rayjobs", "-l", f"fineloop.dev/run-id={run_id}", "--wait=false")
+        selector = f"fineloop.dev/run-id={run_id}"
+        found = self.get("rayjobs", "-l", selector).get("items")
+        return dict(found[-1]) if found else {}
 
     def pods(self, *labels: str) -> list[str]:
-        """Names of those that run."""
-        running = ("--field-selector", "status.phase=Running")
-        listed = self.get("pods", "-l", ",".join(labels), *running).get("items", [])
-        return [pod["metadata"]["name"] for pod in listed if not pod["metadata"].get("deletionTimestamp")]
+        found = self.get("pods", "-l", ",".join(labels)).get("items", [])
+        return [pod["metadata"]["name"] for pod in found if not pod["metadata"].get("deletionTimestamp")]
 
     def pods_of(self, run_id: str, component: str = "") -> list[str]:
         """Names of the pods of the run's job: all, or those of `head`, `worker` or `submitter`."""
@@ -160,7 +154,7 @@ class Kube:
             if each.process.poll() is None:
                 each.process.kill()
                 each.process.wait()
-            self.delete_rayjobs(each.run_id)
+            self.kubectl("delete", "rayjobs", "-l", f"fineloop.dev/run-id={each.run_id}", "--wait=false")
 
     @contextlib.contextmanager
     def scaled_to_none(self, deployment: str, namespace: str = "") -> Iterator[None]:
@@ -182,6 +176,16 @@ class Kube:
         until(as_wanted, f"{deployment} has {replicas} pods")
 
     @contextlib.contextmanager
+    def cordoned(self) -> Iterator[None]:
+        """Every node takes no pod, for a while."""
+        nodes = [node["metadata"]["name"] for node in self.get("nodes")["items"]]
+        self.kubectl("cordon", *nodes)
+        try:
+            yield
+        finally:
+            self.kubectl("uncordon", *nodes)
+
+    @contextlib.contextmanager
     def without(self, kind: str, name: str, namespace: str = "") -> Iterator[None]:
         """An object deleted, and created again."""
         found = self.get(kind, name, namespace=namespace)
@@ -194,6 +198,15 @@ class Kube:
             yield
         finally:
             self.kubectl("create", "-f", "-", body=found, namespace=namespace)
+
+    @contextlib.contextmanager
+    def changed(self, kind: str, name: str, patch: Mapping[str, Any], back: Mapping[str, Any]) -> Iterator[None]:
+        """An object merged with a patch, and with another that takes it back."""
+        self.kubectl("patch", kind, name, "--type", "merge", "-p", json.dumps(patch))
+        try:
+            yield
+        finally:
+            self.kubectl("patch", kind, name, "--type", "merge", "-p", json.dumps(back))
 
 
 def until(look: Callable[[], T | None], what: str, timeout_s: float = SOON_S) -> T:

@@ -1,4 +1,7 @@
-"""`fineloop doctor` against a live cluster that is whole, as three people see it, and against one that is broken."""
+"""`fineloop doctor` against a live cluster that is whole, as three people see it, and against one broken in ten ways.
+
+Kubeflow is a double, and three deployments stand in for its controllers where it is not installed.
+"""
 
 import contextlib
 import json
@@ -11,18 +14,49 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.kube import ROOT, Kube
-from tests.cluster.live import Live
+from components.step.step import IMAGE
+from pipelines.kubeflow.doctor import KUBEFLOW_CONTROLLERS
+from tests.cluster.kube import ROOT, Kube, pod
+from tests.doubles.kfp_server.server import serving
 
 pytestmark = pytest.mark.cluster
 
 Findings = Mapping[str, Mapping[str, Any]]
+LAUNCHER = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kfp-launcher"}, "data": {"providers": "{}"}}
+
+
+@pytest.fixture(scope="module")
+def controllers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kubeflow's, or what stands in for them."""
+    image = request.config.getoption("--step-image") or IMAGE
+    kube = Kube(request.config.getoption("--namespace"), [], "kubeflow", tmp_path_factory.mktemp("kubeflow"))
+    made = []
+    for name in KUBEFLOW_CONTROLLERS:
+        if not kube.get("deployment", name):
+            standing_in = pod(name, {"app": name}, image, "sleep", "100000")
+            template = {key: standing_in[key] for key in ("metadata", "spec")}
+            template["spec"]["restartPolicy"] = "Always"
+            spec = {"selector": {"matchLabels": {"app": name}}, "template": template}
+            body = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec}
+            kube.kubectl("create", "-f", "-", body=body)
+            made.append(f"deployment/{name}")
+    if not kube.get("configmap", "kfp-launcher"):
+        kube.kubectl("create", "-f", "-", body=LAUNCHER)
+        made.append("configmap/kfp-launcher")
+    try:
+        for name in KUBEFLOW_CONTROLLERS:
+            kube.kubectl("rollout", "status", "deployment", name, "--timeout", "300s")
+        yield
+    finally:
+        if made:
+            kube.kubectl("delete", *made)
 
 
 @pytest.fixture
-def kubeflow(live: Live) -> str:
-    """Its address."""
-    return live.host
+def kubeflow(controllers: None) -> Iterator[str]:
+    """The double's address."""
+    with serving() as server:
+        yield server.url
 
 
 def asked(kube: Kube, url: str, *options: str, kubeconfig: str = "") -> Findings:
@@ -80,17 +114,46 @@ def person(kube: Kube, roles: list[str]) -> Iterator[str]:
         kube.kubectl("delete", "serviceaccount", user)
 
 
-# What only a cluster has: Kueue's webhook, and policies that are enforced.
-BROKEN: dict[str, Callable[[Kube], AbstractContextManager[None]]] = {
-    "kueue's manager": lambda kube: kube.scaled_to_none("kueue-controller-manager", "kueue-system"),
-    "store, from a pod": lambda kube: kube.without("networkpolicy", "to-s3"),
+BROKEN: dict[str, tuple[str, Callable[[Kube], AbstractContextManager[None]]]] = {
+    "KubeRay's operator has no pod": (
+        "kuberay's operator",
+        lambda k: k.scaled_to_none("kuberay-operator", "ray-system"),
+    ),
+    "Kueue's manager has no pod": (
+        "kueue's manager",
+        lambda k: k.scaled_to_none("kueue-controller-manager", "kueue-system"),
+    ),
+    "Argo's controller has no pod": ("kubeflow's controllers", lambda k: k.scaled_to_none("workflow-controller")),
+    "the persistence agent has no pod": (
+        "kubeflow's controllers",
+        lambda k: k.scaled_to_none("ml-pipeline-persistenceagent"),
+    ),
+    "no node takes pods": ("nodes", lambda k: k.cordoned()),
+    "the steps have no rights": ("rights of the steps", lambda k: k.without("rolebinding", "fineloop-pipeline")),
+    "Ray pods have no account": ("account fineloop-trainer", lambda k: k.without("serviceaccount", "fineloop-trainer")),
+    "there is no token for Ray": ("secrets/fineloop-ray", lambda k: k.without("secret", "fineloop-ray")),
+    "the queue is not there": ("queue", lambda k: k.without("localqueue", "fineloop")),
+    "the queue is stopped": (
+        "queue",
+        lambda k: k.changed(
+            "clusterqueue", "fineloop", {"spec": {"stopPolicy": "Hold"}}, {"spec": {"stopPolicy": "None"}}
+        ),
+    ),
+    "steps have no region": (
+        "configmaps/fineloop-env",
+        lambda k: k.changed(
+            "configmap", "fineloop-env", {"data": {"AWS_REGION": None}}, {"data": {"AWS_REGION": "us-east-1"}}
+        ),
+    ),
+    "steps have no way to the store": ("store, from a pod", lambda k: k.without("networkpolicy", "to-s3")),
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_named_with_what_mends_it(kube: Kube, kubeflow: str, step_image: str, name: str) -> None:
-    with BROKEN[name](kube):
-        found = faults(asked(kube, kubeflow, *(["--image", step_image] if name == "store, from a pod" else [])))
-    assert name in found
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_is_broken_is_named_with_what_mends_it(kube: Kube, kubeflow: str, step_image: str, how: str) -> None:
+    name, broken = BROKEN[how]
+    with broken(kube):
+        found = asked(kube, kubeflow, *(["--image", step_image] if name == "store, from a pod" else []))
+    assert name in faults(found)
     # Without Kueue's webhook the API server takes no RayJob either.
-    assert found.keys() - {name} <= ({"a RayJob of this config"} if name == "kueue's manager" else set())
+    assert faults(found).keys() - {name} <= ({"a RayJob of this config"} if "Kueue" in how else set())

@@ -6,8 +6,8 @@ import pytest
 
 from components.config.config_file import load
 from tests.cluster.held import Held
-from tests.cluster.kube import ROOT, Kube
-from tests.cluster.live import Live
+from tests.cluster.kube import Kube
+from tests.cluster.live import ROOT, Live
 
 pytestmark = pytest.mark.cluster
 

@@ -5,19 +5,21 @@ but for its step 3. `--set` fits the example to it, as $CLUSTER does there. Each
 time; some tests restart the operators, so the cluster is nobody else's meanwhile.
 """
 
+import signal
 import time
 
 import pytest
 
 from components.ray_cluster.rayjob import HOPELESS_S
-from tests.cluster.away import proxied
-from tests.cluster.kube import STOP_S, Followed, Kube, until
+from tests.cluster.away import Proxy
+from tests.cluster.kube import SOON_S, Followed, Kube, until
 
 pytestmark = pytest.mark.cluster
 
 SLEEPS = "import sys, time; print('be' 'gan', flush=1); time.sleep(float(sys.argv[1])); print('is ' 'done', flush=1)"
 """Its words in two parts each, for Ray repeats the command in the log."""
 TRAINS = ("train.max_steps=80", "train.epochs=100", "train.early_stopping_patience=0")
+STOP_S = 60.0  # by when nothing of a stopped job may hold a processor
 
 
 def sleeping(kube: Kube, seconds: int, *settings: str) -> Followed:
@@ -27,6 +29,26 @@ def sleeping(kube: Kube, seconds: int, *settings: str) -> Followed:
 def quota_in_use(kube: Kube) -> str:
     flavors = kube.get("localqueue", "fineloop")["status"]["flavorsUsage"]
     return next(r["total"] for flavor in flavors for r in flavor["resources"] if r["name"] == "cpu")
+
+
+def test_a_job_is_admitted_runs_and_gives_back_what_it_took(kube: Kube) -> None:
+    job = sleeping(kube, 5)
+    assert job.end() == 0, job.text
+    assert "queued by Kueue" in job.text or "waiting for pods" in job.text
+    assert job.text.index("began") < job.text.index("is done")
+    assert kube.rayjob(job.run_id)["status"]["jobStatus"] == "SUCCEEDED"
+    kube.nothing_is_left(job.run_id)
+    until(lambda: quota_in_use(kube) == "0", "Kueue has its quota back")
+
+
+@pytest.mark.parametrize("when", ["waiting for pods", "began"])
+def test_a_job_whose_step_is_stopped_is_gone_within_a_minute(kube: Kube, when: str) -> None:
+    job = sleeping(kube, 600)
+    job.says(when)
+    job.process.send_signal(signal.SIGTERM)
+    assert kube.nothing_is_left(job.run_id) < STOP_S
+    assert job.end() != 0
+    assert kube.rayjob(job.run_id) == {}
 
 
 @pytest.mark.parametrize("lost", ["head", "submitter"])
@@ -45,7 +67,7 @@ def test_a_job_that_loses_its_head_or_submitter_ends_well_under_its_first_name(k
 def test_a_training_that_loses_pods_goes_on_from_a_checkpoint(kube: Kube, lost: tuple[str, ...], step: int) -> None:
     """Their node is gone at once: no pod has a last second."""
     job = kube.train(*TRAINS)
-    job.has_trained(step)
+    job.has_trained(step, 2 * SOON_S)
     uid = kube.rayjob(job.run_id)["metadata"]["uid"]
     victims = [pod for component in lost for pod in kube.pods_of(job.run_id, component)]
     victims = victims[:1] if lost == ("worker",) else victims
@@ -92,10 +114,10 @@ def test_a_job_that_never_fits_its_queue_ends_in_minutes_with_kueues_words(kube:
 
 
 def test_a_step_whose_api_server_is_away_for_a_minute_follows_its_job_to_the_end(kube: Kube) -> None:
-    with proxied(kube) as (kubeconfig, cut):
-        job = kube.start("python", "-c", SLEEPS, "90", environment={"KUBECONFIG": str(kubeconfig)})
+    with Proxy(kube) as proxy:
+        job = kube.start("python", "-c", SLEEPS, "90", environment={"KUBECONFIG": str(proxy.kubeconfig)})
         job.says("began")
-        with cut():
+        with proxy.cut():
             time.sleep(60)
         assert job.end() == 0, job.text
         assert "is done" in job.text
