@@ -8,13 +8,19 @@ not that of the evaluation's own engine is a near tie where vLLM's two likeliest
 apart, which bfloat16 hardly tells from each other; any other makes the command fail, except on NF4: vLLM has the base
 in bfloat16.
 
+With --home it is the version that a `fineloop run` there promoted: the very commands that `fineloop adapters
+serve-manifest NAME --for vllm` prints are run, and the answers compared with those of `fineloop chat`.
+
 vLLM has an environment of its own, FOLDER, and is no dependency; the Makefile makes it, for processors.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,10 +36,13 @@ from benchmarks.vllm_server import Answer, asked, posted, serving
 from components.config import config_file
 from components.config.methods import VLLM_MAX_LORA_RANKS
 from components.config.schema import RunConfig
-from components.prepare.dataset import Message, Record
+from components.prepare.dataset import Message, Record, load_split
 from components.registry import aliases, signing
-from components.registry.versions import Version, pull_version
+from components.registry.versions import Version, pull_version, read_lineage, resolve
+from components.shared.machine import in_environment
 from components.store.store import Store
+from pipelines.configs import DEFAULT_CONFIG
+from pipelines.local.local_services import local_services
 
 NEAR_TIE = 0.25
 """In nats."""
@@ -64,9 +73,15 @@ use_gpu = false
 def main() -> None:
     parser = example.parser("served", __doc__)
     parser.add_argument("--vllm", type=Path, default=Path(".venv-served"), help="a virtual environment with vLLM")
+    parser.add_argument("--home", type=Path, help="where a `fineloop run` has promoted it")
+    parser.add_argument("--name", default="icd10-chapters", help="with --home")
     parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--served-with", default="--max-model-len 512 --enforce-eager", help="with --home, for vLLM")
     options = parser.parse_args()
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{options.vllm.absolute() / 'bin'}:{os.environ['PATH']}"
+    if options.home:
+        of_home(options.home.absolute(), options)
+        return
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fineloop-served-") as scratch, a_store(Path(scratch)):
         os.environ["FINELOOP_CACHE"] = f"{scratch}/cache"
@@ -97,8 +112,7 @@ class Row:
 
     @property
     def is_wrong(self) -> bool:
-        """But on NF4: vLLM's base, in bfloat16, is not the one that the version was trained on."""
-        return self.method != "qlora" and any(margin > NEAR_TIE for margin in self.margins)
+        return not _on_nf4(self.method) and any(margin > NEAR_TIE for margin in self.margins)
 
     def __str__(self) -> str:
         ties = [margin for margin in self.margins if margin <= NEAR_TIE]
@@ -106,6 +120,11 @@ class Row:
         tied = f"{len(ties)} ({max(ties):.2f})" if ties else "0"
         row = f"{self.version:<26}{self.served:<20}{count:>8}{count - differing:>7}{tied:>11}{differing - len(ties):>7}"
         return row + f"{self.right:>11}"
+
+
+def _on_nf4(method: str) -> bool:
+    """Whether vLLM's base, in bfloat16, is not the one that the version was trained on."""
+    return method == "qlora"
 
 
 @dataclass(frozen=True)
@@ -149,8 +168,12 @@ class Trial:
         chat = chat_format.load(base_model.resolve(config.model), config.model)
         scratch = self.scratch / f"made-{self._made}"
         rate = 10 * config.learning_rate * (min(1, 32 / rank) if method == "lora" else 1)  # high ranks diverge
-        trained_on = self._records[shift][:48]
-        version = publish(config, store, scratch, change=lambda adapted: learn(adapted, chat, trained_on, rate))
+        version = publish(
+            config,
+            store,
+            scratch,
+            change=lambda adapted: learn(adapted, chat, self._records[shift][:48], rate),
+        )
         signing.sign(store, name, version.version, self._key, alias=aliases.PRODUCTION)
         if is_held:
             aliases.promote(store, name, version.version)
@@ -213,8 +236,11 @@ class Trial:
             still = asked(url, f"night@{night[0].version.version}", self.held_out(1)[0], MAX_NEW_TOKENS)
             checks["what an alias meant is served until it is unloaded"] = kept.text == still.text
             signing.revoke(store, "revoked", revoked.version.version, self._key, reason="it tells names")
-            refused = {"DoRA": magnitudes[0], "a version that no alias held": unheld, "a revoked version": revoked}
-            for what, made in refused.items():
+            for what, made in (
+                ("DoRA", magnitudes[0]),
+                ("a version that no alias held", unheld),
+                ("a revoked version", revoked),
+            ):
                 reference = f"{made.config.adapter.name}@{made.version.version}"
                 status, said = posted(url, "/v1/completions", {"model": reference, "prompt": "x"})
                 checks[f"the resolver does not serve {what}: {status} {_short(said)}"] = status >= 400
@@ -334,6 +360,45 @@ def _short(said: str) -> str:
     with contextlib.suppress(ValueError, LookupError, TypeError):
         said = json.loads(said)["error"]["message"]
     return " ".join(said.split())[:110]
+
+
+def of_home(home: Path, options: argparse.Namespace) -> None:
+    """The answers to the printed commands beside chat's."""
+    config = config_file.load(DEFAULT_CONFIG)
+    with local_services(home, bucket=config.registry.bucket, ray=False) as environment, in_environment(environment):
+        store = Store.open(config.registry)
+        version = resolve(store, options.name)
+        split = load_split(store, read_lineage(store, version)["dataset"]["uri"], "eval")
+    records = split[: options.prompts]
+    chat = _fineloop(home, "chat", options.name, "--against", "none", "--turns", "alone", prompts=records)
+    own = [turn["answers"][0]["text"] for turn in chat["turns"]]
+    words = ["fineloop", "adapters", "serve-manifest", options.name, "--for", "vllm", "--home", str(home)]
+    *before, serve = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    with tempfile.TemporaryDirectory() as folder:
+        for line in before:
+            print(f"$ {line}", flush=True)
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            subprocess.run(shlex.split(line), cwd=folder, check=True, **quiet)
+        print(f"$ {serve}", flush=True)
+        with serving([*shlex.split(serve), *shlex.split(options.served_with)], Path(folder)) as url:
+            answers = [asked(url, version.version, record) for record in records]
+    for record, ours, theirs in zip(records, own, answers, strict=True):
+        if ours != theirs.text:
+            nats = f"{theirs.margin(ours):.3f} nats"
+            print(f"{record.prompt[-1].content!r}: chat {ours!r}, vLLM {theirs.text!r}, likelier by {nats}")
+    same = sum(ours == theirs.text for ours, theirs in zip(own, answers, strict=True))
+    right = _right([answer.text for answer in answers], records)
+    print(f"{same} of {len(records)} greedy answers of vLLM are chat's; {right} of vLLM's are the reference")
+
+
+def _fineloop(home: Path, *words: str, prompts: Sequence[Record]) -> dict[str, Any]:
+    lines = "".join(f"{record.prompt[-1].content}\n" for record in prompts)
+    command = ["fineloop", *words, "--home", str(home), "--json"]
+    done = subprocess.run(
+        command, input=lines, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+    )
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 if __name__ == "__main__":
