@@ -51,3 +51,12 @@ def test_a_version_is_pulled_with_its_base_as_a_folder_once(store: Store, tmp_pa
     assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     (base / "export.json").unlink()
     assert "is not empty" in fineloop(*pull, cwd=tmp_path).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("published")
+def test_a_gguf_without_a_converter_is_a_mistake_in_the_input(tmp_path: Path) -> None:
+    what = ("adapters", "export", "colours", "--gguf", "--converter", "llama.cpp/convert_hf_to_gguf.py", "--json")
+    done = fineloop(*what, "-c", "where.toml", cwd=tmp_path)
+    assert (done.returncode, body(done)["error"]["kind"]) == (2, "UserError")
+    assert "there is no such file" in body(done)["error"]["message"]

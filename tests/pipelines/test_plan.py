@@ -52,6 +52,18 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
     assert ("planned are the fewest" in elastic, "planned are the fewest" in done.stderr) == (True, False)
 
 
+@pytest.mark.slow
+def test_a_plan_of_all_methods_has_a_line_for_each_and_the_reason_why_one_is_refused(here: Path) -> None:
+    kept = ("--set", "method.base=bf16", "--set", "method.name=lora")
+    done = fineloop("plan", "-c", "plan.toml", *kept, "--json", "--all-methods", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["methods"]) == 8
+    refused = {row["method"]: row["refused"] for row in json.loads(done.stdout)["methods"] if "refused" in row}
+    for method, why in refused.items():
+        assert any(line.startswith(method) and line.endswith(f"refused: {why}") for line in done.stderr.splitlines())
+    assert "dvora" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("kind", "fits", "gib", "exit_code"),
     [("rayjob", True, 129, 1), ("rayjob", True, 100, 0), ("jobs-api", True, 129, 0), ("jobs-api", False, 1, 1)],

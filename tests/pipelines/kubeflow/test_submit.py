@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def test_a_run_that_succeeds_is_exit_0_and_tells_each_step(server: KfpServer, fineloop: Fineloop) -> None:
-    answered = fineloop("submit", "--run-name", "first", "--set", "adapter.name=mine", "--experiment", "tries")
+    named = ("--run-name", "first", "--experiment", "tries")
+    answered = fineloop("submit", "-c", str(DEFAULT_CONFIG), "--set", "adapter.name=mine", *named)
     body = answered.body
     assert answered.exit_code == 0
     assert (body["run_name"], body["state"], body["adapter"]) == ("first", "SUCCEEDED", "mine")
