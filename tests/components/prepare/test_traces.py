@@ -1,4 +1,4 @@
-"""Logged requests and the feedback on them, as records: each format, each rule, and two thousand turns."""
+"""Logged requests and the feedback on them, as records: each format, each rule, and ten thousand turns."""
 
 import json
 import random
@@ -393,17 +393,17 @@ def test_ratings_as_others_write_them(said: dict[str, Any], is_good: bool) -> No
     assert feedback.vote_of({"response_id": "r1", "score": 4}, key="", least=4).value
 
 
-# Turns of users, raters and versions, whose truth the generator keeps.
+# Ten thousand turns of users, raters and versions, whose truth the generator keeps.
 
 
 @pytest.mark.slow
-def test_two_thousand_logged_turns(store: Store, of_rows: Callable[..., RunConfig]) -> None:
-    made = logged.generated(2000, seed=1)
+def test_ten_thousand_logged_turns(store: Store, of_rows: Callable[..., RunConfig]) -> None:
+    made = logged.generated(10_000, seed=1)
     config = of_rows(made.rows, made.feedback, eval_share=0.2, max_rows_per_rater=50)
     first = prepare(config, store)
     train, held_out = (load_split(store, first.uri, split) for split in ("train", "eval"))
-    assert len(train) > 100
-    assert len(held_out) > 20
+    assert len(train) > 500
+    assert len(held_out) > 100
     for record in (*train, *held_out):
         truth = made.truth[record.id]
         assert (record.answer, record.origin, record.served_by) == (truth.answer, truth.origin, truth.served_by)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from components.config.methods import METHODS
 from components.config.schema import MethodConfig
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning.memory import (
@@ -40,6 +41,21 @@ BASE_7B = 32 * (sum(o * i for o, i in LAYERS_7B) + 2 * 4096) + 2 * 32000 * 4096 
 @cache
 def rehearsal(name: str, **settings) -> Rehearsal:
     return Rehearsal(LLAMA_2_7B, MethodConfig(name=name, **settings), reference="llama-2-7b")
+
+
+def trained_7b(name: str) -> int:
+    """From the papers: r inputs and outputs for LoRA, one magnitude an output for DoRA, r + outputs for VeRA."""
+    row = METHODS[name]
+    per_layer = {"lora": lambda o, i: row.rank * (o + i), "vera": lambda o, i: row.rank + o}
+    kind = "lora" if row.adapter in ("lora", "dora") else "vera"
+    magnitude = row.adapter in ("dora", "dvora")
+    return 32 * sum(per_layer[kind](o, i) + magnitude * o for o, i in LAYERS_7B)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_trained_of_llama_2_7b_is_what_the_papers_say(name):
+    assert rehearsal(name).stats.trainable == trained_7b(name)
 
 
 def test_vera_shares_one_pair_of_matrices_that_is_as_large_as_the_largest_layer():
