@@ -120,6 +120,9 @@ class KfpServer:
             case "POST", [run_id, "terminate"]:
                 state.find(state.runs, "Run", run_id).terminate()
                 return {}
+            case "DELETE", [run_id]:
+                del state.runs[state.find(state.runs, "Run", run_id).record["run_id"]]
+                return {}
         raise missing("Page", "/".join(["runs", *rest]))
 
     def _schedules(self, method: str, rest: list[str], query: Mapping[str, str], raw: bytes) -> dict[str, Any]:
