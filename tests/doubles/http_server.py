@@ -3,7 +3,7 @@
 import json
 import ssl
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -34,7 +34,8 @@ def serving(handle: Handle, *, tls: ssl.SSLContext | None = None) -> Iterator[st
                 self.send_header(name, text)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                with suppress(ConnectionError):  # the client has gone
+                    self.wfile.write(content)
 
         do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = _do
 

@@ -83,8 +83,10 @@ def check_parameters(pipeline: Pipeline, given: Mapping[str, Any]) -> None:
         value = given[name]
         fits = isinstance(value, KINDS[kind]) and (kind == "BOOLEAN" or not isinstance(value, bool))
         if not fits:
-            wanted = "double or integer" if kind in NUMBERS else kind.lower()
-            raise invalid(f"input parameter {name} requires type {wanted}, but it is not of that type")
+            wanted, is_not = ("double or integer", "number") if kind in NUMBERS else (kind.lower(), kind.lower())
+            raise invalid(
+                f"input parameter {name} requires type {wanted}, but the input parameter is not of {is_not} value type"
+            )
         if defined.get("literals") and value not in defined["literals"]:
             raise invalid(f"input parameter {name} has value {value!r}, which is not one of {defined['literals']}")
     if extra := sorted(set(given) - set(pipeline.parameters)):
