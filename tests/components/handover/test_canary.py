@@ -127,8 +127,8 @@ def versions(store: Store) -> list[Version]:
 
 def test_the_other_requests_go_to_production_or_to_what_it_held_before(store: Store, versions: list[Version]) -> None:
     first, second, third = versions
-    assert beside(store, served(store, third), "llm-d", 10).version == second.version
-    assert beside(store, served(store, second), "kserve", 10).version == first.version
+    assert beside(store, served(store, third), "llm-d", 99).version == second.version
+    assert beside(store, served(store, second), "kserve", 1).version == first.version
     assert beside(store, served(store, resolve(store, "icd")), "llm-d", 10).version == first.version
 
 

@@ -130,6 +130,7 @@ def test_the_profile_describes_each_split(store: Store, write_rows: Write, run_c
     described = profile["splits"]["train"]
     assert described["distinct_answers"] == 7
     assert sum(each["records"] for each in described["most_frequent_answers"]) == len(train)
+    assert sum(each["share"] for each in described["most_frequent_answers"]) == pytest.approx(1, abs=1e-5)
     assert described["answer_chars"] == dict.fromkeys(("p0", "p10", "p50", "p90", "p99", "p100"), len("answer 1"))
     assert described["prompt_chars"]["p0"] == min(len(record.prompt[0].content) for record in train)
     assert described["prompt_chars"]["p100"] == max(len(record.prompt[0].content) for record in train)
