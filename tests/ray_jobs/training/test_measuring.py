@@ -15,6 +15,7 @@ import torch
 from components.config import config_file
 from components.records import runs
 from components.registry.aliases import promote
+from components.shared.errors import DataError
 from components.store.store import Store
 from ray_jobs.base import base_model
 from ray_jobs.evaluate import _contenders, plan
@@ -32,7 +33,6 @@ from tests.models.spec import changed
 from tests.models.tiny_version import RECORDS, publish
 from tests.models.train_group import in_group
 from tests.ray_jobs import own_ray
-from tests.ray_jobs.training.in_store import in_store
 
 
 def measure_in_rank(task: Task) -> ShardResult:
@@ -57,10 +57,13 @@ def test_a_workers_result_comes_back_from_json_as_it_was() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shared"), [("qlora", True), ("lora", False)])
+@pytest.mark.parametrize(
+    ("name", "shared"), [pytest.param("lora", True, marks=pytest.mark.full), ("qlora", True), ("lora", False)]
+)
 def test_several_workers_find_the_scores_of_one(config, store, tmp_path, name, shared, monkeypatch):
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
     stage = ["train.zero_stage=3"] if shared else []
-    config = in_store(config, store, *stage, f"method.name={name}", "ray.num_workers=2", "evaluate.batch_size=3")
+    config = changed(config, *place, *stage, f"method.name={name}", "ray.num_workers=2", "evaluate.batch_size=3")
     old = publish(changed(config, "train.seed=1"), store, tmp_path / "old", std=0.2)
     new = publish(config, store, tmp_path / "new")
     promote(store, config.adapter.name, old.version)
@@ -113,7 +116,7 @@ def test_a_base_is_held_together_where_it_was_trained_so_and_one_worker_cannot(
 
 @dataclass(frozen=True)
 class Trouble:
-    """A probe that dies the first time that it is asked, or each time."""
+    """A probe that dies, or refuses, the first time that it is asked, or each time."""
 
     folder: Path
     what: str
@@ -126,6 +129,8 @@ class Trouble:
             return None
         is_first = not any(self.folder.glob("asked-*"))
         (self.folder / f"asked-{os.getpid()}").touch()
+        if self.what == "refuses":
+            raise DataError("no answer is there")
         if is_first or self.what == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         return Read([1.0])
@@ -155,13 +160,13 @@ def driver() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "attempts", "is_measured"),
-    [("dies once", 2, True), ("dies", 2, False)],
+    [("dies once", 2, True), ("dies", 2, False), pytest.param("refuses", 1, False, marks=pytest.mark.full)],
 )
 def test_what_was_trained_stands_whatever_happens_to_its_measurement(
     driver, config, store, tmp_path, what, attempts, is_measured
 ):
-    changes = ["evaluate.max_new_tokens=4", "ray.num_workers=1", "ray.max_failures=1", "train.max_steps=2"]
-    toml = config_file.dumps(in_store(config, store, *changes))
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "evaluate.max_new_tokens=4"]
+    toml = config_file.dumps(changed(config, *place, "ray.num_workers=1", "ray.max_failures=1", "train.max_steps=2"))
     data = datasets.publish(store, train=RECORDS[:8], evaluation=RECORDS[8:12]).uri
     version, found = driver.submit(finetuned, toml, data, Trouble(tmp_path, what)).result(timeout=600)
     assert len(list(tmp_path.glob("asked-*"))) == attempts

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,38 @@ from components.registry.versions import pull_version, read_lineage
 from components.store import client
 from components.store.store import Store
 from ray_jobs.adapters import build
+from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
+from ray_jobs.training import opening, publishing
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.publishing import model_card, recipe_of, usage_of
+from ray_jobs.training.train_loop import TrainedAdapter
 from ray_jobs.training.zero import Worker
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 from tests.models.spec import changed, spec_of
 from tests.models.zoo import on_no_device
 from tests.ray_jobs.conftest import CONFIG
-from tests.ray_jobs.training.in_store import in_store, published
+
+
+def published(config, store, base):
+    adapted = opening.assemble(config, base, use_gpu=False)
+    one = Worker(0, 1, torch.device("cpu"))
+    recipe = publishing.recipe_of(config, adapted, base, base, one)
+    spec = spec_of(config, run_id="", base=lineage.Base(config.model.base, base.identity))
+    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), stopped_early=False)
+    return publishing.publish(
+        spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)
+    )
 
 
 @pytest.mark.parametrize(("name", "template_from"), [("none", "fineloop"), ("gemma", "base")])
 def test_a_version_holds_what_it_was_asked_with(config, store, tmp_path, name, template_from):
     folder = chat_families.build(tmp_path / "base", FAMILIES[name])
-    config = in_store(config, store, f"model.base={folder}")
-    version = published(config, store)
+    place = [f"model.base={folder}", f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    config = config_file.loads(config_file.dumps(config), place)
+    version = published(config, store, base_model.resolve(config.model))
     shutil.rmtree(folder)  # a server has the adapter's folder alone
     pull_version(store, version, tmp_path / "pulled")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pulled")
@@ -70,8 +85,6 @@ def test_the_lineage_names_every_kind_of_weight_that_is_trained(recipe):
     experts = 4 * 8 * ((64 + 256) + (128 + 64))
     assert found["trainable_parameters"] == 2 * (attention + experts)
     assert found["trainable_parameters"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    asked = recipe("Mixtral", "method.target_modules=['q_proj', 'gate']")[1]  # the router
-    assert (asked["target_modules"], asked["target_parameters"]) == (["q_proj"], ["gate.weight"])
 
 
 def test_adapted_experts_are_served_merged_and_the_reason_is_named(recipe):
@@ -79,6 +92,11 @@ def test_adapted_experts_are_served_merged_and_the_reason_is_named(recipe):
     assert serving["servable_as"] == "merged"
     assert serving["notes"][0] == "vLLM is not known to wrap experts.down_proj, experts.gate_up_proj"
     assert recipe("Mixtral", "method.target_modules=['q_proj']")[1]["serving"]["servable_as"] == "lora"
+
+
+def test_a_router_that_was_asked_for_is_named(recipe):
+    found = recipe("Mixtral", "method.target_modules=['q_proj', 'gate']")[1]
+    assert (found["target_modules"], found["target_parameters"]) == (["q_proj"], ["gate.weight"])
 
 
 @pytest.fixture
@@ -140,10 +158,13 @@ def test_the_card_says_what_the_adapter_was_made_from_and_how_it_is_asked_and_se
     _, front, body = text.split("---\n", 2)
     about = {"library_name": "peft", "base_model": config.model.base, "tags": ["lora", "fineloop"]}
     assert yaml.safe_load(front) == about
-    made_from = ["`20260101-000000-colours-ab12`", "sha256 `5555", "1200", "10,000 of 2,000,000 (0.50%)", "58,457"]
-    asked = ["`s3://b/bases/b0`", "0.2500", "`<eos>`, `<end>`", "`enable_thinking=false`"]
+    made_from = ["`20260101-000000-colours-ab12`", "sha256 `5555", "1200 records trained on, 100 held out"]
+    made_from += ["10,000 of 2,000,000 (0.50%)", "75 steps, 58,457 tokens, 177 s on 2 workers", "`s3://b/bases/b0`"]
+    asked = ["the base's own", "`<eos>`, `<end>`", "`enable_thinking=false`"]
     served = ["fineloop adapters export --lora", "- One sentence."]
-    assert [fact for fact in [*made_from, *asked, *served] if fact not in body] == []
+    assert [fact for fact in [*made_from, "0.2500 nats", *asked, *served] if fact not in body] == []
     plain = card(config, eval_loss=None, chat={"template_from": "fineloop", "template_sha256": "0", "stops": ["</s>"]})
     assert "| Held-out loss | not measured |" in plain
+    assert "Fineloop's, as the base has none" in plain
+    assert "Servers of LoRA adapters load it as it is." in plain
     assert "Stands on" not in plain

@@ -20,10 +20,9 @@ from ray_jobs.base import base_model
 from ray_jobs.training import checkpoint
 from ray_jobs.training.spec import Stopwatch, TrainSpec
 from tests.doubles import datasets
-from tests.models.spec import changed, spec_of
+from tests.models.spec import spec_of
 from tests.models.tiny import colour_rows
 from tests.models.train_group import train
-from tests.ray_jobs.training.in_store import in_store
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,13 +39,14 @@ def test_parts_follow_each_other_through_the_processes_of_a_training():
 
 @pytest.mark.parametrize("num_workers", ["2", "[1, 2]"])
 def test_workers_read_what_the_driver_resolved_and_their_number_changes_no_digest(config, num_workers: str) -> None:
-    asked = changed(config, f"ray.num_workers={num_workers}", "train.micro_batch_size=1")
-    spec = spec_of(asked, started=lineage.Started(user="me"), flops_before=None)
+    changes = [f"ray.num_workers={num_workers}", "train.micro_batch_size=1"]
+    changed = config_file.loads(config_file.dumps(config), changes)
+    spec = spec_of(changed, started=lineage.Started(user="me"), flops_before=None)
     arrived = TrainSpec.model_validate_json(spec.model_dump_json())
     assert arrived == spec
-    assert arrived.learning_rate == asked.learning_rate
-    assert arrived.on(2).training_digest == asked.training_digest == asked.on(2).training_digest
-    assert arrived.asked.config == asked.model_dump(mode="json")
+    assert arrived.learning_rate == changed.learning_rate
+    assert arrived.on(2).training_digest == changed.training_digest == changed.on(2).training_digest
+    assert arrived.asked.config == changed.model_dump(mode="json")
 
 
 def test_whoever_reads_a_job_without_training_waits_for_no_model_code():
@@ -57,7 +57,8 @@ def test_whoever_reads_a_job_without_training_waits_for_no_model_code():
 
 def test_a_base_that_changed_between_two_attempts_is_refused_before_any_worker(config, store, tmp_path, monkeypatch):
     base = shutil.copytree(config.model.base, tmp_path / "base")
-    config = in_store(config, store, f"model.base={base}", "train.checkpoint_every_steps=2")
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"model.base={base}"]
+    config = config_file.loads(config_file.dumps(config), [*place, "train.checkpoint_every_steps=2"])
     monkeypatch.setenv("STOP_AFTER_STEP", "3")
     with pytest.raises(RuntimeError):
         train(config_file.dumps(config), colour_rows(64), tmp_path / "run", run_id="mine", num_workers=1)

@@ -1,10 +1,6 @@
-"""What a training starts with: a version that it goes on from, whose weights are its first to the bit, and the records
-that it reads, of which some are left out or cut.
-"""
+"""A training that goes on from a version: its first weights are that version's, to the bit, and nothing else fits."""
 
 import functools
-import pickle
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
@@ -15,25 +11,24 @@ import torch
 from peft import get_peft_model_state_dict
 
 from components.config import config_file
-from components.prepare.dataset import Message, Record
-from components.prepare.split import judges, validation_and_test
-from components.registry import collect
+from components.registry import collect, lineage
 from components.registry.aliases import promote
 from components.registry.versions import Version, publish_version, read_lineage
-from components.shared.errors import ConfigError, DataError, IntegrityError
-from components.store import folders
+from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.adapters import dora
 from ray_jobs.base import base_model
-from ray_jobs.text import chat_format, token_store
-from ray_jobs.text.batching import tokenize
-from ray_jobs.training import checkpoint, opening, starting, zero
-from tests.doubles import datasets
-from tests.models.spec import changed
+from ray_jobs.training import checkpoint, opening, publishing, starting, zero
+from ray_jobs.training.checkpoint import TrainingProgress
+from ray_jobs.training.train_loop import TrainedAdapter
+from ray_jobs.training.zero import Worker
+from tests.models.spec import spec_of
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group
-from tests.ray_jobs.training.in_store import in_store, published
 
-A_QUARTER = "data.max_reject_share=0.25"
+
+def changed(config, store, *overrides):
+    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
+    return config_file.loads(config_file.dumps(config), [*place, *overrides])
 
 
 def chosen(config, store, run_id: str) -> Version | None:
@@ -41,18 +36,35 @@ def chosen(config, store, run_id: str) -> Version | None:
     return began and began.version
 
 
+def published(config, store, *, moved: float = 1.0, start: Version | None = None, told=None) -> Version:
+    """A version whose every weight was moved, by a worker that was told that identity of the base."""
+    base = base_model.resolve(config.model)
+    adapted = opening.assemble(config, base, use_gpu=False)
+    dora.settle(adapted)
+    with torch.no_grad():
+        for parameter in checkpoint.trainable(adapted).values():
+            parameter.add_(moved)
+    one = Worker(0, 1, torch.device("cpu"))
+    spec = spec_of(config, run_id="earlier", base=lineage.Base(config.model.base, told or base.identity), start=start)
+    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), stopped_early=False)
+    recipe = publishing.recipe_of(config, adapted, base, base, one)
+    return publishing.publish(
+        spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)
+    )
+
+
 def test_the_version_that_a_run_began_from_stays_while_the_run_is_under_way(config, store):
     rules = collect.Rules(keep_last=0, older_than=timedelta(0))
     version = published(config, store)
     gone = collect.removals(store, ["colours"], rules, now=datetime.now(UTC))
     assert [each.name for each in gone if each.kind == "version"] == [f"colours@{version.version}"]
-    assert chosen(in_store(config, store, f"train.start_from=colours@{version.version}"), store, "run-1") is not None
+    assert chosen(changed(config, store, f"train.start_from=colours@{version.version}"), store, "run-1") is not None
     assert collect.removals(store, ["colours"], rules, now=datetime.now(UTC)) == []
 
 
-@pytest.mark.parametrize("method", ["dora", "vera"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(config, store, method):
-    config = in_store(config, store, f"method.name={method}", "train.start_from=production")
+    config = changed(config, store, f"method.name={method}", "train.start_from=production")
     assert chosen(config, store, "run-0") is None  # nothing is in production: the base
     version = published(config, store)
     promote(store, "colours", version.version)
@@ -79,7 +91,7 @@ def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_ver
     """The version's lineage names the bytes that its run's workers read, though their driver knew of none."""
     for path in base_model.resolve(config.model).path.iterdir():
         store.put(f"bases/tiny/{path.name}", path)
-    config = in_store(config, store, f"model.base={store.uri('bases/tiny')}", "train.start_from=production")
+    config = changed(config, store, f"model.base={store.uri('bases/tiny')}", "train.start_from=production")
     with monkeypatch.context() as on_the_driver:
         on_the_driver.setenv("FINELOOP_CACHE", str(tmp_path / "driver"))
         unread = base_model.resolve(config.model, weights=False, registry=store)
@@ -116,18 +128,23 @@ def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[
 
 
 @pytest.mark.slow
-def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_is_seen(config, store, tmp_path):
-    config = in_store(config, store, "method.base=nf4", "train.max_steps=2", "ray.cpu_matmul_dtype=bfloat16")
+@pytest.mark.parametrize("base", ["nf4", pytest.param("bf16", marks=pytest.mark.full)])
+def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_is_seen(config, store, tmp_path, base):
+    settings = [f"method.base={base}", "train.max_steps=2", "ray.cpu_matmul_dtype=bfloat16"]
+    config = changed(config, store, *settings)
     version = published(config, store, moved=0.02)
-    toml = config_file.dumps(in_store(config, store, "train.zero_stage=3"))
-    group = {"directory": tmp_path, "num_workers": 2}
-    (losses, made), *_ = in_group(functools.partial(fit_from, breaks=False), toml, version, **group)
+    toml = config_file.dumps(changed(config, store, "train.zero_stage=3"))
+    (losses, made), *_ = in_group(
+        functools.partial(fit_from, breaks=False), toml, version, directory=tmp_path, num_workers=2
+    )
     assert made == 1  # what is trained, in shards
-    whole = config_file.dumps(in_store(config, store, "train.zero_stage=0"))
-    (expected, _), *_ = in_group(functools.partial(fit_from, breaks=False), whole, version, **group)
+    whole = config_file.dumps(changed(config, store, "train.zero_stage=0"))
+    (expected, _), *_ = in_group(
+        functools.partial(fit_from, breaks=False), whole, version, directory=tmp_path, num_workers=2
+    )
     assert losses == pytest.approx(expected, abs=0.02)
     with pytest.raises(RuntimeError, match=r"the same model unsharded is .* training would go on other weights"):
-        in_group(functools.partial(fit_from, breaks=True), toml, version, **group)
+        in_group(functools.partial(fit_from, breaks=True), toml, version, directory=tmp_path, num_workers=2)
 
 
 def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[str, np.ndarray], float]]:
@@ -143,14 +160,19 @@ def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[st
     return found
 
 
-def test_what_is_published_lies_on_the_line_from_what_was_trained_to_where_it_began(config, store, tmp_path):
-    config = in_store(config, store, "train.max_steps=6", "train.zero_stage=3", "ray.cpu_matmul_dtype=bfloat16")
+@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_is_published_lies_on_the_line_from_what_was_trained_to_where_it_began(
+    config, store, tmp_path, zero_stage
+):
+    config = changed(
+        config, store, "train.max_steps=6", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16"
+    )
     version = published(config, store, moved=0.02)
     going_on = "train.start_from=production"
     tomls = {
-        "whole": config_file.dumps(in_store(config, store, going_on)),
-        "nowhere": config_file.dumps(in_store(config, store, going_on, "train.learning_rate=1e-12")),
-        "three quarters": config_file.dumps(in_store(config, store, going_on, "train.start_share=0.25")),
+        "whole": config_file.dumps(changed(config, store, going_on)),
+        "nowhere": config_file.dumps(changed(config, store, going_on, "train.learning_rate=1e-12")),
+        "three quarters": config_file.dumps(changed(config, store, going_on, "train.start_share=0.25")),
     }
     found, *_ = in_group(fit_each, tomls, version, directory=tmp_path, num_workers=2)
     (whole, whole_loss), (began, began_loss), (between, loss) = found.values()
@@ -165,25 +187,25 @@ def test_what_is_published_lies_on_the_line_from_what_was_trained_to_where_it_be
 
 def test_a_share_of_the_base_is_refused(config, store):
     with pytest.raises(ConfigError, match=r"train\.start_from=production, or remove train\.start_share"):
-        in_store(config, store, "train.start_share=0.5")
+        changed(config, store, "train.start_share=0.5")
 
 
 def test_another_method_rank_or_base_is_refused_with_the_reason(config, store, tmp_path):
-    version = published(in_store(config, store), store)
+    version = published(changed(config, store), store)
     from_it = f"train.start_from=colours@{version.version}"
     for override, message in (
         ("method.rank=4", f"{version.version} was trained with method.rank = 8, and this run has 4: set it so"),
         ("method.name=rslora", "was trained with method.scaling = 'classic', and this run has 'rslora'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            chosen(in_store(config, store, from_it, override), store, override)
+            chosen(changed(config, store, from_it, override), store, override)
     other = build_base(tmp_path, seed=1)
     with pytest.raises(IntegrityError, match=r"the adapter was trained on .* and today that is"):
-        chosen(in_store(config, store, from_it, f"model.base={other}"), store, "another base")
+        chosen(changed(config, store, from_it, f"model.base={other}"), store, "another base")
 
 
 def test_weights_that_were_changed_are_not_begun_with(config, store):
-    version = published(in_store(config, store), store)
+    version = published(changed(config, store), store)
     key = f"adapters/colours/versions/{version.version}/adapter_model.safetensors"
     store.put(key, store.get(key)[:-1] + b"\x01")
     with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors has sha256 \w+, the manifest says \w+"):
@@ -198,101 +220,3 @@ def test_what_the_versions_before_it_computed_is_known_where_they_say_so(store, 
     version = publish_version(store, "icd", files, lineage={"run_id": "r", "training": {"more": more}})
     assert starting.flops_of(store, version) == found
     assert starting.flops_of(store, None) == 0
-
-
-def records(*lengths):
-    return [Record(f"r{place}", [Message("user", "x" * length)], "blue") for place, length in enumerate(lengths)]
-
-
-@pytest.fixture
-def chat(config):
-    return chat_format.load(base_model.resolve(config.model), config.model)
-
-
-def read(train, evaluation, chat, config, store, *changes):
-    """What the driver knows of both splits, with some keys changed, and what it says."""
-    folder = datasets.publish(store, train=train, evaluation=evaluation)
-    said = []
-    return starting.read_splits(store, folder.uri, resolved(chat, changed(config, *changes)), said.append), said
-
-
-def resolved(chat, config):
-    base = base_model.resolve(config.model)
-    return starting.ResolvedBase(config, base, base_model.load_config(base.path, config.model), chat)
-
-
-def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, chat, store):
-    (train, _), said = read(records(10, 100, 10, 10), records(20), chat, config, store, A_QUARTER)
-    assert len(train) == 4
-    assert said == ["made 1 prompt shorter, to fit model.max_length 64"]
-    split = token_store.load(store, train.stored)
-    assert (list(split.cut), list(split.too_long)) == (["r1"], [])
-    with pytest.raises(DataError, match=r"the prompts of 2 of 4 records \(50%; as 'r1'\) are too long for model\.max"):
-        read(records(10, 100, 100, 10), records(20), chat, config, store, A_QUARTER)
-    asked = [Message("system", "s" * 80), Message("user", "x" * 10)]
-    train = [Record("s", asked, "b"), *records(100, 10)]
-    _, said = read(train, records(20), chat, config, store, "data.max_reject_share=1")
-    assert said == ["made 2 prompts shorter, to fit model.max_length 64, 1 of them in the system message too"]
-
-
-def test_answers_that_are_too_long_are_left_out_counted_and_limited(config, chat, store):
-    long = [Record("r9", [Message("user", "x" * 10)], "b" * 80)]
-    some = [*records(10, 10), *long, *records(*[10] * 3)[2:]]
-    (train, _), said = read(some, records(20), chat, config, store, A_QUARTER)
-    why = "their answers do not fit model.max_length 64, or hold a token that ends an answer"
-    assert said == [f"left out 1 record: {why}"]
-    assert list(token_store.load(store, train.stored).ids) == ["r0", "r1", "r2"]
-    with pytest.raises(DataError, match=r"the answers of 1 of 3 records \(33%; as 'r9'\) are too long for model\.max"):
-        read([*long, *records(10, 10)], records(20), chat, config, store, A_QUARTER)
-    with pytest.raises(DataError, match=r"the answers of 1 of 1 records \(100%; as 'r9'\) are too long for model\.max"):
-        read(records(10), long, chat, config, store, A_QUARTER)
-
-
-def test_the_gate_decides_on_records_that_no_training_looks_at(config, chat, store):
-    """None of them is counted either: the evaluation says which it leaves out."""
-    held_out = records(*[20] * 60)
-    judging = judges_of(held_out, config, store)
-    spoiled = [replace(each, answer="b" * 80) if each.id in judging else each for each in held_out]
-    (_, chosen_on), said = read(records(10, 10), spoiled, chat, config, store)
-    assert said == []
-    assert 0 < len(judging) < len(held_out)
-    assert set(token_store.load(store, chosen_on.stored).ids) == {record.id for record in held_out} - judging
-
-
-def test_the_driver_knows_the_lengths_of_what_workers_read(config, chat, store):
-    few = changed(config, "train.eval_records=7", "data.max_reject_share=1")
-    train, held_out = records(10, 100, 20, 30), records(*range(10, 60))
-    found, _ = read(train, held_out, chat, few, store)
-    validation, _ = validation_and_test(held_out, validation_share=few.data.validation_share)
-    for split, expected in zip(found, [train, validation[:7]], strict=True):
-        plain = tokenize(expected, chat, few.model.max_length)
-        stored = token_store.load(store, split.stored)
-        assert stored.digest == plain.digest
-        assert list(stored.ids) == plain.ids
-        assert split.lengths.tolist() == plain.lengths.tolist()
-        assert split.num_answer_tokens.tolist() == plain.num_answer_tokens.tolist() == stored.num_answer_tokens.tolist()
-        assert len(pickle.dumps(split.stored)) < 1000
-
-
-def test_a_dataset_is_recorded_with_the_tokens_that_were_read(config, chat, store):
-    uri = datasets.publish(store, train=records(10, 20), evaluation=records(20)).uri
-    assert starting.dataset_record(store, uri).tokens == {}
-    splits = starting.read_splits(store, uri, resolved(chat, config), print)
-    recorded = starting.dataset_record(store, uri, *(split.stored for split in splits)).tokens
-    (train, held_out) = recorded.values()
-    assert train != held_out
-    for folder, sha256 in recorded.items():
-        assert folders.read_manifest(store, f"{store.key(uri)}/tokens/{folder}").content_sha256 == sha256
-
-
-def judges_of(held_out, config, store) -> set[str]:
-    folder = datasets.publish(store, train=records(10, 10), evaluation=held_out)
-    return {record.id for record in judges(store, folder.uri, config).records}
-
-
-def test_tokens_that_the_base_has_no_embeddings_for_are_refused_where_records_write_them(config, chat, store):
-    chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<LOC>"]}, replace_extra_special_tokens=False)
-    read(records(10), records(20), chat, config, store)
-    tagged = [Record("t", [Message("user", "Rome")], "<LOC>")]
-    with pytest.raises(ConfigError, match=r"writes token 260 \('<LOC>'\), and the base has embeddings for 260"):
-        read(tagged, records(20), chat, config, store)

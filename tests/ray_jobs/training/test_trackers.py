@@ -1,6 +1,7 @@
 """Trackers, on packages that take what wandb 0.31 and trackio take, and on the real ones where they are installed."""
 
 import importlib.util
+import logging
 import os
 import struct
 import sys
@@ -215,9 +216,13 @@ def test_a_target_that_is_none_or_holds_a_secret_is_refused(setting: str) -> Non
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed here")
-def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("token", ["m", ""])
+def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on_if_the_token_is_there(
+    token: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger=metrics_log.__name__)
     monkeypatch.setattr(metrics_log, "LAST_S", 600)
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "m")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
     server = Mlflow("m")
     with serving(server.handle) as uri:
         for part in (STEPS[:2], STEPS[2:]):
@@ -225,6 +230,9 @@ def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on(monkeypatch: pyt
             for record in part:
                 told.add(record)
             told.close()
+    if not token:
+        assert "the training goes on without mlflow" in caplog.text
+        return
     (run,) = server.runs
     assert run["info"]["status"] == "FINISHED"
     newest = {each["key"]: (each["step"], each["value"]) for each in run["data"]["metrics"]}

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from components.config.schema import RunConfig
-from components.shared.errors import ConfigError, FineloopError
+from components.config.schema import RegistryConfig, RunConfig
+from components.shared.errors import ConfigError, FineloopError, JobError
 from components.store.store import Store
 from ray_jobs.training import trainer
 from tests.ray_jobs import own_ray
-from tests.ray_jobs.training.in_store import in_store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -84,8 +83,9 @@ def driver() -> Iterator[ProcessPoolExecutor]:
 
 
 def test_workers_of_one_machine_meet_where_no_other_user_of_it_gets_in(driver, config, store):
+    config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
     before = {*Path(tempfile.gettempdir()).glob("fineloop-group-*")}
-    of_ray, workers = driver.submit(compared, in_store(config, store)).result(timeout=600)
+    of_ray, workers = driver.submit(compared, config).result(timeout=600)
     assert len(workers) == NUM_WORKERS
     for addresses in workers:
         added = list((Counter(addresses) - Counter(of_ray)).elements())
@@ -98,12 +98,15 @@ def test_workers_of_one_machine_meet_where_no_other_user_of_it_gets_in(driver, c
     ("error", "kind", "attempts"),
     [
         (ConfigError("model.base 'org/name': the model hub refuses it"), "ConfigError", 1),
+        pytest.param(JobError("no layer is there"), "JobError", 1, marks=pytest.mark.full),
         pytest.param(OSError("a disk went"), "JobError", 2, marks=pytest.mark.full),
     ],
 )
 def test_what_one_worker_raises_ends_all_of_them_with_its_words(driver, tmp_path, config, store, error, kind, attempts):
-    arguments = {"error": error, "folder": str(tmp_path)}
-    found, message = driver.submit(run, one_raises, arguments, in_store(config, store)).result(timeout=600)
+    config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
+    found, message = driver.submit(run, one_raises, {"error": error, "folder": str(tmp_path)}, config).result(
+        timeout=600
+    )
     assert found == kind
     assert str(error) in message
     assert len(list(tmp_path.glob("began-1-*"))) == attempts
@@ -121,6 +124,7 @@ def test_a_training_that_ray_ends_for_memory_says_so(
     config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
     with own_ray.driver(2) as pool:
-        _, said = pool.submit(run, waits, {}, in_store(config, store)).result(timeout=600)
+        _, said = pool.submit(run, waits, {}, config).result(timeout=600)
     assert said.startswith("the workers failed: a node ran out of memory")
