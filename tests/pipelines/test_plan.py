@@ -48,6 +48,8 @@ def test_a_plan_is_a_table_for_people_and_one_object_for_scripts(here: Path) -> 
     assert done.stderr.startswith("rehearsing a training step of ")
     for line in ("qlora on", "weights", "total", "fits: 22.5 on L4", "full fine-tuning", "$0.805", "advised"):
         assert line in done.stderr
+    for part, size in body["memory_bytes"].items():
+        assert f"  {part:<12} {size / 2**30:7.2f}" in done.stderr
     elastic = "\n".join(run.plan_lines(config_file.load(here / "plan.toml"), {**body, "max_workers": 3}))
     assert ("planned are the fewest" in elastic, "planned are the fewest" in done.stderr) == (True, False)
 

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,11 @@ from components.records.runs import Replayed
 from components.records.steps import ROLES, RuleResult, StepRecord
 from components.report import report
 from components.report.html import SEARCH
-from components.report.report import build_report, read_run, run_report
+from components.report.report import Beside, build_report, read_run, run_report
 from components.report.run_files import RunFiles
 from components.report.sections import next_steps, samples
 from components.shared.errors import IntegrityError
+from components.shared.paired import Bounds
 from components.store.store import Store
 from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
@@ -423,3 +425,9 @@ def test_datasets_are_named_as_openlineage_names_them() -> None:
         "org/base": ("fineloop", "org/base"),
     }
     assert {reference: report._named(reference) for reference in named} == named
+
+
+def test_beside_another_run_a_gain_is_drawn_only_between_two_finite_bounds() -> None:
+    gains = {"loss": Bounds(0.1, -math.inf, 0.2, 0.05, 300, 300), "exact_match": Bounds(0.1, 0.0, 0.2, 0.05, 300, 300)}
+    (drawn,) = Beside("other", 300, 0.95, gains, []).intervals
+    assert [(gain.lower, gain.upper) for gain in drawn.gains] == [(0.0, 0.2)]

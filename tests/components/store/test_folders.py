@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing, UserError
+from components.shared.errors import Conflict, FineloopError, IntegrityError, ObjectMissing, UserError
 from components.store import folders
 from components.store.folders import MANIFEST, find_manifest, publish, pull, read_manifest, verify
 from components.store.store import JSON, ObjectInfo, Store, encode_json
@@ -224,3 +224,24 @@ def test_a_full_disk_or_a_kill_leaves_nothing_at_the_target(store: Store, s3_ser
     assert pulled_by_another_process(store, tmp_path / "target", killed).returncode == -9
     assert not (tmp_path / "target").exists()
     pull(store, KEY, tmp_path / "target")
+
+
+@pytest.mark.parametrize(("theirs", "is_kept"), [(KEY, True), ("datasets/other", False)])
+def test_a_target_that_somebody_else_fills_meanwhile_is_kept_if_it_holds_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, theirs: str, is_kept: bool
+) -> None:
+    manifest, target, download = publish(store, KEY, {"a": b"1"}), tmp_path / "target", store.download
+    publish(store, "datasets/other", {"a": b"2"})
+
+    def and_another(key: str, path: Path) -> None:
+        monkeypatch.setattr(store, "download", download)
+        pull(store, theirs, target)
+        download(key, path)
+
+    monkeypatch.setattr(store, "download", and_another)
+    if is_kept:
+        assert pull(store, KEY, target) == manifest
+    else:
+        with pytest.raises(FineloopError, match="not empty"):
+            pull(store, KEY, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
