@@ -66,10 +66,10 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	@$(BIN)/fineloop run
 
-# What needs no GPU, root or Kubernetes. One process more than there are processors, as many tests wait for what they have
-# started; more would only import everything once more. tests/conftest.py says which takes what.
+# What needs no GPU, root or Kubernetes. Two processes more than there are processors, up to four, as many tests wait for
+# what they have started. tests/conftest.py says which takes what.
 HERE = not cluster and not gpu and not podman and not kubernetes and not checkov and not browser and not full
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 2))')
 SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
@@ -79,11 +79,11 @@ slow: $(READY)
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target slow-rays slow-others
 
 # Several Rays at once take each other's time, and one waits half of its own. So they go one after the other beside what
-# needs none, for which one process less is left; with one thread a process, as under xdist: tests/conftest.py.
+# needs none, for which two processes less are left; with one thread a process, as under xdist: tests/conftest.py.
 slow-rays: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(HERE) and slow and e2e"
 
-slow-others: WORKERS := $(shell expr $(WORKERS) - 1)
+slow-others: WORKERS := $(shell expr $(WORKERS) - 2)
 slow-others: $(READY)
 	@$(BIN)/python -m pytest -m "$(HERE) and slow and not e2e" $(SIDE_BY_SIDE)
 
