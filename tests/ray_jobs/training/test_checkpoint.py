@@ -19,6 +19,7 @@ from ray_jobs.training import checkpoint, train_loop, zero
 from ray_jobs.training.checkpoint import Part, Piece, deal, patiently
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group, train_in_rank
+from tests.ray_jobs.training.in_store import in_store
 
 WHOLE = {"a": torch.arange(0.0, 10), "b": torch.arange(10.0, 17), "c": torch.arange(17.0, 29)}
 PADDING = 2
@@ -185,9 +186,8 @@ def uploads(config_toml: str) -> list[tuple[str, int]]:
 def test_steps_go_on_while_a_checkpoint_is_written_and_best_weights_are_written_once(
     config: RunConfig, store: Store, tmp_path: Path
 ):
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "ray.num_workers=1"]
-    changes = ["train.checkpoint_every_steps=2", "train.max_steps=11"]
-    toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
+    changes = ["ray.num_workers=1", "train.checkpoint_every_steps=2", "train.max_steps=11"]
+    toml = config_file.dumps(in_store(config, store, *changes))
     (found,) = in_group(uploads, toml, directory=tmp_path, num_workers=1)
     assert [folder for folder, _ in found] == [
         *["step-000002/rank-0", "step-000002/shared"],

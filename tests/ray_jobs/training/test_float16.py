@@ -16,6 +16,7 @@ from ray_jobs.training import zero
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
 from tests.models.train_group import Trained, in_group, train_in_rank
+from tests.ray_jobs.training.in_store import in_store
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what gradients of 16 bits, summed in another order, may move a loss by over these steps
@@ -57,8 +58,7 @@ def train_in_float16(config_toml: str, first_scale: int) -> tuple[Trained, list[
 
 def test_a_base_of_few_bits_that_was_made_for_bfloat16_is_refused(config, store, tmp_path, monkeypatch):
     monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
-    changes = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "method.name=loftq"]
-    toml = config_file.dumps(config_file.loads(config_file.dumps(config), changes))
+    toml = config_file.dumps(in_store(config, store, "method.name=loftq"))
     with pytest.raises(RuntimeError, match=r"ConfigError: .* is stored in few bits for bfloat16"):
         in_group(train_in_float16, toml, 2**12, directory=tmp_path, num_workers=2)
 
@@ -75,9 +75,8 @@ def test_a_base_of_few_bits_that_was_made_for_bfloat16_is_refused(config, store,
 def test_a_training_in_float16_takes_the_steps_of_a_plain_loop_once_its_scale_fits(
     config, store, tmp_path, zero_stage, first_scale
 ):
-    changes = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"train.zero_stage={zero_stage}"]
-    changes += ["method.name=qdora", "ray.cpu_matmul_dtype=bfloat16", "train.early_stopping_patience=0"]
-    toml = config_file.dumps(config_file.loads(config_file.dumps(config), changes))
+    changes = ["method.name=qdora", "ray.cpu_matmul_dtype=bfloat16", "train.early_stopping_patience=0"]
+    toml = config_file.dumps(in_store(config, store, f"train.zero_stage={zero_stage}", *changes))
     found, scales = in_group(train_in_float16, toml, first_scale, directory=tmp_path, num_workers=2)[0]
     expected = plain_training(toml, ROWS)
     # A step whose gradients overflow is left out, and the scale halved.

@@ -33,6 +33,7 @@ from tests.models.spec import changed
 from tests.models.tiny_version import RECORDS, publish
 from tests.models.train_group import in_group
 from tests.ray_jobs import own_ray
+from tests.ray_jobs.training.in_store import in_store
 
 
 def measure_in_rank(task: Task) -> ShardResult:
@@ -61,9 +62,8 @@ def test_a_workers_result_comes_back_from_json_as_it_was() -> None:
     ("name", "shared"), [pytest.param("lora", True, marks=pytest.mark.full), ("qlora", True), ("lora", False)]
 )
 def test_several_workers_find_the_scores_of_one(config, store, tmp_path, name, shared, monkeypatch):
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
     stage = ["train.zero_stage=3"] if shared else []
-    config = changed(config, *place, *stage, f"method.name={name}", "ray.num_workers=2", "evaluate.batch_size=3")
+    config = in_store(config, store, *stage, f"method.name={name}", "ray.num_workers=2", "evaluate.batch_size=3")
     old = publish(changed(config, "train.seed=1"), store, tmp_path / "old", std=0.2)
     new = publish(config, store, tmp_path / "new")
     promote(store, config.adapter.name, old.version)
@@ -165,8 +165,8 @@ def driver() -> Iterator[ProcessPoolExecutor]:
 def test_what_was_trained_stands_whatever_happens_to_its_measurement(
     driver, config, store, tmp_path, what, attempts, is_measured
 ):
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "evaluate.max_new_tokens=4"]
-    toml = config_file.dumps(changed(config, *place, "ray.num_workers=1", "ray.max_failures=1", "train.max_steps=2"))
+    changes = ["evaluate.max_new_tokens=4", "ray.num_workers=1", "ray.max_failures=1", "train.max_steps=2"]
+    toml = config_file.dumps(in_store(config, store, *changes))
     data = datasets.publish(store, train=RECORDS[:8], evaluation=RECORDS[8:12]).uri
     version, found = driver.submit(finetuned, toml, data, Trouble(tmp_path, what)).result(timeout=600)
     assert len(list(tmp_path.glob("asked-*"))) == attempts

@@ -25,6 +25,7 @@ from tests.doubles.pretended_gpu import Mixed, PretendedGpu
 from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group
+from tests.ray_jobs.training.in_store import in_store
 
 ROWS = colour_rows(36)  # 31 to train on in two steps, and 5 held out
 SLOW = pytest.mark.slow
@@ -241,8 +242,7 @@ def run(config_toml: str, run_id: str, fault: Fault | None = None) -> Ran:
 @pytest.fixture
 def on_gpu(config: RunConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", "ray.use_gpu=true"]
-    return changed(config, *place, "ray.num_workers=1", "method.name=qlora", "train.max_steps=2")
+    return in_store(config, store, "ray.use_gpu=true", "ray.num_workers=1", "method.name=qlora", "train.max_steps=2")
 
 
 def in_ranks(config: RunConfig, directory: Path, run_id: str = "run", fault: Fault | None = None) -> list[Ran]:

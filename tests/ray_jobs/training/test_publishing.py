@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +20,24 @@ from components.registry.versions import pull_version, read_lineage
 from components.store import client
 from components.store.store import Store
 from ray_jobs.adapters import build
-from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
-from ray_jobs.training import opening, publishing
 from ray_jobs.training.checkpoint import TrainingProgress
 from ray_jobs.training.metrics_log import MetricsLog
 from ray_jobs.training.publishing import model_card, recipe_of, usage_of
-from ray_jobs.training.train_loop import TrainedAdapter
 from ray_jobs.training.zero import Worker
 from tests.models import chat_families
 from tests.models.chat_families import FAMILIES
 from tests.models.spec import changed, spec_of
 from tests.models.zoo import on_no_device
 from tests.ray_jobs.conftest import CONFIG
-
-
-def published(config, store, base):
-    adapted = opening.assemble(config, base, use_gpu=False)
-    one = Worker(0, 1, torch.device("cpu"))
-    recipe = publishing.recipe_of(config, adapted, base, base, one)
-    spec = spec_of(config, run_id="", base=lineage.Base(config.model.base, base.identity))
-    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), stopped_early=False)
-    return publishing.publish(
-        spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)
-    )
+from tests.ray_jobs.training.in_store import in_store, published
 
 
 @pytest.mark.parametrize(("name", "template_from"), [("none", "fineloop"), ("gemma", "base")])
 def test_a_version_holds_what_it_was_asked_with(config, store, tmp_path, name, template_from):
     folder = chat_families.build(tmp_path / "base", FAMILIES[name])
-    place = [f"model.base={folder}", f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    config = config_file.loads(config_file.dumps(config), place)
-    version = published(config, store, base_model.resolve(config.model))
+    config = in_store(config, store, f"model.base={folder}")
+    version = published(config, store)
     shutil.rmtree(folder)  # a server has the adapter's folder alone
     pull_version(store, version, tmp_path / "pulled")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pulled")

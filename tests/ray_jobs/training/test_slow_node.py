@@ -14,6 +14,7 @@ from ray_jobs.base import base_model
 from ray_jobs.training import step_zero, train_loop
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
+from tests.ray_jobs.training.in_store import in_store
 
 STEP_S, FETCH_S = 15.0, 20.0
 
@@ -44,8 +45,7 @@ def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
 
 
 def test_workers_wait_for_the_one_that_fetches_the_base_last(config, store, tmp_path: Path):
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, "train.epochs=1"]))
+    toml = config_file.dumps(in_store(config, store, "train.epochs=1"))
     steps = in_group(fit_with_a_slow_node, toml, str(tmp_path / "meeting"), directory=tmp_path, num_workers=2)
     assert steps[0] == steps[1] > 0
 
@@ -77,12 +77,12 @@ def paced(zero_stage: int) -> None:
 
     rank = dist.get_rank()
     ticks = itertools.count(0.0, 1.0 + rank)
-    train_loop.time = SimpleNamespace(perf_counter=lambda: next(ticks))  # type: ignore[attr-defined]
-    pace = train_loop.Pace(Worker(rank, 2, torch.device("cpu")), zero_stage=zero_stage)
-    for step in range(1, 2 * train_loop.EVERY_STEPS + 1):
-        with pace.forward():
-            pass
-        pace.compare(step)
+    with mock.patch.object(train_loop, "time", SimpleNamespace(perf_counter=lambda: next(ticks))):
+        pace = train_loop.Pace(Worker(rank, 2, torch.device("cpu")), zero_stage=zero_stage)
+        for step in range(1, 2 * train_loop.EVERY_STEPS + 1):
+            with pace.forward():
+                pass
+            pace.compare(step)
 
 
 @pytest.mark.parametrize(("zero_stage", "times"), [(2, 1), (3, 0)])

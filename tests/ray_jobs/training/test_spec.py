@@ -23,6 +23,7 @@ from tests.doubles import datasets
 from tests.models.spec import spec_of
 from tests.models.tiny import colour_rows
 from tests.models.train_group import train
+from tests.ray_jobs.training.in_store import in_store
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,8 +58,7 @@ def test_whoever_reads_a_job_without_training_waits_for_no_model_code():
 
 def test_a_base_that_changed_between_two_attempts_is_refused_before_any_worker(config, store, tmp_path, monkeypatch):
     base = shutil.copytree(config.model.base, tmp_path / "base")
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"model.base={base}"]
-    config = config_file.loads(config_file.dumps(config), [*place, "train.checkpoint_every_steps=2"])
+    config = in_store(config, store, f"model.base={base}", "train.checkpoint_every_steps=2")
     monkeypatch.setenv("STOP_AFTER_STEP", "3")
     with pytest.raises(RuntimeError):
         train(config_file.dumps(config), colour_rows(64), tmp_path / "run", run_id="mine", num_workers=1)

@@ -11,24 +11,16 @@ import torch
 from peft import get_peft_model_state_dict
 
 from components.config import config_file
-from components.registry import collect, lineage
+from components.registry import collect
 from components.registry.aliases import promote
 from components.registry.versions import Version, publish_version, read_lineage
 from components.shared.errors import ConfigError, IntegrityError
 from ray_jobs.adapters import dora
 from ray_jobs.base import base_model
-from ray_jobs.training import checkpoint, opening, publishing, starting, zero
-from ray_jobs.training.checkpoint import TrainingProgress
-from ray_jobs.training.train_loop import TrainedAdapter
-from ray_jobs.training.zero import Worker
-from tests.models.spec import spec_of
+from ray_jobs.training import checkpoint, opening, starting, zero
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group
-
-
-def changed(config, store, *overrides):
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    return config_file.loads(config_file.dumps(config), [*place, *overrides])
+from tests.ray_jobs.training.in_store import in_store, published
 
 
 def chosen(config, store, run_id: str) -> Version | None:
@@ -36,35 +28,18 @@ def chosen(config, store, run_id: str) -> Version | None:
     return began and began.version
 
 
-def published(config, store, *, moved: float = 1.0, start: Version | None = None, told=None) -> Version:
-    """A version whose every weight was moved, by a worker that was told that identity of the base."""
-    base = base_model.resolve(config.model)
-    adapted = opening.assemble(config, base, use_gpu=False)
-    dora.settle(adapted)
-    with torch.no_grad():
-        for parameter in checkpoint.trainable(adapted).values():
-            parameter.add_(moved)
-    one = Worker(0, 1, torch.device("cpu"))
-    spec = spec_of(config, run_id="earlier", base=lineage.Base(config.model.base, told or base.identity), start=start)
-    outcome = TrainedAdapter({}, TrainingProgress(config.digest, 1, step=1), stopped_early=False)
-    recipe = publishing.recipe_of(config, adapted, base, base, one)
-    return publishing.publish(
-        spec, store, publishing.Fitted(adapted, outcome, recipe, base), one, started_at=datetime.now(UTC)
-    )
-
-
 def test_the_version_that_a_run_began_from_stays_while_the_run_is_under_way(config, store):
     rules = collect.Rules(keep_last=0, older_than=timedelta(0))
     version = published(config, store)
     gone = collect.removals(store, ["colours"], rules, now=datetime.now(UTC))
     assert [each.name for each in gone if each.kind == "version"] == [f"colours@{version.version}"]
-    assert chosen(changed(config, store, f"train.start_from=colours@{version.version}"), store, "run-1") is not None
+    assert chosen(in_store(config, store, f"train.start_from=colours@{version.version}"), store, "run-1") is not None
     assert collect.removals(store, ["colours"], rules, now=datetime.now(UTC)) == []
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_a_run_begins_with_the_weights_of_the_version_that_it_goes_on_from(config, store, method):
-    config = changed(config, store, f"method.name={method}", "train.start_from=production")
+    config = in_store(config, store, f"method.name={method}", "train.start_from=production")
     assert chosen(config, store, "run-0") is None  # nothing is in production: the base
     version = published(config, store)
     promote(store, "colours", version.version)
@@ -91,7 +66,7 @@ def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_ver
     """The version's lineage names the bytes that its run's workers read, though their driver knew of none."""
     for path in base_model.resolve(config.model).path.iterdir():
         store.put(f"bases/tiny/{path.name}", path)
-    config = changed(config, store, f"model.base={store.uri('bases/tiny')}", "train.start_from=production")
+    config = in_store(config, store, f"model.base={store.uri('bases/tiny')}", "train.start_from=production")
     with monkeypatch.context() as on_the_driver:
         on_the_driver.setenv("FINELOOP_CACHE", str(tmp_path / "driver"))
         unread = base_model.resolve(config.model, weights=False, registry=store)
@@ -131,14 +106,14 @@ def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[
 @pytest.mark.parametrize("base", ["nf4", pytest.param("bf16", marks=pytest.mark.full)])
 def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_is_seen(config, store, tmp_path, base):
     settings = [f"method.base={base}", "train.max_steps=2", "ray.cpu_matmul_dtype=bfloat16"]
-    config = changed(config, store, *settings)
+    config = in_store(config, store, *settings)
     version = published(config, store, moved=0.02)
-    toml = config_file.dumps(changed(config, store, "train.zero_stage=3"))
+    toml = config_file.dumps(in_store(config, store, "train.zero_stage=3"))
     (losses, made), *_ = in_group(
         functools.partial(fit_from, breaks=False), toml, version, directory=tmp_path, num_workers=2
     )
     assert made == 1  # what is trained, in shards
-    whole = config_file.dumps(changed(config, store, "train.zero_stage=0"))
+    whole = config_file.dumps(in_store(config, store, "train.zero_stage=0"))
     (expected, _), *_ = in_group(
         functools.partial(fit_from, breaks=False), whole, version, directory=tmp_path, num_workers=2
     )
@@ -164,15 +139,15 @@ def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[st
 def test_what_is_published_lies_on_the_line_from_what_was_trained_to_where_it_began(
     config, store, tmp_path, zero_stage
 ):
-    config = changed(
+    config = in_store(
         config, store, "train.max_steps=6", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16"
     )
     version = published(config, store, moved=0.02)
     going_on = "train.start_from=production"
     tomls = {
-        "whole": config_file.dumps(changed(config, store, going_on)),
-        "nowhere": config_file.dumps(changed(config, store, going_on, "train.learning_rate=1e-12")),
-        "three quarters": config_file.dumps(changed(config, store, going_on, "train.start_share=0.25")),
+        "whole": config_file.dumps(in_store(config, store, going_on)),
+        "nowhere": config_file.dumps(in_store(config, store, going_on, "train.learning_rate=1e-12")),
+        "three quarters": config_file.dumps(in_store(config, store, going_on, "train.start_share=0.25")),
     }
     found, *_ = in_group(fit_each, tomls, version, directory=tmp_path, num_workers=2)
     (whole, whole_loss), (began, began_loss), (between, loss) = found.values()
@@ -187,25 +162,25 @@ def test_what_is_published_lies_on_the_line_from_what_was_trained_to_where_it_be
 
 def test_a_share_of_the_base_is_refused(config, store):
     with pytest.raises(ConfigError, match=r"train\.start_from=production, or remove train\.start_share"):
-        changed(config, store, "train.start_share=0.5")
+        in_store(config, store, "train.start_share=0.5")
 
 
 def test_another_method_rank_or_base_is_refused_with_the_reason(config, store, tmp_path):
-    version = published(changed(config, store), store)
+    version = published(in_store(config, store), store)
     from_it = f"train.start_from=colours@{version.version}"
     for override, message in (
         ("method.rank=4", f"{version.version} was trained with method.rank = 8, and this run has 4: set it so"),
         ("method.name=rslora", "was trained with method.scaling = 'classic', and this run has 'rslora'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            chosen(changed(config, store, from_it, override), store, override)
+            chosen(in_store(config, store, from_it, override), store, override)
     other = build_base(tmp_path, seed=1)
     with pytest.raises(IntegrityError, match=r"the adapter was trained on .* and today that is"):
-        chosen(changed(config, store, from_it, f"model.base={other}"), store, "another base")
+        chosen(in_store(config, store, from_it, f"model.base={other}"), store, "another base")
 
 
 def test_weights_that_were_changed_are_not_begun_with(config, store):
-    version = published(changed(config, store), store)
+    version = published(in_store(config, store), store)
     key = f"adapters/colours/versions/{version.version}/adapter_model.safetensors"
     store.put(key, store.get(key)[:-1] + b"\x01")
     with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors has sha256 \w+, the manifest says \w+"):

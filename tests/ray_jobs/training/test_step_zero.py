@@ -20,6 +20,7 @@ from ray_jobs.training import step_zero, zero
 from tests.models.splits import split_of
 from tests.models.tiny import colour_rows
 from tests.models.train_group import in_group, train_in_rank
+from tests.ray_jobs.training.in_store import in_store
 
 ROWS = colour_rows(32)
 
@@ -48,9 +49,8 @@ def train_with_a_broken_shard(config_toml: str) -> None:
 def test_one_broken_part_stops_the_training_with_both_losses(
     config: RunConfig, store: Store, tmp_path: Path, base_format, zero_stage
 ):
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    changes = [*place, f"method.base={base_format}", f"train.zero_stage={zero_stage}"]
-    toml = config_file.dumps(config_file.loads(config_file.dumps(config), changes))
+    changes = [f"method.base={base_format}", f"train.zero_stage={zero_stage}"]
+    toml = config_file.dumps(in_store(config, store, *changes))
     with pytest.raises(RuntimeError) as raised:
         in_group(train_with_a_broken_shard, toml, directory=tmp_path, num_workers=2)
     found = re.search(

@@ -30,6 +30,7 @@ from tests.doubles.datasets import validate
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
 from tests.models.train_group import Trained, in_group, train_all, train_in_rank
+from tests.ray_jobs.training.in_store import in_store
 
 ROWS = colour_rows(256)
 NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a loss by over these steps
@@ -44,8 +45,7 @@ def run_all(config: RunConfig, store: Store, tmp_path: Path):
     def trained(
         *changes: str, names: tuple[str, ...], num_workers: int = 2, rows: list[dict[str, str]] = ROWS
     ) -> list[Trained]:
-        place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}", f"ray.num_workers={num_workers}"]
-        toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *changes]))
+        toml = config_file.dumps(in_store(config, store, f"ray.num_workers={num_workers}", *changes))
         found = train_all(dict.fromkeys(names, toml), rows, tmp_path / names[0], num_workers=num_workers)
         return [found[name] for name in names]
 
@@ -229,8 +229,7 @@ def train_while_the_store_is_away(
 @pytest.mark.parametrize("is_patient", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_store_that_is_away_for_one_worker_costs_checkpoints_and_no_training(config, store, tmp_path, is_patient):
     changes, patience_s = ["train.checkpoint_every_steps=2", "train.max_steps=8"], 1800 * is_patient
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*changes, *place]))
+    toml = config_file.dumps(in_store(config, store, *changes))
     away = functools.partial(
         in_group, train_while_the_store_is_away, toml, ROWS, 4, patience_s, directory=tmp_path / "away", num_workers=2
     )
@@ -345,8 +344,7 @@ def test_a_checkpoint_that_holds_magnitudes_whole_is_refused_and_one_without_any
     run, lose, config, store, tmp_path, method
 ):
     changes = ["train.checkpoint_every_steps=2", "train.max_steps=4", f"method.name={method}"]
-    place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
-    toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, "ray.num_workers=1", *changes]))
+    toml = config_file.dumps(in_store(config, store, "ray.num_workers=1", *changes))
     group = {"directory": tmp_path / "old", "num_workers": 1}
     lose(3, train=lambda: in_group(train_with_magnitudes_held_whole, {"old": toml}, **group))
     if method == "lora":
