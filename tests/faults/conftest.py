@@ -33,7 +33,6 @@ def assert_sound() -> Callable[..., None]:
             verify_version(store, resolve(store, f"{name}@{version}"))
         pointer = read_alias(store, name, PRODUCTION)
         chain = moves(log, PRODUCTION)
-        assert pointer is not None
         assert is_chain(chain)
         assert (chain[-1].body["to"], chain[-1].time) == (pointer.version, pointer.since)
         resolved: Version = resolve(store, f"{name}@{PRODUCTION}")

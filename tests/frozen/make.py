@@ -46,10 +46,7 @@ max_new_tokens = 8
 bucket = "{BUCKET}"
 prefix = "{PREFIX}"
 """
-RUNS = {
-    "promoted": [],
-    "held": ["method.name=loftq", "train.max_steps=2", "train.checkpoint_every_steps=0"],
-}
+RUNS = {"promoted": [], "held": ["method.name=loftq", "train.max_steps=2", "train.checkpoint_every_steps=0"]}
 NUM_ROWS = 200
 # What is frozen names no machine.
 NAMELESS = "import platform\nplatform.platform = lambda *_, **__: 'Linux'\n"

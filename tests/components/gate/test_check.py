@@ -233,7 +233,6 @@ def test_what_is_worse_goes_back_once_and_not_from_under_another_version(
     uri = roll_back_worse(step, said["version"], said["reasons"][0])
     assert roll_back_worse(step, said["version"], said["reasons"][0]) == uri
     pointer = aliases.read_alias(store, "icd10", "production")
-    assert pointer is not None
     assert (pointer.version, pointer.kind, pointer.event["actor"]) == (versions[0], "rolled_back", aliases.PIPELINE)
     assert versions[1] in pointer.event["reason"]
     assert audit(store, "icd10").findings == ()

@@ -65,14 +65,12 @@ def test_an_alias_becomes_a_verified_copy_named_by_its_version(server: Server, s
     one, two = published(store, b"one"), published(store, b"two")
     promote(store, "icd", one)
     first = asyncio.run(server.resolve_lora("icd@production"))
-    assert first is not None
     assert first.lora_name == f"icd@{one}"
     assert (Path(first.lora_path) / "adapter_model.safetensors").read_bytes() == b"one"
     promote(store, "icd", two)
     assert asyncio.run(server.resolve_lora("icd@production")) is first  # as vLLM does, until it is told to unload it
     server.unload_lora_adapter("icd@production")
     second = asyncio.run(server.resolve_lora("icd@production"))
-    assert second is not None
     assert (second.lora_name, second.lora_int_id) == (f"icd@{two}", 2)
     assert (Path(second.lora_path) / "adapter_model.safetensors").read_bytes() == b"two"
     assert {each.lora_name: each.lora_path for each in server.added} == {

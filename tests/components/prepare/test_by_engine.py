@@ -56,8 +56,6 @@ def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(run: Prepa
     expected, found = prepared(here), prepared(there)
     (job,) = submitted
     assert (job["task"], job["arguments"], job["ray"].use_gpu) == ("prepare", (), False)
-    assert expected is not None
-    assert found is not None
     assert (found.dataset_id, found.summary, found.rejected) == (expected.dataset_id, expected.summary, 1)
     assert there.result == {**here.result, "created": False}
     ids = [

@@ -53,10 +53,7 @@ def test_equal_candidates_pass_as_often_as_is_said(records, margin, changed):
     assert equal_passes == pytest.approx(np.mean(passed), abs=0.05)
 
 
-@pytest.mark.parametrize(
-    "compared",
-    [{}, {"metric": "loss", "margin": 0.05, "spread": 0.11, "equal_weight": 0.6}],
-)
+@pytest.mark.parametrize("compared", [{}, {"metric": "loss", "margin": 0.05, "spread": 0.11, "equal_weight": 0.6}])
 def test_with_the_records_that_are_named_an_equal_candidate_passes_four_times_in_five(compared):
     named = told(**compared)["equal_with"]
     enough, fewer = (told(**compared, records=records)["equal_passes"] for records in (named, named - 1))

@@ -62,7 +62,6 @@ def test_new_records_are_trained_on_with_the_earlier_ones(write_rows: Write, pre
     prepare_run("first", decided=True)
     write_rows([*rows(95, 130), {"id": 3, "prompt": "question 3", "completion": "corrected"}], "in/2.jsonl")
     prepared, step = prepare_run("second")
-    assert prepared is not None
     assert prepared.train_records + prepared.eval_records == 130
     assert step.result["new_records"] == 31
 
@@ -129,7 +128,6 @@ def aged(write_rows: Write) -> Callable[..., None]:
 def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(aged, prepare_run: Prepare, store: Store) -> None:
     aged((0, 200, 40), (200, 260, 3), (260, 300, 0))
     prepared, _ = prepare_run("first", window_days=7)
-    assert prepared is not None
     train = {int(record.id) for record in load_split(store, prepared.uri, "train")}
     held_out = {int(record.id) for record in load_split(store, prepared.uri, "eval")}
     assert min(train) >= 200
@@ -138,7 +136,6 @@ def test_a_window_trains_on_what_is_recent_and_holds_out_from_all(aged, prepare_
     assert profile["dropped"]["before_window"] == 300 - len(train) - len(held_out)
 
     replaying, _ = prepare_run("second", window_days=7, replay_share=0.25)
-    assert replaying is not None
     mixed = {int(record.id) for record in load_split(store, replaying.uri, "train")}
     assert mixed > train
     assert len(mixed & set(range(200))) == round(len(train) / 3)
@@ -150,8 +147,6 @@ def test_what_production_is_to_answer_is_what_would_be_replayed_and_stands_apart
     asked = {"window_days": 7, "replay_share": 0.25}
     mixed, _ = prepare_run("mixed", **asked)
     apart, _ = prepare_run("apart", **asked, replay_from="production")
-    assert mixed is not None
-    assert apart is not None
     train, earlier = (load_split(store, apart.uri, split) for split in ("train", "replay"))
     assert {int(record.id) for record in earlier} <= set(range(200))
     key = operator.attrgetter("id")
@@ -164,7 +159,6 @@ def test_what_production_is_to_answer_is_what_would_be_replayed_and_stands_apart
 def test_of_few_records_to_train_on_production_answers_as_few(aged, prepare_run: Prepare, store: Store) -> None:
     aged((0, 200, 40), (200, 300, 0))
     few, _ = prepare_run("few", window_days=7, replay_share=0.5, replay_from="production", max_records=40)
-    assert few is not None
     assert few.replay_records == few.train_records < 40
     profile = store.get_json(f"datasets/{few.dataset_id}/profile.json")
     dropped = sum(profile["dropped"].values())

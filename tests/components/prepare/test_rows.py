@@ -218,7 +218,6 @@ def test_files_in_a_bucket_are_read_in_order_and_none_is_kept(store: Store) -> N
     paths = []
     for number, (source, path) in enumerate(local_copies(sources)):
         assert source == sources[number]
-        assert path is not None
         assert json.loads(path.read_text()) == {"prompt": number}
         paths.append(path)
         assert not any(each.exists() for each in paths[:-1])

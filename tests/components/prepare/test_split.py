@@ -1,13 +1,27 @@
+import dataclasses
 import hashlib
+import json
 import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence, Set
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from components.config import config_file
+from components.config.schema import RunConfig
+from components.config.train import DataConfig
 from components.prepare import near_duplicates
-from components.prepare.dataset import Record
-from components.prepare.split import position
+from components.prepare.dataset import Message, Record
+from components.prepare.power import power
+from components.prepare.split import deduplicate as deduplicate_in
+from components.prepare.split import judges, lacking, position, validation_and_test
+from components.prepare.split import split as split_in
 from components.shared.errors import DataError
-from tests.doubles.datasets import KeyedRecord, deduplicate, split, validate
+from tests.doubles import datasets
+from tests.doubles.datasets import KeyedRecord, deduplicate, holding, split, validate
 
 
 def named(identity: object, prompt: str, answer: str = "a") -> KeyedRecord:
@@ -157,3 +171,265 @@ def test_an_empty_split_is_refused_with_what_to_change(low: float, high: float, 
         split([named(name_in(low, high), "p")], eval_share=0.1, max_records=0)
     with pytest.raises(DataError, match=r"data\.max_records = 1, 0 are in train"):
         split(many(100), eval_share=0.2, max_records=1)
+
+
+LITTLE = 2**27
+"""Bytes, of which DuckDB has a part."""
+
+
+def id_of(train: Sequence[Record], evaluation: Sequence[Record]) -> str:
+    digest = hashlib.sha256(b"fineloop dataset 1\n")
+    for name, records in (("train", train), ("eval", evaluation)):
+        digest.update(f"{name}\n".encode())
+        for each in records:
+            turns = [[turn.role, turn.content, *([turn.more] if turn.more else [])] for turn in each.prompt]
+            more = [each.calls, each.tools] if each.calls or each.tools or each.group else []
+            identity = [each.id, turns, each.answer, *more, *([each.group] if each.group else [])]
+            digest.update(json.dumps(identity, ensure_ascii=False).encode() + b"\n")
+    return "d" + digest.hexdigest()[:15]
+
+
+def distinct(rows: Sequence[KeyedRecord]) -> tuple[list[KeyedRecord], int, int]:
+    """The last row of an id, then of one content the one with the smallest place; repeated; replaced by a later row."""
+    latest: dict[tuple[bool, bytes], KeyedRecord] = {}
+    repeated = replaced = 0
+    for row in rows:
+        identity = (row.named, row.key if row.named else row.content)
+        if identity in latest:
+            repeated += latest[identity].content == row.content
+            replaced += latest[identity].content != row.content
+        latest[identity] = row
+    chosen: dict[bytes, KeyedRecord] = {}
+    for row in sorted(latest.values(), key=lambda each: (each.place, each.key)):
+        repeated += row.content in chosen
+        chosen.setdefault(row.content, row)
+    # Of a row that gives the id that another has by its content, that one is an earlier state.
+    given = {row.record.id for row in chosen.values() if row.named}
+    kept = [row for row in chosen.values() if row.named or row.record.id not in given]
+    return kept, repeated, replaced + len(chosen) - len(kept)
+
+
+def divided(
+    rows: Sequence[KeyedRecord], *, eval_share: float, max_records: int, recent: Set[bytes] | None, replay_share: float
+) -> tuple[list[Record], list[Record]]:
+    ordered = sorted(rows, key=lambda each: (each.place, each.key, each.content))
+    held_out = [each for each in ordered if int.from_bytes(each.place[:8]) / 2**64 < eval_share]
+    asked = {tuple(each.record.prompt) for each in held_out}
+    train = [each for each in ordered[len(held_out) :] if tuple(each.record.prompt) not in asked]
+    if recent is not None:
+        inside = [each for each in train if each.content in recent]
+        before = [each for each in train if each.content not in recent]
+        salt = hashlib.sha256(b"".join(each.content for each in inside)).digest()
+        before.sort(key=lambda each: hashlib.sha256(salt + each.content).digest())
+        kept = {each.content for each in before[: round(len(inside) * replay_share / (1 - replay_share))]}
+        train = [each for each in train if each.content in recent | kept]
+    if max_records and len(train) + len(held_out) > max_records:
+        of_eval = min(len(held_out), max(1, round(max_records * eval_share)))
+        train = train[: max_records - of_eval]
+        held_out = held_out[: max_records - len(train)]
+    return [each.record for each in train], [each.record for each in held_out]
+
+
+TEXTS = (
+    "plain",
+    'with "quotes" and \\',
+    "two\nlines\tand\ra tab",
+    "\x00\x01\x1f\x7f",
+    "Zoë 🤦🏼‍♂️ 傷",
+    "\u2028\ufeff",
+    "'",
+    "",
+)
+
+
+def rows(seed: int, count: int, *, grouped: bool = False) -> list[KeyedRecord]:
+    """With ids that come again, contents that do, prompts with several answers, tools, turns, and groups."""
+    rng = random.Random(seed)
+    found: list[KeyedRecord] = []
+
+    def text(most: int) -> str:
+        return f"{rng.choice(TEXTS)}{rng.randrange(most)}"
+
+    while len(found) < count:
+        prompt: list[dict[str, Any]] = [{"role": "user", "content": text(count // 2)}]
+        if rng.random() < 0.3:
+            prompt = [{"role": "system", "content": text(2)}, *prompt]
+        if rng.random() < 0.1:
+            call = {"function": {"name": text(5), "arguments": {"a": text(5)}}}
+            prompt += [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": text(9), "name": "f"}]
+        row: dict[str, Any] = {"messages": [*prompt, {"role": "assistant", "content": text(3)}]}
+        if rng.random() < 0.5:
+            row["id"] = rng.choice([f"r{rng.randrange(count)}", *(each.record.id for each in found[-3:])])
+        if rng.random() < 0.1:
+            row["tools"] = [{"name": text(3)}]
+        if grouped:
+            row["g"] = text(count // 20)
+        found.append(validate(row, group="g" if grouped else "", source=rng.choice(["", "a.jsonl"])))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grouped", [False, True])
+def test_distinct_records_are_those_of_the_definition(grouped: bool) -> None:
+    given = rows(2, 3000, grouped=grouped)
+    expected, repeated, replaced = distinct(given)
+    found = deduplicate(given, memory_bytes=LITTLE)
+    assert Counter(map(repr, found.records)) == Counter(map(repr, expected))
+    assert (found.duplicate, found.superseded_by_same_id) == (repeated, replaced)
+    assert min(repeated, replaced) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("max_records", "window", "grouped"), [(500, False, True), (0, True, True), (300, True, False)]
+)
+def test_both_sides_and_the_id_are_those_of_the_definition(max_records: int, window: bool, grouped: bool) -> None:
+    given = rows(0, 3000, grouped=grouped)
+    options: dict[str, Any] = {"eval_share": 0.13, "max_records": max_records, "replay_share": 0.3 if window else 0.0}
+    spans, recent = ([(500, 900), (2000, 2100)], {each.content for each in given[500:900] + given[2000:2100]})
+    expected = divided(distinct(given)[0], **options, recent=recent if window else None)
+    found = split(given, **options, window=spans if window else None, memory_bytes=LITTLE)
+    assert (found.train, found.evaluation) == expected
+    assert found.dataset_id == id_of(*expected)
+
+
+def test_long_records_are_put_in_order_on_disk_and_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.prepare.workspace.BUCKET_BYTES", 2**20)
+    text = "".join(random.Random(0).choices("abcdefgh ", k=30_000))
+    given = [validate({"prompt": f"{n} {text[n % 999 :]}", "completion": str(n)}) for n in range(150)]
+    expected = divided(given, eval_share=0.2, max_records=0, recent=None, replay_share=0)
+    assert sum(len(each.prompt[0].content) for each in expected[0]) > 2 * 2**20
+    found = split(given, eval_share=0.2, max_records=0, memory_bytes=LITTLE)
+    assert (found.train, found.evaluation) == expected
+    assert found.dataset_id == id_of(*expected)
+
+
+def test_parts_end_where_the_records_say_and_change_neither_records_nor_id(monkeypatch, store) -> None:
+    given = rows(0, 1000)
+    whole = split(given, eval_share=0.2, max_records=0)
+    monkeypatch.setattr("components.prepare.dataset.MOST_RECORDS", 100)
+    monkeypatch.setattr("components.prepare.dataset.MOST_BYTES", 2000)
+    with holding(given) as work:
+        deduplicate_in(work)
+        found = split_in(work, DataConfig(source=[], eval_share=0.2, near_duplicates=0.0))
+        assert found.parts.dataset_id == whole.dataset_id
+        assert (list(found.parts.train), list(found.parts.evaluation)) == (whole.train, whole.evaluation)
+        sizes, ended = [], []
+        for record in whole.train:
+            sizes.append(len((record.answer + "".join(turn.content for turn in record.prompt)).encode()))
+            if len(sizes) == 100 or sum(sizes) >= 2000:
+                ended.append(len(sizes))
+                sizes = []
+        lengths = [pq.read_metadata(path).num_rows for path in found.parts.train.paths]
+        assert lengths == [*ended, *([len(sizes)] if sizes else [])]
+        assert len(lengths) > 5
+
+
+NUMBER = 400
+DRAWN = ["evaluate.records=20"]
+
+
+def records(numbers: Iterable[int]) -> list[Record]:
+    return [Record(f"r{number}", [Message("user", f"{number}?")], "a") for number in numbers]
+
+
+@pytest.fixture
+def config():
+    data = {"source": "rows.jsonl"}
+    return RunConfig.model_validate({"adapter": {"name": "colours"}, "model": {"base": "org/model"}, "data": data})
+
+
+@pytest.fixture
+def published(store):
+    def publish(numbers: range = range(NUMBER)) -> str:
+        return datasets.publish(store, train=records(range(1)), evaluation=records(numbers)).uri
+
+    return publish
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["gate.min_records=200"], None),
+        (["gate.min_records=400"], "raise data.eval_share, add data or lower gate.min_records$"),
+        (["gate.min_records=200", *DRAWN], None),  # as many more as it takes are drawn
+        (["gate.min_records=200", *DRAWN, "evaluate.max_records=20"], "^20 records .* evaluate.records,"),
+    ],
+    ids=str,
+)
+def test_a_run_that_would_be_held_for_want_of_records_is_refused(config, store, published, keys, message):
+    """About 320 of 400 held-out records are left when training has looked at its fifth."""
+    asked = config_file.loads(config_file.dumps(config), keys)
+    lack = lacking(judges(store, published(), asked), asked)
+    assert re.search(message, lack) if message else not lack
+
+
+def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store):
+    grouped = [dataclasses.replace(each, group=f"g{number % 50}") for number, each in enumerate(records(range(NUMBER)))]
+    uri = datasets.publish(store, train=records(range(1)), evaluation=grouped).uri
+    asked = config_file.loads(config_file.dumps(config), ["data.group=topic", "gate.min_records=50"])
+    judging = judges(store, uri, asked)
+    groups = len({record.group for record in judging.records})
+    assert lacking(judging, asked).startswith(f"{groups} groups of records are left for the gate")
+    assert f"{groups} groups of records judge by loss" in power(judging, asked)["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("number", "keys", "can_replace"),
+    [
+        (400, [], True),
+        (320, [], False),
+        (320, ["data.validation_share=0.01"], True),
+        (320, ["gate.worse_than_champion_by=0.1"], True),
+        (320, ["gate.much_worse_share=1"], True),
+        (320, ["gate.metric=exact_match"], True),
+        (400, [*DRAWN, "evaluate.max_records=100"], False),
+    ],
+    ids=str,
+)
+def test_that_no_candidate_can_replace_a_version_is_said_before_there_is_one(
+    config, store, published, keys, number, can_replace
+):
+    """By the binomial distribution 0.99^299 is the first power below 0.05."""
+    asked = config_file.loads(config_file.dumps(config), keys)
+    tells = power(judges(store, published(range(number)), asked), asked)
+    assert (tells["better_by"] is not None) is can_replace
+    assert ("nothing can replace it, as only 299 would show rare large losses" in tells["sentence"]) is not can_replace
+
+
+def test_long_answers_weigh_more_so_that_more_records_are_asked_for(config, store):
+    """Half of the answers are of one token, and half of 26: by Kish's formula 400 weigh as 214."""
+    lengths = [
+        dataclasses.replace(each, answer="a" * (100 * (place % 2))) for place, each in enumerate(records(range(NUMBER)))
+    ]
+    uri = datasets.publish(store, train=records(range(1)), evaluation=lengths).uri
+    asked = config_file.loads(config_file.dumps(config), ["data.validation_share=0.001"])
+    tells = power(judges(store, uri, asked), asked)
+    assert tells["fewest"] == pytest.approx(299 * 2 * (1 + 26**2) / 27**2, rel=0.02)
+    by_answers = config_file.loads(config_file.dumps(asked), ["gate.metric=answer_loss"])
+    assert power(judges(store, uri, by_answers), by_answers)["fewest"] == 299
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_held_out_records_either_choose_or_judge_in_the_proportion_asked_for(share):
+    validation, test = validation_and_test(records(range(2000)), validation_share=share)
+    assert {each.id for each in validation} | {each.id for each in test} == {f"r{number}" for number in range(2000)}
+    assert len(validation) + len(test) == 2000
+    assert len(validation) / 2000 == pytest.approx(share, abs=0.03)
+    assert validation_and_test(records([1]), validation_share=share) == (records([1]), records([1]))  # one is in both
+    assert [each.id for each in test] == sorted((each.id for each in test), key=lambda name: int(name[1:]))
+
+
+def test_no_record_moves_when_others_come_or_go():
+    before, _ = validation_and_test(records(range(300)), validation_share=0.2)
+    some = random.Random(1).sample(range(300), 150)
+    after, _ = validation_and_test(records([*some, *range(1000, 1400)]), validation_share=0.2)
+    assert {each.id for each in after if int(each.id[1:]) < 300} == {
+        each.id for each in before if int(each.id[1:]) in some
+    }
+
+
+def test_records_of_a_group_choose_or_judge_together():
+    grouped = [dataclasses.replace(each, group=f"g{number // 3}") for number, each in enumerate(records(range(300)))]
+    validation, test = ({each.group for each in part} for part in validation_and_test(grouped, validation_share=0.4))
+    assert len(validation) + len(test) == len(validation | test) == 100

@@ -15,13 +15,7 @@ from ray._private import ray_constants
 from components.config.ray import RayConfig
 from components.ray_cluster.backend import Job
 from components.ray_cluster.kubernetes_api import Workflow
-from components.ray_cluster.rayjob_manifest import (
-    DRAIN_S,
-    HEAD_DRAIN_S,
-    label_value,
-    rayjob,
-    rayjob_name,
-)
+from components.ray_cluster.rayjob_manifest import DRAIN_S, HEAD_DRAIN_S, label_value, rayjob, rayjob_name
 
 
 def job(run_id: str = "night-7", **fields: Any) -> Job:

@@ -9,15 +9,7 @@ import pytest
 from components.ray_cluster import kubernetes_api, rayjob
 from components.ray_cluster.backend import Job, JobEnd
 from components.ray_cluster.kubernetes_api import Watched
-from components.ray_cluster.rayjob import (
-    HOPELESS_S,
-    QUOTA,
-    KueueQueue,
-    describe,
-    is_queued,
-    reason_to_wait,
-    state,
-)
+from components.ray_cluster.rayjob import HOPELESS_S, QUOTA, KueueQueue, describe, is_queued, reason_to_wait, state
 from components.shared.errors import JobError
 
 JOB = Job("r", "finetune", ("x",), 3600)

@@ -21,7 +21,6 @@ def test_a_promotion_moves_the_alias_and_logs_who_and_why(store: Store, versions
     cause = Cause("r2", actor="ann", reason="better", evidence={"loss": [1.0, 0.5]})
     event = promote(store, "icd", two, expected=one, cause=cause)
     pointer = read_alias(store, "icd", "production")
-    assert pointer is not None
     assert (pointer.version, pointer.run_id, pointer.kind, pointer.since) == (two, "r2", "promoted", event.time)
     assert event.move() == {"alias": "production", "from": one, "to": two, "event_uri": event.uri}
     assert events(store, "icd")[-1] == event
@@ -47,7 +46,6 @@ def test_a_promotion_against_another_champion_is_a_conflict_that_names_the_holde
         ) as raised:
             promote(store, "icd", three, expected=expected)
         pointer = read_alias(store, "icd", "production")
-        assert pointer is not None
         holds = {"alias": "production", "version": two, "since": pointer.since, "run_id": "r2"}
         assert raised.value.as_json()["conflict"] == holds
         assert pickle.loads(pickle.dumps(raised.value)).holder == raised.value.holder  # noqa: S301
@@ -276,7 +274,6 @@ def test_a_rollback_returns_to_the_very_manifest_that_held_the_alias(store: Stor
     key = f"adapters/icd/versions/{one}"
     store.put(f"{key}/manifest.json", store.get(f"{key}/manifest.json").replace(b'"run_id":"r0"', b'"run_id":"r9"'))
     manifest = find_manifest(store, key)
-    assert manifest is not None
     append_event(store, "icd", "published", publication(one, manifest), at=manifest.created_at)
     for to in (None, one):
         with pytest.raises(IntegrityError, match="vouched for"):

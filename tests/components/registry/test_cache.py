@@ -154,10 +154,7 @@ def test_a_list_reads_what_changed_alone(store: Store, made: dict[str, list[str]
         "a promotion to another alias": lambda: promote(store, "icd", made["icd"][1], "staging"),
         "a rollback": lambda: rollback(store, "icd", to=made["icd"][1]),
         "a publication": lambda: publish(store, "icd", b"new"),
-        "a version trained again": lambda: (
-            publish(store, "icd", b"n"),
-            published(store, b"icd 0", run_id="another"),
-        ),
+        "a version trained again": lambda: (publish(store, "icd", b"n"), published(store, b"icd 0", run_id="another")),
         "a new adapter": lambda: publish(store, "icd-10", b"first"),
         "a collection": collected,
     }
@@ -188,10 +185,7 @@ def test_the_report_of_a_run_writes_its_adapters_line_and_a_list_after_it_reads_
     assert not any(reads(sent, name) for name in NAMES)
     assert found == judged(store)
     entry = store.get_json(cache.LISTED)["icd"]
-    assert (entry["in_production"], entry[cache.LISTING]["aliases"]) == (
-        made["icd"][2],
-        {"production": made["icd"][2]},
-    )
+    assert (entry["in_production"], entry[cache.LISTING]["aliases"]) == (made["icd"][2], {"production": made["icd"][2]})
 
 
 @pytest.mark.parametrize("at", [f"{cache.CHANGED}icd", "adapters/icd/events/", "adapters/icd/aliases/"])

@@ -24,17 +24,7 @@ from components.records.steps import (
 )
 from components.registry.aliases import Cause, promote
 from components.registry.event_log import append_event
-from components.registry.lineage import (
-    Asked,
-    Base,
-    Code,
-    Dataset,
-    Environment,
-    Hardware,
-    Lineage,
-    Started,
-    Training,
-)
+from components.registry.lineage import Asked, Base, Code, Dataset, Environment, Hardware, Lineage, Started, Training
 from components.report.run_files import RunFiles
 from components.store.store import Store
 from tests.components.gate.evidenced import evidence
@@ -257,7 +247,6 @@ def promoted_run() -> RunFiles:
 def forgetful_run(nll: float = 455.0) -> RunFiles:
     """As good on its task as the promoted one, and no longer what its base was outside of it."""
     measured = promoted_run().evaluation
-    assert measured is not None
     text = TextLosses(text_sha256="0", tokens=[100] * 64, nll={"base": [340.0] * 64, "candidate": [nll] * 64})
     own = TextLosses(text_sha256="1", tokens=[50] * 24, nll={"base": [80.0] * 24, "candidate": [125.0] * 24})
     models = {

@@ -26,7 +26,6 @@ def held_out(step: int, loss: float) -> dict[str, Any]:
 def drawn(records: list[dict[str, Any]]) -> tuple[ET.Element, str]:
     """The drawing of one run's losses, and its words."""
     picture = loss_picture({"r": records})
-    assert picture is not None
     root = ET.fromstring(picture[0])
     group = root.find(f"{SVG}g")
     assert group is not None
@@ -60,7 +59,6 @@ def test_the_best_held_out_loss_is_marked_and_told_and_all_lie_inside_the_pictur
 
 def test_of_several_runs_the_smoothed_lines_alone_are_drawn() -> None:
     picture = loss_picture({"one": training(), "two": [held_out(10, 1.0)], "none": []})
-    assert picture is not None
     one, two, none = ET.fromstring(picture[0]).findall(f"{SVG}g")
     assert [len(each.findall(f"{SVG}path")) for each in (one, two, none)] == [1, 1, 1]
     assert [len(each.findall(f"{SVG}circle")) for each in (one, two, none)] == [4, 1, 0]

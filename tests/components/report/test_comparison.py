@@ -6,13 +6,7 @@ from dataclasses import replace
 import pytest
 
 from components.config.gate import Limit
-from components.records.steps import (
-    HarnessScores,
-    PairedDifference,
-    RuleResult,
-    SliceResult,
-    TaskScore,
-)
+from components.records.steps import HarnessScores, PairedDifference, RuleResult, SliceResult, TaskScore
 from components.report.charts import Forest, Gain
 from components.report.comparison import Panel, harness, intervals, panels, rules, since_champion, slices
 from components.report.report import build_report, gain_text
@@ -104,7 +98,6 @@ def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
     )
     assert slices(run) is None
     shown = slices(with_decision(run, rules=(rule,)))
-    assert shown is not None
     eye, skin = shown.gains
     assert (eye.name, eye.bad, eye.about) == ("label: Eye", True, "60 records")
     assert (skin.name, skin.bad) == ("label: Skin", False)

@@ -1,6 +1,7 @@
 """The pages of a registry, read as a browser reads them: what they tell, and that nothing in them runs."""
 
 from datetime import datetime, timedelta
+from itertools import count
 
 import pytest
 
@@ -10,10 +11,11 @@ from components.registry.aliases import PIPELINE, Cause, promote, read_alias, ro
 from components.registry.cache import forget
 from components.registry.event_log import append_event
 from components.report.registry_page import build_pages, gains, read_adapter, sentence, write_pages
+from components.report.report import run_report
 from components.shared.metrics import metric_of
 from components.store.store import Store
-from tests.components.registry.adapters import published
-from tests.components.report.example_runs import night
+from tests.components.registry.adapters import published, requests_of
+from tests.components.report.example_runs import CONFIG, night
 from tests.components.report.page import Page
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
@@ -54,7 +56,6 @@ def test_the_page_says_what_is_in_production_how_much_better_how_sure_who_decide
     page = read_adapter(store, "icd")[0]
     assert "On 250 held-out records its loss was better" in sentence(page)
     drawn = gains(page)
-    assert drawn is not None
     (gain,) = drawn.gains
     assert (gain.name, gain.lower, gain.gain, gain.upper, gain.bad) == (ids[1], 0.01, 0.05, 0.09, False)
     assert gain.text == "+0.050 (between +0.010 and +0.090)"
@@ -88,7 +89,6 @@ def test_each_event_names_a_person_or_the_pipeline_and_links_to_the_run_s_report
 
 def test_the_page_says_how_production_fares_on_what_came_since(store: Store, ids: list[str]) -> None:
     pointer = read_alias(store, "icd", "production")
-    assert pointer is not None
     look = {"version": pointer.version, "alias": "production", "metric": "loss", "held_out": 0.25, "run_id": "r9"}
     append_event(
         store, "icd", "checked", {**look, "fresh": 0.5, "reasons": ["It is worse."]}, at="2026-11-30T00:00:00Z"
@@ -140,7 +140,6 @@ def test_the_list_says_for_how_long_and_what_the_gate_said_last(store: Store, id
     runs.write(store, "r2", Decision(decision="hold", verdict="hold", run_id="r2", **about))
     append_event(store, "icd", "refused", {"version": ids[1], "run_id": "r2", "alias": "production"})
     pointer = read_alias(store, "icd", "production")
-    assert pointer is not None
     listed = read_adapter(store, "icd")[1]
     later = datetime.fromisoformat(pointer.since) + timedelta(days=3, hours=1)
     assert (listed.held(later).split(",")[0], listed.verdict, listed.run_id) == ("for 3 days", "hold", "r2")
@@ -207,3 +206,26 @@ def test_the_index_shows_what_reading_all_of_it_would(store: Store) -> None:
     write_pages(store, "icd", generated_at="now")
     assert {key: store.get(f"pages/{key}") for key in shown} == shown
     assert Page(shown["icd.html"].decode()).text.count("night-5") > 1
+
+
+OF_ICD = CONFIG.model_copy(update={"adapter": CONFIG.adapter.model_copy(update={"name": "icd"})})
+
+
+def test_the_report_of_a_run_that_promotes_asks_no_more_whatever_there_is_beside_it(store: Store) -> None:
+    numbers, asked, sent = count(), [], requests_of(store)
+    for others, before in ((1, 1), (3, 3)):
+        for name in range(others):
+            published(store, b"1", name=f"other-{others}-{name}")
+        for number in range(before):
+            last = next(numbers)
+            night(store, last, promotes=number % 3 == 0)
+        run_report(OF_ICD, store, f"night-{last}", result={})
+        night(store, next(numbers), promotes=True)
+        read_adapter(store, "icd")  # as `adapters page` does: its index has the night's version, and no run by itself
+        last = next(numbers)
+        night(store, last, promotes=True)
+        sent.clear()
+        run_report(OF_ICD, store, f"night-{last}", result={})
+        asked.append([*sent])
+    few, many = asked
+    assert len(few) == len(many), "\n".join(many)

@@ -53,7 +53,6 @@ def test_the_bound_of_a_mean_per_token_is_so_many_standard_errors_of_it() -> Non
     drawn = rng.integers(0, 400, (4000, 400))
     resampled = ours[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     bounds = anytime_bounds(Pairs(ours, np.zeros(400), weights, lower_is_better=True), 0.95)
-    assert bounds is not None
     assert bounds.gain == pytest.approx(-ours.sum() / weights.sum())
     assert bounds.upper - bounds.gain == pytest.approx(bounds.gain - bounds.lower)
     in_errors = float(margin(400, 0.95)) * 20
@@ -74,7 +73,6 @@ def test_of_too_few_or_unsound_numbers_there_is_no_bound(gains: list[float]) -> 
 
 def test_at_the_named_number_of_records_the_bound_is_as_near_as_asked() -> None:
     bounds = anytime_bounds(of_gains(np.tile([0.4, -0.3], 60)), 0.95)
-    assert bounds is not None
     records = records_to_tell(bounds, 0.05, 0.95)
     assert records is not None
     spread = bounds.error * bounds.groups**0.5

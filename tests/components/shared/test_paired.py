@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from components.shared.paired import (
-    Bounds,
-    Pairs,
-    bounds,
-    few_unseen,
-    mcnemar,
-    records_to_decide,
-    score_bounds,
-)
+from components.shared.paired import Bounds, Pairs, bounds, few_unseen, mcnemar, records_to_decide, score_bounds
 
 
 # What R's contingencytables 3.1 prints for its examples (bentur_2009, cavo_2012), from Fagerland, Lydersen and Laake,

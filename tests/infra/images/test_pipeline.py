@@ -86,7 +86,6 @@ def test_an_adapter_is_trained_compared_and_promoted(
     assert answer["metrics"]["candidate"]["loss"] < answer["metrics"]["base"]["loss"] / 2
 
     pointer, version = read_alias(store, "colours", "production"), resolve(store, "colours@production")
-    assert pointer
     assert (pointer.version, pointer.run_id) == (answer["version"], answer["run_id"])
     verify_version(store, version)
     lineage = read_lineage(store, version)
