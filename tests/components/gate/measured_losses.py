@@ -41,9 +41,8 @@ class Task:
             )
             for role, name in roles.items()
         }
-        measured = Evaluation(
-            run_id="r", records=len(rows), held_out=len(self.tokens), models={"champion": None, **models}
-        )
+        models = {"champion": None, **models}
+        measured = Evaluation(run_id="r", records=len(rows), held_out=len(self.tokens), models=models)
         return measured, Evidence(tokens, columns, slices=slices)
 
 

@@ -71,9 +71,8 @@ def test_what_cannot_be_told_says_how_many_records_would_tell() -> None:
 
 def test_models_that_differ_on_one_record_have_no_bound_and_no_number_of_records_that_would_tell() -> None:
     ours, theirs = np.append(np.ones(299), 0.0), np.ones(300)
-    measured = evaluation(
-        model("v2", token_f1=float(ours.mean())), model(token_f1=0.0), model("v1", token_f1=float(theirs.mean()))
-    )
+    f1 = [{"token_f1": float(each.mean())} for each in (ours, 0 * ours, theirs)]
+    measured = evaluation(model("v2", **f1[0]), model(**f1[1]), model("v1", **f1[2]))
     records = spread(measured, candidate_token_f1=ours * 0.9 + 0.1, champion_token_f1=theirs, base_token_f1=0 * theirs)
     found = rule(decide(measured, GateConfig(metric="token_f1"), records), "not_worse_than_champion")
     assert found.undecided
@@ -219,9 +218,8 @@ def test_that_answers_depend_on_their_prompts_has_to_be_sure(gain, error: float,
     spread = np.random.default_rng(0).standard_normal(300)
     gains = gain + error * math.sqrt(300) * (spread - spread.mean()) / spread.std(ddof=1)
     others = found.columns["candidate_nll"] + gains
-    decision = decide(
-        measured, GateConfig(), replace(found, columns={**found.columns, "candidate_other_prompt_nll": others})
-    )
+    columns = {**found.columns, "candidate_other_prompt_nll": others}
+    decision = decide(measured, GateConfig(), replace(found, columns=columns))
     assert decision.verdict == verdict
     asked = rule(decision, "limit_min")
     assert asked.text.startswith(f"Answers {said} their prompts: seeing its own prompt")
@@ -312,9 +310,8 @@ def test_records_of_one_group_are_one_in_a_slice_too() -> None:
     names = np.repeat(["Eye", "Blood"], [200, 60])
     groups = np.concatenate([np.arange(200), 200 + np.repeat(np.arange(20), 3)])
     of_records = np.concatenate(list(gains.values()))
-    found = Evidence(
-        np.ones(260), {"candidate_nll": -of_records, "champion_nll": np.zeros(260)}, groups, {"label": names}
-    )
+    losses = {"candidate_nll": -of_records, "champion_nll": np.zeros(260)}
+    found = Evidence(np.ones(260), losses, groups, {"label": names})
     measured = evaluation(model("v2"), model(loss=9.0), model("v1"))
     judged = rule(decide(measured, GateConfig(better_than_base_by=-99.0), found), "slices")
     assert [each.name for each in judged.slices] == ["Eye"]
@@ -464,16 +461,14 @@ def test_a_candidate_with_rare_losses_is_seldom_promoted_where_answers_differ_in
     assert promoted <= 0.045 * draws
 
 
-@pytest.mark.parametrize(
-    ("seen", "records", "verdict"), [(3, 300, "cannot tell"), (4, 1000, "promote"), (30, 300, "hold")]
-)
-def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, records, verdict):
+@pytest.mark.parametrize(("seen", "of", "verdict"), [(3, 300, "cannot tell"), (4, 1000, "promote"), (30, 300, "hold")])
+def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, of, verdict):
     """Three of 300 records are at most 2.6 % of all, thirty at least 7.3 %; four of 1,000 at most 0.9 % (SciPy)."""
     wide = {"worse_than_champion_by": 2.0, "guards": [], "slices": []}
-    decision = on_rare(records, seen, much_worse_share=0.01, **wide)
+    decision = on_rare(of, seen, much_worse_share=0.01, **wide)
     assert decision.verdict == verdict
-    assert rule(decision, "much_worse").text.startswith(f"{seen} of {records:,} records lose more than 1.5 nats")
-    unlimited = on_rare(records, seen, much_worse_share=1.0, **wide)
+    assert rule(decision, "much_worse").text.startswith(f"{seen} of {of:,} records lose more than 1.5 nats")
+    unlimited = on_rare(of, seen, much_worse_share=1.0, **wide)
     assert not [each for each in unlimited.rules if each.name == "much_worse"]
 
 

@@ -202,9 +202,8 @@ def test_a_decision_that_was_carried_out_is_not_decided_anew_and_no_other_is_rep
 
 
 def summary(loss: float) -> str:
-    evaluation = example_runs.evaluation(
-        "r", example_runs.metrics(loss, 0.7, 0.8, 1.2), example_runs.metrics(1.0, 0.6, 0.7, 1.0)
-    )
+    ours, theirs = example_runs.metrics(loss, 0.7, 0.8, 1.2), example_runs.metrics(1.0, 0.6, 0.7, 1.0)
+    evaluation = example_runs.evaluation("r", ours, theirs)
     return as_markdown(example_runs.decision(evaluation))
 
 
@@ -328,9 +327,8 @@ def test_what_is_luck_of_the_lead_is_not_asked_of_the_candidate(margins: str) ->
 def test_a_gate_reads_the_lead_from_its_own_decisions_and_replays_with_it(store: Store) -> None:
     losses = [1.0, 0.9, 1.01, 1.0, 0.99, 1.02, 1.0, 0.98, 1.01, 1.0]
     for night, loss in enumerate(losses):
-        runs.write(
-            store, f"night-{night}", decided_before(f"v{night}", loss).model_copy(update={"run_id": f"night-{night}"})
-        )
+        earlier = decided_before(f"v{night}", loss).model_copy(update={"run_id": f"night-{night}"})
+        runs.write(store, f"night-{night}", earlier)
         about = {"alias": "production", "run_id": f"night-{night}", "version": f"v{night}", "champion": "v"}
         append_event(store, "icd10", "refused", {**about, "test_set": ["a"]})
     found = evaluation(0.99, test_set=["a"])

@@ -68,10 +68,8 @@ def test_limits_include_their_bound(metric: Any, bounds: dict[str, float], candi
 
 
 def test_each_bound_of_each_limit_is_a_rule_that_names_its_field() -> None:
-    policy = GateConfig(
-        limits=[Limit(metric="answer_prompt_gain", min=0.1), Limit(metric="exact_match", min=0.5, max=0.9)]
-    )
-    decision = decide(evaluation(model("v2", exact_match=0.4), model(loss=2.0)), policy)
+    limits = [Limit(metric="answer_prompt_gain", min=0.1), Limit(metric="exact_match", min=0.5, max=0.9)]
+    decision = decide(evaluation(model("v2", exact_match=0.4), model(loss=2.0)), GateConfig(limits=limits))
     assert [(each.field, each.bound, each.passed) for each in decision.rules[2:]] == [
         ("gate.limits[0].min", 0.1, True),
         ("gate.limits[1].min", 0.5, False),
@@ -362,9 +360,7 @@ def test_a_policy_without_a_margin_asks_for_nothing() -> None:
     assert not decide(of(texts([0.1] * PASSAGES)), GateConfig(worse_on_general_text_by=0)).promoted
 
 
-def test_where_no_limit_is_set_half_a_nat_is_one_and_decisions_from_before_that_stay_what_they_are(
-    store: Store,
-) -> None:
+def test_where_no_limit_is_set_half_a_nat_is_one_and_decisions_from_before_it_stay_what_they_are(store: Store) -> None:
     config = config_file.loads(GOOD)
 
     def decided(run_id: str, above: float, base: float) -> Decision:
@@ -384,9 +380,8 @@ def test_where_no_limit_is_set_half_a_nat_is_one_and_decisions_from_before_that_
     measured = runs.read(store, "forgot", Evaluation).model_copy(update={"run_id": "before"})
     before = decide(measured, config.gate)  # as a release decided that had no limit of its own
     assert before.promoted
-    store.put(
-        runs.run_key("before", runs.EVALUATION_RECORDS), store.get(runs.run_key("forgot", runs.EVALUATION_RECORDS))
-    )
+    records, earlier = (runs.run_key(run_id, runs.EVALUATION_RECORDS) for run_id in ("forgot", "before"))
+    store.put(earlier, store.get(records))
     runs.write(store, "before", measured)
     runs.write(store, "before", before)
     assert replay(store, "before").is_same

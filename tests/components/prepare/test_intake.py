@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.config.train import ColumnsConfig
-from components.prepare import module
+from components.prepare import prepare as preparing
 from components.prepare.dataset import load_split
 from components.prepare.prepare import Intake, prepare, require_usable
 from components.prepare.sources import Source, find_sources
@@ -28,12 +28,12 @@ def good(count: int) -> list[Any]:
     return [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(count)]
 
 
-def read_of(source_of: str | list[str]) -> Read:
-    return read(find_sources(source_of))
+def read_of(source: str | list[str]) -> Read:
+    return read(find_sources(source))
 
 
-def intake_of(source_of: str | list[str]) -> Intake:
-    return read_of(source_of).counts
+def intake_of(source: str | list[str]) -> Intake:
+    return read_of(source).counts
 
 
 def test_a_bad_row_is_kept_with_its_source_line_reason_and_text(write_rows: Callable[..., str]) -> None:
@@ -105,7 +105,7 @@ def test_columns_and_sources_are_counted(write_rows: Callable[..., str]) -> None
     second = write_rows([*good(1), "{}"], "b.jsonl")
     intake = intake_of([first, second])
     assert intake.columns == {"prompt": 3, "completion": 3, "topic": 2}
-    by_source = [(source_of.name, counts.rows, counts.rejected) for source_of, counts in intake.sources]
+    by_source = [(source.name, counts.rows, counts.rejected) for source, counts in intake.sources]
     assert by_source == [(first, 2, 0), (second, 2, 1)]
 
 
@@ -119,7 +119,7 @@ def source_of(name: str, days_old: float | None = 0) -> Source:
 def in_window(*parts: tuple[Source, int], days: float) -> set[int]:
     """Which of the records that the sources gave, so many each, are in the window."""
     read = Intake(sources=[(each, Counts(count)) for each, count in parts])
-    return {number for start, end in module.in_window(read, days=days) for number in range(start, end)}
+    return {number for start, end in preparing.in_window(read, days=days) for number in range(start, end)}
 
 
 def test_the_window_ends_at_the_newest_source_and_keeps_what_has_no_time() -> None:
@@ -130,7 +130,7 @@ def test_the_window_ends_at_the_newest_source_and_keeps_what_has_no_time() -> No
 
 def test_rows_that_gave_no_record_are_not_counted_to_the_window() -> None:
     read = Intake(sources=[(source_of("old", 30), Counts(5, 2, 1)), (source_of("new"), Counts(4, 1, 1))])
-    assert module.in_window(read, days=7) == [(2, 4)]
+    assert preparing.in_window(read, days=7) == [(2, 4)]
 
 
 # Erased records in a preparation: whatever the source holds, none of their text goes on.

@@ -66,9 +66,7 @@ def test_what_either_was_trained_or_tested_on_is_not_new(train: Any, newer: Any,
     assert newer(write_rows(rows(50, 60, "another"))) == ids(range(50, 60))
 
 
-def test_what_a_version_that_it_grew_from_was_trained_on_is_not_new(
-    store: Store, train: Any, newer: Any, write_rows: Write
-) -> None:
+def test_what_its_parent_was_trained_on_is_not_new(store: Store, train: Any, newer: Any, write_rows: Write) -> None:
     oldest = train("oldest", rows(0, 60))
     train("other", rows(200, 260))
     train("grown", rows(60, 100), parents=(store.uri(f"adapters/test/versions/{oldest}"),))
@@ -80,9 +78,8 @@ def test_what_a_run_read_and_left_out_is_not_new(store: Store, train: Any, newer
     source = write_rows(rows(60, 80))
     assert newer(source) == ids(range(60, 80))
     consumed = between_runs.runs.read(store, "look", between_runs.Consumed)
-    between_runs.note_consumed(
-        store, "first", as_of="2026", sources={}, contents=between_runs.consumed_contents(store, consumed)
-    )
+    contents = between_runs.consumed_contents(store, consumed)
+    between_runs.note_consumed(store, "first", as_of="2026", sources={}, contents=contents)
     assert newer(source) == set()
 
 
@@ -100,9 +97,7 @@ def test_a_look_takes_so_many_and_leaves_the_others_to_later_ones(train: Any, ne
     assert newer(source, evaluate={"records": 10, "max_records": 25}) == few  # the same until a look is logged
 
 
-def test_a_dataset_that_is_gone_leaves_unknown_what_is_new(
-    store: Store, train: Any, newer: Any, write_rows: Write
-) -> None:
+def test_with_a_dataset_gone_nobody_knows_what_is_new(store: Store, train: Any, newer: Any, write_rows: Write) -> None:
     train("first", rows(0, 60))
     store.delete([info.key for info in store.list("datasets/")])
     with pytest.raises(ObjectMissing):

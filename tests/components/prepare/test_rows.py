@@ -132,9 +132,8 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         table.to_csv(plain, index=False, sep="\t" if plain.suffix == ".tsv" else ",")
     if path != plain:
         body = plain.read_bytes()
-        path.write_bytes(
-            gzip.compress(body, mtime=0) if path.suffix == ".gz" else bytes(pa.compress(body, "zstd", asbytes=True))
-        )
+        packed = gzip.compress(body, mtime=0) if path.suffix == ".gz" else pa.compress(body, "zstd", asbytes=True)
+        path.write_bytes(packed)
         plain.unlink()
 
 

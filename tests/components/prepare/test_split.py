@@ -111,9 +111,7 @@ def test_max_records_gives_what_comparing_all_records_gives(max_records: int, mo
 
 def test_more_near_duplicates_than_the_config_allows_stop_the_run_with_what_most_are_near_to() -> None:
     held_out = [named(name_in(0, 0.5, f"h{i}-"), f"{letter * 8} the question") for i, letter in enumerate("abc")]
-    near = [
-        named(name_in(0.5, 1, f"n{i}-"), f"{letter * 8} THE question" + "!" * i) for i, letter in enumerate("aaaab")
-    ]
+    near = [named(name_in(0.5, 1, f"n{i}-"), f"{text * 8} THE question" + "!" * i) for i, text in enumerate("aaaab")]
     other = [named(name_in(0.5, 1, f"o{i}-"), letter * 12) for i, letter in enumerate("vwxyz")]
     rows = [*held_out, *near, *other]
     allowed = split(rows, eval_share=0.5, max_records=0, near_duplicates=0.8, max_reject_share=0.5)
@@ -138,9 +136,8 @@ def test_near_duplicates_within_train_are_counted_and_stay() -> None:
 
 def test_a_group_stands_on_one_side_and_stays_there_when_it_grows() -> None:
     def rows(of_each: range) -> list[KeyedRecord]:
-        given = [
-            {"id": f"{g}-{i}", "code": g, "prompt": f"{g} {i}", "completion": "a"} for g in range(80) for i in of_each
-        ]
+        places = [(group, place) for group in range(80) for place in of_each]
+        given = [{"id": f"{g}-{i}", "code": g, "prompt": f"{g} {i}", "completion": "a"} for g, i in places]
         return [validate(row, group="code") for row in given]
 
     first, second = (split(rows(range(size)), eval_share=0.3, max_records=0) for size in (3, 6))
@@ -280,12 +277,10 @@ def test_distinct_records_are_those_of_the_definition(grouped: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("max_records", "window", "grouped"), [(500, False, True), (0, True, True), (300, True, False)]
-)
-def test_both_sides_and_the_id_are_those_of_the_definition(max_records: int, window: bool, grouped: bool) -> None:
+@pytest.mark.parametrize(("most", "window", "grouped"), [(500, False, True), (0, True, True), (300, True, False)])
+def test_both_sides_and_the_id_are_those_of_the_definition(most: int, window: bool, grouped: bool) -> None:
     given = rows(0, 3000, grouped=grouped)
-    options: dict[str, Any] = {"eval_share": 0.13, "max_records": max_records, "replay_share": 0.3 if window else 0.0}
+    options: dict[str, Any] = {"eval_share": 0.13, "max_records": most, "replay_share": 0.3 if window else 0.0}
     spans, recent = ([(500, 900), (2000, 2100)], {each.content for each in given[500:900] + given[2000:2100]})
     expected = divided(distinct(given)[0], **options, recent=recent if window else None)
     found = split(given, **options, window=spans if window else None, memory_bytes=LITTLE)
@@ -387,9 +382,7 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
     ],
     ids=str,
 )
-def test_that_no_candidate_can_replace_a_version_is_said_before_there_is_one(
-    config, store, published, keys, number, can_replace
-):
+def test_that_none_can_replace_a_version_is_said_before_one_is(config, store, published, keys, number, can_replace):
     """By the binomial distribution 0.99^299 is the first power below 0.05."""
     asked = config_file.loads(config_file.dumps(config), keys)
     tells = power(judges(store, published(range(number)), asked), asked)
@@ -399,9 +392,8 @@ def test_that_no_candidate_can_replace_a_version_is_said_before_there_is_one(
 
 def test_long_answers_weigh_more_so_that_more_records_are_asked_for(config, store):
     """Half of the answers are of one token, and half of 26: by Kish's formula 400 weigh as 214."""
-    lengths = [
-        dataclasses.replace(each, answer="a" * (100 * (place % 2))) for place, each in enumerate(records(range(NUMBER)))
-    ]
+    held_out = enumerate(records(range(NUMBER)))
+    lengths = [dataclasses.replace(each, answer="a" * (100 * (place % 2))) for place, each in held_out]
     uri = datasets.publish(store, train=records(range(1)), evaluation=lengths).uri
     asked = config_file.loads(config_file.dumps(config), ["data.validation_share=0.001"])
     tells = power(judges(store, uri, asked), asked)
@@ -424,9 +416,8 @@ def test_no_record_moves_when_others_come_or_go():
     before, _ = validation_and_test(records(range(300)), validation_share=0.2)
     some = random.Random(1).sample(range(300), 150)
     after, _ = validation_and_test(records([*some, *range(1000, 1400)]), validation_share=0.2)
-    assert {each.id for each in after if int(each.id[1:]) < 300} == {
-        each.id for each in before if int(each.id[1:]) in some
-    }
+    kept = {each.id for each in before if int(each.id[1:]) in some}
+    assert {each.id for each in after if int(each.id[1:]) < 300} == kept
 
 
 def test_records_of_a_group_choose_or_judge_together():

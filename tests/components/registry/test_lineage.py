@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from components.config.schema import AdapterConfig, DataConfig, ModelConfig, RunConfig
+from components.config.schema import RunConfig
 from components.registry import cache
 from components.registry.lineage import (
     Asked,
@@ -39,9 +39,8 @@ def git(directory: Path, *arguments: str) -> str:
 
 
 def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
-    config = RunConfig(
-        adapter=AdapterConfig(name="icd"), model=ModelConfig(base="org/base"), data=DataConfig(source="data.jsonl")
-    )
+    sections = {"adapter": {"name": "icd"}, "model": {"base": "org/base"}, "data": {"source": "data.jsonl"}}
+    config = RunConfig.model_validate(sections)
     lineage = Lineage(
         Asked.of(config),
         run_id="r1",

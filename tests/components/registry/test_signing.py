@@ -68,9 +68,8 @@ def test_openssl_verifies_a_statement_that_names_version_lineage_evaluation_and_
     store: Store, key: Ed25519PrivateKey, tmp_path: Path
 ) -> None:
     version = published(store)
-    decision = Decision(
-        decision="promote", adapter="icd", alias="production", run_id="r1", reasons=("better",), version=version
-    )
+    about = {"adapter": "icd", "alias": "production", "run_id": "r1", "version": version}
+    decision = Decision(decision="promote", reasons=("better",), **about)
     runs.write(store, "r1", decision)
     runs.write(store, "r1", Evaluation(run_id="r1", records=1, models={}))
     uri = signing.sign(store, "icd", version, key, alias="production", decision=decision)
@@ -136,9 +135,8 @@ def test_junk_among_the_signatures_stops_nobody(
     for version in (one, two):
         where = store.key(signing.sign(store, "icd", version, key, alias="production"))
         forged = store.get(where).replace(b'"sig":"', b'"sig":"AA')
-        for number, junk in enumerate(
-            (b"{}", b"\xff", b'{"payload": "e30=", "signatures": []}', b" " * 100_000, forged)
-        ):
+        unsigned = b'{"payload": "e30=", "signatures": []}'
+        for number, junk in enumerate((b"{}", b"\xff", unsigned, b" " * 100_000, forged)):
             store.put(f"adapters/icd/signatures/{version}/a-junk-{number}.dsse.json", junk)
     promote(strict, "icd", one)
     promote(strict, "icd", two)
@@ -153,9 +151,8 @@ def test_who_writes_first_under_a_signatures_name_is_found_out(store: Store, key
     version = published(store)
     uri = signing.sign(store, "icd", version, key, alias="production")
     # The name is that of bytes which only the key makes (RFC 8032): nobody else writes there first.
-    assert (
-        hashlib.sha256(store.get(store.key(uri))).hexdigest().startswith(uri.split("-")[-1].removesuffix(".dsse.json"))
-    )
+    named = uri.split("-")[-1].removesuffix(".dsse.json")
+    assert hashlib.sha256(store.get(store.key(uri))).hexdigest().startswith(named)
     store.put(store.key(uri), b"{}")
     with pytest.raises(IntegrityError, match="is another's, where this signature belongs"):
         signing.sign(store, "icd", version, key, alias="production")

@@ -93,9 +93,8 @@ def test_the_gain_on_each_slice_is_drawn_on_one_axis_the_worst_first() -> None:
         SliceResult(kind="label", name=name, records=60, gain=gain, lower=gain - 0.1, upper=gain + 0.1, worse=gain < 0)
         for name, gain in (("Eye", -0.3), ("Skin", 0.1))
     ]
-    rule = RuleResult(
-        name="slices", field="gate.slices", metric="loss", bound=0.05, slices=tuple(parts), passed=False, text="it"
-    )
+    about = {"field": "gate.slices", "metric": "loss", "bound": 0.05, "text": "it"}
+    rule = RuleResult(name="slices", slices=tuple(parts), passed=False, **about)
     assert slices(run) is None
     shown = slices(with_decision(run, rules=(rule,)))
     eye, skin = shown.gains

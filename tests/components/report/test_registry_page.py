@@ -90,17 +90,15 @@ def test_each_event_names_a_person_or_the_pipeline_and_links_to_the_run_s_report
 def test_the_page_says_how_production_fares_on_what_came_since(store: Store, ids: list[str]) -> None:
     pointer = read_alias(store, "icd", "production")
     look = {"version": pointer.version, "alias": "production", "metric": "loss", "held_out": 0.25, "run_id": "r9"}
-    append_event(
-        store, "icd", "checked", {**look, "fresh": 0.5, "reasons": ["It is worse."]}, at="2026-11-30T00:00:00Z"
-    )
+    body = {**look, "fresh": 0.5, "reasons": ["It is worse."]}
+    append_event(store, "icd", "checked", body, at="2026-11-30T00:00:00Z")
     page = build_pages([read_adapter(store, "icd")[0]], [], generated_at="now", address="s3://b/")["icd.html"]
     fresh, tested = (metric_of("loss").text(value) for value in (0.5, 0.25))
     assert f"loss {fresh}, and {tested} when it was tested. It is worse." in " ".join(page.split())
     assert f"{pointer.version}, which production held, looked at on records that came since" in page
     for forged in ("a lot", float("nan"), {"x": 1}):
-        append_event(
-            store, "icd", "checked", {**look, "fresh": str(forged)}, at=f"2099-01-01T00:00:0{len(str(forged))}Z"
-        )
+        at = f"2099-01-01T00:00:0{len(str(forged))}Z"
+        append_event(store, "icd", "checked", {**look, "fresh": str(forged)}, at=at)
         page = build_pages([read_adapter(store, "icd")[0]], [], generated_at="now", address="s3://b/")["icd.html"]
         assert "On what came since" not in page
 

@@ -252,9 +252,7 @@ def test_every_text_from_outside_is_escaped() -> None:
     texts: list[str] = []
 
     def evil() -> str:
-        texts.append(
-            f"<script>alert('x')</script>\"'><img src=https://example.com/x onerror=alert(1)>&amp;{len(texts)}."
-        )
+        texts.append(f"<script>alert('x')</script>\"'><img src=https://example.com onerror=alert(1)>&amp;{len(texts)}.")
         return texts[-1]
 
     run = promoted_run()
@@ -387,9 +385,8 @@ def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_t
 
 def test_a_run_that_failed_says_where_and_why(server: Server, store: Store) -> None:
     error = {"kind": "DataError", "message": "no record is usable"}
-    step = StepRecord(
-        step="prepare", status="failed", started_at="2026-11-24T02:00:00+00:00", seconds=1, result={"error": error}
-    )
+    ended = {"status": "failed", "started_at": "2026-11-24T02:00:00+00:00", "seconds": 1, "result": {"error": error}}
+    step = StepRecord(step="prepare", **ended)
     report.emit(CONFIG, store, replace(promoted_run(), steps=[step], lineage=None, evaluation=None, decision=None))
     _, _, event = server.received[-1]
     assert event["eventType"] == "FAIL"

@@ -20,7 +20,6 @@ assert os.listdir("/proc/self/task") == before
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux lists a process's threads")
 def test_no_thread_of_arrows_holds_the_bytes_when_the_process_ends(tmp_path: Path) -> None:
-    pq.write_table(
-        pa.table({"loss": [number / 7 for number in range(500)]}), tmp_path / "t.parquet", row_group_size=100
-    )
+    table = pa.table({"loss": [number / 7 for number in range(500)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=100)
     subprocess.run([sys.executable, "-c", THREADS, str(tmp_path / "t.parquet")], check=True, cwd=ROOT)
