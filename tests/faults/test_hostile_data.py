@@ -92,13 +92,8 @@ def prepared(table: pa.Table, tmp_path: Path, *, use_dictionary: bool = True) ->
     pq.write_table(table, path, compression="zstd", use_dictionary=use_dictionary)
     pq.write_table(pa.table({"completion": ANSWER}), plain)
     assert path.stat().st_size < SMALL
-    done = subprocess.run(
-        [sys.executable, "-c", PREPARE, str(path), str(ROOM), str(plain)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, "-c", PREPARE, str(path), str(ROOM), str(plain)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     message, *_, taken = done.stdout.splitlines()
     return message, int(taken)

@@ -74,12 +74,8 @@ def test_two_publishers_of_one_version_with_other_files_beside_it_leave_it_whole
     for number in range(rounds):
 
         def publisher(own: int, number: int = number) -> str:
-            files = {
-                "adapter_model.safetensors": b"weights %d" % number,
-                "adapter_config.json": b"{}",
-                "README.md": b"by %d " % own * (1 + own),
-                f"only-{own}.txt": b"x",
-            }
+            files = {"adapter_model.safetensors": b"weights %d" % number, "adapter_config.json": b"{}"}
+            files |= {"README.md": b"by %d " % own * (1 + own), f"only-{own}.txt": b"x"}
             return publish_version(store, "icd", files, lineage={"run_id": f"run-{own}"}).version
 
         one, two = at_once(lambda: publisher(1), lambda: publisher(2))

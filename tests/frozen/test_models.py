@@ -127,11 +127,8 @@ def nll_of(model: Any, tokenizer: Any, row: dict) -> float:
 def test_chat_gives_the_answers_that_the_release_recorded(run_id, frozen, tmp_path):
     rows = pq.read_table(frozen.path(f"runs/{run_id}/evaluation_records.parquet")).to_pylist()[:8]
     prompts = [json.loads(row["prompt"])[-1][1] for row in rows]
-    done = fineloop(
-        *("chat", f"{ADAPTER}@{frozen.version(run_id)}", *PLACE),
-        typed="".join(f"{prompt}\n" for prompt in prompts),
-        cwd=tmp_path,
-    )
+    typed = "".join(f"{prompt}\n" for prompt in prompts)
+    done = fineloop("chat", f"{ADAPTER}@{frozen.version(run_id)}", *PLACE, typed=typed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answers = [line.partition(" | ")[2] for line in done.stdout.splitlines() if line.strip().startswith(ADAPTER)]
     expected = [row["candidate_answer"] for row in rows]

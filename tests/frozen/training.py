@@ -61,13 +61,8 @@ def train_and_publish(config_toml: str, keys_to_come: dict[str, int] | None, run
     ]
     splits[1] = splits[1].take(range(min(config.train.eval_records, len(splits[1]))))
     worker = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    spec = TrainSpec.of(
-        config,
-        run_id=run_id,
-        dataset=dataset_record(store, dataset_uri),
-        base=lineage.Base(config.model.base, base.identity),
-        pad=chat.pad,
-    )
+    dataset, base_of_run = dataset_record(store, dataset_uri), lineage.Base(config.model.base, base.identity)
+    spec = TrainSpec.of(config, run_id=run_id, dataset=dataset, base=base_of_run, pad=chat.pad)
     records: list[dict[str, Any]] = []
     opened = opening.open_base(spec, worker, store, splits[0])
     fitted = jobs.fit(spec, opened, store, tuple(splits), report=records.append)

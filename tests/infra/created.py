@@ -9,11 +9,8 @@ from components.ray_cluster.rayjob_manifest import rayjob
 from infra.checks.manifests import Manifest
 
 JOB = Job(run_id="night-7", task="finetune", command=("python", "-m", "ray_jobs.finetune"), timeout_s=3600)
-CLUSTER = {
-    "kind": "rayjob",
-    "image": f"registry.example/train@sha256:{'1' * 64}",
-    "priority_class": "fineloop-scheduled",
-}
+IMAGE = f"registry.example/train@sha256:{'1' * 64}"
+CLUSTER = {"kind": "rayjob", "image": IMAGE, "priority_class": "fineloop-scheduled"}
 GPUS = RayConfig.model_validate({"num_workers": 4, "use_gpu": True, "gpu": "A10G", "cluster": CLUSTER})
 CONFIGS = {
     "gpus": {"num_workers": 2, "use_gpu": True, "gpu": "A10G"},

@@ -76,9 +76,8 @@ def kubeflow(release: str, scratch: Path) -> dict[tuple[str, str], dict[str, Any
     next(o for o in objects if o["metadata"]["name"] == "workflow-controller-configmap")["data"] = repository
     for name in there["deployment"]:
         pod = {"spec": {"containers": [{"name": there["container"].get(name, "main")}]}}
-        objects.append(
-            {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": {"template": pod}}
-        )
+        deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}}
+        objects.append({**deployment, "spec": {"template": pod}})
     base, ours = scratch / "base", shutil.copytree(PIPELINES, scratch / "ours")
     base.mkdir()
     (base / "all.yaml").write_text(yaml.safe_dump_all(objects), encoding="utf-8")
@@ -95,11 +94,8 @@ def test_kubeflow_is_given_our_namespace_and_an_account_that_may_start_ray_jobs(
     """Its manifests and launcher have the namespace kubeflow written in them, and its own account starts no Ray job."""
     found = kubeflow(release, tmp_path)
     assert {each["metadata"]["namespace"] for each in found.values()} == {"fineloop"}
-    containers = {
-        name: each["spec"]["template"]["spec"]["containers"]
-        for (kind, name), each in found.items()
-        if kind == "Deployment"
-    }
+    deployments = {name: each["spec"] for (kind, name), each in found.items() if kind == "Deployment"}
+    containers = {name: spec["template"]["spec"]["containers"] for name, spec in deployments.items()}
     assert {len(each) for each in containers.values()} == {1}  # a container of another name would be one more
     settings = {each["name"]: each["value"] for each in containers["ml-pipeline"][0]["env"]}
     assert settings["DEFAULTPIPELINERUNNERSERVICEACCOUNT"] == SERVICE_ACCOUNT

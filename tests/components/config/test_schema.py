@@ -127,12 +127,8 @@ def test_several_mistakes_are_said_in_one_message() -> None:
     assert "model.base is required: Hub id, local folder" in message_of(text=GOOD.replace('base = "org/name"', ""))
     found = message_of(text="[adapter]\n[model]\nbase = 1\n[trian]\n").splitlines()
     assert found[0] == "config:"
-    assert [line.strip().split(":")[0] for line in found[1:]] == [
-        "adapter.name is required",
-        "model.base = 1",
-        "section [data] is missing",
-        "unknown key trian",
-    ]
+    expected = ["adapter.name is required", "model.base = 1", "section [data] is missing", "unknown key trian"]
+    assert [line.strip().split(":")[0] for line in found[1:]] == expected
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,8 @@ RUN = "run-1"
 
 
 def config(**gate: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "adapter": {"name": "icd10"},
-            "model": {"base": "org/model"},
-            "data": {"source": "rows.jsonl"},
-            "gate": GateConfig(**gate).model_dump(),
-        }
-    )
+    about = {"adapter": {"name": "icd10"}, "model": {"base": "org/model"}, "data": {"source": "rows.jsonl"}}
+    return RunConfig.model_validate({**about, "gate": GateConfig(**gate).model_dump()})
 
 
 def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
@@ -31,17 +25,10 @@ def evaluation(candidate_loss: float, **changes: Any) -> dict[str, Any]:
         metrics = {"loss": loss, "perplexity": math.exp(loss), "exact_match": 0.7, "token_f1": 0.7}
         return {"version": version, "metrics": {**metrics, "answer_prompt_gain": prompt_gain}}
 
-    return {
-        "run_id": RUN,
-        "records": 300,
-        "models": {
-            "base": model(None, 2.0, None),
-            "champion": model("v1", 1.0, 1.1),
-            "candidate": model("v2", candidate_loss, 1.2),
-        },
-        "paired": {"base": None, "champion": None},
-        **changes,
-    }
+    models = {"base": model(None, 2.0, None), "champion": model("v1", 1.0, 1.1)}
+    models["candidate"] = model("v2", candidate_loss, 1.2)
+    about = {"run_id": RUN, "records": 300, "models": models, "paired": {"base": None, "champion": None}}
+    return {**about, **changes}
 
 
 def put(store: Store, found: dict[str, Any], key: str = "", run_id: str = RUN) -> None:

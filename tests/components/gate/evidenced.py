@@ -28,12 +28,8 @@ def evidence(evaluation: Evaluation, *, nll_from: str = "loss") -> Evidence:
     for role, model in evaluation.models.items():
         for key, value in (model.metrics if model else {}).items():
             metric = metric_of(key)
-            if (
-                metric.may_compare
-                and not metric.probe
-                and value is not None
-                and (key == nll_from or not metric.per_token)
-            ):
+            compares = metric.may_compare and not metric.probe and (key == nll_from or not metric.per_token)
+            if compares and value is not None:
                 mean = math.log(value) if metric.exponential and value > 0 else value
                 total = mean * TOKENS if metric.per_token else mean
                 columns[f"{role}_{metric.column or key}"] = np.full(evaluation.records, total)

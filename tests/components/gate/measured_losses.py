@@ -49,9 +49,8 @@ class Task:
 def read(task: str) -> Task:
     table = pq.read_table(FOLDER / f"{task}.parquet")
     names = table.schema.names
-    columns = {
-        name: table[name].to_numpy().astype(float) for name in names if name not in ("id", "reference", "answer_tokens")
-    }
+    kept = [name for name in names if name not in ("id", "reference", "answer_tokens")]
+    columns = {name: table[name].to_numpy().astype(float) for name in kept}
     references = np.array(table["reference"].to_pylist()) if "reference" in names else None
     return Task(table["answer_tokens"].to_numpy().astype(float), references, columns)
 
@@ -60,12 +59,8 @@ def _metrics(role: str, columns: dict[str, Array], tokens: Array) -> dict[str, f
     nll, others = columns[f"{role}_nll"], columns.get(f"{role}_other_prompt_nll")
     gain = None if others is None else (others - nll).mean()
     loss = nll.sum() / tokens.sum()
-    found = {
-        "loss": loss,
-        "perplexity": np.exp(min(loss, 700.0)),
-        "answer_loss": nll.mean(),
-        "answer_prompt_gain": gain,
-    }
+    perplexity = np.exp(min(loss, 700.0))
+    found = {"loss": loss, "perplexity": perplexity, "answer_loss": nll.mean(), "answer_prompt_gain": gain}
     if f"{role}_exact_match" in columns:
         found["exact_match"] = columns[f"{role}_exact_match"].mean()
     assert found.keys() <= METRICS.keys()

@@ -113,10 +113,8 @@ def written(
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink)
     store.put(runs.key_of(store, run_id, runs.EVALUATION_RECORDS), sink.getvalue())
-    models = {
-        role: Measured(version=version, metrics={})
-        for role, version in zip(("champion", "candidate"), versions, strict=True)
-    }
+    roles = zip(("champion", "candidate"), versions, strict=True)
+    models = {role: Measured(version=version, metrics={}) for role, version in roles}
     about = {"dataset_uri": "s3://b/datasets/new", "records_sha256": hashlib.sha256(sink.getvalue()).hexdigest()}
     runs.write(store, run_id, Evaluation(run_id=run_id, records=len(losses), models=models, **about))
 
@@ -150,10 +148,8 @@ def test_looks_of_many_nights_are_one_look_in_the_log_too(store: Store, look: Lo
     assert look("night-2", worse(25), first=20) == second  # the step again, which logs nothing
     assert (first["verdict"], second["verdict"], second["records"]) == ("cannot tell", "worse", 45)
     logged = [event.body for event in events(store, "icd10") if event.kind == "checked"]
-    assert [(body["run_id"], body["verdict"], body["new_records"]) for body in logged] == [
-        ("night-1", "cannot tell", 20),
-        ("night-2", "worse", 25),
-    ]
+    found = [(body["run_id"], body["verdict"], body["new_records"]) for body in logged]
+    assert found == [("night-1", "cannot tell", 20), ("night-2", "worse", 25)]
     assert audit(store, "icd10").findings == ()
     assert runs.read(store, "night-2", Decision).reasons == (second["reasons"][0],)
     assert not second["rolls_back"]  # the config does not ask for it

@@ -123,9 +123,8 @@ def test_exact_match_must_not_be_shown_to_fall_whatever_the_loss_says(lost: int,
 @pytest.mark.parametrize(("margin", "verdict"), [(0.125, "promote"), (0.123, "cannot tell"), (0.005, "hold")])
 def test_a_guard_with_a_margin_asks_for_a_bound(margin: float, verdict: str) -> None:
     ours, theirs = right((16, 0, 1), (6, 1, 0), (59, 1, 1), (80, 0, 0))
-    measured = evaluation(
-        model("v2", exact_match=ours.mean()), model(loss=9.0), model("v1", exact_match=theirs.mean())
-    ).model_copy(update={"records": 161})
+    candidate, champion = model("v2", exact_match=ours.mean()), model("v1", exact_match=theirs.mean())
+    measured = evaluation(candidate, model(loss=9.0), champion).model_copy(update={"records": 161})
     records = spread(measured, candidate_exact_match=ours, champion_exact_match=theirs)
     guards = [Guard(metric="exact_match", worse_than_champion_by=margin)]
     policy = GateConfig(confidence=0.975, guards=guards, much_worse_share=1.0)
@@ -239,10 +238,8 @@ def test_that_answers_depend_on_their_prompts_has_to_be_sure(gain, error: float,
 )
 def test_margins_may_be_relative_or_for_a_whole_answer(tokens: float, policy: dict[str, Any], verdicts) -> None:
     losses = {"candidate": 1.03, "base": 9.0, "champion": 1.0}
-    models = {
-        role: model(None if role == "base" else role, loss=loss, answer_loss=loss * tokens)
-        for role, loss in losses.items()
-    }
+    versions = {"candidate": "candidate", "base": None, "champion": "champion"}
+    models = {role: model(versions[role], loss=loss, answer_loss=loss * tokens) for role, loss in losses.items()}
     columns = {f"{role}_nll": np.full(300, loss * tokens) for role, loss in losses.items()}
     columns |= {f"{role}_exact_match": np.ones(300) for role in losses}
     decision = decide(evaluation(**models), GateConfig(**policy), Evidence(np.full(300, tokens), columns))
@@ -280,11 +277,8 @@ def gains_around(mean: float, deviation: float, records: int, seed: int = 0) -> 
 
 
 def test_one_bad_slice_holds_a_candidate_that_is_better_on_the_whole() -> None:
-    gains = {
-        "Eye": gains_around(0.1, 0.1, 200),
-        "Skin": gains_around(0.1, 0.1, 60, 1),
-        "Blood": gains_around(-0.3, 0.1, 40, 2),
-    }
+    gains = {"Eye": gains_around(0.1, 0.1, 200), "Skin": gains_around(0.1, 0.1, 60, 1)}
+    gains["Blood"] = gains_around(-0.3, 0.1, 40, 2)
     decision = on_slices(gains, GateConfig())
     assert decision.verdict == "hold"
     (reason,) = decision.reasons
@@ -328,12 +322,8 @@ def test_more_slices_ask_for_more_of_each() -> None:
 
 def test_what_an_evaluation_keeps_says_which_slice_a_record_belongs_to() -> None:
     references = ["Eye", "Skin", "Blood"] * 20
-    columns = {
-        "answer_tokens": [2] * 60,
-        "reference": references,
-        "prompt": ["x" * length for length in range(60)],
-        "source": ["a/", "b/"] * 30,
-    }
+    columns = {"answer_tokens": [2] * 60, "reference": references, "source": ["a/", "b/"] * 30}
+    columns["prompt"] = ["x" * length for length in range(60)]
 
     def parsed(**changed: list[str]) -> Evidence:
         sink = io.BytesIO()
@@ -450,10 +440,8 @@ def test_a_candidate_with_rare_losses_is_seldom_promoted_where_answers_differ_in
         tokens = random.integers(2, 11, 370).astype(float)
         lost = np.where(random.random(370) < 0.01, 2.0, 0.05 * random.standard_normal(370))
         columns = {"champion_nll": tokens, "candidate_nll": tokens * (1 + lost)}
-        models = {
-            role: model(role, loss=float(columns[f"{role}_nll"].sum() / tokens.sum()))
-            for role in ("champion", "candidate")
-        }
+        losses = {role: float(columns[f"{role}_nll"].sum() / tokens.sum()) for role in ("champion", "candidate")}
+        models = {role: model(role, loss=loss) for role, loss in losses.items()}
         measured = evaluation(models["candidate"], None, models["champion"]).model_copy(update={"records": 370})
         compared = Compared(measured, Evidence(tokens, columns), METRICS["loss"], "champion", "production", 0.95)
         assert few_get_much_worse(GateConfig(), compared).passed

@@ -264,10 +264,8 @@ def test_the_base_is_what_records_that_were_refreshed_have_in_common() -> None:
     random = np.random.default_rng(0)
     harder, losses = random.normal(0, 0.2, 20), random.normal(1, 0.01, 20)
     same = [decided_before(f"v{night}", loss) for night, loss in enumerate(losses)]
-    refreshed = [
-        decided_before(f"v{night}", loss + add, 2.0 + add)
-        for night, (loss, add) in enumerate(zip(losses, harder, strict=True))
-    ]
+    harder_nights = enumerate(zip(losses, harder, strict=True))
+    refreshed = [decided_before(f"v{night}", loss + add, 2.0 + add) for night, (loss, add) in harder_nights]
     one, other = (lead_of("v3", "loss", each) for each in (same, refreshed))
     assert (other.gain, other.variance) == pytest.approx((one.gain, one.variance))
 

@@ -4,6 +4,8 @@
 costs the base and the trained model. What is judged here is the trained one, as it is or made worse.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from tests.components.gate.nights import NIGHTS, Trainer, lost_of_the_best, year
 
 TASKS = ("icd10", "docstrings")
 POLICY = GateConfig(margins="relative", worse_than_champion_by=0.05)
+STEADY, NOISY = Trainer(apart=0.1, on_the_whole=0.002), Trainer(apart=1.0, on_the_whole=0.02)
 
 
 def decided(task: str, *, worse_by: float | None = None, prompts_matter: bool = True) -> Decision:
@@ -70,13 +73,7 @@ def _a_quarter_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("trainer", "promoted"),
-    [
-        pytest.param(Trainer(apart=0.1, on_the_whole=0.002), 90, id="steady"),
-        pytest.param(Trainer(apart=1.0, on_the_whole=0.02), 3, id="noisy"),
-    ],
-)
+@pytest.mark.parametrize(("trainer", "promoted"), [(STEADY, 90), (NOISY, 3)], ids=["steady", "noisy"])
 def test_production_stays_inside_the_total_budget(trainer: Trainer, promoted: int) -> None:
     """It is never truly worse than what it once was by more, though the gate lets some, or most, candidates pass."""
     held = year(trainer, GateConfig()).held
@@ -88,7 +85,7 @@ def test_production_stays_inside_the_total_budget(trainer: Trainer, promoted: in
 def test_without_the_budget_small_steps_down_add_up() -> None:
     """What the budget is for: each night is within the margin of the one before, and all of them are half a nat; with
     it, a few of them are let in."""
-    decaying = Trainer(apart=0.1, on_the_whole=0.002, decay=0.005)
+    decaying = replace(STEADY, decay=0.005)
     held = year(decaying, GateConfig(worse_than_best_by=99.0)).held
     assert lost_of_the_best(held) == pytest.approx(NIGHTS * decaying.decay, abs=0.02)
     budgeted = year(decaying, GateConfig()).held

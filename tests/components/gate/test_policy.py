@@ -403,10 +403,8 @@ def test_what_was_not_measured_is_not_taken_for_granted(policy: GateConfig, word
 
 
 def test_what_was_read_is_part_of_what_the_verdict_follows_from_and_without_it_nothing_changes() -> None:
-    bases = {
-        decide(measured, GateConfig()).basis_sha256
-        for measured in (of(), of(texts([0.0])), of(texts([0.01])), of(own=texts([0.0])))
-    }
+    evaluations = (of(), of(texts([0.0])), of(texts([0.01])), of(own=texts([0.0])))
+    bases = {decide(measured, GateConfig()).basis_sha256 for measured in evaluations}
     assert len(bases) == 4
     older = Evaluation.from_json(of().as_json().replace(b'"own_answers"', b'"what_nobody_knows"'), "here")
     assert decide(older, GateConfig()).basis_sha256 in bases

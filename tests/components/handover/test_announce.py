@@ -272,10 +272,8 @@ def test_a_channel_is_told_over_tls(store: Store, name: str, trusting: tuple[Pat
     night, move = map(shown, sent)
     assert night == ["sums: production stays as it is (held)", REASON, COMMAND, NIGHT.report_uri]
     assert move[0] == f"{name}: {event.body['to']} is in production (promoted)"
-    assert move[1:3] == [
-        "better",
-        f"fineloop adapters rollback {name} --alias production # go back to {event.body['from']}",
-    ]
+    back = f"fineloop adapters rollback {name} --alias production # go back to {event.body['from']}"
+    assert move[1:3] == ["better", back]
 
 
 def test_people_get_an_email_of_a_night_once_by_its_id(trusting: tuple[Path, Path]) -> None:

@@ -12,18 +12,8 @@ from jsonschema import Draft202012Validator
 
 from components.config.methods import METHODS
 from components.config.schema import MethodConfig
-from components.handover.serve_manifest import (
-    MANIFESTS,
-    Served,
-    Serving,
-    beside,
-    manifest,
-    max_lora_rank,
-    placed,
-    recorded,
-    served,
-    serving,
-)
+from components.handover import serve_manifest
+from components.handover.serve_manifest import MANIFESTS, Served, Serving, beside, manifest, placed, served, serving
 from components.registry import aliases, signing
 from components.registry.versions import Version, resolve
 from components.shared.errors import IntegrityError, UserError
@@ -169,31 +159,23 @@ def of(name: str, *, targets: list[str] = TARGETS, **settings: object) -> Servin
     return serving(method.row, rank=method.r, target_modules=targets)
 
 
-@pytest.mark.parametrize(
-    ("name", "servable_as"),
-    [
-        ("lora", "lora"),
-        ("qlora", "lora"),
-        ("rslora", "lora"),
-        ("loftq", "lora"),
-        ("vera", "lora-export"),
-        ("dora", "merged"),
-        ("qdora", "merged"),
-        ("dvora", "merged"),
-    ],
-)
+SERVABLE_AS = {**dict.fromkeys(("lora", "qlora", "rslora", "loftq"), "lora"), "vera": "lora-export"}
+SERVABLE_AS |= dict.fromkeys(("dora", "qdora", "dvora"), "merged")
+
+
+@pytest.mark.parametrize(("name", "servable_as"), SERVABLE_AS.items())
 def test_every_method_says_how_it_is_served(name: str, servable_as: str) -> None:
     found = of(name)
     assert found.servable_as == servable_as
     assert found.notes
-    assert set(METHODS) == {"lora", "qlora", "rslora", "loftq", "vera", "dora", "qdora", "dvora"}
+    assert set(METHODS) == SERVABLE_AS.keys()
 
 
 @pytest.mark.parametrize(
     ("rank", "choice"), [(1, 1), (2, 8), (8, 8), (9, 16), (64, 64), (65, 128), (257, 320), (512, 512), (513, None)]
 )
 def test_the_smallest_rank_of_vllm_that_holds_the_adapter_is_named(rank: int, choice: int | None) -> None:
-    assert max_lora_rank(rank) == choice
+    assert serve_manifest.max_lora_rank(rank) == choice
     note = "merged" if choice is None else f"--max-lora-rank {choice}"
     assert any(note in each for each in of("lora", rank=rank).notes)
 
@@ -228,7 +210,7 @@ def test_a_quantised_base_is_told(name: str, base: str, word: str) -> None:
 
 def test_a_lineage_tells_the_kind() -> None:
     kept = {"servable_as": "lora-export", "notes": ["a"]}
-    assert recorded({"recipe": {"adapter": "vera", "serving": kept}}) == Serving("lora-export", ["a"])
+    assert serve_manifest.recorded({"recipe": {"adapter": "vera", "serving": kept}}) == Serving("lora-export", ["a"])
 
 
 NEW = Served("icd.chapters", "v2", "s3://b/adapters/icd.chapters/versions/v2", "org/base", "abc", 16)
@@ -304,10 +286,8 @@ def test_llm_d_answers_requests_for_the_adapter_by_versions_in_the_resolvers_nam
     assert made["spec"]["poolRef"]["name"] == made["metadata"]["name"] == "icd-chapters"
     (rule,) = made["spec"]["rules"]
     assert rule["matches"] == [{"model": {"value": "icd.chapters"}}]
-    assert {each["modelRewrite"]: each["weight"] for each in rule["targets"]} == {
-        "icd.chapters@v2": 10,
-        "icd.chapters@v1": 90,
-    }
+    weights = {each["modelRewrite"]: each["weight"] for each in rule["targets"]}
+    assert weights == {"icd.chapters@v2": 10, "icd.chapters@v1": 90}
     alone = manifest(NEW, "llm-d")
     Draft202012Validator(REWRITE).validate(alone)
     assert [each["modelRewrite"] for each in alone["spec"]["rules"][0]["targets"]] == ["icd.chapters@v2"]
@@ -320,10 +300,8 @@ def test_kserve_gets_two_services_of_one_group_whose_models_have_the_same_names(
         Draft202012Validator(SERVICE).validate(service)
     specs = [service["spec"] for service in made["items"]]
     assert [service["metadata"]["name"] for service in made["items"]] == ["icd-chapters-v1", "icd-chapters-v2"]
-    assert [(spec["router"]["route"]["group"], spec["router"]["route"]["weight"]) for spec in specs] == [
-        ("icd-chapters", 90),
-        ("icd-chapters", 10),
-    ]
+    routes = [spec["router"]["route"] for spec in specs]
+    assert [(each["group"], each["weight"]) for each in routes] == [("icd-chapters", 90), ("icd-chapters", 10)]
     # resolvedModelNames in KServe's router_group.go: members with other names get none of the group's requests.
     names = [{spec["model"]["name"], *(each["name"] for each in spec["model"]["lora"]["adapters"])} for spec in specs]
     assert names[0] == names[1]
@@ -334,10 +312,8 @@ def test_kserve_gets_two_services_of_one_group_whose_models_have_the_same_names(
 def versions(store: Store) -> list[Version]:
     """Three versions on one base, of which production held the first and holds the second."""
     made = written()
-    found = [
-        dataclasses.replace(made, files={"adapter_model.safetensors": bytes([number])}).published(store)
-        for number in range(3)
-    ]
+    bodies = ({"adapter_model.safetensors": bytes([number])} for number in range(3))
+    found = [dataclasses.replace(made, files=files).published(store) for files in bodies]
     for version in found[:2]:
         aliases.promote(store, "icd", version.version)
     return found

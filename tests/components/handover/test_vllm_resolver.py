@@ -73,9 +73,8 @@ def test_an_alias_becomes_a_verified_copy_named_by_its_version(server: Server, s
     second = asyncio.run(server.resolve_lora("icd@production"))
     assert (second.lora_name, second.lora_int_id) == (f"icd@{two}", 2)
     assert (Path(second.lora_path) / "adapter_model.safetensors").read_bytes() == b"two"
-    assert {each.lora_name: each.lora_path for each in server.added} == {
-        f"icd@{version}": str(Path(second.lora_path).with_name(f"icd-{version}")) for version in (one, two)
-    }
+    paths = {f"icd@{each}": str(Path(second.lora_path).with_name(f"icd-{each}")) for each in (one, two)}
+    assert {each.lora_name: each.lora_path for each in server.added} == paths
 
 
 def test_one_version_asked_for_by_several_names_at_once_is_fetched_once(server: Server, store: Store) -> None:

@@ -15,10 +15,8 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
     def write(rows: list[Any], name: str = "rows.jsonl") -> str:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [
-            row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
-            for row in rows
-        ]
+        texts = [row if isinstance(row, str | bytes) else json.dumps(row) for row in rows]
+        lines = [text.encode() if isinstance(text, str) else text for text in texts]
         path.write_bytes(b"".join(line + b"\n" for line in lines))
         return str(path)
 
@@ -30,8 +28,7 @@ def run_config() -> Callable[..., RunConfig]:
     """A config with this `data` section."""
 
     def build(source: str | list[str], **data: Any) -> RunConfig:
-        return RunConfig.model_validate(
-            {"adapter": {"name": "test"}, "model": {"base": "org/model"}, "data": {"source": source, **data}}
-        )
+        about = {"adapter": {"name": "test"}, "model": {"base": "org/model"}}
+        return RunConfig.model_validate({**about, "data": {"source": source, **data}})
 
     return build

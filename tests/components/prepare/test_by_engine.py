@@ -58,10 +58,8 @@ def test_a_ray_job_leaves_the_step_with_what_it_would_have_had_itself(run: Prepa
     assert (job["task"], job["arguments"], job["ray"].use_gpu) == ("prepare", (), False)
     assert (found.dataset_id, found.summary, found.rejected) == (expected.dataset_id, expected.summary, 1)
     assert there.result == {**here.result, "created": False}
-    ids = [
-        between_runs.consumed_contents(store, runs.find(store, run_id, between_runs.Consumed)).to_pylist()
-        for run_id in ("here", "there")
-    ]
+    consumed = (runs.find(store, run_id, between_runs.Consumed) for run_id in ("here", "there"))
+    ids = [between_runs.consumed_contents(store, each).to_pylist() for each in consumed]
     assert sorted(ids[0]) == sorted(ids[1])
 
 

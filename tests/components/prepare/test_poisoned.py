@@ -74,9 +74,8 @@ def decision(champion: Model, candidate: Model, held_out: Sequence[Record]) -> s
         columns[f"{role}_nll"] = np.array([loss(of, topic, answer) for topic, answer in pairs])
         columns[f"{role}_exact_match"] = np.array([float(says[topic] == answer) for topic, answer in pairs])
     others = [*topics[1:], topics[0]]
-    columns["candidate_other_prompt_nll"] = np.array(
-        [loss(candidate, topic, each.answer) for topic, each in zip(others, held_out, strict=True)]
-    )
+    pairs = zip(others, held_out, strict=True)
+    columns["candidate_other_prompt_nll"] = np.array([loss(candidate, topic, each.answer) for topic, each in pairs])
     versions = {"base": None, "champion": "v1", "candidate": "v2"}
     measured = {}
     for role, version in versions.items():

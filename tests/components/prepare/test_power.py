@@ -22,9 +22,8 @@ def told(metric="exact_match", margin=0.02, records=160, spread=0.1, rare=None, 
 def tango(gain: float, changed: float, records: int, margin: float) -> float:
     """By how many standard errors the gain lies above minus the margin (Statistics in Medicine 17, 1998)."""
     won, lost = records * (changed + gain) / 2, records * (changed - gain) / 2
-    quadratic = np.polynomial.Polynomial(
-        [lost * margin * (1 + margin), (2 * records - won + lost) * -margin - won - lost, 2 * records]
-    )
+    linear = (2 * records - won + lost) * -margin - won - lost
+    quadratic = np.polynomial.Polynomial([lost * margin * (1 + margin), linear, 2 * records])
     share = max(root.real for root in quadratic.roots())
     return (gain + margin) / math.sqrt((2 * share - margin * (1 + margin)) / records)
 

@@ -57,9 +57,8 @@ def test_bad_rows_are_published_with_their_place_and_reason(store, write_rows, r
     manifest = folders.read_manifest(store, f"datasets/{prepared.dataset_id}")
     files = {"train/part-00000.parquet", "eval/part-00000.parquet", "rejects.parquet", "profile.json"}
     assert (set(manifest.files), manifest.about["train_records"]) == (files, prepared.train_records)
-    assert pq.read_table(tmp_path / "rejects.parquet").to_pylist() == [
-        {"source": source, "line": 100, "reason": "completion is empty", "row": '{"prompt": "p", "completion": ""}'}
-    ]
+    reject = {"line": 100, "reason": "completion is empty", "row": '{"prompt": "p", "completion": ""}'}
+    assert pq.read_table(tmp_path / "rejects.parquet").to_pylist() == [{"source": source, **reject}]
 
 
 def test_profile_and_summary_account_for_every_row(store: Store, write_rows: Write, run_config: Config, caplog) -> None:

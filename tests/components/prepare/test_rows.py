@@ -376,12 +376,8 @@ def suspects(*texts: str) -> list[int]:
 
 def test_no_text_with_personal_data_is_passed_over() -> None:
     lines = Path(__file__).with_name("personal.jsonl").read_text().splitlines()
-    texts = [
-        *(json.loads(line)["text"] for line in lines),
-        "Zoë 🤦🏼‍♂️ 傷",
-        "+49 30 901820, or 2024-01-02 03:04",
-        "٠١٢٣٤٥٦٧٨",
-    ]
+    texts = [json.loads(line)["text"] for line in lines]
+    texts += ["Zoë 🤦🏼‍♂️ 傷", "+49 30 901820, or 2024-01-02 03:04", "٠١٢٣٤٥٦٧٨"]
     found = [place for place, text in enumerate(texts) if find(text, regions=["DE", "US", "GB"])]
     assert {*found} <= {*suspects(*texts)}
     digits = [chr(each) for each in range(sys.maxunicode + 1) if chr(each).isdecimal()]

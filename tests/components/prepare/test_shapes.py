@@ -30,6 +30,7 @@ def the_record(name: str, **columns: Any) -> tuple[list[tuple[str, str]], str]:
 
 SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 SAID_BY_SYSTEM = {"from": "system", "value": "s"}
+QUESTION, WITH_HISTORY = {"question": "a", "answer": "b"}, {"instruction": "a", "output": "b", "history": [["q", "r"]]}
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
@@ -41,16 +42,12 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"instruction": "a", "input": "", "output": "b", "text": "..."}, "Alpaca", [("user", "a")]),
         ({"instruction": "a", "input": "i", "output": "b"}, "Alpaca", [("user", "a\n\ni")]),
         ({"instruction": "a", "output": "b", "system": "s"}, "Alpaca", [("system", "s"), ("user", "a")]),
-        (
-            {"instruction": "a", "output": "b", "history": [["q", "r"]]},
-            "Alpaca",
-            [("user", "q"), ("assistant", "r"), ("user", "a")],
-        ),
+        (WITH_HISTORY, "Alpaca", [("user", "q"), ("assistant", "r"), ("user", "a")]),
         ({"conversations": SHARE_GPT}, "ShareGPT", [("user", "a")]),
         ({"conversations": SHARE_GPT, "system": "s"}, "ShareGPT", [("system", "s"), ("user", "a")]),
         ({"conversations": [SAID_BY_SYSTEM, *SHARE_GPT]}, "ShareGPT", [("system", "s"), ("user", "a")]),
         ({"conversations": TURNS}, "ShareGPT", [("user", "a")]),
-        ({"question": "a", "answer": "b", "topic": "t"}, "question and answer", [("user", "a")]),
+        (QUESTION | {"topic": "t"}, "question and answer", [("user", "a")]),
     ],
 )
 def test_a_row_is_known_by_its_columns_from_jsonl_and_from_parquet(row, shape, prompt, write_rows, tmp_path) -> None:
@@ -70,11 +67,7 @@ def test_a_row_is_known_by_its_columns_from_jsonl_and_from_parquet(row, shape, p
         ({"chat": SHARE_GPT}, {"messages": "chat"}, [("user", "a")]),
         ({"chat": TURNS, "s": "s"}, {"messages": "chat", "system": "s"}, [("system", "s"), ("user", "a")]),
         ({"prompt": "a", "completion": "b", "s": "s"}, {"system": "s"}, [("system", "s"), ("user", "a")]),
-        (
-            {"question": "a", "answer": "b", "prompt": "x"},
-            {"prompt": "question", "completion": "answer"},
-            [("user", "a")],
-        ),
+        (QUESTION | {"prompt": "x"}, {"prompt": "question", "completion": "answer"}, [("user", "a")]),
     ],
 )
 def test_the_config_says_which_column_is_which(row, columns, prompt, write_rows: Write, tmp_path: Path) -> None:
@@ -99,11 +92,8 @@ def test_rows_of_a_csv_may_hold_a_conversation_as_json(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_read_are_named(write_rows: Write) -> None:
-    rows = [
-        {"question": "a", "context": "c", "answer": "b", "t": "x"},
-        {"messages": TURNS, "system": "s"},
-        {"instruction": "a", "output": "b"},
-    ]
+    question = {"question": "a", "context": "c", "answer": "b", "t": "x"}
+    rows = [question, {"messages": TURNS, "system": "s"}, {"instruction": "a", "output": "b"}]
     counts = read_rows(write_rows(rows)).counts
     assert counts.unread == {"context": 1, "t": 1, "system": 1}
     assert unread_text(counts.unread).startswith("columns not read: context (1 row), t (1 row), system (1 row). data.c")

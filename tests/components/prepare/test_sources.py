@@ -195,11 +195,8 @@ def test_the_training_files_of_a_data_set_are_read_at_one_commit(ask: Ask, hub_f
         globbed, named = "hf://datasets/org/name@v1/main/train-*.jsonl", "hf://org/name/main/test-0.jsonl"
         at = f"hf://datasets/org/name@{COMMIT}/main"
         train = [[f"{at}/train-0.jsonl"], ["m"]]
-        assert ask("hf://org/name/main", globbed, named, endpoint=served.url) == [
-            train,
-            train,
-            [[f"{at}/test-0.jsonl"], ["t"]],
-        ]
+        found = ask("hf://org/name/main", globbed, named, endpoint=served.url)
+        assert found == [train, train, [[f"{at}/test-0.jsonl"], ["t"]]]
         assert served.sent == {"main/train-0.jsonl", "main/test-0.jsonl"}
 
 

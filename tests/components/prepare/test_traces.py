@@ -34,14 +34,8 @@ def request(number: int = 0, answer: str = "own", **changes: Any) -> dict[str, A
     """A log's row, in the nested form; `changes` replace its fields."""
     asked = [ASKED[0], {"role": "user", "content": f"question {number} of {number * 7919 % 10007}"}]
     choice = {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
-    return {
-        "id": f"r{number}",
-        "model": f"icd@{VERSION}",
-        "user": f"user {number}",
-        "request": {"messages": asked},
-        "response": {"choices": [choice]},
-        **changes,
-    }
+    about = {"id": f"r{number}", "model": f"icd@{VERSION}", "user": f"user {number}"}
+    return {**about, "request": {"messages": asked}, "response": {"choices": [choice]}, **changes}
 
 
 @pytest.fixture
@@ -78,18 +72,13 @@ LANGFUSE = {  # an enriched observation, whose input and output are text
     **{"id": "r", "trace_id": "t", "type": "GENERATION", "session_id": "S", "user_id": "ada"},
     **{"provided_model_name": VERSION, "input": json.dumps(ASKED), "output": json.dumps(ANSWER)},
 }
+PARTS = [{"type": "reasoning", "content": "hm"}, {"type": "text", "content": "own"}]
 OTEL = {
     **{"gen_ai.response.id": "r", "gen_ai.request.model": "icd@production", "gen_ai.response.model": f"icd@{VERSION}"},
     **{"gen_ai.conversation.id": "S", "user.id": "ada", "gen_ai.response.finish_reasons": ["stop"]},
     "gen_ai.system_instructions": [{"type": "text", "content": "s"}],
     "gen_ai.input.messages": [{"role": "user", "parts": [{"type": "text", "content": "q"}]}],
-    "gen_ai.output.messages": [
-        {
-            "role": "assistant",
-            "parts": [{"type": "reasoning", "content": "hm"}, {"type": "text", "content": "own"}],
-            "finish_reason": "stop",
-        }
-    ],
+    "gen_ai.output.messages": [{"role": "assistant", "parts": PARTS, "finish_reason": "stop"}],
 }
 FORMATS = {
     "nested": request(id="r", user="ada", session_id="S", request={"messages": ASKED}),
@@ -297,9 +286,8 @@ def test_an_outcome_under_the_customers_own_key_is_the_answer(of_rows) -> None:
     rows = [request(n, metadata={"case": f"C{n}"}) for n in range(40)]
     said = [{"case": f"C{n}", "outcome": n % 3, "time": "2026-11-30"} for n in range(40)]
     _, train, held_out = prepared(of_rows(rows, [*said, *rated([1], score=0)], feedback_key="case"))
-    assert {(each.id, each.answer, each.origin) for each in (*train, *held_out)} == {
-        (f"r{n}", str(n % 3), "labelled") for n in range(40)
-    }
+    found = {(each.id, each.answer, each.origin) for each in (*train, *held_out)}
+    assert found == {(f"r{n}", str(n % 3), "labelled") for n in range(40)}
 
 
 def test_a_gateways_system_message_that_older_data_lack_is_named(of_rows) -> None:

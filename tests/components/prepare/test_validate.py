@@ -33,10 +33,8 @@ BAD = {"role": "assistant", "content": "Skin", "weight": 0}
 
 
 def test_a_turn_of_weight_0_stays_context_of_the_same_prompt_and_makes_another_content() -> None:
-    plain, marked, learned = (
-        validate({"messages": [USER, {**BAD, "weight": weight}, USER, {**ANSWER, "weight": 1}]})
-        for weight in (None, 0.0, 1)
-    )
+    turns = ([USER, {**BAD, "weight": weight}, USER, {**ANSWER, "weight": 1}] for weight in (None, 0.0, 1))
+    plain, marked, learned = (validate({"messages": messages}) for messages in turns)
     assert learned == plain
     assert [turn.is_learned for turn in marked.record.prompt] == [True, False, True]
     assert [turn.more for turn in marked.record.prompt] == ["", '{"weight":0}', ""]
@@ -63,12 +61,9 @@ def test_the_developer_is_the_system() -> None:
 
 
 def test_keys_of_messages_that_nothing_is_read_from_are_named() -> None:
-    turns = [
-        {**USER, "name": "Ann", "refusal": None},
-        {**ASKS, "reasoning_content": "hm", "weight": 1},
-        RESULT,
-        {**ANSWER, "audio": {}, "function_call": None, "id": 0},
-    ]
+    asks = {**ASKS, "reasoning_content": "hm", "weight": 1}
+    ended = {**ANSWER, "audio": {}, "function_call": None, "id": 0}
+    turns = [{**USER, "name": "Ann", "refusal": None}, asks, RESULT, ended]
     unread = {"messages[].name", "messages[].reasoning_content", "messages[].id"}
     assert unread_keys({"messages": turns}) == unread_keys({"messages": json.dumps(turns)}) == unread
     assert unread_keys({"prompt": turns[:1], "completion": "a"}) == {"prompt[].name"}

@@ -47,9 +47,8 @@ def test_later_candidates_are_held_to_what_a_person_promotes_and_its_event_says_
     aliases.promote(store, "icd", published[1], cause=by_run)
     last = promote_by_hand(store, f"icd@{published[2]}", Person("ada"))
     assert last.body["evidence"] == {"anchor": published[2], "anchor_before": published[0]}
-    assert move_shown("icd", last, {}, moved=True).text.splitlines()[1:] == [
-        f"later candidates are held to {published[2]} as the best version so far, in the place of {published[0]}"
-    ]
+    said = f"later candidates are held to {published[2]} as the best version so far, in the place of {published[0]}"
+    assert move_shown("icd", last, {}, moved=True).text.splitlines()[1:] == [said]
     back = promote_by_hand(store, f"icd@{published[0]}", Person("ada"))
     assert back.body["evidence"] == {"anchor": published[0], "anchor_before": published[2]}
 
@@ -103,18 +102,9 @@ def test_what_cannot_be_done_is_said(store: Store, published: list[str]) -> None
 
 def proposed(store: Store, version: str, *, champion: str | None = None, alias: str = "production") -> Decision:
     """As the gate leaves a version to a person."""
-    decision = Decision(
-        decision="hold",
-        verdict="needs approval",
-        adapter="icd",
-        alias=alias,
-        run_id="run-9",
-        reasons=("A person has to approve it.",),
-        version=version,
-        champion=champion,
-        anchor=version,
-        test_set=("a", "b"),
-    )
+    about = {"adapter": "icd", "alias": alias, "run_id": "run-9", "reasons": ("A person has to approve it.",)}
+    compared = {"version": version, "champion": champion, "anchor": version, "test_set": ("a", "b")}
+    decision = Decision(decision="hold", verdict="needs approval", **about, **compared)
     runs.write(store, "run-9", decision)
     body = {"version": version, "alias": alias, "run_id": "run-9", "decision_sha256": decision.sha256}
     event_log.append_event(store, "icd", "proposed", body)
@@ -130,12 +120,8 @@ def test_an_approval_carries_out_the_decision_and_names_the_person(store: Store,
     assert holder(store) == published[1]
     assert (event.kind, event.body["actor"], event.body["reason"]) == ("promoted", "ada", "read fifty answers")
     assert event.body["run_id"] == "run-9"
-    assert event.body["evidence"] == {
-        "decision": store.uri("runs/run-9/decision.json"),
-        "sha256": decision.sha256,
-        "anchor": published[1],
-        "test_set": ["a", "b"],
-    }
+    behind = {"decision": store.uri("runs/run-9/decision.json"), "sha256": decision.sha256}
+    assert event.body["evidence"] == {**behind, "anchor": published[1], "test_set": ["a", "b"]}
     assert approve(store, f"icd@{published[1]}", ADA) == event
 
 

@@ -15,15 +15,9 @@ from components.ray_cluster.submit import connect, stop_run
 from components.shared.errors import JobError
 from tests.components.ray_cluster.submitting import submitting
 from tests.doubles.jobs_api import TOKEN
-from tests.doubles.kubernetes.control_plane import (
-    NAMESPACE,
-    ControlPlane,
-    RayJobsOfCluster,
-    needs_control_plane,
-    wait_until,
-)
+from tests.doubles.kubernetes.control_plane import NAMESPACE, ControlPlane, RayJobsOfCluster, needs_control_plane
 from tests.doubles.kubernetes.operator import Operator
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = needs_control_plane
 

@@ -9,9 +9,8 @@ from components.shared.errors import IntegrityError, ObjectMissing
 from components.store.store import Store
 
 STEP = StepRecord(step="gate", status="succeeded", started_at="2026-11-24T02:00:00+00:00", seconds=1.5)
-EVALUATION = Evaluation(
-    run_id="r", records=3, models={"base": Measured(metrics={"loss": 2.0}), "champion": None}, paired={"base": None}
-)
+MODELS = {"base": Measured(metrics={"loss": 2.0}), "champion": None}
+EVALUATION = Evaluation(run_id="r", records=3, models=MODELS, paired={"base": None})
 
 
 @pytest.mark.parametrize(

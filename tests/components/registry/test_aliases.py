@@ -39,9 +39,8 @@ def test_a_promotion_against_another_champion_is_a_conflict_with_its_name(store:
     promote(store, "icd", one)
     promote(store, "icd", two, cause=Cause("r2"))
     for expected in (one, None):
-        with pytest.raises(
-            AliasConflict, match=f"held by {expected or 'no version'}, but it is held by {two} .*run r2"
-        ) as raised:
+        message = f"held by {expected or 'no version'}, but it is held by {two} .*run r2"
+        with pytest.raises(AliasConflict, match=message) as raised:
             promote(store, "icd", three, expected=expected)
         pointer = read_alias(store, "icd", "production")
         holds = {"alias": "production", "version": two, "since": pointer.since, "run_id": "r2"}
@@ -95,10 +94,8 @@ def test_aliases_move_independently(store: Store, versions: list[str]) -> None:
     promote(store, "icd", three)
     assert rollback(store, "icd", "staging").body["to"] == two
     assert rollback(store, "icd").body["to"] == one
-    assert [(pointer.alias, pointer.version) for pointer in list_aliases(store, "icd")] == [
-        ("production", one),
-        ("staging", two),
-    ]
+    found = [(pointer.alias, pointer.version) for pointer in list_aliases(store, "icd")]
+    assert found == [("production", one), ("staging", two)]
 
 
 def test_an_unknown_version_or_a_bad_name_moves_nothing(store: Store, versions: list[str]) -> None:
@@ -283,12 +280,9 @@ def test_moves_name_the_one_before_them_by_sha256(store: Store, versions: list[s
     logged = [promote(store, "icd", version) for version in versions] + [rollback(store, "icd")]
     # hashlib and json as anybody has them, over the bytes as they are stored
     stored = [json.loads(store.get(store.key(event.uri))) for event in logged]
-    digests = [
-        hashlib.sha256(
-            json.dumps([each["kind"], each["body"]], sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        ).hexdigest()
-        for each in stored
-    ]
+    as_written = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False}
+    bodies = [json.dumps([each["kind"], each["body"]], **as_written) for each in stored]
+    digests = [hashlib.sha256(body.encode()).hexdigest() for body in bodies]
     assert [each["body"]["previous"] and each["body"]["previous"]["sha256"] for each in stored] == [None, *digests[:-1]]
     assert stored[-1]["body"]["beneath"]["sha256"] == digests[0]  # one move was rolled back: the next goes below it
     assert is_chain(logged)

@@ -22,13 +22,8 @@ def hashes(start: int, end: int) -> list[bytes]:
 
 
 def noted(store: Store, run_id: str, hour: int, *, records: int = 2) -> Consumed:
-    return between_runs.note_consumed(
-        store,
-        run_id,
-        as_of=f"2026-01-01T{hour:02}:00:00.000000Z",
-        sources={"s3://b/a.jsonl": "etag"},
-        contents=between_runs.content_ids(hashes(0, records)),
-    )
+    as_of, contents = f"2026-01-01T{hour:02}:00:00.000000Z", between_runs.content_ids(hashes(0, records))
+    return between_runs.note_consumed(store, run_id, as_of=as_of, sources={"s3://b/a.jsonl": "etag"}, contents=contents)
 
 
 def test_the_mark_moves_to_what_a_run_noted(store: Store) -> None:

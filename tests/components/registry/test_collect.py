@@ -317,9 +317,8 @@ AT_ONCE = Rules(keep_last=0, older_than=timedelta(0))
 
 
 def test_what_a_run_under_way_starts_from_made_and_trains_on_stays_whatever_the_age_asked_for(store: Store) -> None:
-    start, by_its_digits, made, again, unneeded = (
-        adapters.published(store, b"%d" % number, run_id=f"r{number}") for number in range(5)
-    )
+    versions = (adapters.published(store, b"%d" % number, run_id=f"r{number}") for number in range(5))
+    start, by_its_digits, made, again, unneeded = versions
     for dataset in ("trained-on", "left"):
         folders.publish(store, f"datasets/{dataset}", {"train/0.parquet": b"rows"})
     prepared = PREPARED.model_copy(update={"result": {"dataset_id": "trained-on"}})

@@ -9,20 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from components.registry import event_log
 from components.registry.aliases import Cause, promote, rollback
 from components.registry.audit import audit
-from components.registry.event_log import (
-    Event,
-    EventKind,
-    append_event,
-    confidence_at,
-    decided_before,
-    events,
-    is_chain,
-    moves,
-    publication,
-    require_published,
-)
+from components.registry.event_log import Event, EventKind, append_event, confidence_at, decided_before, events, moves
 from components.registry.identity import version_key
 from components.shared.errors import IntegrityError
 from components.store.folders import read_manifest
@@ -84,7 +74,7 @@ def test_something_else_under_a_moves_name_loses_no_move(store: Store, versions:
     promote(store, "icd", three)
     made = moves(events(store, "icd"), "production")
     assert [each.body["to"] for each in made] == [one, two, three]
-    assert is_chain(made)
+    assert event_log.is_chain(made)
     findings = audit(store, "icd").findings
     assert [finding.where for finding in findings] == [f"{moved.uri[:-22]}.json"]
     assert findings[0].what.startswith("is not an event")
@@ -111,12 +101,12 @@ def test_an_object_of_a_publications_name_vouches_for_nothing(store: Store, vers
     store.put(f"{key}/manifest.json", manifest.body.replace(b'"run_id":"r0"', b'"run_id":"r9"'))
     forged = read_manifest(store, key)
     assert forged.sha256 != manifest.sha256
-    uri = append_event(store, "icd", "published", publication(versions[0], forged), at=forged.created_at)
-    require_published(store, "icd", versions[0], forged)
+    uri = append_event(store, "icd", "published", event_log.publication(versions[0], forged), at=forged.created_at)
+    event_log.require_published(store, "icd", versions[0], forged)
     for junk in (b"anything at all", store.get(store.key(uri)).replace(b"r9", b"r0")):
         store.put(store.key(uri), junk)
         with pytest.raises(IntegrityError, match="no event says"):
-            require_published(store, "icd", versions[0], forged)
+            event_log.require_published(store, "icd", versions[0], forged)
 
 
 ALPHA = 0.05

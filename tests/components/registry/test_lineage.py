@@ -9,22 +9,8 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from components.config.schema import RunConfig
-from components.registry import cache
-from components.registry.lineage import (
-    Asked,
-    Base,
-    Code,
-    Dataset,
-    Environment,
-    Hardware,
-    Lineage,
-    Started,
-    Training,
-    code_of,
-    environment,
-    parse_terms,
-    without_credentials,
-)
+from components.registry import cache, lineage
+from components.registry.lineage import Asked, Base, Code, Dataset, Environment, Hardware, Lineage, Started, Training
 from components.registry.versions import Version, ancestors, descendants, tree
 from components.shared.errors import UserError
 from components.store.store import Store
@@ -33,9 +19,8 @@ from tests.components.registry import adapters
 
 def git(directory: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    return subprocess.run(
-        ["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    command = ["git", "-C", str(directory), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
@@ -74,17 +59,17 @@ def test_a_lineage_says_what_the_adapter_was_made_from() -> None:
 
 
 def test_the_code_is_that_of_the_checkout_and_says_when_it_was_changed(tmp_path: Path) -> None:
-    assert code_of(tmp_path) is None
+    assert lineage.code_of(tmp_path) is None
     git(tmp_path, "init", "-q")
-    assert code_of(tmp_path) is None  # no commit yet
+    assert lineage.code_of(tmp_path) is None  # no commit yet
     (tmp_path / "a.py").write_text("1\n")
     git(tmp_path, "add", "a.py")
     git(tmp_path, "commit", "-q", "-m", "one")
     git(tmp_path, "remote", "add", "origin", "https://me:secret@example.org/repo.git")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert code_of(tmp_path) == Code(commit, False, "https://example.org/repo.git")
+    assert lineage.code_of(tmp_path) == Code(commit, False, "https://example.org/repo.git")
     (tmp_path / "a.py").write_text("2\n")
-    assert code_of(tmp_path) == Code(commit, True, "https://example.org/repo.git")
+    assert lineage.code_of(tmp_path) == Code(commit, True, "https://example.org/repo.git")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +83,7 @@ def test_the_code_is_that_of_the_checkout_and_says_when_it_was_changed(tmp_path:
     ],
 )
 def test_no_credentials_of_an_address_are_kept(url: str, kept: str) -> None:
-    assert without_credentials(url) == kept
+    assert lineage.without_credentials(url) == kept
 
 
 def test_every_package_is_named_as_pip_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +93,7 @@ def test_every_package_is_named_as_pip_lists_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(carried.parent))
     pip = [sys.executable, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(pip, check=True, capture_output=True, cwd=tmp_path).stdout)
-    described = environment(tmp_path, image="registry/fineloop@sha256:00")
+    described = lineage.environment(tmp_path, image="registry/fineloop@sha256:00")
     assert described.packages == {canonicalize_name(each["name"]): each["version"] for each in listed}
     assert (described.python, described.code) == (platform.python_version(), None)
     assert described.image == "registry/fineloop@sha256:00"
@@ -128,7 +113,7 @@ COMMIT = "c0ffee42" * 5
     ],
 )
 def test_outside_a_checkout_the_code_is_the_images_revision(tmp_path: Path, revision: str, code: Code | None) -> None:
-    assert environment(tmp_path, revision=revision).code == code
+    assert lineage.environment(tmp_path, revision=revision).code == code
 
 
 def published(store: Store, number: int, *parents: str) -> Version:
@@ -156,7 +141,7 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
     assert "dataset d1" in drawn
 
     def made_of(*terms: str) -> list[str]:
-        return [each.run_id for each in descendants(store, "icd", parse_terms(terms))]
+        return [each.run_id for each in descendants(store, "icd", lineage.parse_terms(terms))]
 
     assert made_of("dataset=d0") == ["r2", "r0"]
     assert made_of("source=s3://data/a/") == ["r2", "r1", "r0"]
@@ -166,7 +151,7 @@ def test_lineage_leads_forward_through_parents_and_back_from_what_was_used(store
     assert made_of("base=org/b", "dataset=d") == ["r2", "r1", "r0"]
     assert made_of("commit=1234") == []
     with pytest.raises(UserError, match="--of data=d0: write KIND=NAME, where KIND is one of dataset, source"):
-        parse_terms(["data=d0"])
+        lineage.parse_terms(["data=d0"])
 
 
 def test_an_index_is_made_and_believed_as_far_as_it_goes_and_made_anew_when_it_is_junk(

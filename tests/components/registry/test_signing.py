@@ -59,9 +59,8 @@ def trusting(store: Store, *keys: Ed25519PrivateKey) -> Store:
 
 def test_what_is_signed_is_the_encoding_of_dsse() -> None:
     # github.com/secure-systems-lab/dsse, protocol.md: the test vector
-    assert signing.pre_authentication("http://example.com/HelloWorld", b"hello world") == (
-        b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
-    )
+    found = signing.pre_authentication("http://example.com/HelloWorld", b"hello world")
+    assert found == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
 
 
 def test_openssl_verifies_a_statement_that_names_version_lineage_evaluation_and_decision(

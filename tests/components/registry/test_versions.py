@@ -5,20 +5,11 @@ import pytest
 
 from components.records import runs
 from components.records.steps import Evaluation, Measured
+from components.registry import versions
 from components.registry.aliases import promote
 from components.registry.event_log import events
 from components.registry.identity import version_key
-from components.registry.versions import (
-    Version,
-    evaluated,
-    list_adapters,
-    list_versions,
-    publish_version,
-    pull_version,
-    read_lineage,
-    resolve,
-    verify_version,
-)
+from components.registry.versions import Version, list_versions, publish_version, pull_version, resolve, verify_version
 from components.shared.errors import Conflict, ObjectMissing, UserError
 from components.store.folders import MANIFEST
 from components.store.store import Store
@@ -27,11 +18,8 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def published(store: Store, weights: bytes = b"weights", run_id: str = "r1", name: str = "icd") -> Version:
-    files: dict[str, bytes | Path] = {
-        "adapter_model.safetensors": weights,
-        "adapter_config.json": b"{}",
-        "README.md": f"By {run_id}.\n".encode(),
-    }
+    weighs: dict[str, bytes | Path] = {"adapter_model.safetensors": weights, "adapter_config.json": b"{}"}
+    files = {**weighs, "README.md": f"By {run_id}.\n".encode()}
     return publish_version(store, name, files, lineage={"run_id": run_id})
 
 
@@ -52,10 +40,9 @@ def test_a_version_holds_its_files_lineage_and_event(store: Store, tmp_path: Pat
     pull_version(store, version, tmp_path / "adapter")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {*FILES, "lineage.json", MANIFEST}
     assert json.loads((tmp_path / "adapter" / "lineage.json").read_bytes()) == {"run_id": "r1", "files": FILES}
-    assert read_lineage(store, version) == {"run_id": "r1", "files": FILES}
-    assert [(event.kind, event.body["version"], event.body["run_id"]) for event in events(store, "icd")] == [
-        ("published", version.version, "r1")
-    ]
+    assert versions.read_lineage(store, version) == {"run_id": "r1", "files": FILES}
+    logged = [(event.kind, event.body["version"], event.body["run_id"]) for event in events(store, "icd")]
+    assert logged == [("published", version.version, "r1")]
 
 
 def test_the_same_content_again_is_the_same_version_and_changes_nothing(store: Store) -> None:
@@ -98,7 +85,7 @@ def test_a_version_that_another_run_left_unfinished_stays_that_runs(store: Store
     store.delete([f"{key}/{MANIFEST}", f"{key}/README.md"])
     completed = published(store, run_id="r2")
     assert completed.run_id == "r1"
-    assert read_lineage(store, completed) == {"run_id": "r1", "files": FILES}
+    assert versions.read_lineage(store, completed) == {"run_id": "r1", "files": FILES}
     assert store.get(f"{key}/README.md") == b"By r2.\n"
     verify_version(store, completed)
 
@@ -121,7 +108,7 @@ def test_versions_are_listed_newest_first_with_their_aliases(store: Store) -> No
     assert [version.version for version in listed] == [new.version, old.version]
     assert [version.aliases for version in listed] == [(), ("production", "stable")]
     published(store, name="another")
-    assert list_adapters(store) == ["another", "icd"]
+    assert versions.list_adapters(store) == ["another", "icd"]
     assert list_versions(store, "unknown") == []
 
 
@@ -187,12 +174,12 @@ def test_content_that_was_exchanged_together_with_its_manifest_is_not_published_
 
 def test_metrics_are_those_of_the_runs_evaluation_once_there_is_one(store: Store) -> None:
     version = published(store, run_id="run1")
-    assert evaluated(store, version).metrics == {}
+    assert versions.evaluated(store, version).metrics == {}
     candidate = Measured(version=version.version, metrics={"exact_match": 0.72})
     evaluation = Evaluation(run_id="run1", records=1, models={"candidate": candidate})
     runs.write(store, "run1", evaluation)
-    assert evaluated(store, version).metrics == {"exact_match": 0.72}
-    assert list_versions(store, "icd") == [evaluated(store, version)]
+    assert versions.evaluated(store, version).metrics == {"exact_match": 0.72}
+    assert list_versions(store, "icd") == [versions.evaluated(store, version)]
     of_another = candidate.model_copy(update={"version": "v000"})
     runs.write(store, "run1", evaluation.model_copy(update={"models": {"candidate": of_another}}))
-    assert evaluated(store, version).metrics == {}
+    assert versions.evaluated(store, version).metrics == {}

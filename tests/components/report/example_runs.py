@@ -134,10 +134,8 @@ def training(num_steps: int = 125, final: float = 0.9) -> list[dict[str, Any]]:
 
 def steps(*names: str, failed: str | None = None) -> list[StepRecord]:
     seconds = {"prepare": 6.4, "finetune": 214.0, "evaluate": 121.7, "gate": 1.2, "promote": 0.9, "skip": 0.4}
-    results: dict[str, dict[str, Any]] = {
-        "prepare": {"dataset_id": DATASET, "train_records": 2000},
-        "finetune": {"version": CANDIDATE},
-    }
+    prepared: dict[str, Any] = {"dataset_id": DATASET, "train_records": 2000}
+    results: dict[str, dict[str, Any]] = {"prepare": prepared, "finetune": {"version": CANDIDATE}}
     error = {"error": {"kind": "JobError", "message": "worker 1 was lost: out of memory"}}
     begin = datetime(2026, 11, 24, 2, 0, 3, tzinfo=UTC).timestamp()
     records = []
@@ -268,14 +266,8 @@ def waiting_run() -> RunFiles:
 def held_run() -> RunFiles:
     """Labels were shuffled: the answers no longer depend on their prompts."""
     measured = evaluation("2026-11-25-0200-c11d", metrics(2.188, 0.093, 0.104, 0.013), BEFORE)
-    return replace(
-        promoted_run(),
-        run_id=measured.run_id,
-        evaluation=measured,
-        decision=decision(measured),
-        metrics=training(num_steps=1200, final=2.1),
-        steps=steps("prepare", "finetune", "evaluate", "gate"),
-    )
+    ended = {"metrics": training(num_steps=1200, final=2.1), "steps": steps("prepare", "finetune", "evaluate", "gate")}
+    return replace(promoted_run(), run_id=measured.run_id, evaluation=measured, decision=decision(measured), **ended)
 
 
 def first_run() -> RunFiles:

@@ -122,10 +122,8 @@ def tuned(method: str, best: float, losses: dict[float, float | None]) -> Tuned:
 
 @pytest.fixture
 def result() -> SweepResult:
-    each = [
-        tuned("lora", 1e-3, {1e-4: 3.0, 1e-3: 2.0, 1e-2: 4.0, 1e-1: None}),
-        tuned("<dora>", 1e-3, {1e-4: 3.5, 1e-3: 2.5, 1e-2: 3.0}),
-    ]
+    lora, dora = {1e-4: 3.0, 1e-3: 2.0, 1e-2: 4.0, 1e-1: None}, {1e-4: 3.5, 1e-3: 2.5, 1e-2: 3.0}
+    each = [tuned("lora", 1e-3, lora), tuned("<dora>", 1e-3, dora)]
     return SweepResult(
         run_id="r1", adapter="a", base={}, dataset={}, config_sha256="", environment={}, records=64, start_loss=5.0,
         best=each[0], tuned=each, verdict="Keep lora & go on.", advised_method="lora", trials=[],

@@ -22,16 +22,7 @@ from components.shared.paired import Bounds
 from components.store.store import Store
 from ray_jobs.scoring.answers import exact_match
 from tests.components.report import example_runs
-from tests.components.report.example_runs import (
-    CANDIDATE,
-    CHAMPION,
-    CONFIG,
-    DATASET,
-    promoted_run,
-    put,
-    with_decision,
-    with_evaluation,
-)
+from tests.components.report.example_runs import CANDIDATE, CHAMPION, CONFIG, promoted_run, put, with_evaluation
 from tests.components.report.page import Page
 from tests.doubles.http_server import Answer, serving
 
@@ -257,15 +248,12 @@ def test_every_text_from_outside_is_escaped() -> None:
 
     run = promoted_run()
     rule = RuleResult(name="new_one", field=evil(), title=evil(), bound_text=evil(), passed=False, text=evil())
-    answers = {"answer": evil(), "records": 1, "share": 0.5}
-    profile = {
-        "rejected": [{"reason": evil(), "rows": 1, "example": evil()}],
-        "sources": [{"source": evil(), "rows": 1}],
-        "extra_columns": {evil(): 1},
-        "splits": {"train": {"records": 2, "most_frequent_answers": [answers]}},
-    }
+    rejected, answers = {"reason": evil(), "rows": 1, "example": evil()}, {"answer": evil(), "records": 1, "share": 0.5}
+    split = {"records": 2, "most_frequent_answers": [answers]}
+    profile = {"rejected": [rejected], "sources": [{"source": evil(), "rows": 1}]}
+    profile |= {"extra_columns": {evil(): 1}, "splits": {"train": split}}
     run = with_evaluation(run, samples=[{"id": "r", **{role: evil() for role in ("prompt", "reference", *ROLES)}}])
-    run = with_decision(run, reasons=(evil(),), rules=(rule,))
+    run = example_runs.with_decision(run, reasons=(evil(),), rules=(rule,))
     lineage = {evil(): evil(), "recipe": {evil(): [evil()]}}
     names = {name: evil() for name in ("config_toml", "run_id", "adapter", "alias")}
     step = StepRecord(step=evil(), status="failed", started_at="2026-11-24T02:00:00Z", seconds=1.0)
@@ -373,7 +361,7 @@ def test_a_run_that_succeeded_is_sent_from_its_sources_base_dataset_and_parent_t
     assert start["eventTime"] < complete["eventTime"]
     bucket = f"s3://{store.bucket}"
     named = {(each["namespace"], each["name"]) for each in complete["inputs"]}
-    assert (bucket, f"{store.prefix}/datasets/{DATASET}") in named
+    assert (bucket, f"{store.prefix}/datasets/{example_runs.DATASET}") in named
     assert ("s3://fineloop", f"adapters/{CONFIG.adapter.name}/versions/{CHAMPION}") in named
     assert ("fineloop", CONFIG.model.base) in named
     (output,) = complete["outputs"]

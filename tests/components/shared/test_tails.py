@@ -45,15 +45,9 @@ def test_it_is_in_the_unit_of_the_gain(kind: str) -> None:
     weights = random.integers(2, 11, 1000).astype(float)
     lost = weights * random.lognormal(-3, 1.5, 1000)
     theirs = 2.0 * weights
-    pairs = Pairs(
-        theirs + lost,
-        theirs,
-        weights,
-        groups=np.arange(1000) // 2 if kind == "grouped" else None,
-        lower_is_better=True,
-        exponential=kind == "exponential",
-        relative=kind == "relative",
-    )
+    groups = np.arange(1000) // 2 if kind == "grouped" else None
+    unit = {"exponential": kind == "exponential", "relative": kind == "relative"}
+    pairs = Pairs(theirs + lost, theirs, weights, groups=groups, lower_is_better=True, **unit)
     mean = lost.sum() / weights.sum()
     around = lost - mean * weights
     if kind == "grouped":
