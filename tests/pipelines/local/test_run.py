@@ -4,28 +4,38 @@ import contextlib
 import io
 import json
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from components.config import config_file
 from components.config.schema import TRACKER_SECRETS_FILE, RunConfig
 from components.handover.announce import signature
 from components.records import runs
 from components.records.steps import Decision
+from components.records.sweep import RateLoss, SweepResult, Tuned, TunedRate
 from components.registry import aliases, event_log, signing, versions
 from components.registry.audit import audit
+from components.registry.event_log import events
 from components.report.registry_page import write_pages
 from components.report.report import PAGES_FROM_RUN, build_report
 from components.report.run_files import RunFiles
 from components.shared.errors import ConfigError, DataError, IntegrityError, UserError
+from components.shared.protocol import Line
 from components.store.store import Store
-from pipelines.local.run import Finished, Outcome, Place, read_outcome, run, summary
+from pipelines.cli import main
+from pipelines.configs import DEFAULT_CONFIG
+from pipelines.local.display import Display
+from pipelines.local.past_runs import own_config
+from pipelines.local.run import Finished, Outcome, Place, apply, changes, read_outcome, run, summary, sweep, sweep_lines
 from tests.doubles.http_server import serving
 from tests.doubles.jobs_api import JobsApi
-from tests.pipelines.command_line import pem, sums
+from tests.pipelines.command_line import pem, publish_sums, require_documented, sums
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -291,3 +301,183 @@ def test_a_report_on_this_machine_has_the_pages_that_it_links_to_beside_it(store
     assert [(folder / link).resolve().name for link in links] == ["sums.html", "index.html"]
     assert all((folder / link).is_file() for link in links)
     assert (tmp_path / "pages").stat().st_mode & 0o777 == 0o700
+
+
+BEST = Tuned(
+    method="qlora", rank=16, batch_size=16, prior=1e-3, learning_rate=3.16e-3, loss=1.0, is_inside=True,
+    rates=[RateLoss(learning_rate=3.16e-3, loss=1.0, statuses=["finished"])],
+)  # fmt: skip
+
+
+def test_applying_changes_the_rate_and_not_a_byte_else(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(DEFAULT_CONFIG.read_text())
+    assert apply(path, config_file.load(path), BEST) == {"train.learning_rate": 3.16e-3}
+    assert path.read_text() == DEFAULT_CONFIG.read_text().replace("learning_rate = 1e-3", "learning_rate = 0.00316")
+    assert apply(path, config_file.load(path), BEST) == {}
+    dora = BEST.model_copy(update={"method": "dora"})
+    assert changes(config_file.load(DEFAULT_CONFIG), dora) == {"method.name": "dora", "train.learning_rate": 3.16e-3}
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        "[train]\nlearning_rate = 1e-3 # tuned by hand\nepochs = 2\n",
+        "[train] # how\nepochs = 2\n[ray]\nnum_workers = 2\n",
+        "[train]\nepochs = 2",
+        "",
+        "train = {epochs = 2, learning_rate = 1e-3}\n",
+        "train.epochs = 2\n",
+    ],
+)
+def test_the_rate_is_set_however_its_section_is_written(train: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    others = 'adapter = {name = "x"} # whose\nmodel.base = "b"\ndata = {source = "d"}\n'
+    path.write_text(others + train)
+    before = tomllib.loads(path.read_text())
+    apply(path, config_file.load(path), BEST)
+    after = tomllib.loads(path.read_text())
+    assert after.pop("train") == {**before.pop("train", {}), "learning_rate": 3.16e-3}
+    assert after == before
+    assert path.read_text().count("#") == (others + train).count("#")
+
+
+def test_trials_are_aligned_rows_above_the_steps_line_and_say_whole_why_one_failed(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = io.StringIO()
+    display = Display(stream, live=True)
+    display.start("tune")
+    why = "after 2 steps the validation loss is 11.4, and 8.395 at its start"
+    display.line(Line("tune", "| qlora 16 16 0.00316 0 1.2345 32/32 finished in 1 min 02 s"))
+    display.line(Line("tune", f"| qlora 16 16 0.01 0 - 2/8 diverged in 6.3 s: {why}"))
+    display.line(Line("tune", f"1/5 trials, about 45 s left; {why}"))
+    *_, first, row, live = stream.getvalue().split("\n")
+    assert row.endswith(why)
+    rows = [text.rpartition("\x1b[2K")[2] for text in (first, row)]
+    assert rows[0].index("finished") == rows[1].index("diverged")
+    assert rows[0].index("0.00316") + 7 == rows[1].index("0.01") + 4
+    assert len(live.rpartition("\r")[2]) < 60 + len("\x1b[2K\x1b[36m\x1b[0m")
+
+
+def test_a_sweep_here_is_shown_as_it_goes_and_leaves_its_record_and_picture(stub_cluster, make_config, tmp_path):
+    terminal = io.StringIO()
+    result = sweep(make_config(), Place(tmp_path / "home", terminal), run_id="s1")
+    prior = make_config().learning_rate
+    assert (result.best.learning_rate, result.best.is_inside) == (10 * prior, True)
+    assert "0.002     0    1.5000        4/4  finished in 3 s" in terminal.getvalue()
+    folder = tmp_path / "home" / "runs" / "s1"
+    assert SweepResult.from_json((folder / "sweep.json").read_bytes(), "sweep.json") == result
+    assert (folder / "sweep.svg").read_text().startswith("<svg")
+    lines = list(sweep_lines(result))
+    assert lines[-1] == "a verdict"
+    assert [line.split()[0] for line in lines[1:4]] == [f"{prior:.3g}", "*", f"{100 * prior:.3g}"]
+
+
+@pytest.mark.slow
+def test_a_run_that_tunes_remembers_its_rate_for_the_next(stub_cluster, store, make_config, tmp_path):
+    config = make_config("tune.when=no_prior_sweep")
+    for run_id in ("first", "second"):
+        terminal = io.StringIO()
+        run(config, Place(tmp_path / "home", terminal), what="train", run_id=run_id)
+        assert runs.read(store, run_id, TunedRate).learning_rate == 10 * config.learning_rate
+        assert "which the sweep of run first found" in terminal.getvalue()
+        assert [step.step for step in runs.steps(store, run_id)] == ["prepare", "tune", "finetune", "evaluate"]
+    assert runs.find(store, "second", SweepResult) is None
+
+
+def newer(folder: Path, first: int, count: int) -> str:
+    path = folder / f"from-{first}.jsonl"
+    path.write_text(sums(first, first + count))
+    return str(path)
+
+
+def registry_of(store: Store) -> list[str]:
+    return [f"--set=registry.{key}={json.dumps(getattr(store, key))}" for key in ("bucket", "prefix")]
+
+
+@pytest.fixture
+def two(forked: None, stub_cluster: JobsApi, store: Store, make_config: Any, tmp_path: Path) -> list[str]:
+    """Versions with a loss of 0.5 and 0.9; the worse one is in production, put there by hand."""
+    place = Place(tmp_path / "home", io.StringIO())
+    made = [run(make_config(f"train.weight_decay={loss}"), place, what="train").version for loss in (0.5, 0.9)]
+    for version in made:
+        aliases.promote(store, "sums", str(version))
+    return [str(version) for version in made]
+
+
+def test_production_that_is_worse_is_said_to_be_and_goes_back_where_that_is_asked(
+    two: list[str],
+    store: Store,
+    config_path: Path,
+    stub_cluster: JobsApi,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = registry_of(store)
+
+    def checks(line: str, *arguments: str) -> dict[str, Any]:
+        words = [*line.split(), *arguments, "--home", str(tmp_path / "home"), "--json"]
+        assert main(words) == 0
+        printed: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        require_documented(words, printed)
+        return printed
+
+    # Without -c the config is that of production's own run, whose data has nothing new.
+    nothing = checks("adapters check sums", *where)
+    assert "verdict" not in nothing
+    jobs = len(stub_cluster.jobs)
+
+    look = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)
+    assert (look["version"], look["against"], look["verdict"], look["records"]) == (two[1], two[0], "worse", 40)
+    assert (look["can_roll_back"], look["moved"]) == (True, None)
+    assert look["fresh"] == pytest.approx(0.9)
+    assert len(stub_cluster.jobs) == jobs + 1
+    kinds = [event.kind for event in events(store, "sums")]
+
+    same = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)
+    said = ("verdict", "gain", "lower", "upper", "records")
+    assert [same[key] for key in said] == [look[key] for key in said]
+    assert same["new_records"] == 0
+    assert [event.kind for event in events(store, "sums")] == kinds
+
+    base = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), "--against", "base", *where)
+    assert (base["verdict"], base["against"], base["new_records"]) == ("still better", "base", 40)
+
+    taken_back = ["--set", "check.roll_back=true", "-c", str(config_path)]
+    back = checks("adapters check sums", "--data", newer(tmp_path, 200, 40), "--worse-by", "0.05", *taken_back)
+    assert (back["verdict"], back["records"], back["moved"]["to"]) == ("worse", 80, two[0])
+    pointer = aliases.read_alias(store, "sums", "production")
+    assert pointer is not None
+    assert (pointer.version, pointer.kind) == (two[0], "rolled_back")
+    assert audit(store, "sums").findings == ()
+    # The old version's look begins anew, against its base, as nothing was in production before it.
+    assert checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)["against"] == "base"
+
+
+def test_a_mistake_is_said_before_any_cluster_is_asked(stub_cluster, published, config_path, tmp_path, capsys):
+    for words, message in (
+        (["others"], "is of the adapter sums, not of others"),
+        (["sums", "--worse-by", "much"], "check.worse_by"),
+        (["sums", "--against", "v00000000"], "v00000000"),
+        (["sums", "--against", published[0]], "name another version"),
+    ):
+        home = ["--home", str(tmp_path / "home"), "-c", str(config_path), "--json"]
+        assert main(["adapters", "check", *words, *home]) == 2
+        assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
+    assert stub_cluster.jobs == {}
+
+
+def test_production_brings_no_cluster_and_no_image_to_run_in(store, make_config, tmp_path, capsys):
+    elsewhere = make_config("ray.cluster.kind=rayjob", "ray.cluster.image=registry.example/theirs:1")
+    version = publish_sums(store, "weights", run_id="theirs", config=config_file.as_table(elsewhere))
+    aliases.promote(store, "sums", version)
+    assert main(["adapters", "check", "sums", *registry_of(store), "--home", str(tmp_path / "home"), "--json"]) == 2
+    assert "another cluster" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
+
+
+def test_the_config_of_productions_own_run_allows_no_code_that_ours_does_not(make_config: Any) -> None:
+    lineage = {"config": config_file.as_table(make_config("model.trust_remote_code=true"))}
+    with pytest.raises(ConfigError, match="comes with Python code of its own"):
+        own_config(lineage, make_config(), [], origin="lineage")
+    allowed = own_config(lineage, make_config("model.trust_remote_code=true"), ["check.worse_by=0.3"], origin="lineage")
+    assert (allowed.model.trust_remote_code, allowed.check.worse_by) == (True, 0.3)
