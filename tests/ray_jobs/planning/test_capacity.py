@@ -1,4 +1,6 @@
-"""What holds a base: the GPUs of a machine, its memory, and a pod's disk."""
+"""What holds a base: the GPUs of a machine, its memory, and a pod's disk; and the bases that `init` proposes, against
+the numbers of parameters that their makers and Keras Hub publish.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from components.shared.errors import ConfigError, UserError
 from ray_jobs.base import base_model
 from ray_jobs.base.base_model import Base
 from ray_jobs.planning import capacity
-from ray_jobs.planning.capacity import disk_bytes
+from ray_jobs.planning.bases import BASES, fitting
+from ray_jobs.planning.capacity import Device, disk_bytes
 from ray_jobs.planning.rehearsal import ModelStats, Rehearsal
 from tests.models.shapes import LLAMA_2_7B, LLAMA_2_70B
 from tests.ray_jobs.conftest import CONFIG
@@ -89,3 +92,25 @@ def test_a_base_in_nf4_that_the_run_makes_lies_beside_the_original(stats):
     read, made = (in_pods("method.name=qlora", *more) for more in ([], ["method.init=loftq"]))
     both = disk_bytes(made, LLAMA_2_70B, stats)
     assert both - disk_bytes(read, LLAMA_2_70B, stats) > 4.5 / 8 * PARAMETERS
+
+
+PUBLISHED = {
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+}
+
+
+@pytest.mark.slow
+def test_shapes_have_as_many_parameters_as_are_published() -> None:
+    tables = {"adapter": {"name": "a"}, "model": {"base": "org/model"}, "data": {"source": "rows.jsonl"}}
+    config = config_file.validate(tables, ["ray.use_gpu=true", "train.gradient_checkpointing=true"])
+    rows = list(fitting(config, Device("a large one", 2**40)))
+    assert {row["base"]: row["parameters"] for row in rows} == PUBLISHED
+    assert [row["base"] for row in rows] == [*BASES]
+    needed = [row["memory_bytes"] for row in rows]
+    assert needed == sorted(needed, reverse=True)

@@ -1,12 +1,16 @@
 """The loop on real worker processes with gloo and DeepSpeed, without Ray. Losses are torch 2.13's on x86-64.
 
-That every way of sharing the work out takes these same steps is shown by `test_matrix.py`.
+That every way of sharing the work out takes these same steps is shown by `test_matrix.py`. Here too: a training whose
+workers hold the base dense, where memory allows, against the same one on its few bits; and a node that is slow to fetch
+the base, which must not end the others, or that holds them up, and is named.
 """
 
 import functools
 import itertools
 import math
 import shutil
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,21 +19,24 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from components.config import config_file
 from components.config.schema import RunConfig, TrainConfig
 from components.shared.errors import ConfigError, StoreError
 from components.store.store import Store
+from ray_jobs.adapters import build
 from ray_jobs.base import base_model
+from ray_jobs.kernels import float32_layers
 from ray_jobs.text import answer_loss, chat_format
 from ray_jobs.text.batching import tokenize
-from ray_jobs.training import checkpoint, train_loop
+from ray_jobs.training import checkpoint, step_zero, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
 from tests.doubles.datasets import validate
 from tests.models.plain import plain_training
 from tests.models.tiny import colour_rows
-from tests.models.train_group import Trained, in_group, train_all, train_in_rank
+from tests.models.train_group import Trained, fit_in_rank, in_group, in_turn, train_all, train_in_rank
 from tests.ray_jobs.training.in_store import in_store
 
 ROWS = colour_rows(256)
@@ -388,3 +395,149 @@ def test_the_rate_rises_then_falls_to_zero():
 def test_steps_and_measurements_follow_from_the_config(train_config, records, steps, measured):
     assert num_steps(train_config, records) == steps
     assert eval_steps(train_config, records) == measured
+
+
+QUANTISED = bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt
+STEPS = 4
+
+
+def train_and_save(config_toml: str, folder: str, dense_base: bool, free_bytes: int | None) -> dict[str, Any]:
+    """Train with what the plan says and with so much free memory, and save the adapter as it is published."""
+    config = config_file.loads(config_toml)
+    free = float32_layers.available_bytes() if free_bytes is None else free_bytes
+    with mock.patch.object(float32_layers, "available_bytes", return_value=free):
+        fitted = fit_in_rank(config, colour_rows(80), run_id=Path(folder).name, dense_base=dense_base)
+    if fitted.worker.rank == 0:
+        build.save(fitted.adapted, Path(folder))
+    return {
+        "losses": [record["loss"] for record in fitted.records],
+        "recipe": fitted.recipe,
+        "is_quantised": any(isinstance(module, QUANTISED) for module in fitted.adapted.modules()),
+        "dtype": next(module.weight.dtype for name, module in fitted.adapted.named_modules() if is_base(name)),
+    }
+
+
+def is_base(name: str) -> bool:
+    return name.endswith("q_proj.base_layer")
+
+
+@pytest.fixture
+def trained(config: RunConfig, store, tmp_path):
+    """Two workers' trainings, one after the other, each as the plan would have the base held: what rank 0 has, and the
+    files of the adapter."""
+
+    def run(*overrides: str, dense: tuple[bool, ...], free_bytes: int | None = None) -> list[dict[str, Any]]:
+        steps, calls = [f"train.max_steps={STEPS}", "method.rank=4"], []
+        for is_dense in dense:
+            folder = tmp_path / ("dense" if is_dense else "stored")
+            place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}/{folder.name}"]
+            toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *steps, *overrides]))
+            calls.append((toml, str(folder), is_dense, free_bytes))
+        found = in_group(in_turn, train_and_save, calls, directory=tmp_path / "logs", num_workers=2)[0]
+        return [
+            {**each, "files": {path.name: path.read_bytes() for path in Path(folder).iterdir()}}
+            for each, (_, folder, *_) in zip(found, calls, strict=True)
+        ]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "dtype"),
+    [
+        ("lora", "int8", "float32"),
+        ("dora", "nf4", "float32"),
+        pytest.param("dora", "nf4", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_what_is_published_are_the_same_to_the_bit(trained, adapter, base, dtype):
+    method = [f"method.adapter={adapter}", f"method.base={base}", f"ray.cpu_matmul_dtype={dtype}"]
+    stored, dense = trained(*method, dense=(False, True))
+    assert (stored.pop("is_quantised"), dense.pop("is_quantised")) == (True, False)
+    del stored["dtype"]  # of what bits are packed in
+    assert dense.pop("dtype") == getattr(torch, dtype)
+    assert len(stored["losses"]) > STEPS
+    assert stored["losses"][0] != stored["losses"][STEPS - 1]
+    assert dense == stored  # the recipe too, which the lineage has
+
+
+@pytest.mark.slow
+def test_a_worker_whose_memory_is_taken_by_others_reads_the_base_as_it_is_stored(trained):
+    assert trained("method.base=nf4", dense=(True,), free_bytes=1000)[0]["is_quantised"]
+
+
+STEP_S, FETCH_S = 15.0, 20.0
+
+
+def fit_with_a_slow_node(config_toml: str, meeting: str) -> int:
+    """Rank 1 fetches the base, and rank 0 reads it for the first check, longer than a collective may take."""
+    rank, num_workers = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # until all have met: who leaves before that ends the others' meeting
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", timeout=timedelta(seconds=STEP_S), rank=rank, world_size=num_workers
+    )
+    resolve, probe, calls = base_model.resolve, step_zero.probe, []
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if rank == 1 and len(calls) == 2:  # the first is the test's own
+            time.sleep(FETCH_S)
+        return resolve(*given, **more)
+
+    def reading(*given: Any) -> Any:
+        if rank == 0:
+            time.sleep(FETCH_S)
+        return probe(*given)
+
+    with mock.patch.object(base_model, "resolve", slowly), mock.patch.object(step_zero, "probe", reading):
+        return fit_in_rank(config_file.loads(config_toml), colour_rows(32), run_id="slow").trained.progress.step
+
+
+def test_workers_wait_for_the_one_that_fetches_the_base_last(config, store, tmp_path: Path):
+    toml = config_file.dumps(in_store(config, store, "train.epochs=1"))
+    steps = in_group(fit_with_a_slow_node, toml, str(tmp_path / "meeting"), directory=tmp_path, num_workers=2)
+    assert steps[0] == steps[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rank"),
+    [
+        ([10.0, 10.0], None),
+        ([10.0, 12.0], None),
+        ([10.0, 13.0], 1),
+        ([13.0, 10.0, 10.2, 9.9], 0),
+        ([10.0, 30.0, 30.0, 10.0, 10.0], 1),  # two: one of them is named
+        ([10.0, 5.0, 10.0], None),  # who is fast holds up nobody
+    ],
+)
+def test_the_straggler_is_who_is_slower_than_most(seconds, rank):
+    assert train_loop.straggler(seconds) == rank
+
+
+def paced(zero_stage: int) -> None:
+    """In each rank: rank 1's clock runs twice as fast."""
+    import itertools
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+
+    from ray_jobs.training.zero import Worker
+
+    rank = dist.get_rank()
+    ticks = itertools.count(0.0, 1.0 + rank)
+    with mock.patch.object(train_loop, "time", SimpleNamespace(perf_counter=lambda: next(ticks))):
+        pace = train_loop.Pace(Worker(rank, 2, torch.device("cpu")), zero_stage=zero_stage)
+        for step in range(1, 2 * train_loop.EVERY_STEPS + 1):
+            with pace.forward():
+                pass
+            pace.compare(step)
+
+
+@pytest.mark.parametrize(("zero_stage", "times"), [(2, 1), (3, 0)])
+def test_a_straggler_is_named_once_where_workers_compute_by_themselves(tmp_path: Path, zero_stage: int, times: int):
+    in_group(paced, zero_stage, directory=tmp_path, num_workers=2)
+    said = (tmp_path / "rank-0.log").read_text()
+    assert said.count("holds up the others: its forward passes took 100.0 s and theirs 50.0 s") == times
+    assert said.count("worker 1 on ") == times
