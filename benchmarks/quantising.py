@@ -1,7 +1,7 @@
 """NF4 on processors against bitsandbytes' own way, as a ratio: `python -m benchmarks.quantising`.
 
 Weights of a layer of the example's base and of one of a model of 7 billion, each side in turn in one process; what they
-find is equal to the bit (tests/ray_jobs/base/test_four_bits.py).
+find is equal to the bit (tests/ray_jobs/base/test_base_formats.py).
 """
 
 import time
