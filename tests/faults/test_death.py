@@ -96,7 +96,9 @@ def said_of(store: Store, version: Version) -> bool:
 
 
 @pytest.mark.slow
-def test_a_store_killed_at_work_keeps_what_it_acknowledged(tmp_path: Path, publish, assert_sound, monkeypatch) -> None:
+def test_a_store_killed_under_load_keeps_what_it_acknowledged(
+    tmp_path: Path, publish, assert_sound, monkeypatch
+) -> None:
     reported: list[Any] = []
     stopping = threading.Event()
 

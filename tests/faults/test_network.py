@@ -81,7 +81,9 @@ def test_a_store_that_never_decides_is_no_conflict(
 
 
 @pytest.mark.parametrize("fault", ["doubled", "lost"])
-def test_a_good_store_passes_though_a_write_comes_twice(behind_proxy: Store, proxy: FaultyProxy, fault: Fault) -> None:
+def test_a_good_store_passes_its_check_though_a_write_comes_twice(
+    behind_proxy: Store, proxy: FaultyProxy, fault: Fault
+) -> None:
     for written in range(2):
         proxy.about, proxy.faults = ".check/", [fault]
         behind_proxy.check()

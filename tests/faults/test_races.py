@@ -57,7 +57,9 @@ def test_of_many_promoters_one_wins_each_round_and_the_others_learn_who(
 
 
 @pytest.mark.parametrize(("each", "rounds"), [(3, 2), pytest.param(8, 20, marks=pytest.mark.full)], ids=["few", "many"])
-def test_moves_both_ways_at_once_leave_one_chain(store: Store, publish, assert_sound, each: int, rounds: int) -> None:
+def test_promotions_and_rollbacks_at_once_leave_one_chain(
+    store: Store, publish, assert_sound, each: int, rounds: int
+) -> None:
     versions = [publish(store, f"w{number}") for number in range(each + 2)]
     reported = [promote(store, "icd", version) for version in versions[:2]]
     for _ in range(rounds):

@@ -51,7 +51,9 @@ def losses_of(frozen: Frozen, run_id: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("keys_to_come", [None, {}], ids=["today", "with a key that is added at its default"])
-def test_a_training_goes_on_from_the_release_s_checkpoint_to_its_weights(keys_to_come, frozen, train, tmp_path):
+def test_a_training_goes_on_from_the_release_s_checkpoint_to_the_weights_that_it_had_reached(
+    keys_to_come, frozen, train, tmp_path
+):
     last = max(losses_of(frozen, "promoted"))
     found = train(frozen.config("promoted"), "promoted", keys_to_come)
     assert 0 < found.resumed_from < last

@@ -449,14 +449,16 @@ def test_a_candidate_with_rare_losses_is_seldom_promoted_where_answers_differ_in
     assert promoted <= 0.045 * draws
 
 
-@pytest.mark.parametrize(("seen", "of", "verdict"), [(3, 300, "cannot tell"), (4, 1000, "promote"), (30, 300, "hold")])
-def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, of, verdict):
+@pytest.mark.parametrize(
+    ("seen", "records", "verdict"), [(3, 300, "cannot tell"), (4, 1000, "promote"), (30, 300, "hold")]
+)
+def test_a_limit_of_its_own_bounds_the_records_that_are_much_worse(seen, records, verdict):
     """Three of 300 records are at most 2.6 % of all, thirty at least 7.3 %; four of 1,000 at most 0.9 % (SciPy)."""
     wide = {"worse_than_champion_by": 2.0, "guards": [], "slices": []}
-    decision = on_rare(of, seen, much_worse_share=0.01, **wide)
+    decision = on_rare(records, seen, much_worse_share=0.01, **wide)
     assert decision.verdict == verdict
-    assert rule(decision, "much_worse").text.startswith(f"{seen} of {of:,} records lose more than 1.5 nats")
-    unlimited = on_rare(of, seen, much_worse_share=1.0, **wide)
+    assert rule(decision, "much_worse").text.startswith(f"{seen} of {records:,} records lose more than 1.5 nats")
+    unlimited = on_rare(records, seen, much_worse_share=1.0, **wide)
     assert not [each for each in unlimited.rules if each.name == "much_worse"]
 
 

@@ -287,7 +287,9 @@ def test_people_get_an_email_of_a_night_once_by_its_id(trusting: tuple[Path, Pat
     assert first["Message-ID"] == second["Message-ID"]  # by which a mailbox knows the same mail again
 
 
-def test_no_mail_goes_over_an_open_connection(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mail_goes_over_an_insecure_connection(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     outcomes = []
     for server in (MailServer(login=("u", "hush-hush"), offers_tls=False), MailServer(login=("u", "hush-hush"))):
         with mailing(server, *certificate):  # which nobody here trusts

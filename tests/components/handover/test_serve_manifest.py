@@ -335,7 +335,9 @@ def test_the_other_requests_go_to_production_or_to_what_it_held_before(store: St
         ("llm-d", 100, "--share 100: "),
     ],
 )
-def test_an_impossible_share_fails(store: Store, versions: list[Version], server: Any, share: int, words: str) -> None:
+def test_an_impossible_share_is_refused(
+    store: Store, versions: list[Version], server: Any, share: int, words: str
+) -> None:
     with pytest.raises(UserError) as refused:
         beside(store, served(store, versions[1]), server, share)
     assert str(refused.value).startswith(words)

@@ -97,7 +97,9 @@ def test_a_look_takes_so_many_and_leaves_the_others_to_later_ones(train: Any, ne
     assert newer(source, evaluate={"records": 10, "max_records": 25}) == few  # the same until a look is logged
 
 
-def test_with_a_dataset_gone_nobody_knows_what_is_new(store: Store, train: Any, newer: Any, write_rows: Write) -> None:
+def test_a_dataset_that_is_gone_leaves_unknown_what_is_new(
+    store: Store, train: Any, newer: Any, write_rows: Write
+) -> None:
     train("first", rows(0, 60))
     store.delete([info.key for info in store.list("datasets/")])
     with pytest.raises(ObjectMissing):

@@ -370,7 +370,9 @@ def test_records_of_one_group_count_as_one_as_they_do_for_the_gate(config, store
     ],
     ids=str,
 )
-def test_that_none_can_replace_a_version_is_said_before_one_is(config, store, published, keys, number, can_replace):
+def test_that_no_candidate_can_replace_a_version_is_said_before_there_is_one(
+    config, store, published, keys, number, can_replace
+):
     """By the binomial distribution 0.99^299 is the first power below 0.05."""
     asked = config_file.loads(config_file.dumps(config), keys)
     tells = power(judges(store, published(range(number)), asked), asked)

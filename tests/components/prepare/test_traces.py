@@ -206,7 +206,9 @@ def test_a_record_whose_feedback_changed_is_new(of_rows, store: Store) -> None:
     assert new("fourth", [*said, *more]) == 3
 
 
-def test_feedback_on_what_no_log_has_yet_is_counted_and_joined_later(of_rows, write_rows: Write, store: Store) -> None:
+def test_feedback_on_what_is_in_no_log_yet_is_counted_and_joined_once_it_is(
+    of_rows, write_rows: Write, store: Store
+) -> None:
     def profile_of(run_id: str, config: RunConfig) -> tuple[dict[str, Any], int]:
         step = StepRun("prepare", run_id, config, store)
         published = prepare_if_new(step)

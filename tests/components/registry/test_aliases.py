@@ -34,7 +34,9 @@ def test_a_promotion_moves_the_alias_and_logs_who_and_why(store: Store, versions
     assert events(store, "icd")[-1] == event
 
 
-def test_a_promotion_against_another_champion_is_a_conflict_with_its_name(store: Store, versions: list[str]) -> None:
+def test_a_promotion_against_another_champion_is_a_conflict_that_names_the_holder(
+    store: Store, versions: list[str]
+) -> None:
     one, two, three = versions
     promote(store, "icd", one)
     promote(store, "icd", two, cause=Cause("r2"))

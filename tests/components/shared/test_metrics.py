@@ -16,7 +16,9 @@ LOSS, MATCH = METRICS["loss"], METRICS["exact_match"]
         (1.0, (1.0,), "1.000"),
     ],
 )
-def test_a_number_has_digits_to_be_read_and_kept_apart(value: float, beside: tuple[float, ...], text: str) -> None:
+def test_a_number_has_as_many_digits_as_people_read_and_as_keep_it_apart(
+    value: float, beside: tuple[float, ...], text: str
+) -> None:
     assert LOSS.text(value, *beside) == text
 
 

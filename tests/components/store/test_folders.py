@@ -62,7 +62,9 @@ def test_the_manifest_is_written_last_and_by_creation(store: Store, monkeypatch:
     assert writes[-1] == f"{KEY}/{MANIFEST}"
 
 
-def test_a_publication_killed_before_its_manifest_is_not_seen_and_is_completed(store: Store, tmp_path: Path) -> None:
+def test_a_publication_killed_before_its_manifest_is_invisible_and_the_next_completes_it(
+    store: Store, tmp_path: Path
+) -> None:
     for path, body in (("a", b"from the first"), ("left", b"over")):
         store.create(f"{KEY}/{path}", body)
     assert find_manifest(store, KEY) is None

@@ -161,7 +161,9 @@ def test_requests_and_bytes_of_bodies_are_counted(store: Store, tmp_path: Path) 
     assert after.read_bytes - before.read_bytes == 100
 
 
-def test_no_log_says_where_credentials_are(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_credentials_were_found_stands_in_no_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """kfp's executor logs all from INFO on, and each store of a step would say it again."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
@@ -362,7 +364,9 @@ def test_a_body_that_breaks_off_is_asked_for_again(lenient: type[Lenient]) -> No
     assert store.get("key") == b"whole"
 
 
-def test_a_silent_store_is_no_full_disk(s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_store_that_does_not_answer_is_no_full_disk(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("components.store.client.READ_TIMEOUT_S", 0.1)
     monkeypatch.setattr("components.store.client.ATTEMPTS", 1)
     (tmp_path / "file").write_bytes(b"x")
@@ -381,7 +385,9 @@ def test_a_silent_store_is_no_full_disk(s3_server: Endpoint, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_credentials_are_not_shown(s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_wrong_credentials_name_the_variables_and_no_value(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     monkeypatch.setenv(variable, "not-the-right-one")
     store = Store.open(RegistryConfig(bucket=s3_server.bucket))
     for use in (store.check, lambda: store.read("x"), lambda: store.put("x", b""), lambda: store.exists("x")):
@@ -392,7 +398,9 @@ def test_wrong_credentials_are_not_shown(s3_server: Endpoint, monkeypatch: pytes
         assert "not-the-right-one" not in str(raised.value)
 
 
-def test_absent_credentials_are_named(s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_absent_credentials_name_the_variables(
+    s3_server: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
