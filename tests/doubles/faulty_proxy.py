@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
+from tests.doubles.http_server import Quiet, listening
 from tests.waiting import PATIENCE_S
 
 Fault = Literal["lost", "doubled", "hung", "busy", "undecided"]
@@ -29,9 +29,10 @@ class Hold:
     reached: threading.Event = field(default_factory=threading.Event)
     let_go: threading.Event = field(default_factory=threading.Event)
 
-    def wait(self, method: str, path: str) -> None:
+    def wait(self, method: str, path: str, *, is_answered: bool) -> None:
         """Wait where this is the request."""
-        if method == self.method and self.about in path and not self.reached.is_set():
+        here = (method, is_answered) == (self.method, self.is_answered)
+        if here and self.about in path and not self.reached.is_set():
             self.reached.set()
             self.let_go.wait(PATIENCE_S)
 
@@ -58,7 +59,7 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
     """A proxy before the server at the URL `behind`."""
     proxy, host = FaultyProxy(), urlsplit(behind).netloc
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         protocol_version = "HTTP/1.1"
 
         def handle_one_request(self) -> None:
@@ -93,8 +94,7 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
             body = self._body()
             proxy.asked.append((self.command, self.path))
             for hold in proxy.holds:
-                if not hold.is_answered:
-                    hold.wait(self.command, self.path)
+                hold.wait(self.command, self.path, is_answered=False)
             fault = proxy.take(self.command, self.path)
             if fault == "busy":
                 status, headers, answer = 503, [], b"<Error><Code>SlowDown</Code></Error>"
@@ -105,8 +105,7 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
             if fault == "doubled":
                 status, headers, answer = self._forward(body)
             for hold in proxy.holds:
-                if hold.is_answered:
-                    hold.wait(self.command, self.path)
+                hold.wait(self.command, self.path, is_answered=True)
             if fault == "hung":
                 proxy.released.wait(30)
             if fault in ("lost", "hung"):
@@ -116,29 +115,16 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
             for name, value in headers:
                 if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
                     self.send_header(name, value)
-            if self.command == "HEAD" or status in (204, 304):
-                length = dict(headers).get("Content-Length", "0")
-            else:
-                length = str(len(answer))
-            self.send_header("Content-Length", length)
+            # Of what has no body, HEAD's answer among them, it is as the server says it.
+            self.send_header("Content-Length", dict(headers).get("Content-Length", str(len(answer))))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(answer)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _any
 
-        def log_message(self, *_: object) -> None:
-            """Keep the tests' output clean."""
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
-    thread = threading.Thread(target=listener.serve_forever, args=(0.02,))
-    thread.start()
-    proxy.url = f"http://127.0.0.1:{listener.server_port}"
-    try:
-        yield proxy
-    finally:
-        proxy.released.set()
-        listener.shutdown()
-        listener.server_close()
-        thread.join()
+    with listening(Handler) as proxy.url:
+        try:
+            yield proxy
+        finally:
+            proxy.released.set()

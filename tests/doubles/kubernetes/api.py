@@ -9,14 +9,14 @@ import json
 import re
 import threading
 import time
-import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from infra.checks import schemas
+from tests.doubles.http_server import Answer, serving
 from tests.doubles.kubernetes import kubeconfig
 
 Resource = dict[str, Any]
@@ -72,18 +72,13 @@ class KubernetesDouble:
         self._events: list[tuple[int, str, Resource]] = []
         self._watch_era = 0
         self.is_closed = False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        self._ends = ExitStack()
+        self.address = self._ends.enter_context(serving(self._serve, protocol="HTTP/1.1"))
 
     def close(self) -> None:
         self.is_closed = True
         self.drop_watches()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._ends.close()
 
     def kubeconfig(self, path: Path, *, token: str = TOKEN) -> Path:
         """Write one that leads here."""
@@ -141,7 +136,23 @@ class KubernetesDouble:
 
     # What the API server does.
 
-    def answer(self, verb: str, path: str, query: dict[str, str], body: Any, authorization: str) -> Resource | str:
+    def _serve(
+        self, method: str, path: str, query: Mapping[str, str], body: bytes, headers: Mapping[str, str]
+    ) -> Answer:
+        is_one = re.search(r"/(rayjobs|pods|workflows)/", path)
+        verbs = {"GET": "get" if is_one else "list", "POST": "create", "PATCH": "patch", "DELETE": "delete"}
+        try:
+            given, authorization = json.loads(body or b"null"), headers.get("Authorization", "")
+            found = self.answer(verbs[method], path, query, given, authorization)
+            if query.get("watch", "").lower() == "true":
+                self._authorize("watch", "workflows" if "/workflows" in path else "rayjobs")
+                return 200, self._watch(query)
+            kind = "text/plain" if isinstance(found, str) else "application/json"
+            return 201 if method == "POST" else 200, found, {"Content-Type": kind}
+        except Refusal as refusal:
+            return refusal.code, refusal.body
+
+    def answer(self, verb: str, path: str, query: Mapping[str, str], body: Any, authorization: str) -> Resource | str:
         if authorization != f"Bearer {TOKEN}":
             raise Refusal(401, "Unauthorized", "Unauthorized")
         resource, match = next(
@@ -175,19 +186,20 @@ class KubernetesDouble:
                 return self._delete(name)
             return copy.deepcopy(objects[name])
 
-    def watch(self, query: dict[str, str], send: Callable[[Resource], None]) -> bool:
-        """Send events until the time is over; False when the connection is to be cut."""
+    def _watch(self, query: Mapping[str, str]) -> Iterator[bytes]:
+        """Events as lines until the time is over; or the beginning of one, where the connection is to be cut."""
         seen, end = int(query.get("resourceVersion", 0)), time.monotonic() + float(query.get("timeoutSeconds", 1800))
         with self.changed:
             era = self._watch_era
         while True:
             with self.changed:
                 if self._watch_era != era:
-                    return False
+                    yield b'{"type": "MODIF'
+                    raise ConnectionAbortedError
                 if seen < self._oldest:
                     gone = Refusal(410, "Expired", f"too old resource version: {seen} ({self._oldest})").body
-                    send({"type": "ERROR", "object": gone})
-                    return True
+                    yield _line("ERROR", gone)
+                    return
                 new = [event for event in self._events if event[0] > seen]
                 if not new:
                     left = end - time.monotonic()
@@ -198,15 +210,10 @@ class KubernetesDouble:
             for version, kind, found in new:
                 seen = version
                 if selected(found, query):
-                    send({"type": kind, "object": found})
+                    yield _line(kind, found)
         if query.get("allowWatchBookmarks", "").lower() == "true":
-            bookmark = {
-                "kind": "RayJob",
-                "apiVersion": "ray.io/v1",
-                "metadata": {"resourceVersion": str(self._version)},
-            }
-            send({"type": "BOOKMARK", "object": bookmark})
-        return True
+            meta = {"resourceVersion": str(self._version)}
+            yield _line("BOOKMARK", {"kind": "RayJob", "apiVersion": "ray.io/v1", "metadata": meta})
 
     def _authorize(self, verb: str, resource: str) -> None:
         if (verb, resource) in self.denied:
@@ -273,15 +280,14 @@ class KubernetesDouble:
         self.changed.notify_all()
 
 
-def selected(found: Resource, query: dict[str, str]) -> bool:
+def selected(found: Resource, query: Mapping[str, str]) -> bool:
     """Whether an object matches a request's selectors: equality alone, which is what we use."""
     meta = found["metadata"]
     labels = dict(pair.split("=", 1) for pair in query.get("labelSelector", "").split(",") if pair)
     fields = dict(pair.split("=", 1) for pair in query.get("fieldSelector", "").split(",") if pair)
     assert fields.keys() <= {"metadata.name"}, fields
-    return (
-        labels.items() <= meta.get("labels", {}).items() and fields.get("metadata.name", meta["name"]) == meta["name"]
-    )
+    is_named = fields.get("metadata.name", meta["name"]) == meta["name"]
+    return is_named and labels.items() <= meta.get("labels", {}).items()
 
 
 def merged(found: Any, patch: Any) -> Any:
@@ -301,71 +307,5 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _handler(api: KubernetesDouble) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self._serve("get")
-
-        def do_POST(self) -> None:
-            self._serve("create")
-
-        def do_PATCH(self) -> None:
-            self._serve("patch")
-
-        def do_DELETE(self) -> None:
-            self._serve("delete")
-
-        def _serve(self, verb: str) -> None:
-            url = urllib.parse.urlsplit(self.path)
-            query = dict(urllib.parse.parse_qsl(url.query))
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            is_one = re.search(r"/(rayjobs|pods|workflows)/", url.path)
-            watching = query.get("watch", "").lower() == "true"
-            if verb == "get" and not is_one:
-                verb = "list"
-            try:
-                authorization = self.headers.get("Authorization", "")
-                found = api.answer(verb, url.path, query, body, authorization)
-                if watching:
-                    api._authorize("watch", "workflows" if "/workflows" in url.path else "rayjobs")
-                    self._stream(query)
-                else:
-                    text = found if isinstance(found, str) else json.dumps(found)
-                    self._answer(201 if verb == "create" else 200, text, is_text=isinstance(found, str))
-            except Refusal as refusal:
-                self._answer(refusal.code, json.dumps(refusal.body))
-
-        def _answer(self, code: int, text: str, *, is_text: bool = False) -> None:
-            body = text.encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "text/plain" if is_text else "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def _stream(self, query: dict[str, str]) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-
-            def chunk(data: bytes) -> None:
-                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-                self.wfile.flush()
-
-            try:
-                if api.watch(query, lambda event: chunk(json.dumps(event).encode() + b"\n")):
-                    chunk(b"")
-                else:
-                    chunk(b'{"type": "MODIF')
-                    self.close_connection = True
-            except OSError:  # the client has gone
-                self.close_connection = True
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    return Handler
+def _line(kind: str, found: Resource) -> bytes:
+    return json.dumps({"type": kind, "object": found}).encode() + b"\n"
