@@ -20,11 +20,3 @@ def missing(what: str, key: str) -> ApiError:
 
 def exists(message: str) -> ApiError:
     return ApiError(409, 6, f"Already exist error: {message}")
-
-
-def unauthenticated() -> ApiError:
-    return ApiError(401, 16, "Unauthenticated: the request carries no valid bearer token")
-
-
-def forbidden(namespace: str) -> ApiError:
-    return ApiError(403, 7, f"User is not authorized with reason: no access to namespace {namespace}")

@@ -109,7 +109,6 @@ class Execution:
                     self._set("RUNNING")
                     self._process = self._start()
             if self._process is not None:
-                assert self._process.stdout is not None
                 with self._process.stdout as printed:
                     for line in printed:
                         log.write(line)
@@ -120,20 +119,10 @@ class Execution:
             self._end()
 
     def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.doubles.kfp_server.child"),
-                *(str(self.folder), self.record["run_id"], sys.executable),
-            ],
-            cwd=ROOT,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        command = [sys.executable, "-m", "tests.doubles.kfp_server.child", str(self.folder), self.record["run_id"]]
+        session = {"cwd": ROOT, "env": self._environment, "start_new_session": True}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen([*command, sys.executable], errors="replace", **session, **pipes)
 
     def _hear(self, line: str) -> None:
         with self._lock:

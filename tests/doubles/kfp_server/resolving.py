@@ -68,5 +68,4 @@ def _source(name: str, source: dict[str, Any], dag: dict[str, Any], what: str) -
 
 
 def _defined(dag: dict[str, Any], what: str) -> dict[str, Any]:
-    defined: dict[str, Any] = dag.get("inputDefinitions", {}).get(f"{what.lower()}s", {})
-    return defined
+    return dag.get("inputDefinitions", {}).get(f"{what.lower()}s", {})

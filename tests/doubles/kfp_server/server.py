@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.doubles import http_server
 from tests.doubles.http_server import Answer
-from tests.doubles.kfp_server.errors import ApiError, missing, unauthenticated
+from tests.doubles.kfp_server.errors import ApiError, missing
 from tests.doubles.kfp_server.execution import Execution
 from tests.doubles.kfp_server.listing import page
 from tests.doubles.kfp_server.state import State
@@ -23,7 +23,9 @@ PREFIX = "/apis/v2beta1"
 
 
 class KfpServer:
-    """Listens from construction to `close`. With a token, requests must bear it; with `under`, come by this path."""
+    """Listens while `serving` lasts. With a token, requests must bear it; with `under`, come by this path."""
+
+    url: str
 
     def __init__(
         self,
@@ -39,8 +41,6 @@ class KfpServer:
         self.requests: list[str] = []
         self.num_outages = 0
         """How many of the next requests fail, as behind a gateway without a server."""
-        self._ends = contextlib.ExitStack()
-        self.url = self._ends.enter_context(http_server.serving(lambda *request: self._answer(*request)))
 
     def tick(self, at: datetime) -> list[Execution]:
         """Let the schedule controller act as at this moment; the runs that it created."""
@@ -48,10 +48,6 @@ class KfpServer:
 
     def run(self, run_id: str) -> Execution:
         return self.state.runs[run_id]
-
-    def close(self) -> None:
-        self._ends.close()
-        self.state.close()
 
     def _answer(
         self, method: str, target: str, query: Mapping[str, str], raw: bytes, headers: Mapping[str, str]
@@ -65,7 +61,7 @@ class KfpServer:
             if not target.startswith(self.under + PREFIX):
                 raise missing("Page", target)
             if self.token and headers.get("Authorization") != f"Bearer {self.token}":
-                raise unauthenticated()
+                raise ApiError(401, 16, "Unauthenticated: the request carries no valid bearer token")
             with self.state.lock:
                 return 200, self._route(method, path, query, raw, headers)
         except ApiError as exc:
@@ -73,9 +69,7 @@ class KfpServer:
         except Exception as exc:  # a mistake of the double's: the client shall see it, and the server go on
             return 500, {"error": repr(exc), "code": 13, "message": repr(exc), "details": []}
 
-    def _route(
-        self, method: str, path: str, query: Mapping[str, str], raw: bytes, headers: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def _route(self, method: str, path: str, query: Mapping[str, str], raw: bytes, headers: Mapping[str, str]) -> Any:
         state = self.state
         match method, path.strip("/").replace(":", "/").split("/"):
             case "GET", ["healthz"]:
@@ -85,7 +79,7 @@ class KfpServer:
             case "POST", ["pipelines", "upload_version"]:
                 return state.upload_version(_uploaded(raw, headers), query)
             case "POST", ["pipelines"]:
-                return state.create_pipeline(_json(raw))
+                return state.create_pipeline(json.loads(raw))
             case "GET", ["pipelines"]:
                 state.check_namespace(query.get("namespace", ""))
                 return page("pipelines", state.pipelines.values(), query)
@@ -93,55 +87,41 @@ class KfpServer:
                 versions = [v for v in state.versions.values() if v["pipeline_id"] == pipeline_id]
                 return page("pipeline_versions", versions, query)
             case "GET", ["pipelines", _, "versions", version_id]:
-                return state.find(state.versions, "PipelineVersion", version_id)  # type: ignore[no-any-return]
+                return state.find(state.versions, "PipelineVersion", version_id)
             case "POST", ["experiments"]:
-                return state.create_experiment(_json(raw))
+                return state.create_experiment(json.loads(raw))
             case "GET", ["experiments"]:
                 state.check_namespace(query.get("namespace", ""))
                 return page("experiments", state.experiments.values(), query)
             case "GET", ["experiments", experiment_id]:
-                return state.find(state.experiments, "Experiment", experiment_id)  # type: ignore[no-any-return]
-            case _, ["runs", *rest]:
-                return self._runs(method, rest, query, raw)
-            case _, ["recurringruns", *rest]:
-                return self._schedules(method, rest, query, raw)
-        raise missing("Page", path)
-
-    def _runs(self, method: str, rest: list[str], query: Mapping[str, str], raw: bytes) -> dict[str, Any]:
-        state = self.state
-        match method, rest:
-            case "POST", []:
-                return state.create_run(_json(raw)).shown()
-            case "GET", []:
+                return state.find(state.experiments, "Experiment", experiment_id)
+            case "POST", ["runs"]:
+                return state.create_run(json.loads(raw)).shown()
+            case "GET", ["runs"]:
                 runs = [run.record for run in state.runs.values()]
                 return page("runs", self._of_experiment(runs, query), query)
-            case "GET", [run_id]:
-                return state.find(state.runs, "Run", run_id).shown()  # type: ignore[no-any-return]
-            case "POST", [run_id, "terminate"]:
+            case "GET", ["runs", run_id]:
+                return state.find(state.runs, "Run", run_id).shown()
+            case "POST", ["runs", run_id, "terminate"]:
                 state.find(state.runs, "Run", run_id).terminate()
                 return {}
-            case "DELETE", [run_id]:
+            case "DELETE", ["runs", run_id]:
                 del state.runs[state.find(state.runs, "Run", run_id).record["run_id"]]
                 return {}
-        raise missing("Page", "/".join(["runs", *rest]))
-
-    def _schedules(self, method: str, rest: list[str], query: Mapping[str, str], raw: bytes) -> dict[str, Any]:
-        state = self.state
-        match method, rest:
-            case "POST", []:
-                return state.create_schedule(_json(raw)).record
-            case "GET", []:
+            case "POST", ["recurringruns"]:
+                return state.create_schedule(json.loads(raw)).record
+            case "GET", ["recurringruns"]:
                 records = [schedule.record for schedule in state.schedules.values()]
                 return page("recurringRuns", self._of_experiment(records, query), query)
-            case "GET", [schedule_id]:
-                return state.find(state.schedules, "Job", schedule_id).record  # type: ignore[no-any-return]
-            case "POST", [schedule_id, "enable" | "disable" as verb]:
+            case "GET", ["recurringruns", schedule_id]:
+                return state.find(state.schedules, "Job", schedule_id).record
+            case "POST", ["recurringruns", schedule_id, "enable" | "disable" as verb]:
                 state.find(state.schedules, "Job", schedule_id).set_enabled(verb == "enable")
                 return {}
-            case "DELETE", [schedule_id]:
+            case "DELETE", ["recurringruns", schedule_id]:
                 state.delete_schedule(schedule_id, query.get("propagation_policy", ""))
                 return {}
-        raise missing("Page", "/".join(["recurringruns", *rest]))
+        raise missing("Page", path)
 
     def _of_experiment(self, records: list[dict[str, Any]], query: Mapping[str, str]) -> list[dict[str, Any]]:
         wanted = query.get("experiment_id")
@@ -155,15 +135,10 @@ def serving(environment: Mapping[str, str] | None = None, **options: Any) -> Ite
     """A server for the length of a block; `options` as for KfpServer."""
     server = KfpServer(environment, **options)
     try:
-        yield server
+        with http_server.serving(lambda *request: server._answer(*request)) as server.url:
+            yield server
     finally:
-        server.close()
-
-
-def _json(raw: bytes) -> dict[str, Any]:
-    body = json.loads(raw)
-    assert isinstance(body, dict)
-    return body
+        server.state.close()
 
 
 def _uploaded(raw: bytes, headers: Mapping[str, str]) -> str:
@@ -171,6 +146,4 @@ def _uploaded(raw: bytes, headers: Mapping[str, str]) -> str:
     kind = headers.get("Content-Type", "")
     form = email.message_from_bytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + raw)
     (part,) = (each for each in form.walk() if each.get_param("name", header="content-disposition") == "uploadfile")
-    content = part.get_payload(decode=True)
-    assert isinstance(content, bytes)
-    return content.decode()
+    return part.get_payload(decode=True).decode()

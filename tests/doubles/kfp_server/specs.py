@@ -13,13 +13,7 @@ from infra.checks.manifests import Loader
 from tests.doubles.kfp_server.errors import invalid
 
 NUMBERS = ("NUMBER_INTEGER", "NUMBER_DOUBLE")
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "STRING": str,
-    "BOOLEAN": bool,
-    "LIST": list,
-    "STRUCT": dict,
-    **dict.fromkeys(NUMBERS, (int, float)),
-}
+KINDS = {"STRING": str, "BOOLEAN": bool, "LIST": list, "STRUCT": dict, **dict.fromkeys(NUMBERS, (int, float))}
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Pipeline:
 
     @property
     def parameters(self) -> dict[str, dict[str, Any]]:
-        return self.spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})  # type: ignore[no-any-return]
+        return self.spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})
 
     def as_yaml(self) -> str:
         return yaml.safe_dump_all([self.spec, *([self.platform] if self.platform else [])], sort_keys=False)
@@ -76,17 +70,14 @@ def check_parameters(pipeline: Pipeline, given: Mapping[str, Any]) -> None:
         kind = defined["parameterType"]
         if name not in given:
             if not defined.get("isOptional") and "defaultValue" not in defined:
-                raise invalid(
-                    f"parameter {name} is not optional, yet has neither default value nor user provided value"
-                )
+                lacking = "is not optional, yet has neither default value nor user provided value"
+                raise invalid(f"parameter {name} {lacking}")
             continue
         value = given[name]
-        fits = isinstance(value, KINDS[kind]) and (kind == "BOOLEAN" or not isinstance(value, bool))
-        if not fits:
+        if not isinstance(value, KINDS[kind]) or (kind != "BOOLEAN" and isinstance(value, bool)):
             wanted, is_not = ("double or integer", "number") if kind in NUMBERS else (kind.lower(), kind.lower())
-            raise invalid(
-                f"input parameter {name} requires type {wanted}, but the input parameter is not of {is_not} value type"
-            )
+            why = f"requires type {wanted}, but the input parameter is not of {is_not} value type"
+            raise invalid(f"input parameter {name} {why}")
         if defined.get("literals") and value not in defined["literals"]:
             raise invalid(f"input parameter {name} has value {value!r}, which is not one of {defined['literals']}")
     if extra := sorted(set(given) - set(pipeline.parameters)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.doubles.kfp_server.cron import Cron
-from tests.doubles.kfp_server.errors import exists, forbidden, invalid, missing
+from tests.doubles.kfp_server.errors import ApiError, exists, invalid, missing
 from tests.doubles.kfp_server.execution import Execution, now
 from tests.doubles.kfp_server.schedules import Schedule
 from tests.doubles.kfp_server.specs import Pipeline, check_fields, check_parameters, parse_package, parse_pipeline
@@ -36,7 +36,7 @@ class State:
         if not namespace:
             raise invalid("Resource cannot have an empty namespace and experiment id in multi-user mode")
         if namespace not in self.namespaces:
-            raise forbidden(namespace)
+            raise ApiError(403, 7, f"User is not authorized with reason: no access to namespace {namespace}")
 
     def create_experiment(self, body: dict[str, Any]) -> dict[str, Any]:
         check_fields("V2beta1Experiment", body)
@@ -76,17 +76,10 @@ class State:
         check_fields("V2beta1Run", body)
         pipeline, config = self._checked(body)
         run_id = str(uuid.uuid4())
-        record = {
-            **body,
-            "run_id": run_id,
-            "runtime_config": config,
-            "created_at": now(),
-            "scheduled_at": now(),
-            "storage_state": "AVAILABLE",
-            **({"recurring_run_id": schedule.record["recurring_run_id"]} if schedule else {}),
-        }
-        folder = Path(self.folder.name) / run_id
-        self.runs[run_id] = Execution(record, pipeline, folder, self.environment)
+        record = {**body, "run_id": run_id, "runtime_config": config, "created_at": now(), "scheduled_at": now()}
+        record |= {"recurring_run_id": schedule.record["recurring_run_id"]} if schedule else {}
+        record |= {"storage_state": "AVAILABLE"}
+        self.runs[run_id] = Execution(record, pipeline, Path(self.folder.name) / run_id, self.environment)
         return self.runs[run_id]
 
     def create_schedule(self, body: dict[str, Any]) -> Schedule:
@@ -94,24 +87,14 @@ class State:
         _, config = self._checked(body)
         concurrency = int(body.get("max_concurrency") or 0)
         if not 1 <= concurrency <= 10:
-            raise invalid(
-                f"The max concurrency of the recurring run is out of range. Support 1-10. Received {concurrency}."
-            )
+            outside = f"out of range. Support 1-10. Received {concurrency}."
+            raise invalid(f"The max concurrency of the recurring run is {outside}")
         trigger = (body.get("trigger") or {}).get("cron_schedule") or {}
-        schedule = Schedule(
-            {
-                **body,
-                "recurring_run_id": str(uuid.uuid4()),
-                "runtime_config": config,
-                "max_concurrency": str(concurrency),
-                "created_at": now(),
-                "updated_at": now(),
-                "status": "ENABLED" if body.get("mode") == "ENABLE" else "DISABLED",
-            },
-            Cron(trigger.get("cron", "")),
-        )
-        self.schedules[schedule.record["recurring_run_id"]] = schedule
-        return schedule
+        schedule_id, status = str(uuid.uuid4()), "ENABLED" if body.get("mode") == "ENABLE" else "DISABLED"
+        record = {**body, "recurring_run_id": schedule_id, "runtime_config": config, "status": status}
+        record |= {"max_concurrency": str(concurrency), "created_at": now(), "updated_at": now()}
+        self.schedules[schedule_id] = Schedule(record, Cron(trigger.get("cron", "")))
+        return self.schedules[schedule_id]
 
     def delete_schedule(self, schedule_id: str, policy: str) -> None:
         """Its workflows belong to it: unless they are orphaned, they are deleted with it."""
@@ -154,8 +137,7 @@ class State:
         experiment = self.find(self.experiments, "Experiment", body.get("experiment_id") or "")
         if self.namespaces:
             self.check_namespace(experiment.get("namespace", ""))
-        reference = body.get("pipeline_version_reference")
-        if reference:
+        if reference := body.get("pipeline_version_reference"):
             version = self.find(self.versions, "PipelineVersion", reference.get("pipeline_version_id", ""))
             pipeline = parse_pipeline(version["pipeline_spec"])
         elif body.get("pipeline_spec"):
@@ -176,12 +158,8 @@ class State:
         return made
 
     def _add_version(self, pipeline_id: str, name: str, pipeline: Pipeline, query: Mapping[str, str]) -> dict[str, Any]:
-        made = {
-            "pipeline_id": pipeline_id,
-            "pipeline_version_id": str(uuid.uuid4()),
-            "pipeline_spec": pipeline.document,
-            **_named(name, query),
-        }
+        made = {"pipeline_id": pipeline_id, "pipeline_version_id": str(uuid.uuid4()), **_named(name, query)}
+        made["pipeline_spec"] = pipeline.document
         self.versions[made["pipeline_version_id"]] = made
         return made
 

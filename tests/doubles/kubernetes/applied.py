@@ -19,14 +19,6 @@ from tests.doubles.http_server import Answer, serving
 from tests.doubles.kubernetes import kubeconfig
 from tests.doubles.kubernetes.api import NAMESPACE, TOKEN, Refusal
 
-PLURALS = {
-    "ServiceAccount": "serviceaccounts",
-    "ConfigMap": "configmaps",
-    "Secret": "secrets",
-    "LocalQueue": "localqueues",
-    "ClusterQueue": "clusterqueues",
-    "WorkloadPriorityClass": "workloadpriorityclasses",
-}
 DEPLOYMENTS = (
     ("ray-system", "kuberay-operator"),
     ("kueue-system", "kueue-controller-manager"),
@@ -48,9 +40,9 @@ class AppliedCluster:
         self.pod_status: dict[str, Any] = {"phase": "Succeeded"}
         self.pod_log = "fineloop: the store is sound\n"
         self.made: list[str] = []
+        """Paths of what was created for good."""
         self.pods: list[Any] = []
         """Each pod that was made, as it was asked for."""
-        """Paths of what was created for good."""
         for name, data in (("fineloop-ray", {"auth_token": "eA=="}), ("fineloop-s3", {"AWS_ACCESS_KEY_ID": "eA=="})):
             self.put(f"/api/v1/namespaces/{NAMESPACE}/secrets/{name}", {"data": data})
         for where, name in DEPLOYMENTS:
@@ -65,11 +57,9 @@ class AppliedCluster:
 
     def deploy(self, namespace: str, name: str, replicas: int = 1) -> None:
         """Have a deployment with so many pods."""
-        self.objects[f"/apis/apps/v1/namespaces/{namespace}/deployments/{name}"] = {
-            "metadata": {"name": name, "namespace": namespace},
-            "spec": {"replicas": replicas},
-            "status": {"availableReplicas": replicas} if replicas else {},
-        }
+        found = {"spec": {"replicas": replicas}, "status": {"availableReplicas": replicas} if replicas else {}}
+        found["metadata"] = {"name": name, "namespace": namespace}
+        self.put(f"/apis/apps/v1/namespaces/{namespace}/deployments/{name}", found)
 
     def drop(self, kind: str, name: str = "") -> None:
         """Forget the objects of a kind."""
@@ -170,6 +160,6 @@ def applied(overlay: str, path: Path) -> Iterator[AppliedCluster]:
 def _path(manifest: Manifest) -> str:
     group, _, version = manifest["apiVersion"].rpartition("/")
     kind, meta = manifest["kind"], manifest["metadata"]
-    plural = PLURALS.get(kind, kind.lower() + ("es" if kind.endswith(("s", "x")) else "s"))
+    plural = kind.lower() + ("es" if kind.endswith(("s", "x")) else "s")
     where = f"namespaces/{meta['namespace']}/" if "namespace" in meta else ""
     return f"/{f'apis/{group}' if group else 'api'}/{version}/{where}{plural}/{meta['name']}"

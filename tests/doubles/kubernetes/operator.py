@@ -83,12 +83,8 @@ class Operator:
             self.api.write(name, lambda found: found["metadata"].update(finalizers=[FINALIZER]))
         self._started[name] = time.monotonic()
         cluster = f"{name}-{int(time.monotonic() * 1e6) % 100_000:05d}"
-        return {
-            "jobDeploymentStatus": "Initializing",
-            "jobId": spec["jobId"],
-            "rayClusterName": cluster,
-            "startTime": now(),
-        }
+        begun = {"jobId": spec["jobId"], "rayClusterName": cluster, "startTime": now()}
+        return {"jobDeploymentStatus": "Initializing", **begun}
 
     def _initializing(self, name: str, spec: Resource, status: Resource) -> Resource | None:
         if spec.get("suspend"):
@@ -118,16 +114,10 @@ class Operator:
 
     def _after_failure(self, spec: Resource, status: Resource, exit_code: int | None, log: str) -> Resource:
         failed = status.get("failed", 0) + 1
-        again = failed <= spec.get("backoffLimit", 0)
+        state = "Retrying" if failed <= spec.get("backoffLimit", 0) else "Failed"
         reply = f"Job entrypoint command failed with exit code {exit_code}, last available logs (truncated):"
-        return {
-            "jobStatus": "FAILED",
-            "jobDeploymentStatus": "Retrying" if again else "Failed",
-            "reason": "AppFailed",
-            "message": f"{reply}\n{log[-20_000:]}",
-            "failed": failed,
-            "endTime": now(),
-        }
+        why = {"reason": "AppFailed", "message": f"{reply}\n{log[-20_000:]}"}
+        return {"jobStatus": "FAILED", "jobDeploymentStatus": state, **why, "failed": failed, "endTime": now()}
 
     def _suspending(self, name: str, _spec: Resource, _status: Resource) -> Resource:
         self._clear(name)
