@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 import zlib
 from pathlib import Path
@@ -8,13 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from components.config.methods import METHODS
-from components.config.schema import MethodConfig, ModelConfig
+from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build, dora
-from ray_jobs.base import base_model
+from tests.models.bases import dense, load, logits
 from tests.models.train_group import in_group
 
 REFERENCE = "s3://models/tiny"
@@ -22,12 +20,8 @@ ADAPTERS = ("lora", "rslora", "dora", "vera", "dvora")
 """The rows of the table that differ in more than the base that they stand on."""
 
 
-def plain_base(path: Path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
 def adapted_base(path: Path, method: MethodConfig, *, seed: int = 0):
-    return build.attach(plain_base(path), method, base_reference=REFERENCE, seed=seed).eval()
+    return build.attach(dense(path), method, base_reference=REFERENCE, seed=seed).eval()
 
 
 def fill(model) -> None:
@@ -36,11 +30,6 @@ def fill(model) -> None:
         if parameter.requires_grad and "lora_A" not in name:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=torch.arange(12)[None]).logits
 
 
 def save_all(base: Path, directory: Path) -> int:
@@ -65,9 +54,9 @@ def saved(tiny_base, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_saved_files_give_peft_the_same_logits(name, saved, tiny_base):
     written = load_file(saved[1] / f"{name}.logits")["logits"]
-    for load in (PeftModel.from_pretrained, build.load):
-        assert torch.equal(logits(load(plain_base(tiny_base), saved[1] / name).eval()), written)
-    assert (written - logits(plain_base(tiny_base))).abs().max() > 0.1
+    for read in (PeftModel.from_pretrained, build.load):
+        assert torch.equal(logits(read(dense(tiny_base), saved[1] / name)), written)
+    assert (written - logits(dense(tiny_base))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -96,18 +85,14 @@ def test_a_row_of_the_table_is_spelled_as_peft_spells_it(method, spelled, tiny_b
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_fresh_adapter_changes_nothing_yet(name, tiny_base):
     fresh = logits(adapted_base(tiny_base, MethodConfig(name=name, rank=4)))
-    torch.testing.assert_close(fresh, logits(plain_base(tiny_base)))
+    torch.testing.assert_close(fresh, logits(dense(tiny_base)))
 
 
 @pytest.mark.parametrize(("base", "name"), [("nf4", "vera"), ("bf16", "dvora"), ("int8", "dvora")])
 def test_veras_matrices_have_the_type_of_its_vectors_and_are_there_once(base, name, tiny_base, tmp_path):
-    config = ModelConfig(base=str(tiny_base))
-    model = functools.partial(base_model.load_model, base_model.resolve(config), config, base, use_gpu=False)
-    adapted = build.attach(model(), MethodConfig(name=name, rank=4), base_reference=REFERENCE, seed=0)
+    adapted = build.attach(load(tiny_base, base), MethodConfig(name=name, rank=4), base_reference=REFERENCE, seed=0)
     magnitudes = {*dora.magnitudes(adapted)}
-    vectors = [
-        parameter for parameter in adapted.parameters() if parameter.requires_grad and parameter not in magnitudes
-    ]
+    vectors = {parameter for parameter in adapted.parameters() if parameter.requires_grad} - magnitudes
     shared = [buffer for key, buffer in adapted.named_buffers(remove_duplicate=False) if ".vera_" in key]
     assert {tensor.dtype for tensor in (*vectors, *shared)} == {torch.bfloat16}
     assert {magnitude.dtype for magnitude in magnitudes} == ({torch.float32} if name == "dvora" else set())
@@ -117,7 +102,7 @@ def test_veras_matrices_have_the_type_of_its_vectors_and_are_there_once(base, na
     # And so when they are loaded: what is measured is what was trained.
     fill(adapted)
     build.save(adapted, tmp_path)
-    assert torch.equal(logits(build.load(model(), tmp_path).eval()), logits(adapted.eval()))
+    assert torch.equal(logits(build.load(load(tiny_base, base), tmp_path)), logits(adapted))
 
 
 def test_the_seed_alone_decides_the_first_weights(tiny_base):
@@ -134,15 +119,15 @@ def test_a_start_that_peft_takes_out_of_the_base_is_published_as_plain_lora(tiny
     """As a row of the table would have it, whose init is one of peft's own."""
     monkeypatch.setitem(METHODS, "lora", dataclasses.replace(METHODS["lora"], init="pissa"))
     adapted = adapted_base(tiny_base, MethodConfig(name="lora", rank=4))
-    torch.testing.assert_close(logits(adapted), logits(plain_base(tiny_base)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(adapted), logits(dense(tiny_base)), rtol=1e-3, atol=1e-3)
     name = "model.layers.0.self_attn.q_proj"
     residual = adapted.get_base_model().get_submodule(name).get_base_layer().weight
-    assert not torch.allclose(residual, plain_base(tiny_base).get_submodule(name).weight)
+    assert not torch.allclose(residual, dense(tiny_base).get_submodule(name).weight)
     fill(adapted)
     build.save(adapted, tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (8, 16.0, True)
-    plain = PeftModel.from_pretrained(plain_base(tiny_base), tmp_path).eval()
+    plain = PeftModel.from_pretrained(dense(tiny_base), tmp_path)
     torch.testing.assert_close(logits(plain), logits(adapted), rtol=1e-3, atol=1e-3)
 
 
@@ -151,7 +136,6 @@ def test_a_start_that_peft_takes_out_of_the_base_is_published_as_plain_lora(tiny
     [("qlora", ["no_such_layer"]), ("vera", "no_such_layer"), ("dvora", ["q_proj", "input_layernorm"])],
 )
 def test_layers_that_the_base_does_not_have_are_the_users_mistake(name, targets, tiny_base):
-    with pytest.raises(
-        ConfigError, match=r"method\.target_modules .* (does not fit|fits no layer of) s3://models/tiny"
-    ):
+    message = r"method\.target_modules .* (does not fit|fits no layer of) s3://models/tiny"
+    with pytest.raises(ConfigError, match=message):
         adapted_base(tiny_base, MethodConfig(name=name, rank=4, target_modules=targets))

@@ -9,30 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from components.config import config_file
-from components.config.methods import BaseFormat
-from components.config.schema import MethodConfig, ModelConfig, RunConfig
+from components.config.schema import MethodConfig, RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.adapters.dvora import DvoraLinear
-from ray_jobs.base import base_model
+from tests.models.bases import dense, load, logits
 from tests.models.magnitudes import measured
 from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 
 IDS = torch.arange(12)[None]
 DVORA = MethodConfig(name="dvora", rank=4)
-
-
-def dense(path: Path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def stored(path: Path, *, base: BaseFormat):
-    config = ModelConfig(base=str(path))
-    return base_model.load_model(base_model.resolve(config), config, base, use_gpu=False)
 
 
 def adapted_base(path: Path, method: MethodConfig = DVORA) -> PeftModel:
@@ -51,11 +40,6 @@ def disturb(model: torch.nn.Module, *, seed: int = 7) -> torch.nn.Module:
     return model
 
 
-@torch.inference_mode()
-def logits(model: torch.nn.Module) -> Tensor:
-    return model.eval()(input_ids=IDS).logits
-
-
 def layers(model: torch.nn.Module) -> list[DvoraLinear]:
     return [layer for layer in model.modules() if isinstance(layer, DvoraLinear)]
 
@@ -64,7 +48,7 @@ def layers(model: torch.nn.Module) -> list[DvoraLinear]:
     ("base", "mode"), [("float32", "train"), ("bf16", "eval"), ("nf4", "eval"), ("int8", "train"), ("int8", "eval")]
 )
 def test_a_fresh_adapter_is_the_base_to_the_last_bit(base, mode, tiny_base):
-    model = (dense if base == "float32" else functools.partial(stored, base=base))(tiny_base)
+    model = dense(tiny_base) if base == "float32" else load(tiny_base, base)
     model.train(mode == "train")  # int8 layers compute otherwise then
     before = model(input_ids=IDS).logits
     adapted = build.attach(model, DVORA, base_reference="tiny", seed=0).train(mode == "train")
@@ -157,7 +141,7 @@ def test_a_merge_of_broken_vectors_is_refused_and_changes_nothing(tiny_base):
 
 
 def test_an_unmerged_nf4_layer_takes_the_norm_of_what_it_then_holds(tiny_base):
-    adapted = disturb(build.attach(stored(tiny_base, base="nf4"), DVORA, base_reference="tiny", seed=0))
+    adapted = disturb(build.attach(load(tiny_base, "nf4"), DVORA, base_reference="tiny", seed=0))
     logits(adapted)
     adapted.merge_adapter()
     adapted.unmerge_adapter()  # which rounds to four bits twice

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.config import config_file
@@ -33,17 +34,15 @@ from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import collate, tokenize
 from tests.doubles.datasets import validate
 from tests.models import zoo
+from tests.models.bases import rewritten
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
-from tests.ray_jobs.training.in_store import in_store
+from tests.ray_jobs.training.in_store import in_store, stood
 
 RANK = 8
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 RECORDS = [validate(row).record for row in colour_rows(48)]
 INPUT_IDS = torch.arange(24).view(2, 12)
-
-Changed = Callable[..., RunConfig]
-
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -65,27 +64,21 @@ def learned_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def changed(config: RunConfig, learned_base: Path, store: Store) -> Changed:
+def changed(config: RunConfig, learned_base: Path, store: Store) -> Callable[..., RunConfig]:
     """LoftQ on the base that learned, with some keys changed."""
     settings = [f"model.base={learned_base}", "method.name=loftq", f"method.rank={RANK}"]
     return functools.partial(in_store, config, store, *settings)
 
 
 def batch(base: Path) -> dict[str, torch.Tensor]:
-    chat = chat_format.load(base_model.Base("base", base, {}), ModelConfig(base=str(base)))
+    chat = chat_format.load(Base("base", base, {}), ModelConfig(base=str(base)))
     return collate(tokenize(RECORDS, chat, 64), list(range(len(RECORDS))), chat.pad)
 
 
 def projections(base: Path) -> dict[str, torch.Tensor]:
     """The weight of each layer that gets an adapter."""
     weights = load_file(base / "model.safetensors")
-    return {
-        name.removesuffix(".weight"): weight for name, weight in weights.items() if weight.ndim == 2 and "_proj" in name
-    }
-
-
-def stood(config: RunConfig, store: Store) -> Base:
-    return own_base.prepare(config, base_model.resolve(config.model), store)
+    return {name.removesuffix(".weight"): weight for name, weight in weights.items() if "_proj" in name}
 
 
 def loaded(base: Base, config: RunConfig, base_format: Any = "nf4") -> Any:
@@ -149,10 +142,8 @@ def test_plain_transformers_load_the_published_base_bit_for_bit(changed, store):
             assert all(torch.equal(stored[key], expected[key]) for key in stored)
         assert torch.equal(init[f"{name}.lora_A"], found.right_RN)
         assert torch.equal(init[f"{name}.lora_B"], found.left_MR)
-    assert (
-        AutoTokenizer.from_pretrained(base.path).chat_template
-        == AutoTokenizer.from_pretrained(config.model.base).chat_template
-    )
+    templates = [AutoTokenizer.from_pretrained(each).chat_template for each in (base.path, config.model.base)]
+    assert templates[0] == templates[1]
 
 
 def test_layers_without_an_adapter_keep_plain_nf4(changed, store):
@@ -183,12 +174,11 @@ def test_a_base_is_named_after_what_changes_it_and_nothing_else(changed):
 def exact_base(learned_base: Path, tmp_path: Path) -> Path:
     """In k_proj every block of 64 has an absmax of 1, and every value is one of NF4's sixteen."""
     folder = shutil.copytree(learned_base, tmp_path / "exact")
-    weights = load_file(learned_base / "model.safetensors")
     code = quantize_4bit(torch.ones(64), **NF4)[1].code.bfloat16()
-    for name, weight in weights.items():
-        if "k_proj" in name:
-            weights[name] = code.repeat(weight.numel() // 16).view(weight.shape)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with rewritten(folder) as weights:
+        for name, weight in weights.items():
+            if "k_proj" in name:
+                weights[name] = code.repeat(weight.numel() // 16).view(weight.shape)
     return folder
 
 
@@ -226,20 +216,18 @@ def test_a_base_that_is_quantised_already_is_refused(changed, store):
 
 def test_a_checkpoint_without_the_head_is_read_by_its_shorter_names(changed, learned_base, tmp_path):
     shutil.copytree(learned_base, tmp_path / "headless")
-    weights = load_file(learned_base / "model.safetensors")
-    shorter = {name.removeprefix("model."): weight for name, weight in weights.items()}
-    save_file(shorter, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    with rewritten(tmp_path / "headless") as weights:
+        for name in [*weights]:
+            weights[name.removeprefix("model.")] = weights.pop(name)
     config = changed(f"model.base={tmp_path / 'headless'}")
-    layers = find_layers(config, base_model.resolve(config.model))
-    assert layers.keys() == projections(learned_base).keys()
-    name = "model.layers.1.mlp.up_proj"
-    assert torch.equal(layers[name].read(torch.device("cpu")), weights[f"{name}.weight"])
+    layers, expected = find_layers(config, base_model.resolve(config.model)), projections(learned_base)
+    assert layers.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(layers[name].read(torch.device("cpu")), weight)
 
 
 def stand_on_rank(config_toml: str) -> str:
     """What one worker does; gives the address that it stands on."""
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     config = config_file.loads(config_toml)
     store = Store.open(config.registry)
@@ -256,9 +244,8 @@ def test_the_number_of_workers_does_not_change_a_bit(changed, store, tmp_path):
     digests = []
     for num_workers in (1, 2):
         config = changed(f"registry.prefix={store.prefix}/{num_workers}")
-        uris = in_group(
-            stand_on_rank, config_file.dumps(config), directory=tmp_path / str(num_workers), num_workers=num_workers
-        )
+        toml, logs = config_file.dumps(config), tmp_path / str(num_workers)
+        uris = in_group(stand_on_rank, toml, directory=logs, num_workers=num_workers)
         assert len(set(uris)) == 1
         own = Store.open(config.registry)
         digests.append(folders.read_manifest(own, own.key(uris[0])).files)

@@ -12,12 +12,11 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
 
-from components.config.schema import MethodConfig, ModelConfig
+from components.config.schema import MethodConfig
 from components.shared.errors import FineloopError, UserError
 from ray_jobs.adapters import build, merge
-from ray_jobs.base import base_model
+from tests.models.bases import dense, load
 from tests.models.tiny_version import randomise
 
 ROWS = merge.vocabulary_rows(256, count=20, length=64)
@@ -28,24 +27,16 @@ CASES = [("lora", "nf4"), ("rslora", "int8"), ("dora", "bf16"), ("qdora", "nf4")
 
 @pytest.fixture(scope="module")
 def plain_base(tiny_base):
-    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    return dense(tiny_base).eval()
 
 
 @pytest.fixture(scope="module")
 def bases(tiny_base):
     """The base in each format, and the dense weights that the format stands for."""
-    config = ModelConfig(base=str(tiny_base))
-    found = base_model.resolve(config)
-
-    def loaded(fmt):
-        return base_model.load_model(found, config, fmt, use_gpu=False)
-
-    def dense(fmt):
-        model = loaded("bf16").float()
-        merge.dequantise_into(model, loaded(fmt))
-        return model
-
-    return {fmt: (loaded(fmt), dense(fmt)) for fmt in FORMATS}
+    found = {fmt: (load(tiny_base, fmt), load(tiny_base).float()) for fmt in FORMATS}
+    for stored, weights in found.values():
+        merge.dequantise_into(weights, stored)
+    return found
 
 
 def weight_of(layer) -> torch.Tensor:
@@ -67,25 +58,28 @@ def in_float32(model):
     return model
 
 
-def saved_adapter(dense, method: MethodConfig, folder: Path) -> Path:
-    adapted = build.attach(copy.deepcopy(dense), method, base_reference="s3://models/tiny", seed=0)
+def adapted_by(method: MethodConfig, base):
+    adapted = build.attach(copy.deepcopy(base), method, base_reference="s3://models/tiny", seed=0)
     randomise(adapted)
-    build.save(adapted, folder)
+    return adapted.eval()
+
+
+def saved_adapter(base, method: MethodConfig, folder: Path) -> Path:
+    build.save(adapted_by(method, base), folder)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fmt"), CASES)
 def test_a_merged_model_says_what_the_adapter_says_on_the_base_it_was_trained_on(name, fmt, bases, tmp_path):
-    quantised, dense = bases[fmt]
-    folder = saved_adapter(dense, MethodConfig(name=name, base=fmt, rank=8), tmp_path / "adapter")
+    quantised, dequantised = bases[fmt]
+    folder = saved_adapter(dequantised, MethodConfig(name=name, base=fmt, rank=8), tmp_path / "adapter")
     reference = list(merge.logits(build.load(in_float32(quantised), folder).eval(), ROWS))
-    untouched = list(merge.logits(dense, ROWS))
+    untouched = list(merge.logits(dequantised, ROWS))
 
-    merge.merge(build.load(copy.deepcopy(dense), folder)).save_pretrained(tmp_path / "merged")
+    merge.merge(build.load(copy.deepcopy(dequantised), folder)).save_pretrained(tmp_path / "merged")
 
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    found = merge.agreement(reference, merge.logits(plain, ROWS))
+    found = merge.agreement(reference, merge.logits(dense(tmp_path / "merged").eval(), ROWS))
     assert found.positions == 20 * 64
     assert found.argmax_agreement >= 0.999
     assert found.max_abs_logit_difference < 1e-3
@@ -93,10 +87,8 @@ def test_a_merged_model_says_what_the_adapter_says_on_the_base_it_was_trained_on
     assert merge.agreement(reference, untouched).argmax_agreement < 0.9
 
 
-def test_an_update_scaled_a_little_wrongly_is_found(bases, tmp_path):
-    dense = bases["bf16"][1]
-    folder = saved_adapter(dense, MethodConfig(name="lora", rank=8), tmp_path)
-    adapted = build.load(copy.deepcopy(dense), folder).eval()
+def test_an_update_scaled_a_little_wrongly_is_found(bases):
+    adapted = adapted_by(MethodConfig(name="lora", rank=8), bases["bf16"][1])
     reference = list(merge.logits(adapted, ROWS))
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer):
@@ -105,9 +97,8 @@ def test_an_update_scaled_a_little_wrongly_is_found(bases, tmp_path):
         merge.require_same(merge.agreement(reference, merge.logits(merge.merge(adapted), ROWS)), "the merged model")
 
 
-def test_weights_that_are_not_finite_are_not_merged(bases, tmp_path):
-    folder = saved_adapter(bases["bf16"][1], MethodConfig(name="lora", rank=8), tmp_path)
-    adapted = build.load(copy.deepcopy(bases["bf16"][1]), folder)
+def test_weights_that_are_not_finite_are_not_merged(bases):
+    adapted = adapted_by(MethodConfig(name="lora", rank=8), bases["bf16"][1])
     next(weight for name, weight in adapted.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
     with pytest.raises(FineloopError, match="cannot be merged"):
         merge.merge(adapted)
@@ -130,12 +121,6 @@ def test_rows_that_run_together_have_the_logits_that_they_have_alone(plain_base)
         with torch.inference_mode():
             alone = plain_base(input_ids=row[None]).logits[0]
         torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
-
-
-def adapted_by(method: MethodConfig, plain_base):
-    adapted = build.attach(copy.deepcopy(plain_base), method, base_reference="s3://models/tiny", seed=0)
-    randomise(adapted)
-    return adapted.eval()
 
 
 @pytest.mark.parametrize(

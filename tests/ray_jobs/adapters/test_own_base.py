@@ -26,9 +26,8 @@ from ray_jobs.talking import speaker
 from tests.models import tiny_version
 from tests.models.tiny import colour_rows
 from tests.models.train_group import fit_in_rank, in_group
-from tests.ray_jobs.training.in_store import in_store
+from tests.ray_jobs.training.in_store import in_store, stood
 
-Changed = Callable[..., RunConfig]
 ANOTHER = "0" * 16
 
 
@@ -36,13 +35,9 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
-def changed(config: RunConfig, store: Store) -> Changed:
+def changed(config: RunConfig, store: Store) -> Callable[..., RunConfig]:
     """LoftQ on the tiny base, with some keys changed."""
     return functools.partial(in_store, config, store, "method.name=loftq")
-
-
-def stood(config: RunConfig, store: Store) -> Base:
-    return own_base.prepare(config, base_model.resolve(config.model), store)
 
 
 def test_a_second_run_pulls_what_the_first_one_made(changed, store, cache, capsys):
@@ -160,7 +155,7 @@ def export_merged(config: RunConfig, store: Store, version: Version, folder: Pat
 def test_a_version_is_run_on_the_base_that_it_was_trained_on_alone(changed, store, tmp_path, reader):
     config = changed()
     version = tiny_version.publish(config, store, tmp_path)
-    (sha256,) = {read_lineage(store, version)["recipe"]["stands_on_sha256"]}
+    sha256 = read_lineage(store, version)["recipe"]["stands_on_sha256"]
     base = own_base.find(config, base_model.resolve(config.model), store, sha256=sha256)
     weights = load_file(base.path / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].flip(0)

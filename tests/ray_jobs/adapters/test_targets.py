@@ -6,23 +6,23 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
-from components.config.schema import MethodConfig, ModelConfig
+from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build
 from ray_jobs.adapters.build import find, left_dense
-from ray_jobs.base import base_model
 from ray_jobs.base.architecture import auto_class
 from tests.models import zoo
+from tests.models.bases import dense, load, logits
+from tests.models.tiny_version import randomise
 from tests.models.zoo import on_no_device
 
 
 def attached(name: str, **method: object):
+    lora = MethodConfig(name="lora", rank=4, **method)
     with torch.device("meta"):
-        return build.attach(
-            on_no_device(name), MethodConfig(name="lora", rank=4, **method), base_reference=name, seed=0
-        )
+        return build.attach(on_no_device(name), lora, base_reference=name, seed=0)
 
 
 def trained_in(adapted) -> set[str]:
@@ -91,9 +91,7 @@ def test_what_gemma_3n_reads_by_itself_while_it_trains_is_neither_adapted_nor_qu
     assert any(name.endswith("altup.modality_router") for name in wanted)
     assert not any("_coefs" in name for name in wanted)
     zoo.build("Gemma 3n", tmp_path)
-    config = ModelConfig(base=str(tmp_path))
-    loaded = base_model.load_model(base_model.resolve(config), config, "nf4", use_gpu=False)
-    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in loaded.named_modules()}
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in load(tmp_path, "nf4").named_modules()}
     assert (kinds["correction_coefs"], kinds["prediction_coefs"], kinds["lm_head"]) == ("Linear",) * 3
     assert kinds["modality_router"] == kinds["q_proj"] == "Linear4bit"
 
@@ -127,9 +125,8 @@ def test_a_base_of_which_most_would_stay_unquantised_is_refused_with_the_share()
 )
 def test_what_transformers_gives_bitsandbytes_none_of_is_known_before(name, setting, tmp_path):
     zoo.build(name, tmp_path)
-    theirs = auto_class(zoo.KINDS[name].config()).from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**{setting: True})
-    )
+    quantisation = BitsAndBytesConfig(**{setting: True})
+    theirs = auto_class(zoo.KINDS[name].config()).from_pretrained(tmp_path, quantization_config=quantisation)
     quantised = any(isinstance(module, Linear4bit | Linear8bitLt) for module in theirs.get_decoder().modules())
     assert quantised == (not left_dense(on_no_device(name)))
 
@@ -144,22 +141,14 @@ def test_a_head_that_is_the_embeddings_too_is_not_adapted(layer):
 
 def test_an_experts_adapter_is_written_in_the_same_order_and_read_by_plain_peft(tmp_path):
     base = zoo.build("Mixtral", tmp_path / "base")
-
-    def model():
-        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-
-    adapted = build.attach(model(), MethodConfig(name="lora", rank=4), base_reference="x", seed=0)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
+    adapted = build.attach(dense(base), MethodConfig(name="lora", rank=4), base_reference="x", seed=0)
+    randomise(adapted)
     build.save(adapted, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
-    plain = PeftModel.from_pretrained(model(), tmp_path / "adapter")
-    tokens = torch.arange(24)[None]
-    with torch.inference_mode():
-        found, expected = (each.eval()(input_ids=tokens).logits for each in (plain, adapted))
-    assert torch.equal(found, expected)
+    plain = PeftModel.from_pretrained(dense(base), tmp_path / "adapter")
+    assert torch.equal(logits(plain, 24), logits(adapted, 24))
+    assert not torch.equal(logits(plain, 24), logits(dense(base), 24))
 
 
 @pytest.mark.parametrize("layers", [2, 6])  # from twenty layers on peft looks for short names that mean the same

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from components.config import config_file
 from components.config.ray import GPUS, dtype_on
-from components.config.schema import ModelConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base import architecture, attention, base_model
 from ray_jobs.base.architecture import auto_class, require_causal
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.training import zero
 from tests.models import zoo
+from tests.models.bases import load, logits
 from tests.ray_jobs.conftest import CONFIG
 
 
@@ -33,9 +33,7 @@ from tests.ray_jobs.conftest import CONFIG
 def test_a_base_is_loaded_as_what_transformers_saved(name, is_loaded_as, tmp_path):
     zoo.build(name, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [is_loaded_as]
-    config = ModelConfig(base=str(tmp_path))
-    model = base_model.load_model(base_model.resolve(config), config, "bf16", use_gpu=False)
-    assert type(model).__name__ == is_loaded_as
+    assert type(load(tmp_path)).__name__ == is_loaded_as
 
 
 @pytest.mark.parametrize("kind", ["T5Config", "BertConfig", "ViTConfig"])
@@ -129,18 +127,14 @@ def test_a_gpu_takes_what_transformers_takes_by_itself(name):  # and packed rows
 
 
 @pytest.mark.parametrize(
-    ("name", "on_cpu"),
-    [("Llama, tied", "sdpa_float32"), ("Falcon", "sdpa"), ("gpt-oss", "eager")],
+    ("name", "on_cpu"), [("Llama, tied", "sdpa_float32"), ("Falcon", "sdpa"), ("gpt-oss", "eager")]
 )
 def test_a_base_is_loaded_with_what_it_has(name, on_cpu, tmp_path):
     zoo.build(name, tmp_path)
-    config = ModelConfig(base=str(tmp_path))
-    model = base_model.load_model(base_model.resolve(config), config, "bf16", use_gpu=False)
+    model = load(tmp_path)
     assert model.config._attn_implementation == on_cpu
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    tokens = torch.arange(24)[None]
-    with torch.inference_mode():
-        found, expected = (each.eval()(input_ids=tokens).logits.float() for each in (model, theirs))
+    found, expected = (logits(each, 24).float() for each in (model, theirs))
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 

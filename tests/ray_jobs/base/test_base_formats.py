@@ -4,6 +4,7 @@ against what arXiv:2305.14314 says of NF4.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import get_4bit_type
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from safetensors.torch import load_file, save_file
 
 from components.config.schema import MethodConfig, ModelConfig
 from components.shared.errors import ConfigError, JobError
@@ -22,14 +22,10 @@ from ray_jobs.adapters import build
 from ray_jobs.base import base_model, four_bits
 from ray_jobs.planning.rehearsal import Rehearsal
 from tests.models import zoo
+from tests.models.bases import load, rewritten
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
 """The values of four bits: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3."""
-
-
-def load(folder: Path, base_format: str = "bf16"):
-    config = ModelConfig(base=str(folder))
-    return base_model.load_model(base_model.resolve(config), config, base_format, use_gpu=False)
 
 
 def test_a_bf16_base_is_bfloat16_and_frozen(tiny_base):
@@ -69,9 +65,8 @@ def test_an_nf4_base_is_never_repacked_by_a_measurement_on_cpu(tiny_base):
 @pytest.mark.parametrize("base_format", ["nf4", "int8"])
 def test_dora_reads_a_quantised_weight_and_leaves_it_where_it_is(tiny_base, base_format):
     # By itself peft would put a copy in its place at every pass, which has no scales and is nothing that ZeRO-3 knows.
-    adapted = build.attach(
-        load(tiny_base, base_format), MethodConfig(name="dora", rank=4), base_reference="tiny", seed=0
-    ).train()
+    method = MethodConfig(name="dora", rank=4)
+    adapted = build.attach(load(tiny_base, base_format), method, base_reference="tiny", seed=0).train()
     before = dict(adapted.named_parameters())
     logits = [adapted(input_ids=torch.arange(16)[None]).logits for _ in range(3)]
     assert torch.equal(logits[0], logits[2])
@@ -124,7 +119,7 @@ def test_under_another_name_it_is_refused_with_its_own(quantised):
     ],
 )
 def test_a_format_that_is_not_ours_is_refused_by_the_plan(stored, message, tiny_base, tmp_path):
-    (tmp_path / "config.json").write_text((tiny_base / "config.json").read_text())
+    shutil.copy(tiny_base / "config.json", tmp_path)
     write_config(tmp_path, stored)
     with pytest.raises(ConfigError, match=message):
         planned(tmp_path, "nf4")
@@ -132,19 +127,17 @@ def test_a_format_that_is_not_ours_is_refused_by_the_plan(stored, message, tiny_
 
 def test_mxfp4_is_widened_to_bfloat16(tmp_path):
     zoo.build("gpt-oss", tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors, expected = load_file(path), {}
-    rng = np.random.default_rng(0)
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8)
-        scales = rng.integers(122, 128, (experts, outputs, inputs // 32), dtype=np.uint8)
-        tensors |= {f"{name}_blocks": torch.from_numpy(blocks), f"{name}_scales": torch.from_numpy(scales)}
-        # Two values a byte, the lower half first; 32 values share the exponent s of a scale 2^(s - 127).
-        values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(experts, outputs, inputs // 32, 32)
-        dense = values * np.exp2(scales.astype(np.float32) - 127)[..., None]
-        expected[name] = dense.reshape(experts, outputs, inputs).transpose(0, 2, 1)
-    save_file(tensors, path, metadata={"format": "pt"})
+    rng, expected = np.random.default_rng(0), {}
+    with rewritten(tmp_path) as tensors:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8)
+            scales = rng.integers(122, 128, (experts, outputs, inputs // 32), dtype=np.uint8)
+            tensors |= {f"{name}_blocks": torch.from_numpy(blocks), f"{name}_scales": torch.from_numpy(scales)}
+            # Two values a byte, the lower half first; 32 values share the exponent s of a scale 2^(s - 127).
+            values = E2M1[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(experts, outputs, inputs // 32, 32)
+            dense = values * np.exp2(scales.astype(np.float32) - 127)[..., None]
+            expected[name] = dense.reshape(experts, outputs, inputs).transpose(0, 2, 1)
     write_config(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
     planned(tmp_path, "bf16")
     found = dict(load(tmp_path, "bf16").named_parameters())
@@ -155,18 +148,15 @@ def test_mxfp4_is_widened_to_bfloat16(tmp_path):
 
 
 def test_fp8_is_widened_to_bfloat16(tiny_base, tmp_path):
-    for file in tiny_base.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    path = tmp_path / "model.safetensors"
-    tensors, expected = load_file(path), {}
-    rng = np.random.default_rng(0)
-    for name in [name for name in tensors if "_proj" in name]:
-        weight = torch.from_numpy(rng.normal(size=tensors[name].shape).astype(np.float32)).to(torch.float8_e4m3fn)
-        rows, columns = weight.shape
-        scales = np.exp2(rng.integers(-4, 1, (rows // 32, columns // 32))).astype(np.float32)
-        tensors |= {name: weight, f"{name}_scale_inv": torch.from_numpy(scales)}
-        expected[name] = weight.float().numpy() * scales.repeat(32, axis=0).repeat(32, axis=1)
-    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copytree(tiny_base, tmp_path, dirs_exist_ok=True)
+    rng, expected = np.random.default_rng(0), {}
+    with rewritten(tmp_path) as tensors:
+        for name in [name for name in tensors if "_proj" in name]:
+            weight = torch.from_numpy(rng.normal(size=tensors[name].shape).astype(np.float32)).to(torch.float8_e4m3fn)
+            rows, columns = weight.shape
+            scales = np.exp2(rng.integers(-4, 1, (rows // 32, columns // 32))).astype(np.float32)
+            tensors |= {name: weight, f"{name}_scale_inv": torch.from_numpy(scales)}
+            expected[name] = weight.float().numpy() * scales.repeat(32, axis=0).repeat(32, axis=1)
     write_config(tmp_path, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"})
     planned(tmp_path, "bf16")
     found = dict(load(tmp_path, "bf16").named_parameters())

@@ -24,6 +24,7 @@ from components.shared.errors import ConfigError, IntegrityError
 from components.store.store import ObjectInfo, Store
 from ray_jobs.base import base_model
 from ray_jobs.text import chat_format
+from tests.models.bases import load, logits
 from tests.models.shapes import small
 from tests.models.tiny_gguf import build_package
 from tests.models.train_group import in_group
@@ -42,11 +43,6 @@ def package(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def resolve(reference: object, revision: str = "") -> base_model.Base:
     return base_model.resolve(ModelConfig(base=str(reference), revision=revision))
-
-
-def load(reference: object, base_format: str = "bf16"):
-    config = ModelConfig(base=str(reference))
-    return base_model.load_model(base_model.resolve(config), config, base_format, use_gpu=False)  # type: ignore[arg-type]
 
 
 def test_a_folder_is_used_where_it_lies_and_known_by_its_bytes(tiny_base, tmp_path, cache):
@@ -109,10 +105,7 @@ def test_a_gguf_becomes_the_model_it_was_made_from(package, tiny_base, cache):
         "file": "Tiny.gguf",
         "sha256": hashlib.sha256(package.read_bytes()).hexdigest(),
     }
-    input_ids = torch.arange(20)[None]
-    with torch.inference_mode():
-        converted = load("pkg://tiny_weights/Tiny.gguf")(input_ids=input_ids).logits
-        assert torch.equal(converted, load(tiny_base)(input_ids=input_ids).logits)
+    assert torch.equal(logits(load("pkg://tiny_weights/Tiny.gguf"), 20), logits(load(tiny_base), 20))
     config = ModelConfig(base=str(tiny_base))
     tokenizers = [chat_format.load(found, config).tokenizer for found in (base, resolve(tiny_base))]
     turns = [{"role": "user", "content": "sky, Ünïcode"}, {"role": "assistant", "content": "blue"}]
@@ -141,18 +134,18 @@ def test_a_conversion_that_fails_leaves_nothing_that_looks_finished(package, cac
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
+def flip_the_last_bit(file: Path) -> None:
+    body = bytearray(file.read_bytes())
+    body[-1] ^= 1
+    file.write_bytes(body)
+
+
 @pytest.mark.parametrize(
-    ("damage", "how"),
-    [("model.safetensors", "changed"), ("tokenizer.json", "gone")],
+    ("name", "damage"), [("model.safetensors", flip_the_last_bit), ("tokenizer.json", Path.unlink)]
 )
-def test_a_damaged_conversion_names_the_folder_to_delete(damage, how, package):
+def test_a_damaged_conversion_names_the_folder_to_delete(name, damage, package):
     base = resolve("pkg://tiny_weights/Tiny.gguf")
-    if how == "gone":
-        (base.path / damage).unlink()
-    else:
-        body = bytearray((base.path / damage).read_bytes())
-        body[-1] ^= 1
-        (base.path / damage).write_bytes(body)
+    damage(base.path / name)
     with pytest.raises(IntegrityError, match=f"delete {base.path}"):
         resolve("pkg://tiny_weights/Tiny.gguf")
     shutil.rmtree(base.path)
@@ -349,9 +342,8 @@ def test_a_context_that_was_set_beyond_the_positions_is_refused_and_the_position
 
 def test_a_context_that_is_lowered_leaves_room_for_the_answers_that_were_asked_for():
     config = config_file.validate(TABLE, ["evaluate.max_new_tokens=600"])
-    with pytest.raises(
-        ConfigError, match=r"base gpt2: evaluate\.max_new_tokens 600 leaves no room .* model\.max_length 512"
-    ):
+    message = r"base gpt2: evaluate\.max_new_tokens 600 leaves no room .* model\.max_length 512"
+    with pytest.raises(ConfigError, match=message):
         base_model.fitted(config, GPT2Config(n_positions=512), [].append)
 
 

@@ -102,10 +102,8 @@ def test_where_nothing_can_be_remembered_it_is_read_each_time(tmp_path):
     assert {remembered(path, nowhere / "known") for _ in range(2)} == {sha256(b"one")}
 
 
-def test_a_local_base_is_resolved_again_without_reading_its_weights(
-    tiny_base, tmp_path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("cache")
+def test_a_local_base_is_resolved_again_without_reading_its_weights(tiny_base):
     config = ModelConfig(base=str(tiny_base))
     first = base_model.resolve(config)
     opened.clear()

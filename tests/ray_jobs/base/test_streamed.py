@@ -12,6 +12,7 @@ from ray_jobs.base import base_model
 from ray_jobs.base.streamed import streamed
 from ray_jobs.kernels.door import Kernels, load_model
 from tests.models import zoo
+from tests.models.bases import load, logits
 from tests.models.tiny import build_base
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -37,18 +38,14 @@ def test_a_streamed_base_says_what_the_loaded_one_says(base_format, matmul_dtype
 
 def test_a_base_whose_model_reads_its_embeddings_by_itself_is_streamed_too(tmp_path: Path):
     config = ModelConfig(base=str(zoo.build("Gemma 4, with vision and sound", tmp_path)))
-    base = base_model.resolve(config)
-    loaded = base_model.load_model(base, config, "bf16", use_gpu=False).eval()
-    with torch.inference_mode(), streamed(base, config, "bf16") as model:
-        torch.testing.assert_close(model(input_ids=IDS).logits, loaded(input_ids=IDS).logits, rtol=0.01, atol=0.01)
+    with torch.inference_mode(), streamed(base_model.resolve(config), config, "bf16") as model:
+        torch.testing.assert_close(logits(model), logits(load(tmp_path)), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.slow
 def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path):
     config = ModelConfig(base=str(build_base(tmp_path, width=256)))
-    base = base_model.resolve(config)
-    whole = sum(p.nbytes for p in base_model.load_model(base, config, "bf16", use_gpu=False).parameters())
-    most = 0
+    whole, most = sum(p.nbytes for p in load(tmp_path).parameters()), 0
 
     def look_and_multiply(*inputs: torch.Tensor) -> torch.Tensor:
         nonlocal most
@@ -57,6 +54,7 @@ def test_of_a_streamed_base_memory_holds_a_layer_at_a_time(tmp_path: Path):
         most = max(most, sum({t.untyped_storage().data_ptr(): t.nbytes for t in weights}.values()))
         return linear(*inputs)
 
+    base = base_model.resolve(config)
     with streamed(base, config, "bf16", linear=look_and_multiply) as model, torch.inference_mode():
         model(input_ids=IDS)
     assert 0 < most < 0.3 * whole

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ray_jobs
 from components.shared.errors import ConfigError, FineloopError
@@ -16,16 +17,13 @@ from tests.models.train_group import in_group
 
 def told() -> dict[str, Any]:
     """What this rank hears from the others, each of which says something else."""
-    import torch.distributed as dist
-
     rank, num_workers = dist.get_rank(), dist.get_world_size()
 
     def refuse() -> None:
         raise ConfigError("method.init loftq: no such layer")
 
     with together.gloo_group(num_workers) as group:
-        assert group is not None
-        raised: list[str] = []
+        raised = []
         try:
             together.on_rank_0(refuse, rank=rank, group=group)
         except FineloopError as exc:

@@ -9,12 +9,21 @@ from components.store.store import Store
 
 if TYPE_CHECKING:
     from components.registry.versions import Version
+    from ray_jobs.base.base_model import Base
 
 
 def in_store(config: RunConfig, store: Store, *changes: str) -> RunConfig:
     """The config with some keys changed, that writes to this store."""
     place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}"]
     return config_file.loads(config_file.dumps(config), [*place, *changes])
+
+
+def stood(config: RunConfig, store: Store) -> "Base":
+    """What an adapter stands on, which is made if it is not there."""
+    from ray_jobs.adapters import own_base
+    from ray_jobs.base import base_model
+
+    return own_base.prepare(config, base_model.resolve(config.model), store)
 
 
 def published(
