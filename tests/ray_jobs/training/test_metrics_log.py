@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -34,10 +35,20 @@ def record(kind: str, step: int, **values: Any) -> dict[str, Any]:
     return {"kind": kind, "step": step, "loss": 1.0, "records": 1, **(train if kind == "train" else {}), **values}
 
 
+def points(store: Store, run_id: str, *more: str) -> list[tuple[Any, ...]]:
+    """Kind and step of each record of the curve, and what else is named."""
+    lines = store.get(runs.run_key(run_id, runs.METRICS)).splitlines()
+    return [tuple(each[name] for name in ("kind", "step", *more)) for each in map(json.loads, lines)]
+
+
+def add(log: MetricsLog, steps: Iterable[int]) -> None:
+    for step in steps:
+        log.add(record("train", step))
+
+
 def test_after_a_restart_each_record_takes_the_place_of_the_one_before(store: Store):
     first = MetricsLog(store, "run")
-    for step in (1, 2, 3):
-        first.add(record("train", step))
+    add(first, (1, 2, 3))
     first.add(record("eval", 2))  # of the third step no measurement came
     first.add(record("train", 3))
     first.upload()
@@ -46,14 +57,7 @@ def test_after_a_restart_each_record_takes_the_place_of_the_one_before(store: St
     again.add(record("eval", 2, loss=0.25))
     again.add(record("eval", 2, loss=0.125))
     again.upload()
-    body, _ = store.read(runs.run_key("run", runs.METRICS))
-    found = [(r["kind"], r["step"], r["loss"]) for r in map(json.loads, body.splitlines())]
-    assert found == [("train", 1, 1.0), ("train", 2, 0.5), ("eval", 2, 0.125)]
-
-
-def points(store: Store, run_id: str) -> list[tuple[str, int]]:
-    body, _ = store.read(runs.run_key(run_id, runs.METRICS))
-    return [(r["kind"], r["step"]) for r in map(json.loads, body.splitlines())]
+    assert points(store, "run", "loss") == [("train", 1, 1.0), ("train", 2, 0.5), ("eval", 2, 0.125)]
 
 
 def test_of_a_long_training_one_step_in_a_power_of_two_is_kept_and_every_measurement(store: Store, monkeypatch):
@@ -82,8 +86,7 @@ def test_a_store_that_hangs_holds_no_step_up_and_one_that_refuses_ends_none(stor
 
     monkeypatch.setattr(Store, "put", lambda _, *arguments, **more: hangs_then_refuses(*arguments, **more))
     log = MetricsLog(store, "run")
-    for step in range(1, 101):
-        log.add(record("train", step))
+    add(log, range(1, 101))
     assert len(asked) <= 1  # which hangs in its thread
     answers.set()
     while len(asked) < 3:
@@ -95,8 +98,7 @@ def test_a_store_that_hangs_holds_no_step_up_and_one_that_refuses_ends_none(stor
 
 def test_a_training_that_goes_on_from_a_checkpoint_has_the_curve_up_to_it(store: Store):
     log = MetricsLog(store, "run", checkpoint_every_steps=10)
-    for step in range(1, 15):
-        log.add(record("train", step))
+    add(log, range(1, 15))
     log._thread.shutdown()  # what a killed worker leaves a second later
     assert points(store, "run") == [("train", step) for step in range(1, 11)]
 
@@ -104,8 +106,7 @@ def test_a_training_that_goes_on_from_a_checkpoint_has_the_curve_up_to_it(store:
 def test_what_ends_a_training_leaves_its_curve_up_to_there(store: Store):
     def cut_off() -> None:
         with MetricsLog(store, "run") as log:
-            for step in range(1, 6):
-                log.add(record("train", step))
+            add(log, range(1, 6))
             raise KeyError("as a node that is taken")
 
     with pytest.raises(KeyError):
@@ -116,8 +117,7 @@ def test_what_ends_a_training_leaves_its_curve_up_to_there(store: Store):
 def test_restarts_and_the_steps_that_they_take_twice_are_counted_over_all_of_them(store: Store):
     for first, last in ((1, 30), (21, 40), (41, 45), (41, 50)):
         log = MetricsLog(store, "often")
-        for step in range(first, last + 1):
-            log.add(record("train", step))
+        add(log, range(first, last + 1))
         log.upload()
     assert (log.restarts, log.steps_repeated) == (3, 10 + 0 + 5)
     again = MetricsLog(store, "often")
@@ -141,17 +141,20 @@ def test_what_is_no_finite_number_is_null_in_the_curve(store: Store):
     assert series([step, measured], "eval", "loss") == []
 
 
-TRAIN = {"kind": "train", "num_steps": 2, "elapsed_s": 1.0, "learning_rate": 0.1, "tokens_per_s": 1.0}
-STEPS: list[dict[str, Any]] = [
-    {**TRAIN, "step": 1, "loss": 2.0},
-    {"kind": "eval", "step": 1, "loss": 1.5, "records": 9, "perplexity": float("inf")},
-    {**TRAIN, "step": 2, "loss": 1.0},
-]
+STEPS = [record("train", 1, loss=2.0), record("eval", 1, loss=1.5, perplexity=float("inf")), record("train", 2)]
 
 
 def tracking(*settings: str) -> RunConfig:
     text = '[adapter]\nname = "sums"\n[data]\nsource = "x.jsonl"\n[model]\nbase = "acme/base"\n'
     return config_file.loads(text, settings)
+
+
+def track(config: RunConfig, records: list[dict[str, Any]]) -> None:
+    """Tell the trackers of a training all of it."""
+    told = Trackers(spec_of(config))
+    for each in records:
+        told.add(each)
+    told.close()
 
 
 class Run:
@@ -160,8 +163,7 @@ class Run:
     def __init__(self, **about: Any) -> None:
         self.about, self.steps, self.is_over = about, dict[int, dict[str, float]](), False
 
-    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        assert step is not None
+    def log(self, metrics: dict[str, float], step: int) -> None:
         assert step >= max(self.steps, default=0), "wandb drops steps that go back"
         self.steps.setdefault(step, {}).update(metrics)
 
@@ -213,7 +215,7 @@ def test_each_tracker_that_is_named_has_the_whole_curve(store: Store, packages: 
 def test_no_tracker_is_sent_an_address_of_data_a_store_or_a_server(packages: dict[str, Run]) -> None:
     secret = 'announce.webhook="https://hooks.example/T0/secret"'
     addresses = (secret, "track.mlflow=", 'data.source="s3://private/patients.jsonl"', "registry.bucket=our-bucket")
-    Trackers(spec_of(tracking(*addresses, "track.wandb=sums", "track.trackio=sums"))).close()
+    track(tracking(*addresses, "track.wandb=sums", "track.trackio=sums"), [])
     for run in packages.values():
         assert {*run.about["config"]} == {"adapter", "model", "method", "train"}
         assert run.about["config"]["model"]["base"] == "acme/base"
@@ -258,10 +260,7 @@ def test_a_tracker_that_fails_is_a_warning_and_the_others_are_told(
         init = sys.modules["wandb"].init
         failing = {"log": lambda *_, **__: None, "finish": lambda: None, when: fails}
         monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: init(**about) and SimpleNamespace(**failing))
-    told = Trackers(spec_of(tracking("track.wandb=sums", "track.trackio=sums")))
-    for record in STEPS:
-        told.add(record)
-    told.close()
+    track(tracking("track.wandb=sums", "track.trackio=sums"), STEPS)
     assert [each.getMessage() for each in caplog.records] == [
         "the training goes on without wandb: ConnectionError: no route to host"
     ]
@@ -293,9 +292,7 @@ def test_what_a_run_of_this_machine_left_in_its_file_is_there_for_as_long_as_its
         (str(tmp_path), ["track.trackio=sums"], None),
     ):
         monkeypatch.setenv(TRACKED_RUNS, folder)
-        told = Trackers(spec_of(tracking(*settings)))
-        told.add(STEPS[0])
-        told.close()
+        track(tracking(*settings), STEPS[:1])
         assert set(had) == {expected}
         assert "WANDB_API_KEY" not in os.environ
         had.clear()
@@ -305,8 +302,7 @@ def test_a_package_that_is_not_installed_is_named(
     packages: dict[str, Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # so that an import finds none
-    told = Trackers(spec_of(tracking("track.wandb=sums")))
-    told.close()
+    track(tracking("track.wandb=sums"), [])
     assert "track.wandb is set, and wandb is not installed beside the workers: pip install wandb" in caplog.text
 
 
@@ -318,10 +314,7 @@ def test_no_step_waits_for_a_tracker_that_hangs(
     monkeypatch.setattr(metrics_log, "LAST_S", 0.05)
     init = sys.modules["wandb"].init
     monkeypatch.setattr(sys.modules["wandb"], "init", lambda **about: goes_on.wait(60) and init(**about))
-    told = Trackers(spec_of(tracking("track.wandb=sums")))
-    for step in range(1, 20):
-        told.add({"kind": "train", "step": step, "loss": 1.0})
-    told.close()
+    track(tracking("track.wandb=sums"), [record("train", step) for step in range(1, 20)])
     goes_on.set()
     assert "wandb lacks points of this training" in caplog.text
 
@@ -345,10 +338,7 @@ def test_a_real_mlflow_has_the_curve_of_a_training_that_went_on_if_the_token_is_
     server = Mlflow("m")
     with serving(server.handle) as uri:
         for part in (STEPS[:2], STEPS[2:]):
-            told = Trackers(spec_of(tracking(f"track.mlflow={uri}")))
-            for record in part:
-                told.add(record)
-            told.close()
+            track(tracking(f"track.mlflow={uri}"), part)
     if not token:
         assert "the training goes on without mlflow" in caplog.text
         return
