@@ -25,8 +25,6 @@ class Asked:
 
     requests: int = 0
     read_bytes: int = 0
-    of_weights: int = 0
-    """Bytes among them that are of *.safetensors."""
 
 
 @dataclass
@@ -37,13 +35,12 @@ class Counts:
     by_process: dict[str, Asked] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, process: str, path: str, num_bytes: int) -> None:
+    def add(self, process: str, num_bytes: int) -> None:
         """One request, and the bytes of its answer."""
         with self.lock:
             asked = self.by_process.setdefault(process, Asked())
             asked.requests += 1
             asked.read_bytes += num_bytes
-            asked.of_weights += num_bytes * urlsplit(path).path.endswith(".safetensors")
 
 
 @contextmanager
@@ -86,7 +83,7 @@ def counting_proxy(behind: str) -> Iterator[Counts]:
                     self.wfile.write(chunk)
                     counted += len(chunk)
             named = re.search(r"\bapp/(\S+)", self.headers.get("User-Agent", ""))
-            counts.add(named[1] if named else NOBODY, self.path, counted)
+            counts.add(named[1] if named else NOBODY, counted)
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = any
 

@@ -36,7 +36,7 @@ MORE = 1.25
 MARGINS = {True: (0.02, 0.03, 0.05), False: (0.02, 0.05, 0.1, 0.2)}
 """What a version may be worse by than the one before, from the most careful on: of metrics from 0 to 1, of losses."""
 KEPT = 0.5
-"""Of production's weights in the next version: `python -m benchmarks.nights --kept` has what it gains."""
+"""Of production's weights in the next version; docs/evidence.md has what it gains."""
 RECORD_PASSES, MOST_EPOCHS = 6000, 3
 
 Keys = dict[str, tuple[Any, str]]

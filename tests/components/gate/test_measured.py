@@ -76,7 +76,7 @@ def _a_quarter_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("trainer", "promoted"), [(STEADY, 90), (NOISY, 3)], ids=["steady", "noisy"])
 def test_production_stays_inside_the_total_budget(trainer: Trainer, promoted: int) -> None:
     """It is never truly worse than what it once was by more, though the gate lets some, or most, candidates pass."""
-    held = year(trainer, GateConfig()).held
+    held = year(trainer, GateConfig())
     assert lost_of_the_best(held) <= GateConfig().total_budget
     assert len(set(held)) >= promoted
 
@@ -86,8 +86,8 @@ def test_without_the_budget_small_steps_down_add_up() -> None:
     """What the budget is for: each night is within the margin of the one before, and all of them are half a nat; with
     it, a few of them are let in."""
     decaying = replace(STEADY, decay=0.005)
-    held = year(decaying, GateConfig(worse_than_best_by=99.0)).held
+    held = year(decaying, GateConfig(worse_than_best_by=99.0))
     assert lost_of_the_best(held) == pytest.approx(NIGHTS * decaying.decay, abs=0.02)
-    budgeted = year(decaying, GateConfig()).held
+    budgeted = year(decaying, GateConfig())
     assert lost_of_the_best(budgeted) <= GateConfig().total_budget
     assert len(set(budgeted)) > 2  # and it leaves room for some steps down
