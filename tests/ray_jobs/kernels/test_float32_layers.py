@@ -4,7 +4,6 @@ widened once and for all.
 numpy multiplies what the layers store, read by torch's and bitsandbytes' own functions; nothing of ours is in between.
 """
 
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -15,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from components.config import config_file
 from components.config.schema import ModelConfig, RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
 from ray_jobs.kernels import door, float32_layers
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.answer_loss import answer_nll
+from tests.models.spec import changed
 
 HALF_STEP = 2.0**-8  # bfloat16 has 8 significant bits: rounding once moves a number by at most this share of it
 SUMMED = 1e-5  # and what a float32 sum of a thousand terms may be off by, as a share of the sum of their sizes
@@ -58,9 +57,7 @@ def conv1d() -> tuple[torch.nn.Module, np.ndarray]:
 
 
 def nf4() -> tuple[torch.nn.Module, np.ndarray]:
-    layer = bitsandbytes.nn.Linear4bit(
-        INPUTS, OUTPUTS, quant_type="nf4", compress_statistics=True, compute_dtype=torch.bfloat16
-    )
+    layer = bitsandbytes.nn.Linear4bit(INPUTS, OUTPUTS, quant_type="nf4", compute_dtype=torch.bfloat16)
     layer = layer.bfloat16().to("cpu")
     quantized = layer.weight if layer.weight.quant_state else layer.weight._quantize("cpu")
     return layer, exact(bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state))
@@ -155,9 +152,8 @@ def trained_once(config: RunConfig, base: base_model.Base) -> Products:
 @pytest.mark.parametrize(
     ("name", "base_format"), [("lora", "int8"), ("qdora", "nf4"), ("vera", "bf16"), ("dvora", "nf4")]
 )
-def test_no_method_is_left_with_a_product_in_16_bits(name: str, base_format: str, config: RunConfig, tiny_base: Path):
-    changes = [f"method.name={name}", f"method.base={base_format}", "method.dropout=0.1"]
-    config = config_file.loads(config_file.dumps(config), changes)
+def test_no_method_is_left_with_a_product_in_16_bits(name: str, base_format: str, config: RunConfig):
+    config = changed(config, f"method.name={name}", f"method.base={base_format}", "method.dropout=0.1")
     products = trained_once(config, base_model.resolve(config.model))
     assert products.in_16_bits == []
     assert products.in_float32 > 50

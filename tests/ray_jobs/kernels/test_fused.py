@@ -37,9 +37,7 @@ def base_layer(kind, *, wide):
         layer = torch.nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16)
         weight = exact(layer.weight)
     else:
-        layer = bitsandbytes.nn.Linear4bit(
-            INPUTS, OUTPUTS, quant_type="nf4", compress_statistics=True, compute_dtype=torch.bfloat16
-        )
+        layer = bitsandbytes.nn.Linear4bit(INPUTS, OUTPUTS, quant_type="nf4", compute_dtype=torch.bfloat16)
         layer = layer.bfloat16().to("cpu")
         weight = exact(bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
     if wide:
@@ -114,8 +112,7 @@ def trained(adapted, *, is_fused=True) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("base_format", "dtype"),
-    [pytest.param("nf4", "bfloat16", marks=pytest.mark.slow), ("int8", "float32")],
+    ("base_format", "dtype"), [pytest.param("nf4", "bfloat16", marks=pytest.mark.slow), ("int8", "float32")]
 )
 def test_a_training_learns_as_with_pefts_layers(tiny_base, base_format, dtype):
     ours = trained(fresh(tiny_base, base_format, dtype))
@@ -140,8 +137,7 @@ def test_on_an_accelerator_what_keeps_nothing_for_a_way_back_goes_pefts_way():
 
 
 def adapted_layer(*, by_vector=True):
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16).requires_grad_(False)
+    layer, _ = base_layer("bf16", wide=False)
     lora = LoraConfig(r=RANK, lora_alpha=SCALING * RANK)
     adapted = peft.tuners.lora.layer.Linear(layer, "default", lora, r=RANK, lora_alpha=SCALING * RANK).bfloat16()
     torch.nn.init.normal_(adapted.lora_B["default"].weight, std=0.05)

@@ -1,10 +1,12 @@
 """Fused decoder layers against transformers' and peft's own, in float64; and a training against theirs."""
 
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
@@ -14,6 +16,7 @@ from ray_jobs.text import answer_loss
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import TokenizedSplit
 from tests.models.splits import split_of
+from tests.models.tiny import SHAPE
 
 KINDS = {
     "Llama, biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -28,15 +31,8 @@ OF_ONE = 1.5
 def adapted(kind, dtype, *, base="bf16", matmul_dtype="bfloat16", dropout=0.0, use_dora=False):
     """A model of two layers with an adapter on every product; the same numbers in whatever they are held."""
     config_class, own = KINDS[kind]
-    config = config_class(
-        vocab_size=200,
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        **own,
-    )
+    shape = {**SHAPE, "vocab_size": 200, "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}
+    config = config_class(**shape, **own)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=torch.bfloat16)
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -56,26 +52,17 @@ def adapted(kind, dtype, *, base="bf16", matmul_dtype="bfloat16", dropout=0.0, u
 
 def quantise(model, *, keep):
     """Every product of the layers in NF4, or dense in what that reads as."""
-    import bitsandbytes
-
-    for layer in model.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, torch.nn.Linear):
-                    few = bitsandbytes.nn.Linear4bit(
-                        linear.in_features,
-                        linear.out_features,
-                        bias=linear.bias is not None,
-                        quant_type="nf4",
-                        compute_dtype=torch.bfloat16,
-                        quant_storage=torch.bfloat16,  # as under ZeRO-3
-                    )
-                    few.load_state_dict(linear.state_dict())
-                    few.to("cpu")
-                    if keep:
-                        setattr(part, name, few.requires_grad_(False))
-                    else:
-                        linear.weight.data = dequantize_4bit(few.weight.data, few.weight.quant_state)
+    how = {"quant_type": "nf4", "compute_dtype": torch.bfloat16, "quant_storage": torch.bfloat16}  # as under ZeRO-3
+    for part in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
+        for name, linear in list(part.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                few = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, **how)
+                few.load_state_dict(linear.state_dict())
+                few.to("cpu")
+                if keep:
+                    setattr(part, name, few.requires_grad_(False))
+                else:
+                    linear.weight.data = dequantize_4bit(few.weight.data, few.weight.quant_state)
 
 
 def adopt(model):
@@ -98,18 +85,10 @@ def beginning_alike(*, prompt: int) -> TokenizedSplit:
 
 def goes_fused(model, **inputs) -> bool:
     """Whether each of the two layers goes by the one function."""
-    taken = []
-
-    def count(*arguments):
-        taken.append(1)
-        return apply(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        apply = fused_layer.Layer.apply
-        patch.setattr(fused_layer.Layer, "apply", count)
+    with mock.patch.object(fused_layer.Layer, "apply", side_effect=fused_layer.Layer.apply) as apply:
         model(**{"input_ids": IDS, "use_cache": False, **inputs})
-    assert len(taken) in (0, 2)
-    return bool(taken)
+    assert apply.call_count in (0, 2)
+    return apply.called
 
 
 @pytest.mark.parametrize(
@@ -132,20 +111,15 @@ def test_gradients_are_nearer_to_float64s_than_pefts(kind, base, matmul_dtype):
 
 @pytest.mark.parametrize("matmul_dtype", ["bfloat16", "float32"])
 def test_of_long_records_gradients_are_as_near_as_by_transformers_attention_in_16_bits(matmul_dtype, monkeypatch):
-    taken = []
-
-    def asked(*, may_round: bool = False):
-        taken.append(may_round)
-        return by_onednn(may_round=may_round)
-
-    by_onednn = float32_layers.by_onednn
-    monkeypatch.setattr(float32_layers, "by_onednn", asked)
+    by_onednn = mock.create_autospec(float32_layers.by_onednn, side_effect=float32_layers.by_onednn)
+    monkeypatch.setattr(float32_layers, "by_onednn", by_onednn)
     monkeypatch.setattr(fused_attention, "LONG", IDS.shape[1])
     exact = gradients(adapted("Qwen2", torch.float64))
     plain = adapted("Qwen2", torch.bfloat16, matmul_dtype=matmul_dtype)
     plain.config._attn_implementation = "sdpa"
     theirs, ours = gradients(plain), gradients(adopt(adapted("Qwen2", torch.bfloat16, matmul_dtype=matmul_dtype)))
-    assert taken == [False] * 2 + [matmul_dtype == "bfloat16"] * 2
+    may_round = [call.kwargs.get("may_round", False) for call in by_onednn.call_args_list]
+    assert may_round == [False] * 2 + [matmul_dtype == "bfloat16"] * 2
     errors = [[(found[name] - each).norm() / each.norm() for found in (ours, theirs)] for name, each in exact.items()]
     assert all(error < OF_ONE * own < 0.1 for error, own in errors)
 
@@ -174,18 +148,12 @@ def test_packed_records_have_gradients_as_near():
 
 @pytest.mark.parametrize(("prompt", "read"), [(11, 10 + 3 + 6), (14, 7 + 0 + 3), (21, 0)])
 def test_of_the_last_layer_no_more_is_computed_than_is_read(prompt, read, monkeypatch):
-    multiplied = []
-
-    def count(self, x, onto=None):
-        multiplied.append(len(x))
-        return forward(self, x, onto)
-
-    forward = fused_layer.Products.forward
-    monkeypatch.setattr(fused_layer.Products, "forward", count)
+    forward = mock.create_autospec(fused_layer.Products.forward, side_effect=fused_layer.Products.forward)
+    monkeypatch.setattr(fused_layer.Products, "forward", forward)
     model = adopt(adapted("Qwen2", torch.bfloat16, matmul_dtype="float32"))
     found = answer_loss.records_nll(model, beginning_alike(prompt=prompt), range(3), 0, device=torch.device("cpu"))
     found.sum().backward()
-    row = 9 + 12 + 5 + 8
+    multiplied, row = [len(call.args[1]) for call in forward.call_args_list], 9 + 12 + 5 + 8
     assert multiplied == [row] * 4 + [row, read, read, read]  # the last layer's keys and values are of all tokens
     assert len(found) == read
 

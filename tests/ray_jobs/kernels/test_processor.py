@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, GPT2Config
 
-from components.config import config_file
 from components.config.schema import RunConfig
 from components.shared.machine import Cpu
 from ray_jobs.kernels import door, float32_layers
+from tests.models.spec import changed
 from tests.models.train_group import in_group
 
 FAST, SLOW = 0.5, 15.9
@@ -35,8 +35,7 @@ def test_the_config_decides_without_a_measurement(config: RunConfig):
     shape = GPT2Config()
 
     def chosen(wanted: str, *, on_gpu: bool = False) -> str:
-        asked = config_file.loads(config_file.dumps(config), [f"ray.cpu_matmul_dtype={wanted}"])
-        return door.choose(asked, shape, on_gpu=on_gpu).dtype
+        return door.choose(changed(config, f"ray.cpu_matmul_dtype={wanted}"), shape, on_gpu=on_gpu).dtype
 
     with mock.patch.object(door, "measure", side_effect=AssertionError("measured")):
         assert chosen("bfloat16") == "bfloat16"

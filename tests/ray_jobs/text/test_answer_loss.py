@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from ray_jobs.text import answer_loss
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import IGNORED
+from tests.models.tiny import SHAPE
 
 # Models that do something to their logits after the head, by the name of it in their config, and one that does nothing.
 AFTER_HEAD = {
@@ -20,19 +23,9 @@ AFTER_HEAD = {
 def small(request):
     kind, more = AFTER_HEAD[request.param]
     torch.manual_seed(0)
-    config = kind(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **more,
-    )
+    shape = {**SHAPE, "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = kind(**shape, **special, initializer_range=0.3, **more)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return model.requires_grad_(False)
 
@@ -66,17 +59,11 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits_at_once(small, p
 
 def test_no_more_than_a_chunk_of_logits_is_computed_at_once(small, monkeypatch):
     monkeypatch.setattr(answer_loss, "CHUNK_LOGITS", 7 * 97)
-    computed = []
-    linear = F.linear
-
-    def counted(rows, weight, bias=None):
-        if weight.shape[0] == 97:
-            computed.append(rows.shape[0])
-        return linear(rows, weight, bias)
-
-    monkeypatch.setattr(F, "linear", counted)
-    _, labels = long_answers()
-    answer_nll(small, *long_answers())
+    linear = mock.Mock(side_effect=F.linear)
+    monkeypatch.setattr(F, "linear", linear)
+    input_ids, labels = long_answers()
+    answer_nll(small, input_ids, labels)
+    computed = [len(rows) for rows, weight, *_ in (call.args for call in linear.call_args_list) if len(weight) == 97]
     assert max(computed) == 7
     assert sum(computed) == int((labels[:, 1:] != IGNORED).sum()) + 2  # one position to learn what follows the head
 
