@@ -5,8 +5,13 @@ Each template is written anew from what the model's tokenizer_config.json render
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from components.config.schema import ModelConfig
 from tests.models.tiny import SHAPE, byte_level
+
+if TYPE_CHECKING:
+    from ray_jobs.text.chat_format import ChatFormat
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -162,3 +167,11 @@ def build(directory: Path, family: Family) -> Path:
     )
     model.save_pretrained(directory)
     return directory
+
+
+def chat_of(folder: Path, *, version: Path | None = None, **settings: Any) -> "ChatFormat":
+    """The chat format of the base at `folder`, or of a version on it."""
+    from ray_jobs.base.base_model import Base
+    from ray_jobs.text import chat_format
+
+    return chat_format.load(Base("base", folder, {}), ModelConfig(base=str(folder), **settings), version)

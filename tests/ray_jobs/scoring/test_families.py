@@ -9,15 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
-from ray_jobs.base import base_model
 from ray_jobs.scoring.generation import greedy, score
-from ray_jobs.text import chat_format
 from ray_jobs.text.answer_loss import answer_nll
 from ray_jobs.text.batching import collate, tokenize
 from tests.models import chat_families
-from tests.models.chat_families import FAMILIES
+from tests.models.chat_families import FAMILIES, chat_of
 from tests.models.tiny import COLOURS
 
 # An answer that says a thing twice: a penalty on repeating shows.
@@ -53,9 +50,7 @@ def exact_match(model, chat, records=RIGHT) -> float:
 
 def loaded(directory, family, **config):
     folder = chat_families.build(directory, family)
-    settings = ModelConfig(base=str(folder), **config)
-    chat = chat_format.load(base_model.Base("family", folder, {}), settings)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), chat
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), chat_of(folder, **config)
 
 
 @pytest.mark.slow
@@ -106,10 +101,9 @@ def test_tool_calls_are_scored_as_the_template_writes_them(tmp_path):
 def test_an_answer_ends_where_the_base_has_no_more_positions(tmp_path):
     model, chat = loaded(tmp_path, FAMILIES["chatml"])
     seen = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     model.config.max_position_embeddings = 40
     split = tokenize(RIGHT[:1], chat, 256)
     chat = dataclasses.replace(chat, stops=frozenset({chat.pad + 10_000}))  # nothing ends it
     greedy(model, chat, split, 1, 256)
-    handle.remove()
     assert sum(seen) == 40 - 1  # the last token is not read again

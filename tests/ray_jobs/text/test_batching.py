@@ -7,33 +7,19 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
-from ray_jobs.base import base_model
-from ray_jobs.text import chat_format
-from ray_jobs.text.batching import (
-    AT_ONCE,
-    IGNORED,
-    NO_RECORD,
-    TokenizedSplit,
-    collate,
-    plan_epoch,
-    share,
-    tokenize,
-)
+from ray_jobs.text.batching import AT_ONCE, IGNORED, NO_RECORD, TokenizedSplit, collate, plan_epoch, share, tokenize
 from tests.models import chat_families
-from tests.models.chat_families import FAMILIES
+from tests.models.chat_families import FAMILIES, chat_of
 
 
 @pytest.fixture(scope="module")
 def chat(tiny_base: Path):
-    config = ModelConfig(base=str(tiny_base))
-    return chat_format.load(base_model.resolve(config), config)
+    return chat_of(tiny_base)
 
 
 def of_family(name: str, folder: Path):
-    folder = chat_families.build(folder, FAMILIES[name])
-    return chat_format.load(base_model.Base(name, folder, {}), ModelConfig(base=str(folder)))
+    return chat_of(chat_families.build(folder, FAMILIES[name]))
 
 
 def record(prompt: str, answer: str, name: str = "r") -> Record:
@@ -138,8 +124,7 @@ def test_a_batch_is_dealt_out_by_tokens_to_all_workers_alike(max_tokens, num_wor
         assert len(rounds) == 1
 
 
-def test_an_answer_that_would_merge_with_its_prompt_leaves_the_prompts_tokens_alone(tiny_base):
-    chat = chat_format.load(base_model.Base("tiny", tiny_base, {}), ModelConfig(base=str(tiny_base)))
+def test_an_answer_that_would_merge_with_its_prompt_leaves_the_prompts_tokens_alone(chat):
     merging = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2, "<e>": 3}, merges=[("a", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="<e>", pad_token="<e>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -275,11 +260,8 @@ def test_where_a_template_rewrites_earlier_turns_each_answer_has_a_row(tmp_path)
     split = tokenize([TALK], chat, 256, "all")
     assert split.ids == ["talk"] * 3
     assert learned(split, chat) == [["blue<|im_end|>"], ["green<|im_end|>"], ["black<|im_end|>"]]
-    asked = [
-        chat.tokenizer.decode(split.tokens[start : start + count])
-        for start, count in zip(split.offsets, split.num_prompt_tokens, strict=False)
-    ]
-    for before, prompt in enumerate(asked):
+    for before in range(3):
+        prompt = chat.tokenizer.decode(split.prompt(before))
         turns = [{"role": turn.role, "content": turn.content} for turn in TALK.prompt[: 2 + 2 * before]]
         assert prompt == chat.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -290,8 +272,5 @@ def test_many_records_are_tokenised_as_they_are_one_by_one(chat):
     records = [record("x" * (i % 7) + "sky", "b" * (1 + i % 60), str(i)) for i in range(2 * AT_ONCE + 3)]
     split = tokenize(records, chat, 64)
     alone = [tokenize([each], chat, 64) for each in records]
-    assert split.ids == [name for each in alone for name in each.ids]
-    assert split.too_long == [name for each in alone for name in each.too_long]
-    assert split.tokens.tolist() == [token for each in alone for token in each.tokens]
-    assert split.lengths.tolist() == [length for each in alone for length in each.lengths]
-    assert split.num_prompt_tokens.tolist() == [n for each in alone for n in each.num_prompt_tokens]
+    for part in ("ids", "too_long", "tokens", "lengths", "num_prompt_tokens"):
+        assert list(getattr(split, part)) == [value for each in alone for value in getattr(each, part)], part

@@ -8,23 +8,17 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from components.config.schema import ModelConfig
 from components.prepare.dataset import Message, Record
 from components.shared.errors import ConfigError, DataError
-from ray_jobs.base.base_model import Base
 from ray_jobs.text import chat_format
 from tests.models import chat_families
-from tests.models.chat_families import CHATML, FAMILIES
+from tests.models.chat_families import CHATML, FAMILIES, chat_of
 
 # As Mistral's and Llama-2's templates count turns.
 ALTERNATE = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
 )
-
-
-def chat_of(folder, **config):
-    return chat_format.load(Base("base", folder, {}), ModelConfig(base=str(folder), **config))
 
 
 def test_a_base_without_padding_pads_with_the_end(tiny_base, tmp_path):
@@ -158,11 +152,9 @@ def test_an_adapter_is_asked_in_the_template_that_was_published_with_it(tmp_path
     version = tmp_path / "version"
     chat_of(folder).tokenizer.save_pretrained(version)
     shutil.copy(chat_families.build(tmp_path / "other", FAMILIES["mistral"]) / "chat_template.jinja", folder)
-    settings = ModelConfig(base=str(folder))
-    base = Base("base", folder, {})
-    assert chat_format.load(base, settings).template_from == "base"
-    assert chat_format.load(base, settings, version).template_from == "fineloop"
-    assert chat_format.load(base, settings, tmp_path / "elsewhere").template_from == "base"
+    assert chat_of(folder).template_from == "base"
+    assert chat_of(folder, version=version).template_from == "fineloop"
+    assert chat_of(folder, version=tmp_path / "elsewhere").template_from == "base"
 
 
 @pytest.mark.parametrize("roles", [("system", "user"), ("user", "assistant", "assistant", "user")])
@@ -224,7 +216,7 @@ def test_who_renders_what_is_published_asks_as_training_did(tmp_path, name):
     assert switches == ({"enable_thinking": False} if name == "qwen-3" else {})
     asked = [{"role": "user", "content": "sky"}]
     assert served.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **switches) == prompt
-    again = chat_format.load(Base("base", tmp_path / "base", {}), ModelConfig(base="x"), tmp_path / "version")
+    again = chat_of(tmp_path / "base", version=tmp_path / "version")
     assert again.tokenizer.chat_template == chat.tokenizer.chat_template
 
 
@@ -236,8 +228,7 @@ def test_where_a_bases_code_may_run_a_versions_own_does_not(tiny_base, tmp_path)
     named = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": [None, "odd.Odd"]}}
     (tmp_path / "version/tokenizer_config.json").write_text(json.dumps({**settings, **named}))
     (tmp_path / "version/odd.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
-    trusting = ModelConfig(base="x", trust_remote_code=True)
-    found = chat_format.load(Base("base", tiny_base, {}), trusting, tmp_path / "version")
+    found = chat_of(tiny_base, version=tmp_path / "version", trust_remote_code=True)
     assert found.tokenizer.chat_template == chat.tokenizer.chat_template
     assert not (tmp_path / "ran").exists()
 

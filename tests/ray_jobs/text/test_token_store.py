@@ -5,22 +5,19 @@ import io
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from components.config.schema import ModelConfig
 from components.prepare.dataset import RECORDS_AT_ONCE, Message, Record
 from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.store import Store
-from ray_jobs.base import base_model
-from ray_jobs.text import chat_format, token_store
+from ray_jobs.text import token_store
 from ray_jobs.text.batching import tokenize
 from tests.doubles import datasets
 from tests.models import chat_families
-from tests.models.chat_families import FAMILIES
+from tests.models.chat_families import FAMILIES, chat_of
 
 TRAIN = [Record(f"r{i}", [Message("user", "x" * (i % 50))], "b" * (1 + i % 70)) for i in range(RECORDS_AT_ONCE + 9)]
 TALK = Record("ünïcode", [Message("user", "sky"), Message("assistant", "blue"), Message("user", "sea")], "green")
@@ -38,11 +35,6 @@ def chat(tiny_base):
 @pytest.fixture
 def uri(store: Store) -> str:
     return datasets.publish(store, train=TRAIN, evaluation=[TALK]).uri
-
-
-def chat_of(folder: Path, **settings):
-    config = ModelConfig(base=str(folder), **settings)
-    return chat_format.load(base_model.Base("base", folder, {}), config)
 
 
 @pytest.mark.parametrize("loss_on", ["last", "all"])
@@ -73,8 +65,7 @@ def test_an_adapter_finds_the_tokens_of_its_base(tmp_path, name):
     folder = chat_families.build(tmp_path, FAMILIES[name])
     chat = chat_of(folder)
     chat.tokenizer.save_pretrained(tmp_path / "version")
-    config = ModelConfig(base=str(folder))
-    of_version = chat_format.load(base_model.Base("base", folder, {}), config, tmp_path / "version")
+    of_version = chat_of(folder, version=tmp_path / "version")
     expected = token_store.recipe(chat, "eval", 64, "last")
     assert token_store.recipe(of_version, "eval", 64, "last") == expected
     chat.tokenizer(["a", "long text"], padding=True, truncation=True, max_length=2)
