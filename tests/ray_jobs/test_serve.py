@@ -94,7 +94,6 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     connection_lost = RequestHandler.connection_lost
 
     def noted(self: RequestHandler, exc: BaseException | None) -> None:
-        assert self.transport is not None
         port: int = self.transport.get_extra_info("peername")[1]
         connection_lost(self, exc)
         ports.add(port)

@@ -26,11 +26,8 @@ def by_papers(config: RunConfig, shape: LlamaConfig) -> float:
     """Bytes of a GPU by what papers say of each part, from the shape alone. Allocators' waste is in none of them."""
     h, m, layers, v = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers, shape.vocab_size
     kv = h * shape.num_key_value_heads // shape.num_attention_heads
-    tokens, rank, workers = (
-        config.train.micro_batch_size * config.model.max_length,
-        config.method.r,
-        config.ray.max_workers,
-    )
+    tokens = config.train.micro_batch_size * config.model.max_length
+    rank, workers = config.method.r, config.ray.max_workers
     # QLoRA, arXiv:2305.14314, section 3: 4 bits a weight, and 0.127 of its constants, which are no parameters to ZeRO.
     matrices = layers * (2 * h * h + 2 * h * kv + 3 * h * m)
     constants, whole = matrices * 0.127 / 8, matrices / 2 + 2 * (2 * v * h)

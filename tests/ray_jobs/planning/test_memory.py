@@ -20,6 +20,7 @@ from ray_jobs.planning.memory import (
     LOGIT_BYTES,
     MARGIN,
     Layout,
+    Parts,
     adapter_bytes,
     buffer_bytes,
     logits_bytes,
@@ -28,7 +29,7 @@ from ray_jobs.planning.memory import (
     speed,
     weight_bytes,
 )
-from ray_jobs.planning.rehearsal import Rehearsal, StepMemory
+from ray_jobs.planning.rehearsal import ModelStats, Rehearsal, StepMemory
 from ray_jobs.text.answer_loss import chunk_positions
 from tests.models import shapes, zoo
 from tests.models.measured_step import load, measure, measure_reading
@@ -37,7 +38,6 @@ from tests.models.shapes import LLAMA_2_7B, llama, small
 
 ALONE = Layout(num_workers=1, zero_stage=0)
 BATCH, LENGTH, ANSWERS = 4, 96, 12
-NO_STEP = StepMemory(kept=0, workspace=0)
 
 # (outputs, inputs) of the linear layers of Llama-2-7B, 32 times.
 LAYERS_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
@@ -45,8 +45,17 @@ BASE_7B = 32 * (sum(o * i for o, i in LAYERS_7B) + 2 * 4096) + 2 * 32000 * 4096 
 
 
 @cache
-def rehearsal(name: str, **settings) -> Rehearsal:
-    return Rehearsal(LLAMA_2_7B, MethodConfig(name=name, **settings), reference="llama-2-7b")
+def rehearsal(name: str) -> Rehearsal:
+    return rehearsed_on(LLAMA_2_7B, name)
+
+
+def rehearsed_on(shape, name: str = "lora", *, use_gpu: bool = True, **settings) -> Rehearsal:
+    return Rehearsal(shape, MethodConfig(name=name, **settings), reference="x", use_gpu=use_gpu)
+
+
+def without_a_step(stats: ModelStats, layout: Layout = ALONE, base: str = "bf16", **how) -> Parts:
+    """The plan of what a training holds between its steps."""
+    return plan(stats, StepMemory(kept=0, workspace=0), base=base, answers=0, layout=layout, **how)
 
 
 def trained_7b(name: str) -> int:
@@ -72,21 +81,16 @@ def test_vera_shares_one_pair_of_matrices_that_is_as_large_as_the_largest_layer(
 def test_a_dense_base_takes_four_bytes_a_weight_of_its_layers_and_its_head():
     stats, linear, embedding = rehearsal("qlora").stats, 32 * sum(o * i for o, i in LAYERS_7B), 32000 * 4096
     assert stats.parameters == BASE_7B == 6_738_415_616
-    planned = [
-        plan(stats, NO_STEP, base="nf4", answers=0, layout=replace(ALONE, dense_base=dense), use_gpu=False).weights
-        for dense in (False, True)
-    ]
+    layouts = ALONE, replace(ALONE, dense_base=True)
+    quantised, dense = (without_a_step(stats, layout, "nf4", use_gpu=False).weights for layout in layouts)
     # The embeddings stay bfloat16; the head, which is in 16 bits on an NF4 base too, is dense beside them.
-    assert planned[1] == 4 * linear + 4 * embedding + 2 * (BASE_7B - linear)
-    assert planned[1] > 6 * planned[0]
+    assert dense == 4 * linear + 4 * embedding + 2 * (BASE_7B - linear)
+    assert dense > 6 * quantised
 
 
 def test_checkpointing_keeps_one_hidden_state_for_each_layer():
-    kept = [
-        Rehearsal(small(layers), MethodConfig(name="lora"), reference="x").step(4, 64, checkpointing=True).kept
-        for layers in (4, 5)
-    ]
-    assert kept[1] - kept[0] == pytest.approx(4 * 64 * 128 * 2, rel=0.01)
+    four, five = (rehearsed_on(small(layers)).step(4, 64, checkpointing=True).kept for layers in (4, 5))
+    assert five - four == pytest.approx(4 * 64 * 128 * 2, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 def test_the_plan_is_what_a_step_really_allocates(settings, checkpointing, small_base):
     method = MethodConfig(**settings)
     real = measure(load(small_base, method, checkpointing=checkpointing), batch=BATCH, length=LENGTH, answers=ANSWERS)
-    rehearsed = Rehearsal(small(), method, reference="small", use_gpu=False)
+    rehearsed = rehearsed_on(small(), **settings, use_gpu=False)
     stats, step = rehearsed.stats, rehearsed.step(BATCH, LENGTH, checkpointing=checkpointing)
     answers = BATCH * ANSWERS
     parts = plan(stats, step, base=method.row.base, answers=answers, layout=ALONE, use_gpu=False)
@@ -127,12 +131,11 @@ def test_the_plan_is_what_a_step_really_allocates(settings, checkpointing, small
 
 
 def test_a_step_with_sharded_weights_is_planned_as_layers_with_hooks_take_it(small_base):
-    method = MethodConfig(name="lora")
-    adapted = load(small_base, method, checkpointing=False)
+    adapted = load(small_base, MethodConfig(name="lora"), checkpointing=False)
     for module in adapted.modules():  # as DeepSpeed has at stage 3
         module.register_forward_pre_hook(lambda *_: None)
     real = measure(adapted, batch=BATCH, length=LENGTH, answers=ANSWERS)
-    rehearsed = Rehearsal(small(), method, reference="small", use_gpu=False)
+    rehearsed = rehearsed_on(small(), use_gpu=False)
     step = rehearsed.step(BATCH, LENGTH, checkpointing=False, sharded=True)
     assert step.kept + BATCH * ANSWERS * rehearsed.stats.vocabulary * FLOAT32 == pytest.approx(real.kept, rel=0.1)
     assert step.kept > 1.2 * rehearsed.step(BATCH, LENGTH, checkpointing=False).kept
@@ -149,8 +152,7 @@ def test_gradients_and_optimizer_are_what_adamw_holds(small_base):
         master.grad = torch.ones_like(master)
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    stats = Rehearsal(small(), MethodConfig(name="lora"), reference="small").stats
-    parts = plan(stats, NO_STEP, base="bf16", answers=0, layout=ALONE)
+    parts = without_a_step(rehearsed_on(small()).stats)
     assert parts.gradients == sum(parameter.grad.nbytes for parameter in trained)
     assert parts.optimizer == sum(tensor.nbytes for tensor in [*masters, *moments])
 
@@ -163,10 +165,8 @@ def test_moments_of_8_bits_take_what_bitsandbytes_holds():
     held = {name: tensor for name, tensor in optimizer.state[master].items() if isinstance(tensor, torch.Tensor)}
     del held["qmap1"], held["qmap2"]  # shared by all
     stats = replace(rehearsal("lora").stats, trainable=master.numel())
-    wide, small_ones, paged = (
-        plan(stats, NO_STEP, base="bf16", answers=0, layout=replace(ALONE, optimizer=name))
-        for name in ("adamw", "adamw_8bit", "paged_adamw_8bit")
-    )
+    optimizers = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+    wide, small_ones, paged = (without_a_step(stats, replace(ALONE, optimizer=name)) for name in optimizers)
     moments = sum(tensor.nbytes for tensor in held.values())
     assert small_ones.optimizer == master.nbytes + moments
     assert (paged.optimizer, paged.host - small_ones.host) == (master.nbytes, moments)
@@ -184,10 +184,7 @@ def test_moments_of_8_bits_take_what_bitsandbytes_holds():
 )
 def test_each_zero_stage_shares_out_one_thing_more(stage, partitioned):
     stats = rehearsal("lora").stats
-    whole, shared = (
-        plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(4, zero_stage)).as_json()
-        for zero_stage in (0, stage)
-    )
+    whole, shared = (without_a_step(stats, Layout(4, zero_stage)).as_json() for zero_stage in (0, stage))
     for part in ("weights", "adapter", "gradients", "optimizer"):
         assert shared[part] == math.ceil(whole[part] / (4 if part in partitioned else 1)), part
 
@@ -200,20 +197,16 @@ def test_every_worker_keeps_the_constants_of_an_nf4_base_at_stage_3():
 
 def test_offloading_moves_the_optimizer_to_the_host_and_at_stage_3_the_base():
     stats = rehearsal("lora").stats
-    here = plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(2, 2))
-    moved = plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(2, 2, cpu_offload=True))
+    here, moved = without_a_step(stats, Layout(2, 2)), without_a_step(stats, Layout(2, 2, cpu_offload=True))
     assert (moved.optimizer, moved.host - here.host) == (0, here.optimizer)
     assert here.total - moved.total == here.optimizer
-    base_too = plan(stats, NO_STEP, base="bf16", answers=0, layout=Layout(2, 3, cpu_offload=True))
+    base_too = without_a_step(stats, Layout(2, 3, cpu_offload=True))
     assert base_too.weights == 0
     assert base_too.host > moved.host + 6e9
     # Not a base in four bits: ZeRO-3 with QLoRA and offloading takes more GPU memory than without (PEFT's guide,
     # accelerate/deepspeed.md).
     stats = rehearsal("qlora").stats
-    here, moved = (
-        plan(stats, NO_STEP, base="nf4", answers=0, layout=Layout(2, 3, cpu_offload=is_moved))
-        for is_moved in (False, True)
-    )
+    here, moved = (without_a_step(stats, Layout(2, 3, cpu_offload=moves), "nf4") for moves in (False, True))
     assert moved.weights == here.weights
     assert moved.host - here.host == here.optimizer + here.weights
 
@@ -225,15 +218,15 @@ def test_evaluation_holds_the_whole_base_and_a_cache_of_every_record():
     assert found.cache == 32 * 1280 * 32 * 2 * 4096 * 2
     assert found.weights == weight_bytes(stats, "nf4", ALONE)
     assert found.total == sum(size for name, size in found.as_json().items() if name != "total")
-    grouped = Rehearsal(llama(4, 128, 320, 1000, 4, 2), MethodConfig(name="lora"), reference="x").stats
+    grouped = rehearsed_on(llama(4, 128, 320, 1000, 4, 2)).stats
     assert grouped.cached == 2 * 4 * 2 * 32  # two heads of 32 for the four that ask
 
 
 def test_what_a_pass_needs_that_keeps_nothing_is_what_it_really_allocates(small_base):
-    method = MethodConfig(name="qlora")
-    real = measure_reading(load(small_base, method, checkpointing=False), batch=BATCH, length=LENGTH)
-    rehearsed = Rehearsal(small(), method, reference="small", use_gpu=False)
-    buffers = buffer_bytes(rehearsed.stats, method.row.base, ALONE, trains_base=False)
+    adapted = load(small_base, MethodConfig(name="qlora"), checkpointing=False)
+    real = measure_reading(adapted, batch=BATCH, length=LENGTH)
+    rehearsed = rehearsed_on(small(), "qlora", use_gpu=False)
+    buffers = buffer_bytes(rehearsed.stats, "nf4", ALONE, trains_base=False)
     assert rehearsed.reading(BATCH, LENGTH) + buffers == pytest.approx(real, rel=0.1)
 
 
@@ -261,26 +254,25 @@ def test_a_7b_takes_ten_to_twenty_times_less_memory_than_full_fine_tuning():
 
 
 def test_an_architecture_that_cannot_be_rehearsed_gets_a_formula(monkeypatch):
-    rehearsed = Rehearsal(small(), MethodConfig(name="lora"), reference="small")
+    rehearsed = rehearsed_on(small())
     monkeypatch.setattr(rehearsed._model, "get_decoder", lambda: torch.nn.Identity())
     step = rehearsed.step(2, 64, checkpointing=False)
     assert step.is_estimate
-    exact = Rehearsal(small(), MethodConfig(name="lora"), reference="small").step(2, 64, checkpointing=False)
-    assert step.kept == pytest.approx(exact.kept, rel=0.5)
+    assert step.kept == pytest.approx(rehearsed_on(small()).step(2, 64, checkpointing=False).kept, rel=0.5)
 
 
 def test_heads_that_are_wider_in_some_layers_count_with_their_mean():
     # Gemma 4's full-attention layers: here one of two layers, four heads of 32 instead of 16.
     kind = zoo.KINDS["Gemma 4"]
     fewer = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}  # and, in the larger ones, fewer keys there
-    rehearsed = Rehearsal(replace(kind, text={**kind.text, **fewer}).config(), MethodConfig(name="lora"), reference="x")
+    rehearsed = rehearsed_on(replace(kind, text={**kind.text, **fewer}).config())
     assert rehearsed.stats.attention_width == (4 * 16 + 4 * 32) / 2
     assert rehearsed.stats.cached == 2 * 2 * (2 * 16 + 1 * 32) / 2
     assert not rehearsed.step(2, 32, checkpointing=False).is_estimate
 
 
 def test_layers_whose_weights_lie_the_other_way_round_are_rehearsed_too():
-    rehearsed = Rehearsal(zoo.KINDS["GPT-2"].config(), MethodConfig(name="qlora"), reference="x")
+    rehearsed = rehearsed_on(zoo.KINDS["GPT-2"].config(), "qlora")
     assert not rehearsed.step(2, 32, checkpointing=True).is_estimate
 
 
@@ -302,14 +294,12 @@ def test_logits_are_there_a_chunk_at_a_time_but_where_the_head_is_shared_or_trai
 @cache
 def rehearsal_of(shape: str, rank: int, targets="all-linear", base="bf16") -> Rehearsal:
     targets = list(targets) if isinstance(targets, tuple) else targets
-    method = MethodConfig(name="lora", rank=rank, base=base, target_modules=targets)
-    return Rehearsal(getattr(shapes, shape), method, reference="published")
+    return rehearsed_on(getattr(shapes, shape), rank=rank, base=base, target_modules=targets)
 
 
 def planned_gb(published: Memory) -> float:
-    rehearsed = rehearsal_of(
-        published.shape, published.rank, published.targets, "int8" if published.base == "int8" else "bf16"
-    )
+    base = "int8" if published.base == "int8" else "bf16"
+    rehearsed = rehearsal_of(published.shape, published.rank, published.targets, base)
     step = rehearsed.step(published.batch, published.length, checkpointing=published.checkpointing)
     parts = plan(
         rehearsed.stats,

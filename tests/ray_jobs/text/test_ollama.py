@@ -89,7 +89,6 @@ def go_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_go_writes_what_the_models_own_template_writes(name: str, go_program: Path) -> None:
     prompt = prompts(WORKING[name])
     joints = ollama.joints(prompt, "")
-    assert joints is not None
     talks = [[{"role": role, "content": text} for role, text in talk] for talk in TALKS]
     expected = [prompt(talk) for talk in talks]
     known = [talk for talk, text in zip(talks, expected, strict=True) if text]
@@ -106,8 +105,6 @@ def test_a_template_that_tells_turns_by_more_than_their_role_is_not_rewritten() 
 
 def test_the_beginning_of_the_sequence_is_left_to_whoever_puts_it_there() -> None:
     with_it, without = (ollama.joints(prompts(NO_SYSTEM), bos) for bos in ("", "<bos>"))
-    assert with_it is not None
-    assert without is not None
     assert with_it["", "user"] == "<bos><start_of_turn>user\n"
     assert without["", "user"] == "<start_of_turn>user\n"
     assert ("", "system") not in with_it
