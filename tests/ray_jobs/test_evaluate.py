@@ -73,16 +73,9 @@ def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(co
         measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_look_is_an_evaluation_of_all_its_records_and_of_nothing_else(config, store, tmp_path, monkeypatch):
-    """As the Ray job makes it, in this process in place of the workers."""
-    monkeypatch.setattr("ray.nodes", list)
-    monkeypatch.setattr(evaluating, "on_the_cluster", lambda config, _: config)
     monkeypatch.setattr(evaluating, "is_shared", lambda *_: False)
-
-    def measured(task, store, *, run_id):
-        return measure_shard(task.contenders, task.records, shard_index=0)
-
-    monkeypatch.setattr(evaluating, "measured", measured)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in colour_rows(24)))
     config = changed(config, f"data.source={rows}", "data.eval_share=0.5", "evaluate.records=2")
@@ -245,13 +238,13 @@ def test_the_best_version_so_far_is_measured_where_a_promotion_named_another_tha
     name = config.adapter.name
     promote(store, name, best.version)
     promote(store, name, champion.version, cause=Cause("run", evidence={"anchor": best.version}))
+
+    def held_to() -> list[tuple[str, str | None]]:
+        return [(each.role, each.version and each.version.version) for each in _contenders(config, store, new)]
+
+    all_four = [("base", None), ("champion", champion.version), ("anchor", best.version), ("candidate", new.version)]
+    assert held_to() == all_four
     contenders = _contenders(config, store, new)
-    assert [(each.role, each.version and each.version.version) for each in contenders] == [
-        ("base", None),
-        ("champion", champion.version),
-        ("anchor", best.version),
-        ("candidate", new.version),
-    ]
     found = measure_shard(contenders, RECORDS[:2], shard_index=0)
     evaluation = compared(config, contenders, RECORDS[:2], list(found.tokens.values()), found.scores, run_id="r")
     assert evaluation.model("anchor").version == best.version
@@ -259,15 +252,13 @@ def test_the_best_version_so_far_is_measured_where_a_promotion_named_another_tha
     # One more night, and back again: what that night's champion was held to, the next candidate is held to.
     promote(store, name, new.version, cause=Cause("run-2", evidence={"anchor": best.version}))
     rollback(store, name)
-    again = _contenders(config, store, new)
-    held_to = [(each.role, each.version and each.version.version) for each in again[1:3]]
-    assert held_to == [("champion", champion.version), ("anchor", best.version)]
+    assert held_to() == all_four
     key = Ed25519PrivateKey.generate()
     trusting = Store(store._client, store.bucket, store.prefix, trusted_keys=[signing.public_text(key)])
     signing.revoke(store, name, best.version, key, reason="it was trained on the wrong data")
     assert "anchor" not in [each.role for each in _contenders(config, trusting, new)]
     rollback(store, name)
-    assert [each.role for each in _contenders(config, store, new)] == ["base", "champion", "candidate"]
+    assert [role for role, _ in held_to()] == ["base", "champion", "candidate"]
 
 
 def test_where_a_key_is_trusted_a_run_compares_its_own_candidate_unsigned_and_no_other(config, store, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import Record, load_split
+from components.prepare.dataset import load_split
 from components.records import runs
 from components.records.runs import Replayed
 from components.registry.aliases import promote
@@ -15,9 +15,6 @@ from components.store import folders
 from components.store.store import Store
 from ray_jobs import replaying
 from ray_jobs.replaying import training_data
-from ray_jobs.scoring.measure import ShardResult, measure_shard
-from ray_jobs.training import trainer
-from ray_jobs.training.measuring import Task
 from tests.doubles import datasets
 from tests.models.tiny_version import RECORDS
 from tests.ray_jobs.plain import plain_of, published
@@ -32,24 +29,7 @@ def config(placed: Callable[..., RunConfig]) -> RunConfig:
     return placed(*replay, "data.replay_metric=token_f1", "ray.num_workers=1")
 
 
-@pytest.fixture
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of workers: tests/journeys/test_nights.py has those."""
-
-    def measured(task: Task, _store: Store, *, run_id: str, name: str) -> ShardResult:
-        return measure_shard(task.contenders, task.records, shard_index=0)
-
-    monkeypatch.setattr("ray.nodes", list)
-    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    monkeypatch.setattr(trainer, "on_the_cluster", lambda config, _: config)
-    monkeypatch.setattr(trainer, "measured", measured)
-
-
-def refuse(*_: object) -> dict[str, Record]:
-    pytest.fail("asked again")
-
-
-@pytest.mark.usefixtures("_in_this_process")
+@pytest.mark.usefixtures("in_this_process")
 def test_what_production_answers_rightly_is_trained_on_in_its_own_words_and_all_else_as_it_is(
     config: RunConfig, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +56,7 @@ def test_what_production_answers_rightly_is_trained_on_in_its_own_words_and_all_
     assert (found.version, found.asked, found.kept) == (version.version, len(right + wrong), len(right))
     folders.verify(store, store.key(uri))
 
-    monkeypatch.setattr(replaying, "_right", refuse)
+    monkeypatch.setattr(replaying, "_right", None)  # nobody asks again
     assert training_data(config, store, prepared.uri, print, run_id="second") == uri
     promote(store, version.name, published(config, store, tmp_path, seed=2).version)
     assert training_data(config, store, prepared.uri, print, run_id="first") == uri

@@ -17,7 +17,7 @@ from ray_jobs.scoring.measure import Findings, Outcome, measure_shard
 from ray_jobs.text import chat_format
 from tests.models import tiny_version
 from tests.models.spec import changed
-from tests.models.tiny_version import contenders, publish, remember
+from tests.models.tiny_version import contenders, remember
 from tests.ray_jobs.plain import passage_losses
 
 RECORDS = tiny_version.RECORDS[:4]
@@ -26,11 +26,6 @@ RECORDS = tiny_version.RECORDS[:4]
 @pytest.fixture
 def config(placed: Callable[..., RunConfig]) -> RunConfig:
     return placed("evaluate.general_passages=5", "model.max_length=40")
-
-
-@pytest.fixture
-def version(config: RunConfig, store: Store, tmp_path) -> Version:
-    return publish(config, store, tmp_path, with_data=False)
 
 
 def asked(config: RunConfig, store: Store, *versions: Version) -> Passages:
@@ -44,10 +39,6 @@ def read(config: RunConfig, version: Version, passages: Passages) -> Findings:
     return share["t"]
 
 
-def every_other(passages: Passages, index: int) -> Passages:
-    return passages.at(lambda count: range(index, count, 2))
-
-
 def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> None:
     passages = asked(config, store, version)
     assert passages.roles == {"base", "candidate"}
@@ -58,7 +49,8 @@ def test_a_passage_is_read_as_transformers_reads_it(config, store, version) -> N
 
 def test_shares_give_the_same_as_the_whole_in_the_same_order(config, store, version) -> None:
     whole = asked(config, store, version)
-    parts = [read(config, version, every_other(whole, index)) for index in range(2)]
+    shares = [whole.at(lambda count, first=first: range(first, count, 2)) for first in range(2)]
+    parts = [read(config, version, share) for share in shares]
     alone = {role: found.nll for role, found in read(config, version, whole).items()}
     together = whole.outcome(parts, None).record
     assert together.nll.keys() == {"base", "candidate"}
@@ -83,7 +75,7 @@ def test_the_comparison_tells_every_models_loss_per_token(config, store, version
     assert compare().metric("candidate", "general_loss") is None
 
 
-def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version, tmp_path) -> None:
+def test_what_an_earlier_run_has_read_is_not_read_again(config, store, version) -> None:
     champion = replace(version, run_id="earlier")
     text = asked(config, store, champion).losses
     known = text.model_copy(update={"nll": {"base": [1.0] * 5, "candidate": [2.0] * 5}})

@@ -66,11 +66,6 @@ def config(placed: Callable[..., RunConfig], folder: Path) -> RunConfig:
 
 
 @pytest.fixture
-def version(config: RunConfig, store: Store, tmp_path: Path) -> Version:
-    return publish(config, store, tmp_path, with_data=False)
-
-
-@pytest.fixture
 def known_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What decides whom tasks are run on, without lm-eval."""
     monkeypatch.setattr(harness, "check", lambda config: None)
@@ -120,9 +115,8 @@ def test_tasks_are_told_in_a_line_each() -> None:
     assert tasks.outcome([], None).lines == ["lm-eval: left out, as its workers hold the base together"]
 
 
-def test_what_an_earlier_run_has_found_is_not_run_again(
-    config, store, version, folder, known_tasks, monkeypatch
-) -> None:
+@pytest.mark.usefixtures("known_tasks")
+def test_what_an_earlier_run_has_found_is_not_run_again(config, store, version, folder, monkeypatch) -> None:
     champion, candidate = replace(version, run_id="earlier"), replace(version, version="0" * 12, run_id="later")
     tasks = asked(config, store, champion, candidate)
     assert tasks.roles == EVERYBODY

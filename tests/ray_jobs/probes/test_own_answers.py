@@ -8,6 +8,7 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
 
 from components.config import config_file
 from components.config.schema import RunConfig
@@ -26,7 +27,7 @@ from ray_jobs.scoring.measure import Outcome, measure_shard
 from ray_jobs.text import chat_format
 from ray_jobs.text.batching import as_split
 from tests.models.spec import changed
-from tests.models.tiny_version import RECORDS, contenders, publish, randomise, remember
+from tests.models.tiny_version import RECORDS, contenders, randomise, remember
 from tests.ray_jobs.conftest import CONFIG
 
 SHIPPED = json.loads(resources.files("ray_jobs.probes").joinpath("own_answers.json").read_text(encoding="utf-8"))
@@ -36,11 +37,6 @@ MANY = 3000
 @pytest.fixture
 def config(placed: Callable[..., RunConfig]) -> RunConfig:
     return placed("evaluate.own_answers=5", "evaluate.general_passages=0")
-
-
-@pytest.fixture
-def version(config: RunConfig, store: Store, tmp_path) -> Version:
-    return publish(config, store, tmp_path, with_data=False)
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +59,10 @@ def of_one_prompt(chat, count: int):
     return as_split([prompt] * count, [len(prompt)] * count)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
 @torch.inference_mode()
 def next_token(model, *rows: list[int]) -> np.ndarray:
-    """Log-probabilities of the next token after each row, as transformers and numpy compute them."""
-    return log_softmax(model(torch.tensor(rows)).logits[:, -1].float().numpy())
+    """Log-probabilities of the next token after each row, as transformers and scipy compute them."""
+    return log_softmax(model(torch.tensor(rows)).logits[:, -1].double().numpy(), axis=-1)
 
 
 def exactly(base, model, prompt: list[int], stops) -> tuple[float, float]:
