@@ -33,14 +33,12 @@ class Plain:
         if adapter:
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
 
-    def tokens(self, record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens(self, record: Record) -> list[torch.Tensor]:
+        """Of its prompt, and of its answer."""
         turns = [{"role": turn.role, "content": turn.content} for turn in record.prompt]
         prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        encoded = [
-            self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-            for text in (prompt, record.answer + self.tokenizer.eos_token)
-        ]
-        return encoded[0], encoded[1]
+        texts = (prompt, record.answer + self.tokenizer.eos_token)
+        return [self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in texts]
 
     @torch.inference_mode()
     def nll(self, record: Record, *, prompt_of: Record | None = None) -> float:
@@ -69,11 +67,8 @@ class Plain:
         ties = (best_two[:, 0] - best_two[:, 1] < TIE).nonzero().flatten().tolist()
         sure = ties[0] if ties else len(out.logits)
         text = self.tokenizer.decode(out.sequences[0, prompt.shape[1] :][:sure]).removesuffix(self.tokenizer.eos_token)
-        return (
-            text.strip() if not ties else text.lstrip().rstrip("\ufffd"),
-            sure,
-            not ties,
-        )  # may end within a character
+        text = text.lstrip().rstrip("\ufffd") if ties else text.strip()  # it may end within a character
+        return text, sure, not ties
 
 
 @torch.inference_mode()

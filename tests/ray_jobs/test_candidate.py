@@ -1,12 +1,14 @@
 """The job that trains and compares; the whole of it runs in tests/e2e."""
 
+from unittest import mock
+
 import pytest
 
 from components.config.schema import RegistryConfig, RunConfig
 from components.records import runs
 from components.records.steps import TrainResult
 from components.store.store import Store
-from ray_jobs import candidate
+from ray_jobs import candidate, finetune
 
 PUBLISHED = TrainResult(version="v1", version_uri="s3://b/adapters/a/versions/v1", dataset_uri="s3://b/datasets/d1")
 
@@ -15,14 +17,9 @@ PUBLISHED = TrainResult(version="v1", version_uri="s3://b/adapters/a/versions/v1
 def test_what_the_run_has_published_of_a_dataset_is_not_trained_again(
     config: RunConfig, store: Store, monkeypatch: pytest.MonkeyPatch, dataset_uri: str, trains: bool
 ) -> None:
-    trained: list[str] = []
-
-    def run(config: RunConfig, *, run_id: str, dataset_uri: str, task: None) -> tuple[TrainResult, None]:
-        trained.append(dataset_uri)
-        return PUBLISHED, None
-
-    monkeypatch.setattr("ray_jobs.finetune.run", run)
+    run = mock.create_autospec(finetune.run, return_value=(PUBLISHED, None))
+    monkeypatch.setattr(finetune, "run", run)
     config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
     runs.write(store, "again", PUBLISHED)
     assert candidate.trained(config, run_id="again", dataset_uri=dataset_uri, only=True) is None
-    assert bool(trained) is trains
+    assert [call.kwargs["dataset_uri"] for call in run.call_args_list] == [dataset_uri] * trains

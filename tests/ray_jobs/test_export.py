@@ -32,6 +32,18 @@ def of(placed):
     return lambda name, *more: placed(f"method.name={name}", *more)
 
 
+@pytest.fixture
+def exported(of, store, tmp_path):
+    """Publishes a version and exports it to the folder `out`: its config, the version, and the export's record."""
+
+    def export_of(method, form, *settings, std=0.1, **how):
+        config = of(method, *settings)
+        version = publish(config, store, tmp_path, std=std)
+        return config, version, export(config, version.name, ExportRequest(form, tmp_path / "out", **how))
+
+    return export_of
+
+
 def says(model, folder_or_base) -> merge.Agreement:
     return merge.agreement(merge.logits(model.eval(), ROWS), merge.logits(folder_or_base.eval(), ROWS))
 
@@ -53,11 +65,8 @@ def plain_answers(model, tokenizer) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", ["dvora", pytest.param("loftq", marks=pytest.mark.slow)])
-def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, of, store, tmp_path):
-    config = of(name)
-    version = publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
-
+def test_a_merged_version_is_a_transformers_folder_that_needs_nothing_else(name, exported, store, tmp_path):
+    config, version, record = exported(name, "merged", dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     found = says(on_its_base(config, store, tmp_path / f"adapter-{name}"), plain)
     assert found.is_same
@@ -146,21 +155,15 @@ def test_rounding_that_eats_a_tenth_of_the_adapter_is_warned_of_and_float16_eats
         ("loftq", 0.1, {"base": "original"}, "use --base dequantised"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_and_not_written(method, std, how, told, of, store, tmp_path):
-    config = of(method)
-    publish(config, store, tmp_path, std=std)
+def test_what_cannot_be_merged_is_refused_and_not_written(method, std, how, told, exported, tmp_path):
     with pytest.raises(FineloopError, match=told):
-        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", **how))
+        exported(method, "merged", std=std, **how)
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.glob(".out-*")) == []
 
 
-def test_merging_into_the_original_weights_is_done_when_asked_and_its_error_measured(of, store, tmp_path, tiny_base):
-    config = of("qlora")
-    publish(config, store, tmp_path)
-    record = export(
-        config, config.adapter.name, ExportRequest("merged", tmp_path / "out", base="original", dtype="float32")
-    )
+def test_merging_into_the_original_weights_is_done_when_asked_and_its_error_measured(exported, tmp_path, tiny_base):
+    _, _, record = exported("qlora", "merged", base="original", dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     assert says(PeftModel.from_pretrained(original, tmp_path / "adapter-qlora"), plain).is_same
@@ -182,7 +185,9 @@ def test_what_is_plain_already_is_copied_and_nothing_loaded(name, of, store, tmp
     assert record == json.loads((tmp_path / "out" / "export.json").read_text())
 
 
-def test_a_packaged_base_is_a_folder_that_plain_transformers_and_peft_read(of, store, tmp_path, tiny_base, monkeypatch):
+def test_a_packaged_base_is_a_folder_that_plain_transformers_and_peft_read(
+    exported, store, tmp_path, tiny_base, monkeypatch
+):
     build_package(tiny_base, tmp_path / "site", "tiny_weights", "Tiny.gguf")
     about = tmp_path / "site" / "tiny_weights-1.2.dist-info"
     about.mkdir()
@@ -190,10 +195,7 @@ def test_a_packaged_base_is_a_folder_that_plain_transformers_and_peft_read(of, s
     (about / "RECORD").write_text("tiny_weights/__init__.py,,\ntiny_weights-1.2.dist-info/LICENSE,,\n")
     (about / "LICENSE").write_text("as is")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    config = of("lora", "model.base=pkg://tiny_weights/Tiny.gguf")
-    version = publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, ExportRequest("base", tmp_path / "out"))
-
+    config, version, record = exported("lora", "base", "model.base=pkg://tiny_weights/Tiny.gguf")
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "README.md", "export.json"} <= written
     assert local_cache.DIGESTS not in written
@@ -212,10 +214,8 @@ def test_a_packaged_base_is_a_folder_that_plain_transformers_and_peft_read(of, s
 
 
 @pytest.mark.parametrize(("name", "kind"), [("rslora", "Mixtral"), ("vera", "Llama, tied")])
-def test_plain_lora_is_what_plain_peft_reads(name, kind, of, store, tmp_path):
-    config = of(name, f"model.base={zoo.build(kind, tmp_path / 'base')}")
-    publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, ExportRequest("lora", tmp_path / "out"))
+def test_plain_lora_is_what_plain_peft_reads(name, kind, exported, store, tmp_path):
+    config, _, record = exported(name, "lora", f"model.base={zoo.build(kind, tmp_path / 'base')}")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, tmp_path / "out")
     assert not plain.peft_config["default"].use_rslora
@@ -238,35 +238,31 @@ def test_the_nearest_lora_says_how_far_it_is(of, store, tmp_path):
     assert "not the adapter itself" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_folder_that_holds_something_is_left_alone(of, store, tmp_path):
-    config = of("lora")
-    publish(config, store, tmp_path)
+def test_a_folder_that_holds_something_is_left_alone(exported, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="not empty: remove it or choose another --to"):
-        export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out"))
+        exported("lora", "merged")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_weights_that_lie_the_other_way_round_are_merged_alike(of, store, tmp_path):
+def test_weights_that_lie_the_other_way_round_are_merged_alike(exported, store, tmp_path):
     # GPT-2's are (in, out), and bitsandbytes stores them (out, in).
-    config = of("qlora", f"model.base={zoo.build('GPT-2', tmp_path / 'base')}")
-    publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
+    base = zoo.build("GPT-2", tmp_path / "base")
+    config, _, record = exported("qlora", "merged", f"model.base={base}", dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert says(on_its_base(config, store, tmp_path / "adapter-qlora"), plain).is_same
     assert record["base"] == "dequantised"
     assert record["parity"]["saved"]["argmax_agreement"] == 1
 
 
-def test_a_base_that_is_only_there_quantised_is_merged_too(of, store, tmp_path, tiny_base):
+def test_a_base_that_is_only_there_quantised_is_merged_too(exported, tmp_path, tiny_base):
     original = ModelConfig(base=str(tiny_base))
     quantised = base_model.load_model(base_model.resolve(original), original, "nf4", use_gpu=False)
     quantised.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
-    config = of("lora", f"model.base={tmp_path / 'base'}", "method.base=nf4")
-    publish(config, store, tmp_path)
-    record = export(config, config.adapter.name, ExportRequest("merged", tmp_path / "out", dtype="float32"))
+    settings = (f"model.base={tmp_path / 'base'}", "method.base=nf4")
+    _, _, record = exported("lora", "merged", *settings, dtype="float32")
     assert record["base_model"]["format"] == "nf4"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     # The same adapter on the same weights, dequantised into the model that they were made from.
