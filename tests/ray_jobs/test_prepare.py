@@ -50,11 +50,11 @@ def row(rng: random.Random) -> Any:
     return made if rng.random() < 0.97 else rng.choice([None, [], {"prompt": 3}, {"other": words}])
 
 
-def made(folder: Path, reader: Reader, erased: Erased, scratch: Path) -> dict[str, Any]:
+def made(folder: Path, reader: Reader, erased: Erased) -> dict[str, Any]:
     """All that a preparation makes of the files."""
     with workspace.opened(memory_bytes=2**29) as work:
         rules = Rules(DataConfig(source=[], personal="drop"), erased=erased)
-        sources = [each for each in find_sources([str(folder), str(folder / "3.json")])]
+        sources = find_sources([str(folder), str(folder / "3.json")])
         read = prepare.read_sources(sources, work.accept, work.reject, rules=rules, reader=reader)
         work.finish()
         unique = deduplicate(work)
@@ -67,10 +67,10 @@ def made(folder: Path, reader: Reader, erased: Erased, scratch: Path) -> dict[st
         }
 
 
-def on_ray(folder: Path, erased: Erased, scratch: Path) -> dict[str, Any]:
+def on_ray(folder: Path, erased: Erased) -> dict[str, Any]:
     """The same in a process with a Ray; small blocks, so that each file is the work of several tasks."""
     job.BLOCK_BYTES = 50_000
-    return made(folder, job.read_on_ray, erased, scratch)
+    return made(folder, job.read_on_ray, erased)
 
 
 def without_ray(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, Validated]]:
@@ -81,10 +81,10 @@ def without_ray(sources: Sequence[Source], rules: Rules) -> Iterator[tuple[int, 
                 yield from found["item"].to_pylist()
 
 
-def test_what_the_tasks_make_of_the_rows_is_what_one_process_makes(folder: Path, tmp_path: Path) -> None:
+def test_what_the_tasks_make_of_the_rows_is_what_one_process_makes(folder: Path) -> None:
     erased = Erased(frozenset({"nobody"}))
-    expected = made(folder, read_here, erased, tmp_path)
-    assert made(folder, without_ray, erased, tmp_path) == expected
+    expected = made(folder, read_here, erased)
+    assert made(folder, without_ray, erased) == expected
     assert len(expected["rejects"]) > 100
     assert expected["counts"]["sources"][-1][1].rows
     assert {each["source"] for each in expected["rejects"]} > {str(folder / "0.jsonl")}
@@ -124,19 +124,16 @@ def test_an_error_of_a_task_comes_where_its_file_would(tmp_path: Path) -> None:
 def test_so_many_workers_and_one_that_is_killed_make_the_same_dataset(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, num_cpus: int, dies: bool
 ) -> None:
-    scratch = tmp_path_factory.mktemp("ray")
-    marker = scratch / "died"
+    marker = tmp_path_factory.mktemp("ray") / "died"
     erased = DiesAtItsRecord({"x"}, ending="7", marker=str(marker), driver=os.getpid()) if dies else Erased({"x"})
     with own_ray.driver(num_cpus) as pool:
-        found = pool.submit(on_ray, folder, erased, scratch).result()
+        found = pool.submit(on_ray, folder, erased).result()
     assert marker.exists() == dies
-    assert found == made(folder, read_here, Erased({"x"}), scratch)
+    assert found == made(folder, read_here, Erased({"x"}))
 
 
 @pytest.mark.full
-def test_the_first_error_in_order_ends_a_preparation_on_ray(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_the_first_error_in_order_ends_a_preparation_on_ray(folder: Path) -> None:
     (folder / "1.jsonl.gz").write_bytes(b"not gzip")
     with own_ray.driver(2) as pool, pytest.raises(DataError, match="gz"):
         pool.submit(on_ray_of, str(folder / "1.jsonl.gz")).result()

@@ -33,17 +33,21 @@ from tests.models.splits import split_of
 from tests.models.tiny_version import RECORDS
 
 
+def loaded(folder, dtype):
+    config = ModelConfig(base=str(folder))
+    base = base_model.resolve(config)
+    model = base_model.load_model(base, config, "bf16", use_gpu=False).to(dtype).eval()
+    return model, chat_format.load(base, config)
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_base):
-    config = ModelConfig(base=str(tiny_base))
-    base = base_model.resolve(config)
-    return base_model.load_model(base, config, "bf16", use_gpu=False).eval(), chat_format.load(base, config)
+    return loaded(tiny_base, torch.bfloat16)
 
 
 def rows_of(split: TokenizedSplit) -> list[tuple[list[int], list[int]]]:
     """Prompt and answer of each record."""
-    rows = [split.tokens[start:end].tolist() for start, end in zip(split.offsets, split.offsets[1:], strict=False)]
-    return [(row[:cut], row[cut:]) for row, cut in zip(rows, split.num_prompt_tokens, strict=True)]
+    return [(split.prompt(row).tolist(), split.answer(row).tolist()) for row in range(len(split))]
 
 
 def test_each_answer_stands_behind_the_next_prompt_and_the_last_behind_the_first():
@@ -69,11 +73,8 @@ def saying(model, chat, *tokens):
         spoken = torch.full(logits.shape[:-1], left.pop(0))
         return torch.nn.functional.one_hot(spoken, logits.shape[-1]).to(logits.dtype)
 
-    handle = model.get_output_embeddings().register_forward_hook(say)
-    try:
+    with model.get_output_embeddings().register_forward_hook(say):
         yield left
-    finally:
-        handle.remove()
 
 
 def test_an_answer_ends_at_the_end_of_its_turn_which_is_no_part_of_it(tiny):
@@ -143,11 +144,8 @@ def test_the_pieces_are_the_answer_and_the_first_comes_before_the_last_token(tin
     model, chat = tiny
     split = tokenize([Record("0", [Message("user", "sky")], "-")], chat, 64)
     passes, pieces = [], []
-    handle = model.register_forward_hook(lambda *_: passes.append(1))
-    try:
+    with model.register_forward_hook(lambda *_: passes.append(1)):
         answer = greedy(model, chat, split, 1, 40, on_text=lambda text: pieces.append((len(passes), text)))
-    finally:
-        handle.remove()
     assert answer == greedy(model, chat, split, 1, 40)
     assert "".join(text for _, text in pieces) == answer[0]
     assert len(pieces) > 1
@@ -171,13 +169,8 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def loads(tmp_path_factory):
-    def load(name: str, dtype: torch.dtype):
-        config = ModelConfig(base=str(zoo.build(name, tmp_path_factory.mktemp("base"))))
-        base = base_model.resolve(config)
-        model = base_model.load_model(base, config, "bf16", use_gpu=False).to(dtype).eval()
-        return model, chat_format.load(base, config)
-
-    return load
+    """An architecture of the zoo, in float32."""
+    return lambda name: loaded(zoo.build(name, tmp_path_factory.mktemp("base")), torch.float32)
 
 
 def scored(model, chat, *, batch_size: int = 2, longest: int = 48):
@@ -213,7 +206,7 @@ def test_positions_that_depend_on_how_long_the_text_gets_are_not_taken():
     "name", [pytest.param(name, marks=[] if name in IN_SHORT else [pytest.mark.slow]) for name in TAKEN]
 )
 def test_losses_and_answers_are_those_of_reading_each_text_anew(name, loads, monkeypatch):
-    model, chat = loads(name, torch.float32)
+    model, chat = loads(name)
     assert Reader.takes(model)
     found, expected = scored(model, chat), anew(model, chat, monkeypatch)
     assert [each.text for each in found] == [each.text for each in expected]
@@ -224,14 +217,11 @@ def test_losses_and_answers_are_those_of_reading_each_text_anew(name, loads, mon
 
 
 def test_what_all_begin_with_is_read_once_and_each_prompt_once_more(loads):
-    model, chat = loads("Llama, tied", torch.float32)
+    model, chat = loads("Llama, tied")
     split = tokenize(ASKED, chat, 96)
-    num_read = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: num_read.append(inputs[0].shape))
-    try:
+    num_read, embeddings = [], model.get_input_embeddings()
+    with embeddings.register_forward_hook(lambda _, inputs, __: num_read.append(inputs[0].shape)):
         scored(model, chat, batch_size=8, longest=96)
-    finally:
-        handle.remove()
     beginning, remainders = num_read[:2]
     prompts = {split.prompt(row).tobytes(): split.prompt(row) for row in range(len(split))}
     shortest = min(map(len, prompts.values()))
@@ -242,7 +232,7 @@ def test_what_all_begin_with_is_read_once_and_each_prompt_once_more(loads):
 
 
 def test_whoever_has_ended_leaves_the_batch(loads):
-    model, chat = loads("Llama, tied", torch.float32)
+    model, chat = loads("Llama, tied")
     split = tokenize(ASKED, chat, 96)
     prompts = [split.prompt(row) for row in range(len(split))]
     with torch.inference_mode():

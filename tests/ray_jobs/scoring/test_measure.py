@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from components.config import config_file
 from components.config.gate import GateConfig
 from components.config.schema import RunConfig
 from components.prepare.dataset import Message, Record
@@ -91,8 +90,7 @@ def test_more_records_are_drawn_up_to_what_tells_what_is_allowed_and_what_there_
     assert len(found.tokens) == 299
 
     def drawn(most: int, left: list[Record] = held_out[300:]) -> int:
-        allowed = config_file.loads(config_file.dumps(config), [f"evaluate.max_records={most}"])
-        more = further(allowed, held_out[:300], left, found)
+        more = further(changed(config, f"evaluate.max_records={most}"), held_out[:300], left, found)
         assert list(more) == left[: len(more)]
         return len(more)
 
@@ -126,7 +124,7 @@ def measured(config: RunConfig, version_id: str, **how: Any) -> Any:
     return measure_shard(contenders, RECORDS[:11], shard_index=1, kernels=kernels, **how)
 
 
-def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[str, Any, int]:
+def measured_where_it_was_trained(config: RunConfig, dense_base: bool) -> tuple[str, Any, int]:
     """Train, publish and measure in one process: the version, what was found, and how often a base was read."""
     import weakref
     from datetime import UTC, datetime
@@ -134,7 +132,7 @@ def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[s
 
     from ray_jobs.training import zero
 
-    config, cache, optimizers = config_file.loads(config_toml), BaseCache(), []
+    cache, optimizers = BaseCache(), []
 
     def made(*arguments: Any) -> Any:
         optimizers.append(weakref.ref(found := make(*arguments)))
@@ -151,10 +149,6 @@ def measured_where_it_was_trained(config_toml: str, dense_base: bool) -> tuple[s
     return version, measured(config, version, cache=cache), cache.num_loaded
 
 
-def measured_by_a_task(config_toml: str, version: str) -> Any:
-    return measured(config_file.loads(config_toml), version)
-
-
 @pytest.mark.parametrize(
     ("method", "dtype", "dense_base", "loaded"),
     [
@@ -169,11 +163,11 @@ def test_a_model_scores_where_it_was_trained_as_in_a_process_of_its_own(
 ):
     """To the bit: memory has room, so that a task holds the base dense as well."""
     settings = ["ray.num_workers=1", "train.max_steps=3", "evaluate.batch_size=5"]
-    toml = config_file.dumps(placed(*settings, f"method.name={method}", f"ray.cpu_matmul_dtype={dtype}", *more))
+    config = placed(*settings, f"method.name={method}", f"ray.cpu_matmul_dtype={dtype}", *more)
     ((version, here, num_loaded),) = in_group(
-        measured_where_it_was_trained, toml, dense_base, directory=tmp_path / "here", num_workers=1
+        measured_where_it_was_trained, config, dense_base, directory=tmp_path / "here", num_workers=1
     )
-    (there,) = in_group(measured_by_a_task, toml, version, directory=tmp_path / "there", num_workers=1)
+    (there,) = in_group(measured, config, version, directory=tmp_path / "there", num_workers=1)
     assert here == there
     assert list(here.scores) == list(there.scores) == ["base", "candidate"]
     assert here.scores["candidate"] != here.scores["base"]

@@ -20,17 +20,15 @@ from tests.models.spec import changed
 TOKENS = [2, 3, 1, 4]
 
 
-def ended(point, config, loss, *, status="finished", noise=0.0):
-    """The trial of a point; each of its records has the loss, give or take the noise."""
-    finite = loss if math.isfinite(loss) else None
-    nll = [tokens * (loss + noise * sign) for tokens, sign in zip(TOKENS, (1, -1, 1, -1), strict=True)]
-    trained = trial_config(config, point, 160)
+def ended(point, config, loss):
+    """The trial of a point, which has diverged where there is no end to the loss; each of its records has the loss."""
+    trained, finished = trial_config(config, point, 160), math.isfinite(loss)
     return Trial(
         name=point.name, config_digest=trained.digest, method=point.method, learning_rate=point.learning_rate,
         rank=trained.method.r, batch_size=trained.train.batch_size, seed=point.seed,
-        compares=point.compares, status=status if finite is not None else "diverged", loss=finite, step_s=1.0,
-        record_nll=nll if finite is not None and status == "finished" else [],
-        record_tokens=TOKENS if finite is not None and status == "finished" else [],
+        compares=point.compares, status="finished" if finished else "diverged", loss=loss if finished else None,
+        record_nll=[tokens * loss for tokens in TOKENS] if finished else [], record_tokens=TOKENS if finished else [],
+        step_s=1.0,
     )  # fmt: skip
 
 
