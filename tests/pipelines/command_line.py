@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from components.config import config_file
+from components.registry.aliases import read_alias
 from components.registry.versions import Version, publish_version
 from components.store.store import Store
 from docs.json_keys import FREE, JSON_KEYS
@@ -63,6 +64,12 @@ def sums(first: int, end: int) -> str:
 
 def pem(key: Ed25519PrivateKey) -> str:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+
+def production(store: Store) -> str | None:
+    """The version of sums that is in production."""
+    pointer = read_alias(store, "sums", "production")
+    return pointer.version if pointer else None
 
 
 def publish_sums(store: Store, weights: str, **lineage: Any) -> str:

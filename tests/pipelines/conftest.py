@@ -17,7 +17,7 @@ from pipelines.local.seaweedfs import Endpoint
 from tests import warm
 from tests.doubles import jobs_api
 from tests.doubles.jobs_api import TOKEN, JobsApi
-from tests.pipelines.command_line import publish_sums, sums
+from tests.pipelines.command_line import publish_sums, require_documented, sums
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,35 +56,34 @@ def config_path(tmp_path: Path, store: Store, data_path: Path) -> Path:
     path = tmp_path / "config.toml"
     path.write_text(
         f"""
-[adapter]
-name = "sums"
-[model]
-base = "nobody/none"
-[data]
-source = {json.dumps(str(data_path))}
-eval_share = 0.3
-[train]
-weight_decay = 1.0
-[gate]
-min_records = 2
-[registry]
-bucket = "{store.bucket}"
-prefix = "{store.prefix}"
+adapter.name = "sums"
+model.base = "nobody/none"
+data = {{source = {json.dumps(str(data_path))}, eval_share = 0.3}}
+train.weight_decay = 1.0
+gate.min_records = 2
+registry = {{bucket = "{store.bucket}", prefix = "{store.prefix}"}}
 """
     )
     return path
 
 
 @pytest.fixture
-def answer(config_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Runs a command with the config, which must end with `exit_code`, and returns its JSON."""
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a command, which must end with `exit_code`, and returns its JSON."""
 
     def run(*arguments: str, exit_code: int = 0) -> dict[str, Any]:
-        assert main([*arguments, "-c", str(config_path), "--json"]) == exit_code
-        printed: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        return printed
+        assert main([*arguments, "--json"]) == exit_code
+        body: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        require_documented(arguments, body)
+        return body
 
     return run
+
+
+@pytest.fixture
+def answer(printed: Callable[..., dict[str, Any]], config_path: Path) -> Callable[..., dict[str, Any]]:
+    """The same with the config."""
+    return lambda *arguments, **expected: printed(*arguments, "-c", str(config_path), **expected)
 
 
 @pytest.fixture

@@ -121,9 +121,7 @@ def test_a_registry_is_audited_signed_asked_and_collected(store, adapters, tmp_p
     assert len(adapters("audit", exit_code=1)["findings"]) >= 1
 
 
-def test_a_name_that_there_is_not_is_wrong_input_and_said_with_those_that_there_are(
-    store: Store, published: list[str], adapters: Adapters, config_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_name_that_there_is_not_is_wrong_input_and_said_with_those_that_there_are(store, published, adapters, answer):
     asked = [
         *((verb, "nope") for verb in ("list", "show", "history", "verify", "audit", "gc", "page", "lineage")),
         *(("promote", "sums@v000"), ("pull", "sums@v000"), ("promote", "sums@staging")),
@@ -136,8 +134,7 @@ def test_a_name_that_there_is_not_is_wrong_input_and_said_with_those_that_there_
     for words in asked:
         message = adapters(*words, exit_code=2)["error"]["message"]
         assert words[1].partition("@")[0] in message, words
-    assert main(["replay", "nope", "-c", str(config_path), "--json"]) == 2
-    assert "there is no run 'nope'" in capsys.readouterr().out
+    assert "there is no run 'nope'" in answer("replay", "nope", exit_code=2)["error"]["message"]
     assert {info.key for info in store.list("")} == before
 
 
@@ -145,9 +142,8 @@ def test_a_move_that_changes_nothing_says_since_when_and_going_back_takes_first_
     store: Store, published: list[str], adapters: Adapters, config_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = published
-    pointer = read_alias(store, "sums", "production")
-    assert pointer is not None
-    since = f"{pointer.since[:10]} {pointer.since[11:16]} UTC"
+    began = read_alias(store, "sums", "production").since
+    since = f"{began[:10]} {began[11:16]} UTC"
     lost = adapters("promote", f"sums@{two}", "--expect", "vdead", exit_code=1)
     assert "held by" in lost["error"]["message"]
     assert lost["conflict"]["version"] == one

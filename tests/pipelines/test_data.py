@@ -9,8 +9,8 @@ import html
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scipy import stats
@@ -140,18 +140,14 @@ def test_the_page_says_the_same_and_escapes_what_came_with_the_data(said):
     assert "<script" not in page
 
 
-def test_a_user_is_erased_by_name_and_what_saw_him_is_listed(store, config_path, make_config, tmp_path, capsys):
+def test_a_user_is_erased_by_name_and_what_saw_him_is_listed(store, config_path, make_config, answer, tmp_path, capsys):
     made, files = logged.generated(200, seed=3), []
+    erase = partial(answer, "data", "erase")
     for name, rows in (("log", made.rows), ("feedback", made.feedback)):
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(f"data.source={json.dumps(str(files[0]))}", f"data.feedback={json.dumps(str(files[1]))}")
     user, other = (name for name, _ in Counter(truth.user for truth in made.truth.values()).most_common(2))
-
-    def erase(*arguments: str) -> dict[str, Any]:
-        assert main(["data", "erase", *arguments, "-c", str(config_path), "--json"]) == 0
-        answer: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        return answer
 
     def records(uri: str) -> dict[str, tuple[str, str]]:
         return {r.id: (r.user, r.rater) for side in ("train", "eval") for r in load_split(store, uri, side)}

@@ -1,40 +1,25 @@
 """A command that is interrupted or killed: what it says, and what it leaves running."""
 
-import contextlib
-import io
-import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from pipelines.cli import main
 from tests.doubles.http_server import serving
-from tests.doubles.jobs_api import JobsApi
-from tests.pipelines.command_line import begun, fineloop, require_documented
+from tests.pipelines.command_line import begun, fineloop
 from tests.waiting import PATIENCE_S, wait_until
 
 
 @pytest.mark.parametrize(
-    ("command", "number"),
-    [
-        ("run", signal.SIGINT),
-        pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
-    ],
+    ("command", "number"), [("run", signal.SIGINT), pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
-    command: str,
-    number: signal.Signals,
-    stub_cluster: JobsApi,
-    config_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    stub_cluster, config_path, answer, tmp_path, monkeypatch, command, number
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     told: list[bytes] = []
@@ -46,7 +31,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
         second = fineloop(command, "-c", folder / "config.toml", "--run-id", folder.name, cwd=tmp_path)
         assert second.returncode == 2
         assert f"run {folder.name} is under way in another process" in second.stderr
-        assert outcome_of(folder.name, config_path)["outcome"] == "running: finetune"
+        assert answer("runs", "show", folder.name)["outcome"] == "running: finetune"
 
         running.send_signal(number)
         out, err = (each.decode() for each in running.communicate(timeout=PATIENCE_S))
@@ -55,7 +40,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_is_no_failure_to_tell_of(
     assert said.startswith("interrupted")
     resume = f"fineloop {command} -c .fineloop/runs/{folder.name}/config.toml --run-id {folder.name}"
     assert goes_on.endswith(resume)
-    shown = outcome_of(folder.name, config_path)
+    shown = answer("runs", "show", folder.name)
     assert (shown["outcome"], shown["next"]) == ("interrupted in finetune", [resume])
     assert "Traceback" not in err
     assert processes_with(mark) == []
@@ -77,14 +62,6 @@ def begin(command: str, config_path: Path, cwd: Path, *more: str) -> "tuple[subp
     """A command whose training hangs, and a variable that all of its processes inherit."""
     mark = f"FINELOOP_TEST_{os.getpid()}_{time.time_ns()}"
     return begun(command, "-c", config_path, "--set", "method.dropout=0.3", *more, cwd=cwd, **{mark: "1"}), mark
-
-
-def outcome_of(run_id: str, config_path: Path) -> dict[str, Any]:
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert main(["runs", "show", run_id, "-c", str(config_path), "--json"]) == 0
-    shown: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
-    require_documented(["runs", "show"], shown)
-    return shown
 
 
 def processes_with(variable: str) -> list[int]:

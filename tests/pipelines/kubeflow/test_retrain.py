@@ -12,7 +12,7 @@ from components.registry.audit import audit
 from components.store.store import Store
 from tests.doubles.jobs_api import JobsApi
 from tests.doubles.kfp_server.server import KfpServer, serving
-from tests.pipelines.command_line import sums
+from tests.pipelines.command_line import production, sums
 from tests.pipelines.kubeflow.conftest import Fineloop
 
 
@@ -31,11 +31,6 @@ def options(config_path: Path, store: Store) -> list[str]:
     """The config, its data in the store."""
     store.put("incoming/1.jsonl", sums(0, 60).encode())
     return ["-c", str(config_path), "--set", f"data.source={store.uri('incoming/')}"]
-
-
-def production(store: Store) -> str | None:
-    pointer = aliases.read_alias(store, "sums", "production")
-    return pointer.version if pointer else None
 
 
 def test_a_submitted_run_promotes_what_the_local_run_would_with_a_config_of_any_size(

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,13 @@ from components.report.run_files import RunFiles
 from components.shared.errors import ConfigError, DataError, IntegrityError, UserError
 from components.shared.protocol import Line
 from components.store.store import Store
-from pipelines.cli import main
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.local.display import Display
 from pipelines.local.past_runs import own_config
 from pipelines.local.run import Finished, Outcome, Place, apply, changes, read_outcome, run, summary, sweep, sweep_lines
 from tests.doubles.http_server import serving
 from tests.doubles.jobs_api import JobsApi
-from tests.pipelines.command_line import pem, publish_sums, require_documented, sums
+from tests.pipelines.command_line import pem, production, publish_sums, sums
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -67,9 +67,7 @@ def test_a_good_candidate_is_promoted_and_a_worse_one_held(stub_cluster, store, 
     assert "announce.webhook was not notified of how this run ended: " in summary(second, home=home)
     assert (first.decision, first.promoted) == ("promote", True)
     assert (second.decision, second.promoted) == ("hold", False)
-    pointer = aliases.read_alias(store, "sums", "production")
-    assert pointer is not None
-    assert pointer.version == first.version
+    assert production(store) == first.version
     kinds = [event.kind for event in event_log.events(store, "sums")]
     assert kinds == ["published", "promoted", "published", "refused"]
     check_outcome(replace(first, untold={}), champion=None)
@@ -109,7 +107,6 @@ def test_where_keys_are_trusted_a_job_of_its_own_compares_and_a_training_cannot_
     assert store.get_json(f"runs/{forging.run_id}/decision.json")["decision"] == "promote"
     assert not any(store.exists(f"runs/{first.run_id}/{file}") for file in runs.APART)
     pointer = aliases.read_alias(store, "sums", "production")
-    assert pointer is not None
     assert pointer.version == first.version
     assert audit(store, "sums").findings == ()
     monkeypatch.delenv("FINELOOP_EVALUATION_KEY")
@@ -172,7 +169,7 @@ def test_training_alone_publishes_and_leaves_the_alias_by_an_explicit_address_an
     there = Place(place.home, place.terminal, address=stub_cluster.address)
     outcome = run(make_config("gate.min_records=60"), there, what="train")
     assert len(stub_cluster.jobs) == 1
-    assert aliases.read_alias(store, "sums", "production") is None
+    assert production(store) is None
     assert [version.version for version in versions.list_versions(store, "sums")] == [outcome.version]
     assert outcome.as_json().keys() == RUN_KEYS - {"decision", "verdict", "promoted", "reasons", "report"}
     assert outcome.metrics["candidate"] is not None
@@ -406,73 +403,59 @@ def two(forked: None, stub_cluster: JobsApi, store: Store, make_config: Any, tmp
 
 
 def test_production_that_is_worse_is_said_to_be_and_goes_back_where_that_is_asked(
-    two: list[str],
-    store: Store,
-    config_path: Path,
-    stub_cluster: JobsApi,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    two: list[str], store: Store, config_path: Path, stub_cluster: JobsApi, tmp_path: Path, printed: Callable[..., Any]
 ) -> None:
+    checks = partial(printed, "adapters", "check", "sums", "--home", str(tmp_path / "home"))
     where = registry_of(store)
-
-    def checks(line: str, *arguments: str) -> dict[str, Any]:
-        words = [*line.split(), *arguments, "--home", str(tmp_path / "home"), "--json"]
-        assert main(words) == 0
-        printed: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        require_documented(words, printed)
-        return printed
-
     # Without -c the config is that of production's own run, whose data has nothing new.
-    nothing = checks("adapters check sums", *where)
+    nothing = checks(*where)
     assert "verdict" not in nothing
     jobs = len(stub_cluster.jobs)
 
-    look = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)
+    look = checks("--data", newer(tmp_path, 100, 40), *where)
     assert (look["version"], look["against"], look["verdict"], look["records"]) == (two[1], two[0], "worse", 40)
     assert (look["can_roll_back"], look["moved"]) == (True, None)
     assert look["fresh"] == pytest.approx(0.9)
     assert len(stub_cluster.jobs) == jobs + 1
     kinds = [event.kind for event in events(store, "sums")]
 
-    same = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)
+    same = checks("--data", newer(tmp_path, 100, 40), *where)
     said = ("verdict", "gain", "lower", "upper", "records")
     assert [same[key] for key in said] == [look[key] for key in said]
     assert same["new_records"] == 0
     assert [event.kind for event in events(store, "sums")] == kinds
 
-    base = checks("adapters check sums", "--data", newer(tmp_path, 100, 40), "--against", "base", *where)
+    base = checks("--data", newer(tmp_path, 100, 40), "--against", "base", *where)
     assert (base["verdict"], base["against"], base["new_records"]) == ("still better", "base", 40)
 
     taken_back = ["--set", "check.roll_back=true", "-c", str(config_path)]
-    back = checks("adapters check sums", "--data", newer(tmp_path, 200, 40), "--worse-by", "0.05", *taken_back)
+    back = checks("--data", newer(tmp_path, 200, 40), "--worse-by", "0.05", *taken_back)
     assert (back["verdict"], back["records"], back["moved"]["to"]) == ("worse", 80, two[0])
     pointer = aliases.read_alias(store, "sums", "production")
-    assert pointer is not None
     assert (pointer.version, pointer.kind) == (two[0], "rolled_back")
     assert audit(store, "sums").findings == ()
     # The old version's look begins anew, against its base, as nothing was in production before it.
-    assert checks("adapters check sums", "--data", newer(tmp_path, 100, 40), *where)["against"] == "base"
+    assert checks("--data", newer(tmp_path, 100, 40), *where)["against"] == "base"
 
 
-def test_a_mistake_is_said_before_any_cluster_is_asked(stub_cluster, published, config_path, tmp_path, capsys):
+def test_a_mistake_is_said_before_any_cluster_is_asked(stub_cluster, published, tmp_path, answer):
     for words, message in (
         (["others"], "is of the adapter sums, not of others"),
         (["sums", "--worse-by", "much"], "check.worse_by"),
         (["sums", "--against", "v00000000"], "v00000000"),
         (["sums", "--against", published[0]], "name another version"),
     ):
-        home = ["--home", str(tmp_path / "home"), "-c", str(config_path), "--json"]
-        assert main(["adapters", "check", *words, *home]) == 2
-        assert message in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
+        refused = answer("adapters", "check", *words, "--home", str(tmp_path / "home"), exit_code=2)
+        assert message in refused["error"]["message"]
     assert stub_cluster.jobs == {}
 
 
-def test_production_brings_no_cluster_and_no_image_to_run_in(store, make_config, tmp_path, capsys):
+def test_production_brings_no_cluster_and_no_image_to_run_in(store, make_config, tmp_path, printed):
     elsewhere = make_config("ray.cluster.kind=rayjob", "ray.cluster.image=registry.example/theirs:1")
     version = publish_sums(store, "weights", run_id="theirs", config=config_file.as_table(elsewhere))
     aliases.promote(store, "sums", version)
-    assert main(["adapters", "check", "sums", *registry_of(store), "--home", str(tmp_path / "home"), "--json"]) == 2
-    assert "another cluster" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["message"]
+    refused = printed("adapters", "check", "sums", *registry_of(store), "--home", str(tmp_path / "home"), exit_code=2)
+    assert "another cluster" in refused["error"]["message"]
 
 
 def test_the_config_of_productions_own_run_allows_no_code_that_ours_does_not(make_config: Any) -> None:
