@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE, CompletedProcess, Popen
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,28 +22,20 @@ from tests.models.tiny_version import publish
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def begun(*arguments: str | Path, cwd: Path, **environment: str) -> "subprocess.Popen[bytes]":
-    """The command as a process in a session of its own, that goes on beside the test."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+def begun(*arguments: str | Path, cwd: Path, **environment: str) -> Popen[bytes]:
+    """The command as a process in a session of its own, that goes on beside the test; no kubeconfig is there."""
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KUBECONFIG": "/nowhere", **environment}
+    return Popen(command, cwd=cwd, env=env, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
 
 
-def fineloop(
-    *arguments: str | Path, cwd: Path, typed: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
+def fineloop(*arguments: str | Path, cwd: Path, typed: str = "", **environment: str) -> CompletedProcess[str]:
     with begun(*arguments, cwd=cwd, **environment) as process:
         out, err = process.communicate(typed.encode())
-    return subprocess.CompletedProcess(process.args, process.returncode, out.decode(), err.decode())
+    return CompletedProcess(process.args, process.returncode, out.decode(), err.decode())
 
 
-def body(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def body(done: CompletedProcess[str]) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     require_documented(done.args[done.args.index("pipelines.cli") + 1 :], loaded)
     return loaded

@@ -246,7 +246,7 @@ def test_env_of_a_server_that_is_not_up_says_how_to_start_it(group: str, tmp_pat
 
 
 def test_doctor_says_once_that_a_server_is_away_and_what_to_set(tmp_path: Path) -> None:
-    done = fineloop("doctor", "--host", "http://127.0.0.1:9", cwd=tmp_path, KUBECONFIG="/nowhere")
+    done = fineloop("doctor", "--host", "http://127.0.0.1:9", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == ""  # urllib3 would name each of its retries
     kubeflow, kubernetes = done.stdout.splitlines()

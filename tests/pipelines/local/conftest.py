@@ -4,11 +4,11 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import psutil
@@ -38,7 +38,7 @@ def nothing_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 class User:
     """A process that uses a home's servers until it gets a signal to end, or is killed."""
 
-    process: subprocess.Popen[str]
+    process: Popen[str]
     environment: dict[str, str]
 
     def leave(self) -> None:
@@ -57,21 +57,14 @@ class Machine:
         self.home = home
         self.users: list[User] = []
 
-    def begins(self, *, bucket: str = "bucket-one", ray: bool = False, **added: str) -> subprocess.Popen[str]:
+    def begins(self, *, bucket: str = "bucket-one", ray: bool = False, **added: str) -> Popen[str]:
         """A user whose servers may not be up yet."""
-        return subprocess.Popen(
-            [sys.executable, "-c", USER, str(self.home), bucket, "ray" if ray else "no"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **added},
-        )
+        command = [sys.executable, "-c", USER, str(self.home), bucket, "ray" if ray else "no"]
+        env = {**os.environ, **added}
+        return Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, cwd=ROOT, env=env)
 
     def user(self, **options: Any) -> User:
         process = self.begins(**options)
-        assert process.stdout is not None
         line = process.stdout.readline()
         assert line, f"the user did not get its servers: {process.communicate()[1]}"
         user = User(process, json.loads(line))
@@ -84,9 +77,7 @@ class Machine:
         return {keeper, *keeper.children(recursive=True)}
 
     def keeper_pid(self, service: Service) -> int:
-        endpoint = service.endpoint()
-        assert endpoint is not None
-        return int(endpoint["keeper_pid"])
+        return int(service.endpoint()["keeper_pid"])
 
     def alive(self, processes: set[psutil.Process]) -> set[psutil.Process]:
         return {each for each in processes if is_alive(each)}
@@ -106,7 +97,6 @@ class Machine:
             user.process.communicate(timeout=PATIENCE_S)
         for name in ("ray", "store"):
             (self.home / name / "pinned").unlink(missing_ok=True)
-        for name in ("ray", "store"):
             service = Service(name, name, self.home)
             wait_until(lambda service=service: not service.is_kept(), f"{name} still runs after its last user")
 

@@ -89,9 +89,8 @@ def test_what_a_job_fails_with_is_raised_and_a_crash_shows_its_last_lines() -> N
 
 
 def test_a_job_that_talks_has_its_callers_three_streams_and_exit_code() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TALKER], input="one\ntwo\n", capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", TALKER]
+    done = subprocess.run(command, input="one\ntwo\n", capture_output=True, text=True, check=False)
     assert done.stdout == "heard one\nheard two\n"
     assert re.fullmatch(r"ready \d+\n", done.stderr)
     assert done.returncode == 3
@@ -101,16 +100,9 @@ def test_a_job_that_talks_has_its_callers_three_streams_and_exit_code() -> None:
 def test_a_job_talks_at_a_terminal_and_goes_with_its_caller(number: signal.Signals) -> None:
     # A terminal belongs to one session; the job has a session of its own, and reads from it all the same.
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", "import os, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + TALKER],
-        stdin=theirs,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as caller:
-        assert caller.stdout is not None
-        assert caller.stderr is not None
+    code = "import os, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + TALKER
+    pipes = {"stdin": theirs, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, start_new_session=True, **pipes) as caller:
         pid = int(caller.stderr.readline().split()[1])
         os.write(ours, b"typed\n")
         assert caller.stdout.readline() == "heard typed\n"
@@ -141,19 +133,13 @@ sys.exit(3)
 
 def test_every_line_of_a_step_that_has_started_is_heard_once_and_everything_is_in_the_log(tmp_path: Path) -> None:
     heard: list[Line] = []
-    log_path = tmp_path / "log"
+    command, log_path = [sys.executable, "-c", PIPELINE, str(ROOT)], tmp_path / "log"
     ended = watch(
-        [sys.executable, "-c", PIPELINE, str(ROOT)],
-        environment={},
-        directory=tmp_path,
-        log_path=log_path,
-        on_line=heard.append,
-        on_tick=lambda: None,
+        command, environment={}, directory=tmp_path, log_path=log_path, on_line=heard.append, on_tick=lambda: None
     )
     assert [(line.step, line.text) for line in heard[:-1]] == [("distil", "started"), ("distil", "1/2")]
     assert heard[-1].failure is not None
     assert (ended.exit_code, ended.failed_step) == (3, "distil")
-    assert ended.failure is not None
     assert str(ended.failure) == "the first"
     log = log_path.read_text().splitlines()
     assert log[0] == "[library] speaks as steps do, and is none"

@@ -168,15 +168,11 @@ def test_a_pinned_server_goes_when_its_home_is_deleted(machine):
 
 @pytest.mark.slow
 def test_users_that_start_at_once_get_one_server(machine):
-    code = "import sys; from pathlib import Path; from pipelines.local.local_services import local_services\n"
-    code += "with local_services(Path(sys.argv[1]), bucket='bucket-one', ray=False) as e: print(e['AWS_ENDPOINT_URL'])"
     store_service(machine.home).pin()  # so that none of them is gone before another has come
-    starting = [
-        subprocess.Popen([sys.executable, "-c", code, str(machine.home)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for _ in range(4)
-    ]
-    answers = {process.communicate(timeout=PATIENCE_S)[0].strip() for process in starting}
-    assert answers == {client_environment("store", machine.home)["AWS_ENDPOINT_URL"]}
+    starting = [machine.begins() for _ in range(4)]
+    answers = [json.loads(process.communicate(timeout=PATIENCE_S)[0]) for process in starting]
+    urls = {environment["AWS_ENDPOINT_URL"] for environment in answers}
+    assert urls == {client_environment("store", machine.home)["AWS_ENDPOINT_URL"]}
     log = (machine.home / "store" / "keeper.log").read_text()
     assert log.count("is up at") == 1
 
@@ -202,11 +198,7 @@ def test_a_second_bucket_is_created_on_the_server_that_is_up(shared):
 
 def test_a_request_without_credentials_is_refused(shared):
     url = shared[1]["AWS_ENDPOINT_URL"]
-    for path in ("/", "/bucket-one/", "/bucket-one/key"):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + path, timeout=5)
-        assert refused.value.code == 403
-        refused.value.close()
+    assert [status_of(url + path) for path in ("/", "/bucket-one/", "/bucket-one/key")] == [403] * 3
 
 
 def test_the_server_listens_on_loopback_only(shared):
@@ -221,14 +213,15 @@ def test_the_files_that_hold_the_keys_are_readable_by_their_owner_only(shared):
         assert (shared[0] / "store" / name).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_configured_store_wins_and_nothing_starts(machine, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "theirs")
-    with local_services(machine.home, bucket="bucket-one", ray=False) as environment:
-        assert environment["AWS_ENDPOINT_URL"] == "https://s3.example.com"
-        assert environment["AWS_ACCESS_KEY_ID"] == "theirs"
-        assert environment["FINELOOP_CACHE"] == str(machine.home / "cache")
-    assert not (machine.home / "store").exists()
+@pytest.mark.parametrize("ray", [False, True], ids=["a store", "a store and a cluster"])
+def test_what_is_configured_wins_and_nothing_starts(machine, monkeypatch, ray):
+    theirs = {"AWS_ENDPOINT_URL": "https://s3.example.com", "AWS_ACCESS_KEY_ID": "theirs"}
+    theirs |= {"RAY_ADDRESS": "http://ray.example.com:8265", "RAY_AUTH_TOKEN": "theirs"} if ray else {}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    with local_services(machine.home, bucket="bucket-one", ray=ray) as environment:
+        assert environment.items() >= {**theirs, "FINELOOP_CACHE": str(machine.home / "cache")}.items()
+    assert not machine.home.exists()
 
 
 def test_a_bucket_name_that_the_server_refuses_is_said_at_once(machine):
@@ -266,15 +259,8 @@ print(status.value, client.get_job_logs(job))
 
 def run_job(environment: dict[str, str]) -> str:
     """Submit from a process of its own, as a pipeline step does."""
-    done = subprocess.run(
-        [sys.executable, "-c", JOB],
-        env={**os.environ, **environment},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    command, env = [sys.executable, "-c", JOB], {**os.environ, **environment}
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     return done.stdout + done.stderr
 
 
@@ -288,9 +274,9 @@ def another_ray() -> Iterator[None]:
         process.communicate(b"\n")
 
 
-def status_of(url: str, token: str | None) -> int:
+def status_of(url: str, token: str | None = None) -> int:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    request = urllib.request.Request(f"{url}/api/jobs/", headers=headers)
+    request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
             return response.status
@@ -309,7 +295,7 @@ def test_a_job_runs_here_with_the_store_in_its_environment_and_everything_goes_w
     url, token_path = user.environment["RAY_ADDRESS"], Path(user.environment["RAY_AUTH_TOKEN_PATH"])
     token = token_path.read_text()
     assert token_path.stat().st_mode & 0o777 == 0o600
-    assert [status_of(url, each) for each in (token, None, "0" * 64)] == [200, 401, 403]
+    assert [status_of(f"{url}/api/jobs/", each) for each in (token, None, "0" * 64)] == [200, 401, 403]
     addresses = set(machine.listeners(machine.processes(head)).values())
     assert addresses == {"127.0.0.1", "::ffff:127.0.0.1"}
     with another_ray():
@@ -357,17 +343,6 @@ def test_up_keeps_head_and_store_and_a_run_with_another_store_is_refused_until_d
     with local_services(machine.home, bucket="bucket-one"):
         assert store_service(machine.home).endpoint() is None
         assert psutil.Process(machine.keeper_pid(head)) not in processes
-
-
-@pytest.mark.e2e
-def test_a_configured_cluster_wins_and_nothing_starts(machine, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.com")
-    monkeypatch.setenv("RAY_ADDRESS", "http://ray.example.com:8265")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "theirs")
-    with local_services(machine.home, bucket="bucket-one") as environment:
-        assert environment["RAY_ADDRESS"] == "http://ray.example.com:8265"
-        assert environment["RAY_AUTH_TOKEN"] == "theirs"
-    assert not machine.home.exists()
 
 
 @pytest.mark.e2e

@@ -79,11 +79,12 @@ def s3_directory(s3_home: Path) -> Path:
 
 
 def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3_server, s3_directory, tmp_path):
-    filer, *others = (f"127.0.0.1:{port}" for port in _grpc_ports(s3_directory))
+    others = {service: f"127.0.0.1:{port}" for service, port in _ports(s3_directory, grpc=True).items()}
+    filer = others.pop("filer")  # the one that `_asked` can ask
     assert _asked(filer, _with_certificate(s3_directory)) == grpc.StatusCode.OK
     write_certificate(tmp_path)
     authority = (s3_directory / CERTIFICATE).read_bytes()
-    for address in (filer, *others):
+    for address in (filer, *others.values()):
         assert _asked(address, None) == grpc.StatusCode.UNAVAILABLE
         assert _asked(address, grpc.ssl_channel_credentials(authority)) == grpc.StatusCode.UNAVAILABLE
         assert _asked(address, _with_certificate(tmp_path, authority)) == grpc.StatusCode.UNAVAILABLE
@@ -91,18 +92,14 @@ def test_the_services_of_the_store_answer_its_own_certificate_and_nobody_else(s3
 
 def test_the_store_takes_and_tells_nothing_over_http_without_its_certificate(s3_server, s3_directory):
     """A blob that another user writes could take the place of the next one, and stop the owner's publications."""
-    ports = json.loads((s3_directory / "ports.json").read_text())[: len(seaweedfs.SERVICES)]
-    found = dict(zip(seaweedfs.SERVICES, ports, strict=True))
+    found = _ports(s3_directory)
     own, none = ssl.create_default_context(cafile=s3_directory / CERTIFICATE), ssl.create_default_context()
     own.load_cert_chain(s3_directory / CERTIFICATE, s3_directory / KEY)
     none.check_hostname, none.verify_mode = False, ssl.CERT_NONE
     assert _status(http.client.HTTPSConnection(LOOPBACK, found["volume"], context=own), "GET", "/status") == 200
     for service, port in found.items():
-        asked = [
-            ("POST", "/1,0100deadbeef"),
-            *(("GET", path) for path in ("/", "/status", "/metrics", "/ui/index.html")),
-        ]
-        for verb, path in asked:
+        gets = (("GET", path) for path in ("/", "/status", "/metrics", "/ui/index.html"))
+        for verb, path in (("POST", "/1,0100deadbeef"), *gets):
             if (service, path) != ("s3", "/status"):  # which says nothing
                 plain = _status(http.client.HTTPConnection(LOOPBACK, port, timeout=ANSWERS_IN_S), verb, path)
                 assert plain >= 400, (service, verb, path)
@@ -120,11 +117,10 @@ def _status(connection: http.client.HTTPConnection, verb: str, path: str) -> int
             return REFUSED
 
 
-def _grpc_ports(directory: Path) -> list[int]:
-    """The gRPC ports, the filer's first, which is the one that `_asked` can ask."""
-    ports = json.loads((directory / "ports.json").read_text())[len(seaweedfs.SERVICES) :]
-    found = dict(zip(seaweedfs.SERVICES, ports, strict=True))
-    return [found.pop("filer"), *found.values()]
+def _ports(directory: Path, *, grpc: bool = False) -> dict[str, int]:
+    """Each service's port for HTTP, or for gRPC."""
+    ports, number = json.loads((directory / "ports.json").read_text()), len(seaweedfs.SERVICES)
+    return dict(zip(seaweedfs.SERVICES, ports[number:] if grpc else ports[:number], strict=True))
 
 
 def _with_certificate(directory: Path, authority: bytes | None = None) -> grpc.ChannelCredentials:

@@ -69,20 +69,15 @@ def three(store: Store, config_path: Path) -> list[str]:
         runs.write(store, run_id, Evaluation(run_id=run_id, records=9, models={"candidate": measured}))
         used = USED if run_id == "aa-one" else None  # as an earlier release left it
         runs.write(store, run_id, TrainResult(version=f"v-{run_id}", version_uri="s3://b/v", steps=40, usage=used))
-    decided = Decision(
-        decision="promote", verdict="promote", adapter="sums", alias="production", run_id="aa-one", reasons=()
-    )
-    runs.write(store, "aa-one", decided)
+    decided = {"decision": "promote", "verdict": "promote", "adapter": "sums", "alias": "production", "reasons": ()}
+    runs.write(store, "aa-one", Decision(run_id="aa-one", **decided))
     runs.write(store, "aa-one", TunedRate(learning_rate=0.25, prior=0.1))
     failed = StepRecord(step="finetune", status="failed", started_at="2026-11-29T03:01:00+00:00", seconds=1.0)
     runs.write(store, "b-three", failed)
     return ["b-three", "ab-two", "aa-one"]
 
 
-def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(
-    three: list[str], store: Store, config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(three, store, config_path, tmp_path):
     done = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
     listed = body(done)["runs"]
     assert sorted(run["run_id"] for run in listed) == sorted(three)
@@ -98,10 +93,7 @@ def test_the_stores_runs_are_listed_newest_first_with_what_came_of_them(
     assert " ".join(line.split()[1:]) == "2026-11-29 01:00 sums promote 1.250 0.25 40 6.00 $41.28 half the data"
 
 
-def test_a_run_is_shown_with_what_came_of_it_its_report_and_what_to_do_next(
-    three: list[str], store: Store, config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+def test_a_run_is_shown_with_what_came_of_it_its_report_and_what_to_do_next(three, store, config_path, tmp_path):
     store.put(runs.run_key("aa-one", runs.REPORT), b"<p>its page</p>")
     folder = tmp_path / ".fineloop" / "runs" / "aa-one"
     folder.mkdir(parents=True)
@@ -177,13 +169,12 @@ JUNK = {
 
 
 @pytest.mark.parametrize("junk", JUNK)
-def test_one_damaged_run_hides_no_other(three, store, config_path, tmp_path, monkeypatch, junk):
+def test_one_damaged_run_hides_no_other(three, store, config_path, tmp_path, junk):
     keep_steps(store, config_path, "odd", "2026-11-29T04:00:00+00:00")
     file, content = JUNK[junk]
     if file == "junk":
         store.delete([runs.run_key("odd", runs.CONFIG)])
     store.put(runs.run_key("odd", file), content)
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     done = fineloop("runs", "list", "-c", config_path, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     listed = {run["run_id"]: run["outcome"] for run in body(done)["runs"]}
@@ -197,8 +188,7 @@ def test_one_damaged_run_hides_no_other(three, store, config_path, tmp_path, mon
         assert "Traceback" not in gone.stderr
 
 
-def test_what_a_terminal_obeys_is_shown_and_not_sent(store, config_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+def test_what_a_terminal_obeys_is_shown_and_not_sent(store, config_path, tmp_path):
     name = "\\u001b]0;pwn\\u0007\\u001b[2J\\u202e"
     store.put("runs/odd\x1b[2J/config.toml", f'[adapter]\nname = "{name}"\nnote = "a\\u009bb"'.encode())
     store.put("runs/bad/config.toml", b"\x1b[2J = 5")

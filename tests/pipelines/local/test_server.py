@@ -132,12 +132,7 @@ import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from pipelines.local import guard
-process = guard.start(
-    sys.argv[2:],
-    environment=dict(os.environ),
-    directory=Path.cwd(),
-    stdout=2,
-)
+process = guard.start(sys.argv[2:], environment=dict(os.environ), directory=Path.cwd(), stdout=2)
 print(process.pid, flush=True)
 time.sleep(600)
 """
@@ -147,7 +142,6 @@ def test_a_command_that_ignores_its_end_and_its_daemon_end_when_the_owner_is_kil
     command = [sys.executable, "-c", STUBBORN, str(tmp_path)]
     root = str(Path(guard.__file__).parents[2])
     owner = subprocess.Popen([sys.executable, "-c", OWNER, root, *command], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
     guard_pid = int(owner.stdout.readline())
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     processes = [psutil.Process(pid) for pid in (guard_pid, *(int(path.name) for path in tmp_path.iterdir()))]
@@ -173,9 +167,7 @@ def test_stop_ends_the_command_with_sigterm_first(tmp_path):
 def answering(path: str) -> Iterator[int]:
     """The port of a server that knows this path alone."""
     with serving(lambda _verb, asked, *_: (200 if asked == path else 404, {})) as url:
-        port = urlsplit(url).port
-        assert port is not None
-        yield port
+        yield urlsplit(url).port
 
 
 @pytest.mark.parametrize(("agent_path", "up"), [("/api/local_raylet_healthz", True), ("/of/somebody/else", False)])
