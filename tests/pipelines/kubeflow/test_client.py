@@ -15,6 +15,7 @@ from components.shared.errors import KubeflowAway, KubeflowError, UserError
 from pipelines.kubeflow import runs
 from pipelines.kubeflow.client import IN_CLUSTER, connect
 from tests.doubles.kfp_server.server import KfpServer, serving
+from tests.doubles.kubernetes import kubeconfig
 
 KUBE_PROXY = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy/"
 """Where the Kubernetes API passes requests on to Kubeflow's."""
@@ -48,11 +49,6 @@ def test_the_host_is_the_options_the_environments_or_the_pods(guarded: KfpServer
     assert shown.ui == "https://ui"
 
 
-def test_no_host_at_all_is_a_users_mistake_that_names_the_ways() -> None:
-    with pytest.raises(UserError, match=r"--host URL or set KFP_ENDPOINT.*port-forward"):
-        connect({})
-
-
 def test_in_a_pod_it_is_the_service_of_the_pods_namespace_or_else_of_kubeflow(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
     look_up = socket.getaddrinfo
@@ -76,7 +72,7 @@ def test_outside_it_is_behind_the_kubeconfigs_api_server(by_variable, token, tmp
     environment = {"KUBECONFIG": f"{tmp_path}/none{os.pathsep}{path}"} if by_variable else {}
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", environment.get("KUBECONFIG", "~/.kube/config"))
     with serving(token=token, under=KUBE_PROXY) as running:
-        _write_kubeconfig(path, running.url, {"token": token} if token else {})
+        kubeconfig.write(path, {"server": running.url}, namespace="", token=token)
         found = connect(environment)
         assert runs.listed(found) == []
     assert (found.host, found.ui) == ("the cluster's Kubeflow Pipelines", "/pipeline")
@@ -95,8 +91,8 @@ def test_a_kubeconfigs_token_is_asked_for_again_when_it_has_expired(tmp_path, mo
 
     with serving(token=grant("first"), under=KUBE_PROXY) as running:
         command = {"command": "cat", "args": [str(credential)], "interactiveMode": "Never"}
-        _write_kubeconfig(path, running.url, {"exec": {"apiVersion": about["apiVersion"], **command}})
-        found = connect({"KUBECONFIG": str(path)})
+        asks = {"apiVersion": about["apiVersion"], **command}
+        found = connect({"KUBECONFIG": str(kubeconfig.write(path, {"server": running.url}, namespace="", exec=asks))})
         running.token = grant("second")
         assert runs.listed(found) == []
 
@@ -111,8 +107,7 @@ def test_a_kubeconfig_that_names_no_cluster_is_told_before_anybody_is_asked(tmp_
 
 @pytest.mark.parametrize("variable", ["KFP_TOKEN", "KFP_TOKEN_FILE"])
 def test_a_token_of_kubeflows_is_not_sent_to_the_kubeconfigs_cluster(variable: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine"
-    _write_kubeconfig(path, "http://127.0.0.1:1", {})
+    path = kubeconfig.write(tmp_path / "mine", {"server": "http://127.0.0.1:1"}, namespace="")
     with pytest.raises(UserError, match=rf"{variable} is set.*unset it, or give --host"):
         connect({"KUBECONFIG": str(path), variable: str(path)})
 
@@ -120,11 +115,13 @@ def test_a_token_of_kubeflows_is_not_sent_to_the_kubeconfigs_cluster(variable: s
 @pytest.mark.parametrize(
     ("environment", "host", "message"),
     [
+        ({}, "", "--host URL or set KFP_ENDPOINT.*port-forward"),
         ({}, "localhost:8080", "starts with http"),
         ({"KFP_TOKEN_FILE": "/nowhere/token"}, "http://127.0.0.1:1", "KFP_TOKEN_FILE is /nowhere/token, which cannot"),
     ],
+    ids=["no host at all", "a host without its scheme", "a token's file that is not there"],
 )
-def test_a_setting_that_cannot_be_used_is_named(environment: dict[str, str], host: str, message: str) -> None:
+def test_a_setting_that_is_missing_or_cannot_be_used_is_a_users_mistake_and_named(environment, host, message):
     with pytest.raises(UserError, match=message):
         connect(environment, host=host)
 
@@ -196,15 +193,3 @@ def test_everything_happens_in_the_users_namespace(shared, fineloop, monkeypatch
     assert [one["namespace"] for one in shared.state.experiments.values()] == ["fineloop"]
     assert len(fineloop("runs", "list", *where).body["runs"]) == 1
     assert len(fineloop("schedule", "list", *where).body["schedules"]) == 1
-
-
-def _write_kubeconfig(path: Path, url: str, user: dict[str, Any]) -> None:
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-        "clusters": [{"name": "here", "cluster": {"server": url}}],
-        "users": [{"name": "me", "user": user}],
-    }
-    path.write_text(json.dumps(config))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -314,20 +315,11 @@ def package(small: None) -> Package:
     return make_package(config_file.load(DEFAULT_CONFIG))
 
 
-def somebody_is_first(create: Callable[..., Any]) -> Callable[..., Any]:
-    """What the server answers when another request for the same came a moment before."""
-
-    def answer(*request: Any) -> Any:
-        create(*request)
-        return create(*request)
-
-    return answer
-
-
 @pytest.mark.parametrize("raced", ["create_pipeline", "upload_version"])
 def test_who_comes_second_by_a_moment_gets_what_the_first_one_made(kubeflow, server, package, monkeypatch, raced):
-    with monkeypatch.context() as patch:
-        patch.setattr(server.state, raced, somebody_is_first(getattr(server.state, raced)))
+    create = getattr(server.state, raced)
+    with monkeypatch.context() as patch:  # another request for the same comes a moment before
+        patch.setattr(server.state, raced, lambda *request: create(*request) and create(*request))
         published = publish(kubeflow, package)
     (pipeline,), (version,) = server.state.pipelines.values(), server.state.versions.values()
     assert published == {"pipeline_id": pipeline["pipeline_id"], "version_id": version["pipeline_version_id"]}
@@ -351,10 +343,7 @@ def test_a_version_changes_when_the_pipeline_does_and_not_with_the_config(kubefl
     ],
 )
 def test_another_refusal_is_not_taken_for_the_race(kubeflow, server, package, monkeypatch, refused, error, message):
-    def refuse(*_: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(server.state, refused, refuse)
+    monkeypatch.setattr(server.state, refused, Mock(side_effect=error))
     with pytest.raises(KubeflowError, match=f"failed to {message}"):
         publish(kubeflow, package)
 

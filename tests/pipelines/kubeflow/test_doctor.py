@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -217,17 +218,14 @@ def test_a_person_who_may_read_one_namespace_hears_what_was_not_seen_and_no_fals
 
 def test_a_webhook_that_is_away_is_not_taken_for_a_wrong_version(ask, cluster, monkeypatch):
     why = 'Internal error occurred: failed calling webhook "mrayjob.kb.io": no endpoints available for service'
-
-    def refuse(*_: Any) -> Any:
-        raise Refusal(500, "InternalError", why)
-
-    monkeypatch.setattr(cluster, "_create", refuse)
+    monkeypatch.setattr(cluster, "_create", Mock(side_effect=Refusal(500, "InternalError", why)))
     found = ask()
     assert found["a RayJob of this config"]["detail"] == f"refused: {why}"
     assert found["a RayJob of this config"]["fix"].startswith("start what answers it")
 
 
 WAITING = {"reason": "ImagePullBackOff", "message": "Back-off pulling image x"}
+PULLING = {"phase": "Pending", "containerStatuses": [{"state": {"waiting": WAITING}}]}
 UNPLACED = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available"}
 
 
@@ -235,11 +233,7 @@ UNPLACED = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"
     ("status", "log", "detail"),
     [
         ({"phase": "Failed"}, "Traceback\nStoreError: no bucket fineloop\n", "no bucket fineloop"),
-        (
-            {"phase": "Pending", "containerStatuses": [{"state": {"waiting": WAITING}}]},
-            "",
-            "ImagePullBackOff: Back-off pulling image x",
-        ),
+        (PULLING, "", "ImagePullBackOff: Back-off pulling image x"),
         ({"phase": "Pending", "conditions": [UNPLACED]}, "", "no node takes the pod: 0/1 nodes are available"),
     ],
 )

@@ -1,4 +1,5 @@
 from datetime import UTC, datetime
+from unittest.mock import Mock
 
 import pytest
 
@@ -39,9 +40,7 @@ def test_a_job_past_its_lifetime_is_an_orphan_whoever_started_it() -> None:
 
 
 def test_what_is_in_doubt_is_kept() -> None:
-    def away(_run_id: str) -> str | None:
-        raise KubeflowError("nobody answers")
-
+    away = Mock(side_effect=KubeflowError("nobody answers"))
     assert judge(job(), away).why == "its Kubeflow run cannot be asked for: nobody answers"
     assert not judge(job(), away).is_orphan
     assert not judge(job(kfp_run_id=""), lambda _: None).is_orphan
@@ -75,11 +74,8 @@ def test_the_command_stops_the_orphan_and_keeps_the_others(server, stub_cluster,
     assert done.exit_code == 0, done.stderr
     assert [each["why"] for each in done.body["stopped"]] == ["its Kubeflow run is gone"]
     assert [each["why"] for each in done.body["kept"]] == ["it was not started by Kubeflow"]
-    assert {name: job.status for name, job in stub_cluster.jobs.items()} == {
-        "orphan": "STOPPED",
-        "ad-hoc": "RUNNING",
-        "foreign": "RUNNING",
-    }
+    states = {name: job.status for name, job in stub_cluster.jobs.items()}
+    assert states == {"orphan": "STOPPED", "ad-hoc": "RUNNING", "foreign": "RUNNING"}
 
 
 def test_a_cluster_that_refuses_hinders_no_other(no_kubeflow, kubernetes, fineloop, monkeypatch):
@@ -104,11 +100,8 @@ def test_a_rayjob_that_no_workflow_owns_is_deleted_a_day_after_its_end(no_kubefl
         labels = {"app.kubernetes.io/part-of": "fineloop"}
         kubernetes.add({"metadata": {"name": name, "labels": labels, "ownerReferences": owners}, "spec": {}})
         kubernetes.rayjobs[name]["metadata"]["creationTimestamp"] = long_ago
-        kubernetes.rayjobs[name]["status"] = {
-            "jobDeploymentStatus": "Complete",
-            "jobStatus": "SUCCEEDED",
-            "endTime": ended,
-        }
+        status = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "endTime": ended}
+        kubernetes.rayjobs[name]["status"] = status
     looked = fineloop("reap", "--dry-run", "--rayjobs", "fineloop")
     assert set(kubernetes.rayjobs) == {"old", "new", "owned"}
     done = fineloop("reap", "--rayjobs", "fineloop")

@@ -1,7 +1,6 @@
 """The real pipeline, submitted and scheduled through the real client; its Ray jobs are stubs that keep the contract."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,11 @@ from components.registry import aliases
 from components.registry.audit import audit
 from components.store.store import Store
 from tests.doubles.jobs_api import JobsApi
-from tests.doubles.kfp_server.server import KfpServer, serving
+from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.command_line import production, sums
 from tests.pipelines.kubeflow.conftest import Fineloop
 
-
-@pytest.fixture
-def kubeflow(
-    forked: None, no_kubeflow: None, stub_cluster: JobsApi, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KfpServer]:
-    """A server whose steps find the stub cluster and the store."""
-    with serving() as running:
-        monkeypatch.setenv("KFP_ENDPOINT", running.url)
-        yield running
+pytestmark = pytest.mark.usefixtures("stub_cluster")  # the server's steps find it
 
 
 @pytest.fixture
@@ -34,7 +25,7 @@ def options(config_path: Path, store: Store) -> list[str]:
 
 
 def test_a_submitted_run_promotes_what_the_local_run_would_with_a_config_of_any_size(
-    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
+    server: KfpServer, fineloop: Fineloop, store: Store, options: list[str]
 ) -> None:
     layers = json.dumps([f"model.layers.{n}.attention.query" for n in range(1200)])
     answered = fineloop("submit", *options, "--set", f"method.target_modules={layers}", "--param", "rank=4")
@@ -57,13 +48,13 @@ def test_a_submitted_run_promotes_what_the_local_run_would_with_a_config_of_any_
     left_out = {step for step, state in answered.body["steps"].items() if state != "SUCCEEDED"}
     assert left_out == {"Leave the alias as it is", "Skip the training"}
     assert "sums: a new version is in production" in store.get(f"runs/{run_id}/report.html").decode()
-    outputs = kubeflow.run(run_id).folder / "outputs"
+    outputs = server.run(run_id).folder / "outputs"
     assert any(path.read_text().startswith("# Promote: sums@production") for path in outputs.rglob("summary"))
 
 
 @pytest.mark.slow
 def test_a_run_that_is_skipped_checks_production_and_takes_it_back_where_the_config_asks(
-    kubeflow: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
+    server: KfpServer, fineloop: Fineloop, store: Store, options: list[str], stub_cluster: JobsApi
 ) -> None:
     versions = []
     for loss in (0.5, 0.9):  # the second is held
@@ -90,7 +81,7 @@ def test_a_run_that_is_skipped_checks_production_and_takes_it_back_where_the_con
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_has_its_report(kubeflow, fineloop, store, options, monkeypatch):
+def test_a_run_that_fails_has_its_report(server, fineloop, store, options, monkeypatch):
     monkeypatch.setattr("pipelines.kubeflow.compile.RETRIES", 0)  # they wait for half a minute
     answered = fineloop("submit", *options, "--set", "method.dropout=0.1")
     assert answered.exit_code == 1

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -87,14 +88,9 @@ sys.exit(cli.main(["submit", *sys.argv[1:]]))
 
 def test_an_interrupted_wait_leaves_the_run_and_says_how_to_stop_it(server: KfpServer, tmp_path: Path) -> None:
     arguments = ["--param", "seconds=60", "--param", f"folder={tmp_path}", "--json"]
-    submitted = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SUBMIT_SMALL, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", SUBMIT_SMALL, *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    submitted = Popen(command, cwd=ROOT, env=env, stdout=PIPE, stderr=PIPE, text=True)
     (pid_path,) = wait_until(lambda: list(tmp_path.glob("*.pid")))
     submitted.send_signal(signal.SIGINT)
     out, err = submitted.communicate(timeout=PATIENCE_S)
@@ -131,9 +127,9 @@ def test_a_server_that_is_away_for_a_while_is_asked_again(server, start):
 def test_a_server_that_stays_away_ends_the_wait_and_says_that_the_run_goes_on(server, start):
     run = start()
     server.num_outages = 1000
-    clock = iter(range(0, 100_000, 60))
+    clock = iter(range(0, 100_000, 60)).__next__
     with pytest.raises(KubeflowAway) as caught:
-        runs.follow(run, lambda _: None, sleep=lambda _: None, clock=lambda: float(next(clock)))
+        runs.follow(run, lambda _: None, sleep=lambda _: None, clock=clock)
     assert f"fineloop runs show {run.run_id}" in caught.value.__notes__[0]
 
 
@@ -233,11 +229,7 @@ def test_a_run_that_may_not_be_stopped_or_will_not_end_is_told_of(slow: str, ser
     run = runs.get(connect({}, host=server.url), slow)
     execution = server.run(slow)
     end = execution.terminate
-
-    def refuse() -> None:
-        raise invalid("not today")
-
-    execution.terminate = refuse  # type: ignore[method-assign]
+    execution.terminate = Mock(side_effect=invalid("not today"))  # type: ignore[method-assign]
     with pytest.raises(UserError, match=f"refuses to stop run {slow}: Invalid input error: not today"):
         runs.stop(run)
     execution.terminate = lambda: None  # type: ignore[method-assign]
@@ -289,14 +281,8 @@ def test_the_training_is_told_while_it_goes_on(start: Start, store: Store) -> No
 
 def test_progress_is_asked_for_twice_a_minute_and_told_when_it_is_new(start: Start) -> None:
     run, lines, asked = start(seconds=2.0), [], iter(["step 1", "step 1", "step 2", "step 2"])
-    clock = iter(range(0, 100_000, 20))
-    runs.follow(
-        run,
-        lines.append,
-        progress=lambda: next(asked, ""),
-        sleep=lambda _: run.kubeflow.client.get_run(run.run_id),
-        clock=lambda: float(next(clock)),
-    )
+    clock, get_run = iter(range(0, 100_000, 20)).__next__, run.kubeflow.client.get_run
+    runs.follow(run, lines.append, progress=lambda: next(asked, ""), sleep=lambda _: get_run(run.run_id), clock=clock)
     assert [line for line in lines if line.startswith("step")] == ["step 1", "step 2"]
 
 
@@ -361,10 +347,8 @@ def task_states(run: Run) -> dict[str, str]:
 def test_a_run_that_succeeded_left_out_the_other_branches(server: KfpServer) -> None:
     run = answer_of(server, "run-succeeded")
     assert run.state == "SUCCEEDED"
-    assert {name for name, state in task_states(run).items() if state != "SUCCEEDED"} == {
-        "Leave the alias as it is",
-        "Skip the training",
-    }
+    left_out = {name for name, state in task_states(run).items() if state != "SUCCEEDED"}
+    assert left_out == {"Leave the alias as it is", "Skip the training"}
     assert [task.name for task in run.task_runs()][:2] == ["Prepare the data", "Fine-tune the adapter"]
     assert {task.name: task.seconds for task in run.task_runs()}["Fine-tune the adapter"] == 566
 

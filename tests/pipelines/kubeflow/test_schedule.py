@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,7 +16,6 @@ from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow import compile, schedule
 from pipelines.kubeflow.client import connect
 from tests.doubles.kfp_server.cron import Cron
-from tests.doubles.kfp_server.execution import Execution
 from tests.doubles.kfp_server.server import KfpServer
 from tests.pipelines.kubeflow.conftest import Answered, Fineloop
 
@@ -99,10 +99,6 @@ def at_two(nth: int = 1) -> datetime:
 
 def record(server: KfpServer, answered: Answered) -> dict[str, Any]:
     return server.state.schedules[answered.body["recurring_run_id"]].record
-
-
-def states(runs: list[Execution]) -> list[str]:
-    return [run.record["state"] for run in runs]
 
 
 def test_a_schedule_is_what_was_asked_for_and_is_told_in_words(server: KfpServer, nightly: Answered) -> None:
@@ -225,7 +221,7 @@ def test_a_paused_schedule_starts_nothing_and_leaves_its_run_alone(server, night
     paused = fineloop("schedule", "pause", "nightly")
     assert (paused.body["enabled"], paused.body["next"]) == (False, [])
     assert paused.body["live_runs"] == [run.record["run_id"]]
-    assert states([run]) == ["RUNNING"]
+    assert run.record["state"] == "RUNNING"
     run.kill()
     assert server.tick(at_two(2)) == []
     assert fineloop("schedule", "update", "nightly", "--set", "train.seed=9").body["enabled"] is False
@@ -268,12 +264,9 @@ def test_an_update_keeps_a_pinned_image_and_takes_another(server: KfpServer, fin
     kubeflow = connect({}, host=server.url)
     pinned, newer = (f"registry.example/python@sha256:{digit * 64}" for digit in "01")
     fineloop("schedule", "create", "nightly", "--cron", "@daily", "--image", pinned)
-    fineloop("schedule", "update", "nightly", "--cron", "@hourly")
-    assert schedule.image_of(schedule.find(kubeflow, "nightly")) == pinned
-    fineloop("schedule", "update", "nightly", "--image", newer)
-    assert schedule.image_of(schedule.find(kubeflow, "nightly")) == newer
-    fineloop("schedule", "update", "nightly", "--image", IMAGE)
-    assert schedule.image_of(schedule.find(kubeflow, "nightly")) == ""
+    for change, image in ((("--cron", "@hourly"), pinned), (("--image", newer), newer), (("--image", IMAGE), "")):
+        fineloop("schedule", "update", "nightly", *change)
+        assert schedule.image_of(schedule.find(kubeflow, "nightly")) == image
 
 
 def test_an_update_does_not_kill_a_live_run(server: KfpServer, nightly: Answered, fineloop: Fineloop) -> None:
@@ -283,18 +276,15 @@ def test_an_update_does_not_kill_a_live_run(server: KfpServer, nightly: Answered
     # Kubeflow counts the runs of one recurring run alone, and an update has made another.
     assert f"to stop it: fineloop runs stop {run.record['run_id']}" in answered.stderr
     assert len(server.state.schedules) == 1
-    assert states([run]) == ["RUNNING"]
+    assert run.record["state"] == "RUNNING"
 
 
 def test_an_update_that_was_cut_off_is_mended_by_the_next(server, nightly, fineloop, monkeypatch):
-    def cut_off(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     old = schedule.find(connect({}, host=server.url), "nightly")
     package = compile.make_package(config_file.load(DEFAULT_CONFIG))
     parameters = {**old.parameters, "config": config_file.as_table(package.config)}
     with monkeypatch.context() as patch:
-        patch.setattr(schedule, "delete", cut_off)
+        patch.setattr(schedule, "delete", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             schedule.update(old, package, replace(old.timing, cron="0 5 * * *"), parameters=parameters)
     assert len(server.state.schedules) == 2
@@ -317,7 +307,7 @@ def test_a_deleted_schedule_is_gone_and_its_run_goes_on(server, nightly, fineloo
     answered = fineloop("schedule", "delete", "nightly")
     assert answered.body == {"name": "nightly", "deleted": True, "live_runs": [run.record["run_id"]]}
     assert server.state.schedules == {}
-    assert states([run]) == ["RUNNING"]
+    assert run.record["state"] == "RUNNING"
     assert server.tick(at_two(2)) == []
 
     # The server ends what another client's schedule has started.
