@@ -35,9 +35,6 @@ def test_each_line_is_answered_by_adapter_and_base_and_the_answers_alone_are_on_
 def test_an_interrupt_ends_an_answer_and_not_the_chat(version: Version, tmp_path: Path) -> None:
     arguments = ["chat", "colours", "-c", "where.toml", "--against", "none", "--max-tokens", "400", "--json"]
     with begun(*arguments, "--set", "evaluate.max_new_tokens=4", cwd=tmp_path) as talk:
-        assert talk.stdin
-        assert talk.stdout
-        assert talk.stderr
         read_until(talk.stderr, b"ready:")
         talk.stdin.write(b"sky?\n")
         talk.stdin.flush()
@@ -57,8 +54,6 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(version: Version, tmp_path
 def test_it_is_served_over_http_until_an_interrupt(version: Version, tmp_path: Path) -> None:
     arguments = ["serve", "colours", "--port", "0", "--against", "none", "-c", "where.toml", "--json"]
     with begun(*arguments, cwd=tmp_path) as serving:
-        assert serving.stdout
-        assert serving.stderr
         said = read_until(serving.stderr, b"Ctrl-C ends it")
         ((url, key),) = re.findall(r"serving \S+ at (\S+)/v1, its API key (\S+)", said.decode())
         asked = {"model": f"colours@{version.version}", "messages": [{"role": "user", "content": "sky?"}]}

@@ -271,20 +271,11 @@ def test_bash_completes_commands_options_and_choices(typed: list[str], offered: 
 
 
 CONFIG = """
-[adapter]
-name = "sums"
-[model]
-base = "base"
-max_length = 64
-[data]
-source = "rows.jsonl"
-max_records = 1000
-[ray]
-use_gpu = true
-gpu = "L4"
+adapter.name = "sums"
+model = {base = "base", max_length = 64}
+data = {source = "rows.jsonl", max_records = 1000}
+ray = {use_gpu = true, gpu = "L4"}
 """
-
-
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 

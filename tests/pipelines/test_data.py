@@ -28,13 +28,9 @@ from tests.pipelines.command_line import body, fineloop
 pytestmark = pytest.mark.usefixtures("forked")
 
 CONFIG = """
-[adapter]
-name = "colours"
-[model]
-base = "base"
-max_length = 64
-[data]
-source = "missing.jsonl"
+adapter.name = "colours"
+model = {base = "base", max_length = 64}
+data.source = "missing.jsonl"
 """
 COLOURS = ("red", "green", "blue")
 ROWS = [{"prompt": f"{number} is", "completion": COLOURS[number % 3]} for number in range(500)]

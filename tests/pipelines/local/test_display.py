@@ -1,5 +1,6 @@
 import io
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -202,13 +203,10 @@ def test_a_training_without_a_gate_is_over_when_nothing_follows(store: Store, mo
 
 
 def test_a_store_that_is_away_is_asked_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*_: object) -> None:
-        raise StoreError("503")
-
     screen = io.StringIO()
     run = Elsewhere(store, "r1", Display(screen, live=False))
     with monkeypatch.context() as away:
-        away.setattr(store, "list", refuses)
+        away.setattr(store, "list", Mock(side_effect=StoreError("503")))
         assert not run.look()
     assert "the store does not answer, and is asked again: 503" in screen.getvalue()
     step(store, "report", 6)

@@ -44,6 +44,8 @@ RUN_KEYS = {
     *("report", "store", "timings_s"),
 }
 
+NO_GPU = r"ray.*asks for a GPU.*(Ray sees none|this machine has)"
+
 
 @pytest.fixture
 def terminal() -> io.StringIO:
@@ -176,10 +178,23 @@ def test_training_alone_publishes_and_leaves_the_alias_by_an_explicit_address_an
     assert "adapters promote sums@" in summary(outcome, home=Path(".fineloop"))
 
 
-def test_an_address_is_refused_where_each_job_has_a_cluster_of_its_own(make_config, place):
-    elsewhere = Place(place.home, place.terminal, address="http://127.0.0.1:9")
-    with pytest.raises(UserError, match="Drop --address"):
-        run(make_config("ray.cluster.kind=rayjob"), elsewhere, what="train")
+@pytest.mark.parametrize(
+    ("keys", "elsewhere", "run_id", "error", "message"),
+    [
+        (["ray.cluster.kind=rayjob"], {"address": "http://127.0.0.1:9"}, "", UserError, "Drop --address"),
+        ([], {}, "..", UserError, "run_id .*: takes letters"),
+        ([], {}, "-x", UserError, "run_id .*: takes letters"),
+        # No machine has so many.
+        (["ray.use_gpu=true", "ray.num_workers=1024", "train.batch_size=8192"], {}, "", ConfigError, NO_GPU),
+    ],
+    ids=["an address where each job has a cluster of its own", "no name", "an option for a name", "a GPU that is away"],
+)
+def test_what_no_run_can_begin_with_is_said_before_anything_starts_or_has_a_folder(
+    make_config, place, monkeypatch, keys, elsewhere, run_id, error, message
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(error, match=message):
+        run(make_config(*keys), replace(place, **elsewhere), what="train", run_id=run_id)
     assert not place.home.exists()
 
 
@@ -233,21 +248,6 @@ def test_data_that_no_run_can_do_with_are_refused_before_any_ray_job(stub_cluste
     with pytest.raises(DataError, match=message):
         run(make_config(key), place, what="retrain")
     assert stub_cluster.jobs == {}
-
-
-@pytest.mark.parametrize("run_id", ["..", "-x"])
-def test_what_is_no_name_of_a_run_makes_no_folder(make_config, place, run_id):
-    with pytest.raises(UserError, match=r"run_id .*: takes letters"):
-        run(make_config(), place, what="retrain", run_id=run_id)
-    assert not place.home.exists()
-
-
-def test_a_gpu_that_is_not_there_is_said_before_anything_starts(make_config, place, monkeypatch):
-    config = make_config("ray.use_gpu=true", "ray.num_workers=1024", "train.batch_size=8192")  # no machine has so many
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConfigError, match=r"ray.*asks for a GPU.*(Ray sees none|this machine has)"):
-        run(config, place, what="train")
-    assert not place.home.exists()
 
 
 @pytest.mark.slow
@@ -356,13 +356,12 @@ def test_trials_are_aligned_rows_above_the_steps_line_and_say_whole_why_one_fail
     assert len(live.rpartition("\r")[2]) < 60 + len("\x1b[2K\x1b[36m\x1b[0m")
 
 
-def test_a_sweep_here_is_shown_as_it_goes_and_leaves_its_record_and_picture(stub_cluster, make_config, tmp_path):
-    terminal = io.StringIO()
-    result = sweep(make_config(), Place(tmp_path / "home", terminal), run_id="s1")
+def test_a_sweep_here_is_shown_as_it_goes_and_leaves_its_record_and_picture(stub_cluster, make_config, place, terminal):
+    result = sweep(make_config(), place, run_id="s1")
     prior = make_config().learning_rate
     assert (result.best.learning_rate, result.best.is_inside) == (10 * prior, True)
     assert "0.002     0    1.5000        4/4  finished in 3 s" in terminal.getvalue()
-    folder = tmp_path / "home" / "runs" / "s1"
+    folder = place.home / "runs" / "s1"
     assert SweepResult.from_json((folder / "sweep.json").read_bytes(), "sweep.json") == result
     assert (folder / "sweep.svg").read_text().startswith("<svg")
     lines = list(sweep_lines(result))
@@ -393,13 +392,12 @@ def registry_of(store: Store) -> list[str]:
 
 
 @pytest.fixture
-def two(forked: None, stub_cluster: JobsApi, store: Store, make_config: Any, tmp_path: Path) -> list[str]:
+def two(forked: None, stub_cluster: JobsApi, store: Store, make_config: Any, place: Place) -> list[str]:
     """Versions with a loss of 0.5 and 0.9; the worse one is in production, put there by hand."""
-    place = Place(tmp_path / "home", io.StringIO())
-    made = [run(make_config(f"train.weight_decay={loss}"), place, what="train").version for loss in (0.5, 0.9)]
+    made = [str(run(make_config(f"train.weight_decay={loss}"), place, what="train").version) for loss in (0.5, 0.9)]
     for version in made:
-        aliases.promote(store, "sums", str(version))
-    return [str(version) for version in made]
+        aliases.promote(store, "sums", version)
+    return made
 
 
 def test_production_that_is_worse_is_said_to_be_and_goes_back_where_that_is_asked(
