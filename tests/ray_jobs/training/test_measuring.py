@@ -5,28 +5,31 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from components.config import config_file
 from components.records import runs
 from components.registry.aliases import promote
 from components.shared.errors import DataError
 from components.store.store import Store
-from ray_jobs.base import base_model
+from ray_jobs import finetune
+from ray_jobs.base import base_model, together
 from ray_jobs.evaluate import _contenders, plan
 from ray_jobs.planning.capacity import Device, must_be_shared
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.probes import PROBES
 from ray_jobs.probes.texts import Read
 from ray_jobs.scoring.answers import Score
-from ray_jobs.scoring.measure import Findings, Rows, ShardResult, Subject, measure_shard
+from ray_jobs.scoring.measure import BaseCache, Findings, Rows, ShardResult, Subject, measure_shard
 from ray_jobs.text import chat_format
-from ray_jobs.training.measuring import Task, _as_plain, from_plain
+from ray_jobs.training.measuring import Task, _as_plain, _measured_in_turn, from_plain
+from ray_jobs.training.zero import Worker
 from tests.doubles import datasets
 from tests.models.shapes import small
 from tests.models.spec import changed
@@ -38,13 +41,6 @@ from tests.ray_jobs.training.in_store import in_store
 
 def measure_in_rank(task: Task) -> ShardResult:
     """What one rank does: its result."""
-    import torch.distributed as dist
-
-    from ray_jobs.base import together
-    from ray_jobs.scoring.measure import BaseCache
-    from ray_jobs.training.measuring import _measured_in_turn
-    from ray_jobs.training.zero import Worker
-
     here = Worker(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     with together.gloo_group(here.num_workers) as group:
         return _measured_in_turn(task, BaseCache(), here, group)
@@ -138,15 +134,10 @@ class Trouble:
 
 def finetuned(config_toml: str, dataset_uri: str, trouble: Trouble) -> tuple[str, ShardResult | None]:
     """In a driver's process: the version that was published, and what its workers measured of it."""
-    from dataclasses import replace
-
-    from ray_jobs.finetune import run
-
     config = config_file.loads(config_toml)
     planned = plan(config, Store.open(config.registry), run_id="r", dataset_uri=dataset_uri)
-    assert planned is not None
     task: Any = replace(planned.task, probes={"trouble": trouble})
-    trained, found = run(config, run_id="r", dataset_uri=dataset_uri, task=task)
+    trained, found = finetune.run(config, run_id="r", dataset_uri=dataset_uri, task=task)
     return trained.version, found
 
 

@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import bitsandbytes.functional
 import numpy as np
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, modeling_utils
+from transformers import AutoConfig, core_model_loading, modeling_utils
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from components.config import config_file
 from components.config import schema as config
 from components.config.schema import RunConfig
 from components.shared.errors import JobError
-from ray_jobs.base import base_model
+from ray_jobs.base import architecture, base_model
 from ray_jobs.planning.rehearsal import Rehearsal
 from ray_jobs.text.answer_loss import answer_nll
-from ray_jobs.training import zero
-from ray_jobs.training.opening import assemble
+from ray_jobs.training import checkpoint, opening, train_loop, zero
+from tests.doubles.pretended_gpu import PretendedGpu
 from tests.models.plain import plain_training
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import Trained, in_group, in_turn, train_in_rank
@@ -71,11 +73,6 @@ class Held:
 
 def held_bytes(config_toml: str) -> Held:
     """Measure what this rank holds, in bytes."""
-    from transformers import core_model_loading
-
-    from ray_jobs.base import base_model
-    from ray_jobs.training import opening
-
     zero.prepare_environment(use_gpu=False)
     zero.LIVE_ELEMENTS = 1
     config.refusals = lambda _: iter(())  # type: ignore[attr-defined]  # to see what a refused cell would do
@@ -115,10 +112,8 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held_at(zero_stage: int, config: RunConfig, *changes: str, directory: Path) -> list[Held]:
     """By each of two ranks; the cell need not be legal."""
     toml = changed(config, "method.rank=1", *changes)
-    found: list[Held] = in_group(
-        held_bytes, toml.replace("zero_stage = 2", f"zero_stage = {zero_stage}"), directory=directory, num_workers=2
-    )
-    return found
+    toml = toml.replace("zero_stage = 2", f"zero_stage = {zero_stage}")
+    return in_group(held_bytes, toml, directory=directory, num_workers=2)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +131,6 @@ def test_under_zero_3_no_rank_ever_holds_the_base_whole(config, wide_base, tmp_p
 def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
     """Where the codes and the statistics of each 4-bit weight lie when it is dequantised, on a pretended GPU, from the
     first weight of the base to a step's end."""
-    import bitsandbytes.functional
-
-    from ray_jobs.base import base_model
-    from ray_jobs.training import opening
-    from tests.doubles.pretended_gpu import PretendedGpu
-
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
     base = base_model.resolve(loaded.model)
@@ -152,11 +141,7 @@ def devices_of_dequantisations(config_toml: str) -> list[tuple[str, str]]:
         seen.append((str(weight.device), str(quant_state.absmax.device)))
         return dequantise(weight, quant_state, *others, **more)
 
-    with (
-        mock.patch.object(bitsandbytes.functional, "dequantize_4bit", seeing),
-        PretendedGpu(),
-        zero.sharding(loaded),
-    ):
+    with mock.patch.object(bitsandbytes.functional, "dequantize_4bit", seeing), PretendedGpu(), zero.sharding(loaded):
         opening.assemble(loaded, base, use_gpu=True)
     return seen
 
@@ -172,9 +157,6 @@ def test_under_zero_3_a_weight_and_its_statistics_lie_on_the_gpu_together(config
 
 def engine_facts(config_toml: str) -> dict[str, Any]:
     """How DeepSpeed has set itself up."""
-    from ray_jobs.base import base_model
-    from ray_jobs.training import opening
-
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
     with zero.sharding(loaded):
@@ -204,10 +186,6 @@ def test_offloading_keeps_optimizer_state_and_at_stage_3_weights_in_host_memory(
 
 def globals_after_sharding(config_toml: str) -> list[Any]:
     """What `sharding` must put back, before, within and after it."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    from ray_jobs.base import base_model
-
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
     base = base_model.resolve(loaded.model)
@@ -227,12 +205,8 @@ def globals_after_sharding(config_toml: str) -> list[Any]:
 
 
 def test_what_is_loaded_after_a_sharded_training_is_whole(config, tmp_path):
-    (seen,) = in_group(
-        globals_after_sharding,
-        changed(config, "train.zero_stage=3", "ray.num_workers=1"),
-        directory=tmp_path,
-        num_workers=1,
-    )
+    toml = changed(config, "train.zero_stage=3", "ray.num_workers=1")
+    (seen,) = in_group(globals_after_sharding, toml, directory=tmp_path, num_workers=1)
     assert seen == [(False, True), (True, False), (False, True), True]
 
 
@@ -244,9 +218,6 @@ def test_weights_that_were_not_shared_out_are_noticed():
 
 def steps_around_a_spoiled_one(config_toml: str, value: float) -> list[bool]:
     """Which of three steps moved this rank's weights, where a factor's gradient is `value` on rank 0 in the second."""
-    from ray_jobs.base import base_model
-    from ray_jobs.training import checkpoint, opening
-
     zero.prepare_environment(use_gpu=False)
     loaded = config_file.loads(config_toml)
     is_spoiled, moved = False, []
@@ -270,10 +241,8 @@ def steps_around_a_spoiled_one(config_toml: str, value: float) -> list[bool]:
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_by_every_rank(config, tmp_path):
-    calls = [
-        (changed(config, f"train.zero_stage={stage}"), value)
-        for stage, value in product((1, 2, 3), (float("nan"), float("inf")))
-    ]
+    tomls = [changed(config, f"train.zero_stage={stage}") for stage in (1, 2, 3)]
+    calls = [*product(tomls, (float("nan"), float("inf")))]
     for found in in_group(in_turn, steps_around_a_spoiled_one, calls, directory=tmp_path, num_workers=2):
         assert found == [[True, False, True]] * len(calls)
 
@@ -298,7 +267,7 @@ def test_the_input_of_every_layer_leaves_and_the_gradients_are_what_they_were(ti
         config = config_file.loads(
             CONFIG.format(base=tiny_base), [*changes, f"train.activation_offloading={str(is_offloaded).lower()}"]
         )
-        adapted = assemble(config, base_model.resolve(config.model), use_gpu=False)
+        adapted = opening.assemble(config, base_model.resolve(config.model), use_gpu=False)
         answer_nll(adapted, tokens, tokens).mean().backward()
         gradients.append([each.grad for each in adapted.parameters() if each.requires_grad])
         assert len(gone) == 2 * is_offloaded  # the base's layers
@@ -328,9 +297,6 @@ def train_in_float16(config_toml: str, first_scale: int) -> tuple[Trained, list[
     """One rank's part; and what the loss was multiplied by after each step."""
     zero.prepare_environment(use_gpu=False)
     from deepspeed.accelerator import get_accelerator
-
-    from ray_jobs.base import architecture
-    from ray_jobs.training import train_loop
 
     scales, take_step = [], train_loop.take_step
 
