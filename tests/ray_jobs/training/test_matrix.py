@@ -28,14 +28,8 @@ NOISE = 0.03  # what bfloat16 gradients, summed in another order, may move a los
 NORM_NOISE = 0.05  # the same for the gradient's norm, as a share of it
 WEIGHT_NOISE = 0.1  # and a trained weight: Adam's first steps are of full length, whichever way noise may point
 ROWS = colour_rows(36)  # 31 to train on in two steps, and 5 held out: an uneven share for two ranks
-SETTINGS = [
-    "method.rank=8",
-    'method.target_modules=["q_proj", "down_proj"]',
-    "train.micro_batch_size=4",
-    "train.evals_per_epoch=0",
-    "train.early_stopping_patience=0",
-    "ray.cpu_matmul_dtype=bfloat16",
-]
+SETTINGS = ["method.rank=8", 'method.target_modules=["q_proj", "down_proj"]', "train.micro_batch_size=4"]
+SETTINGS += ["train.evals_per_epoch=0", "train.early_stopping_patience=0", "ray.cpu_matmul_dtype=bfloat16"]
 IN_FLOAT32 = "in float32, ZeRO stage {}"
 
 
@@ -112,8 +106,7 @@ class Matrix:
         return plain_training(self._toml(reference), ROWS)
 
     def _toml(self, cell: Cell, *changes: str) -> str:
-        values = {key_of(field.name): getattr(cell, field.name) for field in fields(cell)}
-        spelled = [f"{path}={str(value).lower()}" for path, value in values.items()]
+        spelled = [f"{key_of(field.name)}={str(getattr(cell, field.name)).lower()}" for field in fields(cell)]
         return config_file.dumps(config_file.loads(self._config, [*spelled, *changes]))
 
 

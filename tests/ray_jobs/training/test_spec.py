@@ -8,8 +8,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from components.config import config_file
 from components.prepare.dataset import Message, Record
@@ -20,7 +18,8 @@ from ray_jobs.base import base_model
 from ray_jobs.training import checkpoint
 from ray_jobs.training.spec import Stopwatch, TrainSpec
 from tests.doubles import datasets
-from tests.models.spec import spec_of
+from tests.models.bases import rewritten
+from tests.models.spec import changed, spec_of
 from tests.models.tiny import colour_rows
 from tests.models.train_group import train
 from tests.ray_jobs.training.in_store import in_store
@@ -40,14 +39,13 @@ def test_parts_follow_each_other_through_the_processes_of_a_training():
 
 @pytest.mark.parametrize("num_workers", ["2", "[1, 2]"])
 def test_workers_read_what_the_driver_resolved_and_their_number_changes_no_digest(config, num_workers: str) -> None:
-    changes = [f"ray.num_workers={num_workers}", "train.micro_batch_size=1"]
-    changed = config_file.loads(config_file.dumps(config), changes)
-    spec = spec_of(changed, started=lineage.Started(user="me"), flops_before=None)
+    config = changed(config, f"ray.num_workers={num_workers}", "train.micro_batch_size=1")
+    spec = spec_of(config, started=lineage.Started(user="me"), flops_before=None)
     arrived = TrainSpec.model_validate_json(spec.model_dump_json())
     assert arrived == spec
-    assert arrived.learning_rate == changed.learning_rate
-    assert arrived.on(2).training_digest == changed.training_digest == changed.on(2).training_digest
-    assert arrived.asked.config == changed.model_dump(mode="json")
+    assert arrived.learning_rate == config.learning_rate
+    assert arrived.on(2).training_digest == config.training_digest == config.on(2).training_digest
+    assert arrived.asked.config == config.model_dump(mode="json")
 
 
 def test_whoever_reads_a_job_without_training_waits_for_no_model_code():
@@ -62,13 +60,10 @@ def test_a_base_that_changed_between_two_attempts_is_refused_before_any_worker(c
     monkeypatch.setenv("STOP_AFTER_STEP", "3")
     with pytest.raises(RuntimeError):
         train(config_file.dumps(config), colour_rows(64), tmp_path / "run", run_id="mine", num_workers=1)
-    progress = checkpoint.newest(store, "mine")
-    assert progress is not None
-    assert progress.base == base_model.resolve(config.model).identity
+    assert checkpoint.newest(store, "mine").base == base_model.resolve(config.model).identity
 
-    weights = load_file(base / "model.safetensors")
-    weights["model.norm.weight"] += torch.ones(1, dtype=weights["model.norm.weight"].dtype)
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with rewritten(base) as weights:
+        weights["model.norm.weight"] += 1
     records = [Record(str(place), [Message("user", "sky")], "blue") for place in range(4)]
     data = datasets.publish(store, train=records[1:], evaluation=records[:1])
     with pytest.raises(IntegrityError, match="put the files that it was trained on back there"):

@@ -28,6 +28,7 @@ from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import tokenize
 from ray_jobs.training import checkpoint, opening, starting, zero
 from tests.doubles import datasets
+from tests.models.spec import changed
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group
 from tests.ray_jobs.training.in_store import in_store, published
@@ -92,15 +93,13 @@ def test_a_driver_that_reads_no_weights_holds_the_workers_to_the_base_of_the_ver
         base_model.resolve(config.model, recorded=wanted.identity, registry=store)
 
 
-def fit_from(config_toml: str, version: Version, *, breaks: bool) -> tuple[list[float], int]:
+def fit_from(version: Version, config_toml: str, *, breaks: bool) -> tuple[list[float], int]:
     """This rank's losses, and how often it had base and adapter made."""
     initialize, adapted = zero.initialize, opening.assemble
 
     def break_one(model: Any, *arguments: Any) -> Any:
         engine = initialize(model, *arguments)
-        weight = dict(engine.module.named_parameters())[
-            "base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"
-        ]
+        weight = engine.module.get_parameter("base_model.model.model.layers.1.mlp.down_proj.base_layer.weight")
         weight.ds_tensor.copy_(weight.ds_tensor.flip(0))
         return engine
 
@@ -118,18 +117,14 @@ def test_under_zero_3_nobody_holds_the_model_whole_to_go_on_and_a_broken_shard_i
     settings = [f"method.base={base}", "train.max_steps=2", "ray.cpu_matmul_dtype=bfloat16"]
     config = in_store(config, store, *settings)
     version = published(config, store, moved=0.02)
-    toml = config_file.dumps(in_store(config, store, "train.zero_stage=3"))
-    (losses, made), *_ = in_group(
-        functools.partial(fit_from, breaks=False), toml, version, directory=tmp_path, num_workers=2
-    )
+    sharded, whole = (config_file.dumps(in_store(config, store, f"train.zero_stage={stage}")) for stage in (3, 0))
+    fit, breaking = (functools.partial(fit_from, version, breaks=breaks) for breaks in (False, True))
+    (losses, made), _ = in_group(fit, sharded, directory=tmp_path, num_workers=2)
     assert made == 1  # what is trained, in shards
-    whole = config_file.dumps(in_store(config, store, "train.zero_stage=0"))
-    (expected, _), *_ = in_group(
-        functools.partial(fit_from, breaks=False), whole, version, directory=tmp_path, num_workers=2
-    )
+    (expected, _), _ = in_group(fit, whole, directory=tmp_path, num_workers=2)
     assert losses == pytest.approx(expected, abs=0.02)
     with pytest.raises(RuntimeError, match=r"the same model unsharded is .* training would go on other weights"):
-        in_group(functools.partial(fit_from, breaks=True), toml, version, directory=tmp_path, num_workers=2)
+        in_group(breaking, sharded, directory=tmp_path, num_workers=2)
 
 
 def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[str, np.ndarray], float]]:
@@ -137,11 +132,8 @@ def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[st
     found = {}
     for name, toml in tomls.items():
         fitted = fit_in_rank(config_file.loads(toml), colour_rows(36), run_id=name, start=version)
-        weights = checkpoint.trainable(fitted.adapted)
-        found[name] = (
-            {key: weight.detach().float().cpu().numpy() for key, weight in weights.items()},
-            fitted.trained.eval_loss,
-        )
+        weights = checkpoint.trainable(fitted.adapted).items()
+        found[name] = {key: weight.detach().float().numpy() for key, weight in weights}, fitted.trained.eval_loss
     return found
 
 
@@ -149,9 +141,8 @@ def fit_each(tomls: dict[str, str], version: Version) -> dict[str, tuple[dict[st
 def test_what_is_published_lies_on_the_line_from_what_was_trained_to_where_it_began(
     config, store, tmp_path, zero_stage
 ):
-    config = in_store(
-        config, store, "train.max_steps=6", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16"
-    )
+    settings = ["train.max_steps=6", f"train.zero_stage={zero_stage}", "ray.cpu_matmul_dtype=bfloat16"]
+    config = in_store(config, store, *settings)
     version = published(config, store, moved=0.02)
     going_on = "train.start_from=production"
     tomls = {
@@ -229,7 +220,7 @@ def resolved(chat, config):
 
 
 def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, chat, store):
-    most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
+    most = changed(config, "data.max_reject_share=0.25")
     (train, _), said = planned(records(10, 100, 10, 10), records(20), chat, most, store)
     assert len(train) == 4
     assert said == ["made 1 prompt shorter, to fit model.max_length 64"]
@@ -242,13 +233,12 @@ def test_prompts_that_are_cut_are_counted_and_limited_as_answers_are(config, cha
 def test_system_messages_that_lose_their_end_are_counted(config, chat, store):
     asked = [Message("system", "s" * 80), Message("user", "x" * 10)]
     train = [Record("s", asked, "b"), *records(100, 10)]
-    allowing = config_file.loads(config_file.dumps(config), ["data.max_reject_share=1"])
-    _, said = planned(train, records(20), chat, allowing, store)
+    _, said = planned(train, records(20), chat, changed(config, "data.max_reject_share=1"), store)
     assert said == ["made 2 prompts shorter, to fit model.max_length 64, 1 of them in the system message too"]
 
 
 def test_answers_that_are_too_long_are_left_out_counted_and_limited(config, chat, store):
-    most = config_file.loads(config_file.dumps(config), ["data.max_reject_share=0.25"])
+    most = changed(config, "data.max_reject_share=0.25")
     long = [Record("r9", [Message("user", "x" * 10)], "b" * 80)]
     (train, _), said = planned([*records(10, 10), *long, *records(*[10] * 3)[2:]], records(20), chat, most, store)
     why = "their answers do not fit model.max_length 64, or hold a token that ends an answer"
@@ -263,7 +253,8 @@ def test_answers_that_are_too_long_are_left_out_counted_and_limited(config, chat
 def test_the_gate_decides_on_records_that_no_training_looks_at(config, chat, store):
     """None of them is counted either: the evaluation says which it leaves out."""
     held_out = records(*[20] * 60)
-    judging = judges_of(held_out, config, store)
+    folder = datasets.publish(store, train=records(10, 10), evaluation=held_out)
+    judging = {record.id for record in judges(store, folder.uri, config).records}
     spoiled = [replace(each, answer="b" * 80) if each.id in judging else each for each in held_out]
     (_, chosen_on), said = planned(records(10, 10), spoiled, chat, config, store)
     assert said == []
@@ -272,7 +263,7 @@ def test_the_gate_decides_on_records_that_no_training_looks_at(config, chat, sto
 
 
 def test_the_driver_knows_the_lengths_of_what_workers_read(config, chat, store):
-    few = config_file.loads(config_file.dumps(config), ["train.eval_records=7", "data.max_reject_share=1"])
+    few = changed(config, "train.eval_records=7", "data.max_reject_share=1")
     train, held_out = records(10, 100, 20, 30), records(*range(10, 60))
     found, _ = planned(train, held_out, chat, few, store)
     validation, _ = validation_and_test(held_out, validation_share=few.data.validation_share)
@@ -295,11 +286,6 @@ def test_a_dataset_is_recorded_with_the_tokens_that_were_read(config, chat, stor
     assert train != held_out
     for folder, sha256 in recorded.items():
         assert folders.read_manifest(store, f"{store.key(uri)}/tokens/{folder}").content_sha256 == sha256
-
-
-def judges_of(held_out, config, store) -> set[str]:
-    folder = datasets.publish(store, train=records(10, 10), evaluation=held_out)
-    return {record.id for record in judges(store, folder.uri, config).records}
 
 
 def test_tokens_that_the_base_has_no_embeddings_for_are_refused_where_records_write_them(config, chat, store):

@@ -32,8 +32,7 @@ def train_with_a_broken_shard(config_toml: str) -> None:
     def break_one(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype) -> Any:
         engine = initialize(model, config, dtype)
         if dist.get_rank() == 1:
-            name = "base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"
-            weight = dict(engine.module.named_parameters())[name]
+            weight = engine.module.get_parameter("base_model.model.model.layers.1.mlp.down_proj.base_layer.weight")
             part = weight.ds_tensor if config.train.zero_stage == 3 else weight.data
             part.copy_(part.flatten().flip(0).view(part.shape))
         return engine

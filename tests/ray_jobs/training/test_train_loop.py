@@ -12,6 +12,7 @@ import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from components.config import config_file
 from components.config.schema import RunConfig, TrainConfig
@@ -33,8 +33,11 @@ from ray_jobs.text import answer_loss, chat_format
 from ray_jobs.text.batching import tokenize
 from ray_jobs.training import checkpoint, step_zero, train_loop
 from ray_jobs.training.train_loop import eval_steps, learning_rate_at, num_steps
+from ray_jobs.training.zero import Worker
 from tests.doubles.datasets import validate
+from tests.models.bases import rewritten
 from tests.models.plain import plain_training
+from tests.models.spec import changed
 from tests.models.tiny import colour_rows
 from tests.models.train_group import Trained, fit_in_rank, in_group, in_turn, train_all, train_in_rank
 from tests.ray_jobs.training.in_store import in_store
@@ -182,7 +185,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_resumed_from(run_all, lose, s
 def test_three_workers_of_a_batch_of_sixteen_take_the_steps_of_a_plain_loop(run, config):
     changes = ["train.micro_batch_size=1", "train.max_steps=6", "ray.num_workers=[1,4]"]  # in the last round one works
     found = run(*changes, num_workers=3)
-    expected = plain_training(config_file.dumps(config_file.loads(config_file.dumps(config), changes)), ROWS)
+    expected = plain_training(config_file.dumps(changed(config, *changes)), ROWS)
     np.testing.assert_allclose(found.losses, expected.losses, atol=NOISE)
 
 
@@ -207,9 +210,7 @@ def test_a_run_goes_on_with_other_workers_and_stages_and_takes_the_steps_of_a_pl
     resumed = run(*changes, *shape, run_id="moved", num_workers=num_workers[-1])
     assert resumed.resumed_from == 4  # where the second group was, which had gone on from the first one's step 2
     optimizer = bitsandbytes.optim.AdamW8bit if "8bit" in method else torch.optim.AdamW
-    whole = plain_training(
-        config_file.dumps(config_file.loads(config_file.dumps(config), changes)), ROWS, optimizer=optimizer
-    )
+    whole = plain_training(config_file.dumps(changed(config, *changes)), ROWS, optimizer=optimizer)
     np.testing.assert_allclose(resumed.losses, whole.losses[4:], atol=NOISE)
     np.testing.assert_allclose(resumed.grad_norms, whole.grad_norms[4:], rtol=0.1)
 
@@ -218,8 +219,6 @@ def train_while_the_store_is_away(
     config_toml: str, rows: list[dict[str, str]], until_step: int, patience_s: int
 ) -> dict[str, Trained]:
     """In each rank: rank 1 cannot reach the store up to a step; and then the same with the store there."""
-    import torch.distributed as dist
-
     publish = checkpoint.folders.publish
 
     def refused(store: Store, key: str, *arguments: Any, **others: Any) -> Any:
@@ -282,7 +281,7 @@ def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
     # So strong that a magnitude's change would be a fraction of what it is.
     changes = ["method.name=dora", "train.weight_decay=30", "train.max_steps=6"]
     found = run(*changes, f"train.zero_stage={zero_stage}").weights
-    expected = plain_training(config_file.dumps(config_file.loads(config_file.dumps(config), changes)), ROWS)
+    expected = plain_training(config_file.dumps(changed(config, *changes)), ROWS)
     for name, change in expected.masters.items():
         if "magnitude" in name:
             layer = expected.model.get_submodule(name.partition(".lora_magnitude")[0])
@@ -297,13 +296,8 @@ def test_weight_decay_leaves_magnitudes_alone(run, config, zero_stage):
 @pytest.mark.parametrize("zero_stage", [STAGES[1], 3])
 def test_early_stopping_keeps_the_best_weights(run, zero_stage):
     # A rate this high makes the loss rise after a while.
-    found = run(
-        "train.learning_rate=0.3",
-        "train.evals_per_epoch=14",
-        "train.early_stopping_patience=2",
-        "train.epochs=3",
-        f"train.zero_stage={zero_stage}",
-    )
+    changes = ["train.learning_rate=0.3", "train.evals_per_epoch=14", "train.early_stopping_patience=2"]
+    found = run(*changes, "train.epochs=3", f"train.zero_stage={zero_stage}")
     assert found.stopped_early
     assert found.steps < 42
     assert min(found.eval_losses) not in found.eval_losses[-2:]
@@ -322,9 +316,8 @@ def test_workers_with_unequal_shares_of_the_held_out_records_measure_the_same_lo
 
 def test_a_loss_that_is_no_number_stops_the_training_and_says_what_to_change(run, tiny_base, tmp_path):
     broken = shutil.copytree(tiny_base, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with rewritten(broken) as weights:
+        weights["model.norm.weight"][0] = float("nan")
     with pytest.raises(RuntimeError, match=r"the loss at step 0 is nan; lower train\.learning_rate"):
         run(f"model.base={broken}")
 
@@ -399,6 +392,7 @@ def test_steps_and_measurements_follow_from_the_config(train_config, records, st
 
 QUANTISED = bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt
 STEPS = 4
+A_BASE_LAYER = "base_model.model.model.layers.0.self_attn.q_proj.base_layer"
 
 
 def train_and_save(config_toml: str, folder: str, dense_base: bool, free_bytes: int | None) -> dict[str, Any]:
@@ -413,12 +407,8 @@ def train_and_save(config_toml: str, folder: str, dense_base: bool, free_bytes: 
         "losses": [record["loss"] for record in fitted.records],
         "recipe": fitted.recipe,
         "is_quantised": any(isinstance(module, QUANTISED) for module in fitted.adapted.modules()),
-        "dtype": next(module.weight.dtype for name, module in fitted.adapted.named_modules() if is_base(name)),
+        "dtype": fitted.adapted.get_submodule(A_BASE_LAYER).weight.dtype,
     }
-
-
-def is_base(name: str) -> bool:
-    return name.endswith("q_proj.base_layer")
 
 
 @pytest.fixture
@@ -431,7 +421,7 @@ def trained(config: RunConfig, store, tmp_path):
         for is_dense in dense:
             folder = tmp_path / ("dense" if is_dense else "stored")
             place = [f"registry.bucket={store.bucket}", f"registry.prefix={store.prefix}/{folder.name}"]
-            toml = config_file.dumps(config_file.loads(config_file.dumps(config), [*place, *steps, *overrides]))
+            toml = config_file.dumps(changed(config, *place, *steps, *overrides))
             calls.append((toml, str(folder), is_dense, free_bytes))
         found = in_group(in_turn, train_and_save, calls, directory=tmp_path / "logs", num_workers=2)[0]
         return [
@@ -517,14 +507,6 @@ def test_the_straggler_is_who_is_slower_than_most(seconds, rank):
 
 def paced(zero_stage: int) -> None:
     """In each rank: rank 1's clock runs twice as fast."""
-    import itertools
-    from types import SimpleNamespace
-
-    import torch
-    import torch.distributed as dist
-
-    from ray_jobs.training.zero import Worker
-
     rank = dist.get_rank()
     ticks = itertools.count(0.0, 1.0 + rank)
     with mock.patch.object(train_loop, "time", SimpleNamespace(perf_counter=lambda: next(ticks))):
