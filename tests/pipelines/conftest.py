@@ -82,7 +82,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def answer(printed: Callable[..., dict[str, Any]], config_path: Path) -> Callable[..., dict[str, Any]]:
-    """The same with the config."""
+    """Runs a command with the config, as `printed` does."""
     return lambda *arguments, **expected: printed(*arguments, "-c", str(config_path), **expected)
 
 
