@@ -82,7 +82,11 @@ def test_the_estimate_is_the_divergence_over_the_whole_vocabulary(base_and_model
     divergence, length = exactly(base, model, prompts.prompt(0).tolist(), chat.stops)
     known = TextLosses(text_sha256="", tokens=[], nll={}, asked_sha256="0")
     asked = OwnAnswers(prompts, frozenset({"base", "candidate"}), known, new_tokens=2)
-    answered = asked.answered(texts.sample(base, chat, prompts, 1000, 2))
+    answers = texts.sample(base, chat, prompts, 1000, 2)
+    expected = np.exp(next_token(base, prompts.prompt(0).tolist())[0])
+    first = np.bincount([answer[0] for answer in answers], minlength=len(expected)) / MANY
+    assert abs((first - expected).cumsum()).max() < 1.95 / MANY**0.5  # Kolmogorov and Smirnov's bound at 0.1 %
+    answered = asked.answered(answers)
     nll = {
         role: label_nll(each, answered.split, 1000, chat.pad) for role, each in (("base", base), ("candidate", model))
     }
