@@ -48,21 +48,11 @@ def cluster(*, grows: bool) -> Iterator[str]:
             path = Path(folder) / "autoscaling.json"
             path.write_text(json.dumps(_config(address)))
             command.append(f"--autoscaling-config={path}")
-            environment |= {
-                "RAY_FAKE_CLUSTER": "1",
-                "RAY_enable_autoscaler_v2": "1",
-                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            }
-            environment |= dict.fromkeys(
-                ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID
-            )
+            flags = ("RAY_FAKE_CLUSTER", "RAY_enable_autoscaler_v2", "AUTOSCALER_UPDATE_INTERVAL_S")
+            nodes = ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING")
+            environment |= dict.fromkeys(flags, "1") | dict.fromkeys(nodes, FAKE_HEAD_NODE_ID)
         with (Path(folder) / "head.log").open("wb") as log:
-            process = guard.start(
-                command,
-                environment=environment,
-                stdout=log.fileno(),
-                directory=Path(folder),
-            )
+            process = guard.start(command, environment=environment, stdout=log.fileno(), directory=Path(folder))
         try:
             yield address
         finally:

@@ -121,6 +121,5 @@ def split(
         splitting.deduplicate(work)
         found = splitting.split(work, DataConfig(**defaults | options), window=window)
         sides = {"train": list(found.parts.train), "evaluation": list(found.parts.evaluation)}
-        return SimpleNamespace(
-            **vars(found) | found.dropped | sides | {"parts": None, "dataset_id": found.parts.dataset_id}
-        )
+        about = {"parts": None, "dataset_id": found.parts.dataset_id}
+        return SimpleNamespace(**vars(found) | found.dropped | sides | about)

@@ -40,14 +40,8 @@ class FakeJob:
         return "SUCCEEDED" if code == 0 else "FAILED"
 
     def details(self) -> dict[str, Any]:
-        return {
-            "type": "SUBMISSION",
-            "submission_id": self.submission_id,
-            "status": self.status,
-            "entrypoint": self.entrypoint,
-            "metadata": self.metadata,
-            "driver_exit_code": self.process.poll(),
-        }
+        asked = {key: getattr(self, key) for key in ("submission_id", "entrypoint", "metadata")}
+        return {"type": "SUBMISSION", **asked, "status": self.status, "driver_exit_code": self.process.poll()}
 
 
 class JobsApi:
@@ -102,16 +96,10 @@ class JobsApi:
         if submission_id in self.jobs:
             return 500, f"Job with submission_id {submission_id} already exists."
         log_path = self.directory / f"{submission_id}.log"
+        session = {"cwd": self.directory, "env": self.environment, "start_new_session": True}
         with log_path.open("wb") as log:
             process = subprocess.Popen(  # noqa: S602 - a shell, as Ray does
-                body["entrypoint"],
-                shell=True,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.directory,
-                env=self.environment,
-                start_new_session=True,
+                body["entrypoint"], shell=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **session
             )
         self.jobs[submission_id] = FakeJob(submission_id, body["entrypoint"], body["metadata"], log_path, process)
         return 200, {"job_id": submission_id, "submission_id": submission_id}

@@ -26,8 +26,7 @@ class Mlflow:
         call = getattr(self, "_" + re.sub(r"\W", "_", f"{verb} {path.removeprefix(API + '/')}").lower(), None)
         if call is None:
             return 404, {"error_code": "ENDPOINT_NOT_FOUND"}
-        answer: Answer = call(**(json.loads(body) if body else query))
-        return answer
+        return call(**(json.loads(body) if body else query))
 
     def _get_experiments_get_by_name(self, experiment_name: str) -> Answer:
         if experiment_name not in self._experiments:
@@ -44,12 +43,8 @@ class Mlflow:
     def _post_runs_search(self, experiment_ids: list[str], filter: str, **_: Any) -> Answer:
         wanted = re.fullmatch(r"tags\.`([^`]+)` = '([^']+)'", filter)
         assert wanted
-        found = [
-            run
-            for run in self.runs
-            if run["info"]["experiment_id"] in experiment_ids
-            and {"key": wanted[1], "value": wanted[2]} in run["data"]["tags"]
-        ]
+        tag, near = {"key": wanted[1], "value": wanted[2]}, set(experiment_ids)
+        found = [run for run in self.runs if run["info"]["experiment_id"] in near and tag in run["data"]["tags"]]
         return 200, {"runs": found} if found else {}
 
     def _post_runs_create(

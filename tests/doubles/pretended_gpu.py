@@ -114,15 +114,14 @@ class PretendedGpu(TorchFunctionMode):
             yield torch.cuda, name, lambda *_, _value=value, **__: _value
         yield torch.cuda, "synchronize", lambda *_: self.wait()
         yield torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()
-        for name in ("Stream", "Event"):
+        for name in ("Stream", "Event", "current_stream", "default_stream"):
             yield torch.cuda, name, lambda *_, **__: _Stream(self.wait)
-        for name in ("current_stream", "default_stream"):
-            yield torch.cuda, name, lambda *_: _Stream(self.wait)
         for name in ("stream", "device"):
             yield torch.cuda, name, lambda *_: contextlib.nullcontext()
         yield torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None
         yield torch.autograd, "_engine_run_backward", self._within(torch.autograd._engine_run_backward)
-        yield saved_tensors_hooks, "__init__", self._hooks(saved_tensors_hooks.__init__)
+        init = saved_tensors_hooks.__init__
+        yield saved_tensors_hooks, "__init__", lambda hooks, *pair: init(hooks, *map(self._within, pair))
         yield Tensor, "record_stream", lambda tensor, _: self._record_stream(tensor)
         yield varlen, "varlen_attn", FlashAttention().varlen_attn
         yield dist, "new_group", self._remembering_gloo(dist.new_group)
@@ -133,9 +132,6 @@ class PretendedGpu(TorchFunctionMode):
     def _record_stream(self, tensor: Tensor) -> None:
         if not self.is_on_gpu(tensor):
             raise Mixed("a tensor in host memory belongs to no stream")
-
-    def _hooks(self, init: Any) -> Any:
-        return lambda hooks, pack, unpack: init(hooks, self._within(pack), self._within(unpack))
 
     def _remembering_gloo(self, new_group: Any) -> Any:
         def remembering(*arguments: Any, **options: Any) -> Any:
@@ -193,10 +189,7 @@ class PretendedGpu(TorchFunctionMode):
     def _attribute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A getter or setter of a tensor's attribute."""
         is_set = func.__name__ == "__set__"
-        if name in WHERE and not is_set:
-            on_gpu = self.is_on_gpu(args[0])
-            if not on_gpu:
-                return func(*args, **kwargs)
+        if name in WHERE and not is_set and self.is_on_gpu(args[0]):
             return {"device": self.device, "is_cuda": True, "is_cpu": False}[name]
         is_gradient = name == "grad" and is_set and isinstance(args[1], Tensor)
         if is_gradient and self.is_on_gpu(args[0]) != self.is_on_gpu(args[1]):

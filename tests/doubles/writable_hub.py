@@ -48,10 +48,8 @@ class WritableHub:
             return _refused(403, "You don't have the rights to write")
         if path == "/api/validate-yaml":
             base = re.search(r"^base_model: (.*)$", json.loads(body)["content"], flags=re.MULTILINE)
-            valid = base is None or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base[1])
-            errors = (
-                [] if valid else [{"message": f'"base_model" with value "{base[1]}" is not valid.'}] if base else []
-            )
+            wrong = base and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base[1])
+            errors = [{"message": f'"base_model" with value "{base[1]}" is not valid.'}] if wrong else []
             return (400 if errors else 200), {"errors": errors, "warnings": []}
         if path == "/api/repos/create":
             asked = json.loads(body)
@@ -75,9 +73,8 @@ class WritableHub:
             return 200, {"branches": [], "converts": [], "tags": tags}
         if what == "preupload":
             files = json.loads(body)["files"]
-            return 200, {
-                "files": [{"path": each["path"], "uploadMode": _mode(each), "shouldIgnore": False} for each in files]
-            }
+            modes = [{"path": each["path"], "uploadMode": _mode(each), "shouldIgnore": False} for each in files]
+            return 200, {"files": modes}
         if what == "info":  # /info/lfs/objects/batch
             objects = [
                 {**each, "actions": {"upload": {"href": f"{self.url}/lfs/{each['oid']}"}}}
@@ -102,9 +99,8 @@ class WritableHub:
             elif line["key"] == "lfsFile":
                 weights = self.uploaded.get(value["oid"], b"")
                 if hashlib.sha256(weights).hexdigest() != value["oid"] or len(weights) != value["size"]:
-                    return _refused(
-                        400, "Your push was rejected because an LFS pointer pointed to a file that does not exist"
-                    )
+                    why = "because an LFS pointer pointed to a file that does not exist"
+                    return _refused(400, f"Your push was rejected {why}")
                 here.files[value["path"]] = weights
         oid = hashlib.sha1(f"{name} {len(here.commits)}".encode()).hexdigest()
         here.commits.append(oid)
@@ -123,6 +119,5 @@ def _refused(status: int, message: str, code: str = "") -> Answer:
 def running() -> Iterator[WritableHub]:
     """A hub without repositories."""
     hub = WritableHub()
-    with serving(hub.answer) as url:
-        hub.url = url
+    with serving(hub.answer) as hub.url:
         yield hub
