@@ -90,11 +90,13 @@ class Family:
     """SentencePiece's: a text that starts with no space is read as if it did."""
 
 
+REASONING = ("<think>", "</think>")
+"""Added tokens that are text, and stay when special tokens are left out (special: false in their tokenizer_config)."""
+CHATMLS = ("<|im_start|>", "<|im_end|>")
+QWENS = ("<|im_end|>", ("<|im_end|>", "<|endoftext|>"), None, ("<|im_start|>", "<|endoftext|>", *REASONING))
 FAMILIES = {
     "chatml": Family(CHATML, "<|im_end|>", ("<|im_end|>",), markers=("<|im_start|>",)),
-    "chatml on a base's tokenizer": Family(
-        CHATML, "<|endoftext|>", ("<|endoftext|>",), markers=("<|im_start|>", "<|im_end|>")
-    ),
+    "chatml on a base's tokenizer": Family(CHATML, "<|endoftext|>", ("<|endoftext|>",), markers=CHATMLS),
     "chatml with tools": Family(TOOLS, "<|im_end|>", ("<|im_end|>",), markers=("<|im_start|>",)),
     "llama-3": Family(
         LLAMA_3,
@@ -104,18 +106,8 @@ FAMILIES = {
         ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>", "<|eom_id|>"),
     ),
     "gemma": Family(GEMMA, "<eos>", ("<eos>", "<end_of_turn>"), "<bos>", ("<start_of_turn>", "<end_of_turn>")),
-    "qwen-3": Family(
-        QWEN_3,
-        "<|im_end|>",
-        ("<|im_end|>", "<|endoftext|>"),
-        markers=("<|im_start|>", "<|endoftext|>", "<think>", "</think>"),
-    ),
-    "qwen-3-thinking": Family(
-        QWEN_3_THINKING,
-        "<|im_end|>",
-        ("<|im_end|>", "<|endoftext|>"),
-        markers=("<|im_start|>", "<|endoftext|>", "<think>", "</think>"),
-    ),
+    "qwen-3": Family(QWEN_3, *QWENS),
+    "qwen-3-thinking": Family(QWEN_3_THINKING, *QWENS),
     "phi-3": Family(
         PHI_3,
         "<|endoftext|>",
@@ -129,8 +121,6 @@ FAMILIES = {
     "none": Family(None, "</s>", ("</s>",), "<s>", dummy_prefix=True),
     "none, without a beginning": Family(None, "<|endoftext|>", ("<|endoftext|>",)),
 }
-REASONING = ("<think>", "</think>")
-"""Added tokens that are text, and stay when special tokens are left out (special: false in their tokenizer_config)."""
 
 
 def build(directory: Path, family: Family) -> Path:

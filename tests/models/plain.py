@@ -59,15 +59,13 @@ def plain_training(
         loss = answer_nll(model, tensors["input_ids"], tensors["labels"]).mean()
         loss.backward()
         for weight, master in zip(weights, masters, strict=True):
-            assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
         norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
         curve.losses.append(loss.item())
         curve.grad_norms.append(float(norm))
+        rate = learning_rate_at(step, peak=config.learning_rate, num_steps=steps, warmup_share=train.warmup_share)
         for group in stepper.param_groups:
-            group["lr"] = learning_rate_at(
-                step, peak=config.learning_rate, num_steps=steps, warmup_share=train.warmup_share
-            )
+            group["lr"] = rate
         stepper.step()
         for weight, master in zip(weights, masters, strict=True):
             weight.data.copy_(master)

@@ -4,17 +4,9 @@ from transformers import LlamaConfig, MixtralConfig
 
 
 def llama(layers: int, width: int, mlp: int, vocabulary: int, heads: int, kv_heads: int, *, tied: bool = False):
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    attention = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return LlamaConfig(**sizes, **attention, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None)
 
 
 def small(layers: int = 6):

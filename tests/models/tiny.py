@@ -3,6 +3,7 @@
 Nothing about it is faked: transformers loads it from safetensors, bitsandbytes quantises it, peft adapts it.
 """
 
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-
-
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 512}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def byte_level() -> "Tokenizer":
@@ -56,18 +49,11 @@ def build_base(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
 
     fast = write_tokenizer(directory)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            **SHAPE | {"hidden_size": width, "intermediate_size": 2 * width},
-            vocab_size=len(fast),
-            eos_token_id=fast.eos_token_id,
-            pad_token_id=fast.pad_token_id,
-            bos_token_id=None,
-            tie_word_embeddings=True,
-            initializer_range=0.15,  # wide enough for a frozen output head to tell tokens apart
-        )
-    )
-    model.to(torch.bfloat16).save_pretrained(directory)
+    tokens = {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id, "bos_token_id": None}
+    shape = SHAPE | {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": len(fast)}
+    # So wide that a frozen output head tells tokens apart.
+    config = LlamaConfig(**shape, **tokens, tie_word_embeddings=True, initializer_range=0.15)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 
@@ -76,12 +62,7 @@ COLOURS = {"sky": "blue", "grass": "green", "blood": "red", "coal": "black", "sn
 
 def colour_rows(count: int) -> list[dict[str, str]]:
     """Rows of a task that the tiny model can learn: the colour of a thing, behind a number that does not matter."""
-    things = sorted(COLOURS)
     return [
-        {
-            "id": str(i),
-            "prompt": f"{i * 7919 % 1000} {things[i % len(things)]}",
-            "completion": COLOURS[things[i % len(things)]],
-        }
-        for i in range(count)
+        {"id": str(i), "prompt": f"{i * 7919 % 1000} {thing}", "completion": COLOURS[thing]}
+        for i, thing in enumerate(islice(cycle(sorted(COLOURS)), count))
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,7 @@ def publish(
     model = base_model.load_model(base, config.model, config.method.row.base, use_gpu=False)
     adapted = build.attach(model, config.method, base_reference=base.reference, seed=0)
     own_base.begin(config, adapted, base)
-    if change:
-        change(adapted)
-    else:
-        randomise(adapted, std=std)
+    (change or partial(randomise, std=std))(adapted)
     folder = scratch / f"adapter-{config.method.name}"
     build.save(adapted, folder)
     if with_data and data_uri == "s3://nowhere/datasets/d0":

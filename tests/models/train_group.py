@@ -37,32 +37,17 @@ class Trained:
     matmul_dtype: str
 
 
-def train(
-    config_toml: str,
-    rows: list[dict[str, str]],
-    directory: Path,
-    *,
-    run_id: str,
-    num_workers: int,
-    use_gpu: bool = False,
-) -> Trained:
-    """Train on `rows`, the last eighth held out; `run_id` names the checkpoints in the store."""
-    return train_all({run_id: config_toml}, rows, directory, num_workers=num_workers, use_gpu=use_gpu)[run_id]
+def train(config_toml: str, rows: list[dict[str, str]], directory: Path, *, run_id: str, **group: Any) -> Trained:
+    """Train on `rows`, the last eighth held out; `run_id` names the checkpoints in the store, and `group` is as for
+    `in_group`."""
+    return train_all({run_id: config_toml}, rows, directory, **group)[run_id]
 
 
 def train_all(
-    configs: Mapping[str, str],
-    rows: list[dict[str, str]],
-    directory: Path,
-    *,
-    num_workers: int,
-    use_gpu: bool = False,
+    configs: Mapping[str, str], rows: list[dict[str, str]], directory: Path, **group: Any
 ) -> dict[str, Trained]:
     """Train with one config after the other in the same processes; each by the name of its run."""
-    trained: dict[str, Trained] = in_group(
-        train_in_rank, dict(configs), rows, directory=directory, num_workers=num_workers, use_gpu=use_gpu
-    )[0]
-    return trained
+    return in_group(train_in_rank, dict(configs), rows, directory=directory, **group)[0]
 
 
 def in_group(
@@ -145,21 +130,12 @@ class InRank:
     store: Any
     fitted: Any
     records: list[dict[str, Any]]
-
-    @property
-    def adapted(self) -> Any:
-        """The model with its final weights."""
-        return self.fitted.adapted
-
-    @property
-    def trained(self) -> Any:
-        """The outcome of the training."""
-        return self.fitted.trained
-
-    @property
-    def recipe(self) -> Any:
-        """What was built."""
-        return self.fitted.recipe
+    adapted: Any
+    """The model with its final weights."""
+    trained: Any
+    """The outcome of the training."""
+    recipe: Any
+    """What was built."""
 
 
 def fit_in_rank(
@@ -223,7 +199,8 @@ def fit_in_rank(
 
     opened = opening.open_base(spec, worker, store, splits[0])
     load = load or door.load_model
-    return InRank(spec, worker, store, fit(spec, opened, store, tuple(splits), report=report, load=load), seen)
+    fitted = fit(spec, opened, store, tuple(splits), report=report, load=load)
+    return InRank(spec, worker, store, fitted, seen, fitted.adapted, fitted.trained, fitted.recipe)
 
 
 def _collect(ranks: "list[subprocess.Popen[bytes]]") -> dict[int, Any]:

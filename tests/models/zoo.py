@@ -22,34 +22,21 @@ if TYPE_CHECKING:
 
 EOS = 256
 """The end-of-sequence token of `tests.tiny`'s tokenizer: 256 bytes, then the special tokens."""
-TEXT = {
-    **SHAPE,
-    "vocab_size": EOS + len(SPECIAL),
-    "initializer_range": 0.15,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": EOS,
-    "tie_word_embeddings": False,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+VOCABULARY = EOS + len(SPECIAL)
+TEXT = {**SHAPE, "vocab_size": VOCABULARY, "initializer_range": 0.15, "tie_word_embeddings": False}
+TEXT |= {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
+TIED = {"tie_word_embeddings": True}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+QWENS_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14}
+QWENS_VISION |= {"out_hidden_size": TEXT["hidden_size"], "deepstack_visual_indexes": []}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOWED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-
-GEMMA_4 = {
-    "head_dim": 16,
-    "global_head_dim": 32,
-    "tie_word_embeddings": True,
-    "vocab_size_per_layer_input": TEXT["vocab_size"],
-    "hidden_size_per_layer_input": 16,
-    **WINDOWED,
-}
+GEMMA = {**TIED, **WINDOWED, "head_dim": 16}
+PER_LAYER_INPUT = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16}
+GEMMA_3N = {**GEMMA, **PER_LAYER_INPUT, "intermediate_size": [128, 128], "num_kv_shared_layers": 0, "laurel_rank": 8}
+GEMMA_3N |= {"activation_sparsity_pattern": [0.5, 0.0], "altup_num_inputs": 2}
+GEMMA_4 = {**GEMMA, **PER_LAYER_INPUT, "global_head_dim": 32}
 
 
 @dataclass(frozen=True)
@@ -65,15 +52,14 @@ class Kind:
         """The configuration, which alone makes the model."""
         import transformers
 
-        config_class = getattr(transformers, self.config_class)
+        config_class, text = getattr(transformers, self.config_class), TEXT | self.text
         if not self.around:
-            return config_class(**{**TEXT, **self.text})
-        text = {**TEXT, **self.text}
+            return config_class(**text)
         return config_class(text_config=text, tie_word_embeddings=text["tie_word_embeddings"], **self.around)
 
 
 KINDS = {
-    "Llama, tied": Kind("LlamaConfig", {"tie_word_embeddings": True}),
+    "Llama, tied": Kind("LlamaConfig", TIED),
     "Llama, untied": Kind("LlamaConfig"),
     "Llama, biased": Kind("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "Mistral": Kind("MistralConfig", {"sliding_window": 16}),
@@ -89,17 +75,7 @@ KINDS = {
     "Qwen3-VL": Kind(
         "Qwen3VLConfig",
         {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
-        {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "patch_size": 14,
-                "out_hidden_size": TEXT["hidden_size"],
-                "deepstack_visual_indexes": [],
-            }
-        },
+        {"vision_config": QWENS_VISION},
     ),
     "Qwen3.5": Kind(
         "Qwen3_5TextConfig",
@@ -110,28 +86,10 @@ KINDS = {
             **{f"linear_num_{name}_heads": 2 for name in ("key", "value")},
         },
     ),
-    "Gemma 2": Kind("Gemma2Config", {"head_dim": 16, "tie_word_embeddings": True, **WINDOWED}),
-    "Gemma 3, text": Kind("Gemma3TextConfig", {"head_dim": 16, "tie_word_embeddings": True, **WINDOWED}),
-    "Gemma 3, with vision": Kind(
-        "Gemma3Config",
-        {"head_dim": 16, "tie_word_embeddings": True, **WINDOWED},
-        {"vision_config": VISION, "mm_tokens_per_image": 1},
-    ),
-    "Gemma 3n": Kind(
-        "Gemma3nTextConfig",
-        {
-            "head_dim": 16,
-            "intermediate_size": [128, 128],
-            "tie_word_embeddings": True,
-            "vocab_size_per_layer_input": TEXT["vocab_size"],
-            "hidden_size_per_layer_input": 16,
-            "num_kv_shared_layers": 0,
-            "activation_sparsity_pattern": [0.5, 0.0],
-            "laurel_rank": 8,
-            "altup_num_inputs": 2,
-            **WINDOWED,
-        },
-    ),
+    "Gemma 2": Kind("Gemma2Config", GEMMA),
+    "Gemma 3, text": Kind("Gemma3TextConfig", GEMMA),
+    "Gemma 3, with vision": Kind("Gemma3Config", GEMMA, {"vision_config": VISION, "mm_tokens_per_image": 1}),
+    "Gemma 3n": Kind("Gemma3nTextConfig", GEMMA_3N),
     "Gemma 4": Kind("Gemma4TextConfig", GEMMA_4),
     "Gemma 4, with vision and sound": Kind(
         "Gemma4Config",
@@ -147,21 +105,16 @@ KINDS = {
     "Llama 4, text": Kind(
         "Llama4TextConfig", {"head_dim": 16, "intermediate_size_mlp": 128, **EXPERTS, "num_experts_per_tok": 1}
     ),
-    "SmolLM3": Kind("SmolLM3Config", {"tie_word_embeddings": True, "no_rope_layers": [1, 0]}),
+    "SmolLM3": Kind("SmolLM3Config", {**TIED, "no_rope_layers": [1, 0]}),
     "OLMo 2": Kind("Olmo2Config"),
-    "Granite": Kind("GraniteConfig", {"tie_word_embeddings": True, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
-    "Cohere 2": Kind("Cohere2Config", {"tie_word_embeddings": True, **WINDOWED}),
+    "Granite": Kind("GraniteConfig", {**TIED, "residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "Cohere 2": Kind("Cohere2Config", {**TIED, **WINDOWED}),
     "GLM-4": Kind("Glm4Config", {"head_dim": 16}),
-    "Falcon": Kind("FalconConfig", {"tie_word_embeddings": True}),
-    "BLOOM": Kind("BloomConfig", {"n_head": 4, "tie_word_embeddings": True}),
-    "OPT": Kind(
-        "OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.15, "tie_word_embeddings": True}
-    ),
-    "StarCoder2": Kind("Starcoder2Config", {"tie_word_embeddings": True}),
-    "GPT-2": Kind(
-        "GPT2Config",
-        {"n_inner": 128, "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    ),
+    "Falcon": Kind("FalconConfig", TIED),
+    "BLOOM": Kind("BloomConfig", {**TIED, "n_head": 4}),
+    "OPT": Kind("OPTConfig", {**TIED, "ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.15}),
+    "StarCoder2": Kind("Starcoder2Config", TIED),
+    "GPT-2": Kind("GPT2Config", {**TIED, "n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
 }
 
 
