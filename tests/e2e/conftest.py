@@ -27,15 +27,15 @@ class Home:
 
     path: Path
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return Person(self.path.parent).environment
-
     def command(self, *arguments: str) -> list[str]:
         return ["fineloop", *arguments, "--home", str(self.path), "--json"]
 
     def fineloop(self, *arguments: str, **environment: str) -> Done:
         return Person(self.path.parent, environment).types(shlex.join(self.command(*arguments)))
+
+    def does(self, *arguments: str, **environment: str) -> Done:
+        """A command that must end well."""
+        return Person(self.path.parent, environment).does(shlex.join(self.command(*arguments)))
 
     @contextlib.contextmanager
     def store(self) -> Iterator[Store]:
@@ -87,25 +87,14 @@ class Tiny:
 
     @contextlib.contextmanager
     def is_up(self, **environment: str) -> Iterator[None]:
-        started = self.home.fineloop("ray", "up", **environment)
-        assert started.exit_code == 0, started.screen
+        self.home.does("ray", "up", **environment)
         yield
-        assert self.home.fineloop("ray", "down").exit_code == 0
+        self.home.does("ray", "down")
 
     @property
     def settings(self) -> list[str]:
         """The options that turn the example into this task."""
-        keys = {
-            "model.base": self.base,
-            "model.max_length": 64,
-            "data.source": self.data,
-            "data.max_records": 0,
-            "data.window_days": 0,
-            "data.replay_share": 0,
-            "adapter.name": "colours",
-            "train.start_from": "base",
-            "train.learning_rate": 0.01,
-            "train.epochs": 4,
-            "evaluate.max_new_tokens": 8,
-        }
+        keys = {"adapter.name": "colours", "model.base": self.base, "model.max_length": 64, "data.source": self.data}
+        keys |= {"data.max_records": 0, "data.window_days": 0, "data.replay_share": 0, "train.start_from": "base"}
+        keys |= {"train.learning_rate": 0.01, "train.epochs": 4, "evaluate.max_new_tokens": 8}
         return settings(keys)

@@ -1,11 +1,10 @@
 """One config, four ways to run it: here, submitted to Kubeflow, by its schedule, and as a bare Ray job."""
 
 import json
-import subprocess
-import sys
+import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,23 +13,26 @@ from components.config.schema import RegistryConfig
 from components.store.store import Store
 from tests.doubles.kfp_server.server import KfpServer, serving
 from tests.e2e.conftest import CHECKOUT, Home, Tiny, settings
+from tests.journeys.conftest import Person
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
 
+@dataclass(frozen=True)
 class Ways:
     """Each way has a folder of its own in the registry; nothing else of the config differs."""
 
-    def __init__(self, home: Home, settings: list[str], environment: dict[str, str], kubeflow: KfpServer) -> None:
-        self.home, self.settings, self.kubeflow = home, settings, kubeflow
-        self.environment = environment
+    home: Home
+    settings: list[str]
+    client: Person
+    """At the checkout, with what it takes to use the home's store and Ray head."""
+    kubeflow: KfpServer
 
     def options(self, way: str) -> list[str]:
         return [*self.settings, "--set", f"registry.prefix={way}"]
 
     def here(self) -> dict[str, Any]:
-        done = self.home.fineloop("run", *self.options("here"), "--run-id", "here")
-        assert done.exit_code == 0, done.screen
+        self.home.does("run", *self.options("here"), "--run-id", "here")
         return self.left("here", "here")
 
     def submitted(self) -> dict[str, Any]:
@@ -46,25 +48,14 @@ class Ways:
 
     def ray_job(self) -> dict[str, Any]:
         job = "job submit --working-dir . -- python -m ray_jobs.finetune --config pipelines/configs/icd10.toml"
-        printed = self.printed("ray", *job.split(), *self.options("ray"), "--run-id", "ray")
+        printed = self.client.does(shlex.join(["ray", *job.split(), *self.options("ray"), "--run-id", "ray"])).stdout
         assert "step 4/4" in printed
         found = self.left("ray", "ray")
         assert found["version"] in printed
         return found
 
-    def printed(self, program: str, *arguments: str) -> str:
-        """What a command of this environment prints, from the checkout."""
-        command = [str(Path(sys.executable).parent / program), *arguments]
-        done = subprocess.run(
-            command, cwd=CHECKOUT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.screen
-        return done.stdout
-
     def on_kubeflow(self, *arguments: str) -> dict[str, Any]:
-        printed = self.printed("fineloop", *arguments, "--host", self.kubeflow.url, "--json")
-        answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
-        return answer
+        return self.client.does(shlex.join(["fineloop", *arguments, "--host", self.kubeflow.url, "--json"])).answer
 
     def left(self, way: str, run_id: str) -> dict[str, Any]:
         """What the run left in the store, without what names the run or the way."""
@@ -81,15 +72,15 @@ class Ways:
 
 @pytest.fixture
 def ways(tiny: Tiny, up: dict[str, str], store: Store) -> Iterator[Ways]:
-    environment = {**tiny.home.environment, **up}
     given = Store.open(RegistryConfig(prefix="given"))  # where every way can read it
     given.put("colours.jsonl", tiny.data)
     for path in tiny.base.iterdir():
         given.put(f"base/{path.name}", path)
     short = {"data.max_records": 120, "train.max_steps": 4, "evaluate.records": 20, "gate.limits": "[]"}
     short |= {"gate.min_records": 2, "data.source": given.uri("colours.jsonl"), "model.base": given.uri("base")}
-    with serving(environment) as kubeflow:
-        yield Ways(tiny.home, [*tiny.settings, *settings(short)], environment, kubeflow)
+    client = Person(CHECKOUT, up)
+    with serving(client.environment) as kubeflow:
+        yield Ways(tiny.home, [*tiny.settings, *settings(short)], client, kubeflow)
 
 
 def test_every_way_makes_the_same_dataset_version_and_decision(ways: Ways) -> None:

@@ -32,13 +32,10 @@ def test_a_mistake_found_inside_a_ray_job_is_one_message_and_exit_code_2(tiny: T
 def test_a_run_that_goes_on_from_a_version_begins_where_that_ended_and_names_it(tiny: Tiny, up):
     def done(command: str, *changes: str) -> dict[str, Any]:
         settings = [*tiny.settings, "--set", "adapter.name=further", *changes]
-        finished = tiny.home.fineloop(command, *settings, FINELOOP_USER="ann")
-        assert finished.exit_code == 0, finished.screen
-        return finished.answer
+        return tiny.home.does(command, *settings, FINELOOP_USER="ann").answer
 
     def lineage_of(version: str) -> dict[str, Any]:
-        lineage: dict[str, Any] = tiny.home.fineloop("adapters", "lineage", f"further@{version}").answer
-        return lineage
+        return tiny.home.fineloop("adapters", "lineage", f"further@{version}").answer
 
     first = done("train")
     began = lineage_of(first["version"])

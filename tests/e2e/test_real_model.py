@@ -42,19 +42,18 @@ json.dump(answers, sys.stdout)
 def first(home: Home) -> Done:
     """The first run in a fresh home."""
     fewer = {"data.max_records": NUM_RECORDS, "evaluate.records": NUM_EVALUATED}
-    return home.fineloop("run", *settings(fewer))
+    return home.does("run", *settings(fewer))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _store(home: Home):
-    assert home.fineloop("store", "up").exit_code == 0
+    home.does("store", "up")
     yield
-    assert home.fineloop("ray", "down").exit_code == 0  # the last run's, which uses the store until it has ended
-    assert home.fineloop("store", "down").exit_code == 0
+    home.does("ray", "down")  # the last run's, which uses the store until it has ended
+    home.does("store", "down")
 
 
 def test_the_candidate_beats_the_base_and_is_promoted(first: Done):
-    assert first.exit_code == 0, first.screen
     answer = first.answer
     assert answer["decision"] == "promote"
     assert answer["promoted"] is True
@@ -100,11 +99,8 @@ def test_shuffled_labels_are_held_and_production_stays(home: Home, first: Done, 
         row["messages"][-1]["content"] = answer
     source = tmp_path / "shuffled.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held = home.fineloop(
-        *("run", "--set", f"data.source={source}", "--set", "train.max_steps=8", "--set", "evaluate.records=40"),
-        *("--set", "evaluate.max_new_tokens=4"),
-    )
-    assert held.exit_code == 0, held.screen
+    short = {"train.max_steps": 8, "evaluate.records": 40, "evaluate.max_new_tokens": 4}
+    held = home.does("run", *settings({"data.source": source, **short}))
     assert held.answer["decision"] == "hold"
     assert held.answer["promoted"] is False
     assert any("depend on" in reason for reason in held.answer["reasons"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import uuid
@@ -13,7 +14,7 @@ from components.records import runs
 from components.records.sweep import SweepResult, Trial
 from components.store.store import Store
 from tests.e2e.conftest import Tiny
-from tests.journeys.conftest import Done
+from tests.journeys.conftest import Done, Person
 
 pytestmark = [pytest.mark.e2e, pytest.mark.full]
 
@@ -26,15 +27,9 @@ SWEEP += ["--set", f"ray.cpus_per_worker={os.cpu_count()}", "--run-id", RUN]
 @pytest.fixture(scope="module")
 def killed(tiny: Tiny, store: Store) -> tuple[Done, dict[str, Trial]]:
     """A sweep whose job was killed when its first trial had ended, and the trials that had ended by then."""
-    process = subprocess.Popen(
-        tiny.home.command("sweep", "--methods", "lora", *tiny.settings, *SWEEP),
-        env=tiny.home.environment,
-        cwd=tiny.home.path.parent,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
+    command = shlex.join(tiny.home.command("sweep", "--methods", "lora", *tiny.settings, *SWEEP))
+    printed = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = Person(tiny.home.path.parent).starts(command, **printed)
     output = ""
     for line in process.stderr:
         output += line
@@ -57,7 +52,7 @@ def _driver() -> int:
 @pytest.fixture(scope="module")
 def resumed(tiny: Tiny, killed: object) -> Done:
     """The same command once more."""
-    return tiny.home.fineloop("sweep", "--methods", "lora", *tiny.settings, *SWEEP)
+    return tiny.home.does("sweep", "--methods", "lora", *tiny.settings, *SWEEP)
 
 
 def test_a_sweep_whose_job_is_killed_says_so(killed: tuple[Done, dict[str, Trial]]):
@@ -71,7 +66,6 @@ def test_a_sweep_whose_job_is_killed_says_so(killed: tuple[Done, dict[str, Trial
 def test_it_goes_on_without_the_trials_that_have_ended(
     killed: tuple[Done, dict[str, Trial]], resumed: Done, store: Store
 ):
-    assert resumed.exit_code == 0, resumed.screen
     before, after = killed[1], {trial.name: trial for trial in runs.trials(store, RUN)}
     assert len(after) == len(RATES)
     assert {name: after[name] for name in before} == before  # with the seconds that they took

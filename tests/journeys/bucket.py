@@ -31,8 +31,7 @@ class Bucket:
         return [each["Key"].removeprefix(self.folder) for page in pages for each in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
-        body: bytes = self.client.get_object(Bucket=self.name, Key=self.folder + key)["Body"].read()
-        return body
+        return self.client.get_object(Bucket=self.name, Key=self.folder + key)["Body"].read()
 
     def write(self, key: str, body: bytes) -> None:
         self.client.put_object(Bucket=self.name, Key=self.folder + key, Body=body)

@@ -44,8 +44,7 @@ class Done:
 
     @property
     def answer(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
-        return found
+        return json.loads(self.stdout.splitlines()[-1])
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,14 @@ class Person:
     def with_variables(self, **variables: str) -> "Person":
         return Person(self.folder, {**self.variables, **variables})
 
-    def types(self, line: str, *, typed: str = "", timeout_s: float = 900) -> Done:
+    def starts(self, line: str, **how: Any) -> "subprocess.Popen[Any]":
+        """One line of shell that goes on beside others; `how` is of subprocess.Popen."""
+        return subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=self.folder, **{"env": self.environment, **how})
+
+    def types(self, line: str, *, typed: str = "") -> Done:
         """One line of shell, however it ends."""
-        done = subprocess.run(
-            ["bash", "-c", line],
-            cwd=self.folder,
-            env=self.environment,
-            input=typed,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        where = {"cwd": self.folder, "env": self.environment}
+        done = subprocess.run(["bash", "-c", line], **where, input=typed, capture_output=True, text=True, timeout=900)
         return Done(done.returncode, done.stdout, done.stderr)
 
     def does(self, line: str, *, typed: str = "") -> Done:

@@ -72,14 +72,8 @@ class Keeper(Person):
 
     def begins(self, line: str, **variables: str) -> "subprocess.Popen[str]":
         """One line of shell that goes on beside others; `ended` waits for it."""
-        return subprocess.Popen(
-            ["bash", "-c", f"exec {line}"],
-            cwd=self.folder,
-            env={**self.environment, **variables},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        told = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return self.starts(line, env={**self.environment, **variables}, **told)
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:

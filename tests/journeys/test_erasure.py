@@ -7,6 +7,7 @@ of every object that boto3 lists, of Parquet files the decoded cells.
 import io
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,9 +23,8 @@ SECRET = "Berta Zwilling of Gruenau"
 
 @pytest.fixture
 def cluster(tmp_path: Path, s3_server: Endpoint) -> Iterator[JobsApi]:
-    cluster = stub_cluster(tmp_path / "cluster", s3_server.environment())
-    yield cluster
-    cluster.close()
+    with closing(stub_cluster(tmp_path / "cluster", s3_server.environment())) as cluster:
+        yield cluster
 
 
 @pytest.fixture

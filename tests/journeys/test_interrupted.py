@@ -1,8 +1,8 @@
 """Somebody interrupts a run, or its machine does: what they read, what is left behind, and how the run goes on.
 
 They work at a terminal, with a home that was there already. The judges are the kernel's: /proc says what still runs and
-listens, and the temporary directory is theirs alone. That a run went on as if
-nothing had been is judged by an undisturbed one in another home: a version's id is a hash of its bytes.
+listens, and the temporary directory is theirs alone. That a run went on as if nothing had been is judged by an
+undisturbed one in another home: a version's id is a hash of its bytes.
 """
 
 import contextlib
@@ -81,16 +81,10 @@ class Terminal:
     def __init__(self, person: Traveller, line: str) -> None:
         self.screen = ""
         self._hand, other = pty.openpty()
-        self.process = subprocess.Popen(
-            ["bash", "-c", f"exec {line}"],
-            cwd=person.folder,
-            env={**person.environment, "TERM": "xterm", "COLUMNS": "160"},
-            stdin=other,
-            stdout=subprocess.PIPE,
-            stderr=other,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
+        shown = {"stdin": other, "stdout": subprocess.PIPE, "stderr": other}
+        session = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        environment = {**person.environment, "TERM": "xterm", "COLUMNS": "160"}
+        self.process = person.starts(line, env=environment, **shown, **session)
         os.close(other)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -109,7 +103,6 @@ class Terminal:
         os.write(self._hand, b"\x03")
 
     def ends(self) -> tuple[int, str]:
-        assert self.process.stdout is not None
         with self.process.stdout:
             out = self.process.stdout.read()
         code = self.process.wait(PATIENCE_S)
@@ -137,8 +130,7 @@ def somebody() -> Iterator[Traveller]:
 @pytest.fixture(scope="module")
 def undisturbed(somebody: Traveller) -> str:
     """The version that the run makes when nothing happens."""
-    version: str = somebody.does(f"{RUN} --home undisturbed").answer["version"]
-    return version
+    return somebody.does(f"{RUN} --home undisturbed").answer["version"]
 
 
 def test_at_ctrl_c_while_servers_start_the_prompt_comes_back_when_nothing_runs(somebody: Traveller) -> None:

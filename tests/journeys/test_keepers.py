@@ -6,7 +6,7 @@ there before and after is judged by boto3's own listing of the bucket.
 
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -37,8 +37,7 @@ def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: 
     champion, start, unneeded = (keeper.publishes(weights) for weights in ("1.5", "1.4", "1.3"))
     keeper.does(f"fineloop adapters promote sums@{champion} -c sums.toml")
     with ExitStack() as stack:
-        cluster = stub_cluster(keeper.folder / "cluster", s3_server.environment())
-        stack.callback(cluster.close)
+        cluster = stack.enter_context(closing(stub_cluster(keeper.folder / "cluster", s3_server.environment())))
         keeper = keeper.on(cluster)
         waits = keeper.does("fineloop run -c sums.toml --set train.weight_decay=1.0 --json").answer
         assert waits["verdict"] == "needs approval"
@@ -49,8 +48,7 @@ def test_what_waits_for_a_person_and_what_a_run_is_on_its_way_with_stay(keeper: 
         )
         stack.enter_context(under_way)
         stack.callback(under_way.send_signal, signal.SIGINT)
-        hangs = cluster.directory / "hanging"
-        wait_until(hangs.exists)
+        wait_until((cluster.directory / "hanging").exists)
         begun = keeper.keys() - before
         assert {key.split("/")[0] for key in begun} == {"runs", "datasets"}
 

@@ -119,8 +119,7 @@ def version_of(night: Night, role: str) -> str | None:
 
 def test_production_answers_the_earlier_records_and_all_are_replayed(bucket: Bucket, nights: list[Night]) -> None:
     def about(uri: str) -> dict[str, Any]:
-        found: dict[str, Any] = bucket.json(f"{uri.removeprefix(f's3://{NAME}/')}/manifest.json")["about"]
-        return found
+        return bucket.json(f"{uri.removeprefix(f's3://{NAME}/')}/manifest.json")["about"]
 
     for night in nights[2:]:  # on the second night all that came before still lies in the window
         replayed = bucket.json(f"runs/{night.run_id}/replayed.json")

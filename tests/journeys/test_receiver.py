@@ -7,7 +7,6 @@ kernel: how long the command's process lived, and its largest resident set (proc
 import contextlib
 import re
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ LONGEST_S = 120
 LARGEST_MIB = 400
 """The command alone takes some 130."""
 MB = 2**20
+PLACE = " ".join(registry.PLACE)
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ def ends(person: Person, line: str) -> Ended:
     """
     began, most = time.monotonic(), 0
     with tempfile.TemporaryFile("w+") as screen:
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {line}"], cwd=person.folder, env=person.environment, stdout=screen, stderr=screen
-        )
+        process = person.starts(line, stdout=screen, stderr=screen)
         while process.poll() is None:
             if time.monotonic() - began > LONGEST_S:
                 process.kill()
@@ -108,7 +106,6 @@ def owner(person: Person) -> Person:
 
 @pytest.mark.full
 def test_a_promotion_ends_though_its_receiver_sends_a_byte_now_and_then(owner: Person) -> None:
-    place = " ".join(registry.PLACE)
     beginnings = {
         "slow-head": b"HTTP/1.1 200 OK\r\nX-Slow: ",
         "slow-body": b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n",
@@ -117,7 +114,7 @@ def test_a_promotion_ends_though_its_receiver_sends_a_byte_now_and_then(owner: P
     def promoted(alias: str) -> Ended:
         with receiving(partial(dripping, beginning=beginnings[alias])) as url:
             announced = f"--set announce.mlflow={url}"
-            return ends(owner, f"fineloop adapters promote colours@production --alias {alias} {place} {announced}")
+            return ends(owner, f"fineloop adapters promote colours@production --alias {alias} {PLACE} {announced}")
 
     with ThreadPoolExecutor() as pool:
         found = dict(zip(beginnings, pool.map(promoted, beginnings), strict=True))
@@ -125,14 +122,13 @@ def test_a_promotion_ends_though_its_receiver_sends_a_byte_now_and_then(owner: P
         assert ended.exit_code == 0, ended
         assert "announce.mlflow was not notified" in ended.screen
         assert f"fineloop adapters announce colours@{alias}" in ended.screen
-        assert alias in owner.does(f"fineloop adapters show colours@{alias} {place}").stdout
+        assert alias in owner.does(f"fineloop adapters show colours@{alias} {PLACE}").stdout
 
 
 @pytest.mark.parametrize("status", ["500 Internal Server Error", pytest.param("200 OK", marks=pytest.mark.full)])
 def test_an_answer_of_400_mb_takes_neither_memory_nor_time(owner: Person, status: str) -> None:
-    place = " ".join(registry.PLACE)
     with receiving(partial(huge, status=status)) as url:
-        ended = ends(owner, f"fineloop adapters announce colours@production {place} --set announce.mlflow={url}")
+        ended = ends(owner, f"fineloop adapters announce colours@production {PLACE} --set announce.mlflow={url}")
     assert ended.exit_code == 1, ended.screen
     assert "xxxx" in ended.screen
     assert ended.mib < LARGEST_MIB, ended
