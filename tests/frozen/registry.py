@@ -32,8 +32,7 @@ class Frozen:
 
     def version(self, run_id: str) -> str:
         """What the run published."""
-        version: str = self.json(f"runs/{run_id}/finetune.json")["version"]
-        return version
+        return self.json(f"runs/{run_id}/finetune.json")["version"]
 
     def config(self, run_id: str, *overrides: str) -> RunConfig:
         """The run's own, as today's code reads it."""

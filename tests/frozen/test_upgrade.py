@@ -19,13 +19,9 @@ def test_the_job_of_a_run_that_the_release_began_goes_on_from_its_checkpoint(fro
     config = frozen.store.uri("runs/promoted/config.toml")
     command = [sys.executable, "-m", "ray_jobs.finetune", "--config", config, "--run-id", "promoted"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    subprocess.run(
-        [*command, "--dataset", before["dataset_uri"]],
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        check=True,
-        timeout=300,
-    )
+    environment["PYTHONPATH"] = str(ROOT)
+    command += ["--dataset", before["dataset_uri"]]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
     after = frozen.store.get_json("runs/promoted/finetune.json")
     assert after["resumed_from_step"] == 100
     assert after["steps"] == before["steps"]

@@ -37,9 +37,8 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
     keys = dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), KEYS, strict=True))
     kept = {"S3_BUCKET": "fineloop", "GOMEMLIMIT": "384MiB", "TMPDIR": str(folder / "tmp")}  # its /tmp, for its log
     environment = {**os.environ, **keys, **kept}
-    options = {"environment": environment, "directory": folder}
     with (folder / "log").open("wb") as log:
-        process = guard.start(command, stdout=log.fileno(), **options)
+        process = guard.start(command, stdout=log.fileno(), environment=environment, directory=folder)
     try:
         yield {service: chosen[f"{service}.port"] for service in SERVICES}
     finally:

@@ -56,15 +56,13 @@ class Configuration:
 
     def named(self, block: str, kind: str, name: str) -> dict[str, Any]:
         """What stands in the block of a resource or a data source."""
-        found: dict[str, Any] = next(each[kind][name] for each in self.blocks[block] if name in each.get(kind, {}))
-        return found
+        return next(each[kind][name] for each in self.blocks[block] if name in each.get(kind, {}))
 
     def document(self, name: str) -> list[Statement]:
         """The statements of a policy document, with those that it takes over from others."""
         block = self.named("data", "aws_iam_policy_document", name)
-        assert block.keys() <= {"statement", "dynamic", "source_policy_documents", "for_each"}, (
-            f"unknown part of {name}"
-        )
+        known = {"statement", "dynamic", "source_policy_documents", "for_each"}
+        assert block.keys() <= known, f"unknown part of {name}"
         statements = list(block.get("statement", []))
         for dynamic in (found["statement"] for found in block.get("dynamic", [])):
             (variable,) = re.findall(r"var\.\w+", dynamic["for_each"])
