@@ -9,15 +9,19 @@ from components.config.schema import RunConfig
 from components.records import runs
 from components.records.runs import Replayed
 from components.records.steps import TrainResult
+from components.shared import garbage
 from components.shared.protocol import TRAINED, say
 from components.store.store import Store
-from ray_jobs import entry, evaluate
-from ray_jobs import finetune as training
-from ray_jobs.evaluate import Planned
-from ray_jobs.probes import PROBES
-from ray_jobs.scoring import STEP as COMPARING
-from ray_jobs.scoring import answers
-from ray_jobs.scoring.measure import ShardResult
+from ray_jobs import entry
+
+with garbage.importing():  # torch, transformers and peft among them
+    from ray_jobs import evaluate
+    from ray_jobs import finetune as training
+    from ray_jobs.evaluate import Planned
+    from ray_jobs.probes import PROBES
+    from ray_jobs.scoring import STEP as COMPARING
+    from ray_jobs.scoring import answers
+    from ray_jobs.scoring.measure import ShardResult
 
 Measured = tuple[Planned, ShardResult] | None
 """What was planned before a training, and what its workers found."""

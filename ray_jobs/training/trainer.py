@@ -65,11 +65,12 @@ def run(
     `name` is Ray's folder within the run's folder. Raises UserError: the user's mistake, as raised by the first worker
     that met it; JobError: the workers failed for another reason.
     """
-    from ray.exceptions import OutOfMemoryError
-    from ray.train import FailureConfig, ScalingConfig, UserCallback
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+    with garbage.importing():
+        from ray.exceptions import OutOfMemoryError
+        from ray.train import FailureConfig, ScalingConfig, UserCallback
+        from ray.train import RunConfig as RayRunConfig
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     class EndsAtMistake(UserCallback):
         """Called by the controller at each failure; an error that it raises is not retried."""
