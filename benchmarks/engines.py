@@ -76,6 +76,7 @@ class Row:
 
 def compared(settings: Sequence[str], scratch: Path, count: int, steps: int) -> list[Row]:
     """A row for the base, and one for the candidate."""
+    from ray_jobs.kernels import float32_layers
     from tests.doubles import datasets
     from tests.models.tiny_version import publish
 
@@ -85,7 +86,7 @@ def compared(settings: Sequence[str], scratch: Path, count: int, steps: int) -> 
     dataset = datasets.publish(store, train=trained_on, evaluation=held_out).uri
 
     def change(adapted: Any) -> None:
-        kernels.hold_dense(kernels.adopt(adapted))
+        float32_layers.widen(kernels.adopt(adapted), kernels.dtype)
         learn(adapted, chat, trained_on, steps)
 
     began = time.monotonic()

@@ -30,7 +30,7 @@ from components.prepare.dataset import Record
 from components.prepare.near_duplicates import Comparison
 from components.shared.paired import Bounds, Pairs, bounds
 from pipelines.configs import DEFAULT_CONFIG
-from ray_jobs.kernels import door
+from ray_jobs.kernels import door, float32_layers
 from ray_jobs.probes.texts import unread_passages
 from ray_jobs.scoring.generation import label_nll, score
 from ray_jobs.scoring.measure import BaseCache
@@ -108,7 +108,7 @@ class Trainer:
             config, self.base, use_gpu=False, kernels=self.kernels, load=self.cache.load, start=start
         )
         engine = zero.initialize(adapted, config)
-        self.kernels.hold_dense(adapted)
+        float32_layers.widen(adapted, self.kernels.dtype)
         split = tokenize(records, self.chat, config.model.max_length)
         plan = plan_epoch(split.lengths, batch_size=config.train.batch_size, seed=seed, epoch=0)
         for _ in our_loop.steps(engine, config, split, self.chat.pad, plan):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from components.config.schema import RunConfig
 from ray_jobs.adapters import build
 from ray_jobs.base import base_model
-from ray_jobs.kernels import door
+from ray_jobs.kernels import door, float32_layers
 from ray_jobs.kernels.door import Kernels
 from ray_jobs.text.batching import TokenizedSplit
 from ray_jobs.training import train_loop, zero
@@ -41,7 +41,7 @@ def make(config: RunConfig, base: base_model.Base, kernels: Kernels, *, dense_ba
     adapted = kernels.adopt(build.attach(model, config.method, base_reference="bench", seed=config.train.seed))
     engine = zero.initialize(adapted.train(), config)
     if dense_base:
-        kernels.hold_dense(adapted)
+        float32_layers.widen(adapted, kernels.dtype)
     return engine
 
 

@@ -76,7 +76,7 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str) -> SweepResult:
     if plan.compares and len(passages.split):
         tell(
             f"each training that compares methods also reads {len(passages.split)} passages of general text, for what "
-            "the method forgets (evaluate.general_passages; 0 reads none and saves the time)",
+            "the method forgets (evaluate.general_passages; 0 reads none and saves the time)"
         )
     entry.connect()
     memory = _planned(config, methods, base, train_split)

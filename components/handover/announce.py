@@ -275,11 +275,7 @@ def notify_webhook(url: str, told: Announcement | Night, environment: Mapping[st
     """Post the move or the night, signed if the environment holds a secret. A receiver recognises a repeated
     notification by X-Fineloop-Delivery, the event's id."""
     body = json.dumps(asdict(told), sort_keys=True).encode()
-    headers = {
-        "Content-Type": "application/json",
-        "X-Fineloop-Event": told.kind,
-        "X-Fineloop-Delivery": told.event_id,
-    }
+    headers = {"Content-Type": "application/json", "X-Fineloop-Event": told.kind, "X-Fineloop-Delivery": told.event_id}
     if secret := environment.get(WEBHOOK_SECRET):
         headers["X-Hub-Signature-256"] = signature(body, secret)
     HttpApi(url).send("POST", data=body, headers=headers)

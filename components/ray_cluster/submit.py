@@ -77,12 +77,7 @@ def submit_and_wait(
 
 
 def submit_step(
-    step_run: StepRun,
-    task: str,
-    *arguments: str,
-    after: str = "",
-    upto: str = "",
-    ray: RayConfig | None = None,
+    step_run: StepRun, task: str, *arguments: str, after: str = "", upto: str = "", ray: RayConfig | None = None
 ) -> str:
     """Run `python -m ray_jobs.<task>` for a pipeline's step, with its config and run id; returns the job's id.
 

@@ -286,12 +286,7 @@ def announce_again(options: argparse.Namespace) -> Answer:
     return Answer(body, f"{name}@{alias} is {version}\n{table(rows)}", exit_code=1 if failed else 0)
 
 
-@command(
-    "adapters history",
-    *REGISTRY,
-    option("name NAME", "adapter"),
-    example="fineloop adapters history NAME",
-)
+@command("adapters history", *REGISTRY, option("name NAME", "adapter"), example="fineloop adapters history NAME")
 def history(options: argparse.Namespace) -> Answer:
     """Print what happened to an adapter."""
     with opened_registry(options) as store:
@@ -445,10 +440,7 @@ def audit_all(options: argparse.Namespace) -> Answer:
     option("name NAME", "default: every adapter, and what they share", nargs="?"),
     option("--keep-last N", "newest versions of an adapter to keep (10)", type=int, default=10),
     option("--older-than-days DAYS", "keep what is younger (30)", type=float, default=30),
-    either(
-        option("--dry-run", "only print what would be removed; the default"),
-        option("--delete", "remove it"),
-    ),
+    either(option("--dry-run", "only print what would be removed; the default"), option("--delete", "remove it")),
     example="fineloop adapters gc icd10-chapters --keep-last 5",
 )
 def collect(options: argparse.Namespace) -> Answer:

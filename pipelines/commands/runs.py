@@ -314,10 +314,7 @@ def _clip(text: str) -> str:
 
 
 @command(
-    "replay",
-    *REGISTRY,
-    option("run RUN", "the run's id in the store"),
-    example="fineloop replay 20261126-0200-icd10",
+    "replay", *REGISTRY, option("run RUN", "the run's id in the store"), example="fineloop replay 20261126-0200-icd10"
 )
 def replay(options: argparse.Namespace) -> Answer:
     """Decide on a run again from its stored evidence, and compare.

@@ -126,9 +126,7 @@ CHECKS: dict[str, Callable[[Path, RunConfig], Found]] = {
     "processor": lambda *_: (True, f"{this_cpu().name}, {this_cpu().kind}", ""),
     "cores": lambda *_: (this_cpu().cores >= 2, str(this_cpu().cores), "two workers share one core: it works, slowly"),
     "/dev/shm": lambda *_: _disk(
-        Path("/dev/shm"),
-        ray_head.OBJECT_STORE_BYTES,
-        "Ray falls back to the temporary disk: docker run --shm-size=1g",
+        Path("/dev/shm"), ray_head.OBJECT_STORE_BYTES, "Ray falls back to the temporary disk: docker run --shm-size=1g"
     ),
     "packages": lambda *_: _packages(STEP_PACKAGES, "."),
     "train packages": lambda *_: _packages(TRAIN_PACKAGES, ".[train]"),

@@ -103,14 +103,8 @@ class Kernels:
             fused_layer.adopt(model)
         return model
 
-    def hold_dense(self, model: "nn.Module") -> None:
-        """Convert a model's frozen weights on the CPU to the dtype of its products, once."""
-        from ray_jobs.kernels import float32_layers
-
-        float32_layers.widen(model, self.dtype)
-
     def hold_dense_if_room(self, model: "nn.Module", *, sharers: int = 1) -> bool:
-        """As `hold_dense`, if the memory that `sharers` processes share here allows it; returns whether it did."""
+        """Widen a CPU model's frozen weights to its products' dtype, if `sharers` processes have room for it here."""
         from ray_jobs.kernels import float32_layers
 
         return float32_layers.widen_if_room(model, self.dtype, sharers=sharers)

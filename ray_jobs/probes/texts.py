@@ -185,10 +185,7 @@ def unread_passages(chat: ChatFormat, config: RunConfig) -> Passages:
     rows = [row[:longest] for row in chat.tokenizer(passages)["input_ids"]] if passages else []
     split = as_split(rows, [1] * len(rows))
     losses = TextLosses(
-        text_sha256=sha256(split),
-        base_format=config.method.row.base,
-        tokens=split.num_answer_tokens.tolist(),
-        nll={},
+        text_sha256=sha256(split), base_format=config.method.row.base, tokens=split.num_answer_tokens.tolist(), nll={}
     )
     return Passages(split, frozenset(), losses)
 

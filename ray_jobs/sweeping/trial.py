@@ -119,12 +119,7 @@ def run_trial(
 
 
 def train_trial(
-    spec: TrainSpec,
-    course: Course,
-    splits: Splits,
-    passages: Texts,
-    cache: BaseCache,
-    report: Callable[[Trial], None],
+    spec: TrainSpec, course: Course, splits: Splits, passages: Texts, cache: BaseCache, report: Callable[[Trial], None]
 ) -> Trial:
     """Train to the end, or until the loss diverges; `report` receives the record at each measurement but the last.
 

@@ -116,14 +116,7 @@ def assemble(
     start: Mapping[str, torch.Tensor] | None = None,
 ) -> "PeftModel":
     """The base with a fresh adapter, or with the weights `start`, to train in `dtype`. The same on every worker."""
-    model = load(
-        base,
-        config.model,
-        config.method.row.base,
-        kernels,
-        use_gpu=use_gpu,
-        dtype=dtype,
-    )
+    model = load(base, config.model, config.method.row.base, kernels, use_gpu=use_gpu, dtype=dtype)
     adapted = build.attach(model, config.method, base_reference=base.reference, seed=config.train.seed)
     kernels.adopt(adapted)
     own_base.begin(config, adapted, base)
