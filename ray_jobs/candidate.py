@@ -1,9 +1,12 @@
 """Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
 
 The cluster has to admit only one job: no other job runs between training and comparison, and the cluster starts only
-once. Where each of the training's workers holds a whole base, they go straight on to compare on the base that they
-hold. A job that is run again reuses the version that the run has already published.
+once. The training's workers start while this driver imports and plans. Where each of them holds a whole base, they go
+straight on to compare on it. A job that is run again reuses the version that the run has already published.
 """
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from components.config.schema import RunConfig
 from components.records import runs
@@ -13,18 +16,15 @@ from components.shared import garbage
 from components.shared.protocol import TRAINED, say
 from components.store.store import Store
 from ray_jobs import entry
+from ray_jobs.scoring import STEP as COMPARING
+from ray_jobs.scoring import answers
+from ray_jobs.training import STEP, trainer
 
-with garbage.importing():  # torch, transformers and peft among them
-    from ray_jobs import evaluate
-    from ray_jobs import finetune as training
+if TYPE_CHECKING:
     from ray_jobs.evaluate import Planned
-    from ray_jobs.probes import PROBES
-    from ray_jobs.scoring import STEP as COMPARING
-    from ray_jobs.scoring import answers
     from ray_jobs.scoring.measure import ShardResult
 
-Measured = tuple[Planned, ShardResult] | None
-"""What was planned before a training, and what its workers found."""
+    Measured = tuple[Planned, ShardResult] | None
 
 
 def main() -> None:
@@ -43,37 +43,45 @@ def main() -> None:
         nonlocal config, measured
         config = entry.load_config(arguments.config, arguments.set)
         answers.named(config.metrics)  # metrics that cannot be measured are reported before the training
-        for probe in PROBES.values():
-            if probe.check:
-                probe.check(config)
         measured = trained(config, run_id=run_id, dataset_uri=dataset_uri, only=arguments.train_only)
 
     def compare() -> None:
+        from ray_jobs import evaluate
+
         assert config is not None
         version_uri = runs.read(Store.open(config.registry), run_id, TrainResult).version_uri
         evaluate.run(config, run_id=run_id, dataset_uri=dataset_uri, version_uri=version_uri, before=measured)
 
-    entry.run(training.STEP, train)
+    entry.run(STEP, train)
     if not arguments.train_only:
         entry.run(COMPARING, compare)
 
 
-def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = False) -> Measured:
+def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = False) -> "Measured":
     """Train on the dataset, unless the run has already published a version trained on it. Unless `only` that is asked
-    for, the workers go on to measure it where they can; returns what they did. Raises FineloopError: as in
-    `ray_jobs.finetune.run`."""
+    for, the workers go on to measure it where they can; returns what was planned and what they measured. Raises
+    FineloopError: as in `ray_jobs.finetune.run`."""
     store = Store.open(config.registry)
     published, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]
     planned = result = None
     if published is None or published.dataset_uri not in trained_on:
-        planned = None if only else evaluate.plan(config, store, run_id=run_id, dataset_uri=dataset_uri)
-        task = planned.task if planned else None
-        _, result = training.run(config, run_id=run_id, dataset_uri=dataset_uri, task=task)
+        starts_now = config.data.replay_from == "records"  # else production answers first, on the same GPUs
+        with trainer.started(config.ray, store, run_id) if starts_now else nullcontext() as work:
+            with garbage.importing():
+                from ray_jobs import evaluate, finetune
+                from ray_jobs.probes import PROBES
+
+            for probe in PROBES.values():
+                if probe.check:
+                    probe.check(config)
+            planned = None if only else evaluate.plan(config, store, run_id=run_id, dataset_uri=dataset_uri)
+            task = planned.task if planned else None
+            _, result = finetune.run(config, run_id=run_id, dataset_uri=dataset_uri, task=task, work=work)
     else:
-        say(training.STEP, f"published {published.version} as {published.version_uri}")
+        say(STEP, f"published {published.version} as {published.version_uri}")
     if planned is None and not only:
-        say(training.STEP, TRAINED)
+        say(STEP, TRAINED)
     return (planned, result) if planned and result else None
 
 

@@ -1,7 +1,7 @@
 """Fine-tune one adapter on Ray: `python -m ray_jobs.finetune --config pipelines/configs/icd10.toml`.
 
 The driver prepares the data if no dataset is named, and resolves base, start and tokens once, so that all that can be
-refused is refused without a worker. Then Ray Train starts the workers; rank 0 publishes the version.
+refused is refused before a worker trains. Ray Train runs the workers; rank 0 publishes the version.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ray_jobs import entry
 from ray_jobs.base import base_model
 from ray_jobs.prepare import prepare
 from ray_jobs.replaying import training_data
-from ray_jobs.training import starting, trainer
+from ray_jobs.training import STEP, starting, trainer
 from ray_jobs.training.spec import Stopwatch, TrainSpec
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ray_jobs.text.token_store import StoredTokens
     from ray_jobs.training.measuring import Task
 
-STEP = "finetune"
 log = partial(say, STEP)
 
 
@@ -49,11 +48,11 @@ def main() -> None:
 
 
 def run(
-    config: RunConfig, *, run_id: str, dataset_uri: str, task: "Task | None" = None
+    config: RunConfig, *, run_id: str, dataset_uri: str, task: "Task | None" = None, work: trainer.Work | None = None
 ) -> "tuple[TrainResult, ShardResult | None]":
     """Train and publish; the result is also written to runs/<run_id>/finetune.json.
 
-    The workers go straight on to measure `task`; None where there is none, or they could not.
+    The workers, `work`'s if any, go straight on to measure `task`; None where there is none, or they could not.
 
     Raises:
         UserError: config or data cannot work; raised before any worker is started where possible.
@@ -63,7 +62,7 @@ def run(
     dataset_uri = training_data(config, store, dataset_uri, log, run_id=run_id)
     say(STEP, f"run {run_id}: {config.method.name} on {config.model.base}, data {dataset_uri}")
     spec, tokens = resolve(config, store, watch, run_id=run_id, dataset_uri=dataset_uri)
-    return train(spec, tokens, store, watch, task=task)
+    return train(spec, tokens, work or trainer.training(spec.ray, store, run_id), store, watch, task=task)
 
 
 def resolve(
@@ -84,7 +83,7 @@ def resolve(
     train_split, eval_split = starting.read_splits(store, dataset_uri, resolved, log)
     size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
     more = f", or up to {config.ray.max_workers} where they have room" if config.ray.is_elastic else ""
-    say(STEP, f"{size}; starting {counted(config.ray.min_workers, 'worker')}{more}")
+    say(STEP, f"{size}; for {counted(config.ray.min_workers, 'worker')}{more}")
     watch.lap("data")
     outlook = _planned(config, base, train_split)
     watch.lap("plan")
@@ -136,18 +135,18 @@ def _planned(config: RunConfig, base: base_model.Base, train_split: starting.Pla
 def train(
     spec: TrainSpec,
     tokens: "tuple[StoredTokens, StoredTokens]",
+    work: trainer.Work,
     store: Store,
     watch: Stopwatch,
     task: "Task | None" = None,
 ) -> "tuple[TrainResult, ShardResult | None]":
-    """Run the training on Ray Train, and after it the measurements of `task`."""
+    """Have the workers train, and after it measure `task`."""
     import ray
 
     arguments = {"spec": spec.model_dump_json(), "stopwatch": watch, **({"task": ray.put(task)} if task else {})}
     arguments |= {"train_tokens": ray.put(tokens[0]), "eval_tokens": ray.put(tokens[1])}
-    place = {"run_id": spec.run_id, "name": "ray"}
     try:
-        answer = trainer.run(trainer.work, arguments, spec.ray, store, **place, max_failures=spec.ray.max_failures)
+        answer = work(arguments)
     except JobError:
         result = runs.find(store, spec.run_id, TrainResult)
         if task is None or result is None or result.began_at != watch.began_at:

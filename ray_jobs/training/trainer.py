@@ -1,17 +1,23 @@
 """Running one function on every worker of a Ray Train group, and returning rank 0's result.
 
+Workers may start before their driver knows what they are to do, and import what they need while it reads the data.
+
 If a worker raises while the others wait for it in a collective operation, all of them end: Ray Train's controller
 notices within a second and kills the group. It then starts another group, at most `max_failures` times, except for
 errors for which `is_mistake` is true.
 """
 
+import asyncio
 import logging
 import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +35,77 @@ if TYPE_CHECKING:
     from ray_jobs.scoring.measure import ShardResult
     from ray_jobs.training.measuring import Task
 
-RESIZE_EVERY_S = 60.0
-"""Seconds between checks for room for more workers in an elastic training. They start from its newest checkpoint."""
+RESIZE_EVERY_S = 60.0  # between checks for room for more workers, which start from the newest checkpoint
+Work = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
+def work(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`ray_jobs.training.measuring.work`: Ray Train's controller imports this module, and no model code with it."""
+    import ray
+
     with garbage.importing():
         from ray_jobs.training import measuring
+    if "orders" in arguments:
+        orders = ray.get(arguments["orders"].take.remote())
+        if not orders:
+            return {}
+        arguments = ray.get(orders[0])
     return measuring.work(arguments)
+
+
+class Orders:
+    """An actor with a reference to the arguments of workers that wait for them; none if there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._orders: list[Any] = []
+        self._are_given = asyncio.Event()
+
+    async def give(self, orders: list[Any]) -> None:
+        self._orders = orders
+        self._are_given.set()
+
+    async def take(self) -> list[Any]:
+        await self._are_given.wait()
+        return self._orders
+
+
+def training(workers: RayConfig, store: Store, run_id: str) -> Work:
+    """What runs a run's training on workers that start with it. Raises as `run` does."""
+    return partial(run, work, workers=workers, store=store, run_id=run_id, max_failures=workers.max_failures)
+
+
+@contextmanager
+def started(workers: RayConfig, store: Store, run_id: str) -> Iterator[Work]:
+    """`training` on workers that start now, if the cluster has room for all of them; without it they end."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    train = training(workers, store, run_id)
+    entry.connect()
+    if _short_of(_needed(workers.per_worker, workers.max_workers), ray.cluster_resources()):
+        yield train
+        return
+    with garbage.importing():  # before the thread: of two that import torch, one might see half of it
+        import ray.train.torch
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    orders = ray.remote(num_cpus=0, scheduling_strategy=here)(Orders).remote()
+    answer: Future[dict[str, Any]] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(train({"orders": orders}))
+        except BaseException as exc:  # raised where the driver asks for the answer
+            answer.set_exception(exc)
+
+    def give(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        orders.give.remote([ray.put(arguments)])
+        return answer.result()
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield give
+    finally:
+        orders.give.remote([])
 
 
 def measured(task: "Task", store: Store, *, run_id: str, name: str = runs.RAY_EVALUATE) -> "ShardResult":
@@ -51,13 +119,13 @@ def measured(task: "Task", store: Store, *, run_id: str, name: str = runs.RAY_EV
 
 
 def run(
-    function: Callable[[dict[str, Any]], dict[str, Any]],
+    function: Work,
     arguments: Mapping[str, Any],
     workers: RayConfig,
     store: Store,
     *,
     run_id: str,
-    name: str,
+    name: str = "ray",
     max_failures: int,
 ) -> dict[str, Any]:
     """Run the function on all workers, restarting after at most `max_failures` failures, or when a node is preempted.
@@ -65,12 +133,11 @@ def run(
     `name` is Ray's folder within the run's folder. Raises UserError: the user's mistake, as raised by the first worker
     that met it; JobError: the workers failed for another reason.
     """
-    with garbage.importing():
-        from ray.exceptions import OutOfMemoryError
-        from ray.train import FailureConfig, ScalingConfig, UserCallback
-        from ray.train import RunConfig as RayRunConfig
-        from ray.train.torch import TorchTrainer
-        from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+    from ray.exceptions import OutOfMemoryError
+    from ray.train import FailureConfig, ScalingConfig, UserCallback
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
     class EndsAtMistake(UserCallback):
         """Called by the controller at each failure; an error that it raises is not retried."""
@@ -170,9 +237,7 @@ def is_mistake(exc: BaseException) -> bool:
     return isinstance(exc, (UserError, JobError))
 
 
-def _saying_mistakes_once(
-    function: Callable[[dict[str, Any]], dict[str, Any]], arguments: dict[str, Any]
-) -> dict[str, Any]:
+def _saying_mistakes_once(function: Work, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Run the function in a worker, without Ray Train's log of a mistake's stack: the driver reports it in one line."""
     try:
         return function(arguments)

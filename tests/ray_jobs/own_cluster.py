@@ -74,8 +74,9 @@ def toml_of(config: RunConfig, store: Store, folder: Path, *changes: str) -> str
 
 def finetuned(config_toml: str, run_id: str, meanwhile: Callable[[], Any] | None = None) -> dict[str, Any]:
     """What a training gives, and under `meanwhile` what that gives, which begins beside it in the same process."""
-    from ray_jobs.finetune import STEP, run
+    from ray_jobs.finetune import run
     from ray_jobs.prepare import prepare
+    from ray_jobs.training import STEP
 
     found: list[Any] = []
     helper = Thread(target=lambda: found.append(meanwhile() if meanwhile else None))

@@ -1,5 +1,6 @@
 """The job that trains and compares; the whole of it runs in tests/e2e."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -9,6 +10,7 @@ from components.records import runs
 from components.records.steps import TrainResult
 from components.store.store import Store
 from ray_jobs import candidate, finetune
+from ray_jobs.training import trainer
 
 PUBLISHED = TrainResult(version="v1", version_uri="s3://b/adapters/a/versions/v1", dataset_uri="s3://b/datasets/d1")
 
@@ -19,6 +21,7 @@ def test_what_the_run_has_published_of_a_dataset_is_not_trained_again(
 ) -> None:
     run = mock.create_autospec(finetune.run, return_value=(PUBLISHED, None))
     monkeypatch.setattr(finetune, "run", run)
+    monkeypatch.setattr(trainer, "started", lambda *_: nullcontext())
     config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
     runs.write(store, "again", PUBLISHED)
     assert candidate.trained(config, run_id="again", dataset_uri=dataset_uri, only=True) is None

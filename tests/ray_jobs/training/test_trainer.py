@@ -1,5 +1,6 @@
-"""Workers that fail alone, or for memory, on a real Ray Train with real process groups."""
+"""Workers that fail alone, or for memory, or start for nothing, on a real Ray Train with real process groups."""
 
+import asyncio
 import ipaddress
 import os
 import tempfile
@@ -110,6 +111,30 @@ def test_what_one_worker_raises_ends_all_of_them_with_its_words(driver, tmp_path
     assert found == kind
     assert str(error) in message
     assert len(list(tmp_path.glob("began-1-*"))) == attempts
+
+
+def refused(config: RunConfig) -> list[list[str]]:
+    """What workers do on the same processors after others that started for a training which is refused."""
+    store = Store.open(config.registry)
+    with pytest.raises(ConfigError, match="no such base"), trainer.started(config.ray, store, "refused"):
+        raise ConfigError("no such base")
+    return compared(config)[1]
+
+
+def test_workers_that_started_for_a_training_that_is_refused_leave_their_processors(driver, config, store):
+    config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
+    assert len(driver.submit(refused, config).result(timeout=600)) == NUM_WORKERS
+
+
+def test_a_worker_that_is_started_again_gets_its_orders_again():
+    async def taken() -> list[list[int]]:
+        orders = trainer.Orders()
+        waiting = asyncio.create_task(orders.take())
+        await asyncio.sleep(0)
+        await orders.give([1])
+        return [await waiting, await orders.take()]
+
+    assert asyncio.run(taken()) == [[1], [1]]
 
 
 def waits(arguments: dict[str, Any]) -> dict[str, Any]:
