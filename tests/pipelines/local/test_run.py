@@ -7,7 +7,6 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -403,37 +402,36 @@ def two(forked: None, stub_cluster: JobsApi, store: Store, make_config: Any, pla
 def test_production_that_is_worse_is_said_to_be_and_goes_back_where_that_is_asked(
     two: list[str], store: Store, config_path: Path, stub_cluster: JobsApi, tmp_path: Path, printed: Callable[..., Any]
 ) -> None:
-    checks = partial(printed, "adapters", "check", "sums", "--home", str(tmp_path / "home"))
-    where = registry_of(store)
+    where = ["--home", str(tmp_path / "home"), *registry_of(store)]
     # Without -c the config is that of production's own run, whose data has nothing new.
-    nothing = checks(*where)
+    nothing = printed("adapters", "check", "sums", *where)
     assert "verdict" not in nothing
     jobs = len(stub_cluster.jobs)
 
-    look = checks("--data", newer(tmp_path, 100, 40), *where)
+    look = printed("adapters", "check", "sums", "--data", newer(tmp_path, 100, 40), *where)
     assert (look["version"], look["against"], look["verdict"], look["records"]) == (two[1], two[0], "worse", 40)
     assert (look["can_roll_back"], look["moved"]) == (True, None)
     assert look["fresh"] == pytest.approx(0.9)
     assert len(stub_cluster.jobs) == jobs + 1
     kinds = [event.kind for event in events(store, "sums")]
 
-    same = checks("--data", newer(tmp_path, 100, 40), *where)
+    same = printed("adapters", "check", "sums", "--data", newer(tmp_path, 100, 40), *where)
     said = ("verdict", "gain", "lower", "upper", "records")
     assert [same[key] for key in said] == [look[key] for key in said]
     assert same["new_records"] == 0
     assert [event.kind for event in events(store, "sums")] == kinds
 
-    base = checks("--data", newer(tmp_path, 100, 40), "--against", "base", *where)
+    base = printed("adapters", "check", "sums", "--data", newer(tmp_path, 100, 40), "--against", "base", *where)
     assert (base["verdict"], base["against"], base["new_records"]) == ("still better", "base", 40)
 
-    taken_back = ["--set", "check.roll_back=true", "-c", str(config_path)]
-    back = checks("--data", newer(tmp_path, 200, 40), "--worse-by", "0.05", *taken_back)
+    taken_back = ["--set", "check.roll_back=true", "-c", str(config_path), *where[:2]]
+    back = printed("adapters", "check", "sums", "--data", newer(tmp_path, 200, 40), "--worse-by", "0.05", *taken_back)
     assert (back["verdict"], back["records"], back["moved"]["to"]) == ("worse", 80, two[0])
     pointer = aliases.read_alias(store, "sums", "production")
     assert (pointer.version, pointer.kind) == (two[0], "rolled_back")
     assert audit(store, "sums").findings == ()
     # The old version's look begins anew, against its base, as nothing was in production before it.
-    assert checks("--data", newer(tmp_path, 100, 40), *where)["against"] == "base"
+    assert printed("adapters", "check", "sums", "--data", newer(tmp_path, 100, 40), *where)["against"] == "base"
 
 
 def test_a_mistake_is_said_before_any_cluster_is_asked(stub_cluster, published, tmp_path, answer):
