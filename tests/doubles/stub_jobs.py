@@ -82,15 +82,23 @@ def finetune(config, store, options) -> None:  # type: ignore[no-untyped-def]
         step = {"kind": "train", "step": 1, "num_steps": steps, "loss": 1.0, "elapsed_s": STEP_S}
         store.put(f"runs/{options.run_id}/metrics.jsonl", json.dumps(step).encode() + b"\n")
         time.sleep(STEP_S * steps)
-    files = {"adapter_config.json": b"{}", "README.md": b"# a test"}
-    files["adapter_model.safetensors"] = str(config.train.weight_decay).encode()
+    files = {
+        "adapter_model.safetensors": str(config.train.weight_decay).encode(),
+        "adapter_config.json": b"{}",
+        "README.md": b"# a test",
+    }
     dataset = {"dataset_id": options.dataset.rpartition("/")[2], "uri": options.dataset}
     lineage = {"run_id": options.run_id, "config": config.model_dump(mode="json"), "dataset": dataset}
     lineage["base"] = {"reference": config.model.base, "identity": {}}
     version = versions.publish_version(store, config.adapter.name, files, lineage=lineage)
     say("finetune", "2/2")
-    result = {"version": version.version, "version_uri": version.uri, "dataset_uri": options.dataset}
-    store.put_json(f"runs/{options.run_id}/finetune.json", {**result, "train_seconds": 0})
+    result = {
+        "version": version.version,
+        "version_uri": version.uri,
+        "dataset_uri": options.dataset,
+        "train_seconds": 0,
+    }
+    store.put_json(f"runs/{options.run_id}/finetune.json", result)
 
 
 def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
@@ -113,16 +121,22 @@ def evaluate(config, store, options) -> None:  # type: ignore[no-untyped-def]
         metrics |= {"prompt_gain": gain, "answer_prompt_gain": gain}
         return {"version": version, "metrics": metrics}
 
-    about = {"run_id": options.run_id, "dataset_uri": options.dataset, "records": number, "samples": [], "seconds": {}}
-    met = model(champion) if champion and champion != "base" else None
     evaluation = {
-        **about,
+        "run_id": options.run_id,
         "dataset_id": options.dataset.rpartition("/")[2],
+        "dataset_uri": options.dataset,
+        "records": number,
         "base": {"reference": config.model.base, "identity": {}},
-        "models": {"base": model(None), "champion": met, "candidate": model(candidate)},
+        "models": {
+            "base": model(None),
+            "champion": model(champion) if champion and champion != "base" else None,
+            "candidate": model(candidate),
+        },
         "paired": {"base": None, "champion": None},
         "confusion": {"labels": ["a", "b"], "counts": [[1, 0], [0, 1]]},
+        "samples": [],
         "generation": {"max_new_tokens": config.evaluate.max_new_tokens},
+        "seconds": {},
     }
     behind = records_of(evaluation, [each.id for each in records])
     store.put(runs.key_of(store, options.run_id, runs.EVALUATION_RECORDS), behind)

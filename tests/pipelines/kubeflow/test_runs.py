@@ -229,10 +229,10 @@ def test_a_run_that_may_not_be_stopped_or_will_not_end_is_told_of(slow: str, ser
     run = runs.get(connect({}, host=server.url), slow)
     execution = server.run(slow)
     end = execution.terminate
-    execution.terminate = Mock(side_effect=invalid("not today"))  # type: ignore[method-assign]
+    execution.terminate = Mock(side_effect=invalid("not today"))
     with pytest.raises(UserError, match=f"refuses to stop run {slow}: Invalid input error: not today"):
         runs.stop(run)
-    execution.terminate = lambda: None  # type: ignore[method-assign]
+    execution.terminate = lambda: None
     with pytest.raises(KubeflowError, match=f"still RUNNING after 0 s: see {server.url}"):
         runs.stop(run, timeout_s=0.0)
     end()
