@@ -1,8 +1,8 @@
 """Train a candidate and compare it, in one job: `python -m ray_jobs.candidate --config ... --run-id ID --dataset URI`.
 
-The cluster has to admit only one job: no other job runs between training and comparison, and the cluster starts only
-once. The training's workers start while this driver imports and plans. Where each of them holds a whole base, they go
-straight on to compare on it. A job that is run again reuses the version that the run has already published.
+The cluster starts once and admits one job, so that no other runs between training and comparison. Workers start while
+this driver imports and plans, and where each holds a whole base, they go straight on from training to compare on it. A
+job that is run again reuses the version that the run has already published.
 """
 
 from contextlib import nullcontext
@@ -58,9 +58,8 @@ def main() -> None:
 
 
 def trained(config: RunConfig, *, run_id: str, dataset_uri: str, only: bool = False) -> "Measured":
-    """Train on the dataset, unless the run has already published a version trained on it. Unless `only` that is asked
-    for, the workers go on to measure it where they can; returns what was planned and what they measured. Raises
-    FineloopError: as in `ray_jobs.finetune.run`."""
+    """Train on the dataset, unless the run has published a version trained on it, and unless `only` that, measure it on
+    the same workers where they can; returns the plan and what they measured. Raises as `ray_jobs.finetune.run`."""
     store = Store.open(config.registry)
     published, replayed = runs.find(store, run_id, TrainResult), runs.find(store, run_id, Replayed)
     trained_on = [dataset_uri, *([replayed.dataset_uri] if replayed and replayed.prepared_uri == dataset_uri else [])]

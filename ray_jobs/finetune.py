@@ -55,7 +55,7 @@ def run(
     The workers, `work`'s if any, go straight on to measure `task`; None where there is none, or they could not.
 
     Raises:
-        UserError: config or data cannot work; raised before any worker is started where possible.
+        UserError: config or data cannot work; raised before any worker trains where possible.
         JobError: the workers failed for another reason.
     """
     watch, store = Stopwatch(), Store.open(config.registry)
@@ -83,7 +83,7 @@ def resolve(
     train_split, eval_split = starting.read_splits(store, dataset_uri, resolved, log)
     size = f"{counted(len(train_split), 'record')}, {int(train_split.lengths.sum()):,} tokens"
     more = f", or up to {config.ray.max_workers} where they have room" if config.ray.is_elastic else ""
-    say(STEP, f"{size}; for {counted(config.ray.min_workers, 'worker')}{more}")
+    say(STEP, f"{size}, on {counted(config.ray.min_workers, 'worker')}{more}")
     watch.lap("data")
     outlook = _planned(config, base, train_split)
     watch.lap("plan")

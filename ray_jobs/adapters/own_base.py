@@ -53,7 +53,7 @@ def is_needed(method: MethodConfig) -> bool:
 
 
 def check(config: TrainingConfig, original: Base) -> None:
-    """Check what can be checked before any worker is started. Raises ConfigError: `method.init` makes no base of the
+    """Check what can be checked before any worker trains. Raises ConfigError: `method.init` makes no base of the
     original."""
     if is_needed(config.method):
         loftq.find_layers(config, original)

@@ -104,7 +104,7 @@ class Kernels:
         return model
 
     def hold_dense_if_room(self, model: "nn.Module", *, sharers: int = 1) -> bool:
-        """Widen a CPU model's frozen weights to its products' dtype, if `sharers` processes have room for it here."""
+        """Widen a CPU model's frozen weights to its products' dtype; False if `sharers` processes lack the room."""
         from ray_jobs.kernels import float32_layers
 
         return float32_layers.widen_if_room(model, self.dtype, sharers=sharers)

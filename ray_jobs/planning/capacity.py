@@ -356,7 +356,7 @@ class Outlook:
 def before_training(
     config: RunConfig, base_folder: Path, split: Lengths, nodes: Iterable[Mapping[str, Any]]
 ) -> Outlook:
-    """Plan the training for its real records before any worker is started; `nodes` is what `ray.nodes()` returns.
+    """Plan the training for its real records before any worker trains; `nodes` is what `ray.nodes()` returns.
     Raises ConfigError: memory does not hold it, the adapter does not fit the base, or that is no causal model."""
     device = cluster_device(config, nodes)
     own_base.check(config, Base(config.model.base, base_folder, {}))

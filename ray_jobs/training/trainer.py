@@ -1,10 +1,9 @@
 """Running one function on every worker of a Ray Train group, and returning rank 0's result.
 
 Workers may start before their driver knows what they are to do, and import what they need while it reads the data.
-
-If a worker raises while the others wait for it in a collective operation, all of them end: Ray Train's controller
-notices within a second and kills the group. It then starts another group, at most `max_failures` times, except for
-errors for which `is_mistake` is true.
+If one raises while the others wait for it in a collective operation, all of them end: Ray Train's controller notices
+within a second and kills the group. It then starts another group, at most `max_failures` times, except for errors for
+which `is_mistake` is true.
 """
 
 import asyncio
@@ -76,13 +75,15 @@ def training(workers: RayConfig, store: Store, run_id: str) -> Work:
 
 @contextmanager
 def started(workers: RayConfig, store: Store, run_id: str) -> Iterator[Work]:
-    """`training` on workers that start now, if the cluster has room for all of them; without it they end."""
+    """`training` on workers that start now, where the cluster has room for all of them and no GPU that others could use
+    meanwhile; elsewhere on workers that start with it. If the block ends before it has run, they end with it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     train = training(workers, store, run_id)
     entry.connect()
-    if _short_of(_needed(workers.per_worker, workers.max_workers), ray.cluster_resources()):
+    shares_gpus = workers.use_gpu and workers.cluster.has_address
+    if shares_gpus or _short_of(_needed(workers.per_worker, workers.max_workers), ray.cluster_resources()):
         yield train
         return
     with garbage.importing():  # before the thread: of two that import torch, one might see half of it

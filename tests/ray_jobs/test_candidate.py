@@ -26,3 +26,15 @@ def test_what_the_run_has_published_of_a_dataset_is_not_trained_again(
     runs.write(store, "again", PUBLISHED)
     assert candidate.trained(config, run_id="again", dataset_uri=dataset_uri, only=True) is None
     assert [call.kwargs["dataset_uri"] for call in run.call_args_list] == [dataset_uri] * trains
+
+
+@pytest.mark.parametrize("replay_from", ["records", "production"])
+def test_workers_start_early_unless_production_has_to_answer_on_the_same_gpus(placed, monkeypatch, replay_from):
+    started = mock.Mock(return_value=nullcontext("early"))
+    run = mock.create_autospec(finetune.run, return_value=(PUBLISHED, None))
+    monkeypatch.setattr(trainer, "started", started)
+    monkeypatch.setattr(finetune, "run", run)
+    config = placed("data.replay_share=0.2", "data.window_days=7", f"data.replay_from={replay_from}")
+    candidate.trained(config, run_id="r", dataset_uri="s3://b/datasets/d1", only=True)
+    assert run.call_args.kwargs["work"] == ("early" if replay_from == "records" else None)
+    assert started.called is (replay_from == "records")

@@ -7,8 +7,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -17,6 +19,7 @@ from components.shared.errors import ConfigError, FineloopError, JobError
 from components.store.store import Store
 from ray_jobs.training import trainer
 from tests.ray_jobs import own_ray
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -113,17 +116,32 @@ def test_what_one_worker_raises_ends_all_of_them_with_its_words(driver, tmp_path
     assert len(list(tmp_path.glob("began-1-*"))) == attempts
 
 
-def refused(config: RunConfig) -> list[list[str]]:
-    """What workers do on the same processors after others that started for a training which is refused."""
-    store = Store.open(config.registry)
-    with pytest.raises(ConfigError, match="no such base"), trainer.started(config.ray, store, "refused"):
+def refused(config: RunConfig) -> None:
+    """A training whose workers have started when it is refused, until the processors are free again."""
+    import ray
+
+    def free() -> float:
+        return ray.available_resources().get("CPU", 0)
+
+    with suppress(ConfigError), trainer.started(config.ray, Store.open(config.registry), "refused"):
+        wait_until(lambda: free() == 0, "the workers have not started")
         raise ConfigError("no such base")
-    return compared(config)[1]
+    wait_until(lambda: free() == NUM_WORKERS, "the workers still hold their processors")
 
 
 def test_workers_that_started_for_a_training_that_is_refused_leave_their_processors(driver, config, store):
     config = config.model_copy(update={"registry": RegistryConfig(bucket=store.bucket, prefix=store.prefix)})
-    assert len(driver.submit(refused, config).result(timeout=600)) == NUM_WORKERS
+    driver.submit(refused, config).result(timeout=600)
+
+
+def test_gpus_that_others_could_use_do_not_wait_for_a_driver(placed, store, monkeypatch):
+    run = mock.create_autospec(trainer.run, return_value={"trained": 1})
+    monkeypatch.setattr(trainer, "run", run)
+    monkeypatch.setattr(trainer.entry, "connect", lambda: None)
+    with trainer.started(placed("ray.use_gpu=true").ray, store, "r") as work:
+        run.assert_not_called()
+        assert work({"spec": "1"}) == {"trained": 1}
+    assert run.call_args.args[:2] == (trainer.work, {"spec": "1"})
 
 
 def test_a_worker_that_is_started_again_gets_its_orders_again():
