@@ -212,11 +212,12 @@ def load_config(options: argparse.Namespace) -> RunConfig:
     """
     data, own = vars(options).pop("data", None), dict[str, str]()
     overridden = {override.partition("=")[0].strip() for override in options.overrides}
-    if data:
+    if data:  # quoted, as a file may be called 2026-12-04 or true, which TOML takes for no text
         own["data.source"] = json.dumps(data, ensure_ascii=False)
-    if options.config == DEFAULT_CONFIG:
-        own |= {"adapter.name": name_from(data)} if data else {}
-        own |= ALL_OF_IT if "data.source" in {*own, *overridden} else {}
+        if options.config == DEFAULT_CONFIG:
+            own["adapter.name"] = json.dumps(name_from(data))
+    if options.config == DEFAULT_CONFIG and "data.source" in {*own, *overridden}:
+        own |= ALL_OF_IT
     set_here = [f"{key}={value}" for key, value in own.items() if key not in overridden]
     options.overrides = [*set_here, *options.overrides]
 

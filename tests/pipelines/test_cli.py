@@ -19,7 +19,7 @@ from components.store.store import Store
 from docs.generate import commands
 from pipelines import cli
 from pipelines.commands import run
-from pipelines.commands.arguments import load_config
+from pipelines.commands.arguments import load_config, name_from
 from pipelines.configs import DEFAULT_CONFIG
 from tests.models.zoo import TEXT
 from tests.pipelines.command_line import ROOT, body, fineloop, publish_sums
@@ -176,6 +176,18 @@ def test_other_data_in_the_example_s_config_are_taken_whole(arguments, name, rec
     assert nights == ((0, 0, "base") if is_other else (300, 0.5, "production"))
     if "My Rows.jsonl" in arguments:
         assert config.data.source == str(tmp_path / "My Rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["2026-12-04", "2026-12-04T02:00:00", "02:30:00", "20261204", "1_000", "0x1f", "1", "1e5", "true", "inf", "nan"],
+)
+@pytest.mark.parametrize("verb", ["run", "train", "data"])
+def test_a_file_called_like_a_value_of_toml_gives_the_adapter_its_name(stem: str, verb: str) -> None:
+    options = cli.parser().parse_args([verb, f"{stem}.jsonl"])
+    config = load_config(options)
+    assert config.data.source == str(Path(f"{stem}.jsonl").absolute())
+    assert config.adapter.name == name_from(f"{stem}.jsonl")
 
 
 def test_adapters_are_listed_shown_verified_and_pulled(store, published, config_path, tmp_path):
