@@ -29,6 +29,7 @@ POLICIES: tuple[Policy, ...] = (
     ray.jobs_fit_in_the_queue,
     ray.flavors_ask_for_no_label_of_the_gpu_operator,
     ray.clusters_ask_for_a_token,
+    ray.no_job_has_a_kubernetes_token,
     ray.versions_agree,
     access.accounts_have_their_rights_and_no_other,
     access.people_read_no_secret,

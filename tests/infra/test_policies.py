@@ -12,6 +12,7 @@ from components.ray_cluster.rayjob_manifest import rayjob
 from infra.checks import check
 from infra.checks.check import PLACEHOLDERS, POLICIES, Policy, placeholders, policies_of, violations
 from infra.checks.manifests import INFRA, OBSERVABILITY, OVERLAYS, PROFILE, TRACKER, Manifest, render_overlay
+from infra.checks.pods import pods as every_pod
 from infra.checks.policies import access, pods, ray
 from infra.checks.schemas import VARIABLE
 from tests.infra.changes import CONTAINER, REAPER, REMOVED, WORKER, WORKERS, changed
@@ -22,6 +23,7 @@ LABELS = "RayJob metadata labels"
 QUOTA = "ResourceQuota spec hard"
 GROUP = "RayCluster spec workerGroupSpecs 0"
 HEAD = "RayJob spec rayClusterSpec headGroupSpec"
+SHARED_HEAD = "RayCluster spec headGroupSpec template spec"
 ROLE_OF = "ServiceAccount={} metadata annotations " + access.ROLE_ARN
 GPU_OPERATORS = {"nvidia.com/gpu.present": "true"}
 PROMOTER = "arn:aws:iam::000000000000:role/fineloop-000000000000-pipeline"
@@ -71,6 +73,12 @@ BREAKS: list[tuple[Policy, str, Any]] = [
     (ray.jobs_fit_in_the_queue, f"{QUOTA} requests.nvidia.com/gpu", "7"),
     (ray.flavors_ask_for_no_label_of_the_gpu_operator, "ResourceFlavor spec nodeLabels", GPU_OPERATORS),
     (ray.clusters_ask_for_a_token, "RayJob spec rayClusterSpec authOptions mode", "disabled"),
+    (ray.no_job_has_a_kubernetes_token, f"{SHARED_HEAD} automountServiceAccountToken", True),
+    (ray.no_job_has_a_kubernetes_token, f"{SHARED_HEAD} automountServiceAccountToken", REMOVED),
+    (ray.no_job_has_a_kubernetes_token, f"{SHARED_HEAD} containers 0 volumeMounts +", {"name": "kubernetes-api"}),
+    (ray.no_job_has_a_kubernetes_token, f"{SHARED_HEAD} shareProcessNamespace", True),
+    (ray.no_job_has_a_kubernetes_token, f"{GROUP} template spec automountServiceAccountToken", True),
+    (ray.no_job_has_a_kubernetes_token, f"{WORKER} automountServiceAccountToken", True),
     (ray.versions_agree, "RayCluster spec rayVersion", "2.59.0"),
     (ray.versions_agree, f"{CONTAINER} image", f"registry.invalid/fineloop/train:0.0.9@sha256:{'1' * 64}"),
     (access.accounts_have_their_rights_and_no_other, "Role=fineloop-pipeline rules 1 resources +", "pods/exec"),
@@ -123,6 +131,19 @@ def beside(overlay: str, job: Manifest) -> list[Manifest]:
 @pytest.mark.parametrize(("policy", "where", "value"), BREAKS, ids=lambda given: getattr(given, "__name__", None))
 def test_a_policy_sees_it_when(policy: Policy, where: str, value: object) -> None:
     assert list(policy(changed(render_overlay("aws"), where, value)))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kuberays_autoscaler_alone_has_the_token_that_its_account_needs(overlay: str) -> None:
+    places = {
+        (pod.where, container["name"]): mount["mountPath"]
+        for pod in every_pod(render_overlay(overlay))
+        for container in pod.containers
+        for mount in container.get("volumeMounts", [])
+        if mount["name"] == "kubernetes-api"
+    }
+    head = "RayCluster/fineloop-experiments.spec.headGroupSpec.template"
+    assert places == {(head, "autoscaler"): "/var/run/secrets/kubernetes.io/serviceaccount"}
 
 
 def test_each_policy_can_be_broken() -> None:

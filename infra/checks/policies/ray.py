@@ -14,6 +14,7 @@ import yaml
 from kubernetes.utils.quantity import parse_quantity
 
 from infra.checks.manifests import Manifest, of_kind, title
+from infra.checks.pods import pods
 
 MAX_NAME = {"RayJob": 47, "RayCluster": 63}
 MAX_WORKER_GROUPS = 17
@@ -149,6 +150,27 @@ def clusters_ask_for_a_token(manifests: list[Manifest]) -> Iterator[str]:
             yield f"{where}: set authOptions to mode token and secretName fineloop-ray"
 
 
+def no_job_has_a_kubernetes_token(manifests: list[Manifest]) -> Iterator[str]:
+    """Jobs run in every container of a Ray pod but KubeRay's autoscaler, whose account may patch pods. A token that
+    is mounted by default is in all of them, and one process namespace shows each the others' files."""
+    for pod in pods(manifests):
+        if not pod.where.startswith(("RayJob/", "RayCluster/")):
+            continue
+        if pod.spec.get("automountServiceAccountToken") is not False:
+            yield f"{pod.where}: set automountServiceAccountToken to false: its jobs would have the account's token"
+        tokens = {volume["name"] for volume in pod.spec.get("volumes", []) if _has_token(volume)}
+        if tokens and pod.spec.get("shareProcessNamespace"):
+            yield f"{pod.where}: shareProcessNamespace shows its jobs the token of {', '.join(sorted(tokens))}"
+        for container in pod.containers:
+            mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
+            if container["name"] != "autoscaler" and mounts & tokens:
+                yield f"{pod.where}: container {container['name']} runs jobs and mounts a token"
+
+
+def _has_token(volume: Mapping[str, Any]) -> bool:
+    return any("serviceAccountToken" in source for source in volume.get("projected", {}).get("sources", []))
+
+
 def versions_agree(manifests: list[Manifest]) -> Iterator[str]:
     """Ray refuses to join nodes of different versions, and a job of another."""
     ray, ours = metadata.version("ray"), metadata.version("fineloop")
@@ -203,10 +225,10 @@ def _nominal(manifests: list[Manifest]) -> Mapping[str, Decimal]:
 
 def _requests(job: Mapping[str, Any]) -> Mapping[str, Decimal]:
     """Resources that head, workers and submitter request together, which is what Kueue admits."""
-    pods = [(group["template"], group.get("replicas", 1)) for group in groups(job["rayClusterSpec"])]
-    pods += [(job["submitterPodTemplate"], 1)] if "submitterPodTemplate" in job else []
+    templates = [(group["template"], group.get("replicas", 1)) for group in groups(job["rayClusterSpec"])]
+    templates += [(job["submitterPodTemplate"], 1)] if "submitterPodTemplate" in job else []
     totals: defaultdict[str, Decimal] = defaultdict(Decimal)
-    for template, replicas in pods:
+    for template, replicas in templates:
         for container in template["spec"].get("containers", []):
             for resource, amount in container.get("resources", {}).get("requests", {}).items():
                 totals[resource] += parse_quantity(amount) * replicas
