@@ -26,7 +26,7 @@ from components.shared import binomial
 from components.shared.anytime import anytime_bounds, records_to_tell
 from components.shared.errors import AliasConflict, DataError
 from components.shared.metrics import RELATIVE, Metric, metric_of
-from components.shared.paired import Bounds, Pairs
+from components.shared.paired import Bounds, Pairs, few_unseen, much_worse_unseen
 from components.shared.protocol import counted
 from components.step.step import StepRun
 
@@ -44,13 +44,23 @@ class Judged:
     than a million."""
 
 
-def judge(pairs: Pairs, drop: float, confidence: float, *, least: int, for_rare: int, largest: float = 0.0) -> Judged:
+def judge(
+    pairs: Pairs,
+    drop: float,
+    confidence: float,
+    *,
+    least: int,
+    for_rare: int,
+    largest: float = 0.0,
+    rare_loss: float = 0.0,
+) -> Judged:
     """Judge the records of all looks; pure.
 
     Still better: the gain's lower bound is above 0. As good: it is shown to have lost less than `drop`. Worse: it is
     shown to have lost, and not to have lost less than that. `least` is the fewest records to judge on, and `for_rare`
     the fewest to say as good on, since fewer may hold none of the rare large losses that make a version worse.
-    `largest` is how much one record can gain, 0 where that is unknown. Raises DataError: a number is missing or not
+    `largest` is how much one record can gain, 0 where that is unknown. `rare_loss` is what a rare loss is taken for, by
+    which as good allows for those that were not drawn; 0 allows for none. Raises DataError: a number is missing or not
     finite.
     """
     bounds = anytime_bounds(pairs, confidence, largest=largest)
@@ -59,7 +69,10 @@ def judge(pairs: Pairs, drop: float, confidence: float, *, least: int, for_rare:
     enough, loses_less = bounds.groups >= least, bounds.lower > -drop
     if enough and bounds.lower > 0:
         return Judged("still better", bounds, None)
-    if enough and loses_less and pairs.num_effective >= for_rare:
+    unseen = 0.0
+    if rare_loss:
+        unseen = max(much_worse_unseen(pairs), few_unseen(pairs, bounds, rare_loss, confidence))
+    if enough and bounds.lower - unseen > -drop and pairs.num_effective >= for_rare:
         return Judged("as good", bounds, None)
     if enough and bounds.upper < 0 and not loses_less:
         return Judged("worse", bounds, None)
@@ -116,14 +129,16 @@ def check(step_run: StepRun, dataset_uri: str) -> bool:
     metric, relative = metric_of(compared.metric), gate.margins == "relative"
     evidences = [read_evidence(store, evaluation) for evaluation in evaluations]
     pairs = pairs_of(evidences, metric, compared.role, relative=relative)
+    loss = float(pairs.theirs.sum() / pairs.weights.sum())
     drop = gate.total_budget if config.check.worse_by is None else config.check.worse_by
     judged = judge(
         pairs,
         drop,
         gate.confidence,
         least=gate.min_records,
-        for_rare=records_for_rare(gate, float(pairs.theirs.sum() / pairs.weights.sum())),
+        for_rare=records_for_rare(gate, loss),
         largest=1.0 if metric.is_share else 0.0,
+        rare_loss=0.0 if metric.is_share or gate.much_worse_share == 1 else gate.rare_loss(loss),
     )
     bounds, sentence = judged.bounds, sentence_of(judged, compared, drop, gate)
     own = versions.evaluation(store, versions.resolve(store, f"{adapter.name}@{compared.version}"), to_show=True)

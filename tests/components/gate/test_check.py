@@ -62,6 +62,30 @@ def test_as_good_is_said_only_on_records_that_would_hold_a_rare_loss() -> None:
     assert judged(sample(-0.5, 40)).verdict == "worse"
 
 
+def test_as_good_allows_for_large_losses_beyond_those_that_were_drawn() -> None:
+    """Worse by the drop, in losses whose logarithm is normal: most samples hold too few of the largest."""
+    rng, gate = np.random.default_rng(1), GateConfig()
+    said = {rare_loss: 0 for rare_loss in (0.0, gate.rare_loss(1.0))}
+    for _ in range(300):
+        drawn = rng.lognormal(0, 1.5, 2000)
+        lost = 0.05 + 0.35 * (drawn - np.exp(1.5**2 / 2)) / ((np.exp(1.5**2) - 1) * np.exp(1.5**2)) ** 0.5
+        for rare_loss in said:
+            looks = (
+                judge(
+                    Pairs(lost[:count], np.zeros(count), np.ones(count), lower_is_better=True),
+                    0.05,
+                    0.95,
+                    least=30,
+                    for_rare=459,
+                    rare_loss=rare_loss,
+                )
+                for count in range(500, 2001, 100)
+            )
+            said[rare_loss] += any(look.verdict in ("as good", "still better") for look in looks)
+    without, allowed = (count / 300 for count in said.values())
+    assert without > 0.06 >= allowed
+
+
 def test_a_drop_that_is_smaller_than_the_named_one_takes_nothing_back() -> None:
     small = judged(sample(-0.01, 20_000))
     assert (small.verdict, small.bounds.upper < 0) == ("as good", True)
