@@ -177,7 +177,7 @@ def margins(
     if version:
         pull_version(store, version, folder := folder / "pulled")
         model = build.load(model, folder)
-    chat = chat_format.load(base, config.model, folder if version else None)
+    chat = chat_format.load(base, config.model)
     split, result = tokenize(records, chat, config.model.max_length), []
     for index, record in enumerate(records):
         own, other = (

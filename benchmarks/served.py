@@ -341,7 +341,7 @@ def answers_of(config: RunConfig, store: Store, folder: Path, records: Sequence[
     stands_on = own_base.find(config, original, store, sha256="")
     base = door.load_model(stands_on, config.model, config.method.row.base, kernels, use_gpu=False)
     model = kernels.adopt(build.load(base, folder)).eval()
-    chat = chat_format.load(original, config.model, folder)
+    chat = chat_format.load(original, config.model)
     return greedy(model, chat, tokenize(records, chat, config.model.max_length), 8, MAX_NEW_TOKENS)
 
 

@@ -125,14 +125,16 @@ def plan(
     identifies the base, or holds no whole base in any worker.
 
     With `against`, a version or `BASE`, the candidate is one that is served, and the two are measured on all of the
-    split `eval`, and on nothing else. Raises UserError: dataset, version or base do not exist.
+    split `eval`, and on nothing else. Raises UserError: dataset, version or base do not exist; IntegrityError: by the
+    candidate's lineage it has another base or chat format than `config`.
     """
     import ray
 
     attention.require_installed(config.model.attention, use_gpu=config.ray.use_gpu)
     if config.evaluate.engine == "vllm":
         vllm_engine.run("-c", "import vllm")  # workers have their driver's image
-    theirs = recorded.read(config, store, candidate) if candidate else None
+    lineage_of = recorded.read if against else recorded.of_run
+    theirs = lineage_of(config, store, candidate) if candidate else None
     if against and theirs:
         config, judging = theirs.config, Judges(load_split(store, dataset_uri, "eval"))
     else:

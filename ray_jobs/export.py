@@ -171,7 +171,7 @@ def _base(its_run: recorded.Recorded, version: Version, adapter: Path, folder: P
     patterns = [*base_model.FILES, *(local_cache.CODE_FILES if config.trust_remote_code else [])]
     for file in {path for pattern in patterns for path in base.path.glob(pattern)} - {base.path / local_cache.DIGESTS}:
         shutil.copyfile(file, folder / file.name)
-    chat = chat_format.load(base, config, adapter)
+    chat = chat_format.of_version(version, adapter, base, config)
     chat.tokenizer.save_pretrained(folder)
     chat.generation_config().save_pretrained(folder)
     licence, files = base_model.licence(base)
@@ -310,7 +310,7 @@ def _source(
     config = its_run.config
     say(STEP, f"loading {config.model.base}")
     original = base_model.resolve(config.model, recorded=its_run.base_identity)
-    chat = chat_format.load(original, config.model, folder)
+    chat = chat_format.of_version(version, folder, original, config.model)
     records, split = _held_out(store, its_run.dataset_uri, chat, config.model.max_length)
     rows = [torch.from_numpy(split.tokens[start:end]).long() for start, end in pairwise(split.offsets)]
     compared_on = f"{len(rows)} held-out records of {its_run.dataset_uri}"

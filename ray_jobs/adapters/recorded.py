@@ -47,3 +47,17 @@ def read(config: RunConfig, store: Store, version: Version) -> Recorded:
         raise IntegrityError(f"{origin} does not say what the version was made from: {exc}") from exc
     own = config_file.with_stored(config, stored, origin=origin, commit=identity.get("commit", ""))
     return Recorded(own, identity, stands_on_sha256, str(dataset_uri), max_new_tokens)
+
+
+def of_run(config: RunConfig, store: Store, version: Version) -> Recorded:
+    """Read the lineage of the candidate of the run that has this config. Raises as `read`; IntegrityError: it names
+    another base or chat format than the config, which alone says what a candidate is measured on."""
+    theirs = read(config, store, version)
+    for field in ("base", "revision", "thinking"):
+        ours, its = getattr(config.model, field), getattr(theirs.config.model, field)
+        if ours != its:
+            raise IntegrityError(
+                f"lineage of {version.uri} has model.{field} = {its!r}, and the config of its run has {ours!r}: a "
+                "candidate is measured on the base of its run alone, so train it again"
+            )
+    return theirs

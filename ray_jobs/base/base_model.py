@@ -74,11 +74,17 @@ def resolve(
 
     `recorded` is the base's identity from a version's lineage or from another process: no other base is returned, and
     from the hub that commit is fetched, wherever the branch points today. Raises ConfigError: `model.base` does not
-    exist, or cannot be loaded; IntegrityError: the cached copy has changed, or the base is not the recorded one.
+    exist, or cannot be loaded; IntegrityError: the cached copy has changed, or the base is not the recorded one, or
+    `model.revision` is another commit.
     """
     if recorded is None:
         return _bring(config, weights, registry)
     if "commit" in recorded:
+        if config_file.COMMIT.fullmatch(config.revision) and config.revision != recorded["commit"]:
+            raise IntegrityError(
+                f"the adapter was trained on {config.base} with {_text(recorded)}, and model.revision is "
+                f"{config.revision}: train it again"
+            )
         config = config.model_copy(update={"revision": recorded["commit"]})
     base = _bring(config, weights, registry, recorded.get(LISTING))
     if LISTING in recorded:

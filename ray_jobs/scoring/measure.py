@@ -403,12 +403,14 @@ def measure_shard(
 
 def _local(contender: Contender, records: Sequence[Record], folder: Path) -> LocalContender:
     config, store, adapter = contender.config, Store.open(contender.config.registry), None
-    base = base_model.resolve(config.model, recorded=contender.base_identity, registry=store)
-    if contender.version is not None:
+    original = base = base_model.resolve(config.model, recorded=contender.base_identity, registry=store)
+    if contender.version is None:
+        chat = chat_format.load(original, config.model)
+    else:
         adapter = folder
-        base = own_base.find(config, base, store, sha256=contender.stands_on_sha256)
+        base = own_base.find(config, original, store, sha256=contender.stands_on_sha256)
         pull_version(store, contender.version, folder, published_sha256=contender.published_sha256)
-    chat = chat_format.load(base, config.model, adapter)
+        chat = chat_format.of_version(contender.version, folder, original, config.model)
     # Tokens that lie beside the dataset are not read: whoever wrote them would decide what the gate measures.
     split = tokenize(records, chat, config.model.max_length)
     return LocalContender(contender.role, config, base, adapter, chat, split, contender.alike)

@@ -120,7 +120,7 @@ def load(config: RunConfig, store: Store, version: Version, name: str, *, with_b
     with tempfile.TemporaryDirectory(prefix="fineloop-chat-") as scratch:
         folder = Path(scratch) / "adapter"
         pull_version(store, version, folder)
-        chat_as = chat_format.load(base, own.model, folder)
+        chat_as = chat_format.of_version(version, folder, base, own.model)
         adapted = kernels.adopt(build.load(model, folder)).eval()
     for loaded in (adapted, alone):
         if loaded is not None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from components.config.schema import ModelConfig
 from components.config.train import LossOn
 from components.prepare.dataset import WEIGHT, Message, Record
-from components.shared.errors import ConfigError, DataError
+from components.registry.versions import Version
+from components.shared.errors import ConfigError, DataError, IntegrityError
 from ray_jobs.base.base_model import Base
 
 if TYPE_CHECKING:
@@ -198,21 +199,31 @@ class ChatFormat:
         }
 
 
-def load(base: Base, config: ModelConfig, version: Path | None = None) -> ChatFormat:
-    """Load the base's tokenizer and chat template, or the plain template where it has none; for a published adapter,
-    whose files are in `version`, those that it was trained with. With `trust_remote_code` a version's files must not
-    name code to run: then the tokenizer is the base's, and only the template the version's. Raises ConfigError: its
+def of_version(version: Version, folder: Path, base: Base, config: ModelConfig) -> ChatFormat:
+    """The chat format of a published version, whose files are in `folder`: that of its base. Whoever wrote those files
+    would else choose the words that it is asked and measured in. Raises as `load`; IntegrityError: they hold another
+    template than its training has published."""
+    chat = load(base, config)
+    ours, theirs = str(chat.tokenizer.chat_template), _template_in(folder)
+    # A saved template ends its lines as this machine does; an empty file is one that a second writer did not have.
+    if theirs and theirs.splitlines() != ours.splitlines():
+        was, own = (hashlib.sha256(template.encode()).hexdigest() for template in (theirs, ours))
+        raise IntegrityError(
+            f"the files of {version.uri} hold a chat template with sha256 {was}, and that of its base {base.reference} "
+            f"with model.thinking = {str(config.thinking).lower()} has {own}: train it again"
+        )
+    return chat
+
+
+def load(base: Base, config: ModelConfig) -> ChatFormat:
+    """Load the base's tokenizer and chat template, or the plain template where it has none. Raises ConfigError: its
     tokenizer has no end-of-sequence token."""
     from transformers import AutoTokenizer
 
     if base.path.suffix == ".gguf":
         tokenizer = AutoTokenizer.from_pretrained(base.path.parent, gguf_file=base.path.name)
     else:
-        published = version if version and (version / "tokenizer_config.json").is_file() else None
-        folder = base.path if config.trust_remote_code else published or base.path
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        if config.trust_remote_code and published:
-            tokenizer.chat_template = _template_in(published)
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.base {base.reference}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -298,7 +309,9 @@ def _template_in(folder: Path) -> str | None:
     """The chat template of a saved tokenizer, from chat_template.jinja or tokenizer_config.json; None without one."""
     if (alone := folder / "chat_template.jinja").is_file():
         return alone.read_text(encoding="utf-8")
-    saved: dict[str, str | None] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if not (settings := folder / "tokenizer_config.json").is_file():
+        return None
+    saved: dict[str, str | None] = json.loads(settings.read_text(encoding="utf-8"))
     return saved.get("chat_template")
 
 

@@ -82,7 +82,7 @@ class Task:
         """The task with the version that a training has published as its candidate."""
         store, candidate = Store.open(self.config.registry), self.contenders[-1]
         version = resolve(store, f"{self.config.adapter.name}@{trained.version}")
-        theirs = recorded.read(self.config, store, version)
+        theirs = recorded.of_run(self.config, store, version)
         candidate = replace(
             candidate,
             version=version,

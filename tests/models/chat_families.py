@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.schema import ModelConfig
+from components.registry.versions import Version
 from tests.models.tiny import SHAPE, byte_level
 
 if TYPE_CHECKING:
@@ -160,8 +161,12 @@ def build(directory: Path, family: Family) -> Path:
 
 
 def chat_of(folder: Path, *, version: Path | None = None, **settings: Any) -> "ChatFormat":
-    """The chat format of the base at `folder`, or of a version on it."""
+    """The chat format of the base at `folder`, or of a version on it, whose files are in another folder."""
     from ray_jobs.base.base_model import Base
     from ray_jobs.text import chat_format
 
-    return chat_format.load(Base("base", folder, {}), ModelConfig(base=str(folder), **settings), version)
+    base, config = Base("base", folder, {}), ModelConfig(base=str(folder), **settings)
+    if version is None:
+        return chat_format.load(base, config)
+    published = Version("colours", "v1", "s3://registry/colours/v1", created_at="", manifest_sha256="", run_id="")
+    return chat_format.of_version(published, version, base, config)

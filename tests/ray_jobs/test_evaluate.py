@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -23,9 +24,11 @@ from components.store.store import Store
 from ray_jobs import evaluate as evaluating
 from ray_jobs.adapters import recorded
 from ray_jobs.base import base_model
-from ray_jobs.evaluate import _contenders, _write_records, compared, run, since_champion
+from ray_jobs.evaluate import _contenders, _write_records, compared, plan, run, since_champion
+from ray_jobs.export import ExportRequest, export
 from ray_jobs.scoring.answers import MARKS, Score, paired_difference
 from ray_jobs.scoring.measure import Contender, measure_shard, with_room_for_answers
+from ray_jobs.talking import speaker
 from ray_jobs.text import chat_format
 from tests.models import tiny_version
 from tests.models.spec import changed
@@ -71,6 +74,31 @@ def test_a_champion_is_measured_on_the_base_and_the_words_it_was_trained_with(co
     (other / "generation_config.json").write_text("{}")
     with pytest.raises(IntegrityError, match=rf"trained on {other} with kind folder sha256 \w+, and today that is"):
         measure_shard(_contenders(config, store, new), RECORDS, shard_index=0)
+
+
+@pytest.mark.parametrize("field", ["base", "revision", "thinking"])
+def test_a_candidate_whose_lineage_names_another_base_or_format_is_measured_on_neither(config, store, tmp_path, field):
+    theirs = {"base": str(build_base(tmp_path / "other", seed=5)), "revision": "dev", "thinking": True}[field]
+    ours = getattr(config.model, field)
+    planted = published(changed(config, f"model.{field}={json.dumps(theirs)}"), store, tmp_path, seed=1)
+    names_both = re.escape(f"has model.{field} = {theirs!r}, and the config of its run has {ours!r}")
+    with pytest.raises(IntegrityError, match=names_both):
+        plan(config, store, run_id="night", dataset_uri=store.uri("datasets/d"), candidate=planted)
+
+
+def test_a_version_with_a_chat_template_of_its_own_is_not_measured_not_asked_and_not_exported(config, store, tmp_path):
+    folder = tmp_path / "seed-1/adapter-lora"
+    folder.mkdir(parents=True)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    planted = published(config, store, tmp_path, seed=1)
+    names_both = f"{planted.version} hold a chat template .* its base {config.model.base} "
+    with pytest.raises(IntegrityError, match=names_both):
+        measure_shard(_contenders(config, store, planted), RECORDS, shard_index=0)
+    with pytest.raises(IntegrityError, match=names_both):
+        speaker.load(config, store, planted, "colours", with_base=True)
+    for form in ("merged", "base"):
+        with pytest.raises(IntegrityError, match=names_both):
+            export(config, config.adapter.name, ExportRequest(form, tmp_path / form))
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -57,6 +57,12 @@ def test_a_folder_is_used_where_it_lies_and_known_by_its_bytes(tiny_base, tmp_pa
     assert not cache.exists()
 
 
+def test_a_commit_that_the_config_names_is_held_against_the_recorded_one():
+    named = ModelConfig(base="colours/tiny", revision="a" * 40)
+    with pytest.raises(IntegrityError, match=f"kind hub commit {'b' * 40}, and model.revision is {'a' * 40}"):
+        base_model.resolve(named, recorded={"kind": "hub", "commit": "b" * 40})
+
+
 def test_pickled_weights_are_not_loaded(tiny_base, tmp_path):
     shutil.copy(tiny_base / "config.json", tmp_path)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from components.prepare.dataset import Message, Record
-from components.shared.errors import ConfigError, DataError
+from components.shared.errors import ConfigError, DataError, IntegrityError
 from ray_jobs.text import chat_format
 from tests.models import chat_families
 from tests.models.chat_families import CHATML, FAMILIES, chat_of
@@ -147,14 +147,31 @@ def test_the_lineage_says_whose_template_it_was(tmp_path):
     assert plain["template_from"] == "fineloop"
 
 
-def test_an_adapter_is_asked_in_the_template_that_was_published_with_it(tmp_path):
-    folder = chat_families.build(tmp_path / "base", FAMILIES["none"])
-    version = tmp_path / "version"
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_is_asked_in_the_words_of_its_base_and_with_others_in_its_files_not_at_all(tmp_path, name):
+    folder, version = chat_families.build(tmp_path / "base", FAMILIES[name]), tmp_path / "version"
     chat_of(folder).tokenizer.save_pretrained(version)
-    shutil.copy(chat_families.build(tmp_path / "other", FAMILIES["mistral"]) / "chat_template.jinja", folder)
-    assert chat_of(folder).template_from == "base"
-    assert chat_of(folder, version=version).template_from == "fineloop"
-    assert chat_of(folder, version=tmp_path / "elsewhere").template_from == "base"
+    (version / "tokenizer.json").write_text("not even a tokenizer")
+    assert chat_of(folder, version=version).recipe() == chat_of(folder).recipe()
+    assert chat_of(folder, version=tmp_path / "elsewhere").recipe() == chat_of(folder).recipe()
+    # It would never end: nobody renders it.
+    (version / "chat_template.jinja").write_text(
+        "{% for a in range(10**5) %}{% for b in range(10**5) %}{% endfor %}{% endfor %}"
+    )
+    whose = r"s3://registry/colours/v1 hold a chat template with sha256 \w+, and that of its base base .* has \w+"
+    with pytest.raises(IntegrityError, match=whose):
+        chat_of(folder, version=version)
+
+
+def test_a_template_that_another_system_saved_with_its_own_line_ends_is_the_same(tmp_path):
+    folder, version = chat_families.build(tmp_path / "base", FAMILIES["chatml"]), tmp_path / "version"
+    template = chat_of(folder).tokenizer.chat_template
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    windows = {**settings, "chat_template": template.replace("\n", "\r\n")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(windows))
+    chat_of(folder).tokenizer.save_pretrained(version)
+    assert "\r\n" in chat_of(folder, version=version).tokenizer.chat_template
 
 
 @pytest.mark.parametrize("roles", [("system", "user"), ("user", "assistant", "assistant", "user")])
@@ -222,7 +239,6 @@ def test_who_renders_what_is_published_asks_as_training_did(tmp_path, name):
 
 def test_where_a_bases_code_may_run_a_versions_own_does_not(tiny_base, tmp_path):
     chat = chat_of(tiny_base)
-    chat.tokenizer.chat_template += "!"
     chat.tokenizer.save_pretrained(tmp_path / "version")
     settings = json.loads((tmp_path / "version/tokenizer_config.json").read_text())
     named = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": [None, "odd.Odd"]}}
