@@ -42,7 +42,7 @@ from ray_jobs.scoring.answers import Score, as_columns, changed_share, confusion
 from ray_jobs.scoring.measure import Contender, Outcome, ShardResult, of_version, with_room_for_answers
 from ray_jobs.text.chat_format import ChatFormat, without_reasoning
 from ray_jobs.training.measuring import Task
-from ray_jobs.training.starting import resolve_base
+from ray_jobs.training.starting import identity_to_keep, resolve_base
 from ray_jobs.training.trainer import measured, on_the_cluster
 
 BY_PROBES = [key for key, metric in METRICS.items() if metric.probe and not metric.on_request]
@@ -139,8 +139,9 @@ def plan(
         config, judging = theirs.config, Judges(load_split(store, dataset_uri, "eval"))
     else:
         judging = judges(store, dataset_uri, config)
-    identity = theirs.base_identity if theirs else None
-    config, base, shape, chat = resolve_base(config, store, partial(say, STEP), recorded=identity)
+    tell = partial(say, STEP)
+    identity = theirs.base_identity if theirs else identity_to_keep(config, store, run_id, tell)
+    config, base, shape, chat = resolve_base(config, store, tell, recorded=identity)
     if candidate is None and (config.train.zero_stage == 3 or not base.is_known):
         return None
     records = judging.records[: None if against else config.evaluate.records]
@@ -148,7 +149,7 @@ def plan(
     if candidate is None:
         contenders = _beside(Contender("candidate", config, None, base.identity), store)
     else:
-        config = on_the_cluster(config, partial(say, STEP))
+        config = on_the_cluster(config, tell)
         contenders = _contenders(config, store, candidate, run_id, against)
     labels = alike(without_reasoning(record.answer_text) for record in judging.records)
     contenders = [replace(contender, alike=labels) for contender in contenders]

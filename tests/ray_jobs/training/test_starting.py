@@ -27,7 +27,7 @@ from ray_jobs.base import base_model
 from ray_jobs.text import chat_format, token_store
 from ray_jobs.text.batching import tokenize
 from ray_jobs.training import checkpoint, opening, starting, zero
-from tests.doubles import datasets
+from tests.doubles import datasets, hub
 from tests.models.spec import changed
 from tests.models.tiny import build_base, colour_rows
 from tests.models.train_group import fit_in_rank, in_group
@@ -175,9 +175,46 @@ def test_another_method_rank_or_base_is_refused_with_the_reason(config, store, t
     ):
         with pytest.raises(ConfigError, match=message):
             chosen(in_store(config, store, from_it, override), store, override)
-    other = build_base(tmp_path, seed=1)
-    with pytest.raises(IntegrityError, match=r"the adapter was trained on .* and today that is"):
+    base, other = config.model.base, build_base(tmp_path, seed=1)
+    with pytest.raises(
+        IntegrityError, match=f"trained on {base} with kind folder sha256 .*, and model.base is {other} with"
+    ):
         chosen(in_store(config, store, from_it, f"model.base={other}"), store, "another base")
+
+
+def begun(config, store, run_id: str) -> base_model.Base:
+    """The base of a run as its driver resolves it, and as the version that it starts from has it."""
+    keep = starting.identity_to_keep(config, store, run_id, print)
+    base = starting.resolve_base(config, store, print, recorded=keep).base
+    starting.choose_start(config, store, run_id, base)
+    return base
+
+
+@pytest.mark.parametrize("start_from", ["production", "base"])
+def test_a_commit_at_the_hub_ends_no_night_and_the_base_moves_where_it_is_told_to(
+    config, store, tmp_path, monkeypatch, tiny_base, start_from
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("FINELOOP_CACHE", str(tmp_path / "cache"))
+    with hub.serving("colours/tiny", tiny_base) as served:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        nightly = in_store(config, store, "model.base=colours/tiny", f"train.start_from={start_from}")
+        assert begun(nightly, store, "first").identity["commit"] == hub.COMMIT
+        promote(store, "colours", published(nightly, store).version)
+        served.commit = hub.LATER
+        assert begun(nightly, store, "second").identity["commit"] == hub.COMMIT
+        moved = in_store(nightly, store, f"model.revision={hub.LATER}", "train.start_from=base")
+        assert begun(moved, store, "moved").identity["commit"] == hub.LATER
+        going_on = in_store(moved, store, "train.start_from=production")
+        names_both = f"colours/tiny with kind hub commit {hub.COMMIT}, and model.base is .* commit {hub.LATER}: name"
+        with pytest.raises(IntegrityError, match=names_both):
+            begun(going_on, store, "going on")
+        promote(store, "colours", published(moved, store, moved=2.0).version)
+        assert begun(nightly, store, "third").identity["commit"] == hub.LATER
+        # Another branch than theirs is what it names today.
+        assert begun(in_store(moved, store, "model.revision=dev"), store, "dev").identity["commit"] == served.commit
 
 
 def test_weights_that_were_changed_are_not_begun_with(config, store):
