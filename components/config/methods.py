@@ -1,8 +1,7 @@
 """The table of methods: every name people know, as a row over orthogonal axes.
 
 Torch-free, so that the config refuses an illegal run before anything is started. Adding a method means adding a row
-here, also for a start of peft's own (`init_lora_weights`), and where peft has no class for it, one file in
-`ray_jobs/adapters/`.
+here, and where peft has no class for it, one file in `ray_jobs/adapters/`.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +63,8 @@ METHODS: dict[str, Method] = {
     "loftq": Method("lora", "classic", "loftq", "nf4", 16, 0.5, "arXiv:2310.08659"),
 }
 OWN_BASE = frozenset({"loftq"})
-"""Values of `init` that make a base for the adapter; others are peft's own `init_lora_weights`."""
+"""Values of `init` that make a base for the adapter. Peft's own starts, such as PiSSA's, are none of them: they change
+the weights of the base in place, on which others are then measured."""
 VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank may take: an adapter takes the smallest that is no less than its rank."""
 

@@ -2,19 +2,15 @@
 
 import json
 import re
-import shutil
 import signal
-import tempfile
 import threading
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.config.methods import OWN_BASE, Init
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 from ray_jobs.base.architecture import read_by_the_model
@@ -207,16 +203,10 @@ def peft_config(method: MethodConfig, targets: Targets) -> "PeftConfig":
         lora_dropout=method.dropout,
         use_rslora=method.row.scaling == "rslora",
         use_dora=method.row.adapter == "dora",
-        init_lora_weights=method.row.init if _changes_the_base(method.row.init) else True,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
         task_type="CAUSAL_LM",
     )
-
-
-def _changes_the_base(init: Init) -> bool:
-    """Whether it is a start such as PiSSA's, which peft takes out of the base's weights and `save` puts back."""
-    return init != "default" and init not in OWN_BASE
 
 
 def attach(model: "PreTrainedModel", method: MethodConfig, *, base_reference: str, seed: int) -> "PeftModel":
@@ -241,10 +231,6 @@ def attach(model: "PreTrainedModel", method: MethodConfig, *, base_reference: st
     dvora.unify_dtype(adapted, model.dtype)
     # A name that readers of adapter_config.json can resolve, instead of a cache folder of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_reference
-    if _changes_the_base(method.row.init):
-        adapted.first_weights = tempfile.mkdtemp(prefix="fineloop-start-")
-        weakref.finalize(adapted, shutil.rmtree, adapted.first_weights, ignore_errors=True)
-        adapted.save_pretrained(adapted.first_weights, save_embedding_layers=False)
     return adapted
 
 
@@ -293,18 +279,11 @@ def load(base: "PreTrainedModel", folder: Path) -> "PeftModel":
 
 
 def save(model: "PeftModel", directory: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them.
-
-    An adapter whose start came out of the base's weights becomes a LoRA of twice its rank on the base as it was.
-    """
+    """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
     with warnings.catch_warnings():
         # peft looks the base up to see whether its vocabulary grew; here it never does.
         warnings.simplefilter("ignore", UserWarning)
-        model.save_pretrained(
-            directory,
-            save_embedding_layers=False,
-            path_initial_model_for_weight_conversion=getattr(model, "first_weights", None),
-        )
+        model.save_pretrained(directory, save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # peft's template; we publish our own model card
     # peft writes sets in hash order, which differs between processes; sorted, as a version is named after its files.
     path = directory / "adapter_config.json"

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import zlib
 from pathlib import Path
@@ -8,7 +7,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from components.config.methods import METHODS
 from components.config.schema import MethodConfig
 from components.shared.errors import ConfigError
 from ray_jobs.adapters import build, dora
@@ -113,22 +111,6 @@ def test_the_seed_alone_decides_the_first_weights(tiny_base):
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
-
-
-def test_a_start_that_peft_takes_out_of_the_base_is_published_as_plain_lora(tiny_base, tmp_path, monkeypatch):
-    """As a row of the table would have it, whose init is one of peft's own."""
-    monkeypatch.setitem(METHODS, "lora", dataclasses.replace(METHODS["lora"], init="pissa"))
-    adapted = adapted_base(tiny_base, MethodConfig(name="lora", rank=4))
-    torch.testing.assert_close(logits(adapted), logits(dense(tiny_base)), rtol=1e-3, atol=1e-3)
-    name = "model.layers.0.self_attn.q_proj"
-    residual = adapted.get_base_model().get_submodule(name).get_base_layer().weight
-    assert not torch.allclose(residual, dense(tiny_base).get_submodule(name).weight)
-    fill(adapted)
-    build.save(adapted, tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (8, 16.0, True)
-    plain = PeftModel.from_pretrained(dense(tiny_base), tmp_path)
-    torch.testing.assert_close(logits(plain), logits(adapted), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
