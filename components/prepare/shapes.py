@@ -4,9 +4,11 @@ A shape is recognised by a row's columns, or given by data.columns. It only move
 them; `validate` then judges whether they are valid.
 """
 
+import difflib
 import json
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from components.config.train import ColumnsConfig
@@ -99,7 +101,8 @@ def advice(columns: Collection[str], named: ColumnsConfig) -> str:
     """The advice for rows whose shape is unknown."""
     if named != UNNAMED:
         named_columns = ", ".join(f"{key} = {value!r}" for key, value in named.model_dump().items() if value)
-        return f"No row has the columns that data.columns names: {named_columns}"
+        meant = "".join(map(partial(did_you_mean, columns=tuple(columns)), _names(named)))
+        return f"No row has the columns that data.columns names: {named_columns}{meant}"
     if {"chosen", "rejected"} <= set(columns):
         return "Of preference pairs the better answer can be trained on: set data.columns.completion=chosen"
     prompt, answer = _first(columns, _PROMPTS), _first(columns, _ANSWERS)
@@ -108,6 +111,19 @@ def advice(columns: Collection[str], named: ColumnsConfig) -> str:
     keys = {"prompt": prompt or "COLUMN", "completion": answer or "COLUMN"}
     options = " ".join(f"--set {shlex.quote(f'data.columns.{key}={value}')}" for key, value in keys.items())
     return f"Or say which column is which: {options}"
+
+
+def _names(named: ColumnsConfig) -> list[str]:
+    """The columns that data.columns names."""
+    prompts = [named.prompt] if isinstance(named.prompt, str) else named.prompt
+    return [*filter(None, (*prompts, named.completion, named.messages))]
+
+
+@cache  # as many rows may lack it
+def did_you_mean(name: str, columns: tuple[str, ...]) -> str:
+    """The question to append where a column of this name is missed; empty where it is there, or none is like it."""
+    near = [] if name in columns else difflib.get_close_matches(name, columns, n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def guessed(columns: Collection[str]) -> tuple[list[str], str]:
@@ -145,7 +161,7 @@ def _joined(prompts: Sequence[str], answer: str) -> Callable[[Row], dict[str, An
     def convert(row: Row) -> dict[str, Any]:
         for needed in (prompts[0], answer):
             if row.get(needed) is None:
-                raise DataError(f"{needed} is missing")
+                raise DataError(f"{needed} is missing{did_you_mean(needed, tuple(row))}")
         texts = [_text(row.get(column)) for column in prompts]
         if len(texts) > 1:
             texts = [text for text in texts if text is not None and text != ""]

@@ -101,6 +101,14 @@ def test_columns_that_are_not_read_are_named(write_rows: Write) -> None:
     assert "c9 (1 row) and 3 more. To train on reasoning" in many
 
 
+def test_a_mistyped_column_is_asked_about(write_rows: Write) -> None:
+    name = write_rows([{"body": "a", "x": "b"}])
+    with pytest.raises(DataError, match=r"bdy is missing: did you mean 'body'\?"):
+        read_rows(name, prompt="bdy", completion="x")
+    with pytest.raises(DataError, match=r"prompt = \['bdy'\], completion = 'label': did you mean 'body'\?"):
+        read_rows(name, prompt=["bdy"], completion="label")
+
+
 def test_a_column_that_no_row_has_is_named(write_rows: Write) -> None:
     with pytest.raises(DataError, match=r"found 'prompt', 'x'; .*data\.columns names: prompt = 'body'"):
         read_rows(write_rows([{"prompt": "a", "x": "b"}]), prompt="body", completion="label")
