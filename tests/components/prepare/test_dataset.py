@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,11 +12,22 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config.schema import RunConfig
-from components.prepare.dataset import Message, Record, exposure_of, load_split
+from components.prepare.dataset import (
+    Message,
+    Record,
+    batch_of,
+    completed,
+    exposure_of,
+    identities,
+    load_split,
+    require_promised,
+    with_columns,
+)
 from components.prepare.prepare import prepare
 from components.registry import signing
 from components.registry.aliases import promote
 from components.registry.versions import Version, publish_version
+from components.shared.errors import IntegrityError
 from components.store import folders
 from components.store.store import Store
 from tests.doubles.datasets import dataset_id, publish
@@ -136,7 +147,7 @@ B = Record("b", [Message("system", "s"), Message("user", "p")], "y")
 
 
 def test_the_id_is_fixed_by_the_records() -> None:
-    assert dataset_id([A], [B]) == "d1770dff0ee6de82"
+    assert dataset_id([A], [B]) == "d8e56802e8e36d3e"
 
 
 def test_tools_calls_and_groups_survive_the_store(store) -> None:
@@ -159,3 +170,62 @@ def test_what_was_made_of_a_dataset_that_is_gone_is_no_part_of_it_when_it_comes_
     store.delete([f"{key}/manifest.json"])
     assert publish(store, train=[A], evaluation=[B]) == folder
     assert folders.read_manifest(store, key).files == files
+
+
+def planted(store: Store, uri: str, split: str, **about: Any) -> None:
+    """Replace the answers of a split, with a manifest that fits, as whoever may write there can."""
+    key = store.key(uri)
+    manifest = store.get_json(f"{key}/manifest.json")
+    path = f"{split}/part-00000.parquet"
+    table = pq.read_table(io.BytesIO(store.get(f"{key}/{path}")))
+    answers = pa.array(["PLANTED"] * len(table), pa.string())
+    sink = io.BytesIO()
+    pq.write_table(table.set_column(table.schema.get_field_index("answer"), "answer", answers), sink)
+    store.put(f"{key}/{path}", sink.getvalue())
+    manifest["files"][path] = folders.digest_of(sink.getvalue())
+    manifest["about"] |= about
+    store.put_json(f"{key}/manifest.json", manifest)
+
+
+@pytest.mark.parametrize("split", ["train", "eval", "replay"])
+def test_records_that_were_planted_with_a_fitting_manifest_are_refused_by_name(store: Store, split: Any) -> None:
+    uri = publish(store, train=[A], evaluation=[B], replay=[A]).uri
+    planted(store, uri, split)
+    with pytest.raises(IntegrityError, match=rf"{uri} has other records in {split}/"):
+        load_split(store, uri, split)
+    with pytest.raises(IntegrityError, match=rf"{uri} has other records"):
+        require_promised(store, uri)
+    for other in {"train", "eval", "replay"} - {split}:
+        assert load_split(store, uri, cast(Any, other))
+
+
+def test_the_hashes_that_a_manifest_lists_are_held_against_the_id(store: Store) -> None:
+    uri = publish(store, train=[A], evaluation=[B]).uri
+    planted(store, uri, "train", splits={"train": "0" * 64, "eval": "0" * 64})
+    for split in ("train", "eval"):
+        with pytest.raises(IntegrityError, match=f"{uri} has other records in {split}/"):
+            load_split(store, uri, cast(Any, split))
+
+
+def test_a_row_without_a_text_cannot_hide_from_the_id(store: Store) -> None:
+    rows = completed(with_columns(batch_of([A, B]), frozenset()))
+    hidden = rows.set_column(rows.schema.get_field_index("answer"), "answer", pa.array(["x", None]))
+    with pytest.raises(IntegrityError, match="lack a text"):
+        identities(hidden)
+
+
+def test_a_dataset_of_the_former_format_is_read_and_checked_by_all_its_splits(store: Store) -> None:
+    own = publish(store, train=[A], evaluation=[B])
+    former = "d1770dff0ee6de82"
+    manifest = store.get_json(f"datasets/{own.dataset_id}/manifest.json")
+    manifest["about"] |= {"format": 1}
+    del manifest["about"]["splits"]
+    for path in manifest["files"]:
+        store.put(f"datasets/{former}/{path}", store.get(f"datasets/{own.dataset_id}/{path}"))
+    store.put_json(f"datasets/{former}/manifest.json", manifest)
+    uri = store.uri(f"datasets/{former}")
+    assert (load_split(store, uri, "train"), load_split(store, uri, "eval")) == ([A], [B])
+    planted(store, uri, "eval")
+    for split in ("train", "eval"):
+        with pytest.raises(IntegrityError, match=uri):
+            load_split(store, uri, cast(Any, split))

@@ -181,7 +181,7 @@ def test_the_example_gives_the_2000_training_records_it_was_tuned_on(
     monkeypatch.setattr(icd10, "WHEELS", tmp_path)  # where no older release lies
     prepared = prepare(run_config("example://icd10", max_records=2300, eval_share=0.13), store)
     assert (prepared.train_records, prepared.eval_records, prepared.rejected) == (2001, 299, 0)
-    assert prepared.dataset_id == "d980e810724629ab"
+    assert prepared.dataset_id == "df653a87fa530816"
 
 
 # A schedule's view of prepare: what is new since the last run that ended in a decision.

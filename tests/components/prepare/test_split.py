@@ -172,15 +172,17 @@ LITTLE = 2**27
 
 
 def id_of(train: Sequence[Record], evaluation: Sequence[Record]) -> str:
-    digest = hashlib.sha256(b"fineloop dataset 1\n")
+    splits = {}
     for name, records in (("train", train), ("eval", evaluation)):
-        digest.update(f"{name}\n".encode())
+        digest = hashlib.sha256()
         for each in records:
             turns = [[turn.role, turn.content, *([turn.more] if turn.more else [])] for turn in each.prompt]
             more = [each.calls, each.tools] if each.calls or each.tools or each.group else []
             identity = [each.id, turns, each.answer, *more, *([each.group] if each.group else [])]
             digest.update(json.dumps(identity, ensure_ascii=False).encode() + b"\n")
-    return "d" + digest.hexdigest()[:15]
+        splits[name] = digest.hexdigest()
+    body = json.dumps({"format": 2, "splits": splits}, sort_keys=True, separators=(",", ":"))
+    return "d" + hashlib.sha256(body.encode()).hexdigest()[:15]
 
 
 def distinct(rows: Sequence[KeyedRecord]) -> tuple[list[KeyedRecord], int, int]:
