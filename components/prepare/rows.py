@@ -214,7 +214,8 @@ def _with_names(value: object) -> object:
     """The value, or `Unreadable` where the name of a column cannot be encoded."""
     try:
         if isinstance(value, dict):
-            "".join(value).encode()
+            names = "".join(value)
+            names.isascii() or names.encode()
     except UnicodeEncodeError as exc:  # from an escape such as \ud800, which JSON lets pass
         return Unreadable(f"a column's name is not valid Unicode: lone surrogate {exc.object[exc.start]!r}")
     return value

@@ -81,8 +81,8 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
 def as_record(row: Row, shape: Shape | None, named: ColumnsConfig, *, group: str = "") -> Row:
     """The row with the columns that `validate` reads. Raises DataError: a text is missing, or a turn of a conversation
     is from an unknown speaker."""
-    is_plain = shape is None or shape in (PLAIN, MESSAGES)
-    if is_plain and named == UNNAMED:
+    is_plain = shape is None or shape is PLAIN or shape is MESSAGES
+    if is_plain and (named is UNNAMED or named == UNNAMED):
         return row
     record = {**(row if is_plain else {}), **(shape.convert(row) if shape else {})}
     kept = {"id": named.id or "id", "tools": named.tools or "tools", group: group}
