@@ -499,11 +499,13 @@ def publish_dataset(
     rows that `rejects` lists.
 
     The profile and the rejects beside some records are those of the first run that publishes them. If two runs publish
-    at once, profile and rejects may come from different ones.
+    at once, profile and rejects may come from different ones. Raises IntegrityError: the folder of that name holds
+    other records.
     """
     key = f"datasets/{parts.dataset_id}"
-    created = folders.find_manifest(store, key) is None
-    if created:
+    manifest = folders.find_manifest(store, key)
+    created = manifest is None
+    if manifest is None:
         files: dict[str, bytes | Path] = {
             **{f"{split.name}/{path.name}": path for split in parts.splits for path in split.paths},
             REJECTS: rejects,
@@ -518,10 +520,15 @@ def publish_dataset(
             "rejected": rejected,
         }
         try:
-            folders.publish(store, key, files, about=about, identity=(), apart=[TOKENS])
+            manifest = folders.publish(store, key, files, about=about, identity=(), apart=[TOKENS])
         except Conflict:
             # Another run published the same records meanwhile, with a profile of its own: either will do.
             created = False
+            manifest = folders.read_manifest(store, key)
+    written = {f"{split.name}/{path.name}": folders.digest_of(path) for split in parts.splits for path in split.paths}
+    stored = {path: digest for path, digest in manifest.files.items() if "/" in path}
+    if stored != written:  # another release may write the same records as other bytes
+        require_promised(store, store.uri(key))
     return DatasetFolder(parts.dataset_id, store.uri(key), created)
 
 

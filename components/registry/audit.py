@@ -4,7 +4,7 @@ No index is trusted, and one bad object does not hide another.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -42,8 +42,11 @@ class Audit:
     findings: tuple[Finding, ...]
 
 
-def audit(store: Store, name: str) -> Audit:
-    """Read and check everything of the adapter, including every byte of its versions, several side by side."""
+def audit(store: Store, name: str, require_records: Callable[[Store, str], None] | None = None) -> Audit:
+    """Read and check everything of the adapter, including every byte of its versions, several side by side.
+
+    `require_records` raises IntegrityError where the dataset at a URI has other records than its id was made of.
+    """
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         log, junk = read_log(store, name)
         findings = [Finding(store.uri(key), f"is not an event: {why}") for key, why in junk.items()]
@@ -59,7 +62,7 @@ def audit(store: Store, name: str) -> Audit:
         named += [(str(look.body.get("run_id")), str(look.body.get("evaluation_sha256")), look) for look in looks]
         findings += chain.from_iterable(pool.map(lambda evidence: [*_evidence(store, *evidence)], named))
         findings += _unsigned(store, name, log, pool)
-        findings += _inputs(store, name, whole, pool)
+        findings += _inputs(store, name, whole, pool, require_records)
         pointers: dict[str, Pointer] = {}
         for info in store.list(adapter_key(name, "aliases/")):
             alias = info.key.rpartition("/")[2].removesuffix(".json")
@@ -196,7 +199,13 @@ def _unsigned(store: Store, name: str, log: list[Event], pool: Executor) -> Iter
             yield Finding(event.uri, f"is about a decision of run {event.body.get('run_id')}, {why}")
 
 
-def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor) -> Iterator[Finding]:
+def _inputs(
+    store: Store,
+    name: str,
+    whole: dict[str, Manifest],
+    pool: Executor,
+    require_records: Callable[[Store, str], None] | None,
+) -> Iterator[Finding]:
     """Check the datasets that the versions name, and the bases that Fineloop made."""
     named: dict[str, tuple[str, str | None]] = {}
     trained_on: dict[tuple[str, str], str] = {}
@@ -218,6 +227,8 @@ def _inputs(store: Store, name: str, whole: dict[str, Manifest], pool: Executor)
     for key, (version, sha256) in named.items():
         try:
             manifest = verify(store, key, manifest_sha256=sha256, apart=[TOKENS] if key.startswith(DATASETS) else ())
+            if require_records and key.startswith(DATASETS):
+                require_records(store, store.uri(key))
             folder, _, content = key.rpartition("/")
             if folder.startswith("bases/"):
                 if not manifest.content_sha256.startswith(content):

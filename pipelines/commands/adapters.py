@@ -420,8 +420,10 @@ def audit_all(options: argparse.Namespace) -> Answer:
 
     Exit code 1 means that there are findings.
     """
+    from components.prepare.dataset import require_promised
+
     with opened_registry(options) as store:
-        audits = [audit(store, name) for name in _names(options, store)]
+        audits = [audit(store, name, require_promised) for name in _names(options, store)]
     findings = [finding for trail in audits for finding in trail.findings]
     body = {
         "adapters": [{"name": trail.name, "versions": trail.versions, "events": trail.events} for trail in audits],

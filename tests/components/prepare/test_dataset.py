@@ -26,6 +26,7 @@ from components.prepare.dataset import (
 from components.prepare.prepare import prepare
 from components.registry import signing
 from components.registry.aliases import promote
+from components.registry.audit import audit
 from components.registry.versions import Version, publish_version
 from components.shared.errors import IntegrityError
 from components.store import folders
@@ -229,3 +230,21 @@ def test_a_dataset_of_the_former_format_is_read_and_checked_by_all_its_splits(st
     for split in ("train", "eval"):
         with pytest.raises(IntegrityError, match=uri):
             load_split(store, uri, cast(Any, split))
+
+
+def test_an_existing_folder_is_taken_for_the_dataset_only_with_its_records(store: Store) -> None:
+    uri = publish(store, train=[A], evaluation=[B]).uri
+    assert publish(store, train=[A], evaluation=[B]).uri == uri
+    planted(store, uri, "eval")
+    with pytest.raises(IntegrityError, match=f"{uri} has other records in eval/"):
+        publish(store, train=[A], evaluation=[B])
+
+
+def test_an_audit_reads_the_records_that_a_version_was_made_of(store: Store) -> None:
+    found = publish(store, train=[A], evaluation=[B])
+    published(store, "sums", "1", dataset=found.dataset_id)
+    assert audit(store, "sums", require_promised).findings == ()
+    planted(store, found.uri, "eval")
+    (finding,) = audit(store, "sums", require_promised).findings
+    assert finding.where == found.uri
+    assert "has other records in eval/" in finding.what
