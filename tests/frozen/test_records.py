@@ -10,6 +10,7 @@ import pytest
 
 from components.config import config_file
 from components.gate.gate import run_gate
+from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare, prepare_if_new
 from components.report.report import run_report
 from components.step.step import first_step
@@ -114,10 +115,12 @@ def test_a_report_tells_of_the_release_s_run_what_its_own_report_told(run_id, fr
     assert [fact for fact in facts if fact not in after] == []
 
 
-def test_the_same_data_gives_the_dataset_that_is_there(frozen):
+def test_the_same_data_gives_the_records_of_the_dataset_that_is_there_under_an_id_of_its_splits(frozen):
+    before = frozen.json("runs/promoted/finetune.json")["dataset_uri"]
     found = prepare(frozen.config("promoted"), frozen.store)
-    assert found.uri == frozen.json("runs/promoted/finetune.json")["dataset_uri"]
-    assert found.created is False
+    assert found.created
+    for split in ("train", "eval"):
+        assert load_split(frozen.store, found.uri, split) == load_split(frozen.store, before, split)
 
 
 def test_what_the_release_had_read_is_not_new(frozen):
