@@ -183,7 +183,7 @@ class Workspace:
         self._sizes.append(dataset.sizes(batch).to_numpy(zero_copy_only=False) + _OTHER_BYTES)
         columns = {
             "number": pa.array(np.arange(first, first + len(batch))),
-            "position": pa.array([position(place) for place in batch["place"].to_pylist()]),
+            "position": pa.array(positions(batch["place"])),
             **dict(zip(batch.schema.names, batch.columns, strict=True)),
         }
         self._writer.write_batch(pa.record_batch(columns))
@@ -210,6 +210,16 @@ def opened(*, memory_bytes: int) -> Iterator[Workspace]:
 def position(place: bytes) -> float:
     """Where a hash lies among all hashes, in [0, 1]."""
     return int.from_bytes(place[:8]) / 2**64
+
+
+def positions(hashes: pa.FixedSizeBinaryArray) -> npt.NDArray[np.float64]:
+    """The `position` of each of these sha256."""
+    if not len(hashes):
+        return np.zeros(0)
+    words = np.frombuffer(hashes.buffers()[1], ">u8").reshape(-1, 4)
+    first = words[hashes.offset : hashes.offset + len(hashes), 0]
+    places: npt.NDArray[np.float64] = first / 2.0**64
+    return places
 
 
 def quoted(path: Path) -> str:

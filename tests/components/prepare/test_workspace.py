@@ -1,3 +1,4 @@
+import hashlib
 import random
 import resource
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from components.prepare import workspace
 from components.prepare.prepare import preview
 from components.prepare.sources import find_sources
-from components.prepare.workspace import opened
+from components.prepare.workspace import opened, position, positions
 from components.shared.errors import FineloopError
 
 
@@ -53,3 +54,12 @@ def test_rows_come_in_the_order_asked_for_however_little_is_held(bucket, most, c
     found = [row for batch in batches for row in batch.to_pylist()]
     assert found == [{"text": texts[number], "list": lists[number]} for number in numbers]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_the_positions_of_many_hashes_are_those_of_each() -> None:
+    hashes = [hashlib.sha256(str(number).encode()).digest() for number in range(1000)]
+    hashes += [bytes(32), b"\xff" * 32, b"\x80" + bytes(31)]
+    column = pa.array(hashes, pa.binary(32))
+    is_kept = pa.array([number % 3 == 0 for number in range(len(column))])
+    for part in (column, column[7:], column[:0], column[5:9], column.filter(is_kept), pa.array([], column.type)):
+        assert positions(part).tolist() == [position(place) for place in part.to_pylist()]
