@@ -17,7 +17,9 @@ Row = Mapping[str, Any]
 _MAX_NAME_CHARS = 1000
 
 _FORMS = (
-    "request response id", "request response model", "id model messages response", "id model messages choices",
+    "request response id", "request response model", "request response trace_id", "request_body response_body",
+    "id model messages response", "request_id messages response", "id model messages choices", "id model input choices",
+    "object input output", "run_type inputs outputs", "attributes context",
     "input output trace_id", "input output traceId", "attributes trace_id", "attributes traceId",
     "attributes event_name", "attributes eventName", "gen_ai.output.messages",
 )  # fmt: skip
@@ -25,20 +27,23 @@ _FORMS = (
 WHERE = {
     fact: paths.split()
     for fact, paths in {
-        "id": "response.id gen_ai.response.id id",
-        "model": "gen_ai.response.model response.model model request.model gen_ai.request.model provided_model_name "
-        "providedModelName",
+        "id": "response.id response_body.id outputs.id gen_ai.response.id id request_id",
+        "model": "gen_ai.response.model response.model response_body.model outputs.model model request.model "
+        "gen_ai.request.model provided_model_name providedModelName",
         "user": "end_user user_id userId user.id enduser.id user request.user request.safety_identifier",
         "session": "session_id sessionId gen_ai.conversation.id session.id conversation_id request.metadata.session_id "
         "metadata.session_id trace_id traceId",
         "system": "gen_ai.system_instructions",
-        "messages": "request.messages messages gen_ai.input.messages input.messages input",
-        "tools": "request.tools tools gen_ai.tool.definitions model_parameters.tools",
-        "answer": "response.choices.0.message choices.0.message output.choices.0.message gen_ai.output.messages.0 "
-        "output response",
-        "chunk": "response.choices.0.delta choices.0.delta output.choices.0.delta",
-        "finish": "response.choices.0.finish_reason choices.0.finish_reason output.choices.0.finish_reason "
-        "gen_ai.output.messages.0.finish_reason gen_ai.response.finish_reasons.0",
+        "instructions": "instructions",
+        "messages": "request.messages request_body.messages messages gen_ai.input.messages inputs.messages "
+        "input.messages input",
+        "tools": "request.tools request_body.tools tools gen_ai.tool.definitions model_parameters.tools",
+        "answer": "response.choices.0.message response_body.choices.0.message outputs.choices.0.message "
+        "choices.0.message output.choices.0.message gen_ai.output.messages.0 output response",
+        "chunk": "response.choices.0.delta response_body.choices.0.delta choices.0.delta output.choices.0.delta",
+        "finish": "response.choices.0.finish_reason response_body.choices.0.finish_reason "
+        "outputs.choices.0.finish_reason choices.0.finish_reason output.choices.0.finish_reason "
+        "gen_ai.output.messages.0.finish_reason gen_ai.response.finish_reasons.0 incomplete_details.reason",
         "object": "response.object object",
         "status": "status",
         "type": "type",
@@ -67,6 +72,8 @@ def as_turn(row: Row) -> dict[str, Any]:
     if not isinstance(messages, list):
         messages = [{"role": "user", "content": row.get("input", messages)}]
     turns = [turn for place, message in enumerate(messages) for turn in _turns(message, f"messages[{place}]")]
+    if log["instructions"]:
+        turns = [{"role": "system", "content": log["instructions"]}, *turns]
     if log["system"]:
         turns = [*_turns({"role": "system", "parts": log["system"]}, "gen_ai.system_instructions"), *turns]
     context = [{**turn, WEIGHT: 0} if turn.get("role") == "assistant" else turn for turn in turns]
@@ -124,9 +131,12 @@ def _answer(row: Row, log: Row) -> dict[str, Any]:
         raise DataError(f"a {kind.lower()} is no answer of a model: export generations alone")
     if log["chunk"] or str(log["object"]).endswith(".chunk"):
         raise DataError("the answer is a part of a stream: log it whole, once it has ended")
-    if log["finish"] in ("length", "max_tokens", "content_filter", "error"):
+    if log["finish"] in ("length", "max_tokens", "max_output_tokens", "content_filter", "error"):
         raise DataError(f"the answer was cut: its finish_reason is {log['finish']}")
     message = log["answer"]
+    if isinstance(message, list):  # of OpenAI's Responses; one with calls of tools has no single message
+        said = [item for item in message if not isinstance(item, Mapping) or item.get("type") != "reasoning"]
+        message = said[0] if len(said) == 1 else None
     if not isinstance(message, Mapping) or not {"content", "tool_calls", "parts"} & message.keys():
         texts = [row[name] for name in ("output", "response") if isinstance(row.get(name), str)]
         if not texts:

@@ -80,7 +80,19 @@ OTEL = {
     "gen_ai.input.messages": [{"role": "user", "parts": [{"type": "text", "content": "q"}]}],
     "gen_ai.output.messages": [{"role": "assistant", "parts": PARTS, "finish_reason": "stop"}],
 }
+REQUEST = {"messages": ASKED}
+RESPONSE = {"id": "r", "model": VERSION, "choices": [{"message": ANSWER, "finish_reason": "stop"}]}
+ABOUT = {"user": "ada", "session_id": "S"}
+SAID = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "own"}]}
 FORMATS = {
+    "stored completion": {**ABOUT, **RESPONSE, "input": ASKED},
+    "Responses": {**ABOUT, "id": "r", "object": "response", "model": VERSION, "instructions": "s", "input": "q"}
+    | {"output": [{"type": "reasoning", "summary": []}, SAID]},
+    "Helicone": {**ABOUT, "request_id": "h", "request_body": REQUEST, "response_body": RESPONSE},
+    "LangSmith": {**ABOUT, "id": "r", "run_type": "llm", "inputs": REQUEST, "outputs": RESPONSE},
+    "spend log": {**ABOUT, "request_id": "x", "messages": ASKED, "response": RESPONSE},
+    "MLflow": {**ABOUT, "trace_id": "t", "request": json.dumps(REQUEST), "response": json.dumps(RESPONSE)},
+    "OTel console": {**ABOUT, "name": "chat", "context": {"span_id": "0x1"}, "attributes": OTEL},
     "nested": request(id="r", user="ada", session_id="S", request={"messages": ASKED}),
     "Ray Serve": request(id="r", user="ada", session_id="S", request={"messages": ASKED}, model=f"org/model:{VERSION}"),
     "choices": {"id": "r", "model": VERSION, "messages": ASKED, "user": "ada", "session_id": "S"}
@@ -309,6 +321,7 @@ def test_a_gateways_system_message_that_older_data_lack_is_named(of_rows) -> Non
         ({"response": CHUNK}, "the answer is a part of a stream: log it whole, once it has ended"),
         ({"status": "failure", "response": None}, "the request failed: it has no answer"),
         ({"response": {"error": "x"}}, "the response has no message"),
+        ({"response": None, "output": [SAID, {"type": "function_call", "name": "f"}]}, "the response has no message"),
         ({"type": "SPAN"}, "a span is no answer of a model: export generations alone"),
     ],
 )
