@@ -75,6 +75,8 @@ def recognised(columns: Collection[str], named: ColumnsConfig) -> Shape | None:
     if named_pairs and (len(named_pairs) == 1 or named_pairs[0] == PAIRS[0]):
         prompt, answer = named_pairs[0]
         return Shape(f"{prompt} and {answer}", (prompt, answer), _joined([prompt], answer))
+    if not named_pairs:
+        return next((shape for shape in _LAST if {shape.columns[0], shape.columns[-1]} <= set(columns)), None)
     return None
 
 
@@ -235,5 +237,13 @@ PLAIN = Shape("prompt and completion", ("prompt", "completion"), dict)
 MESSAGES = Shape("messages", ("messages",), dict)
 ALPACA = Shape("Alpaca", ("instruction", "input", "output", "system", "history"), _alpaca)
 TRACES = Shape("logged requests", traces.COLUMNS, traces.as_turn)
+_LAST = (
+    Shape("Dolly", ("instruction", "context", "response"), _joined(["instruction", "context"], "response")),
+    Shape(
+        "instruction and answer", ("instruction", "context", "answer"), _joined(["instruction", "context"], "answer")
+    ),
+    Shape("problem and solution", ("problem", "solution"), _joined(["problem"], "solution")),
+)
+"""What rows are in whose columns are those of no other shape."""
 SHARE_GPT = Shape("ShareGPT", ("conversations", "system"), _conversation("conversations"))
 _WITH_SYSTEM = (ALPACA, SHARE_GPT)
