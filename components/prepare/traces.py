@@ -20,6 +20,7 @@ _FORMS = (
     "request response id", "request response model", "request response trace_id", "request_body response_body",
     "id model messages response", "request_id messages response", "id model messages choices", "id model input choices",
     "object input output", "run_type inputs outputs", "attributes context",
+    "request response timestamp", "question response model created_at", "SpanAttributes TraceId",
     "input output trace_id", "input output traceId", "attributes trace_id", "attributes traceId",
     "attributes event_name", "attributes eventName", "gen_ai.output.messages",
 )  # fmt: skip
@@ -32,11 +33,11 @@ WHERE = {
         "gen_ai.request.model provided_model_name providedModelName",
         "user": "end_user user_id userId user.id enduser.id user request.user request.safety_identifier",
         "session": "session_id sessionId gen_ai.conversation.id session.id conversation_id request.metadata.session_id "
-        "metadata.session_id trace_id traceId",
+        "metadata.session_id trace_id traceId TraceId",
         "system": "gen_ai.system_instructions",
         "instructions": "instructions",
         "messages": "request.messages request_body.messages messages gen_ai.input.messages inputs.messages "
-        "input.messages input",
+        "input.messages input question",
         "tools": "request.tools request_body.tools tools gen_ai.tool.definitions model_parameters.tools",
         "answer": "response.choices.0.message response_body.choices.0.message outputs.choices.0.message "
         "choices.0.message output.choices.0.message gen_ai.output.messages.0 output response",
@@ -51,7 +52,11 @@ WHERE = {
 }
 """Where each fact may stand, as `first_of` reads it: in one format at one of the paths, in another at another."""
 _PATHS = [path.partition(".0")[0] for paths in WHERE.values() for path in paths]
-COLUMNS = ("attributes", *dict.fromkeys(column for path in _PATHS for column in (path, path.partition(".")[0])))
+COLUMNS = (
+    "attributes",
+    "SpanAttributes",
+    *dict.fromkeys(column for path in _PATHS for column in (path, path.partition(".")[0])),
+)
 """The columns that are read, beside data.feedback_key."""
 
 
@@ -95,7 +100,7 @@ def user_of(row: Row) -> str:
 def fields_of(row: Row) -> dict[str, Any]:
     """The row's fields, JSON text parsed, and beside them the attributes of an event or span."""
     fields = {name: _parsed(value) for name, value in row.items()}
-    attributes = fields.get("attributes")
+    attributes = fields.get("attributes", fields.get("SpanAttributes"))
     return fields | fields_of(attributes) if isinstance(attributes, dict) else fields
 
 

@@ -92,6 +92,8 @@ FORMATS = {
     "LangSmith": {**ABOUT, "id": "r", "run_type": "llm", "inputs": REQUEST, "outputs": RESPONSE},
     "spend log": {**ABOUT, "request_id": "x", "messages": ASKED, "response": RESPONSE},
     "MLflow": {**ABOUT, "trace_id": "t", "request": json.dumps(REQUEST), "response": json.dumps(RESPONSE)},
+    "bodies": {**ABOUT, "timestamp": "2026-11-01T10:00:00Z", "request": REQUEST, "response": RESPONSE},
+    "ClickHouse": {"TraceId": "t", "SpanName": "chat", "SpanAttributes": OTEL},
     "OTel console": {**ABOUT, "name": "chat", "context": {"span_id": "0x1"}, "attributes": OTEL},
     "nested": request(id="r", user="ada", session_id="S", request={"messages": ASKED}),
     "Ray Serve": request(id="r", user="ada", session_id="S", request={"messages": ASKED}, model=f"org/model:{VERSION}"),
@@ -154,6 +156,14 @@ def test_no_row_and_no_feedback_whatever_it_holds_ends_a_preparation(seed: int, 
     profile, train, held_out = prepared(of_rows(rows, said))
     dropped = sum(profile["dropped"].values())
     assert profile["rows"]["read"] == profile["rows"]["rejected"] + dropped + len(train) + len(held_out)
+
+
+def test_a_question_and_what_a_model_answered_at_a_time_is_a_log() -> None:
+    row = {"question": "q", "response": "own", "model": VERSION, "created_at": "2026-11-01T10:00:00Z"}
+    assert traces.are_traces(row)
+    turn = traces.as_turn(row)
+    assert (turn["messages"], turn["models"]) == ([{"role": "user", "content": "q"}, ANSWER], [VERSION])
+    assert not traces.are_traces({"question": "q", "response": "own"})
 
 
 def test_the_names_of_opentelemetry_are_its_own() -> None:
