@@ -7,6 +7,7 @@ field to change.
 import contextlib
 import io
 import json
+import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from components.shared.errors import Conflict, IntegrityError, ObjectMissing, StoreError, UserError
+from components.shared.errors import ConfigError, Conflict, IntegrityError, ObjectMissing, StoreError, UserError
 from components.store.client import ATTEMPTS, client_from_environment, create_from_file, transfer_config, translated
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 BINARY = "application/octet-stream"
 JSON = "application/json"
 CHUNK_BYTES = 2**20
+PLATFORM_KEYS = {"trusted_keys": "FINELOOP_TRUSTED_KEYS", "evaluation_keys": "FINELOOP_TRUSTED_EVALUATION_KEYS"}
+"""The environment variables by which a deployment fixes the keys of every config: public keys, separated by spaces."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,20 @@ class Store:
     @classmethod
     def open(cls, registry: "RegistryConfig") -> Self:
         """Open the registry with the endpoint and the credentials that the environment holds. Sends nothing yet. Raises
-        StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile."""
-        trusted, evaluating = registry.trusted_keys, registry.evaluation_keys
+        StoreError if AWS_ENDPOINT_URL is not a URL, or AWS_PROFILE names no profile; ConfigError if the environment
+        fixes keys, and the config has none or others."""
+        keys: dict[str, Any] = {}
+        for field, variable in PLATFORM_KEYS.items():
+            named = getattr(registry, field)
+            fixed = os.environ.get(variable, "").split()
+            if fixed and (not named or set(named) - set(fixed)):
+                raise ConfigError(
+                    f"registry.{field} is {named}, and this deployment takes no other keys than those in {variable}: "
+                    f"set it to one or more of {', '.join(fixed)}"
+                )
+            keys[field] = fixed or named
         where = client_from_environment(), registry.bucket, registry.prefix
-        return cls(*where, trusted_keys=trusted, evaluation_keys=evaluating)
+        return cls(*where, **keys)
 
     def uri(self, key: str) -> str:
         """The object's full address; the empty key gives the registry's own folder."""

@@ -25,6 +25,7 @@ from components.prepare.prepare import ANYWAY, KEYS, overrides
 from components.promote.promote import ACTIONS
 from components.ray_cluster.rayjob_manifest import CA_FOLDER, CA_VARIABLES, CONFIG_MAP, RAY_SECRET, STAYS, STORE_SECRET
 from components.shared.errors import ConfigError, UserError
+from components.store.store import PLATFORM_KEYS
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow
 from pipelines.step_secrets import of_its_own
@@ -122,6 +123,7 @@ class _Dumper(yaml.SafeDumper):
 ENVIRONMENT = (
     *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE"),
     *("FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY"),
+    *PLATFORM_KEYS.values(),
 )
 STEP_S = 3600
 GRACE_S = 900

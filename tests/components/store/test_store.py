@@ -11,9 +11,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from components.config.schema import RegistryConfig
-from components.shared.errors import Conflict, FineloopError, IntegrityError, ObjectMissing, StoreError, UserError
+from components.registry import signing
+from components.shared.errors import (
+    ConfigError,
+    Conflict,
+    FineloopError,
+    IntegrityError,
+    ObjectMissing,
+    StoreError,
+    UserError,
+)
 from components.store import client
 from components.store.client import PART_BYTES, client_from_environment
 from components.store.store import ObjectFile, ReadOnce, Store, open_uri
@@ -448,6 +458,27 @@ def test_an_endpoint_that_is_no_url_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost 9000")
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is 'localhost 9000'"):
         Store.open(RegistryConfig())
+
+
+PLATFORMS, NEW, EVALUATING, OWN = (
+    signing.public_text(Ed25519PrivateKey.from_private_bytes(bytes([number] * 32))) for number in range(4)
+)
+
+
+def test_where_a_deployment_fixes_keys_a_config_without_them_or_with_its_own_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FINELOOP_TRUSTED_KEYS", f"{PLATFORMS} {NEW}")
+    monkeypatch.setenv("FINELOOP_TRUSTED_EVALUATION_KEYS", EVALUATING)
+    for keys in ([], [OWN], [PLATFORMS, OWN]):
+        with pytest.raises(ConfigError, match=r"registry\.trusted_keys is .* takes no other keys than those in"):
+            Store.open(RegistryConfig(trusted_keys=keys))
+    for keys in ([], [OWN]):
+        with pytest.raises(ConfigError, match=r"registry\.evaluation_keys is"):
+            Store.open(RegistryConfig(trusted_keys=[PLATFORMS], evaluation_keys=keys))
+    store = Store.open(RegistryConfig(trusted_keys=[PLATFORMS], evaluation_keys=[EVALUATING]))
+    assert [*store.trusted_keys] == [PLATFORMS, NEW]  # what the other one revoked is revoked
+    assert [*store.evaluation_keys] == [EVALUATING]
 
 
 def test_a_missing_bucket_names_the_field(s3_server: Endpoint, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from components.config.methods import METHODS
 from components.config.schema import RunConfig
 from components.prepare.prepare import KEYS
 from components.shared.errors import KubeflowError, UserError
+from components.store.store import PLATFORM_KEYS
 from pipelines import retrain
 from pipelines.configs import DEFAULT_CONFIG
 from pipelines.kubeflow.client import Kubeflow, connect
@@ -183,7 +184,7 @@ def test_a_step_finds_store_and_cluster_in_its_environment(text: str) -> None:
         return {each[source]: {pair["envVar"]: pair[key] for pair in each["keyToEnv"]} for each in entries}
 
     store_and_ray = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "RAY_ADDRESS", "RAY_AUTH_MODE")
-    plain = (*store_and_ray, "FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY")
+    plain = (*store_and_ray, "FINELOOP_USER", "OPENLINEAGE_URL", "HTTPS_PROXY", "NO_PROXY", *PLATFORM_KEYS.values())
     mlflow = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     signing = ("FINELOOP_SIGNING_KEY", "FINELOOP_SIGNER")
     of_nights = ("FINELOOP_WEBHOOK_SECRET", "FINELOOP_SLACK_WEBHOOK", "FINELOOP_TEAMS_WEBHOOK", "FINELOOP_SMTP_URL")
