@@ -78,7 +78,8 @@ def step(name: str, run_uri: str, config_digest: str) -> contextlib.AbstractCont
 def last_step(name: str, config: Mapping[str, Any], run_id: str) -> contextlib.AbstractContextManager[StepRun]:
     """Run the last step of a run, whether or not the run got as far as recording its config.
 
-    If the config was recorded, that one is used, and the given one only says where the store is.
+    If the config was recorded, that one is used, but for where the store is and whom to tell: a training may write to
+    the run's folder, and would else choose who gets a signed message.
     """
     return _step(name, lambda: _as_begun(name, config, run_id))
 
@@ -168,7 +169,8 @@ def _as_begun(name: str, values: Mapping[str, Any], run_id: str) -> StepRun:
     config = _validated(values, run_id, NOTHING)
     store, key = Store.open(config.registry), runs.run_key(run_id, runs.CONFIG)
     if begun := store.read(key):
-        config = config_file.loads(begun[0].decode(), origin=store.uri(key))
+        recorded = config_file.loads(begun[0].decode(), origin=store.uri(key))
+        config = recorded.model_copy(update={"registry": config.registry, "announce": config.announce})
     return StepRun(name, run_id, config, store)
 
 

@@ -135,6 +135,15 @@ def test_the_last_step_takes_the_config_that_was_recorded_or_else_the_one_it_is_
             assert step_run.config.train.epochs == epochs
 
 
+def test_a_config_that_a_training_rewrote_does_not_say_whom_the_last_step_tells(store: Store) -> None:
+    ours, theirs = ("http://ours.example/", "http://theirs.example/")
+    with first_step("prepare", given(store, f'announce.webhook="{ours}"'), "run-11") as step_run:
+        changed = config_file.loads(config_file.dumps(step_run.config), [f'announce.webhook="{theirs}"'])
+    store.put("runs/run-11/config.toml", config_file.dumps(changed).encode())
+    with last_step("report", given(store, f'announce.webhook="{ours}"'), "run-11") as step_run:
+        assert step_run.config.announce.webhook == ours
+
+
 def test_a_config_in_doubles_as_kubeflow_hands_it_over_is_the_same_config(store: Store) -> None:
     """kfp.local makes a protobuf Struct of it, whose numbers are doubles (google/protobuf/struct.proto)."""
     table = given(store, "train.seed=7", "train.learning_rate=2e-4", "ray.timeout_s=86400")
