@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, ClassVar
 
 from components.config.schema import RunConfig
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
+CLOCKS_DIFFER_BY = timedelta(minutes=10)
+"""The most that the clocks of two pods may differ."""
 ID_BYTES = 8
 """Number of bytes kept of a content's sha256. Of m new records beside n known ones, m * n / 2**64 are expected to be
 mistaken for known: 5e-8 for a million beside a million."""
@@ -109,7 +112,7 @@ def are_new_since(store: Store, run_id: str, contents: Iterable[bytes]) -> list[
 
 def read_watermark(store: Store, name: str) -> Consumed | None:
     """Return what the adapter's newest finished run read; None if there is no such run, or its note is gone. Raises
-    IntegrityError if the mark or the note is malformed."""
+    IntegrityError if the mark or the note is malformed, or the mark is of a time to come."""
     marked = _mark(store, name)
     consumed = runs.find(store, marked[0].run_id, Consumed) if marked else None
     if marked and not consumed:
@@ -120,8 +123,10 @@ def read_watermark(store: Store, name: str) -> Consumed | None:
 
 def advance_watermark(store: Store, name: str, run_id: str) -> bool:
     """Move the adapter's mark to what the run read; False when a run that looked later has moved it already. Raises
-    ObjectMissing if the run noted nothing; Conflict if other runs kept moving the mark."""
+    ObjectMissing if the run noted nothing; IntegrityError if the note or the mark is malformed, or of a time to come;
+    Conflict if other runs kept moving the mark."""
     mark = Watermark(run_id=run_id, as_of=runs.read(store, run_id, Consumed).as_of)
+    _require_past(mark, store.uri(runs.run_key(run_id, Consumed.FILE)))
     key = adapter_key(name, Watermark.FILE)
     for _ in range(ATTEMPTS):
         marked = _mark(store, name)
@@ -141,7 +146,21 @@ def advance_watermark(store: Store, name: str, run_id: str) -> bool:
 def _mark(store: Store, name: str) -> tuple[Watermark, str] | None:
     key = adapter_key(name, Watermark.FILE)
     stored = store.read(key)
-    return (Watermark.from_json(stored[0], store.uri(key)), stored[1]) if stored else None
+    if stored is None:
+        return None
+    mark = Watermark.from_json(stored[0], store.uri(key))
+    _require_past(mark, store.uri(key))
+    return mark, stored[1]
+
+
+def _require_past(mark: Watermark, uri: str) -> None:
+    """Raise IntegrityError if the run read its data in a time to come: no later run could move such a mark."""
+    latest = (datetime.now(UTC) + CLOCKS_DIFFER_BY).isoformat()
+    if mark.as_of > latest:
+        raise IntegrityError(
+            f"{uri} says that run {mark.run_id} read its data at {mark.as_of}, which is yet to come: a clock is "
+            "wrong, or somebody else wrote it; set it right, or remove it, and everything counts as new"
+        )
 
 
 def _packed(contents: "pa.UInt64Array") -> bytes:

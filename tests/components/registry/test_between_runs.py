@@ -11,7 +11,7 @@ from components.prepare.dataset import Message, Record
 from components.records import runs
 from components.registry import between_runs
 from components.registry.audit import audit
-from components.registry.between_runs import Consumed
+from components.registry.between_runs import Consumed, Watermark
 from components.shared.errors import DataError, IntegrityError, ObjectMissing, UserError
 from components.store.store import Store
 from tests.doubles import datasets
@@ -51,6 +51,23 @@ def test_the_mark_never_goes_back(store: Store) -> None:
     assert not between_runs.advance_watermark(store, "sums", "early")
     assert between_runs.advance_watermark(store, "sums", "late")  # a step that is run again
     assert between_runs.read_watermark(store, "sums") == late
+
+
+def test_a_note_and_a_mark_of_a_time_to_come_are_refused_by_name(store: Store) -> None:
+    earlier = noted(store, "earlier", 1)
+    between_runs.advance_watermark(store, "sums", "earlier")
+    forged = earlier.model_copy(update={"run_id": "forged", "as_of": "9999-01-01T00:00:00.000000Z"})
+    runs.write(store, "forged", forged)
+    with pytest.raises(IntegrityError, match=r"runs/forged/consumed/header\.json says .* at 9999-.* yet to come"):
+        between_runs.advance_watermark(store, "sums", "forged")
+    assert between_runs.read_watermark(store, "sums") == earlier
+
+    mark = Watermark(run_id="forged", as_of=forged.as_of)
+    store.put("adapters/sums/watermark.json", mark.as_json())
+    noted(store, "later", 2)
+    for ask in (between_runs.read_watermark, lambda *of: between_runs.advance_watermark(*of, "later")):
+        with pytest.raises(IntegrityError, match=r"adapters/sums/watermark\.json says .* yet to come"):
+            ask(store, "sums")
 
 
 def test_a_run_without_a_note_moves_nothing(store: Store) -> None:
