@@ -11,7 +11,7 @@ from typing import Any
 from components.handover.announce import announce
 from components.records import runs
 from components.records.steps import Decision, finite
-from components.registry import aliases, between_runs, event_log, signing, versions
+from components.registry import aliases, between_runs, signing, versions
 from components.registry.event_log import Event, is_held, is_override
 from components.shared.errors import DataError, IntegrityError, UserError
 from components.shared.metrics import metrics_of
@@ -146,7 +146,7 @@ def promote_by_hand(
     AliasConflict: the alias is not at `expected`, or was moved at the same time.
     """
     version = versions.resolve(store, reference)
-    overrides = is_held(event_log.events(store, version.name), version.version, alias)
+    overrides = is_held(signing.believed(store, version.name), version.version, alias)
     if overrides:
         person.require_name_and_reason(f"the gate holds {version.name} {version.version}, and this overrides it")
     holder = aliases.read_alias(store, version.name, alias)
@@ -176,7 +176,7 @@ def approve(store: Store, reference: str, person: Person, *, alias: str = aliase
     person.require_name_and_reason("an approval is a person's")
     version = versions.resolve(store, reference)
     about = {"version": version.version, "alias": alias}.items()
-    events = [event for event in event_log.events(store, version.name) if about <= event.body.items()]
+    events = [event for event in signing.believed(store, version.name) if about <= event.body.items()]
     proposals = [event.body for event in events if event.kind == "proposed"]
     if not proposals:
         raise UserError(
@@ -208,7 +208,7 @@ def roll_back_by_hand(
     """Run `aliases.rollback` for a person, who must give a name and a reason if that overrides a gate. `to` may be the
     first digits of a version."""
     to = versions.resolve(store, f"{name}@{to}").version if to else None
-    if to is not None and is_override(event_log.events(store, name), to, alias):
+    if to is not None and is_override(signing.believed(store, name), to, alias):
         person.require_name_and_reason(f"the gate holds {name} {to}, and this overrides it")
     return aliases.rollback(store, name, alias, to, expected=expected, cause=person.cause(run_id))
 

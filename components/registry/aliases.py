@@ -179,7 +179,7 @@ def rollback(
             raise UnknownName(f"nothing held {name}@{alias} before {holder.version}: name a version with --to")
         to = str(back_to.body["to"])
     else:
-        log = events(store, name)
+        log = signing.believed(store, name)
         if is_override(log, to, alias):
             kind = "overridden"
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from components.records import runs
 from components.records.steps import Decision, Evaluation
-from components.registry.event_log import Event, require_published
+from components.registry.event_log import Event, events, require_published
 from components.registry.identity import adapter_key, verify_whole, version_key
 from components.shared.errors import ConfigError, IntegrityError, UserError
 from components.store import folders
@@ -234,6 +234,22 @@ def counts(store: Store, name: str, event: Event) -> bool:
     if store.trusted_keys:
         return decision_behind(store, name, event) is not None
     return runs.has_decided(store, str(event.body.get("run_id", "")))
+
+
+def believed(store: Store, name: str) -> list[Event]:
+    """The adapter's log, oldest first; where the registry trusts keys, without the refusals and proposals that no such
+    decision is behind: a training that writes them can neither hold a version back nor stop its approval."""
+    return [event for event in events(store, name) if _is_believed(store, name, event)]
+
+
+def _is_believed(store: Store, name: str, event: Event) -> bool:
+    if not store.trusted_keys or event.kind not in ("refused", "proposed"):
+        return True
+    if not counts(store, name, event):
+        return False
+    stored = runs.lying(store, str(event.body["run_id"]), runs.DECISION, to_show=False)
+    written = hashlib.sha256(stored[0]).hexdigest() if stored else ""
+    return event.kind == "refused" or event.body.get("decision_sha256") == written
 
 
 def _sign(

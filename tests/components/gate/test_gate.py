@@ -17,7 +17,7 @@ from components.records.steps import Decision, Evaluation, Lead, Measured, RuleR
 from components.registry import aliases, event_log, signing
 from components.registry.audit import audit
 from components.registry.event_log import append_event
-from components.shared.errors import ConfigError, DataError, IntegrityError, ObjectMissing
+from components.shared.errors import ConfigError, DataError, IntegrityError, ObjectMissing, UserError
 from components.step.step import StepRun
 from components.store.store import Store
 from tests.components.gate.evaluated import RUN, config, evaluation, put
@@ -436,6 +436,23 @@ def test_an_honest_run_is_promoted_replayed_and_found_sound(trusting: Store, mad
     assert audit(trusting, "icd10").findings == ()
 
 
+def test_a_refusal_or_proposal_that_a_training_wrote_neither_holds_back_nor_stops_an_approval(
+    trusting: Store, made: list[str]
+) -> None:
+    in_production(trusting, made[0])
+    refused_event(trusting, "run-1", made[1], made[0])
+    signing.sign(trusting, "icd10", made[1], VERSIONS, alias="production")
+    assert promoting.promote_by_hand(trusting, f"icd10@{made[1]}", Person()).kind == "promoted"
+    assert promoting.roll_back_by_hand(trusting, "icd10", Person()).kind == "rolled_back"
+
+    third = version_of(trusting, "run-2")
+    evaluated(trusting, "run-2", third, made[0], 0.8)
+    assert gated(trusting, "run-2", approval={"always": True}).waits
+    refused_event(trusting, "run-2", third, made[0], "proposed")  # of the true run, and names another decision
+    approve(trusting, f"icd10@{third}", Person(by="ada", reason="good"))
+    assert holder(trusting, name="icd10") == third
+
+
 def test_what_a_training_forged_is_neither_decided_on_nor_promoted(trusting: Store, made: list[str]) -> None:
     in_production(trusting, made[0])
     sha256 = forged(trusting, "run-1", made[1], made[0])
@@ -448,7 +465,7 @@ def test_what_a_training_forged_is_neither_decided_on_nor_promoted(trusting: Sto
     with pytest.raises(ObjectMissing, match=r"evaluations/run-1/decision\.json"):
         promoting.carry_out_decision(run, sha256)
     refused_event(trusting, "run-1", made[1], made[0], "proposed")
-    with pytest.raises(ObjectMissing, match=r"evaluations/run-1/decision\.json"):
+    with pytest.raises(UserError, match="does not wait for an approval"):
         approve(trusting, f"icd10@{made[1]}", Person(by="eve", reason="good"))
     # Even where everything lies where it should, for a store whose rights are the same for all.
     for info in list(trusting.list("runs/run-1/")):
