@@ -123,7 +123,7 @@ def replay(store: Store, run_id: str) -> Replayed:
     recorded = runs.read(store, run_id, Decision, to_show=True)
     if recorded.decision == "skipped":
         raise DataError(f"run {run_id} was skipped: it evaluated nothing that could be decided on again")
-    if (logged := decisions(events(store, recorded.adapter)).get(run_id)) is not None:
+    if (logged := decisions(signing.believed(store, recorded.adapter)).get(run_id)) is not None:
         runs.read(store, run_id, Decision, sha256=logged[0], to_show=True)
     evaluation = runs.read(store, run_id, Evaluation, sha256=recorded.evaluation_sha256 or None, to_show=True)
     unsigned = ""

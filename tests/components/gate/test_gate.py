@@ -449,6 +449,8 @@ def test_a_refusal_or_proposal_that_a_training_wrote_neither_holds_back_nor_stop
     evaluated(trusting, "run-2", third, made[0], 0.8)
     assert gated(trusting, "run-2", approval={"always": True}).waits
     refused_event(trusting, "run-2", third, made[0], "proposed")  # of the true run, and names another decision
+    trusting.put("runs/run-2/config.toml", b"")
+    assert replay(trusting, "run-2").is_same
     approve(trusting, f"icd10@{third}", Person(by="ada", reason="good"))
     assert holder(trusting, name="icd10") == third
 
