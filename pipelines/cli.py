@@ -2,25 +2,27 @@
 
 import argparse
 import errno
+import importlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from components.shared import garbage
 from components.shared.errors import FineloopError
 from components.shared.protocol import printable
-
-# Who is imported declares its commands.
-from pipelines.commands import adapters, chat, data, doctor, init, run, runs, schedule, servers  # noqa: F401
-from pipelines.commands.arguments import COMMANDS, EXIT_CODES, Answer, Parser, print_err
+from pipelines.commands.arguments import COMMANDS, EXIT_CODES, Answer, Command, Parser, print_err
 
 INTERRUPTED = 130
+DECLARED = re.compile(r'^@command\(\s*"([^"]+)".*?"""(.*?)(?:"""|\n)', re.DOTALL | re.MULTILINE)
+"""A command's declaration in the source of its module: its name and the first line of its help."""
 LISTED = {
     "make an adapter": ("init", "data", "plan", "run", "train", "sweep"),
     "use and keep adapters": ("chat", "adapters", "push"),
@@ -55,10 +57,27 @@ class _Grouped(argparse.RawDescriptionHelpFormatter):
         return "\n".join(f"  {title}\n{''.join(lines[name] for name in names)}" for title, names in LISTED.items())
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser of the whole command line."""
+def parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Build the parser of the whole command line, or what `arguments` need of it.
+
+    The latter has of the other commands only the names and the help, read from the source: to import the modules of all
+    takes half a second.
+    """
+    helps = dict[str, str]()
+    modules = dict[str, str]()
+    for path in sorted(Path(__file__).with_name("commands").glob("*.py")):
+        for full, text in DECLARED.findall(path.read_text(encoding="utf-8")):
+            name = full.split()[0]
+            helps.setdefault(name, text)
+            modules[name] = path.stem
+    helps |= GROUPS
+    named = next((word for word in arguments or () if not word.startswith("-")), "")
+    if arguments is None or named:
+        # Who is imported declares its commands. Those of this machine's servers are declared by a function.
+        for module in [modules[named]] if named in modules else modules.values():
+            importlib.import_module(f"pipelines.commands.{module}")
     listed = [name for names in LISTED.values() for name in names]
-    names = sorted({name.split()[0]: None for name in COMMANDS}, key=lambda name: (*listed, name).index(name))
+    names = sorted(helps, key=lambda name: (*listed, name).index(name))
     root = Parser(
         prog="fineloop",
         description="Keeps a language model's domain adapters fresh: data in, a promoted and traceable adapter out.",
@@ -69,12 +88,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Grouped,
     )
     root.add_argument("--version", action="store_true", help="say which release this is")
-    root.set_defaults(command=_alone, root=root, parser=root, verbose=False, json=False)
+    root.set_defaults(command=_alone, whole=parser, parser=root, verbose=False, json=False)
     commands = root.add_subparsers(title="commands", metavar="COMMAND")
     for name in names:
         verbs = {full: full.split()[1] for full in COMMANDS if full.startswith(f"{name} ")}
         if name in COMMANDS:  # which may have verbs beside its own arguments
             group: Any = COMMANDS[name].add_to(commands, name)
+        elif name not in GROUPS:
+            Command(_alone, (), "", helps[name]).add_to(commands, name)
         else:
             also = ", ".join(verb for full, verb in verbs.items() if full in UNLISTED)
             text, epilog = GROUPS[name], f"also: {also} (docs/cli.md)\n\n{EXIT_CODES}" if also else EXIT_CODES
@@ -92,7 +113,8 @@ def _alone(options: argparse.Namespace) -> Answer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
-    options, unknown = parser().parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options, unknown = parser(words).parse_known_args(words)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     garbage.leave_at_exit()

@@ -16,19 +16,15 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from components.config import config_file
-from components.config.schema import RunConfig
-from components.registry.versions import Version, resolve
 from components.shared.errors import UserError
 from components.shared.machine import in_environment
 from components.shared.protocol import printable
-from components.store.store import Store
 from pipelines.configs import DEFAULT_CONFIG
-from pipelines.local import job
-from pipelines.local.job import Job
-from pipelines.local.local_services import local_services, store_configured
 
-if TYPE_CHECKING:  # kfp takes longer to load than all else, and most commands do without
+if TYPE_CHECKING:  # what is slow to load: the help needs none of it, and most commands do without kfp
+    from components.config.schema import RunConfig
+    from components.registry.versions import Version
+    from components.store.store import Store
     from pipelines.kubeflow.client import Kubeflow
     from pipelines.kubeflow.compile import Package
 
@@ -203,13 +199,15 @@ ALL_OF_IT = {"data.max_records": "0", "data.window_days": "0", "data.replay_shar
 """Settings for other data than the example's, of which its config takes some a night."""
 
 
-def load_config(options: argparse.Namespace) -> RunConfig:
+def load_config(options: argparse.Namespace) -> "RunConfig":
     """Return the validated config with its relative paths made absolute, because steps run in other folders.
 
     DATA of the command line is an override. Other data in the example's config are used whole and from the base on, and
     DATA gives the adapter its name, unless --set says otherwise. Raises ConfigError: the file is missing, or it or an
     override is wrong.
     """
+    from components.config import config_file
+
     data, own = vars(options).pop("data", None), dict[str, str]()
     overridden = {override.partition("=")[0].strip() for override in options.overrides}
     if data:  # quoted, as a file may be called 2026-12-04 or true, which TOML takes for no text
@@ -289,14 +287,19 @@ def prepared(options: argparse.Namespace) -> "tuple[Package, dict[str, Any]]":
 
 def answer_of(options: argparse.Namespace, module: str, *arguments: str) -> dict[str, Any]:
     """Run a Ray job's module on this machine, with the command's config, and return its answer."""
-    started = Job(module, str(options.config.absolute()), arguments, options.overrides)
+    from pipelines.local import job
+
+    started = job.Job(module, str(options.config.absolute()), arguments, options.overrides)
     return job.answer(started, on_line=print_err, verbose=options.verbose)
 
 
 @contextlib.contextmanager
-def opened_registry(options: argparse.Namespace) -> Iterator[Store]:
+def opened_registry(options: argparse.Namespace) -> "Iterator[Store]":
     """Open the registry that the config names, in the configured store or in the home's own. Raises UserError: the home
     has no store, and none is configured; GroundError: the home's store does not start."""
+    from components.store.store import Store
+    from pipelines.local.local_services import local_services, store_configured
+
     config = load_config(options)
     if not store_configured() and not (options.home / "store").is_dir():
         raise UserError(
@@ -309,7 +312,9 @@ def opened_registry(options: argparse.Namespace) -> Iterator[Store]:
 
 
 @contextlib.contextmanager
-def opened_version(options: argparse.Namespace) -> Iterator[tuple[Store, Version]]:
+def opened_version(options: argparse.Namespace) -> "Iterator[tuple[Store, Version]]":
     """Open the registry, and find the version in it that the command names."""
+    from components.registry.versions import resolve
+
     with opened_registry(options) as store:
         yield store, resolve(store, options.reference)

@@ -62,5 +62,5 @@ def completion(options: argparse.Namespace) -> Answer:
         import shtab
     except ImportError as exc:
         raise UserError("shtab is not installed here: pip install 'fineloop[local]'") from exc
-    script = shtab.complete(options.root, shell=options.shell)
+    script = shtab.complete(options.whole(), shell=options.shell)
     return Answer({"shell": options.shell, "script": script}, script)

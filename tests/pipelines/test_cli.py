@@ -27,7 +27,7 @@ from tests.pipelines.command_line import ROOT, body, fineloop, publish_sums
 pytestmark = pytest.mark.usefixtures("forked")
 
 EXPORT = ["adapters", "export", "colours"]
-HEAVY = {"jinja2", "kfp", "numpy", "torch", "transformers"}
+HEAVY = {"boto3", "botocore", "cryptography", "jinja2", "kfp", "numpy", "pyarrow", "pydantic", "torch", "transformers"}
 
 
 def test_help_teaches_every_command_and_loads_nothing_heavy(tmp_path: Path) -> None:
@@ -41,6 +41,8 @@ def test_help_teaches_every_command_and_loads_nothing_heavy(tmp_path: Path) -> N
     *lines, modules = done.stdout.splitlines()
     assert not HEAVY & set(modules.split())
     assert "also: serve, " in "\n".join(lines)
+    assert cli.parser().format_help().splitlines() == lines  # what the source says is what all modules declare
+    assert "--with-base" in fineloop("completion", "bash", cwd=tmp_path).stdout
     assert fineloop("--help", cwd=tmp_path).stdout.splitlines() == lines
     assert "also: approve, " in fineloop("adapters", "--help", cwd=tmp_path).stdout
 
