@@ -24,6 +24,7 @@ JSON_KEYS = {
     " gradient_checkpointing activation_offloading cpu_offload dense_base num_workers max_workers max_length"
     " answer_tokens device device_memory_bytes fits margin advice full_fine_tuning tokens_per_s time_s cost methods",
     "data": "profile gate base tokens positions shown unread_because refused page",
+    "data audit": "audit drawn eligible file",
     "data erase": "erased users datasets versions runs unread next",
     "adapters list": "adapters name versions",
     "adapters show": f"{_VERSION} servable_as serving",

@@ -334,9 +334,10 @@ def _write_records(
         "reference": [record.answer_text for record in records],
         "answer_tokens": list(tokens),
     }
-    for name, texts in (("group", groups_of(records)), ("source", [record.source for record in records])):
-        if any(texts):
-            columns[name] = texts
+    texts = {"group": groups_of(records)}
+    for name in ("source", "origin", "served_by", "drawn"):
+        texts[name] = [getattr(record, name) for record in records]
+    columns.update({name: values for name, values in texts.items() if any(values)})
     for role, values in scores.items():
         columns.update(as_columns(role, values))
     sink = pa.BufferOutputStream()

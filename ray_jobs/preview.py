@@ -46,7 +46,9 @@ def previewed(config: RunConfig) -> dict[str, Any]:
     sources = find_sources(config.data.source)
     say(STEP, f"reading {', '.join(source.name for source in sources)}")
     with preview(config, sources) as (profile, parts):
-        gate, train = _gate(config, list(parts.evaluation)), parts.train.head(SAMPLED)
+        reserved = profile.get("logged", {}).get("reserved", 0)
+        gate = _gate(config, list(parts.evaluation), reserved)
+        train = parts.train.head(SAMPLED)
     body: dict[str, Any] = {
         **{"profile": profile, "gate": gate, "base": config.model.base, "unread_because": ""},
         **{"tokens": None, "positions": None, "shown": []},
@@ -70,7 +72,7 @@ def previewed(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
+def _gate(config: RunConfig, held_out: Sequence[Record], reserved: int) -> dict[str, Any]:
     """The number of records for the first decision, what is lacking for it, and what they tell of the next ones."""
     judging = judges_of(held_out, config)
     used = max(config.evaluate.records, config.evaluate.max_records)
@@ -78,7 +80,7 @@ def _gate(config: RunConfig, held_out: Sequence[Record]) -> dict[str, Any]:
         "records": min(used, len(judging.records)),
         "independent": judging.num_independent(used),
         "confidence": config.gate.confidence,
-        "lacking": lacking(judging, config),
+        "lacking": lacking(judging, config, reserved=reserved),
         "power": power(judging, config),
     }
 

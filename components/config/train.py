@@ -56,8 +56,12 @@ class DataConfig(Section):
     """Column with a key of your own, such as a case's number, by which feedback is joined as well as by response_id."""
     feedback_good: Annotated[float | None, Added("0.2.0")] = None
     """Smallest score of a good answer. Unset: scores are from -1 to 1, and good above 0.5."""
+    whole_log: Annotated[bool, Added("0.2.0")] = False
+    """Say that data.source holds every answer that was given, and not an export of those that drew feedback. Then a
+    file of which every answer is rated good, edited or labelled may judge, as an audit may."""
     max_rows_per_rater: Annotated[Annotated[int, Field(ge=0)], Added("0.2.0")] = 100
-    """Most records that one rater's feedback makes, so that nobody alone turns the adapter; 0 bounds none."""
+    """Most records that one rater's feedback makes, so that nobody alone turns the adapter; 0 bounds none. What an
+    audit drew is not bounded."""
     near_duplicates: Annotated[Annotated[float, Field(ge=0, le=1)], Added("0.2.0")] = 0.8
     """Leave out training records whose prompt is at least this similar to a held-out one: Jaccard similarity of
     five-character shingles, without case and punctuation, both of the whole prompts and of what is left of them without

@@ -91,6 +91,11 @@ def pairs_of(
         pairs = evidence.pairs(metric, against, relative=relative)
         if pairs is None or evidence.names is None:
             raise DataError(f"the look measured no {metric.label} of both versions on named records: check again")
+        if evidence.unfit:
+            raise DataError(
+                f"{evidence.unfit} records of a look are logged answers that people chose by how good they were, on "
+                "which no version can be compared: fineloop data audit draws what may judge"
+            )
         is_new = ~np.isin(evidence.names, names)
         parts.append(pairs.where(is_new))
         names += evidence.names[is_new].tolist()

@@ -43,6 +43,7 @@ from components.store.store import Store
 Names = npt.NDArray[np.str_]
 
 TOKENS, ID, GROUP, SOURCE = "answer_tokens", "id", "group", "source"
+ORIGIN, DRAWN = "origin", "drawn"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Evidence:
     """By kind, the same for texts that are not records; only the kinds that were read."""
     names: Names | None = None
     """Of each record its group's name, or where records have none its id; None of texts."""
+    unfit: int = 0
+    """Records that must not judge: logged answers that people chose by how good they were."""
 
     @property
     def num_independent(self) -> int:
@@ -140,7 +143,12 @@ def parse_evidence(body: bytes, uri: str) -> Evidence:
         _, groups = np.unique(names, return_inverse=True)
     elif ID in table.schema.names:
         names = np.array(table.column(ID).to_pylist(), np.str_)
-    return Evidence(tokens, columns, groups, dict(_slices(table)), names=names)
+    unfit = 0
+    if ORIGIN in table.schema.names:
+        origins = table.column(ORIGIN).to_pylist()
+        drawn = table.column(DRAWN).to_pylist() if DRAWN in table.schema.names else [""] * len(origins)
+        unfit = sum(bool(origin) and not why for origin, why in zip(origins, drawn, strict=True))
+    return Evidence(tokens, columns, groups, dict(_slices(table)), names=names, unfit=unfit)
 
 
 def _slices(table: Any) -> Iterator[tuple[str, Names]]:

@@ -152,6 +152,7 @@ def _compared(
             RuleResult(name="new_version", field="adapter.alias", title="Is a new version", passed=is_new, text=text)
         )
     rules.extend(_too_few_records(evidence, policy.min_records))
+    rules.extend(_unfit_records(evidence))
     rules.append(comparisons.better_than_base(policy, against("base", policy.metric)))
     rules.append(not_worse_than_champion(policy, champion, against("champion", policy.metric), lead))
     best_role, best = _best(evaluation)
@@ -236,6 +237,21 @@ def _too_few_records(evidence: Evidence, minimum: int) -> Iterator[RuleResult]:
             records_needed=minimum,
             text=f"The models were compared on {records} {kind}, and at least {minimum} are asked for: raise "
             "data.eval_share or evaluate.records, or add data.",
+        )
+
+
+def _unfit_records(evidence: Evidence) -> Iterator[RuleResult]:
+    if evidence.unfit:
+        yield RuleResult(
+            name="fit_records",
+            field="data.feedback",
+            title="Records that nobody chose by how they were answered",
+            bound_text="all of them",
+            passed=False,
+            undecided=True,
+            text=f"{evidence.unfit} of {len(evidence.tokens)} records are logged answers that people chose by how good "
+            "they were: on these any version looks better than the one that answered. Prepare the data again; "
+            "`fineloop data audit` draws what may judge.",
         )
 
 

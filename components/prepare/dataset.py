@@ -37,6 +37,8 @@ from components.store.store import ObjectFile, ObjectInfo, Store, encode_json
 Role = Literal["system", "user", "assistant", "tool"]
 Origin = Literal["", "own", "edited", "labelled"]
 """Whose words the answer to a logged request is: the model's own, an edit of them, or what somebody says is right."""
+Drawn = Literal["", "audit", "outcome", "census"]
+"""Why a logged request may judge: a hash drew it, its outcome comes anyway, or people judged its whole log."""
 SplitName = Literal["train", "eval", "replay"]
 """Production gives the answers in `replay` before a training mixes it with train; few datasets have this split."""
 
@@ -49,7 +51,7 @@ WEIGHT = "weight"
 """Key of a turn of the assistant that is not to be learned; its value is 0."""
 RECORDS_AT_ONCE = 1000
 """Records per batch when a split is read in batches."""
-OF_LOG = ("origin", "served_by", "session", "user", "rater")
+OF_LOG = ("origin", "served_by", "session", "user", "rater", "drawn")
 """Columns of what a log, and feedback, say of a record."""
 WHERE_ANY = ("calls", "tools", "group", "source", *OF_LOG)
 """Optional columns, which are written only if any record has a value there."""
@@ -99,6 +101,12 @@ class Record:
     """The hash of who asked."""
     rater: str = ""
     """The hash of whose feedback counts, or else of who asked."""
+    drawn: Drawn = ""
+
+    @property
+    def may_judge(self) -> bool:
+        """Whether versions may be compared on it: no logged request that was chosen by how good its answer was."""
+        return not self.origin or bool(self.drawn)
 
     @property
     def shown_prompt(self) -> str | list[dict[str, str]]:
@@ -353,7 +361,8 @@ def identities(batch: pa.RecordBatch) -> memoryview:
     has_any = pc.or_(has_group, pc.or_(pc.not_equal(batch["calls"], ""), pc.not_equal(batch["tools"], "")))
     tools = _where(has_any, ", ", _quoted(batch["calls"]), ", ", _quoted(batch["tools"]))
     group = _where(has_group, ", ", _quoted(batch["group"]))
-    of_log = [piece for name in OF_LOG for piece in (", ", _quoted(batch[name]))]
+    of_log = [piece for name in OF_LOG if name != "drawn" for piece in (", ", _quoted(batch[name]))]
+    of_log.append(_where(pc.not_equal(batch["drawn"], ""), ", ", _quoted(batch["drawn"])))
     names, answers = _quoted(batch["id"]), _quoted(batch["answer"])
     lines = _joined("[", names, ", [", prompts, "], ", answers, tools, group, _where(is_logged, *of_log), "]\n")
     if lines.null_count or lines.type != pa.string():

@@ -4,18 +4,20 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 from components.config.train import DataConfig
-from components.prepare.dataset import Origin
+from components.prepare.audit import Audit
+from components.prepare.dataset import Drawn, Origin
 from components.prepare.sources import Source, find_sources, rows_of
 from components.prepare.traces import fields_of, first_of, hash_of, name_of
 from components.registry.between_runs import NONE_ERASED, Erased
 from components.registry.identity import ID_DIGITS
 from components.shared.errors import DataError
+from components.shared.metrics import normal
 
 Use = Literal["good", "corrected", "rated_bad", "raters_disagree", "unrated"]
 """What becomes of a logged answer."""
@@ -32,6 +34,8 @@ _CRITERION = ("gen_ai.evaluation.name", "name")
 _TIME = ("time", "timestamp", "timeUnixNano", "created_at")
 _SCORE = ("score", "gen_ai.evaluation.score.value", "value")
 _WORD = ("gen_ai.evaluation.score.label", "string_value", "stringValue")
+OF_AUDIT = "audit"
+"""The column with the name of a draw, in the files that `fineloop data audit` writes."""
 _VERSION = re.compile(rf"(?:^|[@:/])(v[0-9a-f]{{{ID_DIGITS}}})$")
 """The version in NAME@VERSION (the resolver for vLLM), BASE:VERSION (Ray Serve LLM) and VERSION (vLLM)."""
 Key = tuple[str, str]
@@ -50,6 +54,13 @@ class Vote(NamedTuple):
     criterion: str
     time: float
     """In seconds; minus infinity where the row has none."""
+    audit: str = ""
+    """The name of the draw that the row belongs to."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is a row of an audit that nobody has labelled yet."""
+        return bool(self.audit) and self.value == ""
 
 
 class Verdict(NamedTuple):
@@ -61,6 +72,8 @@ class Verdict(NamedTuple):
     rater: str
     differ: bool
     """Whether raters contradict each other."""
+    drawn: Drawn = ""
+    """Why versions may be compared on it."""
 
 
 class Feedback(NamedTuple):
@@ -70,6 +83,8 @@ class Feedback(NamedTuple):
     rows: int = 0
     unusable: Mapping[str, int] = {}
     """Rows by the reason for which they were not read."""
+    audits: Mapping[str, Audit] = {}
+    """By name."""
 
 
 @contextmanager
@@ -92,6 +107,7 @@ def read_feedback(data: DataConfig, erased: Erased = NONE_ERASED) -> Feedback:
     DataError: a source cannot be read, or more than data.max_reject_share of the rows say nothing; StoreError: an s3://
     source cannot be read."""
     last: dict[Key, dict[tuple[str, str], Vote]] = {}
+    audits: dict[str, Audit] = {}
     unusable: Counter[str] = Counter()
     rows = 0
     for _, batch in rows_of(sources_of_feedback(data)):
@@ -102,6 +118,12 @@ def read_feedback(data: DataConfig, erased: Erased = NONE_ERASED) -> Feedback:
             except DataError as exc:
                 unusable[str(exc)] += 1
                 continue
+            if vote.audit:
+                audit = audits.setdefault(vote.audit, Audit(vote.audit))
+                audit.drawn.add(vote.key[1])
+                if vote.is_open:
+                    continue
+                audit.labelled.add(vote.key[1])
             votes = last.setdefault(vote.key, {}) if vote.rater not in erased else {}
             before = votes.get((vote.rater, vote.criterion))
             if before is None or vote.time >= before.time:
@@ -112,7 +134,8 @@ def read_feedback(data: DataConfig, erased: Erased = NONE_ERASED) -> Feedback:
             f"{bad:,} of {rows:,} rows of data.feedback are unusable, more than data.max_reject_share = "
             f"{data.max_reject_share:g} allows:{reasons}"
         )
-    return Feedback({key: resolved(votes.values()) for key, votes in last.items()}, rows, unusable)
+    whole = {name for name, audit in audits.items() if not audit.flaw}
+    return Feedback({key: resolved(votes.values(), whole) for key, votes in last.items()}, rows, unusable, audits)
 
 
 def vote_of(row: object, *, key: str, least: float | None) -> Vote:
@@ -125,13 +148,16 @@ def vote_of(row: object, *, key: str, least: float | None) -> Vote:
     if not own and not response:
         raise DataError(f"it names no answer: expected response_id{f' or {key}' if key else ''}")
     kind: Kind = next((kind for kind in _KINDS[:0:-1] if fields.get(kind) not in (None, "")), "rating")
+    audit = name_of(fields.get(OF_AUDIT))
+    if audit and kind == "rating":
+        return Vote(("", response), "label", "", "", criterion, -math.inf, audit)
     value: Any = row.get(kind, fields.get(kind))
     if kind == "rating":
         value = _is_good(first_of(fields, *_SCORE), first_of(fields, *_WORD), least)
     elif not isinstance(value, Mapping):  # an answer may be a text of JSON
         value = str(value).strip()
     rater, time = hash_of(first_of(fields, *_RATER)), _seconds(first_of(fields, *_TIME))
-    return Vote((key, own) if own else ("", response), kind, value, rater, criterion, time)
+    return Vote((key, own) if own and not audit else ("", response), kind, value, rater, criterion, time, audit)
 
 
 def _is_good(score: Any, word: Any, least: float | None) -> bool:
@@ -163,19 +189,37 @@ def _seconds(time: Any) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def resolved(votes: Iterable[Vote]) -> Verdict:
-    """What the last vote of each rater comes to: the strongest kind counts, and of it what more than half say."""
+def resolved(votes: Iterable[Vote], whole: Collection[str] = ()) -> Verdict:
+    """What the last vote of each rater comes to: the strongest kind counts, and of it what more than half say. `whole`
+    are the audits whose labels may judge.
+
+    An edit or a label of somebody who chose the answer himself counts no more than a rating of somebody else: where
+    as many or more like the answer as it is, it is not put right.
+    """
     votes = list(votes)
-    kind = max((vote.kind for vote in votes), key=_KINDS.index)
+    strongest = max(_strength(vote, whole) for vote in votes)
+    counting = [vote for vote in votes if _strength(vote, whole) == strongest]
     by_value: dict[str, list[Vote]] = {}
-    for vote in votes:
-        if vote.kind == kind:
-            by_value.setdefault(json.dumps(vote.value, sort_keys=True, default=str), []).append(vote)
+    for vote in counting:
+        by_value.setdefault(json.dumps(vote.value, sort_keys=True, default=str), []).append(vote)
     agreed = max(by_value.values(), key=len)
-    if 2 * len(agreed) <= sum(map(len, by_value.values())):
-        return Verdict(None, None, "", differ=True)
     last = max(agreed, key=lambda vote: (vote.time, vote.rater))
-    return Verdict(kind, last.value, last.rater, differ=len(by_value) > 1)
+    drawn: Drawn = "outcome" if last.kind == "outcome" else "audit" if last.audit in whole else ""
+    if last.kind != "rating" and not drawn:
+        content_with = {vote.rater for vote in votes if vote.kind == "rating" and vote.value}
+        content_with -= {vote.rater for vote in counting}
+        if len(content_with) > len(agreed):
+            return Verdict("rating", True, max(content_with), differ=True)
+        if len(content_with) == len(agreed):
+            return Verdict(None, None, "", differ=True)
+    if 2 * len(agreed) <= len(counting):
+        return Verdict(None, None, "", differ=True)
+    return Verdict(last.kind, last.value, last.rater, differ=len(by_value) > 1, drawn=drawn)
+
+
+def _strength(vote: Vote, whole: Collection[str]) -> tuple[bool, bool, int]:
+    """Outcomes are the strongest, then labels of what a hash drew."""
+    return vote.kind == "outcome", vote.audit in whole, _KINDS.index(vote.kind)
 
 
 def learned(
@@ -183,12 +227,17 @@ def learned(
 ) -> tuple[dict[str, Any], Use]:
     """The row that `validate` reads, with the answer that people gave where they gave one, and its use.
 
-    Its group is what data.group names of the row, or else the rater, who so counts once, or else the session. Raises
-    DataError: the log does not say which version answered.
+    Its group is what data.group names of the row, or else the session. Raises DataError: the log does not say which
+    version answered.
     """
-    rater = (verdict.rater if verdict else "") or turn["user"]
-    served_by, group = _served_by(turn["models"], *adapter), group or rater or turn["session"]
-    row = {**turn, "served_by": served_by, "rater": rater, "group": group, "origin": "own"}
+    row = {
+        **turn,
+        "served_by": _served_by(turn["models"], *adapter),
+        "rater": (verdict.rater if verdict else "") or turn["user"],
+        "group": group or turn["session"],
+        "origin": "own",
+        "drawn": verdict.drawn if verdict else "",
+    }
     if verdict is None:
         return row, "unrated"
     if verdict.kind is None:
@@ -197,11 +246,18 @@ def learned(
         return row, "good" if verdict.value else "rated_bad"
     own, right = turn["messages"][-1], verdict.value
     right = {**(right if isinstance(right, Mapping) else {"content": right}), "role": "assistant"}
-    is_same = str(own.get("content") or "").strip() == right.get("content") and not own.get("tool_calls")
-    # An edit that changes nothing leaves the model's own words; who labels an answer says what is right anyway.
-    origin: Origin = "labelled" if verdict.kind != "edited" else "own" if is_same else "edited"
+    if _are_same(own, right):
+        return row, "good"
+    origin: Origin = "edited" if verdict.kind == "edited" else "labelled"
     row |= {"messages": [*turn["messages"][:-1], right], "origin": origin}
-    return row, "good" if is_same else "corrected"
+    return row, "corrected"
+
+
+def _are_same(own: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Whether two answers are the same words, as exact match compares them; one with calls is the same as no other."""
+    if own.get("tool_calls") or right.get("tool_calls"):
+        return False
+    return normal(str(own.get("content") or "")) == normal(str(right.get("content") or ""))
 
 
 def _served_by(models: list[str], adapter: str, alias: str) -> str:

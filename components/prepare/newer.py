@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 
 from components.prepare import dataset
-from components.prepare.dataset import FORMAT, WHERE_ANY, read_split
-from components.prepare.prepare import opened, read_distinct, within_memory
+from components.prepare.dataset import FORMAT, read_split
+from components.prepare.prepare import in_census, opened, read_distinct, within_memory
 from components.prepare.sources import find_sources
+from components.prepare.split import choose_judges, records_that_judge
 from components.prepare.validate import keyed
 from components.records import runs
 from components.registry import between_runs, looks
@@ -44,22 +45,25 @@ def publish_newer(step_run: StepRun) -> str:
     with within_memory(), opened(config) as work:
         read = read_distinct(config, sources, work, between_runs.erased(store))
         work.put("trained", belongs_to=pa.array(sorted(groups), pa.string()))
-        # A model's own words would judge whoever said them too well.
+        choose_judges(work, in_census(read, whole_log=config.data.whole_log))
         query = (
-            "SELECT number, chosen.content FROM chosen JOIN records USING (number) WHERE origin <> 'own'"
-            """ AND ("group" = '' OR "group" NOT IN (FROM trained)) ORDER BY chosen.place, chosen.key, chosen.content"""
+            "SELECT number, chosen.content FROM chosen JOIN records USING (number) SEMI JOIN judges USING (number)"
+            """ WHERE "group" = '' OR "group" NOT IN (FROM trained) ORDER BY chosen.place, chosen.key, chosen.content"""
         )
         placed = work.rows(query)
         ids = np.array([int.from_bytes(content[: between_runs.ID_BYTES]) for _, content in placed], np.uint64)
         is_new = ~np.isin(ids, np.concatenate([seen_ids.to_numpy() for seen_ids in seen]))
         unseen = [one for one, came_since in zip(placed, is_new, strict=True) if came_since]
         if (total := len(unseen)) < FEWEST:
-            step_run.say(f"{counted(total, 'record')} came since: too few to compare on")
+            audited = ""
+            if read.total.logged:
+                audited = "; of a log only what an audit drew, or an outcome decides: fineloop data audit"
+            step_run.say(f"{counted(total, 'record')} came since: too few to compare on{audited}")
             return ""
         unseen = unseen[: max(config.evaluate.records, config.evaluate.max_records)]
         contents = between_runs.content_ids([content for _, content in unseen])
         numbers = np.array([number for number, _ in unseen], np.int64)
-        new = pa.Table.from_batches(work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY)))
+        new = pa.Table.from_batches(records_that_judge(work, numbers))
         parts = dataset.write_splits(work.folder, [], new.to_batches(), columns=work.columns)
         about = {"format": FORMAT, "newer_than": compared._asdict()}
         folder = dataset.publish_dataset(

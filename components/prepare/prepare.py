@@ -186,6 +186,17 @@ def in_window(intake: Intake, *, days: float) -> list[Span] | None:
     return spans
 
 
+def in_census(intake: Intake, *, whole_log: bool) -> list[Span]:
+    """The records of the files of which people judged every logged answer, where the config says that they hold every
+    answer that was given: an export of what drew feedback looks the same."""
+    spans, start = list[Span](), 0
+    for _, counts in intake.sources:
+        if whole_log and counts.logged and not counts.unused:
+            spans.append((start, start + counts.accepted))
+        start += counts.accepted
+    return spans
+
+
 # The profile of a dataset, for a person to check before trusting it: profile.json.
 
 _TOP_ANSWERS, _SAMPLES, _MAX_SAMPLE_CHARS = 20, 3, 2000
@@ -219,7 +230,7 @@ def build_profile(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dic
         },
         "near_duplicates": split.near_duplicates,
         "system_message": begins[0]["content"] if is_shared else None,
-        **({"logged": _logged(work, intake, parts)} if intake.total.logged else {}),
+        **({"logged": _logged(work, intake, parts, split.reserved)} if intake.total.logged else {}),
         "shapes": dict(intake.shapes.most_common()),
         "columns": dict(intake.columns.most_common()),
         "extra_columns": dict(intake.unread.most_common()),
@@ -233,7 +244,7 @@ def build_profile(work: Workspace, intake: Intake, split: TrainEvalSplit) -> dic
     }
 
 
-def _logged(work: Workspace, intake: Intake, parts: Parts) -> dict[str, Any]:
+def _logged(work: Workspace, intake: Intake, parts: Parts, reserved: int) -> dict[str, Any]:
     """What the log and the feedback are made of, and what of it deserves a warning."""
     feedback, uses, served = intake.feedback, Counter[str](), dict[str, dict[str, int]]()
     for (version, use), count in sorted(intake.total.logged.items()):
@@ -253,6 +264,19 @@ def _logged(work: Workspace, intake: Intake, parts: Parts) -> dict[str, Any]:
             f"logged requests begin with another system message, {of_log!r}, than the other records, {of_others!r}: "
             "the adapter is asked with the gateway's"
         )
+    judge = dict[str, int]()
+    if "drawn" in work.columns:
+        evaluation = _sql_of(parts.evaluation)
+        judge = dict(work.rows(f"SELECT drawn, count(*) FROM {evaluation} WHERE drawn <> '' GROUP BY 1 ORDER BY 1"))
+        by_rater = work.rows(
+            f"SELECT count(*) FROM {evaluation} WHERE drawn <> '' GROUP BY rater ORDER BY 1 DESC LIMIT 1"
+        )
+        if by_rater and 2 * by_rater[0][0] > (total := sum(judge.values())) and total > judge.get("outcome", 0):
+            warnings.append(
+                f"one rater says what is right on {by_rater[0][0]:,} of the {total:,} logged answers that judge: what "
+                "he takes for right decides. Have somebody else label a part"
+            )
+    warnings += [audit.flaw for audit in feedback.audits.values() if audit.flaw]
     if uses["corrected"] > uses["good"]:
         warnings.append(
             f"{uses['corrected']:,} of {uses['corrected'] + uses['good']:,} answers to learn from put one right, while "
@@ -262,6 +286,8 @@ def _logged(work: Workspace, intake: Intake, parts: Parts) -> dict[str, Any]:
     return {
         "origin": origins,
         "served_by": served,
+        "judge": judge,
+        "reserved": reserved,
         "feedback": {
             "rows": feedback.rows,
             "unusable": dict(feedback.unusable),
@@ -369,6 +395,8 @@ class PreparedDataset:
     """Number of held-out records by label, for the labels that no record to train on has."""
     created: bool
     """False when the store already held these records: nothing was written."""
+    reserved: int = 0
+    """Logged answers on the held-out side that may not judge: an audit may draw them."""
 
     @property
     def summary(self) -> str:
@@ -420,7 +448,7 @@ def preview(config: RunConfig, sources: Sequence[Source]) -> Iterator[tuple[dict
     with opened(config) as work:
         with within_memory():
             read = read_distinct(config, sources, work)
-            sides = split(work, config.data, window=in_window(read, days=config.data.window_days))
+            sides = split_read(work, read, config)
             profile = build_profile(work, read, sides)
         yield profile, sides.parts
 
@@ -464,7 +492,7 @@ def prepare_if_new(
         prepared = _publish(step_run.config, step_run.store, work, read)
         if is_decided:
             judging = judges(step_run.store, prepared.uri, step_run.config)
-            if lack := lacking(judging, step_run.config):
+            if lack := lacking(judging, step_run.config, reserved=prepared.reserved):
                 raise DataError(lack)
             step_run.result.update(power=power(judging, step_run.config))
             step_run.say(step_run.result["power"]["sentence"])
@@ -502,8 +530,15 @@ def read_distinct(
     return read
 
 
+def split_read(work: Workspace, read: Intake, config: RunConfig) -> TrainEvalSplit:
+    """Both sides of what was read; raises as `split`."""
+    window = in_window(read, days=config.data.window_days)
+    census = in_census(read, whole_log=config.data.whole_log)
+    return split(work, config.data, window=window, census=census, wanted=config.gate.min_records)
+
+
 def _publish(config: RunConfig, store: Store, work: Workspace, read: Intake) -> PreparedDataset:
-    sides = split(work, config.data, window=in_window(read, days=config.data.window_days))
+    sides = split_read(work, read, config)
     profile = build_profile(work, read, sides)
     parts = sides.parts
     folder = dataset.publish_dataset(store, parts, rejects=work.rejects, rejected=read.total.rejected, profile=profile)
@@ -520,6 +555,7 @@ def _publish(config: RunConfig, store: Store, work: Workspace, read: Intake) -> 
         near_in_train=sides.near_duplicates["in_train"],
         never_trained=profile["never_trained"],
         created=folder.created,
+        reserved=sides.reserved,
     )
     for line in profile.get("logged", {}).get("warnings", ()):
         logger.warning("%s", line)

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from components.config.schema import RunConfig
 from components.config.train import DataConfig
+from components.prepare.audit import labels_for
 from components.prepare.dataset import WHERE_ANY, Parts, Record, groups_of, load_split, prompt_texts, write_splits
 from components.prepare.near_duplicates import Comparison
 from components.prepare.workspace import Texts, Workspace, position
@@ -79,6 +81,8 @@ class TrainEvalSplit:
     belong with it, and turns of a held-out session."""
     replayed: int
     """In train, or in the split `replay`, although they stand before the window."""
+    reserved: int
+    """Logged answers on the held-out side that may not judge."""
     near_duplicates: dict[str, Any]
     """Which share of the records that were compared with the held-out ones was left out, which held-out prompts most of
     them are near to (their first words, and the records), and how many stay in train beside another one."""
@@ -86,7 +90,8 @@ class TrainEvalSplit:
 
 def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> dict[str, int]:
     """Keep the last row of each id, then one record of each content, in the table `chosen`, and of each rater the
-    records with the smallest keys, `most_of_a_rater` of them, 0 all. Returns how many others there are, by why.
+    records with the smallest keys, `most_of_a_rater` of them, 0 all; what an audit drew is not the rater's choice, and
+    stays. Returns how many others there are, by why.
 
     Among records with the same content the one with the smallest place stays. A new duplicate can move the content
     towards eval, whose places are the small ones, and never away from it.
@@ -123,7 +128,8 @@ def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> dict[str, int]:
         work.run(
             "DELETE FROM chosen WHERE number IN (SELECT number FROM ("
             "  SELECT number, row_number() OVER (PARTITION BY rater ORDER BY chosen.key, number) AS rank"
-            f"  FROM chosen JOIN records USING (number) WHERE rater <> '') WHERE rank > {most_of_a_rater})"
+            "  FROM chosen JOIN records USING (number) WHERE rater <> '' AND drawn <> 'audit')"
+            f"  WHERE rank > {most_of_a_rater})"
         )
         (kept,) = work.row("SELECT count(*) FROM chosen")
     return {
@@ -133,32 +139,69 @@ def deduplicate(work: Workspace, *, most_of_a_rater: int = 0) -> dict[str, int]:
     }
 
 
-def split(work: Workspace, data: DataConfig, *, window: list[Span] | None = None) -> TrainEvalSplit:
+def choose_judges(work: Workspace, census: Sequence[Span] = ()) -> None:
+    """Put the numbers of the distinct records that may judge into the table `judges`, and why each of a log may.
+
+    A log's answers may judge where they were not chosen by how good they were: an audit drew them, their outcome comes
+    whatever was answered, or people judged every answer of their file, as in the spans of `census`.
+    """
+    if "origin" not in work.columns:
+        work.run("CREATE TABLE judges AS SELECT number, '' AS drawn FROM chosen")
+        return
+    starts, ends = ([span[place] for span in census] for place in (0, 1))
+    work.put("census", start=pa.array(starts, pa.int64()), stop=pa.array(ends, pa.int64()))
+    work.run(
+        "CREATE TABLE judges AS SELECT number, drawn FROM chosen JOIN records USING (number)"
+        "  WHERE origin = '' OR drawn <> '';"
+        "INSERT INTO judges SELECT number, 'census' FROM chosen SEMI JOIN census ON number >= start AND number < stop"
+        "  WHERE number NOT IN (SELECT number FROM judges)"
+    )
+    if census:
+        work.columns.add("drawn")
+
+
+def records_that_judge(work: Workspace, numbers: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+    """The records with these numbers, all in `judges`, in the order of the numbers, each with why it may judge."""
+    drawn = dict(work.rows("SELECT number, drawn FROM judges WHERE drawn <> ''"))
+    rest = iter(numbers.tolist())
+    for batch in work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY)):
+        reasons = [drawn.get(number, "") for number in islice(rest, len(batch))]
+        place = batch.schema.get_field_index("drawn")
+        yield batch.set_column(place, "drawn", pa.array(reasons, pa.string()))
+
+
+def split(
+    work: Workspace, data: DataConfig, *, window: list[Span] | None = None, census: Sequence[Span] = (), wanted: int = 1
+) -> TrainEvalSplit:
     """Divide the distinct records in `chosen`: held out are those whose hash of what they belong to, their group's name
-    or else their own key, is, as a fraction of all hashes, below data.eval_share, but for a model's own words: on those
-    no candidate could be better than the model that said them.
+    or else their own key, is, as a fraction of all hashes, below data.eval_share, if they may judge, as
+    `choose_judges` says of `census`. What a log has below it and may not judge is in neither split: an audit may draw
+    it later.
 
     Where data.max_records bounds them, each split keeps those with the smallest hashes. `window`, None for all, are the
-    rows whose contents to train on. Raises DataError: a split is empty, or too much is near what is held out.
+    rows whose contents to train on; `wanted` are the records that a gate asks for. Raises DataError: a split is empty,
+    or too much is near what is held out.
     """
     eval_share, max_records, replay_share = data.eval_share, data.max_records, data.replay_share
     is_logged = "origin" in work.columns
-    not_own = "AND number NOT IN (SELECT number FROM records WHERE origin = 'own')" if is_logged else ""
+    choose_judges(work, census)
     work.run(
-        f"CREATE TABLE held_out AS FROM chosen WHERE position < '{eval_share!r}'::DOUBLE {not_own};"
+        f"CREATE TABLE held_out AS FROM chosen SEMI JOIN judges USING (number)"
+        f"  WHERE position < '{eval_share!r}'::DOUBLE;"
         "CREATE TABLE others AS FROM chosen ANTI JOIN held_out USING (turns)"
         f"  WHERE position >= '{eval_share!r}'::DOUBLE"
     )
-    beside_eval = 0
+    beside_eval = reserved = 0
     if is_logged:  # a session lies on one side as a whole, whoever rated its answers
         work.run(
-            "CREATE TABLE beside AS SELECT number FROM chosen JOIN records USING (number)"
-            f"  WHERE origin = 'own' AND chosen.position < '{eval_share!r}'::DOUBLE"
+            "CREATE TABLE reserved AS SELECT number FROM chosen ANTI JOIN judges USING (number)"
+            f"  WHERE position < '{eval_share!r}'::DOUBLE;"
+            "CREATE TABLE beside AS FROM reserved"
             "  UNION SELECT number FROM others JOIN records USING (number) WHERE session IN"
             "    (SELECT session FROM records JOIN held_out USING (number) WHERE session <> '');"
             "DELETE FROM others WHERE number IN (FROM beside)"
         )
-        (beside_eval,) = work.row("SELECT count(*) FROM beside")
+        beside_eval, reserved = work.row("SELECT (SELECT count(*) FROM beside), (SELECT count(*) FROM reserved)")
     (total, num_held_out, num_others) = work.row(
         "SELECT (SELECT count(*) FROM chosen), (SELECT count(*) FROM held_out), (SELECT count(*) FROM others)"
     )
@@ -169,6 +212,8 @@ def split(work: Workspace, data: DataConfig, *, window: list[Span] | None = None
     before_window, num_earlier = narrow(work, window, replay_share=replay_share, apart=is_apart)
     (num_kept,) = work.row("SELECT count(*) FROM others")
     num_train, num_eval = _sizes(num_kept, num_held_out, eval_share=eval_share, max_records=max_records)
+    if not num_eval and reserved:
+        raise DataError(f"nothing of the log may judge: {no_judges_text(reserved, data, wanted)}")
     if not num_train or not num_eval:
         limited = f" and data.max_records = {max_records}" if max_records else ""
         remedy = "raise data.eval_share" if not num_eval else "lower data.eval_share"
@@ -191,6 +236,7 @@ def split(work: Workspace, data: DataConfig, *, window: list[Span] | None = None
             "over_max_records": beyond,
         },
         replayed=num_replayed,
+        reserved=reserved,
         near_duplicates={
             "left_out_share": round(unlike.share, 6),
             "most_are_near": [{"begins": words, "records": count} for words, count in unlike.clusters],
@@ -207,8 +253,20 @@ def _written(work: Workspace, num_train: int, num_eval: int, num_apart: int | No
         return work.in_order(numbers, ("id", "prompt", "answer", *WHERE_ANY))
 
     replay = None if num_apart is None else first("replayed", num_apart)
+    held_out = work.numbers(f"SELECT number FROM held_out {_IN_ORDER} LIMIT {num_eval}")
     return write_splits(
-        work.folder, first("others", num_train), first("held_out", num_eval), replay, columns=work.columns
+        work.folder, first("others", num_train), records_that_judge(work, held_out), replay, columns=work.columns
+    )
+
+
+def no_judges_text(reserved: int, data: DataConfig, wanted: int) -> str:
+    """What is missing where `reserved` logged answers may not judge, and how to get it; `wanted` records would do."""
+    labels = labels_for(wanted, validation_share=data.validation_share)
+    return (
+        f"{reserved:,} logged answers are kept apart for it, but people chose them by how good they were, as ratings "
+        f"and edits do, or nobody judged them. `fineloop data audit {labels} -c CONFIG` draws {labels} by a hash, for "
+        "you to label; outcomes judge too, and with data.whole_log = true a log of which every answer is rated, edited "
+        "or labelled"
     )
 
 
@@ -343,18 +401,28 @@ def judges(store: Store, dataset_uri: str, config: RunConfig) -> Judges:
 
 
 def judges_of(held_out: Sequence[Record], config: RunConfig) -> Judges:
-    """The held-out records that no training looks at."""
-    return Judges(validation_and_test(held_out, validation_share=config.data.validation_share)[1])
+    """The held-out records that no training looks at, but for those that earlier releases held out of a log although
+    people chose them by how good they were."""
+    fit = [record for record in held_out if record.may_judge]
+    return Judges(validation_and_test(fit, validation_share=config.data.validation_share)[1])
 
 
-def lacking(judging: Judges, config: RunConfig) -> str:
+def lacking(judging: Judges, config: RunConfig, *, reserved: int = 0) -> str:
     """A sentence that says how many records the gate lacks, and what to do; empty where they are enough. A run that
-    lacks some would be trained and then held, whatever comes out."""
+    lacks some would be trained and then held, whatever comes out. `reserved` are the held-out answers of a log that may
+    not judge."""
     wanted = config.gate.min_records
     left = judging.num_independent(max(config.evaluate.records, config.evaluate.max_records))
     if left >= wanted:
         return ""
-    kind = "groups of records" if config.data.group else "records"
+    has_groups = any(record.group for record in judging.records)
+    groups = "groups" if config.data.group else "sessions"
+    kind = f"{groups} of records" if has_groups else "records"
+    if reserved:
+        return (
+            f"{left} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this "
+            f"run is refused: {no_judges_text(reserved, config.data, wanted - left)}"
+        )
     raised = "evaluate.records" if judging.num_independent(len(judging.records)) >= wanted else "data.eval_share"
     return (
         f"{left} {kind} are left for the gate to decide on, and gate.min_records asks for {wanted}, so that this run "

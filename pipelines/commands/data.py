@@ -1,4 +1,4 @@
-"""`fineloop data`, `fineloop data erase` and `fineloop schema`."""
+"""`fineloop data`, `fineloop data audit`, `fineloop data erase` and `fineloop schema`."""
 
 import argparse
 import json
@@ -99,6 +99,10 @@ def _lines(body: Mapping[str, Any]) -> Iterator[str]:
 def _logged(logged: Mapping[str, Any]) -> Iterator[str]:
     for name, origins in logged["origin"].items():
         yield f"{name} has of logged answers: {', '.join(f'{n:,} {origin}' for origin, n in origins.items()) or 'none'}"
+    if judge := logged.get("judge"):
+        yield f"of the log judge: {', '.join(f'{number:,} by {why}' for why, number in judge.items())}"
+    if reserved := logged.get("reserved"):
+        yield f"  {reserved:>6,}  held out, and may not judge as people chose them: `fineloop data audit` draws of them"
     feedback = logged["feedback"]
     rows = f"{feedback['rows']:,} rows on {feedback['answers']:,} answers"
     yield f"feedback: {rows}, on {feedback['raters_differ']:,} of which raters differ"
@@ -138,6 +142,41 @@ def _as_read(body: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         text = "".join(f">>{piece['text']}<<" if piece["trained"] else piece["text"] for piece in record["pieces"])
         yield from (f"  {line}" for line in text.splitlines())
+
+
+@command(
+    "data audit",
+    *CONFIG,
+    option("count N", "how many answers to draw (default: as many as gate.min_records takes)", nargs="?", type=int),
+    option("--output FILE", "the file to label, JSONL or CSV by its name", type=Path, default=Path("audit.jsonl")),
+    option("--answers", "show what was answered, beside the prompt: who sees it tends to agree", action="store_true"),
+    example="fineloop data audit 200 -c mine.toml --output audit.csv",
+)
+def data_audit(options: argparse.Namespace) -> Answer:
+    """Draw logged answers for people to label: by these versions are compared.
+
+    Ratings and edits train alone: people chose these answers by how good they were, so that on them any other version
+    looks better than the one that gave them. An audit draws by a hash of the answer's id, whoever liked it, from those
+    that are held out. Write the right answer of each into `label`; up to a tenth may stay empty. Then name the file in
+    data.feedback. What earlier audits there drew is not drawn again. No store is read.
+    """
+    config = load_config(options)
+    from components.prepare.audit import labels_for
+    from components.prepare.drawing import draw_audit, write_audit
+
+    wanted = labels_for(config.gate.min_records, validation_share=config.data.validation_share)
+    count = wanted if options.count is None else options.count
+    if count < 1:
+        raise UserError(f"N is {count}: draw one answer at least")
+    drawn = draw_audit(config, count)
+    write_audit(options.output, drawn, answers=options.answers)
+    number = len(drawn.records)
+    body = {"audit": drawn.name, "drawn": number, "eligible": drawn.eligible, "file": str(options.output)}
+    lines = [f"{number:,} of {drawn.eligible:,} held-out answers of the log are drawn into {options.output}"]
+    if number < wanted:
+        lines.append(f"gate.min_records = {config.gate.min_records} takes {wanted:,} labels, this and earlier audits'")
+    lines.append(f"next: write the right answer of each into its label, and add {options.output} to data.feedback")
+    return Answer(body, "\n".join(lines))
 
 
 @command(

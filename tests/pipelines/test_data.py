@@ -5,6 +5,7 @@ answers that would have to change, as a binomial test by scipy has it, and for a
 requests keeps.
 """
 
+import csv
 import html
 import json
 import re
@@ -16,6 +17,7 @@ import pytest
 from scipy import stats
 from transformers import AutoTokenizer
 
+from components.prepare.audit import draw, name_of_draw
 from components.prepare.dataset import load_split
 from components.prepare.prepare import prepare
 from components.registry.between_runs import require_none_erased, user_hash
@@ -139,7 +141,9 @@ def test_the_page_says_the_same_and_escapes_what_came_with_the_data(said):
 def test_a_user_is_erased_by_name_and_what_saw_him_is_listed(store, config_path, make_config, answer, tmp_path, capsys):
     made, files = logged.generated(200, seed=3), []
     erase = partial(answer, "data", "erase")
-    for name, rows in (("log", made.rows), ("feedback", made.feedback)):
+    drawn = draw([*made.truth], 60)
+    audit = [{"response_id": name, "label": "right words", "audit": name_of_draw(drawn)} for name in drawn]
+    for name, rows in (("log", made.rows), ("feedback", [*made.feedback, *audit])):
         files.append(tmp_path / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(f"data.source={json.dumps(str(files[0]))}", f"data.feedback={json.dumps(str(files[1]))}")
@@ -172,3 +176,47 @@ def test_a_user_is_erased_by_name_and_what_saw_him_is_listed(store, config_path,
     assert not records(after.uri).keys() & made.of_user(user)
     assert main(["data", "erase", "--user", other, "-c", str(config_path)]) == 0
     assert "1 user erased for good" in capsys.readouterr().out
+
+
+def test_an_audit_is_drawn_labelled_and_judges(config_path, answer, tmp_path, capsys):
+    made = logged.generated(1_000, seed=5)
+    log, said = tmp_path / "2026-12-04.jsonl", tmp_path / "said.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in made.rows))
+    said.write_text("".join(json.dumps(row) + "\n" for row in made.feedback))
+    files = [str(said)]
+    where = (f"data.source={json.dumps(str(log))}", "data.eval_share=0.3", "gate.min_records=20")
+
+    def settings() -> list[str]:
+        overrides = [*where, f"data.feedback={json.dumps(files)}"]
+        return [word for override in overrides for word in ("--set", override)]
+
+    assert main(["data", "-c", str(config_path), *settings()]) == 2
+    assert "`fineloop data audit 28 -c CONFIG` draws 28 by a hash" in capsys.readouterr().err
+    for number, (suffix, wanted) in enumerate((("jsonl", 10), ("csv", None))):
+        path = tmp_path / f"audit.{suffix}"
+        count = [] if wanted is None else [str(wanted)]
+        drawn = answer("data", "audit", *count, "--output", str(path), *settings())
+        assert drawn["drawn"] == (wanted or 28)  # 20 to judge, a fifth to choose the checkpoint, a tenth unlabelled
+        assert drawn["eligible"] > 200 - 10 * number
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file)) if suffix == "csv" else [json.loads(line) for line in file]
+        assert not any("own words" in str(row["prompt"]).rpartition("asks")[2] for row in rows)
+        assert "answered" not in rows[0]
+        for row in rows:
+            row["label"] = made.truth[row["response_id"]].own
+        with path.open("w", newline="") as file:
+            if suffix == "csv":
+                writer = csv.DictWriter(file, [*rows[0]])
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        files.append(str(path))
+        more = tmp_path / f"again {number}.jsonl"
+        again = answer("data", "audit", "500", "--output", str(more), "--answers", *settings())
+        assert "answered" in json.loads(more.read_text().splitlines()[0])
+        assert again["eligible"] == drawn["eligible"] - drawn["drawn"]
+    body = answer("data", *settings())
+    assert body["profile"]["logged"]["judge"] == {"audit": 38}
+    assert body["refused"] == ""
+    assert main(["data", "audit", "5", "-c", str(config_path), "--output", str(path), *settings()]) == 2

@@ -1,10 +1,10 @@
 """One rater who turns his edits round: what of it reaches a dataset, and what the gate makes of a model of it.
 
 The model is a count of answers by topic, so that it learns what it is shown, poison too; the decision is the gate's.
-The held-out edits are as poisoned as those to train on, so that no gate could tell: what holds is that a rater is
-bounded, that he is one group, which lies on one side as a whole, and that he counts once there.
+What is held out is an audit of as many answers, whose labels are right: what people edited is trained on alone.
 """
 
+import hashlib
 import math
 import random
 from collections import Counter, defaultdict
@@ -18,14 +18,17 @@ from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig, RunConfig
 from components.gate import policy
 from components.gate.comparisons import Evidence
+from components.prepare.audit import name_of_draw
 from components.prepare.dataset import Record, groups_of
 from components.prepare.prepare import preview
 from components.prepare.sources import find_sources
+from components.prepare.workspace import position
 from tests.components.gate.evidenced import evaluation, model
 
 TOPICS, ANSWERS, CAP = 10, 5, 15
 NIGHT, USERS = 1000, 3000
-"""Edits of a night, and who makes them: enough held-out groups for the gate to promote at all."""
+"""Edits of a night, and who makes them."""
+EVAL_SHARE = 0.3
 MARGIN = GateConfig().worse_than_champion_by
 Model = dict[int, Counter[str]]
 
@@ -44,6 +47,14 @@ def edits(numbers: range, *, flipped: float, rng: random.Random) -> tuple[list[A
         rater = "angry" if is_angry else f"user {rng.randrange(USERS)}"
         said.append({"response_id": f"r{number}", "edited": right, "rater": rater})
     return rows, said
+
+
+def audit(rows: Sequence[Any]) -> list[Any]:
+    """The right label of every answer that is held out."""
+    topics = {row["id"]: int(row["request"]["messages"][0]["content"].split()[1]) for row in rows}
+    drawn = [name for name in topics if position(hashlib.sha256(f"id:{name}".encode()).digest()) < EVAL_SHARE]
+    about = {"audit": name_of_draw(drawn), "rater": "auditor"}
+    return [{"response_id": name, "label": f"answer {topics[name] % ANSWERS}", **about} for name in drawn]
 
 
 def trained(records: Sequence[Record]) -> Model:
@@ -99,8 +110,8 @@ def night(write_rows: Callable[..., str], run_config: Callable[..., RunConfig]) 
         more = edits(range(NIGHT, 2 * NIGHT), flipped=share, rng=rng)
         for log, feedback in ((rows, said), (rows + more[0], said + more[1])):
             config = run_config(
-                write_rows(log, "log.jsonl"), feedback=write_rows(feedback, "feedback.jsonl"), eval_share=0.3,
-                near_duplicates=0.0, max_rows_per_rater=cap,
+                write_rows(log, "log.jsonl"), feedback=write_rows([*feedback, *audit(log)], "feedback.jsonl"),
+                eval_share=EVAL_SHARE, near_duplicates=0.0, max_rows_per_rater=cap,
             )  # fmt: skip
             with preview(config, find_sources(config.data.source)) as (_, split):
                 made.append((list(split.train), list(split.evaluation)))
@@ -123,4 +134,4 @@ def test_a_night_without_poison_is_promoted(night: Night) -> None:
 def test_one_rater_turns_no_adapter(share: float, cap: int, seed: int, night: Night) -> None:
     decided, worse, poison = night(share, seed, cap=cap)
     assert poison <= CAP if cap else poison > CAP
-    assert decided == "hold" or worse <= MARGIN  # without a bound too: as one group he lies on one side
+    assert decided == "hold" or worse <= MARGIN  # without a bound too: he has no say in what judges

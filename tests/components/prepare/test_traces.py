@@ -13,9 +13,11 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
 from components.config.schema import RunConfig
 from components.prepare import feedback, traces
+from components.prepare.audit import draw, name_of_draw
 from components.prepare.dataset import Record, exposure_of, load_split
 from components.prepare.prepare import prepare, prepare_if_new, preview
 from components.prepare.sources import find_sources
+from components.prepare.split import judges_of
 from components.registry import between_runs
 from components.registry.between_runs import require_none_erased, user_hash
 from components.report.sections import data_profile
@@ -40,11 +42,18 @@ def request(number: int = 0, answer: str = "own", **changes: Any) -> dict[str, A
 
 @pytest.fixture
 def of_rows(write_rows: Write, run_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
-    """A config of an adapter `icd` whose data are these rows and this feedback."""
+    """A config of an adapter `icd` whose data are these rows, all that were logged, and this feedback."""
 
     def build(rows: Sequence[Any], feedback: Sequence[Any] = (), **data: Any) -> RunConfig:
         named = {"feedback": write_rows(list(feedback), "feedback.jsonl")} if feedback else {}
-        options = {"eval_share": 0.3, "near_duplicates": 0.0, "max_reject_share": 1.0, **named, **data}
+        options = {
+            "eval_share": 0.3,
+            "near_duplicates": 0.0,
+            "max_reject_share": 1.0,
+            "whole_log": True,
+            **named,
+            **data,
+        }
         config = run_config(write_rows(list(rows), "log.jsonl"), **options)
         return config.model_copy(update={"adapter": config.adapter.model_copy(update={"name": "icd"})})
 
@@ -152,7 +161,11 @@ def test_no_row_and_no_feedback_whatever_it_holds_ends_a_preparation(seed: int, 
     rows = [request(n) for n in range(60)]
     rows += [broken({**rng.choice([*FORMATS.values()]), "id": f"b{n}"}) for n in range(30)]
     vote = {"score": 1, "edited": "x", "time": 1, "rater": "a"}
-    said = [*rated(range(60), edited="e"), *(broken({"response_id": f"r{n}", **vote}) for n in range(20))]
+    said = [
+        *rated(range(60), edited="e"),
+        *audited(range(0, 60, 3), label="e"),
+        *(broken({"response_id": f"r{n}", **vote}) for n in range(20)),
+    ]
     profile, train, held_out = prepared(of_rows(rows, said))
     dropped = sum(profile["dropped"].values())
     assert profile["rows"]["read"] == profile["rows"]["rejected"] + dropped + len(train) + len(held_out)
@@ -185,13 +198,68 @@ def rated(numbers: Iterable[int | str], **said: Any) -> list[dict[str, Any]]:
     return [{"response_id": f"r{number}", **said} for number in numbers]
 
 
-def test_a_models_own_words_are_trained_on_where_they_are_good_and_never_held_out(of_rows) -> None:
-    rows, said = [request(n) for n in range(90)], [*rated(range(30), score=1), *rated(range(30, 60), edited="e")]
-    _, train, held_out = prepared(of_rows(rows, [*said, *rated(range(60, 90), label="l")]))
+def audited(numbers: Iterable[int], label: str = "l") -> list[dict[str, Any]]:
+    """The rows of an audit that drew these answers."""
+    names = [f"r{number}" for number in numbers]
+    return [{"response_id": name, "label": label, "audit": name_of_draw(names)} for name in names]
+
+
+def test_what_people_chose_is_trained_on_and_never_held_out(of_rows) -> None:
+    rows = [request(n) for n in range(120)]
+    chosen = [*rated(range(30), score=1), *rated(range(30, 60), edited="e"), *rated(range(60, 90), label="l")]
+    with pytest.raises(DataError, match=r"nothing of the log may judge: .*`fineloop data audit \d+ -c CONFIG`"):
+        prepared(of_rows(rows, chosen))
+    profile, train, held_out = prepared(of_rows(rows, [*chosen, *audited(range(90, 120))], whole_log=False))
     assert {each.origin for each in train} == {"own", "edited", "labelled"}
-    assert {each.origin for each in held_out} == {"edited", "labelled"}
-    with pytest.raises(DataError, match="0 in eval"):
-        prepared(of_rows(rows, rated(range(90), score=1)))
+    assert {(each.origin, each.drawn) for each in held_out} == {("labelled", "audit")}
+    assert profile["logged"]["judge"] == {"audit": len(held_out)}
+    assert profile["logged"]["reserved"] > 0
+
+
+def test_outcomes_and_a_log_that_people_judged_whole_may_judge(of_rows) -> None:
+    rows = [request(n) for n in range(90)]
+    judged = [*rated(range(60), score=1), *rated(range(60, 90), edited="e")]
+    held_out = prepared(of_rows(rows, judged, whole_log=True))[2]
+    assert {(each.origin, each.drawn) for each in held_out} == {("own", "census"), ("edited", "census")}
+    with pytest.raises(DataError, match="nothing of the log may judge"):
+        prepared(of_rows(rows, judged[:-1], whole_log=True))  # nobody judged the last
+    held_out = prepared(of_rows(rows, [*judged, *rated(range(20), outcome="o")], whole_log=False))[2]
+    assert {(each.origin, each.drawn) for each in held_out} == {("labelled", "outcome")}
+
+
+def test_an_audit_judges_only_once_it_is_whole(of_rows) -> None:
+    rows = [request(n) for n in range(90)]
+    said, drawn = rated(range(40), edited="e"), audited(range(50, 90))
+    assert prepared(of_rows(rows, [*said, *drawn]))[2]
+    open_rows = [{**row, "label": ""} for row in drawn[:10]]
+    for some, why in (
+        (drawn[1:], "is not the draw that it was: 39 of its rows"),
+        ([*open_rows, *drawn[10:]], "lacks 10 labels"),
+    ):
+        with pytest.raises(DataError, match="nothing of the log may judge"):
+            prepared(of_rows(rows, [*said, *some]))
+        plain = [{"prompt": f"{n}", "completion": "a"} for n in range(40)]
+        profile, _, held_out = prepared(of_rows([*rows, *plain], [*said, *some]))
+        assert not any(each.origin for each in held_out)
+        assert why in str(profile["logged"]["warnings"])
+    few = [{**row, "label": ""} for row in drawn[:4]]
+    assert prepared(of_rows(rows, [*said, *few, *drawn[4:]]))[0]["logged"]["feedback"]["unusable"] == {}
+
+
+def test_an_answer_that_nobody_changed_is_the_models_own(of_rows) -> None:
+    rows = [request(n, "their  own") for n in range(90)]
+    said = [*rated(range(30), edited=" their own"), *rated(range(30, 60), label="their own ")]
+    _, train, held_out = prepared(of_rows(rows, [*said, *audited(range(60, 90), label="their own")]))
+    assert {(each.origin, each.answer) for each in (*train, *held_out)} == {("own", "their  own")}
+
+
+def test_one_edit_does_not_outweigh_those_who_like_the_answer(of_rows) -> None:
+    liked = [{"response_id": f"r{n}", "score": 1, "rater": f"{who}"} for n in (1, 2, 3) for who in range(n - 1)]
+    said = [*liked, *({"response_id": f"r{n}", "edited": "e", "rater": "editor"} for n in (1, 2, 3))]
+    rows = [request(n) for n in range(60)]
+    _, train, held_out = prepared(of_rows(rows, [*said, *audited(range(10, 60))], eval_share=0.01, min_new_records=0))
+    answers = {each.id: each.answer for each in (*train, *held_out)}
+    assert [answers.get(f"r{n}") for n in (1, 2, 3)] == ["e", None, "own"]
 
 
 def test_of_one_rater_the_last_word_counts_and_among_raters_more_than_half(of_rows) -> None:
@@ -201,7 +269,7 @@ def test_of_one_rater_the_last_word_counts_and_among_raters_more_than_half(of_ro
         *rated([1], edited="x", rater="a"), *rated([1], edited="y", rater="b"), *rated([1], edited="x", rater="c"),
         *rated([2], edited="x", rater="a"), *rated([2], edited="y", rater="b"),  # nobody knows
         *rated([3], score=0, rater="a"), *rated([3], score=0, rater="b"), *rated([3], outcome="x", rater=""),
-        *rated(range(10, 60), label="l"),
+        *audited(range(10, 60)),
     ]  # fmt: skip
     profile, train, held_out = prepared(of_rows([request(n) for n in range(60)], said))
     answers = {each.id: each.answer for each in (*train, *held_out)}
@@ -220,7 +288,7 @@ def test_a_record_whose_feedback_changed_is_new(of_rows, store: Store) -> None:
             between_runs.advance_watermark(store, "icd", run_id)
         return int(step.result.get("new_records", 0))
 
-    said = rated(range(40), edited="e")
+    said = [*rated(range(20), edited="e"), *audited(range(20, 40))]
     assert new("first", said) == 40
     assert new("second", said) == 0
     assert new("third", [*said, *rated([7], edited="other", rater="a", time=2), *rated([50], score=1)]) == 1  # r7: tie
@@ -249,35 +317,39 @@ def test_feedback_on_what_is_in_no_log_yet_is_counted_and_joined_once_it_is(
     assert (answers.startswith(f"by {VERSION}: 0.0 % of 60"), number) == (True, 60)
 
 
-def test_one_rater_is_bounded_and_counts_once(of_rows) -> None:
-    said = [*rated(range(60), edited="flipped", rater="angry"), *rated(range(60, 100), edited="e")]
-    profile, train, held_out = prepared(of_rows([request(n) for n in range(100)], said, max_rows_per_rater=10))
-    angry = [each for each in (*train, *held_out) if each.answer == "flipped"]
-    assert (len(angry), {each.group for each in angry}) == (10, {user_hash("angry")})
+def test_one_rater_is_bounded_where_he_chose_and_each_of_his_answers_counts(of_rows) -> None:
+    angry = [{**row, "rater": "angry"} for row in rated(range(60), edited="flipped")]
+    labels = [{**row, "rater": "auditor"} for row in audited(range(60, 120))]
+    config = of_rows([request(n) for n in range(120)], [*angry, *labels], max_rows_per_rater=10, whole_log=False)
+    profile, train, held_out = prepared(config)
+    assert len([each for each in train if each.answer == "flipped"]) <= 10
     assert profile["dropped"]["over_max_rows_per_rater"] == 50
-    assert sum(profile["splits"][name]["groups"] for name in ("train", "eval")) == 41
-    assert len(prepared(of_rows([request(n) for n in range(100)], said, max_rows_per_rater=0))[1]) > 40
+    assert len([each for each in (*train, *held_out) if each.drawn == "audit"]) == 60
+    judging = judges_of(held_out, config)
+    assert judging.num_independent(100) == len(judging.records)
+    assert f"one rater says what is right on {len(held_out)} of the" in str(profile["logged"]["warnings"])
 
 
 def test_where_failures_outnumber_what_is_good_it_is_said(of_rows) -> None:
     rows = [request(n) for n in range(100)]
-    (warning,) = prepared(of_rows(rows, rated(range(40), edited="e")))[0]["logged"]["warnings"]
-    assert warning.startswith("40 of 40 answers to learn from put one right, while 60 of 100 drew no feedback")
-    mostly_good = [*rated(range(40), edited="e"), *rated(range(40, 90), score=1)]
+    said = [*rated(range(40), edited="e"), *audited(range(80, 100), label="own")]
+    (warning,) = prepared(of_rows(rows, said))[0]["logged"]["warnings"]
+    assert warning.startswith("40 of 60 answers to learn from put one right, while 40 of 100 drew no feedback")
+    mostly_good = [*said, *rated(range(40, 80), score=1)]
     assert not prepared(of_rows(rows, mostly_good))[0]["logged"]["warnings"]
 
 
 @pytest.mark.parametrize("who", ["user 7", "rater"])
 def test_a_user_is_erased_from_what_comes_and_found_in_what_was(who: str, of_rows, store: Store) -> None:
     rows = [*(request(n) for n in range(60)), request(61, user="user 7", response=CUT)]
-    said = [*rated(range(50), edited="e"), *rated([55], edited="his", rater="rater")]
+    said = [*rated(range(20), edited="e"), *audited(range(20, 50)), *rated([52], edited="his", rater="rater")]
     config = of_rows(rows, said)
     before = prepare(config, store)
     between_runs.erase(store, who, by="ada", hash_of=user_hash)
     with pytest.raises(DataError, match="1 record that was erased"):
         require_none_erased(store, before.uri)
     (holder,) = exposure_of(store, [], people={who: user_hash(who)}).datasets
-    assert set(holder.ids) == ({"r7", "user 7"} if who == "user 7" else {"r55"})
+    assert set(holder.ids) == ({"r7", "user 7"} if who == "user 7" else {"r52"})
     assert ("rejects" in holder.parts) == (who == "user 7")  # of the cut answer, the raw text
     after = prepare(config, store)
     require_none_erased(store, after.uri)
@@ -353,11 +425,10 @@ def test_tool_calls_are_answers_and_earlier_answers_are_context(of_rows) -> None
 def test_a_session_lies_on_one_side_though_it_crosses_a_promotion_and_raters(of_rows) -> None:
     rows = [request(n, session_id=f"s{n // 4}", model=(VERSION, OTHER)[n % 2], user=None) for n in range(200)]
     said = [{"response_id": f"r{n}", "edited": "e", "rater": f"rater {n % 37}"} for n in range(200)]
-    profile, train, held_out = prepared(of_rows(rows, said))
+    profile, train, held_out = prepared(of_rows(rows, [*said, *audited(range(0, 200, 3))], whole_log=False))
     assert {each.served_by for each in train} == {VERSION, OTHER}
     assert held_out
     assert not {each.session for each in train} & {each.session for each in held_out}
-    assert not {each.rater for each in train} & {each.rater for each in held_out}
     assert profile["dropped"]["own_words_or_session_beside_eval"] > 0
 
 
@@ -407,7 +478,12 @@ def test_ratings_as_others_write_them(said: dict[str, Any], is_good: bool) -> No
 @pytest.mark.slow
 def test_ten_thousand_logged_turns(store: Store, of_rows: Callable[..., RunConfig]) -> None:
     made = logged.generated(10_000, seed=1)
-    config = of_rows(made.rows, made.feedback, eval_share=0.2, max_rows_per_rater=50)
+    drawn = draw([*made.truth], 1_500)
+    for name in drawn:
+        truth = made.truth[name]
+        truth.answer, truth.origin, truth.is_used = f"right words of {name}", "labelled", True
+    audit = [{"response_id": name, "label": made.truth[name].answer, "audit": name_of_draw(drawn)} for name in drawn]
+    config = of_rows(made.rows, [*made.feedback, *audit], eval_share=0.2, max_rows_per_rater=50)
     first = prepare(config, store)
     train, held_out = (load_split(store, first.uri, split) for split in ("train", "eval"))
     assert len(train) > 500
@@ -416,8 +492,7 @@ def test_ten_thousand_logged_turns(store: Store, of_rows: Callable[..., RunConfi
         truth = made.truth[record.id]
         assert (record.answer, record.origin, record.served_by) == (truth.answer, truth.origin, truth.served_by)
         assert (record.session, record.user) == (truth.session, user_hash(truth.user))
-    assert not any(each.origin == "own" for each in held_out)
-    assert not any(each.answer == made.truth[each.id].own for each in held_out if each.origin == "edited")
+    assert {each.id for each in held_out} <= {*drawn}
     assert not {each.session for each in train} & {each.session for each in held_out}
     assert {each.id for each in (*train, *held_out)} <= {name for name, truth in made.truth.items() if truth.is_used}
     gone = max({truth.user for truth in made.truth.values()}, key=lambda user: len(made.of_user(user)))
