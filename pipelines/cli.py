@@ -21,8 +21,8 @@ from components.shared.protocol import printable
 from pipelines.commands.arguments import COMMANDS, EXIT_CODES, Answer, Command, Parser, print_err
 
 INTERRUPTED = 130
-DECLARED = re.compile(r'^@command\(\s*"([^"]+)".*?"""(.*?)(?:"""|\n)', re.DOTALL | re.MULTILINE)
-"""A command's declaration in the source of its module: its name and the first line of its help."""
+DECLARED = re.compile(r'^(?:@command|_declare)\(\s*"([a-z]+)"(?=.*?"""(.*?)(?:"""|\n))', re.DOTALL | re.MULTILINE)
+"""In the source of a module, a command or group that it declares, and the first line of the command's help."""
 LISTED = {
     "make an adapter": ("init", "data", "plan", "run", "train", "sweep"),
     "use and keep adapters": ("chat", "adapters", "push"),
@@ -64,20 +64,13 @@ def parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
     takes half a second.
     """
     helps = dict[str, str]()
-    modules = dict[str, str]()
-    for path in sorted(Path(__file__).with_name("commands").glob("*.py")):
-        for full, text in DECLARED.findall(path.read_text(encoding="utf-8")):
-            name = full.split()[0]
-            helps.setdefault(name, text)
-            modules[name] = path.stem
-    helps |= GROUPS
-    named = next((word for word in arguments or () if not word.startswith("-")), "")
-    if arguments is None or named:
-        # Who is imported declares its commands. Those of this machine's servers are declared by a function.
-        for module in [modules[named]] if named in modules else modules.values():
-            importlib.import_module(f"pipelines.commands.{module}")
+    for path in sorted(Path(__file__).with_name("commands").glob("[a-z]*.py")):
+        declared = dict(DECLARED.findall(path.read_text()))
+        helps |= declared
+        if arguments is None or {path.stem, *declared}.intersection(arguments):
+            importlib.import_module(f"pipelines.commands.{path.stem}")  # which declares its commands
     listed = [name for names in LISTED.values() for name in names]
-    names = sorted(helps, key=lambda name: (*listed, name).index(name))
+    names = sorted(helps | GROUPS, key=lambda name: (*listed, name).index(name))
     root = Parser(
         prog="fineloop",
         description="Keeps a language model's domain adapters fresh: data in, a promoted and traceable adapter out.",
@@ -113,8 +106,7 @@ def _alone(options: argparse.Namespace) -> Answer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    options, unknown = parser(words).parse_known_args(words)
+    options, unknown = parser(arguments or sys.argv[1:]).parse_known_args(arguments)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     garbage.leave_at_exit()
