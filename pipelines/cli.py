@@ -65,7 +65,7 @@ def parser(arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """
     helps = dict[str, str]()
     for path in sorted(Path(__file__).with_name("commands").glob("[a-z]*.py")):
-        declared = dict(DECLARED.findall(path.read_text()))
+        declared = dict(DECLARED.findall(path.read_text(encoding="utf-8")))
         helps |= declared
         if arguments is None or {path.stem, *declared}.intersection(arguments):
             importlib.import_module(f"pipelines.commands.{path.stem}")  # which declares its commands

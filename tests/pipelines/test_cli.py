@@ -43,7 +43,8 @@ def test_help_teaches_every_command_and_loads_nothing_heavy(tmp_path: Path) -> N
     assert "also: serve, " in "\n".join(lines)
     assert cli.parser().format_help().splitlines() == lines  # what the source says is what all modules declare
     assert "--with-base" in fineloop("completion", "bash", cwd=tmp_path).stdout
-    assert fineloop("--help", cwd=tmp_path).stdout.splitlines() == lines
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert fineloop("--help", cwd=tmp_path, **ascii_locale).stdout.splitlines() == lines
     assert "also: approve, " in fineloop("adapters", "--help", cwd=tmp_path).stdout
 
 
