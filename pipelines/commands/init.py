@@ -87,14 +87,24 @@ def init(options: argparse.Namespace) -> Answer:
         draft = config_file.validate(tables, options.overrides)
     body: dict[str, Any] = {"path": str(path), "config": {}, "plan": {}, "power": None, "missing_rows": 0}
     lines: list[str] = []
+    seen: dict[str, Any] | None = None
     if lacking := [f"data.columns.{role}" for role, name in columns.items() if not name]:
         refused = f"no column is known for {' and '.join(lacking)}: write it into {path}, uncommented, and init again"
-        text, config = f"{UNFINISHED} {refused}\n{_rendered(_named(draft, rows))}", draft
     else:
         # The most records that may judge tell best how much answers differ in length. Sizes are told even of data that
         # a run would refuse: the next look is at the proposal itself.
         most = [f"data.eval_share={MOST_HELD_OUT}", *options.overrides, "data.max_reject_share=1"]
-        seen = _answer_to("ray_jobs.preview", config_file.dumps(draft), options, overrides=most)
+        try:
+            seen = _answer_to("ray_jobs.preview", config_file.dumps(draft), options, overrides=most)
+        except DataError as exc:
+            if not draft.data.feedback:
+                raise
+            # `fineloop data audit` reads the log and the feedback from what is written.
+            refused = str(exc)
+    if seen is None:
+        known = proposed(draft, options.overrides, _named(draft, rows))
+        text, config = f"{UNFINISHED} {refused}\n{known}", draft
+    else:
         judging, body["missing_rows"] = judged_by(draft, seen)
         train = seen["profile"]["splits"]["train"]["records"]
         epochs = min(MOST_EPOCHS, max(1, round(RECORD_PASSES / train)))

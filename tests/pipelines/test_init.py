@@ -30,6 +30,7 @@ from ray_jobs.planning import bases, capacity
 from ray_jobs.planning.capacity import Device
 from ray_jobs.planning.memory import MARGIN
 from ray_jobs.preview import previewed
+from tests.components.prepare import logged
 from tests.models.tiny import write_tokenizer
 from tests.pipelines.command_line import body
 
@@ -276,6 +277,27 @@ def test_the_file_is_written_where_an_answer_is_missing_and_finished_when_it_is_
     assert done.returncode == 0, done.stderr + done.stdout
     columns = config_file.load(here / "open.toml").data.columns
     assert (columns.prompt, columns.completion) == ("Subject", "Team")
+
+
+def test_a_log_of_which_nothing_may_judge_is_written_for_an_audit_and_finished_by_it(here, fineloop):
+    made = logged.generated(1_500, seed=5)
+    for name, rows in (("served", made.rows), ("said", made.feedback)):
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("init", "served.jsonl", "--base", "base", "--no-plan", "--set")
+    done = fineloop(*arguments, 'data.feedback=["said.jsonl"]', "--json")
+    assert done.returncode == 2
+    assert "fineloop data audit" in body(done)["refused"]
+    assert config_file.load(here / "served.toml").data.feedback == ["said.jsonl"]
+    drawn = fineloop("data", "audit", "100", "-c", "served.toml", "--output", "audit.jsonl")
+    assert drawn.returncode == 0, drawn.stderr
+    rows = [json.loads(line) for line in (here / "audit.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["label"] = f"right words of {row['response_id']}"
+    (here / "audit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = fineloop(*arguments, 'data.feedback=["said.jsonl", "audit.jsonl"]', "--json")
+    assert "may judge" not in body(done)["refused"]
+    assert not (here / "served.toml").read_text().startswith("# Unfinished")
+    assert body(done)["power"]["records"] >= 30  # as many sessions
 
 
 def test_a_config_that_a_run_would_refuse_is_written_and_its_refusal_said_last(here: Path, fineloop: Fineloop) -> None:
