@@ -4,21 +4,26 @@ The truth of every answer is known, so that a promotion of a worse candidate is 
 becomes, what is held out, and the decision. `data.feedback` holds what people chose; with an audit, labels of a draw.
 """
 
+import io
 import random
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.config.gate import GateConfig
 from components.config.schema import AdapterConfig
 from components.gate import policy
-from components.gate.comparisons import Evidence
+from components.gate.check import pairs_of
+from components.gate.comparisons import Evidence, parse_evidence
 from components.prepare.audit import draw, name_of_draw
 from components.prepare.drawing import draw_audit
 from components.prepare.prepare import preview
 from components.prepare.sources import find_sources
 from components.shared.errors import DataError
+from components.shared.metrics import metric_of
 from tests.components.gate.evidenced import evaluation, model
 from tests.components.prepare.test_traces import request
 
@@ -127,3 +132,18 @@ def test_the_gate_cannot_tell_on_records_that_people_chose() -> None:
         decided = policy.decide(shown, evidence, GATE, AdapterConfig(name="icd"))
         assert decided.decision == decision
     assert any("3 of 400 records are logged answers that people chose" in reason for reason in decided.reasons)
+
+
+def test_what_an_evaluation_lists_says_which_records_people_chose() -> None:
+    listed = {"answer_tokens": [1, 1, 1, 1], "candidate_nll": [0.5] * 4, "base_nll": [0.6] * 4, "id": [*"abcd"]}
+    logged = {"origin": ["", "edited", "labelled", "own"], "drawn": ["", "", "audit", ""]}
+    for columns, unfit in ((listed, 0), (listed | logged, 2), (listed | {"origin": logged["origin"]}, 3)):
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns), sink)
+        evidence = parse_evidence(sink.getvalue(), "s3://b/records")
+        assert evidence.unfit == unfit
+        if unfit:
+            with pytest.raises(DataError, match=f"{unfit} records of a look are logged answers that people chose"):
+                pairs_of([evidence], metric_of("loss"), "base", relative=False)
+        else:
+            assert pairs_of([evidence], metric_of("loss"), "base", relative=False).num_independent == 4

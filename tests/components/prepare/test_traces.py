@@ -1,5 +1,6 @@
 """Logged requests and the feedback on them, as records: each format, each rule, and ten thousand turns."""
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from components.prepare.dataset import Record, exposure_of, load_split
 from components.prepare.prepare import prepare, prepare_if_new, preview
 from components.prepare.sources import find_sources
 from components.prepare.split import judges_of
+from components.prepare.workspace import position
 from components.registry import between_runs
 from components.registry.between_runs import require_none_erased, user_hash
 from components.report.sections import data_profile
@@ -244,6 +246,16 @@ def test_an_audit_judges_only_once_it_is_whole(of_rows) -> None:
         assert why in str(profile["logged"]["warnings"])
     few = [{**row, "label": ""} for row in drawn[:4]]
     assert prepared(of_rows(rows, [*said, *few, *drawn[4:]]))[0]["logged"]["feedback"]["unusable"] == {}
+
+
+def test_an_audited_answer_judges_though_the_same_words_were_rated_good_elsewhere(of_rows) -> None:
+    """Else an audit would lose what production had right, wherever people had liked it before."""
+    asked = [{"role": "user", "content": f"question {n % 60}"} for n in range(120)]
+    rows = [request(n, request={"messages": [asked[n]]}) for n in range(120)]
+    said = [*rated(range(60), score=1), *audited(range(60, 120), label="own")]
+    held_out = prepared(of_rows(rows, said, whole_log=False))[2]
+    places = {n: position(hashlib.sha256(f"id:r{n}".encode()).digest()) for n in range(60, 120)}
+    assert {each.id for each in held_out} == {f"r{n}" for n, place in places.items() if place < 0.3}
 
 
 def test_an_answer_that_nobody_changed_is_the_models_own(of_rows) -> None:
