@@ -42,8 +42,7 @@ def narrow(
     """
     if window is None:
         return 0, 0
-    starts, ends = ([span[place] for span in window] for place in (0, 1))
-    work.put("spans", start=pa.array(starts, pa.int64()), stop=pa.array(ends, pa.int64()))
+    _put_spans(work, "spans", window)
     work.run(
         "CREATE TABLE recent AS FROM others WHERE content IN"
         "  (SELECT content FROM records JOIN spans ON number >= start AND number < stop);"
@@ -65,6 +64,12 @@ def narrow(
             "DELETE FROM others WHERE number IN (SELECT number FROM replayed)"
         )
     return num_earlier - wanted, wanted
+
+
+def _put_spans(work: Workspace, name: str, spans: Sequence[Span]) -> None:
+    starts = pa.array([start for start, _ in spans], pa.int64())
+    stops = pa.array([stop for _, stop in spans], pa.int64())
+    work.put(name, start=starts, stop=stops)
 
 
 CLUSTERS_SHOWN, WORDS_SHOWN, CHARS_SHOWN = 5, 12, 100
@@ -152,8 +157,7 @@ def choose_judges(work: Workspace, census: Sequence[Span] = ()) -> None:
     if "origin" not in work.columns:
         work.run("CREATE TABLE judges AS SELECT number, '' AS drawn FROM chosen")
         return
-    starts, ends = ([span[place] for span in census] for place in (0, 1))
-    work.put("census", start=pa.array(starts, pa.int64()), stop=pa.array(ends, pa.int64()))
+    _put_spans(work, "census", census)
     work.run(
         "CREATE TABLE judges AS SELECT number, drawn FROM chosen JOIN records USING (number)"
         "  WHERE origin = '' OR drawn <> '';"
