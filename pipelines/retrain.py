@@ -1,7 +1,7 @@
 """The whole pipeline: data, adapter, comparison, decision, alias, report.
 
 The first step takes the run's whole config and writes it to the run's folder in the store. Steps pass each other only
-the folder's URI, the config's digest, and the URIs and ids of their outputs.
+the folder's URI, the config's digest, and the URIs, ids and hashes of their outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,15 +52,20 @@ def _begun(data: dsl.PipelineTask) -> dict[str, Any]:
     return {name: data.outputs[name] for name in ("run_uri", "config_digest")}
 
 
-def _compared_candidate(step: AsStep, run: Mapping[str, Any], dataset_uri: Any, *, tunes: bool) -> dsl.PipelineTask:
-    """Add the steps that fine-tune a candidate, at a tuned rate if `tunes`, and compare it; return the evaluation."""
-    candidate = step(finetune(**run, dataset_uri=dataset_uri), "Fine-tune the adapter")
+def _on_data(data: dsl.PipelineTask) -> dict[str, Any]:
+    """Return those of every later step that rests on the dataset, which may be another's by the time it runs."""
+    return {**_begun(data), **{name: data.outputs[name] for name in ("dataset_uri", "dataset_sha256")}}
+
+
+def _compared_candidate(step: AsStep, run: Mapping[str, Any], *, tunes: bool) -> dsl.PipelineTask:
+    """Add the steps that fine-tune a candidate, at a tuned rate if `tunes`, and compare it; return the evaluation.
+    `run` is as `_on_data` gives it."""
+    candidate = step(finetune(**run), "Fine-tune the adapter")
     if tunes:
-        candidate.after(step(tune(**run, dataset_uri=dataset_uri), "Tune the learning rate"))
+        candidate.after(step(tune(**run), "Tune the learning rate"))
     version_uri = candidate.outputs["Output"]
     register(version_uri=version_uri).set_display_name("Register the version")
-    compared = evaluate(**run, dataset_uri=dataset_uri, version_uri=version_uri)
-    return step(compared, "Compare it with base and champion")
+    return step(evaluate(**run, version_uri=version_uri), "Compare it with base and champion")
 
 
 def _checked(step: AsStep, run: Mapping[str, Any]) -> None:
@@ -141,16 +146,15 @@ def build(
                 ),
                 "Prepare the data",
             )
-            run = _begun(data)
-            dataset_uri = data.outputs["dataset_uri"]
+            run, on_data = _begun(data), _on_data(data)
             # Two conditions, because an If with an Else is one more graph: one more pod, and one more click in the UI.
             # kfp.local resolves only outputs called Output, and would silently skip a lone If on any other.
             with dsl.If(data.outputs["Output"] == True, name="New data: train, compare, decide"):  # noqa: E712 - kfp overloads ==
-                evaluation = _compared_candidate(step, run, dataset_uri, tunes=tunes)
-                decision = step(gate(**run, evaluation_uri=evaluation.outputs["Output"]), "Decide")
+                evaluation = _compared_candidate(step, on_data, tunes=tunes)
+                decision = step(gate(**on_data, evaluation_uri=evaluation.outputs["Output"]), "Decide")
                 with dsl.If(decision.outputs["Output"] == True, name="Better: promote"):  # noqa: E712 - as above
                     # The training may write to the record's folder too, so the gate's record is verified by its sha256.
-                    step(promote(**run, decision_sha256=decision.outputs["decision_sha256"]), "Promote it")
+                    step(promote(**on_data, decision_sha256=decision.outputs["decision_sha256"]), "Promote it")
                 with dsl.If(decision.outputs["Output"] == False, name="Not better: hold"):  # noqa: E712 - as above
                     step(hold(**run), "Leave the alias as it is")
             with dsl.If(data.outputs["Output"] == False, name="Nothing new: skip"):  # noqa: E712 - as above
@@ -177,7 +181,7 @@ def build_train(*, tunes: bool = False) -> dsl.base_component.BaseComponent:
         """Prepare, fine-tune and evaluate, whether the data is new or not; no gate and no alias."""
         step = _configured(lambda task: None)
         data = _prepared(step, config, run_id)
-        _compared_candidate(step, _begun(data), data.outputs["dataset_uri"], tunes=tunes)
+        _compared_candidate(step, _on_data(data), tunes=tunes)
 
     return train
 
@@ -189,7 +193,8 @@ def build_train_on(dataset_uri: str) -> dsl.base_component.BaseComponent:
     def train(run_uri: str, config_digest: str) -> None:
         """Fine-tune and evaluate; no gate and no alias."""
         step = _configured(lambda task: None)
-        _compared_candidate(step, {"run_uri": run_uri, "config_digest": config_digest}, dataset_uri, tunes=False)
+        run = {"run_uri": run_uri, "config_digest": config_digest}
+        _compared_candidate(step, {**run, "dataset_uri": dataset_uri, "dataset_sha256": ""}, tunes=False)
 
     return train
 
@@ -199,7 +204,7 @@ def sweep(config: dict[str, Any], run_id: str) -> None:
     """Prepare, and try rates and methods on the data."""
     step = _configured(lambda task: None)
     data = _prepared(step, config, run_id)
-    step(tune(**_begun(data), dataset_uri=data.outputs["dataset_uri"]), "Tune the learning rate")
+    step(tune(**_on_data(data)), "Tune the learning rate")
 
 
 retrain = build()

@@ -11,6 +11,7 @@ def evaluate(
     run_uri: str,
     config_digest: str,
     dataset_uri: str,
+    dataset_sha256: str,
     version_uri: str,
     metrics: Output[Metrics],
     confusion: Output[ClassificationMetrics],
@@ -21,7 +22,7 @@ def evaluate(
     from components.records import runs
     from components.step.step import step
 
-    with step("evaluate", run_uri, config_digest) as step_run:
+    with step("evaluate", run_uri, config_digest, dataset_uri, dataset_sha256) as step_run:
         evaluation = compare(step_run, dataset_uri=dataset_uri, version_uri=version_uri)
         metrics.metadata.update(flat_metrics(evaluation))
         if matrix := evaluation.confusion:

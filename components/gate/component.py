@@ -12,6 +12,8 @@ from components.step.step import COMPONENT
 def gate(
     run_uri: str,
     config_digest: str,
+    dataset_uri: str,
+    dataset_sha256: str,
     evaluation_uri: str,
     summary: Output[Markdown],
 ) -> NamedTuple("Decided", [("Output", bool), ("decision_sha256", str)]):  # type: ignore[valid-type]
@@ -21,7 +23,7 @@ def gate(
     from components.gate.gate import as_markdown, run_gate
     from components.step.step import step
 
-    with step("gate", run_uri, config_digest) as step_run:
+    with step("gate", run_uri, config_digest, dataset_uri, dataset_sha256) as step_run:
         decision = run_gate(step_run.config, step_run.store, step_run.run_id, evaluation_uri=evaluation_uri)
         Path(summary.path).write_text(as_markdown(decision), encoding="utf-8")
         step_run.result.update(decision=decision.decision, reasons=list(decision.reasons))

@@ -29,4 +29,6 @@ def prepared(step_run: StepRun, *, is_decided: bool = False) -> PreparedDataset 
     step_run.result.update(result)
     if "skipped" in result:
         return None
-    return PreparedDataset(**{field.name: result[field.name] for field in fields(PreparedDataset)})
+    return PreparedDataset(
+        **{field.name: result[field.name] for field in fields(PreparedDataset) if field.name in result}
+    )

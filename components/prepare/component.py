@@ -22,7 +22,10 @@ def prepare(
     num_workers: int,
     train_without_new_data: bool,
     is_decided: bool = False,
-) -> NamedTuple("Prepared", [("run_uri", str), ("config_digest", str), ("Output", bool), ("dataset_uri", str)]):  # type: ignore[valid-type]
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Prepared",
+    [("run_uri", str), ("config_digest", str), ("Output", bool), ("dataset_uri", str), ("dataset_sha256", str)],
+):
     """Settle the config; read, validate, split and publish the data. A run without an id takes the Kubeflow run's.
 
     Output: whether the data is new. A condition reads it, and kfp.local knows the outputs of that name alone there.
@@ -44,7 +47,8 @@ def prepare(
     )
     with first_step("prepare", config, run_id or job_id, overrides=changes) as step_run:
         dataset = prepared(step_run, is_decided=is_decided)
-    return (step_run.run_uri, step_run.config.digest, dataset is not None, dataset.uri if dataset else "")
+    found = (dataset.uri, dataset.manifest_sha256) if dataset else ("", "")
+    return (step_run.run_uri, step_run.config.digest, dataset is not None, *found)
 
 
 @dsl.component(**COMPONENT)

@@ -499,6 +499,7 @@ class DatasetFolder:
     uri: str
     created: bool
     """False when the store already held it."""
+    manifest_sha256: str
 
 
 def publish_dataset(
@@ -538,7 +539,7 @@ def publish_dataset(
     stored = {path: digest for path, digest in manifest.files.items() if "/" in path}
     if stored != written:  # another release may write the same records as other bytes
         require_promised(store, store.uri(key))
-    return DatasetFolder(parts.dataset_id, store.uri(key), created)
+    return DatasetFolder(parts.dataset_id, store.uri(key), created, manifest.sha256)
 
 
 # Which datasets hold a record, which versions were trained on one of them, and which runs keep its text.

@@ -397,6 +397,8 @@ class PreparedDataset:
     """False when the store already held these records: nothing was written."""
     reserved: int = 0
     """Logged answers on the held-out side that may not judge: an audit may draw them."""
+    manifest_sha256: str = ""
+    """Covers every file of the dataset, its profile too; empty where a job of an earlier release prepared it."""
 
     @property
     def summary(self) -> str:
@@ -556,6 +558,7 @@ def _publish(config: RunConfig, store: Store, work: Workspace, read: Intake) -> 
         never_trained=profile["never_trained"],
         created=folder.created,
         reserved=sides.reserved,
+        manifest_sha256=folder.manifest_sha256,
     )
     for line in profile.get("logged", {}).get("warnings", ()):
         logger.warning("%s", line)

@@ -9,12 +9,12 @@ from components.step.step import COMPONENT
 
 
 @dsl.component(**COMPONENT)
-def promote(run_uri: str, config_digest: str, decision_sha256: str) -> str:
+def promote(run_uri: str, config_digest: str, dataset_uri: str, dataset_sha256: str, decision_sha256: str) -> str:
     """Point the alias at the candidate of the gate's decision, known by its sha256, and return the event's URI."""
     from components.promote.promote import carry_out_decision
     from components.step.step import step
 
-    with step("promote", run_uri, config_digest) as step_run:
+    with step("promote", run_uri, config_digest, dataset_uri, dataset_sha256) as step_run:
         event_uri = carry_out_decision(step_run, decision_sha256)
     return event_uri
 

@@ -22,6 +22,7 @@ from components.records.steps import Decision, Status, StepRecord
 from components.shared import garbage
 from components.shared.errors import ConfigError, Conflict, FineloopError, IntegrityError
 from components.shared.protocol import STARTED, say, say_failure
+from components.store import folders
 from components.store.store import Store, open_uri
 
 CONFIG = "run parameter config"
@@ -39,6 +40,8 @@ class StepRun:
     run_id: str
     config: RunConfig
     store: Store
+    dataset_sha256: str = ""
+    """Of the manifest of the dataset that the run prepared; empty where the step was given none."""
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,10 +72,22 @@ def first_step(
     return _step(name, lambda: _begun(name, config, run_id, overrides), overrides)
 
 
-def step(name: str, run_uri: str, config_digest: str) -> contextlib.AbstractContextManager[StepRun]:
+def step(
+    name: str, run_uri: str, config_digest: str, dataset_uri: str = "", dataset_sha256: str = ""
+) -> contextlib.AbstractContextManager[StepRun]:
     """Run one step of a run that has begun, and record its outcome in runs/<run_id>/steps/<name>.json. Raises
-    IntegrityError: the recorded config is not the one with this digest."""
-    return _step(name, lambda: _reopened(name, run_uri, config_digest))
+    IntegrityError: the recorded config is not the one with this digest, or the dataset's manifest not the one with
+    `dataset_sha256`, unless that is empty."""
+
+    def opened() -> StepRun:
+        step_run = _reopened(name, run_uri, config_digest)
+        if dataset_sha256:
+            key = step_run.store.key(dataset_uri).rstrip("/")
+            folders.read_manifest(step_run.store, key, manifest_sha256=dataset_sha256)
+            step_run.dataset_sha256 = dataset_sha256
+        return step_run
+
+    return _step(name, opened)
 
 
 def last_step(name: str, config: Mapping[str, Any], run_id: str) -> contextlib.AbstractContextManager[StepRun]:

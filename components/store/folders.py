@@ -120,12 +120,17 @@ def find_manifest(store: Store, key: str) -> Manifest | None:
     return parse_manifest(stored[0], store.uri(f"{key}/{MANIFEST}")) if stored else None
 
 
-def read_manifest(store: Store, key: str) -> Manifest:
+def read_manifest(store: Store, key: str, *, manifest_sha256: str | None = None) -> Manifest:
     """Read the folder's manifest. Raises ObjectMissing if there is no such folder, or its writer has not finished,
-    IntegrityError if it is not a manifest of a format that this version knows."""
+    IntegrityError if it is not a manifest of a format that this version knows, or not the one with `manifest_sha256`.
+    """
     manifest = find_manifest(store, key)
     if manifest is None:
         raise ObjectMissing(f"{store.uri(key)} does not exist: it has no {MANIFEST}")
+    if manifest_sha256 is not None and manifest.sha256 != manifest_sha256:
+        raise IntegrityError(
+            f"{store.uri(f'{key}/{MANIFEST}')} has sha256 {manifest.sha256}, but {manifest_sha256} was vouched for"
+        )
     return manifest
 
 
@@ -136,7 +141,7 @@ def pull(store: Store, key: str, target: Path, *, manifest_sha256: str | None = 
     if there is no such folder; IntegrityError if a file is missing or differs, or the manifest is not the one with
     `manifest_sha256`; UserError if the target holds something else.
     """
-    manifest = _expected(store, key, manifest_sha256)
+    manifest = read_manifest(store, key, manifest_sha256=manifest_sha256)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         if target.is_dir() and _holds(target, manifest):
             return manifest
@@ -164,7 +169,7 @@ def verify(store: Store, key: str, *, manifest_sha256: str | None = None, apart:
     folder; IntegrityError if a file is missing, differs or is not listed, or the manifest's sha256 is not
     `manifest_sha256`.
     """
-    manifest = _expected(store, key, manifest_sha256)
+    manifest = read_manifest(store, key, manifest_sha256=manifest_sha256)
     _check(store, key, manifest, lambda path: _digest(store.chunks(f"{key}/{path}")), apart)
     return manifest
 
@@ -222,15 +227,6 @@ def _same(store: Store, key: str, existing: Manifest, digests: Mapping[str, File
 def _differing(stored: Mapping[str, FileDigest], digests: Mapping[str, FileDigest], paths: Collection[str]) -> str:
     paths = [path for path in sorted(paths) if stored.get(path) != digests.get(path)]
     return ", ".join(paths[:FAULTS_SHOWN])
-
-
-def _expected(store: Store, key: str, manifest_sha256: str | None) -> Manifest:
-    manifest = read_manifest(store, key)
-    if manifest_sha256 is not None and manifest.sha256 != manifest_sha256:
-        raise IntegrityError(
-            f"{store.uri(f'{key}/{MANIFEST}')} has sha256 {manifest.sha256}, but {manifest_sha256} was vouched for"
-        )
-    return manifest
 
 
 def _sizes(store: Store, key: str, apart: Collection[str] = ()) -> dict[str, int]:

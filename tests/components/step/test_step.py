@@ -11,6 +11,7 @@ from components.config import config_file
 from components.shared.errors import ConfigError, DataError, FineloopError, IntegrityError, UserError
 from components.shared.protocol import Line, find_failure, parse_line, say, say_failure
 from components.step.step import first_step, last_step, step
+from components.store import folders
 from components.store.store import Store
 
 CONFIG = """
@@ -125,6 +126,22 @@ def test_a_config_that_was_changed_after_the_run_began_is_refused(store: Store) 
         step("gate", first.run_uri, first.config.digest),
     ):
         raise AssertionError("the step must not begin")
+
+
+def test_a_dataset_that_was_changed_after_it_was_prepared_is_refused(store: Store) -> None:
+    with first_step("prepare", given(store), "run-9") as first:
+        pass
+    begun, uri = (first.run_uri, first.config.digest), store.uri("datasets/d1")
+    prepared = folders.publish(store, "datasets/d1", {"profile.json": b"{}"})
+    with step("gate", *begun, uri, prepared.sha256) as later:
+        assert later.dataset_sha256 == prepared.sha256
+    store.delete([info.key for info in store.list("datasets/d1/")])
+    planted = folders.publish(store, "datasets/d1", {"profile.json": b'{"rows": 9}'})
+    said = f"{uri}/manifest.json has sha256 {planted.sha256}, but {prepared.sha256} was vouched for"
+    with pytest.raises(IntegrityError, match=said), step("gate", *begun, uri, prepared.sha256):
+        raise AssertionError("the step must not begin")
+    with step("gate", *begun, uri) as of_an_earlier_release:  # whose pipelines pass no hash
+        assert of_an_earlier_release.dataset_sha256 == ""
 
 
 def test_the_last_step_takes_the_config_that_was_recorded_or_else_the_one_it_is_given(store: Store) -> None:

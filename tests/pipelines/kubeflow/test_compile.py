@@ -218,6 +218,8 @@ def test_between_the_steps_goes_the_runs_address_and_never_its_config(spec: dict
     assert {name for name, found in inputs.items() if "config" in found} == {"prepare", "report"}
     later = STEPS - {"prepare", "report"}
     assert {name for name, found in inputs.items() if found >= {"run_uri", "config_digest"}} == later
+    on_data = {name for name, found in inputs.items() if found >= {"dataset_uri", "dataset_sha256"}}
+    assert on_data == {"finetune", "evaluate", "gate", "promote"}
 
 
 @pytest.mark.parametrize(
