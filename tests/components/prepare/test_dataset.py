@@ -169,8 +169,11 @@ def test_what_was_made_of_a_dataset_that_is_gone_is_no_part_of_it_when_it_comes_
     files = folders.read_manifest(store, key).files
     store.put(f"{key}/tokens/0123/tokens.npy", b"1")
     store.delete([f"{key}/manifest.json"])
-    assert publish(store, train=[A], evaluation=[B]) == folder
-    assert folders.read_manifest(store, key).files == files
+    again = publish(store, train=[A], evaluation=[B])
+    assert (again.dataset_id, again.uri, again.created) == (folder.dataset_id, folder.uri, True)
+    manifest = folders.read_manifest(store, key)
+    assert manifest.files == files
+    assert again.manifest_sha256 == manifest.sha256 != folder.manifest_sha256  # it says when it was made
 
 
 def planted(store: Store, uri: str, split: str, **about: Any) -> None:
